@@ -1,0 +1,33 @@
+"""Counter-based random numbers: what is drawn depends on seed, place in the search tree and position, on nothing else.
+
+So a seed reproduces a text whoever shares the batch (DESIGN, section 4). The mixing function is SplitMix64's finaliser
+(Steele, Lea, Flood 2014).
+"""
+
+from __future__ import annotations
+
+_MASK = (1 << 64) - 1
+
+
+def mix(*parts: int) -> int:
+    """A 64-bit number from any integers; every bit of every part counts."""
+    state = 0x9E3779B97F4A7C15
+    for part in parts:
+        state = (state ^ (part & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
+        state = (state ^ (state >> 31)) + 0x9E3779B97F4A7C15 & _MASK
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    return state ^ (state >> 31)
+
+
+def uniform(*parts: int) -> float:
+    """A number in [0, 1) with 53 random bits."""
+    return (mix(*parts) >> 11) * 2.0**-53
+
+
+def child_lineage(lineage: int, position: int, index: int) -> int:
+    """The lineage of child ``index`` of a beam of ``position`` tokens.
+
+    The first child inherits: so a search with W = K = 1 draws what plain sampling draws, whatever the chunk length.
+    """
+    return lineage if index == 0 else mix(lineage, position, index)

@@ -1,0 +1,42 @@
+"""Selections: numbers in, positions out. Pure functions on lists; no tensors, no models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+
+def top(scores: Sequence[float], width: int) -> list[int]:
+    """Positions of the ``width`` best scores, best first; among equals the earlier one (METHOD, section 3)."""
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:width]
+
+
+def soft(scores: Sequence[float], width: int, scale: float, uniform: Callable[[int], float]) -> list[int]:
+    """``width`` positions drawn without replacement with probability proportional to exp(score / scale).
+
+    ``uniform(i)`` gives the i-th number in [0, 1). Soft best-of-N is this with width 1 (METHOD, section 6).
+    """
+    remaining, chosen = list(range(len(scores))), []
+    for draw in range(min(width, len(scores))):
+        best = max(scores[i] for i in remaining)
+        weights = [math.exp((scores[i] - best) / scale) for i in remaining]
+        threshold, total = uniform(draw) * sum(weights), 0.0
+        pick = len(remaining) - 1
+        for position, weight in enumerate(weights):
+            total += weight
+            if total > threshold:
+                pick = position
+                break
+        chosen.append(remaining.pop(pick))
+    return chosen
+
+
+def common_prefix(texts: Sequence[str]) -> str:
+    """The longest text with which all of ``texts`` begin."""
+    if not texts:
+        return ""
+    low, high = min(texts), max(texts)
+    for i, char in enumerate(low):
+        if char != high[i]:
+            return low[:i]
+    return low

@@ -1,0 +1,30 @@
+"""Every error that ivg raises on purpose: one root, each also a standard error.
+
+A message says what was got, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+
+class IVGError(Exception):
+    """Root of all errors that ivg raises on purpose."""
+
+
+class ConfigError(IVGError, ValueError):
+    """A setting that cannot be: unknown name, wrong range, contradiction."""
+
+
+class PromptError(IVGError, ValueError):
+    """A prompt that cannot be read: empty, too long, not text and not messages."""
+
+
+class VocabularyError(IVGError, ValueError):
+    """Two models whose token ids do not mean the same text."""
+
+
+class ModelError(IVGError, RuntimeError):
+    """A model that cannot be loaded, or whose numbers are not finite."""
+
+
+class MissingDependency(IVGError, ImportError):
+    """A feature whose optional packages are not installed."""

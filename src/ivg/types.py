@@ -1,0 +1,260 @@
+"""The nouns of ivg: what a request is, what a beam is, what comes back. Standard library only.
+
+A :class:`Beam` is a hypothesis: the response so far, in the base model's tokens and as text. Engines make beams longer,
+values turn them into numbers, selections make them fewer (DESIGN, section 1). Values see any object with the fields of
+:class:`Hypothesis`, so that an engine can ask for guidance in the middle of a chunk without building a Beam per token.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+FinishReason = Literal["stop", "length", "error"]
+"""``stop``: end-of-sequence token or stop string; ``length``: token limit; ``error``: a model gave NaN."""
+
+_keys = itertools.count(1)
+
+
+def new_key() -> int:
+    """A number that no other hypothesis of this process has."""
+    return next(_keys)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What to answer: plain text, or the turns of a chat. Each model renders it in its own way (``models.chat``)."""
+
+    content: str | tuple[Message, ...]
+
+    @classmethod
+    def of(cls, value: Prompt | str | Sequence[Mapping[str, str] | Message]) -> Prompt:
+        """Accept text, messages as dictionaries (OpenAI's shape), or a Prompt."""
+        if isinstance(value, Prompt):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        return cls(tuple(m if isinstance(m, Message) else Message(m["role"], m["content"]) for m in value))
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn and when a response ends.
+
+    Attributes:
+        temperature: acts after guidance has been mixed in (METHOD, section 2); 0 is greedy.
+        top_k: keep the k likeliest tokens; 0 is off.
+        top_p: keep the smallest set of tokens whose probability reaches p; 1 is off.
+        min_p: keep tokens at least ``min_p`` times as likely as the likeliest; 0 is off.
+        repetition_penalty: as in transformers (Keskar et al. 2019), over the response; 1 is off.
+        max_new_tokens: response length at most, in base tokens.
+        stop: strings that end the response; not part of the text.
+        ignore_eos: never end at an end-of-sequence token, never draw one.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 50
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+class Meter:
+    """Counts, for one request, the tokens that each model read. The one mutable thing that beams share."""
+
+    def __init__(self) -> None:
+        self.forward_tokens: Counter[str] = Counter()
+
+    def add(self, model: str, tokens: int) -> None:
+        """``model`` read ``tokens`` tokens for this request."""
+        self.forward_tokens[model] += tokens
+
+
+@runtime_checkable
+class Hypothesis(Protocol):
+    """What a value needs to know of a beam; ``parent`` names the hypothesis that this one extends."""
+
+    key: int
+    parent: int | None
+    prompt: Prompt
+    token_ids: Sequence[int]
+    text: str
+    finish: FinishReason | None
+    meter: Meter
+    inherits: bool
+    """True: no other than the sisters in the same call will ask for the parent again, so its cache row may be taken over."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Beam:
+    """A hypothesis: ``token_ids`` (base vocabulary, EOS included) and their ``text`` (EOS and stop strings left out)."""
+
+    key: int
+    parent: int | None
+    prompt: Prompt
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    finish: FinishReason | None = None
+    meter: Meter = field(default_factory=Meter)
+    inherits: bool = True
+    lineage: int = 0
+    """Where in the search tree this beam hangs; seeds its draws. First children inherit it (see ``engine.sampling``)."""
+    guide_shift: tuple[float, ...] = ()
+    """Per token: how far guidance moved its log-probability, in nats. Empty where no guide ran."""
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Nothing will be added to this beam."""
+        return self.finish is not None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenGuidance:
+    """Which value steers every token, and how.
+
+    Attributes:
+        value: any value; those that know the whole vocabulary shift all logits, others re-score candidates.
+        beta: guidance weight; temperature acts afterwards, so the effective strength is beta / temperature.
+        candidates: re-score this many of the base's likeliest tokens; 0: shift the whole vocabulary.
+        transform: of candidate values: ``identity``, ``log-sigmoid`` (FUDGE), ``centered`` (VAS).
+        normalise: mix log-probabilities rather than logits (GenARM).
+    """
+
+    value: Value
+    beta: float = 1.0
+    candidates: int = 0
+    transform: Literal["identity", "log-sigmoid", "centered"] = "identity"
+    normalise: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """An order to an engine: make ``successors`` children of ``beam``, each up to ``tokens`` longer."""
+
+    beam: Beam
+    successors: int
+    tokens: int
+    sampling: SamplingParams
+    guidance: TokenGuidance | None
+    seed: int
+
+
+class Value(Protocol):
+    """Turns hypotheses into numbers: higher is better. Comparable among hypotheses of one prompt.
+
+    ``score`` must not depend on what was scored before, nor on who shares the batch; caches are only an optimisation.
+    """
+
+    name: str
+
+    def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
+        """One number for each hypothesis."""
+
+    def release(self, keys: Sequence[int]) -> None:
+        """These hypotheses will not be asked for again; forget what is kept for them."""
+
+
+class Engine(Protocol):
+    """Turns beams into longer beams."""
+
+    name: str
+
+    def open(self, prompt: Prompt, sampling: SamplingParams) -> Beam:
+        """The empty response to ``prompt``.
+
+        Raises:
+            PromptError: empty, or too long together with ``sampling.max_new_tokens``.
+        """
+
+    def extend(self, orders: Sequence[Extension]) -> list[list[Beam]]:
+        """The children of every order's beam, which passes its cache on to them."""
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Free what is kept for these beams."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a completion cost: tokens read by each model (prompt included), tokens of prompt and text, seconds."""
+
+    forward_tokens: Mapping[str, int]
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+    @property
+    def total_forward_tokens(self) -> int:
+        """Tokens read by all models together."""
+        return sum(self.forward_tokens.values())
+
+
+@dataclass(frozen=True, slots=True)
+class TraceNode:
+    """One hypothesis of the search tree as it stood after its chunk."""
+
+    key: int
+    parent: int | None
+    text: str
+    tokens: tuple[str, ...]
+    guide_shift: tuple[float, ...]
+    score: float | None
+    kept: bool
+    finish: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one round of the search did for one request; ``committed`` is the text that all live beams share."""
+
+    request: int
+    kept: tuple[TraceNode, ...]
+    dropped: tuple[TraceNode, ...]
+    committed: str
+    completion: Completion | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to one request. ``trace`` is empty unless it was asked for."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    score: float | None
+    finish_reason: FinishReason
+    usage: Usage
+    error: str | None = None
+    trace: tuple[Step, ...] = ()
+    guide_shift: tuple[float, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, without the trace."""
+        out: dict[str, Any] = {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "score": self.score,
+            "finish_reason": self.finish_reason,
+            "usage": {
+                "forward_tokens": dict(self.usage.forward_tokens),
+                "prompt_tokens": self.usage.prompt_tokens,
+                "completion_tokens": self.usage.completion_tokens,
+                "seconds": round(self.usage.seconds, 4),
+            },
+        }
+        if self.error:
+            out["error"] = self.error
+        return out
