@@ -95,6 +95,10 @@ class Hypothesis(Protocol):
     text: str
     finish: FinishReason | None
     meter: Meter
+    vocabulary: Any
+    """What ``token_ids`` mean (``models.vocab.Vocabulary``); models with another vocabulary read ``text`` instead."""
+    origin: int | None
+    """The last ancestor that was selected, when that is not the parent: values know that one."""
     inherits: bool
     """True: no other than the sisters in the same call will ask for the parent again, so its cache row may be taken over."""
 
@@ -110,11 +114,17 @@ class Beam:
     text: str = ""
     finish: FinishReason | None = None
     meter: Meter = field(default_factory=Meter)
+    vocabulary: Any = None
+    origin: int | None = None
     inherits: bool = True
     lineage: int = 0
     """Where in the search tree this beam hangs; seeds its draws. First children inherit it (see ``engine.sampling``)."""
     guide_shift: tuple[float, ...] = ()
-    """Per token: how far guidance moved its log-probability, in nats. Empty where no guide ran."""
+    """Per token: how far guidance moved its log-probability, in nats. Empty unless recorded."""
+    pieces: tuple[str, ...] = ()
+    """Per token: the text that it added. Empty unless recorded."""
+    decoded: tuple[int, int] = (0, 0)
+    """How far ``text`` has been decoded: see ``models.vocab.Vocabulary.continue_text``."""
     error: str | None = None
 
     @property
@@ -152,6 +162,8 @@ class Extension:
     sampling: SamplingParams
     guidance: TokenGuidance | None
     seed: int
+    record: bool = False
+    """Fill ``guide_shift`` and ``pieces`` of the children."""
 
 
 class Value(Protocol):
@@ -164,6 +176,9 @@ class Value(Protocol):
 
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
         """One number for each hypothesis."""
+
+    def check(self, prompt: Prompt, new_tokens: int) -> None:
+        """Raise PromptError where this value cannot read the prompt and an answer of ``new_tokens``."""
 
     def release(self, keys: Sequence[int]) -> None:
         """These hypotheses will not be asked for again; forget what is kept for them."""
@@ -180,6 +195,12 @@ class Engine(Protocol):
         Raises:
             PromptError: empty, or too long together with ``sampling.max_new_tokens``.
         """
+
+    def prompt_tokens(self, prompt: Prompt) -> int:
+        """Length of the prompt in base tokens."""
+
+    def check(self, guidance: TokenGuidance | None) -> None:
+        """Raise (ConfigError, VocabularyError) where token guidance does not fit the base."""
 
     def extend(self, orders: Sequence[Extension]) -> list[list[Beam]]:
         """The children of every order's beam, which passes its cache on to them."""

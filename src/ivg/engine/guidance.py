@@ -1,0 +1,104 @@
+"""Token guidance: how a value moves the base's logits before a token is drawn (METHOD, sections 2 and 6).
+
+Over the whole vocabulary where the value knows it: z + beta * delta. Otherwise over the base's likeliest candidates:
+z_v + beta * f(V(prefix + v)), all other tokens out. V(prefix) is the same for all candidates of a row, so leaving it out
+changes nothing. Candidates are hypotheses like any other: a value with another tokenizer reads their text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ivg.errors import ConfigError
+from ivg.models.vocab import Vocabulary
+from ivg.types import FinishReason, Hypothesis, Meter, Prompt, TokenGuidance, new_key
+from ivg.values.base import VocabularyValue, has_deltas
+
+DEFAULT_CANDIDATES = 20
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A hypothesis with one more token, for the time of one look."""
+
+    key: int
+    parent: int
+    prompt: Prompt
+    token_ids: Sequence[int]
+    text: str
+    meter: Meter
+    vocabulary: Vocabulary
+    finish: FinishReason | None = None
+    origin: int | None = None
+    inherits: bool = False
+
+
+def check_guidance(guidance: TokenGuidance, base: Vocabulary) -> None:
+    """Raise where full-vocabulary guidance is asked of a value with other tokens.
+
+    Raises:
+        VocabularyError: the ids mean different text; names the first that differ.
+        ConfigError: a negative number of candidates.
+    """
+    if guidance.candidates < 0:
+        raise ConfigError(f"candidates must be 0 (whole vocabulary) or more, got {guidance.candidates}")
+    value = guidance.value
+    if guidance.candidates == 0 and isinstance(value, VocabularyValue) and has_deltas(value):
+        base.require_same(
+            value.vocabulary,
+            f"a guide with another vocabulary can compare candidates as text: candidates={DEFAULT_CANDIDATES} "
+            f"(--guide-candidates {DEFAULT_CANDIDATES})",
+        )
+
+
+def guided(logits: Tensor, hypotheses: Sequence[Hypothesis], decoded: Sequence[tuple[int, int]], guidance: TokenGuidance) -> Tensor:
+    """The base's logits [rows, vocabulary], float32, moved by ``guidance``.
+
+    Args:
+        logits: of the base, behind the last token of each hypothesis.
+        hypotheses: one for each row.
+        decoded: up to where each hypothesis' text is decoded (``Vocabulary.continue_text``).
+        guidance: what to add.
+    """
+    if guidance.beta == 0:
+        return logits
+    value = guidance.value
+    base = logits.log_softmax(-1) if guidance.normalise else logits
+    if guidance.candidates == 0 and isinstance(value, VocabularyValue) and has_deltas(value):
+        deltas = value.deltas(hypotheses).to(base.device)
+        width = min(base.shape[1], deltas.shape[1], value.vocabulary.size)
+        out = base.clone()  # columns beyond the guide's vocabulary keep the base's logits
+        out[:, :width] += guidance.beta * deltas[:, :width]
+        return out
+    top = base.topk(min(guidance.candidates or DEFAULT_CANDIDATES, base.shape[1]))
+    candidates = _candidates(hypotheses, decoded, top.indices)
+    scores = _candidate_scores(candidates, guidance, top.indices.shape)
+    value.release([c.key for c in candidates])
+    moved = top.values + guidance.beta * scores.to(base.device)
+    return torch.full_like(base, -math.inf).scatter(1, top.indices, moved)
+
+
+def _candidates(hypotheses: Sequence[Hypothesis], decoded: Sequence[tuple[int, int]], ids: Tensor) -> list[_Candidate]:
+    out = []
+    for h, state, row in zip(hypotheses, decoded, ids.tolist(), strict=True):
+        vocabulary: Vocabulary = h.vocabulary
+        for token in row:
+            tokens = [*h.token_ids, token]
+            text = h.text if token in vocabulary.eos_ids else h.text + vocabulary.continue_text(tokens, state)[0]
+            out.append(_Candidate(new_key(), h.key, h.prompt, tokens, text, h.meter, vocabulary))
+    return out
+
+
+def _candidate_scores(candidates: Sequence[_Candidate], guidance: TokenGuidance, shape: torch.Size) -> Tensor:
+    """The value of every candidate, transformed; float32 [rows, candidates]."""
+    scores = torch.tensor(guidance.value.score(candidates), dtype=torch.float32).view(shape)
+    if guidance.transform == "log-sigmoid":
+        return torch.nn.functional.logsigmoid(scores)
+    if guidance.transform == "centered":
+        return scores - scores.mean(1, keepdim=True)
+    return scores

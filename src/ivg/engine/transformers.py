@@ -1,0 +1,213 @@
+"""The reference engine: any transformers causal language model, all beams of all requests in one batch.
+
+Knows: one token at a time for many beams, each with its own sampling, guidance and limits. Must not know which beams
+are worth keeping (``decoding.search``). What the base's prompt is read once for, its children share: the first token of
+all children of a beam is drawn from one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ivg.decoding.draws import child_lineage, uniform
+from ivg.engine.guidance import check_guidance, guided
+from ivg.engine.sampling import sample
+from ivg.models.reader import Reader
+from ivg.types import Beam, Extension, FinishReason, Meter, Prompt, SamplingParams, TokenGuidance, new_key
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A child while it grows; a :class:`~ivg.types.Hypothesis`, so base and guides can read it."""
+
+    order: Extension
+    parent: int
+    lineage: int
+    limit: int
+    prompt: Prompt
+    meter: Meter
+    vocabulary: object
+    token_ids: list[int]
+    decoded: tuple[int, int]
+    written: str
+    key: int = field(default_factory=new_key)
+    finish: FinishReason | None = None
+    error: str | None = None
+    origin: int | None = None
+    inherits: bool = True
+    guide_shift: list[float] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """The response so far; decoded when asked for."""
+        if self.decoded[1] < len(self.token_ids):
+            new, self.decoded = self.order.beam.vocabulary.continue_text(self.token_ids, self.decoded)
+            self.written += new
+        return self.written
+
+
+class TransformersEngine:
+    """Extends beams with a :class:`~ivg.models.reader.Reader` of the base model."""
+
+    name = "transformers"
+
+    def __init__(self, base: Reader) -> None:
+        self.base = base
+        self.vocabulary = base.vocabulary
+
+    def open(self, prompt: Prompt, sampling: SamplingParams) -> Beam:
+        """The empty response to ``prompt``.
+
+        Raises:
+            PromptError: empty, or too long together with ``sampling.max_new_tokens``.
+        """
+        self.base.check_length(prompt, sampling.max_new_tokens)
+        return Beam(new_key(), None, prompt, vocabulary=self.vocabulary, inherits=False)
+
+    def prompt_tokens(self, prompt: Prompt) -> int:
+        """Length of the prompt in base tokens."""
+        return len(self.base.prompt_ids(prompt))
+
+    def check(self, guidance: TokenGuidance | None) -> None:
+        """Raise where ``guidance`` does not fit the base (see ``engine.guidance``)."""
+        if guidance is not None:
+            check_guidance(guidance, self.vocabulary)
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Free the base's rows of these beams."""
+        self.base.release(keys)
+
+    def extend(self, orders: Sequence[Extension]) -> list[list[Beam]]:
+        """The children of every order's beam, each ``tokens`` longer or finished.
+
+        Children whose model gave NaN end with ``finish="error"``; the others go on.
+        """
+        families = [self._drafts(order) for order in orders]
+        drafts = [d for family in families for d in family]
+        parents = [order.beam for order in orders]
+        row_of = [i for i, family in enumerate(families) for _ in family]
+        self._step(drafts, parents, [p.decoded for p in parents], list(orders), row_of)
+        while active := [d for d in drafts if d.finish is None and len(d.token_ids) < d.limit]:
+            self._step(active, active, [_state(d) for d in active], [d.order for d in active], list(range(len(active))))
+        return [[_finished(d) for d in family] for family in families]
+
+    def _drafts(self, order: Extension) -> list[_Draft]:
+        beam, sampling = order.beam, order.sampling
+        limit = min(len(beam.token_ids) + order.tokens, sampling.max_new_tokens)
+        return [
+            _Draft(
+                order=order,
+                parent=beam.key,
+                lineage=child_lineage(beam.lineage, len(beam.token_ids), index),
+                limit=limit,
+                prompt=beam.prompt,
+                meter=beam.meter,
+                vocabulary=beam.vocabulary,
+                token_ids=list(beam.token_ids),
+                decoded=beam.decoded,
+                written=beam.text,
+                guide_shift=list(beam.guide_shift),
+                pieces=list(beam.pieces),
+            )
+            for index in range(order.successors)
+        ]
+
+    def _step(
+        self,
+        drafts: list[_Draft],
+        nodes: Sequence[Beam | _Draft],
+        decoded: list[tuple[int, int]],
+        orders: list[Extension],
+        row_of: list[int],
+    ) -> None:
+        """One token for every draft; ``row_of[i]`` is the node whose distribution draft i draws from."""
+        logits = self.base.outputs(nodes)
+        mixed = self._mix(logits, nodes, decoded, orders)
+        broken = mixed.isnan().any(-1) | (mixed == torch.inf).any(-1)
+        for i in broken.nonzero()[:, 0].tolist():
+            source = "the base model" if not bool(logits[i].isfinite().all()) else "token guidance"
+            mixed[i] = 0.0
+            for d, row in zip(drafts, row_of, strict=True):
+                if row == i:
+                    d.finish, d.error = "error", f"{source} gave NaN or infinity after {len(d.token_ids)} tokens"
+        index = torch.tensor(row_of, device=mixed.device)
+        rows = mixed.index_select(0, index)
+        draws = [uniform(d.order.seed, d.lineage, len(d.token_ids)) for d in drafts]
+        tokens = sample(rows, [d.order.sampling for d in drafts], draws, [d.token_ids for d in drafts])
+        shifts = self._shifts(logits.index_select(0, index), rows, tokens) if any(d.order.record for d in drafts) else None
+        for k, (d, token) in enumerate(zip(drafts, tokens.tolist(), strict=True)):
+            if d.finish is None:
+                self._push(d, token, None if shifts is None else shifts[k])
+
+    def _mix(
+        self, logits: Tensor, nodes: Sequence[Beam | _Draft], decoded: list[tuple[int, int]], orders: list[Extension]
+    ) -> Tensor:
+        """Guidance added, forbidden end-of-sequence tokens out; nodes with the same guidance share one call."""
+        mixed = logits.clone()
+        groups: dict[TokenGuidance, list[int]] = {}
+        for i, order in enumerate(orders):
+            if order.guidance is not None and order.guidance.beta != 0:
+                groups.setdefault(order.guidance, []).append(i)
+        silent = [i for i, order in enumerate(orders) if order.sampling.ignore_eos]
+        eos = sorted(self.vocabulary.eos_ids)
+        if silent and eos:
+            mixed[torch.tensor(silent)[:, None], torch.tensor(eos)] = -torch.inf
+        for guidance, rows in groups.items():
+            mixed[rows] = guided(mixed[rows], [nodes[i] for i in rows], [decoded[i] for i in rows], guidance)
+        return mixed
+
+    @staticmethod
+    def _shifts(base: Tensor, mixed: Tensor, tokens: Tensor) -> list[float]:
+        """How far guidance moved the log-probability of the drawn tokens, in nats."""
+        before = base.log_softmax(-1).gather(1, tokens[:, None])
+        return (mixed.log_softmax(-1).gather(1, tokens[:, None]) - before)[:, 0].tolist()
+
+    def _push(self, d: _Draft, token: int, shift: float | None) -> None:
+        """Append a token and see whether it ends the response."""
+        sampling = d.order.sampling
+        d.token_ids.append(token)
+        before = len(d.written)
+        if token in self.vocabulary.eos_ids and not sampling.ignore_eos:
+            d.finish = "stop"
+            d.text  # noqa: B018 - decode what was held back
+        elif sampling.stop and (cut := _stop_at(d.text, before, sampling.stop)) is not None:
+            d.written, d.finish = d.text[:cut], "stop"
+        elif len(d.token_ids) >= sampling.max_new_tokens:
+            d.finish = "length"
+        if d.order.record:
+            d.guide_shift.append(shift or 0.0)
+            d.pieces.append(d.text[before:])
+
+
+def _state(d: _Draft) -> tuple[int, int]:
+    return (d.text, d.decoded)[1]  # the text first: asking for it moves the state
+
+
+def _stop_at(text: str, before: int, stops: Sequence[str]) -> int | None:
+    """Where the first stop string begins that the text beyond ``before`` completes."""
+    found = [text.find(s, max(0, before - len(s) + 1)) for s in stops if s]
+    return min((f for f in found if f >= 0), default=None)
+
+
+def _finished(d: _Draft) -> Beam:
+    text = d.written if d.finish == "stop" else d.text
+    return Beam(
+        key=d.key,
+        parent=d.parent,
+        prompt=d.prompt,
+        token_ids=tuple(d.token_ids),
+        text=text,
+        finish=d.finish,
+        meter=d.meter,
+        vocabulary=d.vocabulary,
+        lineage=d.lineage,
+        guide_shift=tuple(d.guide_shift),
+        pieces=tuple(d.pieces),
+        decoded=d.decoded,
+        error=d.error,
+    )

@@ -1,0 +1,167 @@
+"""From a directory or hub id to a network on a device, with its tokenizer.
+
+Everything that ``from_pretrained`` takes passes through: revision, dtype, quantisation, trust_remote_code (off unless asked).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ivg.errors import ConfigError, ModelError
+from ivg.models.cached import CachedModel
+from ivg.models.reader import Reader
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How models are loaded.
+
+    Attributes:
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; None: CUDA if there is one, else CPU.
+        dtype: ``auto``: bfloat16 where the device computes in it natively, else float32.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code from the model's repository.
+        quantization: passed as ``quantization_config`` (a transformers config, or its dictionary).
+    """
+
+    device: str | None = None
+    dtype: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    quantization: Any = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def hub(self) -> dict[str, Any]:
+        """Arguments that say where weights come from."""
+        out: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, **self.extra}
+        return out | ({"revision": self.revision} if self.revision else {})
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device, or the best at hand.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ConfigError(f"device {name!r} is not usable here: {str(e).splitlines()[0]}\n  expected e.g. cpu or cuda") from e
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The named dtype; ``auto`` is bfloat16 where the device multiplies in it natively, else float32.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    import torch
+
+    if name not in DTYPES:
+        raise ConfigError(f"unknown dtype {name!r}\n  expected one of {', '.join(DTYPES)}")
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _cpu_has_bf16()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    """Instructions for bfloat16 products; oneDNN alone also says yes where it emulates them, 8 times slower."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
+
+
+def load_network(name: str | Path, auto_class: Any, options: LoadOptions, what: str) -> Any:
+    """``auto_class.from_pretrained``, on the device, for inference; errors in one line.
+
+    Raises:
+        ModelError: nothing usable at ``name``.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    device = pick_device(options.device)
+    kwargs: dict[str, Any] = {"dtype": pick_dtype(options.dtype, device), **options.hub()}
+    if options.quantization is not None:
+        kwargs |= {"quantization_config": options.quantization, "device_map": {"": device}}
+    try:
+        network = auto_class.from_pretrained(name, **kwargs)
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
+        raise ModelError(
+            f"cannot load {what} {str(name)!r}: {_first_line(e)}\n  expected a directory with config.json and weights, or a hub id"
+        ) from e
+    return network.eval() if options.quantization is not None else network.to(device).eval()
+
+
+def load_tokenizer(name: str | Path, options: LoadOptions, what: str) -> Any:
+    """The tokenizer at ``name``.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, **options.hub())
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        raise ModelError(
+            f"cannot load the tokenizer of {what} {str(name)!r}: {_first_line(e)}\n  expected tokenizer.json (or its kin) beside the weights"
+        ) from e
+
+
+def load_causal(name: str | Path, what: str, options: LoadOptions | None = None, template: str | None = None) -> Reader:
+    """A causal language model that can be read with a cache; ``what`` is its name in usage and errors."""
+    from transformers import AutoModelForCausalLM
+
+    options = options or LoadOptions()
+    tokenizer = load_tokenizer(name, options, what)
+    network = load_network(name, AutoModelForCausalLM, options, what)
+    return Reader(CachedModel(network, what), tokenizer, template, eos_ids(network, tokenizer))
+
+
+def load_value(
+    name: str | Path, what: str, options: LoadOptions | None = None, template: str | None = None, tokenizer: Any = None
+) -> Reader:
+    """A value network (any layout of ``models.value_head``); ``tokenizer`` where the checkpoint has none of its own."""
+    from ivg.models.value_head import ValueModel
+
+    options = options or LoadOptions()
+    if tokenizer is None:
+        tokenizer = load_tokenizer(name, options, what)
+    network = load_network(name, ValueModel, options, what)
+    return Reader(CachedModel(network, what), tokenizer, template)
+
+
+def eos_ids(network: Any, tokenizer: Any) -> Sequence[int]:
+    """Ids that end a response: the generation config's (one or a list), else the config's, else the tokenizer's."""
+    for source in (getattr(network, "generation_config", None), network.config):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else list(ids)
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _first_line(e: BaseException) -> str:
+    return (str(e).strip() or type(e).__name__).splitlines()[0][:300]

@@ -1,0 +1,108 @@
+"""Explicit values: a small network that was trained to predict the final reward from any prefix (METHOD, section 1).
+
+Vocabulary head: head(h_{t-1})[y_t] = Q(s_t, y_t) = V(x, y_<=t), read at the position before the last token; one pass
+gives the value of every next token, so it can shift the whole vocabulary. Scalar head: V(x, y_<=t) at the last token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ivg.models.loading import LoadOptions, load_value
+from ivg.models.reader import Reader
+from ivg.models.value_head import HeadKind, ValueModel
+from ivg.types import Hypothesis, Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ivg.models.vocab import Vocabulary
+
+
+class ExplicitValue:
+    """A trained value network.
+
+    Args:
+        model: reads hypotheses with a :class:`~ivg.models.value_head.ValueModel`.
+        name: in traces.
+    """
+
+    def __init__(self, model: Reader, name: str = "explicit") -> None:
+        self.model, self.name = model, name
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        template: str | None = None,
+        options: LoadOptions | None = None,
+        tokenizer: Any = None,
+        name: str = "explicit",
+    ) -> ExplicitValue:
+        """Load any layout that ``models.value_head`` names, from a directory or the hub.
+
+        Args:
+            path: directory or hub id.
+            template: how this model reads the prompt.
+            options: device, dtype and the like.
+            tokenizer: where the checkpoint has none beside it.
+            name: in usage and traces.
+        """
+        return cls(load_value(path, name, options, template, tokenizer), name)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights, config and tokenizer; :meth:`from_pretrained` reads them back."""
+        self.network.save_pretrained(folder)
+        self.model.tokenizer.save_pretrained(folder)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> None:
+        """Upload what :meth:`save_pretrained` writes."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.upload_folder(repo_id=repo_id, folder_path=folder)
+
+    @property
+    def network(self) -> ValueModel:
+        """The value network."""
+        return cast(ValueModel, self.model.model.network)
+
+    @property
+    def head(self) -> HeadKind:
+        """``vocabulary`` or ``scalar``."""
+        return self.network.kind
+
+    def full_vocabulary(self) -> bool:
+        """Only a vocabulary head knows all next tokens at once."""
+        return self.head == "vocabulary"
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What the columns of :meth:`deltas` mean."""
+        return self.model.vocabulary
+
+    def deltas(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
+        """Q(s_t, .), float32 [hypotheses, vocabulary]; of a vocabulary head only."""
+        return self.model.outputs(hypotheses)
+
+    def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
+        """V(x, y_<=t) for each hypothesis, in units of the reward that the network was trained on."""
+        if self.head == "vocabulary":
+            return self.model.last_token_outputs(hypotheses).tolist()
+        return self.model.outputs(hypotheses)[:, 0].tolist()
+
+    def check(self, prompt: Prompt, new_tokens: int) -> None:
+        """Raise PromptError where prompt and answer outgrow the context."""
+        self.model.check_length(prompt, new_tokens)
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Free the rows."""
+        self.model.release(keys)

@@ -1,0 +1,107 @@
+"""Implicit values: what a pair of language models, or one autoregressive reward model, prefers.
+
+V(x, y_<=t) = sum_i log pi_tuned(y_i | .) - log pi_untuned(y_i | .), response tokens only, EOS counted once the response
+has ended, no length normalisation (METHOD, section 1; IVG paper, section 3; Weak-to-Strong Search).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ivg.models.loading import LoadOptions, load_causal
+from ivg.models.reader import Reader
+from ivg.types import Hypothesis, Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ivg.models.vocab import Vocabulary
+
+
+class ImplicitValue:
+    """The log-ratio of a small tuned and the untuned model that it was tuned from.
+
+    Args:
+        tuned: e.g. DPO-tuned.
+        untuned: its start; the same vocabulary.
+        name: in traces.
+
+    Raises:
+        VocabularyError: the two do not share a vocabulary.
+    """
+
+    def __init__(self, tuned: Reader, untuned: Reader, name: str = "implicit") -> None:
+        tuned.vocabulary.require_same(untuned.vocabulary, "a tuned model keeps the vocabulary of its untuned start")
+        self.tuned, self.untuned, self.name = tuned, untuned, name
+
+    @classmethod
+    def from_pretrained(
+        cls, tuned: str | Path, untuned: str | Path, *, template: str | None = None, options: LoadOptions | None = None
+    ) -> ImplicitValue:
+        """Load both from directories or the hub."""
+        return cls(load_causal(tuned, "tuned", options, template), load_causal(untuned, "untuned", options, template))
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The pair's vocabulary."""
+        return self.tuned.vocabulary
+
+    def deltas(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
+        """z_tuned - z_untuned on raw logits (EFT; METHOD, section 2), float32 [hypotheses, vocabulary]."""
+        tuned, untuned = self.tuned.outputs(hypotheses), self.untuned.outputs(hypotheses)
+        width = min(tuned.shape[1], untuned.shape[1])
+        return tuned[:, :width] - untuned[:, :width]
+
+    def token_scores(self, hypotheses: Sequence[Hypothesis]) -> list[list[float]]:
+        """The log-ratio of every response token, in nats; their sum is the score."""
+        tuned, untuned = self.tuned.token_logps(hypotheses), self.untuned.token_logps(hypotheses)
+        return [[a - b for a, b in zip(t, u, strict=True)] for t, u in zip(tuned, untuned, strict=True)]
+
+    def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
+        """Sum of log-ratios over the response, in nats."""
+        return [sum(scores) for scores in self.token_scores(hypotheses)]
+
+    def check(self, prompt: Prompt, new_tokens: int) -> None:
+        """Raise PromptError where prompt and answer outgrow the context."""
+        self.tuned.check_length(prompt, new_tokens)
+        self.untuned.check_length(prompt, new_tokens)
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Free the rows of both models."""
+        self.tuned.release(keys)
+        self.untuned.release(keys)
+
+
+class AutoregressiveReward:
+    """A language model whose log-probability is the reward (GenARM's ARM; METHOD, section 6).
+
+    Args:
+        model: trained so that log pi_arm(y | x) ranks responses.
+        name: in traces.
+    """
+
+    def __init__(self, model: Reader, name: str = "arm") -> None:
+        self.model, self.name = model, name
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The model's vocabulary."""
+        return self.model.vocabulary
+
+    def deltas(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
+        """log pi_arm(. | prefix), float32 [hypotheses, vocabulary]."""
+        return self.model.outputs(hypotheses).log_softmax(-1)
+
+    def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
+        """log pi_arm(response), in nats."""
+        return [sum(logps) for logps in self.model.token_logps(hypotheses)]
+
+    def check(self, prompt: Prompt, new_tokens: int) -> None:
+        """Raise PromptError where prompt and answer outgrow the context."""
+        self.model.check_length(prompt, new_tokens)
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Free the rows."""
+        self.model.release(keys)

@@ -1,0 +1,108 @@
+"""Reward models: any sequence classifier, on text, with its own tokenizer.
+
+Encoders see the whole text at once and cannot keep a cache, so each call reads the whole text: use them at the end of
+responses (best-of-N) or for few, long chunks; for every prefix an explicit value is cheaper and better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ivg.errors import ConfigError
+from ivg.models.chat import render
+from ivg.models.loading import LoadOptions, load_network, load_tokenizer
+from ivg.types import Hypothesis, Message, Prompt
+
+
+class RewardModel:
+    """A sequence classifier as a value of prompt + response.
+
+    One label: its logit. Two labels: logit of label 1 minus logit of label 0 (METHOD, section 5: POS - NEG). More: name
+    the label.
+
+    Args:
+        network: a transformers ``*ForSequenceClassification``.
+        tokenizer: its own.
+        template: ``"chat"``: prompt and response as a conversation in the tokenizer's chat template; a format string with
+            ``{prompt}`` and optionally ``{response}`` (else the response follows); None: ``"{prompt}{response}"``.
+        label: index of the label whose logit is the reward.
+        name: in usage and traces.
+        batch_size: texts for each forward pass.
+    """
+
+    def __init__(
+        self, network: Any, tokenizer: Any, template: str | None = None, label: int | None = None, name: str = "reward", batch_size: int = 64
+    ) -> None:
+        labels = network.config.num_labels
+        if label is None and labels > 2:
+            raise ConfigError(f"{name} has {labels} labels\n  say which one is the reward: label=0…{labels - 1}")
+        self.network, self.tokenizer, self.template = network.eval(), tokenizer, template
+        self.label, self.name, self.batch_size = label, name, batch_size
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if network.config.pad_token_id is None:
+            network.config.pad_token_id = tokenizer.pad_token_id
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        template: str | None = None,
+        label: int | None = None,
+        options: LoadOptions | None = None,
+        name: str = "reward",
+    ) -> RewardModel:
+        """Load from a directory or the hub."""
+        from transformers import AutoModelForSequenceClassification
+
+        options = options or LoadOptions()
+        tokenizer = load_tokenizer(path, options, name)
+        return cls(load_network(path, AutoModelForSequenceClassification, options, name), tokenizer, template, label, name)
+
+    def text(self, prompt: Prompt, response: str) -> str:
+        """What the classifier reads."""
+        if self.template == "chat" or (self.template is None and not isinstance(prompt.content, str)):
+            turns = (Message("user", prompt.content),) if isinstance(prompt.content, str) else prompt.content
+            messages = [{"role": m.role, "content": m.content} for m in (*turns, Message("assistant", response))]
+            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        if self.template and "{response}" in self.template:
+            return render(prompt, self.tokenizer, self.template).replace("{response}", response)
+        return render(prompt, self.tokenizer, self.template) + response
+
+    def rewards(self, texts: Sequence[str]) -> tuple[list[float], list[int]]:
+        """(reward, number of tokens read) of every text; texts of like length share a pass."""
+        known = (getattr(self.network.config, "max_position_embeddings", None), self.tokenizer.model_max_length)
+        limit = min((n for n in known if n and n < 1 << 30), default=None)
+        ids = [self.tokenizer(t, truncation=limit is not None, max_length=limit).input_ids for t in texts]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        out = [0.0] * len(ids)
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            batch = self.tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, padding_side="right", return_tensors="pt")
+            with torch.no_grad():
+                logits = self.network(**batch.to(self.network.device)).logits.float()
+            if self.label is not None:
+                reward = logits[:, self.label]
+            else:
+                reward = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+            for i, r in zip(chosen, reward.tolist(), strict=True):
+                out[i] = r
+        return out, [len(i) for i in ids]
+
+    def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
+        """The reward of prompt + response for each hypothesis."""
+        rewards, tokens = self.rewards([self.text(h.prompt, h.text) for h in hypotheses])
+        for h, n in zip(hypotheses, tokens, strict=True):
+            h.meter.add(self.name, n)
+        return rewards
+
+    def check(self, prompt: Prompt, new_tokens: int) -> None:
+        """Longer texts are cut at the classifier's limit."""
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Nothing is kept."""
