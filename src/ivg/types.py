@@ -184,6 +184,24 @@ class Value(Protocol):
         """These hypotheses will not be asked for again; forget what is kept for them."""
 
 
+@runtime_checkable
+class VocabularyValue(Value, Protocol):
+    """A value with a number for every next token; it can shift all logits at once (see :func:`knows_vocabulary`)."""
+
+    @property
+    def vocabulary(self) -> Any:
+        """What the columns of :meth:`deltas` mean (``models.vocab.Vocabulary``)."""
+
+    def deltas(self, hypotheses: Sequence[Hypothesis]) -> Any:
+        """What to add to the base's logits, before the guidance weight; float32 tensor [hypotheses, vocabulary]."""
+
+
+def knows_vocabulary(value: Value) -> bool:
+    """Can ``value`` shift the whole vocabulary at once? A class whose instances differ has ``full_vocabulary()``."""
+    full = getattr(value, "full_vocabulary", None)
+    return isinstance(value, VocabularyValue) and (full is None or full())
+
+
 class Engine(Protocol):
     """Turns beams into longer beams."""
 

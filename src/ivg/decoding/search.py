@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ivg.decoding import select
-from ivg.decoding.draws import mix, uniform
+from ivg.draws import mix, uniform
 from ivg.errors import ConfigError
 from ivg.types import (
     Beam,

@@ -16,8 +16,16 @@ from torch import Tensor
 
 from ivg.errors import ConfigError
 from ivg.models.vocab import Vocabulary
-from ivg.types import FinishReason, Hypothesis, Meter, Prompt, TokenGuidance, new_key
-from ivg.values.base import VocabularyValue, has_deltas
+from ivg.types import (
+    FinishReason,
+    Hypothesis,
+    Meter,
+    Prompt,
+    TokenGuidance,
+    VocabularyValue,
+    knows_vocabulary,
+    new_key,
+)
 
 DEFAULT_CANDIDATES = 20
 
@@ -48,7 +56,7 @@ def check_guidance(guidance: TokenGuidance, base: Vocabulary) -> None:
     if guidance.candidates < 0:
         raise ConfigError(f"candidates must be 0 (whole vocabulary) or more, got {guidance.candidates}")
     value = guidance.value
-    if guidance.candidates == 0 and isinstance(value, VocabularyValue) and has_deltas(value):
+    if guidance.candidates == 0 and isinstance(value, VocabularyValue) and knows_vocabulary(value):
         base.require_same(
             value.vocabulary,
             f"a guide with another vocabulary can compare candidates as text: candidates={DEFAULT_CANDIDATES} "
@@ -69,7 +77,7 @@ def guided(logits: Tensor, hypotheses: Sequence[Hypothesis], decoded: Sequence[t
         return logits
     value = guidance.value
     base = logits.log_softmax(-1) if guidance.normalise else logits
-    if guidance.candidates == 0 and isinstance(value, VocabularyValue) and has_deltas(value):
+    if guidance.candidates == 0 and isinstance(value, VocabularyValue) and knows_vocabulary(value):
         deltas = value.deltas(hypotheses).to(base.device)
         width = min(base.shape[1], deltas.shape[1], value.vocabulary.size)
         out = base.clone()  # columns beyond the guide's vocabulary keep the base's logits

@@ -1,7 +1,7 @@
 """From logits to tokens: pure functions on float32 tensors [rows, vocabulary].
 
 Order as in transformers: repetition penalty, temperature, top-k, top-p, min-p, one draw. Temperature acts after guidance
-has been mixed in. Each draw uses one number from a counter-based generator (``decoding.draws``).
+has been mixed in. Each draw uses one number from a counter-based generator (``ivg.draws``).
 """
 
 from __future__ import annotations

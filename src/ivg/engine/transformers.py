@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ivg.decoding.draws import child_lineage, uniform
+from ivg.draws import child_lineage, uniform
 from ivg.engine.guidance import check_guidance, guided
 from ivg.engine.sampling import sample
 from ivg.models.reader import Reader

@@ -1,41 +1,17 @@
-"""What all values share, and values made of plain functions.
-
-A value that knows the whole vocabulary also has ``deltas`` and can shift all logits at once; any other steers tokens by
-re-scoring candidates (``engine.guidance``).
-"""
+"""Values made of functions and of other values."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 from ivg.models.chat import prompt_text
-from ivg.types import Hypothesis, Prompt, Value
+from ivg.types import Hypothesis, Prompt, Value, VocabularyValue, knows_vocabulary
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ivg.models.vocab import Vocabulary
-
-
-@runtime_checkable
-class VocabularyValue(Protocol):
-    """A value with a number for every next token."""
-
-    name: str
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """What the columns of :meth:`deltas` mean."""
-
-    def deltas(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
-        """What to add to the base's logits, before the guidance weight; float32 [hypotheses, vocabulary]."""
-
-    def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
-        """One number for each hypothesis."""
-
-    def release(self, keys: Sequence[int]) -> None:
-        """Forget these hypotheses."""
 
 
 class FunctionValue:
@@ -91,7 +67,7 @@ class CompositeValue:
 
     def full_vocabulary(self) -> bool:
         """True when every part has a number for every next token."""
-        return all(has_deltas(value) for _, value in self.parts)
+        return all(knows_vocabulary(value) for _, value in self.parts)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -110,9 +86,3 @@ class CompositeValue:
         shifts = [weight * value.deltas(hypotheses) for weight, value in self.parts if isinstance(value, VocabularyValue)]
         width = min(s.shape[1] for s in shifts)
         return sum((s[:, :width] for s in shifts[1:]), shifts[0][:, :width])
-
-
-def has_deltas(value: Value) -> bool:
-    """Can ``value`` shift the whole vocabulary at once?"""
-    full = getattr(value, "full_vocabulary", None)
-    return isinstance(value, VocabularyValue) and (full is None or full())
