@@ -37,6 +37,8 @@ class Prompt:
     """What to answer: plain text, or the turns of a chat. Each model renders it in its own way (``models.chat``)."""
 
     content: str | tuple[Message, ...]
+    token_ids: tuple[int, ...] | None = None
+    """The prompt in the base's tokens, where the caller has them; guides and values read ``content`` in any case."""
 
     @classmethod
     def of(cls, value: Prompt | str | Sequence[Mapping[str, str] | Message]) -> Prompt:

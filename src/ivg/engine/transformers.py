@@ -58,6 +58,7 @@ class TransformersEngine:
 
     def __init__(self, base: Reader) -> None:
         self.base = base
+        base.reads_given_ids = True
         self.vocabulary = base.vocabulary
 
     def open(self, prompt: Prompt, sampling: SamplingParams) -> Beam:

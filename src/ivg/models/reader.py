@@ -46,6 +46,7 @@ class Reader:
         check_template(template)
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.name = model.name
+        self.reads_given_ids = False
         self.vocabulary = Vocabulary(tokenizer, eos_ids, owner=model.name)
         self._entries: dict[int, _Entry] = {}
         self.prompt_ids = lru_cache(maxsize=4096)(self._prompt_ids)
@@ -53,6 +54,8 @@ class Reader:
         self._rows_of_embedding = config.vocab_size
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if self.reads_given_ids and prompt.token_ids is not None:
+            return prompt.token_ids
         return tuple(encode(prompt, self.tokenizer, self.template))
 
     def check_length(self, prompt: Prompt, new_tokens: int) -> int:

@@ -1,0 +1,202 @@
+"""A frozen base model with the values that can steer it: the object that users hold.
+
+Knows: which methods its values allow, how settings become requests. The search itself is ``decoding.search``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, overload
+
+from ivg.decoding.search import Request, Searcher
+from ivg.decoding.strategies import STRATEGIES, Strategy, strategy
+from ivg.engine.transformers import TransformersEngine
+from ivg.errors import ConfigError
+from ivg.models.loading import LoadOptions, load_causal
+from ivg.models.reader import Reader
+from ivg.types import Completion, Message, Meter, Prompt, SamplingParams, TokenGuidance, Value, new_key
+from ivg.values.base import CompositeValue, FunctionValue
+from ivg.values.explicit import ExplicitValue
+from ivg.values.implicit import AutoregressiveReward, ImplicitValue
+from ivg.values.reward import RewardModel
+
+PromptLike = Prompt | str | Sequence[Mapping[str, str] | Message]
+
+_SAMPLING = frozenset(f.name for f in fields(SamplingParams))
+DEFAULT_SAMPLING = SamplingParams(temperature=0.7, max_new_tokens=50)
+"""The paper's for sentiment (METHOD, section 5)."""
+
+
+class SteeredModel:
+    """A base model and named values.
+
+    >>> model = SteeredModel.embedded()
+    >>> model.generate("The movie was", method="ivg", seed=1).text
+
+    Args:
+        base: the frozen model that writes.
+        values: by name; methods ask for ``implicit``, ``explicit``, ``reward`` and ``arm``, custom ones for any.
+        sampling: defaults of every request.
+        max_beams: hypotheses in flight at most.
+    """
+
+    def __init__(
+        self,
+        base: Reader,
+        values: Mapping[str, Value] | None = None,
+        sampling: SamplingParams = DEFAULT_SAMPLING,
+        max_beams: int = 256,
+    ) -> None:
+        self.base, self.values, self.sampling, self.max_beams = base, dict(values or {}), sampling, max_beams
+        self.engine = TransformersEngine(base)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | Path,
+        *,
+        tuned: str | Path | None = None,
+        untuned: str | Path | None = None,
+        value: str | Path | None = None,
+        reward: str | Path | None = None,
+        arm: str | Path | None = None,
+        templates: Mapping[str, str] | None = None,
+        options: LoadOptions | None = None,
+    ) -> SteeredModel:
+        """Load everything from directories or the hub.
+
+        Args:
+            base: the model to steer.
+            tuned: small tuned guide; with ``untuned`` makes the value ``implicit``.
+            untuned: what ``tuned`` was tuned from.
+            value: value network (any layout of ``models.value_head``): ``explicit``.
+            reward: sequence classifier: ``reward``.
+            arm: autoregressive reward model: ``arm``.
+            templates: how each role reads a prompt: ``{"base": "chat", "tuned": "{prompt}", ...}``; ``untuned`` follows ``tuned``.
+            options: device, dtype, revision and the like.
+        """
+        if (tuned is None) != (untuned is None):
+            missing = "untuned" if untuned is None else "tuned"
+            raise ConfigError(f"the implicit value needs a pair; got no {missing} model\n  give both --tuned and --untuned")
+        shapes, values = dict(templates or {}), {}
+        unknown = set(shapes) - {"base", "tuned", "untuned", "value", "reward", "arm"}
+        if unknown:
+            raise ConfigError(f"template for unknown role {', '.join(sorted(unknown))}\n  expected base, tuned, untuned, value, reward, arm")
+        if tuned is not None and untuned is not None:
+            values["implicit"] = ImplicitValue(
+                load_causal(tuned, "tuned", options, shapes.get("tuned")),
+                load_causal(untuned, "untuned", options, shapes.get("untuned", shapes.get("tuned"))),
+            )
+        loaded: dict[str, Value] = dict(values)
+        if value is not None:
+            loaded["explicit"] = ExplicitValue.from_pretrained(value, template=shapes.get("value"), options=options)
+        if reward is not None:
+            loaded["reward"] = RewardModel.from_pretrained(reward, template=shapes.get("reward"), options=options)
+        if arm is not None:
+            loaded["arm"] = AutoregressiveReward(load_causal(arm, "arm", options, shapes.get("arm")))
+        return cls(load_causal(base, "base", options, shapes.get("base")), loaded)
+
+    @classmethod
+    def embedded(cls, options: LoadOptions | None = None) -> SteeredModel:
+        """The small film-review models that come with the package."""
+        from ivg.demo import path
+
+        model = cls.from_pretrained(
+            path("base"), tuned=path("tuned"), untuned=path("untuned"), value=path("value"), options=options
+        )
+        other = ExplicitValue.from_pretrained(path("value-other"), options=options, name="explicit-other")
+        model.values["explicit-other"] = other
+        return model
+
+    # What it can do
+
+    def add_value(self, name: str, value: Value | Mapping[str, float]) -> None:
+        """Give a value a name: any object with ``score``, or weights of values known already (a composite)."""
+        if isinstance(value, Mapping):
+            missing = set(value) - set(self.values)
+            if missing:
+                raise ConfigError(f"no value called {', '.join(sorted(missing))}\n  expected some of: {', '.join(self.values) or 'none'}")
+            value = CompositeValue([(w, self.values[n]) for n, w in value.items()], name)
+        elif callable(value) and not hasattr(value, "score"):
+            value = FunctionValue(value, name)
+        self.values[name] = value
+
+    @property
+    def methods(self) -> list[str]:
+        """Named methods for which all values are at hand."""
+        return [name for name, s in STRATEGIES.items() if s.needs <= set(self.values)]
+
+    # Requests
+
+    def strategy(self, method: str | Strategy = "ivg", **settings: Any) -> Strategy:
+        """A method with settings; best-of-N falls back on the reward model where there is no explicit value."""
+        chosen = method.with_settings(**settings) if isinstance(method, Strategy) else strategy(method, **settings)
+        for role in ("token", "select"):
+            if getattr(chosen, role) == "explicit" and "explicit" not in self.values and "reward" in self.values:
+                chosen = replace(chosen, **{role: "reward"})
+        return chosen
+
+    def request(
+        self, prompt: PromptLike, method: str | Strategy = "ivg", *, seed: int = 0, index: int = 0, trace: bool = False, **settings: Any
+    ) -> Request:
+        """One request. ``settings`` are those of :class:`SamplingParams` and :class:`~ivg.decoding.strategies.Strategy`.
+
+        Raises:
+            ConfigError: unknown or unusable settings; a value that the method needs is missing.
+        """
+        sampling = {k: v for k, v in settings.items() if k in _SAMPLING and v is not None}
+        if "stop" in sampling:
+            sampling["stop"] = (sampling["stop"],) if isinstance(sampling["stop"], str) else tuple(sampling["stop"])
+        rest = {k: v for k, v in settings.items() if k not in _SAMPLING}
+        search = self.strategy(method, **rest).search(self.values)
+        return Request(Prompt.of(prompt), search, replace(self.sampling, **sampling), seed, index, trace)
+
+    def searcher(self, max_beams: int | None = None) -> Searcher:
+        """A fresh loop over this model's engine."""
+        return Searcher(self.engine, max_beams or self.max_beams)
+
+    def run(self, requests: Iterable[Request], max_beams: int | None = None) -> Iterator[tuple[int, Completion]]:
+        """Run requests together; yields (position, completion) as each is done."""
+        return self.searcher(max_beams).run(requests)
+
+    @overload
+    def generate(self, prompts: str | Prompt, method: str | Strategy = "ivg", **settings: Any) -> Completion: ...
+    @overload
+    def generate(self, prompts: Sequence[PromptLike], method: str | Strategy = "ivg", **settings: Any) -> list[Completion]: ...
+    def generate(
+        self, prompts: str | Prompt | Sequence[PromptLike], method: str | Strategy = "ivg", **settings: Any
+    ) -> Completion | list[Completion]:
+        """Answer one prompt, or many in one batch. ``settings``: see :meth:`request`.
+
+        A list of prompts gives a list of completions in the same order; a conversation is a list inside it.
+        """
+        single = isinstance(prompts, str | Prompt)
+        items: Sequence[Any] = [prompts] if single else prompts  # type: ignore[assignment, list-item]
+        requests = [self.request(p, method, **settings) for p in items]
+        done = dict(self.run(requests))
+        out = [done[i] for i in range(len(requests))]
+        return out[0] if single else out
+
+    def score(self, prompt: PromptLike, responses: Sequence[str], value: str = "explicit") -> list[float]:
+        """What the named value says of given responses."""
+        if value not in self.values:
+            raise ConfigError(f"no value called {value!r}\n  expected one of: {', '.join(self.values) or 'none'}")
+        found = self.values[value]
+        hypotheses = [given(self.base, Prompt.of(prompt), text) for text in responses]
+        scores = found.score(hypotheses)
+        found.release([h.key for h in hypotheses])
+        return scores
+
+    def guidance(self, value: str, beta: float = 1.0, candidates: int = 0) -> TokenGuidance:
+        """Token guidance by the named value, for the pieces in ``ivg.hooks``."""
+        return TokenGuidance(self.values[value], beta, candidates)
+
+
+def given(base: Reader, prompt: Prompt, response: str) -> Any:
+    """A hypothesis of a response that was not generated here, in the base's tokens."""
+    from ivg.types import Beam
+
+    ids = tuple(base.tokenizer(response, add_special_tokens=False).input_ids)
+    return Beam(new_key(), None, prompt, ids, response, meter=Meter(), vocabulary=base.vocabulary, inherits=False)
