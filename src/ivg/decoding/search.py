@@ -165,23 +165,20 @@ class Searcher:
         """One round for all live requests: extend, and where a chunk is complete, score and select."""
         self._admit()
         lives = list(self._live.values())
-        orders: list[Extension] = []
-        owners: list[tuple[_Live, bool]] = []
         successors = [self._begin_chunk(live) for live in lives]
         quantum = min([QUANTUM, *(live.left for live in lives)])
+        orders = []
         for live, count in zip(lives, successors, strict=True):
-            r, inside = live.request, live.left < live.chunk
-            for beam in live.growing:
-                if not beam.finished:
-                    orders.append(Extension(beam, count, quantum, r.sampling, r.search.guidance, r.draw_seed, r.trace))
-                    owners.append((live, inside))
-            live.growing = [b for b in live.growing if b.finished]
+            r = live.request
+            orders += [
+                Extension(beam, count, quantum, r.sampling, r.search.guidance, r.draw_seed, r.trace)
+                for beam in live.growing
+                if not beam.finished
+            ]
+        families = {order.beam.key: family for order, family in zip(orders, self.engine.extend(orders), strict=True)}
+        for live in lives:
+            self._grow(live, families, inside=live.left < live.chunk)
             live.left -= quantum
-        for (live, inside), order, family in zip(owners, orders, self.engine.extend(orders), strict=True):
-            if inside:  # values last saw the hypothesis that the chunk began with
-                family = [replace(b, origin=order.beam.origin or order.beam.parent) for b in family]
-            live.growing += family
-            self._pass_on(live, order.beam)
         ready = [live for live in lives if live.left <= 0 or all(b.finished for b in live.growing)]
         scores = self._score(ready)
         steps = [self._select(live, scores[live.id]) for live in ready]
@@ -208,6 +205,20 @@ class Searcher:
             live.kept = [(b, s) for b, s in live.kept if b.finished]
             return search.successors
         return search.width * search.successors
+
+    def _grow(self, live: _Live, families: dict[int, list[Beam]], *, inside: bool) -> None:
+        """Put children in their parents' places, so that no order depends on how chunks were cut into rounds."""
+        grown: list[Beam] = []
+        for beam in live.growing:
+            family = families.get(beam.key)
+            if family is None:
+                grown.append(beam)
+                continue
+            if inside:  # values last saw the hypothesis that the chunk began with
+                family = [replace(b, origin=beam.origin or beam.parent) for b in family]
+            grown += family
+            self._pass_on(live, beam)
+        live.growing = grown
 
     def _score(self, ready: Sequence[_Live]) -> dict[int, list[float]]:
         """Values of all hypotheses that completed a chunk; one call for each value, over all requests."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from ivg.demo.fudge import FudgeConfig
+from ivg.demo.gold import GoldConfig
+from ivg.demo.preference import DPOSettings
 from ivg.demo.pretrain import Phase, PretrainConfig
 
 VOCABULARY = 4096
+OTHER_VOCABULARY = 2048
 CONTEXT = 512
 
 
@@ -26,11 +30,30 @@ def _llama(hidden: int, heads: int, *, tied: bool) -> dict[str, Any]:
 
 BASE = PretrainConfig(
     model=_llama(256, 4, tied=False),
-    phases=(Phase(layers=2, tokens=13_500_000, window=256), Phase(layers=5, tokens=7_200_000, window=512)),
+    phases=(Phase(layers=2, tokens=13_500_000, window=256), Phase(layers=5, tokens=6_600_000, window=512)),
 )
 """6.0 M parameters. Depth grows from 2 to 5 layers after two thirds of the tokens."""
 
 GUIDE = PretrainConfig(
-    model=_llama(128, 4, tied=True), phases=(Phase(layers=3, tokens=12_000_000, window=256),), seed=1
+    model=_llama(128, 4, tied=True), phases=(Phase(layers=3, tokens=8_000_000, window=256),), seed=1
 )
 """1.1 M parameters: `untuned`, and where `tuned`, `value` and `gold` start from."""
+
+GOLD = GoldConfig()
+DPO = DPOSettings()
+PAIR_PROMPTS = 9_600
+VALUE_PROMPTS = 6_400
+VALUE = FudgeConfig()
+VALUE_OTHER = FudgeConfig(width=80, lr=2e-3, seed=5)
+OTHER_BODY: dict[str, Any] = {
+    "vocab_size": OTHER_VOCABULARY,
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}

@@ -1,0 +1,50 @@
+# make demo: from nothing to text steered by value guidance.   make test: everything that CI checks.
+PYTHON ?= python3
+VENV ?= .venv
+# e.g. https://download.pytorch.org/whl/cpu for PyTorch's CPU build on Linux without a local wheel
+TORCH_INDEX ?=
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+RUN = $(VENV)/bin
+
+.PHONY: help install demo test lint types contract unit table clean
+.DEFAULT_GOAL := help
+
+help: ## what can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(VENV)/.core: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (a few minutes the first time) …"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	@echo "adding what the tests need …"
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.core ## set up .venv with ivg in it
+
+demo: install ## steer the embedded film-review model
+	@$(RUN)/ivg generate "The movie was" --seed 1
+	@$(RUN)/ivg compare "The movie was" --seed 1
+
+test: lint types contract unit ## all that CI checks
+
+lint: $(VENV)/.dev
+	@$(RUN)/ruff check . && $(RUN)/ruff format --check .
+
+types: $(VENV)/.dev
+	@$(RUN)/mypy
+
+contract: $(VENV)/.dev
+	@$(RUN)/lint-imports --no-cache
+
+unit: $(VENV)/.dev
+	@$(RUN)/python -m pytest
+
+table: $(VENV)/.dev ## the README's table of methods (needs ../shared/data/imdb; about half an hour)
+	@$(RUN)/python benchmarks/methods.py --data ../shared/data/imdb --out build/methods
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

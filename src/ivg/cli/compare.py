@@ -1,0 +1,104 @@
+"""``ivg compare``: one prompt, several methods, side by side."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ivg.cli import options as o
+
+HELP = """Answer one prompt by several methods, with scores, tokens spent and seconds.
+
+The column "value" is what the explicit value (else the reward model) says of the answer; with the embedded models,
+"gold" is what the judge says, which no method has seen."""
+
+DEFAULT = ("base", "bon", "eft", "token-explicit", "cbs-implicit", "cbs-explicit", "ivg")
+
+
+def compare(
+    prompt: Annotated[str, typer.Argument(help="What to answer.")],
+    methods: Annotated[str | None, typer.Option("--methods", help="Comma-separated. (default: those that the models allow)")] = None,
+    recipe: o.RecipeFile = None,
+    base: o.Base = None,
+    tuned: o.Tuned = None,
+    untuned: o.Untuned = None,
+    value: o.ValuePath = None,
+    reward: o.Reward = None,
+    arm: o.Arm = None,
+    template: o.Template = None,
+    beta: o.Beta = None,
+    temperature: o.Temperature = None,
+    top_k: o.TopK = None,
+    top_p: o.TopP = None,
+    max_new_tokens: o.MaxNewTokens = None,
+    ignore_eos: o.IgnoreEos = None,
+    seed: o.Seed = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+) -> None:
+    """See HELP."""
+    given = o.recipe_of(
+        recipe,
+        {"base": base, "tuned": tuned, "untuned": untuned, "value": value, "reward": reward, "arm": arm},
+        {"beta": beta},
+        {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "max_new_tokens": max_new_tokens,
+            "ignore_eos": ignore_eos,
+        },
+        {"seed": seed, "device": device, "dtype": dtype},
+        template,
+    )
+    from ivg.build import load_models
+    from ivg.decoding.strategies import strategy
+
+    wanted = [m.strip() for m in methods.split(",")] if methods else list(DEFAULT)
+    for name in wanted:
+        strategy(name)
+    model = load_models(given)
+    if methods is None:
+        wanted = [m for m in DEFAULT if m in model.methods]
+    judge = next((v for v in ("explicit", "reward", "implicit") if v in model.values), None)
+    gold = _gold() if not given.models.given else None
+    _print(prompt, _rows(model, prompt, wanted, given, judge, gold), judge, gold is not None)
+
+
+def _gold() -> Any:
+    from ivg.demo import path
+    from ivg.values.reward import RewardModel
+
+    return RewardModel.from_pretrained(path("gold"), name="gold")
+
+
+def _rows(model: Any, prompt: str, methods: list[str], recipe: Any, judge: str | None, gold: Any) -> list[tuple[str, ...]]:
+    settings = {**recipe.sampling.settings(), **recipe.search.settings()}
+    rows = []
+    for name in methods:
+        completion = model.generate(prompt, name, seed=recipe.run.seed, **settings)
+        if completion.error:
+            rows.append((name, f"error: {completion.error}", "", "", "", ""))
+            continue
+        score = f"{model.score(prompt, [completion.text], judge)[0]:.2f}" if judge else ""
+        golden = f"{gold.rewards([prompt + completion.text])[0][0]:+.2f}" if gold is not None else ""
+        usage = completion.usage
+        rows.append((name, completion.text.strip(), score, golden, f"{usage.total_forward_tokens:,}", f"{usage.seconds:.2f}"))
+    return rows
+
+
+def _print(prompt: str, rows: list[tuple[str, ...]], judge: str | None, gold: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Console(highlight=False)
+    heads = ["method", f"{prompt} …", f"value ({judge})" if judge else "value", "gold", "tokens read", "seconds"]
+    keep = [i for i in range(6) if not (i == 3 and not gold) and not (i == 2 and judge is None)]
+    table = Table(show_lines=True, expand=True)
+    for i in keep:
+        table.add_column(Text(heads[i]), ratio=1 if i == 1 else None, justify="left" if i < 2 else "right", no_wrap=i != 1)
+    for row in rows:
+        table.add_row(*(Text(row[i]) for i in keep))
+    out.print(table)

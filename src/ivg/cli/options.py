@@ -1,0 +1,82 @@
+"""Options that several verbs share, and how they become a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ivg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ivg.config import Recipe
+
+_MODELS, _SEARCH, _SAMPLING, _RUN = "Models (none: the embedded ones)", "Search", "Sampling", "Run"
+
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML file with models and settings; options override it.")]
+Base = Annotated[str | None, typer.Option("--base", help="Frozen model to steer: hub id or directory.", rich_help_panel=_MODELS)]
+Tuned = Annotated[str | None, typer.Option("--tuned", help="Small tuned guide (with --untuned: the implicit value).", rich_help_panel=_MODELS)]
+Untuned = Annotated[str | None, typer.Option("--untuned", help="What the guide was tuned from.", rich_help_panel=_MODELS)]
+ValuePath = Annotated[str | None, typer.Option("--value", help="Trained value network: the explicit value.", rich_help_panel=_MODELS)]
+Reward = Annotated[str | None, typer.Option("--reward", help="Sequence classifier: the reward value.", rich_help_panel=_MODELS)]
+Arm = Annotated[str | None, typer.Option("--arm", help="Autoregressive reward model (GenARM).", rich_help_panel=_MODELS)]
+Template = Annotated[
+    list[str] | None,
+    typer.Option("--template", help='How a model reads prompts: ROLE=chat or ROLE="... {prompt} ..."; may be repeated.', rich_help_panel=_MODELS),
+]
+Method = Annotated[str | None, typer.Option("--method", "-m", help="Named method, or custom (see ivg models).", rich_help_panel=_SEARCH)]
+Width = Annotated[int | None, typer.Option("-W", "--width", help="Beams kept.", rich_help_panel=_SEARCH)]
+Successors = Annotated[int | None, typer.Option("-K", "--successors", help="Continuations of each beam.", rich_help_panel=_SEARCH)]
+ChunkLength = Annotated[int | None, typer.Option("-L", "--chunk-length", help="Tokens between selections.", rich_help_panel=_SEARCH)]
+Beta = Annotated[float | None, typer.Option("--beta", help="Token guidance weight.", rich_help_panel=_SEARCH)]
+Token = Annotated[
+    str | None, typer.Option("--token", help="Value that guides tokens: none, implicit, explicit, reward, arm ….", rich_help_panel=_SEARCH)
+]
+Select = Annotated[
+    str | None, typer.Option("--select", help="Value that selects chunks: none, implicit, explicit, reward ….", rich_help_panel=_SEARCH)
+]
+Candidates = Annotated[
+    int | None,
+    typer.Option("--guide-candidates", help="Re-score this many likely tokens (0: whole vocabulary where known).", rich_help_panel=_SEARCH),
+]
+Temperature = Annotated[float | None, typer.Option("--temperature", "-t", help="0 is greedy. (default: 0.7)", rich_help_panel=_SAMPLING)]
+TopK = Annotated[int | None, typer.Option("--top-k", help="0 is off. (default: 0)", rich_help_panel=_SAMPLING)]
+TopP = Annotated[float | None, typer.Option("--top-p", help="1 is off. (default: 1)", rich_help_panel=_SAMPLING)]
+MinP = Annotated[float | None, typer.Option("--min-p", help="0 is off. (default: 0)", rich_help_panel=_SAMPLING)]
+MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="Tokens of an answer at most (default: 50)", rich_help_panel=_SAMPLING)]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends a response; may be repeated.", rich_help_panel=_SAMPLING)]
+IgnoreEos = Annotated[bool | None, typer.Option("--ignore-eos", help="Never end before --max-new-tokens.", rich_help_panel=_SAMPLING)]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of all draws (default: 0)", rich_help_panel=_RUN)]
+Number = Annotated[int | None, typer.Option("--n", help="Responses for each prompt. (default: 1)", rich_help_panel=_RUN)]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Prompts at once. (default: 16)", rich_help_panel=_RUN)]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 … (default: the best here)", rich_help_panel=_RUN)]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16. (default: auto)", rich_help_panel=_RUN)]
+
+
+def recipe_of(
+    file: Path | None,
+    models: dict[str, Any],
+    search: dict[str, Any],
+    sampling: dict[str, Any],
+    run: dict[str, Any],
+    templates: Sequence[str] | None = None,
+) -> Recipe:
+    """The recipe file with the given options over it.
+
+    Raises:
+        ConfigError: unusable settings, or a template for a model that is not given.
+    """
+    from ivg.config import Recipe
+
+    recipe = Recipe.load(file) if file is not None else Recipe()
+    kept = {role: ref.template for role, ref in recipe.models.given.items()}
+    named: dict[str, Any] = {role: {"path": path, "template": kept.get(role)} for role, path in models.items() if path is not None}
+    for text in templates or ():
+        role, sign, template = text.partition("=")
+        ref = named.get(role) or (recipe.models.given[role].model_dump() if role in recipe.models.given else None)
+        if not sign or ref is None:
+            raise ConfigError(f"--template {text!r}\n  expected ROLE=TEMPLATE for a model that is given, e.g. base=chat")
+        named[role] = {**ref, "template": template}
+    return recipe.override(models=named, search=search, sampling={**sampling, "stop": sampling.get("stop") or None}, run=run)

@@ -1,0 +1,26 @@
+"""How answers look on a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from ivg.types import Completion
+
+
+def show(prompt: str, completion: Completion, method: str, *, many: bool) -> None:
+    """Prompt and answer, and what it cost; plain text when the output is no terminal."""
+    out = Console(soft_wrap=True, highlight=False)
+    if many and not out.is_terminal:
+        out.print(Text(f"{prompt}{completion.text}".replace("\n", " ")))
+        return
+    out.print(Text(prompt, style="dim") + Text(completion.text, style="bold"))
+    score = "" if completion.score is None else f" · score {completion.score:.3f}"
+    tokens = ", ".join(f"{name} {count}" for name, count in completion.usage.forward_tokens.items())
+    Console(stderr=True, highlight=False).print(
+        f"[dim]{method}{score} · {len(completion.token_ids)} tokens ({completion.finish_reason}) · read: {tokens} · "
+        f"{completion.usage.seconds:.1f} s[/dim]"
+    )

@@ -1,0 +1,176 @@
+"""Settings at the edge: TOML recipes, command line, HTTP. Unknown keys are errors; the field's other names are accepted.
+
+A recipe has the tables ``models``, ``search``, ``sampling`` and ``run``; each may be left out::
+
+    [models]
+    base = "mistralai/Mistral-7B-Instruct-v0.2"
+    tuned = { path = "allenai/tulu-2-dpo-7b", template = "chat" }
+    untuned = "allenai/tulu-2-7b"
+    value = "path/to/value"
+
+    [search]
+    method = "ivg"
+    width = 2
+    successors = 2
+    chunk_length = 30
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ivg.errors import ConfigError
+
+
+def _or(*names: str) -> AliasChoices:
+    return AliasChoices(*names)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True)
+
+
+class ModelRef(_Strict):
+    """One model: where it is and how it reads a prompt. A bare string is the path."""
+
+    path: str
+    template: str | None = None
+
+
+ModelLike = ModelRef | None
+
+
+class ModelsConfig(_Strict):
+    """Which models. All left out: the embedded ones."""
+
+    base: ModelLike = None
+    tuned: ModelLike = Field(None, validation_alias=_or("tuned", "expert", "tune_r", "model"))
+    untuned: ModelLike = Field(None, validation_alias=_or("untuned", "antiexpert", "base_r", "ref_model"))
+    value: ModelLike = Field(None, validation_alias=_or("value", "explicit"))
+    reward: ModelLike = None
+    arm: ModelLike = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _bare(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @property
+    def given(self) -> dict[str, ModelRef]:
+        """The roles that are filled."""
+        return {role: ref for role in type(self).model_fields if (ref := getattr(self, role)) is not None}
+
+
+class SearchConfig(_Strict):
+    """The method and what differs from its defaults (``ivg.decoding.strategies``)."""
+
+    method: str = "ivg"
+    width: int | None = Field(None, validation_alias=_or("width", "w", "W", "num_beams", "beam_width"))
+    successors: int | None = Field(None, validation_alias=_or("successors", "k", "K", "num_candidates"))
+    chunk_length: int | None = Field(None, validation_alias=_or("chunk_length", "l", "L", "block_len"))
+    beta: float | None = Field(None, validation_alias=_or("beta", "alpha", "guidance_weight"))
+    token: str | None = Field(None, validation_alias=_or("token", "token_value"))
+    select: str | None = Field(None, validation_alias=_or("select", "select_value"))
+    candidates: int | None = None
+    transform: Literal["identity", "log-sigmoid", "centered"] | None = None
+    soft_scale: float | None = None
+    original: bool | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What was given, but for the method."""
+        return {k: v for k, v in self.model_dump(exclude={"method"}).items() if v is not None}
+
+
+class SamplingConfig(_Strict):
+    """How tokens are drawn; what is left out falls back on the defaults of ``SteeredModel``."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = Field(None, validation_alias=_or("max_new_tokens", "max_tokens"))
+    stop: list[str] | None = None
+    ignore_eos: bool | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What was given."""
+        return {k: v for k, v in self.model_dump().items() if v is not None}
+
+
+class RunConfig(_Strict):
+    """How and where to run."""
+
+    seed: int = 0
+    n: int = Field(1, ge=1)
+    batch_size: int = Field(16, ge=1)
+    device: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    quantization: dict[str, Any] | None = None
+
+
+class Recipe(_Strict):
+    """Everything that one run needs."""
+
+    models: ModelsConfig = ModelsConfig()
+    search: SearchConfig = SearchConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    run: RunConfig = RunConfig()
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], source: str = "settings") -> Recipe:
+        """From plain values.
+
+        Raises:
+            ConfigError: unknown keys or unusable values; names each with what was expected.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as e:
+            raise ConfigError(f"{source}: " + "; ".join(map(_explain, e.errors()))) from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """From a TOML file; relative model paths are looked up beside it first.
+
+        Raises:
+            ConfigError: no such file, not TOML, or unusable settings.
+        """
+        path = Path(path)
+        try:
+            data = tomllib.loads(path.read_text())
+        except OSError as e:
+            raise ConfigError(f"cannot read recipe {path}: {e.strerror}\n  expected a TOML file") from None
+        except tomllib.TOMLDecodeError as e:
+            raise ConfigError(f"{path} is not TOML: {e}") from None
+        recipe = cls.parse(data, str(path))
+        found = {
+            role: ref.model_copy(update={"path": str(path.parent / ref.path)})
+            for role, ref in recipe.models.given.items()
+            if (path.parent / ref.path).is_dir()
+        }
+        return recipe.model_copy(update={"models": recipe.models.model_copy(update=found)})
+
+    def override(self, **tables: dict[str, Any]) -> Recipe:
+        """A copy in which the given (not None) settings replace those of the recipe; table by table.
+
+        Raises:
+            ConfigError: as :meth:`parse`.
+        """
+        data = self.model_dump(exclude_none=True)
+        for table, settings in tables.items():
+            data.setdefault(table, {}).update({k: v for k, v in settings.items() if v is not None})
+        return type(self).parse(data)
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(p) for p in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown setting {where}"
+    return f"{where}: {error['msg'].lower()}, got {error['input']!r}"

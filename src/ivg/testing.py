@@ -1,0 +1,239 @@
+"""For tests, ours and yours: laws that every value obeys, a fake engine, a byte tokenizer, tiny models.
+
+The laws are plain functions that raise AssertionError. :class:`FakeEngine` needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ivg.draws import child_lineage, uniform
+from ivg.types import Beam, Extension, Hypothesis, Meter, Prompt, SamplingParams, TokenGuidance, Value, new_key
+
+if TYPE_CHECKING:
+    from ivg.values.base import CompositeValue
+    from ivg.values.implicit import ImplicitValue
+
+EOS = "<eos>"
+
+# Laws
+
+
+def check_batch_invariance(value: Value, hypotheses: Sequence[Hypothesis], tolerance: float = 1e-4) -> None:
+    """Scores do not depend on who shares the batch."""
+    together = value.score(hypotheses)
+    value.release([h.key for h in hypotheses])
+    for h, expected in zip(hypotheses, together, strict=True):
+        (alone,) = value.score([h])
+        value.release([h.key])
+        assert abs(alone - expected) <= tolerance, f"{h.text!r}: {alone} alone, {expected} in a batch of {len(hypotheses)}"
+
+
+def check_token_sum(value: ImplicitValue, hypotheses: Sequence[Hypothesis], tolerance: float = 1e-4) -> None:
+    """An implicit score is the sum of its token scores, one for each token."""
+    parts, totals = value.token_scores(hypotheses), value.score(hypotheses)
+    value.release([h.key for h in hypotheses])
+    for h, scores, total in zip(hypotheses, parts, totals, strict=True):
+        assert len(scores) == len(h.token_ids), f"{len(scores)} token scores for {len(h.token_ids)} tokens"
+        assert abs(sum(scores) - total) <= tolerance, f"{h.text!r}: token scores sum to {sum(scores)}, the score is {total}"
+
+
+def check_linearity(composite: CompositeValue, hypotheses: Sequence[Hypothesis], tolerance: float = 1e-4) -> None:
+    """A composite is the weighted sum of its parts."""
+    expected = [0.0] * len(hypotheses)
+    for weight, part in composite.parts:
+        expected = [e + weight * s for e, s in zip(expected, part.score(hypotheses), strict=True)]
+        part.release([h.key for h in hypotheses])
+    got = composite.score(hypotheses)
+    composite.release([h.key for h in hypotheses])
+    for g, e in zip(got, expected, strict=True):
+        assert abs(g - e) <= tolerance, f"composite {g}, weighted sum of parts {e}"
+
+
+def check_cache(make: Callable[[], Value], chains: Sequence[Sequence[Hypothesis]], tolerance: float = 1e-4) -> None:
+    """The cache is only an optimisation: scoring prefix after prefix gives what a fresh value gives for each."""
+    kept = make()
+    for generation in zip(*chains, strict=True):
+        scores = kept.score(generation)
+        for h, score in zip(generation, scores, strict=True):
+            (fresh,) = make().score([h])
+            assert abs(score - fresh) <= tolerance, f"{h.text!r}: {score} with the cache, {fresh} read anew"
+    kept.release([h.key for chain in chains for h in chain])
+
+
+# A fake engine
+
+
+class FakeEngine:
+    """Letters instead of tokens: id i is the letter ``alphabet[i]``, the last id ends the text; drawn uniformly.
+
+    Counts what it holds, so that tests can see that everything is released.
+    """
+
+    name = "fake"
+
+    def __init__(self, alphabet: str = "abcdefgh", weights: Callable[[str], Sequence[float]] | None = None) -> None:
+        self.alphabet, self.weights = alphabet, weights
+        self.eos = len(alphabet)
+        self.held: set[int] = set()
+        self.calls: list[int] = []
+
+    def open(self, prompt: Prompt, sampling: SamplingParams) -> Beam:
+        """The empty response."""
+        beam = Beam(new_key(), None, prompt, inherits=False)
+        self.held.add(beam.key)
+        return beam
+
+    def prompt_tokens(self, prompt: Prompt) -> int:
+        """One for each letter."""
+        return len(str(prompt.content))
+
+    def check(self, guidance: TokenGuidance | None) -> None:
+        """Anything goes."""
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Forget them."""
+        self.held -= set(keys)
+
+    def extend(self, orders: Sequence[Extension]) -> list[list[Beam]]:
+        """Children of every beam."""
+        self.calls.append(len(orders))
+        return [[self._child(order, i) for i in range(order.successors)] for order in orders]
+
+    def _child(self, order: Extension, index: int) -> Beam:
+        beam = order.beam
+        lineage, ids, finish = child_lineage(beam.lineage, len(beam.token_ids), index), list(beam.token_ids), None
+        text = beam.text
+        for _ in range(order.tokens):
+            token = self._draw(text, uniform(order.seed, lineage, len(ids)), allow_eos=not order.sampling.ignore_eos)
+            ids.append(token)
+            beam.meter.add("fake", 1)
+            text += "" if token == self.eos else self.alphabet[token]
+            found = [text.find(s) for s in order.sampling.stop if s in text]
+            if token == self.eos or found:
+                text, finish = text[: min(found, default=len(text))], "stop"
+                break
+            if len(ids) == order.sampling.max_new_tokens:
+                finish = "length"
+                break
+        key = new_key()
+        self.held.add(key)
+        pieces = tuple("" if i == self.eos else self.alphabet[i] for i in ids) if order.record else ()
+        shifts = (0.0,) * len(ids) if order.record else ()
+        return Beam(
+            key, beam.key, beam.prompt, tuple(ids), text, finish, beam.meter, lineage=lineage, pieces=pieces, guide_shift=shifts  # type: ignore[arg-type]
+        )
+
+    def _draw(self, text: str, u: float, *, allow_eos: bool) -> int:
+        weights = list(self.weights(text)) if self.weights else [1.0] * (len(self.alphabet) + 1)
+        if not allow_eos:
+            weights[self.eos] = 0.0
+        target, total = u * sum(weights), 0.0
+        for i, weight in enumerate(weights):
+            total += weight
+            if total > target:
+                return i
+        return max(i for i, w in enumerate(weights) if w)
+
+
+# Tokenizers and models
+
+
+def byte_tokenizer(merges: Sequence[tuple[str, str]] = (), permute: bool = False, chat: bool = False, bos: bool = False) -> Any:
+    """A transformers tokenizer over bytes, with a few ``merges``; ``permute`` gives the same tokens other ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [EOS, *alphabet, *(a + b for a, b in merges)]
+    if permute:
+        tokens = [EOS, *reversed(tokens[1:])]
+    tok = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, list(merges)))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    if bos:
+        tok.post_processor = processors.TemplateProcessing(single=f"{EOS} $A", pair=f"{EOS} $A $B", special_tokens=[(EOS, 0)])
+    out = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token=EOS, pad_token=EOS, bos_token=EOS, clean_up_tokenization_spaces=False)
+    if chat:
+        out.chat_template = (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+        )
+    return out
+
+
+ARCHITECTURES = ("gpt2", "llama", "mistral", "mixtral", "qwen3", "gemma3_text")
+"""What :func:`tiny_model` can make. Windows are 6 tokens, so that they matter."""
+
+
+def tiny_model(architecture: str = "llama", seed: int = 0, vocab_size: int = 257, hidden: int = 32, context: int = 256) -> Any:
+    """A random causal language model in float32 whose distributions are far from flat."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    common: dict[str, Any] = {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if architecture == "gpt2":
+        settings = {"n_embd": hidden, "n_layer": 2, "n_head": 4, "n_positions": context, "initializer_range": 0.3}
+    else:
+        settings = {
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": hidden // 4,
+            "max_position_embeddings": context,
+            "initializer_range": 0.3,
+        }
+    if architecture in ("mistral", "mixtral"):
+        settings["sliding_window"] = 6
+    if architecture == "mixtral":
+        settings |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    if architecture == "gemma3_text":
+        settings |= {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": hidden // 4}
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(architecture, **common, **settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float().eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def tiny_reader(name: str = "base", architecture: str = "llama", seed: int = 0, tokenizer: Any = None, **settings: Any) -> Any:
+    """A :class:`~ivg.models.reader.Reader` of a :func:`tiny_model`."""
+    from ivg.models.cached import CachedModel
+    from ivg.models.reader import Reader
+
+    tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
+    network = tiny_model(architecture, seed, vocab_size=len(tokenizer), **settings)
+    return Reader(CachedModel(network, name), tokenizer)
+
+
+def tiny_value(head: str = "vocabulary", architecture: str = "llama", seed: int = 0, tokenizer: Any = None, name: str = "explicit") -> Any:
+    """An :class:`~ivg.values.explicit.ExplicitValue` with a random head over the body of a :func:`tiny_model`."""
+    import torch
+
+    from ivg.models.cached import CachedModel
+    from ivg.models.reader import Reader
+    from ivg.models.value_head import ValueModel
+    from ivg.values.explicit import ExplicitValue
+
+    tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
+    model = ValueModel(tiny_model(architecture, seed, vocab_size=len(tokenizer)).base_model, head)  # type: ignore[arg-type]
+    torch.nn.init.normal_(model.head.weight, std=0.3)
+    return ExplicitValue(Reader(CachedModel(model, name), tokenizer), name)
+
+
+def hypothesis(prompt: str, text: str, reader: Any, parent: Hypothesis | None = None, *, end: bool = False) -> Beam:
+    """A beam with ``text`` as response, in the tokens of ``reader``; ``end`` adds the end-of-sequence token."""
+    ids = tuple(reader.tokenizer(text, add_special_tokens=False).input_ids) if text else ()
+    ids += (min(reader.vocabulary.eos_ids),) if end else ()
+    return Beam(
+        new_key(),
+        parent.key if parent else None,
+        Prompt(prompt),
+        ids,
+        text,
+        "stop" if end else None,
+        Meter(),
+        vocabulary=reader.vocabulary,
+    )

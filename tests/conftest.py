@@ -1,0 +1,30 @@
+"""What all tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_single_thread():
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)  # tiny models: a second thread only waits
+    logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="session")
+def imdb_test():
+    path = DATA / "imdb" / "test.parquet"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    from ivg.demo.corpus import read_reviews
+
+    return read_reviews(path.parent, "test")

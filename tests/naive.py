@@ -1,0 +1,113 @@
+"""Every strategy written straight from METHOD: no cache, no batch, one beam and one full forward pass at a time, float32.
+
+Draws come from ivg.draws so that tokens can be compared; nothing else of ivg is used.
+"""
+
+import math
+
+import torch
+
+from ivg.draws import child_lineage, mix, uniform
+
+
+def outputs(network, ids):
+    with torch.no_grad():
+        return network(input_ids=torch.tensor([ids])).logits[0].float()
+
+
+class Implicit:
+    def __init__(self, tuned, untuned):
+        self.tuned, self.untuned = tuned, untuned
+
+    def deltas(self, prompt, y):
+        return outputs(self.tuned, prompt + y)[-1] - outputs(self.untuned, prompt + y)[-1]
+
+    def score(self, prompt, y):
+        both = [outputs(m, prompt + y).log_softmax(-1) for m in (self.tuned, self.untuned)]
+        return sum(float(both[0][len(prompt) + i - 1, t] - both[1][len(prompt) + i - 1, t]) for i, t in enumerate(y))
+
+
+class QHead:
+    def __init__(self, network):
+        self.network = network
+
+    def deltas(self, prompt, y):
+        return outputs(self.network, prompt + y)[-1]
+
+    def score(self, prompt, y):
+        ids = prompt + y
+        return float(outputs(self.network, ids[:-1])[-1, ids[-1]])
+
+
+class VHead(QHead):
+    deltas = None
+
+    def score(self, prompt, y):
+        return float(outputs(self.network, prompt + y)[-1, 0])
+
+
+class LogProb(Implicit):
+    def __init__(self, arm):
+        self.arm = arm
+
+    def deltas(self, prompt, y):
+        return outputs(self.arm, prompt + y)[-1].log_softmax(-1)
+
+
+def guided(z, s, value, prompt, y):
+    if s.normalise:
+        z = z.log_softmax(-1)
+    if s.candidates == 0 and value.deltas is not None:
+        return z + s.beta * value.deltas(prompt, y)
+    top = z.topk(s.candidates or 20).indices.tolist()
+    v = torch.tensor([value.score(prompt, [*y, t]) for t in top])
+    v = {"identity": v, "log-sigmoid": torch.nn.functional.logsigmoid(v), "centered": v - v.mean()}[s.transform]
+    out = torch.full_like(z, -math.inf)
+    out[top] = z[top] + s.beta * v
+    return out
+
+
+def grow(base, values, s, prompt, y, lineage, tokens, temperature, seed, limit, eos):
+    """Up to ``tokens`` more tokens; (response, finished)."""
+    y = list(y)
+    for _ in range(tokens):
+        z = outputs(base, prompt + y)[-1]
+        if s.token and s.beta:
+            z = guided(z, s, values[s.token], prompt, y)
+        if temperature == 0:
+            token = int(z.argmax())
+        else:
+            mass = (z / temperature).softmax(-1).double().cumsum(-1)
+            token = int((mass <= uniform(seed, lineage, len(y)) * mass[-1]).sum())
+        y.append(token)
+        if token == eos or len(y) == limit:
+            return y, True
+    return y, False
+
+
+def search(base, values, s, prompt, seed, temperature, limit, eos=0):
+    """CBS(W, K, L): (tokens, score)."""
+    seed, chunk = mix(seed, 0), s.chunk_length or limit
+    score = (lambda y: values[s.select].score(prompt, y)) if s.select else (lambda y: 0.0)
+    kept = [([], 0, False, 0.0)]
+    successors = s.width * s.successors
+    while not all(done for _, _, done, _ in kept):
+        pool = [hypothesis for hypothesis in kept if hypothesis[2] for _ in range(s.successors if s.original else 1)]
+        for y, lineage, done, _ in kept:
+            for k in range(0 if done else successors):
+                line = child_lineage(lineage, len(y), k)
+                new, end = grow(base, values, s, prompt, y, line, chunk, temperature, seed, limit, eos)
+                pool.append((new, line, end, score(new)))
+        if s.rule == "top" and not s.original:
+            pool = list({tuple(p[0]): p for p in reversed(pool)}.values())[::-1]
+        if s.rule == "soft":
+            weights = [math.exp((p[3] - max(q[3] for q in pool)) / s.soft_scale) for p in pool]
+            at, total, pick = uniform(seed, max(len(p[0]) for p in pool), 0, 0x50F7) * sum(weights), 0.0, None
+            for i, w in enumerate(weights):
+                total += w
+                pick = i if pick is None and total > at else pick
+            kept = [pool[pick]]
+        else:
+            kept = sorted(pool, key=lambda p: -p[3])[: s.width]
+        successors = s.successors
+    return kept[0][0], kept[0][3]

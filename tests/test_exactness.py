@@ -1,0 +1,208 @@
+"""The engine gives the tokens of the naive implementation; batches, chunks and caches change nothing."""
+
+import naive
+import pytest
+import torch
+
+from ivg.decoding.search import Request, Search, Searcher
+from ivg.decoding.strategies import STRATEGIES, strategy
+from ivg.engine.transformers import TransformersEngine
+from ivg.testing import ARCHITECTURES, byte_tokenizer, tiny_model, tiny_reader, tiny_value
+from ivg.types import Prompt, SamplingParams
+from ivg.values.implicit import AutoregressiveReward, ImplicitValue
+
+PROMPTS = ["The movie was", "I", "What a long prompt this one is", "Two", "It is", "He said: ", "never", "abc abc"]
+
+
+class Bench:
+    """The same tiny models for the engine and for the naive implementation."""
+
+    def __init__(self, architecture):
+        self.base = tiny_reader("base", architecture, seed=1)
+        pair = tiny_reader("tuned", architecture, seed=2), tiny_reader("untuned", architecture, seed=3)
+        arm, q, v = tiny_reader("arm", architecture, seed=4), tiny_value("vocabulary", architecture, 5), tiny_value("scalar", architecture, 6)
+        self.values = {"implicit": ImplicitValue(*pair), "explicit": q, "scalar": v, "arm": AutoregressiveReward(arm)}
+        self.naive = {
+            "implicit": naive.Implicit(*(r.model.network for r in pair)),
+            "explicit": naive.QHead(q.network),
+            "scalar": naive.VHead(v.network),
+            "arm": naive.LogProb(arm.model.network),
+        }
+        self.searcher = Searcher(TransformersEngine(self.base))
+        self.readers = [self.base, *pair, arm, q.model, v.model]
+
+    def ours(self, prompts, s, sampling, seed=5):
+        requests = [Request(Prompt(p), s.search(self.values), sampling, seed) for p in prompts]
+        done = dict(self.searcher.run(requests))
+        return [done[i] for i in range(len(prompts))]
+
+    def reference(self, prompt, s, sampling, seed=5):
+        ids = self.base.tokenizer(prompt).input_ids
+        return naive.search(self.base.model.network, self.naive, s, ids, seed, sampling.temperature, sampling.max_new_tokens)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def bench(request):
+    return Bench(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return Bench("llama")
+
+
+def small(name):
+    s = STRATEGIES[name]
+    sizes = {"width": 2, "successors": 2, "chunk_length": 3} if s.chunk_length and s.width > 1 else {}
+    sizes |= {"successors": 3} if s.width == 1 and s.successors > 1 else {}
+    sizes |= {"candidates": 4} if s.candidates else {}
+    return s.with_settings(**sizes)
+
+
+FREE = {
+    "scalar token, scalar select": {"token": "scalar", "select": "scalar", "candidates": 3},
+    "explicit token, implicit select": {"token": "explicit", "select": "implicit"},
+    "implicit twice": {"token": "implicit", "select": "implicit", "beta": 0.5},
+    "explicit twice": {"token": "explicit", "select": "explicit"},
+    "original": {"token": "implicit", "select": "explicit", "original": True},
+}
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_strategy_equals_naive(bench, name):
+    s, sampling = small(name), SamplingParams(temperature=1.3, max_new_tokens=8)
+    for prompt, got in zip(PROMPTS[:2], bench.ours(PROMPTS[:2], s, sampling), strict=True):
+        tokens, score = bench.reference(prompt, s, sampling)
+        assert list(got.token_ids) == tokens
+        if s.select:
+            assert got.score == pytest.approx(score, abs=2e-4)
+    assert all(r.model.live_rows == 0 for r in bench.readers)
+
+
+@pytest.mark.parametrize("settings", FREE.values(), ids=FREE.keys())
+@pytest.mark.parametrize("length,limit", [(3, 9), (20, 30)], ids=["short chunks", "chunks longer than a round"])
+def test_free_combinations_equal_naive(llama, settings, length, limit):
+    s = strategy("custom", width=2, successors=2, chunk_length=length, **settings)
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=limit)
+    for seed in (1, 2):
+        (got,) = llama.ours(PROMPTS[:1], s, sampling, seed)
+        assert list(got.token_ids) == llama.reference(PROMPTS[0], s, sampling, seed)[0]
+    assert all(r.model.live_rows == 0 for r in llama.readers)
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_early_ends_equal_naive(llama, original):
+    """With a likely end-of-sequence token, finished hypotheses are kept, compete and win."""
+    head = llama.base.model.network.lm_head
+    head.weight.data[0] += 0.4 * head.weight.data[1:].abs().mean()
+    s = strategy("ivg", width=2, successors=3, chunk_length=2, original=original)
+    sampling = SamplingParams(temperature=3.0, max_new_tokens=12)
+    ends = set()
+    for seed in range(8):
+        (got,) = llama.ours(PROMPTS[1:2], s, sampling, seed)
+        assert list(got.token_ids) == llama.reference(PROMPTS[1], s, sampling, seed)[0]
+        ends.add(got.finish_reason)
+    assert "length" in ends or "stop" in ends
+
+
+def test_greedy_base_equals_transformers(bench):
+    sampling = SamplingParams(temperature=0, max_new_tokens=16)
+    for prompt, got in zip(PROMPTS, bench.ours(PROMPTS, strategy("base"), sampling), strict=True):
+        ids = torch.tensor([bench.base.tokenizer(prompt).input_ids])
+        expected = bench.base.model.network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+        assert list(got.token_ids) == expected[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("name", ["base", "eft", "args", "cbs-explicit", "ivg"])
+def test_batch_of_eight_equals_each_alone(llama, name):
+    s, sampling = small(name), SamplingParams(max_new_tokens=12)
+    together = llama.ours(PROMPTS, s, sampling)
+    for prompt, got in zip(PROMPTS, together, strict=True):
+        assert got.token_ids == llama.ours([prompt], s, sampling)[0].token_ids
+
+
+def test_mixed_methods_and_late_joiners(llama):
+    """Requests with different methods, lengths and sampling share rounds, and join at any time."""
+    plans = [
+        (p, small(n), SamplingParams(temperature=t, top_k=k, max_new_tokens=m))
+        for p, n, t, k, m in zip(
+            PROMPTS, ["base", "ivg", "eft", "bon", "cbs-implicit", "args", "base", "ivg"], [1, 0.7, 0, 2, 1, 1, 0, 1.5],
+            [0, 5, 0, 0, 3, 0, 0, 0], [5, 9, 17, 4, 20, 3, 33, 12], strict=True,
+        )
+    ]  # fmt: skip
+    requests = [Request(Prompt(p), s.search(llama.values), sampling, 9) for p, s, sampling in plans]
+    waiting, done, ids = list(enumerate(requests)), {}, {}
+    while waiting or llama.searcher.busy:
+        if waiting:
+            i, r = waiting.pop(0)
+            ids[llama.searcher.add(r)] = i
+        done |= {ids[step.request]: step.completion for step in llama.searcher.step() if step.completion}
+    for i, (p, s, sampling) in enumerate(plans):
+        assert done[i].token_ids == llama.ours([p], s, sampling, 9)[0].token_ids, (p, s.name)
+
+
+def test_beta_zero_is_base(llama):
+    sampling = SamplingParams(max_new_tokens=10)
+    plain = llama.ours(PROMPTS[:3], strategy("base"), sampling)
+    for name in ("eft", "token-explicit", "vas", "genarm"):
+        assert [c.token_ids for c in llama.ours(PROMPTS[:3], strategy(name, beta=0), sampling)] == [c.token_ids for c in plain]
+
+
+def test_chunks_of_one_beam_are_plain_sampling(llama):
+    sampling = SamplingParams(max_new_tokens=23)
+    s = strategy("custom", chunk_length=5, select="explicit")
+    assert llama.ours(PROMPTS[:3], s, sampling)[1].token_ids == llama.ours(PROMPTS[:3], strategy("base"), sampling)[1].token_ids
+
+
+def test_wide_search_without_chunks_is_best_of_n(llama):
+    """The best of N independent samples by the explicit value, recomputed by hand from the naive pieces."""
+    from ivg.draws import child_lineage, mix
+
+    sampling, prompt = SamplingParams(max_new_tokens=10), llama.base.tokenizer(PROMPTS[0]).input_ids
+    samples = [
+        naive.grow(llama.base.model.network, {}, STRATEGIES["base"], prompt, [], child_lineage(0, 0, k), 10, 1.0, mix(5, 0), 10, 0)[0]
+        for k in range(6)
+    ]
+    best = max(samples, key=lambda y: llama.naive["explicit"].score(prompt, y))
+    (bon,) = llama.ours(PROMPTS[:1], strategy("bon", successors=6), sampling)
+    (wide,) = llama.ours(PROMPTS[:1], strategy("custom", width=1, successors=6, select="explicit"), sampling)
+    assert list(bon.token_ids) == best == list(wide.token_ids)
+
+
+def test_seeds_and_samples(llama):
+    sampling = SamplingParams(max_new_tokens=12, temperature=1.5)
+    run = lambda **k: [c.token_ids for c in dict(llama.searcher.run([Request(Prompt("I"), Search(), sampling, **k)])).values()][0]  # noqa: E731
+    assert run(seed=1) == run(seed=1)
+    assert len({run(seed=s) for s in range(4)} | {run(seed=0, index=i) for i in range(1, 4)}) == 7
+
+
+def test_first_token_distribution(llama):
+    """Chi-square of 4000 first tokens against the softmax, over the likely tokens."""
+    sampling = SamplingParams(max_new_tokens=1, temperature=0.8, ignore_eos=True)
+    done = llama.searcher.run([Request(Prompt("I"), Search(), sampling, 3, i) for i in range(4000)])
+    counts = torch.zeros(257)
+    for _, c in done:
+        counts[c.token_ids[0]] += 1
+    z = naive.outputs(llama.base.model.network, llama.base.tokenizer("I").input_ids)[-1]
+    z[0] = -torch.inf
+    expected = 4000 * (z / 0.8).softmax(-1)
+    likely = expected > 5
+    chi = (((counts - expected) ** 2 / expected)[likely]).sum() + (counts[~likely].sum() - expected[~likely].sum()) ** 2 / expected[~likely].sum()
+    freedom = int(likely.sum())
+    assert chi < freedom + 4 * (2 * freedom) ** 0.5
+    assert counts[0] == 0
+
+
+def test_bfloat16_engine_runs_and_agrees_on_easy_tokens():
+    """In bfloat16 a greedy text agrees with the model's own cache wherever the choice is clear."""
+    from ivg.models.cached import CachedModel
+    from ivg.models.reader import Reader
+
+    for architecture in ARCHITECTURES:
+        network = tiny_model(architecture, 1).bfloat16()
+        base = Reader(CachedModel(network, "base"), byte_tokenizer())
+        (_, got), = Searcher(TransformersEngine(base)).run([Request(Prompt("The movie"), Search(), SamplingParams(temperature=0, max_new_tokens=12))])  # fmt: skip
+        ids = base.tokenizer("The movie").input_ids + list(got.token_ids)
+        z = naive.outputs(network, ids)[-13:-1]
+        margin = z.max(-1).values - z.gather(1, torch.tensor(got.token_ids)[:, None])[:, 0]
+        assert margin.max() < 0.05 * z.abs().max(), architecture
