@@ -20,7 +20,11 @@ class Bench:
     def __init__(self, architecture):
         self.base = tiny_reader("base", architecture, seed=1)
         pair = tiny_reader("tuned", architecture, seed=2), tiny_reader("untuned", architecture, seed=3)
-        arm, q, v = tiny_reader("arm", architecture, seed=4), tiny_value("vocabulary", architecture, 5), tiny_value("scalar", architecture, 6)
+        arm, q, v = (
+            tiny_reader("arm", architecture, seed=4),
+            tiny_value("vocabulary", architecture, 5),
+            tiny_value("scalar", architecture, 6),
+        )
         self.values = {"implicit": ImplicitValue(*pair), "explicit": q, "scalar": v, "arm": AutoregressiveReward(arm)}
         self.naive = {
             "implicit": naive.Implicit(*(r.model.network for r in pair)),
@@ -187,7 +191,10 @@ def test_first_token_distribution(llama):
     z[0] = -torch.inf
     expected = 4000 * (z / 0.8).softmax(-1)
     likely = expected > 5
-    chi = (((counts - expected) ** 2 / expected)[likely]).sum() + (counts[~likely].sum() - expected[~likely].sum()) ** 2 / expected[~likely].sum()
+    chi = (
+        (((counts - expected) ** 2 / expected)[likely]).sum()
+        + (counts[~likely].sum() - expected[~likely].sum()) ** 2 / expected[~likely].sum()
+    )
     freedom = int(likely.sum())
     assert chi < freedom + 4 * (2 * freedom) ** 0.5
     assert counts[0] == 0

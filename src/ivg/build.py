@@ -33,6 +33,8 @@ def load_models(recipe: Recipe) -> SteeredModel:
     if not given:
         return SteeredModel.embedded(options)
     if "base" not in given:
-        raise ConfigError(f"got models for {', '.join(given)}, but no base model\n  give --base ID-or-path, or no model at all for the embedded ones")
+        raise ConfigError(
+            f"got models for {', '.join(given)}, but no base model\n  give --base ID-or-path, or no model at all for the embedded ones"
+        )
     templates = {role: ref.template for role, ref in given.items() if ref.template is not None}
     return SteeredModel.from_pretrained(**{role: ref.path for role, ref in given.items()}, templates=templates, options=options)

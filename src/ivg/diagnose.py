@@ -85,14 +85,18 @@ def disagreement(model: SteeredModel, prompts: Sequence[Prompt | str], tokens: i
     done = model.generate(list(prompts), "base", temperature=1.0, max_new_tokens=tokens, ignore_eos=True)
     sums, count = torch.zeros(5, dtype=torch.float64), 0
     for prompt, completion in zip(prompts, done, strict=True):
-        beams = [
-            Beam(-1, None, Prompt.of(prompt), completion.token_ids, completion.text, vocabulary=model.base.vocabulary)
-        ]
+        beams = [Beam(-1, None, Prompt.of(prompt), completion.token_ids, completion.text, vocabulary=model.base.vocabulary)]
         base, tuned, untuned = (_response_logits(r, beams[0]) for r in (model.base, value.tuned, value.untuned))
         width = min(base.shape[1], tuned.shape[1], untuned.shape[1], value.vocabulary.size)
         base, tuned, untuned = base[:, :width], tuned[:, :width], untuned[:, :width]
         guided = base + beta * (tuned - untuned)
-        rows = (_kl(base, tuned), _kl(base, untuned), _kl(tuned, untuned), _kl(guided, base), (guided.argmax(-1) == base.argmax(-1)).double())
+        rows = (
+            _kl(base, tuned),
+            _kl(base, untuned),
+            _kl(tuned, untuned),
+            _kl(guided, base),
+            (guided.argmax(-1) == base.argmax(-1)).double(),
+        )
         sums += torch.stack([r.sum().double() for r in rows])
         count += len(base)
     return Disagreement(count, *(sums / count).tolist())

@@ -63,7 +63,14 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             tokens = (*parent.token_ids, ids[-1])
             text, decoded = self.vocabulary.continue_text(tokens, parent.decoded)
             return Beam(
-                new_key(), parent.key, parent.prompt, tokens, parent.text + text, vocabulary=self.vocabulary, inherits=False, decoded=decoded
+                new_key(),
+                parent.key,
+                parent.prompt,
+                tokens,
+                parent.text + text,
+                vocabulary=self.vocabulary,
+                inherits=False,
+                decoded=decoded,
             )
         tokens = ids[self._start :]
         text, decoded = self.vocabulary.continue_text(tokens, (0, 0)) if tokens else ("", (0, 0))

@@ -12,6 +12,7 @@ from typing import Any, overload
 
 from ivg.decoding.search import Request, Searcher
 from ivg.decoding.strategies import STRATEGIES, Strategy, strategy
+from ivg.embedded import path
 from ivg.engine.transformers import TransformersEngine
 from ivg.errors import ConfigError
 from ivg.models.loading import LoadOptions, load_causal
@@ -83,7 +84,9 @@ class SteeredModel:
         shapes, values = dict(templates or {}), {}
         unknown = set(shapes) - {"base", "tuned", "untuned", "value", "reward", "arm"}
         if unknown:
-            raise ConfigError(f"template for unknown role {', '.join(sorted(unknown))}\n  expected base, tuned, untuned, value, reward, arm")
+            raise ConfigError(
+                f"template for unknown role {', '.join(sorted(unknown))}\n  expected base, tuned, untuned, value, reward, arm"
+            )
         if tuned is not None and untuned is not None:
             values["implicit"] = ImplicitValue(
                 load_causal(tuned, "tuned", options, shapes.get("tuned")),
@@ -101,11 +104,7 @@ class SteeredModel:
     @classmethod
     def embedded(cls, options: LoadOptions | None = None) -> SteeredModel:
         """The small film-review models that come with the package."""
-        from ivg.demo import path
-
-        model = cls.from_pretrained(
-            path("base"), tuned=path("tuned"), untuned=path("untuned"), value=path("value"), options=options
-        )
+        model = cls.from_pretrained(path("base"), tuned=path("tuned"), untuned=path("untuned"), value=path("value"), options=options)
         other = ExplicitValue.from_pretrained(path("value-other"), options=options, name="explicit-other")
         model.values["explicit-other"] = other
         return model
@@ -135,7 +134,7 @@ class SteeredModel:
         chosen = method.with_settings(**settings) if isinstance(method, Strategy) else strategy(method, **settings)
         for role in ("token", "select"):
             if getattr(chosen, role) == "explicit" and "explicit" not in self.values and "reward" in self.values:
-                chosen = replace(chosen, **{role: "reward"})
+                chosen = chosen.with_settings(**{role: "reward"})
         return chosen
 
     def request(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ivg.draws import child_lineage, uniform
-from ivg.types import Beam, Extension, Hypothesis, Meter, Prompt, SamplingParams, TokenGuidance, Value, new_key
+from ivg.types import Beam, Extension, FinishReason, Hypothesis, Meter, Prompt, SamplingParams, TokenGuidance, Value, new_key
 
 if TYPE_CHECKING:
     from ivg.values.base import CompositeValue
@@ -103,8 +103,9 @@ class FakeEngine:
 
     def _child(self, order: Extension, index: int) -> Beam:
         beam = order.beam
-        lineage, ids, finish = child_lineage(beam.lineage, len(beam.token_ids), index), list(beam.token_ids), None
+        lineage, ids = child_lineage(beam.lineage, len(beam.token_ids), index), list(beam.token_ids)
         text = beam.text
+        finish: FinishReason | None = None
         for _ in range(order.tokens):
             token = self._draw(text, uniform(order.seed, lineage, len(ids)), allow_eos=not order.sampling.ignore_eos)
             ids.append(token)
@@ -122,7 +123,16 @@ class FakeEngine:
         pieces = tuple("" if i == self.eos else self.alphabet[i] for i in ids) if order.record else ()
         shifts = (0.0,) * len(ids) if order.record else ()
         return Beam(
-            key, beam.key, beam.prompt, tuple(ids), text, finish, beam.meter, lineage=lineage, pieces=pieces, guide_shift=shifts  # type: ignore[arg-type]
+            key,
+            beam.key,
+            beam.prompt,
+            tuple(ids),
+            text,
+            finish,
+            beam.meter,
+            lineage=lineage,
+            pieces=pieces,
+            guide_shift=shifts,
         )
 
     def _draw(self, text: str, u: float, *, allow_eos: bool) -> int:

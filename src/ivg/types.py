@@ -88,21 +88,47 @@ class Meter:
 
 @runtime_checkable
 class Hypothesis(Protocol):
-    """What a value needs to know of a beam; ``parent`` names the hypothesis that this one extends."""
+    """What a value needs to know of a beam."""
 
-    key: int
-    parent: int | None
-    prompt: Prompt
-    token_ids: Sequence[int]
-    text: str
-    finish: FinishReason | None
-    meter: Meter
-    vocabulary: Any
-    """What ``token_ids`` mean (``models.vocab.Vocabulary``); models with another vocabulary read ``text`` instead."""
-    origin: int | None
-    """The last ancestor that was selected, when that is not the parent: values know that one."""
-    inherits: bool
-    """True: no other than the sisters in the same call will ask for the parent again, so its cache row may be taken over."""
+    @property
+    def key(self) -> int:
+        """Unique in this process."""
+
+    @property
+    def parent(self) -> int | None:
+        """Key of the hypothesis that this one extends."""
+
+    @property
+    def origin(self) -> int | None:
+        """The last ancestor that was selected, when that is not the parent: values know that one."""
+
+    @property
+    def prompt(self) -> Prompt:
+        """What is answered."""
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """The response, in the base's tokens."""
+
+    @property
+    def text(self) -> str:
+        """The response as text."""
+
+    @property
+    def finish(self) -> FinishReason | None:
+        """Why nothing will be added, or None."""
+
+    @property
+    def meter(self) -> Meter:
+        """Counts tokens read for the request."""
+
+    @property
+    def vocabulary(self) -> Any:
+        """What ``token_ids`` mean (``models.vocab.Vocabulary``); models with another vocabulary read ``text`` instead."""
+
+    @property
+    def inherits(self) -> bool:
+        """True: only sisters in the same call will ask for the parent again, so its cache row may be taken over."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -67,7 +67,7 @@ def compare(
 
 
 def _gold() -> Any:
-    from ivg.demo import path
+    from ivg.embedded import path
     from ivg.values.reward import RewardModel
 
     return RewardModel.from_pretrained(path("gold"), name="gold")
@@ -75,7 +75,7 @@ def _gold() -> Any:
 
 def _rows(model: Any, prompt: str, methods: list[str], recipe: Any, judge: str | None, gold: Any) -> list[tuple[str, ...]]:
     settings = {**recipe.sampling.settings(), **recipe.search.settings()}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in methods:
         completion = model.generate(prompt, name, seed=recipe.run.seed, **settings)
         if completion.error:

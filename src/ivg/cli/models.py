@@ -14,7 +14,7 @@ def models() -> None:
     from rich.table import Table
 
     from ivg.decoding.strategies import STRATEGIES
-    from ivg.demo import names, path
+    from ivg.embedded import names, path
 
     out = Console(highlight=False)
     table = Table("model", "kind", "parameters", "MB", "directory", title="Embedded models", title_justify="left", box=None, pad_edge=False)
@@ -24,7 +24,9 @@ def models() -> None:
         weights = folder / "model.safetensors"
         table.add_row(name, _kind(config), f"{_parameters(weights):,}", f"{weights.stat().st_size / 1e6:.1f}", str(folder))
     out.print(table)
-    rows = Table("method", "W", "K", "L", "token guide", "selected by", "what", title="\nMethods", title_justify="left", box=None, pad_edge=False)
+    rows = Table(
+        "method", "W", "K", "L", "token guide", "selected by", "what", title="\nMethods", title_justify="left", box=None, pad_edge=False
+    )
     for s in STRATEGIES.values():
         length = "-" if s.chunk_length is None else str(s.chunk_length)
         rows.add_row(s.name, str(s.width), str(s.successors), length, s.token or "-", s.select or "-", s.summary)

@@ -17,14 +17,18 @@ _MODELS, _SEARCH, _SAMPLING, _RUN = "Models (none: the embedded ones)", "Search"
 
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML file with models and settings; options override it.")]
 Base = Annotated[str | None, typer.Option("--base", help="Frozen model to steer: hub id or directory.", rich_help_panel=_MODELS)]
-Tuned = Annotated[str | None, typer.Option("--tuned", help="Small tuned guide (with --untuned: the implicit value).", rich_help_panel=_MODELS)]
+Tuned = Annotated[
+    str | None, typer.Option("--tuned", help="Small tuned guide (with --untuned: the implicit value).", rich_help_panel=_MODELS)
+]
 Untuned = Annotated[str | None, typer.Option("--untuned", help="What the guide was tuned from.", rich_help_panel=_MODELS)]
 ValuePath = Annotated[str | None, typer.Option("--value", help="Trained value network: the explicit value.", rich_help_panel=_MODELS)]
 Reward = Annotated[str | None, typer.Option("--reward", help="Sequence classifier: the reward value.", rich_help_panel=_MODELS)]
 Arm = Annotated[str | None, typer.Option("--arm", help="Autoregressive reward model (GenARM).", rich_help_panel=_MODELS)]
 Template = Annotated[
     list[str] | None,
-    typer.Option("--template", help='How a model reads prompts: ROLE=chat or ROLE="... {prompt} ..."; may be repeated.', rich_help_panel=_MODELS),
+    typer.Option(
+        "--template", help='How a model reads prompts: ROLE=chat or ROLE="... {prompt} ..."; may be repeated.', rich_help_panel=_MODELS
+    ),
 ]
 Method = Annotated[str | None, typer.Option("--method", "-m", help="Named method, or custom (see ivg models).", rich_help_panel=_SEARCH)]
 Width = Annotated[int | None, typer.Option("-W", "--width", help="Beams kept.", rich_help_panel=_SEARCH)]
@@ -45,7 +49,9 @@ Temperature = Annotated[float | None, typer.Option("--temperature", "-t", help="
 TopK = Annotated[int | None, typer.Option("--top-k", help="0 is off. (default: 0)", rich_help_panel=_SAMPLING)]
 TopP = Annotated[float | None, typer.Option("--top-p", help="1 is off. (default: 1)", rich_help_panel=_SAMPLING)]
 MinP = Annotated[float | None, typer.Option("--min-p", help="0 is off. (default: 0)", rich_help_panel=_SAMPLING)]
-MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="Tokens of an answer at most (default: 50)", rich_help_panel=_SAMPLING)]
+MaxNewTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", help="Tokens of an answer at most (default: 50)", rich_help_panel=_SAMPLING)
+]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends a response; may be repeated.", rich_help_panel=_SAMPLING)]
 IgnoreEos = Annotated[bool | None, typer.Option("--ignore-eos", help="Never end before --max-new-tokens.", rich_help_panel=_SAMPLING)]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of all draws (default: 0)", rich_help_panel=_RUN)]

@@ -246,9 +246,7 @@ class Searcher:
             pool = _merged(pool)
         if search.rule == "soft":
             seed, position = live.request.draw_seed, max(len(b.token_ids) for b, _ in pool)
-            chosen = select.soft(
-                [s for _, s in pool], search.width, search.soft_scale, lambda i: uniform(seed, position, i, 0x50F7)
-            )
+            chosen = select.soft([s for _, s in pool], search.width, search.soft_scale, lambda i: uniform(seed, position, i, 0x50F7))
         else:
             chosen = select.top([s for _, s in pool], search.width)
         before = {b.key for b, _ in live.kept}
@@ -271,9 +269,7 @@ class Searcher:
 
     def _step_of(self, live: _Live, kept: Sequence[tuple[Beam, float]], dropped: Sequence[tuple[Beam, float]]) -> Step:
         scored = live.request.search.value is not None
-        nodes = [
-            tuple(_node(b, s if scored else None, kept=mark) for b, s in pairs) for pairs, mark in ((kept, True), (dropped, False))
-        ]
+        nodes = [tuple(_node(b, s if scored else None, kept=mark) for b, s in pairs) for pairs, mark in ((kept, True), (dropped, False))]
         texts = [b.text for b, _ in live.kept] + [b.text for b in live.growing]
         ended = all(b.finished for b, _ in live.kept) and not live.growing
         committed = select.common_prefix(texts)

@@ -129,12 +129,25 @@ _TABLE = (
     Strategy("token-explicit", "a vocabulary head guides every token (IVG, token-wise explicit)", token="explicit"),
     Strategy("args", "ARGS: a reward re-scores the 10 likeliest tokens", token="explicit", candidates=10),
     Strategy("fudge", "FUDGE: log P(attribute | prefix) re-scores candidates", token="explicit", candidates=20, transform="log-sigmoid"),
-    Strategy("vas", "value-augmented sampling: centred values of 20 candidates, beta 3", token="explicit", candidates=20, beta=3.0, transform="centered"),
+    Strategy(
+        "vas",
+        "value-augmented sampling: centred values of 20 candidates, beta 3",
+        token="explicit",
+        candidates=20,
+        beta=3.0,
+        transform="centered",
+    ),
     Strategy("genarm", "GenARM: log-probabilities of base and autoregressive reward model", token="arm", normalise=True),
     Strategy("cbs-implicit", "chunk-level beam search by the implicit value (weak-to-strong search)", select="implicit", **_CHUNKED),
     Strategy("cbs-explicit", "chunk-level beam search by the explicit value", select="explicit", **_CHUNKED),
     Strategy("cd-blockwise", "blockwise controlled decoding: the best of K chunks", successors=16, chunk_length=5, select="explicit"),
-    Strategy("ivg", "integrated value guidance: implicit token by token, explicit chunk by chunk", token="implicit", select="explicit", **_CHUNKED),
+    Strategy(
+        "ivg",
+        "integrated value guidance: implicit token by token, explicit chunk by chunk",
+        token="implicit",
+        select="explicit",
+        **_CHUNKED,
+    ),
 )
 
 STRATEGIES: dict[str, Strategy] = {s.name: s for s in _TABLE}

@@ -82,7 +82,7 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
 
 
-def build_model(config: PretrainConfig, layers: int) -> nn.Module:
+def build_model(config: PretrainConfig, layers: int) -> Any:
     """A fresh Llama of the configured width and ``layers`` layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -90,7 +90,7 @@ def build_model(config: PretrainConfig, layers: int) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**config.model, num_hidden_layers=layers))
 
 
-def grow(small: nn.Module, large: nn.Module) -> None:
+def grow(small: Any, large: Any) -> None:
     """Copy ``small`` into the deeper ``large`` so that both compute the same: new layers add nothing at first."""
     n, m = small.config.num_hidden_layers, large.config.num_hidden_layers
     large.model.embed_tokens.load_state_dict(small.model.embed_tokens.state_dict())

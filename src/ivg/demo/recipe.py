@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ivg.demo import ASSETS, fudge, gold, preference, rollouts, settings
+from ivg.demo import fudge, gold, preference, rollouts, settings
 from ivg.demo.corpus import EOS, Review, pack, read_reviews, train_tokenizer
+from ivg.embedded import ASSETS
 
 HELD_OUT_TOKENS = 200_000
 

@@ -34,9 +34,7 @@ BASE = PretrainConfig(
 )
 """6.0 M parameters. Depth grows from 2 to 5 layers after two thirds of the tokens."""
 
-GUIDE = PretrainConfig(
-    model=_llama(128, 4, tied=True), phases=(Phase(layers=3, tokens=8_000_000, window=256),), seed=1
-)
+GUIDE = PretrainConfig(model=_llama(128, 4, tied=True), phases=(Phase(layers=3, tokens=8_000_000, window=256),), seed=1)
 """1.1 M parameters: `untuned`, and where `tuned`, `value` and `gold` start from."""
 
 GOLD = GoldConfig()

@@ -145,9 +145,7 @@ class TransformersEngine:
             if d.finish is None:
                 self._push(d, token, None if shifts is None else shifts[k])
 
-    def _mix(
-        self, logits: Tensor, nodes: Sequence[Beam | _Draft], decoded: list[tuple[int, int]], orders: list[Extension]
-    ) -> Tensor:
+    def _mix(self, logits: Tensor, nodes: Sequence[Beam | _Draft], decoded: list[tuple[int, int]], orders: list[Extension]) -> Tensor:
         """Guidance added, forbidden end-of-sequence tokens out; nodes with the same guidance share one call."""
         mixed = logits.clone()
         groups: dict[TokenGuidance, list[int]] = {}

@@ -24,9 +24,7 @@ def check_template(template: str | None) -> None:
         return
     assert template is not None
     if "{prompt}" not in template:
-        raise ConfigError(
-            f'unusable template {template!r}\n  expected: "chat", or a text with {{prompt}} where the prompt goes'
-        )
+        raise ConfigError(f'unusable template {template!r}\n  expected: "chat", or a text with {{prompt}} where the prompt goes')
 
 
 def prompt_text(prompt: Prompt) -> str:

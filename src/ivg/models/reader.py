@@ -50,7 +50,7 @@ class Reader:
         self.vocabulary = Vocabulary(tokenizer, eos_ids, owner=model.name)
         self._entries: dict[int, _Entry] = {}
         self.prompt_ids = lru_cache(maxsize=4096)(self._prompt_ids)
-        config = model.network.config.get_text_config()
+        config = model.config
         self._rows_of_embedding = config.vocab_size
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
@@ -176,9 +176,7 @@ class Reader:
                 if i == len(children) - 1 and child.inherits:
                     self._entries[child.key] = self._entries.pop(parent)
                 else:
-                    self._entries[child.key] = _Entry(
-                        self.model.fork(entry.row), entry.border, list(entry.scored), list(entry.logps)
-                    )
+                    self._entries[child.key] = _Entry(self.model.fork(entry.row), entry.border, list(entry.scored), list(entry.logps))
         return [self._entries[h.key] for h in hypotheses]
 
     def _open(self, fresh: list[tuple[Hypothesis, list[int], int]]) -> None:

@@ -35,7 +35,13 @@ class RewardModel:
     """
 
     def __init__(
-        self, network: Any, tokenizer: Any, template: str | None = None, label: int | None = None, name: str = "reward", batch_size: int = 64
+        self,
+        network: Any,
+        tokenizer: Any,
+        template: str | None = None,
+        label: int | None = None,
+        name: str = "reward",
+        batch_size: int = 64,
     ) -> None:
         labels = network.config.num_labels
         if label is None and labels > 2:
