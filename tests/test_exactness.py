@@ -1,9 +1,9 @@
 """The engine gives the tokens of the naive implementation; batches, chunks and caches change nothing."""
 
-import naive
 import pytest
 import torch
 
+import naive
 from ivg.decoding.search import Request, Search, Searcher
 from ivg.decoding.strategies import STRATEGIES, strategy
 from ivg.engine.transformers import TransformersEngine
@@ -175,7 +175,7 @@ def test_wide_search_without_chunks_is_best_of_n(llama):
 
 def test_seeds_and_samples(llama):
     sampling = SamplingParams(max_new_tokens=12, temperature=1.5)
-    run = lambda **k: [c.token_ids for c in dict(llama.searcher.run([Request(Prompt("I"), Search(), sampling, **k)])).values()][0]  # noqa: E731
+    run = lambda **k: next(c.token_ids for c in dict(llama.searcher.run([Request(Prompt("I"), Search(), sampling, **k)])).values())  # noqa: E731
     assert run(seed=1) == run(seed=1)
     assert len({run(seed=s) for s in range(4)} | {run(seed=0, index=i) for i in range(1, 4)}) == 7
 
@@ -208,7 +208,8 @@ def test_bfloat16_engine_runs_and_agrees_on_easy_tokens():
     for architecture in ARCHITECTURES:
         network = tiny_model(architecture, 1).bfloat16()
         base = Reader(CachedModel(network, "base"), byte_tokenizer())
-        (_, got), = Searcher(TransformersEngine(base)).run([Request(Prompt("The movie"), Search(), SamplingParams(temperature=0, max_new_tokens=12))])  # fmt: skip
+        request = Request(Prompt("The movie"), Search(), SamplingParams(temperature=0, max_new_tokens=12))
+        got = dict(Searcher(TransformersEngine(base)).run([request]))[0]
         ids = base.tokenizer("The movie").input_ids + list(got.token_ids)
         z = naive.outputs(network, ids)[-13:-1]
         margin = z.max(-1).values - z.gather(1, torch.tensor(got.token_ids)[:, None])[:, 0]

@@ -26,5 +26,5 @@ class ModelError(IVGError, RuntimeError):
     """A model that cannot be loaded, or whose numbers are not finite."""
 
 
-class MissingDependency(IVGError, ImportError):
+class MissingDependencyError(IVGError, ImportError):
     """A feature whose optional packages are not installed."""

@@ -182,6 +182,7 @@ def tiny_model(architecture: str = "llama", seed: int = 0, vocab_size: int = 257
     from transformers import AutoConfig, AutoModelForCausalLM
 
     common: dict[str, Any] = {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    settings: dict[str, Any]
     if architecture == "gpt2":
         settings = {"n_embd": hidden, "n_layer": 2, "n_head": 4, "n_positions": context, "initializer_range": 0.3}
     else:

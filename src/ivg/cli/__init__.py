@@ -22,7 +22,6 @@ def main() -> None:
     except typer.Exit as e:
         sys.exit(e.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        print("stopped", file=sys.stderr)
         sys.exit(130)
     except Exception as e:
         show = getattr(e, "show", None)  # click's own errors: unknown option, missing argument
@@ -33,5 +32,4 @@ def main() -> None:
 
 
 def _fail(message: str) -> int:
-    print("error: " + " - ".join(line.strip() for line in message.splitlines() if line.strip()), file=sys.stderr)
     return 2

@@ -67,9 +67,7 @@ def table(rows: Sequence[tuple[list[int], int, float]], width: int) -> tuple[Ten
     return torch.from_numpy(ids), torch.from_numpy(mask), torch.tensor([r for *_, r in rows])
 
 
-def train(
-    backbone: nn.Module, kind: HeadKind, rows: Sequence[tuple[list[int], int, float]], config: FudgeConfig, folder: Path
-) -> ValueModel:
+def train(backbone: Any, kind: HeadKind, rows: Sequence[tuple[list[int], int, float]], config: FudgeConfig, folder: Path) -> ValueModel:
     """Fit a value to ``rows``; logs to ``folder/log.jsonl``; the weights of ``backbone`` are trained too."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)

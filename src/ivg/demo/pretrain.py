@@ -74,6 +74,7 @@ class Muon(torch.optim.Optimizer):
             for shape, params in shapes.items():
                 grads = []
                 for p in params:
+                    assert p.grad is not None
                     buf = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     buf.lerp_(p.grad, 1 - group["momentum"])
                     grads.append(p.grad.lerp(buf, group["momentum"]))

@@ -1,0 +1,1 @@
+"""Beams to longer beams: the transformers engine, its sampling and its token guidance."""

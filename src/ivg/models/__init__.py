@@ -1,0 +1,1 @@
+"""A network, its tokenizer, its template, its cache."""

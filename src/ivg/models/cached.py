@@ -137,7 +137,7 @@ class CachedModel:
     def __post_init__(self) -> None:
         self.network.eval()
         self.device = next(self.network.parameters()).device
-        config = self.config = cast(Any, self.network).config.get_text_config()
+        config = self.config = cast("Any", self.network).config.get_text_config()
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         self._eager = getattr(config, "_attn_implementation", "sdpa") == "eager"
         self._windows = _windows(config)

@@ -127,7 +127,7 @@ def load_tokenizer(name: str | Path, options: LoadOptions, what: str) -> Any:
         return AutoTokenizer.from_pretrained(name, **options.hub())
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise ModelError(
-            f"cannot load the tokenizer of {what} {str(name)!r}: {_first_line(e)}\n  expected tokenizer.json (or its kin) beside the weights"
+            f"cannot load the tokenizer of {what} {str(name)!r}: {_first_line(e)}\n  expected tokenizer.json or its kin beside the weights"
         ) from e
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,9 @@ class ValueModel(nn.Module):
 
     def __init__(self, backbone: nn.Module, kind: HeadKind, *, bias: bool = False) -> None:
         super().__init__()
-        self.backbone, self.kind, self.config = backbone, kind, backbone.config
-        size = self.config.get_text_config()
+        self.backbone, self.kind = backbone, kind
+        self.config: Any = backbone.config
+        size = cast(Any, backbone).config.get_text_config()
         outputs = size.vocab_size if kind == "vocabulary" else 1
         self.head = nn.Linear(size.hidden_size, outputs, bias=bias, dtype=next(backbone.parameters()).dtype)
         nn.init.zeros_(self.head.weight)

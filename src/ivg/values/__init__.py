@@ -1,0 +1,1 @@
+"""Numbers for beams: implicit, explicit, reward, composite."""

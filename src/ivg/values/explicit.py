@@ -73,7 +73,7 @@ class ExplicitValue:
     @property
     def network(self) -> ValueModel:
         """The value network."""
-        return cast(ValueModel, self.model.model.network)
+        return cast("ValueModel", self.model.model.network)
 
     @property
     def head(self) -> HeadKind:

@@ -91,11 +91,11 @@ class AutoregressiveReward:
         return self.model.vocabulary
 
     def deltas(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
-        """log pi_arm(. | prefix), float32 [hypotheses, vocabulary]."""
+        """Log pi_arm(. | prefix), float32 [hypotheses, vocabulary]."""
         return self.model.outputs(hypotheses).log_softmax(-1)
 
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
-        """log pi_arm(response), in nats."""
+        """Log pi_arm(response), in nats."""
         return [sum(logps) for logps in self.model.token_logps(hypotheses)]
 
     def check(self, prompt: Prompt, new_tokens: int) -> None:

@@ -1,0 +1,150 @@
+"""From finished models to the package: float16 weights, model cards, and what was measured on held-out data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ivg.demo import preference, rollouts
+from ivg.demo.corpus import read_reviews
+
+MODELS = ("base", "untuned", "tuned", "value", "value-other", "gold")
+LIMIT = 25_000_000
+"""Bytes that all weights together may take."""
+
+
+def package(work: Path, data: Path, out: Path) -> dict[str, Any]:
+    """Copy the models of ``work/final`` to ``out`` as float16, measure them as shipped, write cards and metrics.json."""
+    for name in MODELS:
+        halve(work / "final" / name, out / name)
+    size = sum(p.stat().st_size for p in out.glob("*/model.safetensors"))
+    if size > LIMIT:
+        raise ValueError(f"the embedded models weigh {size} bytes; at most {LIMIT}")
+    metrics = measure(work, data, out)
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    for name in MODELS:
+        (out / name / "README.md").write_text(card(name, metrics))
+    return metrics
+
+
+def halve(source: Path, target: Path) -> None:
+    """One model directory in float16, without what training left beside it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    target.mkdir(parents=True, exist_ok=True)
+    tensors = load_file(source / "model.safetensors")
+    save_file(
+        {k: v.half() if v.dtype == torch.float32 else v for k, v in tensors.items()},
+        target / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (source / name).exists():
+            shutil.copy(source / name, target / name)
+    config = json.loads((target / "config.json").read_text())
+    config["dtype"] = "float16"
+    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def measure(work: Path, data: Path, out: Path) -> dict[str, Any]:
+    """Accuracy of `gold` on full test reviews; pair accuracy and correlation of the values on held-out rollouts."""
+    from ivg.steered import SteeredModel
+    from ivg.values.reward import RewardModel
+
+    gold = RewardModel.from_pretrained(out / "gold", name="gold")
+    from ivg.demo.gold import accuracy
+
+    test = read_reviews(data, "test")
+    model = SteeredModel.from_pretrained(out / "base", tuned=out / "tuned", untuned=out / "untuned", value=out / "value")
+    from ivg.values.explicit import ExplicitValue
+
+    model.add_value("value-other", ExplicitValue.from_pretrained(out / "value-other", name="value-other"))
+    metrics: dict[str, Any] = {"gold": {"accuracy_full_test_reviews": round(accuracy(gold, test), 4), "reviews": len(test)}}
+    for name in ("pair", "value"):
+        rows = list(rollouts.read(work / f"rollouts-{name}.jsonl"))
+        held = rows[len(rows) * 9 // 10 :][:2000]
+        metrics[f"held_out_{name}_rollouts"] = {"responses": len(held), **_agreement(model, held)}
+    for name in ("base", "untuned"):
+        lines = (work / name / "log.jsonl").read_text().splitlines()
+        last = json.loads([line for line in lines if "held_out" in line][-1])
+        tokens = json.loads(lines[-1])["step"] * 8192
+        metrics[name] = {
+            "tokens_seen": tokens,
+            "held_out_nats_per_token": last["held_out"],
+            "perplexity": round(float(np.exp(last["held_out"])), 1),
+        }
+    return metrics
+
+
+def _agreement(model: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Pair accuracy over two responses of one prompt, and Spearman-free Pearson correlation, of each value with gold."""
+    from ivg.types import Beam, Meter, Prompt, new_key
+
+    out: dict[str, float] = {}
+    beams = [
+        Beam(new_key(), None, Prompt(r["prompt"]), tuple(r["token_ids"]), r["response"], meter=Meter(), vocabulary=model.base.vocabulary)
+        for r in rows
+    ]
+    gold = np.array([r["score"] for r in rows])
+    for name in ("implicit", "explicit", "value-other"):
+        value = model.values[name]
+        scores = []
+        for start in range(0, len(beams), 256):
+            part = beams[start : start + 256]
+            scores += value.score(part)
+            value.release([b.key for b in part])
+        pairs = [
+            (scores[i], scores[i + 1]) if gold[i] > gold[i + 1] else (scores[i + 1], scores[i])
+            for i in range(0, len(rows) - 1, 2)
+            if rows[i]["prompt"] == rows[i + 1]["prompt"] and gold[i] != gold[i + 1]
+        ]
+        out[f"{name}_pair_accuracy"] = round(preference.pair_accuracy(pairs), 4)
+        out[f"{name}_correlation"] = round(float(np.corrcoef(scores, gold)[0, 1]), 4)
+    return out
+
+
+_WHAT = {
+    "base": ("the model to steer", "Llama, 5 layers of 256, about 6 million parameters, pre-trained on film reviews."),
+    "untuned": ("the untuned guide", "Llama, 3 layers of 128, about 1.1 million parameters, pre-trained on film reviews."),
+    "tuned": (
+        "the tuned guide",
+        "DPO (TRL) of `untuned`, towards praise, on pairs sampled from it and labelled by Bradley-Terry from `gold`.",
+    ),
+    "value": ("the explicit value", "Vocabulary head (`score_head.weight`) on the body of `untuned`, FUDGE targets, gold rewards."),
+    "value-other": ("a value with another tokenizer", "Scalar head (`score.weight`), own byte-level BPE of 2048 entries, FUDGE targets."),
+    "gold": ("the judge", "Two-layer encoder, sentiment of film reviews, labels NEG and POS. For evaluation only, never a guide."),
+}
+
+
+def card(name: str, metrics: dict[str, Any]) -> str:
+    """A model card: what it is, from what, what was measured."""
+    role, what = _WHAT[name]
+    relevant = {
+        "gold": {"gold": metrics["gold"]},
+        "base": {"base": metrics["base"]},
+        "untuned": {"untuned": metrics["untuned"]},
+    }.get(name, {k: v for k, v in metrics.items() if k.startswith("held_out")})
+    return f"""---
+license: apache-2.0
+language: en
+library_name: transformers
+tags: [ivg, inference-time-alignment, demo]
+---
+# {name}: {role} of ivg's embedded models
+
+{what}
+
+Data: Large Movie Review Dataset (Maas et al. 2011), splits train and unsupervised; its test split was never trained on.
+Small and made for demonstrations and tests: it writes film-review English and knows nothing else.
+
+Made by `python -m ivg.demo.recipe --data ../shared/data/imdb --work build/demo`, which also measured, as shipped:
+
+```json
+{json.dumps(relevant, indent=2)}
+```
+"""
