@@ -41,7 +41,7 @@ class ValueModel(nn.Module):
         super().__init__()
         self.backbone, self.kind = backbone, kind
         self.config: Any = backbone.config
-        size = cast(Any, backbone).config.get_text_config()
+        size = cast("Any", backbone).config.get_text_config()
         outputs = size.vocab_size if kind == "vocabulary" else 1
         self.head = nn.Linear(size.hidden_size, outputs, bias=bias, dtype=next(backbone.parameters()).dtype)
         nn.init.zeros_(self.head.weight)
