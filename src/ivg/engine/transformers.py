@@ -169,11 +169,11 @@ class TransformersEngine:
     def _push(self, d: _Draft, token: int, shift: float | None) -> None:
         """Append a token and see whether it ends the response."""
         sampling = d.order.sampling
+        before = len(d.text)
         d.token_ids.append(token)
-        before = len(d.written)
         if token in self.vocabulary.eos_ids and not sampling.ignore_eos:
             d.finish = "stop"
-            d.text  # noqa: B018 - decode what was held back
+            d.decoded = (d.decoded[0], len(d.token_ids))  # an end-of-sequence token adds no text, special or not
         elif sampling.stop and (cut := _stop_at(d.text, before, sampling.stop)) is not None:
             d.written, d.finish = d.text[:cut], "stop"
         elif len(d.token_ids) >= sampling.max_new_tokens:

@@ -1,0 +1,198 @@
+"""The loop and the selections with a fake engine: exact, and without torch."""
+
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from ivg.decoding import select
+from ivg.decoding.search import Request, Search, Searcher
+from ivg.decoding.strategies import STRATEGIES, strategy
+from ivg.errors import ConfigError
+from ivg.testing import FakeEngine
+from ivg.types import Prompt, SamplingParams
+from ivg.values.base import FunctionValue
+
+COUNT_A = FunctionValue(lambda p, r: r.count("a"))
+
+
+def run(engine, *requests, **settings):
+    searcher = Searcher(engine, **settings)
+    for r in requests:
+        searcher.add(r)
+    steps = []
+    while searcher.busy:
+        steps += searcher.step()
+    return steps
+
+
+def request(search, seed=0, trace=False, **sampling):
+    return Request(Prompt("p"), search, SamplingParams(**{"max_new_tokens": 12, **sampling}), seed, trace=trace)
+
+
+def completion(engine, search, seed=0, **sampling):
+    return next(s.completion for s in run(engine, request(search, seed, **sampling)) if s.completion)
+
+
+def test_no_torch():
+    code = "import sys; sys.path.insert(0, 'tests'); import ivg.testing, ivg.decoding.search, ivg.decoding.strategies; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_top_is_stable():
+    assert select.top([1, 3, 3, 2], 3) == [1, 2, 3]
+
+
+def test_common_prefix():
+    assert select.common_prefix(["abc", "abd", "ab"]) == "ab"
+    assert select.common_prefix([]) == ""
+
+
+def test_soft_selection_frequencies():
+    from ivg.draws import uniform
+
+    counts = Counter(select.soft([0.0, 1.0, 2.0], 1, 1.0, lambda i, n=n: uniform(n, i))[0] for n in range(6000))
+    total = 1 + 2.71828 + 7.38906
+    for i, weight in enumerate([1, 2.71828, 7.38906]):
+        assert counts[i] / 6000 == pytest.approx(weight / total, abs=0.02)
+
+
+def test_search_prefers_the_value():
+    plain = sum(completion(FakeEngine(), Search(), s, ignore_eos=True).text.count("a") for s in range(20))
+    best = sum(
+        completion(FakeEngine(), Search(width=2, successors=4, chunk_length=2, value=COUNT_A), s, ignore_eos=True).text.count("a")
+        for s in range(20)
+    )
+    assert best > 2.5 * plain
+
+
+def test_score_is_the_value_of_the_text():
+    got = completion(FakeEngine(), Search(width=3, successors=2, chunk_length=3, value=COUNT_A), 4)
+    assert got.score == got.text.count("a")
+
+
+def test_everything_is_released():
+    engine = FakeEngine()
+    run(engine, *(request(strategy(n).search({"explicit": COUNT_A}), 1) for n in ("base", "bon", "soft-bon", "cbs-explicit", "cd-blockwise")))
+    assert engine.held == set()
+
+
+def end_early(text):
+    """After an a, the text most likely ends."""
+    return [1] * 8 + [40 if text.endswith("a") else 0]
+
+
+def test_finished_hypotheses_compete_and_are_kept_once():
+    """A finished best hypothesis stays; the other place goes on growing, and the best of all wins."""
+    engine = FakeEngine(weights=end_early)
+    steps = run(engine, request(Search(width=2, successors=3, chunk_length=2, value=FunctionValue(lambda p, r: -len(r))), 3, trace=True))
+    for step in steps:
+        keys = [n.key for n in step.kept]
+        assert len(keys) == len(set(keys))
+        texts = [(n.text, n.finish) for n in step.kept]
+        assert len(texts) == len(set(texts))
+    done = steps[-1].completion
+    assert done.finish_reason == "stop"
+
+
+def test_original_lets_copies_of_a_finished_hypothesis_fill_all_places():
+    engine = FakeEngine(weights=end_early)
+    value = FunctionValue(lambda p, r: 100.0 if r.endswith("a") else 0.0)
+
+    def rounds(*, original):
+        search = Search(width=2, successors=2, chunk_length=2, value=value, original=original)
+        return [len(run(engine, request(search, s, max_new_tokens=40))) for s in range(10)]
+
+    assert sum(rounds(original=True)) < sum(rounds(original=False))
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_committed_text_is_never_taken_back(name):
+    values = {"explicit": COUNT_A, "implicit": COUNT_A}
+    s = strategy(name, token="none") if STRATEGIES[name].token else strategy(name)
+    for seed in range(5):
+        committed = ""
+        for step in run(FakeEngine(), request(s.search(values), seed, stop=("cab", "bb"), max_new_tokens=30)):
+            assert step.committed.startswith(committed)
+            committed = step.committed
+            if step.completion:
+                assert step.completion.text.startswith(committed)
+                assert "bb" not in step.completion.text
+    assert committed
+
+
+def test_single_beam_streams_every_round():
+    steps = run(FakeEngine(), request(Search(), max_new_tokens=64, ignore_eos=True))
+    assert [len(s.committed) for s in steps] == [16, 32, 48, 64]
+
+
+def test_stop_strings_are_held_back():
+    engine = FakeEngine("ab", weights=lambda t: [1, 0, 0] if len(t) % 16 != 15 else [0, 1, 0])
+    first = run(engine, request(Search(), max_new_tokens=20, stop=("bc",)))[0]
+    assert first.committed == "a" * 15
+
+
+def test_requests_wait_for_room():
+    engine = FakeEngine()
+    searcher = Searcher(engine, max_beams=8)
+    for seed in range(3):
+        searcher.add(request(Search(width=2, successors=2, chunk_length=2, value=COUNT_A), seed))
+    searcher.step()
+    assert (searcher.live_requests, searcher.waiting_requests) == (2, 1)
+    while searcher.busy:
+        searcher.step()
+    assert engine.held == set()
+
+
+def test_cancelled_requests_vanish():
+    engine = FakeEngine()
+    searcher = Searcher(engine, max_beams=1)
+    ids = [searcher.add(request(Search(), s)) for s in range(3)]
+    searcher.step()
+    for i in (*ids, 99):
+        searcher.cancel(i)
+    assert not searcher.busy
+    assert len(engine.held) <= 2  # roots of requests that never ran hold nothing in a real engine
+
+
+def test_trace_is_a_tree():
+    search = Search(width=2, successors=3, chunk_length=4, value=COUNT_A)
+    done = run(FakeEngine(), request(search, 2, trace=True, ignore_eos=True))[-1].completion
+    known = set()
+    for i, step in enumerate(done.trace):
+        assert len(step.kept) + len(step.dropped) <= 6
+        assert len(step.kept) == 2
+        for node in (*step.kept, *step.dropped):
+            assert i == 0 or node.parent in known
+            assert "".join(node.tokens) == node.text
+        known = {n.key for n in step.kept}
+    assert done.text in {n.text for n in done.trace[-1].kept}
+
+
+def test_same_seed_same_text_whatever_the_round_length(monkeypatch):
+    from ivg.decoding import search as module
+
+    search = Search(width=2, successors=2, chunk_length=7, value=COUNT_A, rule="soft")
+    texts = set()
+    for quantum in (1, 3, 16):
+        monkeypatch.setattr(module, "QUANTUM", quantum)
+        texts.add(completion(FakeEngine(), search, 5, max_new_tokens=30).text)
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("settings", [{"width": 0}, {"successors": 0}, {"chunk_length": 0}, {"soft_scale": 0}])
+def test_impossible_settings_are_told(settings):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        strategy("ivg", **settings)
+
+
+def test_unknown_names_are_told():
+    with pytest.raises(ConfigError, match=r"(?s)unknown method 'ivgg'.*cbs-implicit"):
+        strategy("ivgg")
+    with pytest.raises(ConfigError, match="unknown setting widht"):
+        strategy("ivg", widht=3)
+    with pytest.raises(ConfigError, match="needs the value explicit and implicit"):
+        strategy("ivg").search({})
+    with pytest.raises(ConfigError, match="no value to select by"):
+        strategy("custom", width=2)
