@@ -2,10 +2,10 @@
 
 import random
 
-import naive
 import pytest
 import torch
 
+import naive
 from ivg.decoding.search import Request, Search, Searcher
 from ivg.engine.transformers import TransformersEngine
 from ivg.errors import ModelError, PromptError
@@ -100,7 +100,14 @@ def test_slots_grow_by_doubling_and_are_reused():
 
 
 def test_common_length():
-    for a, b, n in [([], [1], 0), ([1], [1], 1), ([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 2), ([2], [1], 0), ([1] * 9 + [2], [1] * 12, 9)]:
+    for a, b, n in [
+        ([], [1], 0),
+        ([1], [1], 1),
+        ([1, 2, 3], [1, 2, 4], 2),
+        ([1, 2], [1, 2, 3], 2),
+        ([2], [1], 0),
+        ([1] * 9 + [2], [1] * 12, 9),
+    ]:
         assert common_length(a, b) == n == common_length(b, a)
 
 

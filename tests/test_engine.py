@@ -1,9 +1,9 @@
 """Sampling filters, ends of responses, token guidance across vocabularies, broken models, transformers' hooks."""
 
-import naive
 import pytest
 import torch
 
+import naive
 from ivg.decoding.search import Request, Search, Searcher
 from ivg.decoding.strategies import strategy
 from ivg.engine import sampling as f
@@ -109,7 +109,11 @@ def answer(base, prompt, method=None, **sampling):
 
 def test_stop_string_across_tokens_and_chunks():
     base = scripted("one two STOP three", "p")
-    for search in (Search(), Search(chunk_length=3), Search(width=2, successors=2, chunk_length=5, value=FunctionValue(lambda p, r: len(r)))):
+    for search in (
+        Search(),
+        Search(chunk_length=3),
+        Search(width=2, successors=2, chunk_length=5, value=FunctionValue(lambda p, r: len(r))),
+    ):
         got = answer(base, "p", search, max_new_tokens=18, stop=(" STOP", "never"))
         assert (got.text, got.finish_reason) == ("one two", "stop")
 

@@ -36,7 +36,7 @@ def completion(engine, search, seed=0, **sampling):
 
 
 def test_no_torch():
-    code = "import sys; sys.path.insert(0, 'tests'); import ivg.testing, ivg.decoding.search, ivg.decoding.strategies; sys.exit('torch' in sys.modules)"
+    code = "import sys; import ivg.testing, ivg.decoding.search, ivg.decoding.strategies; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -74,7 +74,10 @@ def test_score_is_the_value_of_the_text():
 
 def test_everything_is_released():
     engine = FakeEngine()
-    run(engine, *(request(strategy(n).search({"explicit": COUNT_A}), 1) for n in ("base", "bon", "soft-bon", "cbs-explicit", "cd-blockwise")))
+    run(
+        engine,
+        *(request(strategy(n).search({"explicit": COUNT_A}), 1) for n in ("base", "bon", "soft-bon", "cbs-explicit", "cd-blockwise")),
+    )
     assert engine.held == set()
 
 

@@ -2,15 +2,14 @@
 
 import json
 
-import naive
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import naive
 from ivg.errors import ConfigError, ModelError, VocabularyError
 from ivg.models.cached import CachedModel
 from ivg.models.reader import Reader
-from ivg.models.value_head import ValueModel
 from ivg.testing import (
     byte_tokenizer,
     check_batch_invariance,

@@ -26,6 +26,10 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from ivg.errors import ConfigError
 
 
+ROLES = ("base", "tuned", "untuned", "value", "reward", "arm")
+"""What a model can be for."""
+
+
 def _or(*names: str) -> AliasChoices:
     return AliasChoices(*names)
 
@@ -62,7 +66,7 @@ class ModelsConfig(_Strict):
     @property
     def given(self) -> dict[str, ModelRef]:
         """The roles that are filled."""
-        return {role: ref for role in type(self).model_fields if (ref := getattr(self, role)) is not None}
+        return {role: ref for role in ROLES if (ref := getattr(self, role)) is not None}
 
 
 class SearchConfig(_Strict):

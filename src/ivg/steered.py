@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, overload
 
+from ivg.config import ROLES
 from ivg.decoding.search import Request, Searcher
 from ivg.decoding.strategies import STRATEGIES, Strategy, strategy
 from ivg.embedded import path
@@ -82,11 +83,9 @@ class SteeredModel:
             missing = "untuned" if untuned is None else "tuned"
             raise ConfigError(f"the implicit value needs a pair; got no {missing} model\n  give both --tuned and --untuned")
         shapes, values = dict(templates or {}), {}
-        unknown = set(shapes) - {"base", "tuned", "untuned", "value", "reward", "arm"}
+        unknown = set(shapes) - set(ROLES)
         if unknown:
-            raise ConfigError(
-                f"template for unknown role {', '.join(sorted(unknown))}\n  expected base, tuned, untuned, value, reward, arm"
-            )
+            raise ConfigError(f"template for unknown role {', '.join(sorted(unknown))}\n  expected {', '.join(ROLES)}")
         if tuned is not None and untuned is not None:
             values["implicit"] = ImplicitValue(
                 load_causal(tuned, "tuned", options, shapes.get("tuned")),

@@ -13,15 +13,18 @@ def main() -> None:
     import typer
 
     from ivg.cli.app import app
+    from ivg.cli.progress import report
     from ivg.errors import IVGError
 
     try:
         app(standalone_mode=False)
     except IVGError as e:
-        sys.exit(_fail(str(e)))
+        report(str(e))
+        sys.exit(2)
     except typer.Exit as e:
         sys.exit(e.exit_code)
     except (KeyboardInterrupt, typer.Abort):
+        typer.echo("stopped; what was done is kept", err=True)
         sys.exit(130)
     except Exception as e:
         show = getattr(e, "show", None)  # click's own errors: unknown option, missing argument
@@ -29,7 +32,3 @@ def main() -> None:
             raise
         show()
         sys.exit(2)
-
-
-def _fail(message: str) -> int:
-    return 2

@@ -36,14 +36,7 @@ def check(
     dtype: o.Dtype = None,
 ) -> None:
     """See HELP."""
-    given = o.recipe_of(
-        recipe,
-        {"base": base, "tuned": tuned, "untuned": untuned, "value": value, "reward": reward, "arm": arm},
-        {"beta": beta},
-        {},
-        {"device": device, "dtype": dtype},
-        template,
-    )
+    given = o.recipe_of(recipe, template, locals())
     from rich.console import Console
 
     from ivg.build import load_models

@@ -38,20 +38,7 @@ def compare(
     dtype: o.Dtype = None,
 ) -> None:
     """See HELP."""
-    given = o.recipe_of(
-        recipe,
-        {"base": base, "tuned": tuned, "untuned": untuned, "value": value, "reward": reward, "arm": arm},
-        {"beta": beta},
-        {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "max_new_tokens": max_new_tokens,
-            "ignore_eos": ignore_eos,
-        },
-        {"seed": seed, "device": device, "dtype": dtype},
-        template,
-    )
+    given = o.recipe_of(recipe, template, locals())
     from ivg.build import load_models
     from ivg.decoding.strategies import strategy
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -12,11 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from ivg.cli import options as o
-from ivg.errors import ConfigError, IVGError
+from ivg.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
     from ivg.config import Recipe
-    from ivg.steered import SteeredModel
     from ivg.types import Completion
 
 HELP = """Answer prompts, steered.
@@ -78,31 +78,7 @@ def generate(
     dtype: o.Dtype = None,
 ) -> None:
     """See HELP."""
-    given = o.recipe_of(
-        recipe,
-        {"base": base, "tuned": tuned, "untuned": untuned, "value": value, "reward": reward, "arm": arm},
-        {
-            "method": method,
-            "width": width,
-            "successors": successors,
-            "chunk_length": chunk_length,
-            "beta": beta,
-            "token": token,
-            "select": select,
-            "candidates": candidates,
-        },
-        {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "max_new_tokens": max_new_tokens,
-            "stop": stop,
-            "ignore_eos": ignore_eos,
-        },
-        {"seed": seed, "n": n, "batch_size": batch_size, "device": device, "dtype": dtype},
-        template,
-    )
+    given = o.recipe_of(recipe, template, locals())
     if bool(prompts) == bool(input):
         raise ConfigError("give prompts, or --input FILE (exactly one of the two)")
     _check_method(given)
@@ -118,24 +94,28 @@ def _check_method(recipe: Recipe) -> None:
 
 def run(recipe: Recipe, prompts: list[str], source: Path | None, output: Path | None, trace: Path | None) -> None:
     """Answer every prompt that is not answered yet; what cannot be answered is reported, the others are done."""
-    from ivg.build import load_models
-    from ivg.cli.progress import progress
+    from ivg.cli.progress import progress, report
 
     failures: list[str] = []
-    done = _answered(output) if output else set()
-    model = load_models(recipe)
-    jobs = [Job(i, p) for i, p in enumerate(prompts)] if source is None else list(read_jobs(source, failures))
+
+    def fail(message: str) -> None:
+        if message not in failures:  # a prompt that is asked for several times is reported once
+            failures.append(message)
+            report(message)
+
+    jobs = [Job(i, p) for i, p in enumerate(prompts)] if source is None else list(read_jobs(source, fail))
+    done = answered(output, recipe) if output else set()
     todo = [(job, k) for job in jobs for k in range(recipe.run.n) if (_key(job.id), k) not in done]
     kept: list[tuple[str, Completion]] = []
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    sink = output.open("a") if output else None
+    sink = _open(output) if output else None
+    count = 0
     try:
         with progress(len(todo), "answers") as advance:
-            for job, index, completion in answers(model, recipe, todo, failures, trace=trace is not None):
+            for job, index, completion in answers(recipe, todo, fail, trace=trace is not None):
                 _write(sink, recipe, job, index, completion, many=len(todo) > 1)
                 if trace is not None:
                     kept.append((_shown(job.prompt), completion))
+                count += 1
                 advance()
     finally:
         if sink:
@@ -144,46 +124,42 @@ def run(recipe: Recipe, prompts: list[str], source: Path | None, output: Path | 
             from ivg.cli.trace import write_trace
 
             write_trace(trace, kept, recipe.search.method)
-    for _failure in failures:
-        pass
     if failures:
-        raise typer.Exit(2 if len(failures) >= len(jobs) + len(failures) or not todo else 1)
+        raise typer.Exit(1 if count or done else 2)
 
 
 def answers(
-    model: SteeredModel, recipe: Recipe, todo: list[tuple[Job, int]], failures: list[str], *, trace: bool
+    recipe: Recipe, todo: list[tuple[Job, int]], fail: Callable[[str], None], *, trace: bool
 ) -> Iterator[tuple[Job, int, Completion]]:
     """(job, sample number, completion) as each is done; ``batch_size`` requests in flight at any time."""
+    from ivg.build import load_models
+
+    if not todo:
+        return
+    model = load_models(recipe)
     searcher = model.searcher(max_beams=1 << 30)
     settings = {**recipe.search.settings(), **recipe.sampling.settings()}
     flying: dict[int, tuple[Job, int]] = {}
-    queue = iter(todo)
-    more = True
-    while more or flying:
-        while more and len(flying) < recipe.run.batch_size:
-            item = next(queue, None)
-            if item is None:
-                more = False
-                break
-            job, index = item
+    queue = deque(todo)
+    while queue or flying:
+        while queue and len(flying) < recipe.run.batch_size:
+            job, index = queue.popleft()
             try:
                 request = model.request(job.prompt, recipe.search.method, seed=recipe.run.seed, index=index, trace=trace, **settings)
-                flying[searcher.add(request)] = item
-            except IVGError as e:
-                if len(todo) == recipe.run.n:
-                    raise
-                failures.append(f"{job.place}: {' - '.join(x.strip() for x in str(e).splitlines())}")
+                flying[searcher.add(request)] = job, index
+            except PromptError as e:  # what is wrong with the method or the models is wrong for all
+                fail(f"{job.place}: {e}")
         for step in searcher.step():
             if step.completion is None:
                 continue
             job, index = flying.pop(step.request)
             if step.completion.error:
-                failures.append(f"{job.place}: {step.completion.error}")
+                fail(f"{job.place}: {step.completion.error}")
             else:
                 yield job, index, step.completion
 
 
-def read_jobs(source: Path, failures: list[str]) -> Iterator[Job]:
+def read_jobs(source: Path, fail: Callable[[str], None]) -> Iterator[Job]:
     """Rows of a JSONL file; a row that cannot be read is reported with its line number."""
     try:
         lines = sys.stdin.readlines() if str(source) == "-" else source.read_text(encoding="utf-8").splitlines()
@@ -199,27 +175,49 @@ def read_jobs(source: Path, failures: list[str]) -> Iterator[Job]:
                 prompt = [{"role": str(m["role"]), "content": str(m["content"])} for m in prompt]
         except (ValueError, TypeError, KeyError):
             shown = line.strip()[:60]
-            failures.append(f'{source}, line {number}: expected {{"id": …, "prompt": "…"}} or "messages", got {shown}')
+            fail(f'{source}, line {number}: expected {{"id": …, "prompt": "…"}} or "messages", got {shown}')
             continue
         yield Job(row.get("id", number), prompt, number)
 
 
-def _answered(output: Path) -> set[tuple[str, int]]:
-    """(id, sample number) of the rows that ``output`` holds; half a line at its end is cut off."""
+def answered(output: Path, recipe: Recipe) -> set[tuple[str, int]]:
+    """(id, sample number) of the rows that ``output`` holds; half a line at its end is cut off.
+
+    Raises:
+        ConfigError: its rows are not ours, or were made with another method, seed or settings.
+    """
     if not output.exists():
         return set()
     raw = output.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
     if len(whole) < len(raw):
         output.write_bytes(whole)
-    out = set()
+    out, wanted = set(), _provenance(recipe)
     for line in whole.splitlines():
         try:
             row = json.loads(line)
-            out.add((_key(row["id"]), row.get("index", 0)))
+            found = {k: row[k] for k in wanted}
+            out.add((_key(row["id"]), row["index"]))
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"{output} holds rows that ivg did not write\n  give another --output") from None
+        if found != wanted:
+            raise ConfigError(f"{output} holds answers made with {found}\n  this run has {wanted}; give another --output")
     return out
+
+
+def _provenance(recipe: Recipe) -> dict[str, Any]:
+    """What an answer depends on, as it stands in every row."""
+    settings = {**recipe.search.settings(), **recipe.sampling.settings()}
+    models = {role: ref.path for role, ref in recipe.models.given.items()} or "embedded"
+    return {"method": recipe.search.method, "seed": recipe.run.seed, "settings": settings, "models": models}
+
+
+def _open(output: Path) -> TextIO:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return output.open("a", encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"cannot write {output}: {e.strerror}\n  expected a JSONL file in a folder of yours") from None
 
 
 def _key(identity: Any) -> str:
@@ -236,7 +234,6 @@ def _write(sink: TextIO | None, recipe: Recipe, job: Job, index: int, completion
 
         show(_shown(job.prompt), completion, recipe.search.method, many=many)
         return
-    row = {"id": job.id, "prompt": job.prompt, **completion.to_dict(), "method": recipe.search.method, "seed": recipe.run.seed}
-    row |= {"index": index, "settings": {**recipe.search.settings(), **recipe.sampling.settings()}}
+    row = {"id": job.id, "prompt": job.prompt, "index": index, **completion.to_dict(), **_provenance(recipe)}
     sink.write(json.dumps(row, ensure_ascii=False) + "\n")
     sink.flush()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,23 +61,17 @@ Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 
 Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16. (default: auto)", rich_help_panel=_RUN)]
 
 
-def recipe_of(
-    file: Path | None,
-    models: dict[str, Any],
-    search: dict[str, Any],
-    sampling: dict[str, Any],
-    run: dict[str, Any],
-    templates: Sequence[str] | None = None,
-) -> Recipe:
-    """The recipe file with the given options over it.
+def recipe_of(file: Path | None, templates: Sequence[str] | None, given: Mapping[str, Any]) -> Recipe:
+    """The recipe file with the given options over it; each option goes to the table that has a field of its name.
 
     Raises:
         ConfigError: unusable settings, or a template for a model that is not given.
     """
-    from ivg.config import Recipe
+    from ivg.config import ROLES, Recipe, RunConfig, SamplingConfig, SearchConfig
 
     recipe = Recipe.load(file) if file is not None else Recipe()
     kept = {role: ref.template for role, ref in recipe.models.given.items()}
+    models = {role: given.get(role) for role in ROLES}
     named: dict[str, Any] = {role: {"path": path, "template": kept.get(role)} for role, path in models.items() if path is not None}
     for text in templates or ():
         role, sign, template = text.partition("=")
@@ -85,4 +79,8 @@ def recipe_of(
         if not sign or ref is None:
             raise ConfigError(f"--template {text!r}\n  expected ROLE=TEMPLATE for a model that is given, e.g. base=chat")
         named[role] = {**ref, "template": template}
-    return recipe.override(models=named, search=search, sampling={**sampling, "stop": sampling.get("stop") or None}, run=run)
+    tables = {"search": SearchConfig, "sampling": SamplingConfig, "run": RunConfig}
+    settings = {
+        name: {f: given.get(f) or None if f == "stop" else given.get(f) for f in table.model_fields} for name, table in tables.items()
+    }
+    return recipe.override(models=named, **settings)

@@ -1,4 +1,4 @@
-"""Progress on standard error, for people only."""
+"""Progress and errors on standard error."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ from contextlib import contextmanager
 
 PATIENCE = 2.0
 """Seconds before a bar appears."""
+
+
+def report(message: str) -> None:
+    """One error in one line."""
+    import typer
+
+    typer.echo("error: " + " - ".join(line.strip() for line in message.splitlines() if line.strip()), err=True)
 
 
 @contextmanager

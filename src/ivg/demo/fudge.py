@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ivg.demo.pretrain import mixed_precision
 from ivg.models.value_head import HeadKind, ValueModel
 
 
@@ -86,7 +87,9 @@ def train(backbone: Any, kind: HeadKind, rows: Sequence[tuple[list[int], int, fl
         order = torch.from_numpy(np.random.default_rng((config.seed, epoch)).permutation(len(rows)))
         for picks in order[: len(rows) // config.batch * config.batch].view(-1, config.batch):
             x, wanted, m = ids[picks], rewards[picks][:, None], mask[picks]
-            hidden = forward(input_ids=x).last_hidden_state
+            with mixed_precision():
+                hidden = forward(input_ids=x).last_hidden_state
+            hidden = hidden.float()
             if head is not None:  # the value of the prefix that ends in token t is read at t - 1
                 values, m = head(hidden[:, :-1], x[:, 1:]), m[:, 1:]
             else:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ivg.demo.corpus import Review
+from ivg.demo.pretrain import mixed_precision
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def train(reviews: Sequence[Review], targets: np.ndarray, tokenizer: Any, config
         rows = max(config.batch, config.batch * 64 // width)  # short crops are cheap: more of them
         picks = rng.integers(len(ids), size=rows)
         batch, mask = _crops([ids[i] for i in picks], width, rng)
-        logits = model(input_ids=batch, attention_mask=mask).logits
+        with mixed_precision():
+            logits = model(input_ids=batch, attention_mask=mask).logits.float()
         wanted = torch.from_numpy(targets[picks]).float()
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits[:, 1] - logits[:, 0], wanted)
         optimizer.zero_grad()

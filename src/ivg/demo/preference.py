@@ -53,6 +53,8 @@ def tune(untuned: Path, preferences: list[dict[str, Any]], folder: Path, setting
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
+    from ivg.demo.pretrain import native_bfloat16
+
     tokenizer = AutoTokenizer.from_pretrained(untuned)
     columns = ("prompt", "chosen", "rejected")
     data = Dataset.from_list([{c: row[c] for c in columns} for row in preferences])
@@ -71,7 +73,7 @@ def tune(untuned: Path, preferences: list[dict[str, Any]], folder: Path, setting
         precompute_ref_log_probs=True,
         precompute_ref_batch_size=128,
         gradient_checkpointing=False,
-        bf16=False,
+        bf16=native_bfloat16(),
         use_cpu=True,
         logging_steps=10,
         save_steps=100,

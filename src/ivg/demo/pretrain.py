@@ -3,6 +3,7 @@
 Hidden matrices are trained by Muon (Jordan et al. 2024: momentum, orthogonalised by Newton-Schulz), all else by AdamW.
 torch.optim.Muon runs its iteration in bfloat16, which CPUs without AVX512-BF16 emulate 8 times slower than float32;
 hence the 20 lines here. Depth may grow once during training (new layers begin as the identity), which saves a third of the work.
+Matrix products run in bfloat16 where the processor has it (1.8 times faster here), weights stay float32.
 Must not know: what the text is about.
 """
 
@@ -83,6 +84,16 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
 
 
+def native_bfloat16() -> bool:
+    """Does this processor multiply bfloat16 matrices (AVX512-BF16 or AMX)?"""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def mixed_precision() -> Any:
+    """Autocast to bfloat16 where the processor has it; elsewhere nothing."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=native_bfloat16())
+
+
 def build_model(config: PretrainConfig, layers: int) -> Any:
     """A fresh Llama of the configured width and ``layers`` layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -160,7 +171,8 @@ def pretrain(stream: np.ndarray, held_out: np.ndarray, config: PretrainConfig, f
             began = time.perf_counter()
             for step in range(max(start, first), end):
                 ids = batch(stream, config, phase, step)
-                loss = forward(input_ids=ids, labels=ids).loss
+                with mixed_precision():
+                    loss = forward(input_ids=ids, labels=ids).loss
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 factor = learning_rate(step, total, config)
