@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 import naive
 from ivg.errors import ConfigError, ModelError, VocabularyError
 from ivg.models.cached import CachedModel
+from ivg.models.loading import LoadOptions
 from ivg.models.reader import Reader
 from ivg.testing import (
     byte_tokenizer,
@@ -27,6 +28,7 @@ from ivg.values.explicit import ExplicitValue
 from ivg.values.implicit import ImplicitValue
 from ivg.values.reward import RewardModel
 
+FLOAT32 = LoadOptions(dtype="float32")
 TEXTS = [("The movie", " was fine"), ("I", " x"), ("What", " a very long answer, really long")]
 
 
@@ -95,7 +97,7 @@ def write_checkpoint(folder, architecture, head, prefix="", dtype=torch.float32,
 def test_authors_checkpoint_gives_hand_computed_values(tmp_path, architecture, shards, dtype):
     head = torch.randn(257, 32)
     network = write_checkpoint(tmp_path, architecture, head, dtype=dtype, shards=shards)
-    value = ExplicitValue.from_pretrained(tmp_path)
+    value = ExplicitValue.from_pretrained(tmp_path, options=FLOAT32)
     assert value.head == "vocabulary"
     assert value.full_vocabulary()
     ids = byte_tokenizer()("The movie was fine").input_ids
@@ -111,7 +113,7 @@ def test_scalar_layouts(tmp_path, name, prefix):
     head = torch.randn(1, 32)
     bias = torch.tensor([0.7]) if name.startswith("v_head") else None
     network = write_checkpoint(tmp_path, "llama", head, prefix, name=name, bias=bias)
-    value = ExplicitValue.from_pretrained(tmp_path)
+    value = ExplicitValue.from_pretrained(tmp_path, options=FLOAT32)
     ids = byte_tokenizer()("The movie was").input_ids
     hidden = network.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
     expected = float(hidden @ head[0]) + (0.7 if bias is not None else 0.0)
@@ -130,8 +132,12 @@ def test_sequence_classifier_of_one_label_is_a_value(tmp_path):
     ids = byte_tokenizer()("The movie was").input_ids
     expected = float(network(input_ids=torch.tensor([ids])).logits)
     base = tiny_reader("base")
-    assert ExplicitValue.from_pretrained(tmp_path).score([hypothesis("The movie", " was", base)])[0] == pytest.approx(expected, abs=1e-4)
-    assert RewardModel.from_pretrained(tmp_path).score([hypothesis("The movie", " was", base)])[0] == pytest.approx(expected, abs=1e-4)
+    assert ExplicitValue.from_pretrained(tmp_path, options=FLOAT32).score([hypothesis("The movie", " was", base)])[0] == pytest.approx(
+        expected, abs=1e-4
+    )
+    assert RewardModel.from_pretrained(tmp_path, options=FLOAT32).score([hypothesis("The movie", " was", base)])[0] == pytest.approx(
+        expected, abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("head", ["vocabulary", "scalar"])
@@ -140,7 +146,7 @@ def test_save_and_load(tmp_path, head, architecture, beams):
     value = tiny_value(head, architecture, seed=4)
     expected = value.score(beams)
     value.save_pretrained(tmp_path)
-    again = ExplicitValue.from_pretrained(tmp_path)
+    again = ExplicitValue.from_pretrained(tmp_path, options=FLOAT32)
     assert again.head == head
     assert again.score(beams) == pytest.approx(expected, abs=1e-5)
 
@@ -149,7 +155,7 @@ def test_no_head_is_told(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"(?s)no value head.*score_head\.weight"):
-        ExplicitValue.from_pretrained(tmp_path)
+        ExplicitValue.from_pretrained(tmp_path, options=FLOAT32)
 
 
 def test_missing_model_is_told(tmp_path):

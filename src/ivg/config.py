@@ -25,7 +25,6 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from ivg.errors import ConfigError
 
-
 ROLES = ("base", "tuned", "untuned", "value", "reward", "arm")
 """What a model can be for."""
 

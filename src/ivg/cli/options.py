@@ -79,8 +79,9 @@ def recipe_of(file: Path | None, templates: Sequence[str] | None, given: Mapping
         if not sign or ref is None:
             raise ConfigError(f"--template {text!r}\n  expected ROLE=TEMPLATE for a model that is given, e.g. base=chat")
         named[role] = {**ref, "template": template}
-    tables = {"search": SearchConfig, "sampling": SamplingConfig, "run": RunConfig}
     settings = {
-        name: {f: given.get(f) or None if f == "stop" else given.get(f) for f in table.model_fields} for name, table in tables.items()
+        "search": {f: given.get(f) for f in SearchConfig.model_fields},
+        "sampling": {f: given.get(f) for f in SamplingConfig.model_fields if given.get(f) != []},
+        "run": {f: given.get(f) for f in RunConfig.model_fields},
     }
     return recipe.override(models=named, **settings)
