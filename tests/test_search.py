@@ -125,6 +125,12 @@ def test_committed_text_is_never_taken_back(name):
     assert committed
 
 
+def test_a_round_without_requests_does_nothing():
+    engine = FakeEngine()
+    assert Searcher(engine).step() == []
+    assert engine.calls == []
+
+
 def test_single_beam_streams_every_round():
     steps = run(FakeEngine(), request(Search(), max_new_tokens=64, ignore_eos=True))
     assert [len(s.committed) for s in steps] == [16, 32, 48, 64]

@@ -25,6 +25,7 @@ from ivg.values.implicit import AutoregressiveReward, ImplicitValue
 from ivg.values.reward import RewardModel
 
 PromptLike = Prompt | str | Sequence[Mapping[str, str] | Message]
+"""A Prompt, a text, or the messages of one conversation."""
 
 _SAMPLING = frozenset(f.name for f in fields(SamplingParams))
 DEFAULT_SAMPLING = SamplingParams(temperature=0.7, max_new_tokens=50)
@@ -160,17 +161,17 @@ class SteeredModel:
         return self.searcher(max_beams).run(requests)
 
     @overload
-    def generate(self, prompts: str | Prompt, method: str | Strategy = "ivg", **settings: Any) -> Completion: ...
+    def generate(self, prompts: PromptLike, method: str | Strategy = "ivg", **settings: Any) -> Completion: ...
     @overload
     def generate(self, prompts: Sequence[PromptLike], method: str | Strategy = "ivg", **settings: Any) -> list[Completion]: ...
     def generate(
-        self, prompts: str | Prompt | Sequence[PromptLike], method: str | Strategy = "ivg", **settings: Any
+        self, prompts: PromptLike | Sequence[PromptLike], method: str | Strategy = "ivg", **settings: Any
     ) -> Completion | list[Completion]:
-        """Answer one prompt, or many in one batch. ``settings``: see :meth:`request`.
+        """Answer one prompt (text, or the messages of one conversation), or a list of them in one batch.
 
-        A list of prompts gives a list of completions in the same order; a conversation is a list inside it.
+        ``settings``: see :meth:`request`. A list of prompts gives a list of completions in the same order.
         """
-        single = isinstance(prompts, str | Prompt)
+        single = isinstance(prompts, str | Prompt) or (len(prompts) > 0 and all(isinstance(p, Mapping | Message) for p in prompts))
         items: Sequence[Any] = [prompts] if single else prompts  # type: ignore[assignment, list-item]
         requests = [self.request(p, method, **settings) for p in items]
         done = dict(self.run(requests))

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from ivg.errors import PromptError
+
 FinishReason = Literal["stop", "length", "error"]
 """``stop``: end-of-sequence token or stop string; ``length``: token limit; ``error``: a model gave NaN."""
 
@@ -42,12 +44,19 @@ class Prompt:
 
     @classmethod
     def of(cls, value: Prompt | str | Sequence[Mapping[str, str] | Message]) -> Prompt:
-        """Accept text, messages as dictionaries (OpenAI's shape), or a Prompt."""
+        """Accept text, messages as dictionaries (OpenAI's shape), or a Prompt.
+
+        Raises:
+            PromptError: anything else.
+        """
         if isinstance(value, Prompt):
             return value
         if isinstance(value, str):
             return cls(value)
-        return cls(tuple(m if isinstance(m, Message) else Message(m["role"], m["content"]) for m in value))
+        try:
+            return cls(tuple(m if isinstance(m, Message) else Message(m["role"], m["content"]) for m in value))
+        except (TypeError, KeyError):
+            raise PromptError(f'unusable prompt {value!r}\n  expected: text, or messages [{{"role": …, "content": …}}, …]') from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,19 +16,20 @@ def main() -> None:
     from ivg.cli.progress import report
     from ivg.errors import IVGError
 
+    stopped = 130
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False) or 0  # without standalone mode, typer.Exit comes back as its code
     except IVGError as e:
         report(str(e))
-        sys.exit(2)
-    except typer.Exit as e:
-        sys.exit(e.exit_code)
+        code = 2
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("stopped; what was done is kept", err=True)
-        sys.exit(130)
+        code = stopped
     except Exception as e:
         show = getattr(e, "show", None)  # click's own errors: unknown option, missing argument
         if show is None:
             raise
         show()
-        sys.exit(2)
+        code = 2
+    if code == stopped:
+        typer.echo("stopped; what was done is kept", err=True)
+    sys.exit(code)

@@ -165,6 +165,8 @@ class Searcher:
         """One round for all live requests: extend, and where a chunk is complete, score and select."""
         self._admit()
         lives = list(self._live.values())
+        if not lives:
+            return []
         successors = [self._begin_chunk(live) for live in lives]
         quantum = min([QUANTUM, *(live.left for live in lives)])
         orders = []
