@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN = $(VENV)/bin
 
-.PHONY: help install demo test lint types contract unit table clean
+.PHONY: help install demo test lint types contract unit docs table clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -42,6 +42,9 @@ contract: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	@$(RUN)/python -m pytest
+
+docs: $(VENV)/.dev ## rewrite docs/cli.md
+	@$(RUN)/python -m ivg.cli.reference > docs/cli.md
 
 table: $(VENV)/.dev ## the README's table of methods (needs ../shared/data/imdb; about half an hour)
 	@$(RUN)/python benchmarks/methods.py --data ../shared/data/imdb --out build/methods

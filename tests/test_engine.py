@@ -309,3 +309,11 @@ def test_cancel_frees_everything():
         searcher.cancel(i)
     assert [r.model.live_rows for r in (base, value.tuned, value.untuned)] == [0, 0, 0]
     assert not searcher.busy
+
+
+def test_candidates_of_a_vocabulary_head_cost_one_pass_per_token():
+    base, value = tiny_reader("base"), tiny_value("vocabulary")
+    sampling = SamplingParams(max_new_tokens=5, ignore_eos=True)
+    search = strategy("args", candidates=7).search({"explicit": value})
+    (done,) = run(base, [Request(Prompt("abc"), search, sampling)])
+    assert done.usage.forward_tokens["explicit"] == done.usage.forward_tokens["base"] == 3 + 4

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ivg.cli import options as o
+
+if TYPE_CHECKING:
+    from ivg.config import Recipe
+    from ivg.steered import SteeredModel
+    from ivg.values.reward import RewardModel
 
 HELP = """Answer one prompt by several methods, with scores, tokens spent and seconds.
 
@@ -40,39 +45,41 @@ def compare(
     """See HELP."""
     given = o.recipe_of(recipe, template, locals())
     from ivg.build import load_models
+    from ivg.cli.progress import progress
     from ivg.decoding.strategies import strategy
 
     wanted = [m.strip() for m in methods.split(",")] if methods else list(DEFAULT)
     for name in wanted:
         strategy(name)
-    model = load_models(given)
-    if methods is None:
-        wanted = [m for m in DEFAULT if m in model.methods]
-    judge = next((v for v in ("explicit", "reward", "implicit") if v in model.values), None)
-    gold = _gold() if not given.models.given else None
-    _print(prompt, _rows(model, prompt, wanted, given, judge, gold), judge, gold is not None)
+    with progress(len(wanted), "methods") as advance:
+        model = load_models(given)
+        if methods is None:
+            wanted = [m for m in DEFAULT if m in model.methods]
+        judge = next((v for v in ("explicit", "reward", "implicit") if v in model.values), None)
+        gold = _gold() if not given.models.given else None
+        rows = []
+        for name in wanted:
+            rows.append(_row(model, prompt, name, given, judge, gold))
+            advance()
+    _print(prompt, rows, judge, gold is not None)
 
 
-def _gold() -> Any:
+def _gold() -> RewardModel:
     from ivg.embedded import path
     from ivg.values.reward import RewardModel
 
     return RewardModel.from_pretrained(path("gold"), name="gold")
 
 
-def _rows(model: Any, prompt: str, methods: list[str], recipe: Any, judge: str | None, gold: Any) -> list[tuple[str, ...]]:
+def _row(model: SteeredModel, prompt: str, method: str, recipe: Recipe, judge: str | None, gold: RewardModel | None) -> tuple[str, ...]:
     settings = {**recipe.sampling.settings(), **recipe.search.settings()}
-    rows: list[tuple[str, ...]] = []
-    for name in methods:
-        completion = model.generate(prompt, name, seed=recipe.run.seed, **settings)
-        if completion.error:
-            rows.append((name, f"error: {completion.error}", "", "", "", ""))
-            continue
-        score = f"{model.score(prompt, [completion.text], judge)[0]:.2f}" if judge else ""
-        golden = f"{gold.rewards([prompt + completion.text])[0][0]:+.2f}" if gold is not None else ""
-        usage = completion.usage
-        rows.append((name, completion.text.strip(), score, golden, f"{usage.total_forward_tokens:,}", f"{usage.seconds:.2f}"))
-    return rows
+    completion = model.generate(prompt, method, seed=recipe.run.seed, **settings)
+    if completion.error:
+        return (method, f"error: {completion.error}", "", "", "", "")
+    score = f"{model.score(prompt, [completion.text], judge)[0]:.2f}" if judge else ""
+    golden = f"{gold.rewards([prompt + completion.text])[0][0]:+.2f}" if gold is not None else ""
+    usage = completion.usage
+    return (method, completion.text.strip(), score, golden, f"{usage.total_forward_tokens:,}", f"{usage.seconds:.2f}")
 
 
 def _print(prompt: str, rows: list[tuple[str, ...]], judge: str | None, gold: bool) -> None:

@@ -2,7 +2,8 @@
 
 Over the whole vocabulary where the value knows it: z + beta * delta. Otherwise over the base's likeliest candidates:
 z_v + beta * f(V(prefix + v)), all other tokens out. V(prefix) is the same for all candidates of a row, so leaving it out
-changes nothing. Candidates are hypotheses like any other: a value with another tokenizer reads their text.
+changes nothing. Candidates are hypotheses like any other: a value with another tokenizer reads their text. A value that
+knows the base's vocabulary has the numbers of all candidates from one pass.
 """
 
 from __future__ import annotations
@@ -84,11 +85,27 @@ def guided(logits: Tensor, hypotheses: Sequence[Hypothesis], decoded: Sequence[t
         out[:, :width] += guidance.beta * deltas[:, :width]
         return out
     top = base.topk(min(guidance.candidates or DEFAULT_CANDIDATES, base.shape[1]))
-    candidates = _candidates(hypotheses, decoded, top.indices)
-    scores = _candidate_scores(candidates, guidance, top.indices.shape)
-    value.release([c.key for c in candidates])
-    moved = top.values + guidance.beta * scores.to(base.device)
+    scores = _known_scores(hypotheses, guidance, top.indices)
+    if scores is None:
+        candidates = _candidates(hypotheses, decoded, top.indices)
+        scores = torch.tensor(value.score(candidates), dtype=torch.float32).view(top.indices.shape)
+        value.release([c.key for c in candidates])
+    moved = top.values + guidance.beta * _transformed(scores.to(base.device), guidance)
     return torch.full_like(base, -math.inf).scatter(1, top.indices, moved)
+
+
+def _known_scores(hypotheses: Sequence[Hypothesis], guidance: TokenGuidance, ids: Tensor) -> Tensor | None:
+    """Values of the candidates [rows, candidates], up to a constant for each row, from one pass over the prefixes.
+
+    None where the value does not know the base's tokens, or where the constant matters.
+    """
+    value = guidance.value
+    if guidance.transform == "log-sigmoid" or not (isinstance(value, VocabularyValue) and knows_vocabulary(value)):
+        return None
+    if not value.vocabulary.same_as(hypotheses[0].vocabulary):
+        return None
+    deltas = value.deltas(hypotheses).to(ids.device)
+    return deltas.gather(1, ids) if int(ids.max()) < deltas.shape[1] else None
 
 
 def _candidates(hypotheses: Sequence[Hypothesis], decoded: Sequence[tuple[int, int]], ids: Tensor) -> list[_Candidate]:
@@ -102,9 +119,8 @@ def _candidates(hypotheses: Sequence[Hypothesis], decoded: Sequence[tuple[int, i
     return out
 
 
-def _candidate_scores(candidates: Sequence[_Candidate], guidance: TokenGuidance, shape: torch.Size) -> Tensor:
-    """The value of every candidate, transformed; float32 [rows, candidates]."""
-    scores = torch.tensor(guidance.value.score(candidates), dtype=torch.float32).view(shape)
+def _transformed(scores: Tensor, guidance: TokenGuidance) -> Tensor:
+    """Candidate values [rows, candidates] as the method mixes them in."""
     if guidance.transform == "log-sigmoid":
         return torch.nn.functional.logsigmoid(scores)
     if guidance.transform == "centered":

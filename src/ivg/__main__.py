@@ -1,0 +1,5 @@
+"""``python -m ivg``."""
+
+from ivg.cli import main
+
+main()

@@ -1,0 +1,103 @@
+"""What README and docs say is run: every Python block, every ``ivg`` line, every recipe; the reference is up to date."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from ivg.cli import main
+from ivg.config import Recipe
+from ivg.testing import byte_tokenizer, tiny_model, tiny_value
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language):
+    for page in PAGES:
+        for i, code in enumerate(re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)):
+            yield pytest.param(code, id=f"{page.name}-{i}")
+
+
+def lines():
+    for page in PAGES:
+        for code in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in code.replace("\\\n", " ").splitlines():
+                if re.match(r"(\.venv/bin/)?ivg ", line):
+                    yield pytest.param(line, id=" ".join(line.split())[:60])
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """Tiny models that stand for those that a README line takes from the hub, one directory for each role."""
+    folder = tmp_path_factory.mktemp("hub")
+    for seed, role in enumerate(("base", "tuned", "untuned", "arm")):
+        network = tiny_model("gpt2", seed, context=1024)
+        network.save_pretrained(folder / role)
+        byte_tokenizer(chat=True).save_pretrained(folder / role)
+    tiny_value("vocabulary", tokenizer=byte_tokenizer(chat=True)).save_pretrained(folder / "value")
+    return folder
+
+
+def local(hub, path, role):
+    """``path``, or the tiny model for its role where it is a hub id."""
+    return path if Path(path).exists() else str(hub / role)
+
+
+@pytest.fixture
+def from_hub(hub, monkeypatch):
+    """Whatever a recipe or a line would load from the hub is loaded from ``hub``."""
+    from ivg import build
+
+    real = build.load_models
+
+    def load_models(recipe):
+        found = {role: ref.model_copy(update={"path": local(hub, ref.path, role)}) for role, ref in recipe.models.given.items()}
+        return real(recipe.model_copy(update={"models": recipe.models.model_copy(update=found)}))
+
+    monkeypatch.setattr(build, "load_models", load_models)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "block", "exec"), {"__name__": "block"})
+
+
+@pytest.mark.parametrize("line", lines())
+def test_lines_run(line, from_hub, tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "prompts.jsonl").write_text('{"id": 1, "prompt": "The movie was"}\n{"id": 2, "prompt": "I have to say"}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*shlex.split(line, comments=True)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out = capsys.readouterr()
+    assert not end.value.code, out.err
+    assert out.out or list(tmp_path.glob("*.jsonl")) or list(tmp_path.glob("*.html"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+def test_recipes_run(path, from_hub):
+    from ivg import build
+
+    recipe = Recipe.load(path).override(sampling={"max_new_tokens": 7}, run={"dtype": "float32", "device": "cpu"})
+    model = build.load_models(recipe)
+    settings = {**recipe.search.settings(), **recipe.sampling.settings()}
+    done = model.generate("I went to see this film", recipe.search.method, **settings)
+    assert 1 <= len(done.token_ids) <= 7
+    assert {"base", "tuned", "untuned", "explicit"} <= set(done.usage.forward_tokens)
+
+
+def test_reference_is_up_to_date():
+    from ivg.cli.reference import reference
+
+    assert (ROOT / "docs/cli.md").read_text() == reference(), "run: make docs"
+
+
+def test_links_lead_somewhere():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
