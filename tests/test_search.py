@@ -194,6 +194,9 @@ def test_same_seed_same_text_whatever_the_round_length(monkeypatch):
 def test_impossible_settings_are_told(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         strategy("ivg", **settings)
+    if "soft_scale" not in settings:
+        with pytest.raises(ConfigError, match=next(iter(settings))):
+            Searcher(FakeEngine()).add(request(Search(**settings)))
 
 
 def test_unknown_names_are_told():

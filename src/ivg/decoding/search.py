@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from ivg.decoding import select
 from ivg.draws import mix, uniform
@@ -118,6 +118,7 @@ class Searcher:
             ConfigError, VocabularyError: a method that does not fit the models.
         """
         _check(request.sampling)
+        check_sizes(request.search)
         search, length = request.search, request.sampling.max_new_tokens
         self.engine.check(search.guidance)
         root = self.engine.open(request.prompt, request.sampling)
@@ -338,6 +339,27 @@ def _hold_back(text: str, stops: Sequence[str]) -> str:
 
 def _node(beam: Beam, score: float | None, *, kept: bool) -> TraceNode:
     return TraceNode(beam.key, beam.parent, beam.text, beam.pieces, beam.guide_shift, score, kept, beam.finish)
+
+
+class _Sizes(Protocol):
+    @property
+    def width(self) -> int: ...
+    @property
+    def successors(self) -> int: ...
+    @property
+    def chunk_length(self) -> int | None: ...
+
+
+def check_sizes(search: _Sizes) -> None:
+    """Raise for W, K or L below one.
+
+    Raises:
+        ConfigError: names the setting and what it got.
+    """
+    for letter, name in (("W", "width"), ("K", "successors"), ("L", "chunk_length")):
+        number = getattr(search, name)
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} ({letter}) must be at least 1, got {number}")
 
 
 def _check(sampling: SamplingParams) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from ivg.decoding.search import Search
+from ivg.decoding.search import Search, check_sizes
 from ivg.errors import ConfigError
 from ivg.types import TokenGuidance, Value
 
@@ -79,10 +79,7 @@ class Strategy:
         Raises:
             ConfigError: W, K, L below one; several candidates and nothing to choose among them by.
         """
-        for letter, name in (("W", "width"), ("K", "successors"), ("L", "chunk_length")):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ConfigError(f"{name} ({letter}) must be at least 1, got {number}")
+        check_sizes(self)
         if self.soft_scale <= 0:
             raise ConfigError(f"soft_scale must be positive, got {self.soft_scale}")
         if self.width * self.successors > 1 and self.select is None:
