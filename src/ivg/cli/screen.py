@@ -20,7 +20,7 @@ def show(prompt: str, completion: Completion, method: str, *, many: bool) -> Non
     out.print(Text(prompt, style="dim") + Text(completion.text, style="bold"))
     score = "" if completion.score is None else f" · score {completion.score:.3f}"
     tokens = ", ".join(f"{name} {count}" for name, count in completion.usage.forward_tokens.items())
-    Console(stderr=True, highlight=False).print(
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
         f"[dim]{method}{score} · {len(completion.token_ids)} tokens ({completion.finish_reason}) · read: {tokens} · "
         f"{completion.usage.seconds:.1f} s[/dim]"
     )

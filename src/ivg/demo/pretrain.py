@@ -124,9 +124,17 @@ def optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.optim.Opt
     return [Muon(inner, lr=config.muon_lr), adam]
 
 
-def learning_rate(step: int, total: int, config: PretrainConfig) -> float:
-    """Warm-up, plateau, linear decay; a factor in [0, 1]."""
-    return min(1.0, (step + 1) / config.warmup, (total - step) / (config.decay * total))
+def learning_rate(step: int, first: int, total: int, config: PretrainConfig) -> float:
+    """Warm-up from ``first``, where the phase begins, plateau, linear decay; a factor in [0, 1]."""
+    return min(1.0, (step - first + 1) / config.warmup, (total - step) / (config.decay * total))
+
+
+def hand_over(old: torch.optim.Optimizer, small: nn.Module, new: torch.optim.Optimizer, large: nn.Module) -> None:
+    """AdamW's moments of embeddings, head and last norm: without them, growth would begin with steps of full size on every token."""
+    before, after = dict(small.named_parameters()), dict(large.named_parameters())
+    for name in before:
+        if ".layers." not in name and before[name] in old.state:
+            new.state[after[name]] = {k: v.clone() for k, v in old.state[before[name]].items()}
 
 
 def batch(stream: np.ndarray, config: PretrainConfig, phase: Phase, step: int) -> Tensor:
@@ -154,14 +162,17 @@ def pretrain(stream: np.ndarray, held_out: np.ndarray, config: PretrainConfig, f
     state = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else None
     start = state["step"] if state else 0
     model: nn.Module | None = None
+    former: torch.optim.Optimizer
     first = 0
     for phase, length in zip(config.phases, lengths, strict=True):
         end = first + length
         if start <= end or phase is config.phases[-1]:
             previous, model = model, build_model(config, phase.layers)
+            opts = optimizers(model, config)
             if previous is not None:
                 grow(previous, model)
-            opts = optimizers(model, config)
+                hand_over(former, previous, opts[1], model)
+            former = opts[1]
             if state is not None:
                 model.load_state_dict(state["model"])
                 for opt, saved in zip(opts, state["opts"], strict=True):
@@ -175,7 +186,7 @@ def pretrain(stream: np.ndarray, held_out: np.ndarray, config: PretrainConfig, f
                     loss = forward(input_ids=ids, labels=ids).loss
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                factor = learning_rate(step, total, config)
+                factor = learning_rate(step, first, total, config)
                 for opt, peak in zip(opts, (config.muon_lr, config.adam_lr), strict=True):
                     opt.param_groups[0]["lr"] = peak * factor
                     opt.step()
