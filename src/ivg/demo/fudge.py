@@ -68,7 +68,9 @@ def table(rows: Sequence[tuple[list[int], int, float]], width: int) -> tuple[Ten
     return torch.from_numpy(ids), torch.from_numpy(mask), torch.tensor([r for *_, r in rows])
 
 
-def train(backbone: Any, kind: HeadKind, rows: Sequence[tuple[list[int], int, float]], config: FudgeConfig, folder: Path) -> ValueModel:
+def train(
+    backbone: Any, kind: HeadKind, rows: Sequence[tuple[list[int], int, float]], config: FudgeConfig, folder: Path, compile: bool = True
+) -> ValueModel:
     """Fit a value to ``rows``; logs to ``folder/log.jsonl``; the weights of ``backbone`` are trained too."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
@@ -81,7 +83,7 @@ def train(backbone: Any, kind: HeadKind, rows: Sequence[tuple[list[int], int, fl
     steps = config.epochs * (len(rows) // config.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps, pct_start=0.1)
     backbone.train()
-    forward = torch.compile(backbone)
+    forward = torch.compile(backbone) if compile else backbone
     began, running, step = time.perf_counter(), 0.0, 0
     for epoch in range(config.epochs):
         order = torch.from_numpy(np.random.default_rng((config.seed, epoch)).permutation(len(rows)))

@@ -162,17 +162,17 @@ def pretrain(stream: np.ndarray, held_out: np.ndarray, config: PretrainConfig, f
     state = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else None
     start = state["step"] if state else 0
     model: nn.Module | None = None
-    former: torch.optim.Optimizer
+    opts: list[torch.optim.Optimizer] = []
     first = 0
     for phase, length in zip(config.phases, lengths, strict=True):
         end = first + length
         if start <= end or phase is config.phases[-1]:
-            previous, model = model, build_model(config, phase.layers)
+            previous, former = model, opts
+            model = build_model(config, phase.layers)
             opts = optimizers(model, config)
             if previous is not None:
                 grow(previous, model)
-                hand_over(former, previous, opts[1], model)
-            former = opts[1]
+                hand_over(former[1], previous, opts[1], model)
             if state is not None:
                 model.load_state_dict(state["model"])
                 for opt, saved in zip(opts, state["opts"], strict=True):
