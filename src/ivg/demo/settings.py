@@ -40,9 +40,9 @@ GUIDE = PretrainConfig(model=_llama(128, 4, tied=True), phases=(Phase(layers=3, 
 GOLD = GoldConfig()
 DPO = DPOSettings()
 PAIR_PROMPTS = 9_600
-VALUE_PROMPTS = 6_400
-VALUE = FudgeConfig()
-VALUE_OTHER = FudgeConfig(width=80, lr=2e-3, seed=5)
+VALUE_PROMPTS = 4_800
+VALUE = FudgeConfig(epochs=2)
+VALUE_OTHER = FudgeConfig(epochs=2, width=80, lr=2e-3, seed=5)
 OTHER_BODY: dict[str, Any] = {
     "vocab_size": OTHER_VOCABULARY,
     "hidden_size": 96,
