@@ -107,7 +107,6 @@ def summary(rows):
         "perplexity": float(np.exp(-sum(r["base_logp"] for r in rows) / tokens)),
         "tokens_read": read_tokens.total() / len(rows),
         "read_by_model": {k: round(v / len(rows), 1) for k, v in read_tokens.items()},
-        "seconds": float(np.mean([r["seconds"] for r in rows])),
     }
 
 
@@ -120,7 +119,7 @@ def table(figures):
     for name, f in figures.items():
         lines.append(
             f"| `{name}` | {f['gold']:+.2f} ({f['low']:+.2f} … {f['high']:+.2f}) | {f['distinct_2']:.3f} | {f['perplexity']:.1f} "
-            f"| {f['tokens_read']:,.0f} | {f['seconds']:.2f} |"
+            f"| {f['tokens_read']:,.0f} |"
         )
     return "\n".join(lines)
 

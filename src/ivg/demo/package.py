@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from ivg.demo import preference, rollouts
+from ivg.demo import preference, rollouts, settings
 from ivg.demo.corpus import read_reviews
 
 MODELS = ("base", "untuned", "tuned", "value", "value-other", "gold")
+SETTINGS = {"base": "BASE", "untuned": "GUIDE"}
+HELD_OUT_TOKENS = 200_000
+"""The corpus begins with these; no model is trained on them."""
 LIMIT = 25_000_000
 """Bytes that all weights together may take."""
 
@@ -70,15 +73,25 @@ def measure(work: Path, data: Path, out: Path) -> dict[str, Any]:
         held = rows[len(rows) * 9 // 10 :][:2000]
         metrics[f"held_out_{name}_rollouts"] = {"responses": len(held), **_agreement(model, held)}
     for name in ("base", "untuned"):
-        lines = (work / name / "log.jsonl").read_text().splitlines()
-        last = json.loads([line for line in lines if "held_out" in line][-1])
-        tokens = json.loads(lines[-1])["step"] * 8192
-        metrics[name] = {
-            "tokens_seen": tokens,
-            "held_out_nats_per_token": last["held_out"],
-            "perplexity": round(float(np.exp(last["held_out"])), 1),
-        }
+        metrics[name] = _perplexity(work, name, out / name)
     return metrics
+
+
+def _perplexity(work: Path, name: str, folder: Path) -> dict[str, float]:
+    """Of a language model on the reviews that pre-training held out, in windows of 256 tokens; and what it was trained on."""
+    from transformers import AutoModelForCausalLM
+
+    from ivg.demo.pretrain import evaluate
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    held_out = np.load(work / "stream.npy")[:HELD_OUT_TOKENS]
+    nats = evaluate(model, held_out, window=256, rows=256)
+    steps = json.loads((work / name / "log.jsonl").read_text().splitlines()[-1])["of"]
+    return {
+        "tokens_seen": steps * getattr(settings, SETTINGS[name]).batch_tokens,
+        "held_out_nats_per_token": round(nats, 4),
+        "perplexity": round(float(np.exp(nats)), 1),
+    }
 
 
 def _agreement(model: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
