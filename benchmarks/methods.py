@@ -76,7 +76,6 @@ def generate(model, prompts, args, file):
                         "seed": seed,
                         "id": i,
                         "prompt": prompt,
-                        "seconds": seconds / len(prompts),
                         **answers[i].to_dict(),
                     }
                     f.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -113,8 +112,8 @@ def summary(rows):
 def table(figures):
     """Markdown."""
     lines = [
-        "| method | gold reward (95 % interval) | distinct-2 | perplexity under base | tokens read | seconds |",
-        "|---|---|---|---|---|---|",
+        "| method | gold reward (95 % interval) | distinct-2 | perplexity under base | tokens read |",
+        "|---|---|---|---|---|",
     ]
     for name, f in figures.items():
         lines.append(

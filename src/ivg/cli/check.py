@@ -45,7 +45,7 @@ def check(
     model = load_models(given)
     fits = _table(out, model)
     _disagreement(out, model, prompts or list(PROMPTS), 1.0 if given.search.beta is None else given.search.beta)
-    out.print(f"\nmethods that these models allow: {', '.join(model.methods)}")
+    out.print(f"\nmethods that these models allow: {', '.join(model.methods)}", soft_wrap=True)
     if not fits:
         raise typer.Exit(1)
 
@@ -53,6 +53,7 @@ def check(
 def _table(out: Console, model: SteeredModel) -> bool:
     """Print how each model's tokens fit the base's; True when all that guide over the whole vocabulary do."""
     from rich.table import Table
+    from rich.text import Text
 
     from ivg.diagnose import fit, readers, vocabulary_lines
     from ivg.types import knows_vocabulary
@@ -71,7 +72,7 @@ def _table(out: Console, model: SteeredModel) -> bool:
             fine = fine and reader not in guides
     out.print(table)
     for note in notes:
-        out.print(f"  [dim]{note}[/dim]")
+        out.print(Text(f"  {note}", style="dim"), soft_wrap=True)
     return fine
 
 
@@ -82,9 +83,12 @@ def _disagreement(out: Console, model: SteeredModel, prompts: list[str], beta: f
     if d is None:
         return
     out.print(f"\nover {d.tokens} tokens of the base's own texts, per token:")
-    out.print(f"  KL(base‖tuned) {d.base_tuned:.3f}   KL(base‖untuned) {d.base_untuned:.3f}   KL(tuned‖untuned) {d.tuned_untuned:.3f} nats")
-    out.print(f"  guidance at beta {beta:g}: KL(guided‖base) {d.moved:.3f} nats, likeliest token unchanged at {d.top1:.0%}")
-    out.print(f"  {verdict(d)}")
+    out.print(
+        f"  KL(base‖tuned) {d.base_tuned:.3f}   KL(base‖untuned) {d.base_untuned:.3f}   KL(tuned‖untuned) {d.tuned_untuned:.3f} nats",
+        soft_wrap=True,
+    )
+    out.print(f"  guidance at beta {beta:g}: KL(guided‖base) {d.moved:.3f} nats, likeliest token unchanged at {d.top1:.0%}", soft_wrap=True)
+    out.print(f"  {verdict(d)}", soft_wrap=True)
 
 
 def _yes(value: object) -> str:
