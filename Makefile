@@ -46,7 +46,7 @@ unit: $(VENV)/.dev
 docs: $(VENV)/.dev ## rewrite docs/cli.md
 	@$(RUN)/python -m ivg.cli.reference > docs/cli.md
 
-table: $(VENV)/.dev ## the README's table of methods (needs ../shared/data/imdb; about half an hour)
+table: $(VENV)/.dev ## the README's table of methods (needs ../shared/data/imdb; about 15 minutes)
 	@$(RUN)/python benchmarks/methods.py --data ../shared/data/imdb --out build/methods
 
 clean:

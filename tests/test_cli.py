@@ -45,9 +45,9 @@ def models(hub):
 def ivg(monkeypatch, capsys):
     """Run the command line in this process: (exit code, standard output, standard error)."""
 
-    def run(*arguments):
+    def run(*arguments, columns=200):
         monkeypatch.setattr(sys, "argv", ["ivg", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("COLUMNS", str(columns))
         capsys.readouterr()
         try:
             main()
@@ -278,8 +278,15 @@ def test_compare(ivg, models):
     assert code == 0
     for method in ("base", "bon", "eft", "token-explicit", "cbs-implicit", "cbs-explicit", "ivg"):
         assert f"│ {method} " in out
-    assert "value (explicit)" in out
+    assert "value: what explicit says" in out
     assert "gold" not in out
+
+
+def test_compare_fits_a_narrow_terminal(ivg, models):
+    _, out, _ = ivg("compare", "The movie was", *models, "--methods", "base,cbs-implicit", columns=80)
+    assert max(map(len, out.splitlines())) <= 80
+    assert "cbs-implicit" in out
+    assert "tokens ┃" in out
 
 
 def test_compare_offers_only_what_the_models_allow(ivg, hub):

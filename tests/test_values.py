@@ -101,7 +101,7 @@ def test_authors_checkpoint_gives_hand_computed_values(tmp_path, architecture, s
     assert value.head == "vocabulary"
     assert value.full_vocabulary()
     ids = byte_tokenizer()("The movie was fine").input_ids
-    hidden = network.to(dtype).float().base_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    hidden = network.to(dtype).float().base_model(input_ids=torch.tensor([ids])).last_hidden_state[0].detach()
     expected = float(hidden[-2] @ head.to(dtype).float()[ids[-1]])  # head(h_{t-1})[y_t]
     base = tiny_reader("base")
     got = value.score([hypothesis("The movie", " was fine", base)])[0]

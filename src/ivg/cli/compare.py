@@ -88,9 +88,10 @@ def _print(prompt: str, rows: list[tuple[str, ...]], judge: str | None, gold: bo
     from rich.text import Text
 
     out = Console(highlight=False)
-    heads = ["method", f"{prompt} …", f"value ({judge})" if judge else "value", "gold", "tokens read", "seconds"]
+    heads = ("method", f"{prompt} …", "value", "gold", "tokens", "s")
+    notes = (f"value: what {judge} says", "gold: what the judge says, which no method sees", "tokens: read by all models", "s: seconds")
     keep = [i for i in range(6) if not (i == 3 and not gold) and not (i == 2 and judge is None)]
-    table = Table(show_lines=True, expand=True)
+    table = Table(show_lines=True, expand=True, caption=" · ".join(notes[i - 2] for i in keep if i > 1), caption_justify="left")
     for i in keep:
         table.add_column(Text(heads[i]), ratio=1 if i == 1 else None, justify="left" if i < 2 else "right", no_wrap=i != 1)
     for row in rows:
