@@ -20,13 +20,14 @@ import torch
 from ivg.demo.corpus import Review
 from ivg.demo.pretrain import mixed_precision
 
+POSITIONS = 1024
+
 
 @dataclass(frozen=True)
 class GoldConfig:
     """Sizes and budget; ``examples`` crops of ``shortest`` to ``longest`` tokens."""
 
     hidden: int = 96
-    layers: int = 2
     examples: int = 200_000
     batch: int = 64
     shortest: int = 16
@@ -56,10 +57,13 @@ def build(config: GoldConfig, vocabulary: int) -> Any:
             vocab_size=vocabulary,
             hidden_size=config.hidden,
             intermediate_size=2 * config.hidden,
-            num_hidden_layers=config.layers,
+            num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=1024,
-            global_attn_every_n_layers=1,
+            max_position_embeddings=POSITIONS,
+            # Every layer sees everything. transformers 5.16 wants layers of both kinds, so one has a window that hides nothing.
+            layer_types=["full_attention", "sliding_attention"],
+            local_attention=2 * POSITIONS,
+            rope_parameters={kind: {"rope_type": "default", "rope_theta": 160_000.0} for kind in ("full_attention", "sliding_attention")},
             classifier_pooling="mean",
             num_labels=2,
             id2label={0: "NEG", 1: "POS"},
