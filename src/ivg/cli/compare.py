@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 HELP = """Answer one prompt by several methods, with scores, tokens spent and seconds.
 
 The column "value" is what the explicit value (else the reward model) says of the answer; with the embedded models,
-"gold" is what the judge says, which no method has seen."""
+"gold" is what the judge says, which labelled the data that the guides were trained on and takes no part in any method."""
 
 DEFAULT = ("base", "bon", "eft", "token-explicit", "cbs-implicit", "cbs-explicit", "ivg")
 
@@ -89,7 +89,7 @@ def _print(prompt: str, rows: list[tuple[str, ...]], judge: str | None, gold: bo
 
     out = Console(highlight=False)
     heads = ("method", f"{prompt} …", "value", "gold", "tokens", "s")
-    notes = (f"value: what {judge} says", "gold: what the judge says, which no method sees", "tokens: read by all models", "s: seconds")
+    notes = (f"value: what {judge} says", "gold: what the judge says, which guides nothing", "tokens: read by all models", "s: seconds")
     keep = [i for i in range(6) if not (i == 3 and not gold) and not (i == 2 and judge is None)]
     table = Table(show_lines=True, expand=True, caption=" · ".join(notes[i - 2] for i in keep if i > 1), caption_justify="left")
     for i in keep:
