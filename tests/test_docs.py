@@ -61,9 +61,10 @@ def from_hub(hub, monkeypatch):
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_blocks_run(code, tmp_path, monkeypatch):
+def test_python_blocks_run(code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "block", "exec"), {"__name__": "block"})
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.parametrize("line", lines())

@@ -317,3 +317,25 @@ def test_candidates_of_a_vocabulary_head_cost_one_pass_per_token():
     search = strategy("args", candidates=7).search({"explicit": value})
     (done,) = run(base, [Request(Prompt("abc"), search, sampling)])
     assert done.usage.forward_tokens["explicit"] == done.usage.forward_tokens["base"] == 3 + 4
+
+
+def test_candidates_of_a_composite_with_two_vocabularies():
+    """Parts with different tokenizers guide over candidates as their plain scores do."""
+    base = tiny_reader("base")
+    parts = [
+        (1.0, tiny_value("vocabulary", seed=4)),
+        (-0.5, tiny_value("vocabulary", seed=5, tokenizer=byte_tokenizer(OTHER), name="other")),
+    ]
+
+    class ScoresOnly:
+        name = "plain"
+
+        def __init__(self, value):
+            self.score, self.check, self.release = value.score, value.check, value.release
+
+    sampling, prompts = SamplingParams(max_new_tokens=8, ignore_eos=True), ("The answer", "I")
+    texts = []
+    for value in (CompositeValue(parts), ScoresOnly(CompositeValue(parts))):
+        search = strategy("args", candidates=5).search({"explicit": value})
+        texts.append([c.token_ids for c in run(base, [Request(Prompt(p), search, sampling, 2) for p in prompts])])
+    assert texts[0] == texts[1]

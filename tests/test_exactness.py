@@ -68,6 +68,7 @@ FREE = {
     "explicit token, implicit select": {"token": "explicit", "select": "implicit"},
     "implicit twice": {"token": "implicit", "select": "implicit", "beta": 0.5},
     "explicit twice": {"token": "explicit", "select": "explicit"},
+    "explicit over candidates, and select": {"token": "explicit", "select": "explicit", "candidates": 3},
     "original": {"token": "implicit", "select": "explicit", "original": True},
 }
 

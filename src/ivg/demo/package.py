@@ -11,9 +11,10 @@ import numpy as np
 
 from ivg.demo import preference, rollouts, settings
 from ivg.demo.corpus import read_reviews
+from ivg.demo.pretrain import PretrainConfig, evaluate
 
 MODELS = ("base", "untuned", "tuned", "value", "value-other", "gold")
-SETTINGS = {"base": "BASE", "untuned": "GUIDE"}
+PRETRAINED = {"base": settings.BASE, "untuned": settings.GUIDE}
 HELD_OUT_TOKENS = 200_000
 """The corpus begins with these; no model is trained on them."""
 LIMIT = 25_000_000
@@ -72,23 +73,20 @@ def measure(work: Path, data: Path, out: Path) -> dict[str, Any]:
         rows = list(rollouts.read(work / f"rollouts-{name}.jsonl"))
         held = rows[len(rows) * 9 // 10 :][:2000]
         metrics[f"held_out_{name}_rollouts"] = {"responses": len(held), **_agreement(model, held)}
-    for name in ("base", "untuned"):
-        metrics[name] = _perplexity(work, name, out / name)
+    for name, config in PRETRAINED.items():
+        metrics[name] = _perplexity(work, out / name, config)
     return metrics
 
 
-def _perplexity(work: Path, name: str, folder: Path) -> dict[str, float]:
+def _perplexity(work: Path, folder: Path, config: PretrainConfig) -> dict[str, float]:
     """Of a language model on the reviews that pre-training held out, in windows of 256 tokens; and what it was trained on."""
     from transformers import AutoModelForCausalLM
-
-    from ivg.demo.pretrain import evaluate
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     held_out = np.load(work / "stream.npy")[:HELD_OUT_TOKENS]
     nats = evaluate(model, held_out, window=256, rows=256)
-    steps = json.loads((work / name / "log.jsonl").read_text().splitlines()[-1])["of"]
     return {
-        "tokens_seen": steps * getattr(settings, SETTINGS[name]).batch_tokens,
+        "tokens_seen": sum(phase.tokens // config.batch_tokens for phase in config.phases) * config.batch_tokens,
         "held_out_nats_per_token": round(nats, 4),
         "perplexity": round(float(np.exp(nats)), 1),
     }

@@ -23,6 +23,7 @@ from ivg.types import (
     Meter,
     Prompt,
     TokenGuidance,
+    Value,
     VocabularyValue,
     knows_vocabulary,
     new_key,
@@ -100,12 +101,19 @@ def _known_scores(hypotheses: Sequence[Hypothesis], guidance: TokenGuidance, ids
     None where the value does not know the base's tokens, or where the constant matters.
     """
     value = guidance.value
-    if guidance.transform == "log-sigmoid" or not (isinstance(value, VocabularyValue) and knows_vocabulary(value)):
+    if guidance.transform == "log-sigmoid" or not _shares_tokens(value, hypotheses[0].vocabulary):
         return None
-    if not value.vocabulary.same_as(hypotheses[0].vocabulary):
-        return None
+    assert isinstance(value, VocabularyValue)
     deltas = value.deltas(hypotheses).to(ids.device)
     return deltas.gather(1, ids) if int(ids.max()) < deltas.shape[1] else None
+
+
+def _shares_tokens(value: Value, vocabulary: Vocabulary) -> bool:
+    """Has ``value``, with all its parts, a number for every next token of ``vocabulary``?"""
+    parts = getattr(value, "parts", None)
+    if parts is not None:  # first: a composite of two vocabularies has none to be asked for
+        return all(_shares_tokens(part, vocabulary) for _, part in parts)
+    return isinstance(value, VocabularyValue) and knows_vocabulary(value) and value.vocabulary.same_as(vocabulary)
 
 
 def _candidates(hypotheses: Sequence[Hypothesis], decoded: Sequence[tuple[int, int]], ids: Tensor) -> list[_Candidate]:
