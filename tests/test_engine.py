@@ -333,7 +333,7 @@ def test_candidates_of_a_composite_with_two_vocabularies():
         def __init__(self, value):
             self.score, self.check, self.release = value.score, value.check, value.release
 
-    sampling, prompts = SamplingParams(max_new_tokens=8, ignore_eos=True), ("The answer", "I")
+    sampling, prompts = SamplingParams(max_new_tokens=8, ignore_eos=True), ("The answer", "It is")
     texts = []
     for value in (CompositeValue(parts), ScoresOnly(CompositeValue(parts))):
         search = strategy("args", candidates=5).search({"explicit": value})
