@@ -1,0 +1,373 @@
+"""Training data: rows from JSONL, JSON, Parquet or the hub, as preferences, rated responses, demonstrations or prompts.
+
+Shapes that are read (strings, or messages as OpenAI and TRL write them):
+
+==================  =====================================================  =============================
+name                columns                                                gives
+==================  =====================================================  =============================
+preference (TRL)    ``prompt, chosen, rejected``; or ``chosen, rejected``  preferences
+rated               ``prompt, response, score``                            rated responses, preferences
+imdb_preference     ``prompt, responses, scores, chosen``                  rated responses, preferences
+demonstration       ``prompt, response`` (or ``completion``), or ``text``  demonstrations
+==================  =====================================================  =============================
+
+Knows: files and columns. Must not know: tokenizers, models. pyarrow and datasets are imported where they are needed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ivg.draws import uniform
+from ivg.errors import ConfigError, PromptError
+from ivg.records import read_jsonl
+from ivg.types import Prompt
+
+Row = Mapping[str, Any]
+SUFFIXES = (".jsonl", ".json", ".parquet")
+PREFERENCE = ("prompt", "chosen", "rejected")
+IMPLICIT = ("chosen", "rejected")
+RATED = ("prompt", "response", "score")
+SEVERAL = ("prompt", "responses", "scores")
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two responses to one prompt, the better one first; ``margin``: by how much, where rewards are known.
+
+    ``chosen_ends`` / ``rejected_ends``: the response is whole, so an end-of-sequence token belongs behind it.
+    """
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    margin: float | None = None
+    chosen_ends: bool = True
+    rejected_ends: bool = True
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A response with its reward. ``token_ids``: in the tokens of the model that wrote it; ``ends``: the response is whole."""
+
+    prompt: Prompt
+    response: str
+    score: float
+    token_ids: tuple[int, ...] | None = None
+    ends: bool = True
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What a model should write behind ``prompt``; without one, ``response`` is a text as it is."""
+
+    prompt: Prompt | None
+    response: str
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the columns of a file become the ones that are read.
+
+    Attributes:
+        columns: ours -> the file's, e.g. ``{"prompt": "email", "response": "subject"}``.
+        prompt: format of prompts, with ``{prompt}``; None: as they are. Strings only.
+        response: format of responses, with ``{response}``; None: as they are.
+    """
+
+    columns: Mapping[str, str] | None = None
+    prompt: str | None = None
+    response: str | None = None
+
+    def apply(self, row: Row) -> dict[str, Any]:
+        """The row with our column names and formats.
+
+        Raises:
+            ConfigError: a column that the row lacks.
+        """
+        out = dict(row)
+        for ours, theirs in (self.columns or {}).items():
+            if theirs not in row:
+                raise ConfigError(f"no column {theirs!r} (for {ours})\n  got {', '.join(row)}")
+            out[ours] = row[theirs]
+        if self.prompt is not None and isinstance(out.get("prompt"), str):
+            out["prompt"] = self.prompt.replace("{prompt}", out["prompt"])
+        if self.response is not None:
+            for name in ("response", "completion", "chosen", "rejected"):
+                if isinstance(out.get(name), str):
+                    out[name] = self.response.replace("{response}", out[name])
+        return out
+
+
+def read_rows(source: str | Path, split: str = "train") -> Iterator[dict[str, Any]]:
+    """Rows of a file, of a folder (``split.jsonl``, ``.json`` or ``.parquet`` in it), or of a data set on the hub.
+
+    Raises:
+        ConfigError: nothing there, or nothing that can be read.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = [p for suffix in SUFFIXES for p in (path / f"{split}{suffix}", *sorted(path.glob(f"{split}-*{suffix}"))) if p.exists()]
+        if not found:
+            have = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+            raise ConfigError(f"{path} has no split {split!r}\n  expected {split}.jsonl, .json or .parquet; got {have}")
+        for file in found:
+            yield from _read_file(file)
+    elif path.suffix in SUFFIXES or path.exists():
+        yield from _read_file(path)
+    else:
+        yield from _read_hub(str(source), split)
+
+
+def _read_file(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        raise ConfigError(f"no such file: {path}\n  expected {', '.join(SUFFIXES)}, a folder of such files, or the id of a data set")
+    if path.suffix == ".jsonl":
+        yield from read_jsonl(path)
+    elif path.suffix == ".json":
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise ConfigError(f"{path} is not JSON: {e}") from None
+        if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
+            raise ConfigError(f"{path}: expected a JSON list of objects")
+        yield from rows
+    elif path.suffix == ".parquet":
+        yield from _read_parquet(path)
+    else:
+        raise ConfigError(f"cannot read {path}\n  expected one of {', '.join(SUFFIXES)}")
+
+
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ConfigError(f"reading {path} needs pyarrow\n  pip install 'ivg[train]'") from None
+    try:
+        for batch in pq.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"cannot read {path} as Parquet: {e}") from None
+
+
+def _read_hub(name: str, split: str) -> Iterator[dict[str, Any]]:
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(f"{name!r} is no file here; loading it from the hub needs datasets\n  pip install 'ivg[train]'") from None
+    try:
+        yield from datasets.load_dataset(name, split=split)
+    except Exception as e:  # network, permission, unknown id: the hub's client raises dozens of kinds
+        first = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ConfigError(f"no file or folder {name!r}, and no such data set on the hub: {first}") from e
+
+
+def read_preferences(
+    source: str | Path, limit: int | None = None, *, split: str = "train", shape: Shape | None = None, seed: int = 0
+) -> list[Preference]:
+    """Preferences of any shape above; rated responses become pairs by :func:`pair_up`.
+
+    Args:
+        source: file, folder or id on the hub.
+        limit: the first so many pairs.
+        split: of a folder or data set.
+        shape: how columns become ours.
+        seed: of the labels drawn for rated responses.
+
+    Raises:
+        ConfigError: unreadable, wrong columns, no row.
+    """
+    rows = _shaped(source, split, shape)
+    first = _peek(rows, source)
+    if all(c in first for c in SEVERAL) or all(c in first for c in RATED):
+        out = pair_up(_rated_rows(rows, source), seed)
+    elif all(c in first for c in IMPLICIT):
+        out = [_preference(row, source, number) for number, row in enumerate(rows, 1)]
+    else:
+        raise _wrong(source, first, "preferences", PREFERENCE, RATED, SEVERAL)
+    if not out:
+        raise ConfigError(f"{source} holds no pair of different responses to one prompt")
+    return out[:limit]
+
+
+def read_rated(source: str | Path, *, split: str = "train", shape: Shape | None = None) -> list[Rated]:
+    """Rated responses: ``prompt, response, score`` or ``prompt, responses, scores``.
+
+    Raises:
+        ConfigError: unreadable, wrong columns, no row, a score that is no finite number.
+    """
+    return list(_rated_rows(_shaped(source, split, shape), source))
+
+
+def read_demonstrations(source: str | Path, *, split: str = "train", shape: Shape | None = None) -> list[Demonstration]:
+    """What is to be imitated: ``prompt, response`` (or ``completion``; the chosen ones of preferences), ``messages``, or ``text``.
+
+    Raises:
+        ConfigError: unreadable, wrong columns, no row.
+    """
+    rows = _shaped(source, split, shape)
+    first = _peek(rows, source)
+    name = next((n for n in ("response", "completion", "chosen") if n in first), None)
+    if name is not None and "prompt" in first:
+        return [Demonstration(_prompt(row["prompt"], source, i), _text(row[name], source, i)) for i, row in enumerate(rows, 1)]
+    if "messages" in first:
+        return [
+            Demonstration(_prompt(row["messages"][:-1], source, i), _text(row["messages"][-1:], source, i)) for i, row in enumerate(rows, 1)
+        ]
+    if "text" in first:
+        return [Demonstration(None, _text(row["text"], source, i)) for i, row in enumerate(rows, 1)]
+    raise _wrong(source, first, "demonstrations", ("prompt", "response"), ("prompt", "completion"), ("messages",), ("text",))
+
+
+def read_prompts(source: str | Path, *, split: str = "train", shape: Shape | None = None) -> list[Prompt]:
+    """The different prompts of ``prompt`` (or ``messages``), in order of appearance.
+
+    Raises:
+        ConfigError: unreadable, wrong columns, no row.
+    """
+    rows = _shaped(source, split, shape)
+    first = _peek(rows, source)
+    name = "prompt" if "prompt" in first else "messages"
+    if name not in first:
+        raise _wrong(source, first, "prompts", ("prompt",), ("messages",))
+    return list(dict.fromkeys(_prompt(row[name], source, i) for i, row in enumerate(rows, 1)))
+
+
+def pair_up(rated: Iterable[Rated], seed: int = 0) -> list[Preference]:
+    """Successive responses to one prompt, two by two, labelled by Bradley and Terry: P(first is chosen) = sigmoid(r_1 - r_2).
+
+    Pairs of equal text are left out (METHOD, section 5: how the paper made its preferences). Draws are counter-based: a pair's
+    label depends on ``seed`` and its position alone.
+    """
+    out: list[Preference] = []
+    waiting: Rated | None = None
+    for number, row in enumerate(rated):
+        if waiting is None or waiting.prompt != row.prompt:
+            waiting = row
+            continue
+        first, second, waiting = waiting, row, None
+        if first.response == second.response:
+            continue
+        if uniform(seed, number) >= 1 / (1 + math.exp(min(700.0, second.score - first.score))):
+            first, second = second, first
+        out.append(Preference(first.prompt, first.response, second.response, first.score - second.score, first.ends, second.ends))
+    return out
+
+
+def held_out(items: Sequence[Any], share: float) -> tuple[Sequence[Any], Sequence[Any]]:
+    """(training, evaluation): the last ``share`` of the items, cut between prompts so that none is in both."""
+    cut = len(items) - round(len(items) * share)
+    while 0 < cut < len(items) and _prompt_of(items[cut]) == _prompt_of(items[cut - 1]):
+        cut -= 1
+    return items[:cut], items[cut:]
+
+
+def _prompt_of(item: Any) -> Any:
+    return getattr(item, "prompt", None) or object()
+
+
+def _shaped(source: str | Path, split: str, shape: Shape | None) -> _Peekable:
+    rows = read_rows(source, split)
+    return _Peekable(map(shape.apply, rows) if shape else rows)
+
+
+class _Peekable:
+    """An iterator whose first row can be looked at."""
+
+    def __init__(self, rows: Iterator[dict[str, Any]]) -> None:
+        self.rows = rows
+        self.ahead: list[dict[str, Any]] = []
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while self.ahead:
+            yield self.ahead.pop(0)
+        yield from self.rows
+
+    def peek(self) -> dict[str, Any] | None:
+        if not self.ahead:
+            self.ahead = [row for row in [next(self.rows, None)] if row is not None]
+        return self.ahead[0] if self.ahead else None
+
+
+def _peek(rows: _Peekable, source: str | Path) -> dict[str, Any]:
+    first = rows.peek()
+    if first is None:
+        raise ConfigError(f"{source} is empty")
+    return first
+
+
+def _wrong(source: str | Path, row: Row, what: str, *shapes: Sequence[str]) -> ConfigError:
+    wanted = "; or ".join(", ".join(s) for s in shapes)
+    return ConfigError(
+        f"{source} has the columns {', '.join(row)}\n  {what} need {wanted}\n"
+        "  other names: --columns OURS=THEIRS,… (from Python: Shape(columns={…}))"
+    )
+
+
+def _rated_rows(rows: _Peekable, source: str | Path) -> Iterator[Rated]:
+    first = _peek(rows, source)
+    if all(c in first for c in SEVERAL):
+        for number, row in enumerate(rows, 1):
+            prompt = _prompt(row["prompt"], source, number)
+            for response, score in zip(row["responses"], row["scores"], strict=True):
+                yield Rated(prompt, _text(response, source, number), _score(score, source, number))
+    elif all(c in first for c in RATED):
+        for number, row in enumerate(rows, 1):
+            prompt, ids = _prompt(row["prompt"], source, number), row.get("token_ids")
+            yield Rated(
+                prompt,
+                _text(row["response"], source, number),
+                _score(row["score"], source, number),
+                None if ids is None else tuple(ids),
+                row.get("finish_reason", "stop") == "stop",
+            )
+    else:
+        raise _wrong(source, first, "rated responses", RATED, SEVERAL)
+
+
+def _preference(row: Row, source: str | Path, number: int) -> Preference:
+    if "prompt" in row:
+        prompt = _prompt(row["prompt"], source, number)
+        chosen, rejected = row["chosen"], row["rejected"]
+    else:  # whole conversations: what they share is the prompt
+        both = row["chosen"], row["rejected"]
+        if any(isinstance(side, str) for side in both):
+            raise ConfigError(f"{source}, row {number}: chosen and rejected are texts, and there is no column prompt\n  add one")
+        shared = 0
+        while shared < min(map(len, both)) - 1 and both[0][shared] == both[1][shared]:
+            shared += 1
+        prompt, chosen, rejected = _prompt(both[0][:shared], source, number), both[0][shared:], both[1][shared:]
+    scores = row.get("chosen_score", row.get("score_chosen")), row.get("rejected_score", row.get("score_rejected"))
+    margin = None if None in scores else _score(scores[0], source, number) - _score(scores[1], source, number)
+    return Preference(prompt, _text(chosen, source, number), _text(rejected, source, number), margin)
+
+
+def _prompt(value: Any, source: str | Path, number: int) -> Prompt:
+    try:
+        return Prompt.of(value)
+    except PromptError as e:
+        raise ConfigError(f"{source}, row {number}: {e}") from None
+
+
+def _text(value: Any, source: str | Path, number: int) -> str:
+    """A response: a text, or the one message of a list."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], Mapping) and "content" in value[0]:
+        return str(value[0]["content"])
+    raise ConfigError(f"{source}, row {number}: expected a response as text, or as a list of one message; got {str(value)[:80]}")
+
+
+def _score(value: Any, source: str | Path, number: int) -> float:
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise ConfigError(f"{source}, row {number}: expected a finite score, got {value!r}")
+    return score

@@ -1,0 +1,88 @@
+"""What a value is fitted to at every prefix of a sampled response: pure functions on tensors.
+
+Position t of a row stands for the prefix that ends in response token t; ``mask`` [rows, positions] is 1 on response tokens, which
+follow each other without a gap. Rewards come at the end of the response only; transitions are deterministic (METHOD, section 1).
+Targets are constants: no gradient flows through them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Target = Literal["fudge", "td", "cd-q", "binary"]
+TARGETS: tuple[Target, ...] = ("fudge", "td", "cd-q", "binary")
+
+
+def fudge(rewards: Tensor, mask: Tensor) -> Tensor:
+    """Monte Carlo: the final reward at every prefix (FUDGE, Yang and Klein 2021; IVG's explicit value).
+
+    Args:
+        rewards: [rows].
+        mask: [rows, positions].
+
+    Returns:
+        [rows, positions]; 0 off the response.
+    """
+    return rewards[:, None] * mask
+
+
+def td_lambda(values: Tensor, rewards: Tensor, mask: Tensor, lam: float) -> Tensor:
+    """TD(λ): G_t = (1 - λ)·V_{t+1} + λ·G_{t+1}, the reward behind the last token (Sutton and Barto, section 12.1; VAS).
+
+    λ = 1 is :func:`fudge`, λ = 0 is TD(0).
+
+    Args:
+        values: the network's own V at every prefix, [rows, positions].
+        rewards: [rows].
+        mask: [rows, positions].
+        lam: λ in [0, 1].
+    """
+    values = values.detach()
+    out = torch.zeros_like(values)
+    ahead, ahead_value = rewards.clone(), rewards.clone()  # behind the last token both are the reward
+    for t in range(values.shape[1] - 1, -1, -1):
+        here = mask[:, t] > 0
+        out[:, t] = torch.where(here, (1 - lam) * ahead_value + lam * ahead, out[:, t])
+        ahead = torch.where(here, out[:, t], ahead)
+        ahead_value = torch.where(here, values[:, t], ahead_value)
+    return out
+
+
+def cd_q(next_values: Tensor, next_logps: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
+    """CD-Q: the base policy's expectation of the next value, the reward at the last token (Mudgal et al. 2024, eq. 6).
+
+    Args:
+        next_values: Q(s_{t+1}, v) for every next token v, [rows, positions, vocabulary].
+        next_logps: log pi_base(v | s_{t+1}), the same shape.
+        rewards: [rows].
+        mask: [rows, positions].
+    """
+    expected = (next_logps.exp() * next_values.detach()).sum(-1)
+    return torch.where(last(mask), rewards[:, None], expected) * mask
+
+
+def last(mask: Tensor) -> Tensor:
+    """True at the last response token of every row, [rows, positions]."""
+    following = torch.nn.functional.pad(mask[:, 1:], (0, 1))
+    return (mask > 0) & (following == 0)
+
+
+def squared_error(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """½ mean (V - target)² over response tokens; a scalar."""
+    return 0.5 * (((values - targets) ** 2) * mask).sum() / mask.sum().clamp(min=1)
+
+
+def cross_entropy(values: Tensor, outcomes: Tensor, mask: Tensor) -> Tensor:
+    """Mean binary cross-entropy of sigmoid(V) against outcomes in [0, 1] [rows]: V is the log-odds that the response succeeds."""
+    wanted = outcomes[:, None].expand_as(values)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(values, wanted, reduction="none")
+    return (losses * mask).sum() / mask.sum().clamp(min=1)
+
+
+def quarter_positions(mask: Tensor, share: float) -> Tensor:
+    """Index of the token at which ``share`` of each response has been read, [rows]: ceil(share·length)-th response token."""
+    first, length = mask.argmax(1), mask.sum(1)
+    return first + ((share * length).ceil().long() - 1).clamp(min=0)
