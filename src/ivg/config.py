@@ -1,6 +1,6 @@
 """Settings at the edge: TOML recipes, command line, HTTP. Unknown keys are errors; the field's other names are accepted.
 
-A recipe has the tables ``models``, ``search``, ``sampling`` and ``run``; each may be left out::
+A recipe has the tables ``models``, ``search``, ``sampling``, ``run`` and ``eval``; each may be left out::
 
     [models]
     base = "mistralai/Mistral-7B-Instruct-v0.2"
@@ -21,7 +21,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ivg.errors import ConfigError
 
@@ -118,6 +118,80 @@ class RunConfig(_Strict):
     quantization: dict[str, Any] | None = None
 
 
+class RewardRef(ModelRef):
+    """A reward model that judges: where it is, what it reads (``{prompt}``, ``{response}`` or ``chat``), which logit it is."""
+
+    label: int | None = None
+
+
+class MethodConfig(SearchConfig):
+    """One row of an evaluation: a method, what differs from its defaults, and the name of the row."""
+
+    label: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: Any) -> Any:
+        data = {"method": data} if isinstance(data, str) else data
+        if isinstance(data, dict) and not data.get("label"):
+            data = {**data, "label": data.get("method", "ivg")}
+        return data
+
+    @field_validator("label")
+    @classmethod
+    def _is_a_file_name(cls, value: str) -> str:
+        if any(sign in value for sign in "/\\:") or value.startswith("."):
+            raise ValueError("a label names files: no / \\ : in it, no dot at its beginning")
+        return value
+
+    def settings(self) -> dict[str, Any]:
+        """What was given, but for method and label."""
+        return {k: v for k, v in super().settings().items() if k != "label"}
+
+
+class EvalConfig(_Strict):
+    """One evaluation (``ivg eval``): a task, its prompts, the methods, the judges.
+
+    Attributes:
+        task: ``sentiment``, ``summarization``, ``alpaca``.
+        data: file, folder or hub data set; None: the task's own on the hub.
+        split: of a folder or data set; None: the task's.
+        prompts: the first so many; None: all.
+        seeds: answers to each prompt by each method.
+        shuffle: seed of the order of prompts; None: the task's own.
+        methods: names, or tables of a method and its settings; ``combinations`` stands for the nine of token guidance and
+            selection, with the sizes of the ``search`` table.
+        gold: the reward that is reported; no method may use it.
+        judges: further rewards by name.
+        bank: base samples for each prompt and seed, for best-of-N at equal compute; 0: none.
+        threads: of PyTorch, in every process; None: its default. Another number rounds otherwise.
+        options: settings of the task itself, which checks them.
+    """
+
+    task: str = "sentiment"
+    data: str | None = None
+    split: str | None = None
+    prompts: int | None = Field(None, ge=1)
+    seeds: int = Field(1, ge=1)
+    shuffle: int | None = None
+    methods: list[MethodConfig] = Field(default_factory=lambda: [MethodConfig(method="combinations", label="combinations")])
+    gold: RewardRef | None = None
+    judges: dict[str, RewardRef] = {}
+    bank: int = Field(0, ge=0)
+    threads: int | None = Field(None, ge=1)
+    options: dict[str, Any] = {}
+
+    @field_validator("gold", mode="before")
+    @classmethod
+    def _bare_gold(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("judges", mode="before")
+    @classmethod
+    def _bare_judges(cls, value: Any) -> Any:
+        return {k: {"path": v} if isinstance(v, str) else v for k, v in value.items()} if isinstance(value, dict) else value
+
+
 class Recipe(_Strict):
     """Everything that one run needs."""
 
@@ -125,6 +199,7 @@ class Recipe(_Strict):
     search: SearchConfig = SearchConfig()
     sampling: SamplingConfig = SamplingConfig()
     run: RunConfig = RunConfig()
+    eval: EvalConfig = EvalConfig()
 
     @classmethod
     def parse(cls, data: dict[str, Any], source: str = "settings") -> Recipe:
