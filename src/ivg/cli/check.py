@@ -1,12 +1,14 @@
-"""``ivg check``: do these models fit, and how far does the pair disagree with the base?"""
+"""``ivg check``: do these models fit, how far does the pair disagree with the base, and will guidance help?"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ivg.cli import options as o
+from ivg.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,8 +18,14 @@ if TYPE_CHECKING:
 HELP = """Do these models fit together (vocabulary, context, templates), and how far would guidance move the base?
 
 Samples a few texts from the base and reads them with tuned and untuned. Exit code 1 when token guidance over the whole
-vocabulary is impossible."""
+vocabulary is impossible.
 
+    ivg check --preferences pairs.jsonl
+
+Will guidance help? Accuracy of every value on preference pairs (prompt, chosen, rejected), agreement of pair and base, reward
+and KL at several betas, and a verdict. Exit code 1 when it will not help, or when the pairs are too few to tell."""
+
+_FORESEE = "Will it help? (with --preferences)"
 PROMPTS = ("The movie was", "I have to say that", "In the end,", "What I like most is")
 
 
@@ -34,9 +42,45 @@ def check(
     beta: o.Beta = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
+    preferences: Annotated[
+        Path | None, typer.Option("--preferences", help="Pairs (JSONL or Parquet): prompt, chosen, rejected.", rich_help_panel=_FORESEE)
+    ] = None,
+    pairs: Annotated[int | None, typer.Option("--pairs", help="The first so many. (default: 400)", min=1, rich_help_panel=_FORESEE)] = None,
+    sweep: Annotated[
+        int | None,
+        typer.Option("--sweep", help="Prompts that texts are drawn for; 0: none. (default: 16)", min=0, rich_help_panel=_FORESEE),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="Texts for each prompt and beta. (default: 4)", min=2, rich_help_panel=_FORESEE)
+    ] = None,
+    betas: Annotated[
+        str | None, typer.Option("--betas", help="Guidance weights to try. (default: 0.25,0.5,1,2)", rich_help_panel=_FORESEE)
+    ] = None,
+    from_base: Annotated[
+        bool | None,
+        typer.Option("--from-base", help="Draw from the base only and weigh: cheaper, good for small betas.", rich_help_panel=_FORESEE),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option("--judge", help="Who scores drawn texts: reward, explicit, gold (embedded), none.", rich_help_panel=_FORESEE),
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.", rich_help_panel=_FORESEE)] = None,
+    token: o.Token = None,
+    temperature: o.Temperature = None,
+    max_new_tokens: o.MaxNewTokens = None,
+    stop: o.Stop = None,
+    ignore_eos: o.IgnoreEos = None,
+    seed: o.Seed = None,
+    batch_size: o.BatchSize = None,
 ) -> None:
     """See HELP."""
     given = o.recipe_of(recipe, template, locals())
+    extra = {"pairs": pairs, "sweep": sweep, "samples": samples, "betas": betas, "from_base": from_base, "judge": judge, "json": json}
+    if preferences is None and any(v is not None for v in extra.values()):
+        names = ", ".join(f"--{k.replace('_', '-')}" for k, v in extra.items() if v is not None)
+        raise ConfigError(f"{names} is about preferences\n  give --preferences FILE too")
+    if preferences is not None and prompts:
+        raise ConfigError("got prompts and --preferences\n  the prompts are taken from the file; leave the others out")
     from rich.console import Console
 
     from ivg.build import load_models
@@ -44,6 +88,10 @@ def check(
     out = Console(highlight=False)
     model = load_models(given)
     fits = _table(out, model)
+    if preferences is not None:
+        from ivg.cli.foresee import Order, run
+
+        raise typer.Exit(run(out, model, given, Order(preferences, **extra)))  # type: ignore[arg-type]
     _disagreement(out, model, prompts or list(PROMPTS), 1.0 if given.search.beta is None else given.search.beta)
     out.print(f"\nmethods that these models allow: {', '.join(model.methods)}", soft_wrap=True)
     if not fits:
@@ -55,7 +103,7 @@ def _table(out: Console, model: SteeredModel) -> bool:
     from rich.table import Table
     from rich.text import Text
 
-    from ivg.diagnose import fit, readers, vocabulary_lines
+    from ivg.diagnose.fit import fit, readers, vocabulary_lines
     from ivg.types import knows_vocabulary
 
     table = Table("model", "tokens", "context", "chat template", "vocabulary", box=None, pad_edge=False)
@@ -63,7 +111,7 @@ def _table(out: Console, model: SteeredModel) -> bool:
     table.add_row("base", str(len(base.vocabulary.pieces)), str(base.model.max_positions), _yes(base.tokenizer.chat_template), "")
     guides = {r for v in model.values.values() if knows_vocabulary(v) for a in ("tuned", "untuned", "model") if (r := getattr(v, a, None))}
     fine, notes = True, []
-    for reader in readers(model).values():
+    for reader in readers(model.values).values():
         f = fit(base, reader)
         words = "same as base" if f.same else f"{f.different} ids differ: guides by text (--guide-candidates), selects by text"
         table.add_row(f.name, str(f.tokens), str(f.context), _yes(f.chat_template), words)
@@ -77,7 +125,7 @@ def _table(out: Console, model: SteeredModel) -> bool:
 
 
 def _disagreement(out: Console, model: SteeredModel, prompts: list[str], beta: float) -> None:
-    from ivg.diagnose import disagreement, verdict
+    from ivg.diagnose.agreement import disagreement, in_words
 
     d = disagreement(model, prompts, beta=beta)
     if d is None:
@@ -88,7 +136,7 @@ def _disagreement(out: Console, model: SteeredModel, prompts: list[str], beta: f
         soft_wrap=True,
     )
     out.print(f"  guidance at beta {beta:g}: KL(guided‖base) {d.moved:.3f} nats, likeliest token unchanged at {d.top1:.0%}", soft_wrap=True)
-    out.print(f"  {verdict(d)}", soft_wrap=True)
+    out.print(f"  {in_words(d)}", soft_wrap=True)
 
 
 def _yes(value: object) -> str:

@@ -1,0 +1,185 @@
+"""``ivg check --preferences``: will guidance help? Reads the file, picks the judge, shows tables and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ivg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ivg.config import Recipe
+    from ivg.diagnose.agreement import Disagreement
+    from ivg.diagnose.estimate import Mean
+    from ivg.diagnose.report import Foresight, Judge
+    from ivg.diagnose.sweep import Plan
+    from ivg.steered import SteeredModel
+
+BETAS = "0.25,0.5,1,2"
+
+
+@dataclass(frozen=True)
+class Order:
+    """The options that only ``--preferences`` reads; None: not given."""
+
+    file: Path
+    pairs: int | None = None
+    sweep: int | None = None
+    samples: int | None = None
+    betas: str | None = None
+    from_base: bool | None = None
+    judge: str | None = None
+    json: Path | None = None
+
+
+def run(out: Console, model: SteeredModel, recipe: Recipe, order: Order) -> int:
+    """Measure, print, write; the exit code."""
+    from ivg.diagnose.report import foresee
+    from ivg.records import write_json
+    from ivg.training.data import read_preferences
+
+    pairs = read_preferences(order.file, 400 if order.pairs is None else order.pairs)
+    plan = _plan(model, recipe, order)
+    beta = 1.0 if recipe.search.beta is None else recipe.search.beta
+    with out.status("reading", spinner="dots") as status:
+        found = foresee(
+            model,
+            pairs,
+            plan,
+            prompts=16 if order.sweep is None else order.sweep,
+            guide=recipe.search.token,
+            judge=pick_judge(model, recipe, order.judge),
+            beta=beta,
+            told=status.update,
+        )
+    show(out, found, beta)
+    if order.json is not None:
+        sampling = {"temperature": plan.sampling.temperature, "max_new_tokens": plan.sampling.max_new_tokens, "seed": plan.seed}
+        made_with = {"preferences": str(order.file), "models": _names(recipe), "samples": plan.samples, **sampling}
+        write_json(order.json, {"made_with": made_with, **found.to_dict()})
+    return found.verdict.exit_code
+
+
+def _names(recipe: Recipe) -> dict[str, str] | str:
+    return {role: ref.path for role, ref in recipe.models.given.items()} or "embedded"
+
+
+def _plan(model: SteeredModel, recipe: Recipe, order: Order) -> Plan:
+    from dataclasses import replace
+
+    from ivg.diagnose.sweep import Plan
+
+    text = BETAS if order.betas is None else order.betas
+    try:
+        betas = tuple(float(b) for b in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--betas {text!r}\n  expected numbers with commas between them, e.g. {BETAS}") from None
+    given, known = recipe.sampling.settings(), ("temperature", "max_new_tokens", "ignore_eos")
+    sampling = replace(model.sampling, **{k: given[k] for k in known if k in given}, stop=tuple(given.get("stop", model.sampling.stop)))
+    draw_at = (0.0,) if order.from_base else None
+    return Plan(betas, draw_at, 4 if order.samples is None else order.samples, sampling, recipe.run.seed, 4 * recipe.run.batch_size)
+
+
+def pick_judge(model: SteeredModel, recipe: Recipe, name: str | None) -> Judge | None:
+    """The named value; ``gold`` is the embedded judge. Unless told: gold for the embedded models, else reward, else explicit.
+
+    Raises:
+        ConfigError: no such value.
+    """
+    from ivg.build import load_options
+    from ivg.diagnose.report import Judge
+    from ivg.embedded import path
+    from ivg.values.reward import RewardModel
+
+    if name == "none":
+        return None
+    embedded = not recipe.models.given
+    if name is None:
+        name = "gold" if embedded else next((n for n in ("reward", "explicit") if n in model.values), None)
+        if name is None:
+            return None
+    if name in model.values:
+        return Judge(name, model.values[name])
+    if name == "gold":
+        return Judge("gold", RewardModel.from_pretrained(path("gold"), options=load_options(recipe), name="gold"))
+    raise ConfigError(f"no value called {name!r} to judge by\n  expected one of: {', '.join([*model.values, 'gold', 'none'])}")
+
+
+def show(out: Console, found: Foresight, beta: float) -> None:
+    """Everything, as text."""
+    _pairs(out, found)
+    _agreement(out, found, beta)
+    _sweep(out, found)
+    out.print(f"\nverdict: {found.verdict.outcome}", style="bold")
+    for reason in found.verdict.reasons:
+        out.print(f"  {reason}", soft_wrap=True, markup=False)
+
+
+def _pairs(out: Console, found: Foresight) -> None:
+    from rich.table import Table
+
+    out.print(f"\nhow often the chosen of {found.pairs} pairs scores higher, at four stages of both responses")
+    if found.skipped:
+        out.print(f"  {len(found.skipped)} more were left out: {found.skipped[0]}", soft_wrap=True, markup=False)
+    table = Table("value", "25 %", "50 %", "75 %", "whole", "95 % interval", "balanced", "loss", box=None, pad_edge=False)
+    for v in found.values:
+        name = f"{v.name} (judge)" if v.name == found.judge else v.name
+        balanced = "" if v.balanced is None else f"{v.balanced:.2f}"
+        table.add_row(name, *(f"{s.rate:.2f}" for s in v.at), f"{v.whole.low:.2f}–{v.whole.high:.2f}", balanced, f"{v.loss:.3f}")
+    longer = found.longer
+    table.add_row("longer wins", "", "", "", f"{longer.rate:.2f}", f"{longer.low:.2f}–{longer.high:.2f}", "", "")
+    out.print(table)
+    margins = [f"{v.name} {v.margin:.2f}" for v in found.values if v.margin is not None]
+    if margins:
+        out.print(f"rank correlation with the margins: {', '.join(margins)}", soft_wrap=True)
+
+
+def _agreement(out: Console, found: Foresight, beta: float) -> None:
+    from rich.table import Table
+
+    from ivg.diagnose.agreement import TOP
+
+    if found.chosen is None:
+        return
+    out.print(f"\npair and base, per token (KL in nats; guided at beta {beta:g}, temperature 1)")
+    table = Table(
+        "on", "tokens", "base‖untuned", "tuned‖untuned", "guided‖base", "top-1 kept", f"beyond top {TOP}", box=None, pad_edge=False
+    )
+    for name, d in (("chosen responses", found.chosen), ("the base's texts", found.own)):
+        if d is not None:
+            table.add_row(name, *_cells(d))
+    out.print(table)
+
+
+def _cells(d: Disagreement) -> Sequence[str]:
+    kls = (f"{x:.3f}" for x in (d.base_untuned, d.tuned_untuned, d.moved))
+    return (str(d.tokens), *kls, f"{d.top1:.0%}", f"{d.base_outside:.0%}→{d.outside:.0%}")
+
+
+def _sweep(out: Console, found: Foresight) -> None:
+    from rich.table import Table
+
+    from ivg.diagnose.sweep import CHOICES
+    from ivg.diagnose.verdict import EFFECTIVE
+
+    if found.sweep:
+        out.print(f"\ntokens guided by {found.guide}" + (f", judged by {found.judge}" if found.judge else ", no judge"))
+        table = Table("beta", "gain", "95 % interval", "KL to base", "per token", "tokens", "texts' worth", box=None, pad_edge=False)
+        for r in found.sweep:
+            worth = f"{r.effective:.0f}" + ("" if r.effective >= EFFECTIVE else " (too few)")
+            table.add_row(f"{r.beta:g}", *_gain(r.gain), f"{r.kl.value:.2f}", f"{r.per_token:.3f}", f"{r.length:.0f}", worth)
+        out.print(table)
+    if found.selection:
+        out.print(f"\nbest of {CHOICES} of the base's texts, judged by {found.judge}")
+        table = Table("by", "gain", "95 % interval", box=None, pad_edge=False)
+        for s in found.selection:
+            table.add_row(s.value, *_gain(s.gain))
+        out.print(table)
+
+
+def _gain(gain: Mean | None) -> tuple[str, str]:
+    return ("", "") if gain is None else (f"{gain.value:+.2f}", f"{gain.low:+.2f} … {gain.high:+.2f}")

@@ -1,0 +1,180 @@
+"""Which of two responses is the better one? How often each value says what people said, at each stage of the response.
+
+Knows: values and preference pairs (any objects with the fields of :class:`Pair`). Must not know files, nor how results are
+shown. A guide sees prefixes, so accuracy on prefixes matters more to it than that on whole responses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from ivg.diagnose.estimate import Numbers, Share, rank_correlation, share, slope, wins
+from ivg.diagnose.fit import readers
+from ivg.diagnose.reading import written
+from ivg.errors import PromptError
+from ivg.models.reader import Reader
+from ivg.types import Beam, Prompt, Value, new_key
+
+FRACTIONS = (0.25, 0.5, 0.75, 1.0)
+"""Of the response's tokens."""
+ENOUGH = 20
+"""Pairs on either side that the balanced accuracy needs: with fewer its standard error is beyond 0.1."""
+
+
+class Pair(Protocol):
+    """Two responses to one prompt, the better one first (``training.data.Preference`` is one)."""
+
+    @property
+    def prompt(self) -> Prompt:
+        """What was answered."""
+
+    @property
+    def chosen(self) -> str:
+        """The better response."""
+
+    @property
+    def rejected(self) -> str:
+        """The worse one."""
+
+    @property
+    def margin(self) -> float | None:
+        """By how much, where that is known."""
+
+    @property
+    def chosen_ends(self) -> bool:
+        """The better response is whole: an end-of-sequence token belongs behind it."""
+
+    @property
+    def rejected_ends(self) -> bool:
+        """The worse one is whole."""
+
+
+@dataclass(frozen=True)
+class OnPairs:
+    """How one value ranks the pairs.
+
+    Attributes:
+        name: of the value.
+        at: accuracy at each of :data:`FRACTIONS` of both responses.
+        balanced: mean of its accuracies where the longer and where the shorter response was chosen; a value that only counts
+            tokens has 0.5. None with fewer than :data:`ENOUGH` pairs on a side.
+        slope: s of P(chosen) = sigmoid(s * difference of values), fitted here; 1 / s is the difference that means something.
+        loss: mean loss of that, in nats; a coin has 0.693.
+        margin: rank correlation of the difference with the pairs' margins, where they have some.
+    """
+
+    name: str
+    at: tuple[Share, ...]
+    balanced: float | None
+    slope: float
+    loss: float
+    margin: float | None
+
+    @property
+    def whole(self) -> Share:
+        """Accuracy on whole responses."""
+        return self.at[-1]
+
+
+def fitting(base: Reader, values: Mapping[str, Value], pairs: Sequence[Pair], ends: bool = True) -> tuple[list[Pair], list[str]]:
+    """(the pairs that every model can read whole, why the others cannot be read)."""
+    kept, reasons = [], []
+    for pair in pairs:
+        try:
+            _check(base, values, pair, ends)
+            kept.append(pair)
+        except PromptError as e:
+            reasons.append(str(e).splitlines()[0])
+    return kept, reasons
+
+
+def _check(base: Reader, values: Mapping[str, Value], pair: Pair, ends: bool) -> None:
+    for reader in (base, *readers(values).values()):
+        limit = reader.model.max_positions
+        for text in (pair.chosen, pair.rejected):
+            length = len(reader.ids(written(base, pair.prompt, text, ends=ends))[0])
+            if limit is not None and length > limit:
+                raise PromptError(f"prompt and response of {length} tokens > context of {reader.name} ({limit})")
+    for value in values.values():
+        value.check(pair.prompt, 0)
+
+
+def prefixes(base: Reader, prompt: Prompt, response: str, ends: bool) -> list[Beam]:
+    """The response at each of :data:`FRACTIONS`, each the child of the one before, so that caches read every token once."""
+    whole = written(base, prompt, response, ends=ends)
+    count = len(whole.token_ids) - ends * bool(base.vocabulary.eos_ids)
+    text = base.vocabulary.decode(whole.token_ids[:count])
+    lead = response[: -len(text)] if text and response.endswith(text) else ""  # some tokenizers drop a leading space
+    out: list[Beam] = []
+    for fraction in FRACTIONS[:-1]:
+        ids = whole.token_ids[: math.ceil(fraction * count)]
+        part = (lead + base.vocabulary.decode(ids)).rstrip("\N{REPLACEMENT CHARACTER}") if ids else ""
+        out.append(_child(out, prompt, ids, part, whole))
+    return [*out, _child(out, prompt, whole.token_ids, response, whole, last=True)]
+
+
+def _child(line: list[Beam], prompt: Prompt, ids: tuple[int, ...], text: str, whole: Beam, last: bool = False) -> Beam:
+    parent = line[-1].key if line else None
+    finish = whole.finish if last else None
+    return Beam(new_key(), parent, prompt, ids, text, finish, whole.meter, whole.vocabulary, inherits=bool(line))
+
+
+def score_pairs(base: Reader, value: Value, pairs: Sequence[Pair], *, batch: int = 16, ends: bool = True) -> Numbers:
+    """What ``value`` says of both responses at each of :data:`FRACTIONS`: [pairs, fractions, (chosen, rejected)].
+
+    Args:
+        base: whose tokens are counted.
+        value: any.
+        pairs: that it can read (:func:`fitting`).
+        batch: pairs in flight.
+        ends: whole responses that end get an end-of-sequence token.
+    """
+    out = np.zeros((len(pairs), len(FRACTIONS), 2))
+    for start in range(0, len(pairs), batch):
+        part = pairs[start : start + batch]
+        lines = [prefixes(base, p.prompt, p.chosen, ends and p.chosen_ends) for p in part]
+        lines += [prefixes(base, p.prompt, p.rejected, ends and p.rejected_ends) for p in part]
+        for k in range(len(FRACTIONS)):
+            scores = value.score([line[k] for line in lines])
+            out[start : start + len(part), k] = np.array(scores).reshape(2, len(part)).T
+        value.release([beam.key for line in lines for beam in line])
+    return out
+
+
+def summary(name: str, scores: Numbers, pairs: Sequence[Pair], longer: Numbers) -> OnPairs:
+    """Accuracies from scores [pairs, fractions, 2].
+
+    Args:
+        name: of the value.
+        scores: as :func:`score_pairs` gives them.
+        pairs: in the same order.
+        longer: :func:`longer_wins` of the pairs.
+    """
+    groups = prompt_groups(pairs)
+    hits = [wins(scores[:, k, 0], scores[:, k, 1]) for k in range(scores.shape[1])]
+    sides = [hits[-1][longer == side] for side in (1.0, 0.0)]
+    balanced = float(np.mean([s.mean() for s in sides])) if min(map(len, sides)) >= ENOUGH else None
+    difference = scores[:, -1, 0] - scores[:, -1, 1]
+    s, loss = slope(difference)
+    margins = [p.margin for p in pairs]
+    known = np.array([m for m in margins if m is not None])
+    margin = rank_correlation(difference, known) if len(known) == len(pairs) else None
+    return OnPairs(name, tuple(share(h, groups) for h in hits), balanced, s, loss, margin)
+
+
+def longer_wins(base: Reader, pairs: Sequence[Pair]) -> Numbers:
+    """1 where the chosen response has more base tokens, 0 where fewer, 0.5 where as many [pairs]."""
+    counts = [[float(len(base.tokenizer(t, add_special_tokens=False).input_ids)) for t in (p.chosen, p.rejected)] for p in pairs]
+    table = np.array(counts)
+    return wins(table[:, 0], table[:, 1])
+
+
+def prompt_groups(pairs: Sequence[Pair]) -> np.ndarray:
+    """A number for each pair, the same for pairs of one prompt [pairs]."""
+    seen: dict[Prompt, int] = {}
+    return np.array([seen.setdefault(p.prompt, len(seen)) for p in pairs], dtype=np.int64)

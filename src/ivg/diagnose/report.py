@@ -1,0 +1,203 @@
+"""Will guidance help? All measurements of ``ivg check --preferences`` in one call, and as plain values for JSON.
+
+Knows: the order of things. Must not know files, nor how results are shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ivg.diagnose import sweep as sweeping
+from ivg.diagnose.agreement import Disagreement, agreement
+from ivg.diagnose.estimate import Share, share
+from ivg.diagnose.pairs import OnPairs, Pair, fitting, longer_wins, prompt_groups, score_pairs, summary
+from ivg.diagnose.reading import Shift, written
+from ivg.diagnose.sweep import Plan, Row, Selection
+from ivg.diagnose.verdict import Evidence, Verdict, decide
+from ivg.errors import ConfigError, PromptError
+from ivg.models.reader import Reader
+from ivg.steered import SteeredModel
+from ivg.types import Prompt, Value
+from ivg.values.implicit import AutoregressiveReward
+
+BASELINE = "base"
+"""Name of the base's own log-probability among the values on pairs: what no guide is needed for."""
+GUIDES = ("implicit", "arm", "explicit")
+"""Who guides tokens unless told, the first at hand (METHOD, section 4: implicit is the better one at token level)."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Who says how good a drawn text is. Guides are never judged by themselves."""
+
+    name: str
+    value: Value
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """Everything that was measured.
+
+    Attributes:
+        pairs: that were scored.
+        skipped: reasons of those that some model cannot read.
+        longer: accuracy of "the longer one is better".
+        values: each value, the judge and the base's own likelihood on the pairs.
+        chosen: agreement of pair and base on the chosen responses; None without a pair that fits.
+        own: the same on the base's own texts.
+        guide: value that the sweep is about.
+        judge: name of the judge.
+        sweep: one row for each beta.
+        selection: best-of-n by each value.
+        verdict: in words.
+    """
+
+    pairs: int
+    skipped: tuple[str, ...]
+    longer: Share
+    values: tuple[OnPairs, ...]
+    chosen: Disagreement | None
+    own: Disagreement | None
+    guide: str | None
+    judge: str | None
+    sweep: tuple[Row, ...]
+    selection: tuple[Selection, ...]
+    verdict: Verdict
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        out = asdict(self)
+        out["verdict"]["exit_code"] = self.verdict.exit_code
+        for row, plain in zip(self.sweep, out["sweep"], strict=True):
+            plain["kl_per_token"] = row.per_token
+        return out
+
+
+def foresee(
+    model: SteeredModel,
+    pairs: Sequence[Pair],
+    plan: Plan | None = None,
+    *,
+    prompts: int = 16,
+    guide: str | None = None,
+    judge: Judge | None = None,
+    beta: float = 1.0,
+    told: Callable[[str], None] = lambda _: None,
+) -> Foresight:
+    """Measure everything.
+
+    Args:
+        model: base and values.
+        pairs: preferences.
+        plan: of the sweep.
+        prompts: different prompts of the pairs that are swept; 0: no texts are drawn.
+        guide: name of the value that would guide tokens; None: the first of :data:`GUIDES` at hand.
+        judge: scores the drawn texts; a judge that guides is left out of the sweep.
+        beta: at which the agreement is measured.
+        told: hears what is being done.
+
+    Raises:
+        ConfigError: no pair that all models can read, or no value of that name.
+    """
+    plan = plan or Plan()
+    guide = _guide(model, guide)
+    ends = not plan.sampling.ignore_eos
+    judge = judge if judge is not None and judge.name != guide else None
+    values: dict[str, Value] = {BASELINE: AutoregressiveReward(model.base, BASELINE), **model.values}
+    if judge is not None:
+        values[judge.name] = judge.value
+    kept, skipped = fitting(model.base, values, pairs, ends)
+    if not kept:
+        reason = skipped[0] if skipped else "the file holds none"
+        raise ConfigError(f"no pair that all models can read: {reason}")
+    told(f"scoring {len(kept)} pairs")
+    measured = _on_pairs(model.base, values, kept, plan, ends)
+    longer = longer_wins(model.base, kept)
+    chosen_texts = [written(model.base, p.prompt, p.chosen, ends=ends and p.chosen_ends) for p in _first_of_each(kept)[: max(prompts, 1)]]
+    chosen = agreement(model.base, model.values.get("implicit"), chosen_texts, beta)
+    told("drawing texts")
+    fits = guide is not None and Shift.of(model.values[guide], model.base) is not None
+    drawn = _drawn(model, kept, plan, prompts, guide if fits else None, judge, beta, told)
+    candidates = {n: v for n, v in measured.items() if n in model.values and (judge is None or n != judge.name)}
+    judged = measured[judge.name] if judge is not None else None
+    evidence = Evidence(candidates, guide, fits, drawn.own, drawn.rows, drawn.selection, judged)
+    return Foresight(
+        pairs=len(kept),
+        skipped=tuple(skipped),
+        longer=share(longer, prompt_groups(kept)),
+        values=tuple(measured.values()),
+        chosen=chosen,
+        own=drawn.own,
+        guide=guide,
+        judge=judge.name if judge is not None else None,
+        sweep=drawn.rows,
+        selection=drawn.selection,
+        verdict=decide(evidence),
+    )
+
+
+def _guide(model: SteeredModel, name: str | None) -> str | None:
+    if name is None:
+        return next((n for n in GUIDES if n in model.values), None)
+    if name not in model.values:
+        raise ConfigError(f"no value called {name!r}\n  expected one of: {', '.join(model.values) or 'none'}")
+    return name
+
+
+def _on_pairs(base: Reader, values: Mapping[str, Value], pairs: Sequence[Pair], plan: Plan, ends: bool) -> dict[str, OnPairs]:
+    longer = longer_wins(base, pairs)
+    batch = max(1, plan.batch // 2)
+    return {n: summary(n, score_pairs(base, v, pairs, batch=batch, ends=ends), pairs, longer) for n, v in values.items()}
+
+
+def _first_of_each(pairs: Sequence[Pair]) -> list[Pair]:
+    """One pair for each prompt, in order of appearance."""
+    seen: dict[Prompt, Pair] = {}
+    for pair in pairs:
+        seen.setdefault(pair.prompt, pair)
+    return list(seen.values())
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    own: Disagreement | None = None
+    rows: tuple[Row, ...] = ()
+    selection: tuple[Selection, ...] = ()
+
+
+def _drawn(
+    model: SteeredModel,
+    pairs: Sequence[Pair],
+    plan: Plan,
+    count: int,
+    guide: str | None,
+    judge: Judge | None,
+    beta: float,
+    told: Callable[[str], None],
+) -> _Drawn:
+    """What needs texts: agreement on the base's own, the sweep, selection."""
+    prompts = [p.prompt for p in _first_of_each(pairs) if _room(model, p.prompt, plan)][:count]
+    if not prompts:
+        return _Drawn()
+    plan = plan if guide is not None else Plan((0.0,), None, plan.samples, plan.sampling, plan.seed, plan.batch)
+    texts = sweeping.draw(model, guide, prompts, plan)
+    told(f"reading {len(texts.beams)} texts")
+    own = [b for b, k in zip(texts.beams, texts.drawn, strict=True) if k == 0]
+    found = agreement(model.base, model.values.get("implicit"), own, beta)
+    scores = sweeping.judged(judge.value, texts.beams, plan.batch) if judge is not None else None
+    rows = sweeping.sweep(model, guide, texts, scores, plan) if guide is not None else ()
+    others = {n: v for n, v in model.values.items() if judge is not None and n != judge.name}
+    return _Drawn(found, rows, sweeping.selections(others, texts, scores, plan) if scores is not None else ())
+
+
+def _room(model: SteeredModel, prompt: Prompt, plan: Plan) -> bool:
+    """Can every model read the prompt and an answer?"""
+    try:
+        model.base.check_length(prompt, plan.sampling.max_new_tokens)
+        for value in model.values.values():
+            value.check(prompt, plan.sampling.max_new_tokens)
+    except PromptError:
+        return False
+    return True

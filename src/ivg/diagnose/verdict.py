@@ -1,0 +1,221 @@
+"""Will guidance help? From numbers to a sentence that names its reason. Thresholds are here, each with why.
+
+Knows: the numbers of a :class:`Evidence`. Must not know models, nor how results are shown. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ivg.diagnose.agreement import SILENT, Disagreement
+from ivg.diagnose.pairs import OnPairs
+from ivg.diagnose.sweep import CHOICES, Row, Selection
+
+USEFUL = 0.55
+"""Pair accuracy that is worth its compute. Choosing the better of two responses with probability a yields 2a - 1 of what a
+perfect judge's choice yields: at 0.55 a tenth."""
+UNDECIDED = 0.1
+"""Half-width of an interval that says too little: it leaves room from 'useless' to 'useful' on both sides."""
+EFFECTIVE = 20.0
+"""Effective sample size that an estimate needs; a mean of 20 texts has an error of about a quarter of their spread."""
+EFFICIENCY = 0.75
+"""Of the best gain per square root of KL, what the suggested beta must keep. With reward = d (a - b d), d = sqrt(KL) (Gao,
+Schulman, Hilton 2023), three quarters of the first slope are left where three quarters of the largest reward are reached at
+a quarter of its KL; beyond, KL grows faster than reward."""
+GENTLE = 0.5
+"""Without a judge: nats per token that guidance may move the base. Guided tokens are then on average 1.6 times less likely to
+the base, about what a base of half the size would lose."""
+
+Outcome = Literal["helps", "mixed", "unclear", "no"]
+Standing = Literal["right", "weak", "length", "chance", "opposed", "unclear"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the verdict rests on.
+
+    Attributes:
+        values: each guide candidate on the pairs; no baselines, no judge.
+        guide: value that would guide tokens, or None.
+        fits: it can shift the base's whole vocabulary.
+        own: disagreement of pair and base on the base's own texts.
+        rows: of the sweep.
+        selection: best-of-n by each value.
+        judge: the judge on the pairs, or None without one.
+    """
+
+    values: Mapping[str, OnPairs]
+    guide: str | None
+    fits: bool
+    own: Disagreement | None = None
+    rows: tuple[Row, ...] = ()
+    selection: tuple[Selection, ...] = ()
+    judge: OnPairs | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer.
+
+    Attributes:
+        outcome: ``helps``; ``mixed``: some use of these values helps; ``unclear``: too few pairs; ``no``.
+        beta: suggested weight of token guidance, where that helps.
+        token: name of the value to guide tokens by, or None.
+        select: names of the values that are good enough to select by, best first.
+        reasons: sentences, the most important first.
+    """
+
+    outcome: Outcome
+    beta: float | None
+    token: str | None
+    select: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0: helps or mixed. 1: it will not, or nothing shows that it will."""
+        return 0 if self.outcome in ("helps", "mixed") else 1
+
+
+def standing(v: OnPairs) -> Standing:
+    """What a value's accuracy on whole responses says about it."""
+    whole = v.whole
+    if whole.high < 0.5:
+        return "opposed"
+    if whole.low <= 0.5:
+        return "unclear" if whole.high - whole.low > 2 * UNDECIDED else "chance"
+    if whole.rate < USEFUL:
+        return "weak"
+    return "length" if v.balanced is not None and v.balanced < USEFUL else "right"
+
+
+def about(v: OnPairs, subject: str) -> str:
+    """One sentence on a value's accuracy; ``subject`` is what to call it."""
+    found, whole = standing(v), v.whole
+    words = {
+        "opposed": f"{subject} prefers what you reject ({whole}): guidance by it makes things worse; are tuned and untuned (or chosen "
+        "and rejected) exchanged, or was it trained for something else?",
+        "chance": f"{subject} ranks your preferences no better than chance ({whole}): guidance by it will not help",
+        "unclear": f"{subject} cannot be told from chance by {whole.n} pairs ({whole}): give more pairs",
+        "weak": f"{subject} ranks your preferences hardly better than chance ({whole}): guidance by it is not worth its compute",
+        "length": f"{subject} is right ({whole}) only by counting tokens: {v.balanced or 0:.2f} when longer and shorter weigh the same; "
+        "guidance by it would make texts longer or shorter, not better",
+        "right": f"{subject} ranks your preferences well ({whole})",
+    }
+    return words[found]
+
+
+def decide(e: Evidence) -> Verdict:
+    """The verdict and its reasons."""
+    good = {n: v for n, v in e.values.items() if standing(v) == "right"}
+    trusted = e.judge is not None and standing(e.judge) in ("right", "weak")
+    losing = {s.value for s in e.selection if trusted and s.gain.high < 0}
+    select = tuple(sorted((n for n in good if n not in losing), key=lambda n: -good[n].whole.rate))
+    notes = []
+    if e.judge is not None and not trusted:
+        notes.append(about(e.judge, f"the judge ({e.judge.name})") + "; its scores are left out of this verdict")
+    notes += [f"by the judge, the best of {CHOICES} by {n} is worse than a random one: do not select by it" for n in good if n in losing]
+    if e.guide is None or e.guide not in good:
+        return _without_guide(e, select, notes)
+    outcome, beta, reason = _token_level(e, good[e.guide], trusted)
+    if outcome == "helps":
+        rest = [f"select by {_listed(select, e)}"] if select else []
+    elif select:
+        rest = [f"use it to select chunks rather than to guide tokens: select by {_listed(select, e)}"]
+    else:
+        outcome, rest = "no", []
+    return Verdict(outcome, beta, e.guide if outcome == "helps" else None, select, (reason, *rest, *notes))
+
+
+def _without_guide(e: Evidence, select: tuple[str, ...], notes: list[str]) -> Verdict:
+    """The guide is none or no good: what is left is selection."""
+    bad = [about(v, _called(n)) for n, v in e.values.items() if n not in select and standing(v) != "right"]
+    if select:
+        first = f"select chunks or whole responses by {_listed(select, e)}"
+        return Verdict("mixed", None, None, select, (*bad, first, *notes))
+    unclear = any(standing(v) == "unclear" for v in e.values.values())
+    return Verdict("unclear" if unclear else "no", None, None, (), (*(bad or ["no value is at hand that could guide"]), *notes))
+
+
+def _token_level(e: Evidence, guide: OnPairs, trusted: bool) -> tuple[Outcome, float | None, str]:
+    """Of a guide that ranks well: may it move tokens, and how strongly?"""
+    called, whole = _called(guide.name), guide.whole
+    if not e.fits:
+        return (
+            "mixed",
+            None,
+            (
+                f"{called} is right ({whole}) but has other tokens than the base: it can compare texts (selection, or candidates by "
+                "--guide-candidates), not shift the vocabulary"
+            ),
+        )
+    if e.own is not None and e.own.tuned_untuned < SILENT:
+        return "mixed", None, f"{called} is right ({whole}) but tuned and untuned hardly differ: it does next to nothing at token level"
+    far = e.own is not None and e.own.far
+    if trusted and e.rows:
+        return _by_judge(e, guide, far)
+    if far and e.own is not None:
+        return (
+            "mixed",
+            None,
+            (
+                f"{called} is right ({whole}) but far from the base (KL(base‖untuned) {e.own.base_untuned:.2f} nats per token, "
+                f"{e.own.outside:.0%} of the guided mass outside the base's likeliest tokens)"
+            ),
+        )
+    gentle = [r.beta for r in e.rows if r.beta > 0 and r.per_token <= GENTLE and r.effective >= EFFECTIVE]
+    beta = max(gentle, default=None)
+    if beta is None:
+        words = "no beta was tried that keeps the base's language; start with a small one" if e.rows else "no beta was tried"
+    else:
+        words = f"suggested beta {beta:g}: the largest that moves the base at most {GENTLE} nats per token (no judge says what it buys)"
+    return "helps", beta, f"accuracy is good ({whole}); {words}"
+
+
+def _by_judge(e: Evidence, guide: OnPairs, far: bool) -> tuple[Outcome, float | None, str]:
+    """A judge saw the texts of every weight."""
+    called, whole = _called(guide.name), guide.whole
+    shown = [r for r in e.rows if r.beta > 0 and r.effective >= EFFECTIVE and r.gain is not None]
+    gaining = [r for r in shown if r.gain is not None and r.gain.low > 0]
+    if not shown:
+        return (
+            "mixed",
+            None,
+            f"{called} is right ({whole}) but the sweep is too small to tell a beta: more prompts or samples",
+        )
+    if not gaining:
+        worst = any(r.gain is not None and r.gain.high < 0 for r in shown)
+        why = " and far from the base" if far else ""
+        found = "the judge sees worse texts" if worst else "the judge sees no better texts at any beta of the sweep"
+        return "mixed", None, f"{called} is right ({whole}){why}, but guided by it {found}"
+    best = max(_efficiency(r) for r in gaining)
+    chosen = max((r for r in gaining if _efficiency(r) >= EFFICIENCY * best), key=lambda r: r.beta)
+    gain = chosen.gain.value if chosen.gain else 0.0
+    beyond = any(r.beta > chosen.beta for r in e.rows)
+    tail = "beyond it KL grows faster than reward" if beyond else "the largest that was tried; larger ones may buy more"
+    warning = " (although its language is far from the base's: read some texts)" if far else ""
+    return (
+        "helps",
+        chosen.beta,
+        (
+            f"accuracy is good ({whole}), suggested beta {chosen.beta:g}: {gain:+.2f} by the judge at {chosen.kl.value:.1f} nats from the "
+            f"base; {tail}{warning}"
+        ),
+    )
+
+
+def _efficiency(row: Row) -> float:
+    return row.gain.value / max(row.kl.value, 1e-9) ** 0.5 if row.gain else 0.0
+
+
+def _listed(names: tuple[str, ...], e: Evidence) -> str:
+    gains = {s.value: s.gain.value for s in e.selection} if e.judge is not None else {}
+    return ", ".join(
+        f"{n} ({e.values[n].whole.rate:.2f}" + (f"; best of {CHOICES}: {gains[n]:+.2f} by the judge)" if n in gains else ")") for n in names
+    )
+
+
+def _called(name: str) -> str:
+    return "the pair" if name == "implicit" else f"the value {name}"
