@@ -187,6 +187,11 @@ class CachedModel:
         self._free[row.slot] = row
         self._families.setdefault(row.family, {})[row.slot] = None
 
+    def clear(self) -> None:
+        """Forget all rows and give the memory back: what comes next is computed as by a fresh model, to the last bit."""
+        self.cache = SlotCache()
+        self._free, self._live, self._families, self._next_family = {}, set(), {}, 0
+
     def _take(self, slot: int, ids: list[int], family: int) -> Row:
         left = self._free.pop(slot, None)
         if left is not None:

@@ -79,6 +79,11 @@ class Reader:
             if entry is not None:
                 self.model.free(entry.row)
 
+    def clear(self) -> None:
+        """Forget every hypothesis, and whatever the cache holds (see ``CachedModel.clear``)."""
+        self._entries.clear()
+        self.model.clear()
+
     # What a hypothesis is, in this model's tokens
 
     def ids(self, h: Hypothesis) -> tuple[list[int], int]:
