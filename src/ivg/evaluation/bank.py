@@ -1,0 +1,166 @@
+"""A bank of base samples for every prompt and seed, and what best-of-N would have made of them for the same FLOPs.
+
+For every method the fair rival is plain best-of-N with as much computation: from the bank, the N samples that cost no more than the
+method's answer (N base samples behind one reading of the prompt, and N readings by the value), the best by the explicit value.
+The gold reward never selects. Knows the bank's file; must not know how it is shown.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ivg.evaluation import machine
+from ivg.evaluation.cost import classifiers, flops, forget, inside
+from ivg.evaluation.plan import BANK, Method, Plan
+from ivg.evaluation.runner import Report, Worker, note, plain, request, together
+from ivg.records import BlockFile
+from ivg.types import Beam, Completion, Meter, Prompt, new_key
+
+if TYPE_CHECKING:
+    from ivg.steered import SteeredModel
+    from ivg.types import Value
+
+STRIDE = 1 << 32
+"""Sample n of a prompt has draw index n * STRIDE + position: sample 0 is the very answer of the base method."""
+
+
+def fill(worker: Worker, done: Report) -> None:
+    """All samples of the bank that are not there yet; one row for each prompt and seed."""
+    p, path = worker.plan, worker.plan.transcripts(BANK)
+    size = p.config.bank
+    block = max(1, p.block * 4 // size)
+    with machine.alone(path):
+        file = BlockFile(path, block, p.total, p.provenance(BANK))
+        done(BANK, min(file.rows, p.total))
+        for positions in file.missing():
+            forget(worker.model)
+            machine.reset_peak()
+            began = time.perf_counter()
+            rows = list(_samples(worker.model, p, positions))
+            timing = {"label": BANK, "start": positions.start, "rows": len(rows), "seconds": round(time.perf_counter() - began, 4)}
+            file.append(rows)
+            note(p.out / "timings.jsonl", {**timing, "peak_bytes": machine.peak_bytes()})
+            done(BANK, len(rows))
+
+
+def selector(model: SteeredModel) -> tuple[str, Value] | None:
+    """The value by which best-of-N selects: explicit, else reward, else implicit."""
+    for name in ("explicit", "reward", "implicit"):
+        if name in model.values:
+            return name, model.values[name]
+    return None
+
+
+def _samples(model: SteeredModel, p: Plan, positions: range) -> Iterator[dict[str, Any]]:
+    size, items = p.config.bank, list(p.items(positions))
+    chosen = selector(model)
+    method = Method(BANK, p.base.strategy)
+    requests = [request(model, p, method, seed, position, n * STRIDE) for seed, position, _ in items for n in range(size)]
+    outcomes = together(model, requests)
+    for i, (seed, _, example) in enumerate(items):
+        group = outcomes[i * size : (i + 1) * size]
+        row: dict[str, Any] = {"label": BANK, "seed": seed, "id": example.id, "prompt": plain(example.prompt)}
+        failed = next((o for o in group if not isinstance(o, Completion)), None)
+        if failed is not None:
+            yield row | {"samples": [], "error": failed}
+            continue
+        samples = [c for c in group if isinstance(c, Completion)]
+        beams = [_beam(model, requests[i * size].prompt, c) for c in samples]
+        values = chosen[1].score(beams) if chosen else [0.0] * size
+        shared, own = _reading(model, chosen[1] if chosen else None, beams)
+        kept = [
+            {"text": c.text, "tokens": len(c.token_ids), "value": round(v, 6), "forward_tokens": n}
+            for c, v, n in zip(samples, values, own, strict=True)
+        ]
+        yield row | {"by": chosen[0] if chosen else None, "shared_tokens": shared, "samples": kept}
+        if chosen:
+            chosen[1].release([b.key for b in beams])
+
+
+def _beam(model: SteeredModel, prompt: Prompt, c: Completion) -> Beam:
+    finish = None if c.finish_reason == "error" else c.finish_reason
+    return Beam(new_key(), None, prompt, c.token_ids, c.text, finish, Meter(), model.base.vocabulary, inherits=False)
+
+
+def _reading(model: SteeredModel, value: Value | None, beams: Sequence[Beam]) -> tuple[dict[str, int], list[dict[str, int]]]:
+    """(tokens of the prompt, read once by each model; what each reads of every sample). A classifier reads the whole text anew.
+
+    From the texts rather than from meters, which depend on what else happened to be in the caches.
+    """
+    shared = {model.base.name: len(model.base.prompt_ids(beams[0].prompt))}
+    own = [{model.base.name: max(0, len(b.token_ids) - 1)} for b in beams]
+    for reader in inside(value):
+        last = 0 if getattr(value, "head", None) == "scalar" else 1  # the others read up to the last token but one
+        for beam, counts in zip(beams, own, strict=True):
+            ids, border = reader.ids(beam)
+            shared[reader.name] = min(border, shared.get(reader.name, border))
+            counts[reader.name] = len(ids) - last - border
+    for classifier in classifiers(value):
+        for beam, counts in zip(beams, own, strict=True):
+            counts[classifier.name] = beam.meter.forward_tokens[classifier.name]
+    return shared, own
+
+
+# Best-of-N
+
+
+@dataclass(frozen=True)
+class Group:
+    """The samples of one prompt and seed.
+
+    Attributes:
+        values: by which they are compared, [samples].
+        golds: rewards of those that are the best so far; None for the others, which no N selects.
+        tokens: of every sample.
+        flops: of the best of the first N, [samples]: N samples behind one prompt, and their readings.
+    """
+
+    id: str
+    seed: int
+    values: tuple[float, ...]
+    golds: tuple[float | None, ...]
+    tokens: tuple[int, ...]
+    flops: tuple[float, ...]
+
+    @property
+    def size(self) -> int:
+        """Samples."""
+        return len(self.values)
+
+    def best(self, n: int) -> int:
+        """Which of the first ``n`` is selected; the first among equals."""
+        return max(range(n), key=lambda i: (self.values[i], -i))
+
+    def affordable(self, budget: float) -> int:
+        """The largest N whose computation does not exceed ``budget`` FLOPs; at least 1, at most all."""
+        return max(1, bisect_right(self.flops, budget))
+
+
+def prefix_maxima(values: Sequence[float]) -> list[int]:
+    """Places of values that are greater than all before them: best-of-N selects among these for every N."""
+    out: list[int] = []
+    for i, v in enumerate(values):
+        if not out or v > values[out[-1]]:
+            out.append(i)
+    return out
+
+
+def group(row: Mapping[str, Any], golds: Mapping[int, float], sizes: Mapping[str, int]) -> Group:
+    """A bank row with the rewards of its :func:`prefix_maxima`, and what each N costs."""
+    samples = row["samples"]
+    total, costs = flops(row["shared_tokens"], sizes), []
+    for sample in samples:
+        total += flops(sample["forward_tokens"], sizes)
+        costs.append(total)
+    return Group(
+        row["id"],
+        row["seed"],
+        tuple(s["value"] for s in samples),
+        tuple(golds.get(i) for i in range(len(samples))),
+        tuple(s["tokens"] for s in samples),
+        tuple(costs),
+    )

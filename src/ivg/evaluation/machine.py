@@ -1,0 +1,125 @@
+"""Where a run happened and what it used: processor, memory, versions, commit; peak memory of a piece of work.
+
+Knows: the operating system. Nothing of it decides a result; nothing of it stands in transcripts or scores.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+from ivg.errors import ConfigError
+
+PATIENCE = 10.0
+"""Seconds to wait for a file that another process is writing: a killed run's helpers need a moment to go."""
+
+
+def facts() -> dict[str, Any]:
+    """Processor, cores, memory and versions."""
+    import torch
+    import transformers
+
+    from ivg import __version__
+
+    out: dict[str, Any] = {
+        "processor": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(_memory() / 2**30, 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "ivg": __version__,
+    }
+    if torch.cuda.is_available():
+        out["gpu"] = torch.cuda.get_device_name()
+    return out
+
+
+def commit(folder: Path | None = None) -> str | None:
+    """The checkout's commit (with ``+`` where files differ from it), None where there is none or no git."""
+    folder = folder or Path(__file__).parent
+    try:
+        head = _git(folder, "rev-parse", "--short=12", "HEAD")
+        return head + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def command() -> str:
+    """The command line of this process, as it can be typed again."""
+    name = Path(sys.argv[0]).name
+    return shlex.join(["ivg" if name in ("ivg", "__main__.py") else name, *sys.argv[1:]])
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
+
+
+def _cpu_model() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+def reset_peak() -> None:
+    """Peak memory is counted from now on."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int | None:
+    """Peak memory since :func:`reset_peak`: of the GPU where there is one, else of this process (weights included)."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    with suppress(OSError, StopIteration, ValueError):
+        line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return None
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Be the only process that writes ``path``; the system ends the claim with the process, however that ends.
+
+    Raises:
+        ConfigError: another process has been writing it for :data:`PATIENCE` seconds.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system: two runs at once are the user's to avoid
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{path.name}.lock").open("w") as file:
+        until = monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if monotonic() > until:
+                    raise ConfigError(f"another process is writing {path}\n  wait for it, or give another --out") from None
+                sleep(0.1)
+        yield

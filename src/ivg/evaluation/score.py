@@ -1,0 +1,192 @@
+"""The second stage: what gold and the other judges say of every answer, and how likely the base finds it.
+
+A row of scores names the transcript it belongs to and carries a fingerprint of its text; :func:`scored` joins the two and refuses
+what does not match, so that a score without its transcript does not exist. Knows judges and the base; not how figures are made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ivg.config import RewardRef
+from ivg.errors import ConfigError
+from ivg.evaluation import machine
+from ivg.evaluation.plan import BANK, Plan
+from ivg.evaluation.runner import Report, Worker, answers, prompt_of
+from ivg.evaluation.task import Example
+from ivg.records import BlockFile, read_jsonl, write_json
+from ivg.types import Beam, Meter, new_key
+
+if TYPE_CHECKING:
+    from ivg.steered import SteeredModel
+    from ivg.values.reward import RewardModel
+
+Row = dict[str, Any]
+GOLD = "gold"
+
+
+def load_judges(p: Plan) -> dict[str, RewardModel]:
+    """Gold and the further judges by name, in float32 unless the recipe names another type.
+
+    Raises:
+        ModelError: one that cannot be loaded.
+    """
+    from dataclasses import replace
+
+    from ivg.build import load_options
+    from ivg.values.reward import RewardModel
+
+    options = load_options(p.recipe)
+    options = replace(options, dtype="float32", revision=None, quantization=None) if options.dtype == "auto" else options
+    return {
+        name: RewardModel.from_pretrained(ref.path, template=ref.template, label=ref.label, options=options, name=name)
+        for name, ref in judge_refs(p).items()
+    }
+
+
+def judge_refs(p: Plan) -> dict[str, RewardRef]:
+    """Where gold and the further judges are, gold first; the package's own for the embedded models."""
+    gold = p.config.gold
+    if gold is None and not p.recipe.models.given:
+        gold = RewardRef(path="embedded:gold")
+    if GOLD in p.config.judges:
+        raise ConfigError("judges: the name gold is taken\n  give it as eval.gold")
+    return ({GOLD: gold} if gold is not None else {}) | p.config.judges
+
+
+def score(worker: Worker, label: str, done: Report) -> None:
+    """Every row of one method's transcripts that has no scores yet.
+
+    Raises:
+        ConfigError: transcripts that are missing, or are not those that were scored.
+    """
+    p = worker.plan
+    rows = transcripts(p, label)
+    with machine.alone(p.scores(label)):
+        file = BlockFile(p.scores(label), p.block, len(rows), _provenance(p, label))
+        _compare(p, label, rows, list(read_jsonl(p.scores(label))) if file.rows else [])
+        done(label, min(file.rows, len(rows)))
+        for positions in file.missing():
+            part = [rows[i] for i in positions]
+            file.append(list(_judged_bank(worker, part) if label == BANK else _judged(worker, part)))
+            done(label, len(part))
+        if label != BANK:
+            _measure(p, label, rows)
+
+
+def transcripts(p: Plan, label: str) -> list[Row]:
+    """The rows of one method's answers.
+
+    Raises:
+        ConfigError: not all there.
+    """
+    path = p.transcripts(label)
+    rows = list(read_jsonl(path))[: p.total] if path.exists() else []
+    if len(rows) < p.total:
+        raise ConfigError(f"{path} has {len(rows)} of {p.total} answers\n  run the stage generate to its end first")
+    return rows
+
+
+def scored(p: Plan, label: str) -> list[tuple[Row, Row]]:
+    """(transcript, scores) of every answer.
+
+    Raises:
+        ConfigError: scores that are missing or belong to other transcripts.
+    """
+    rows, path = transcripts(p, label), p.scores(label)
+    scores = list(read_jsonl(path))[: p.total] if path.exists() else []
+    if len(scores) < len(rows):
+        raise ConfigError(f"{path} has {len(scores)} of {len(rows)} scores\n  run the stage score to its end first")
+    _compare(p, label, rows, scores)
+    return list(zip(rows, scores, strict=True))
+
+
+def fingerprint(row: Mapping[str, Any]) -> str:
+    """Of what was judged: an answer's text, or the texts of a bank row."""
+    texts = [s["text"] for s in row["samples"]] if "samples" in row else [row["text"]]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def _compare(p: Plan, label: str, rows: Sequence[Row], scores: Sequence[Row]) -> None:
+    for number, (row, judged) in enumerate(zip(rows, scores, strict=False), 1):
+        expected = {"seed": row["seed"], "id": row["id"], "of": fingerprint(row)}
+        found = {k: judged.get(k) for k in expected}
+        if found != expected:
+            raise ConfigError(
+                f"{p.scores(label)}, line {number}: scores of {found}, but the transcript is {expected}\n"
+                "  the transcripts are not those that were scored: remove this file and score again"
+            )
+
+
+def _provenance(p: Plan, label: str) -> dict[str, Any]:
+    judges = {name: ref.model_dump(exclude_none=True) for name, ref in judge_refs(p).items()}
+    return {"transcripts": p.provenance(label), "judges": judges}
+
+
+def _judged(worker: Worker, rows: Sequence[Row]) -> Iterator[Row]:
+    """Scores of some answers; one that failed has none."""
+    p, known = worker.plan, _examples(worker.plan)
+    good = [r for r in rows if "error" not in r]
+    pairs = [p.task.judged(known[r["id"]], r["text"]) for r in good]
+    rewards = {
+        name: judge.rewards([judge.text(prompt, text) for prompt, text in pairs])[0] if pairs else []
+        for name, judge in worker.judges.items()
+    }
+    logps = base_logps(worker.model, good)
+    at = {id(r): i for i, r in enumerate(good)}
+    for row in rows:
+        out: Row = {"label": row["label"], "seed": row["seed"], "id": row["id"], "of": fingerprint(row)}
+        if id(row) in at:
+            i = at[id(row)]
+            out |= {name: round(values[i], 6) for name, values in rewards.items()}
+            out |= {"base_logp": round(logps[i], 4), "tokens": len(row["token_ids"])}
+        yield out
+
+
+def _judged_bank(worker: Worker, rows: Sequence[Row]) -> Iterator[Row]:
+    """Gold of those samples that best-of-N selects for some N; the others are never looked at."""
+    from ivg.evaluation.bank import prefix_maxima
+
+    p, known, gold = worker.plan, _examples(worker.plan), worker.judges.get(GOLD)
+    for row in rows:
+        places = prefix_maxima([s["value"] for s in row["samples"]])
+        pairs = [p.task.judged(known[row["id"]], row["samples"][i]["text"]) for i in places]
+        rewards = gold.rewards([gold.text(prompt, text) for prompt, text in pairs])[0] if gold is not None and pairs else []
+        chosen = {str(i): round(r, 6) for i, r in zip(places, rewards, strict=False)}
+        yield {"label": BANK, "seed": row["seed"], "id": row["id"], "of": fingerprint(row), GOLD: chosen}
+
+
+def base_logps(model: SteeredModel, rows: Sequence[Row]) -> list[float]:
+    """Log-probability of every answer under the plain base at temperature 1, in nats: sum over its tokens."""
+    from ivg.evaluation.cost import forget
+
+    forget(model)
+    beams = [
+        Beam(new_key(), None, prompt_of(r), tuple(r["token_ids"]), r["text"], None, Meter(), model.base.vocabulary, inherits=False)
+        for r in rows
+    ]
+    filled = [b for b in beams if b.token_ids]
+    sums = dict(zip((b.key for b in filled), map(sum, model.base.token_logps(filled)), strict=True)) if filled else {}
+    model.base.release([b.key for b in filled])
+    return [float(sums.get(b.key, 0.0)) for b in beams]
+
+
+def measures(p: Plan, label: str) -> Row:
+    """The task's own figures of one method."""
+    import json
+
+    path = p.out / "scores" / f"{label}.task.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))["figures"]) if path.exists() else {}
+
+
+def _measure(p: Plan, label: str, rows: Sequence[Row]) -> None:
+    figures = dict(p.task.measure(p.config, p.out, label, answers(p, label)))
+    if figures:
+        whole = hashlib.sha256("".join(map(fingerprint, rows)).encode()).hexdigest()[:16]
+        write_json(p.out / "scores" / f"{label}.task.json", {"of": whole, "figures": figures})
+
+
+def _examples(p: Plan) -> dict[str, Example]:
+    return {e.id: e for e in p.examples}
