@@ -122,7 +122,7 @@ def show(out: Console, found: Foresight, beta: float) -> None:
 def _pairs(out: Console, found: Foresight) -> None:
     from rich.table import Table
 
-    out.print(f"\nhow often the chosen of {found.pairs} pairs scores higher, at four stages of both responses")
+    out.print(f"\nhow often the chosen of {found.pairs} pairs scores higher, at four stages of both responses", soft_wrap=True)
     if found.skipped:
         out.print(f"  {len(found.skipped)} more were left out: {found.skipped[0]}", soft_wrap=True, markup=False)
     table = Table("value", "25 %", "50 %", "75 %", "whole", "95 % interval", "balanced", "loss", box=None, pad_edge=False)
@@ -145,11 +145,10 @@ def _agreement(out: Console, found: Foresight, beta: float) -> None:
 
     if found.chosen is None:
         return
-    out.print(f"\npair and base, per token (KL in nats; guided at beta {beta:g}, temperature 1)")
-    table = Table(
-        "on", "tokens", "base‖untuned", "tuned‖untuned", "guided‖base", "top-1 kept", f"beyond top {TOP}", box=None, pad_edge=False
-    )
-    for name, d in (("chosen responses", found.chosen), ("the base's texts", found.own)):
+    out.print(f"\npair and base, per token: KL in nats, mass beyond the base's {TOP} likeliest tokens; beta {beta:g}", soft_wrap=True)
+    columns = ("on", "tokens", "base‖untuned", "tuned‖untuned", "guided‖base", "top-1 kept", "beyond")
+    table = Table(*columns, box=None, pad_edge=False)
+    for name, d in (("chosen", found.chosen), ("base's", found.own)):
         if d is not None:
             table.add_row(name, *_cells(d))
     out.print(table)

@@ -54,11 +54,13 @@ def share(hits: Numbers, groups: NDArray[np.int64]) -> Share:
     """
     n = len(hits)
     rate = float(hits.mean())
-    spread = rate * (1 - rate) / n
-    residual = np.bincount(groups, hits - rate)
     clusters = len(np.unique(groups))
-    clustered = float((residual**2).sum()) / n**2 * clusters / max(1, clusters - 1)
-    size = n / max(1.0, clustered / spread) if spread else float(clusters)
+    size = float(n)
+    if clusters < n:
+        spread = rate * (1 - rate) / n
+        residual = np.bincount(groups, hits - rate)
+        clustered = float((residual**2).sum()) / n**2 * clusters / max(1, clusters - 1)
+        size = n / max(1.0, clustered / spread) if spread else float(clusters)
     z2 = Z95**2 / size
     centre = (rate + z2 / 2) / (1 + z2)
     half = Z95 / (1 + z2) * math.sqrt(rate * (1 - rate) / size + z2 / (4 * size))

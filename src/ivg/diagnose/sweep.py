@@ -181,7 +181,11 @@ def sweep(model: SteeredModel, guide: str, texts: Texts, scores: Numbers | None,
     shift = Shift.of(model.values[guide], model.base)
     if shift is None:
         raise ConfigError(f"{guide} cannot shift the base's whole vocabulary, so there is no beta to sweep")
-    read = [follow(model, shift, beam, plan) for beam in texts.beams]
+    known: dict[tuple[int, tuple[int, ...]], tuple[Numbers, Numbers]] = {}
+    for p, beam in zip(texts.prompts.tolist(), texts.beams, strict=True):
+        if (p, beam.token_ids) not in known:  # many weights often write the same text
+            known[p, beam.token_ids] = follow(model, shift, beam, plan)
+    read = [known[p, beam.token_ids] for p, beam in zip(texts.prompts.tolist(), texts.beams, strict=True)]
     logps, kls = np.stack([r[0] for r in read]), np.stack([r[1] for r in read])
     return rows(plan.betas, texts, logps, kls, scores, plan.seed)
 
