@@ -28,3 +28,7 @@ class ModelError(IVGError, RuntimeError):
 
 class MissingDependencyError(IVGError, ImportError):
     """A feature whose optional packages are not installed."""
+
+
+class JudgeError(IVGError, RuntimeError):
+    """A judge that cannot be asked: not there, busy for too long, key refused."""

@@ -1,0 +1,143 @@
+"""Win rates from judgements: plain, discrete, and length-controlled by alpaca_eval's own function.
+
+Knows: rows as alpaca_eval writes them (``instruction``, ``output_1`` = reference, ``output_2`` = the model, ``preference`` from
+1, the reference is better, to 2, the model is). Must not know who judged, nor how an answer was made. The plain rate is what
+alpaca_eval's ``get_winrate`` computes, without alpaca_eval, pandas or scikit-learn. Length control: Dubois, Galambosi, Liang,
+Hashimoto 2024, arXiv 2404.04475; see ``evaluation.lengthcontrol``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from ivg.errors import ConfigError
+from ivg.tables import read_rows
+
+Row = Mapping[str, Any]
+COLUMNS = ("instruction", "output_1", "output_2", "preference")
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """How often a model beats the reference; rates and their errors in percent, lengths in characters.
+
+    Attributes:
+        win_rate: mean of preference - 1.
+        standard_error: of ``win_rate`` over instructions; NaN for fewer than two.
+        discrete_win_rate: wins and half the draws, each preference rounded to the better one first.
+        n_wins: preferences above 1.5.
+        n_wins_base: preferences below 1.5.
+        n_draws: preferences of exactly 1.5.
+        n_total: judgements with a preference.
+        n_missing: judgements without one; not in ``n_total``, as in alpaca_eval.
+        avg_length: of the model's answers.
+        reference_length: of the reference's.
+    """
+
+    win_rate: float
+    standard_error: float
+    discrete_win_rate: float
+    n_wins: int
+    n_wins_base: int
+    n_draws: int
+    n_total: int
+    n_missing: int
+    avg_length: float
+    reference_length: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; NaN becomes None."""
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
+
+
+def preference_of(row: Row) -> float | None:
+    """The row's preference in [1, 2]; 0 is an old way to write a draw; None where the judge gave none.
+
+    Raises:
+        ConfigError: any other number.
+    """
+    given = row["preference"]
+    if given is None or given != given:
+        return None
+    value = 1.5 if given == 0 else float(given)
+    if not 1 <= value <= 2:
+        raise ConfigError(f"preference {given!r}\n  expected a number from 1 (reference is better) to 2 (model is better)")
+    return value
+
+
+def win_rate(rows: Sequence[Row]) -> WinRate:
+    """The plain win rate of judgements of one model.
+
+    Raises:
+        ConfigError: no judgement has a preference, or one is out of range.
+    """
+    given = [preference_of(row) for row in rows]
+    won = [p - 1 for p in given if p is not None]
+    if not won:
+        raise ConfigError(f"none of {len(rows)} judgements has a preference\n  expected a judge's verdicts in the column preference")
+    wins, draws, n = sum(p > 0.5 for p in won), sum(p == 0.5 for p in won), len(won)
+    return WinRate(
+        win_rate=100 * fmean(won),
+        standard_error=100 * stdev(won) / math.sqrt(n) if n > 1 else math.nan,
+        discrete_win_rate=100 * (wins + draws / 2) / n,
+        n_wins=wins,
+        n_wins_base=n - wins - draws,
+        n_draws=draws,
+        n_total=n,
+        n_missing=len(rows) - n,
+        avg_length=fmean(len(row["output_2"]) for row in rows),
+        reference_length=fmean(len(row["output_1"]) for row in rows),
+    )
+
+
+def by_seed(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    """Rows of each seed; rows without one (alpaca_eval's own files) are of seed 0."""
+    out: dict[int, list[Row]] = {}
+    for row in rows:
+        out.setdefault(int(row.get("seed", 0)), []).append(row)
+    return out
+
+
+def averaged(rows: Sequence[Row]) -> list[Row]:
+    """One row for each instruction: preferences averaged over seeds, so that seeds do not count as instructions.
+
+    Texts and lengths are those of the first seed; with one seed, the rows as they are.
+    """
+    groups = by_seed(rows)
+    if len(groups) < 2:
+        return list(rows)
+    found: dict[Any, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.get("id", row["instruction"]), []).append(row)
+    out: list[Row] = []
+    for same in found.values():
+        known = [p for p in map(preference_of, same) if p is not None]
+        out.append({**same[0], "preference": fmean(known) if known else None})
+    return out
+
+
+def read_judgements(path: str | Path) -> list[Row]:
+    """Judgements from JSON, JSONL (``.gz`` too): one model against one reference.
+
+    Raises:
+        ConfigError: no such file, columns missing, nothing in it, more than one model or reference.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"no such file: {path}\n  expected judgements (annotations.json of alpaca_eval, or OUT/judgements/LABEL.jsonl)")
+    rows: list[Row] = list(read_rows(path))
+    if not rows:
+        raise ConfigError(f"{path} has no judgements in it")
+    for number, row in enumerate(rows, 1):
+        missing = [c for c in COLUMNS if c not in row]
+        if missing:
+            raise ConfigError(f"{path}, judgement {number}: no {', '.join(missing)}\n  got {', '.join(row)}; expected {', '.join(COLUMNS)}")
+    for column in ("generator_1", "generator_2"):
+        names = sorted({str(row.get(column)) for row in rows})
+        if len(names) > 1:
+            raise ConfigError(f"{path}: {column} is {', '.join(names[:4])}\n  expected judgements of one model against one reference")
+    return rows
