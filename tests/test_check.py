@@ -435,6 +435,13 @@ def test_a_good_pair_with_a_judge():
     assert "larger ones may buy more" in v.reasons[0]
 
 
+def test_frontier_of_rows_on_the_law():
+    """gain = d (2 - 0.1 d): three quarters of the slope are left at d = 0.25 * 2 / 0.1."""
+    on_law = [row(b, d * (2 - 0.1 * d), d * d, half=0.1 * b) for b, d in ((0.5, 1.0), (1, 4.0), (2, 7.0))]
+    assert verdict.frontier(on_law) == pytest.approx(5.0)
+    assert verdict.frontier([row(b, 2.0 * d, d * d) for b, d in ((0.5, 1.0), (1, 4.0))]) == pytest.approx(math.inf)
+
+
 def test_a_right_pair_that_makes_the_base_worse():
     """The field's best-known complaint: the pair knows what is good, but guided by it the base writes worse."""
     bad = (row(0, 0, 0), row(0.5, -0.4, 4), row(1, -1.5, 20))

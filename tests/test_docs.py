@@ -1,5 +1,6 @@
 """What README and docs say is run: every Python block, every ``ivg`` line, every recipe; the reference is up to date."""
 
+import json
 import re
 import shlex
 import sys
@@ -67,10 +68,23 @@ def test_python_blocks_run(code, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
+def write_preferences(path):
+    """Praise against scorn, which the embedded pair tells apart."""
+    openings = [f"{a} {b}" for a in ("This film", "The movie", "The story", "Her acting") for b in ("was", "is", "seems")]
+    pairs = [
+        (" great, and I loved it", " awful, and I hated it"),
+        (" a wonderful surprise.", " a terrible waste."),
+        (" perfect!", " boring!"),
+    ]
+    rows = [{"prompt": p, "chosen": good, "rejected": bad} for p in openings for good, bad in pairs]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
 @pytest.mark.parametrize("line", lines())
 def test_lines_run(line, from_hub, tmp_path, monkeypatch, capsys):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "prompts.jsonl").write_text('{"id": 1, "prompt": "The movie was"}\n{"id": 2, "prompt": "I have to say"}\n')
+    write_preferences(tmp_path / "preferences.jsonl")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [*shlex.split(line, comments=True)])
     with pytest.raises(SystemExit) as end:

@@ -93,7 +93,7 @@ def foresee(
         pairs: preferences.
         plan: of the sweep.
         prompts: different prompts of the pairs that are swept; 0: no texts are drawn.
-        guide: name of the value that would guide tokens; None: the first of :data:`GUIDES` at hand.
+        guide: name of the value that would guide tokens; None: the first of :data:`GUIDES` at hand; ``"none"``: no value would.
         judge: scores the drawn texts; a judge that guides is left out of the sweep.
         beta: at which the agreement is measured.
         told: hears what is being done.
@@ -141,6 +141,8 @@ def foresee(
 def _guide(model: SteeredModel, name: str | None) -> str | None:
     if name is None:
         return next((n for n in GUIDES if n in model.values), None)
+    if name == "none":
+        return None
     if name not in model.values:
         raise ConfigError(f"no value called {name!r}\n  expected one of: {', '.join(model.values) or 'none'}")
     return name

@@ -5,7 +5,8 @@ Knows: the numbers of a :class:`Evidence`. Must not know models, nor how results
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,8 +22,8 @@ UNDECIDED = 0.1
 EFFECTIVE = 20.0
 """Effective sample size that an estimate needs; a mean of 20 texts has an error of about a quarter of their spread."""
 EFFICIENCY = 0.75
-"""Of the best gain per square root of KL, what the suggested beta must keep. With reward = d (a - b d), d = sqrt(KL) (Gao,
-Schulman, Hilton 2023), three quarters of the first slope are left where three quarters of the largest reward are reached at
+"""Of the first gain per square root of KL, what the suggested beta must keep. With reward = d (a - b d), d = sqrt(KL) (Gao,
+Schulman, Hilton 2023), three quarters of the first slope a are left where three quarters of the largest reward are reached at
 a quarter of its KL; beyond, KL grows faster than reward."""
 GENTLE = 0.5
 """Without a judge: nats per token that guidance may move the base. Guided tokens are then on average 1.6 times less likely to
@@ -190,8 +191,8 @@ def _by_judge(e: Evidence, guide: OnPairs, far: bool) -> tuple[Outcome, float | 
         why = " and far from the base" if far else ""
         found = "the judge sees worse texts" if worst else "the judge sees no better texts at any beta of the sweep"
         return "mixed", None, f"{called} is right ({whole}){why}, but guided by it {found}"
-    best = max(_efficiency(r) for r in gaining)
-    chosen = max((r for r in gaining if _efficiency(r) >= EFFICIENCY * best), key=lambda r: r.beta)
+    limit = frontier(shown)
+    chosen = max((r for r in gaining if r.kl.value**0.5 <= limit), key=lambda r: r.beta, default=gaining[0])
     gain = chosen.gain.value if chosen.gain else 0.0
     beyond = any(r.beta > chosen.beta for r in e.rows)
     tail = "beyond it KL grows faster than reward" if beyond else "the largest that was tried; larger ones may buy more"
@@ -206,8 +207,23 @@ def _by_judge(e: Evidence, guide: OnPairs, far: bool) -> tuple[Outcome, float | 
     )
 
 
-def _efficiency(row: Row) -> float:
-    return row.gain.value / max(row.kl.value, 1e-9) ** 0.5 if row.gain else 0.0
+def frontier(rows: Sequence[Row]) -> float:
+    """The distance sqrt(KL) up to which :data:`EFFICIENCY` of the first slope is left; infinite where gains do not flatten.
+
+    Gain / d = a - b d is fitted to all rows, each weighted by the inverse variance of its gain / d: single rows are too noisy
+    to be compared with each other.
+    """
+    points = []
+    for r in rows:
+        if r.gain is not None and r.kl.value > 0:
+            d = r.kl.value**0.5
+            error = max((r.gain.high - r.gain.low) / 3.92, 1e-6) / d
+            points.append((d, r.gain.value / d, error**-2))
+    total = sum(w for _, _, w in points)
+    mean_d, mean_y = (sum(w * p[i] for p in points for w in p[2:]) / total for i in (0, 1))
+    spread = sum(w * (d - mean_d) ** 2 for d, _, w in points)
+    b = -sum(w * (d - mean_d) * (y - mean_y) for d, y, w in points) / spread if spread else 0.0
+    return (1 - EFFICIENCY) * (mean_y + b * mean_d) / b if b > 0 else math.inf
 
 
 def _listed(names: tuple[str, ...], e: Evidence) -> str:
