@@ -5,7 +5,9 @@ The laws are plain functions that raise AssertionError. :class:`FakeEngine` need
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ivg.draws import child_lineage, uniform
@@ -69,12 +71,22 @@ class FakeEngine:
     """Letters instead of tokens: id i is the letter ``alphabet[i]``, the last id ends the text; drawn uniformly.
 
     Counts what it holds, so that tests can see that everything is released.
+
+    Args:
+        alphabet: letters.
+        weights: of the letters and the end behind a text; the base's distribution up to a factor.
+        proposal: the same for orders with guidance, whose value itself is not asked.
     """
 
     name = "fake"
 
-    def __init__(self, alphabet: str = "abcdefgh", weights: Callable[[str], Sequence[float]] | None = None) -> None:
-        self.alphabet, self.weights = alphabet, weights
+    def __init__(
+        self,
+        alphabet: str = "abcdefgh",
+        weights: Callable[[str], Sequence[float]] | None = None,
+        proposal: Callable[[str], Sequence[float]] | None = None,
+    ) -> None:
+        self.alphabet, self.weights, self.proposal = alphabet, weights, proposal
         self.eos = len(alphabet)
         self.held: set[int] = set()
         self.calls: list[int] = []
@@ -99,15 +111,36 @@ class FakeEngine:
     def extend(self, orders: Sequence[Extension]) -> list[list[Beam]]:
         """Children of every beam."""
         self.calls.append(len(orders))
-        return [[self._child(order, i) for i in range(order.successors)] for order in orders]
+        return [self._family(order) for order in orders]
+
+    def _family(self, order: Extension) -> list[Beam]:
+        beam = order.beam
+        if self._pauses(order, beam.text, len(beam.token_ids)):
+            return [replace(beam, paused=True)]
+        return [self._child(order, order.first + i) for i in range(order.successors)]
+
+    def _pauses(self, order: Extension, text: str, length: int) -> bool:
+        """Does the order's chunk end behind ``text``?"""
+        if order.pause is None or length < order.pause.after:
+            return False
+        base = self._distribution(text)
+        return -sum(p * math.log(p) for p in base if p) >= order.pause.entropy
 
     def _child(self, order: Extension, index: int) -> Beam:
         beam = order.beam
         lineage, ids = child_lineage(beam.lineage, len(beam.token_ids), index), list(beam.token_ids)
-        text = beam.text
+        text, ratio, paused = beam.text, beam.log_ratio, False
         finish: FinishReason | None = None
         for _ in range(order.tokens):
-            token = self._draw(text, uniform(order.seed, lineage, len(ids)), allow_eos=not order.sampling.ignore_eos)
+            if self._pauses(order, text, len(ids)):
+                paused = True
+                break
+            base = self._distribution(text, allow_eos=not order.sampling.ignore_eos)
+            guided = self.proposal is not None and order.guidance is not None
+            used = self._distribution(text, allow_eos=not order.sampling.ignore_eos, guided=True) if guided else base
+            token = _invert(used, uniform(order.seed, lineage, len(ids)))
+            if order.weigh:
+                ratio += (math.log(base[token]) if base[token] else -math.inf) - math.log(used[token])
             ids.append(token)
             beam.meter.add("fake", 1)
             text += "" if token == self.eos else self.alphabet[token]
@@ -133,18 +166,26 @@ class FakeEngine:
             lineage=lineage,
             pieces=pieces,
             guide_shift=shifts,
+            log_ratio=ratio,
+            paused=paused,
         )
 
-    def _draw(self, text: str, u: float, *, allow_eos: bool) -> int:
-        weights = list(self.weights(text)) if self.weights else [1.0] * (len(self.alphabet) + 1)
+    def _distribution(self, text: str, *, allow_eos: bool = True, guided: bool = False) -> list[float]:
+        source = self.proposal if guided else self.weights
+        weights = list(source(text)) if source else [1.0] * (len(self.alphabet) + 1)
         if not allow_eos:
             weights[self.eos] = 0.0
-        target, total = u * sum(weights), 0.0
-        for i, weight in enumerate(weights):
-            total += weight
-            if total > target:
-                return i
-        return max(i for i, w in enumerate(weights) if w)
+        return [w / sum(weights) for w in weights]
+
+
+def _invert(distribution: Sequence[float], u: float) -> int:
+    """The first position whose cumulated probability exceeds ``u``."""
+    total = 0.0
+    for i, p in enumerate(distribution):
+        total += p
+        if total > u:
+            return i
+    return max(i for i, p in enumerate(distribution) if p)
 
 
 # Tokenizers and models

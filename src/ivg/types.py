@@ -157,7 +157,11 @@ class Beam:
     lineage: int = 0
     """Where in the search tree this beam hangs; seeds its draws. First children inherit it (see ``engine.sampling``)."""
     guide_shift: tuple[float, ...] = ()
-    """Per token: how far guidance moved its log-probability, in nats. Empty unless recorded."""
+    """Per token: log pi_guided - log pi_base, in nats (see :attr:`Completion.guide_shift`). Empty unless recorded."""
+    log_ratio: float = 0.0
+    """Sum over tokens of log pi_base - log pi_proposal, both as sampled (temperature and filters). 0 unless weighed."""
+    paused: bool = False
+    """The chunk ended early, at a point of high entropy (see :class:`Pause`)."""
     pieces: tuple[str, ...] = ()
     """Per token: the text that it added. Empty unless recorded."""
     decoded: tuple[int, int] = (0, 0)
@@ -180,6 +184,8 @@ class TokenGuidance:
         candidates: re-score this many of the base's likeliest tokens; 0: shift the whole vocabulary.
         transform: of candidate values: ``identity``, ``log-sigmoid`` (FUDGE), ``centered`` (VAS).
         normalise: mix log-probabilities rather than logits (GenARM).
+        gate: guide only where the base's next-token entropy is at least this many nats; 0 guides everywhere. The entropy
+            is that of the base's own distribution: all tokens, temperature 1.
     """
 
     value: Value
@@ -187,6 +193,19 @@ class TokenGuidance:
     candidates: int = 0
     transform: Literal["identity", "log-sigmoid", "centered"] = "identity"
     normalise: bool = False
+    gate: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Where a chunk ends early: before a token whose entropy under the base alone (temperature 1) is ``entropy`` nats or more.
+
+    Never before the response has ``after`` tokens. The beam is then :attr:`Beam.paused`; one that pauses before its first new
+    token comes back itself.
+    """
+
+    entropy: float
+    after: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +220,13 @@ class Extension:
     seed: int
     record: bool = False
     """Fill ``guide_shift`` and ``pieces`` of the children."""
+    weigh: bool = False
+    """Add to ``log_ratio`` of the children."""
+    first: int = 0
+    """Number of the first child: other numbers, other draws (``draws.child_lineage``)."""
+    keep: bool = False
+    """The beam will be extended again: its cache is not passed on, but copied."""
+    pause: Pause | None = None
 
 
 class Value(Protocol):
@@ -258,7 +284,7 @@ class Engine(Protocol):
         """Raise (ConfigError, VocabularyError) where token guidance does not fit the base."""
 
     def extend(self, orders: Sequence[Extension]) -> list[list[Beam]]:
-        """The children of every order's beam, which passes its cache on to them."""
+        """The children of every order's beam, which passes its cache on to them unless told to keep it."""
 
     def release(self, keys: Sequence[int]) -> None:
         """Free what is kept for these beams."""
@@ -306,7 +332,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The answer to one request. ``trace`` is empty unless it was asked for."""
+    """The answer to one request. ``trace`` is empty unless it was asked for.
+
+    ``guide_shift``, empty unless recorded or traced, has for each token y_t what guidance made of its log-probability:
+    log pi_guided(y_t) - log pi_base(y_t) in nats, both softmaxes at the request's temperature (greedy requests: at 1) over
+    the tokens that may be drawn, before repetition penalty, top-k, top-p and min-p. Over texts drawn from pi_guided the mean
+    of its sum is KL(pi_guided || pi_base).
+    """
 
     text: str
     token_ids: tuple[int, ...]

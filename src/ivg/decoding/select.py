@@ -31,6 +31,21 @@ def soft(scores: Sequence[float], width: int, scale: float, uniform: Callable[[i
     return chosen
 
 
+def systematic(weights: Sequence[float], count: int, uniform: float) -> list[int]:
+    """``count`` positions, each on the average ``count * weight`` times, by one number in [0, 1) (Kitagawa 1996).
+
+    Position i is chosen once for every k with (uniform + k) / count inside its piece of the cumulated ``weights``, which
+    sum to 1. In the order of the weights.
+    """
+    chosen: list[int] = []
+    total, last = 0.0, max(i for i, w in enumerate(weights) if w > 0)
+    for i, weight in enumerate(weights):
+        total += weight
+        while len(chosen) < count and ((uniform + len(chosen)) / count < total or i == last):
+            chosen.append(i)
+    return chosen
+
+
 def common_prefix(texts: Sequence[str]) -> str:
     """The longest text with which all of ``texts`` begin."""
     if not texts:

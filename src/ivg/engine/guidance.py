@@ -4,6 +4,9 @@ Over the whole vocabulary where the value knows it: z + beta * delta. Otherwise 
 z_v + beta * f(V(prefix + v)), all other tokens out. V(prefix) is the same for all candidates of a row, so leaving it out
 changes nothing. Candidates are hypotheses like any other: a value with another tokenizer reads their text. A value that
 knows the base's vocabulary has the numbers of all candidates from one pass.
+
+With a gate only rows where the base is uncertain are guided (SIA). The guide does not read the others: their caches are only
+handed on to the next hypothesis, and it reads what it has missed when it is asked again.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ivg.engine.sampling import entropy
 from ivg.errors import ConfigError
 from ivg.models.vocab import Vocabulary
 from ivg.types import (
@@ -53,8 +57,10 @@ def check_guidance(guidance: TokenGuidance, base: Vocabulary) -> None:
 
     Raises:
         VocabularyError: the ids mean different text; names the first that differ.
-        ConfigError: a negative number of candidates.
+        ConfigError: a negative number of candidates, or a negative gate.
     """
+    if guidance.gate < 0:
+        raise ConfigError(f"gate must be 0 (guide everywhere) or more nats, got {guidance.gate}")
     if guidance.candidates < 0:
         raise ConfigError(f"candidates must be 0 (whole vocabulary) or more, got {guidance.candidates}")
     value = guidance.value
@@ -66,7 +72,13 @@ def check_guidance(guidance: TokenGuidance, base: Vocabulary) -> None:
         )
 
 
-def guided(logits: Tensor, hypotheses: Sequence[Hypothesis], decoded: Sequence[tuple[int, int]], guidance: TokenGuidance) -> Tensor:
+def guided(
+    logits: Tensor,
+    hypotheses: Sequence[Hypothesis],
+    decoded: Sequence[tuple[int, int]],
+    guidance: TokenGuidance,
+    entropies: Tensor | None = None,
+) -> Tensor:
     """The base's logits [rows, vocabulary], float32, moved by ``guidance``.
 
     Args:
@@ -74,9 +86,25 @@ def guided(logits: Tensor, hypotheses: Sequence[Hypothesis], decoded: Sequence[t
         hypotheses: one for each row.
         decoded: up to where each hypothesis' text is decoded (``Vocabulary.continue_text``).
         guidance: what to add.
+        entropies: of the base's own distributions, in nats [rows], for the gate; default: those of ``logits``.
     """
     if guidance.beta == 0:
         return logits
+    if guidance.gate == 0:
+        return _moved(logits, hypotheses, decoded, guidance)
+    follow = getattr(guidance.value, "follow", None)
+    if follow is not None:
+        follow(hypotheses)  # all sisters at once: whoever comes last takes its parent's cache over
+    open_rows = ((entropy(logits) if entropies is None else entropies) >= guidance.gate).nonzero()[:, 0].tolist()
+    if not open_rows:
+        return logits
+    out = logits.clone()
+    out[open_rows] = _moved(logits[open_rows], [hypotheses[i] for i in open_rows], [decoded[i] for i in open_rows], guidance)
+    return out
+
+
+def _moved(logits: Tensor, hypotheses: Sequence[Hypothesis], decoded: Sequence[tuple[int, int]], guidance: TokenGuidance) -> Tensor:
+    """As :func:`guided`, every row."""
     value = guidance.value
     base = logits.log_softmax(-1) if guidance.normalise else logits
     if guidance.candidates == 0 and isinstance(value, VocabularyValue) and knows_vocabulary(value):

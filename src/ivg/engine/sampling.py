@@ -50,6 +50,12 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(logits < floor, _NEVER)
 
 
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of each row's softmax in nats, float32 [rows]; NaN where a row is not finite but for -inf."""
+    logps = logits.log_softmax(-1)
+    return -(logps.exp() * logps.clamp(min=torch.finfo(logps.dtype).min)).sum(-1)  # 0 * -inf would be NaN
+
+
 def filtered(logits: Tensor, params: SamplingParams, seen: Sequence[Sequence[int]]) -> Tensor:
     """Logits of the distribution that ``params`` draw from (temperature > 0)."""
     if params.repetition_penalty != 1.0:
@@ -70,6 +76,29 @@ def draw(logits: Tensor, uniforms: Sequence[float]) -> Tensor:
     threshold = torch.tensor(uniforms, dtype=torch.float64, device=logits.device) * mass[:, -1]
     picks = torch.searchsorted(mass, threshold[:, None], right=True)[:, 0]
     return picks.clamp(max=logits.shape[1] - 1)
+
+
+def drawn_logps(
+    logits: Tensor, params: Sequence[SamplingParams], seen: Sequence[Sequence[int]], tokens: Tensor, *, filters: bool
+) -> Tensor:
+    """Log-probability of ``tokens`` [rows], in nats; float32 [rows].
+
+    Args:
+        logits: [rows, vocabulary].
+        params: one for each row.
+        seen: the row's response before the token.
+        tokens: ids.
+        filters: True: of the distribution that ``params`` draw from (at temperature 0 the token is certain); False: of the
+            softmax at their temperature alone (at temperature 0: at 1).
+    """
+    out = torch.zeros(len(logits), device=logits.device)
+    for setting in dict.fromkeys(params):
+        rows = [i for i, p in enumerate(params) if p is setting or p == setting]
+        if filters and setting.temperature == 0:
+            continue
+        part = filtered(logits[rows], setting, [seen[i] for i in rows]) if filters else logits[rows] / (setting.temperature or 1.0)
+        out[rows] = part.log_softmax(-1).gather(1, tokens[rows, None])[:, 0]
+    return out
 
 
 def sample(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float], seen: Sequence[Sequence[int]]) -> Tensor:

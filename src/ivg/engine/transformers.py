@@ -8,16 +8,16 @@ all children of a beam is drawn from one pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ivg.draws import child_lineage, uniform
 from ivg.engine.guidance import check_guidance, guided
-from ivg.engine.sampling import sample
+from ivg.engine.sampling import drawn_logps, entropy, sample
 from ivg.models.reader import Reader
-from ivg.types import Beam, Extension, FinishReason, Meter, Prompt, SamplingParams, TokenGuidance, new_key
+from ivg.types import Beam, Extension, FinishReason, Meter, Pause, Prompt, SamplingParams, TokenGuidance, new_key
 
 
 @dataclass(slots=True)
@@ -39,6 +39,8 @@ class _Draft:
     error: str | None = None
     origin: int | None = None
     inherits: bool = True
+    paused: bool = False
+    log_ratio: float = 0.0
     guide_shift: list[float] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
 
@@ -84,7 +86,7 @@ class TransformersEngine:
         self.base.release(keys)
 
     def extend(self, orders: Sequence[Extension]) -> list[list[Beam]]:
-        """The children of every order's beam, each ``tokens`` longer or finished.
+        """The children of every order's beam, each ``tokens`` longer, or finished, or paused.
 
         Children whose model gave NaN end with ``finish="error"``; the others go on.
         """
@@ -93,9 +95,9 @@ class TransformersEngine:
         parents = [order.beam for order in orders]
         row_of = [i for i, family in enumerate(families) for _ in family]
         self._step(drafts, parents, [p.decoded for p in parents], list(orders), row_of)
-        while active := [d for d in drafts if d.finish is None and len(d.token_ids) < d.limit]:
+        while active := [d for d in drafts if d.finish is None and not d.paused and len(d.token_ids) < d.limit]:
             self._step(active, active, [_state(d) for d in active], [d.order for d in active], list(range(len(active))))
-        return [[_finished(d) for d in family] for family in families]
+        return [_children(order.beam, family) for order, family in zip(orders, families, strict=True)]
 
     def _drafts(self, order: Extension) -> list[_Draft]:
         beam, sampling = order.beam, order.sampling
@@ -104,7 +106,7 @@ class TransformersEngine:
             _Draft(
                 order=order,
                 parent=beam.key,
-                lineage=child_lineage(beam.lineage, len(beam.token_ids), index),
+                lineage=child_lineage(beam.lineage, len(beam.token_ids), order.first + index),
                 limit=limit,
                 prompt=beam.prompt,
                 meter=beam.meter,
@@ -112,6 +114,8 @@ class TransformersEngine:
                 token_ids=list(beam.token_ids),
                 decoded=beam.decoded,
                 written=beam.text,
+                inherits=not order.keep,
+                log_ratio=beam.log_ratio,
                 guide_shift=list(beam.guide_shift),
                 pieces=list(beam.pieces),
             )
@@ -126,28 +130,50 @@ class TransformersEngine:
         orders: list[Extension],
         row_of: list[int],
     ) -> None:
-        """One token for every draft; ``row_of[i]`` is the node whose distribution draft i draws from."""
-        logits = self.base.outputs(nodes)
-        mixed = self._mix(logits, nodes, decoded, orders)
+        """One token for every draft that does not pause; ``row_of[i]`` is the node whose distribution draft i draws from."""
+        raw = self.base.outputs(nodes)
+        entropies = entropy(raw) if any(o.pause or (o.guidance is not None and o.guidance.gate > 0) for o in orders) else None
+        if entropies is not None and (paused := _pausing(entropies, nodes, orders)):
+            for d, row in zip(drafts, row_of, strict=True):
+                d.paused = row in paused
+            rows = [i for i in range(len(nodes)) if i not in paused]
+            new_place = {row: i for i, row in enumerate(rows)}
+            row_of = [new_place[row] for row in row_of if row in new_place]
+            drafts = [d for d in drafts if not d.paused]
+            raw, entropies = raw[rows], entropies[rows]
+            nodes, decoded, orders = [nodes[i] for i in rows], [decoded[i] for i in rows], [orders[i] for i in rows]
+        if drafts:
+            self._draw(drafts, row_of, *self._mix(raw, entropies, nodes, decoded, orders))
+
+    def _draw(self, drafts: list[_Draft], row_of: list[int], plain: Tensor, mixed: Tensor) -> None:
+        """Draw one token for every draft from its row of ``mixed``; ``plain`` is the base alone, both [rows, vocabulary]."""
         broken = mixed.isnan().any(-1) | (mixed == torch.inf).any(-1)
         for i in broken.nonzero()[:, 0].tolist():
-            source = "the base model" if not bool(logits[i].isfinite().all()) else "token guidance"
+            source = "the base model" if bool(plain[i].isnan().any() | (plain[i] == torch.inf).any()) else "token guidance"
             mixed[i] = 0.0
             for d, row in zip(drafts, row_of, strict=True):
                 if row == i:
                     d.finish, d.error = "error", f"{source} gave NaN or infinity after {len(d.token_ids)} tokens"
         index = torch.tensor(row_of, device=mixed.device)
-        rows = mixed.index_select(0, index)
         draws = [uniform(d.order.seed, d.lineage, len(d.token_ids)) for d in drafts]
-        tokens = sample(rows, [d.order.sampling for d in drafts], draws, [d.token_ids for d in drafts])
-        shifts = self._shifts(logits.index_select(0, index), rows, tokens) if any(d.order.record for d in drafts) else None
-        for k, (d, token) in enumerate(zip(drafts, tokens.tolist(), strict=True)):
+        tokens = sample(mixed.index_select(0, index), [d.order.sampling for d in drafts], draws, [d.token_ids for d in drafts])
+        shifts = _moved_by(drafts, index, tokens, plain, mixed, [d.order.record for d in drafts], filters=False)
+        ratios = _moved_by(drafts, index, tokens, plain, mixed, [d.order.weigh for d in drafts], filters=True)
+        for d, token, shift, ratio in zip(drafts, tokens.tolist(), shifts, ratios, strict=True):
             if d.finish is None:
-                self._push(d, token, None if shifts is None else shifts[k])
+                d.log_ratio -= ratio
+                self._push(d, token, shift)
 
-    def _mix(self, logits: Tensor, nodes: Sequence[Beam | _Draft], decoded: list[tuple[int, int]], orders: list[Extension]) -> Tensor:
-        """Guidance added, forbidden end-of-sequence tokens out; nodes with the same guidance share one call."""
-        mixed = logits.clone()
+    def _mix(
+        self,
+        raw: Tensor,
+        entropies: Tensor | None,
+        nodes: Sequence[Beam | _Draft],
+        decoded: list[tuple[int, int]],
+        orders: list[Extension],
+    ) -> tuple[Tensor, Tensor]:
+        """(base alone, with guidance), forbidden end-of-sequence tokens out of both; nodes with the same guidance share one call."""
+        plain = raw
         groups: dict[TokenGuidance, list[int]] = {}
         for i, order in enumerate(orders):
             if order.guidance is not None and order.guidance.beta != 0:
@@ -155,18 +181,15 @@ class TransformersEngine:
         silent = [i for i, order in enumerate(orders) if order.sampling.ignore_eos]
         eos = sorted(self.vocabulary.eos_ids)
         if silent and eos:
-            mixed[torch.tensor(silent)[:, None], torch.tensor(eos)] = -torch.inf
+            plain = raw.clone()
+            plain[torch.tensor(silent)[:, None], torch.tensor(eos)] = -torch.inf
+        mixed = plain.clone()
         for guidance, rows in groups.items():
-            mixed[rows] = guided(mixed[rows], [nodes[i] for i in rows], [decoded[i] for i in rows], guidance)
-        return mixed
+            known = None if entropies is None else entropies[rows]
+            mixed[rows] = guided(plain[rows], [nodes[i] for i in rows], [decoded[i] for i in rows], guidance, known)
+        return plain, mixed
 
-    @staticmethod
-    def _shifts(base: Tensor, mixed: Tensor, tokens: Tensor) -> list[float]:
-        """How far guidance moved the log-probability of the drawn tokens, in nats."""
-        before = base.log_softmax(-1).gather(1, tokens[:, None])
-        return (mixed.log_softmax(-1).gather(1, tokens[:, None]) - before)[:, 0].tolist()
-
-    def _push(self, d: _Draft, token: int, shift: float | None) -> None:
+    def _push(self, d: _Draft, token: int, shift: float) -> None:
         """Append a token and see whether it ends the response."""
         sampling = d.order.sampling
         before = len(d.text)
@@ -179,8 +202,32 @@ class TransformersEngine:
         elif len(d.token_ids) >= sampling.max_new_tokens:
             d.finish = "length"
         if d.order.record:
-            d.guide_shift.append(shift or 0.0)
+            d.guide_shift.append(shift)
             d.pieces.append(d.text[before:])
+
+
+def _pausing(entropies: Tensor, nodes: Sequence[Beam | _Draft], orders: Sequence[Extension]) -> set[int]:
+    """Rows whose chunk ends here."""
+
+    def stops(pause: Pause | None, length: int, nats: float) -> bool:
+        return pause is not None and length >= pause.after and nats >= pause.entropy
+
+    known = entropies.tolist()
+    return {i for i, (node, order) in enumerate(zip(nodes, orders, strict=True)) if stops(order.pause, len(node.token_ids), known[i])}
+
+
+def _moved_by(
+    drafts: Sequence[_Draft], index: Tensor, tokens: Tensor, plain: Tensor, mixed: Tensor, wanted: Sequence[bool], *, filters: bool
+) -> list[float]:
+    """Log pi_guided - log pi_base of the drawn tokens, for those that want it; 0 where nothing guides, at no cost."""
+    out = [0.0] * len(drafts)
+    rows = [k for k, d in enumerate(drafts) if wanted[k] and d.order.guidance is not None]
+    if rows:
+        params, seen = [drafts[k].order.sampling for k in rows], [drafts[k].token_ids for k in rows]
+        guided_logps, base_logps = (drawn_logps(z[index[rows]], params, seen, tokens[rows], filters=filters) for z in (mixed, plain))
+        for k, shift in zip(rows, (guided_logps - base_logps).tolist(), strict=True):
+            out[k] = shift
+    return out
 
 
 def _state(d: _Draft) -> tuple[int, int]:
@@ -191,6 +238,13 @@ def _stop_at(text: str, before: int, stops: Sequence[str]) -> int | None:
     """Where the first stop string begins that the text beyond ``before`` completes."""
     found = [text.find(s, max(0, before - len(s) + 1)) for s in stops if s]
     return min((f for f in found if f >= 0), default=None)
+
+
+def _children(beam: Beam, family: list[_Draft]) -> list[Beam]:
+    """The drafts as beams; the parent itself where they paused before their first token."""
+    if all(d.paused and len(d.token_ids) == len(beam.token_ids) for d in family):
+        return [replace(beam, paused=True)]
+    return [_finished(d) for d in family]
 
 
 def _finished(d: _Draft) -> Beam:
@@ -209,4 +263,6 @@ def _finished(d: _Draft) -> Beam:
         pieces=tuple(d.pieces),
         decoded=d.decoded,
         error=d.error,
+        paused=d.paused,
+        log_ratio=d.log_ratio,
     )

@@ -84,6 +84,14 @@ class Reader:
         self._entries.clear()
         self.model.clear()
 
+    def follow(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """Give hypotheses the rows of their ancestors without reading anything: what is not read now can be read later.
+
+        For whoever reads only some of them (gated guidance). Hypotheses without an ancestor here get nothing.
+        """
+        new = [h for h in hypotheses if h.key not in self._entries and (h.parent in self._entries or h.origin in self._entries)]
+        self._claim(new, [([], 0)] * len(new))
+
     # What a hypothesis is, in this model's tokens
 
     def ids(self, h: Hypothesis) -> tuple[list[int], int]:

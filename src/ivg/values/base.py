@@ -60,6 +60,13 @@ class CompositeValue:
         for _, value in self.parts:
             value.check(prompt, new_tokens)
 
+    def follow(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """Hand caches on in every part that keeps one."""
+        for _, value in self.parts:
+            follow = getattr(value, "follow", None)
+            if follow is not None:
+                follow(hypotheses)
+
     def release(self, keys: Sequence[int]) -> None:
         """Release them in every part."""
         for _, value in self.parts:

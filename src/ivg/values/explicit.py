@@ -103,6 +103,10 @@ class ExplicitValue:
         """Raise PromptError where prompt and answer outgrow the context."""
         self.model.check_length(prompt, new_tokens)
 
+    def follow(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """Hand caches on without reading (``Reader.follow``)."""
+        self.model.follow(hypotheses)
+
     def release(self, keys: Sequence[int]) -> None:
         """Free the rows."""
         self.model.release(keys)

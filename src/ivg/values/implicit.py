@@ -68,6 +68,11 @@ class ImplicitValue:
         self.tuned.check_length(prompt, new_tokens)
         self.untuned.check_length(prompt, new_tokens)
 
+    def follow(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """Hand caches on without reading (``Reader.follow``)."""
+        self.tuned.follow(hypotheses)
+        self.untuned.follow(hypotheses)
+
     def release(self, keys: Sequence[int]) -> None:
         """Free the rows of both models."""
         self.tuned.release(keys)
@@ -101,6 +106,10 @@ class AutoregressiveReward:
     def check(self, prompt: Prompt, new_tokens: int) -> None:
         """Raise PromptError where prompt and answer outgrow the context."""
         self.model.check_length(prompt, new_tokens)
+
+    def follow(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """Hand caches on without reading (``Reader.follow``)."""
+        self.model.follow(hypotheses)
 
     def release(self, keys: Sequence[int]) -> None:
         """Free the rows."""

@@ -1,0 +1,86 @@
+"""CARDS: a response grows by segments, each proposed until one is accepted (Li et al. 2024, arXiv 2406.16306; METHOD, section 6).
+
+A segment ends where the base is uncertain of the next token: there meaning begins anew, and values judge what is whole. With
+t the tokens of the response up to the segment's end and n the most it may have, the segment is accepted with probability
+
+    min(1, exp((V - threshold(t)) / accept_scale)),   threshold(t) = r0 + min(1, t / n) * (r* - r0),   r0 = (1 - a) * V(prompt) + a * r*.
+
+After ``tries`` rejections in one place the best of the rejected segments is taken (the earliest among equals).
+"""
+
+from __future__ import annotations
+
+import math
+
+from ivg.decoding.live import Rejection, Request, Scored
+from ivg.decoding.rules import Choice, Chunk
+from ivg.draws import uniform
+from ivg.types import Beam, Pause
+
+_ACCEPT = 0xCA2D5
+
+
+def threshold(settings: Rejection, prompt_value: float, tokens: int, limit: int) -> float:
+    """The value that a response of ``tokens`` of at most ``limit`` tokens must have to be accepted for certain."""
+    target = settings.target
+    if target is None:
+        target = prompt_value + settings.accept_scale * math.log(settings.tries)
+    start = (1 - settings.threshold_start) * prompt_value + settings.threshold_start * target
+    return start + min(1.0, tokens / limit) * (target - start)
+
+
+def acceptance(settings: Rejection, value: float, threshold: float) -> float:
+    """Probability that a segment is accepted."""
+    return math.exp(min(0.0, (value - threshold) / settings.accept_scale))
+
+
+class RejectionRule:
+    """One prefix, which is kept while segments behind it are tried."""
+
+    reads_prompt, weighs = True, False
+
+    def __init__(self, request: Request) -> None:
+        assert request.search.rejection is not None
+        self.request, self.settings = request, request.search.rejection
+        self.limit = request.sampling.max_new_tokens
+        self.prompt_value = 0.0
+        self.tried = 0
+        self.best: Scored | None = None
+
+    @property
+    def rows(self) -> int:
+        """Prefix, segment, and the best segment so far."""
+        return 3
+
+    @property
+    def spare(self) -> list[Beam]:
+        """The best of the rejected."""
+        return [] if self.best is None else [self.best[0]]
+
+    def begin(self, kept: list[Scored]) -> Chunk:
+        """One more segment behind the prefix."""
+        prefix, _ = kept[0]
+        pause = Pause(self.settings.segment_entropy, len(prefix.token_ids) + self.settings.segment_min)
+        return Chunk([(prefix, 1)], self.request.search.chunk_length or self.limit, kept, self.tried, keep=True, pause=pause)
+
+    def choose(self, held: list[Scored], grown: list[Scored]) -> Choice:
+        """Accept the segment, or try again."""
+        (tried,), (prefix,) = grown, held
+        length, number = len(prefix[0].token_ids), self.tried
+        self.tried += 1
+        wanted = threshold(self.settings, self.prompt_value, len(tried[0].token_ids), self.limit)
+        if uniform(self.request.draw_seed, length, number, _ACCEPT) < acceptance(self.settings, tried[1], wanted):
+            return self._settle(tried, [])
+        loser = tried if self.best is not None and tried[1] <= self.best[1] else self.best
+        self.best = self.best if loser is tried else tried
+        assert self.best is not None
+        if self.tried == self.settings.tries:
+            winner = self.best
+            return self._settle(winner, [] if winner is tried else [tried])
+        return Choice([prefix], [tried], [] if loser is None else [loser[0]])
+
+    def _settle(self, winner: Scored, dropped: list[Scored]) -> Choice:
+        """``winner`` is the next prefix."""
+        others = [b for b in (*self.spare, *(b for b, _ in dropped)) if b.key != winner[0].key]
+        self.tried, self.best = 0, None
+        return Choice([winner], dropped, others, winner if winner[0].finished else None)
