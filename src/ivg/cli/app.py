@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from ivg.cli import check, compare, generate, models
+from ivg.cli import check, compare, eval, generate, models, train
 
 app = typer.Typer(
     name="ivg",
@@ -17,7 +17,9 @@ app = typer.Typer(
 app.command("generate", help=generate.HELP)(generate.generate)
 app.command("compare", help=compare.HELP)(compare.compare)
 app.command("models", help=models.HELP)(models.models)
+app.add_typer(train.app)
 app.command("check", help=check.HELP)(check.check)
+app.command("eval", help=eval.HELP)(eval.evaluate)
 
 
 @app.callback(invoke_without_command=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ivg.embedded import locate
 from ivg.errors import ConfigError, ModelError
 from ivg.models.cached import CachedModel
 from ivg.models.reader import Reader
@@ -105,7 +106,7 @@ def load_network(name: str | Path, auto_class: Any, options: LoadOptions, what: 
     if options.quantization is not None:
         kwargs |= {"quantization_config": options.quantization, "device_map": {"": device}}
     try:
-        network = auto_class.from_pretrained(name, **kwargs)
+        network = auto_class.from_pretrained(locate(name), **kwargs)
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
@@ -124,7 +125,7 @@ def load_tokenizer(name: str | Path, options: LoadOptions, what: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, **options.hub())
+        return AutoTokenizer.from_pretrained(locate(name), **options.hub())
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise ModelError(
             f"cannot load the tokenizer of {what} {str(name)!r}: {_first_line(e)}\n  expected tokenizer.json or its kin beside the weights"

@@ -16,20 +16,19 @@ Knows: files and columns. Must not know: tokenizers, models. pyarrow and dataset
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ivg.draws import uniform
 from ivg.errors import ConfigError, PromptError
-from ivg.records import read_jsonl
+from ivg.tables import read_rows
 from ivg.types import Prompt
 
 Row = Mapping[str, Any]
-SUFFIXES = (".jsonl", ".json", ".parquet")
+Item = TypeVar("Item")
 PREFERENCE = ("prompt", "chosen", "rejected")
 IMPLICIT = ("chosen", "rejected")
 RATED = ("prompt", "response", "score")
@@ -102,69 +101,6 @@ class Shape:
                 if isinstance(out.get(name), str):
                     out[name] = self.response.replace("{response}", out[name])
         return out
-
-
-def read_rows(source: str | Path, split: str = "train") -> Iterator[dict[str, Any]]:
-    """Rows of a file, of a folder (``split.jsonl``, ``.json`` or ``.parquet`` in it), or of a data set on the hub.
-
-    Raises:
-        ConfigError: nothing there, or nothing that can be read.
-    """
-    path = Path(source)
-    if path.is_dir():
-        found = [p for suffix in SUFFIXES for p in (path / f"{split}{suffix}", *sorted(path.glob(f"{split}-*{suffix}"))) if p.exists()]
-        if not found:
-            have = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-            raise ConfigError(f"{path} has no split {split!r}\n  expected {split}.jsonl, .json or .parquet; got {have}")
-        for file in found:
-            yield from _read_file(file)
-    elif path.suffix in SUFFIXES or path.exists():
-        yield from _read_file(path)
-    else:
-        yield from _read_hub(str(source), split)
-
-
-def _read_file(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        raise ConfigError(f"no such file: {path}\n  expected {', '.join(SUFFIXES)}, a folder of such files, or the id of a data set")
-    if path.suffix == ".jsonl":
-        yield from read_jsonl(path)
-    elif path.suffix == ".json":
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as e:
-            raise ConfigError(f"{path} is not JSON: {e}") from None
-        if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
-            raise ConfigError(f"{path}: expected a JSON list of objects")
-        yield from rows
-    elif path.suffix == ".parquet":
-        yield from _read_parquet(path)
-    else:
-        raise ConfigError(f"cannot read {path}\n  expected one of {', '.join(SUFFIXES)}")
-
-
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise ConfigError(f"reading {path} needs pyarrow\n  pip install 'ivg[train]'") from None
-    try:
-        for batch in pq.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"cannot read {path} as Parquet: {e}") from None
-
-
-def _read_hub(name: str, split: str) -> Iterator[dict[str, Any]]:
-    try:
-        import datasets
-    except ImportError:
-        raise ConfigError(f"{name!r} is no file here; loading it from the hub needs datasets\n  pip install 'ivg[train]'") from None
-    try:
-        yield from datasets.load_dataset(name, split=split)
-    except Exception as e:  # network, permission, unknown id: the hub's client raises dozens of kinds
-        first = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ConfigError(f"no file or folder {name!r}, and no such data set on the hub: {first}") from e
 
 
 def read_preferences(
@@ -259,16 +195,12 @@ def pair_up(rated: Iterable[Rated], seed: int = 0) -> list[Preference]:
     return out
 
 
-def held_out(items: Sequence[Any], share: float) -> tuple[Sequence[Any], Sequence[Any]]:
-    """(training, evaluation): the last ``share`` of the items, cut between prompts so that none is in both."""
-    cut = len(items) - round(len(items) * share)
-    while 0 < cut < len(items) and _prompt_of(items[cut]) == _prompt_of(items[cut - 1]):
-        cut -= 1
-    return items[:cut], items[cut:]
-
-
-def _prompt_of(item: Any) -> Any:
-    return getattr(item, "prompt", None) or object()
+def held_out(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
+    """(training, evaluation): the items of the last ``share`` of the prompts, so that no prompt is in both."""
+    keys = [getattr(item, "prompt", None) or number for number, item in enumerate(items)]
+    distinct = list(dict.fromkeys(keys))
+    last = set(distinct[len(distinct) - round(len(distinct) * share) :])
+    return [i for i, k in zip(items, keys, strict=True) if k not in last], [i for i, k in zip(items, keys, strict=True) if k in last]
 
 
 def _shaped(source: str | Path, split: str, shape: Shape | None) -> _Peekable:
@@ -310,6 +242,7 @@ def _wrong(source: str | Path, row: Row, what: str, *shapes: Sequence[str]) -> C
 
 
 def _rated_rows(rows: _Peekable, source: str | Path) -> Iterator[Rated]:
+    rows = _Peekable(row for row in rows if "error" not in row)  # a prompt of a rollout that could not be answered
     first = _peek(rows, source)
     if all(c in first for c in SEVERAL):
         for number, row in enumerate(rows, 1):

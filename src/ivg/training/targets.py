@@ -51,17 +51,20 @@ def td_lambda(values: Tensor, rewards: Tensor, mask: Tensor, lam: float) -> Tens
     return out
 
 
-def cd_q(next_values: Tensor, next_logps: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
+def cd_q(expected_next: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
     """CD-Q: the base policy's expectation of the next value, the reward at the last token (Mudgal et al. 2024, eq. 6).
 
     Args:
-        next_values: Q(s_{t+1}, v) for every next token v, [rows, positions, vocabulary].
-        next_logps: log pi_base(v | s_{t+1}), the same shape.
+        expected_next: E over v ~ pi_base(. | s_{t+1}) of Q(s_{t+1}, v) (see :func:`expected`), [rows, positions].
         rewards: [rows].
         mask: [rows, positions].
     """
-    expected = (next_logps.exp() * next_values.detach()).sum(-1)
-    return torch.where(last(mask), rewards[:, None], expected) * mask
+    return torch.where(last(mask), rewards[:, None], expected_next.detach()) * mask
+
+
+def expected(values: Tensor, logps: Tensor) -> Tensor:
+    """sum_v pi(v)·Q(v) of each row, [rows], from Q and log pi [rows, vocabulary]."""
+    return (logps.exp() * values).sum(-1)
 
 
 def last(mask: Tensor) -> Tensor:

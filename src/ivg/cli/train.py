@@ -1,0 +1,208 @@
+"""``ivg train``: the guide pair, the reward model, rollouts and values. Thin over ``ivg.training`` (extra ``train``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ivg.cli import options as o
+from ivg.cli import train_options as t
+from ivg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ivg.config import Recipe
+    from ivg.training.rollout import Scorer
+
+HELP = "Train what steers: pair (sft, dpo), reward model, rollouts, value. Needs: pip install 'ivg\\[train]'."
+
+app = typer.Typer(name="train", help=HELP, no_args_is_help=True)
+
+RewardFunction = Annotated[
+    str | None, typer.Option("--reward-function", help="Python function of (prompt, response): module:function or file.py:function.")
+]
+
+
+@contextmanager
+def extra() -> Iterator[None]:
+    """A missing package of the extra in plain words."""
+    try:
+        yield
+    except ModuleNotFoundError as e:
+        if e.name not in ("trl", "peft", "accelerate", "datasets", "pyarrow"):
+            raise
+        raise ConfigError(f"training needs {e.name}\n  pip install 'ivg[train]'") from None
+
+
+@app.command("sft", help="Supervised fine-tuning (TRL): a base, or the untuned guide of a pair.")
+def sft(
+    model: t.Model, data: t.Data, out: t.Out,
+    loss: Annotated[str, typer.Option("--loss", help="On the tokens of the response, or on all.")] = "response",
+    split: t.Split = "train", limit: t.Limit = None, columns: t.Columns = None, prompt_format: t.PromptFormat = None,
+    response_format: t.ResponseFormat = None, template: t.Template = None, mode: t.Mode = "full", lora_rank: t.LoraRank = 16,
+    epochs: t.Epochs = 1.0, lr: t.LearningRate = 2e-5, batch_size: t.Batch = 32, accumulate: t.Accumulate = 1,
+    max_length: t.MaxLength = 1024, warmup: t.Warmup = 0.1, weight_decay: t.WeightDecay = 0.0, eval_share: t.EvalShare = 0.05,
+    save_steps: t.SaveSteps = 200, seed: t.Seed = 0, report_to: t.ReportTo = "none", set: t.Set = None, push_to: t.PushTo = None,
+    trust_remote_code: t.TrustRemoteCode = False,
+) -> None:  # fmt: skip
+    """See the command's help."""
+    given = dict(locals())
+    with extra():
+        from ivg.training import tune
+        from ivg.training.data import read_demonstrations
+
+        rows = t.read(read_demonstrations, data, given)
+        t.finish(out, tune.sft(model, rows, out, t.options_of(given), sources=data, loss=loss), push_to)
+
+
+@app.command("dpo", help="The tuned guide by direct preference optimisation (TRL), from preferences or rated rollouts.")
+def dpo(
+    model: t.Model, data: t.Data, out: t.Out,
+    beta: Annotated[float, typer.Option("--beta", help="Strength of DPO's KL term.")] = 0.1,
+    split: t.Split = "train", limit: t.Limit = None, columns: t.Columns = None, prompt_format: t.PromptFormat = None,
+    response_format: t.ResponseFormat = None, template: t.Template = None, mode: t.Mode = "full", lora_rank: t.LoraRank = 16,
+    epochs: t.Epochs = 1.0, lr: t.LearningRate = 5e-6, batch_size: t.Batch = 32, accumulate: t.Accumulate = 1,
+    max_length: t.MaxLength = 1024, warmup: t.Warmup = 0.1, weight_decay: t.WeightDecay = 0.0, eval_share: t.EvalShare = 0.05,
+    save_steps: t.SaveSteps = 200, seed: t.Seed = 0, report_to: t.ReportTo = "none", set: t.Set = None, push_to: t.PushTo = None,
+    trust_remote_code: t.TrustRemoteCode = False,
+) -> None:  # fmt: skip
+    """See the command's help."""
+    given = dict(locals())
+    with extra():
+        from ivg.training import tune
+        from ivg.training.data import read_preferences
+
+        rows = t.read(read_preferences, data, given, seed=seed)
+        t.finish(out, tune.dpo(model, rows, out, t.options_of(given), sources=data, beta=beta), push_to)
+
+
+@app.command("reward", help="A reward model by Bradley and Terry (TRL), from preferences or rated rollouts.")
+def reward(
+    model: t.Model, data: t.Data, out: t.Out,
+    split: t.Split = "train", limit: t.Limit = None, columns: t.Columns = None, prompt_format: t.PromptFormat = None,
+    response_format: t.ResponseFormat = None, template: t.Template = None, mode: t.Mode = "full", lora_rank: t.LoraRank = 16,
+    epochs: t.Epochs = 1.0, lr: t.LearningRate = 2e-5, batch_size: t.Batch = 32, accumulate: t.Accumulate = 1,
+    max_length: t.MaxLength = 1024, warmup: t.Warmup = 0.1, weight_decay: t.WeightDecay = 0.0, eval_share: t.EvalShare = 0.05,
+    save_steps: t.SaveSteps = 200, seed: t.Seed = 0, report_to: t.ReportTo = "none", set: t.Set = None, push_to: t.PushTo = None,
+    trust_remote_code: t.TrustRemoteCode = False,
+) -> None:  # fmt: skip
+    """See the command's help."""
+    given = dict(locals())
+    with extra():
+        from ivg.training import tune
+        from ivg.training.data import read_preferences
+
+        rows = t.read(read_preferences, data, given, seed=seed)
+        t.finish(out, tune.reward(model, rows, out, t.options_of(given), sources=data), push_to)
+
+
+@app.command("rollout", help="Sample responses by any method and score them: the data of values and of pairs. Resumable.")
+def rollout(
+    prompts: Annotated[list[str], typer.Option("--prompts", help="Rows with prompt or messages: JSONL, Parquet, folder, hub.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write: .jsonl or .parquet.")],
+    samples: Annotated[int, typer.Option("--samples", help="Responses for each prompt.")] = 4,
+    reward: o.Reward = None, reward_function: RewardFunction = None,
+    split: t.Split = "train", limit: t.Limit = None, columns: t.Columns = None, prompt_format: t.PromptFormat = None,
+    recipe: o.RecipeFile = None, method: Annotated[str, typer.Option("--method", "-m", help="base, or any guided method.")] = "base",
+    base: o.Base = None, tuned: o.Tuned = None, untuned: o.Untuned = None, value: o.ValuePath = None, template: o.Template = None,
+    width: o.Width = None, successors: o.Successors = None, chunk_length: o.ChunkLength = None, beta: o.Beta = None,
+    token: o.Token = None, select: o.Select = None, temperature: o.Temperature = None, top_k: o.TopK = None, top_p: o.TopP = None,
+    max_new_tokens: o.MaxNewTokens = None, stop: o.Stop = None, ignore_eos: o.IgnoreEos = None, seed: o.Seed = None,
+    device: o.Device = None, dtype: o.Dtype = None,
+) -> None:  # fmt: skip
+    """See the command's help."""
+    given = dict(locals())
+    made = o.recipe_of(recipe, template, given)
+    if samples < 1:
+        raise ConfigError(f"--samples must be at least 1, got {samples}")
+    with extra():
+        from ivg.build import load_models
+        from ivg.training import rollout as r
+        from ivg.training.data import read_prompts
+
+        wanted = t.read(read_prompts, prompts, given)
+        name, score = scorer(made, reward_function)
+        provenance = {
+            "models": {role: ref.path for role, ref in made.models.given.items()} or "embedded",
+            "reward": name,
+            "prompts": prompts,
+        }
+        settings = {**made.search.settings(), **made.sampling.settings()}
+        r.rollout(
+            load_models(made), wanted, out, score, method=made.search.method, samples=samples, seed=made.run.seed,
+            provenance=provenance, **settings,
+        )  # fmt: skip
+    typer.echo(f"done: {out}", err=True)
+
+
+def scorer(recipe: Recipe, function: str | None) -> tuple[str, Scorer]:
+    """(name, scorer): the reward model of the recipe, or a function; exactly one of the two.
+
+    Raises:
+        ConfigError: none, or both.
+    """
+    from ivg.build import load_options
+    from ivg.training import rollout as r
+    from ivg.values.reward import RewardModel
+
+    found = recipe.models.reward
+    if (found is None) == (function is None):
+        raise ConfigError("rollouts need a score: give --reward MODEL, or --reward-function module:function (exactly one of the two)")
+    if function is not None:
+        return function, r.by_function(r.load_function(function))
+    assert found is not None
+    return found.path, r.by_model(RewardModel.from_pretrained(found.path, template=found.template, options=load_options(recipe)))
+
+
+@app.command("value", help="An explicit value: vocabulary or scalar head, FUDGE, TD(λ), CD-Q or binary targets, refinement rounds.")
+def value(
+    model: t.Model, data: t.Data, out: t.Out,
+    head: Annotated[str, typer.Option("--head", help="vocabulary (guides every token too), or scalar.")] = "vocabulary",
+    target: Annotated[str, typer.Option("--target", help="fudge, td, cd-q, or binary.")] = "fudge",
+    lam: Annotated[float, typer.Option("--lambda", help="λ of td.")] = 0.95,
+    scale: Annotated[float, typer.Option("--scale", help="Rewards are multiplied by this.")] = 1.0,
+    factored: Annotated[bool, typer.Option("--factored/--plain", help="Train a vocabulary head in shared parts.")] = True,
+    base: Annotated[str | None, typer.Option("--base", help="The policy: of cd-q, and of the rounds.")] = None,
+    base_template: Annotated[str | None, typer.Option("--base-template", help="How that policy reads prompts.")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", help="Refinement rounds: new rollouts from the value-guided policy.")] = 0,
+    method: Annotated[str, typer.Option("--method", "-m", help="How the value guides in these rounds.")] = "cbs-explicit",
+    samples: Annotated[int, typer.Option("--samples", help="New responses for each prompt and round.")] = 2,
+    reward: o.Reward = None, reward_function: RewardFunction = None,
+    temperature: o.Temperature = None, max_new_tokens: o.MaxNewTokens = None, stop: o.Stop = None, ignore_eos: o.IgnoreEos = None,
+    split: t.Split = "train", limit: t.Limit = None, columns: t.Columns = None, prompt_format: t.PromptFormat = None,
+    response_format: t.ResponseFormat = None, template: t.Template = None, mode: t.ValueMode = "full", lora_rank: t.LoraRank = 16,
+    epochs: t.Epochs = 2.0, lr: t.LearningRate = 1e-5, batch_size: t.Batch = 64, accumulate: t.Accumulate = 1,
+    max_length: t.MaxLength = 1024, warmup: t.Warmup = 0.1, weight_decay: t.WeightDecay = 0.02, eval_share: t.EvalShare = 0.1,
+    save_steps: t.SaveSteps = 200, seed: t.Seed = 0, report_to: t.ReportTo = "none", set: t.Set = None, push_to: t.PushTo = None,
+    trust_remote_code: t.TrustRemoteCode = False,
+) -> None:  # fmt: skip
+    """See the command's help."""
+    given = dict(locals())
+    with extra():
+        from ivg.training.data import read_rated
+        from ivg.training.learner import ValueOptions
+        from ivg.training.value import train_value
+
+        rows, options = t.read(read_rated, data, given), t.options_of(given)
+        wanted = ValueOptions(head, target, lam, scale, factored, base, base_template).checked()  # type: ignore[arg-type]
+        if rounds == 0:
+            metrics = train_value(model, rows, out, options, wanted, sources=data)
+        else:
+            metrics = _rounds(model, rows, out, options, wanted, given)
+    t.finish(out, metrics, push_to)
+
+
+def _rounds(model: str, rows: list[Any], out: Path, options: Any, wanted: Any, given: dict[str, Any]) -> dict[str, Any]:
+    from ivg.training.refine import refine
+
+    if given["base"] is None:
+        raise ConfigError("refinement samples from a policy that the value guides\n  give --base MODEL, and --reward or --reward-function")
+    made = o.recipe_of(None, None, {k: given[k] for k in ("reward", "temperature", "max_new_tokens", "stop", "ignore_eos")})
+    _, score = scorer(made, given["reward_function"])
+    return refine(
+        model, rows, out, options, wanted, base=given["base"], score=score, rounds=given["rounds"], method=given["method"],
+        samples=given["samples"], sources=given["data"], note=lambda text: typer.echo(text, err=True), **made.sampling.settings(),
+    )  # fmt: skip

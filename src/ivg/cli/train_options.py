@@ -1,0 +1,136 @@
+"""Options that the verbs of ``ivg train`` share, and how they become the settings of ``training.common``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ivg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ivg.training.common import TrainingOptions
+    from ivg.training.data import Shape
+
+_DATA, _HOW = "Data", "Training"
+
+Model = Annotated[str, typer.Option("--model", help="Where training starts: hub id, directory, or embedded:NAME.")]
+Data = Annotated[
+    list[str], typer.Option("--data", help="JSONL, JSON, Parquet, a folder of splits, or a data set on the hub; may be repeated.")
+]
+Out = Annotated[Path, typer.Option("--out", help="Folder of the run; the same command again goes on where it stopped.")]
+Split = Annotated[str, typer.Option("--split", help="Which split of a folder or data set.", rich_help_panel=_DATA)]
+Limit = Annotated[int | None, typer.Option("--limit", help="The first so many rows.", rich_help_panel=_DATA)]
+Columns = Annotated[
+    str | None,
+    typer.Option("--columns", help="Other column names: OURS=THEIRS,… e.g. prompt=email,response=subject.", rich_help_panel=_DATA),
+]
+PromptFormat = Annotated[
+    str | None,
+    typer.Option("--prompt-format", help='What becomes of a prompt in the data, e.g. "{prompt}\\n\\nTL;DR:".', rich_help_panel=_DATA),
+]
+ResponseFormat = Annotated[
+    str | None, typer.Option("--response-format", help='What becomes of a response, e.g. " {response}".', rich_help_panel=_DATA)
+]
+Template = Annotated[
+    str | None, typer.Option("--template", help='How the model reads prompts: chat, or "... {prompt} ...".', rich_help_panel=_HOW)
+]
+Mode = Annotated[str, typer.Option("--mode", help="full, or lora.", rich_help_panel=_HOW)]
+ValueMode = Annotated[str, typer.Option("--mode", help="full, lora, or head (the body stays as it is).", rich_help_panel=_HOW)]
+LoraRank = Annotated[int, typer.Option("--lora-rank", help="Rank of LoRA.", rich_help_panel=_HOW)]
+Epochs = Annotated[float, typer.Option("--epochs", help="Passes over the data.", rich_help_panel=_HOW)]
+LearningRate = Annotated[float, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=_HOW)]
+Batch = Annotated[int, typer.Option("--batch-size", help="Rows for each step and device.", rich_help_panel=_HOW)]
+Accumulate = Annotated[int, typer.Option("--accumulate", help="Steps whose gradients are added up.", rich_help_panel=_HOW)]
+MaxLength = Annotated[int, typer.Option("--max-length", help="Longer rows (tokens) are left out, and counted.", rich_help_panel=_HOW)]
+Warmup = Annotated[float, typer.Option("--warmup", help="Share of the steps.", rich_help_panel=_HOW)]
+WeightDecay = Annotated[float, typer.Option("--weight-decay", help="Of AdamW.", rich_help_panel=_HOW)]
+EvalShare = Annotated[float, typer.Option("--eval-share", help="Share of the prompts held out and measured.", rich_help_panel=_HOW)]
+SaveSteps = Annotated[int, typer.Option("--save-steps", help="Steps between checkpoints.", rich_help_panel=_HOW)]
+Seed = Annotated[int, typer.Option("--seed", help="Of data order and new weights.", rich_help_panel=_HOW)]
+ReportTo = Annotated[str, typer.Option("--report-to", help="Tracker: wandb, tensorboard …", rich_help_panel=_HOW)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any field of the trainer's arguments: NAME=VALUE (JSON); may be repeated.", rich_help_panel=_HOW),
+]
+PushTo = Annotated[str | None, typer.Option("--push-to", help="Upload the finished folder to this repository on the hub.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.", rich_help_panel=_HOW)]
+
+
+def options_of(given: Mapping[str, Any]) -> TrainingOptions:
+    """Training settings from a verb's arguments.
+
+    Raises:
+        ConfigError: settings out of range.
+    """
+    from dataclasses import fields
+
+    from ivg.training.common import TrainingOptions
+
+    names = {f.name for f in fields(TrainingOptions)} - {"extra"}
+    settings = {k: v for k, v in given.items() if k in names}
+    return TrainingOptions(**settings, extra=assignments(given.get("set") or ())).checked()
+
+
+def shape_of(given: Mapping[str, Any]) -> Shape:
+    """How columns of the data become ours.
+
+    Raises:
+        ConfigError: unreadable ``--columns``.
+    """
+    from ivg.training.data import Shape
+
+    columns: dict[str, str] = {}
+    for part in (given.get("columns") or "").split(",") if given.get("columns") else ():
+        ours, sign, theirs = part.strip().partition("=")
+        if not sign:
+            raise ConfigError(f"--columns {given['columns']!r}\n  expected OURS=THEIRS,… e.g. prompt=email,response=subject")
+        columns[ours] = theirs
+    return Shape(columns or None, _unescaped(given.get("prompt_format")), _unescaped(given.get("response_format")))
+
+
+def _unescaped(text: str | None) -> str | None:
+    """A backslash and an n, as typed in a shell, are a line break."""
+    return text.replace("\\n", "\n") if text is not None else None
+
+
+def assignments(texts: list[str] | tuple[()]) -> dict[str, Any]:
+    """``NAME=VALUE`` pairs, the value as JSON where it is JSON, else as text.
+
+    Raises:
+        ConfigError: no equals sign.
+    """
+    out: dict[str, Any] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise ConfigError(f"--set {text!r}\n  expected NAME=VALUE")
+        try:
+            out[name] = json.loads(value)
+        except ValueError:
+            out[name] = value
+    return out
+
+
+def read(reader: Any, sources: list[str], given: Mapping[str, Any], **more: Any) -> list[Any]:
+    """Rows of all sources together, at most ``--limit``."""
+    shape = shape_of(given)
+    rows = [row for source in sources for row in reader(source, split=given["split"], shape=shape, **more)]
+    return rows[: given.get("limit")]
+
+
+def finish(out: Path, metrics: Mapping[str, Any], push_to: str | None) -> None:
+    """Say what came out, and upload it where that was asked for."""
+    shown = {k: v for k, v in metrics.items() if k != "log"}
+    typer.echo(json.dumps(shown, indent=2))
+    typer.echo(f"done: {out}", err=True)
+    if push_to:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(push_to, exist_ok=True)
+        api.upload_folder(repo_id=push_to, folder_path=out, ignore_patterns=["checkpoints/*", "rollouts-*"])
+        typer.echo(f"uploaded to {push_to}", err=True)

@@ -1,0 +1,89 @@
+"""Training rows in a model's tokens: prompts as the model will read them at inference, responses behind them, never cut in between.
+
+The same ``models.chat.encode`` that readers use renders prompts, so a template holds in training and in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ivg.models.chat import encode
+from ivg.training.data import Demonstration, Preference, Rated
+from ivg.types import Prompt
+from ivg.values.reward import RewardModel
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row of tokens: ``ids`` (prompt and response), of which the first ``border`` are the prompt; its reward and prompt number.
+
+    ``policy_prompt``: the prompt in the tokens and the template of the policy that CD-Q averages over.
+    """
+
+    ids: list[int]
+    border: int
+    score: float = 0.0
+    group: int = 0
+    policy_prompt: tuple[int, ...] = ()
+
+
+def response_ids(prompt: Prompt | None, response: str, tokenizer: Any, template: str | None, *, ends: bool) -> tuple[list[int], list[int]]:
+    """(prompt ids, response ids); the two are tokenised apart, as generation sees them. ``ends``: EOS belongs behind it."""
+    before = encode(prompt, tokenizer, template) if prompt is not None else tokenizer("").input_ids
+    after = tokenizer(response, add_special_tokens=False).input_ids
+    if ends and tokenizer.eos_token_id is not None:
+        after = [*after, tokenizer.eos_token_id]
+    return list(before), list(after)
+
+
+def demonstrations(rows: Sequence[Demonstration], tokenizer: Any, template: str | None, max_length: int) -> list[dict[str, list[int]]]:
+    """``input_ids`` and ``completion_mask`` for TRL's SFT; rows longer than ``max_length`` are left out."""
+    out = []
+    for row in rows:
+        before, after = response_ids(row.prompt, row.response, tokenizer, template, ends=True)
+        if len(before) + len(after) <= max_length:
+            out.append({"input_ids": before + after, "completion_mask": [0] * len(before) + [1] * len(after)})
+    return out
+
+
+def preferences(rows: Sequence[Preference], tokenizer: Any, template: str | None, max_length: int) -> list[dict[str, list[int]]]:
+    """``prompt_ids``, ``chosen_ids``, ``rejected_ids`` for TRL's DPO; rows longer than ``max_length`` are left out."""
+    out = []
+    for row in rows:
+        before, chosen = response_ids(row.prompt, row.chosen, tokenizer, template, ends=row.chosen_ends)
+        _, rejected = response_ids(row.prompt, row.rejected, tokenizer, template, ends=row.rejected_ends)
+        if chosen and rejected and len(before) + max(len(chosen), len(rejected)) <= max_length:
+            out.append({"prompt_ids": before, "chosen_ids": chosen, "rejected_ids": rejected})
+    return out
+
+
+def rated(
+    rows: Sequence[Rated], tokenizer: Any, template: str | None, max_length: int, policy: tuple[Any, str | None] | None = None
+) -> list[Encoded]:
+    """Rows for value training: by their very tokens where these are this tokenizer's, else tokenised anew as text.
+
+    ``policy``: tokenizer and template of CD-Q's policy.
+    """
+    out: list[Encoded] = []
+    groups: dict[Prompt, int] = {}
+    for row in rows:
+        before, after = response_ids(row.prompt, row.response, tokenizer, template, ends=row.ends)
+        if row.token_ids and row.response and tokenizer.decode(row.token_ids, skip_special_tokens=True).startswith(row.response):
+            after = list(row.token_ids)
+        group = groups.setdefault(row.prompt, len(groups))
+        if after and len(before) + len(after) <= max_length:
+            theirs = tuple(encode(row.prompt, *policy)) if policy is not None else ()
+            out.append(Encoded(before + after, len(before), row.score, group, theirs))
+    return out
+
+
+def judged(rows: Sequence[Preference], reader: RewardModel, max_length: int) -> list[dict[str, list[int]]]:
+    """``chosen_ids`` and ``rejected_ids`` for TRL's reward trainer: the very texts that ``reader`` judges at inference."""
+    out = []
+    for row in rows:
+        chosen, rejected = (reader.tokenizer(reader.text(row.prompt, text)).input_ids for text in (row.chosen, row.rejected))
+        if max(len(chosen), len(rejected)) <= max_length:
+            out.append({"chosen_ids": chosen, "rejected_ids": rejected})
+    return out

@@ -1,0 +1,207 @@
+"""A value network in training: its head, its loss, its batches, as transformers' Trainer wants them.
+
+Only response tokens count. No tensor of rows × length × vocabulary: a vocabulary head is read at the sampled tokens alone; CD-Q
+takes its expectation block by block.
+
+A vocabulary head sees, at each position, only the token that was sampled. So that the others still get sensible values, its rows
+are trained as start + shared + embedding·map + own, and added up at the end into the one plain matrix that readers of
+``score_head.weight`` expect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ivg.errors import ConfigError
+from ivg.models.value_head import HeadKind, ValueModel
+from ivg.training import targets
+from ivg.training.common import PARTS
+from ivg.training.encoding import Encoded
+
+BLOCK = 512
+"""Positions whose whole vocabulary is looked at together (CD-Q)."""
+
+
+@dataclass(frozen=True)
+class ValueOptions:
+    """What is trained, to what.
+
+    Attributes:
+        head: ``vocabulary`` (can guide every token) or ``scalar``.
+        target: ``fudge``, ``td``, ``cd-q`` (vocabulary head and a base with the same tokens) or ``binary`` (scores in [0, 1]).
+        lam: λ of TD(λ).
+        scale: rewards are multiplied by it: the strength of token guidance at beta 1.
+        factored: train a vocabulary head in parts (see the module).
+        base: directory or hub id of the policy whose next-token distribution CD-Q averages over.
+        base_template: how that policy reads prompts.
+    """
+
+    head: HeadKind = "vocabulary"
+    target: targets.Target = "fudge"
+    lam: float = 0.95
+    scale: float = 1.0
+    factored: bool = True
+    base: str | None = None
+    base_template: str | None = None
+
+    def checked(self) -> ValueOptions:
+        """Itself, or an error.
+
+        Raises:
+            ConfigError: settings that do not go together.
+        """
+        if self.target not in targets.TARGETS:
+            raise ConfigError(f"unknown target {self.target!r}\n  expected one of {', '.join(targets.TARGETS)}")
+        if self.head not in ("vocabulary", "scalar"):
+            raise ConfigError(f"unknown head {self.head!r}\n  expected vocabulary or scalar")
+        if not 0 <= self.lam <= 1:
+            raise ConfigError(f"lambda must be in [0, 1], got {self.lam}")
+        if self.target == "cd-q" and (self.head != "vocabulary" or self.base is None):
+            raise ConfigError("cd-q averages over the base's next tokens\n  it needs head=vocabulary and a base model (--base)")
+        return self
+
+
+class HeadFactors(nn.Module):
+    """A vocabulary head in training: W = start + 1·shared + embedding·map + own, [vocabulary, hidden]."""
+
+    def __init__(self, head: nn.Linear, width: int) -> None:
+        super().__init__()
+        size, hidden = head.weight.shape
+        self.shared = nn.Parameter(torch.zeros(hidden))
+        self.map = nn.Parameter(torch.zeros(width, hidden))
+        self.own = nn.Embedding(size, hidden)
+        nn.init.zeros_(self.own.weight)
+
+    def rows(self, start: Tensor, embedding: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """The head's rows for ``tokens`` [...] (None: all), [..., hidden]."""
+        if tokens is None:
+            return start + self.shared + embedding @ self.map + self.own.weight
+        looked_up = nn.functional.embedding(tokens, embedding)
+        return nn.functional.embedding(tokens, start) + self.shared + looked_up @ self.map + self.own(tokens)
+
+
+class ValueLearner(nn.Module):
+    """A value network with its loss, as transformers' Trainer wants it.
+
+    Args:
+        model: what is trained.
+        options: the target.
+        base: the policy of CD-Q; frozen, and no part of the checkpoints.
+    """
+
+    def __init__(self, model: ValueModel, options: ValueOptions, base: Any = None) -> None:
+        super().__init__()
+        self.model, self.options = model, options
+        self.factors: HeadFactors | None = None
+        if model.kind == "vocabulary" and options.factored:
+            model.head.weight.requires_grad_(False)
+            self.factors = HeadFactors(model.head, self.embedding.shape[1])
+        self._base = (base,)  # in a tuple, so that it is no submodule
+
+    @property
+    def embedding(self) -> Tensor:
+        """Input embeddings of the body, [vocabulary, width]; cut or padded to the head's rows."""
+        weight: Tensor = cast("Any", self.model.backbone).get_input_embeddings().weight
+        size = self.model.head.weight.shape[0]
+        return weight[:size] if len(weight) >= size else nn.functional.pad(weight, (0, 0, 0, size - len(weight)))
+
+    def values(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """V of the prefix that ends in each token, [rows, positions]; of a first token 0, where a vocabulary head has none."""
+        if self.model.kind == "scalar":
+            return self.model.head(hidden)[..., 0]
+        tokens, before = input_ids[:, 1:], hidden[:, :-1]
+        start = self.model.head.weight
+        rows = nn.functional.embedding(tokens, start) if self.factors is None else self.factors.rows(start, self.embedding, tokens)
+        return nn.functional.pad((before * rows).sum(-1), (1, 0))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, rewards: Tensor, groups: Tensor,
+        base_ids: Tensor | None = None, base_attention: Tensor | None = None, base_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Loss, and the values after 25, 50, 75 and 100 % of each response [rows, 4]."""
+        hidden = self.model.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
+        values = self.values(hidden, input_ids)
+        if self.options.target == "binary":
+            loss = targets.cross_entropy(values, rewards, mask)
+        else:
+            wanted = self._targets(values, hidden, mask, rewards, (base_ids, base_attention, base_mask))
+            loss = targets.squared_error(values, wanted, mask)
+        with torch.no_grad():
+            at = torch.stack([targets.quarter_positions(mask, part / 100) for part in PARTS], 1)
+            return {"loss": loss, "parts": values.gather(1, at)}
+
+    def _targets(self, values: Tensor, hidden: Tensor, mask: Tensor, rewards: Tensor, base: tuple[Tensor | None, ...]) -> Tensor:
+        if self.options.target == "td":
+            return targets.td_lambda(values, rewards, mask, self.options.lam)
+        if self.options.target == "cd-q":
+            return targets.cd_q(self._expected_next(hidden, mask, base), rewards, mask)
+        return targets.fudge(rewards, mask)
+
+    @torch.no_grad()
+    def _expected_next(self, hidden: Tensor, mask: Tensor, base: tuple[Tensor | None, ...]) -> Tensor:
+        """E over the base's next token of Q, behind every response token, [rows, positions]."""
+        policy, (ids, attention, where) = self._base[0], base
+        assert policy is not None and ids is not None and where is not None
+        states = policy.to(ids.device).base_model(input_ids=ids, attention_mask=attention).last_hidden_state[where > 0]
+        own = hidden[mask > 0]
+        head = self.matrix()
+        out = []
+        for start in range(0, len(own), BLOCK):
+            logits = policy.get_output_embeddings()(states[start : start + BLOCK]).float()
+            width = min(logits.shape[1], head.shape[0])
+            chances = logits[:, :width].log_softmax(-1)
+            out.append(targets.expected(own[start : start + BLOCK].float() @ head[:width].T, chances))
+        return torch.zeros_like(mask).masked_scatter(mask > 0, torch.cat(out))
+
+    @torch.no_grad()
+    def matrix(self) -> Tensor:
+        """The head as one matrix, float32 [vocabulary or 1, hidden]."""
+        weight = self.model.head.weight
+        return (weight if self.factors is None else self.factors.rows(weight, self.embedding)).float()
+
+    @torch.no_grad()
+    def finished(self) -> ValueModel:
+        """The plain value network: head added up, LoRA merged."""
+        self.model.head.weight.copy_(self.matrix())
+        body: Any = self.model.backbone
+        if hasattr(body, "merge_and_unload"):
+            self.model.backbone = body.merge_and_unload()
+        return self.model.eval()
+
+
+@dataclass
+class Collator:
+    """Rows padded on the right to the longest; CD-Q's policy reads the prompt in its own way."""
+
+    pad: int
+    scale: float = 1.0
+
+    def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """Tensors for :class:`ValueLearner`."""
+        ids, attention, mask = self._padded([(r.ids, r.border) for r in rows])
+        out = {
+            "input_ids": ids,
+            "attention_mask": attention,
+            "mask": mask,
+            "rewards": torch.tensor([r.score * self.scale for r in rows]),
+            "groups": torch.tensor([r.group for r in rows]),
+        }
+        if rows[0].policy_prompt:
+            theirs = [([*r.policy_prompt, *r.ids[r.border :]], len(r.policy_prompt)) for r in rows]
+            out["base_ids"], out["base_attention"], out["base_mask"] = self._padded(theirs)
+        return out
+
+    def _padded(self, rows: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
+        width = -(-max(len(ids) for ids, _ in rows) // 8) * 8
+        ids = torch.full((len(rows), width), self.pad)
+        attention, mask = torch.zeros_like(ids), torch.zeros(len(rows), width)
+        for i, (tokens, border) in enumerate(rows):
+            ids[i, : len(tokens)] = torch.tensor(tokens)
+            attention[i, : len(tokens)] = 1
+            mask[i, border : len(tokens)] = 1.0
+        return ids, attention, mask

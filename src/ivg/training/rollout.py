@@ -1,0 +1,169 @@
+"""Rollouts: responses sampled for prompts by any method, scored by a reward model or a Python function; resumable.
+
+Rows: ``prompt`` (text or messages), ``index``, ``response``, ``token_ids`` (of the base), ``finish_reason``, ``score``; a prompt that
+cannot be answered leaves ``error`` instead. Blocks of prompts, each from its own seeds: an interrupted run ends with the same file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ivg.draws import mix
+from ivg.errors import ConfigError, PromptError
+from ivg.models.chat import prompt_text
+from ivg.records import BlockFile, read_jsonl
+from ivg.types import Completion, Prompt
+
+if TYPE_CHECKING:
+    from ivg.steered import SteeredModel
+    from ivg.values.reward import RewardModel
+
+Scorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
+"""Rewards of responses to prompts, the one in the place of the other."""
+
+
+def by_model(reward: RewardModel) -> Scorer:
+    """Scores of a reward model."""
+
+    def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        return reward.rewards([reward.text(p, r) for p, r in zip(prompts, responses, strict=True)])[0]
+
+    return score
+
+
+def by_function(function: Callable[[str, str], float]) -> Scorer:
+    """Scores of a function of (prompt text, response text)."""
+
+    def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        return [float(function(prompt_text(p), r)) for p, r in zip(prompts, responses, strict=True)]
+
+    return score
+
+
+def load_function(name: str) -> Callable[[str, str], float]:
+    """The function ``module:function`` or ``path/to/file.py:function``.
+
+    Raises:
+        ConfigError: no such module or function; what went wrong in it.
+    """
+    module, sign, function = name.rpartition(":")
+    try:
+        if not sign:
+            raise ImportError("no function named")
+        if module.endswith(".py"):
+            sys.path.insert(0, str(Path(module).resolve().parent))
+            module = Path(module).stem
+        elif "" not in sys.path:
+            sys.path.insert(0, "")
+        found = getattr(importlib.import_module(module), function)
+    except Exception as e:
+        raise ConfigError(
+            f"cannot load the function {name!r}: {type(e).__name__}: {e}\n  expected module:function or file.py:function"
+        ) from e
+    if not callable(found):
+        raise ConfigError(f"{name!r} is no function\n  expected one of (prompt text, response text) that returns a number")
+    return found
+
+
+def rollout(
+    model: SteeredModel,
+    prompts: Sequence[Prompt],
+    out: str | Path,
+    score: Scorer,
+    *,
+    method: str = "base",
+    samples: int = 4,
+    seed: int = 0,
+    block: int = 64,
+    provenance: Mapping[str, Any] | None = None,
+    advance: Callable[[], None] = lambda: None,
+    **settings: Any,
+) -> Path:
+    """Sample and score ``samples`` responses for every prompt.
+
+    Args:
+        model: base and values.
+        prompts: what to answer.
+        out: ``.jsonl`` or ``.parquet`` (written at the end from the JSONL beside it).
+        score: see :func:`by_model`, :func:`by_function`.
+        method: any that ``model`` allows; with ``settings`` as for ``SteeredModel.request``.
+        samples: responses for each prompt.
+        seed: of all draws.
+        block: prompts for each block, all in one batch.
+        provenance: what else the rows depend on (names of models).
+        advance: called after each block.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ConfigError: unusable settings, or a file that was made with others.
+    """
+    out = Path(out)
+    if out.suffix not in (".jsonl", ".parquet"):
+        raise ConfigError(f"cannot write rollouts to {out}\n  expected a name that ends in .jsonl or .parquet")
+    lines = out.with_suffix(".jsonl")
+    sampling = {k: v for k, v in asdict(model.sampling).items() if k not in settings}
+    about = {"method": method, "settings": settings, "sampling": sampling, "samples": samples, "seed": seed, **(provenance or {})}
+    file = BlockFile(lines, block * samples, len(prompts) * samples, about)
+    for span in file.missing():
+        numbers = range(span.start // samples, -(-span.stop // samples))
+        rows = _answer(model, [(n, prompts[n]) for n in numbers], method, samples, seed, settings)
+        good = [row for row in rows if "error" not in row]
+        scores = score([Prompt.of(row["prompt"]) for row in good], [row["response"] for row in good])
+        for row, number in zip(good, scores, strict=True):
+            row["score"] = round(number, 4)
+        file.append(rows)
+        advance()
+    if out != lines:
+        _to_parquet(lines, out)
+    return out
+
+
+def _answer(
+    model: SteeredModel, prompts: Sequence[tuple[int, Prompt]], method: str, samples: int, seed: int, settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    searcher = model.searcher(max_beams=512)
+    rows: list[dict[str, Any]] = []
+    flying: dict[int, dict[str, Any]] = {}
+    for number, prompt in prompts:
+        for index in range(samples):
+            row: dict[str, Any] = {"prompt": _plain(prompt), "index": index}
+            rows.append(row)
+            try:
+                flying[searcher.add(model.request(prompt, method, seed=mix(seed, number), index=index, **settings))] = row
+            except PromptError as e:
+                row["error"] = str(e).splitlines()[0]
+    while searcher.busy:
+        for step in searcher.step():
+            if step.completion is not None:
+                flying[step.request].update(_found(step.completion))
+    return rows
+
+
+def _found(completion: Completion) -> dict[str, Any]:
+    if completion.error:
+        return {"error": completion.error}
+    return {"response": completion.text, "token_ids": list(completion.token_ids), "finish_reason": completion.finish_reason}
+
+
+def _plain(prompt: Prompt) -> Any:
+    if isinstance(prompt.content, str):
+        return prompt.content
+    return [{"role": m.role, "content": m.content} for m in prompt.content]
+
+
+def _to_parquet(lines: Path, out: Path) -> None:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ConfigError(f"writing {out} needs pyarrow\n  pip install 'ivg[train]'; the rows are in {lines}") from None
+    partial = out.with_name(out.name + ".partial")
+    pq.write_table(pa.Table.from_pylist(list(read_jsonl(lines))), partial)
+    partial.replace(out)

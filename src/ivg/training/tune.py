@@ -1,0 +1,204 @@
+"""The guide pair and the reward model, by TRL: supervised fine-tuning, DPO, Bradley-Terry reward modelling.
+
+Thin: TRL's trainers get rows in tokens (``training.encoding``), so that prompts are rendered, and responses end, as they do at
+inference. Full or LoRA (PEFT), whose adapter is merged at the end and kept in ``adapter/``. Each function returns the metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ivg.errors import ConfigError
+from ivg.training import encoding
+from ivg.training.common import Run, TrainingOptions, arguments, load_for_training, lora, numbers, request_of, write_card
+from ivg.training.data import Demonstration, Preference, held_out
+
+Sources = Sequence[str | Path]
+"""Where the data came from, for the card."""
+
+
+def sft(
+    model: str | Path,
+    rows: Sequence[Demonstration],
+    out: str | Path,
+    options: TrainingOptions,
+    *,
+    sources: Sources = (),
+    loss: str = "response",
+) -> dict[str, Any]:
+    """Supervised fine-tuning (TRL's SFTTrainer).
+
+    Args:
+        model: causal language model, directory or hub id.
+        rows: what to imitate.
+        out: folder of the run.
+        options: settings.
+        sources: named in the card.
+        loss: on the tokens of the ``response`` only, or on ``all``.
+    """
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    if loss not in ("response", "all"):
+        raise ConfigError(f"loss must be response or all, got {loss!r}")
+    run = Run(out, request_of("sft", model, sources, options.checked(), loss=loss))
+    if run.metrics is not None:
+        return run.metrics
+    network, tokenizer = load_for_training(AutoModelForCausalLM, model, "model", options.trust_remote_code)
+    train, test = _encoded(rows, options, lambda part: encoding.demonstrations(part, tokenizer, options.template, options.max_length))
+    args = arguments(
+        SFTConfig, options, run, len(train), evaluate=bool(test), max_length=None, packing=False, completion_only_loss=loss == "response"
+    )
+    trainer = (SFTTrainer if torch.cuda.is_available() else _plain_loss(SFTTrainer))(
+        model=network,
+        args=args,
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(test) if test else None,
+        processing_class=tokenizer,
+        peft_config=lora(options, "CAUSAL_LM"),
+    )
+    use = "Load it with transformers; as a base (`--base`), or as the untuned guide (`--untuned`) of a pair."
+    return _train(trainer, run, tokenizer, len(rows) - len(train) - len(test), "Supervised fine-tuning", use)
+
+
+def dpo(
+    model: str | Path, rows: Sequence[Preference], out: str | Path, options: TrainingOptions, *, sources: Sources = (), beta: float = 0.1
+) -> dict[str, Any]:
+    """Direct preference optimisation (Rafailov et al. 2023; TRL's DPOTrainer): the tuned guide of ``model``, the untuned one.
+
+    Args:
+        model: where it starts, and its reference: directory or hub id.
+        rows: preferences.
+        out: folder of the run.
+        options: settings; the paper's for IMDb are 3 epochs, lr 5e-4, batch 32, weight decay 0.05, warm-up 0.25 (METHOD, section 5).
+        sources: named in the card.
+        beta: strength of the KL term.
+    """
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import DPOConfig, DPOTrainer
+
+    class Tokenised(DPOTrainer):
+        """Rows come in tokens: TRL would add an end of sequence to responses that were cut at their length limit."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+    run = Run(out, request_of("dpo", model, sources, options.checked(), beta=beta))
+    if run.metrics is not None:
+        return run.metrics
+    network, tokenizer = load_for_training(AutoModelForCausalLM, model, "model", options.trust_remote_code)
+    train, test = _encoded(rows, options, lambda part: encoding.preferences(part, tokenizer, options.template, options.max_length))
+    args = arguments(
+        DPOConfig,
+        options,
+        run,
+        len(train),
+        evaluate=bool(test),
+        beta=beta,
+        max_length=None,
+        precompute_ref_log_probs=True,
+        precompute_ref_batch_size=2 * options.batch_size,
+    )
+    trainer = Tokenised(
+        model=network,
+        args=args,
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(test) if test else None,
+        processing_class=tokenizer,
+        peft_config=lora(options, "CAUSAL_LM"),
+    )
+    use = f"The tuned guide of a pair: `--tuned THIS --untuned {model}`."
+    return _train(trainer, run, tokenizer, len(rows) - len(train) - len(test), "DPO-tuned guide", use)
+
+
+def reward(
+    model: str | Path, rows: Sequence[Preference], out: str | Path, options: TrainingOptions, *, sources: Sources = ()
+) -> dict[str, Any]:
+    """A reward model by Bradley and Terry (TRL's RewardTrainer): one label, whose logit is the reward of prompt + response.
+
+    Args:
+        model: any model that transformers can put a sequence classifier on.
+        rows: preferences.
+        out: folder of the run.
+        options: settings.
+        sources: named in the card.
+    """
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification
+    from trl import RewardConfig, RewardTrainer
+
+    from ivg.values.reward import RewardModel
+
+    run = Run(out, request_of("reward", model, sources, options.checked()))
+    if run.metrics is not None:
+        return run.metrics
+    network, tokenizer = load_for_training(AutoModelForSequenceClassification, model, "model", options.trust_remote_code, num_labels=1)
+    network.config.pad_token_id = tokenizer.pad_token_id
+    reader = RewardModel(network, tokenizer, options.template)
+    train, test = _encoded(rows, options, lambda part: encoding.judged(part, reader, options.max_length))
+    network.train()
+    args = arguments(RewardConfig, options, run, len(train), evaluate=bool(test), max_length=None)
+    trainer = RewardTrainer(
+        model=network,
+        args=args,
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(test) if test else None,
+        processing_class=tokenizer,
+        peft_config=lora(options, "SEQ_CLS"),
+    )
+    return _train(
+        trainer,
+        run,
+        tokenizer,
+        len(rows) - len(train) - len(test),
+        "Reward model",
+        "As a reward: `--reward THIS`, or `gold` of `ivg eval`.",
+    )
+
+
+def _plain_loss(trainer: Any) -> Any:
+    """``trainer`` with the model's own loss.
+
+    TRL computes it from a float32 head in tiles, with entropies, made for GPUs. On a CPU that took most of the time.
+    """
+    from transformers import Trainer
+
+    class PlainLoss(trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return Trainer.compute_loss(self, *args, **kwargs)
+
+    return PlainLoss
+
+
+def _encoded(rows: Sequence[Any], options: TrainingOptions, encode: Callable[[Sequence[Any]], list[Any]]) -> tuple[list[Any], list[Any]]:
+    """(training, evaluation) rows in tokens.
+
+    Raises:
+        ConfigError: no row is short enough.
+    """
+    if options.mode == "head":
+        raise ConfigError("mode head trains the head of a value; here give full or lora")
+    train, test = (encode(part) for part in held_out(rows, options.eval_share))
+    if not train:
+        raise ConfigError(f"none of the {len(rows)} rows has at most {options.max_length} tokens\n  raise --max-length")
+    return train, test
+
+
+def _train(trainer: Any, run: Run, tokenizer: Any, left_out: int, kind: str, use: str) -> dict[str, Any]:
+    trainer.train(resume_from_checkpoint=run.last_checkpoint())
+    log = numbers(trainer.state.log_history)
+    metrics: dict[str, Any] = {"rows": len(trainer.train_dataset), "rows_left_out": left_out}
+    if trainer.eval_dataset is not None:
+        metrics["held_out"] = numbers([trainer.evaluate()])[0]
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(trained, "merge_and_unload"):
+        trained.save_pretrained(run.out / "adapter")
+        trained = trained.merge_and_unload()
+    trained.save_pretrained(run.out)
+    tokenizer.save_pretrained(run.out)
+    return run.finish({**metrics, "log": log}, write_card(kind, run, metrics, use))

@@ -1,0 +1,264 @@
+"""Training end to end on tiny models: values learn what they are fitted to, TRL's models load, a kill changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from ivg import testing
+from ivg.draws import uniform
+from ivg.errors import ConfigError
+from ivg.models.loading import LoadOptions
+from ivg.records import as_lines
+from ivg.training.common import TrainingOptions
+from ivg.training.data import Demonstration, Preference, Rated
+from ivg.types import Prompt
+from ivg.values.explicit import ExplicitValue
+
+pytest.importorskip("trl")
+FLOAT32 = LoadOptions(device="cpu", dtype="float32")
+FAST = TrainingOptions(epochs=4, lr=3e-3, batch_size=16, eval_share=0.2, evaluations=1, extra={"bf16": False})
+
+
+def save_model(folder, seed=0, permute=False):
+    testing.tiny_model(seed=seed).save_pretrained(folder)
+    testing.byte_tokenizer(permute=permute).save_pretrained(folder)
+    return folder
+
+
+def letters(count, seed=0):
+    """Responses of letters a to d; the reward is the number of a's: readable from any prefix, in part."""
+    rows = []
+    for i in range(count):
+        text = "".join("abcd"[int(4 * uniform(seed, i, k))] for k in range(8))
+        rows.append(Rated(Prompt(f"p{i // 4}"), text, float(text.count("a")), None, False))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "m")
+
+
+@pytest.mark.parametrize(
+    ("value", "mode", "least"),
+    [
+        ({"target": "fudge"}, "full", 0.75),
+        ({"target": "fudge", "factored": False}, "full", 0.7),
+        ({"target": "fudge", "head": "scalar"}, "full", 0.75),
+        ({"target": "td", "head": "scalar"}, "full", 0.75),
+        ({"target": "td"}, "lora", 0.7),
+        ({"target": "cd-q"}, "full", 0.6),
+        ({"target": "binary", "scale": 1 / 8}, "full", 0.7),
+        ({"target": "fudge"}, "head", 0.55),
+    ],
+)
+def test_a_value_learns_its_rewards_and_loads(model, tmp_path, value, mode, least):
+    from ivg.training.learner import ValueOptions
+    from ivg.training.value import train_value
+
+    torch.manual_seed(0)
+    options = FAST if mode == "full" else TrainingOptions(**{**FAST.__dict__, "mode": mode, "epochs": 8, "lr": 1e-2})
+    base = str(model) if value["target"] == "cd-q" else None
+    metrics = train_value(model, letters(800), tmp_path / "v", options, ValueOptions(**value, base=base), sources=["letters"])
+    assert metrics["pair_accuracy_100"] >= least
+    assert metrics["rows"] == 640
+    loaded = ExplicitValue.from_pretrained(tmp_path / "v", options=FLOAT32)
+    assert loaded.head == value.get("head", "vocabulary")
+    reader = testing.tiny_reader()
+    scores = loaded.score([testing.hypothesis("p1", text, reader) for text in ("aaaaaaaa", "bcdbcdbc")])
+    assert scores[0] > scores[1]
+    assert "letters" in (tmp_path / "v" / "README.md").read_text()
+    assert not (tmp_path / "v" / "checkpoints").exists()
+
+
+def test_the_finished_head_says_what_the_network_in_training_said(model):
+    from ivg.training import encoding
+    from ivg.training.learner import Collator, ValueLearner, ValueOptions
+    from ivg.training.value import _body
+
+    options = ValueOptions()
+    network, tokenizer = _body(model, options, TrainingOptions())
+    learner = ValueLearner(network, options)
+    with torch.no_grad():
+        for parameter in learner.factors.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    batch = Collator(tokenizer.pad_token_id)(encoding.rated(letters(6), tokenizer, None, 99))
+    hidden = network.backbone(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    in_training = learner.values(hidden, batch["input_ids"])
+    whole = learner.finished()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # [rows, positions, vocabulary]
+    plain = whole[:, :-1].gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+    assert torch.allclose(in_training[:, 1:], plain, atol=1e-4)
+
+
+def test_cd_q_in_blocks_is_the_expectation_over_the_whole_vocabulary(model, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    from ivg.training import encoding, learner
+    from ivg.training.value import _body
+
+    monkeypatch.setattr(learner, "BLOCK", 7)
+    options = learner.ValueOptions(target="cd-q", base=str(model))
+    network, tokenizer = _body(model, options, TrainingOptions())
+    torch.nn.init.normal_(network.head.weight)
+    policy = AutoModelForCausalLM.from_pretrained(model).eval()
+    made = encoding.rated(letters(5), tokenizer, None, 99, (tokenizer, "Say: {prompt}"))
+    batch = learner.Collator(tokenizer.pad_token_id)(made)
+    hidden = network.backbone(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    found = learner.ValueLearner(network, options, policy)._expected_next(
+        hidden, batch["mask"], (batch["base_ids"], batch["base_attention"], batch["base_mask"])
+    )
+    for i, row in enumerate(made):  # one row at a time, everything spelled out
+        ids = [*row.policy_prompt, *row.ids[row.border :]]
+        chances = policy(torch.tensor([ids])).logits[0].softmax(-1)
+        for k in range(row.border, len(row.ids)):
+            ahead = network.head(network.backbone(torch.tensor([row.ids[: k + 1]])).last_hidden_state[0, -1])
+            wanted = (chances[len(row.policy_prompt) + k - row.border] * ahead).sum()
+            assert found[i, k].item() == pytest.approx(wanted.item(), abs=1e-4)
+
+
+def test_a_value_goes_on_from_a_value(model, tmp_path):
+    from ivg.training.value import train_value
+
+    rows = letters(200)
+    train_value(model, rows, tmp_path / "a", FAST)
+    first = ExplicitValue.from_pretrained(tmp_path / "a", options=FLOAT32)
+    tiny = TrainingOptions(**{**FAST.__dict__, "lr": 1e-9, "epochs": 1})
+    train_value(tmp_path / "a", rows, tmp_path / "b", tiny)
+    second = ExplicitValue.from_pretrained(tmp_path / "b", options=FLOAT32)
+    h = testing.hypothesis("p1", "abab", testing.tiny_reader())
+    assert second.score([h])[0] == pytest.approx(first.score([h])[0], abs=1e-3)
+
+
+def test_refinement_samples_from_the_guided_policy(model, tmp_path):
+    from ivg.training.data import read_rated
+    from ivg.training.learner import ValueOptions
+    from ivg.training.refine import refine
+    from ivg.training.rollout import by_function
+
+    found = refine(
+        model, letters(120), tmp_path / "r", FAST, ValueOptions(), base=model, score=by_function(lambda _, r: float(r.count("a"))),
+        rounds=1, samples=3, load=FLOAT32, method="cbs-explicit", max_new_tokens=6, temperature=1.0,
+    )  # fmt: skip
+    assert len(found["rounds"]) == 2
+    assert found["rounds"][1]["rows"] + found["rounds"][1]["rows_left_out"] > found["rounds"][0]["rows"]
+    new = read_rated(tmp_path / "r" / "rollouts-1.jsonl")
+    assert len(new) == 30 * 3
+    assert all(r.score == r.response.count("a") for r in new)
+    ExplicitValue.from_pretrained(tmp_path / "r", options=FLOAT32)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_the_pair_comes_from_sft_and_dpo(tmp_path, model, mode):
+    from ivg.training import tune
+    from ivg.values.implicit import ImplicitValue
+
+    options = TrainingOptions(**{**FAST.__dict__, "mode": mode, "lr": 3e-3 if mode == "full" else 2e-2})
+    rows = [Demonstration(Prompt(f"p{i}"), "abab") for i in range(40)]
+    said = tune.sft(model, rows, tmp_path / "untuned", options, sources=["demos"])
+    assert said["held_out"]["eval_loss"] < 4.0  # from log(257) = 5.5
+    pairs = [Preference(Prompt(f"p{i}"), "aaaa", "bbbb") for i in range(40)]
+    tune.dpo(tmp_path / "untuned", pairs, tmp_path / "tuned", options)
+    value = ImplicitValue.from_pretrained(tmp_path / "tuned", tmp_path / "untuned", options=FLOAT32)
+    good, bad = value.score([testing.hypothesis("p3", text, value.tuned) for text in ("aaaa", "bbbb")])
+    assert good > 0 > bad
+    assert (tmp_path / "tuned" / "adapter").exists() == (mode == "lora")
+    assert tune.sft(model, rows, tmp_path / "untuned", options, sources=["demos"]) == said  # done already
+    with pytest.raises(ConfigError, match="other settings: epochs"):
+        tune.sft(model, rows, tmp_path / "untuned", TrainingOptions(**{**options.__dict__, "epochs": 5}), sources=["demos"])
+
+
+def test_dpo_teaches_no_end_that_the_response_did_not_have(tmp_path, model, monkeypatch):
+    import trl
+
+    from ivg.training import tune
+
+    seen = []
+    monkeypatch.setattr(trl.DPOTrainer, "train", lambda self, **_: seen.append(self.train_dataset[0]) or 1 / 0)
+    cut = [Preference(Prompt("p"), "aa", "bb", None, False, False)]
+    with pytest.raises(ZeroDivisionError):
+        tune.dpo(model, cut, tmp_path / "t", TrainingOptions(eval_share=0))
+    assert len(seen[0]["chosen_ids"]) == 2
+
+
+def test_a_reward_model_ranks_as_it_was_taught(tmp_path, model):
+    from ivg.training import tune
+    from ivg.values.reward import RewardModel
+
+    pairs = [Preference(Prompt(f"p{i}"), f"{i}aa", f"{i}bb") for i in range(60)]
+    metrics = tune.reward(model, pairs, tmp_path / "rm", FAST, sources=["pairs"])
+    assert metrics["held_out"]["eval_accuracy"] == 1.0
+    reward = RewardModel.from_pretrained(tmp_path / "rm", options=FLOAT32)
+    good, bad = reward.rewards([reward.text(Prompt("p99"), r) for r in ("9aa", "9bb")])[0]
+    assert good > bad
+
+
+VALUE = (
+    "train value --model {model} --data {data} --out {out} --epochs 3 --lr 1e-3 --batch-size 16 --save-steps 5 --set bf16=false"
+    " --set logging_steps=5"
+)
+ROLLOUT = (
+    "train rollout --base {model} --prompts {data} --reward-function {reward}:count --out {out}/r.jsonl --samples 2"
+    " --max-new-tokens 12 --dtype float32"
+)
+
+
+def command(template, **names):
+    return [sys.executable, "-m", "ivg", *template.format(**names).split()]
+
+
+@pytest.mark.parametrize(("template", "result"), [(VALUE, "model.safetensors"), (ROLLOUT, "r.jsonl")])
+def test_killed_at_any_moment_the_same_command_gives_the_same_files(tmp_path, model, template, result):
+    data = tmp_path / "data.jsonl"
+    data.write_text(as_lines({"prompt": f"p{i}", "response": r.response, "score": r.score} for i, r in enumerate(letters(300))))
+    (tmp_path / "reward.py").write_text("def count(prompt, response):\n    return response.count('a')\n")
+    names = {"model": model, "data": data, "reward": tmp_path / "reward.py"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    began = time.monotonic()
+    subprocess.run(command(template, out=tmp_path / "whole", **names), check=True, env=environment, capture_output=True)
+    took = time.monotonic() - began
+    kills, out = 0, tmp_path / "killed"
+    for share in (0.6, 0.75, 0.85, None):
+        process = subprocess.Popen(
+            command(template, out=out, **names), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            process.wait(None if share is None else share * took)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert process.returncode == 0
+    assert kills >= 1
+    assert (out / result).read_bytes() == (tmp_path / "whole" / result).read_bytes()
+    if template is VALUE:
+        assert json.loads((out / "metrics.json").read_text()) == json.loads((tmp_path / "whole" / "metrics.json").read_text())
+
+
+def test_words_for_what_cannot_be_trained(tmp_path, model):
+    from ivg.training import tune
+    from ivg.training.learner import ValueOptions
+    from ivg.training.value import train_value
+
+    with pytest.raises(ConfigError, match=r"none of the 4 rows has at most 3 tokens\n  raise --max-length"):
+        train_value(model, letters(4), tmp_path / "a", TrainingOptions(max_length=3, eval_share=0))
+    with pytest.raises(ConfigError, match=r"outcomes in \[0, 1\]"):
+        train_value(model, [Rated(Prompt("p"), "r", 3.0)], tmp_path / "b", TrainingOptions(), ValueOptions(target="binary"))
+    with pytest.raises(ConfigError, match="mode head trains the head of a value"):
+        tune.sft(model, [Demonstration(Prompt("p"), "r")], tmp_path / "c", TrainingOptions(mode="head"))
+    with pytest.raises(ConfigError, match="has no field colour"):
+        tune.sft(model, [Demonstration(Prompt("p"), "r")], tmp_path / "d", TrainingOptions(extra={"colour": 1}))
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds a model already"):
+        tune.sft(model, [Demonstration(Prompt("p"), "r")], tmp_path / "e", TrainingOptions())
+    with pytest.raises(Exception, match=r"has a vocabulary head|value"):
+        save = tmp_path / "f"
+        testing.tiny_value().network.save_pretrained(save)
+        testing.byte_tokenizer().save_pretrained(save)
+        train_value(save, letters(8), tmp_path / "g", FAST, ValueOptions(head="scalar"))
