@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -47,10 +47,7 @@ class ModelRef(_Strict):
 ModelLike = ModelRef | None
 
 
-class ModelsConfig(_Strict):
-    """Which models. All left out: the embedded ones."""
-
-    base: ModelLike = None
+class _Guides(_Strict):
     tuned: ModelLike = Field(None, validation_alias=_or("tuned", "expert", "tune_r", "model"))
     untuned: ModelLike = Field(None, validation_alias=_or("untuned", "antiexpert", "base_r", "ref_model"))
     value: ModelLike = Field(None, validation_alias=_or("value", "explicit"))
@@ -65,7 +62,24 @@ class ModelsConfig(_Strict):
     @property
     def given(self) -> dict[str, ModelRef]:
         """The roles that are filled."""
-        return {role: ref for role in ROLES if (ref := getattr(self, role)) is not None}
+        return {role: ref for role in ROLES if (ref := getattr(self, role, None)) is not None}
+
+
+class ModelsConfig(_Guides):
+    """Which models. All left out: the embedded ones."""
+
+    base: ModelLike = None
+
+
+class NamedValue(_Guides):
+    """A further value: a pair ``tuned`` and ``untuned``, or one of ``value``, ``reward`` and ``arm``."""
+
+    @model_validator(mode="after")
+    def _one_value(self) -> NamedValue:
+        if set(self.given) not in ({"tuned", "untuned"}, {"value"}, {"reward"}, {"arm"}):
+            got = ", ".join(self.given) or "nothing"
+            raise ValueError(f"a named value is tuned and untuned, or value, or reward, or arm; got {got}")
+        return self
 
 
 class SearchConfig(_Strict):
@@ -78,10 +92,24 @@ class SearchConfig(_Strict):
     beta: float | None = Field(None, validation_alias=_or("beta", "alpha", "guidance_weight"))
     token: str | None = Field(None, validation_alias=_or("token", "token_value"))
     select: str | None = Field(None, validation_alias=_or("select", "select_value"))
+    weights: dict[str, float] | str | None = None
+    select_weights: dict[str, float] | str | None = None
     candidates: int | None = None
     transform: Literal["identity", "log-sigmoid", "centered"] | None = None
+    normalise: bool | None = None
+    gate: float | None = None
+    rule: Literal["top", "soft", "reject", "particles"] | None = None
     soft_scale: float | None = None
+    decay: float | None = None
     original: bool | None = None
+    target: float | None = None
+    accept_scale: float | None = None
+    threshold_start: float | None = None
+    tries: int | None = None
+    segment_entropy: float | None = None
+    segment_min: int | None = None
+    particle_beta: float | None = None
+    resample_below: float | None = None
 
     def settings(self) -> dict[str, Any]:
         """What was given, but for the method."""
@@ -192,10 +220,14 @@ class EvalConfig(_Strict):
         return {k: {"path": v} if isinstance(v, str) else v for k, v in value.items()} if isinstance(value, dict) else value
 
 
+_Ref = TypeVar("_Ref", bound=ModelRef)
+
+
 class Recipe(_Strict):
     """Everything that one run needs."""
 
     models: ModelsConfig = ModelsConfig()
+    values: dict[str, NamedValue] = {}
     search: SearchConfig = SearchConfig()
     sampling: SamplingConfig = SamplingConfig()
     run: RunConfig = RunConfig()
@@ -228,12 +260,19 @@ class Recipe(_Strict):
         except tomllib.TOMLDecodeError as e:
             raise ConfigError(f"{path} is not TOML: {e}") from None
         recipe = cls.parse(data, str(path))
-        found = {
-            role: ref.model_copy(update={"path": str(path.parent / ref.path)})
-            for role, ref in recipe.models.given.items()
-            if (path.parent / ref.path).is_dir()
+        found = {role: _beside(path.parent, ref) for role, ref in recipe.models.given.items()}
+        values = {
+            name: value.model_copy(update={role: _beside(path.parent, ref) for role, ref in value.given.items()})
+            for name, value in recipe.values.items()
         }
-        return recipe.model_copy(update={"models": recipe.models.model_copy(update=found)})
+        judges = {name: _beside(path.parent, ref) for name, ref in recipe.eval.judges.items()}
+        gold = recipe.eval.gold and _beside(path.parent, recipe.eval.gold)
+        tables = {
+            "models": recipe.models.model_copy(update=found),
+            "values": values,
+            "eval": recipe.eval.model_copy(update={"judges": judges, "gold": gold}),
+        }
+        return recipe.model_copy(update=tables)
 
     def override(self, **tables: dict[str, Any]) -> Recipe:
         """A copy in which the given (not None) settings replace those of the recipe; table by table.
@@ -245,6 +284,12 @@ class Recipe(_Strict):
         for table, settings in tables.items():
             data.setdefault(table, {}).update({k: v for k, v in settings.items() if v is not None})
         return type(self).parse(data)
+
+
+def _beside(folder: Path, ref: _Ref) -> _Ref:
+    """``ref`` with its path in ``folder``, if there is such a directory."""
+    there = folder / ref.path
+    return ref.model_copy(update={"path": str(there)}) if there.is_dir() else ref
 
 
 def _explain(error: Any) -> str:

@@ -222,7 +222,7 @@ def _weight(p: Plan, label: str) -> float:
     if label == BANK:
         return float(p.config.bank)
     s = p.method(label).strategy
-    return float(s.width * s.successors * (3 if s.token else 1) + s.candidates)
+    return float(s.width * s.successors * (3 if s.guides else 1) + s.candidates)
 
 
 _here: list[Worker] = []

@@ -1,0 +1,234 @@
+"""The report's figures, drawn by matplotlib (extra ``eval``) from results alone: SVG that follows light and dark pages, and PNG.
+
+Colours and shapes both tell families of methods apart (Okabe and Ito's colour-blind safe hues); bounds are hollow and point to where
+the truth may lie. Knows results.json; must not know files of the other stages.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from ivg.errors import MissingDependencyError
+from ivg.evaluation.labels import place
+from ivg.evaluation.metrics import pareto
+
+Results = dict[str, Any]
+FAMILIES = {
+    "base": ("the base alone", "o"),
+    "token": ("token guidance", "^"),
+    "select": ("selection", "s"),
+    "both": ("token guidance and selection", "D"),
+    "other": ("rejection, particles", "P"),
+}
+_LIGHT = {
+    "paper": "#fefdfb", "ink": "#1c1b19", "muted": "#6c6a63", "grid": "#e4e2db",
+    "base": "#55534d", "token": "#0072b2", "select": "#c8540a", "both": "#007d5a", "other": "#9b4f96",
+}  # fmt: skip
+_DARK = {
+    "paper": "#171614", "ink": "#ecebe5", "muted": "#a6a49b", "grid": "#37352f",
+    "base": "#b9b7ae", "token": "#69b7ee", "select": "#f09a52", "both": "#46c79b", "other": "#d79ad2",
+}  # fmt: skip
+_SCREEN = "".join(f"--{k}:{v};" for k, v in _LIGHT.items())
+_NIGHT = "".join(f"--{k}:{v};" for k, v in _DARK.items())
+STYLE = f":root{{{_SCREEN}}}@media (prefers-color-scheme:dark){{:root{{{_NIGHT}}}}}@media print{{:root{{{_SCREEN}}}}}"
+"""Colours as variables, for a page and for a figure that stands alone."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure: file name without ending, a title, what it shows in words, SVG and PNG."""
+
+    name: str
+    title: str
+    alt: str
+    svg: str
+    png: bytes
+
+
+def draw(results: Results) -> list[Figure]:
+    """All figures that the results allow.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise MissingDependencyError("figures need matplotlib\n  pip install 'ivg[eval]'") from None
+    judges = results["judges"]
+    with mpl.rc_context(_STYLE | {"svg.fonttype": "none", "svg.hashsalt": "ivg"}):
+        out = []
+        if judges:
+            out += [_divergence(results, judges[0]), _compute(results, judges[0])]
+        if len(judges) > 1:
+            out += [_pareto(results, judges[0], other) for other in judges[1:]]
+    return out
+
+
+# One figure each
+
+
+def _divergence(results: Results, judge: str) -> Figure:
+    known = {k: m for k, m in results["methods"].items() if m["kl"] is not None}
+    fig, ax = _axes(
+        f"{_named(judge)} against divergence from the base", "KL(method ‖ base) of an answer, nats", f"{_named(judge)}, mean over prompts"
+    )
+    points = []
+    for label, m in known.items():
+        kl, reward = m["kl"], m[judge]
+        points.append(_point(ax, label, m["family"], kl, reward, hollow=kl["bound"]))
+        if kl["bound"]:
+            ax.annotate("", (kl["mean"], reward["mean"]), (-14, 0), textcoords="offset points", arrowprops=_arrow(m["family"]))
+    place(ax, points)
+    bounds = [k for k, m in known.items() if m["kl"]["bound"]]
+    note = "hollow, arrow to the left: an upper bound, since selection adds at most so much" if bounds else ""
+    missing = [k for k in results["methods"] if k not in known]
+    note += f"; no bound known: {', '.join(missing)}" if missing else ""
+    _legend(fig, ax, known, note)
+    listed = "; ".join(
+        f"{k}: {m['kl']['mean']:.1f} nats{' at most' if m['kl']['bound'] else ''}, {m[judge]['mean']:+.2f}" for k, m in known.items()
+    )
+    return _figure(fig, "reward-kl", f"{_named(judge)} against KL to the base", listed)
+
+
+def _compute(results: Results, judge: str) -> Figure:
+    methods, bank = results["methods"], results["bank"]
+    fig, ax = _axes(f"{_named(judge)} against computation", "FLOPs of an answer", _mean(judge))
+    ax.set_xscale("log")
+    curve = [c for c in bank["curve"] if c["gold"]] if bank and judge == results["judges"][0] == "gold" else []
+    if curve:
+        x = [c["flops"] for c in curve]
+        ax.plot(x, [c["gold"]["mean"] for c in curve], color=_LIGHT["muted"], lw=1.6, zorder=1.5)
+        ax.fill_between(x, [c["gold"]["low"] for c in curve], [c["gold"]["high"] for c in curve], color=_LIGHT["grid"], lw=0, zorder=1)
+        for c in (c for c in curve if c["n"] & (c["n"] - 1) == 0):
+            ax.plot(c["flops"], c["gold"]["mean"], "|", color=_LIGHT["muted"], ms=7, zorder=1.6)
+            ax.annotate(
+                f"N={c['n']}",
+                (c["flops"], c["gold"]["mean"]),
+                (0, -15),
+                textcoords="offset points",
+                ha="center",
+                color=_LIGHT["muted"],
+                fontsize=7.5,
+            )
+    points = [_point(ax, k, m["family"], {"mean": m["flops"]}, m[judge]) for k, m in methods.items() if m["flops"]]
+    place(ax, points)
+    _legend(fig, ax, methods, f"grey line: best of N base samples by the {bank['by']} value, with 95 % interval" if curve else "")
+    listed = "; ".join(f"{k}: {m['flops']:.3g} FLOPs, {m[judge]['mean']:+.2f}" for k, m in methods.items())
+    return _figure(fig, "reward-compute", f"{_named(judge)} against computation, best-of-N beside", listed)
+
+
+def _pareto(results: Results, first: str, second: str) -> Figure:
+    methods = results["methods"]
+    fig, ax = _axes(
+        f"{_named(second)} against {_named(first)}", f"{_named(first)}, mean over prompts", f"{_named(second)}, mean over prompts"
+    )
+    both = [(m[first]["mean"], m[second]["mean"]) for m in methods.values()]
+    front = pareto(both)
+    ax.plot([both[i][0] for i in front], [both[i][1] for i in front], color=_LIGHT["muted"], lw=1.2, ls=(0, (4, 3)), zorder=1.5)
+    place(ax, [_point(ax, k, m["family"], m[first], m[second]) for k, m in methods.items()])
+    _legend(fig, ax, methods, "dashed: methods that no other beats in both")
+    names = list(methods)
+    listed = "not beaten in both: " + ", ".join(names[i] for i in front)
+    return _figure(fig, f"pareto-{first}-{second}", f"{_named(second)} against {_named(first)}", listed)
+
+
+# What they share
+
+_STYLE: Any = {
+    "font.family": "sans-serif", "font.size": 9.5, "axes.edgecolor": _LIGHT["muted"], "axes.labelcolor": _LIGHT["ink"],
+    "axes.facecolor": _LIGHT["paper"], "figure.facecolor": _LIGHT["paper"], "savefig.facecolor": _LIGHT["paper"],
+    "text.color": _LIGHT["ink"], "xtick.color": _LIGHT["muted"], "ytick.color": _LIGHT["muted"], "xtick.labelcolor": _LIGHT["ink"],
+    "ytick.labelcolor": _LIGHT["ink"], "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.color": _LIGHT["grid"], "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.linewidth": 0.8,
+}  # fmt: skip
+
+
+def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure as Canvas
+
+    fig = Canvas(figsize=(7.4, 5.0), layout="constrained")
+    ax = fig.add_subplot()
+    ax.set_title(title[0].upper() + title[1:], loc="left", fontsize=11.5, fontweight="bold", pad=10)
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.margins(0.08, 0.1)
+    return fig, ax
+
+
+def _point(ax: Any, label: str, kind: str, x: Results, y: Results, *, hollow: bool = False) -> tuple[str, float, float, str]:
+    """One method: mean with intervals in both directions; gives back what its name needs."""
+    colour = _LIGHT[kind]
+
+    def arms(e: dict[str, float]) -> list[list[float]] | None:
+        return [[max(0.0, e["mean"] - e["low"])], [max(0.0, e["high"] - e["mean"])]] if "low" in e else None
+
+    ax.errorbar(
+        x["mean"], y["mean"], xerr=arms(x), yerr=arms(y), fmt=FAMILIES[kind][1], color=colour, ms=7, mew=1.5, elinewidth=1.1,
+        mfc=_LIGHT["paper"] if hollow else colour, mec=colour, zorder=3,
+    )  # fmt: skip
+    return label, x["mean"], y["mean"], colour
+
+
+def _arrow(kind: str) -> dict[str, Any]:
+    return {"arrowstyle": "<-", "color": _LIGHT[kind], "lw": 1.0, "shrinkA": 0, "shrinkB": 5}
+
+
+def _legend(fig: Any, ax: Any, methods: dict[str, Any], note: str) -> None:
+    from matplotlib.lines import Line2D
+
+    present = dict.fromkeys(m["family"] for m in methods.values())
+    handles = [
+        Line2D([], [], color=_LIGHT[k], marker=mark, ls="", ms=6.5, label=text) for k, (text, mark) in FAMILIES.items() if k in present
+    ]
+    fig.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=8.5, handletextpad=0.3, columnspacing=1.4)
+    if note:
+        ax.annotate(
+            note, (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", fontsize=8, color=_LIGHT["muted"], va="bottom"
+        )
+        ax.set_title(ax.get_title(loc="left"), loc="left", fontsize=11.5, fontweight="bold", pad=20)
+
+
+def _figure(fig: Any, name: str, title: str, listed: str) -> Figure:
+    raster, vector = io.BytesIO(), io.StringIO()
+    fig.savefig(raster, format="png", dpi=160, metadata={"Software": None})
+    fig.savefig(vector, format="svg", metadata={"Date": None, "Creator": None})
+    alt = f"{title}. {listed}."
+    return Figure(name, title, alt, _adaptive(vector.getvalue(), alt), raster.getvalue())
+
+
+def _adaptive(svg: str, alt: str) -> str:
+    """Colours as variables with a value for light and one for dark; letters in the reader's own font; a text for who cannot see it."""
+    svg = svg[svg.index("<svg") :]
+    for name, colour in _LIGHT.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    svg = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 system-ui, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)
+    end = svg.index(">") + 1
+    return f"{svg[:end]}\n <title>{escape(alt)}</title>\n <style>{STYLE}</style>{svg[end:]}"
+
+
+def _named(judge: str) -> str:
+    return "gold reward" if judge == "gold" else judge
+
+
+def _mean(judge: str) -> str:
+    return f"{_named(judge)}, mean over prompts"
+
+
+def finite(x: float | None) -> bool:
+    """Is there a number to show?"""
+    return x is not None and math.isfinite(x)
+
+
+def order(results: Results) -> Sequence[str]:
+    """Labels by the first judge, the best first; as given where nothing judges."""
+    methods, judges = results["methods"], results["judges"]
+    return sorted(methods, key=lambda k: -methods[k][judges[0]]["mean"]) if judges else list(methods)

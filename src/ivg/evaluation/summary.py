@@ -1,0 +1,199 @@
+"""From scored answers to the figures of every method: what results.json holds, report and figures show.
+
+Knows the files of a run through ``score.scored``; must not know how anything is drawn. All means are over prompts, seeds averaged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ivg.decoding.rules import budgets
+from ivg.decoding.strategies import Strategy
+from ivg.errors import ConfigError
+from ivg.evaluation import metrics
+from ivg.evaluation.bank import Group, group
+from ivg.evaluation.cost import flops
+from ivg.evaluation.plan import BANK, Method, Plan, described
+from ivg.evaluation.score import GOLD, judge_refs, measures, scored
+from ivg.records import read_jsonl
+
+Row = dict[str, Any]
+Pair = tuple[Row, Row]
+Figures = dict[str, Any]
+
+
+def summarise(p: Plan) -> Figures:
+    """All figures of the run; ``clock`` (seconds, memory) is the one part that two runs do not share.
+
+    Raises:
+        ConfigError: a stage that is not finished; a method without any answer.
+    """
+    sizes = _sizes(p)
+    judges = list(judge_refs(p))
+    base = scored(p, p.base.label)
+    bank = _bank(p, sizes) if p.config.bank else []
+    curve = _curve(bank) if bank else []
+    methods = [_method(p, m, base, judges, sizes, curve) for m in p.methods]
+    return {
+        "task": p.config.task,
+        "prompts": len(p.examples),
+        "seeds": p.config.seeds,
+        "judges": judges,
+        "base": p.base.label,
+        "parameters": sizes,
+        "methods": {m["label"]: m for m in methods},
+        "bank": {"size": p.config.bank, "by": _by(p), "curve": curve} if bank else None,
+        "clock": _clock(p),
+    }
+
+
+def _sizes(p: Plan) -> dict[str, int]:
+    path = p.out / "models.json"
+    if not path.exists():
+        raise ConfigError(f"{path} is not there\n  run the stage generate first")
+    return dict(json.loads(path.read_text(encoding="utf-8"))["parameters"])
+
+
+def _method(p: Plan, method: Method, base: Sequence[Pair], judges: Sequence[str], sizes: dict[str, int], curve: Sequence[Row]) -> Figures:
+    pairs = scored(p, method.label)
+    good = [(r, s) for r, s in pairs if "error" not in r]
+    if not good:
+        raise ConfigError(f"{method.label}: no answer succeeded; the first error: {pairs[0][0]['error']}")
+    tokens = metrics.total(r["forward_tokens"] for r, _ in good)
+    read = {name: n / len(good) for name, n in tokens.items()}
+    out: Figures = {
+        "label": method.label,
+        "family": family(method.strategy),
+        "strategy": described(method.strategy),
+        "answers": len(good),
+        "errors": len(pairs) - len(good),
+    }
+    out |= {judge: _over_prompts(good, partial(_said_by, judge)) for judge in judges}
+    out["win_rate"] = _wins(good, base) if GOLD in judges else None
+    out["kl"] = _kl(p, method.strategy, good)
+    out["surprisal"] = _over_prompts(good, lambda r, s: -s["base_logp"])
+    out["perplexity"] = metrics.perplexity([s["base_logp"] for _, s in good], [s["tokens"] for _, s in good])
+    out |= _texts(good)
+    out |= {"forward_tokens": {k: round(v, 2) for k, v in read.items()}, "flops": flops(read, sizes)}
+    out["best_of_n"] = _rival(out["flops"], curve) if curve else None
+    out["task"] = measures(p, method.label)
+    return out
+
+
+def _said_by(judge: str, _: Row, judged: Row) -> float:
+    return float(judged[judge])
+
+
+def _over_prompts(pairs: Sequence[Pair], number: Callable[[Row, Row], float]) -> dict[str, float]:
+    return metrics.interval(list(metrics.by_key((r["id"], number(r, s)) for r, s in pairs).values())).to_dict()
+
+
+def _wins(ours: Sequence[Pair], base: Sequence[Pair]) -> dict[str, float] | None:
+    """Share of prompts and seeds on which gold prefers this answer to the base's; ties count half."""
+    theirs = {(r["id"], r["seed"]): s[GOLD] for r, s in base if "error" not in r}
+    both = [(r["id"], metrics.win(s[GOLD], theirs[r["id"], r["seed"]])) for r, s in ours if (r["id"], r["seed"]) in theirs]
+    return metrics.interval(list(metrics.by_key(both).values())).to_dict() if both else None
+
+
+def _texts(pairs: Sequence[Pair]) -> Figures:
+    """Length and variety. Distinct-n within one seed's answers: more seeds would not make a method poorer."""
+    by_seed: dict[int, list[str]] = defaultdict(list)
+    for r, _ in pairs:
+        by_seed[r["seed"]].append(r["text"])
+    variety = {f"distinct_{n}": sum(metrics.distinct(t, n) for t in by_seed.values()) / len(by_seed) for n in (1, 2)}
+    repeated = sum(metrics.repetition(r["token_ids"]) for r, _ in pairs) / len(pairs)
+    return {"length": sum(s["tokens"] for _, s in pairs) / len(pairs), **variety, "repetition": repeated}
+
+
+def family(strategy: Strategy) -> str:
+    """What steers: ``base`` (nothing), ``token`` guidance, ``select``ion, ``both``, or ``other`` rules."""
+    if strategy.rule not in ("top", "soft"):
+        return "other"
+    guided, selected = bool(strategy.guides), bool(strategy.selectors)
+    return "both" if guided and selected else "token" if guided else "select" if selected else "base"
+
+
+# Divergence
+
+
+def draws(strategy: Strategy, tokens: int, limit: int) -> list[int] | None:
+    """How many continuations of the answer's prefix each chunk drew, at most; None where the method's rule has no such bound."""
+    if strategy.rule not in ("top", "soft"):
+        return None
+    chunks = metrics.chunks_of(tokens, strategy.chunk_length)
+    decay, w, k = strategy.decay, strategy.width, strategy.successors
+    if decay < 1.0:
+        length = strategy.chunk_length or limit
+        plan = budgets(-(-limit // length), w * k, decay, w)[:chunks]
+        return [n if i == 0 else -(-n // w) for i, n in enumerate(plan)]
+    return [w * k if i == 0 else k for i in range(chunks)]
+
+
+def _kl(p: Plan, strategy: Strategy, pairs: Sequence[Pair]) -> dict[str, Any] | None:
+    """KL(method || base) of an answer in nats: an estimate, or an upper bound where hypotheses are selected among."""
+    selects = bool(strategy.selectors)
+    amounts = []
+    for r, _ in pairs:
+        added = 0.0
+        if selects:
+            drawn = draws(strategy, len(r["token_ids"]), p.sampling.max_new_tokens)
+            if drawn is None:
+                return None
+            added = metrics.selection_bound(drawn, alone=strategy.width == 1, soft=strategy.rule == "soft")
+        amounts.append((r["id"], r["shift"] + added))
+    return {**metrics.interval(list(metrics.by_key(amounts).values())).to_dict(), "bound": selects}
+
+
+# Best-of-N at equal compute
+
+
+def _bank(p: Plan, sizes: dict[str, int]) -> list[Group]:
+    return [group(r, {int(i): g for i, g in s[GOLD].items()}, sizes) for r, s in scored(p, BANK) if "error" not in r]
+
+
+def _by(p: Plan) -> str | None:
+    return next((r["by"] for r in read_jsonl(p.transcripts(BANK)) if "by" in r), None)
+
+
+def _curve(bank: Sequence[Group]) -> list[Row]:
+    """Gold and mean FLOPs of best-of-N for every N; gold is None without a gold reward."""
+    out = []
+    for n in range(1, min(g.size for g in bank) + 1):
+        golds = [(g.id, g.golds[g.best(n)]) for g in bank]
+        known = [(i, x) for i, x in golds if x is not None]
+        gold = metrics.interval(list(metrics.by_key(known).values()), 2000).to_dict() if known else None
+        out.append({"n": n, "gold": gold, "flops": sum(g.flops[n - 1] for g in bank) / len(bank)})
+    return out
+
+
+def _rival(budget: float, curve: Sequence[Row]) -> Row:
+    """The largest best-of-N that costs no more; ``capped``: the bank holds no more, but the budget would have allowed it."""
+    row = next((c for c in reversed(curve) if c["flops"] <= budget), curve[0])
+    step = curve[-1]["flops"] - curve[-2]["flops"] if len(curve) > 1 else curve[-1]["flops"]
+    return {**row, "capped": row is curve[-1] and curve[-1]["flops"] + step <= budget}
+
+
+# Clock
+
+
+def _clock(p: Plan) -> dict[str, Row]:
+    """Seconds for an answer and peak memory of every method, as far as they were noted."""
+    path = Path(p.out / "timings.jsonl")
+    latest: dict[tuple[str, int], Row] = {}
+    for row in read_jsonl(path) if path.exists() else ():
+        latest[row["label"], row["start"]] = row
+    by_label: dict[str, list[Row]] = defaultdict(list)
+    for row in latest.values():
+        by_label[row["label"]].append(row)
+    return {
+        label: {
+            "seconds": round(sum(r["seconds"] for r in rows) / sum(r["rows"] for r in rows), 4),
+            "peak_bytes": max((r["peak_bytes"] for r in rows if r["peak_bytes"]), default=None),
+        }
+        for label, rows in sorted(by_label.items())
+    }
