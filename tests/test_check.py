@@ -460,6 +460,11 @@ def test_without_a_judge_agreement_decides():
     v = decide([on_pairs(0.74)], own=own(), rows=plain)
     assert (v.outcome, v.beta) == ("helps", 1)  # 0.46 nats per token; 2 has 1.5
     assert "no judge" in v.reasons[0]
+    v = decide([on_pairs(0.74)], own=own(), rows=plain[-1:])
+    assert (v.outcome, v.beta) == ("helps", None)
+    assert "start with a smaller one" in v.reasons[0]
+    v = decide([on_pairs(0.74)], own=own(), rows=(row(0.5, None, 4, effective=3.0),))
+    assert "not from the base alone" in v.reasons[0]
     for far in (own(base_untuned=4.2), own(outside=0.7)):
         v = decide([on_pairs(0.74)], own=far, rows=plain)
         assert (v.outcome, v.token, v.select) == ("mixed", None, ("implicit",))

@@ -166,13 +166,19 @@ def _token_level(e: Evidence, guide: OnPairs, trusted: bool) -> tuple[Outcome, f
                 f"{e.own.outside:.0%} of the guided mass outside the base's likeliest tokens)"
             ),
         )
-    gentle = [r.beta for r in e.rows if r.beta > 0 and r.per_token <= GENTLE and r.effective >= EFFECTIVE]
-    beta = max(gentle, default=None)
-    if beta is None:
-        words = "no beta was tried that keeps the base's language; start with a small one" if e.rows else "no beta was tried"
-    else:
-        words = f"suggested beta {beta:g}: the largest that moves the base at most {GENTLE} nats per token (no judge says what it buys)"
+    beta, words = _gentle(e.rows)
     return "helps", beta, f"accuracy is good ({whole}); {words}"
+
+
+def _gentle(rows: Sequence[Row]) -> tuple[float | None, str]:
+    """The largest weight that leaves the base its language, and what to say of it."""
+    known = [r for r in rows if r.beta > 0 and r.effective >= EFFECTIVE]
+    beta = max((r.beta for r in known if r.per_token <= GENTLE), default=None)
+    if beta is not None:
+        return beta, f"suggested beta {beta:g}: the largest within {GENTLE} nats per token of the base (no judge says what it buys)"
+    if known:
+        return None, f"every beta of the sweep moves the base more than {GENTLE} nats per token: start with a smaller one"
+    return None, "too few texts say anything about any beta: draw more, and not from the base alone" if rows else "no beta was tried"
 
 
 def _by_judge(e: Evidence, guide: OnPairs, far: bool) -> tuple[Outcome, float | None, str]:
