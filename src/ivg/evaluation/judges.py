@@ -308,12 +308,13 @@ def judge_all(judge: Judge, rows: Sequence[Mapping[str, Any]], path: Path, block
         JudgeError: the judge cannot be asked; what was judged is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    texts = "\0".join(row[k] for row in rows for k in ("instruction", "output_1", "output_2"))
-    of = hashlib.sha256(texts.encode()).hexdigest()[:16]
-    file = BlockFile(path, block, len(rows), {"of": of, **judge.settings()})
+    file = BlockFile(path, block, len(rows), judge.settings())
+    for number, (row, judged) in enumerate(zip(rows, read_jsonl(path) if file.rows else (), strict=False), 1):
+        if any(judged.get(k) != v for k, v in row.items()):
+            raise ConfigError(f"{path}, line {number}: a judgement of another answer than there is now\n  remove this file and judge again")
     for positions in file.missing():
         file.append(_judged(judge, [rows[i] for i in positions]))
-    return list(read_jsonl(path))
+    return list(read_jsonl(path))[: len(rows)]
 
 
 def _judged(judge: Judge, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,271 @@
+"""AlpacaEval 2.0: answers to 805 instructions, compared with GPT-4's by a judge (METHOD, section 5; IVG, section 4).
+
+Knows: where instructions and reference answers are, what alpaca_eval reads, which judge was asked for. Must not know how a judge
+decides (``evaluation.judges``) or how judgements become rates (``evaluation.winrate``, ``evaluation.lengthcontrol``).
+Benchmark: Li et al. 2023, github.com/tatsu-lab/alpaca_eval; version 2.0 with length control: arXiv 2404.04475.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ivg.config import EvalConfig
+from ivg.errors import ConfigError
+from ivg.evaluation.judges import AlpacaEvalJudge, ChatJudge, Judge, RewardJudge, judge_all
+from ivg.evaluation.lengthcontrol import length_controlled
+from ivg.evaluation.machine import alone
+from ivg.evaluation.task import Answer, Example, Tables, Task
+from ivg.evaluation.winrate import averaged, win_rate
+from ivg.records import write_json
+from ivg.tables import read_rows
+from ivg.types import Prompt
+
+HUB = "tatsu-lab/alpaca_eval"
+FILE = "alpaca_eval_gpt4_baseline.json"
+"""Instructions and the answers of gpt4_1106_preview. The data set's loading script is not run: today's ``datasets`` has no scripts."""
+INSTRUCTIONS = "bfe8c45991f635de"
+"""Fingerprint of the 805 instructions in AlpacaEval's order: length control knows their difficulties by that order."""
+
+
+class Options(BaseModel):
+    """The task's own settings (``[eval.options]``, ``--option NAME=VALUE``).
+
+    Attributes:
+        judge: ``none``: only write what alpaca_eval reads; ``openai``: an OpenAI-compatible endpoint; ``alpaca_eval``: its own
+            annotators; ``reward``: a reward model.
+        model: that the endpoint serves; None: the environment variable ``IVG_JUDGE_MODEL``.
+        base_url: of the endpoint; None: ``OPENAI_BASE_URL``, else OpenAI's.
+        key_variable: environment variable with the key. The key itself is never a setting.
+        timeout: seconds for each try of a question.
+        retries: further tries, with growing pauses.
+        concurrency: questions at once.
+        max_tokens: of the judge's reply.
+        order_seed: of the order in which the judge sees the two answers.
+        annotators: alpaca_eval's name of its annotators, or the path of their configuration.
+        reward: the reward model: hub id, directory or ``embedded:NAME``.
+        template: of the reward model: ``chat`` or a text with ``{prompt}`` and ``{response}``.
+        label: which logit is the reward, where the model has more than two.
+        difficulty: df_gamed.csv or its folder, for length control; None: ``IVG_ALPACA_DIFFICULTY``, else the hub.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    judge: Literal["none", "openai", "alpaca_eval", "reward"] = "none"
+    model: str | None = None
+    base_url: str | None = None
+    key_variable: str = "OPENAI_API_KEY"
+    timeout: float = Field(60.0, gt=0)
+    retries: int = Field(5, ge=0)
+    concurrency: int = Field(4, ge=1)
+    max_tokens: int = Field(8, ge=1)
+    order_seed: int = 0
+    annotators: str = "weighted_alpaca_eval_gpt4_turbo"
+    reward: str | None = None
+    template: str | None = None
+    label: int | None = None
+    difficulty: str | None = None
+
+    @classmethod
+    def of(cls, config: EvalConfig) -> Options:
+        """From the ``eval`` table.
+
+        Raises:
+            ConfigError: unknown names, unusable values, a judge without what it needs.
+        """
+        try:
+            made = cls.model_validate(config.options)
+        except ValidationError as e:
+            wrong = "; ".join(f"{'.'.join(map(str, x['loc']))}: {x['msg'].lower()}, got {x['input']!r}" for x in e.errors())
+            raise ConfigError(f"eval.options of alpaca: {wrong}\n  known: {', '.join(cls.model_fields)}") from None
+        if made.judge == "reward" and not made.reward:
+            raise ConfigError("judge = reward, but which?\n  set eval.options.reward (--option reward=ID-or-path)")
+        if made.judge == "openai" and not made.judge_model:
+            raise ConfigError("judge = openai, but which model?\n  set eval.options.model (--option model=NAME) or IVG_JUDGE_MODEL")
+        return made
+
+    @property
+    def judge_model(self) -> str | None:
+        """What the endpoint is asked for."""
+        return self.model or os.environ.get("IVG_JUDGE_MODEL")
+
+
+class Alpaca(Task):
+    """Answer an instruction; win rates against the reference answers are the figures."""
+
+    name = "alpaca"
+
+    def __init__(self) -> None:
+        self._judges: dict[Options, Judge] = {}
+
+    def examples(self, config: EvalConfig) -> list[Example]:
+        """Instructions in file order, or in an order of ``config.shuffle``; all unless fewer are asked for.
+
+        Raises:
+            ConfigError: no data, no ``instruction`` in a row, no reference answers for the judge, unusable options.
+        """
+        options, rows = Options.of(config), list(_rows(config))
+        for number, row in enumerate(rows, 1):
+            missing = [
+                k for k in ("instruction", "output") if not isinstance(row.get(k), str) and (k != "output" or options.judge != "none")
+            ]
+            if missing:
+                raise ConfigError(
+                    f"{config.data or HUB}, row {number}: no {' and no '.join(missing)}; got {', '.join(row)}\n"
+                    "  expected instruction, for a judge output (the reference answer), and perhaps generator and dataset"
+                )
+        ours = _fingerprint(row["instruction"] for row in rows) == INSTRUCTIONS
+        found = [
+            Example(
+                str(i),
+                Prompt(row["instruction"]),
+                row.get("output"),
+                {"index": i, "dataset": row.get("dataset", ""), "generator": row.get("generator", "reference"), "alpaca_eval": ours},
+            )
+            for i, row in enumerate(rows)
+        ]
+        if config.shuffle is not None:
+            random.Random(config.shuffle).shuffle(found)
+        return found[: config.prompts]
+
+    def defaults(self) -> Tables:
+        """Temperature 0.7, top-k 50, 2048 tokens (the paper: prompt and answer together); W = K = 2, L = 30."""
+        return {
+            "sampling": {"temperature": 0.7, "top_p": 1.0, "top_k": 50, "max_new_tokens": 2048},
+            "search": {"width": 2, "successors": 2, "chunk_length": 30, "beta": 1.0},
+        }
+
+    def export(self, out: Path, label: str, answers: Sequence[Answer]) -> None:
+        """``model_outputs/<label>.json`` of the first seed (``<label>-seed<n>.json`` of others) and ``reference_outputs.json``.
+
+        As ``alpaca_eval --model_outputs … --reference_outputs …`` reads them. An answer that failed is an empty text.
+        """
+        seeds = sorted({a.seed for a in answers})
+        for seed in seeds:
+            name = label if seed == seeds[0] else f"{label}-seed{seed}"
+            rows = [_output(a.example, _text(a), label) for a in answers if a.seed == seed]
+            write_json(out / "model_outputs" / f"{name}.json", rows)
+        references = [_output(a.example, a.example.reference, a.example.extra["generator"]) for a in answers if a.seed == seeds[0]]
+        if all(r["output"] is not None for r in references):
+            with alone(out / "reference_outputs.json"):
+                write_json(out / "reference_outputs.json", references)
+
+    def measure(self, config: EvalConfig, out: Path, label: str, answers: Sequence[Answer]) -> Mapping[str, Any]:
+        """Win rates by the judge that was asked for, in percent; ``judgements/<label>.jsonl`` is resumed.
+
+        Raises:
+            JudgeError: the judge cannot be asked; what was judged is kept.
+            ConfigError: judgements of other answers or another judge are in the way.
+        """
+        options = Options.of(config)
+        if options.judge == "none" or not answers:
+            return {}
+        rows = judge_all(self.judge(options), [_row(a, label) for a in answers], out / "judgements" / f"{label}.jsonl")
+        judged = win_rate(averaged(rows))
+        figures: dict[str, Any] = {
+            "judged_win_rate": judged.win_rate,
+            "judged_standard_error": None if math.isnan(judged.standard_error) else judged.standard_error,
+            "judged_discrete_win_rate": judged.discrete_win_rate,
+            "characters": judged.avg_length,
+            "judge": f"Judge: {rows[0]['annotator']}, against {rows[0]['generator_1']}.",
+        }
+        missing = sum(row["preference"] is None for row in rows)
+        if missing:
+            figures["unreadable"] = missing
+        return figures | _length_controlled(options, answers, rows)
+
+    def judge(self, options: Options) -> Judge:
+        """The judge that was asked for; made once for all methods."""
+        if options not in self._judges:
+            self._judges[options] = _make(options)
+        return self._judges[options]
+
+
+def _length_controlled(options: Options, answers: Sequence[Answer], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Its figures, or a note that says why there are none."""
+    if not (answers[0].example.extra["alpaca_eval"] or options.difficulty):
+        reason = "these are not AlpacaEval's 805 instructions, whose difficulties it knows"
+    else:
+        found = length_controlled(rows, options.difficulty)
+        if found.win_rate is not None:
+            return {"length_controlled_win_rate": found.win_rate, "length_controlled_standard_error": found.standard_error}
+        reason = found.reason
+    return {"length_control": f"No length-controlled win rate: {' '.join(reason.split())}."}
+
+
+def _make(options: Options) -> Judge:
+    if options.judge == "reward":
+        from ivg.models.loading import LoadOptions
+        from ivg.values.reward import RewardModel
+
+        assert options.reward is not None
+        reward = RewardModel.from_pretrained(
+            options.reward, template=options.template, label=options.label, options=LoadOptions(dtype="float32"), name="judge"
+        )
+        return RewardJudge(reward, f"reward:{options.reward}")
+    if options.judge == "alpaca_eval":
+        return AlpacaEvalJudge(options.annotators, options.order_seed)
+    assert options.judge_model is not None
+    return ChatJudge(
+        options.judge_model,
+        options.base_url,
+        key_variable=options.key_variable,
+        timeout=options.timeout,
+        retries=options.retries,
+        concurrency=options.concurrency,
+        max_tokens=options.max_tokens,
+        seed=options.order_seed,
+    )
+
+
+def _rows(config: EvalConfig) -> Iterable[dict[str, Any]]:
+    if config.data not in (None, HUB):
+        assert config.data is not None
+        return read_rows(config.data, config.split or "eval")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(HUB, FILE, repo_type="dataset")
+    except Exception as e:  # offline, no network, hub down: its client raises dozens of kinds
+        first = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        raise ConfigError(
+            f"cannot get {FILE} of {HUB} from the hub: {first}\n"
+            "  give a copy of it, or any JSON list with instruction and output, as --data FILE"
+        ) from e
+    return read_rows(path)
+
+
+def _fingerprint(instructions: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(instructions).encode()).hexdigest()[:16]
+
+
+def _text(answer: Answer) -> str:
+    """Without blank edges, as alpaca_eval strips what it generates itself; nothing for an answer that failed."""
+    return "" if answer.error else answer.text.strip()
+
+
+def _output(example: Example, output: str | None, generator: str) -> dict[str, Any]:
+    return {"dataset": example.extra["dataset"], "instruction": example.prompt.content, "output": output, "generator": generator}
+
+
+def _row(answer: Answer, label: str) -> dict[str, Any]:
+    """What is judged, with alpaca_eval's names."""
+    example = answer.example
+    return {
+        "id": example.id,
+        "seed": answer.seed,
+        "index": example.extra["index"],
+        "dataset": example.extra["dataset"],
+        "instruction": example.prompt.content,
+        "output_1": example.reference,
+        "generator_1": example.extra["generator"],
+        "output_2": _text(answer),
+        "generator_2": label,
+    }
