@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ivg.config import Recipe
+from ivg.config import NamedValue, Recipe
 from ivg.errors import ConfigError
 
 if TYPE_CHECKING:
     from ivg.models.loading import LoadOptions
     from ivg.steered import SteeredModel
+    from ivg.types import Value
 
 
 def load_options(recipe: Recipe) -> LoadOptions:
@@ -21,15 +22,55 @@ def load_options(recipe: Recipe) -> LoadOptions:
 
 
 def load_models(recipe: Recipe) -> SteeredModel:
-    """The models of a recipe: the embedded ones where it names none; embedded guides need the embedded base.
+    """The models of a recipe, and its further values by their names.
+
+    Where it names no models: the embedded ones; embedded guides need the embedded base.
 
     Raises:
-        ConfigError: guides but no base.
+        ConfigError: guides but no base; a value whose name means something else.
         ModelError: a model that cannot be loaded.
     """
+    for name in recipe.values:
+        if name == "none" or set(name) & set("=,"):
+            raise ConfigError(f"a value cannot be called {name!r}\n  expected a name without = and comma, other than none")
+    options = load_options(recipe)
+    model = _models(recipe, options)
+    for name, value in recipe.values.items():
+        model.add_value(name, named_value(name, value, options))
+    return model
+
+
+def named_value(name: str, config: NamedValue, options: LoadOptions) -> Value:
+    """A value from the models that ``config`` names.
+
+    Raises:
+        ModelError, VocabularyError: a model that cannot be loaded, or a pair that does not fit.
+    """
+    from ivg.models.loading import load_causal
+    from ivg.values.explicit import ExplicitValue
+    from ivg.values.implicit import AutoregressiveReward, ImplicitValue
+    from ivg.values.reward import RewardModel
+
+    refs = config.given
+    if "tuned" in refs:
+        tuned, untuned = refs["tuned"], refs["untuned"]
+        return ImplicitValue(
+            load_causal(tuned.path, f"{name}.tuned", options, tuned.template),
+            load_causal(untuned.path, f"{name}.untuned", options, untuned.template or tuned.template),
+            name,
+        )
+    ((role, ref),) = refs.items()
+    if role == "value":
+        return ExplicitValue.from_pretrained(ref.path, template=ref.template, options=options, name=name)
+    if role == "reward":
+        return RewardModel.from_pretrained(ref.path, template=ref.template, options=options, name=name)
+    return AutoregressiveReward(load_causal(ref.path, name, options, ref.template), name)
+
+
+def _models(recipe: Recipe, options: LoadOptions) -> SteeredModel:
     from ivg.steered import SteeredModel
 
-    given, options = recipe.models.given, load_options(recipe)
+    given = recipe.models.given
     if not given:
         return SteeredModel.embedded(options)
     if "base" not in given:

@@ -1,6 +1,6 @@
 """Settings at the edge: TOML recipes, command line, HTTP. Unknown keys are errors; the field's other names are accepted.
 
-A recipe has the tables ``models``, ``search``, ``sampling``, ``run`` and ``eval``; each may be left out::
+A recipe has the tables ``models``, ``values``, ``search``, ``sampling``, ``run`` and ``eval``; each may be left out::
 
     [models]
     base = "mistralai/Mistral-7B-Instruct-v0.2"
@@ -8,11 +8,16 @@ A recipe has the tables ``models``, ``search``, ``sampling``, ``run`` and ``eval
     untuned = "allenai/tulu-2-7b"
     value = "path/to/value"
 
+    [values.plain]  # further values, for token, select, weights: tuned and untuned, or value, or reward, or arm
+    tuned = "path/to/pair/tuned"
+    untuned = "path/to/pair/untuned"
+
     [search]
     method = "ivg"
     width = 2
     successors = 2
     chunk_length = 30
+    weights = { implicit = 1.0, plain = 0.5 }
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from ivg.models.loading import eos_ids
 from ivg.models.reader import Reader
 from ivg.models.vocab import Vocabulary
 from ivg.types import Beam, Prompt, SamplingParams, TokenGuidance, Value, new_key
+from ivg.values.base import CompositeValue
 
 
 class GuidanceLogitsProcessor(LogitsProcessor):
@@ -94,7 +95,7 @@ class SearchGenerate:
 
     def __init__(self, tokenizer: Any, values: Mapping[str, Value], method: str = "ivg", seed: int = 0, **settings: Any) -> None:
         self.tokenizer, self.seed = tokenizer, seed
-        self.search = strategy(method, **settings).search(values)
+        self.search = strategy(method, **settings).search(values, CompositeValue)
 
     def __call__(
         self,

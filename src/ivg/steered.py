@@ -54,6 +54,7 @@ class SteeredModel:
     ) -> None:
         self.base, self.values, self.sampling, self.max_beams = base, dict(values or {}), sampling, max_beams
         self.engine = TransformersEngine(base)
+        self._composites: dict[tuple[tuple[float, int], ...], Value] = {}
 
     @classmethod
     def from_pretrained(
@@ -122,6 +123,11 @@ class SteeredModel:
             value = FunctionValue(value, name)
         self.values[name] = value
 
+    def _combined(self, parts: Sequence[tuple[float, Value]], name: str) -> Value:
+        """The same object for the same values and weights, so that requests which share it are scored together."""
+        key = tuple((weight, id(value)) for weight, value in parts)
+        return self._composites.setdefault(key, CompositeValue(parts, name))  # holds its parts: no id is used again
+
     @property
     def methods(self) -> list[str]:
         """Named methods for which all values are at hand."""
@@ -138,9 +144,19 @@ class SteeredModel:
         return chosen
 
     def request(
-        self, prompt: PromptLike, method: str | Strategy = "ivg", *, seed: int = 0, index: int = 0, trace: bool = False, **settings: Any
+        self,
+        prompt: PromptLike,
+        method: str | Strategy = "ivg",
+        *,
+        seed: int = 0,
+        index: int = 0,
+        trace: bool = False,
+        record: bool = False,
+        **settings: Any,
     ) -> Request:
         """One request. ``settings`` are those of :class:`SamplingParams` and :class:`~ivg.decoding.strategies.Strategy`.
+
+        ``record`` fills ``Completion.guide_shift``; ``trace`` keeps the tree of beams besides.
 
         Raises:
             ConfigError: unknown or unusable settings; a value that the method needs is missing.
@@ -149,8 +165,8 @@ class SteeredModel:
         if "stop" in sampling:
             sampling["stop"] = (sampling["stop"],) if isinstance(sampling["stop"], str) else tuple(sampling["stop"])
         rest = {k: v for k, v in settings.items() if k not in _SAMPLING}
-        search = self.strategy(method, **rest).search(self.values)
-        return Request(Prompt.of(prompt), search, replace(self.sampling, **sampling), seed, index, trace)
+        search = self.strategy(method, **rest).search(self.values, self._combined)
+        return Request(Prompt.of(prompt), search, replace(self.sampling, **sampling), seed, index, trace, record)
 
     def searcher(self, max_beams: int | None = None) -> Searcher:
         """A fresh loop over this model's engine."""
@@ -188,9 +204,9 @@ class SteeredModel:
         found.release([h.key for h in hypotheses])
         return scores
 
-    def guidance(self, value: str, beta: float = 1.0, candidates: int = 0) -> TokenGuidance:
+    def guidance(self, value: str, beta: float = 1.0, candidates: int = 0, gate: float = 0.0) -> TokenGuidance:
         """Token guidance by the named value, for the pieces in ``ivg.hooks``."""
-        return TokenGuidance(self.values[value], beta, candidates)
+        return TokenGuidance(self.values[value], beta, candidates, gate=gate)
 
 
 def given(base: Reader, prompt: Prompt, response: str) -> Any:

@@ -33,6 +33,7 @@ def compare(
     arm: o.Arm = None,
     template: o.Template = None,
     beta: o.Beta = None,
+    settings: o.Settings = None,
     temperature: o.Temperature = None,
     top_k: o.TopK = None,
     top_p: o.TopP = None,
@@ -73,6 +74,8 @@ def _gold() -> RewardModel:
 
 def _row(model: SteeredModel, prompt: str, method: str, recipe: Recipe, judge: str | None, gold: RewardModel | None) -> tuple[str, ...]:
     settings = {**recipe.sampling.settings(), **recipe.search.settings()}
+    if method != recipe.search.method:  # what makes that method is not forced upon the others
+        settings = {k: v for k, v in settings.items() if k not in ("token", "select", "weights", "select_weights", "rule")}
     completion = model.generate(prompt, method, seed=recipe.run.seed, **settings)
     if completion.error:
         return (method, f"error: {completion.error}", "", "", "", "")

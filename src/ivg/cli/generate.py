@@ -64,6 +64,11 @@ def generate(
     token: o.Token = None,
     select: o.Select = None,
     candidates: o.Candidates = None,
+    gate: o.Gate = None,
+    weights: o.Weights = None,
+    select_weights: o.SelectWeights = None,
+    decay: o.Decay = None,
+    settings: o.Settings = None,
     temperature: o.Temperature = None,
     top_k: o.TopK = None,
     top_p: o.TopP = None,
@@ -209,7 +214,10 @@ def _provenance(recipe: Recipe) -> dict[str, Any]:
     """What an answer depends on, as it stands in every row."""
     settings = {**recipe.search.settings(), **recipe.sampling.settings()}
     models = {role: ref.path for role, ref in recipe.models.given.items()} or "embedded"
-    return {"method": recipe.search.method, "seed": recipe.run.seed, "settings": settings, "models": models}
+    out = {"method": recipe.search.method, "seed": recipe.run.seed, "settings": settings, "models": models}
+    if recipe.values:
+        out["values"] = {name: {role: ref.path for role, ref in value.given.items()} for name, value in recipe.values.items()}
+    return out
 
 
 def _open(output: Path) -> TextIO:

@@ -1,11 +1,13 @@
-"""``ivg models``: what is embedded, which methods there are."""
+"""``ivg models``: what is embedded, which methods there are, what can be set."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from typing import Any
 
-HELP = "List the embedded models and the methods."
+HELP = "List the embedded models, the methods, and the settings of methods."
 
 
 def models() -> None:
@@ -31,6 +33,23 @@ def models() -> None:
         length = "-" if s.chunk_length is None else str(s.chunk_length)
         rows.add_row(s.name, str(s.width), str(s.successors), length, s.token or "-", s.select or "-", s.summary)
     out.print(rows)
+    title = "\nSettings of methods (--set KEY=VALUE; in recipes the table search)"
+    settings = Table("setting", "default", "what", title=title, title_justify="left", box=None, pad_edge=False)
+    for name, default, meaning in setting_rows():
+        settings.add_row(name, default, meaning)
+    out.print(settings)
+
+
+def setting_rows() -> list[tuple[str, str, str]]:
+    """(name, default, meaning) of every setting of a method, as :class:`~ivg.decoding.strategies.Strategy` describes them."""
+    from dataclasses import fields
+
+    from ivg.decoding.strategies import Strategy
+
+    text = (inspect.getdoc(Strategy) or "").partition("Attributes:")[2]
+    entries = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", text, re.DOTALL | re.MULTILINE)
+    meanings = {name: " ".join(meaning.replace("``", "").split()) for name, meaning in entries}
+    return [(f.name, "-" if f.default in (None, ()) else str(f.default), meanings.get(f.name, "")) for f in fields(Strategy)[2:]]
 
 
 def _kind(config: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +45,26 @@ Candidates = Annotated[
     int | None,
     typer.Option("--guide-candidates", help="Re-score this many likely tokens (0: whole vocabulary where known).", rich_help_panel=_SEARCH),
 ]
+Gate = Annotated[
+    float | None,
+    typer.Option("--gate", help="Guide only tokens whose base entropy is at least this many nats (0: all).", rich_help_panel=_SEARCH),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option("--weights", help="Several values guide tokens: NAME=WEIGHT,NAME=WEIGHT (instead of --token).", rich_help_panel=_SEARCH),
+]
+SelectWeights = Annotated[
+    str | None,
+    typer.Option("--select-weights", help="Several values select: NAME=WEIGHT,… (instead of --select).", rich_help_panel=_SEARCH),
+]
+Decay = Annotated[
+    float | None,
+    typer.Option("--decay", help="Factor of W*K from chunk to chunk, the total unchanged (1: constant).", rich_help_panel=_SEARCH),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any other setting of the method, KEY=VALUE (see ivg models); may be repeated.", rich_help_panel=_SEARCH),
+]
 Temperature = Annotated[float | None, typer.Option("--temperature", "-t", help="0 is greedy. (default: 0.7)", rich_help_panel=_SAMPLING)]
 TopK = Annotated[int | None, typer.Option("--top-k", help="0 is off. (default: 0)", rich_help_panel=_SAMPLING)]
 TopP = Annotated[float | None, typer.Option("--top-p", help="1 is off. (default: 1)", rich_help_panel=_SAMPLING)]
@@ -79,9 +99,22 @@ def recipe_of(file: Path | None, templates: Sequence[str] | None, given: Mapping
         if not sign or ref is None:
             raise ConfigError(f"--template {text!r}\n  expected ROLE=TEMPLATE for a model that is given, e.g. base=chat")
         named[role] = {**ref, "template": template}
+    further = dict(_pair(text, set(SearchConfig.model_fields) - {"method"}) for text in given.get("settings") or ())
     settings = {
-        "search": {f: given.get(f) for f in SearchConfig.model_fields},
+        "search": {f: given.get(f) for f in SearchConfig.model_fields} | further,
         "sampling": {f: given.get(f) for f in SamplingConfig.model_fields if given.get(f) != []},
         "run": {f: given.get(f) for f in RunConfig.model_fields},
     }
     return recipe.override(models=named, **settings)
+
+
+def _pair(text: str, known: Collection[str]) -> tuple[str, str]:
+    """``KEY=VALUE`` of ``--set``; the recipe makes numbers of what should be numbers.
+
+    Raises:
+        ConfigError: no such setting, or no value.
+    """
+    key, sign, value = text.partition("=")
+    if not sign or key.strip() not in known:
+        raise ConfigError(f"--set {text!r}\n  expected KEY=VALUE with KEY one of {', '.join(sorted(known))}")
+    return key.strip(), value.strip()
