@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from ivg.demo import fudge, preference, rollouts
-from ivg.demo.corpus import EOS, Review, clean, pack, train_tokenizer
+from ivg.demo.corpus import EOS, Review, pack, train_tokenizer
 from ivg.demo.pretrain import Phase, PretrainConfig, batch, build_model, grow, learning_rate, orthogonalise, pretrain
+from ivg.evaluation.sentiment import clean, opening_words
 
 SHAPE = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
 CONFIG = PretrainConfig(
@@ -79,80 +79,38 @@ def test_corpus():
 
 
 def test_prompts_are_the_first_four_to_eight_words():
-    reviews = [Review(" ".join(f"w{i}-{j}" for j in range(20)), 1) for i in range(50)]
-    prompts = rollouts.opening_words(reviews, 30, seed=1)
+    reviews = [" ".join(f"w{i}-{j}" for j in range(20)) for i in range(50)]
+    prompts = opening_words(reviews, 30, seed=1)
     assert len(set(prompts)) == 30
     assert {len(p.split()) for p in prompts} == {4, 5, 6, 7, 8}
-    assert prompts == rollouts.opening_words(reviews, 30, seed=1)
+    assert prompts == opening_words(reviews, 30, seed=1)
     with pytest.raises(ValueError, match="only 50 of 60"):
-        rollouts.opening_words(reviews, 60, seed=1)
+        opening_words(reviews, 60, seed=1)
 
 
-def test_labels_follow_bradley_and_terry():
-    rows = [{"prompt": f"p{i}", "response": str(score), "score": score} for i in range(4000) for score in (0.0, 1.0)]
-    made = preference.pairs(rows, seed=0)
-    assert len(made) == 4000
-    share = np.mean([m["chosen_score"] > m["rejected_score"] for m in made])
-    assert share == pytest.approx(1 / (1 + np.exp(-1)), abs=0.02)
-
-
-def test_pair_accuracy():
-    assert preference.pair_accuracy([(1.0, 0.0), (0.0, 1.0), (2.0, 2.0), (3.0, 1.0)]) == 0.625
-
-
-def test_value_targets_cover_response_tokens_only():
-    ids, mask, rewards = fudge.table([([5, 6, 7, 8], 2, 0.5), ([1, 2, 3, 4, 5, 6, 7], 3, -1.0)], width=6)
-    assert ids.tolist() == [[5, 6, 7, 8, 0, 0], [1, 2, 3, 4, 5, 6]]
-    assert mask.tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1]]
-    assert rewards.tolist() == [0.5, -1.0]
-
-
-def test_factored_head_is_its_matrix():
-    torch.manual_seed(0)
-    head = fudge.FactoredHead(torch.nn.Embedding(20, 8))
-    for p in (head.shared, head.map, head.own.weight):
-        torch.nn.init.normal_(p)
-    hidden, tokens = torch.randn(3, 4, 8), torch.randint(0, 20, (3, 4))
-    expected = (hidden @ head.matrix().T).gather(-1, tokens[..., None])[..., 0]
-    assert torch.allclose(head(hidden, tokens), expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("head", ["vocabulary", "scalar"])
-def test_value_learns_what_it_can(head, tmp_path):
-    """Reward = how many of a response's tokens are 1; a trained value ranks finished responses by it."""
-    from ivg.testing import tiny_model
-
-    rng = np.random.default_rng(0)
-    rows = []
-    for _ in range(600):
-        tokens = rng.integers(1, 4, size=8).tolist()
-        rows.append(([0, *tokens], 1, float(tokens.count(1)) / 4))
-    config = fudge.FudgeConfig(epochs=12, batch=50, width=9, lr=3e-3)
-    torch.manual_seed(0)
-    model = fudge.train(tiny_model("llama", vocab_size=8).base_model, head, rows, config, tmp_path, compile=False)
-    ids = torch.tensor([r[0] for r in rows[:200]])
-    with torch.no_grad():
-        out = model(input_ids=ids).logits
-    got = out[:, -2].gather(1, ids[:, -1:])[:, 0] if head == "vocabulary" else out[:, -1, 0]
-    wanted = torch.tensor([r[2] for r in rows[:200]])
-    assert float(torch.corrcoef(torch.stack([got, wanted]))[0, 1]) > 0.8
-
-
-def test_rollouts_are_resumed_and_judged(tmp_path):
+def test_the_recipe_in_miniature_from_rollouts_to_values(tmp_path, monkeypatch):
+    """Every stage behind the language models and the judge runs, skips what is done, and leaves models that load."""
+    pytest.importorskip("trl")
+    from ivg.demo import recipe, settings
+    from ivg.demo.gold import GoldConfig, build
     from ivg.steered import SteeredModel
-    from ivg.testing import tiny_reader
 
-    class Judge:
-        def rewards(self, texts):
-            return [float(len(t)) for t in texts], [0] * len(texts)
-
-    model, prompts = SteeredModel(tiny_reader("base")), [f"Prompt {i}" for i in range(6)]
-    settings = {"samples": 2, "seed": 3, "slab": 2, "max_new_tokens": 4}
-    rollouts.rollout(model, Judge(), prompts, tmp_path / "a.jsonl", **settings)
-    whole = (tmp_path / "a.jsonl").read_text()
-    (tmp_path / "b.jsonl").write_text("".join(whole.splitlines(keepends=True)[:5]) + '{"prom')
-    rollouts.rollout(model, Judge(), prompts, tmp_path / "b.jsonl", **settings)
-    assert (tmp_path / "b.jsonl").read_text() == whole
-    rows = list(rollouts.read(tmp_path / "a.jsonl"))
-    assert len(rows) == 12
-    assert all(r["score"] == len(r["prompt"] + r["response"]) for r in rows)
+    for name, value in {"PAIR_PROMPTS": 40, "VALUE_PROMPTS": 20}.items():
+        monkeypatch.setattr(settings, name, value)
+    texts = [f"The film number {i} was {w} and the actors were {w} too, all of them" for i in range(60) for w in ("good", "bad")]
+    b = recipe.Build(tmp_path, tmp_path / "work", tmp_path / "out")
+    b.training_reviews = [Review(t, 1) for t in texts]
+    (tmp_path / "work").mkdir()
+    recipe.tokenizers(b)
+    shape = {**SHAPE, "vocab_size": 1024, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0}
+    monkeypatch.setattr(settings, "OTHER_BODY", {**shape, "num_hidden_layers": 1})
+    for name in ("base", "untuned"):
+        recipe.save(build_model(replace(CONFIG, model=shape), 2), b.work / "tokenizer.json", b.model(name))
+    recipe.save(build(GoldConfig(hidden=16), 1024), b.work / "tokenizer.json", b.model("gold"))
+    stages = ["pair-rollouts", "tuned", "value-rollouts", "value", "value-other"]
+    recipe.run(b, stages)
+    model = SteeredModel.from_pretrained(b.model("base"), tuned=b.model("tuned"), untuned=b.model("untuned"), value=b.model("value"))
+    assert model.generate("The film", "ivg", max_new_tokens=5).text
+    before = (b.model("value") / "model.safetensors").stat().st_mtime_ns
+    recipe.run(b, stages)
+    assert (b.model("value") / "model.safetensors").stat().st_mtime_ns == before

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ivg.errors import ConfigError
+from ivg.evaluation.sentiment import clean
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,12 +29,6 @@ class Review:
 
     text: str
     label: int
-
-
-def clean(text: str) -> str:
-    """One line break where the page had several, no space at the ends."""
-    lines = (" ".join(line.split()) for line in text.splitlines())
-    return "\n".join(line for line in lines if line)
 
 
 def read_reviews(folder: Path, *splits: str) -> list[Review]:

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ivg.demo import preference, rollouts, settings
+from ivg.demo import settings
 from ivg.demo.corpus import read_reviews
 from ivg.demo.pretrain import PretrainConfig, evaluate
+from ivg.diagnose.estimate import wins
+from ivg.records import read_jsonl
 
 MODELS = ("base", "untuned", "tuned", "value", "value-other", "gold")
 PRETRAINED = {"base": settings.BASE, "untuned": settings.GUIDE}
@@ -70,7 +72,7 @@ def measure(work: Path, data: Path, out: Path) -> dict[str, Any]:
     model.add_value("value-other", ExplicitValue.from_pretrained(out / "value-other", name="value-other"))
     metrics: dict[str, Any] = {"gold": {"accuracy_full_test_reviews": round(accuracy(gold, test), 4), "reviews": len(test)}}
     for name in ("pair", "value"):
-        rows = list(rollouts.read(work / f"rollouts-{name}.jsonl"))
+        rows = list(read_jsonl(work / f"rollouts-{name}.jsonl"))
         held = rows[len(rows) * 9 // 10 :][:2000]
         metrics[f"held_out_{name}_rollouts"] = {"responses": len(held), **_agreement(model, held)}
     for name, config in PRETRAINED.items():
@@ -114,7 +116,8 @@ def _agreement(model: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
             for i in range(0, len(rows) - 1, 2)
             if rows[i]["prompt"] == rows[i + 1]["prompt"] and gold[i] != gold[i + 1]
         ]
-        out[f"{name}_pair_accuracy"] = round(preference.pair_accuracy(pairs), 4)
+        better, worse = np.array(pairs).T
+        out[f"{name}_pair_accuracy"] = round(float(wins(better, worse).mean()), 4)
         out[f"{name}_correlation"] = round(float(np.corrcoef(scores, gold)[0, 1]), 4)
     return out
 

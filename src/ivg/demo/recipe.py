@@ -1,7 +1,8 @@
 """The one command that rebuilds the embedded models: ``python -m ivg.demo.recipe --data IMDB --work DIR``.
 
-Stages in order, each skipped when its result lies in the work directory; pre-training, rollouts and DPO also go on from where
-they were interrupted, the other stages (minutes) begin anew. Seeds are fixed; other machines round differently. Needs the
+Stages in order, each skipped when its result lies in the work directory; an interrupted stage goes on from where it was, but for
+`gold` and the tokenizers (minutes), which begin anew. Rollouts, pair and values are made by ``ivg.training``, as `ivg train` makes
+them. Seeds are fixed; other machines round differently. Needs the
 ``demo`` extra. About an hour and a half on two cores with bfloat16 instructions.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,10 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from ivg.demo import fudge, gold, preference, rollouts, settings
+from ivg.demo import gold, settings
 from ivg.demo.corpus import EOS, Review, pack, read_reviews, train_tokenizer
 from ivg.demo.package import HELD_OUT_TOKENS
 from ivg.embedded import ASSETS
+from ivg.evaluation.sentiment import opening_words
+from ivg.training.data import Rated, pair_up, read_rated
+from ivg.training.rollout import by_model, rollout
+from ivg.training.tune import dpo
+from ivg.training.value import train_value
+from ivg.types import Prompt
+
+SOURCES = ("rollouts-pair.jsonl", "rollouts-value.jsonl")
 
 
 @dataclass
@@ -111,63 +121,64 @@ def judge(b: Build) -> None:
     tokenizer.save_pretrained(b.model("gold"))
 
 
-def pair_rollouts(b: Build) -> None:
-    """Two samples of `untuned` at temperature 1 for each of the training prompts of the pair."""
-    prompts = rollouts.opening_words(b.training_reviews, settings.PAIR_PROMPTS, seed=10)
-    rollouts.rollout(
-        b.steered("untuned"), b.gold, prompts, b.work / "rollouts-pair.jsonl", samples=2, seed=10, temperature=1.0, max_new_tokens=50
+def sample(b: Build, writer: str, count: int, name: str, seed: int, samples: int, temperature: float) -> None:
+    """``samples`` responses of ``writer`` to the opening words of ``count`` reviews, scored by `gold`."""
+    prompts = [Prompt(text) for text in opening_words([r.text for r in b.training_reviews], count, seed=seed)]
+    rollout(
+        b.steered(writer),
+        prompts,
+        b.work / f"rollouts-{name}.jsonl",
+        by_model(b.gold),
+        samples=samples,
+        seed=seed,
+        provenance={"base": writer, "reward": "gold"},
+        temperature=temperature,
+        max_new_tokens=50,
+        ignore_eos=True,
     )
 
 
+def pair_rollouts(b: Build) -> None:
+    """Two samples of `untuned` at temperature 1 for each of the training prompts of the pair."""
+    sample(b, "untuned", settings.PAIR_PROMPTS, "pair", seed=10, samples=2, temperature=1.0)
+
+
 def tune(b: Build) -> None:
-    """`tuned` = DPO of `untuned`; the last tenth of the pairs is held out."""
-    made = preference.pairs(rollouts.read(b.work / "rollouts-pair.jsonl"), seed=11)
-    train = made[: len(made) * 9 // 10]
-    preference.tune(b.model("untuned"), train, b.work / "tuned", settings.DPO)
-    (b.work / "tuned" / "final").rename(b.model("tuned"))
+    """`tuned` = DPO of `untuned` on pairs labelled by Bradley and Terry; the last tenth of the prompts is held out."""
+    made = pair_up(read_rated(b.work / "rollouts-pair.jsonl"), seed=11)
+    dpo(b.model("untuned"), made, b.work / "tuned", settings.DPO, sources=["rollouts-pair.jsonl"])
+    shutil.copytree(b.work / "tuned", b.model("tuned"))
 
 
 def value_rollouts(b: Build) -> None:
     """Several samples of `base` for each of the training prompts of the values, near the temperature of use."""
-    prompts = rollouts.opening_words(b.training_reviews, settings.VALUE_PROMPTS, seed=20)
-    rollouts.rollout(
-        b.steered("base"), b.gold, prompts, b.work / "rollouts-value.jsonl", samples=4, seed=20, temperature=0.85, max_new_tokens=50
-    )
+    sample(b, "base", settings.VALUE_PROMPTS, "value", seed=20, samples=4, temperature=0.85)
 
 
-def value_rows(b: Build) -> list[dict[str, Any]]:
-    """Rollouts that values are trained on; of either file, the last tenth of the prompts is held out."""
-    out: list[dict[str, Any]] = []
-    for name in ("rollouts-pair.jsonl", "rollouts-value.jsonl"):
-        rows = list(rollouts.read(b.work / name))
+def value_rows(b: Build) -> list[Rated]:
+    """Rollouts that values are trained on; of either file, the last tenth of the rows is held out."""
+    out: list[Rated] = []
+    for name in SOURCES:
+        rows = read_rated(b.work / name)
         out += rows[: len(rows) * 9 // 10]
     return out
 
 
 def value(b: Build) -> None:
     """`value`: vocabulary head on the body of `untuned`."""
-    from transformers import AutoModel, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(b.model("untuned"))
-    body = AutoModel.from_pretrained(b.model("untuned"), dtype="float32")
-    rows = fudge.rows_of(value_rows(b), tokenizer, as_text=False)
-    model = fudge.train(body, "vocabulary", rows, settings.VALUE, b.work / "value")
-    model.save_pretrained(b.model("value"))
-    tokenizer.save_pretrained(b.model("value"))
+    train_value(b.model("untuned"), value_rows(b), b.work / "value", settings.VALUE, sources=SOURCES)
+    shutil.copytree(b.work / "value", b.model("value"))
 
 
 def value_other(b: Build) -> None:
     """`value-other`: scalar head, smaller, from nothing, with a tokenizer of its own."""
     import torch
-    from transformers import LlamaConfig, LlamaModel
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = wrap_tokenizer(b.work / "tokenizer-other.json")
     torch.manual_seed(settings.VALUE_OTHER.seed)
-    body = LlamaModel(LlamaConfig(**settings.OTHER_BODY))
-    rows = fudge.rows_of(value_rows(b), tokenizer, as_text=True)
-    model = fudge.train(body, "scalar", rows, settings.VALUE_OTHER, b.work / "value-other")
-    model.save_pretrained(b.model("value-other"))
-    tokenizer.save_pretrained(b.model("value-other"))
+    save(LlamaForCausalLM(LlamaConfig(**settings.OTHER_BODY)), b.work / "tokenizer-other.json", b.work / "value-other-start")
+    train_value(b.work / "value-other-start", value_rows(b), b.work / "value-other", settings.VALUE_OTHER, settings.SCALAR, sources=SOURCES)
+    shutil.copytree(b.work / "value-other", b.model("value-other"))
 
 
 def package(b: Build) -> None:

@@ -6,11 +6,12 @@ Data: rows with ``prompt`` (the paper's imdb_preference, in file order), or with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 
+import numpy as np
+
 from ivg.config import EvalConfig
-from ivg.demo.corpus import Review, clean
-from ivg.demo.rollouts import opening_words
 from ivg.errors import ConfigError
 from ivg.evaluation.task import Example, Tables, Task
 from ivg.tables import read_rows
@@ -40,7 +41,7 @@ class Sentiment(Task):
         if "prompt" in first:
             found = [first["prompt"], *(r["prompt"] for r in islice(rows, (config.prompts or PROMPTS) - 1))]
         elif "text" in first:
-            reviews = [Review(clean(r["text"]), -1) for r in (first, *rows)]
+            reviews = [clean(r["text"]) for r in (first, *rows)]
             try:
                 found = opening_words(reviews, config.prompts or PROMPTS, seed=config.shuffle or 0)
             except ValueError as e:
@@ -55,3 +56,26 @@ class Sentiment(Task):
             "sampling": {"temperature": 0.7, "max_new_tokens": 50, "ignore_eos": True},
             "search": {"width": 4, "successors": 4, "chunk_length": 5, "beta": 1.0},
         }
+
+
+def clean(text: str) -> str:
+    """One line break where the page had several, no space at the ends."""
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def opening_words(texts: Sequence[str], count: int, seed: int, shortest: int = 4, longest: int = 8) -> list[str]:
+    """Prompts: the first 4 to 8 words of ``count`` texts, drawn without replacement.
+
+    Raises:
+        ValueError: fewer than ``count`` texts are long enough.
+    """
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in rng.permutation(len(texts)):
+        words = texts[i].split()
+        if len(words) > longest:
+            out.append(" ".join(words[: int(rng.integers(shortest, longest + 1))]))
+        if len(out) == count:
+            return out
+    raise ValueError(f"only {len(out)} of {count} prompts: the texts are too few or too short")

@@ -1,0 +1,67 @@
+"""Which target trains the best value? FUDGE, TD(λ), CD-Q, refinement rounds; vocabulary against scalar head. Every step resumes.
+
+    .venv/bin/python benchmarks/values.py --rollouts build/demo/rollouts-value.jsonl --work build/values
+    .venv/bin/ivg eval sentiment --recipe recipes/embedded-values.toml --data ../shared/data/imdb --out build/values/eval
+
+The rollouts are those of the embedded models' recipe (`python -m ivg.demo.recipe --data ../shared/data/imdb`, stage
+value-rollouts): samples of `base`, scored by `gold`. All values start from `untuned`, see the same rollouts equally often, and are
+measured on the same held-out prompts; refinement sees its own rollouts besides.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+HOW = "--lr 1.5e-3 --epochs 2 --batch-size 64 --max-length 80 --limit 16000 --seed 4"
+GUIDED = "--base embedded:base --reward embedded:gold --method token-explicit --samples 1 --temperature 0.85 --max-new-tokens 50 --ignore-eos"
+VALUES = {
+    "refined": f"--rounds 2 {GUIDED}",
+    "td": "--target td",
+    "td-0.5": "--target td --lambda 0.5",
+    "cd-q": "--target cd-q --base embedded:base",
+    "scalar": "--head scalar",
+    "scalar-td": "--head scalar --target td",
+    "plain": "--plain",
+}
+"""Name -> what differs. ``refined`` holds FUDGE (round-0), one round (round-1) and two rounds (round-2)."""
+
+
+def folders(work):
+    """Where each finished value lies."""
+    rounds = {"fudge": "refined/round-0", "round 1": "refined/round-1", "round 2": "refined/round-2"}
+    return {name: work / folder for name, folder in (rounds | {n: n for n in VALUES if n != "refined"}).items()}
+
+
+def table(work):
+    """Held-out figures of every value that is there, as Markdown and as JSON."""
+    found = {n: json.loads((f / "metrics.json").read_text()) for n, f in folders(work).items() if (f / "metrics.json").exists()}
+    parts = (25, 50, 75, 100)
+    head = " | ".join(f"{p} %" for p in parts)
+    lines = [f"| value | pair accuracy after {head} | RMSE after {head} |", "|---" * 9 + "|"]
+    for name, m in found.items():
+        cells = [f"{m[f'{what}_{p}']:.3f}" for what in ("pair_accuracy", "rmse") for p in parts]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines), {n: {k: v for k, v in m.items() if k != "log"} for n, m in found.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rollouts", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("build/values"))
+    parser.add_argument("--only", nargs="+", choices=VALUES, default=list(VALUES))
+    args = parser.parse_args()
+    for name in args.only:
+        command = f"train value --model embedded:untuned --data {args.rollouts} --out {args.work / name} {HOW} {VALUES[name]}"
+        print(f"ivg {command}", flush=True)
+        subprocess.run([sys.executable, "-m", "ivg", *shlex.split(command)], check=True)
+    markdown, figures = table(args.work)
+    (args.work / "table.md").write_text(markdown + "\n")
+    print(markdown)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
