@@ -15,7 +15,7 @@ from html import escape
 from typing import Any
 
 from ivg.errors import MissingDependencyError
-from ivg.evaluation.labels import place
+from ivg.evaluation.labels import Mark, place
 from ivg.evaluation.metrics import pareto
 
 Results = dict[str, Any]
@@ -79,13 +79,7 @@ def _divergence(results: Results, judge: str) -> Figure:
     fig, ax = _axes(
         f"{_named(judge)} against divergence from the base", "KL(method ‖ base) of an answer, nats", f"{_named(judge)}, mean over prompts"
     )
-    points = []
-    for label, m in known.items():
-        kl, reward = m["kl"], m[judge]
-        points.append(_point(ax, label, m["family"], kl, reward, hollow=kl["bound"]))
-        if kl["bound"]:
-            ax.annotate("", (kl["mean"], reward["mean"]), (-14, 0), textcoords="offset points", arrowprops=_arrow(m["family"]))
-    place(ax, points)
+    place(ax, [_point(ax, k, m["family"], m["kl"], m[judge], bound=m["kl"]["bound"]) for k, m in known.items()])
     bounds = [k for k, m in known.items() if m["kl"]["bound"]]
     note = "hollow, arrow to the left: an upper bound, since selection adds at most so much" if bounds else ""
     missing = [k for k in results["methods"] if k not in known]
@@ -117,8 +111,7 @@ def _compute(results: Results, judge: str) -> Figure:
                 color=_LIGHT["muted"],
                 fontsize=7.5,
             )
-    points = [_point(ax, k, m["family"], {"mean": m["flops"]}, m[judge]) for k, m in methods.items() if m["flops"]]
-    place(ax, points)
+    place(ax, [_point(ax, k, m["family"], {"mean": m["flops"]}, m[judge]) for k, m in methods.items() if m["flops"]])
     _legend(fig, ax, methods, f"grey line: best of N base samples by the {bank['by']} value, with 95 % interval" if curve else "")
     listed = "; ".join(f"{k}: {m['flops']:.3g} FLOPs, {m[judge]['mean']:+.2f}" for k, m in methods.items())
     return _figure(fig, "reward-compute", f"{_named(judge)} against computation, best-of-N beside", listed)
@@ -162,22 +155,22 @@ def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
     return fig, ax
 
 
-def _point(ax: Any, label: str, kind: str, x: Results, y: Results, *, hollow: bool = False) -> tuple[str, float, float, str]:
-    """One method: mean with intervals in both directions; gives back what its name needs."""
+def _point(ax: Any, label: str, kind: str, x: Results, y: Results, *, bound: bool = False) -> Mark:
+    """One method: mean with intervals in both directions; a bound is hollow and has an arrow to where the truth may lie."""
     colour = _LIGHT[kind]
 
-    def arms(e: dict[str, float]) -> list[list[float]] | None:
-        return [[max(0.0, e["mean"] - e["low"])], [max(0.0, e["high"] - e["mean"])]] if "low" in e else None
+    def reach(e: dict[str, float]) -> tuple[float, float]:
+        return min(e.get("low", e["mean"]), e["mean"]), max(e.get("high", e["mean"]), e["mean"])
 
+    (left, right), (low, high) = reach(x), reach(y)
     ax.errorbar(
-        x["mean"], y["mean"], xerr=arms(x), yerr=arms(y), fmt=FAMILIES[kind][1], color=colour, ms=7, mew=1.5, elinewidth=1.1,
-        mfc=_LIGHT["paper"] if hollow else colour, mec=colour, zorder=3,
+        x["mean"], y["mean"], xerr=[[x["mean"] - left], [right - x["mean"]]], yerr=[[y["mean"] - low], [high - y["mean"]]],
+        fmt=FAMILIES[kind][1], color=colour, ms=7, mew=1.5, elinewidth=1.1, mfc=_LIGHT["paper"] if bound else colour, mec=colour, zorder=3,
     )  # fmt: skip
-    return label, x["mean"], y["mean"], colour
-
-
-def _arrow(kind: str) -> dict[str, Any]:
-    return {"arrowstyle": "<-", "color": _LIGHT[kind], "lw": 1.0, "shrinkA": 0, "shrinkB": 5}
+    if bound:
+        arrow = {"arrowstyle": "<-", "color": colour, "lw": 1.0, "shrinkA": 0, "shrinkB": 5}
+        ax.annotate("", (x["mean"], y["mean"]), (-14, 0), textcoords="offset points", arrowprops=arrow)
+    return Mark(label, x["mean"], y["mean"], colour, (left, low, right, high), bound)
 
 
 def _legend(fig: Any, ax: Any, methods: dict[str, Any], note: str) -> None:

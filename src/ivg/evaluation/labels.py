@@ -3,39 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+NEAR = 14
+"""Pixels within which a name needs no line to its point."""
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top, in pixels."""
 
 
-def place(ax: Any, points: Sequence[tuple[str, float, float, str]]) -> None:
-    """Write every name near its point: nearest free place first, with a thin line where that is not beside the point.
+@dataclass(frozen=True)
+class Mark:
+    """A point with a name: where it is (data coordinates), how far its intervals reach, whether an arrow leaves it to the left."""
 
-    Args:
-        ax: axes that hold the points already.
-        points: (name, x, y, colour).
-    """
+    name: str
+    x: float
+    y: float
+    colour: str
+    reach: Box
+    arrow: bool = False
+
+
+def place(ax: Any, marks: Sequence[Mark]) -> None:
+    """Write every name near its point: nearest free place first, with a thin line where that is not beside the point."""
     fig = ax.figure
     fig.draw_without_rendering()
     renderer = fig._get_renderer()
-    where = [tuple(ax.transData.transform((x, y))) for _, x, y, _ in points]
-    taken: list[Box] = [(x - 6, y - 6, x + 6, y + 6) for x, y in where]
+    scale = fig.dpi / 72
     frame = ax.get_window_extent(renderer)
     limits = (frame.x0, frame.y0, frame.x1, frame.y1)
-    scale = fig.dpi / 72
-    for (name, x, y, colour), (px, py) in sorted(zip(points, where, strict=True), key=lambda pair: (-pair[1][1], pair[1][0])):
-        text = ax.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=8.5, color=colour, annotation_clip=False)
+    where = [tuple(ax.transData.transform((m.x, m.y))) for m in marks]
+    taken = [box for m, at in zip(marks, where, strict=True) for box in _drawn(ax, m, at, scale)]
+    for m, (px, py) in sorted(zip(marks, where, strict=True), key=lambda pair: (-pair[1][1], pair[1][0])):
+        text = ax.annotate(m.name, (m.x, m.y), (0, 0), textcoords="offset points", fontsize=8.5, color=m.colour, annotation_clip=False)
         size = text.get_window_extent(renderer)
         left, bottom, distance = best(px, py, size.width, size.height, taken, limits)
         text.set_position(((left - px) / scale, (bottom - py) / scale))
+        text.set_in_layout(False)
         box = (left, bottom, left + size.width, bottom + size.height)
         taken.append(box)
-        if distance > 14:
-            cx, cy = min(max(px, box[0]), box[2]), min(max(py, box[1]), box[3])
-            start, end = ax.transData.inverted().transform([(px, py), (cx, cy)])
-            ax.plot([start[0], end[0]], [start[1], end[1]], color=colour, lw=0.6, alpha=0.7, zorder=2, scalex=False, scaley=False)
-        text.set_in_layout(False)
+        if distance > NEAR:
+            end = min(max(px, box[0]), box[2]), min(max(py, box[1]), box[3])
+            (x0, y0), (x1, y1) = ax.transData.inverted().transform([(px, py), end])
+            ax.plot([x0, x1], [y0, y1], color=m.colour, lw=0.6, alpha=0.7, zorder=2, scalex=False, scaley=False)
+
+
+def _drawn(ax: Any, m: Mark, at: tuple[float, ...], scale: float) -> Iterator[Box]:
+    """What is drawn at a point: the marker, its intervals, its arrow."""
+    x, y = at
+    (x0, y0), (x1, y1) = ax.transData.transform([m.reach[:2], m.reach[2:]])
+    yield x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale
+    yield x - scale, y0, x + scale, y1
+    yield x0, y - scale, x1, y + scale
+    if m.arrow:
+        yield x - 15 * scale, y - 2 * scale, x, y + 2 * scale
 
 
 def best(x: float, y: float, width: float, height: float, taken: Sequence[Box], limits: Box) -> tuple[float, float, float]:

@@ -31,8 +31,8 @@ th,td{padding:6px 12px 6px 0;text-align:right;white-space:nowrap;border-bottom:1
 th{font-weight:600;color:var(--muted);vertical-align:bottom;white-space:normal}
 th:first-child,td:first-child{text-align:left;font-weight:600}
 tr.base td{background:color-mix(in srgb,var(--grid) 45%,transparent)}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(520px,100%),1fr));gap:24px}
-figure{margin:0} figure svg{width:100%;height:auto;display:block}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(640px,100%),1fr));gap:24px}
+figure{margin:0;max-width:820px} figure svg{width:100%;height:auto;display:block}
 details{border-top:1px solid var(--grid);padding:10px 0} summary{cursor:pointer;font-weight:600}
 summary:focus-visible{outline:2px solid var(--token);outline-offset:3px}
 .answers{display:grid;grid-template-columns:repeat(auto-fill,minmax(270px,1fr));gap:12px;margin-top:12px}
