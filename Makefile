@@ -6,11 +6,11 @@ TORCH_INDEX ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN = $(VENV)/bin
 
-.PHONY: help install demo test lint types contract unit docs table clean
+.PHONY: help install demo test lint types contract unit docs reproduce-sentiment clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time) …"
@@ -46,8 +46,9 @@ unit: $(VENV)/.dev
 docs: $(VENV)/.dev ## rewrite docs/cli.md
 	@$(RUN)/python -m ivg.cli.reference > docs/cli.md
 
-table: $(VENV)/.dev ## the README's table of methods (needs ../shared/data/imdb; about 15 minutes)
-	@$(RUN)/python benchmarks/methods.py --data ../shared/data/imdb --out build/methods
+reproduce-sentiment: $(VENV)/.dev ## all methods on the embedded models, 200 prompts, 3 seeds, into docs/results/sentiment (needs ../shared/data/imdb)
+	@$(RUN)/ivg eval sentiment --recipe recipes/embedded-sentiment.toml --data ../shared/data/imdb \
+		--out build/reproduce-sentiment --jobs 2 --docs docs/results/sentiment
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
