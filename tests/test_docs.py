@@ -10,6 +10,7 @@ import pytest
 
 from ivg.cli import main
 from ivg.config import Recipe
+from ivg.evaluation.lengthcontrol import GLM_COLUMNS
 from ivg.testing import byte_tokenizer, tiny_model, tiny_value
 
 ROOT = Path(__file__).parents[1]
@@ -80,11 +81,25 @@ def write_preferences(path):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
+def write_rollouts(path):
+    """Two rated responses to each prompt, as ``ivg train rollout`` writes them."""
+    rows = [
+        {"prompt": f"The film number {i} was", "response": r, "score": s} for i in range(20) for r, s in ((" great.", 2.0), (" bad.", -2.0))
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
 @pytest.mark.parametrize("line", lines())
 def test_lines_run(line, from_hub, tmp_path, monkeypatch, capsys):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    judged = {"instruction": "?", "output_1": "a", "output_2": "bb", "preference": 1.5}
+    (tmp_path / "judgements.jsonl").write_text(2 * (json.dumps(judged) + "\n"))
+    (tmp_path / "df_gamed.csv").write_text(",".join(GLM_COLUMNS) + "\n0,0.5,0.5,0.1,False,g\n1,-0.5,0.5,0.2,False,g\n")
+    (tmp_path / "instructions.json").write_text(json.dumps([{"instruction": f"Say {w}", "output": w} for w in ("hi", "ho")]))
     (tmp_path / "prompts.jsonl").write_text('{"id": 1, "prompt": "The movie was"}\n{"id": 2, "prompt": "I have to say"}\n')
     write_preferences(tmp_path / "preferences.jsonl")
+    if "train rollout" not in line:
+        write_rollouts(tmp_path / "rollouts.jsonl")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [*shlex.split(line, comments=True)])
     with pytest.raises(SystemExit) as end:
