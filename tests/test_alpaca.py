@@ -217,13 +217,8 @@ def test_length_control_leaves_no_traces(alpaca_eval, tmp_path):
 
 
 def test_without_difficulty_it_says_what_is_needed(alpaca_eval, tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
     monkeypatch.delenv(lengthcontrol.ENVIRONMENT, raising=False)
     monkeypatch.setattr(lengthcontrol, "_unreachable", {})
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(alpaca_eval.constants, "DEFAULT_CACHE_DIR", str(tmp_path))
     world = World(n=50)
 
     def away(**given):
@@ -713,3 +708,28 @@ def test_the_command(tmp_path, capsys, monkeypatch, alpaca_eval):
     code, _, err = run(judgements, "--difficulty", tmp_path / "absent.csv")
     assert code
     assert "cannot read the difficulty file" in err
+
+
+def test_all_stages(tmp_path, instructions):
+    """Embedded models, a reward model as judge: files, figures in the report, and nothing judged twice."""
+    from ivg.config import Recipe
+    from ivg.evaluation.plan import plan
+    from ivg.evaluation.runner import run
+
+    settings = {"task": "alpaca", "data": str(instructions[0]), "prompts": 3, "seeds": 2, "methods": ["base", "eft"]}
+    options = {"judge": "reward", "reward": "embedded:gold"}
+    recipe = Recipe.parse({"eval": {**settings, "options": options}, "sampling": {"max_new_tokens": 6}, "run": {"batch_size": 2}})
+    run(plan(recipe, tmp_path / "out"))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results["methods"]) == {"base", "eft"}
+    for label, figures in results["methods"].items():
+        rows = list(read_jsonl(tmp_path / "out" / "judgements" / f"{label}.jsonl"))
+        transcripts = list(read_jsonl(tmp_path / "out" / "transcripts" / f"{label}.jsonl"))
+        assert [(r["id"], r["seed"], r["output_2"]) for r in rows] == [(t["id"], t["seed"], t["text"].strip()) for t in transcripts]
+        assert figures["task"]["judged_win_rate"] == pytest.approx(win_rate(averaged(rows)).win_rate)
+        written = json.loads((tmp_path / "out" / "model_outputs" / f"{label}.json").read_text())
+        assert [w["output"] for w in written] == [r["output_2"] for r in rows[:3]]
+    assert "judged win rate" in (tmp_path / "out" / "report.md").read_text()
+    before = {p: p.read_bytes() for p in (tmp_path / "out" / "judgements").iterdir()}
+    run(plan(recipe, tmp_path / "out"), ["score"])
+    assert {p: p.read_bytes() for p in (tmp_path / "out" / "judgements").iterdir()} == before
