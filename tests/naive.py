@@ -54,7 +54,13 @@ class LogProb(Implicit):
         return outputs(self.arm, prompt + y)[-1].log_softmax(-1)
 
 
+def entropy(z):
+    return float(torch.distributions.Categorical(logits=z).entropy())
+
+
 def guided(z, s, value, prompt, y):
+    if entropy(z) < s.gate:
+        return z
     if s.normalise:
         z = z.log_softmax(-1)
     if s.candidates == 0 and value.deltas is not None:
@@ -90,11 +96,12 @@ def search(base, values, s, prompt, seed, temperature, limit, eos=0):
     seed, chunk = mix(seed, 0), s.chunk_length or limit
     score = (lambda y: values[s.select].score(prompt, y)) if s.select else (lambda y: 0.0)
     kept = [([], 0, False, 0.0)]
-    successors = s.width * s.successors
+    plan = budgets(-(-limit // chunk), s.width * s.successors, s.decay, s.width)
+    counts = [plan.pop(0)]
     while not all(done for _, _, done, _ in kept):
         pool = [hypothesis for hypothesis in kept if hypothesis[2] for _ in range(s.successors if s.original else 1)]
-        for y, lineage, done, _ in kept:
-            for k in range(0 if done else successors):
+        for (y, lineage, done, _), count in zip(kept, counts, strict=False):
+            for k in range(0 if done else count):
                 line = child_lineage(lineage, len(y), k)
                 new, end = grow(base, values, s, prompt, y, line, chunk, temperature, seed, limit, eos)
                 pool.append((new, line, end, score(new)))
@@ -109,5 +116,21 @@ def search(base, values, s, prompt, seed, temperature, limit, eos=0):
             kept = [pool[pick]]
         else:
             kept = sorted(pool, key=lambda p: -p[3])[: s.width]
-        successors = s.successors
+        budget = plan.pop(0) if plan else 0
+        counts = [budget // s.width + (i < budget % s.width) for i in range(s.width)]
     return kept[0][0], kept[0][3]
+
+
+def budgets(chunks, each, decay, least):
+    """Whole numbers in proportion to decay^i, none below ``least``, by taking one at a time from where there is too much."""
+    total, fixed = chunks * each, 0
+    while True:
+        weights = [decay**i for i in range(chunks - fixed)]
+        ideal = [(total - fixed * least) * w / sum(weights) for w in weights]
+        if ideal[-1] >= least or len(ideal) == 1:
+            break
+        fixed += 1
+    out = [math.floor(x + 1e-9) for x in ideal]
+    while sum(out) + fixed * least < total:
+        out[max(range(len(out)), key=lambda i: (ideal[i] - out[i], -i))] += 1
+    return out + [least] * fixed

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 import naive
+import naive_neighbours
 from ivg.decoding.search import Request, Search, Searcher
 from ivg.decoding.strategies import STRATEGIES, strategy
 from ivg.engine.transformers import TransformersEngine
 from ivg.testing import ARCHITECTURES, byte_tokenizer, tiny_model, tiny_reader, tiny_value
 from ivg.types import Prompt, SamplingParams
+from ivg.values.base import CompositeValue
 from ivg.values.implicit import AutoregressiveReward, ImplicitValue
 
 PROMPTS = ["The movie was", "I", "What a long prompt this one is", "Two", "It is", "He said: ", "never", "abc abc"]
@@ -42,7 +44,8 @@ class Bench:
 
     def reference(self, prompt, s, sampling, seed=5):
         ids = self.base.tokenizer(prompt).input_ids
-        return naive.search(self.base.model.network, self.naive, s, ids, seed, sampling.temperature, sampling.max_new_tokens)
+        method = {"reject": naive_neighbours.cards, "particles": naive_neighbours.smc}.get(s.rule, naive.search)
+        return method(self.base.model.network, self.naive, s, ids, seed, sampling.temperature, sampling.max_new_tokens)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -60,6 +63,8 @@ def small(name):
     sizes = {"width": 2, "successors": 2, "chunk_length": 3} if s.chunk_length and s.width > 1 else {}
     sizes |= {"successors": 3} if s.width == 1 and s.successors > 1 else {}
     sizes |= {"candidates": 4} if s.candidates else {}
+    sizes |= {"segment_min": 2, "segment_entropy": 4.2, "tries": 4} if s.rule == "reject" else {}
+    sizes |= {"gate": 4.2} if s.gate else {}
     return s.with_settings(**sizes)
 
 
@@ -76,7 +81,8 @@ FREE = {
 @pytest.mark.parametrize("name", list(STRATEGIES))
 def test_strategy_equals_naive(bench, name):
     s, sampling = small(name), SamplingParams(temperature=1.3, max_new_tokens=8)
-    for prompt, got in zip(PROMPTS[:2], bench.ours(PROMPTS[:2], s, sampling), strict=True):
+    prompts = PROMPTS[:2] if s.rule != "reject" else PROMPTS[2:4]  # a vocabulary head has no value of a prompt of one token
+    for prompt, got in zip(prompts, bench.ours(prompts, s, sampling), strict=True):
         tokens, score = bench.reference(prompt, s, sampling)
         assert list(got.token_ids) == tokens
         if s.select:
@@ -93,6 +99,53 @@ def test_free_combinations_equal_naive(llama, settings, length, limit):
         (got,) = llama.ours(PROMPTS[:1], s, sampling, seed)
         assert list(got.token_ids) == llama.reference(PROMPTS[0], s, sampling, seed)[0]
     assert all(r.model.live_rows == 0 for r in llama.readers)
+
+
+SEGMENTS = {"rule": "reject", "chunk_length": 64, "tries": 3, "segment_min": 2}
+FILTER = {"rule": "particles", "width": 4, "chunk_length": 3}
+NEIGHBOURS = {
+    "cards, guided": {**SEGMENTS, "token": "implicit", "select": "explicit", "segment_entropy": 4.3},
+    "cards, one value twice": {**SEGMENTS, "token": "implicit", "select": "implicit", "segment_entropy": 4.4, "gate": 4.3},
+    "cards, segments longer than a round": {**SEGMENTS, "select": "implicit", "segment_entropy": 4.55, "target": 3.0},
+    "cards, scalar": {**SEGMENTS, "select": "scalar", "segment_entropy": 4.4, "threshold_start": 0.2, "accept_scale": 2.0},
+    "smc, guided": {**FILTER, "token": "implicit", "select": "explicit", "particle_beta": 0.5},
+    "smc, guided over candidates": {**FILTER, "token": "scalar", "select": "implicit", "candidates": 5, "resample_below": 1.0},
+    "smc, one value twice": {**FILTER, "token": "implicit", "select": "implicit", "beta": 0.3, "resample_below": 0.8},
+    "smc, never resampled": {**FILTER, "select": "scalar", "resample_below": 0.0},
+    "smc, chunks longer than a round": {**FILTER, "chunk_length": 20, "token": "explicit", "select": "explicit", "beta": 0.1},
+    "gated, twice": {"token": "implicit", "select": "implicit", "gate": 4.3, "width": 2, "successors": 2, "chunk_length": 3},
+    "gated, long chunks": {"token": "explicit", "select": "implicit", "gate": 4.4, "width": 2, "successors": 2, "chunk_length": 20},
+    "gated, over candidates": {"token": "scalar", "candidates": 3, "gate": 4.3},
+    "gated so that little is left": {"token": "implicit", "gate": 4.55},
+    "adaptive, guided": {"token": "implicit", "select": "explicit", "decay": 0.6, "width": 2, "successors": 3, "chunk_length": 4},
+    "adaptive, soft": {"select": "explicit", "rule": "soft", "decay": 0.6, "successors": 3, "chunk_length": 4},
+}
+
+
+@pytest.mark.parametrize("settings", NEIGHBOURS.values(), ids=NEIGHBOURS.keys())
+def test_neighbours_equal_naive(llama, settings):
+    s = strategy("custom", **settings)
+    for seed, limit in ((1, 9), (2, 40)):
+        (got,) = llama.ours(PROMPTS[:1], s, SamplingParams(max_new_tokens=limit), seed)
+        tokens, _ = llama.reference(PROMPTS[0], s, SamplingParams(max_new_tokens=limit), seed)
+        assert list(got.token_ids) == tokens
+    assert all(r.model.live_rows == 0 for r in llama.readers)
+
+
+def test_weighted_values_guide_and_select(llama):
+    """Weights name a composite: the same tokens as one built by hand, at both levels."""
+    values = {**llama.values, "mixed": CompositeValue([(0.5, llama.values["implicit"]), (-1.0, llama.values["explicit"])])}
+    sampling = SamplingParams(max_new_tokens=9)
+    weights = {"implicit": 0.5, "explicit": -1.0}
+    by_weights = strategy("ivg", weights=weights, select_weights="implicit=0.5, explicit=-1", width=2, successors=2)
+    by_hand = strategy("ivg", token="mixed", select="mixed", width=2, successors=2)
+    assert by_weights.needs == {"implicit", "explicit"}
+    done = [
+        dict(llama.searcher.run([Request(Prompt(p), search, sampling, 3) for p in PROMPTS[:3]]))
+        for search in (by_weights.search(llama.values, CompositeValue), by_hand.search(values))
+    ]
+    assert [done[0][i].token_ids for i in range(3)] == [done[1][i].token_ids for i in range(3)]
+    assert done[0][0].token_ids != llama.ours(PROMPTS[:1], strategy("ivg", width=2, successors=2), sampling, 3)[0].token_ids
 
 
 @pytest.mark.parametrize("original", [False, True])
@@ -118,11 +171,12 @@ def test_greedy_base_equals_transformers(bench):
         assert list(got.token_ids) == expected[0, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("name", ["base", "eft", "args", "cbs-explicit", "ivg"])
+@pytest.mark.parametrize("name", ["base", "eft", "eft-gated", "args", "cbs-explicit", "adaptive", "cards", "smc", "ivg"])
 def test_batch_of_eight_equals_each_alone(llama, name):
     s, sampling = small(name), SamplingParams(max_new_tokens=12)
-    together = llama.ours(PROMPTS, s, sampling)
-    for prompt, got in zip(PROMPTS, together, strict=True):
+    prompts = [p for p in PROMPTS if p != "I"] if name == "cards" else PROMPTS
+    together = llama.ours(prompts, s, sampling)
+    for prompt, got in zip(prompts, together, strict=True):
         assert got.token_ids == llama.ours([prompt], s, sampling)[0].token_ids
 
 
@@ -131,8 +185,10 @@ def test_mixed_methods_and_late_joiners(llama):
     plans = [
         (p, small(n), SamplingParams(temperature=t, top_k=k, max_new_tokens=m))
         for p, n, t, k, m in zip(
-            PROMPTS, ["base", "ivg", "eft", "bon", "cbs-implicit", "args", "base", "ivg"], [1, 0.7, 0, 2, 1, 1, 0, 1.5],
-            [0, 5, 0, 0, 3, 0, 0, 0], [5, 9, 17, 4, 20, 3, 33, 12], strict=True,
+            [*PROMPTS, *PROMPTS[3:7]],
+            ["base", "ivg", "eft", "bon", "cbs-implicit", "args", "base", "ivg", "cards", "smc", "adaptive", "eft-gated"],
+            [1, 0.7, 0, 2, 1, 1, 0, 1.5, 1, 1, 1, 0.7], [0, 5, 0, 0, 3, 0, 0, 0, 0, 0, 4, 0],
+            [5, 9, 17, 4, 20, 3, 33, 12, 25, 18, 9, 20], strict=True,
         )
     ]  # fmt: skip
     requests = [Request(Prompt(p), s.search(llama.values), sampling, 9) for p, s, sampling in plans]

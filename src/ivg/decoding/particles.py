@@ -90,16 +90,17 @@ class ParticleRule:
             return Choice(particles, [], [], error=f"every particle drew a token that the base alone never draws: {advice}")
         weights = normalised(log_weights)
         seed = self.request.draw_seed
-        if all(b.finished for b, _ in particles):
-            (place,) = select.systematic(weights, 1, uniform(seed, self.chunks, _ANSWER))
-            return Choice(particles, [], [], particles[place])
         chosen = list(range(self.count))
-        if effective_size(weights) < self.settings.resample_below * self.count:
+        unfinished = not all(b.finished for b, _ in particles)
+        if unfinished and effective_size(weights) < self.settings.resample_below * self.count:
             chosen = select.systematic(weights, self.count, uniform(seed, self.chunks, _RESAMPLE))
-            log_weights = [0.0] * len(particles)
+            log_weights, weights = [0.0] * self.count, [1 / self.count] * self.count
         kept = [particles[i] for i in chosen]
+        answer = None
+        if all(b.finished for b, _ in kept):  # without resampling just now, kept are the particles, in their order
+            answer = kept[select.systematic(weights, 1, uniform(seed, self.chunks, _ANSWER))[0]]
         self.log_weights = {}
         for i in chosen:
             self.log_weights.setdefault(particles[i][0].key, []).append(log_weights[i])
         dropped = [(b, s) for b, s in grown if b.key not in self.log_weights]
-        return Choice(kept, dropped, [b for b, _ in dropped])
+        return Choice(kept, dropped, [b for b, _ in dropped], answer)

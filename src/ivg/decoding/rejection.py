@@ -5,7 +5,9 @@ t the tokens of the response up to the segment's end and n the most it may have,
 
     min(1, exp((V - threshold(t)) / accept_scale)),   threshold(t) = r0 + min(1, t / n) * (r* - r0),   r0 = (1 - a) * V(prompt) + a * r*.
 
-After ``tries`` rejections in one place the best of the rejected segments is taken (the earliest among equals).
+After ``tries`` rejections in one place the best of the rejected segments is taken (the earliest among equals). V(prompt) is
+the value of the empty response. A vocabulary head, trained on responses, has it from a position before them, and has none for
+a prompt of a single token: such a request ends with an error, unless a = 1 and r* is given, when V(prompt) is not needed.
 """
 
 from __future__ import annotations
@@ -37,11 +39,12 @@ def acceptance(settings: Rejection, value: float, threshold: float) -> float:
 class RejectionRule:
     """One prefix, which is kept while segments behind it are tried."""
 
-    reads_prompt, weighs = True, False
+    weighs = False
 
     def __init__(self, request: Request) -> None:
         assert request.search.rejection is not None
         self.request, self.settings = request, request.search.rejection
+        self.reads_prompt = self.settings.target is None or self.settings.threshold_start < 1
         self.limit = request.sampling.max_new_tokens
         self.prompt_value = 0.0
         self.tried = 0
@@ -70,17 +73,19 @@ class RejectionRule:
         self.tried += 1
         wanted = threshold(self.settings, self.prompt_value, len(tried[0].token_ids), self.limit)
         if uniform(self.request.draw_seed, length, number, _ACCEPT) < acceptance(self.settings, tried[1], wanted):
-            return self._settle(tried, [])
-        loser = tried if self.best is not None and tried[1] <= self.best[1] else self.best
-        self.best = self.best if loser is tried else tried
-        assert self.best is not None
+            return self._settle(tried, self.spare, [])
+        loser = self.best
+        if loser is None or tried[1] > loser[1]:
+            self.best = tried
+        else:
+            loser = tried
+        released = [] if loser is None else [loser[0]]
         if self.tried == self.settings.tries:
-            winner = self.best
-            return self._settle(winner, [] if winner is tried else [tried])
-        return Choice([prefix], [tried], [] if loser is None else [loser[0]])
+            assert self.best is not None
+            return self._settle(self.best, released, [] if self.best is tried else [tried])
+        return Choice([prefix], [tried], released)
 
-    def _settle(self, winner: Scored, dropped: list[Scored]) -> Choice:
+    def _settle(self, winner: Scored, released: list[Beam], dropped: list[Scored]) -> Choice:
         """``winner`` is the next prefix."""
-        others = [b for b in (*self.spare, *(b for b, _ in dropped)) if b.key != winner[0].key]
         self.tried, self.best = 0, None
-        return Choice([winner], dropped, others, winner if winner[0].finished else None)
+        return Choice([winner], dropped, released, winner if winner[0].finished else None)

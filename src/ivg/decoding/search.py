@@ -146,7 +146,7 @@ class Searcher:
         try:
             (live.rule.prompt_value,) = value.score([live.kept[0][0]])
         except PromptError as e:
-            return str(e)
+            return f"{e}\n  cards starts from the value of the prompt; target=… with threshold_start=1 does without"
         return f"the value {value.name} gave NaN for the prompt" if live.rule.prompt_value != live.rule.prompt_value else None
 
     @staticmethod

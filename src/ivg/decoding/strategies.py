@@ -238,7 +238,7 @@ _TABLE = (
         transform="centered",
     ),
     Strategy("genarm", "GenARM: log-probabilities of base and autoregressive reward model", token="arm", normalise=True),
-    Strategy("eft-gated", "EFT where the base is uncertain: only tokens of 2 nats or more are guided (SIA)", token="implicit", gate=2.0),
+    Strategy("eft-gated", "EFT where the base is in doubt: only tokens of 3 nats or more are guided (SIA)", token="implicit", gate=3.0),
     Strategy("cbs-implicit", "chunk-level beam search by the implicit value (weak-to-strong search)", select="implicit", **_CHUNKED),
     Strategy("cbs-explicit", "chunk-level beam search by the explicit value", select="explicit", **_CHUNKED),
     Strategy("cd-blockwise", "blockwise controlled decoding: the best of K chunks", successors=16, chunk_length=5, select="explicit"),

@@ -1,0 +1,69 @@
+"""CARDS and the particle filter written straight from METHOD, section 6, on the pieces of ``naive``: no cache, no batch."""
+
+import math
+
+import torch
+
+from ivg.draws import child_lineage, mix, uniform
+from naive import entropy, grow, guided, outputs
+
+
+def cards(base, values, s, prompt, seed, temperature, limit, eos=0):
+    """Segment rejection: (tokens, value)."""
+    seed, value = mix(seed, 0), values[s.select]
+    start = value.score(prompt, [])
+    target = start + s.accept_scale * math.log(s.tries) if s.target is None else s.target
+    first = (1 - s.threshold_start) * start + s.threshold_start * target
+    y, lineage, done, score = [], 0, False, None
+    while not done:
+        tried = []
+        for k in range(s.tries):
+            line = child_lineage(lineage, len(y), k)
+            new, end = list(y), False
+            while not end and len(new) - len(y) < s.chunk_length:
+                if len(new) - len(y) >= s.segment_min and entropy(outputs(base, prompt + new)[-1]) >= s.segment_entropy:
+                    break
+                new, end = grow(base, values, s, prompt, new, line, 1, temperature, seed, limit, eos)
+            v = value.score(prompt, new)
+            tried.append((v, -k, new, line, end))
+            if uniform(seed, len(y), k, 0xCA2D5) < math.exp(min(0, (v - first - len(new) / limit * (target - first)) / s.accept_scale)):
+                break
+        else:
+            tried.sort()
+        score, _, y, lineage, done = tried[-1]
+    return y, score
+
+
+def log_ratio(base, values, s, prompt, y, temperature):
+    """log pi_base - log pi_proposal of the last token."""
+    z = outputs(base, prompt + y[:-1])[-1]
+    moved = guided(z, s, values[s.token], prompt, y[:-1]) if s.token and s.beta else z
+    before, after = ((x / temperature).log_softmax(-1)[y[-1]] for x in (z, moved))
+    return float(before - after)
+
+
+def smc(base, values, s, prompt, seed, temperature, limit, eos=0):
+    """Particle filter with systematic resampling: (tokens, value)."""
+    seed, value, n = mix(seed, 0), values[s.select], s.width * s.successors
+    particles, chunks = [([], 0, False, 0.0, 0.0)] * n, 0
+    while not all(p[2] for p in particles):
+        chunks += 1
+        grown, seen = [p for p in particles if p[2]], {}
+        for y, lineage, done, weight, before in particles:
+            if done:
+                continue
+            k = seen[lineage, len(y)] = seen.get((lineage, len(y)), -1) + 1
+            line = child_lineage(lineage, len(y), k)
+            new, end = grow(base, values, s, prompt, y, line, s.chunk_length, temperature, seed, limit, eos)
+            v = value.score(prompt, new)
+            weight += s.particle_beta * (v - before)
+            weight += sum(log_ratio(base, values, s, prompt, new[: i + 1], temperature) for i in range(len(y), len(new)))
+            grown.append((new, line, end, weight, v))
+        particles = grown
+        w = torch.tensor([p[3] for p in particles], dtype=torch.float64).softmax(0)
+        if not all(p[2] for p in particles) and float(1 / (w**2).sum()) < s.resample_below * n:
+            picks = [int((w.cumsum(0) <= (uniform(seed, chunks, 0x5E5A) + i) / n).sum()) for i in range(n)]
+            particles = [(*particles[i][:3], 0.0, particles[i][4]) for i in picks]
+            w = torch.full((n,), 1 / n, dtype=torch.float64)
+    answer = particles[int((w.cumsum(0) <= uniform(seed, chunks, 0xA25)).sum())]
+    return answer[0], answer[4]
