@@ -3,8 +3,12 @@
     .venv/bin/python benchmarks/summarization.py --data ../shared/data/aeslc --work build/summarization
 
 Steps, each a command that resumes: `base` and `untuned` (SFT of the embedded language models on e-mails with their subjects),
-`gold` (reward model: human subjects against sampled and foreign ones), rollouts labelled by `gold`, `tuned` (DPO), `value`
-(FUDGE), then `ivg eval`. Nothing here knows sentiment; `gold` guides nothing.
+`gold` (reward model: human subjects against sampled and foreign ones), rollouts scored by `gold`, `tuned` (DPO), `value`
+(FUDGE). Then:
+
+    .venv/bin/ivg eval summarization --recipe recipes/local-summarization.toml --out build/summarization/eval
+
+Nothing here knows sentiment; `gold` guides nothing.
 """
 
 import argparse
@@ -38,17 +42,18 @@ def prepare(data, work):
     prompts = list(read_jsonl(work / "train.jsonl"))
     random.Random(1).shuffle(prompts)
     write_text(work / "rollout-prompts.jsonl", as_lines({"id": r["id"], "prompt": r["prompt"]} for r in prompts))
-    write_text(work / "gold-prompts.jsonl", as_lines({"id": r["id"], "prompt": r["prompt"]} for r in prompts[:8000]))
+    write_text(work / "gold-prompts.jsonl", as_lines({"id": r["id"], "prompt": r["prompt"]} for r in prompts[-5000:]))
 
 
 def preferences(work):
     """gold.jsonl: the human subject against a sampled one, and against the subject of another e-mail."""
     human = {r["id"]: r for r in read_jsonl(work / "train.jsonl")}
     ids = [r["id"] for r in read_jsonl(work / "gold-prompts.jsonl")]
+    place = {name: i for i, name in enumerate(ids)}
     rows = []
     for sample in read_jsonl(work / "gold-samples.jsonl"):
         mine = human[sample["id"]]
-        foreign = human[ids[(ids.index(sample["id"]) + 1 + sample["index"]) % len(ids)]]
+        foreign = human[ids[(place[sample["id"]] + 1) % len(ids)]]
         for other in (sample["text"], foreign["response"]):
             if other.strip().lower() != mine["response"].strip().lower():
                 rows.append({"prompt": mine["prompt"], "chosen": mine["response"], "rejected": other.rstrip()})
@@ -56,14 +61,38 @@ def preferences(work):
 
 
 def commands(work):
-    """(step, command or function) in order."""
-    small = "--set train_sampling_strategy=group_by_length --max-length 320 --warmup 0.1 --weight-decay 0.02 --eval-share 0.02"
-    sample = "--max-new-tokens 20 --stop '\\n' --seed 7"
+    """(step, command of ivg or function) in order; each does what is left to do."""
+    how = "--set train_sampling_strategy=group_by_length --max-length 320 --weight-decay 0.02"
+    write = "--max-new-tokens 20 --stop '\n' --dtype float32"
+    sft = f"train sft --loss all --lr 1e-3 --eval-share 0.02 --data {work}/train.jsonl {how}"
+    sample = f"train rollout --reward {work}/gold --prompts {work}/rollout-prompts.jsonl {write}"
     return [
-        ("base", f"train sft --model embedded:base --data {work}/train.jsonl --out {work}/base --loss all --epochs 1 --lr 1e-3 {small}"),
+        ("untuned", f"{sft} --model embedded:untuned --out {work}/untuned --epochs 2"),
+        ("base", f"{sft} --model embedded:base --out {work}/base --epochs 1"),
         (
-            "untuned",
-            f"train sft --model embedded:untuned --data {work}/train.jsonl --out {work}/untuned --loss all --epochs 2 --lr 1e-3 {small}",
+            "gold-samples",
+            f"generate --method base --base {work}/untuned --input {work}/gold-prompts.jsonl --output {work}/gold-samples.jsonl"
+            f" --temperature 1 --seed 7 --batch-size 256 {write}",
+        ),
+        ("gold-pairs", lambda: preferences(work)),
+        ("gold", f"train reward --model {work}/untuned --data {work}/gold.jsonl --out {work}/gold --epochs 1 --lr 5e-4 {how}"),
+        (
+            "pair-rollouts",
+            f"{sample} --base {work}/untuned --out {work}/rollouts-pair.jsonl --limit 5000 --samples 2 --temperature 1 --seed 2",
+        ),
+        (
+            "tuned",
+            f"train dpo --model {work}/untuned --data {work}/rollouts-pair.jsonl --out {work}/tuned --epochs 1 --lr 5e-4 --warmup 0.25"
+            f" --max-length 320 --weight-decay 0.05 --seed 3",
+        ),
+        (
+            "value-rollouts",
+            f"{sample} --base {work}/base --out {work}/rollouts-value.jsonl --limit 3000 --samples 4 --temperature 0.85 --seed 4",
+        ),
+        (
+            "value",
+            f"train value --model {work}/untuned --data {work}/rollouts-value.jsonl --data {work}/rollouts-pair.jsonl --out {work}/value"
+            f" --epochs 1.5 --lr 1.5e-3 --batch-size 64 {how}",
         ),
     ]
 
@@ -81,9 +110,9 @@ def main():
             continue
         if callable(command):
             command()
-            continue
-        print(f"{name}: ivg {command}", flush=True)
-        subprocess.run([sys.executable, "-m", "ivg", *shlex.split(command)], check=True)
+        else:
+            print(f"{name}: ivg {command}", flush=True)
+            subprocess.run([sys.executable, "-m", "ivg", *shlex.split(command)], check=True)
 
 
 if __name__ == "__main__":

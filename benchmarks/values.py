@@ -16,7 +16,9 @@ import sys
 from pathlib import Path
 
 HOW = "--lr 1.5e-3 --epochs 2 --batch-size 64 --max-length 80 --limit 16000 --seed 4"
-GUIDED = "--base embedded:base --reward embedded:gold --method token-explicit --samples 1 --temperature 0.85 --max-new-tokens 50 --ignore-eos"
+GUIDED = (
+    "--base embedded:base --reward embedded:gold --method token-explicit --samples 1 --temperature 0.85 --max-new-tokens 50 --ignore-eos"
+)
 VALUES = {
     "refined": f"--rounds 2 {GUIDED}",
     "td": "--target td",

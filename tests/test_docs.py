@@ -45,7 +45,7 @@ def hub(tmp_path_factory):
 
 def local(hub, path, role):
     """``path``, or the tiny model for its role where it is a hub id."""
-    return path if Path(path).exists() else str(hub / role)
+    return path if path.startswith("embedded:") or Path(path).exists() else str(hub / role)
 
 
 @pytest.fixture

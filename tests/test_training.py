@@ -74,6 +74,8 @@ def test_a_value_learns_its_rewards_and_loads(model, tmp_path, value, mode, leas
     scores = loaded.score([testing.hypothesis("p1", text, reader) for text in ("aaaaaaaa", "bcdbcdbc")])
     assert scores[0] > scores[1]
     assert "letters" in (tmp_path / "v" / "README.md").read_text()
+    loaded.save_pretrained(tmp_path / "copy")  # what push_to_hub uploads
+    assert (tmp_path / "copy" / "README.md").read_text() == (tmp_path / "v" / "README.md").read_text()
     assert not (tmp_path / "v" / "checkpoints").exists()
 
 

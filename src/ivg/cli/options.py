@@ -72,7 +72,10 @@ MinP = Annotated[float | None, typer.Option("--min-p", help="0 is off. (default:
 MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", help="Tokens of an answer at most (default: 50)", rich_help_panel=_SAMPLING)
 ]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends a response; may be repeated.", rich_help_panel=_SAMPLING)]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="Text that ends a response (\\n: a line break); may be repeated.", rich_help_panel=_SAMPLING),
+]
 IgnoreEos = Annotated[bool | None, typer.Option("--ignore-eos", help="Never end before --max-new-tokens.", rich_help_panel=_SAMPLING)]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of all draws (default: 0)", rich_help_panel=_RUN)]
 Number = Annotated[int | None, typer.Option("--n", help="Responses for each prompt. (default: 1)", rich_help_panel=_RUN)]
@@ -102,10 +105,15 @@ def recipe_of(file: Path | None, templates: Sequence[str] | None, given: Mapping
     further = dict(_pair(text, set(SearchConfig.model_fields) - {"method"}) for text in given.get("settings") or ())
     settings = {
         "search": {f: given.get(f) for f in SearchConfig.model_fields} | further,
-        "sampling": {f: given.get(f) for f in SamplingConfig.model_fields if given.get(f) != []},
+        "sampling": {f: given.get(f) for f in SamplingConfig.model_fields if given.get(f) != []} | _stops(given.get("stop")),
         "run": {f: given.get(f) for f in RunConfig.model_fields},
     }
     return recipe.override(models=named, **settings)
+
+
+def _stops(given: Sequence[str] | None) -> dict[str, Any]:
+    """A backslash and an n, as typed in a shell, are a line break."""
+    return {"stop": [text.replace("\\n", "\n") for text in given]} if given else {}
 
 
 def _pair(text: str, known: Collection[str]) -> tuple[str, str]:

@@ -132,10 +132,19 @@ def rollout(
         }
         settings = {**made.search.settings(), **made.sampling.settings()}
         r.rollout(
-            load_models(made), wanted, out, score, method=made.search.method, samples=samples, seed=made.run.seed,
+            load_models(_without_scorer(made)), wanted, out, score, method=made.search.method, samples=samples, seed=made.run.seed,
             provenance=provenance, **settings,
         )  # fmt: skip
     typer.echo(f"done: {out}", err=True)
+
+
+def _without_scorer(recipe: Recipe) -> Recipe:
+    """The recipe without its reward model, which scores what was sampled, unless the method itself uses it."""
+    from ivg.decoding.strategies import strategy
+
+    if "reward" in strategy(recipe.search.method, **recipe.search.settings()).needs:
+        return recipe
+    return recipe.model_copy(update={"models": recipe.models.model_copy(update={"reward": None})})
 
 
 def scorer(recipe: Recipe, function: str | None) -> tuple[str, Scorer]:

@@ -7,6 +7,7 @@ written first; another request is refused), ``checkpoints/`` while it trains. ``
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -86,6 +87,11 @@ class TrainingOptions:
         return self
 
 
+def first_process() -> bool:
+    """True but in the other processes of ``accelerate launch`` or ``torchrun``, which leave the folder alone."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 class Run:
     """The folder of one training run.
 
@@ -110,7 +116,7 @@ class Run:
                 raise ConfigError(f"{self.out} holds a run with other settings: {lines}\n  give another --out, or remove the folder")
         elif (self.out / "config.json").exists():
             raise ConfigError(f"{self.out} holds a model already\n  give another --out")
-        else:
+        elif first_process():
             write_json(note, self.request)
 
     @property
@@ -126,13 +132,16 @@ class Run:
             try:
                 json.loads((folder / "trainer_state.json").read_text())
             except (OSError, ValueError):
-                shutil.rmtree(folder, ignore_errors=True)
+                if first_process():
+                    shutil.rmtree(folder, ignore_errors=True)
                 continue
             return str(folder)
         return None
 
     def finish(self, metrics: Mapping[str, Any], card: str) -> dict[str, Any]:
         """The model lies in the folder: write its card, drop the checkpoints, and say that the run is done."""
+        if not first_process():
+            return dict(metrics)
         write_text(self.out / "README.md", card)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         write_json(self.out / "metrics.json", dict(metrics))

@@ -12,7 +12,7 @@ from typing import Any
 
 from ivg.errors import ConfigError
 from ivg.training import encoding
-from ivg.training.common import Run, TrainingOptions, arguments, load_for_training, lora, numbers, request_of, write_card
+from ivg.training.common import Run, TrainingOptions, arguments, first_process, load_for_training, lora, numbers, request_of, write_card
 from ivg.training.data import Demonstration, Preference, held_out
 
 Sources = Sequence[str | Path]
@@ -196,9 +196,10 @@ def _train(trainer: Any, run: Run, tokenizer: Any, left_out: int, kind: str, use
     if trainer.eval_dataset is not None:
         metrics["held_out"] = numbers([trainer.evaluate()])[0]
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(trained, "merge_and_unload"):
-        trained.save_pretrained(run.out / "adapter")
-        trained = trained.merge_and_unload()
-    trained.save_pretrained(run.out)
-    tokenizer.save_pretrained(run.out)
+    if first_process():
+        if hasattr(trained, "merge_and_unload"):
+            trained.save_pretrained(run.out / "adapter")
+            trained = trained.merge_and_unload()
+        trained.save_pretrained(run.out)
+        tokenizer.save_pretrained(run.out)
     return run.finish({**metrics, "log": log}, write_card(kind, run, metrics, use))

@@ -13,11 +13,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ivg.embedded import locate
 from ivg.errors import ConfigError, ModelError
 from ivg.models.value_head import ValueModel
 from ivg.models.vocab import Vocabulary
 from ivg.training import encoding
-from ivg.training.common import PARTS, Run, TrainingOptions, arguments, load_for_training, lora, numbers, request_of, write_card
+from ivg.training.common import (
+    PARTS,
+    Run,
+    TrainingOptions,
+    arguments,
+    first_process,
+    load_for_training,
+    lora,
+    numbers,
+    request_of,
+    write_card,
+)
 from ivg.training.data import Rated, held_out
 from ivg.training.encoding import Encoded
 from ivg.training.learner import Collator, ValueLearner, ValueOptions
@@ -66,9 +78,9 @@ def train_value(
     learner = ValueLearner(network, value, base)
     collator = Collator(tokenizer.pad_token_id, value.scale)
     metrics, log = _fit(learner, train, test, collator, options, run)
-    finished = learner.finished()
-    finished.save_pretrained(run.out)
-    tokenizer.save_pretrained(run.out)
+    if first_process():
+        learner.finished().save_pretrained(run.out)
+        tokenizer.save_pretrained(run.out)
     found = {"rows": len(train), "rows_left_out": len(rows) - len(train) - len(test), **metrics}
     use = 'Load it with `ivg.ExplicitValue.from_pretrained(THIS)`, or `--value THIS`.\nIts unit is that of the rewards, times "scale".'
     return run.finish({**found, "log": log}, write_card(f"Explicit value ({value.head} head, {value.target} targets)", run, found, use))
@@ -153,7 +165,7 @@ def _body(model: str | Path, value: ValueOptions, options: TrainingOptions) -> t
     """
     from transformers import AutoConfig, AutoModel
 
-    found = getattr(AutoConfig.from_pretrained(model, trust_remote_code=options.trust_remote_code), "ivg_value", None)
+    found = getattr(AutoConfig.from_pretrained(locate(model), trust_remote_code=options.trust_remote_code), "ivg_value", None)
     if found is not None:
         network, tokenizer = load_for_training(ValueModel, model, "value", options.trust_remote_code)
         if network.kind != value.head:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ivg.embedded import locate
 from ivg.models.loading import LoadOptions, load_value
 from ivg.models.reader import Reader
 from ivg.models.value_head import HeadKind, ValueModel
@@ -27,10 +28,11 @@ class ExplicitValue:
     Args:
         model: reads hypotheses with a :class:`~ivg.models.value_head.ValueModel`.
         name: in traces.
+        card: the model card (README.md) that goes with it.
     """
 
-    def __init__(self, model: Reader, name: str = "explicit") -> None:
-        self.model, self.name = model, name
+    def __init__(self, model: Reader, name: str = "explicit", card: str | None = None) -> None:
+        self.model, self.name, self.card = model, name, card
 
     @classmethod
     def from_pretrained(
@@ -51,12 +53,16 @@ class ExplicitValue:
             tokenizer: where the checkpoint has none beside it.
             name: in usage and traces.
         """
-        return cls(load_value(path, name, options, template, tokenizer), name)
+        readme = Path(locate(path)) / "README.md"
+        card = readme.read_text(encoding="utf-8") if readme.is_file() else None
+        return cls(load_value(path, name, options, template, tokenizer), name, card)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights, config and tokenizer; :meth:`from_pretrained` reads them back."""
+        """Write weights, config, tokenizer and card; :meth:`from_pretrained` reads them back."""
         self.network.save_pretrained(folder)
         self.model.tokenizer.save_pretrained(folder)
+        if self.card is not None:
+            (Path(folder) / "README.md").write_text(self.card, encoding="utf-8")
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> None:
         """Upload what :meth:`save_pretrained` writes."""
