@@ -53,6 +53,21 @@ def test_filters_equal_transformers():
         assert torch.allclose(got[~got.isinf()], expected[~expected.isinf()], atol=1e-5)
 
 
+def test_entropy_and_log_probabilities_by_hand():
+    z = torch.tensor([[0.5, 0.25, 0.25, 0.0], [1.0, 0.0, 0.0, 0.0]]).log()
+    assert f.entropy(z).tolist() == pytest.approx([1.5 * 0.6931472, 0.0])
+    assert f.entropy(torch.tensor([[float("nan"), 0.0]])).isnan().all()
+    tokens, rows = torch.tensor([1, 0]), [[], []]
+    cold = SamplingParams(temperature=0.5)  # probabilities 4 : 1 : 1
+    assert f.drawn_logps(z, [cold] * 2, rows, tokens, filters=False).exp().tolist() == pytest.approx([1 / 6, 1.0])
+    two = SamplingParams(temperature=0.5, top_p=0.7)  # the first two: 4 : 1
+    assert f.drawn_logps(z, [two, cold], rows, tokens, filters=False).exp().tolist() == pytest.approx([1 / 6, 1.0])
+    assert f.drawn_logps(z, [two, cold], rows, tokens, filters=True).exp().tolist() == pytest.approx([1 / 5, 1.0])
+    greedy = SamplingParams(temperature=0)
+    assert f.drawn_logps(z, [greedy] * 2, rows, tokens, filters=False).exp().tolist() == pytest.approx([0.25, 1.0])
+    assert f.drawn_logps(z, [greedy] * 2, rows, tokens, filters=True).tolist() == [0.0, 0.0]
+
+
 def test_draw_inverts_the_distribution():
     logits = torch.tensor([[0.25, 0.0, 0.5, 0.25]]).log().expand(4, 4)
     assert f.draw(logits, [0.0, 0.26, 0.74, 0.76]).tolist() == [0, 2, 2, 3]
@@ -225,6 +240,72 @@ def test_wrong_vocabulary_is_refused_unless_candidates():
         searcher.add(Request(Prompt("x"), Search(guidance=TokenGuidance(value))))
     searcher.add(Request(Prompt("x"), Search(guidance=TokenGuidance(value, 1.0, 5))))
     assert not searcher.live_requests
+
+
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+@pytest.mark.parametrize("gate", [0.0, 4.3])
+def test_recorded_shift_is_the_formula(temperature, gate):
+    """log pi_guided - log pi_base at the temperature (greedy: at 1), before top-k; nothing but with ``record`` or ``trace``."""
+    base, value = tiny_reader("base"), ImplicitValue(tiny_reader("tuned", seed=2), tiny_reader("untuned", seed=3))
+    sampling = SamplingParams(temperature=temperature, top_k=4, max_new_tokens=20, ignore_eos=True)
+    search = Search(guidance=TokenGuidance(value, 0.5, gate=gate))
+    silent, recorded, traced = run(
+        base, [Request(Prompt("I am"), search, sampling, 1, record=r, trace=t) for r, t in ((0, 0), (1, 0), (0, 1))]
+    )
+    assert silent.token_ids == recorded.token_ids == traced.token_ids
+    assert (silent.guide_shift, recorded.trace) == ((), ())
+    assert traced.guide_shift == pytest.approx(recorded.guide_shift, abs=1e-4)
+    ids = base.tokenizer("I am").input_ids
+    for token, shift in zip(recorded.token_ids, recorded.guide_shift, strict=True):
+        z, t, u = (naive.outputs(r.model.network, ids)[-1] for r in (base, value.tuned, value.untuned))
+        moved = z + 0.5 * (t - u) if naive.entropy(z) >= gate else z.clone()
+        moved[0] = z[0] = -torch.inf
+        both = [(x / (temperature or 1)).log_softmax(-1)[token] for x in (moved, z)]
+        assert shift == pytest.approx(float(both[0] - both[1]), abs=1e-3)
+        ids.append(token)
+    assert any(recorded.guide_shift)
+
+
+def test_a_gate_spares_the_guide():
+    """Gated, a guide reads each token once at most, and none behind the last place where it was asked."""
+    base, value = tiny_reader("base"), ImplicitValue(tiny_reader("tuned", seed=2), tiny_reader("untuned", seed=3))
+    passes = []
+    feed = value.tuned.model.feed
+    value.tuned.model.feed = lambda *a: (passes.append(1), feed(*a))[1]
+    sampling, read, calls = SamplingParams(max_new_tokens=40, ignore_eos=True), [], []
+    for gate in (0.0, 4.4, 100.0):
+        passes.clear()
+        (done,) = run(base, [Request(Prompt("I am"), Search(guidance=TokenGuidance(value, gate=gate)), sampling, 2)])
+        read.append(done.usage.forward_tokens.get("tuned", 0))
+        calls.append(len(passes))
+        assert done.usage.forward_tokens.get("untuned", 0) == read[-1]
+    assert read[0] == calls[0] + 3 == 4 + 39
+    assert 0 < read[1] <= read[0]
+    assert 0 < calls[1] < calls[0]
+    assert (read[2], calls[2]) == (0, 0)
+    assert value.tuned.model.live_rows == 0
+
+
+def test_logits_processor_with_a_gate_equals_engine():
+    base, value = tiny_reader("base"), ImplicitValue(tiny_reader("tuned", seed=2), tiny_reader("untuned", seed=3))
+    guidance = TokenGuidance(value, 1.0, gate=4.4)
+    (expected,) = run(base, [Request(Prompt("The"), Search(guidance=guidance), SamplingParams(temperature=0, max_new_tokens=12))])
+    inputs = byte_tokenizer()(["The"], return_tensors="pt")
+    processor = GuidanceLogitsProcessor(guidance, byte_tokenizer())
+    out = base.model.network.generate(**inputs, max_new_tokens=12, do_sample=False, logits_processor=[processor])
+    assert out[0, 3:].tolist()[: len(expected.token_ids)] == list(expected.token_ids)
+
+
+def test_custom_generate_takes_weights():
+    base, values = tiny_reader("base"), {"a": tiny_value(seed=5), "b": tiny_value(seed=6)}
+    inputs = byte_tokenizer()(["The"], return_tensors="pt")
+    search = SearchGenerate(byte_tokenizer(), values, "eft", weights={"a": 1.0, "b": -0.5})
+    out = base.model.network.generate(**inputs, custom_generate=search, do_sample=False, max_new_tokens=8)
+    mixed = CompositeValue([(1.0, values["a"]), (-0.5, values["b"])])
+    (expected,) = run(
+        base, [Request(Prompt("The"), Search(guidance=TokenGuidance(mixed)), SamplingParams(temperature=0, max_new_tokens=8))]
+    )
+    assert out[0, 3:].tolist()[: len(expected.token_ids)] == list(expected.token_ids)
 
 
 # Broken models

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivg.decoding import select
+from ivg.decoding.particles import normalised
+from ivg.decoding.rules import budgets
 from ivg.draws import child_lineage, uniform
 from ivg.engine.sampling import draw, keep_top_p
 from ivg.models.cached import common_length
@@ -36,6 +38,26 @@ def test_top_keeps_the_best(scores, width):
     kept = select.top(scores, width)
     assert len(kept) == len(set(kept)) == min(width, len(scores))
     assert sorted((scores[i] for i in kept), reverse=True) == sorted(scores, reverse=True)[:width]
+
+
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 6), st.floats(0.05, 1))
+def test_budgets_are_exact_and_fall(chunks, successors, width, decay):
+    got = budgets(chunks, width * successors, decay, width)
+    assert sum(got) == chunks * width * successors
+    assert len(got) == chunks
+    assert got == sorted(got, reverse=True)
+    assert min(got) >= width
+    assert budgets(chunks, width * successors, 1.0, width) == [width * successors] * chunks
+
+
+@given(numbers, st.integers(1, 40), st.floats(0, 1, exclude_max=True))
+def test_systematic_resampling_is_as_near_as_whole_numbers_can_be(log_weights, count, u):
+    weights = normalised(log_weights)
+    chosen = select.systematic(weights, count, u)
+    assert len(chosen) == count
+    assert chosen == sorted(chosen)
+    for i, weight in enumerate(weights):
+        assert abs(chosen.count(i) - count * weight) < 1 + 1e-6
 
 
 @given(numbers, st.integers(1, 25), st.floats(0.01, 10), st.integers(0, 1 << 40))

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from ivg.decoding import select
-from ivg.decoding.search import Request, Search, Searcher
+from ivg.decoding.search import Particles, Rejection, Request, Search, Searcher
 from ivg.decoding.strategies import STRATEGIES, strategy
 from ivg.errors import ConfigError
 from ivg.testing import FakeEngine
@@ -76,7 +76,11 @@ def test_everything_is_released():
     engine = FakeEngine()
     run(
         engine,
-        *(request(strategy(n).search({"explicit": COUNT_A}), 1) for n in ("base", "bon", "soft-bon", "cbs-explicit", "cd-blockwise")),
+        *(
+            request(strategy(n).search({"explicit": COUNT_A}), seed)
+            for n in ("base", "bon", "soft-bon", "cbs-explicit", "cd-blockwise", "cards", "smc", "adaptive")
+            for seed in range(5)
+        ),
     )
     assert engine.held == set()
 
@@ -179,15 +183,27 @@ def test_trace_is_a_tree():
     assert done.text in {n.text for n in done.trace[-1].kept}
 
 
-def test_same_seed_same_text_whatever_the_round_length(monkeypatch):
+@pytest.mark.parametrize("settings", [
+    {"width": 2, "successors": 2, "rule": "soft"}, {"width": 2, "successors": 2, "decay": 0.5},
+    {"rejection": Rejection(segment_entropy=2.1, segment_min=2, tries=5)}, {"width": 6, "particles": Particles()},
+], ids=["soft", "adaptive", "cards", "smc"])  # fmt: skip
+def test_same_seed_same_text_whatever_the_round_length(monkeypatch, settings):
     from ivg.decoding import search as module
 
-    search = Search(width=2, successors=2, chunk_length=7, value=COUNT_A, rule="soft")
-    texts = set()
-    for quantum in (1, 3, 16):
-        monkeypatch.setattr(module, "QUANTUM", quantum)
-        texts.add(completion(FakeEngine(), search, 5, max_new_tokens=30).text)
-    assert len(texts) == 1
+    search = Search(chunk_length=7, value=COUNT_A, **settings)
+    for seed in range(4):
+        texts = set()
+        for quantum in (1, 3, 16):
+            monkeypatch.setattr(module, "QUANTUM", quantum)
+            engine = FakeEngine(weights=doubtful)
+            texts.add(completion(engine, search, seed, max_new_tokens=30).text)
+            assert engine.held == set()
+        assert len(texts) == 1
+
+
+def doubtful(text):
+    """Flat behind a vowel (2.2 nats), else sure of b."""
+    return [1] * 9 if text[-1:] in ("a", "e") else [1, 9, 1, 1, 3, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("settings", [{"width": 0}, {"successors": 0}, {"chunk_length": 0}, {"soft_scale": 0}])

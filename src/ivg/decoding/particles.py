@@ -83,7 +83,9 @@ class ParticleRule:
         taken = {key: iter(weights) for key, weights in self.log_weights.items()}
         log_weights = [next(taken[b.key]) for b, _ in held]
         for (beam, value), (weight, before, ratio) in zip(grown, self._before, strict=True):
-            log_weights.append(weight + self.settings.particle_beta * (value - before) + beam.log_ratio - ratio)
+            if weight > -math.inf:  # what has no weight never has any again
+                weight += self.settings.particle_beta * (value - before) + beam.log_ratio - ratio
+            log_weights.append(weight)
         particles = held + grown
         if max(log_weights) == -math.inf:
             advice = "switch top_k, top_p and min_p off, or lower beta"
