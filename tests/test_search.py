@@ -169,9 +169,10 @@ def test_cancelled_requests_vanish():
     assert len(engine.held) <= 2  # roots of requests that never ran hold nothing in a real engine
 
 
-def test_trace_is_a_tree():
-    search = Search(width=2, successors=3, chunk_length=4, value=COUNT_A)
-    done = run(FakeEngine(), request(search, 2, trace=True, ignore_eos=True))[-1].completion
+@pytest.mark.parametrize("length", [4, 20], ids=["short chunks", "chunks longer than a round"])
+def test_trace_is_a_tree(length):
+    search = Search(width=2, successors=3, chunk_length=length, value=COUNT_A)
+    done = run(FakeEngine(), request(search, 2, trace=True, ignore_eos=True, max_new_tokens=3 * length))[-1].completion
     known = set()
     for i, step in enumerate(done.trace):
         assert len(step.kept) + len(step.dropped) <= 6

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -72,11 +72,21 @@ def _gold() -> RewardModel:
     return RewardModel.from_pretrained(path("gold"), name="gold")
 
 
+def _settings(recipe: Recipe, method: str) -> dict[str, Any]:
+    """The recipe's search settings; what makes its own method what it is, is not forced upon the others."""
+    from ivg.decoding.strategies import strategy
+
+    settings, row = recipe.search.settings(), strategy(method)
+    if method == recipe.search.method:
+        return settings
+    foreign = {"token", "select", "weights", "select_weights", "rule"}
+    if row.width * row.successors == 1:
+        foreign |= {"width", "successors", "chunk_length"}
+    return {k: v for k, v in settings.items() if k not in foreign}
+
+
 def _row(model: SteeredModel, prompt: str, method: str, recipe: Recipe, judge: str | None, gold: RewardModel | None) -> tuple[str, ...]:
-    settings = {**recipe.sampling.settings(), **recipe.search.settings()}
-    if method != recipe.search.method:  # what makes that method is not forced upon the others
-        settings = {k: v for k, v in settings.items() if k not in ("token", "select", "weights", "select_weights", "rule")}
-    completion = model.generate(prompt, method, seed=recipe.run.seed, **settings)
+    completion = model.generate(prompt, method, seed=recipe.run.seed, **recipe.sampling.settings(), **_settings(recipe, method))
     if completion.error:
         return (method, f"error: {completion.error}", "", "", "", "")
     score = f"{model.score(prompt, [completion.text], judge)[0]:.2f}" if judge else ""
