@@ -64,9 +64,10 @@ def preferences(work):
 
 def commands(work):
     """(step, command of ivg or function) in order; each does what is left to do."""
-    how = "--set train_sampling_strategy=group_by_length --max-length 320 --weight-decay 0.02"
+    how = "--max-length 320 --weight-decay 0.02"
     write = "--max-new-tokens 20 --stop '\n' --dtype float32"
     sft = f"train sft --loss all --lr 1e-3 --eval-share 0.02 --data {work}/train.jsonl {how}"
+    sft += " --set train_sampling_strategy=group_by_length"
     sample = f"train rollout --reward {work}/gold --prompts {work}/rollout-prompts.jsonl {write}"
     return [
         ("untuned", f"{sft} --model embedded:untuned --out {work}/untuned --epochs 2"),

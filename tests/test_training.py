@@ -18,6 +18,7 @@ from ivg.records import as_lines
 from ivg.training.common import TrainingOptions
 from ivg.training.data import Demonstration, Preference, Rated
 from ivg.types import Prompt
+from ivg.values.base import FunctionValue
 from ivg.values.explicit import ExplicitValue
 
 pytest.importorskip("trl")
@@ -141,10 +142,9 @@ def test_refinement_samples_from_the_guided_policy(model, tmp_path):
     from ivg.training.data import read_rated
     from ivg.training.learner import ValueOptions
     from ivg.training.refine import refine
-    from ivg.training.rollout import by_function
 
     found = refine(
-        model, letters(120), tmp_path / "r", FAST, ValueOptions(), base=model, score=by_function(lambda _, r: float(r.count("a"))),
+        model, letters(120), tmp_path / "r", FAST, ValueOptions(), base=model, reward=FunctionValue(lambda _, r: float(r.count("a"))),
         rounds=1, samples=3, load=FLOAT32, method="cbs-explicit", max_new_tokens=6, temperature=1.0,
     )  # fmt: skip
     assert len(found["rounds"]) == 2
@@ -205,7 +205,7 @@ VALUE = (
     " --set logging_steps=5"
 )
 ROLLOUT = (
-    "train rollout --base {model} --prompts {data} --reward-function {reward}:count --out {out}/r.jsonl --samples 2"
+    "train rollout --base {model} --prompts {data} --reward {reward}:count --out {out}/r.jsonl --samples 2"
     " --max-new-tokens 12 --dtype float32"
 )
 

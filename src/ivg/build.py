@@ -49,7 +49,7 @@ def named_value(name: str, config: NamedValue, options: LoadOptions) -> Value:
     from ivg.models.loading import load_causal
     from ivg.values.explicit import ExplicitValue
     from ivg.values.implicit import AutoregressiveReward, ImplicitValue
-    from ivg.values.reward import RewardModel
+    from ivg.values.reward import load_reward
 
     refs = config.given
     if "tuned" in refs:
@@ -63,7 +63,7 @@ def named_value(name: str, config: NamedValue, options: LoadOptions) -> Value:
     if role == "value":
         return ExplicitValue.from_pretrained(ref.path, template=ref.template, options=options, name=name)
     if role == "reward":
-        return RewardModel.from_pretrained(ref.path, template=ref.template, options=options, name=name)
+        return load_reward(ref.path, template=ref.template, options=options, name=name)
     return AutoregressiveReward(load_causal(ref.path, name, options, ref.template), name)
 
 

@@ -22,7 +22,7 @@ from ivg.types import Completion, Message, Meter, Prompt, SamplingParams, TokenG
 from ivg.values.base import CompositeValue, FunctionValue
 from ivg.values.explicit import ExplicitValue
 from ivg.values.implicit import AutoregressiveReward, ImplicitValue
-from ivg.values.reward import RewardModel
+from ivg.values.reward import load_reward
 
 PromptLike = Prompt | str | Sequence[Mapping[str, str] | Message]
 """A Prompt, a text, or the messages of one conversation."""
@@ -76,7 +76,7 @@ class SteeredModel:
             tuned: small tuned guide; with ``untuned`` makes the value ``implicit``.
             untuned: what ``tuned`` was tuned from.
             value: value network (any layout of ``models.value_head``): ``explicit``.
-            reward: sequence classifier: ``reward``.
+            reward: sequence classifier, or a Python function (``file.py:function``): ``reward``.
             arm: autoregressive reward model: ``arm``.
             templates: how each role reads a prompt: ``{"base": "chat", "tuned": "{prompt}", ...}``; ``untuned`` follows ``tuned``.
             options: device, dtype, revision and the like.
@@ -97,7 +97,7 @@ class SteeredModel:
         if value is not None:
             loaded["explicit"] = ExplicitValue.from_pretrained(value, template=shapes.get("value"), options=options)
         if reward is not None:
-            loaded["reward"] = RewardModel.from_pretrained(reward, template=shapes.get("reward"), options=options)
+            loaded["reward"] = load_reward(reward, template=shapes.get("reward"), options=options)
         if arm is not None:
             loaded["arm"] = AutoregressiveReward(load_causal(arm, "arm", options, shapes.get("arm")))
         return cls(load_causal(base, "base", options, shapes.get("base")), loaded)

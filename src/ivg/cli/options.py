@@ -22,7 +22,12 @@ Tuned = Annotated[
 ]
 Untuned = Annotated[str | None, typer.Option("--untuned", help="What the guide was tuned from.", rich_help_panel=_MODELS)]
 ValuePath = Annotated[str | None, typer.Option("--value", help="Trained value network: the explicit value.", rich_help_panel=_MODELS)]
-Reward = Annotated[str | None, typer.Option("--reward", help="Sequence classifier: the reward value.", rich_help_panel=_MODELS)]
+Reward = Annotated[
+    str | None,
+    typer.Option(
+        "--reward", help="Sequence classifier, or Python function of prompt and response (file.py:function).", rich_help_panel=_MODELS
+    ),
+]
 Arm = Annotated[str | None, typer.Option("--arm", help="Autoregressive reward model (GenARM).", rich_help_panel=_MODELS)]
 Template = Annotated[
     list[str] | None,

@@ -15,15 +15,10 @@ from ivg.errors import ConfigError
 
 if TYPE_CHECKING:
     from ivg.config import Recipe
-    from ivg.training.rollout import Scorer
 
 HELP = "Train what steers: pair (sft, dpo), reward model, rollouts, value. Needs: pip install 'ivg\\[train]'."
 
 app = typer.Typer(name="train", help=HELP, no_args_is_help=True)
-
-RewardFunction = Annotated[
-    str | None, typer.Option("--reward-function", help="Python function of (prompt, response): module:function or file.py:function.")
-]
 
 
 @contextmanager
@@ -104,7 +99,7 @@ def rollout(
     prompts: Annotated[list[str], typer.Option("--prompts", help="Rows with prompt or messages: JSONL, Parquet, folder, hub.")],
     out: Annotated[Path, typer.Option("--out", help="File to write: .jsonl or .parquet.")],
     samples: Annotated[int, typer.Option("--samples", help="Responses for each prompt.")] = 4,
-    reward: o.Reward = None, reward_function: RewardFunction = None,
+    reward: o.Reward = None,
     split: t.Split = "train", limit: t.Limit = None, columns: t.Columns = None, prompt_format: t.PromptFormat = None,
     recipe: o.RecipeFile = None, method: Annotated[str, typer.Option("--method", "-m", help="base, or any guided method.")] = "base",
     base: o.Base = None, tuned: o.Tuned = None, untuned: o.Untuned = None, value: o.ValuePath = None, template: o.Template = None,
@@ -124,15 +119,15 @@ def rollout(
         from ivg.training.data import read_prompts
 
         wanted = t.read(read_prompts, prompts, given)
-        name, score = scorer(made, reward_function)
+        found = scorer(made)
         provenance = {
             "models": {role: ref.path for role, ref in made.models.given.items()} or "embedded",
-            "reward": name,
+            "reward": made.models.given["reward"].path,
             "prompts": prompts,
         }
         settings = {**made.search.settings(), **made.sampling.settings()}
         r.rollout(
-            load_models(_without_scorer(made)), wanted, out, score, method=made.search.method, samples=samples, seed=made.run.seed,
+            load_models(_without_scorer(made)), wanted, out, found, method=made.search.method, samples=samples, seed=made.run.seed,
             provenance=provenance, **settings,
         )  # fmt: skip
     typer.echo(f"done: {out}", err=True)
@@ -147,23 +142,19 @@ def _without_scorer(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"models": recipe.models.model_copy(update={"reward": None})})
 
 
-def scorer(recipe: Recipe, function: str | None) -> tuple[str, Scorer]:
-    """(name, scorer): the reward model of the recipe, or a function; exactly one of the two.
+def scorer(recipe: Recipe) -> Any:
+    """The recipe's reward.
 
     Raises:
-        ConfigError: none, or both.
+        ConfigError: there is none.
     """
     from ivg.build import load_options
-    from ivg.training import rollout as r
-    from ivg.values.reward import RewardModel
+    from ivg.values.reward import load_reward
 
     found = recipe.models.reward
-    if (found is None) == (function is None):
-        raise ConfigError("rollouts need a score: give --reward MODEL, or --reward-function module:function (exactly one of the two)")
-    if function is not None:
-        return function, r.by_function(r.load_function(function))
-    assert found is not None
-    return found.path, r.by_model(RewardModel.from_pretrained(found.path, template=found.template, options=load_options(recipe)))
+    if found is None:
+        raise ConfigError("rollouts need a score\n  give --reward MODEL, or --reward file.py:function")
+    return load_reward(found.path, template=found.template, options=load_options(recipe))
 
 
 @app.command("value", help="An explicit value: vocabulary or scalar head, FUDGE, TD(λ), CD-Q or binary targets, refinement rounds.")
@@ -179,7 +170,7 @@ def value(
     rounds: Annotated[int, typer.Option("--rounds", help="Refinement rounds: new rollouts from the value-guided policy.")] = 0,
     method: Annotated[str, typer.Option("--method", "-m", help="How the value guides in these rounds.")] = "cbs-explicit",
     samples: Annotated[int, typer.Option("--samples", help="New responses for each prompt and round.")] = 2,
-    reward: o.Reward = None, reward_function: RewardFunction = None,
+    reward: o.Reward = None,
     temperature: o.Temperature = None, max_new_tokens: o.MaxNewTokens = None, stop: o.Stop = None, ignore_eos: o.IgnoreEos = None,
     split: t.Split = "train", limit: t.Limit = None, columns: t.Columns = None, prompt_format: t.PromptFormat = None,
     response_format: t.ResponseFormat = None, template: t.Template = None, mode: t.ValueMode = "full", lora_rank: t.LoraRank = 16,
@@ -208,10 +199,9 @@ def _rounds(model: str, rows: list[Any], out: Path, options: Any, wanted: Any, g
     from ivg.training.refine import refine
 
     if given["base"] is None:
-        raise ConfigError("refinement samples from a policy that the value guides\n  give --base MODEL, and --reward or --reward-function")
+        raise ConfigError("refinement samples from a policy that the value guides\n  give --base MODEL, and --reward")
     made = o.recipe_of(None, None, {k: given[k] for k in ("reward", "temperature", "max_new_tokens", "stop", "ignore_eos")})
-    _, score = scorer(made, given["reward_function"])
     return refine(
-        model, rows, out, options, wanted, base=given["base"], score=score, rounds=given["rounds"], method=given["method"],
+        model, rows, out, options, wanted, base=given["base"], reward=scorer(made), rounds=given["rounds"], method=given["method"],
         samples=given["samples"], sources=given["data"], note=lambda text: typer.echo(text, err=True), **made.sampling.settings(),
     )  # fmt: skip

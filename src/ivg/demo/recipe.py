@@ -25,7 +25,7 @@ from ivg.demo.package import HELD_OUT_TOKENS
 from ivg.embedded import ASSETS
 from ivg.evaluation.sentiment import opening_words
 from ivg.training.data import Rated, pair_up, read_rated
-from ivg.training.rollout import by_model, rollout
+from ivg.training.rollout import rollout
 from ivg.training.tune import dpo
 from ivg.training.value import train_value
 from ivg.types import Prompt
@@ -128,7 +128,7 @@ def sample(b: Build, writer: str, count: int, name: str, seed: int, samples: int
         b.steered(writer),
         prompts,
         b.work / f"rollouts-{name}.jsonl",
-        by_model(b.gold),
+        b.gold,
         samples=samples,
         seed=seed,
         provenance={"base": writer, "reward": "gold"},

@@ -21,13 +21,13 @@ from ivg.types import Beam, Meter, new_key
 
 if TYPE_CHECKING:
     from ivg.steered import SteeredModel
-    from ivg.values.reward import RewardModel
+    from ivg.values.reward import Reward
 
 Row = dict[str, Any]
 GOLD = "gold"
 
 
-def load_judges(p: Plan) -> dict[str, RewardModel]:
+def load_judges(p: Plan) -> dict[str, Reward]:
     """Gold and the further judges by name, in float32 unless the recipe names another type.
 
     Raises:
@@ -36,12 +36,12 @@ def load_judges(p: Plan) -> dict[str, RewardModel]:
     from dataclasses import replace
 
     from ivg.build import load_options
-    from ivg.values.reward import RewardModel
+    from ivg.values.reward import load_reward
 
     options = load_options(p.recipe)
     options = replace(options, dtype="float32", revision=None, quantization=None) if options.dtype == "auto" else options
     return {
-        name: RewardModel.from_pretrained(ref.path, template=ref.template, label=ref.label, options=options, name=name)
+        name: load_reward(ref.path, template=ref.template, label=ref.label, options=options, name=name)
         for name, ref in judge_refs(p).items()
     }
 
@@ -130,10 +130,7 @@ def _judged(worker: Worker, rows: Sequence[Row]) -> Iterator[Row]:
     p, known = worker.plan, _examples(worker.plan)
     good = [r for r in rows if "error" not in r]
     pairs = [p.task.judged(known[r["id"]], r["text"]) for r in good]
-    rewards = {
-        name: judge.rewards([judge.text(prompt, text) for prompt, text in pairs])[0] if pairs else []
-        for name, judge in worker.judges.items()
-    }
+    rewards = {name: judge.judge(pairs) for name, judge in worker.judges.items()}
     logps = base_logps(worker.model, good)
     at = {id(r): i for i, r in enumerate(good)}
     for row in rows:
@@ -153,7 +150,7 @@ def _judged_bank(worker: Worker, rows: Sequence[Row]) -> Iterator[Row]:
     for row in rows:
         places = prefix_maxima([s["value"] for s in row["samples"]])
         pairs = [p.task.judged(known[row["id"]], row["samples"][i]["text"]) for i in places]
-        rewards = gold.rewards([gold.text(prompt, text) for prompt, text in pairs])[0] if gold is not None and pairs else []
+        rewards = gold.judge(pairs) if gold is not None else []
         chosen = {str(i): round(r, 6) for i, r in zip(places, rewards, strict=False)}
         yield {"label": BANK, "seed": row["seed"], "id": row["id"], "of": fingerprint(row), GOLD: chosen}
 

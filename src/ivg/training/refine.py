@@ -18,10 +18,11 @@ from ivg.steered import SteeredModel
 from ivg.training.common import TrainingOptions
 from ivg.training.data import Rated, read_rated
 from ivg.training.learner import ValueOptions
-from ivg.training.rollout import Scorer, rollout
+from ivg.training.rollout import rollout
 from ivg.training.value import train_value
 from ivg.types import Prompt
 from ivg.values.explicit import ExplicitValue
+from ivg.values.reward import Reward
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
 
@@ -34,7 +35,7 @@ def refine(
     value: ValueOptions,
     *,
     base: str | Path,
-    score: Scorer,
+    reward: Reward,
     rounds: int,
     prompts: Sequence[Prompt] = (),
     method: str = "cbs-explicit",
@@ -53,7 +54,7 @@ def refine(
         options: how to train each round.
         value: what to train.
         base: the policy that is guided.
-        score: rewards of the new rollouts.
+        reward: scores the new rollouts.
         rounds: further rounds.
         prompts: of the new rollouts; default: those of ``rows``.
         method: how the value guides the policy; ``settings`` as for ``SteeredModel.request``.
@@ -85,7 +86,7 @@ def refine(
             guided,
             wanted,
             out / f"rollouts-{number + 1}.jsonl",
-            score,
+            reward,
             method=method,
             samples=samples,
             seed=options.seed + 1000 + number,

@@ -6,8 +6,6 @@ cannot be answered leaves ``error`` instead. Blocks of prompts, each from its ow
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,66 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from ivg.draws import mix
 from ivg.errors import ConfigError, PromptError
-from ivg.models.chat import prompt_text
 from ivg.records import BlockFile, read_jsonl
 from ivg.types import Completion, Prompt
 
 if TYPE_CHECKING:
     from ivg.steered import SteeredModel
-    from ivg.values.reward import RewardModel
-
-Scorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
-"""Rewards of responses to prompts, the one in the place of the other."""
-
-
-def by_model(reward: RewardModel) -> Scorer:
-    """Scores of a reward model."""
-
-    def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        return reward.rewards([reward.text(p, r) for p, r in zip(prompts, responses, strict=True)])[0]
-
-    return score
-
-
-def by_function(function: Callable[[str, str], float]) -> Scorer:
-    """Scores of a function of (prompt text, response text)."""
-
-    def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        return [float(function(prompt_text(p), r)) for p, r in zip(prompts, responses, strict=True)]
-
-    return score
-
-
-def load_function(name: str) -> Callable[[str, str], float]:
-    """The function ``module:function`` or ``path/to/file.py:function``.
-
-    Raises:
-        ConfigError: no such module or function; what went wrong in it.
-    """
-    module, sign, function = name.rpartition(":")
-    try:
-        if not sign:
-            raise ImportError("no function named")
-        if module.endswith(".py"):
-            sys.path.insert(0, str(Path(module).resolve().parent))
-            module = Path(module).stem
-        elif "" not in sys.path:
-            sys.path.insert(0, "")
-        found = getattr(importlib.import_module(module), function)
-    except Exception as e:
-        raise ConfigError(
-            f"cannot load the function {name!r}: {type(e).__name__}: {e}\n  expected module:function or file.py:function"
-        ) from e
-    if not callable(found):
-        raise ConfigError(f"{name!r} is no function\n  expected one of (prompt text, response text) that returns a number")
-    return found
+    from ivg.values.reward import Reward
 
 
 def rollout(
     model: SteeredModel,
     prompts: Sequence[Prompt],
     out: str | Path,
-    score: Scorer,
+    reward: Reward,
     *,
     method: str = "base",
     samples: int = 4,
@@ -90,7 +41,7 @@ def rollout(
         model: base and values.
         prompts: what to answer.
         out: ``.jsonl`` or ``.parquet`` (written at the end from the JSONL beside it).
-        score: see :func:`by_model`, :func:`by_function`.
+        reward: scores whole responses (``values.reward.load_reward``).
         method: any that ``model`` allows; with ``settings`` as for ``SteeredModel.request``.
         samples: responses for each prompt.
         seed: of all draws.
@@ -115,7 +66,7 @@ def rollout(
         numbers = range(span.start // samples, -(-span.stop // samples))
         rows = _answer(model, [(n, prompts[n]) for n in numbers], method, samples, seed, settings)
         good = [row for row in rows if "error" not in row]
-        scores = score([Prompt.of(row["prompt"]) for row in good], [row["response"] for row in good])
+        scores = reward.judge([(Prompt.of(row["prompt"]), row["response"]) for row in good])
         for row, number in zip(good, scores, strict=True):
             row["score"] = round(number, 4)
         file.append(rows)

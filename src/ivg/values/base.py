@@ -27,7 +27,11 @@ class FunctionValue:
 
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
         """The function's number for each hypothesis."""
-        return [float(self.function(prompt_text(h.prompt), h.text)) for h in hypotheses]
+        return self.judge([(h.prompt, h.text) for h in hypotheses])
+
+    def judge(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+        """The function's number for each (prompt, response)."""
+        return [float(self.function(prompt_text(prompt), response)) for prompt, response in pairs]
 
     def check(self, prompt: Prompt, new_tokens: int) -> None:
         """Any text will do."""

@@ -6,16 +6,30 @@ responses (best-of-N) or for few, long chunks; for every prefix an explicit valu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from ivg.embedded import PREFIX
 from ivg.errors import ConfigError
 from ivg.models.chat import render
 from ivg.models.loading import LoadOptions, load_network, load_tokenizer
 from ivg.types import Hypothesis, Message, Prompt
+from ivg.values.base import FunctionValue
+
+
+class Reward(Protocol):
+    """What scores whole responses: a :class:`RewardModel`, a :class:`~ivg.values.base.FunctionValue`, or your own."""
+
+    name: str
+
+    def judge(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+        """The reward of each (prompt, response)."""
+        ...
 
 
 class RewardModel:
@@ -100,6 +114,10 @@ class RewardModel:
                 out[i] = r
         return out, [len(i) for i in ids]
 
+    def judge(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+        """The reward of each (prompt, response)."""
+        return self.rewards([self.text(prompt, response) for prompt, response in pairs])[0] if pairs else []
+
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
         """The reward of prompt + response for each hypothesis."""
         rewards, tokens = self.rewards([self.text(h.prompt, h.text) for h in hypotheses])
@@ -112,3 +130,47 @@ class RewardModel:
 
     def release(self, keys: Sequence[int]) -> None:
         """Nothing is kept."""
+
+
+def load_reward(
+    path: str | Path, *, template: str | None = None, label: int | None = None, options: LoadOptions | None = None, name: str = "reward"
+) -> RewardModel | FunctionValue:
+    """A reward model from a directory or the hub, or a Python function: ``module:function``, ``path/to/file.py:function``.
+
+    The function takes prompt and response as texts and returns a number, higher is better.
+
+    Raises:
+        ConfigError: no such function.
+        ModelError: no such model.
+    """
+    if is_function(path):
+        return FunctionValue(load_function(str(path)), name)
+    return RewardModel.from_pretrained(path, template=template, label=label, options=options, name=name)
+
+
+def is_function(path: str | Path) -> bool:
+    """Does ``path`` name a Python function rather than a model?"""
+    text = str(path)
+    return ":" in text and not text.startswith(PREFIX) and not Path(text).exists()
+
+
+def load_function(name: str) -> Callable[[str, str], float]:
+    """The function ``module:function`` or ``path/to/file.py:function``.
+
+    Raises:
+        ConfigError: no such module or function; what went wrong in it.
+    """
+    module, _, function = name.rpartition(":")
+    file = module.endswith(".py")
+    folder, module = (str(Path(module).resolve().parent), Path(module).stem) if file else (str(Path.cwd()), module)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except Exception as e:  # whatever a user's module raises
+        raise ConfigError(
+            f"cannot load the function {name!r}: {type(e).__name__}: {e}\n  expected module:function or file.py:function"
+        ) from e
+    if not callable(found):
+        raise ConfigError(f"{name!r} is no function\n  expected one of (prompt text, response text) that returns a number")
+    return found
