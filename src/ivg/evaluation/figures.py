@@ -79,12 +79,13 @@ def _divergence(results: Results, judge: str) -> Figure:
     fig, ax = _axes(
         f"{_named(judge)} against divergence from the base", "KL(method ‖ base) of an answer, nats", f"{_named(judge)}, mean over prompts"
     )
-    place(ax, [_point(ax, k, m["family"], m["kl"], m[judge], bound=m["kl"]["bound"]) for k, m in known.items()])
+    marks = [_point(ax, k, m["family"], m["kl"], m[judge], bound=m["kl"]["bound"]) for k, m in known.items()]
     bounds = [k for k, m in known.items() if m["kl"]["bound"]]
     note = "hollow, arrow to the left: an upper bound, since selection adds at most so much" if bounds else ""
     missing = [k for k in results["methods"] if k not in known]
     note += f"; no bound known: {', '.join(missing)}" if missing else ""
     _legend(fig, ax, known, note)
+    place(ax, marks)
     listed = "; ".join(
         f"{k}: {m['kl']['mean']:.1f} nats{' at most' if m['kl']['bound'] else ''}, {m[judge]['mean']:+.2f}" for k, m in known.items()
     )
@@ -111,8 +112,9 @@ def _compute(results: Results, judge: str) -> Figure:
                 color=_LIGHT["muted"],
                 fontsize=7.5,
             )
-    place(ax, [_point(ax, k, m["family"], {"mean": m["flops"]}, m[judge]) for k, m in methods.items() if m["flops"]])
+    marks = [_point(ax, k, m["family"], {"mean": m["flops"]}, m[judge]) for k, m in methods.items() if m["flops"]]
     _legend(fig, ax, methods, f"grey line: best of N base samples by the {bank['by']} value, with 95 % interval" if curve else "")
+    place(ax, marks)
     listed = "; ".join(f"{k}: {m['flops']:.3g} FLOPs, {m[judge]['mean']:+.2f}" for k, m in methods.items())
     return _figure(fig, "reward-compute", f"{_named(judge)} against computation, best-of-N beside", listed)
 
@@ -125,8 +127,9 @@ def _pareto(results: Results, first: str, second: str) -> Figure:
     both = [(m[first]["mean"], m[second]["mean"]) for m in methods.values()]
     front = pareto(both)
     ax.plot([both[i][0] for i in front], [both[i][1] for i in front], color=_LIGHT["muted"], lw=1.2, ls=(0, (4, 3)), zorder=1.5)
-    place(ax, [_point(ax, k, m["family"], m[first], m[second]) for k, m in methods.items()])
+    marks = [_point(ax, k, m["family"], m[first], m[second]) for k, m in methods.items()]
     _legend(fig, ax, methods, "dashed: methods that no other beats in both")
+    place(ax, marks)
     names = list(methods)
     listed = "not beaten in both: " + ", ".join(names[i] for i in front)
     return _figure(fig, f"pareto-{first}-{second}", f"{_named(second)} against {_named(first)}", listed)
