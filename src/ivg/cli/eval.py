@@ -104,6 +104,7 @@ def run(plan: Plan, stages: Sequence[str], jobs: int, docs: Path | None) -> None
     from ivg.cli.progress import progress
     from ivg.evaluation import runner
 
+    worker = runner.Worker(plan)
     for stage in (s for s in runner.STAGES if s in stages):
         total = 0 if stage == "report" else plan.total * len(plan.labels)
         with progress(total, stage) as advance:
@@ -112,7 +113,7 @@ def run(plan: Plan, stages: Sequence[str], jobs: int, docs: Path | None) -> None
                 for _row in range(rows):
                     advance()
 
-            runner.run(plan, [stage], jobs, done)
+            runner.run(plan, [stage], jobs, done, worker)
     if "report" in stages:
         if docs is not None:
             from ivg.evaluation.report import publish

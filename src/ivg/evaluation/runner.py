@@ -33,19 +33,32 @@ Report = Callable[[str, int], None]
 STAGES = ("generate", "score", "report")
 
 
-def run(plan: Plan, stages: Sequence[str] = STAGES, jobs: int = 1, done: Report = lambda label, rows: None) -> None:
+def run(
+    plan: Plan,
+    stages: Sequence[str] = STAGES,
+    jobs: int = 1,
+    done: Report = lambda label, rows: None,
+    worker: Worker | None = None,
+) -> None:
     """The named stages, in their order; what is there already is not made again.
+
+    Args:
+        plan: what to do.
+        stages: some of :data:`STAGES`.
+        jobs: processes; with one, everything happens in this one.
+        done: told of every block that is finished.
+        worker: one that may have loaded its models already.
 
     Raises:
         ConfigError: files of another run in the folder; a stage whose input is missing; and whatever models and data raise.
     """
     from ivg.evaluation.report import report
 
+    worker = worker or Worker(plan)
     for stage in (s for s in STAGES if s in stages):
         if stage == "report":
             report(plan)
         elif jobs == 1:
-            worker = Worker(plan)
             for label in plan.labels:
                 worker.work(stage, label, done)
         else:
