@@ -1,7 +1,7 @@
 """Which target trains the best value? FUDGE, TD(λ), CD-Q, refinement rounds; vocabulary against scalar head. Every step resumes.
 
     .venv/bin/python benchmarks/values.py --rollouts build/demo/rollouts-value.jsonl --work build/values
-    .venv/bin/ivg eval sentiment --recipe recipes/embedded-values.toml --data ../shared/data/imdb --out build/values/eval
+    .venv/bin/ivg eval sentiment --recipe recipes/local-values.toml --data ../shared/data/imdb --out build/values/eval
 
 The rollouts are those of the embedded models' recipe (`python -m ivg.demo.recipe --data ../shared/data/imdb`, stage
 value-rollouts): samples of `base`, scored by `gold`. All values start from `untuned`, see the same rollouts equally often, and are

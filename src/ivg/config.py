@@ -292,9 +292,11 @@ class Recipe(_Strict):
 
 
 def _beside(folder: Path, ref: _Ref) -> _Ref:
-    """``ref`` with its path in ``folder``, if there is such a directory."""
+    """``ref`` with its path in ``folder``, if there is such a directory there, or such a Python file of a function."""
     there = folder / ref.path
-    return ref.model_copy(update={"path": str(there)}) if there.is_dir() else ref
+    file, sign, _ = ref.path.rpartition(":")
+    found = there.is_dir() or (bool(sign) and file.endswith(".py") and (folder / file).is_file())
+    return ref.model_copy(update={"path": str(there)}) if found else ref
 
 
 def _explain(error: Any) -> str:
