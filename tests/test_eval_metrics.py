@@ -80,6 +80,7 @@ def test_bounds_by_hand():
     assert metrics.selection_bound([16, 4, 4], alone=False) == pytest.approx(math.log(16 * 4 * 4))
     assert metrics.selection_bound([4, 4], alone=True) == pytest.approx(2 * (math.log(4) - 3 / 4))
     assert metrics.selection_bound([4], alone=True, soft=True) == pytest.approx(math.log(4))
+    assert metrics.selection_bound([16], alone=False) == pytest.approx(math.log(16))  # an answer that ended early among several beams
     assert metrics.selection_bound([], alone=False) == 0.0
 
 
@@ -144,6 +145,20 @@ def test_parameters_that_are_multiplied():
     assert multiplied(value) == sum(p.numel() for p in value.parameters()) - 257 * 32
 
 
+def test_packed_weights_are_counted_as_they_were():
+    """bitsandbytes keeps two 4-bit weights in a byte, and may call eight bytes one number."""
+    import torch
+
+    from ivg.evaluation.cost import count
+
+    class Params4bit(torch.nn.Parameter):
+        bnb_quantized = True
+
+    assert count(Params4bit(torch.zeros(50, 1, dtype=torch.uint8), requires_grad=False)) == 100
+    assert count(Params4bit(torch.zeros(25, 1, dtype=torch.bfloat16), requires_grad=False)) == 100
+    assert count(torch.nn.Parameter(torch.zeros(10, 10))) == 100
+
+
 def test_of_experts_the_active_count():
     network = tiny_model("mixtral")
     experts = sum(p.numel() for n, p in network.named_parameters() if "experts" in n)
@@ -165,10 +180,11 @@ SIZES = {"base": 10, "explicit": 1}
 
 def test_a_group_by_hand():
     g = group(ROW, {0: -1.0, 2: 3.0}, SIZES)
-    assert g.flops == (220 + 90, 220 + 180, 220 + 270, 220 + 360)
+    assert g.flops == (2 * 10 * 14, 220 + 180, 220 + 270, 220 + 360)  # one sample needs no value
     assert [g.best(n) for n in (1, 2, 3, 4)] == [0, 0, 2, 2]
     assert g.golds == (-1.0, None, 3.0, None)
-    assert [g.affordable(b) for b in (0, 399, 400, 1e9)] == [1, 1, 2, 4]
+    read = group(ROW, {}, SIZES, prompt_tokens=7)  # three tokens of the prompt were another's in the same batch
+    assert read.flops == (2 * 10 * 11, 160 + 180, 160 + 270, 160 + 360)
 
 
 def test_only_prefix_maxima_are_ever_selected():

@@ -22,6 +22,7 @@ A recipe has the tables ``models``, ``values``, ``search``, ``sampling``, ``run`
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -182,6 +183,15 @@ class MethodConfig(SearchConfig):
         return {k: v for k, v in super().settings().items() if k != "label"}
 
 
+TAKEN = frozenset({
+    "gold", "label", "family", "strategy", "answers", "errors", "win_rate", "kl",
+    "kl_note", "surprisal", "perplexity", "length", "distinct_1", "distinct_2", "repetition", "forward_tokens",
+    "flops", "best_of_n", "task", "primary", "seed", "id", "of", "base_logp",
+    "tokens", "error",
+})  # fmt: skip
+"""What rows of scores and results call their own; no judge may have these names."""
+
+
 class EvalConfig(_Strict):
     """One evaluation (``ivg eval``): a task, its prompts, the methods, the judges.
 
@@ -189,13 +199,14 @@ class EvalConfig(_Strict):
         task: ``sentiment``, ``summarization``, ``alpaca``.
         data: file, folder or hub data set; None: the task's own on the hub.
         split: of a folder or data set; None: the task's.
-        prompts: the first so many; None: all.
+        prompts: the first so many; an error where there are fewer. None: as many as the task's paper took (1000; of alpaca all), or
+            as there are.
         seeds: answers to each prompt by each method.
         shuffle: seed of the order of prompts; None: the task's own.
         methods: names, or tables of a method and its settings; ``combinations`` stands for the nine of token guidance and
             selection, with the sizes of the ``search`` table.
         gold: the reward that is reported; no method may use it.
-        judges: further rewards by name.
+        judges: further rewards by name: letters, digits, ``_`` and ``-``.
         bank: base samples for each prompt and seed, for best-of-N at equal compute; 0: none.
         threads: of PyTorch, in every process; None: its default. Another number rounds otherwise.
         options: settings of the task itself, which checks them.
@@ -223,6 +234,16 @@ class EvalConfig(_Strict):
     @classmethod
     def _bare_judges(cls, value: Any) -> Any:
         return {k: {"path": v} if isinstance(v, str) else v for k, v in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("judges")
+    @classmethod
+    def _are_columns(cls, value: dict[str, RewardRef]) -> dict[str, RewardRef]:
+        for name in value:
+            if not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(f"a judge cannot be called {name!r}: expected letters, digits, _ and -")
+            if name in TAKEN:
+                raise ValueError(f"the name {name} is taken; give the judge another (what is reported is eval.gold)")
+        return value
 
 
 _Ref = TypeVar("_Ref", bound=ModelRef)
@@ -252,7 +273,7 @@ class Recipe(_Strict):
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """From a TOML file; relative model paths are looked up beside it first.
+        """From a TOML file; relative paths of models and of ``eval.data`` are looked up beside it first.
 
         Raises:
             ConfigError: no such file, not TOML, or unusable settings.
@@ -272,10 +293,12 @@ class Recipe(_Strict):
         }
         judges = {name: _beside(path.parent, ref) for name, ref in recipe.eval.judges.items()}
         gold = recipe.eval.gold and _beside(path.parent, recipe.eval.gold)
+        rows = recipe.eval.data
+        rows = str(path.parent / rows) if rows is not None and (path.parent / rows).exists() else rows
         tables = {
             "models": recipe.models.model_copy(update=found),
             "values": values,
-            "eval": recipe.eval.model_copy(update={"judges": judges, "gold": gold}),
+            "eval": recipe.eval.model_copy(update={"judges": judges, "gold": gold, "data": rows}),
         }
         return recipe.model_copy(update=tables)
 

@@ -47,7 +47,7 @@ def write_text(path: str | Path, text: str) -> None:
     """``text``; the file is whole or not there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
@@ -90,17 +90,9 @@ class BlockFile:
         self.rows += len(rows)
 
     def _claim(self, provenance: dict[str, Any]) -> None:
-        beside = self.path.with_name(self.path.name + ".meta.json")
-        if not beside.exists():
-            if self.path.exists() and self.path.stat().st_size:
-                raise ConfigError(f"{self.path} is there, but not what made it ({beside.name})\n  give another place for the results")
-            write_json(beside, provenance)
-            return
-        found = json.loads(beside.read_text(encoding="utf-8"))
-        different = [k for k in sorted({*found, *provenance}) if found.get(k) != provenance.get(k)]
-        if different:
-            lines = "; ".join(f"{k}: {found.get(k)!r} there, {provenance.get(k)!r} now" for k in different)
-            raise ConfigError(f"{self.path} was made with other settings: {lines}\n  give another place for the results, or remove it")
+        if not _meta(self.path).exists() and not (self.path.exists() and self.path.stat().st_size):
+            write_json(_meta(self.path), provenance)
+        demand_provenance(self.path, provenance)
 
     def _cut(self) -> int:
         """Rows of whole blocks; what an interrupted run left behind them is cut off."""
@@ -111,6 +103,26 @@ class BlockFile:
         with self.path.open("r+b") as file:
             file.truncate(sum(map(len, whole[:keep])))
         return keep
+
+
+def demand_provenance(path: str | Path, provenance: Mapping[str, Any]) -> None:
+    """Check, and change nothing, that the rows of a :class:`BlockFile` were made with ``provenance`` (``block`` is part of it).
+
+    Raises:
+        ConfigError: they were made with another, which is named where it differs; nothing says what made them.
+    """
+    path, beside = Path(path), _meta(path)
+    if not beside.exists():
+        raise ConfigError(f"{path} is there, but not what made it ({beside.name})\n  give another place for the results")
+    found, wanted = json.loads(beside.read_text(encoding="utf-8")), json.loads(json.dumps(provenance))
+    different = [k for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k)]
+    if different:
+        lines = "; ".join(f"{k}: {found.get(k)!r} there, {wanted.get(k)!r} now" for k in different)
+        raise ConfigError(f"{path} was made with other settings: {lines}\n  give another place for the results, or remove it")
+
+
+def _meta(path: str | Path) -> Path:
+    return Path(path).with_name(f"{Path(path).name}.meta.json")
 
 
 def as_lines(rows: Iterable[Mapping[str, Any]]) -> str:

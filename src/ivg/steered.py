@@ -12,7 +12,7 @@ from typing import Any, overload
 
 from ivg.config import ROLES
 from ivg.decoding.search import Request, Searcher
-from ivg.decoding.strategies import STRATEGIES, Strategy, strategy
+from ivg.decoding.strategies import STRATEGIES, Strategy, settled, strategy
 from ivg.embedded import path
 from ivg.engine.transformers import TransformersEngine
 from ivg.errors import ConfigError
@@ -138,10 +138,7 @@ class SteeredModel:
     def strategy(self, method: str | Strategy = "ivg", **settings: Any) -> Strategy:
         """A method with settings; best-of-N falls back on the reward model where there is no explicit value."""
         chosen = method.with_settings(**settings) if isinstance(method, Strategy) else strategy(method, **settings)
-        for role in ("token", "select"):
-            if getattr(chosen, role) == "explicit" and "explicit" not in self.values and "reward" in self.values:
-                chosen = chosen.with_settings(**{role: "reward"})
-        return chosen
+        return settled(chosen, self.values)
 
     def request(
         self,

@@ -79,11 +79,12 @@ def evaluate(
     dtype: o.Dtype = None,
 ) -> None:
     """See HELP."""
+    from ivg.config import Recipe
     from ivg.evaluation.plan import plan
     from ivg.evaluation.runner import STAGES
 
     given = o.recipe_of(recipe, template, locals())
-    if recipe is not None and given.eval.task != task and "task" in given.eval.model_fields_set:
+    if recipe is not None and given.eval.task != task and "task" in Recipe.load(recipe).eval.model_fields_set:
         raise ConfigError(f"the recipe is for the task {given.eval.task!r}, got {task!r}\n  give the task that the recipe is for")
     unknown = sorted(set(stage or ()) - set(STAGES))
     if unknown:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ivg.diagnose.report import Foresight, Judge
     from ivg.diagnose.sweep import Plan
     from ivg.steered import SteeredModel
+    from ivg.values.base import FunctionValue
+    from ivg.values.reward import RewardModel
 
 BETAS = "0.25,0.5,1,2"
 
@@ -85,28 +87,40 @@ def _plan(model: SteeredModel, recipe: Recipe, order: Order) -> Plan:
 
 
 def pick_judge(model: SteeredModel, recipe: Recipe, name: str | None) -> Judge | None:
-    """The named value; ``gold`` is the embedded judge. Unless told: gold for the embedded models, else reward, else explicit.
+    """The named value; ``gold`` is the recipe's ``eval.gold``, of the embedded models their own.
+
+    Unless told: gold for the embedded models, else reward, else explicit.
 
     Raises:
-        ConfigError: no such value.
+        ConfigError: no such value; gold, but nothing says which.
     """
-    from ivg.build import load_options
     from ivg.diagnose.report import Judge
-    from ivg.embedded import path
-    from ivg.values.reward import RewardModel
 
     if name == "none":
         return None
-    embedded = not recipe.models.given
     if name is None:
-        name = "gold" if embedded else next((n for n in ("reward", "explicit") if n in model.values), None)
+        name = "gold" if not recipe.models.given else next((n for n in ("reward", "explicit") if n in model.values), None)
         if name is None:
             return None
     if name in model.values:
         return Judge(name, model.values[name])
     if name == "gold":
-        return Judge("gold", RewardModel.from_pretrained(path("gold"), options=load_options(recipe), name="gold"))
+        return Judge("gold", _gold(recipe))
     raise ConfigError(f"no value called {name!r} to judge by\n  expected one of: {', '.join([*model.values, 'gold', 'none'])}")
+
+
+def _gold(recipe: Recipe) -> RewardModel | FunctionValue:
+    from dataclasses import replace
+
+    from ivg.build import load_options
+    from ivg.config import RewardRef
+    from ivg.values.reward import load_reward
+
+    ref = recipe.eval.gold or (None if recipe.models.given else RewardRef(path="embedded:gold"))
+    if ref is None:
+        raise ConfigError("--judge gold, but which? the embedded gold knows film reviews only\n  give it as gold in the recipe's [eval]")
+    options = replace(load_options(recipe), revision=None, quantization=None)  # those are the base's
+    return load_reward(ref.path, template=ref.template, label=ref.label, options=options, name="gold")
 
 
 def show(out: Console, found: Foresight, beta: float) -> None:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -288,3 +288,11 @@ def strategy(name: str, **settings: Any) -> Strategy:
     if name not in STRATEGIES:
         raise ConfigError(f"unknown method {name!r}\n  expected one of: {', '.join(STRATEGIES)}, custom")
     return STRATEGIES[name].with_settings(**settings)
+
+
+def settled(chosen: Strategy, values: Collection[str]) -> Strategy:
+    """``chosen`` with the reward model in place of the explicit value, where of the two only that one is among ``values``."""
+    for role in ("token", "select"):
+        if getattr(chosen, role) == "explicit" and "explicit" not in values and "reward" in values:
+            chosen = chosen.with_settings(**{role: "reward"})
+    return chosen

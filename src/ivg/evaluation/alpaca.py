@@ -22,7 +22,7 @@ from ivg.errors import ConfigError
 from ivg.evaluation.judges import AlpacaEvalJudge, ChatJudge, Judge, RewardJudge, judge_all
 from ivg.evaluation.lengthcontrol import length_controlled
 from ivg.evaluation.machine import alone
-from ivg.evaluation.task import Answer, Example, Tables, Task
+from ivg.evaluation.task import Answer, Example, Tables, Task, enough
 from ivg.evaluation.winrate import averaged, win_rate
 from ivg.records import write_json
 from ivg.tables import read_rows
@@ -101,6 +101,7 @@ class Alpaca(Task):
     """Answer an instruction; win rates against the reference answers are the figures."""
 
     name = "alpaca"
+    primary = ("judged_win_rate", "judged_standard_error")
 
     def __init__(self) -> None:
         self._judges: dict[Options, Judge] = {}
@@ -131,6 +132,7 @@ class Alpaca(Task):
             )
             for i, row in enumerate(rows)
         ]
+        enough(len(found), config, str(config.data or HUB))
         if config.shuffle is not None:
             random.Random(config.shuffle).shuffle(found)
         return found[: config.prompts]
@@ -180,6 +182,12 @@ class Alpaca(Task):
         if missing:
             figures["unreadable"] = missing
         return figures | _length_controlled(options, answers, rows)
+
+    def settings(self, config: EvalConfig) -> Mapping[str, Any]:
+        """The judge's settings, but for how patiently it is asked."""
+        options = Options.of(config)
+        patience = {"key_variable", "timeout", "retries", "concurrency"}
+        return {**options.model_dump(exclude=patience), "model": options.judge_model}
 
     def judge(self, options: Options) -> Judge:
         """The judge that was asked for; made once for all methods."""

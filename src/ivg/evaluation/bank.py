@@ -1,21 +1,24 @@
 """A bank of base samples for every prompt and seed, and what best-of-N would have made of them for the same FLOPs.
 
-For every method the fair rival is plain best-of-N with as much computation: from the bank, the N samples that cost no more than the
-method's answer (N base samples behind one reading of the prompt, and N readings by the value), the best by the explicit value.
-The gold reward never selects. Knows the bank's file; must not know how it is shown.
+For every method the fair rival is plain best-of-N with as much computation: from the bank, the largest N, one for all prompts, that on
+average costs no more than the method's answer: N base samples behind one reading of the prompt and, from N = 2 on, N readings by the
+value; the best by the explicit value (else the reward model, else the implicit value). The gold reward never selects. Knows the bank's
+file; must not know how it is shown.
 """
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from ivg.errors import PromptError
 from ivg.evaluation import machine
 from ivg.evaluation.cost import classifiers, flops, forget, inside
-from ivg.evaluation.plan import BANK, Method, Plan
+from ivg.evaluation.methods import BANK, SELECTORS, Method
+from ivg.evaluation.plan import Plan
 from ivg.evaluation.runner import Report, Worker, note, plain, request, together
 from ivg.records import BlockFile
 from ivg.types import Beam, Completion, Meter, Prompt, new_key
@@ -31,10 +34,8 @@ STRIDE = 1 << 32
 def fill(worker: Worker, done: Report) -> None:
     """All samples of the bank that are not there yet; one row for each prompt and seed."""
     p, path = worker.plan, worker.plan.transcripts(BANK)
-    size = p.config.bank
-    block = max(1, p.block * 4 // size)
     with machine.alone(path):
-        file = BlockFile(path, block, p.total, p.provenance(BANK))
+        file = BlockFile(path, p.block_of(BANK), p.total, p.provenance(BANK))
         done(BANK, min(file.rows, p.total))
         for positions in file.missing():
             forget(worker.model)
@@ -42,6 +43,7 @@ def fill(worker: Worker, done: Report) -> None:
             began = time.perf_counter()
             rows = list(_samples(worker.model, p, positions))
             timing = {"label": BANK, "start": positions.start, "rows": len(rows), "seconds": round(time.perf_counter() - began, 4)}
+            worker.sign("generate")
             file.append(rows)
             note(p.out / "timings.jsonl", {**timing, "peak_bytes": machine.peak_bytes()})
             done(BANK, len(rows))
@@ -49,27 +51,26 @@ def fill(worker: Worker, done: Report) -> None:
 
 def selector(model: SteeredModel) -> tuple[str, Value] | None:
     """The value by which best-of-N selects: explicit, else reward, else implicit."""
-    for name in ("explicit", "reward", "implicit"):
-        if name in model.values:
-            return name, model.values[name]
-    return None
+    return next(((name, model.values[name]) for name in SELECTORS if name in model.values), None)
 
 
 def _samples(model: SteeredModel, p: Plan, positions: range) -> Iterator[dict[str, Any]]:
     size, items = p.config.bank, list(p.items(positions))
     chosen = selector(model)
     method = Method(BANK, p.base.strategy)
-    requests = [request(model, p, method, seed, position, n * STRIDE) for seed, position, _ in items for n in range(size)]
-    outcomes = together(model, requests)
-    for i, (seed, _, example) in enumerate(items):
-        group = outcomes[i * size : (i + 1) * size]
+    refused = [chosen and _too_long(chosen[1], example.prompt, p.sampling.max_new_tokens) for _, _, example in items]
+    asked = [item for item, reason in zip(items, refused, strict=True) if not reason]
+    requests = [request(model, p, method, seed, position, n * STRIDE) for seed, position, _ in asked for n in range(size)]
+    outcomes = iter(together(model, requests))
+    for (seed, _, example), reason in zip(items, refused, strict=True):
+        group = [] if reason else list(islice(outcomes, size))
         row: dict[str, Any] = {"label": BANK, "seed": seed, "id": example.id, "prompt": plain(example.prompt)}
-        failed = next((o for o in group if not isinstance(o, Completion)), None)
-        if failed is not None:
+        failed = reason or next((o for o in group if not isinstance(o, Completion)), None)
+        if failed:
             yield row | {"samples": [], "error": failed}
             continue
         samples = [c for c in group if isinstance(c, Completion)]
-        beams = [_beam(model, requests[i * size].prompt, c) for c in samples]
+        beams = [_beam(model, example.prompt, c) for c in samples]
         values = chosen[1].score(beams) if chosen else [0.0] * size
         shared, own = _reading(model, chosen[1] if chosen else None, beams)
         kept = [
@@ -79,6 +80,15 @@ def _samples(model: SteeredModel, p: Plan, positions: range) -> Iterator[dict[st
         yield row | {"by": chosen[0] if chosen else None, "shared_tokens": shared, "samples": kept}
         if chosen:
             chosen[1].release([b.key for b in beams])
+
+
+def _too_long(value: Value, prompt: Prompt, new_tokens: int) -> str | None:
+    """Why the value cannot read this prompt and an answer to it; None: it can."""
+    try:
+        value.check(prompt, new_tokens)
+    except PromptError as e:
+        return " ".join(str(e).split())
+    return None
 
 
 def _beam(model: SteeredModel, prompt: Prompt, c: Completion) -> Beam:
@@ -116,7 +126,7 @@ class Group:
         values: by which they are compared, [samples].
         golds: rewards of those that are the best so far; None for the others, which no N selects.
         tokens: of every sample.
-        flops: of the best of the first N, [samples]: N samples behind one prompt, and their readings.
+        flops: of the best of the first N, [samples]: N samples behind one prompt and, from N = 2 on, their readings.
     """
 
     id: str
@@ -135,10 +145,6 @@ class Group:
         """Which of the first ``n`` is selected; the first among equals."""
         return max(range(n), key=lambda i: (self.values[i], -i))
 
-    def affordable(self, budget: float) -> int:
-        """The largest N whose computation does not exceed ``budget`` FLOPs; at least 1, at most all."""
-        return max(1, bisect_right(self.flops, budget))
-
 
 def prefix_maxima(values: Sequence[float]) -> list[int]:
     """Places of values that are greater than all before them: best-of-N selects among these for every N."""
@@ -149,13 +155,25 @@ def prefix_maxima(values: Sequence[float]) -> list[int]:
     return out
 
 
-def group(row: Mapping[str, Any], golds: Mapping[int, float], sizes: Mapping[str, int]) -> Group:
-    """A bank row with the rewards of its :func:`prefix_maxima`, and what each N costs."""
+def group(row: Mapping[str, Any], golds: Mapping[int, float], sizes: Mapping[str, int], prompt_tokens: int | None = None) -> Group:
+    """A bank row with the rewards of its :func:`prefix_maxima`, and what each N costs.
+
+    Args:
+        row: of the bank.
+        golds: by the sample's place.
+        sizes: parameters by model.
+        prompt_tokens: that the base read of the prompt in the batch of the base method, whose cost is so that of N = 1: what prompts
+            of a batch share is read once there, as in every method. None: all of it.
+    """
     samples = row["samples"]
-    total, costs = flops(row["shared_tokens"], sizes), []
+    base = next(iter(row["shared_tokens"]))  # the value's readers follow it
+    shared = row["shared_tokens"] if prompt_tokens is None else {**row["shared_tokens"], base: prompt_tokens}
+    total, costs = flops(shared, sizes), []
     for sample in samples:
         total += flops(sample["forward_tokens"], sizes)
         costs.append(total)
+    if samples:  # one sample needs no value
+        costs[0] = flops({base: shared[base] + samples[0]["forward_tokens"][base]}, sizes)
     return Group(
         row["id"],
         row["seed"],

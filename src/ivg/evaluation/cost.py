@@ -59,8 +59,15 @@ def multiplied(network: Any) -> int:
     total = 0.0
     for name, parameter in network.named_parameters():
         if parameter is not looked_up:
-            total += parameter.numel() * (active if "experts" in name else 1.0)
+            total += count(parameter) * (active if "experts" in name else 1.0)
     return round(total)
+
+
+def count(parameter: Any) -> int:
+    """Weights in a parameter; bitsandbytes packs two 4-bit ones into each byte of its storage, whatever the storage's type."""
+    if type(parameter).__name__ == "Params4bit" and getattr(parameter, "bnb_quantized", True):
+        return int(parameter.numel() * parameter.dtype.itemsize * 2)
+    return int(parameter.numel())
 
 
 def inside(value: Any) -> Iterator[Reader]:

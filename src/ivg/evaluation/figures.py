@@ -61,11 +61,11 @@ def draw(results: Results) -> list[Figure]:
         import matplotlib as mpl
     except ImportError:
         raise MissingDependencyError("figures need matplotlib\n  pip install 'ivg[eval]'") from None
-    judges = results["judges"]
+    judges, first = results["judges"], leading(results)
     with mpl.rc_context(_STYLE | {"svg.fonttype": "none", "svg.hashsalt": "ivg"}):
         out = []
-        if judges:
-            out += [_divergence(results, judges[0]), _compute(results, judges[0])]
+        if first is not None:
+            out += [_divergence(results, *first), _compute(results, *first)]
         if len(judges) > 1:
             out += [_pareto(results, judges[0], other) for other in judges[1:]]
     return out
@@ -74,29 +74,27 @@ def draw(results: Results) -> list[Figure]:
 # One figure each
 
 
-def _divergence(results: Results, judge: str) -> Figure:
+def _divergence(results: Results, judge: str, name: str) -> Figure:
     known = {k: m for k, m in results["methods"].items() if m["kl"] is not None}
-    fig, ax = _axes(
-        f"{_named(judge)} against divergence from the base", "KL(method ‖ base) of an answer, nats", f"{_named(judge)}, mean over prompts"
-    )
+    fig, ax = _axes(f"{name} against divergence from the base", "KL(method ‖ base) of an answer, nats", f"{name}, mean over prompts")
     marks = [_point(ax, k, m["family"], m["kl"], m[judge], bound=m["kl"]["bound"]) for k, m in known.items()]
     bounds = [k for k, m in known.items() if m["kl"]["bound"]]
     note = "hollow, arrow to the left: an upper bound, since selection adds at most so much" if bounds else ""
     missing = [k for k in results["methods"] if k not in known]
-    note += f"; no bound known: {', '.join(missing)}" if missing else ""
+    note += f"{'; ' if note else ''}none known (see the table): {', '.join(missing)}" if missing else ""
     _legend(fig, ax, known, note)
     place(ax, marks)
     listed = "; ".join(
         f"{k}: {m['kl']['mean']:.1f} nats{' at most' if m['kl']['bound'] else ''}, {m[judge]['mean']:+.2f}" for k, m in known.items()
     )
-    return _figure(fig, "reward-kl", f"{_named(judge)} against KL to the base", listed)
+    return _figure(fig, "reward-kl", f"{name} against KL to the base", listed)
 
 
-def _compute(results: Results, judge: str) -> Figure:
+def _compute(results: Results, judge: str, name: str) -> Figure:
     methods, bank = results["methods"], results["bank"]
-    fig, ax = _axes(f"{_named(judge)} against computation", "FLOPs of an answer", _mean(judge))
+    fig, ax = _axes(f"{name} against computation", "FLOPs of an answer", f"{name}, mean over prompts")
     ax.set_xscale("log")
-    curve = [c for c in bank["curve"] if c["gold"]] if bank and judge == results["judges"][0] == "gold" else []
+    curve = [c for c in bank["curve"] if c["gold"]] if bank and judge == "gold" else []
     if curve:
         x = [c["flops"] for c in curve]
         ax.plot(x, [c["gold"]["mean"] for c in curve], color=_LIGHT["muted"], lw=1.6, zorder=1.5)
@@ -116,7 +114,7 @@ def _compute(results: Results, judge: str) -> Figure:
     _legend(fig, ax, methods, f"grey line: best of N base samples by the {bank['by']} value, with 95 % interval" if curve else "")
     place(ax, marks)
     listed = "; ".join(f"{k}: {m['flops']:.3g} FLOPs, {m[judge]['mean']:+.2f}" for k, m in methods.items())
-    return _figure(fig, "reward-compute", f"{_named(judge)} against computation, best-of-N beside", listed)
+    return _figure(fig, "reward-compute", f"{name} against computation, best-of-N beside", listed)
 
 
 def _pareto(results: Results, first: str, second: str) -> Figure:
@@ -215,16 +213,19 @@ def _named(judge: str) -> str:
     return "gold reward" if judge == "gold" else judge
 
 
-def _mean(judge: str) -> str:
-    return f"{_named(judge)}, mean over prompts"
-
-
 def finite(x: float | None) -> bool:
     """Is there a number to show?"""
     return x is not None and math.isfinite(x)
 
 
+def leading(results: Results) -> tuple[str, str] | None:
+    """(its place among a method's figures, its name) of what is drawn and orders the methods: the first judge, else the task's own."""
+    if results["judges"]:
+        return results["judges"][0], _named(results["judges"][0])
+    return ("primary", results["primary"].replace("_", " ")) if results.get("primary") else None
+
+
 def order(results: Results) -> Sequence[str]:
-    """Labels by the first judge, the best first; as given where nothing judges."""
-    methods, judges = results["methods"], results["judges"]
-    return sorted(methods, key=lambda k: -methods[k][judges[0]]["mean"]) if judges else list(methods)
+    """Labels by the first judge or the task's own figure, the best first; as given where nothing judges."""
+    methods, first = results["methods"], leading(results)
+    return sorted(methods, key=lambda k: -methods[k][first[0]]["mean"]) if first is not None else list(methods)

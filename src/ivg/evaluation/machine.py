@@ -43,12 +43,21 @@ def facts() -> dict[str, Any]:
     return out
 
 
-def commit(folder: Path | None = None) -> str | None:
-    """The checkout's commit (with ``+`` where files differ from it), None where there is none or no git."""
-    folder = folder or Path(__file__).parent
+def made() -> dict[str, Any]:
+    """Commit, command and machine of this process: who made the rows that it writes."""
+    return {"commit": commit(), "command": command(), "machine": facts()}
+
+
+def commit(file: Path | None = None) -> str | None:
+    """The checkout's commit (with ``+`` where files differ from it); None without git, or where git does not know this very code.
+
+    A package installed inside another project's checkout is not that project's.
+    """
+    file = file or Path(__file__)
     try:
-        head = _git(folder, "rev-parse", "--short=12", "HEAD")
-        return head + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+        _git(file.parent, "ls-files", "--error-unmatch", file.name)
+        head = _git(file.parent, "rev-parse", "--short=12", "HEAD")
+        return head + ("+" if _git(file.parent, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -2,7 +2,8 @@ r"""Figures of merit as pure functions of numbers and texts; numpy only.
 
 **KL to the base.** For an answer y of a guided method without selection, E[sum_t log pi_guided(y_t) - log pi_base(y_t)] *is* the
 KL divergence per answer, and the mean of the sums over sampled answers estimates it without bias (both distributions at the
-request's temperature, before top-k and top-p: ``Completion.guide_shift``).
+request's temperature, before top-k and top-p: ``Completion.guide_shift``). Where something cuts both distributions afterwards (top-k,
+top-p, min-p, a repetition penalty, greedy choice), answers are drawn from others, and the sums estimate no divergence.
 
 Selection adds an amount that can only be bounded (derived here). Chunk search CBS(W, K, L) draws hypotheses from pi_guided: W*K for the
 first chunk and K for every kept beam and chunk after it. Let N(y) be how often a complete hypothesis y of C chunks is drawn. Every
@@ -12,9 +13,10 @@ drawn prefix is extended at most once, by K draws (W*K at the root), so E[N(y)] 
     KL(p || pi_base) = E_p[log p/pi_guided] + E_p[log pi_guided/pi_base] <= log W + E[C] log K + E[sum of shifts].
 
 With one beam (W = 1) every chunk is the best of K by itself, and the chain rule with the best-of-N bound log N - (N - 1)/N (Beirami et
-al. 2024, arXiv 2401.01879) for each chunk is tighter; with one chunk it is the best of W*K. Where the number of draws varies from chunk
-to chunk, W K^C becomes the product of the draws for the answer's prefix; so it does for soft choices, to which the tighter form does not
-apply.
+al. 2024, arXiv 2401.01879) for each chunk is tighter; where all answers are one chunk by the method's settings it is the best of W*K. An
+answer of several beams that happens to end in its first chunk has gone on competing, and is bounded as the others are. Where the number
+of draws varies from chunk to chunk, W K^C becomes the product of the draws for the answer's prefix; so it does for soft choices, to which
+the tighter form does not apply.
 """
 
 from __future__ import annotations
@@ -82,10 +84,10 @@ def selection_bound(draws: Sequence[int], *, alone: bool, soft: bool = False) ->
 
     Args:
         draws: for each chunk of the answer, how many continuations of its prefix were drawn: W*K, then K, K …
-        alone: only one beam was kept (W = 1).
+        alone: every chunk is the best of its draws by itself: one beam is kept (W = 1), or all answers are one chunk.
         soft: choices are drawn by weight, not the best.
     """
-    if soft or (len(draws) > 1 and not alone):
+    if soft or not alone:
         return sum(map(math.log, draws))
     return sum(math.log(n) - (n - 1) / n for n in draws)
 

@@ -112,10 +112,10 @@ def _cell(label: str, text: str | None, gold: float | None) -> str:
 
 
 def _made(made: Results) -> str:
-    facts = {"commit": made["commit"], **made["machine"]}
-    listed = "".join(f"<dt>{escape(k.replace('_', ' '))}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items() if v is not None)
+    parts = []
+    for by in made["by"]:
+        facts = {"commit": by["commit"], **by["machine"]}
+        listed = "".join(f"<dt>{escape(k.replace('_', ' '))}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items() if v is not None)
+        parts.append(f"<pre>{escape(by['command'])}</pre><dl>{listed}</dl>")
     recipe = escape(json.dumps(made["recipe"], indent=2, ensure_ascii=False))
-    return (
-        f"<h2>How it was made</h2><pre>{escape(made['command'])}</pre><dl>{listed}</dl>"
-        f"<details><summary>Recipe, with all settings</summary><pre>{recipe}</pre></details>"
-    )
+    return f"<h2>How it was made</h2>{''.join(parts)}<details><summary>Recipe, with all settings</summary><pre>{recipe}</pre></details>"

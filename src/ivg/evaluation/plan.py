@@ -5,40 +5,21 @@ Knows: the recipe, the task, the folder of the run. Must not know models; import
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ivg.config import EvalConfig, MethodConfig, Recipe
-from ivg.decoding.strategies import Strategy, strategy
+from ivg import __version__
+from ivg.config import EvalConfig, Recipe, RewardRef
 from ivg.errors import ConfigError
+from ivg.evaluation import methods, origin
+from ivg.evaluation.methods import BANK, Method, described
 from ivg.evaluation.task import Example, Task, digest, task
 from ivg.types import SamplingParams
 
-COMBINATIONS = "combinations"
-"""Among methods: token guidance in {none, implicit, explicit} x selection in {none, implicit, explicit} (METHOD, section 4)."""
-BASE = "base"
-BANK = "bank"
-"""Label of the base samples that best-of-N chooses from; no method may have it."""
-_VALUES = ("none", "implicit", "explicit")
-_SIZES = ("width", "successors", "chunk_length", "original")
-_GUIDING = ("beta", "candidates", "transform", "gate")
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the evaluation: its label, and the strategy with all settings."""
-
-    label: str
-    strategy: Strategy
-
-    @property
-    def plain(self) -> bool:
-        """Nothing steers: the base itself."""
-        s = self.strategy
-        return s.name in (BASE, "custom") and not (s.needs or s.width * s.successors > 1)
+GOLD = "gold"
 
 
 @dataclass(frozen=True)
@@ -78,21 +59,22 @@ class Plan:
         """The rows, the plain base among them.
 
         Raises:
-            ConfigError: unknown method, unusable settings, two rows with one label.
+            ConfigError: see :func:`ivg.evaluation.methods.rows`.
         """
-        rows = [m for given in self.config.methods for m in _expanded(given, self.recipe)]
-        if not any(m.plain for m in rows):
-            rows.insert(0, Method(BASE, strategy(BASE)))
-        labels = [m.label for m in rows]
-        twice = sorted({x for x in labels if labels.count(x) > 1 or x == BANK})
-        if twice:
-            raise ConfigError(f"methods: the label {', '.join(twice)} is taken\n  give each row a label of its own")
-        return tuple(rows)
+        return methods.rows(self.recipe, self.task.defaults().get("search", {}))
 
     @property
     def base(self) -> Method:
         """The row that others are compared with."""
         return next(m for m in self.methods if m.plain)
+
+    @property
+    def judges(self) -> dict[str, RewardRef]:
+        """Where gold and the further judges are, gold first; the package's own gold for the embedded models."""
+        gold = self.config.gold
+        if gold is None and not self.recipe.models.given:
+            gold = RewardRef(path="embedded:gold")
+        return ({GOLD: gold} if gold is not None else {}) | self.config.judges
 
     @property
     def labels(self) -> list[str]:
@@ -116,6 +98,10 @@ class Plan:
         """Prompts for each block of a file: what is computed together and written together."""
         return self.recipe.run.batch_size
 
+    def block_of(self, label: str) -> int:
+        """Rows of each block of a label's transcripts; a row of the bank holds many samples."""
+        return max(1, self.block * 4 // self.config.bank) if label == BANK else self.block
+
     @property
     def total(self) -> int:
         """Answers of each method."""
@@ -138,7 +124,9 @@ class Plan:
     def provenance(self, label: str) -> dict[str, Any]:
         """Everything that a method's answers depend on; the number of seeds does not count, so that seeds can be added."""
         run = self.recipe.run
-        common = {
+        common: dict[str, Any] = {
+            "ivg": __version__,
+            "weights": self._weights,
             "task": self.config.task,
             "prompts": len(self.examples),
             "examples": digest(self.examples),
@@ -157,42 +145,24 @@ class Plan:
             return {**common, "bank": self.config.bank}
         return {**common, "label": label, "strategy": described(self.method(label).strategy)}
 
+    @cached_property
+    def _weights(self) -> dict[str, str]:
+        return origin.weights(self.recipe)
+
+    @cached_property
+    def judge_weights(self) -> dict[str, str]:
+        """Fingerprints of gold and judges, as far as they lie on this machine."""
+        return origin.fingerprints(self.judges)
+
 
 def plan(recipe: Recipe, out: str | Path) -> Plan:
     """The evaluation that ``recipe`` describes; the task's settings stand where the recipe is silent.
 
     Raises:
-        ConfigError: unknown task or method.
+        ConfigError: unknown task or method; a method without its value, or steered by gold.
     """
-    defaults = task(recipe.eval.task).defaults()
-    given: Mapping[str, Mapping[str, Any]] = {
-        "sampling": recipe.sampling.settings(),
-        "search": recipe.search.settings(),
-    }
-    filled = {table: {**defaults.get(table, {}), **settings} for table, settings in given.items()}
-    made = Plan(recipe.override(**filled), Path(out))
-    made.methods  # noqa: B018  (mistakes in methods are told before anything is loaded)
+    found = task(recipe.eval.task)
+    sampling = {**found.defaults().get("sampling", {}), **recipe.sampling.settings()}
+    made = Plan(recipe.override(sampling=sampling), Path(out))
+    methods.keep_from(made.judges.get(GOLD), recipe, made.methods)  # mistakes in methods are told before anything is loaded
     return made
-
-
-def described(s: Strategy) -> dict[str, Any]:
-    """A strategy's settings, without its one-line summary."""
-    from dataclasses import asdict
-
-    return {k: v for k, v in asdict(s).items() if k != "summary"}
-
-
-def _expanded(given: MethodConfig, recipe: Recipe) -> list[Method]:
-    if given.method != COMBINATIONS:
-        return [Method(given.label, strategy(given.method, **given.settings()))]
-    settings = {**recipe.search.settings(), **given.settings()}
-    sizes = {"width": 4, "successors": 4, "chunk_length": 5} | {k: settings[k] for k in _SIZES if k in settings}
-    guiding = {k: settings[k] for k in _GUIDING if k in settings}
-    rows = []
-    for token in _VALUES:
-        for select in _VALUES:
-            chosen: dict[str, Any] = {"token": token, "select": select}
-            chosen |= guiding if token != "none" else {}
-            chosen |= sizes if select != "none" else {}
-            rows.append(Method(f"{token}×{select}", strategy("custom", **chosen)))
-    return rows

@@ -16,7 +16,7 @@ from ivg.evaluation.figures import Figure, draw, order
 from ivg.evaluation.page import page
 from ivg.evaluation.plan import Plan
 from ivg.evaluation.samples import Sample, samples
-from ivg.evaluation.summary import summarise
+from ivg.evaluation.summary import makers, summarise
 from ivg.records import write_json, write_text
 
 Results = dict[str, Any]
@@ -32,10 +32,8 @@ def report(p: Plan) -> Results:
     """
     results = summarise(p)
     results["made"] = {
-        "command": machine.command(),
         "recipe": p.recipe.model_dump(exclude_none=True, exclude_defaults=True),
-        "commit": machine.commit(),
-        "machine": machine.facts(),
+        "by": makers(p) or [machine.made()],
     }
     drawn = draw(results)
     shown = samples(p, order(results))
@@ -127,11 +125,15 @@ def _reward_note(results: Results) -> str:
     parts = ["Intervals: bootstrap over prompts, seeds averaged first."]
     if any(m["kl"] and m["kl"]["bound"] for m in results["methods"].values()):
         parts.append("KL with ≤: what token guidance moved (measured) plus the most that selection can add; without: an unbiased estimate.")
-    if any(m["kl"] is None for m in results["methods"].values()):
-        parts.append("KL –: no useful bound is known for the method.")
+    reasons: dict[str, list[str]] = {}
+    for label, m in results["methods"].items():
+        if m.get("kl_note"):
+            reasons.setdefault(m["kl_note"], []).append(label)
+    parts += [f"KL –: {reason} ({', '.join(labels)})." for reason, labels in reasons.items()]
     if results["bank"]:
         parts.append(
-            f"Best-of-N: as many base samples as cost no more FLOPs than the method, the best by the {results['bank']['by']} value"
+            "Best-of-N: as many base samples, the same number for all prompts, as on average cost no more FLOPs than the method's answer, "
+            f"the best by the {results['bank']['by']} value"
             f" (+: the bank of {results['bank']['size']} samples holds no more)."
         )
     return " ".join(parts)
@@ -145,8 +147,10 @@ def markdown(results: Results, drawn: Sequence[Figure], shown: Sequence[Sample])
     if drawn:
         parts += ["## Figures", *(f"![{f.alt}](figures/{f.name}.svg)" for f in drawn)]
     parts += ["## Samples", *(s.markdown() for s in shown[:3])]
-    facts = [f"- {k.replace('_', ' ')}: {v}" for k, v in {"commit": made["commit"], **made["machine"]}.items() if v is not None]
-    parts += ["## How it was made", f"```\n{made['command']}\n```", "\n".join(facts)]
+    parts.append("## How it was made")
+    for by in made["by"]:
+        facts = [f"- {k.replace('_', ' ')}: {v}" for k, v in {"commit": by["commit"], **by["machine"]}.items() if v is not None]
+        parts += [f"```\n{by['command']}\n```", "\n".join(facts)]
     return "\n\n".join(parts) + "\n"
 
 

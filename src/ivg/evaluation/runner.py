@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from ivg.config import Recipe
 from ivg.errors import PromptError
 from ivg.evaluation import machine
-from ivg.evaluation.plan import BANK, Method, Plan, plan
+from ivg.evaluation.methods import BANK, Method
+from ivg.evaluation.plan import Plan
 from ivg.evaluation.task import Answer
 from ivg.records import BlockFile, read_jsonl, write_json
 from ivg.types import Completion, Message, Prompt
@@ -72,6 +73,7 @@ class Worker:
         self.plan = plan
         self._model: SteeredModel | None = None
         self._judges: dict[str, Any] = {}
+        self._signed: set[str] = set()
         if plan.config.threads is not None:
             import torch
 
@@ -96,6 +98,12 @@ class Worker:
 
             self._judges = load_judges(self.plan)
         return self._judges
+
+    def sign(self, stage: str) -> None:
+        """Note in ``timings.jsonl`` who computes, once for each stage: rows are made by this commit, command and machine."""
+        if stage not in self._signed:
+            self._signed.add(stage)
+            note(self.plan.out / "timings.jsonl", {"stage": stage, "made": machine.made()})
 
     def work(self, stage: str, label: str, done: Report) -> None:
         """One stage for one label."""
@@ -125,6 +133,7 @@ def generate(worker: Worker, label: str, done: Report) -> None:
             began = time.perf_counter()
             rows = list(_answers(model, p, p.method(label), positions))
             seconds = time.perf_counter() - began
+            worker.sign("generate")
             file.append(rows)
             timing = {"label": label, "start": positions.start, "rows": len(rows), "seconds": round(seconds, 4)}
             note(p.out / "timings.jsonl", {**timing, "peak_bytes": machine.peak_bytes()})
@@ -196,6 +205,7 @@ def answers(p: Plan, label: str) -> list[Answer]:
 
 def note(path: Path, row: dict[str, Any]) -> None:
     """One line more in a log that several processes write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -255,7 +265,7 @@ def _begin(recipe: dict[str, Any], out: str) -> None:
 
     if parent is not None:
         threading.Thread(target=watch, daemon=True).start()
-    _here.append(Worker(plan(Recipe.parse(recipe), out)))
+    _here.append(Worker(Plan(Recipe.parse(recipe), Path(out))))
 
 
 def _work(stage: str, label: str) -> None:

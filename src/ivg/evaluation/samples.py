@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ivg.evaluation.plan import Plan
-from ivg.evaluation.score import GOLD, judge_refs, scored
+from ivg.evaluation.plan import GOLD, Plan
+from ivg.evaluation.score import scored
 from ivg.models.chat import prompt_text
 
 SHOWN = 8
@@ -46,7 +46,7 @@ def samples(p: Plan, labels: Sequence[str]) -> list[Sample]:
     """The first :data:`SHOWN` prompts, answered by every method with the first seed."""
     first = p.recipe.run.seed
     found: dict[str, list[Cell]] = {}
-    gold = GOLD in judge_refs(p)
+    gold = GOLD in p.judges
     for label in labels:
         for row, judged in scored(p, label)[:SHOWN]:
             if row["seed"] == first:

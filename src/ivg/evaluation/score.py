@@ -7,16 +7,18 @@ what does not match, so that a score without its transcript does not exist. Know
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivg.config import RewardRef
 from ivg.errors import ConfigError
 from ivg.evaluation import machine
-from ivg.evaluation.plan import BANK, Plan
+from ivg.evaluation.methods import BANK
+from ivg.evaluation.plan import GOLD, Plan
 from ivg.evaluation.runner import Report, Worker, answers, prompt_of
 from ivg.evaluation.task import Example
-from ivg.records import BlockFile, read_jsonl, write_json
+from ivg.records import BlockFile, demand_provenance, read_jsonl, write_json
 from ivg.types import Beam, Meter, new_key
 
 if TYPE_CHECKING:
@@ -24,11 +26,10 @@ if TYPE_CHECKING:
     from ivg.values.reward import Reward
 
 Row = dict[str, Any]
-GOLD = "gold"
 
 
 def load_judges(p: Plan) -> dict[str, Reward]:
-    """Gold and the further judges by name, in float32 unless the recipe names another type.
+    """Gold and the further judges by name, in float32 unless the recipe names another type; never of the base's revision, never quantized.
 
     Raises:
         ModelError: one that cannot be loaded.
@@ -39,21 +40,10 @@ def load_judges(p: Plan) -> dict[str, Reward]:
     from ivg.values.reward import load_reward
 
     options = load_options(p.recipe)
-    options = replace(options, dtype="float32", revision=None, quantization=None) if options.dtype == "auto" else options
+    options = replace(options, dtype="float32" if options.dtype == "auto" else options.dtype, revision=None, quantization=None)
     return {
-        name: load_reward(ref.path, template=ref.template, label=ref.label, options=options, name=name)
-        for name, ref in judge_refs(p).items()
+        name: load_reward(ref.path, template=ref.template, label=ref.label, options=options, name=name) for name, ref in p.judges.items()
     }
-
-
-def judge_refs(p: Plan) -> dict[str, RewardRef]:
-    """Where gold and the further judges are, gold first; the package's own for the embedded models."""
-    gold = p.config.gold
-    if gold is None and not p.recipe.models.given:
-        gold = RewardRef(path="embedded:gold")
-    if GOLD in p.config.judges:
-        raise ConfigError("judges: the name gold is taken\n  give it as eval.gold")
-    return ({GOLD: gold} if gold is not None else {}) | p.config.judges
 
 
 def score(worker: Worker, label: str, done: Report) -> None:
@@ -70,7 +60,9 @@ def score(worker: Worker, label: str, done: Report) -> None:
         done(label, min(file.rows, len(rows)))
         for positions in file.missing():
             part = [rows[i] for i in positions]
-            file.append(list(_judged_bank(worker, part) if label == BANK else _judged(worker, part)))
+            judged = list(_judged_bank(worker, part) if label == BANK else _judged(worker, part))
+            worker.sign("score")
+            file.append(judged)
             done(label, len(part))
         if label != BANK:
             _measure(p, label, rows)
@@ -80,12 +72,20 @@ def transcripts(p: Plan, label: str) -> list[Row]:
     """The rows of one method's answers.
 
     Raises:
-        ConfigError: not all there.
+        ConfigError: not all there, made with other settings, or answers to other prompts.
     """
     path = p.transcripts(label)
+    if path.exists():
+        demand_provenance(path, {**p.provenance(label), "block": p.block_of(label)})
     rows = list(read_jsonl(path))[: p.total] if path.exists() else []
     if len(rows) < p.total:
         raise ConfigError(f"{path} has {len(rows)} of {p.total} answers\n  run the stage generate to its end first")
+    for number, (row, (seed, _, example)) in enumerate(zip(rows, p.items(range(p.total)), strict=True), 1):
+        if (row.get("seed"), row.get("id")) != (seed, example.id):
+            raise ConfigError(
+                f"{path}, line {number}: seed {row.get('seed')} and prompt {row.get('id')!r}, expected {seed} and {example.id!r}\n"
+                "  remove the file and run the stage generate again"
+            )
     return rows
 
 
@@ -93,9 +93,11 @@ def scored(p: Plan, label: str) -> list[tuple[Row, Row]]:
     """(transcript, scores) of every answer.
 
     Raises:
-        ConfigError: scores that are missing or belong to other transcripts.
+        ConfigError: scores that are missing, of other judges, or belong to other transcripts.
     """
     rows, path = transcripts(p, label), p.scores(label)
+    if path.exists():
+        demand_provenance(path, {**_provenance(p, label), "block": p.block})
     scores = list(read_jsonl(path))[: p.total] if path.exists() else []
     if len(scores) < len(rows):
         raise ConfigError(f"{path} has {len(scores)} of {len(rows)} scores\n  run the stage score to its end first")
@@ -121,8 +123,8 @@ def _compare(p: Plan, label: str, rows: Sequence[Row], scores: Sequence[Row]) ->
 
 
 def _provenance(p: Plan, label: str) -> dict[str, Any]:
-    judges = {name: ref.model_dump(exclude_none=True) for name, ref in judge_refs(p).items()}
-    return {"transcripts": p.provenance(label), "judges": judges}
+    judges = {name: ref.model_dump(exclude_none=True) for name, ref in p.judges.items()}
+    return {"transcripts": p.provenance(label), "judges": judges, "judge_weights": p.judge_weights}
 
 
 def _judged(worker: Worker, rows: Sequence[Row]) -> Iterator[Row]:
@@ -170,19 +172,40 @@ def base_logps(model: SteeredModel, rows: Sequence[Row]) -> list[float]:
     return [float(sums.get(b.key, 0.0)) for b in beams]
 
 
-def measures(p: Plan, label: str) -> Row:
-    """The task's own figures of one method."""
-    import json
+def measures(p: Plan, label: str, rows: Sequence[Row]) -> Row:
+    """The task's own figures of one method.
 
-    path = p.out / "scores" / f"{label}.task.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))["figures"]) if path.exists() else {}
+    Raises:
+        ConfigError: they are those of other answers, references or settings.
+    """
+    path = _measured(p, label)
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    different = [k for k, v in _of(p, rows).items() if found.get(k) != v]
+    if different:
+        what = {"of": "other answers", "references": "other references", "settings": "other settings of the task"}
+        raise ConfigError(f"{path}: figures of {', '.join(what[k] for k in different)}\n  run the stage score again")
+    return dict(found["figures"])
 
 
 def _measure(p: Plan, label: str, rows: Sequence[Row]) -> None:
     figures = dict(p.task.measure(p.config, p.out, label, answers(p, label)))
     if figures:
-        whole = hashlib.sha256("".join(map(fingerprint, rows)).encode()).hexdigest()[:16]
-        write_json(p.out / "scores" / f"{label}.task.json", {"of": whole, "figures": figures})
+        write_json(_measured(p, label), {**_of(p, rows), "figures": figures})
+    else:
+        _measured(p, label).unlink(missing_ok=True)  # of a run that had a judge
+
+
+def _measured(p: Plan, label: str) -> Path:
+    return p.out / "scores" / f"{label}.task.json"
+
+
+def _of(p: Plan, rows: Sequence[Row]) -> Row:
+    """What the task's own figures depend on."""
+    answered, references = "".join(map(fingerprint, rows)), json.dumps([e.reference for e in p.examples])
+    whole = {"of": answered, "references": references}
+    return {k: hashlib.sha256(v.encode()).hexdigest()[:16] for k, v in whole.items()} | {"settings": dict(p.task.settings(p.config))}
 
 
 def _examples(p: Plan) -> dict[str, Example]:

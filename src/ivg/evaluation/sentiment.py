@@ -7,19 +7,21 @@ Data: rows with ``prompt`` (the paper's imdb_preference, in file order), or with
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 
 from ivg.config import EvalConfig
 from ivg.errors import ConfigError
-from ivg.evaluation.task import Example, Tables, Task
+from ivg.evaluation.task import Example, Tables, Task, enough, text_of
 from ivg.tables import read_rows
 from ivg.types import Prompt
 
 DATA = "ZHZisZZ/imdb_preference"
 PROMPTS = 1000
 """The paper's number of test prompts."""
+SHORTEST, LONGEST = 4, 8
+"""Words of a prompt that is the beginning of a review."""
 
 
 class Sentiment(Task):
@@ -31,23 +33,30 @@ class Sentiment(Task):
         """Prompts as they stand, or beginnings of reviews.
 
         Raises:
-            ConfigError: neither ``prompt`` nor ``text`` among the columns; fewer usable rows than asked for.
+            ConfigError: neither ``prompt`` nor ``text`` among the columns; a row without; fewer usable rows than asked for; options, or
+                a shuffle of prompts, which nothing reads.
         """
-        source, split = config.data or DATA, config.split or "test"
-        rows = read_rows(source, split)
+        if config.options:
+            raise ConfigError(f"eval.options of sentiment: there are none, got {', '.join(config.options)}\n  leave them out (--option)")
+        source = config.data or DATA
+        rows = read_rows(source, config.split or "test")
         first = next(rows, None)
         if first is None:
             raise ConfigError(f"{source} is empty")
         if "prompt" in first:
-            found = [first["prompt"], *(r["prompt"] for r in islice(rows, (config.prompts or PROMPTS) - 1))]
+            if config.shuffle is not None:
+                raise ConfigError(
+                    f"{source} has prompts, which are taken in file order\n  leave out shuffle (--shuffle); it draws from reviews"
+                )
+            column, most = "prompt", config.prompts or PROMPTS
         elif "text" in first:
-            reviews = [clean(r["text"]) for r in (first, *rows)]
-            try:
-                found = opening_words(reviews, config.prompts or PROMPTS, seed=config.shuffle or 0)
-            except ValueError as e:
-                raise ConfigError(f"{source}: {e}\n  ask for fewer (--prompts)") from None
+            column, most = "text", None
         else:
             raise ConfigError(f"{source} has the columns {', '.join(first)}\n  expected prompt, or text (whole reviews)")
+        found = [text_of(row, column, f"{source}, row {i}") for i, row in enumerate(islice(chain([first], rows), most), 1)]
+        if column == "text":
+            found = _openings([clean(text) for text in found], config, source)
+        enough(len(found), config, source)
         return [Example(str(i), Prompt(text)) for i, text in enumerate(found)]
 
     def defaults(self) -> Tables:
@@ -58,13 +67,20 @@ class Sentiment(Task):
         }
 
 
+def _openings(reviews: Sequence[str], config: EvalConfig, source: str) -> list[str]:
+    """As many as are asked for; as the paper has, or as there are, where nobody asks."""
+    usable = sum(len(r.split()) > LONGEST for r in reviews)
+    enough(usable, config, source)
+    return opening_words(reviews, config.prompts or min(PROMPTS, usable), seed=config.shuffle or 0) if usable else []
+
+
 def clean(text: str) -> str:
     """One line break where the page had several, no space at the ends."""
     lines = (" ".join(line.split()) for line in text.splitlines())
     return "\n".join(line for line in lines if line)
 
 
-def opening_words(texts: Sequence[str], count: int, seed: int, shortest: int = 4, longest: int = 8) -> list[str]:
+def opening_words(texts: Sequence[str], count: int, seed: int, shortest: int = SHORTEST, longest: int = LONGEST) -> list[str]:
     """Prompts: the first 4 to 8 words of ``count`` texts, drawn without replacement.
 
     Raises:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ivg.config import EvalConfig
 from ivg.errors import ConfigError
-from ivg.evaluation.task import Example, Tables, Task
+from ivg.evaluation.task import Example, Tables, Task, enough, text_of
 from ivg.tables import read_rows
 from ivg.types import Prompt
 
@@ -41,7 +41,7 @@ class Summarization(Task):
         """Each text once, in the order that ``datasets.Dataset.shuffle`` gives.
 
         Raises:
-            ConfigError: neither ``prompt`` nor ``email`` among the columns; an unknown option.
+            ConfigError: neither ``prompt`` nor ``email`` among the columns; a row without; fewer texts than asked for; an unknown option.
         """
         words = _words(config)
         source = config.data or DATA
@@ -50,17 +50,19 @@ class Summarization(Task):
             raise ConfigError(f"{source} is empty")
         if "prompt" not in rows[0] and "email" not in rows[0]:
             raise ConfigError(f"{source} has the columns {', '.join(rows[0])}\n  expected prompt (a post), or email")
+        column = "prompt" if "prompt" in rows[0] else "email"
         seed = SHUFFLE if config.shuffle is None else config.shuffle
         found: dict[str, Example] = {}
         for i in np.random.default_rng(seed).permutation(len(rows)).tolist():
-            row = rows[i]
-            text = _post(row["prompt"]) if "prompt" in row else _mail(row["email"], words)
+            row, where = rows[i], f"{source}, row {i + 1}"
+            text = _post(text_of(row, "prompt", where)) if column == "prompt" else _mail(text_of(row, "email", where), words)
             if text.strip() and text not in found:  # comparisons have several rows for one post
                 all_references = list(_references(row))
                 first = all_references[0] if all_references else None
                 found[text] = Example(str(row.get("id", i)), Prompt(text), first, {"references": all_references})
             if len(found) == (config.prompts or PROMPTS):
                 break
+        enough(len(found), config, source)
         return _unique(found.values())
 
     def defaults(self) -> Tables:

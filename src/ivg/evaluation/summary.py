@@ -18,9 +18,11 @@ from ivg.errors import ConfigError
 from ivg.evaluation import metrics
 from ivg.evaluation.bank import Group, group
 from ivg.evaluation.cost import flops
-from ivg.evaluation.plan import BANK, Method, Plan, described
-from ivg.evaluation.score import GOLD, judge_refs, measures, scored
+from ivg.evaluation.methods import BANK, Method, described
+from ivg.evaluation.plan import GOLD, Plan
+from ivg.evaluation.score import measures, scored
 from ivg.records import read_jsonl
+from ivg.types import SamplingParams
 
 Row = dict[str, Any]
 Pair = tuple[Row, Row]
@@ -34,9 +36,9 @@ def summarise(p: Plan) -> Figures:
         ConfigError: a stage that is not finished; a method without any answer.
     """
     sizes = _sizes(p)
-    judges = list(judge_refs(p))
+    judges = list(p.judges)
     base = scored(p, p.base.label)
-    bank = _bank(p, sizes) if p.config.bank else []
+    bank = _bank(p, sizes, base) if p.config.bank else []
     curve = _curve(bank) if bank else []
     methods = [_method(p, m, base, judges, sizes, curve) for m in p.methods]
     return {
@@ -44,6 +46,7 @@ def summarise(p: Plan) -> Figures:
         "prompts": len(p.examples),
         "seeds": p.config.seeds,
         "judges": judges,
+        "primary": judges[0] if judges else _primary(p, methods),
         "base": p.base.label,
         "parameters": sizes,
         "methods": {m["label"]: m for m in methods},
@@ -75,14 +78,27 @@ def _method(p: Plan, method: Method, base: Sequence[Pair], judges: Sequence[str]
     }
     out |= {judge: _over_prompts(good, partial(_said_by, judge)) for judge in judges}
     out["win_rate"] = _wins(good, base) if GOLD in judges else None
-    out["kl"] = _kl(p, method.strategy, good)
+    out["kl"], out["kl_note"] = _kl(p, method.strategy, good)
     out["surprisal"] = _over_prompts(good, lambda r, s: -s["base_logp"])
     out["perplexity"] = metrics.perplexity([s["base_logp"] for _, s in good], [s["tokens"] for _, s in good])
     out |= _texts(good)
     out |= {"forward_tokens": {k: round(v, 2) for k, v in read.items()}, "flops": flops(read, sizes)}
     out["best_of_n"] = _rival(out["flops"], curve) if curve else None
-    out["task"] = measures(p, method.label)
+    out["task"] = measures(p, method.label, [r for r, _ in pairs])
     return out
+
+
+def _primary(p: Plan, methods: Sequence[Figures]) -> str | None:
+    """Without judges: the task's own first figure, if every method has it; ``primary`` of each method then holds it."""
+    if p.task.primary is None:
+        return None
+    name, spread = p.task.primary
+    if not all(isinstance(m["task"].get(name), int | float) for m in methods):
+        return None
+    for m in methods:
+        value, half = m["task"][name], 1.96 * (m["task"].get(spread) or 0.0)
+        m["primary"] = {"mean": value, "low": value - half, "high": value + half}
+    return name
 
 
 def _said_by(judge: str, _: Row, judged: Row) -> float:
@@ -134,26 +150,52 @@ def draws(strategy: Strategy, tokens: int, limit: int) -> list[int] | None:
     return [w * k if i == 0 else k for i in range(chunks)]
 
 
-def _kl(p: Plan, strategy: Strategy, pairs: Sequence[Pair]) -> dict[str, Any] | None:
-    """KL(method || base) of an answer in nats: an estimate, or an upper bound where hypotheses are selected among."""
-    selects = bool(strategy.selectors)
+def _kl(p: Plan, strategy: Strategy, pairs: Sequence[Pair]) -> tuple[dict[str, Any] | None, str | None]:
+    """(KL(method || base) of an answer in nats, None); an upper bound where hypotheses are selected among. Or (None, why there is none)."""
+    selects, limit = bool(strategy.selectors), p.sampling.max_new_tokens
+    cut = truncated(p.sampling)
+    if strategy.guides and cut:
+        return None, f"guidance is measured before {cut}, which {'changes' if ',' not in cut else 'change'} what is drawn"
+    one_chunk = strategy.chunk_length is None or strategy.chunk_length >= limit
     amounts = []
     for r, _ in pairs:
         added = 0.0
         if selects:
-            drawn = draws(strategy, len(r["token_ids"]), p.sampling.max_new_tokens)
+            drawn = draws(strategy, len(r["token_ids"]), limit)
             if drawn is None:
-                return None
-            added = metrics.selection_bound(drawn, alone=strategy.width == 1, soft=strategy.rule == "soft")
+                return None, "no useful bound is known for the method"
+            added = metrics.selection_bound(drawn, alone=strategy.width == 1 or one_chunk, soft=strategy.rule == "soft")
         amounts.append((r["id"], r["shift"] + added))
-    return {**metrics.interval(list(metrics.by_key(amounts).values())).to_dict(), "bound": selects}
+    return {**metrics.interval(list(metrics.by_key(amounts).values())).to_dict(), "bound": selects}, None
+
+
+def truncated(s: SamplingParams) -> str | None:
+    """What changes the distribution after guidance is measured, in words; None: nothing does."""
+    cuts = {
+        "greedy choice": s.temperature == 0,
+        "top-k": s.top_k > 0,
+        "top-p": s.top_p < 1,
+        "min-p": s.min_p > 0,
+        "repetition penalty": s.repetition_penalty != 1,
+    }
+    return ", ".join(name for name, on in cuts.items() if on) or None
 
 
 # Best-of-N at equal compute
 
 
-def _bank(p: Plan, sizes: dict[str, int]) -> list[Group]:
-    return [group(r, {int(i): g for i, g in s[GOLD].items()}, sizes) for r, s in scored(p, BANK) if "error" not in r]
+def _bank(p: Plan, sizes: dict[str, int], base: Sequence[Pair]) -> list[Group]:
+    """The bank's rows; the base read of each prompt what it read of it in the base method's batch."""
+    read = {(r["id"], r["seed"]): _prompt_read(r) for r, _ in base if "error" not in r}
+    rows = [(r, s) for r, s in scored(p, BANK) if "error" not in r]
+    if not rows:
+        raise ConfigError(f"{BANK}: no answer succeeded\n  ask for shorter answers or prompts, or leave the bank out (--bank 0)")
+    return [group(r, {int(i): g for i, g in s[GOLD].items()}, sizes, read.get((r["id"], r["seed"]))) for r, s in rows]
+
+
+def _prompt_read(row: Row) -> int:
+    """Tokens of the prompt that the plain base read: all that it read but its own answer (whose last token nobody reads)."""
+    return sum(row["forward_tokens"].values()) - max(0, len(row["token_ids"]) - 1)
 
 
 def _by(p: Plan) -> str | None:
@@ -178,7 +220,14 @@ def _rival(budget: float, curve: Sequence[Row]) -> Row:
     return {**row, "capped": row is curve[-1] and curve[-1]["flops"] + step <= budget}
 
 
-# Clock
+# Clock, and who computed
+
+
+def makers(p: Plan) -> list[Row]:
+    """Who made transcripts and scores: commit, command and machine of every process that computed some, each once, in order."""
+    path = Path(p.out / "timings.jsonl")
+    found = [row["made"] for row in read_jsonl(path) if "made" in row] if path.exists() else []
+    return [made for i, made in enumerate(found) if made not in found[:i]]
 
 
 def _clock(p: Plan) -> dict[str, Row]:
@@ -186,7 +235,8 @@ def _clock(p: Plan) -> dict[str, Row]:
     path = Path(p.out / "timings.jsonl")
     latest: dict[tuple[str, int], Row] = {}
     for row in read_jsonl(path) if path.exists() else ():
-        latest[row["label"], row["start"]] = row
+        if "label" in row:
+            latest[row["label"], row["start"]] = row
     by_label: dict[str, list[Row]] = defaultdict(list)
     for row in latest.values():
         by_label[row["label"]].append(row)

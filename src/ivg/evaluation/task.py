@@ -50,6 +50,8 @@ class Task(Protocol):
     """A task: subclass it, give ``name`` and :meth:`examples`, override what differs."""
 
     name: str
+    primary: tuple[str, str] | None = None
+    """Which number of :meth:`measure` orders the methods and is drawn where nothing else judges, and which is its standard error."""
 
     def examples(self, config: EvalConfig) -> list[Example]:
         """The prompts, in an order that depends on ``config`` alone; ids are unique.
@@ -69,6 +71,10 @@ class Task(Protocol):
 
     def export(self, out: Path, label: str, answers: Sequence[Answer]) -> None:
         """Files of the task's own (``model_outputs/<label>.json``), written whenever a method's transcripts are complete."""
+
+    def settings(self, config: EvalConfig) -> Mapping[str, Any]:
+        """What :meth:`measure` depends on besides answers and references, as JSON has it; figures of other settings are not reported."""
+        return dict(config.options)
 
     def measure(self, config: EvalConfig, out: Path, label: str, answers: Sequence[Answer]) -> Mapping[str, Any]:
         """Figures of the task's own for one method (win rates of a judge), called by the score stage, once for each method.
@@ -107,3 +113,26 @@ def digest(examples: Sequence[Example]) -> str:
         [e.id, e.prompt.content if isinstance(e.prompt.content, str) else [[m.role, m.content] for m in e.prompt.content]] for e in examples
     ]
     return hashlib.sha256(json.dumps(shown, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
+    """The text in a column; ``where`` names the row in errors.
+
+    Raises:
+        ConfigError: there is none, or something else, such as the messages of a conversation.
+    """
+    found = row.get(column)
+    if not isinstance(found, str):
+        got = "nothing" if found is None else "messages" if isinstance(found, list) else repr(found)[:40]
+        raise ConfigError(f"{where}: expected a text in {column}, got {got}\n  leave such rows out, or write their text out")
+    return found
+
+
+def enough(found: int, config: EvalConfig, source: str) -> None:
+    """Check that as many prompts are there as were asked for.
+
+    Raises:
+        ConfigError: fewer.
+    """
+    if config.prompts is not None and found < config.prompts:
+        raise ConfigError(f"{source}: {config.prompts} prompts were asked for, but only {found} are there\n  ask for fewer (--prompts)")

@@ -59,12 +59,13 @@ def preference_of(row: Row) -> float | None:
     """The row's preference in [1, 2]; 0 is an old way to write a draw; None where the judge gave none.
 
     Raises:
-        ConfigError: any other number.
+        ConfigError: any other number, or no number.
     """
     given = row["preference"]
     if given is None or given != given:
         return None
-    value = 1.5 if given == 0 else float(given)
+    value = given if isinstance(given, int | float) and not isinstance(given, bool) else math.nan
+    value = 1.5 if value == 0 else float(value)
     if not 1 <= value <= 2:
         raise ConfigError(f"preference {given!r}\n  expected a number from 1 (reference is better) to 2 (model is better)")
     return value
@@ -125,7 +126,7 @@ def read_judgements(path: str | Path) -> list[Row]:
     """Judgements from JSON, JSONL (``.gz`` too): one model against one reference.
 
     Raises:
-        ConfigError: no such file, columns missing, nothing in it, more than one model or reference.
+        ConfigError: no such file, columns missing, nothing in it, a text or preference that is none, more than one model or reference.
     """
     if not Path(path).is_file():
         raise ConfigError(f"no such file: {path}\n  expected judgements (annotations.json of alpaca_eval, or OUT/judgements/LABEL.jsonl)")
@@ -136,6 +137,13 @@ def read_judgements(path: str | Path) -> list[Row]:
         missing = [c for c in COLUMNS if c not in row]
         if missing:
             raise ConfigError(f"{path}, judgement {number}: no {', '.join(missing)}\n  got {', '.join(row)}; expected {', '.join(COLUMNS)}")
+        wrong = [c for c in COLUMNS[:3] if not isinstance(row[c], str)]
+        if wrong:
+            raise ConfigError(f"{path}, judgement {number}: {wrong[0]} is {row[wrong[0]]!r}\n  expected a text")
+        try:
+            preference_of(row)
+        except ConfigError as e:
+            raise ConfigError(f"{path}, judgement {number}: {e}") from None
     for column in ("generator_1", "generator_2"):
         names = sorted({str(row.get(column)) for row in rows})
         if len(names) > 1:
