@@ -62,7 +62,7 @@ def check(
     ] = None,
     judge: Annotated[
         str | None,
-        typer.Option("--judge", help="Who scores drawn texts: reward, explicit, gold (embedded), none.", rich_help_panel=_FORESEE),
+        typer.Option("--judge", help="Who scores drawn texts: reward, explicit, gold (of the recipe), none.", rich_help_panel=_FORESEE),
     ] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.", rich_help_panel=_FORESEE)] = None,
     token: o.Token = None,

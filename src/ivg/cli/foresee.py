@@ -114,9 +114,12 @@ def _gold(recipe: Recipe) -> RewardModel | FunctionValue:
 
     from ivg.build import load_options
     from ivg.config import RewardRef
+    from ivg.evaluation.origin import same
     from ivg.values.reward import load_reward
 
-    ref = recipe.eval.gold or (None if recipe.models.given else RewardRef(path="embedded:gold"))
+    base = recipe.models.base
+    embedded = base is None or same(base.path, "embedded:base")
+    ref = recipe.eval.gold or (RewardRef(path="embedded:gold") if embedded else None)
     if ref is None:
         raise ConfigError("--judge gold, but which? the embedded gold knows film reviews only\n  give it as gold in the recipe's [eval]")
     options = replace(load_options(recipe), revision=None, quantization=None)  # those are the base's

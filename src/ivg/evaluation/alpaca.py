@@ -22,6 +22,7 @@ from ivg.errors import ConfigError
 from ivg.evaluation.judges import AlpacaEvalJudge, ChatJudge, Judge, RewardJudge, judge_all
 from ivg.evaluation.lengthcontrol import length_controlled
 from ivg.evaluation.machine import alone
+from ivg.evaluation.origin import fingerprint
 from ivg.evaluation.task import Answer, Example, Tables, Task, enough
 from ivg.evaluation.winrate import averaged, win_rate
 from ivg.records import write_json
@@ -187,7 +188,8 @@ class Alpaca(Task):
         """The judge's settings, but for how patiently it is asked."""
         options = Options.of(config)
         patience = {"key_variable", "timeout", "retries", "concurrency"}
-        return {**options.model_dump(exclude=patience), "model": options.judge_model}
+        weights = fingerprint(options.reward) if options.reward else None
+        return {**options.model_dump(exclude=patience), "model": options.judge_model, "weights": weights}
 
     def judge(self, options: Options) -> Judge:
         """The judge that was asked for; made once for all methods."""
@@ -217,7 +219,7 @@ def _make(options: Options) -> Judge:
         reward = RewardModel.from_pretrained(
             options.reward, template=options.template, label=options.label, options=LoadOptions(dtype="float32"), name="judge"
         )
-        return RewardJudge(reward, f"reward:{options.reward}")
+        return RewardJudge(reward, f"reward:{options.reward}", fingerprint(options.reward))
     if options.judge == "alpaca_eval":
         return AlpacaEvalJudge(options.annotators, options.order_seed)
     assert options.judge_model is not None

@@ -73,10 +73,11 @@ class RewardJudge:
     Args:
         reward: any reward model; reads the instruction as prompt.
         name: in judgements.
+        weights: fingerprint of the model, where it is known: a directory may be trained anew under the same name.
     """
 
-    def __init__(self, reward: RewardModel, name: str = "reward") -> None:
-        self.reward, self.name = reward, name
+    def __init__(self, reward: RewardModel, name: str = "reward", weights: str | None = None) -> None:
+        self.reward, self.name, self.weights = reward, name, weights
         self._known: dict[str, float] = {}
 
     def compare(self, pairs: Sequence[Pair]) -> list[Verdict]:
@@ -90,7 +91,8 @@ class RewardJudge:
 
     def settings(self) -> Mapping[str, Any]:
         """Which reward model."""
-        return {"judge": self.name, "template": self.reward.template, "label": self.reward.label}
+        known = {} if self.weights is None else {"weights": self.weights}
+        return {"judge": self.name, "template": self.reward.template, "label": self.reward.label, **known}
 
 
 class ChatJudge:
