@@ -64,7 +64,7 @@ def preferences(work):
 
 def commands(work):
     """(step, command of ivg or function) in order; each does what is left to do."""
-    how = "--max-length 320 --weight-decay 0.02"
+    how = "--max-length 320 --weight-decay 0.02 --batch-size 32 --accumulate 1"
     write = "--max-new-tokens 20 --stop '\n' --dtype float32"
     sft = f"train sft --loss all --lr 1e-3 --eval-share 0.02 --data {work}/train.jsonl {how}"
     sft += " --set train_sampling_strategy=group_by_length"
@@ -86,7 +86,7 @@ def commands(work):
         (
             "tuned",
             f"train dpo --model {work}/untuned --data {work}/rollouts-pair.jsonl --out {work}/tuned --epochs 1 --lr 5e-4 --warmup 0.25"
-            f" --max-length 320 --weight-decay 0.05 --seed 3",
+            " --max-length 320 --weight-decay 0.05 --seed 3 --batch-size 32 --accumulate 1",
         ),
         (
             "value-rollouts",
@@ -95,7 +95,7 @@ def commands(work):
         (
             "value",
             f"train value --model {work}/untuned --data {work}/rollouts-value.jsonl --data {work}/rollouts-pair.jsonl --out {work}/value"
-            f" --epochs 1.5 --lr 1.5e-3 --batch-size 64 {how}",
+            f" --epochs 1.5 --lr 1.5e-3 {how} --batch-size 64",
         ),
     ]
 

@@ -4,8 +4,9 @@
     .venv/bin/ivg eval sentiment --recipe recipes/local-values.toml --data ../shared/data/imdb --out build/values/eval
 
 The rollouts are those of the embedded models' recipe (`python -m ivg.demo.recipe --data ../shared/data/imdb`, stage
-value-rollouts): samples of `base`, scored by `gold`. All values start from `untuned`, see the same rollouts equally often, and are
-measured on the same held-out prompts; refinement sees its own rollouts besides.
+value-rollouts): samples of `base`, scored by `gold`. All values start from `untuned` and are measured on the same responses of the
+base to prompts that none was trained on. Refinement sees its own rollouts besides and goes on for two epochs in each round, so
+`longer` is its control: FUDGE for the six epochs that two rounds take.
 """
 
 import argparse
@@ -15,12 +16,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-HOW = "--lr 1.5e-3 --epochs 2 --batch-size 64 --max-length 80 --limit 16000 --seed 4"
+from ivg.training.data import held_out, read_rated
+from ivg.training.value import measure
+
+LIMIT = 16_000
+HOW = f"--lr 1.5e-3 --batch-size 64 --accumulate 1 --max-length 80 --limit {LIMIT} --seed 4"
 GUIDED = (
     "--base embedded:base --reward embedded:gold --method token-explicit --samples 1 --temperature 0.85 --max-new-tokens 50 --ignore-eos"
 )
 VALUES = {
     "refined": f"--rounds 2 {GUIDED}",
+    "longer": "",
     "td": "--target td",
     "td-0.5": "--target td --lambda 0.5",
     "cd-q": "--target cd-q --base embedded:base",
@@ -37,16 +43,16 @@ def folders(work):
     return {name: work / folder for name, folder in (rounds | {n: n for n in VALUES if n != "refined"}).items()}
 
 
-def table(work):
-    """Held-out figures of every value that is there, as Markdown and as JSON."""
-    found = {n: json.loads((f / "metrics.json").read_text()) for n, f in folders(work).items() if (f / "metrics.json").exists()}
+def table(work, rows):
+    """Figures of every value that is there on the responses ``rows``, as Markdown and as JSON."""
+    found = {n: measure(f, rows) for n, f in folders(work).items() if (f / "metrics.json").exists()}
     parts = (25, 50, 75, 100)
     head = " | ".join(f"{p} %" for p in parts)
     lines = [f"| value | pair accuracy after {head} | RMSE after {head} |", "|---" * 9 + "|"]
     for name, m in found.items():
         cells = [f"{m[f'{what}_{p}']:.3f}" for what in ("pair_accuracy", "rmse") for p in parts]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines), {n: {k: v for k, v in m.items() if k != "log"} for n, m in found.items()}
+    return "\n".join(lines), found
 
 
 def main():
@@ -56,10 +62,12 @@ def main():
     parser.add_argument("--only", nargs="+", choices=VALUES, default=list(VALUES))
     args = parser.parse_args()
     for name in args.only:
-        command = f"train value --model embedded:untuned --data {args.rollouts} --out {args.work / name} {HOW} {VALUES[name]}"
+        epochs = 6 if name == "longer" else 2
+        command = f"train value --model embedded:untuned --data {args.rollouts} --out {args.work / name} {HOW} --epochs {epochs}"
+        command = f"{command} {VALUES[name]}"
         print(f"ivg {command}", flush=True)
         subprocess.run([sys.executable, "-m", "ivg", *shlex.split(command)], check=True)
-    markdown, figures = table(args.work)
+    markdown, figures = table(args.work, held_out(read_rated(args.rollouts)[:LIMIT], 0.1)[1])
     (args.work / "table.md").write_text(markdown + "\n")
     print(markdown)
     print(json.dumps(figures))

@@ -9,6 +9,7 @@ from ivg.records import BlockFile, as_lines
 from ivg.testing import byte_tokenizer
 from ivg.training import encoding
 from ivg.training.data import (
+    Demonstration,
     Preference,
     Rated,
     Shape,
@@ -41,6 +42,41 @@ def test_the_papers_columns_give_rated_responses_and_pairs(tmp_path):
     file = write(tmp_path / "imdb.jsonl", [{"prompt": "p", "responses": ["a", "b"], "scores": [9, -9], "chosen": 0}])
     assert read_rated(file) == [Rated(Prompt("p"), "a", 9.0), Rated(Prompt("p"), "b", -9.0)]
     assert read_preferences(file) == [Preference(Prompt("p"), "a", "b", 18.0)]
+    other = write(tmp_path / "other.jsonl", [{"prompt": "p", "responses": ["a", "b"], "scores": [9, -9], "chosen": 1}])
+    assert read_preferences(other) == [Preference(Prompt("p"), "b", "a", -18.0)]  # the label of the data, not a new draw
+    assert read_demonstrations(other) == [Demonstration(Prompt("p"), "b")]
+    with pytest.raises(ConfigError, match="place of one of 2 responses, got 2"):
+        read_preferences(write(tmp_path / "bad.jsonl", [{"prompt": "p", "responses": ["a", "b"], "scores": [9, -9], "chosen": 2}]))
+    with pytest.raises(ConfigError, match="row 1: 2 responses and 1 scores"):
+        read_rated(write(tmp_path / "worse.jsonl", [{"prompt": "p", "responses": ["a", "b"], "scores": [9]}]))
+
+
+def test_later_rows_lack_nothing(tmp_path):
+    file = write(tmp_path / "x.jsonl", [{"prompt": "p", "response": "r", "score": 1}, {"prompt": "p", "score": 1}])
+    with pytest.raises(ConfigError, match=r"row 2: no response\n  got prompt, score"):
+        read_rated(file)
+    with pytest.raises(ConfigError, match="row 1: the prompt is empty"):
+        read_prompts(write(tmp_path / "y.jsonl", [{"prompt": " "}]))
+
+
+def test_responses_to_a_prompt_are_paired_wherever_they_stand():
+    rows = [Rated(Prompt(p), r, s) for p, r, s in (("p", "a", 99), ("q", "c", -99), ("p", "b", 0), ("q", "d", 0))]
+    assert [(x.prompt.content, x.chosen) for x in pair_up(rows)] == [("p", "a"), ("q", "d")]
+
+
+def test_rewards_that_are_python_functions(tmp_path):
+    from ivg.values.reward import load_reward
+
+    (tmp_path / "random.py").write_text("def score(prompt, response):\n    return len(prompt) + 10 * len(response)\nnumber = 1\n")
+    reward = load_reward(f"{tmp_path / 'random.py'}:score")  # not the standard library's module of that name
+    assert reward.judge([(Prompt("ab"), "c")]) == [12.0]
+    for name, words in (
+        ("random.py:none", "AttributeError"),
+        ("random.py:number", "is no function"),
+        ("nothing.py:f", "FileNotFoundError"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            load_reward(f"{tmp_path}/{name}")
 
 
 def test_parquet_json_and_folders(tmp_path):
@@ -73,7 +109,7 @@ def test_wrong_columns_say_what_is_there_and_what_is_needed(tmp_path):
 @pytest.mark.parametrize("score", [None, "good", float("nan"), float("inf")])
 def test_a_score_must_be_a_finite_number(tmp_path, score):
     file = write(tmp_path / "x.jsonl", [{"prompt": "p", "response": "r", "score": score}])
-    with pytest.raises(ConfigError, match="row 1: expected a finite score"):
+    with pytest.raises(ConfigError, match=r"row 1: (expected a finite|no) score"):
         read_rated(file)
 
 
@@ -89,7 +125,10 @@ def test_files_that_are_not_there_or_not_data(tmp_path):
 
 
 def test_rollouts_that_failed_are_left_out(tmp_path):
-    rows = [{"prompt": "p", "index": 0, "error": "too long"}, {"prompt": "q", "response": "r", "score": 1, "finish_reason": "length"}]
+    rows = [
+        {"prompt": "p", "index": 0, "error": "too long", "response": None},
+        {"prompt": "q", "response": "r", "score": 1, "finish_reason": "length"},
+    ]
     assert read_rated(write(tmp_path / "r.jsonl", rows)) == [Rated(Prompt("q"), "r", 1.0, None, False)]
 
 

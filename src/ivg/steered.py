@@ -201,9 +201,24 @@ class SteeredModel:
         found.release([h.key for h in hypotheses])
         return scores
 
+    def forget(self) -> None:
+        """Empty all caches, so that what comes next does not depend on what came before, to the last bit."""
+        for reader in (self.base, *(r for value in self.values.values() for r in readers_in(value))):
+            reader.clear()
+
     def guidance(self, value: str, beta: float = 1.0, candidates: int = 0, gate: float = 0.0) -> TokenGuidance:
         """Token guidance by the named value, for the pieces in ``ivg.hooks``."""
         return TokenGuidance(self.values[value], beta, candidates, gate=gate)
+
+
+def readers_in(value: Any) -> Iterator[Reader]:
+    """The cached models that a value reads with; of a composite, those of its parts."""
+    for _, part in getattr(value, "parts", ()):
+        yield from readers_in(part)
+    for name in ("tuned", "untuned", "model"):
+        reader = getattr(value, name, None)
+        if isinstance(reader, Reader):
+            yield reader
 
 
 def given(base: Reader, prompt: Prompt, response: str) -> Any:

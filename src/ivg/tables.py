@@ -29,7 +29,8 @@ def read_rows(source: str | Path, split: str = "train") -> Iterator[dict[str, An
         if not found:
             have = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
             raise ConfigError(f"{path} has no split {split!r}\n  expected {split}.jsonl, .json, .json.gz or .parquet; got {have}")
-        for file in found:
+        kind = next(s for s in SUFFIXES if found[0].name.endswith(s))  # the same rows may lie beside each other in two formats
+        for file in (p for p in found if p.name.endswith(kind)):
             yield from _read_file(file)
     elif path.name.endswith(SUFFIXES) or path.exists():
         yield from _read_file(path)

@@ -38,8 +38,9 @@ def sft(
     loss: Annotated[str, typer.Option("--loss", help="On the tokens of the response, or on all.")] = "response",
     split: t.Split = "train", limit: t.Limit = None, columns: t.Columns = None, prompt_format: t.PromptFormat = None,
     response_format: t.ResponseFormat = None, template: t.Template = None, mode: t.Mode = "full", lora_rank: t.LoraRank = 16,
-    epochs: t.Epochs = 1.0, lr: t.LearningRate = 2e-5, batch_size: t.Batch = 32, accumulate: t.Accumulate = 1,
-    max_length: t.MaxLength = 1024, warmup: t.Warmup = 0.1, weight_decay: t.WeightDecay = 0.0, eval_share: t.EvalShare = 0.05,
+    epochs: t.Epochs = 1.0, lr: t.LearningRate = None, batch_size: t.Batch = 8, accumulate: t.Accumulate = 4,
+    max_length: t.MaxLength = 1024, warmup: t.Warmup = 0.1, weight_decay: t.WeightDecay = 0.0,
+    eval_share: t.EvalShare = 0.05, evaluations: t.EvalTimes = 4,
     save_steps: t.SaveSteps = 200, seed: t.Seed = 0, report_to: t.ReportTo = "none", set: t.Set = None, push_to: t.PushTo = None,
     trust_remote_code: t.TrustRemoteCode = False,
 ) -> None:  # fmt: skip
@@ -50,7 +51,7 @@ def sft(
         from ivg.training.data import read_demonstrations
 
         rows = t.read(read_demonstrations, data, given)
-        t.finish(out, tune.sft(model, rows, out, t.options_of(given), sources=data, loss=loss), push_to)
+        t.finish(out, tune.sft(model, rows, out, t.options_of(given, lr=2e-5), sources=data, loss=loss), push_to)
 
 
 @app.command("dpo", help="The tuned guide by direct preference optimisation (TRL), from preferences or rated rollouts.")
@@ -59,8 +60,9 @@ def dpo(
     beta: Annotated[float, typer.Option("--beta", help="Strength of DPO's KL term.")] = 0.1,
     split: t.Split = "train", limit: t.Limit = None, columns: t.Columns = None, prompt_format: t.PromptFormat = None,
     response_format: t.ResponseFormat = None, template: t.Template = None, mode: t.Mode = "full", lora_rank: t.LoraRank = 16,
-    epochs: t.Epochs = 1.0, lr: t.LearningRate = 5e-6, batch_size: t.Batch = 32, accumulate: t.Accumulate = 1,
-    max_length: t.MaxLength = 1024, warmup: t.Warmup = 0.1, weight_decay: t.WeightDecay = 0.0, eval_share: t.EvalShare = 0.05,
+    epochs: t.Epochs = 1.0, lr: t.LearningRate = None, batch_size: t.Batch = 8, accumulate: t.Accumulate = 4,
+    max_length: t.MaxLength = 1024, warmup: t.Warmup = 0.1, weight_decay: t.WeightDecay = 0.0,
+    eval_share: t.EvalShare = 0.05, evaluations: t.EvalTimes = 4,
     save_steps: t.SaveSteps = 200, seed: t.Seed = 0, report_to: t.ReportTo = "none", set: t.Set = None, push_to: t.PushTo = None,
     trust_remote_code: t.TrustRemoteCode = False,
 ) -> None:  # fmt: skip
@@ -71,7 +73,7 @@ def dpo(
         from ivg.training.data import read_preferences
 
         rows = t.read(read_preferences, data, given, seed=seed)
-        t.finish(out, tune.dpo(model, rows, out, t.options_of(given), sources=data, beta=beta), push_to)
+        t.finish(out, tune.dpo(model, rows, out, t.options_of(given, lr=5e-6), sources=data, beta=beta), push_to)
 
 
 @app.command("reward", help="A reward model by Bradley and Terry (TRL), from preferences or rated rollouts.")
@@ -79,8 +81,9 @@ def reward(
     model: t.Model, data: t.Data, out: t.Out,
     split: t.Split = "train", limit: t.Limit = None, columns: t.Columns = None, prompt_format: t.PromptFormat = None,
     response_format: t.ResponseFormat = None, template: t.Template = None, mode: t.Mode = "full", lora_rank: t.LoraRank = 16,
-    epochs: t.Epochs = 1.0, lr: t.LearningRate = 2e-5, batch_size: t.Batch = 32, accumulate: t.Accumulate = 1,
-    max_length: t.MaxLength = 1024, warmup: t.Warmup = 0.1, weight_decay: t.WeightDecay = 0.0, eval_share: t.EvalShare = 0.05,
+    epochs: t.Epochs = 1.0, lr: t.LearningRate = None, batch_size: t.Batch = 8, accumulate: t.Accumulate = 4,
+    max_length: t.MaxLength = 1024, warmup: t.Warmup = 0.1, weight_decay: t.WeightDecay = 0.0,
+    eval_share: t.EvalShare = 0.05, evaluations: t.EvalTimes = 4,
     save_steps: t.SaveSteps = 200, seed: t.Seed = 0, report_to: t.ReportTo = "none", set: t.Set = None, push_to: t.PushTo = None,
     trust_remote_code: t.TrustRemoteCode = False,
 ) -> None:  # fmt: skip
@@ -91,7 +94,7 @@ def reward(
         from ivg.training.data import read_preferences
 
         rows = t.read(read_preferences, data, given, seed=seed)
-        t.finish(out, tune.reward(model, rows, out, t.options_of(given), sources=data), push_to)
+        t.finish(out, tune.reward(model, rows, out, t.options_of(given, lr=2e-5), sources=data), push_to)
 
 
 @app.command("rollout", help="Sample responses by any method and score them: the data of values and of pairs. Resumable.")
@@ -120,11 +123,8 @@ def rollout(
 
         wanted = t.read(read_prompts, prompts, given)
         found = scorer(made)
-        provenance = {
-            "models": {role: ref.path for role, ref in made.models.given.items()} or "embedded",
-            "reward": made.models.given["reward"].path,
-            "prompts": prompts,
-        }
+        models = {role: ref.model_dump(exclude_none=True) for role, ref in made.models.given.items()}
+        provenance = {"models": models, "values": made.model_dump(exclude_none=True)["values"], "dtype": made.run.dtype}
         settings = {**made.search.settings(), **made.sampling.settings()}
         r.rollout(
             load_models(_without_scorer(made)), wanted, out, found, method=made.search.method, samples=samples, seed=made.run.seed,
@@ -171,11 +171,14 @@ def value(
     method: Annotated[str, typer.Option("--method", "-m", help="How the value guides in these rounds.")] = "cbs-explicit",
     samples: Annotated[int, typer.Option("--samples", help="New responses for each prompt and round.")] = 2,
     reward: o.Reward = None,
-    temperature: o.Temperature = None, max_new_tokens: o.MaxNewTokens = None, stop: o.Stop = None, ignore_eos: o.IgnoreEos = None,
+    width: o.Width = None, successors: o.Successors = None, chunk_length: o.ChunkLength = None, beta: o.Beta = None,
+    temperature: o.Temperature = None, top_k: o.TopK = None, top_p: o.TopP = None, max_new_tokens: o.MaxNewTokens = None,
+    stop: o.Stop = None, ignore_eos: o.IgnoreEos = None, device: o.Device = None, dtype: o.Dtype = None,
     split: t.Split = "train", limit: t.Limit = None, columns: t.Columns = None, prompt_format: t.PromptFormat = None,
     response_format: t.ResponseFormat = None, template: t.Template = None, mode: t.ValueMode = "full", lora_rank: t.LoraRank = 16,
-    epochs: t.Epochs = 2.0, lr: t.LearningRate = 1e-5, batch_size: t.Batch = 64, accumulate: t.Accumulate = 1,
-    max_length: t.MaxLength = 1024, warmup: t.Warmup = 0.1, weight_decay: t.WeightDecay = 0.02, eval_share: t.EvalShare = 0.1,
+    epochs: t.Epochs = 2.0, lr: t.LearningRate = None, batch_size: t.Batch = 16, accumulate: t.Accumulate = 4,
+    max_length: t.MaxLength = 1024, warmup: t.Warmup = 0.1, weight_decay: t.WeightDecay = 0.02,
+    eval_share: t.EvalShare = 0.1, evaluations: t.EvalTimes = 4,
     save_steps: t.SaveSteps = 200, seed: t.Seed = 0, report_to: t.ReportTo = "none", set: t.Set = None, push_to: t.PushTo = None,
     trust_remote_code: t.TrustRemoteCode = False,
 ) -> None:  # fmt: skip
@@ -186,7 +189,7 @@ def value(
         from ivg.training.learner import ValueOptions
         from ivg.training.value import train_value
 
-        rows, options = t.read(read_rated, data, given), t.options_of(given)
+        rows, options = t.read(read_rated, data, given), t.options_of(given, lr=1e-5)
         wanted = ValueOptions(head, target, lam, scale, factored, base, base_template).checked()  # type: ignore[arg-type]
         if rounds == 0:
             metrics = train_value(model, rows, out, options, wanted, sources=data)
@@ -200,8 +203,13 @@ def _rounds(model: str, rows: list[Any], out: Path, options: Any, wanted: Any, g
 
     if given["base"] is None:
         raise ConfigError("refinement samples from a policy that the value guides\n  give --base MODEL, and --reward")
-    made = o.recipe_of(None, None, {k: given[k] for k in ("reward", "temperature", "max_new_tokens", "stop", "ignore_eos")})
+    from ivg.build import load_options
+
+    names = ("reward", "method", "width", "successors", "chunk_length", "beta", "temperature", "top_k", "top_p", "max_new_tokens", "stop")
+    made = o.recipe_of(None, None, {k: given[k] for k in (*names, "ignore_eos", "device", "dtype")})
+    settings = {**made.search.settings(), **made.sampling.settings()}
     return refine(
         model, rows, out, options, wanted, base=given["base"], reward=scorer(made), rounds=given["rounds"], method=given["method"],
-        samples=given["samples"], sources=given["data"], note=lambda text: typer.echo(text, err=True), **made.sampling.settings(),
+        samples=given["samples"], sources=given["data"], load=load_options(made), reward_name=given["reward"],
+        note=lambda text: typer.echo(text, err=True), **settings,
     )  # fmt: skip

@@ -41,8 +41,12 @@ Template = Annotated[
 Mode = Annotated[str, typer.Option("--mode", help="full, or lora.", rich_help_panel=_HOW)]
 ValueMode = Annotated[str, typer.Option("--mode", help="full, lora, or head (the body stays as it is).", rich_help_panel=_HOW)]
 LoraRank = Annotated[int, typer.Option("--lora-rank", help="Rank of LoRA.", rich_help_panel=_HOW)]
+EvalTimes = Annotated[int, typer.Option("--evaluations", help="Evaluations, the one at the end included.", rich_help_panel=_HOW)]
 Epochs = Annotated[float, typer.Option("--epochs", help="Passes over the data.", rich_help_panel=_HOW)]
-LearningRate = Annotated[float, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=_HOW)]
+LearningRate = Annotated[
+    float | None,
+    typer.Option("--lr", help="Peak learning rate. (default: the verb's, ten times that for lora and head)", rich_help_panel=_HOW),
+]
 Batch = Annotated[int, typer.Option("--batch-size", help="Rows for each step and device.", rich_help_panel=_HOW)]
 Accumulate = Annotated[int, typer.Option("--accumulate", help="Steps whose gradients are added up.", rich_help_panel=_HOW)]
 MaxLength = Annotated[int, typer.Option("--max-length", help="Longer rows (tokens) are left out, and counted.", rich_help_panel=_HOW)]
@@ -60,8 +64,8 @@ PushTo = Annotated[str | None, typer.Option("--push-to", help="Upload the finish
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.", rich_help_panel=_HOW)]
 
 
-def options_of(given: Mapping[str, Any]) -> TrainingOptions:
-    """Training settings from a verb's arguments.
+def options_of(given: Mapping[str, Any], lr: float) -> TrainingOptions:
+    """Training settings from a verb's arguments; ``lr``: its learning rate where all weights are trained.
 
     Raises:
         ConfigError: settings out of range.
@@ -72,6 +76,8 @@ def options_of(given: Mapping[str, Any]) -> TrainingOptions:
 
     names = {f.name for f in fields(TrainingOptions)} - {"extra"}
     settings = {k: v for k, v in given.items() if k in names}
+    if settings["lr"] is None:
+        settings["lr"] = lr if settings["mode"] == "full" else 10 * lr  # few weights bear, and need, larger steps
     return TrainingOptions(**settings, extra=assignments(given.get("set") or ())).checked()
 
 
@@ -124,13 +130,18 @@ def read(reader: Any, sources: list[str], given: Mapping[str, Any], **more: Any)
 
 def finish(out: Path, metrics: Mapping[str, Any], push_to: str | None) -> None:
     """Say what came out, and upload it where that was asked for."""
-    shown = {k: v for k, v in metrics.items() if k != "log"}
-    typer.echo(json.dumps(shown, indent=2))
+    from ivg.training.common import first_process
+
+    if not first_process():
+        return
+    typer.echo(json.dumps(metrics, indent=2))
     typer.echo(f"done: {out}", err=True)
     if push_to:
         from huggingface_hub import HfApi
 
         api = HfApi()
         api.create_repo(push_to, exist_ok=True)
-        api.upload_folder(repo_id=push_to, folder_path=out, ignore_patterns=["checkpoints/*", "rollouts-*"])
+        api.upload_folder(
+            repo_id=push_to, folder_path=out, ignore_patterns=["checkpoints/*", "rollouts-*", "round-*/*", "run.json", "log.json"]
+        )
         typer.echo(f"uploaded to {push_to}", err=True)

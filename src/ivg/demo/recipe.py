@@ -102,9 +102,18 @@ def language_model(name: str, config: Any) -> Callable[[Build], None]:
 
 
 def save(model: Any, tokenizer: Path, folder: Path) -> None:
-    """Weights, config and tokenizer as float32."""
-    model.save_pretrained(folder)
-    wrap_tokenizer(tokenizer).save_pretrained(folder)
+    """Weights, config and tokenizer as float32; the folder is whole or not there."""
+    partial = folder.with_name(folder.name + ".partial")
+    model.save_pretrained(partial)
+    wrap_tokenizer(tokenizer).save_pretrained(partial)
+    partial.rename(folder)
+
+
+def publish(source: Path, folder: Path) -> None:
+    """A finished run's model among the finished ones; the folder is whole or not there."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.copytree(source, partial, dirs_exist_ok=True)
+    partial.rename(folder)
 
 
 def judge(b: Build) -> None:
@@ -117,8 +126,9 @@ def judge(b: Build) -> None:
     backend = tokenizer.backend_tokenizer
     model = gold.train([*labelled, *unlabelled], targets, backend, settings.GOLD, b.work / "gold")
     tokenizer.model_max_length = model.config.max_position_embeddings
-    model.save_pretrained(b.model("gold"))
-    tokenizer.save_pretrained(b.model("gold"))
+    model.save_pretrained(b.work / "gold" / "finished")
+    tokenizer.save_pretrained(b.work / "gold" / "finished")
+    publish(b.work / "gold" / "finished", b.model("gold"))
 
 
 def sample(b: Build, writer: str, count: int, name: str, seed: int, samples: int, temperature: float) -> None:
@@ -147,7 +157,7 @@ def tune(b: Build) -> None:
     """`tuned` = DPO of `untuned` on pairs labelled by Bradley and Terry; the last tenth of the prompts is held out."""
     made = pair_up(read_rated(b.work / "rollouts-pair.jsonl"), seed=11)
     dpo(b.model("untuned"), made, b.work / "tuned", settings.DPO, sources=["rollouts-pair.jsonl"])
-    shutil.copytree(b.work / "tuned", b.model("tuned"))
+    publish(b.work / "tuned", b.model("tuned"))
 
 
 def value_rollouts(b: Build) -> None:
@@ -167,7 +177,7 @@ def value_rows(b: Build) -> list[Rated]:
 def value(b: Build) -> None:
     """`value`: vocabulary head on the body of `untuned`."""
     train_value(b.model("untuned"), value_rows(b), b.work / "value", settings.VALUE, sources=SOURCES)
-    shutil.copytree(b.work / "value", b.model("value"))
+    publish(b.work / "value", b.model("value"))
 
 
 def value_other(b: Build) -> None:
@@ -178,7 +188,7 @@ def value_other(b: Build) -> None:
     torch.manual_seed(settings.VALUE_OTHER.seed)
     save(LlamaForCausalLM(LlamaConfig(**settings.OTHER_BODY)), b.work / "tokenizer-other.json", b.work / "value-other-start")
     train_value(b.work / "value-other-start", value_rows(b), b.work / "value-other", settings.VALUE_OTHER, settings.SCALAR, sources=SOURCES)
-    shutil.copytree(b.work / "value-other", b.model("value-other"))
+    publish(b.work / "value-other", b.model("value-other"))
 
 
 def package(b: Build) -> None:

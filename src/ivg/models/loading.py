@@ -145,14 +145,17 @@ def load_causal(name: str | Path, what: str, options: LoadOptions | None = None,
 def load_value(
     name: str | Path, what: str, options: LoadOptions | None = None, template: str | None = None, tokenizer: Any = None
 ) -> Reader:
-    """A value network (any layout of ``models.value_head``); ``tokenizer`` where the checkpoint has none of its own."""
+    """A value network (any layout of ``models.value_head``); ``tokenizer`` where the checkpoint has none of its own.
+
+    ``template``: None takes the one that it was trained with, where the checkpoint says so.
+    """
     from ivg.models.value_head import ValueModel
 
     options = options or LoadOptions()
     if tokenizer is None:
         tokenizer = load_tokenizer(name, options, what)
     network = load_network(name, ValueModel, options, what)
-    return Reader(CachedModel(network, what), tokenizer, template)
+    return Reader(CachedModel(network, what), tokenizer, network.notes.get("template") if template is None else template)
 
 
 def eos_ids(network: Any, tokenizer: Any) -> Sequence[int]:

@@ -35,11 +35,14 @@ class ValueModel(nn.Module):
         backbone: e.g. ``LlamaModel`` or ``GPT2Model``.
         kind: ``vocabulary`` or ``scalar``.
         bias: whether the head has one; the authors' has none.
+
+    ``notes``: how it was trained (``target``, ``scale``, ``template``), kept in config.json.
     """
 
     def __init__(self, backbone: nn.Module, kind: HeadKind, *, bias: bool = False) -> None:
         super().__init__()
         self.backbone, self.kind = backbone, kind
+        self.notes: dict[str, Any] = {}
         self.config: Any = backbone.config
         size = cast("Any", backbone).config.get_text_config()
         outputs = size.vocab_size if kind == "vocabulary" else 1
@@ -64,7 +67,7 @@ class ValueModel(nn.Module):
         tensors = {f"{prefix}{k}": v.detach().contiguous().cpu() for k, v in self.backbone.state_dict().items()}
         tensors |= {f"{name}.{k}": v.detach().contiguous().cpu() for k, v in self.head.state_dict().items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        config = self.config.to_dict() | {"ivg_value": {"head": self.kind}, "dtype": str(self.head.weight.dtype)[6:]}
+        config = self.config.to_dict() | {"ivg_value": {"head": self.kind, **self.notes}, "dtype": str(self.head.weight.dtype)[6:]}
         if self.kind == "scalar":
             config |= {"num_labels": 1, "id2label": {"0": "VALUE"}, "label2id": {"VALUE": 0}}
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -104,6 +107,7 @@ class ValueModel(nn.Module):
         backbone = AutoModel.from_config(config, trust_remote_code=hub.get("trust_remote_code", False), dtype=dtype)
         _load_backbone(backbone, tensors, name)
         model = cls(backbone, kind, bias=bias is not None)
+        model.notes = {k: v for k, v in (getattr(config, "ivg_value", None) or {}).items() if k != "head"}
         if weight.shape != model.head.weight.shape:  # rows may be padded, or not padded, against the embedding
             model.head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=dtype)
         model.head.load_state_dict({"weight": weight.to(dtype)} | ({} if bias is None else {"bias": bias.to(dtype)}))

@@ -1,13 +1,16 @@
 """What every trained model has in common: settings, checkpoints that survive a kill, a folder that says how it was made.
 
 A run's folder: the finished model (config.json, weights, tokenizer, README.md, metrics.json), ``run.json`` (what it was asked for,
-written first; another request is refused), ``checkpoints/`` while it trains. ``metrics.json`` is written last: with it, the run is done.
+written first; another request is refused), ``log.json`` (the trainer's log, with its clocks), ``checkpoints/`` while it trains. With
+``metrics.json`` the run is done.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -92,6 +95,24 @@ def first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def wait_for_all() -> None:
+    """Until every process of this run is here."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+
+def alone(what: str) -> None:
+    """Raise in a run of several processes.
+
+    Raises:
+        ConfigError: ``what`` is done by one process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"{what} runs in one process\n  start it without accelerate launch or torchrun")
+
+
 class Run:
     """The folder of one training run.
 
@@ -138,17 +159,28 @@ class Run:
             return str(folder)
         return None
 
+    def train(self, trainer: Any) -> None:
+        """Train from the last whole checkpoint, if there is one; a run that has made all its steps makes no more."""
+        last = self.last_checkpoint()
+        state = json.loads((Path(last) / "trainer_state.json").read_text()) if last is not None else {}
+        if last is not None and state["global_step"] >= state["max_steps"]:
+            trainer._load_from_checkpoint(last)  # transformers would make one step more
+            return
+        trainer.train(resume_from_checkpoint=last)
+        if first_process():
+            write_json(self.out / "log.json", trainer.state.log_history)
+
     def finish(self, metrics: Mapping[str, Any], card: str) -> dict[str, Any]:
-        """The model lies in the folder: write its card, drop the checkpoints, and say that the run is done."""
-        if not first_process():
-            return dict(metrics)
-        write_text(self.out / "README.md", card)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        write_json(self.out / "metrics.json", dict(metrics))
+        """The model lies in the folder: write its card, say that the run is done, drop the checkpoints."""
+        if first_process():
+            write_text(self.out / "README.md", card)
+            write_json(self.out / "metrics.json", dict(metrics))
+            shutil.rmtree(self.checkpoints, ignore_errors=True)  # last: without them nothing could be resumed
+        wait_for_all()
         return dict(metrics)
 
 
-def arguments(kind: Any, options: TrainingOptions, run: Run, rows: int, *, evaluate: bool, **fixed: Any) -> Any:
+def arguments(kind: Any, options: TrainingOptions, run: Run, *, evaluate: bool, **fixed: Any) -> Any:
     """``kind`` (TrainingArguments or a child) from our settings; ``options.extra`` has the last word.
 
     Raises:
@@ -164,9 +196,7 @@ def arguments(kind: Any, options: TrainingOptions, run: Run, rows: int, *, evalu
         raise ConfigError(f"{kind.__name__} has no field {', '.join(unknown)}\n  expected any field of transformers' and TRL's arguments")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    steps = max(1, -(-rows // (options.batch_size * options.accumulate)))
-    total = max(1, int(steps * options.epochs))
-    every = max(1, total // options.evaluations)
+    during = evaluate and options.evaluations > 1  # the last one comes after training in any case
     settings: dict[str, Any] = {
         "output_dir": str(run.checkpoints),
         "num_train_epochs": options.epochs,
@@ -174,19 +204,19 @@ def arguments(kind: Any, options: TrainingOptions, run: Run, rows: int, *, evalu
         "per_device_train_batch_size": options.batch_size,
         "per_device_eval_batch_size": options.batch_size,
         "gradient_accumulation_steps": options.accumulate,
-        "warmup_steps": int(total * options.warmup),
+        "warmup_steps": options.warmup,  # below 1: a share of the steps
         "weight_decay": options.weight_decay,
         "lr_scheduler_type": "cosine",
         "seed": options.seed,
         "bf16": pick_dtype("auto", device) == torch.bfloat16,
         "use_cpu": not cuda,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": cuda,
         "dataloader_pin_memory": cuda,
-        "logging_steps": max(1, min(50, total // 20)),
+        "logging_steps": 0.02,
         "save_steps": options.save_steps,
         "save_total_limit": 1,
-        "eval_strategy": "steps" if evaluate else "no",
-        "eval_steps": every,
+        "eval_strategy": "steps" if during else "no",
+        "eval_steps": 1 / options.evaluations if during else None,
         "report_to": options.report_to,
         "disable_tqdm": True,
         **fixed,
@@ -194,21 +224,37 @@ def arguments(kind: Any, options: TrainingOptions, run: Run, rows: int, *, evalu
     return kind(**settings | dict(options.extra))
 
 
-def request_of(what: str, model: str | Path, data: Sequence[str | Path], options: TrainingOptions, **more: Any) -> dict[str, Any]:
-    """What a run depends on, for :class:`Run`; trackers and checkpoint distances do not count."""
+def request_of(
+    what: str, model: str | Path, data: Sequence[str | Path], rows: Sequence[Any], options: TrainingOptions, **more: Any
+) -> dict[str, Any]:
+    """What a run depends on, for :class:`Run`: settings and the very rows; trackers and checkpoint distances do not count."""
     settings = {k: v for k, v in asdict(options).items() if k not in ("report_to", "save_steps")}
-    return {"what": what, "model": str(model), "data": [str(d) for d in data], **settings, **more}
+    about = {"what": what, "model": str(model), "data": [str(d) for d in data], "rows": len(rows), "rows_sha256": digest(rows)}
+    return {**about, **settings, **more}
 
 
-def load_for_training(auto_class: Any, name: str | Path, what: str, trust_remote_code: bool = False, **kwargs: Any) -> tuple[Any, Any]:
-    """(network in float32, tokenizer with a padding token).
+def digest(rows: Sequence[Any]) -> str:
+    """A fingerprint of training rows (dataclasses), so that a run never goes on with other data."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(repr(row).encode())
+    return found.hexdigest()[:16]
+
+
+def load_for_training(
+    auto_class: Any, name: str | Path, what: str, trust_remote_code: bool = False, mode: Mode = "full", **kwargs: Any
+) -> tuple[Any, Any]:
+    """(network, tokenizer with a padding token): float32, or on a GPU bfloat16 where the body stays as it is (``lora``, ``head``).
 
     Raises:
         ModelError: nothing usable at ``name``.
     """
+    import torch
+
     from ivg.models.loading import LoadOptions, load_network, load_tokenizer
 
-    options = LoadOptions(device="cpu", dtype="float32", trust_remote_code=trust_remote_code, extra=kwargs)
+    frozen = mode != "full" and torch.cuda.is_available()
+    options = LoadOptions(device="cpu", dtype="bfloat16" if frozen else "float32", trust_remote_code=trust_remote_code, extra=kwargs)
     network = load_network(name, auto_class, options, what)
     tokenizer = load_tokenizer(name, LoadOptions(trust_remote_code=trust_remote_code), what)
     if tokenizer.pad_token_id is None:
@@ -218,6 +264,14 @@ def load_for_training(auto_class: Any, name: str | Path, what: str, trust_remote
     if network.config.get_text_config().pad_token_id is None:
         network.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return network, tokenizer
+
+
+def no_rows(count: int, options: TrainingOptions) -> ConfigError:
+    """There is nothing to train on: why."""
+    return ConfigError(
+        f"none of the {count} rows is left to train on (at most {options.max_length} tokens; {options.eval_share:.0%} of the prompts"
+        " held out)\n  raise --max-length, give more prompts, or lower --eval-share"
+    )
 
 
 def lora(options: TrainingOptions, task: str) -> Any:
@@ -236,20 +290,20 @@ def lora(options: TrainingOptions, task: str) -> Any:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task, modules_to_save=whole)
 
 
-def numbers(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The trainer's log without clocks, which no two runs share."""
-    clocks = ("runtime", "per_second", "total_flos", "num_tokens")
-    return [{k: v for k, v in row.items() if not any(c in k for c in clocks)} for row in log]
+def numbers(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What an evaluation measured, without clocks, which no two runs share."""
+    clocks = ("runtime", "per_second", "preparation_time", "total_flos", "num_tokens")
+    return {k: v for k, v in sorted(measured.items()) if k != "epoch" and not any(c in k for c in clocks)}
 
 
 def write_card(kind: str, run: Run, metrics: Mapping[str, Any], use: str) -> str:
     """A model card: what it is, from what, how, what was measured, how to use it."""
     request = run.request
-    shown = {k: v for k, v in metrics.items() if k != "log"}
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", request["model"]) and not Path(request["model"]).exists()
+    parent = f"base_model: {request['model']}\n" if hub else ""
     return f"""---
 library_name: transformers
-base_model: {request["model"]}
-tags: [ivg, inference-time-alignment]
+{parent}tags: [ivg, inference-time-alignment]
 ---
 # {kind}
 
@@ -267,6 +321,6 @@ Settings:
 Measured on the held-out part of the data:
 
 ```json
-{json.dumps(shown, indent=2)}
+{json.dumps(dict(metrics), indent=2)}
 ```
 """

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from ivg.draws import uniform
 from ivg.errors import ConfigError, PromptError
+from ivg.models.chat import prompt_text
 from ivg.tables import read_rows
 from ivg.types import Prompt
 
@@ -100,6 +101,8 @@ class Shape:
             for name in ("response", "completion", "chosen", "rejected"):
                 if isinstance(out.get(name), str):
                     out[name] = self.response.replace("{response}", out[name])
+            if isinstance(out.get("responses"), list):
+                out["responses"] = [self.response.replace("{response}", r) if isinstance(r, str) else r for r in out["responses"]]
         return out
 
 
@@ -120,7 +123,9 @@ def read_preferences(
     """
     rows = _shaped(source, split, shape)
     first = _peek(rows, source)
-    if all(c in first for c in SEVERAL) or all(c in first for c in RATED):
+    if all(c in first for c in SEVERAL) and "chosen" in first:
+        out = [pair for number, row in enumerate(rows, 1) for pair in _labelled(row, source, number)]
+    elif all(c in first for c in SEVERAL) or all(c in first for c in RATED):
         out = pair_up(_rated_rows(rows, source), seed)
     elif all(c in first for c in IMPLICIT):
         out = [_preference(row, source, number) for number, row in enumerate(rows, 1)]
@@ -149,8 +154,14 @@ def read_demonstrations(source: str | Path, *, split: str = "train", shape: Shap
     rows = _shaped(source, split, shape)
     first = _peek(rows, source)
     name = next((n for n in ("response", "completion", "chosen") if n in first), None)
+    if name == "chosen" and all(c in first for c in SEVERAL):
+        pairs = (pair for number, row in enumerate(rows, 1) for pair in _labelled(row, source, number))
+        return list(dict.fromkeys(Demonstration(pair.prompt, pair.chosen) for pair in pairs))
     if name is not None and "prompt" in first:
-        return [Demonstration(_prompt(row["prompt"], source, i), _text(row[name], source, i)) for i, row in enumerate(rows, 1)]
+        return [
+            Demonstration(_prompt(_cell(row, "prompt", source, i), source, i), _text(_cell(row, name, source, i), source, i))
+            for i, row in enumerate(rows, 1)
+        ]
     if "messages" in first:
         return [
             Demonstration(_prompt(row["messages"][:-1], source, i), _text(row["messages"][-1:], source, i)) for i, row in enumerate(rows, 1)
@@ -171,22 +182,22 @@ def read_prompts(source: str | Path, *, split: str = "train", shape: Shape | Non
     name = "prompt" if "prompt" in first else "messages"
     if name not in first:
         raise _wrong(source, first, "prompts", ("prompt",), ("messages",))
-    return list(dict.fromkeys(_prompt(row[name], source, i) for i, row in enumerate(rows, 1)))
+    return list(dict.fromkeys(_prompt(_cell(row, name, source, i), source, i) for i, row in enumerate(rows, 1)))
 
 
 def pair_up(rated: Iterable[Rated], seed: int = 0) -> list[Preference]:
-    """Successive responses to one prompt, two by two, labelled by Bradley and Terry: P(first is chosen) = sigmoid(r_1 - r_2).
+    """The responses to each prompt, two by two as they come, labelled by Bradley and Terry: P(first is chosen) = sigmoid(r_1 - r_2).
 
     Pairs of equal text are left out (METHOD, section 5: how the paper made its preferences). Draws are counter-based: a pair's
     label depends on ``seed`` and its position alone.
     """
     out: list[Preference] = []
-    waiting: Rated | None = None
+    waiting: dict[Prompt, Rated] = {}
     for number, row in enumerate(rated):
-        if waiting is None or waiting.prompt != row.prompt:
-            waiting = row
+        first, second = waiting.pop(row.prompt, None), row
+        if first is None:
+            waiting[row.prompt] = row
             continue
-        first, second, waiting = waiting, row, None
         if first.response == second.response:
             continue
         if uniform(seed, number) >= 1 / (1 + math.exp(min(700.0, second.score - first.score))):
@@ -204,7 +215,7 @@ def held_out(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item
 
 
 def _shaped(source: str | Path, split: str, shape: Shape | None) -> _Peekable:
-    rows = read_rows(source, split)
+    rows = (row for row in read_rows(source, split) if row.get("error") is None)  # a prompt of a rollout that could not be answered
     return _Peekable(map(shape.apply, rows) if shape else rows)
 
 
@@ -242,33 +253,61 @@ def _wrong(source: str | Path, row: Row, what: str, *shapes: Sequence[str]) -> C
 
 
 def _rated_rows(rows: _Peekable, source: str | Path) -> Iterator[Rated]:
-    rows = _Peekable(row for row in rows if "error" not in row)  # a prompt of a rollout that could not be answered
     first = _peek(rows, source)
     if all(c in first for c in SEVERAL):
         for number, row in enumerate(rows, 1):
             prompt = _prompt(row["prompt"], source, number)
-            for response, score in zip(row["responses"], row["scores"], strict=True):
+            for response, score in _several(row, source, number):
                 yield Rated(prompt, _text(response, source, number), _score(score, source, number))
     elif all(c in first for c in RATED):
         for number, row in enumerate(rows, 1):
-            prompt, ids = _prompt(row["prompt"], source, number), row.get("token_ids")
+            prompt, ids = _prompt(_cell(row, "prompt", source, number), source, number), row.get("token_ids")
             yield Rated(
                 prompt,
-                _text(row["response"], source, number),
-                _score(row["score"], source, number),
+                _text(_cell(row, "response", source, number), source, number),
+                _score(_cell(row, "score", source, number), source, number),
                 None if ids is None else tuple(ids),
-                row.get("finish_reason", "stop") == "stop",
+                row.get("ended", row.get("finish_reason", "stop") == "stop"),
             )
     else:
         raise _wrong(source, first, "rated responses", RATED, SEVERAL)
 
 
+def _cell(row: Row, name: str, source: str | Path, number: int) -> Any:
+    """A column of a row that is not the first.
+
+    Raises:
+        ConfigError: this row lacks it.
+    """
+    if row.get(name) is None:
+        raise ConfigError(f"{source}, row {number}: no {name}\n  got {', '.join(k for k, v in row.items() if v is not None)}")
+    return row[name]
+
+
+def _several(row: Row, source: str | Path, number: int) -> list[tuple[Any, Any]]:
+    responses, scores = _cell(row, "responses", source, number), _cell(row, "scores", source, number)
+    if len(responses) != len(scores):
+        raise ConfigError(f"{source}, row {number}: {len(responses)} responses and {len(scores)} scores")
+    return list(zip(responses, scores, strict=True))
+
+
+def _labelled(row: Row, source: str | Path, number: int) -> list[Preference]:
+    """The paper's rows: ``chosen`` is the place of the better response among ``responses``."""
+    prompt = _prompt(_cell(row, "prompt", source, number), source, number)
+    found = [(_text(text, source, number), _score(score, source, number)) for text, score in _several(row, source, number)]
+    place = _cell(row, "chosen", source, number)
+    if not isinstance(place, int) or not 0 <= place < len(found):
+        raise ConfigError(f"{source}, row {number}: chosen must be the place of one of {len(found)} responses, got {place!r}")
+    best, high = found[place]
+    return [Preference(prompt, best, text, high - score) for text, score in found if text != best]
+
+
 def _preference(row: Row, source: str | Path, number: int) -> Preference:
+    both = _cell(row, "chosen", source, number), _cell(row, "rejected", source, number)
     if "prompt" in row:
-        prompt = _prompt(row["prompt"], source, number)
-        chosen, rejected = row["chosen"], row["rejected"]
+        prompt = _prompt(_cell(row, "prompt", source, number), source, number)
+        chosen, rejected = both
     else:  # whole conversations: what they share is the prompt
-        both = row["chosen"], row["rejected"]
         if any(isinstance(side, str) for side in both):
             raise ConfigError(f"{source}, row {number}: chosen and rejected are texts, and there is no column prompt\n  add one")
         shared = 0
@@ -282,7 +321,10 @@ def _preference(row: Row, source: str | Path, number: int) -> Preference:
 
 def _prompt(value: Any, source: str | Path, number: int) -> Prompt:
     try:
-        return Prompt.of(value)
+        found = Prompt.of(value)
+        if not prompt_text(found).strip():
+            raise PromptError("the prompt is empty")
+        return found
     except PromptError as e:
         raise ConfigError(f"{source}, row {number}: {e}") from None
 

@@ -83,7 +83,7 @@ def judged(rows: Sequence[Preference], reader: RewardModel, max_length: int) -> 
     """``chosen_ids`` and ``rejected_ids`` for TRL's reward trainer: the very texts that ``reader`` judges at inference."""
     out = []
     for row in rows:
-        chosen, rejected = (reader.tokenizer(reader.text(row.prompt, text)).input_ids for text in (row.chosen, row.rejected))
+        chosen, rejected = (reader.ids(reader.text(row.prompt, text)) for text in (row.chosen, row.rejected))
         if max(len(chosen), len(rejected)) <= max_length:
             out.append({"chosen_ids": chosen, "rejected_ids": rejected})
     return out

@@ -110,12 +110,20 @@ class ValueLearner(nn.Module):
         size = self.model.head.weight.shape[0]
         return weight[:size] if len(weight) >= size else nn.functional.pad(weight, (0, 0, 0, size - len(weight)))
 
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Trade compute for memory in the body."""
+        body: Any = self.model.backbone
+        body.gradient_checkpointing_enable(**kwargs)
+        if hasattr(body, "enable_input_require_grads"):
+            body.enable_input_require_grads()  # a frozen embedding would cut the graph before the first checkpoint
+
     def values(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         """V of the prefix that ends in each token, [rows, positions]; of a first token 0, where a vocabulary head has none."""
         if self.model.kind == "scalar":
-            return self.model.head(hidden)[..., 0]
+            head = self.model.head
+            return nn.functional.linear(hidden, head.weight.float(), None if head.bias is None else head.bias.float())[..., 0]
         tokens, before = input_ids[:, 1:], hidden[:, :-1]
-        start = self.model.head.weight
+        start = self.model.head.weight.float()
         rows = nn.functional.embedding(tokens, start) if self.factors is None else self.factors.rows(start, self.embedding, tokens)
         return nn.functional.pad((before * rows).sum(-1), (1, 0))
 
@@ -125,15 +133,21 @@ class ValueLearner(nn.Module):
     ) -> dict[str, Tensor]:  # fmt: skip
         """Loss, and the values after 25, 50, 75 and 100 % of each response [rows, 4]."""
         hidden = self.model.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
-        values = self.values(hidden, input_ids)
+        with torch.autocast(hidden.device.type, enabled=False):  # values and targets in float32
+            return self._measured(self.values(hidden, input_ids), hidden, mask, rewards, (base_ids, base_attention, base_mask))
+
+    def _measured(
+        self, values: Tensor, hidden: Tensor, mask: Tensor, rewards: Tensor, base: tuple[Tensor | None, ...]
+    ) -> dict[str, Tensor]:
         if self.options.target == "binary":
             loss = targets.cross_entropy(values, rewards, mask)
         else:
-            wanted = self._targets(values, hidden, mask, rewards, (base_ids, base_attention, base_mask))
+            wanted = self._targets(values, hidden, mask, rewards, base)
             loss = targets.squared_error(values, wanted, mask)
         with torch.no_grad():
             at = torch.stack([targets.quarter_positions(mask, part / 100) for part in PARTS], 1)
-            return {"loss": loss, "parts": values.gather(1, at)}
+            shown = values.sigmoid() if self.options.target == "binary" else values  # in the unit of the rewards
+            return {"loss": loss, "parts": shown.gather(1, at)}
 
     def _targets(self, values: Tensor, hidden: Tensor, mask: Tensor, rewards: Tensor, base: tuple[Tensor | None, ...]) -> Tensor:
         if self.options.target == "td":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ivg.errors import ConfigError
 from ivg.models.loading import LoadOptions, load_causal
 from ivg.records import write_json
 from ivg.steered import SteeredModel
-from ivg.training.common import TrainingOptions
+from ivg.training.common import Run, TrainingOptions, alone, digest, request_of
 from ivg.training.data import Rated, read_rated
 from ivg.training.learner import ValueOptions
 from ivg.training.rollout import rollout
@@ -23,8 +23,6 @@ from ivg.training.value import train_value
 from ivg.types import Prompt
 from ivg.values.explicit import ExplicitValue
 from ivg.values.reward import Reward
-
-FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
 
 
 def refine(
@@ -42,6 +40,7 @@ def refine(
     samples: int = 2,
     sources: Sequence[str | Path] = (),
     load: LoadOptions | None = None,
+    reward_name: str | None = None,
     note: Callable[[str], None] = lambda _: None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -61,6 +60,7 @@ def refine(
         samples: new responses for each prompt and round.
         sources: named in the card.
         load: how the base is loaded.
+        reward_name: what tells this reward from others; default: its name.
         note: told what is going on.
 
     Returns:
@@ -68,41 +68,42 @@ def refine(
     """
     if rounds < 0:
         raise ConfigError(f"rounds must be 0 or more, got {rounds}")
-    out, data, names, found = Path(out), list(rows), list(map(str, sources)), []
+    alone("refinement")
+    data, names, found = list(rows), list(map(str, sources)), []
     wanted = list(prompts) or list(dict.fromkeys(r.prompt for r in rows))
+    how = {"method": method, "samples": samples, "prompts": digest(wanted), "settings": settings, "load": asdict(load or LoadOptions())}
+    about = {"value": asdict(value), "base": str(base), "reward": reward_name or reward.name, "rounds": rounds, "rollouts": how}
+    run = Run(out, request_of("value", model, names, rows, options.checked(), **about))
     start: str | Path = model
     for number in range(rounds + 1):
-        folder = out / f"round-{number}"
+        folder = run.out / f"round-{number}"
         note(f"round {number}: fitting {len(data)} responses")
         found.append(train_value(start, data, folder, replace(options, seed=options.seed + number), value, sources=names))
         start = folder
-        if number == rounds:
-            break
-        note(f"round {number}: sampling {len(wanted) * samples} responses by {method}")
-        guided = SteeredModel(
-            load_causal(base, "base", load), {"explicit": ExplicitValue.from_pretrained(folder, template=options.template, options=load)}
-        )
-        path = rollout(
-            guided,
-            wanted,
-            out / f"rollouts-{number + 1}.jsonl",
-            reward,
-            method=method,
-            samples=samples,
-            seed=options.seed + 1000 + number,
-            provenance={"base": str(base), "round": number},
-            **settings,
-        )
-        data += read_rated(path)
-        names.append(str(path))
-    return _publish(out, start, found)
+        if number < rounds:
+            note(f"round {number}: sampling {len(wanted) * samples} responses by {method}")
+            path = run.out / f"rollouts-{number + 1}.jsonl"
+            provenance = {**about, "round": number}
+            seed = options.seed + 1000 + number
+            guided = _guided(base, folder, value, options, load)
+            rollout(guided, wanted, path, reward, method=method, samples=samples, seed=seed, provenance=provenance, **settings)
+            del guided  # before the next round trains
+            data += read_rated(path)
+            names.append(str(path))
+    return _publish(run, start, found)
 
 
-def _publish(out: Path, last: str | Path, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The last round's value to the top of the folder."""
-    for name in FILES:
-        if (Path(last) / name).exists():
-            shutil.copy(Path(last) / name, out / name)
-    metrics = {"rounds": [{k: v for k, v in m.items() if k != "log"} for m in found]}
-    write_json(out / "metrics.json", metrics)
+def _guided(base: str | Path, folder: Path, value: ValueOptions, options: TrainingOptions, load: LoadOptions | None) -> SteeredModel:
+    """The policy, and the value in ``folder`` to guide it."""
+    explicit = ExplicitValue.from_pretrained(folder, template=options.template, options=load)
+    return SteeredModel(load_causal(base, "base", load, value.base_template), {"explicit": explicit})
+
+
+def _publish(run: Run, last: str | Path, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last round's value, with all that belongs to it, to the top of the folder."""
+    for file in Path(last).iterdir():
+        if file.is_file() and file.name not in ("run.json", "metrics.json", "log.json"):
+            shutil.copy(file, run.out / file.name)
+    metrics = {"rounds": list(found)}
+    write_json(run.out / "metrics.json", metrics)
     return metrics

@@ -1,12 +1,13 @@
 """Rollouts: responses sampled for prompts by any method, scored by a reward model or a Python function; resumable.
 
-Rows: ``prompt`` (text or messages), ``index``, ``response``, ``token_ids`` (of the base), ``finish_reason``, ``score``; a prompt that
-cannot be answered leaves ``error`` instead. Blocks of prompts, each from its own seeds: an interrupted run ends with the same file.
+Rows: ``prompt`` (text or messages), ``index``, ``response``, ``token_ids`` (of the base), ``finish_reason``, ``ended`` (by an
+end-of-sequence token), ``score``; a prompt that cannot be answered leaves ``error`` instead. Blocks of prompts, each from
+its own seeds: an interrupted run ends with the same file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ivg.draws import mix
 from ivg.errors import ConfigError, PromptError
 from ivg.records import BlockFile, read_jsonl
+from ivg.training.common import alone
 from ivg.types import Completion, Prompt
 
 if TYPE_CHECKING:
@@ -58,10 +60,12 @@ def rollout(
     out = Path(out)
     if out.suffix not in (".jsonl", ".parquet"):
         raise ConfigError(f"cannot write rollouts to {out}\n  expected a name that ends in .jsonl or .parquet")
+    alone("sampling rollouts")
     lines = out.with_suffix(".jsonl")
     sampling = {k: v for k, v in asdict(model.sampling).items() if k not in settings}
     about = {"method": method, "settings": settings, "sampling": sampling, "samples": samples, "seed": seed, **(provenance or {})}
     file = BlockFile(lines, block * samples, len(prompts) * samples, about)
+    _same_prompts(lines, prompts, samples, file.rows)
     for span in file.missing():
         numbers = range(span.start // samples, -(-span.stop // samples))
         rows = _answer(model, [(n, prompts[n]) for n in numbers], method, samples, seed, settings)
@@ -76,9 +80,24 @@ def rollout(
     return out
 
 
+def _same_prompts(lines: Path, prompts: Sequence[Prompt], samples: int, rows: int) -> None:
+    """Raise where the rows that are there answer other prompts.
+
+    Raises:
+        ConfigError: names the first row.
+    """
+    if not rows:
+        return
+    for number, row in zip(range(rows), read_jsonl(lines), strict=False):
+        place = number // samples
+        if place < len(prompts) and row["prompt"] != _plain(prompts[place]):
+            raise ConfigError(f"{lines}, row {number + 1}: answers another prompt than this run's\n  give another --out, or remove it")
+
+
 def _answer(
     model: SteeredModel, prompts: Sequence[tuple[int, Prompt]], method: str, samples: int, seed: int, settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
+    model.forget()  # what earlier blocks left in the caches may change how sums are rounded
     searcher = model.searcher(max_beams=512)
     rows: list[dict[str, Any]] = []
     flying: dict[int, dict[str, Any]] = {}
@@ -93,14 +112,16 @@ def _answer(
     while searcher.busy:
         for step in searcher.step():
             if step.completion is not None:
-                flying[step.request].update(_found(step.completion))
+                flying[step.request].update(_found(step.completion, model.base.vocabulary.eos_ids))
     return rows
 
 
-def _found(completion: Completion) -> dict[str, Any]:
+def _found(completion: Completion, eos: Collection[int]) -> dict[str, Any]:
     if completion.error:
         return {"error": completion.error}
-    return {"response": completion.text, "token_ids": list(completion.token_ids), "finish_reason": completion.finish_reason}
+    ids = list(completion.token_ids)
+    ended = completion.finish_reason == "stop" and bool(ids) and ids[-1] in eos  # rather than by a stop string
+    return {"response": completion.text, "token_ids": ids, "finish_reason": completion.finish_reason, "ended": ended}
 
 
 def _plain(prompt: Prompt) -> Any:
@@ -116,5 +137,7 @@ def _to_parquet(lines: Path, out: Path) -> None:
     except ImportError:
         raise ConfigError(f"writing {out} needs pyarrow\n  pip install 'ivg[train]'; the rows are in {lines}") from None
     partial = out.with_name(out.name + ".partial")
-    pq.write_table(pa.Table.from_pylist(list(read_jsonl(lines))), partial)
+    rows = list(read_jsonl(lines))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows]), partial)
     partial.replace(out)

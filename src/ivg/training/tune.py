@@ -6,13 +6,25 @@ inference. Full or LoRA (PEFT), whose adapter is merged at the end and kept in `
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ivg.errors import ConfigError
 from ivg.training import encoding
-from ivg.training.common import Run, TrainingOptions, arguments, first_process, load_for_training, lora, numbers, request_of, write_card
+from ivg.training.common import (
+    Run,
+    TrainingOptions,
+    arguments,
+    first_process,
+    load_for_training,
+    lora,
+    no_rows,
+    numbers,
+    request_of,
+    write_card,
+)
 from ivg.training.data import Demonstration, Preference, held_out
 
 Sources = Sequence[str | Path]
@@ -40,19 +52,18 @@ def sft(
     """
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, set_seed
     from trl import SFTConfig, SFTTrainer
 
     if loss not in ("response", "all"):
         raise ConfigError(f"loss must be response or all, got {loss!r}")
-    run = Run(out, request_of("sft", model, sources, options.checked(), loss=loss))
+    run = Run(out, request_of("sft", model, sources, rows, options.checked(), loss=loss))
     if run.metrics is not None:
         return run.metrics
-    network, tokenizer = load_for_training(AutoModelForCausalLM, model, "model", options.trust_remote_code)
+    set_seed(options.seed)
+    network, tokenizer = load_for_training(AutoModelForCausalLM, model, "model", options.trust_remote_code, options.mode)
     train, test = _encoded(rows, options, lambda part: encoding.demonstrations(part, tokenizer, options.template, options.max_length))
-    args = arguments(
-        SFTConfig, options, run, len(train), evaluate=bool(test), max_length=None, packing=False, completion_only_loss=loss == "response"
-    )
+    args = arguments(SFTConfig, options, run, evaluate=bool(test), max_length=None, packing=False, completion_only_loss=loss == "response")
     trainer = (SFTTrainer if torch.cuda.is_available() else _plain_loss(SFTTrainer))(
         model=network,
         args=args,
@@ -79,7 +90,7 @@ def dpo(
         beta: strength of the KL term.
     """
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, set_seed
     from trl import DPOConfig, DPOTrainer
 
     class Tokenised(DPOTrainer):
@@ -88,20 +99,20 @@ def dpo(
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
-    run = Run(out, request_of("dpo", model, sources, options.checked(), beta=beta))
+    run = Run(out, request_of("dpo", model, sources, rows, options.checked(), beta=beta))
     if run.metrics is not None:
         return run.metrics
-    network, tokenizer = load_for_training(AutoModelForCausalLM, model, "model", options.trust_remote_code)
+    set_seed(options.seed)
+    network, tokenizer = load_for_training(AutoModelForCausalLM, model, "model", options.trust_remote_code, options.mode)
     train, test = _encoded(rows, options, lambda part: encoding.preferences(part, tokenizer, options.template, options.max_length))
     args = arguments(
         DPOConfig,
         options,
         run,
-        len(train),
         evaluate=bool(test),
         beta=beta,
         max_length=None,
-        precompute_ref_log_probs=True,
+        precompute_ref_log_probs=int(os.environ.get("WORLD_SIZE", "1")) == 1,  # TRL's cache of them lives in one process
         precompute_ref_batch_size=2 * options.batch_size,
     )
     trainer = Tokenised(
@@ -129,20 +140,24 @@ def reward(
         sources: named in the card.
     """
     from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, set_seed
     from trl import RewardConfig, RewardTrainer
 
     from ivg.values.reward import RewardModel
 
-    run = Run(out, request_of("reward", model, sources, options.checked()))
+    run = Run(out, request_of("reward", model, sources, rows, options.checked(), template=options.template))
     if run.metrics is not None:
         return run.metrics
-    network, tokenizer = load_for_training(AutoModelForSequenceClassification, model, "model", options.trust_remote_code, num_labels=1)
+    set_seed(options.seed)
+    network, tokenizer = load_for_training(
+        AutoModelForSequenceClassification, model, "model", options.trust_remote_code, options.mode, num_labels=1
+    )
     network.config.pad_token_id = tokenizer.pad_token_id
+    network.config.ivg_template = options.template
     reader = RewardModel(network, tokenizer, options.template)
     train, test = _encoded(rows, options, lambda part: encoding.judged(part, reader, options.max_length))
     network.train()
-    args = arguments(RewardConfig, options, run, len(train), evaluate=bool(test), max_length=None)
+    args = arguments(RewardConfig, options, run, evaluate=bool(test), max_length=None)
     trainer = RewardTrainer(
         model=network,
         args=args,
@@ -185,21 +200,23 @@ def _encoded(rows: Sequence[Any], options: TrainingOptions, encode: Callable[[Se
         raise ConfigError("mode head trains the head of a value; here give full or lora")
     train, test = (encode(part) for part in held_out(rows, options.eval_share))
     if not train:
-        raise ConfigError(f"none of the {len(rows)} rows has at most {options.max_length} tokens\n  raise --max-length")
+        raise no_rows(len(rows), options)
     return train, test
 
 
 def _train(trainer: Any, run: Run, tokenizer: Any, left_out: int, kind: str, use: str) -> dict[str, Any]:
-    trainer.train(resume_from_checkpoint=run.last_checkpoint())
-    log = numbers(trainer.state.log_history)
+    run.train(trainer)
     metrics: dict[str, Any] = {"rows": len(trainer.train_dataset), "rows_left_out": left_out}
     if trainer.eval_dataset is not None:
-        metrics["held_out"] = numbers([trainer.evaluate()])[0]
+        metrics["held_out"] = numbers(trainer.evaluate())
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    if first_process():
-        if hasattr(trained, "merge_and_unload"):
+    if hasattr(trained, "merge_and_unload"):
+        if first_process():
             trained.save_pretrained(run.out / "adapter")
-            trained = trained.merge_and_unload()
-        trained.save_pretrained(run.out)
+            trained.merge_and_unload().save_pretrained(run.out)
+    else:
+        trainer.save_model(str(run.out))  # by all processes: it gathers what ZeRO or FSDP spread over them
+    if first_process():
+        (run.out / "training_args.bin").unlink(missing_ok=True)
         tokenizer.save_pretrained(run.out)
-    return run.finish({**metrics, "log": log}, write_card(kind, run, metrics, use))
+    return run.finish(metrics, write_card(kind, run, metrics, use))

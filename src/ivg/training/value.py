@@ -26,6 +26,7 @@ from ivg.training.common import (
     first_process,
     load_for_training,
     lora,
+    no_rows,
     numbers,
     request_of,
     write_card,
@@ -55,14 +56,14 @@ def train_value(
         sources: named in the card.
 
     Returns:
-        Metrics: root mean squared error and pair accuracy after 25, 50, 75 and 100 % of the held-out responses, and the log.
+        Metrics: root mean squared error and pair accuracy after 25, 50, 75 and 100 % of the held-out responses.
 
     Raises:
         ConfigError: settings that do not go together, no usable row.
         ModelError: a model that cannot be loaded.
     """
     value = (value or ValueOptions()).checked()
-    run = Run(out, request_of("value", model, sources, options.checked(), value=asdict(value), rows=len(rows)))
+    run = Run(out, request_of("value", model, sources, rows, options.checked(), value=asdict(value)))
     if run.metrics is not None:
         return run.metrics
     _check_scores(rows, value)
@@ -74,28 +75,29 @@ def train_value(
         encoding.rated(part, tokenizer, options.template, options.max_length, policy) for part in held_out(rows, options.eval_share)
     )
     if not train:
-        raise ConfigError(f"none of the {len(rows)} rows has at most {options.max_length} tokens\n  raise --max-length")
+        raise no_rows(len(rows), options)
     learner = ValueLearner(network, value, base)
     collator = Collator(tokenizer.pad_token_id, value.scale)
-    metrics, log = _fit(learner, train, test, collator, options, run)
+    metrics = _fit(learner, train, test, collator, options, run)
     if first_process():
-        learner.finished().save_pretrained(run.out)
+        finished = learner.finished()
+        finished.notes = {"target": value.target, "scale": value.scale, "template": options.template}
+        finished.save_pretrained(run.out)
         tokenizer.save_pretrained(run.out)
     found = {"rows": len(train), "rows_left_out": len(rows) - len(train) - len(test), **metrics}
     use = 'Load it with `ivg.ExplicitValue.from_pretrained(THIS)`, or `--value THIS`.\nIts unit is that of the rewards, times "scale".'
-    return run.finish({**found, "log": log}, write_card(f"Explicit value ({value.head} head, {value.target} targets)", run, found, use))
+    return run.finish(found, write_card(f"Explicit value ({value.head} head, {value.target} targets)", run, found, use))
 
 
 def _fit(
     learner: ValueLearner, train: Sequence[Encoded], test: Sequence[Encoded], collator: Collator, options: TrainingOptions, run: Run
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+) -> dict[str, float]:
     from transformers import Trainer, TrainingArguments
 
     args = arguments(
         TrainingArguments,
         options,
         run,
-        len(train),
         evaluate=bool(test),
         remove_unused_columns=False,
         label_names=["rewards", "groups"],
@@ -109,10 +111,11 @@ def _fit(
         data_collator=collator,
         compute_metrics=lambda p: part_metrics(torch.as_tensor(p.predictions), *map(torch.as_tensor, p.label_ids)),
     )
-    trainer.train(resume_from_checkpoint=run.last_checkpoint())
-    log = numbers(trainer.state.log_history)
-    measured = numbers([trainer.evaluate()])[0] if test else {}
-    return {k.removeprefix("eval_"): round(v, 5) for k, v in measured.items() if k != "epoch"}, log
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ConfigError("a value's head is read outside its module, which ZeRO and FSDP do not allow\n  train it with plain DDP, or LoRA")
+    run.train(trainer)
+    measured = numbers(trainer.evaluate()) if test else {}
+    return {k.removeprefix("eval_"): round(v, 5) for k, v in measured.items()}
 
 
 def part_metrics(parts: Tensor, rewards: Tensor, groups: Tensor) -> dict[str, float]:
@@ -165,13 +168,18 @@ def _body(model: str | Path, value: ValueOptions, options: TrainingOptions) -> t
     """
     from transformers import AutoConfig, AutoModel
 
-    found = getattr(AutoConfig.from_pretrained(locate(model), trust_remote_code=options.trust_remote_code), "ivg_value", None)
-    if found is not None:
-        network, tokenizer = load_for_training(ValueModel, model, "value", options.trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(locate(model), trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError) as e:
+        raise ModelError(
+            f"cannot load model {str(model)!r}: {str(e).splitlines()[0]}\n  expected a directory, a hub id or embedded:NAME"
+        ) from e
+    if getattr(config, "ivg_value", None) is not None:
+        network, tokenizer = load_for_training(ValueModel, model, "value", options.trust_remote_code, options.mode)
         if network.kind != value.head:
             raise ModelError(f"{model} has a {network.kind} head, got head={value.head}")
     else:
-        body, tokenizer = load_for_training(AutoModel, model, "model", options.trust_remote_code)
+        body, tokenizer = load_for_training(AutoModel, model, "model", options.trust_remote_code, options.mode)
         network = ValueModel(body, value.head, bias=False)
     if options.mode == "head":
         network.backbone.requires_grad_(False)
@@ -192,6 +200,33 @@ def _policy(value: ValueOptions, tokenizer: Any, options: TrainingOptions) -> tu
 
     if value.target != "cd-q" or value.base is None:
         return None, None
-    network, theirs = load_for_training(AutoModelForCausalLM, value.base, "base", options.trust_remote_code)
+    network, theirs = load_for_training(AutoModelForCausalLM, value.base, "base", options.trust_remote_code, "head")
     Vocabulary(tokenizer, None, owner="value").require_same(Vocabulary(theirs, None, owner="base"), "cd-q compares their next tokens")
     return network.eval().requires_grad_(False), theirs
+
+
+def measure(
+    model: str | Path, rows: Sequence[Rated], template: str | None = None, max_length: int = 1024, batch: int = 128
+) -> dict[str, float]:
+    """The metrics of :func:`train_value` for a finished value on any rated responses: several values on the same ones.
+
+    Args:
+        model: directory or hub id of a value.
+        rows: responses with their rewards, in the unit of the rewards that the value was trained on.
+        template: how it reads a prompt; None: as it was trained.
+        max_length: longer rows are left out.
+        batch: rows for each pass.
+    """
+    network, tokenizer = load_for_training(ValueModel, model, "value")
+    found = encoding.rated(rows, tokenizer, template or network.notes.get("template"), max_length)
+    scale, target = network.notes.get("scale", 1.0), network.notes.get("target", "fudge")
+    learner = ValueLearner(network.eval(), ValueOptions(network.kind, "binary" if target == "binary" else "fudge", factored=False))
+    collator = Collator(tokenizer.pad_token_id, scale)
+    parts, rewards, groups = [], [], []
+    with torch.no_grad():
+        for start in range(0, len(found), batch):
+            inputs = collator(found[start : start + batch])
+            parts.append(learner(**inputs)["parts"])
+            rewards.append(inputs["rewards"])
+            groups.append(inputs["groups"])
+    return part_metrics(torch.cat(parts), torch.cat(rewards), torch.cat(groups))

@@ -7,6 +7,7 @@ responses (best-of-N) or for few, long chunks; for every prefix an explicit valu
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,6 +62,8 @@ class RewardModel:
         if label is None and labels > 2:
             raise ConfigError(f"{name} has {labels} labels\n  say which one is the reward: label=0…{labels - 1}")
         self.network, self.tokenizer, self.template = network.eval(), tokenizer, template
+        if template is None:
+            self.template = getattr(network.config, "ivg_template", None)  # as it was trained
         self.label, self.name, self.batch_size = label, name, batch_size
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -94,11 +97,17 @@ class RewardModel:
             return render(prompt, self.tokenizer, self.template).replace("{response}", response)
         return render(prompt, self.tokenizer, self.template) + response
 
+    def ids(self, text: str, limit: int | None = None) -> list[int]:
+        """Token ids of what :meth:`text` gave; a chat template has written its own first token already."""
+        first = self.tokenizer.bos_token
+        special = not (first and text.startswith(first))
+        return self.tokenizer(text, add_special_tokens=special, truncation=limit is not None, max_length=limit).input_ids
+
     def rewards(self, texts: Sequence[str]) -> tuple[list[float], list[int]]:
         """(reward, number of tokens read) of every text; texts of like length share a pass."""
         known = (getattr(self.network.config, "max_position_embeddings", None), self.tokenizer.model_max_length)
         limit = min((n for n in known if n and n < 1 << 30), default=None)
-        ids = [self.tokenizer(t, truncation=limit is not None, max_length=limit).input_ids for t in texts]
+        ids = [self.ids(t, limit) for t in texts]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out = [0.0] * len(ids)
         for start in range(0, len(order), self.batch_size):
@@ -161,12 +170,18 @@ def load_function(name: str) -> Callable[[str, str], float]:
         ConfigError: no such module or function; what went wrong in it.
     """
     module, _, function = name.rpartition(":")
-    file = module.endswith(".py")
-    folder, module = (str(Path(module).resolve().parent), Path(module).stem) if file else (str(Path.cwd()), module)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
     try:
-        found = getattr(importlib.import_module(module), function)
+        if module.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+            if spec is None or spec.loader is None:
+                raise ImportError(f"no module {module}")
+            loaded = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(loaded)
+        else:
+            if str(Path.cwd()) not in sys.path:
+                sys.path.insert(0, str(Path.cwd()))
+            loaded = importlib.import_module(module)
+        found = getattr(loaded, function)
     except Exception as e:  # whatever a user's module raises
         raise ConfigError(
             f"cannot load the function {name!r}: {type(e).__name__}: {e}\n  expected module:function or file.py:function"
