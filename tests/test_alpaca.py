@@ -733,3 +733,35 @@ def test_all_stages(tmp_path, instructions):
     before = {p: p.read_bytes() for p in (tmp_path / "out" / "judgements").iterdir()}
     run(plan(recipe, tmp_path / "out"), ["score"])
     assert {p: p.read_bytes() for p in (tmp_path / "out" / "judgements").iterdir()} == before
+
+
+def test_without_gold_the_judge_s_win_rate_is_drawn(tmp_path, instructions):
+    """Models are named, so there is no gold: methods are in the order of their win rates, which are the figures' heights."""
+    from ivg.config import Recipe
+    from ivg.evaluation.figures import order
+    from ivg.evaluation.plan import plan
+    from ivg.evaluation.runner import run
+
+    options = {"judge": "reward", "reward": "embedded:gold"}
+    settings = {"task": "alpaca", "data": str(instructions[0]), "prompts": 4, "methods": ["base", "eft"], "options": options}
+    models = {role: f"embedded:{role}" for role in ("base", "tuned", "untuned")}
+    sampling = {"max_new_tokens": 8, "top_k": 0}
+    run(plan(Recipe.parse({"models": models, "eval": settings, "sampling": sampling}), tmp_path))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["judges"] == []
+    assert results["primary"] == "judged_win_rate"
+    rates = {k: m["task"]["judged_win_rate"] for k, m in results["methods"].items()}
+    assert order(results) == sorted(rates, key=lambda k: -rates[k])
+    for m in results["methods"].values():
+        half = 1.96 * m["task"]["judged_standard_error"]
+        assert m["primary"]["high"] == pytest.approx(m["task"]["judged_win_rate"] + half)
+    assert {p.name for p in (tmp_path / "figures").iterdir()} >= {"reward-kl.svg", "reward-compute.svg"}
+    assert "judged win rate" in (tmp_path / "figures" / "reward-kl.svg").read_text()
+    changed = plan(
+        Recipe.parse({"models": models, "eval": {**settings, "options": options | {"label": 1}}, "sampling": sampling}), tmp_path
+    )
+    with pytest.raises(ConfigError, match="figures of other settings of the task"):
+        run(changed, ["report"])
+    silent = plan(Recipe.parse({"models": models, "eval": {**settings, "options": {}}, "sampling": sampling}), tmp_path)
+    run(silent, ["score", "report"])
+    assert not list((tmp_path / "scores").glob("*.task.json"))

@@ -324,6 +324,16 @@ def test_a_recipe_without_a_task_is_for_any(tmp_path):
         evaluate("summarization", tmp_path / "out", recipe=path)
 
 
+def test_sizes_of_a_recipe_are_for_its_own_methods(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("[search]\nwidth = 3\n")
+    absent = str(tmp_path / "absent.jsonl")
+    with pytest.raises(ConfigError, match="no such file"):
+        evaluate("sentiment", tmp_path / "out", recipe=path, data=absent, methods="base,bon")
+    with pytest.raises(ConfigError, match=r"search\.width = 5, but no row has it"):
+        evaluate("sentiment", tmp_path / "out", recipe=path, data=absent, methods="base,bon", width=5)
+
+
 def test_data_beside_the_recipe(tmp_path):
     data(tmp_path, {"prompt": "x"})
     (tmp_path / "recipe.toml").write_text('[eval]\ndata = "data.jsonl"\n')

@@ -19,7 +19,9 @@ HELP = """Compare methods on a task: sentiment, summarization or alpaca.
     ivg eval sentiment --recipe recipes/embedded-sentiment.toml --data imdb --out results
 
 Three stages, each leaving files in --out and going on where it stopped: generate (transcripts/), score (scores/), report
-(results.json, report.md, report.html, figures/)."""
+(results.json, report.md, report.html, figures/).
+
+Search options (-W, -K, -L, --beta) are for the nine "combinations"; a named method takes others from its table in a recipe."""
 
 _EVAL = "Evaluation"
 
@@ -79,7 +81,7 @@ def evaluate(
     dtype: o.Dtype = None,
 ) -> None:
     """See HELP."""
-    from ivg.config import Recipe
+    from ivg.config import Recipe, SearchConfig
     from ivg.evaluation.plan import plan
     from ivg.evaluation.runner import STAGES
 
@@ -95,6 +97,9 @@ def evaluate(
         "task": task, "data": data, "split": split, "prompts": prompts, "seeds": seeds, "shuffle": shuffle, "gold": gold, "bank": bank,
         "threads": threads, "methods": [m.strip() for m in methods.split(",")] if methods else None,
     }  # fmt: skip
+    if methods is not None and "combinations" not in settings["methods"]:  # the recipe's sizes were for its own methods
+        typed = {"width": width, "successors": successors, "chunk_length": chunk_length, "beta": beta}
+        given = given.model_copy(update={"search": SearchConfig(**{k: v for k, v in typed.items() if v is not None})})
     judges = {k: ref.model_dump(exclude_none=True) for k, ref in given.eval.judges.items()} | _pairs(judge, "--judge")
     settings |= {"judges": judges, "options": {**given.eval.options, **_pairs(option, "--option")}}
     run(plan(given.override(eval=settings), out), stage or STAGES, jobs, docs)
