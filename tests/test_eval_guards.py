@@ -72,6 +72,9 @@ def test_weights_trained_anew_are_another_run_s(hub, tmp_path):  # noqa: F811
     made = Recipe.parse(data)
     runner.run(plan(made, tmp_path / "run"), ["generate"])
     assert len(transcripts(plan(made, tmp_path / "run"), "bon")) == 6
+    (tmp_path / "value").rename(tmp_path / "elsewhere")  # a report needs no models
+    assert len(transcripts(plan(made, tmp_path / "run"), "bon")) == 6
+    (tmp_path / "elsewhere").rename(tmp_path / "value")
     tiny_value("vocabulary", seed=8).save_pretrained(tmp_path / "value")
     with pytest.raises(ConfigError, match="other settings: weights"):
         transcripts(plan(made, tmp_path / "run"), "bon")

@@ -76,7 +76,7 @@ def transcripts(p: Plan, label: str) -> list[Row]:
     """
     path = p.transcripts(label)
     if path.exists():
-        demand_provenance(path, {**p.provenance(label), "block": p.block_of(label)})
+        _demand(path, {**p.provenance(label), "block": p.block_of(label)})
     rows = list(read_jsonl(path))[: p.total] if path.exists() else []
     if len(rows) < p.total:
         raise ConfigError(f"{path} has {len(rows)} of {p.total} answers\n  run the stage generate to its end first")
@@ -97,7 +97,7 @@ def scored(p: Plan, label: str) -> list[tuple[Row, Row]]:
     """
     rows, path = transcripts(p, label), p.scores(label)
     if path.exists():
-        demand_provenance(path, {**_provenance(p, label), "block": p.block})
+        _demand(path, {**_provenance(p, label), "block": p.block})
     scores = list(read_jsonl(path))[: p.total] if path.exists() else []
     if len(scores) < len(rows):
         raise ConfigError(f"{path} has {len(scores)} of {len(rows)} scores\n  run the stage score to its end first")
@@ -120,6 +120,23 @@ def _compare(p: Plan, label: str, rows: Sequence[Row], scores: Sequence[Row]) ->
                 f"{p.scores(label)}, line {number}: scores of {found}, but the transcript is {expected}\n"
                 "  the transcripts are not those that were scored: remove this file and score again"
             )
+
+
+def _demand(path: Path, wanted: Row) -> None:
+    """Check what made the rows. A model that is not on this machine (a report may be made elsewhere) is taken to be what it was."""
+    beside = path.with_name(f"{path.name}.meta.json")
+    demand_provenance(path, _absent(wanted, json.loads(beside.read_text(encoding="utf-8"))) if beside.exists() else wanted)
+
+
+def _absent(wanted: Row, found: Row) -> Row:
+    """``wanted`` with those fingerprints of ``found`` that cannot be taken here."""
+    out = dict(wanted)
+    for key in ("weights", "judge_weights"):
+        if key in out:
+            out[key] = {**found.get(key, {}), **out[key]}
+    if "transcripts" in out:
+        out["transcripts"] = _absent(out["transcripts"], found.get("transcripts", {}))
+    return out
 
 
 def _provenance(p: Plan, label: str) -> dict[str, Any]:
