@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ivg.models.reader import Reader
 from ivg.models.vocab import Vocabulary
+from ivg.steered import readers_in
 from ivg.types import Value
 
 
@@ -42,13 +43,7 @@ def fit(base: Reader, other: Reader) -> Fit:
 
 def readers(values: Mapping[str, Value]) -> dict[str, Reader]:
     """Every reader behind the values, by its name."""
-    found: dict[str, Reader] = {}
-    for value in values.values():
-        for attribute in ("tuned", "untuned", "model"):
-            reader = getattr(value, attribute, None)
-            if isinstance(reader, Reader):
-                found[reader.name] = reader
-    return found
+    return {reader.name: reader for value in values.values() for reader in readers_in(value)}
 
 
 def vocabulary_lines(base: Vocabulary, f: Fit) -> list[str]:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from ivg.errors import PromptError
 from ivg.evaluation import machine
-from ivg.evaluation.cost import classifiers, flops, forget, inside
+from ivg.evaluation.cost import classifiers, flops
 from ivg.evaluation.methods import BANK, SELECTORS, Method
 from ivg.evaluation.plan import Plan
 from ivg.evaluation.runner import Report, Worker, note, plain, request, together
 from ivg.records import BlockFile
+from ivg.steered import readers_in
 from ivg.types import Beam, Completion, Meter, Prompt, new_key
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def fill(worker: Worker, done: Report) -> None:
         file = BlockFile(path, p.block_of(BANK), p.total, p.provenance(BANK))
         done(BANK, min(file.rows, p.total))
         for positions in file.missing():
-            forget(worker.model)
+            worker.model.forget()
             machine.reset_peak()
             began = time.perf_counter()
             rows = list(_samples(worker.model, p, positions))
@@ -103,7 +104,7 @@ def _reading(model: SteeredModel, value: Value | None, beams: Sequence[Beam]) ->
     """
     shared = {model.base.name: len(model.base.prompt_ids(beams[0].prompt))}
     own = [{model.base.name: max(0, len(b.token_ids) - 1)} for b in beams]
-    for reader in inside(value):
+    for reader in readers_in(value):
         last = 0 if getattr(value, "head", None) == "scalar" else 1  # the others read up to the last token but one
         for beam, counts in zip(beams, own, strict=True):
             ids, border = reader.ids(beam)

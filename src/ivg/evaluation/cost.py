@@ -11,24 +11,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ivg.models.reader import Reader
-from ivg.steered import SteeredModel
+from ivg.steered import SteeredModel, readers_in
 
 
 def readers(model: SteeredModel) -> dict[str, Reader]:
     """Every cached model by its name in usage: the base's, and those inside values."""
     found = {model.base.name: model.base}
     for value in model.values.values():
-        for reader in inside(value):
+        for reader in readers_in(value):
             found.setdefault(reader.name, reader)
     return found
-
-
-def forget(model: SteeredModel) -> None:
-    """Empty all caches, so that what comes next does not depend on what came before, to the last bit."""
-    model.base.clear()
-    for value in model.values.values():
-        for reader in inside(value):
-            reader.clear()
 
 
 def parameters(model: SteeredModel) -> dict[str, int]:
@@ -70,19 +62,9 @@ def count(parameter: Any) -> int:
     return int(parameter.numel())
 
 
-def inside(value: Any) -> Iterator[Reader]:
-    """The cached models that a value reads with; of a composite, those of its parts."""
-    for part in getattr(value, "parts", ()):
-        yield from inside(part[1])
-    for name in ("tuned", "untuned", "model"):
-        reader = getattr(value, name, None)
-        if isinstance(reader, Reader):
-            yield reader
-
-
 def classifiers(value: Any) -> Iterator[Any]:
     """The classifiers that a value reads with."""
     for part in getattr(value, "parts", ()):
         yield from classifiers(part[1])
-    if hasattr(value, "network") and not any(True for _ in inside(value)):
+    if hasattr(value, "network") and not any(True for _ in readers_in(value)):
         yield value

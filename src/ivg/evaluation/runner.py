@@ -128,7 +128,7 @@ def generate(worker: Worker, label: str, done: Report) -> None:
         done(label, min(file.rows, p.total))
         for positions in file.missing():
             model = worker.model
-            _forget(model)
+            model.forget()
             machine.reset_peak()
             began = time.perf_counter()
             rows = list(_answers(model, p, p.method(label), positions))
@@ -212,12 +212,6 @@ def note(path: Path, row: dict[str, Any]) -> None:
 
 def _export(p: Plan, label: str) -> None:
     p.task.export(p.out, label, answers(p, label))
-
-
-def _forget(model: SteeredModel) -> None:
-    from ivg.evaluation.cost import forget
-
-    forget(model)
 
 
 # Several processes

@@ -176,9 +176,7 @@ def _judged_bank(worker: Worker, rows: Sequence[Row]) -> Iterator[Row]:
 
 def base_logps(model: SteeredModel, rows: Sequence[Row]) -> list[float]:
     """Log-probability of every answer under the plain base at temperature 1, in nats: sum over its tokens."""
-    from ivg.evaluation.cost import forget
-
-    forget(model)
+    model.forget()
     beams = [
         Beam(new_key(), None, prompt_of(r), tuple(r["token_ids"]), r["text"], None, Meter(), model.base.vocabulary, inherits=False)
         for r in rows
