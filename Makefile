@@ -6,7 +6,8 @@ TORCH_INDEX ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN = $(VENV)/bin
 
-.PHONY: help install demo test lint types contract unit docs reproduce-sentiment clean
+.PHONY: help install demo test lint types contract unit docs clean
+.PHONY: reproduce-sentiment reproduce-values reproduce-objectives reproduce-summarization
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -49,6 +50,20 @@ docs: $(VENV)/.dev ## rewrite docs/cli.md
 reproduce-sentiment: $(VENV)/.dev ## all methods on the embedded models, 200 prompts, 3 seeds, into docs/results/sentiment (needs ../shared/data/imdb)
 	@$(RUN)/ivg eval sentiment --recipe recipes/embedded-sentiment.toml --data ../shared/data/imdb \
 		--out build/reproduce-sentiment --jobs 2 --docs docs/results/sentiment
+
+reproduce-values: $(VENV)/.dev ## ablation of value targets (needs ../shared/data/imdb and the recipe's build/demo/rollouts-value.jsonl)
+	@$(RUN)/python benchmarks/values.py --rollouts build/demo/rollouts-value.jsonl --work build/values
+	@$(RUN)/ivg eval sentiment --recipe recipes/local-values.toml --data ../shared/data/imdb \
+		--out build/values/eval --jobs 2 --docs docs/results/values
+
+reproduce-objectives: $(VENV)/.dev ## praise against variety, a Pareto plot (needs ../shared/data/imdb)
+	@$(RUN)/ivg eval sentiment --recipe recipes/embedded-pareto.toml --data ../shared/data/imdb \
+		--out build/pareto --jobs 2 --docs docs/results/objectives
+
+reproduce-summarization: $(VENV)/.dev ## e-mail -> subject line, everything trained here (needs ../shared/data/aeslc; hours)
+	@$(RUN)/python benchmarks/summarization.py --data ../shared/data/aeslc --work build/summarization
+	@$(RUN)/ivg eval summarization --recipe recipes/local-summarization.toml \
+		--out build/summarization/eval --jobs 2 --docs docs/results/summarization
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
