@@ -241,6 +241,10 @@ def test_publish(done, tmp_path):
     publish(done, tmp_path / "docs")
     found = {str(p.relative_to(tmp_path / "docs")) for p in (tmp_path / "docs").rglob("*") if p.is_file()}
     assert {"report.md", "results.json", "figures/reward-kl.svg"} <= found
+    whole, shown = ((folder / "report.md").read_text() for folder in (done.out, tmp_path / "docs"))
+    assert "## Samples" in whole
+    assert "## Samples" not in shown  # they quote the data
+    assert whole.partition("## Samples")[0] + "## How" + whole.partition("\n## How")[2] == shown
 
 
 def test_without_judges_there_is_still_a_report(hub, tmp_path):

@@ -55,7 +55,10 @@ def evaluate(
         int | None, typer.Option("--threads", help="Of PyTorch, in each process. (default: its own)", rich_help_panel=_EVAL)
     ] = None,
     docs: Annotated[
-        Path | None, typer.Option("--docs", help="Copy report.md, results.json and figures here.", rich_help_panel=_EVAL)
+        Path | None,
+        typer.Option(
+            "--docs", help="Copy report.md (without samples: they quote the data), results.json and figures here.", rich_help_panel=_EVAL
+        ),
     ] = None,
     recipe: o.RecipeFile = None,
     base: o.Base = None,

@@ -48,12 +48,18 @@ def report(p: Plan) -> Results:
 
 
 def publish(p: Plan, docs: Path) -> None:
-    """Copy what documentation shows: report.md, results.json and the SVG figures."""
+    """Copy what documentation may show: report.md without its samples (the prompts are the data's), results.json, SVG figures."""
     (docs / "figures").mkdir(parents=True, exist_ok=True)
-    for name in ("report.md", "results.json"):
-        shutil.copyfile(p.out / name, docs / name)
+    text = (p.out / "report.md").read_text(encoding="utf-8")
+    before, _, samples_and_rest = text.partition(f"## {SAMPLES}\n")
+    _, heading, rest = samples_and_rest.partition("\n## ")
+    write_text(docs / "report.md", before + heading.lstrip() + rest)
+    shutil.copyfile(p.out / "results.json", docs / "results.json")
     for path in sorted((p.out / "figures").glob("*.svg")):
         shutil.copyfile(path, docs / "figures" / path.name)
+
+
+SAMPLES = "Samples"
 
 
 # Tables
@@ -146,7 +152,7 @@ def markdown(results: Results, drawn: Sequence[Figure], shown: Sequence[Sample])
     parts += [t.markdown() for t in tables(results)]
     if drawn:
         parts += ["## Figures", *(f"![{f.alt}](figures/{f.name}.svg)" for f in drawn)]
-    parts += ["## Samples", *(s.markdown() for s in shown[:3])]
+    parts += [f"## {SAMPLES}", *(s.markdown() for s in shown[:3])]
     parts.append("## How it was made")
     for by in made["by"]:
         facts = [f"- {k.replace('_', ' ')}: {v}" for k, v in {"commit": by["commit"], **by["machine"]}.items() if v is not None]
