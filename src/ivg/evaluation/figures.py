@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -81,7 +82,7 @@ def _divergence(results: Results, judge: str, name: str) -> Figure:
     bounds = [k for k, m in known.items() if m["kl"]["bound"]]
     note = "hollow, arrow to the left: an upper bound, since selection adds at most so much" if bounds else ""
     missing = [k for k in results["methods"] if k not in known]
-    note += f"{'; ' if note else ''}none known (see the table): {', '.join(missing)}" if missing else ""
+    note += f"{'; ' if note else ''}not here, since none is known: {', '.join(missing)}" if missing else ""
     _legend(fig, ax, known, note)
     place(ax, marks)
     listed = "; ".join(
@@ -183,10 +184,11 @@ def _legend(fig: Any, ax: Any, methods: dict[str, Any], note: str) -> None:
     ]
     fig.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=8.5, handletextpad=0.3, columnspacing=1.4)
     if note:
-        ax.annotate(
-            note, (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", fontsize=8, color=_LIGHT["muted"], va="bottom"
-        )
-        ax.set_title(ax.get_title(loc="left"), loc="left", fontsize=11.5, fontweight="bold", pad=20)
+        lines = textwrap.wrap(note, 100)
+        small = {"fontsize": 8, "color": _LIGHT["muted"], "va": "bottom"}
+        text = ax.annotate("\n".join(lines), (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", **small)
+        text.set_in_layout(False)  # a long line must not squeeze the axes
+        ax.set_title(ax.get_title(loc="left"), loc="left", fontsize=11.5, fontweight="bold", pad=8 + 12 * len(lines))
 
 
 def _figure(fig: Any, name: str, title: str, listed: str) -> Figure:
