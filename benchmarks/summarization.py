@@ -12,14 +12,18 @@ Nothing here knows sentiment; `gold` guides nothing.
 """
 
 import argparse
+import json
 import random
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from ivg.records import as_lines, read_jsonl, write_text
-from ivg.training.data import read_rows
+from ivg.models.loading import LoadOptions
+from ivg.records import as_lines, read_jsonl, write_json, write_text
+from ivg.tables import read_rows
+from ivg.types import Prompt
+from ivg.values.reward import RewardModel
 
 WORDS = 80
 """Words of an e-mail that are kept: the models read 512 tokens."""
@@ -62,6 +66,28 @@ def preferences(work):
     write_text(work / "gold.jsonl", as_lines(rows))
 
 
+def judges(work, count=600):
+    """judges.json: what gold and grounded say of human subjects of test e-mails, and of those of the next e-mail."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+    from grounded import grounded
+
+    gold = RewardModel.from_pretrained(work / "gold", options=LoadOptions(device="cpu", dtype="float32"))
+    rows = list(read_jsonl(work / "test.jsonl"))[:count]
+    own = [(Prompt(r["prompt"]), r["response"]) for r in rows]
+    foreign = [(p, rows[(i + 1) % len(rows)]["response"]) for i, (p, _) in enumerate(own)]
+    found = {"e-mails": len(rows)}
+    scores = {}
+    for name, pairs in (("own", own), ("foreign", foreign)):
+        scores[name] = gold.judge(pairs)
+        found[name] = {
+            "gold": sum(scores[name]) / len(rows),
+            "grounded": sum(grounded(p.content, r) for p, r in pairs) / len(rows),
+        }
+    found["gold_prefers_own"] = sum(a > b for a, b in zip(scores["own"], scores["foreign"], strict=True)) / len(rows)
+    write_json(work / "judges.json", found)
+    print(json.dumps(found))
+
+
 def commands(work):
     """(step, command of ivg or function) in order; each does what is left to do."""
     how = "--max-length 320 --weight-decay 0.02 --batch-size 32 --accumulate 1"
@@ -97,6 +123,7 @@ def commands(work):
             f"train value --model {work}/untuned --data {work}/rollouts-value.jsonl --data {work}/rollouts-pair.jsonl --out {work}/value"
             f" --epochs 1.5 --lr 1.5e-3 {how} --batch-size 64",
         ),
+        ("judges", lambda: judges(work)),
     ]
 
 
