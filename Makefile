@@ -42,7 +42,7 @@ contract: $(VENV)/.dev
 	@$(RUN)/lint-imports --no-cache
 
 unit: $(VENV)/.dev
-	@$(RUN)/python -m pytest
+	@$(RUN)/python -m pytest -n 2 --dist loadfile
 
 docs: $(VENV)/.dev ## rewrite docs/cli.md
 	@$(RUN)/python -m ivg.cli.reference > docs/cli.md

@@ -272,7 +272,7 @@ def test_words_for_what_cannot_be_trained(tmp_path, model):
     from ivg.training.learner import ValueOptions
     from ivg.training.value import train_value
 
-    with pytest.raises(ConfigError, match=r"none of the 4 rows is left .at most 3 tokens"):
+    with pytest.raises(ConfigError, match=r"none of the 4 rows is left to train on .at most 3 tokens"):
         train_value(model, letters(4), tmp_path / "a", TrainingOptions(max_length=3, eval_share=0))
     with pytest.raises(ConfigError, match=r"outcomes in \[0, 1\]"):
         train_value(model, [Rated(Prompt("p"), "r", 3.0)], tmp_path / "b", TrainingOptions(), ValueOptions(target="binary"))
