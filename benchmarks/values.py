@@ -67,8 +67,9 @@ def main():
         command = f"{command} {VALUES[name]}"
         print(f"ivg {command}", flush=True)
         subprocess.run([sys.executable, "-m", "ivg", *shlex.split(command)], check=True)
-    markdown, figures = table(args.work, held_out(read_rated(args.rollouts)[:LIMIT], 0.1)[1])
-    (args.work / "table.md").write_text(markdown + "\n")
+    rows = held_out(read_rated(args.rollouts)[:LIMIT], 0.1)[1]
+    markdown, figures = table(args.work, rows)
+    (args.work / "held-out.json").write_text(json.dumps({"responses": len(rows), "values": figures}, indent=2) + "\n")
     print(markdown)
     print(json.dumps(figures))
 
