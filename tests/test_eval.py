@@ -472,3 +472,15 @@ def test_two_runs_do_not_write_one_file(tmp_path, monkeypatch):
         pass
     with machine.alone(path):
         pass
+
+
+def test_a_missing_package_is_told_before_anything_is_generated(done, monkeypatch):
+    import importlib.util
+
+    from ivg.cli.eval import run
+    from ivg.errors import MissingDependencyError
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(runner, "run", lambda *_, **__: pytest.fail("worked first"))
+    with pytest.raises(MissingDependencyError, match=r"ivg\[eval\]"):
+        run(done, runner.STAGES, 1, None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ivg.cli import options as o
-from ivg.errors import ConfigError
+from ivg.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
     from ivg.evaluation.plan import Plan
@@ -110,9 +110,13 @@ def evaluate(
 
 def run(plan: Plan, stages: Sequence[str], jobs: int, docs: Path | None) -> None:
     """The stages with a bar for each, and where to look at the end."""
+    from importlib.util import find_spec
+
     from ivg.cli.progress import progress
     from ivg.evaluation import runner
 
+    if "report" in stages and find_spec("matplotlib") is None:  # before hours of answers, not behind them
+        raise MissingDependencyError("the report's figures need matplotlib\n  pip install 'ivg[eval]', or --stage generate --stage score")
     worker = runner.Worker(plan)
     for stage in (s for s in runner.STAGES if s in stages):
         total = 0 if stage == "report" else plan.total * len(plan.labels)

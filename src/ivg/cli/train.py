@@ -118,6 +118,7 @@ def rollout(
         raise ConfigError(f"--samples must be at least 1, got {samples}")
     with extra():
         from ivg.build import load_models
+        from ivg.cli.progress import progress
         from ivg.training import rollout as r
         from ivg.training.data import read_prompts
 
@@ -126,10 +127,11 @@ def rollout(
         models = {role: ref.model_dump(exclude_none=True) for role, ref in made.models.given.items()}
         provenance = {"models": models, "values": made.model_dump(exclude_none=True)["values"], "dtype": made.run.dtype}
         settings = {**made.search.settings(), **made.sampling.settings()}
-        r.rollout(
-            load_models(_without_scorer(made)), wanted, out, found, method=made.search.method, samples=samples, seed=made.run.seed,
-            provenance=provenance, **settings,
-        )  # fmt: skip
+        with progress(-(-len(wanted) // r.BLOCK), f"blocks of {r.BLOCK} prompts") as advance:
+            r.rollout(
+                load_models(_without_scorer(made)), wanted, out, found, method=made.search.method, samples=samples, seed=made.run.seed,
+                provenance=provenance, advance=advance, **settings,
+            )  # fmt: skip
     typer.echo(f"done: {out}", err=True)
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -190,6 +191,8 @@ def arguments(kind: Any, options: TrainingOptions, run: Run, *, evaluate: bool, 
 
     from ivg.models.loading import pick_dtype
 
+    # the field's new name is unknown to transformers 5.16, which the package allows
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
     known = {f.name for f in fields(kind)}
     unknown = sorted(set(options.extra) - known)
     if unknown:

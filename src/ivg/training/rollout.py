@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from ivg.values.reward import Reward
 
 
+BLOCK = 64
+"""Prompts that are answered, scored and written together."""
+
+
 def rollout(
     model: SteeredModel,
     prompts: Sequence[Prompt],
@@ -32,7 +36,7 @@ def rollout(
     method: str = "base",
     samples: int = 4,
     seed: int = 0,
-    block: int = 64,
+    block: int = BLOCK,
     provenance: Mapping[str, Any] | None = None,
     advance: Callable[[], None] = lambda: None,
     **settings: Any,
@@ -49,7 +53,7 @@ def rollout(
         seed: of all draws.
         block: prompts for each block, all in one batch.
         provenance: what else the rows depend on (names of models).
-        advance: called after each block.
+        advance: called for each block, those that are there already included.
 
     Returns:
         ``out``.
@@ -66,6 +70,8 @@ def rollout(
     about = {"method": method, "settings": settings, "sampling": sampling, "samples": samples, "seed": seed, **(provenance or {})}
     file = BlockFile(lines, block * samples, len(prompts) * samples, about)
     _same_prompts(lines, prompts, samples, file.rows)
+    for _ in range(0, file.rows, block * samples):
+        advance()
     for span in file.missing():
         numbers = range(span.start // samples, -(-span.stop // samples))
         rows = _answer(model, [(n, prompts[n]) for n in numbers], method, samples, seed, settings)
