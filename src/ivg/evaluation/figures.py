@@ -7,7 +7,6 @@ the truth may lie. Knows results.json; must not know files of the other stages.
 from __future__ import annotations
 
 import io
-import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -213,11 +212,6 @@ def _adaptive(svg: str, alt: str) -> str:
 
 def _named(judge: str) -> str:
     return "gold reward" if judge == "gold" else judge
-
-
-def finite(x: float | None) -> bool:
-    """Is there a number to show?"""
-    return x is not None and math.isfinite(x)
 
 
 def leading(results: Results) -> tuple[str, str] | None:
