@@ -464,7 +464,7 @@ def test_every_task_has_a_name_and_settings_that_recipes_know():
 
 
 def test_two_runs_do_not_write_one_file(tmp_path, monkeypatch):
-    from ivg.evaluation import machine
+    from ivg import machine
 
     monkeypatch.setattr(machine, "PATIENCE", 0.2)
     path = tmp_path / "x.jsonl"

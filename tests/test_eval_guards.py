@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from ivg import machine
 from ivg.cli.eval import evaluate
 from ivg.config import EvalConfig, Recipe
 from ivg.decoding.strategies import strategy
 from ivg.errors import ConfigError, PromptError
-from ivg.evaluation import machine, origin, runner
+from ivg.evaluation import origin, runner
 from ivg.evaluation.methods import BANK
 from ivg.evaluation.plan import plan
 from ivg.evaluation.report import report

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
+from ivg.cost import flops, multiplied
 from ivg.decoding.strategies import strategy
 from ivg.evaluation import metrics
 from ivg.evaluation.bank import Group, group, prefix_maxima
-from ivg.evaluation.cost import flops, multiplied
 from ivg.evaluation.labels import best, overlap
 from ivg.evaluation.summary import _rival, draws, family
 from ivg.testing import tiny_model, tiny_value
@@ -149,7 +149,7 @@ def test_packed_weights_are_counted_as_they_were():
     """bitsandbytes keeps two 4-bit weights in a byte, and may call eight bytes one number."""
     import torch
 
-    from ivg.evaluation.cost import count
+    from ivg.cost import count
 
     class Params4bit(torch.nn.Parameter):
         bnb_quantized = True

@@ -21,10 +21,10 @@ from ivg.config import EvalConfig
 from ivg.errors import ConfigError
 from ivg.evaluation.judges import AlpacaEvalJudge, ChatJudge, Judge, RewardJudge, judge_all
 from ivg.evaluation.lengthcontrol import length_controlled
-from ivg.evaluation.machine import alone
 from ivg.evaluation.origin import fingerprint
 from ivg.evaluation.task import Answer, Example, Tables, Task, enough
 from ivg.evaluation.winrate import averaged, win_rate
+from ivg.machine import alone
 from ivg.records import write_json
 from ivg.tables import read_rows
 from ivg.types import Prompt

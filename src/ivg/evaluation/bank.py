@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from ivg import machine
+from ivg.cost import classifiers, flops
 from ivg.errors import PromptError
-from ivg.evaluation import machine
-from ivg.evaluation.cost import classifiers, flops
 from ivg.evaluation.methods import BANK, SELECTORS, Method
 from ivg.evaluation.plan import Plan
 from ivg.evaluation.runner import Report, Worker, note, plain, request, together

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ivg.evaluation import machine
+from ivg import machine
 from ivg.evaluation.figures import Figure, draw, order
 from ivg.evaluation.page import page
 from ivg.evaluation.plan import Plan

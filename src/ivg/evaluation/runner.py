@@ -16,9 +16,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ivg import machine
 from ivg.config import Recipe
 from ivg.errors import PromptError
-from ivg.evaluation import machine
 from ivg.evaluation.methods import BANK, Method
 from ivg.evaluation.plan import Plan
 from ivg.evaluation.task import Answer
@@ -84,7 +84,7 @@ class Worker:
         """Base and values."""
         if self._model is None:
             from ivg import build
-            from ivg.evaluation.cost import parameters
+            from ivg.cost import parameters
 
             self._model = build.load_models(self.plan.recipe)
             write_json(self.plan.out / "models.json", {"parameters": parameters(self._model)})

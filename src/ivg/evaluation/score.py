@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ivg import machine
 from ivg.errors import ConfigError
-from ivg.evaluation import machine
 from ivg.evaluation.methods import BANK
 from ivg.evaluation.plan import GOLD, Plan
 from ivg.evaluation.runner import Report, Worker, answers, prompt_of

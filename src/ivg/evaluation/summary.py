@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ivg.cost import flops
 from ivg.decoding.rules import budgets
 from ivg.decoding.strategies import Strategy
 from ivg.errors import ConfigError
 from ivg.evaluation import metrics
 from ivg.evaluation.bank import Group, group
-from ivg.evaluation.cost import flops
 from ivg.evaluation.methods import BANK, Method, described
 from ivg.evaluation.plan import GOLD, Plan
 from ivg.evaluation.score import measures, scored
