@@ -153,6 +153,37 @@ class Reader:
             entry.scored += tokens
         return [list(e.logps) for e in entries]
 
+    def recent_outputs(self, hypotheses: Sequence[Hypothesis], counts: Sequence[int]) -> list[Tensor]:
+        """What the network puts out behind each of the last ``counts[i]`` tokens, in order; float32 [counts[i], vocabulary or 1].
+
+        One pass where nothing of them has been read before. Prompt tokens count: behind the last of them stands the first token
+        of the response.
+        """
+        targets = [self.ids(h) for h in hypotheses]
+        entries = self._claim(hypotheses, targets)
+        new = []
+        for h, entry, (ids, border), count in zip(hypotheses, entries, targets, counts, strict=True):
+            self._cut(entry, ids, border)
+            del entry.row.ids[len(ids) - count :]
+            new.append(ids[len(entry.row.ids) :])
+            h.meter.add(self.name, len(new[-1]))
+        out: list[list[Tensor]] = [[] for _ in hypotheses]
+        for i, output in self.model.feed([e.row for e in entries], new, counts):
+            out[i].append(output.float())
+        return [torch.cat(pieces) for pieces in out]
+
+    def rewind(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """The last tokens of these hypotheses were changed: forget what was read beyond their first ``len(token_ids) - 1``.
+
+        Everywhere else a hypothesis only grows, and a child begins with its parent's tokens; readers rely on it.
+        """
+        for h in hypotheses:
+            entry = self._entries.get(h.key)
+            if entry is not None:
+                keep = max(0, len(h.token_ids) - 1)
+                del entry.row.ids[entry.border + keep :]
+                del entry.scored[keep:], entry.logps[keep:]
+
     def _outputs(self, hypotheses: Sequence[Hypothesis], targets: list[tuple[list[int], int]]) -> Tensor:
         entries = self._claim(hypotheses, targets)
         new = []
