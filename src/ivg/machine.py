@@ -5,6 +5,8 @@ Knows: the operating system. Nothing of it decides a result; nothing of it stand
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import platform
 import shlex
@@ -88,6 +90,22 @@ def _memory() -> int:
         return 0
 
 
+def on_gpu(device: str | None = None) -> bool:
+    """Is memory that of a GPU? ``device`` None: wherever there is one."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_available() and not (device or "cuda").startswith("cpu")
+
+
+def trim() -> None:
+    """Give freed memory back, so that peaks are of what is in use."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def reset_peak() -> None:
     """Peak memory is counted from now on."""
     torch = sys.modules.get("torch")
@@ -97,13 +115,23 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_bytes() -> int | None:
-    """Peak memory since :func:`reset_peak`: of the GPU where there is one, else of this process (weights included)."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+def peak_bytes(device: str | None = None) -> int | None:
+    """Peak memory since :func:`reset_peak`: of the GPU (see :func:`on_gpu`), else of this process (weights included)."""
+    if on_gpu(device):
+        return int(sys.modules["torch"].cuda.max_memory_allocated())
+    return _status("VmHWM")
+
+
+def resident_bytes(device: str | None = None) -> int | None:
+    """Memory in use now, counted as :func:`peak_bytes` counts."""
+    if on_gpu(device):
+        return int(sys.modules["torch"].cuda.memory_allocated())
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int | None:
     with suppress(OSError, StopIteration, ValueError):
-        line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
+        line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(field))
         return int(line.split()[1]) * 1024
     return None
 

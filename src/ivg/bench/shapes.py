@@ -1,0 +1,204 @@
+"""Models of named shapes with random weights, to measure time and memory with: no download, any device, any dtype.
+
+Knows: sizes of published models, a tokenizer for any number of tokens. Must not know what is measured. Random weights give nearly flat
+next-token distributions and texts without sense; what a pass costs does not depend on either.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ivg.draws import mix
+from ivg.errors import ConfigError
+from ivg.models.cached import CachedModel
+from ivg.models.chat import encode
+from ivg.models.loading import LoadOptions, pick_device, pick_dtype
+from ivg.models.reader import Reader
+from ivg.models.value_head import ValueModel
+from ivg.steered import SteeredModel
+from ivg.testing import byte_tokenizer
+from ivg.types import Prompt
+from ivg.values.explicit import ExplicitValue
+from ivg.values.implicit import ImplicitValue
+
+EMBEDDED = "embedded"
+"""The shape that is no shape: the real models that come with the package, in their own sizes."""
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_BYTES = 257
+"""Tokens of the byte tokenizer without merges: 256 bytes and the end of the text."""
+_WORDS = "the of and to in is that for it was on are as with they be at this have from or one had by word but not what all we".split()  # noqa: SIM905
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder; ``guide`` names the shape of its guides and value where none is asked for."""
+
+    architecture: Literal["gpt2", "llama"]
+    vocabulary: int
+    layers: int
+    hidden: int
+    heads: int
+    context: int
+    guide: str
+    kv_heads: int = 0
+    inner: int = 0
+
+
+SHAPES = {
+    "gpt2-small": Shape("gpt2", 50257, 12, 768, 12, 1024, "guide-17m"),
+    "gpt2-large": Shape("gpt2", 50257, 36, 1280, 20, 1024, "gpt2-small"),
+    "gpt2-small-16k": Shape("gpt2", 16384, 12, 768, 12, 1024, "guide-17m"),
+    "guide-17m": Shape("gpt2", 16384, 6, 384, 6, 1024, "guide-17m"),
+    "llama-160m": Shape("llama", 32000, 12, 768, 12, 2048, "llama-160m", 12, 3072),
+    "llama-1b": Shape("llama", 32000, 22, 2048, 32, 2048, "llama-160m", 4, 5632),
+    "llama-7b": Shape("llama", 32000, 32, 4096, 32, 4096, "llama-1b", 32, 11008),
+    "tiny": Shape("gpt2", 400, 2, 32, 4, 256, "tiny"),
+    "tiny-llama": Shape("llama", 400, 2, 32, 4, 256, "tiny-llama", 2, 64),
+}
+"""By name: GPT-2 (Radford et al. 2019), Llama-2-7B, TinyLlama-1.1B, JackFram/llama-160m; a base of 98 M with guides of 17 M; for tests."""
+
+
+def shape(name: str) -> Shape:
+    """The shape called ``name``.
+
+    Raises:
+        ConfigError: no such shape.
+    """
+    if name not in SHAPES:
+        raise ConfigError(f"unknown shape {name!r}\n  expected one of: {', '.join([*SHAPES, EMBEDDED])}")
+    return SHAPES[name]
+
+
+def build(base: str, guide: str | None = None, *, dtype: str = "auto", device: str | None = None, seed: int = 0) -> SteeredModel:
+    """A base with the values ``implicit`` (two guides) and ``explicit`` (a vocabulary head), straight in ``dtype`` on ``device``.
+
+    Args:
+        base: name of a shape, or ``embedded``.
+        guide: shape of the guides and of the value's body, which take the base's vocabulary; None: the base's usual one.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        device: None: the best at hand.
+        seed: of the weights.
+
+    Raises:
+        ConfigError: unknown shape, dtype or device.
+    """
+    if base == EMBEDDED:
+        if guide is not None:
+            raise ConfigError(f"the embedded models have guides of their own, got --guide {guide}\n  leave it out")
+        model = SteeredModel.embedded(LoadOptions(device=device, dtype=dtype))
+        _never_ends(model.base.model.network)
+        return model
+    large, small = shape(base), shape(guide or shape(base).guide)
+    where = pick_device(device)
+    kind = pick_dtype(dtype, where)
+    tokenizer = tokenizer_of(large.vocabulary)
+
+    def reader(what: Shape, name: str, number: int) -> Reader:
+        return Reader(CachedModel(_causal(what, large.vocabulary, kind, where, seed + number), name), tokenizer)
+
+    value = ExplicitValue(Reader(CachedModel(_value(small, large.vocabulary, kind, where, seed + 3), "explicit"), tokenizer))
+    implicit = ImplicitValue(reader(small, "tuned", 1), reader(small, "untuned", 2))
+    return SteeredModel(reader(large, "base", 0), {"implicit": implicit, "explicit": value})
+
+
+def networks(model: SteeredModel) -> dict[str, nn.Module]:
+    """``base``, ``tuned``, ``untuned`` and ``value``, for contestants that use nothing else of ivg."""
+    implicit, explicit = model.values["implicit"], model.values["explicit"]
+    assert isinstance(implicit, ImplicitValue)
+    assert isinstance(explicit, ExplicitValue)
+    return {
+        "base": model.base.model.network,
+        "tuned": implicit.tuned.model.network,
+        "untuned": implicit.untuned.model.network,
+        "value": explicit.model.model.network,
+    }
+
+
+def _config(what: Shape, vocabulary: int) -> Any:
+    from transformers import AutoConfig
+
+    common = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if what.architecture == "gpt2":
+        size = {"n_embd": what.hidden, "n_layer": what.layers, "n_head": what.heads, "n_positions": what.context}
+        return AutoConfig.for_model("gpt2", **common, **size)
+    return AutoConfig.for_model(
+        "llama",
+        **common,
+        hidden_size=what.hidden,
+        intermediate_size=what.inner,
+        num_hidden_layers=what.layers,
+        num_attention_heads=what.heads,
+        num_key_value_heads=what.kv_heads,
+        max_position_embeddings=what.context,
+    )
+
+
+def _causal(what: Shape, vocabulary: int, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    with device:
+        network = AutoModelForCausalLM.from_config(_config(what, vocabulary), dtype=dtype, attn_implementation="sdpa").eval()
+    return _never_ends(network)
+
+
+def _never_ends(network: Any) -> Any:
+    """For transformers' own generate: all answers are of the same length. Readers know their end-of-sequence token already."""
+    network.generation_config.eos_token_id = None
+    network.generation_config.pad_token_id = 0
+    return network
+
+
+def _value(what: Shape, vocabulary: int, dtype: torch.dtype, device: torch.device, seed: int) -> ValueModel:
+    from transformers import AutoModel
+
+    torch.manual_seed(seed)
+    with device:
+        network = ValueModel(AutoModel.from_config(_config(what, vocabulary), dtype=dtype, attn_implementation="sdpa"), "vocabulary")
+        nn.init.normal_(network.head.weight, std=0.02)
+    return network.eval()
+
+
+def tokenizer_of(size: int) -> Any:
+    """A byte-level BPE tokenizer of exactly ``size`` tokens: bytes, all pairs of letters, then triples … as far as they go.
+
+    Raises:
+        ConfigError: fewer tokens than bytes.
+    """
+    if size < _BYTES:
+        raise ConfigError(f"a byte tokenizer has at least {_BYTES} tokens, got {size}")
+    return byte_tokenizer(list(itertools.islice(_merges(), size - _BYTES)))
+
+
+def _merges() -> Iterator[tuple[str, str]]:
+    level: Sequence[str] = _LETTERS
+    while True:
+        yield from itertools.product(level, _LETTERS)
+        level = ["".join(pair) for pair in itertools.product(level, _LETTERS)]
+
+
+def prompts(tokenizer: Any, count: int, tokens: int, seed: int = 0) -> list[Prompt]:
+    """``count`` different texts of exactly ``tokens`` tokens each.
+
+    Raises:
+        ConfigError: no text of that length was found.
+    """
+    out: list[Prompt] = []
+    taken: set[str] = set()
+    for attempt in range(1000 * count):
+        words = (_WORDS[mix(seed, attempt, i) % len(_WORDS)] for i in range(tokens))
+        ids = encode(Prompt(" ".join(words)), tokenizer, None)[:tokens]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if text.strip() and text not in taken and encode(Prompt(text), tokenizer, None) == ids and len(ids) == tokens:
+            taken.add(text)
+            out.append(Prompt(text, tuple(ids)))
+            if len(out) == count:
+                return out
+    raise ConfigError(f"found {len(out)} different prompts of {tokens} tokens, wanted {count}\n  give other --prompt-tokens")

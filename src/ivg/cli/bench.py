@@ -1,0 +1,113 @@
+"""``ivg bench``: what a method costs, beside plain sampling and beside the way released codes work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ivg.cli import options as o
+
+if TYPE_CHECKING:
+    from ivg.bench.settings import Settings
+
+HELP = """Measure time and memory of a method on random models of a named shape, against two rivals, in turn.
+
+floor: transformers' generate, W*K plain samples of the base for every prompt, all prompts in one batch; no choice among them.
+
+naive: benchmarks/naive.py, the way released codes work: one prompt at a time, the prompt read W*K times, the value re-reading the whole
+text after each chunk, whole caches copied.
+
+ours: this package.
+
+Prints a table, then one JSON line. What the columns mean: docs/benchmarks.md."""
+
+_BENCH = "Benchmark"
+
+
+def _option(name: str, help: str) -> Any:
+    return typer.Option(name, help=help, rich_help_panel=_BENCH)
+
+
+def bench(
+    shape: Annotated[str | None, _option("--shape", "Base: gpt2-small, gpt2-large, gpt2-small-16k, llama-1b, llama-7b, embedded …")] = None,
+    guide: Annotated[str | None, _option("--guide", "Shape of guides and value: guide-17m … (default: the usual one for the base)")] = None,
+    prompts: Annotated[int | None, _option("--prompts", "How many. (default: 8)")] = None,
+    prompt_tokens: Annotated[int | None, _option("--prompt-tokens", "Length of each prompt. (default: 32)")] = None,
+    new_tokens: Annotated[int | None, _option("--new-tokens", "Length of each answer. (default: 50)")] = None,
+    method: o.Method = None,
+    width: o.Width = None,
+    successors: o.Successors = None,
+    chunk_length: o.ChunkLength = None,
+    temperature: o.Temperature = None,
+    rounds: Annotated[int | None, _option("--rounds", "Measurements of each contestant. (default: 5)")] = None,
+    contestants: Annotated[
+        str | None, _option("--contestants", "Comma-separated: floor, naive, ours, vllm. (default: the first three; vllm where installed)")
+    ] = None,
+    naive_prompts: Annotated[
+        int | None, _option("--naive-prompts", "Prompts for naive, which takes one at a time. (default: at most 2)")
+    ] = None,
+    max_beams: Annotated[int | None, _option("--max-beams", "Hypotheses in flight at most, for ours. (default: 256)")] = None,
+    threads: Annotated[int | None, _option("--threads", "Of PyTorch. (default: its own number)")] = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    seed: o.Seed = None,
+    out: Annotated[Path | None, _option("--out", "JSONL file for the measurements; go on where it stopped.")] = None,
+    docs: Annotated[Path | None, _option("--docs", "Also write the table into this page, in place of the same benchmark's last.")] = None,
+) -> None:
+    """See HELP."""
+    from ivg.bench.settings import from_mapping
+
+    given = {k: v for k, v in locals().items() if k not in ("out", "docs", "from_mapping")}
+    given["contestants"] = _names(contestants) if contestants else _usual()
+    settings = from_mapping(given)
+    _one(settings, out, docs)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _usual() -> list[str]:
+    from importlib.util import find_spec
+
+    return ["floor", "naive", "ours", *(["vllm"] if find_spec("vllm") else [])]
+
+
+def _one(settings: Settings, out: Path | None, docs: Path | None) -> None:
+    """One benchmark: table, notes, JSON."""
+    from ivg import machine
+    from ivg.bench import report, runner
+
+    rows = runner.run(settings, out, done=lambda row: tell(row, settings.rounds))
+    found = report.summary(settings, rows, machine.made())
+    body, notes = report.cells(found), report.lines(found)
+    if docs is not None:
+        table = report.markdown(report.COLUMNS, body)
+        report.publish(docs, f"{settings.title}, {found['device']}", report.section(settings.title, table, notes, found))
+    show(f"{settings.title} ({found['device']}, {found['dtype']})", report.COLUMNS, body, notes)
+    typer.echo(json.dumps(found))
+
+
+def tell(row: Mapping[str, Any], rounds: int) -> None:
+    """One measurement, as it is made, on standard error."""
+    typer.echo(f"round {row['round'] + 1}/{rounds}  {row['label']}  {row['seconds']:.2f} s", err=True)
+
+
+def show(title: str, head: Sequence[str], body: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
+    """A table on standard output, notes under it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in body:
+        table.add_row(*row)
+    out = Console(highlight=False)
+    out.print(table)
+    for note in notes:
+        out.print(note, markup=False)
