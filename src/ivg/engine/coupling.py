@@ -1,0 +1,110 @@
+"""One token from two distributions: proposed by q, accepted or replaced so that it is a draw from p. Pure tensor functions.
+
+Rejection with residual resampling (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318): x is drawn
+from q and kept with probability min(1, p(x) / q(x)); else the token is drawn from (p - q)+, normalised. Whatever q is, the
+token has the distribution p. Both are softmaxes of logits [rows, vocabulary] after the row's temperature and filters
+(``engine.sampling``); at temperature 0 both are certain: x is q's likeliest token, kept where it is p's.
+
+Here every token is drawn so, whether it was proposed ahead of time or not, each from three uniform numbers of its own (see
+``engine.speculation``). The token is then a function of prefix, seed, place and position alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ivg.engine.sampling import draw, filtered, penalise_repetition
+from ivg.types import SamplingParams
+
+Seen = Sequence[Sequence[int]]
+"""For each row the response before the token, for the repetition penalty."""
+
+
+def propose(q: Tensor, params: Sequence[SamplingParams], seen: Seen, uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """One token for each row of ``q`` [rows, vocabulary]; (ids [rows], their log-probability in nats, float32 [rows])."""
+    tokens = torch.zeros(len(q), dtype=torch.long, device=q.device)
+    logps = torch.zeros(len(q), device=q.device)
+    for setting, rows, logits, history in _by_setting(q, params, seen):
+        if setting.temperature == 0:
+            tokens[rows] = _likeliest(logits, setting, history)
+        else:
+            kept = filtered(logits, setting, history)
+            picked = draw(kept, [uniforms[i] for i in rows])
+            tokens[rows], logps[rows] = picked, kept.log_softmax(-1).gather(1, picked[:, None])[:, 0]
+    return tokens, logps
+
+
+def accepts(p: Tensor, params: Sequence[SamplingParams], seen: Seen, tokens: Tensor, logps: Tensor, uniforms: Sequence[float]) -> Tensor:
+    """Whether p lets each proposal stand; bool [rows].
+
+    Args:
+        p: logits [rows, vocabulary].
+        params: one for each row.
+        seen: the row's response before the token.
+        tokens: what :func:`propose` gave, [rows].
+        logps: their log-probability under q, [rows].
+        uniforms: one number in [0, 1) for each row.
+    """
+    out = torch.zeros(len(p), dtype=torch.bool, device=p.device)
+    for setting, rows, logits, history in _by_setting(p, params, seen):
+        if setting.temperature == 0:
+            out[rows] = _likeliest(logits, setting, history) == tokens[rows]
+        else:
+            target = filtered(logits, setting, history).log_softmax(-1).gather(1, tokens[rows, None])[:, 0]
+            chance = torch.tensor([uniforms[i] for i in rows], dtype=torch.float64, device=p.device)
+            out[rows] = chance < (target - logps[rows]).double().exp()
+    return out
+
+
+def replacement(p: Tensor, q: Tensor, params: Sequence[SamplingParams], seen: Seen, uniforms: Sequence[float]) -> Tensor:
+    """A token from (p - q)+ for each row whose proposal was rejected; ids [rows]. ``p``, ``q``: logits [rows, vocabulary]."""
+    out = torch.zeros(len(p), dtype=torch.long, device=p.device)
+    for setting, rows, logits, history in _by_setting(p, params, seen):
+        if setting.temperature == 0:
+            out[rows] = _likeliest(logits, setting, history)
+            continue
+        target = filtered(logits, setting, history).softmax(-1)
+        excess = (target - filtered(q[rows], setting, history).softmax(-1)).clamp(min=0)
+        # only rounding can leave nothing where something was rejected
+        excess = torch.where(excess.sum(-1, keepdim=True) > 0, excess, target)
+        out[rows] = draw(excess.log(), [uniforms[i] for i in rows])
+    return out
+
+
+def coupled(
+    p: Tensor, q: Tensor, params: Sequence[SamplingParams], seen: Seen, uniforms: Sequence[tuple[float, float, float]]
+) -> tuple[Tensor, Tensor]:
+    """The whole rule at once; (ids [rows], whether each is q's proposal, bool [rows]).
+
+    Args:
+        p: logits of the distribution that the tokens have, float32 [rows, vocabulary].
+        q: logits of the one that proposes.
+        params: one for each row.
+        seen: the row's response so far.
+        uniforms: three numbers in [0, 1) for each row: proposal, acceptance, replacement.
+    """
+    tokens, logps = propose(q, params, seen, [u for u, _, _ in uniforms])
+    kept = accepts(p, params, seen, tokens, logps, [u for _, u, _ in uniforms])
+    rows = (~kept).nonzero()[:, 0].tolist()
+    if rows:
+        last = [uniforms[i][2] for i in rows]
+        tokens[rows] = replacement(p[rows], q[rows], [params[i] for i in rows], [seen[i] for i in rows], last)
+    return tokens, kept
+
+
+def _by_setting(
+    logits: Tensor, params: Sequence[SamplingParams], seen: Seen
+) -> Iterator[tuple[SamplingParams, list[int], Tensor, list[Sequence[int]]]]:
+    """Rows that are drawn alike: (setting, their numbers, their logits, what each has seen)."""
+    for setting in dict.fromkeys(params):
+        rows = [i for i, p in enumerate(params) if p is setting or p == setting]
+        yield setting, rows, logits if len(rows) == len(logits) else logits[rows], [seen[i] for i in rows]
+
+
+def _likeliest(logits: Tensor, setting: SamplingParams, seen: Seen) -> Tensor:
+    if setting.repetition_penalty != 1.0:
+        logits = penalise_repetition(logits, seen, setting.repetition_penalty)
+    return logits.argmax(-1)
