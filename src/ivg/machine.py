@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic, process_time, sleep
 from typing import Any
 
 from ivg.errors import ConfigError
@@ -127,6 +127,24 @@ def resident_bytes(device: str | None = None) -> int | None:
     if on_gpu(device):
         return int(sys.modules["torch"].cuda.memory_allocated())
     return _status("VmRSS")
+
+
+def others(begin: tuple[float, float, float]) -> float | None:
+    """Share of the machine's processors that other processes took since ``begin`` = :func:`clock`; None where it is not known.
+
+    The system counts in hundredths of a second: nothing is said of less than a second.
+    """
+    wall, busy, own = (now - then for now, then in zip(clock(), begin, strict=True))
+    return max(0.0, busy - own) / (wall * (os.cpu_count() or 1)) if busy and wall >= 1 else None
+
+
+def clock() -> tuple[float, float, float]:
+    """Seconds: on the wall, of all processors at work (other guests' included), of this process."""
+    busy = 0.0
+    with suppress(OSError, ValueError):
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        busy = sum(int(n) for i, n in enumerate(fields) if i not in (3, 4)) / os.sysconf("SC_CLK_TCK")  # all but idle and waiting
+    return monotonic(), busy, process_time()
 
 
 def _status(field: str) -> int | None:

@@ -17,7 +17,9 @@ from ivg.errors import ConfigError
 from ivg.records import write_text
 
 Row = Mapping[str, Any]
-COLUMNS = ("contestant", "prompts", "s", "s/answer", "answers/s", "tokens/s", "first text s", "peak MiB", "above weights MiB", "TFLOP")
+COLUMNS = ("contestant", "prompts", "s", "answers/s", "tokens/s", "first s", "peak MiB", "+MiB", "TFLOP")
+QUIET = 0.05
+"""Share of the processors that other processes may take before a measurement is called disturbed."""
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
@@ -105,10 +107,11 @@ def summary(settings: Settings, rows: Sequence[Row], made: Mapping[str, Any]) ->
 
 
 def how(rows: Sequence[Row]) -> dict[str, Any]:
-    """Type of numbers, device, threads, and the commits that measured."""
+    """Type of numbers, device, threads, the commits that measured, and the largest share that other processes took."""
     first = rows[0]
     commits = list(dict.fromkeys(r["commit"] for r in rows))
-    return {"dtype": first["dtype"], "device": first["device"], "threads": first["threads"], "commits": commits}
+    out = {"dtype": first["dtype"], "device": first["device"], "threads": first["threads"], "commits": commits}
+    return out | {"others": max((r["others"] for r in rows if r["others"] is not None), default=None)}
 
 
 def cells(found: Mapping[str, Any]) -> list[list[str]]:
@@ -120,13 +123,11 @@ def _cells(label: str, f: Mapping[str, Any]) -> list[str]:
     def mib(number: int | None) -> str:
         return "?" if number is None else f"{number / 2**20:,.0f}"
 
-    numbers = (f["seconds"], f["seconds_per_answer"], f["answers_per_second"])
+    numbers = (f["seconds"], f["answers_per_second"], f["tokens_per_second"], f["first_text_seconds"])
     return [
         label,
         str(f["prompts"]),
         *(f"{n:.3g}" for n in numbers),
-        f"{f['tokens_per_second']:.3g}",
-        f"{f['first_text_seconds']:.3g}",
         mib(f["peak_bytes"]),
         mib(f["peak_above_bytes"]),
         f"{f['flops'] / 1e12:.3g}",
@@ -141,7 +142,14 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         out.append(f"tokens read for each answer by {label}: {read}")
     if "naive" in found["contestants"] and found["contestants"]["naive"]["prompts"] != found["settings"]["prompts"]:
         out.append(f"naive takes one prompt at a time; its rate was measured on {found['contestants']['naive']['prompts']}")
-    return out
+    return out + disturbed(found)
+
+
+def disturbed(found: Mapping[str, Any]) -> list[str]:
+    """A warning where other processes were busy while seconds were counted."""
+    if (found["others"] or 0.0) <= QUIET:
+        return []
+    return [f"disturbed: other processes took up to {found['others']:.0%} of the processors; measure again when the machine is quiet"]
 
 
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -85,10 +85,12 @@ class Bench:
 
     def __init__(self, settings: Settings) -> None:
         import torch
+        from transformers.utils import logging
 
         from ivg.bench.shapes import build
         from ivg.cost import parameters
 
+        logging.set_verbosity_error()  # transformers warns of padding wherever token 0 is drawn
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.settings, self.threads = settings, torch.get_num_threads()
@@ -110,22 +112,25 @@ class Bench:
     def measure(self, entry: Entry, number: int) -> dict[str, Any]:
         """One row: what was asked and delivered, seconds, memory in bytes, tokens read by each model, FLOPs.
 
-        ``before`` is memory in use before the run (all models are loaded), ``peak`` the most during it; None where it is not known.
+        ``before`` is memory in use before the run (all models are loaded), ``peak`` the most during it; ``caches`` what the caches of
+        ``ours`` needed at the busiest moment, each row by itself;
+        ``others`` the share of the processors that other processes took; None where it is not known.
         """
-        from ivg.cost import flops
+        from ivg.cost import flops, readers
 
         contestant, prompts = self._contestant(entry.contestant), self._texts(entry.prompts)
         self.model.forget()
         machine.trim()
         machine.reset_peak()
-        before, begin = machine.resident_bytes(self.device), time.perf_counter()
+        before, clock, begin = machine.resident_bytes(self.device), machine.clock(), time.perf_counter()
         gc.disable()
         try:
             outcome = contestant.run(prompts, entry.new_tokens, self.settings.seed + number)
         finally:
             gc.enable()
         seconds = time.perf_counter() - begin
-        peak = machine.peak_bytes(self.device)
+        peak, others = machine.peak_bytes(self.device), machine.others(clock)
+        caches = sum(reader.model.needed_peak for reader in readers(self.model).values())
         self.model.forget()
         return {
             **asdict(entry),
@@ -136,6 +141,8 @@ class Bench:
             "tokens": outcome.tokens,
             "peak": peak,
             "before": before,
+            "caches": caches,
+            "others": others,
             "forward_tokens": dict(outcome.forward_tokens),
             "flops": flops(outcome.forward_tokens, self.sizes),
             "sizes": self.sizes,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ivg.cli import options as o
+from ivg.errors import ConfigError
 
 if TYPE_CHECKING:
     from ivg.bench.settings import Settings
@@ -23,7 +24,8 @@ text after each chunk, whole caches copied.
 
 ours: this package.
 
-Prints a table, then one JSON line. What the columns mean: docs/benchmarks.md."""
+Prints a table, then one JSON line. What the columns mean: docs/benchmarks.md. --targets measures what this package promises of its
+speed and says which promises it keeps."""
 
 _BENCH = "Benchmark"
 
@@ -55,16 +57,26 @@ def bench(
     device: o.Device = None,
     dtype: o.Dtype = None,
     seed: o.Seed = None,
-    out: Annotated[Path | None, _option("--out", "JSONL file for the measurements; go on where it stopped.")] = None,
+    targets: Annotated[bool, _option("--targets", "Measure the table of targets instead (hours; goes on where it stopped).")] = False,
+    quick: Annotated[bool, _option("--quick", "With --targets: a rehearsal on tiny models; its figures mean nothing.")] = False,
+    out: Annotated[
+        Path | None,
+        _option("--out", "JSONL file for the measurements, to go on where it stopped; with --targets a folder (default: bench-targets)."),
+    ] = None,
     docs: Annotated[Path | None, _option("--docs", "Also write the table into this page, in place of the same benchmark's last.")] = None,
 ) -> None:
     """See HELP."""
     from ivg.bench.settings import from_mapping
 
-    given = {k: v for k, v in locals().items() if k not in ("out", "docs", "from_mapping")}
-    given["contestants"] = _names(contestants) if contestants else _usual()
+    given = {k: v for k, v in locals().items() if k not in ("out", "docs", "targets", "quick", "from_mapping")}
+    given["contestants"] = _names(contestants) if contestants else None if targets else _usual()
     settings = from_mapping(given)
-    _one(settings, out, docs)
+    if quick and not targets:
+        raise ConfigError("--quick is for --targets\n  for one benchmark give --shape tiny --rounds 1")
+    if targets:
+        _targets(settings, quick, out or Path("bench-targets"), docs)
+    else:
+        _one(settings, out, docs)
 
 
 def _names(text: str) -> list[str]:
@@ -92,9 +104,28 @@ def _one(settings: Settings, out: Path | None, docs: Path | None) -> None:
     typer.echo(json.dumps(found))
 
 
-def tell(row: Mapping[str, Any], rounds: int) -> None:
+def _targets(settings: Settings, quick: bool, folder: Path, docs: Path | None) -> None:
+    """The table of targets: verdicts, notes, JSON."""
+    from ivg.bench import report, targets
+
+    targets.check(settings)
+    plan = targets.plan(settings, quick=quick)
+    found = targets.run(plan, folder, lambda name, row: tell(row, plan.settings.rounds, f"{name}: "))
+    found |= {"verdicts": targets.verdicts(found["figures"]), "rehearsal": quick}
+    body, notes = targets.cells(found["figures"]), targets.notes(found)
+    if quick:
+        notes.append("a rehearsal on tiny models: these figures mean nothing")
+    title = f"Targets on {found['device']}"
+    if docs is not None and not quick:
+        table = report.markdown(targets.COLUMNS, body)
+        report.publish(docs, f"targets, {found['device']}", report.section(title, table, notes, found))
+    show(f"{title}, {found['dtype']}, {found['threads']} threads", targets.COLUMNS, body, notes)
+    typer.echo(json.dumps(found))
+
+
+def tell(row: Mapping[str, Any], rounds: int, group: str = "") -> None:
     """One measurement, as it is made, on standard error."""
-    typer.echo(f"round {row['round'] + 1}/{rounds}  {row['label']}  {row['seconds']:.2f} s", err=True)
+    typer.echo(f"{group}round {row['round'] + 1}/{rounds}  {row['label']}  {row['seconds']:.2f} s", err=True)
 
 
 def show(title: str, head: Sequence[str], body: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
@@ -102,12 +133,14 @@ def show(title: str, head: Sequence[str], body: Sequence[Sequence[str]], notes: 
     from rich.console import Console
     from rich.table import Table
 
+    out = Console(highlight=False)
+    if not out.is_terminal:
+        out.width = 120
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(head):
         table.add_column(name, justify="right" if i else "left", overflow="fold")
     for row in body:
         table.add_row(*row)
-    out = Console(highlight=False)
     out.print(table)
     for note in notes:
         out.print(note, markup=False)
