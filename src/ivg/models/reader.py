@@ -192,7 +192,7 @@ class Reader:
             del entry.row.ids[len(ids) - 1 :]  # at least one token must be read to have an output
             new.append(ids[len(entry.row.ids) :])
             h.meter.add(self.name, len(new[-1]))
-        return self.model.last([e.row for e in entries], new)
+        return self.model.last([e.row for e in entries], new).float()
 
     def _cut(self, entry: _Entry, ids: list[int], border: int) -> None:
         """Forget what the row holds, and what was scored, beyond its common beginning with ``ids``."""
