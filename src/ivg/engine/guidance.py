@@ -22,6 +22,7 @@ from ivg.engine.sampling import entropy
 from ivg.errors import ConfigError
 from ivg.models.vocab import Vocabulary
 from ivg.types import (
+    DraftingValue,
     FinishReason,
     Hypothesis,
     Meter,
@@ -57,7 +58,7 @@ def check_guidance(guidance: TokenGuidance, base: Vocabulary) -> None:
 
     Raises:
         VocabularyError: the ids mean different text; names the first that differ.
-        ConfigError: a negative number of candidates, or a negative gate.
+        ConfigError: a negative number of candidates, or a negative gate; drafts of a guidance that cannot draft.
     """
     if guidance.gate < 0:
         raise ConfigError(f"gate must be 0 (guide everywhere) or more nats, got {guidance.gate}")
@@ -70,6 +71,27 @@ def check_guidance(guidance: TokenGuidance, base: Vocabulary) -> None:
             f"a guide with another vocabulary can compare candidates as text: candidates={DEFAULT_CANDIDATES} "
             f"(--guide-candidates {DEFAULT_CANDIDATES})",
         )
+    check_draft(guidance)
+
+
+def check_draft(guidance: TokenGuidance) -> None:
+    """Raise where tokens are to be drafted and cannot be.
+
+    Raises:
+        ConfigError: a negative number; a value that cannot draft; a guidance that is no sum of logits everywhere.
+    """
+    if guidance.draft < 0:
+        raise ConfigError(f"draft must be 0 (off) or more tokens, got {guidance.draft}")
+    if guidance.draft == 0:
+        return
+    for name in ("candidates", "normalise", "gate"):
+        if got := getattr(guidance, name):
+            raise ConfigError(f"draft={guidance.draft} verifies z_base + beta * delta at every token, got {name}={got}\n  leave one out")
+    if not isinstance(guidance.value, DraftingValue):
+        raise ConfigError(
+            f"draft={guidance.draft} needs a value that can draft tokens: a pair of tuned and untuned (implicit)\n"
+            f"  got {guidance.value.name} ({type(guidance.value).__name__}), which cannot; leave draft out"
+        )
 
 
 def guided(
@@ -78,6 +100,8 @@ def guided(
     decoded: Sequence[tuple[int, int]],
     guidance: TokenGuidance,
     entropies: Tensor | None = None,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
     """The base's logits [rows, vocabulary], float32, moved by ``guidance``.
 
@@ -87,11 +111,12 @@ def guided(
         decoded: up to where each hypothesis' text is decoded (``Vocabulary.continue_text``).
         guidance: what to add.
         entropies: of the base's own distributions, in nats [rows], for the gate; default: those of ``logits``.
+        in_place: ``logits`` may be written over.
     """
     if guidance.beta == 0:
         return logits
     if guidance.gate == 0:
-        return _moved(logits, hypotheses, decoded, guidance)
+        return _moved(logits, hypotheses, decoded, guidance, in_place=in_place)
     follow = getattr(guidance.value, "follow", None)
     if follow is not None:
         follow(hypotheses)  # all sisters at once: whoever comes last takes its parent's cache over
@@ -103,16 +128,34 @@ def guided(
     return out
 
 
-def _moved(logits: Tensor, hypotheses: Sequence[Hypothesis], decoded: Sequence[tuple[int, int]], guidance: TokenGuidance) -> Tensor:
+def shifted(base: Tensor, deltas: Tensor, beta: float, size: int, *, in_place: bool = False) -> Tensor:
+    """``base`` + beta * ``deltas`` [rows, vocabulary]; columns beyond the guide's vocabulary of ``size`` keep the base's logits."""
+    width = min(base.shape[1], deltas.shape[1], size)
+    out = base if in_place else base.clone()
+    out[:, :width].add_(deltas[:, :width].to(base.device), alpha=beta)
+    return out
+
+
+def blame(plain: Tensor | None, tokens: int) -> str:
+    """What to say of a row whose guided logits are broken; ``plain`` are the base's own, [vocabulary]; None: known to be sound."""
+    base = plain is not None and bool(plain.isnan().any() | (plain == torch.inf).any())
+    source = "the base model" if base else "token guidance"
+    return f"{source} gave NaN or infinity after {tokens} tokens"
+
+
+def _moved(
+    logits: Tensor,
+    hypotheses: Sequence[Hypothesis],
+    decoded: Sequence[tuple[int, int]],
+    guidance: TokenGuidance,
+    *,
+    in_place: bool = False,
+) -> Tensor:
     """As :func:`guided`, every row."""
     value = guidance.value
     base = logits.log_softmax(-1) if guidance.normalise else logits
     if guidance.candidates == 0 and isinstance(value, VocabularyValue) and knows_vocabulary(value):
-        deltas = value.deltas(hypotheses).to(base.device)
-        width = min(base.shape[1], deltas.shape[1], value.vocabulary.size)
-        out = base.clone()  # columns beyond the guide's vocabulary keep the base's logits
-        out[:, :width] += guidance.beta * deltas[:, :width]
-        return out
+        return shifted(base, value.deltas(hypotheses), guidance.beta, value.vocabulary.size, in_place=in_place)
     top = base.topk(min(guidance.candidates or DEFAULT_CANDIDATES, base.shape[1]))
     scores = _known_scores(hypotheses, guidance, top.indices)
     if scores is None:

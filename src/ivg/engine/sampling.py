@@ -6,7 +6,7 @@ has been mixed in. Each draw uses one number from a counter-based generator (``i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,12 @@ from torch import Tensor
 from ivg.types import SamplingParams
 
 _NEVER = float("-inf")
+SECTION = 128
+"""Tokens whose mass is summed first when one is drawn."""
+BLOCK_LOGITS = 1 << 18
+"""Logits that are worked on at a time on a CPU: one mebibyte, of the two or so that a core has to itself."""
+TOP_P_FIRST = 256
+"""Tokens that are looked at first for top-p; four times as many while they do not reach it."""
 
 
 def penalise_repetition(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:
@@ -35,10 +41,21 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float, most: int = 0) -> Tensor:
-    """Keep the smallest set of tokens whose probability reaches ``p``; ``most`` > 0 says that no more are finite."""
-    values, order = logits.topk(most) if 0 < most < logits.shape[1] else logits.sort(descending=True)
-    probabilities = values.softmax(-1)
-    beyond = probabilities.cumsum(-1) - probabilities >= p  # what comes before it suffices already
+    """Keep the smallest set of tokens whose probability reaches ``p``; ``most`` > 0 says that no more are finite.
+
+    The vocabulary is sorted only where p takes more than a quarter of it.
+    """
+    width = logits.shape[1]
+    count = most if 0 < most < width else TOP_P_FIRST
+    total = logits.logsumexp(-1, keepdim=True)
+    while True:
+        values, order = logits.topk(count) if 4 * count <= width or count == most else logits.sort(descending=True)
+        probabilities = (values - total).exp()
+        reached = probabilities.cumsum(-1)
+        if values.shape[1] == width or count == most or bool((reached[:, -1] >= p).all()):
+            break
+        count *= 4
+    beyond = reached - probabilities >= p  # what comes before it suffices already
     beyond[:, 0] = False
     kept = torch.full_like(logits, _NEVER)
     return kept.scatter(1, order, values.masked_fill(beyond, _NEVER))
@@ -71,11 +88,24 @@ def filtered(logits: Tensor, params: SamplingParams, seen: Sequence[Sequence[int
 
 
 def draw(logits: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """One token for each row by inversion of its distribution; [rows] of ids."""
-    mass = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    threshold = torch.tensor(uniforms, dtype=torch.float64, device=logits.device) * mass[:, -1]
-    picks = torch.searchsorted(mass, threshold[:, None], right=True)[:, 0]
-    return picks.clamp(max=logits.shape[1] - 1)
+    """One token for each row by inversion of its distribution; [rows] of ids.
+
+    The mass of :data:`SECTION` tokens at a time is summed, then only the section that holds the draw is gone through: the
+    same token as from a cumulative sum over the vocabulary in float64, for a fifth of its time.
+    """
+    mass = (logits - logits.amax(-1, keepdim=True)).exp_()
+    rows, width = mass.shape
+    if width % SECTION:
+        mass = torch.nn.functional.pad(mass, (0, SECTION - width % SECTION))
+    sections = mass.view(rows, -1, SECTION)
+    below = sections.sum(-1, dtype=torch.float64).cumsum(-1)
+    threshold = torch.tensor(uniforms, dtype=torch.float64, device=logits.device) * below[:, -1]
+    section = torch.searchsorted(below, threshold[:, None], right=True).clamp_(max=below.shape[1] - 1)
+    rest = threshold[:, None] - torch.where(section > 0, below.gather(1, (section - 1).clamp(min=0)), 0.0)
+    inner = sections[torch.arange(rows, device=logits.device), section[:, 0]].cumsum(-1, dtype=torch.float64)
+    pick = torch.searchsorted(inner, rest, right=True)
+    last = torch.searchsorted(inner, inner[:, -1:].contiguous())  # rounding never leads to a token without mass
+    return (section * SECTION + torch.minimum(pick, last))[:, 0]
 
 
 def drawn_logps(
@@ -101,27 +131,46 @@ def drawn_logps(
     return out
 
 
-def sample(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float], seen: Sequence[Sequence[int]]) -> Tensor:
-    """One token for each row under its own parameters.
+def sample(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    uniforms: Sequence[float],
+    seen: Sequence[Sequence[int]],
+    rows: Sequence[int] | None = None,
+) -> Tensor:
+    """One token for each draw under its own parameters.
 
     Args:
         logits: float32 [rows, vocabulary], guidance mixed in.
-        params: one for each row.
-        uniforms: one number in [0, 1) for each row.
-        seen: the row's response so far, for the repetition penalty.
+        params: one for each draw.
+        uniforms: one number in [0, 1) for each draw.
+        seen: the response so far of each draw, for the repetition penalty.
+        rows: which row each draw is from; None: one draw for each row.
 
     Returns:
-        Token ids [rows], on the device of ``logits``.
+        Token ids [draws], on the device of ``logits``.
     """
-    out = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+    place = list(range(len(logits))) if rows is None else list(rows)
+    out = torch.empty(len(place), dtype=torch.long, device=logits.device)
     for setting in dict.fromkeys(params):
-        rows = [i for i, p in enumerate(params) if p is setting or p == setting]
-        part = logits if len(rows) == len(logits) else logits[rows]
-        history = [seen[i] for i in rows]
-        if setting.temperature == 0:
-            if setting.repetition_penalty != 1.0:
-                part = penalise_repetition(part, history, setting.repetition_penalty)
-            out[rows] = part.argmax(-1)
-        else:
-            out[rows] = draw(filtered(part, setting, history), [uniforms[i] for i in rows])
+        draws = [i for i, p in enumerate(params) if p is setting or p == setting]
+        for block in blocks(draws, logits):
+            part = logits[place[block[0]] : place[block[0]] + len(block)]
+            if [place[i] for i in block] != list(range(place[block[0]], place[block[0]] + len(block))):
+                part = logits[[place[i] for i in block]]
+            history = [seen[i] for i in block]
+            if setting.temperature == 0:
+                if setting.repetition_penalty != 1.0:
+                    part = penalise_repetition(part, history, setting.repetition_penalty)
+                picks = part.argmax(-1)
+            else:
+                picks = draw(filtered(part, setting, history), [uniforms[i] for i in block])
+            out[block] = picks
     return out
+
+
+def blocks(rows: Sequence[int], logits: Tensor) -> Iterator[list[int]]:
+    """``rows`` so many at a time that, on a CPU, the logits of one block and what is made of them stay in its cache."""
+    size = max(1, BLOCK_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(rows))
+    for start in range(0, len(rows), size):
+        yield list(rows[start : start + size])

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ivg.draws import child_lineage, uniform
-from ivg.engine.guidance import check_guidance, guided
+from ivg.engine.guidance import blame, check_guidance, guided
 from ivg.engine.sampling import drawn_logps, entropy, sample
+from ivg.engine.speculation import Speculator
 from ivg.models.reader import Reader
 from ivg.types import Beam, Extension, FinishReason, Meter, Pause, Prompt, SamplingParams, TokenGuidance, new_key
 
@@ -62,6 +63,7 @@ class TransformersEngine:
         self.base = base
         base.reads_given_ids = True
         self.vocabulary = base.vocabulary
+        self.speculation = Speculator(base, self._push)
 
     def open(self, prompt: Prompt, sampling: SamplingParams) -> Beam:
         """The empty response to ``prompt``.
@@ -91,13 +93,22 @@ class TransformersEngine:
         Children whose model gave NaN end with ``finish="error"``; the others go on.
         """
         families = [self._drafts(order) for order in orders]
-        drafts = [d for family in families for d in family]
+        ahead = [self.speculation.takes(order) for order in orders]
+        self.speculation.grow([(o.beam, family) for o, family, drafted in zip(orders, families, ahead, strict=True) if drafted])
+        self._grow([(o, family) for o, family, drafted in zip(orders, families, ahead, strict=True) if not drafted])
+        return [_children(order.beam, family) for order, family in zip(orders, families, strict=True)]
+
+    def _grow(self, families: list[tuple[Extension, list[_Draft]]]) -> None:
+        """Token after token, all in one batch."""
+        if not families:
+            return
+        drafts = [d for _, family in families for d in family]
+        orders = [order for order, _ in families]
         parents = [order.beam for order in orders]
-        row_of = [i for i, family in enumerate(families) for _ in family]
-        self._step(drafts, parents, [p.decoded for p in parents], list(orders), row_of)
+        row_of = [i for i, (_, family) in enumerate(families) for _ in family]
+        self._step(drafts, parents, [p.decoded for p in parents], orders, row_of)
         while active := [d for d in drafts if d.finish is None and not d.paused and len(d.token_ids) < d.limit]:
             self._step(active, active, [_state(d) for d in active], [d.order for d in active], list(range(len(active))))
-        return [_children(order.beam, family) for order, family in zip(orders, families, strict=True)]
 
     def _drafts(self, order: Extension) -> list[_Draft]:
         beam, sampling = order.beam, order.sampling
@@ -147,16 +158,16 @@ class TransformersEngine:
 
     def _draw(self, drafts: list[_Draft], row_of: list[int], plain: Tensor, mixed: Tensor) -> None:
         """Draw one token for every draft from its row of ``mixed``; ``plain`` is the base alone, both [rows, vocabulary]."""
-        broken = mixed.isnan().any(-1) | (mixed == torch.inf).any(-1)
-        for i in broken.nonzero()[:, 0].tolist():
-            source = "the base model" if bool(plain[i].isnan().any() | (plain[i] == torch.inf).any()) else "token guidance"
+        for i in _broken(mixed):
+            base = plain[i].clone()
             mixed[i] = 0.0
             for d, row in zip(drafts, row_of, strict=True):
-                if row == i:
-                    d.finish, d.error = "error", f"{source} gave NaN or infinity after {len(d.token_ids)} tokens"
-        index = torch.tensor(row_of, device=mixed.device)
+                if row == i:  # the two are one tensor where nothing guides, or where the base was seen to be sound
+                    sound = plain is mixed and d.order.guidance is not None and d.order.guidance.beta != 0
+                    d.finish, d.error = "error", blame(None if sound else base, len(d.token_ids))
         draws = [uniform(d.order.seed, d.lineage, len(d.token_ids)) for d in drafts]
-        tokens = sample(mixed.index_select(0, index), [d.order.sampling for d in drafts], draws, [d.token_ids for d in drafts])
+        tokens = sample(mixed, [d.order.sampling for d in drafts], draws, [d.token_ids for d in drafts], row_of)
+        index = torch.tensor(row_of, device=mixed.device)
         shifts = _moved_by(drafts, index, tokens, plain, mixed, [d.order.record for d in drafts], filters=False)
         ratios = _moved_by(drafts, index, tokens, plain, mixed, [d.order.weigh for d in drafts], filters=True)
         for d, token, shift, ratio in zip(drafts, tokens.tolist(), shifts, ratios, strict=True):
@@ -172,22 +183,29 @@ class TransformersEngine:
         decoded: list[tuple[int, int]],
         orders: list[Extension],
     ) -> tuple[Tensor, Tensor]:
-        """(base alone, with guidance), forbidden end-of-sequence tokens out of both; nodes with the same guidance share one call."""
-        plain = raw
+        """(base alone, with guidance), forbidden end-of-sequence tokens out of both; nodes with the same guidance share one call.
+
+        ``raw`` is written over. The two are one tensor where nothing asks what guidance moved.
+        """
         groups: dict[TokenGuidance, list[int]] = {}
         for i, order in enumerate(orders):
             if order.guidance is not None and order.guidance.beta != 0:
                 groups.setdefault(order.guidance, []).append(i)
         silent = [i for i, order in enumerate(orders) if order.sampling.ignore_eos]
-        eos = sorted(self.vocabulary.eos_ids)
-        if silent and eos:
-            plain = raw.clone()
-            plain[torch.tensor(silent)[:, None], torch.tensor(eos)] = -torch.inf
-        mixed = plain.clone()
+        if silent and self.vocabulary.eos_ids:
+            raw[torch.tensor(silent)[:, None], torch.tensor(sorted(self.vocabulary.eos_ids))] = -torch.inf
+        compared = any(order.record or order.weigh for order in orders) or bool(_broken(raw))
+        plain = raw.clone() if groups and compared else raw
         for guidance, rows in groups.items():
             known = None if entropies is None else entropies[rows]
-            mixed[rows] = guided(plain[rows], [nodes[i] for i in rows], [decoded[i] for i in rows], guidance, known)
-        return plain, mixed
+            every = len(rows) == len(raw)
+            part = raw if every else raw[rows]
+            moved = guided(part, [nodes[i] for i in rows], [decoded[i] for i in rows], guidance, known, in_place=True)
+            if every:
+                raw = moved
+            else:
+                raw[rows] = moved
+        return plain, raw
 
     def _push(self, d: _Draft, token: int, shift: float) -> None:
         """Append a token and see whether it ends the response."""
@@ -204,6 +222,12 @@ class TransformersEngine:
         if d.order.record:
             d.guide_shift.append(shift)
             d.pieces.append(d.text[before:])
+
+
+def _broken(logits: Tensor) -> list[int]:
+    """Rows with NaN or infinity in them."""
+    peaks = logits.amax(-1)  # NaN wins every comparison
+    return (~(peaks < torch.inf)).nonzero()[:, 0].tolist()
 
 
 def _pausing(entropies: Tensor, nodes: Sequence[Beam | _Draft], orders: Sequence[Extension]) -> set[int]:
