@@ -5,10 +5,15 @@ from functools import cache
 import pytest
 import torch
 
+from ivg.decoding.search import Request, Searcher
+from ivg.decoding.strategies import strategy
 from ivg.draws import uniform
 from ivg.engine.coupling import accepts, coupled, propose, replacement
 from ivg.engine.sampling import filtered
-from ivg.types import SamplingParams
+from ivg.engine.transformers import TransformersEngine
+from ivg.testing import ARCHITECTURES, tiny_reader, tiny_value
+from ivg.types import Prompt, SamplingParams
+from ivg.values.implicit import ImplicitValue
 
 
 def chi_square(counts, expected):
@@ -108,3 +113,83 @@ def test_rows_with_different_settings_do_not_touch():
     kept = accepts(p, params, [[]] * 6, tokens, logps, [u for _, u, _ in numbers(6)])
     other = replacement(p, q, params, [[]] * 6, [u for _, _, u in numbers(6)])
     assert torch.where(kept, tokens, other).tolist() == together
+
+
+# The engine
+
+
+class Bench:
+    """Tiny models of one architecture; the same request with any number of tokens drafted ahead."""
+
+    def __init__(self, architecture="llama", seeds=(1, 2, 3), tokenizer=None, near=None, **settings):
+        self.base, tuned, untuned = (
+            tiny_reader(name, architecture, seed, tokenizer, **settings)
+            for name, seed in zip(("base", "tuned", "untuned"), seeds, strict=True)
+        )
+        if near is not None:  # guides that agree with the base more often than random ones
+            for reader, amount in ((tuned, near), (untuned, 2 * near)):
+                for mine, theirs in zip(reader.model.network.parameters(), self.base.model.network.parameters(), strict=True):
+                    mine.data.mul_(amount).add_((1 - amount) * theirs.data)
+        self.values = {"implicit": ImplicitValue(tuned, untuned), "explicit": tiny_value("vocabulary", architecture, 5, tokenizer)}
+        self.engine = TransformersEngine(self.base)
+        self.searcher = Searcher(self.engine)
+        self.readers = [self.base, tuned, untuned, self.values["explicit"].model]
+
+    def requests(self, prompts, s, sampling, seed=5, **settings):
+        return [Request(Prompt(p), s.search(self.values), sampling, seed, **settings) for p in prompts]
+
+    def run(self, requests, ahead=None):
+        self.engine.speculation.ahead = ahead
+        self.engine.speculation.reset()
+        done = dict(self.searcher.run(requests))
+        assert [r.model.live_rows for r in self.readers] == [0] * len(self.readers)
+        return [done[i] for i in range(len(done))]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return Bench(near=0.2)
+
+
+PROMPTS = ["The movie was", "I", "What a long prompt this one is", "Two"]
+SHAPES = {
+    "eft": strategy("eft", draft=8, beta=1),
+    "eft, beta 0.5": strategy("eft", draft=8, beta=0.5),
+    "ivg, L 3": strategy("ivg", draft=8, width=2, successors=2, chunk_length=3),
+    "ivg, L 5": strategy("ivg", draft=8, width=2, successors=2, chunk_length=5, beta=1.5),
+    "ivg, L 20": strategy("ivg", draft=8, width=2, successors=2, chunk_length=20),
+    "implicit twice": strategy("cbs-implicit", draft=8, token="implicit", width=2, successors=2, chunk_length=4),
+}
+
+
+def same_tokens(bench, s, sampling, ahead, prompts=PROMPTS, **settings):
+    """Completions without drafts ahead, after seeing that any number of them gives the same; and the counts of each run."""
+    requests = bench.requests(prompts, s, sampling, **settings)
+    expected, stats = bench.run(requests, 0), [bench.engine.speculation.stats()]
+    assert (stats[0]["drafted"], stats[0]["passes_per_token"]) == (0, 1)
+    for n in ahead:
+        got = bench.run(requests, n)
+        stats.append(bench.engine.speculation.stats())
+        for mine, theirs in zip(got, expected, strict=True):
+            assert (mine.token_ids, mine.text, mine.finish_reason) == (theirs.token_ids, theirs.text, theirs.finish_reason), n
+            assert (mine.score or 0) == pytest.approx(theirs.score or 0, abs=2e-4)
+            assert mine.guide_shift == pytest.approx(theirs.guide_shift, abs=2e-4)
+        assert stats[-1]["tokens"] == stats[0]["tokens"]
+        assert stats[-1]["acceptance"] == stats[0]["acceptance"]  # of the same proposals
+    return expected, stats
+
+
+@pytest.mark.parametrize("s", SHAPES.values(), ids=SHAPES.keys())
+def test_the_number_drafted_changes_no_token(llama, s):
+    _, stats = same_tokens(llama, s, SamplingParams(max_new_tokens=24), (1, 2, 3, 5, None))
+    assert 0.2 < stats[0]["acceptance"] < 0.95, "a pair that always or never agrees tests little"
+    passes = [c["passes_per_token"] for c in stats[:4]]
+    assert passes == sorted(passes, reverse=True)
+    assert passes[3] < 0.8
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "llama"])
+def test_every_architecture_can_be_taken_back(architecture):
+    bench = Bench(architecture, near=0.2)
+    for name in ("eft", "ivg, L 5"):
+        same_tokens(bench, SHAPES[name], SamplingParams(max_new_tokens=16), (1, 4), PROMPTS[:2])

@@ -104,6 +104,7 @@ class SearchConfig(_Strict):
     transform: Literal["identity", "log-sigmoid", "centered"] | None = None
     normalise: bool | None = None
     gate: float | None = None
+    draft: int | None = Field(None, validation_alias=_or("draft", "num_speculative_tokens"))
     rule: Literal["top", "soft", "reject", "particles"] | None = None
     soft_scale: float | None = None
     decay: float | None = None

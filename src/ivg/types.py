@@ -186,6 +186,8 @@ class TokenGuidance:
         normalise: mix log-probabilities rather than logits (GenARM).
         gate: guide only where the base's next-token entropy is at least this many nats; 0 guides everywhere. The entropy
             is that of the base's own distribution: all tokens, temperature 1.
+        draft: tokens that the value drafts ahead of the base, at most; 0: none. Needs a :class:`DraftingValue`. How many are
+            drafted changes the speed and no token; but tokens are drawn by another rule than with 0 (``engine.coupling``).
     """
 
     value: Value
@@ -194,6 +196,7 @@ class TokenGuidance:
     transform: Literal["identity", "log-sigmoid", "centered"] = "identity"
     normalise: bool = False
     gate: float = 0.0
+    draft: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +260,30 @@ class VocabularyValue(Value, Protocol):
 
     def deltas(self, hypotheses: Sequence[Hypothesis]) -> Any:
         """What to add to the base's logits, before the guidance weight; float32 tensor [hypotheses, vocabulary]."""
+
+
+class Drafter(Protocol):
+    """Drafts one stretch of tokens for some hypotheses, and remembers what it read meanwhile."""
+
+    def logits(self, hypotheses: Sequence[Hypothesis]) -> Any:
+        """Of the next token as this value would have it, behind the last token of each; float32 tensor [hypotheses, vocabulary].
+
+        Asked again for a hypothesis, that has one token more.
+        """
+
+    def deltas(self, hypotheses: Sequence[Hypothesis]) -> Any:
+        """:meth:`VocabularyValue.deltas` at all places where these were asked for logits: row after row, in order, one tensor."""
+
+
+@runtime_checkable
+class DraftingValue(VocabularyValue, Protocol):
+    """A value that can say what the guided base will probably write, and can be taken back when it was wrong."""
+
+    def drafter(self, beta: float) -> Drafter:
+        """For one stretch of tokens, guided with weight ``beta``."""
+
+    def rewind(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """The last tokens of these were changed; what was read behind their last but one is forgotten."""
 
 
 def knows_vocabulary(value: Value) -> bool:

@@ -33,6 +33,7 @@ def compare(
     arm: o.Arm = None,
     template: o.Template = None,
     beta: o.Beta = None,
+    draft: o.Draft = None,
     settings: o.Settings = None,
     temperature: o.Temperature = None,
     top_k: o.TopK = None,
@@ -82,6 +83,8 @@ def _settings(recipe: Recipe, method: str) -> dict[str, Any]:
     foreign = {"token", "select", "weights", "select_weights", "rule"}
     if row.width * row.successors == 1:
         foreign |= {"width", "successors", "chunk_length"}
+    if {name for name, _ in row.guides} != {"implicit"} or row.candidates or row.gate or row.rule == "reject":
+        foreign |= {"draft"}  # the others cannot draft
     return {k: v for k, v in settings.items() if k not in foreign}
 
 

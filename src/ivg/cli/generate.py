@@ -65,6 +65,7 @@ def generate(
     select: o.Select = None,
     candidates: o.Candidates = None,
     gate: o.Gate = None,
+    draft: o.Draft = None,
     weights: o.Weights = None,
     select_weights: o.SelectWeights = None,
     decay: o.Decay = None,

@@ -54,6 +54,14 @@ Gate = Annotated[
     float | None,
     typer.Option("--gate", help="Guide only tokens whose base entropy is at least this many nats (0: all).", rich_help_panel=_SEARCH),
 ]
+Draft = Annotated[
+    int | None,
+    typer.Option(
+        "--draft",
+        help="Let the guiding pair draft up to this many tokens ahead of the base: exact, and faster where it pays.",
+        rich_help_panel=_SEARCH,
+    ),
+]
 Weights = Annotated[
     str | None,
     typer.Option("--weights", help="Several values guide tokens: NAME=WEIGHT,NAME=WEIGHT (instead of --token).", rich_help_panel=_SEARCH),

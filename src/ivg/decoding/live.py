@@ -196,6 +196,8 @@ def check_search(search: Search) -> None:
     if search.decay != 1.0 or search.original or search.rule == "soft":
         raise ConfigError("rejection and particles have their own rule\n  leave out decay, original and soft")
     if search.rejection is not None:
+        draft = search.guidance.draft if search.guidance is not None else 0
+        demand("draft", draft, draft == 0, "0 with rule=reject, whose segments end where the base is in doubt")
         demand("width · successors (W·K)", search.width * search.successors, search.width * search.successors == 1, "1 for rejection")
         longest, least = search.chunk_length, search.rejection.segment_min
         demand("segment_min", least, longest is None or least <= longest, f"at most chunk_length ({longest})")

@@ -41,6 +41,8 @@ class Strategy:
         transform: of candidate values.
         normalise: mix log-probabilities instead of logits.
         gate: guide only where the base's next-token entropy is at least this many nats; 0: everywhere.
+        draft: tokens that the guiding pair drafts ahead of the base at most, how many being settled by timing; 0: none. No number
+            of drafts changes a token, but from 1 on tokens are drawn by another rule than at 0, from the same distribution.
         rule: ``top``: the best; ``soft``: drawn with probability proportional to exp(score / soft_scale); ``reject``: CARDS;
             ``particles``: a particle filter of W·K particles.
         soft_scale: in units of the score.
@@ -70,6 +72,7 @@ class Strategy:
     transform: Transform = "identity"
     normalise: bool = False
     gate: float = 0.0
+    draft: int = 0
     rule: Rule = "top"
     soft_scale: float = 1.0
     decay: float = 1.0
@@ -128,6 +131,7 @@ class Strategy:
         """
         check_sizes(self)
         demand("gate", self.gate, self.gate >= 0, "0 (guide everywhere) or more nats")
+        self._check_draft()
         demand("rule", self.rule, self.rule in ("top", "soft", "reject", "particles"), "top, soft, reject or particles")
         _settings(Rejection, self), _settings(Particles, self)  # their ranges, whatever the rule
         if self.width * self.successors > 1 and not self.selectors:
@@ -138,6 +142,11 @@ class Strategy:
         if self.rule in ("reject", "particles"):
             self._check_rule()
         return self
+
+    def _check_draft(self) -> None:
+        demand("draft", self.draft, self.draft >= 0, "0 (off) or more tokens")
+        if self.draft and not (self.token or self.weights):
+            raise ConfigError(f"{self.name}: draft={self.draft} and no value that guides tokens\n  give token=implicit, or leave draft out")
 
     def _check_rule(self) -> None:
         if not self.selectors:
@@ -169,7 +178,7 @@ class Strategy:
         guide = self._value(self.guides, bool(self.weights), values, combine)
         guidance = None
         if guide is not None:
-            guidance = TokenGuidance(guide, self.beta, self.candidates, self.transform, self.normalise, self.gate)
+            guidance = TokenGuidance(guide, self.beta, self.candidates, self.transform, self.normalise, self.gate, self.draft)
         return Search(
             width=self.width,
             successors=self.successors,

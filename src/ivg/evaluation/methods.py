@@ -24,7 +24,7 @@ SELECTORS = ("explicit", "reward", "implicit")
 """By what best-of-N selects from the bank: the first of these that is at hand."""
 _VALUES = ("none", "implicit", "explicit")
 _SIZES = ("width", "successors", "chunk_length", "original")
-_GUIDING = ("beta", "candidates", "transform", "gate")
+_GUIDING = ("beta", "candidates", "transform", "gate", "draft")
 _EMBEDDED = {"implicit": ("tuned", "untuned"), "explicit": ("value",), "explicit-other": ("value-other",)}
 
 
@@ -121,7 +121,7 @@ def _expanded(given: MethodConfig, recipe: Recipe, search: Mapping[str, Any], va
     for token in _VALUES:
         for select in _VALUES:
             chosen: dict[str, Any] = {"token": token, "select": select}
-            chosen |= guiding if token != "none" else {}
+            chosen |= {k: v for k, v in guiding.items() if token != "none" and (k != "draft" or token == "implicit")}  # only a pair drafts
             chosen |= sizes if select != "none" else {}
             found.append(Method(f"{token}×{select}", strategy("custom", **chosen)))
     return found

@@ -50,9 +50,16 @@ class ImplicitValue:
 
     def deltas(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
         """z_tuned - z_untuned on raw logits (EFT; METHOD, section 2), float32 [hypotheses, vocabulary]."""
-        tuned, untuned = self.tuned.outputs(hypotheses), self.untuned.outputs(hypotheses)
-        width = min(tuned.shape[1], untuned.shape[1])
-        return tuned[:, :width] - untuned[:, :width]
+        return _difference(self.tuned.outputs(hypotheses), self.untuned.logits(hypotheses))
+
+    def drafter(self, beta: float) -> PairDrafter:
+        """Drafts from the pair alone (see :class:`PairDrafter`)."""
+        return PairDrafter(self, beta)
+
+    def rewind(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """The last tokens of these were changed (``Reader.rewind``)."""
+        self.tuned.rewind(hypotheses)
+        self.untuned.rewind(hypotheses)
 
     def token_scores(self, hypotheses: Sequence[Hypothesis]) -> list[list[float]]:
         """The log-ratio of every response token, in nats; their sum is the score."""
@@ -77,6 +84,48 @@ class ImplicitValue:
         """Free the rows of both models."""
         self.tuned.release(keys)
         self.untuned.release(keys)
+
+
+class PairDrafter:
+    """Drafts z_untuned + beta * (z_tuned - z_untuned): the guided base, if the untuned model stood in its place.
+
+    At beta = 1 that is the tuned model; the untuned one then reads the whole stretch in one pass afterwards. Else both
+    read every token.
+    """
+
+    def __init__(self, value: ImplicitValue, beta: float) -> None:
+        self.value, self.beta = value, beta
+        self._known: dict[int, list[Tensor]] = {}
+
+    def logits(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
+        """Draft logits behind the last token, float32 [hypotheses, vocabulary]."""
+        known = drafted = self.value.tuned.outputs(hypotheses)
+        if self.beta != 1:
+            untuned = self.value.untuned.outputs(hypotheses)
+            known = _difference(known, untuned)
+            drafted = untuned[:, : known.shape[1]] + self.beta * known
+        for h, row in zip(hypotheses, known, strict=True):
+            self._known.setdefault(h.key, []).append(row)
+        return drafted
+
+    def deltas(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
+        """z_tuned - z_untuned wherever these were asked for logits, float32 [places, vocabulary]."""
+        import torch
+
+        known = torch.stack([row for h in hypotheses for row in self._known[h.key]])
+        if self.beta != 1:
+            return known
+        counts = [len(self._known[h.key]) for h in hypotheses]
+        untuned = self.value.untuned
+        return _difference(
+            known, untuned.outputs(hypotheses) if max(counts) == 1 else torch.cat(untuned.recent_outputs(hypotheses, counts))
+        )
+
+
+def _difference(tuned: Tensor, untuned: Tensor) -> Tensor:
+    """Over the columns that both have."""
+    width = min(tuned.shape[1], untuned.shape[1])
+    return tuned[:, :width] - untuned[:, :width]
 
 
 class AutoregressiveReward:
