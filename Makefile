@@ -7,7 +7,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if
 RUN = $(VENV)/bin
 
 .PHONY: help install demo test lint types contract unit docs clean
-.PHONY: reproduce-sentiment reproduce-values reproduce-objectives reproduce-summarization
+.PHONY: bench bench-targets reproduce-sentiment reproduce-values reproduce-objectives reproduce-summarization
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -64,6 +64,12 @@ reproduce-summarization: $(VENV)/.dev ## e-mail -> subject line, everything trai
 	@$(RUN)/python benchmarks/summarization.py --data ../shared/data/aeslc --work build/summarization
 	@$(RUN)/ivg eval summarization --recipe recipes/local-summarization.toml \
 		--out build/summarization/eval --jobs 2 --docs docs/results/summarization
+
+bench: $(VENV)/.dev ## time and memory beside plain sampling and the naive way (minutes, on a quiet machine)
+	@$(RUN)/ivg bench
+
+bench-targets: $(VENV)/.dev ## the table of targets into docs/benchmarks.md (hours, on a quiet machine; goes on where it stopped)
+	@$(RUN)/ivg bench --targets --out build/bench-targets --docs docs/benchmarks.md
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
