@@ -24,10 +24,14 @@ from ivg.types import Hypothesis, Prompt
 
 @dataclass(slots=True)
 class _Entry:
-    """What is kept for one hypothesis: its row, its prompt's length, its response tokens so far scored and their scores."""
+    """What is kept for one hypothesis: its row, its prompt's length, its response tokens so far scored and their scores.
+
+    ``follows``: the base's very tokens are read, so the row holds a beginning of them, and a hypothesis that grows only adds.
+    """
 
     row: Row
     border: int
+    follows: bool
     scored: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
 
@@ -90,7 +94,7 @@ class Reader:
         For whoever reads only some of them (gated guidance). Hypotheses without an ancestor here get nothing.
         """
         new = [h for h in hypotheses if h.key not in self._entries and (h.parent in self._entries or h.origin in self._entries)]
-        self._claim(new, [([], 0)] * len(new))
+        self._claim(new)
 
     # What a hypothesis is, in this model's tokens
 
@@ -102,9 +106,7 @@ class Reader:
         """
         prompt = self.prompt_ids(h.prompt)
         if self.vocabulary.same_as(h.vocabulary):
-            known = self._rows_of_embedding
-            fallback = next(iter(self.vocabulary.eos_ids), 0)  # the base may have added tokens that this model lacks
-            return [*prompt, *(t if t < known else fallback for t in h.token_ids)], len(prompt)
+            return [*prompt, *self._own_ids(h.token_ids)], len(prompt)
         ids = encode(h.prompt, self.tokenizer, self.template, h.text) if h.text else list(prompt)
         border = common_length(prompt, ids)
         if h.token_ids and h.token_ids[-1] in h.vocabulary.eos_ids and self.vocabulary.eos_ids:
@@ -115,43 +117,19 @@ class Reader:
 
     def outputs(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
         """What the network puts out behind the last token, float32 [hypotheses, vocabulary or 1]."""
-        return self._outputs(hypotheses, [self.ids(h) for h in hypotheses])
+        return self.logits(hypotheses).float()
+
+    def logits(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
+        """As :meth:`outputs`, in the network's own type."""
+        entries, new = self._to_read(hypotheses, [1] * len(hypotheses))
+        return self.model.last([e.row for e in entries], new)
 
     def last_token_outputs(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
         """The output one token earlier, at the entry of the last token: Q(s_t, y_t) = V(x, y_<=t); float32 [hypotheses]."""
-        targets = [self.ids(h) for h in hypotheses]
-        if any(len(ids) < 2 for ids, _ in targets):
-            raise PromptError(f"{self.name}: a vocabulary head gives no value for a text of one token")
-        out = self._outputs(hypotheses, [(ids[:-1], border) for ids, border in targets])
-        last = torch.tensor([ids[-1] for ids, _ in targets], device=out.device)
-        return out.gather(1, last[:, None])[:, 0]
-
-    def token_logps(self, hypotheses: Sequence[Hypothesis]) -> list[list[float]]:
-        """Log-probability of every response token, in nats; only those not yet known are computed."""
-        targets = [self.ids(h) for h in hypotheses]
-        entries = self._claim(hypotheses, [(ids[:-1], border) for ids, border in targets])
-        rows, new, keep, order = [], [], [], []
-        for i, (entry, (ids, border)) in enumerate(zip(entries, targets, strict=True)):
-            self._cut(entry, ids, border)
-            missing = len(ids) - border - len(entry.logps)
-            if missing <= 0:
-                continue
-            del entry.row.ids[len(ids) - 1 - missing :]
-            rows.append(entry.row)
-            new.append(ids[len(entry.row.ids) : -1])
-            keep.append(missing)
-            order.append(i)
-            hypotheses[i].meter.add(self.name, len(new[-1]))
-        for k, output in self.model.feed(rows, new, keep):
-            entry, (ids, border) = entries[order[k]], targets[order[k]]
-            first = border + len(entry.logps)
-            tokens = ids[first : first + len(output)]
-            wanted = torch.tensor(tokens, device=output.device)
-            output = output.float()
-            logps = output.gather(1, wanted[:, None])[:, 0] - output.logsumexp(1)
-            entry.logps += logps.tolist()
-            entry.scored += tokens
-        return [list(e.logps) for e in entries]
+        lasts = [self._last_id(h) for h in hypotheses]
+        entries, new = self._to_read(hypotheses, [1] * len(hypotheses), drop=1)
+        out = self.model.last([e.row for e in entries], new)
+        return out.gather(1, torch.tensor(lasts, device=out.device)[:, None])[:, 0].float()
 
     def recent_outputs(self, hypotheses: Sequence[Hypothesis], counts: Sequence[int]) -> list[Tensor]:
         """What the network puts out behind each of the last ``counts[i]`` tokens, in order; float32 [counts[i], vocabulary or 1].
@@ -159,18 +137,34 @@ class Reader:
         One pass where nothing of them has been read before. Prompt tokens count: behind the last of them stands the first token
         of the response.
         """
-        targets = [self.ids(h) for h in hypotheses]
-        entries = self._claim(hypotheses, targets)
-        new = []
-        for h, entry, (ids, border), count in zip(hypotheses, entries, targets, counts, strict=True):
-            self._cut(entry, ids, border)
-            del entry.row.ids[len(ids) - count :]
-            new.append(ids[len(entry.row.ids) :])
-            h.meter.add(self.name, len(new[-1]))
+        entries, new = self._to_read(hypotheses, counts)
         out: list[list[Tensor]] = [[] for _ in hypotheses]
         for i, output in self.model.feed([e.row for e in entries], new, counts):
             out[i].append(output.float())
         return [torch.cat(pieces) for pieces in out]
+
+    def token_logps(self, hypotheses: Sequence[Hypothesis]) -> list[list[float]]:
+        """Log-probability of every response token, in nats; only those not yet known are computed."""
+        entries = self._claim(hypotheses, drop=1)
+        rows, new, keep, order, wanted = [], [], [], [], []
+        for i, (h, entry) in enumerate(zip(hypotheses, entries, strict=True)):
+            tokens = self._unscored(h, entry)
+            if not tokens:
+                continue
+            rows.append(entry.row)
+            new.append(self._unread(h, entry, 1, len(tokens)))
+            keep.append(len(tokens))
+            order.append(i)
+            wanted.append(tokens)
+            h.meter.add(self.name, len(new[-1]))
+        for k, output in self.model.feed(rows, new, keep):
+            entry, tokens = entries[order[k]], wanted[k][: len(output)]
+            del wanted[k][: len(output)]
+            output = output.float()
+            logps = output.gather(1, torch.tensor(tokens, device=output.device)[:, None])[:, 0] - output.logsumexp(1)
+            entry.logps += logps.tolist()
+            entry.scored += tokens
+        return [list(e.logps) for e in entries]
 
     def rewind(self, hypotheses: Sequence[Hypothesis]) -> None:
         """The last tokens of these hypotheses were changed: forget what was read beyond their first ``len(token_ids) - 1``.
@@ -184,51 +178,84 @@ class Reader:
                 del entry.row.ids[entry.border + keep :]
                 del entry.scored[keep:], entry.logps[keep:]
 
-    def _outputs(self, hypotheses: Sequence[Hypothesis], targets: list[tuple[list[int], int]]) -> Tensor:
-        entries = self._claim(hypotheses, targets)
-        new = []
-        for h, entry, (ids, border) in zip(hypotheses, entries, targets, strict=True):
-            self._cut(entry, ids, border)
-            del entry.row.ids[len(ids) - 1 :]  # at least one token must be read to have an output
-            new.append(ids[len(entry.row.ids) :])
-            h.meter.add(self.name, len(new[-1]))
-        return self.model.last([e.row for e in entries], new).float()
+    # What is still to be read
 
-    def _cut(self, entry: _Entry, ids: list[int], border: int) -> None:
-        """Forget what the row holds, and what was scored, beyond its common beginning with ``ids``."""
-        del entry.row.ids[common_length(entry.row.ids, ids) :]
+    def _to_read(self, hypotheses: Sequence[Hypothesis], counts: Sequence[int], drop: int = 0) -> tuple[list[_Entry], list[list[int]]]:
+        """Entries, and the tokens to read so that outputs come behind each of the last ``counts[i]``, ``drop`` left out at the end."""
+        entries = self._claim(hypotheses, drop)
+        new = []
+        for h, entry, count in zip(hypotheses, entries, counts, strict=True):
+            new.append(self._unread(h, entry, drop, count))
+            h.meter.add(self.name, len(new[-1]))
+        return entries, new
+
+    def _unread(self, h: Hypothesis, entry: _Entry, drop: int, count: int) -> list[int]:
+        """Tokens that the row lacks, at least the last ``count`` but for ``drop``; the row is cut to what lies before them."""
+        if entry.follows:  # then the row holds a beginning of this hypothesis: its cost does not grow with the text
+            keep = min(len(entry.row.ids), entry.border + len(h.token_ids) - drop - count)
+            if keep >= entry.border:
+                del entry.row.ids[keep:]
+                return self._own_ids(h.token_ids[keep - entry.border : len(h.token_ids) - drop])
+        ids, border = self.ids(h)
+        del entry.row.ids[min(common_length(entry.row.ids, ids), len(ids) - drop - count) :]
+        entry.border = border
+        return ids[len(entry.row.ids) : len(ids) - drop]
+
+    def _unscored(self, h: Hypothesis, entry: _Entry) -> list[int]:
+        """Response tokens whose log-probability is not known."""
+        if entry.follows:
+            return self._own_ids(h.token_ids[len(entry.logps) :])
+        ids, border = self.ids(h)
         same = common_length(entry.scored, ids[border:]) if border == entry.border else 0
         del entry.scored[same:], entry.logps[same:]
         entry.border = border
+        return ids[border + same :]
 
-    def _claim(self, hypotheses: Sequence[Hypothesis], targets: list[tuple[list[int], int]]) -> list[_Entry]:
+    def _own_ids(self, tokens: Sequence[int]) -> list[int]:
+        """The base's tokens in this model's, which shares its vocabulary but for tokens that the base may have added."""
+        known = self._rows_of_embedding
+        return [t if t < known else next(iter(self.vocabulary.eos_ids), 0) for t in tokens]
+
+    def _last_id(self, h: Hypothesis) -> int:
+        """The last token of prompt and response."""
+        if h.token_ids and self.vocabulary.same_as(h.vocabulary) and len(self.prompt_ids(h.prompt)) + len(h.token_ids) > 1:
+            return self._own_ids(h.token_ids[-1:])[0]
+        ids, _ = self.ids(h)
+        if len(ids) < 2:
+            raise PromptError(f"{self.name}: a vocabulary head gives no value for a text of one token")
+        return ids[-1]
+
+    def _claim(self, hypotheses: Sequence[Hypothesis], drop: int = 0) -> list[_Entry]:
         """The entry of every hypothesis: its own, a fork of its parent's (the last heir takes that over), or a new one."""
         heirs: dict[int, list[Hypothesis]] = {}
-        fresh: list[tuple[Hypothesis, list[int], int]] = []
-        for h, (ids, border) in zip(hypotheses, targets, strict=True):
+        fresh: list[Hypothesis] = []
+        for h in hypotheses:
             if h.key in self._entries:
                 continue
             known = next((a for a in (h.parent, h.origin) if a is not None and a in self._entries), None)
             if known is not None:
                 heirs.setdefault(known, []).append(h)
             else:
-                fresh.append((h, ids, border))
-        self._open(fresh)
+                fresh.append(h)
+        if fresh:
+            self._open(fresh, drop)
         for parent, children in heirs.items():
             for i, child in enumerate(children):
                 entry = self._entries[parent]
                 if i == len(children) - 1 and child.inherits:
                     self._entries[child.key] = self._entries.pop(parent)
                 else:
-                    self._entries[child.key] = _Entry(self.model.fork(entry.row), entry.border, list(entry.scored), list(entry.logps))
+                    copy = _Entry(self.model.fork(entry.row), entry.border, entry.follows, list(entry.scored), list(entry.logps))
+                    self._entries[child.key] = copy
         return [self._entries[h.key] for h in hypotheses]
 
-    def _open(self, fresh: list[tuple[Hypothesis, list[int], int]]) -> None:
+    def _open(self, fresh: Sequence[Hypothesis], drop: int) -> None:
         """Rows for hypotheses without ancestors here. A prompt that several share is read once, and copied."""
-        sharing = Counter(tuple(ids[: border - 1]) for _, ids, border in fresh)
-        for h, ids, border in fresh:
-            row = self.model.open(ids)
-            self._entries[h.key] = _Entry(row, border)
+        targets = [self.ids(h) for h in fresh]
+        sharing = Counter(tuple(ids[: border - 1]) for ids, border in targets)
+        for h, (ids, border) in zip(fresh, targets, strict=True):
+            row = self.model.open(ids[: len(ids) - drop])
+            self._entries[h.key] = _Entry(row, border, self.vocabulary.same_as(h.vocabulary))
             if sharing[tuple(ids[: border - 1])] > 1 and len(row.ids) < border - 1:
                 unread = ids[len(row.ids) : border - 1]
                 list(self.model.feed([row], [unread], [0]))
