@@ -120,7 +120,7 @@ def test_memory_is_used_again():
         model.last(rows, [[5]] * 18)
         for row in rows:
             model.free(row)
-        assert (model.cache.trunks, model.cache.slots) == (16, 32)
+        assert (model.cache.trunks, model.cache.slots) == (16, 18)
     for i in range(100):
         row = model.open([200, i])
         model.last([row], [[200, i][len(row.ids) :]])

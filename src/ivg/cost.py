@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ivg.models.packing import packed_layers
 from ivg.models.reader import Reader
 from ivg.steered import SteeredModel, readers_in
 
@@ -48,7 +49,7 @@ def multiplied(network: Any) -> int:
     looked_up = getattr(table, "weight", None)
     if head is not None and looked_up is getattr(head, "weight", None):
         looked_up = None
-    total = 0.0
+    total = float(sum(layer.numel for layer in packed_layers(network)))
     for name, parameter in network.named_parameters():
         if parameter is not looked_up:
             total += count(parameter) * (active if "experts" in name else 1.0)

@@ -36,6 +36,8 @@ FAMILY_COLUMNS = 64
 """Attention goes by families (``models.attention``) where every row reads at most this many tokens."""
 FAMILY_SCORES = 1 << 24
 """… and then has at most this many scores (rows x heads x tokens x positions) at a time."""
+OWN_POSITIONS = 32
+"""Positions of a slot at first."""
 SETTLE_TOKENS = 4
 """A trunk grows when at least this many more tokens are common to its rows."""
 
@@ -203,10 +205,14 @@ class CachedModel:
         if family.slots:
             return family.slots.pop()
         if not self._free_slots:
-            have = self.cache.slots
-            self.cache.reserve(slots=max(8, 2 * have), depth=16)
-            self._free_slots = list(range(have, self.cache.slots))
+            self._more_slots(max(8, self.cache.slots))
         return heapq.heappop(self._free_slots)
+
+    def _more_slots(self, count: int) -> None:
+        have = self.cache.slots
+        self.cache.reserve(slots=have + count, depth=OWN_POSITIONS, used=max((row.own for row in self._live), default=0))
+        for slot in range(have, self.cache.slots):
+            heapq.heappush(self._free_slots, slot)
 
     def _free_trunk(self, but: Family | None) -> int:
         """An unused trunk, else that of the prompt that nobody has asked for longest, else a new one."""
@@ -217,7 +223,7 @@ class CachedModel:
             del self._idle[oldest]
             return oldest.trunk
         have = self.cache.trunks
-        self.cache.reserve(trunks=max(4, 2 * have), capacity=64)
+        self.cache.reserve(trunks=max(4, 2 * have), capacity=64, used=self._longest_trunk())
         self._free_trunks = list(reversed(range(have, self.cache.trunks)))
         return self._free_trunks.pop()
 
@@ -277,7 +283,11 @@ class CachedModel:
     def _have_capacity(self, positions: int) -> None:
         if positions > self.cache.capacity:
             capacity = max(64, 2 * self.cache.capacity, 1 << (positions - 1).bit_length())
-            self.cache.reserve(capacity=min(capacity, max(positions, self.max_positions or capacity)))
+            capacity = min(capacity, max(positions, self.max_positions or capacity))
+            self.cache.reserve(capacity=capacity, used=self._longest_trunk())
+
+    def _longest_trunk(self) -> int:
+        return max((len(f.ids) for f in (*self._families, *self._idle)), default=0)
 
     # Passes
 
@@ -395,6 +405,7 @@ class CachedModel:
     def _find_room(self, rows: Sequence[Row], pieces: Sequence[Sequence[int]]) -> None:
         """A row that is alone, with nothing of its own, writes to its trunk; others get a slot where they have none."""
         depth = 0
+        homeless = []
         for row, piece in zip(rows, pieces, strict=True):
             if not row.own and len(row.family.live) == 1:
                 self._leave_slot(row)
@@ -402,10 +413,16 @@ class CachedModel:
                 self._have_capacity(len(row.ids) + len(piece))
                 continue
             if row.slot is None:
-                row.slot = self._free_slot(row.family)
+                homeless.append(row)
             depth = max(depth, row.own + len(piece))
+        missing = len(homeless) - len(self._free_slots) - sum(len(f.slots) for f in {row.family for row in homeless})
+        if missing > 0:
+            self._more_slots(max(missing, 8))
+        for row in homeless:
+            row.slot = self._free_slot(row.family)
         if depth > self.cache.depth:
-            self.cache.reserve(depth=max(16, 1 << (depth - 1).bit_length()))
+            used = max(row.own for row in self._live)
+            self.cache.reserve(depth=max(OWN_POSITIONS, 1 << (depth - 1).bit_length()), used=used)
 
     def _masks(self, positions: Tensor, length: int) -> dict[str, Tensor]:
         """What every token may see [rows, 1, columns, length]; per kind of layer where the model has several.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ivg.embedded import locate
 from ivg.errors import ConfigError, ModelError
 from ivg.models.cached import CachedModel
+from ivg.models.packing import pack
 from ivg.models.reader import Reader
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class LoadOptions:
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code from the model's repository.
         quantization: passed as ``quantization_config`` (a transformers config, or its dictionary).
+        pack: reorder weights for inference where that helps (``models.packing``: CPUs in bfloat16); such a network is not to be trained.
     """
 
     device: str | None = None
@@ -38,6 +40,7 @@ class LoadOptions:
     revision: str | None = None
     trust_remote_code: bool = False
     quantization: Any = None
+    pack: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
 
     def hub(self) -> dict[str, Any]:
@@ -138,7 +141,7 @@ def load_causal(name: str | Path, what: str, options: LoadOptions | None = None,
 
     options = options or LoadOptions()
     tokenizer = load_tokenizer(name, options, what)
-    network = load_network(name, AutoModelForCausalLM, options, what)
+    network = _for_inference(load_network(name, AutoModelForCausalLM, options, what), options)
     return Reader(CachedModel(network, what), tokenizer, template, eos_ids(network, tokenizer))
 
 
@@ -154,8 +157,12 @@ def load_value(
     options = options or LoadOptions()
     if tokenizer is None:
         tokenizer = load_tokenizer(name, options, what)
-    network = load_network(name, ValueModel, options, what)
+    network = _for_inference(load_network(name, ValueModel, options, what), options)
     return Reader(CachedModel(network, what), tokenizer, network.notes.get("template") if template is None else template)
+
+
+def _for_inference(network: Any, options: LoadOptions) -> Any:
+    return pack(network) if options.pack and options.quantization is None else network
 
 
 def eos_ids(network: Any, tokenizer: Any) -> Sequence[int]:

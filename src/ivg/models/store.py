@@ -126,17 +126,17 @@ class KVStore(Cache):
     # Memory
 
     @torch.no_grad()
-    def reserve(self, slots: int = 0, depth: int = 0, trunks: int = 0, capacity: int = 0) -> None:
-        """Have at least so much; layer by layer, so that memory peaks low."""
+    def reserve(self, slots: int = 0, depth: int = 0, trunks: int = 0, capacity: int = 0, used: int = 0) -> None:
+        """Have at least so much; layer by layer, so that memory peaks low. Only the first ``used`` positions hold anything."""
         if slots > self.slots or depth > self.depth:
             slots, depth = max(slots, self.slots), max(depth, self.depth)
             for i, pair in enumerate(self.own):
-                self.own[i] = _grown(pair, (slots, depth, None, None))
+                self.own[i] = _grown(pair, (slots, depth, None, None), (None, used))
             self.slots, self.depth = slots, depth
         if trunks > self.trunks or capacity > self.capacity:
             trunks, capacity = max(trunks, self.trunks), max(capacity, self.capacity)
             for i, pair in enumerate(self.trunk):
-                self.trunk[i] = _grown(pair, (trunks, None, capacity, None))
+                self.trunk[i] = _grown(pair, (trunks, None, capacity, None), (None, None, used))
             self.trunks, self.capacity = trunks, capacity
 
     @torch.no_grad()
@@ -195,11 +195,12 @@ def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.from_numpy(np.zeros(count * like.element_size(), dtype=np.uint8)).view(like.dtype).view(*shape)
 
 
-def _grown(pair: Pair, sizes: Sequence[int | None]) -> Pair:
+def _grown(pair: Pair, sizes: Sequence[int | None], used: Sequence[int | None]) -> Pair:
     out = []
     for old in pair:
         new = zeros([have if want is None else want for have, want in zip(old.shape, sizes, strict=True)], old)
-        new[tuple(slice(0, n) for n in old.shape)] = old
+        part = tuple(slice(0, n) for n in old[tuple(slice(0, n) for n in used)].shape)
+        new[part] = old[part]
         out.append(new)
     return out[0], out[1]
 
