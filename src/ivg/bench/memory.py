@@ -58,9 +58,11 @@ def here(settings: Settings) -> dict[str, Any]:
 
 
 def _size(network: Any) -> int:
-    """Bytes of weights and buffers; tied ones count once."""
+    """Bytes of weights and buffers; tied ones count once, packed ones as they lie."""
+    from ivg.models.packing import packed_layers
+
     held = {t.data_ptr(): t.nbytes for t in (*network.parameters(), *network.buffers())}
-    return sum(held.values())
+    return sum(held.values()) + sum(layer.numel * layer.packed.element_size() for layer in packed_layers(network))
 
 
 def main(given: Mapping[str, Any]) -> None:

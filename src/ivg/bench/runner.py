@@ -89,13 +89,20 @@ class Bench:
 
         from ivg.bench.shapes import build
         from ivg.cost import parameters
+        from ivg.models.packing import can_pack
 
         logging.set_verbosity_error()  # transformers warns of padding wherever token 0 is drawn
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.settings, self.threads = settings, torch.get_num_threads()
-        self.model = build(settings.shape, settings.guide, dtype=settings.dtype, device=settings.device, seed=settings.seed)
+        shape: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "seed": settings.seed}
+        rivals = set(settings.contestants) - {"ours"}
+        self.model = build(settings.shape, settings.guide, **shape, packed=not rivals)
         network = self.model.base.model.network
+        # rivals get the networks as transformers loads them, ours as ivg does: the same weights, made twice where that differs
+        self.plain = self.model
+        if rivals and can_pack(network):
+            self.model = build(settings.shape, settings.guide, **shape)
         self.device, self.dtype = str(self.model.base.model.device), str(next(network.parameters()).dtype).removeprefix("torch.")
         self.sizes, self.commit = parameters(self.model), machine.commit()
         self._contestants: dict[str, Any] = {}
@@ -156,7 +163,7 @@ class Bench:
         from ivg.bench.contestants import contestant
 
         if name not in self._contestants:
-            self._contestants[name] = contestant(name, self.settings, self.model)
+            self._contestants[name] = contestant(name, self.settings, self.model if name == "ours" else self.plain)
         return self._contestants[name]
 
     def _texts(self, count: int) -> list[Any]:

@@ -19,6 +19,7 @@ from ivg.errors import ConfigError
 from ivg.models.cached import CachedModel
 from ivg.models.chat import encode
 from ivg.models.loading import LoadOptions, pick_device, pick_dtype
+from ivg.models.packing import pack
 from ivg.models.reader import Reader
 from ivg.models.value_head import ValueModel
 from ivg.steered import SteeredModel
@@ -76,7 +77,9 @@ def shape(name: str) -> Shape:
     return SHAPES[name]
 
 
-def build(base: str, guide: str | None = None, *, dtype: str = "auto", device: str | None = None, seed: int = 0) -> SteeredModel:
+def build(
+    base: str, guide: str | None = None, *, dtype: str = "auto", device: str | None = None, seed: int = 0, packed: bool = True
+) -> SteeredModel:
     """A base with the values ``implicit`` (two guides) and ``explicit`` (a vocabulary head), straight in ``dtype`` on ``device``.
 
     Args:
@@ -85,6 +88,7 @@ def build(base: str, guide: str | None = None, *, dtype: str = "auto", device: s
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         device: None: the best at hand.
         seed: of the weights.
+        packed: for inference as ivg loads models (``models.packing``); else as transformers does.
 
     Raises:
         ConfigError: unknown shape, dtype or device.
@@ -92,7 +96,7 @@ def build(base: str, guide: str | None = None, *, dtype: str = "auto", device: s
     if base == EMBEDDED:
         if guide is not None:
             raise ConfigError(f"the embedded models have guides of their own, got --guide {guide}\n  leave it out")
-        model = SteeredModel.embedded(LoadOptions(device=device, dtype=dtype))
+        model = SteeredModel.embedded(LoadOptions(device=device, dtype=dtype, pack=packed))
         _never_ends(model.base.model.network)
         return model
     large, small = shape(base), shape(guide or shape(base).guide)
@@ -101,9 +105,11 @@ def build(base: str, guide: str | None = None, *, dtype: str = "auto", device: s
     tokenizer = tokenizer_of(large.vocabulary)
 
     def reader(what: Shape, name: str, number: int) -> Reader:
-        return Reader(CachedModel(_causal(what, large.vocabulary, kind, where, seed + number), name), tokenizer)
+        network = _causal(what, large.vocabulary, kind, where, seed + number)
+        return Reader(CachedModel(pack(network) if packed else network, name), tokenizer)
 
-    value = ExplicitValue(Reader(CachedModel(_value(small, large.vocabulary, kind, where, seed + 3), "explicit"), tokenizer))
+    head = _value(small, large.vocabulary, kind, where, seed + 3)
+    value = ExplicitValue(Reader(CachedModel(pack(head) if packed else head, "explicit"), tokenizer))
     implicit = ImplicitValue(reader(small, "tuned", 1), reader(small, "untuned", 2))
     return SteeredModel(reader(large, "base", 0), {"implicit": implicit, "explicit": value})
 

@@ -36,7 +36,7 @@ FAMILY_COLUMNS = 64
 """Attention goes by families (``models.attention``) where every row reads at most this many tokens."""
 FAMILY_SCORES = 1 << 24
 """… and then has at most this many scores (rows x heads x tokens x positions) at a time."""
-OWN_POSITIONS = 32
+OWN_POSITIONS = 64
 """Positions of a slot at first."""
 SETTLE_TOKENS = 4
 """A trunk grows when at least this many more tokens are common to its rows."""
