@@ -22,6 +22,10 @@ class Implicit:
     def deltas(self, prompt, y):
         return outputs(self.tuned, prompt + y)[-1] - outputs(self.untuned, prompt + y)[-1]
 
+    def draft(self, prompt, y, beta):
+        untuned = outputs(self.untuned, prompt + y)[-1]
+        return untuned + beta * self.deltas(prompt, y)
+
     def score(self, prompt, y):
         both = [outputs(m, prompt + y).log_softmax(-1) for m in (self.tuned, self.untuned)]
         return sum(float(both[0][len(prompt) + i - 1, t] - both[1][len(prompt) + i - 1, t]) for i, t in enumerate(y))
@@ -73,6 +77,17 @@ def guided(z, s, value, prompt, y):
     return out
 
 
+def invert(weights, u):
+    mass = weights.double().cumsum(-1)
+    return int((mass <= u * mass[-1]).sum())
+
+
+def speculative(p, q, numbers):
+    """Rejection with residual resampling: a draw from q, kept with probability min(1, p / q), else one from (p - q)+."""
+    token = invert(q, numbers[0])
+    return token if numbers[1] * q[token] < p[token] else invert((p - q).clamp(min=0), numbers[2])
+
+
 def grow(base, values, s, prompt, y, lineage, tokens, temperature, seed, limit, eos):
     """Up to ``tokens`` more tokens; (response, finished)."""
     y = list(y)
@@ -82,9 +97,12 @@ def grow(base, values, s, prompt, y, lineage, tokens, temperature, seed, limit, 
             z = guided(z, s, values[s.token], prompt, y)
         if temperature == 0:
             token = int(z.argmax())
+        elif s.draft and s.token and s.beta:
+            q = (values[s.token].draft(prompt, y, s.beta) / temperature).softmax(-1)
+            numbers = [uniform(seed, lineage, len(y), 0x5BEC, k) for k in range(3)]
+            token = speculative((z / temperature).softmax(-1), q, numbers)
         else:
-            mass = (z / temperature).softmax(-1).double().cumsum(-1)
-            token = int((mass <= uniform(seed, lineage, len(y)) * mass[-1]).sum())
+            token = invert((z / temperature).softmax(-1), uniform(seed, lineage, len(y)))
         y.append(token)
         if token == eos or len(y) == limit:
             return y, True

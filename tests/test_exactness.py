@@ -75,6 +75,8 @@ FREE = {
     "explicit twice": {"token": "explicit", "select": "explicit"},
     "explicit over candidates, and select": {"token": "explicit", "select": "explicit", "candidates": 3},
     "original": {"token": "implicit", "select": "explicit", "original": True},
+    "drafted": {"token": "implicit", "select": "explicit", "draft": 3},
+    "drafted, beta 0.4": {"token": "implicit", "select": "implicit", "beta": 0.4, "draft": 8},
 }
 
 
@@ -109,6 +111,7 @@ NEIGHBOURS = {
     "cards, segments longer than a round": {**SEGMENTS, "select": "implicit", "segment_entropy": 4.55, "target": 3.0},
     "cards, scalar": {**SEGMENTS, "select": "scalar", "segment_entropy": 4.4, "threshold_start": 0.2, "accept_scale": 2.0},
     "smc, guided": {**FILTER, "token": "implicit", "select": "explicit", "particle_beta": 0.5},
+    "smc, guided and drafted": {**FILTER, "token": "implicit", "select": "explicit", "particle_beta": 0.5, "draft": 4},
     "smc, guided over candidates": {**FILTER, "token": "scalar", "select": "implicit", "candidates": 5, "resample_below": 1.0},
     "smc, one value twice": {**FILTER, "token": "implicit", "select": "implicit", "beta": 0.3, "resample_below": 0.8},
     "smc, never resampled": {**FILTER, "select": "scalar", "resample_below": 0.0},
@@ -116,6 +119,8 @@ NEIGHBOURS = {
     "gated, twice": {"token": "implicit", "select": "implicit", "gate": 4.3, "width": 2, "successors": 2, "chunk_length": 3},
     "gated, long chunks": {"token": "explicit", "select": "implicit", "gate": 4.4, "width": 2, "successors": 2, "chunk_length": 20},
     "gated, over candidates": {"token": "scalar", "candidates": 3, "gate": 4.3},
+    "drafted, whole responses": {"token": "implicit", "draft": 4},
+    "drafted, adaptive": {"token": "implicit", "select": "explicit", "decay": 0.6, "width": 2, "successors": 3, "draft": 2},
     "gated so that little is left": {"token": "implicit", "gate": 4.55},
     "adaptive, guided": {"token": "implicit", "select": "explicit", "decay": 0.6, "width": 2, "successors": 3, "chunk_length": 4},
     "adaptive, soft": {"select": "explicit", "rule": "soft", "decay": 0.6, "successors": 3, "chunk_length": 4},

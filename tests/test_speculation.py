@@ -1,18 +1,23 @@
 """Speculative guidance is exact: the distribution is the guided one, and how far ahead is drafted changes no token."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 
+import naive
 from ivg.decoding.search import Request, Searcher
 from ivg.decoding.strategies import strategy
 from ivg.draws import uniform
 from ivg.engine.coupling import accepts, coupled, propose, replacement
+from ivg.engine.pace import Pace
 from ivg.engine.sampling import filtered
 from ivg.engine.transformers import TransformersEngine
-from ivg.testing import ARCHITECTURES, tiny_reader, tiny_value
-from ivg.types import Prompt, SamplingParams
+from ivg.errors import ConfigError
+from ivg.testing import ARCHITECTURES, EOS, tiny_reader, tiny_value
+from ivg.types import Extension, Pause, Prompt, SamplingParams, TokenGuidance
+from ivg.values.base import CompositeValue
 from ivg.values.implicit import ImplicitValue
 
 
@@ -131,9 +136,12 @@ class Bench:
                 for mine, theirs in zip(reader.model.network.parameters(), self.base.model.network.parameters(), strict=True):
                     mine.data.mul_(amount).add_((1 - amount) * theirs.data)
         self.values = {"implicit": ImplicitValue(tuned, untuned), "explicit": tiny_value("vocabulary", architecture, 5, tokenizer)}
+        self.readers = [self.base, tuned, untuned, self.values["explicit"].model]
+        self.start()
+
+    def start(self):
         self.engine = TransformersEngine(self.base)
         self.searcher = Searcher(self.engine)
-        self.readers = [self.base, tuned, untuned, self.values["explicit"].model]
 
     def requests(self, prompts, s, sampling, seed=5, **settings):
         return [Request(Prompt(p), s.search(self.values), sampling, seed, **settings) for p in prompts]
@@ -193,3 +201,286 @@ def test_every_architecture_can_be_taken_back(architecture):
     bench = Bench(architecture, near=0.2)
     for name in ("eft", "ivg, L 5"):
         same_tokens(bench, SHAPES[name], SamplingParams(max_new_tokens=16), (1, 4), PROMPTS[:2])
+
+
+def letters():
+    """A tokenizer of four letters and an end."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    tok = Tokenizer(models.BPE({EOS: 0, "a": 1, "b": 2, "c": 3, "d": 4}, []))
+    tok.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return Bench(tokenizer=letters(), near=0.4)
+
+
+def enumerated(bench, prompt, beta, sampling, length):
+    """{tokens: probability} of all responses of up to ``length`` tokens, from METHOD with full forward passes."""
+    networks = [bench.base.model.network, *(getattr(bench.values["implicit"], n).model.network for n in ("tuned", "untuned"))]
+    found, open_ = {}, {(): 1.0}
+    for _ in range(length):
+        grown = {}
+        for y, mass in open_.items():
+            z, tuned, untuned = (naive.outputs(n, prompt + list(y))[-1] for n in networks)
+            chances = softmax(z + beta * (tuned - untuned), sampling, y)
+            for token, chance in enumerate(chances.tolist()):
+                (found if token == 0 else grown)[*y, token] = mass * chance
+        open_ = grown
+    return found | open_
+
+
+TOP_K = {"top_k": 3, "temperature": 1.5}
+
+
+@pytest.mark.parametrize(
+    "ahead,beta,settings",
+    [(1, 1.0, {}), (2, 1.0, {}), (3, 1.0, {}), (1, 0.5, {}), (2, 0.5, {}), (3, 0.5, {}), (2, 1.0, TOP_K), (3, 0.5, TOP_K)],
+)
+def test_all_strings_have_their_probability(small, ahead, beta, settings):
+    """Chi-square of 20 000 responses of three tokens against the enumerated guided distribution."""
+    sampling, rows, each = SamplingParams(max_new_tokens=4, **settings), 20_000, 2500
+    guidance = TokenGuidance(small.values["implicit"], beta, draft=3)
+    expected = enumerated(small, small.base.tokenizer("abcd").input_ids, beta, sampling, 3)
+    assert sum(expected.values()) == pytest.approx(1)
+    place = {y: i for i, y in enumerate(expected)}
+    counts = torch.zeros(len(place))
+    small.engine.speculation.ahead = ahead
+    small.engine.speculation.reset()
+    for seed in range(rows // each):
+        root = small.engine.open(Prompt("abcd"), sampling)
+        small.base.outputs([root]), guidance.value.deltas([root])  # so that children fork; thousands of new rows take long
+        (family,) = small.engine.extend([Extension(root, each, 3, sampling, guidance, seed)])
+        for beam in family:
+            counts[place[beam.token_ids]] += 1
+        keys = [root.key, *(beam.key for beam in family)]
+        small.engine.release(keys), guidance.value.release(keys)
+    probabilities = torch.tensor([*expected.values()])
+    assert counts[probabilities == 0].sum() == 0
+    statistic, bound = chi_square(counts, rows * probabilities)
+    assert statistic < bound
+    stats = small.engine.speculation.stats()
+    assert 0.2 < stats["acceptance"] < 0.95
+    assert stats["passes_per_token"] < 1
+
+
+def test_guidance_and_drafts_matter(small):
+    """The chi-square above tells the guided distribution from the base's and from the draft's."""
+    ids, sampling = small.base.tokenizer("abcd").input_ids, SamplingParams()
+    guided, base = (torch.tensor([*enumerated(small, ids, beta, sampling, 3).values()]) for beta in (1.0, 0.0))
+    statistic, bound = chi_square(20_000 * base, 20_000 * guided)
+    assert statistic > 3 * bound
+
+
+# What ends a response, and who shares the batch
+
+
+def test_greedy_is_plain_greedy_guidance(llama):
+    for sampling in (SamplingParams(temperature=0, max_new_tokens=30), SamplingParams(temperature=0, repetition_penalty=1.3)):
+        plain = llama.run(llama.requests(PROMPTS, strategy("eft"), sampling))
+        got, stats = same_tokens(llama, strategy("eft", draft=6), sampling, (1, 2, 5, None))
+        assert [c.token_ids for c in got] == [c.token_ids for c in plain]
+        assert stats[3]["accepted"] > 0
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7, 16, 17, 33])
+def test_limits_are_kept(llama, limit):
+    got, _ = same_tokens(llama, SHAPES["eft"], SamplingParams(max_new_tokens=limit, ignore_eos=True), (3, None))
+    assert {len(c.token_ids) for c in got} == {limit}
+    assert {c.finish_reason for c in got} == {"length"}
+
+
+def test_ends_of_sequence_and_stop_strings(small):
+    s = strategy("eft", draft=8)
+    sampling = SamplingParams(max_new_tokens=40)
+    prompts = ["abcd", "ab", "ddd", "ca"] * 4
+    got, _ = same_tokens(small, s, sampling, (1, 3, 8, None), prompts)
+    assert {c.finish_reason for c in got} >= {"stop"}
+    assert len({len(c.token_ids) for c in got}) > 2
+    free, _ = same_tokens(small, s, replace(sampling, ignore_eos=True), (3,), prompts)
+    stopped, _ = same_tokens(small, s, replace(sampling, ignore_eos=True, stop=("ab", "cc")), (1, 3, 8, None), prompts)
+    for a, b in zip(free, stopped, strict=True):
+        cut = min((a.text.find(x) for x in ("ab", "cc") if x in a.text), default=len(a.text))
+        assert b.text == a.text[:cut]
+        assert b.token_ids == a.token_ids[: len(b.token_ids)]
+        assert len(b.token_ids) <= cut + 2
+
+
+@pytest.mark.parametrize(
+    "settings", [{"top_k": 9}, {"top_p": 0.8}, {"min_p": 0.1, "temperature": 0.7}, {"repetition_penalty": 1.4, "top_k": 20}]
+)
+def test_filters(llama, settings):
+    for beta in (1.0, 2.0):
+        same_tokens(llama, strategy("eft", draft=5, beta=beta), SamplingParams(max_new_tokens=20, **settings), (2, 5), PROMPTS[:2])
+
+
+def test_recorded_shifts_are_those_of_the_tokens(llama):
+    s, sampling = SHAPES["ivg, L 5"], SamplingParams(max_new_tokens=15, temperature=0.8)
+    got, _ = same_tokens(llama, s, sampling, (2, None), PROMPTS[:2], record=True, trace=True)
+    pair = [getattr(llama.values["implicit"], n).model.network for n in ("tuned", "untuned")]
+    for prompt, c in zip(PROMPTS, got, strict=False):
+        ids = llama.base.tokenizer(prompt).input_ids
+        assert len(c.guide_shift) == len(c.token_ids)
+        for i, token in enumerate(c.token_ids):
+            z, tuned, untuned = (naive.outputs(n, ids + list(c.token_ids[:i]))[-1] for n in (llama.base.model.network, *pair))
+            guided = ((z + s.beta * (tuned - untuned)) / 0.8).log_softmax(-1)
+            assert c.guide_shift[i] == pytest.approx(float(guided[token] - (z / 0.8).log_softmax(-1)[token]), abs=2e-3)
+
+
+def test_weighted_particles_do_not_depend_on_drafts(llama):
+    s = strategy("smc", token="implicit", draft=6, width=6, chunk_length=4)
+    same_tokens(llama, s, SamplingParams(max_new_tokens=16, top_k=30), (1, 3, None))
+
+
+def test_mixed_batches_and_late_joiners(llama):
+    """Requests that draft and others that do not share the loop, and join at any time."""
+    methods = [
+        *[strategy("eft", draft=4), strategy("base"), strategy("ivg", draft=3, width=2, successors=2), strategy("eft")],
+        *[strategy("eft", draft=2, beta=0.7), strategy("ivg", draft=3, width=2, successors=2), strategy("cbs-explicit", width=2)],
+    ]
+    plans = [
+        (s, Prompt(PROMPTS[i % 4]), SamplingParams(temperature=t, max_new_tokens=m))
+        for i, (s, t, m) in enumerate(zip(methods, [1, 1, 0.7, 0, 0, 1, 1], [9, 17, 20, 33, 5, 12, 11], strict=True))
+    ]
+    requests = [Request(p, s.search(llama.values), sampling, 9) for s, p, sampling in plans]
+    alone = [llama.run([r], 0)[0].token_ids for r in requests]
+    for ahead in (0, 2, None):
+        llama.engine.speculation.ahead = ahead
+        waiting, done, ids = list(enumerate(requests)), {}, {}
+        while waiting or llama.searcher.busy:
+            if waiting:
+                i, r = waiting.pop(0)
+                ids[llama.searcher.add(r)] = i
+            done |= {ids[step.request]: step.completion.token_ids for step in llama.searcher.step() if step.completion}
+        assert [done[i] for i in range(len(alone))] == alone
+    assert all(r.model.live_rows == 0 for r in llama.readers)
+
+
+def test_tokens_read_are_counted_even_in_vain(llama):
+    requests = llama.requests(PROMPTS[:1], SHAPES["eft"], SamplingParams(max_new_tokens=16, ignore_eos=True))
+    plain, drafted = llama.run(requests, 0)[0].usage.forward_tokens, llama.run(requests, 4)[0].usage.forward_tokens
+    counts = llama.engine.speculation.stats()
+    assert drafted["base"] - plain["base"] == counts["drafted"] - counts["accepted"] > 0
+    assert counts["passes"] < counts["tokens"] == 16
+
+
+def test_models_that_give_nan_end_only_their_rows():
+    bench = Bench(near=0.2)
+    requests = bench.requests(PROMPTS, strategy("eft", draft=4), SamplingParams(max_new_tokens=12, ignore_eos=True))
+    fine = bench.run(requests, 3)
+    last = fine[0].token_ids[6]
+    for reader, blamed in ((bench.base, "base model"), (bench.values["implicit"].tuned, "token guidance")):
+        body = reader.model.network.get_input_embeddings().weight
+        old = body.data[last].clone()
+        body.data[last] = torch.nan
+        for ahead in (0, 3):
+            for each in bench.readers:  # keys and values of a broken row stay in its slot
+                each.clear()
+            for got, before in zip(bench.run(requests, ahead), fine, strict=True):
+                first = before.token_ids.index(last) + 1 if last in before.token_ids[:-1] else None
+                if first is None:
+                    assert got.token_ids == before.token_ids
+                else:
+                    assert got.finish_reason == "error"
+                    assert f"{blamed} gave NaN or infinity after {first} tokens" in got.error
+                    assert got.token_ids == before.token_ids[:first]
+        body.data[last] = old
+
+
+def test_models_with_wider_or_narrower_heads():
+    """Rows that only pad the matrices are never drawn where the base lacks them, and drawn from the base where the guides do."""
+    sampling = SamplingParams(max_new_tokens=12, temperature=1.5)
+    for wide in (("base",), ("tuned", "untuned"), ("tuned",)):
+        bench = Bench(near=0.2)
+        for reader in (bench.base, bench.values["implicit"].tuned, bench.values["implicit"].untuned):
+            if reader.name in wide:
+                network = reader.model.network
+                network.resize_token_embeddings(264, mean_resizing=False)
+                reader.__init__(type(reader.model)(network, reader.name), reader.tokenizer)
+        bench.start()
+        same_tokens(bench, strategy("eft", draft=4), sampling, (1, 4))
+        same_tokens(bench, strategy("eft", draft=4, beta=0.6), sampling, (3,))
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "name,settings,told",
+    [
+        ("eft", {"draft": -1}, "draft must be 0"),
+        ("base", {"draft": 2}, "no value that guides"),
+        ("cards", {"draft": 2, "token": "implicit"}, "base is in doubt"),
+        ("eft", {"draft": 2, "candidates": 5}, "candidates=5"),
+        ("eft", {"draft": 2, "normalise": True}, "normalise=True"),
+        ("eft-gated", {"draft": 2}, "gate=3.0"),
+        ("token-explicit", {"draft": 2}, "a value that can draft"),
+        ("eft", {"draft": 2, "weights": {"implicit": 1.0, "explicit": 0.5}}, "a value that can draft"),
+    ],
+)
+def test_what_cannot_draft_is_told(llama, name, settings, told):
+    with pytest.raises(ConfigError, match=told):
+        s = strategy(name, **settings)
+        llama.searcher.add(Request(Prompt("I"), s.search(llama.values, CompositeValue)))
+
+
+def test_an_engine_alone_refuses_pauses_as_well(llama):
+    sampling, guidance = SamplingParams(), TokenGuidance(llama.values["implicit"], draft=2)
+    root = llama.engine.open(Prompt("I"), sampling)
+    with pytest.raises(ConfigError, match="high entropy"):
+        llama.engine.extend([Extension(root, 1, 4, sampling, guidance, 0, pause=Pause(3.0, 1))])
+
+
+def test_no_weight_no_drafts(llama):
+    sampling = SamplingParams(max_new_tokens=10)
+    plain = llama.run(llama.requests(PROMPTS, strategy("base"), sampling))
+    drafted = llama.run(llama.requests(PROMPTS, strategy("eft", draft=4, beta=0), sampling))
+    assert [c.token_ids for c in drafted] == [c.token_ids for c in plain]
+    assert llama.engine.speculation.stats()["rounds"] == 0
+
+
+# Pace
+
+
+def simulated(pace, seconds, acceptance, rounds=200, rows=1, room=100):
+    """What ``pace`` chooses where a round with n tokens ahead takes ``seconds(n)``."""
+    chosen = []
+    for _ in range(rounds):
+        n = pace.choose([room] * rows)
+        chosen.append(n)
+        pace.took(rows, n, seconds(n))
+        pace.saw(100, round(100 * acceptance))
+    return chosen
+
+
+def test_pace_drafts_far_where_guides_are_cheap_and_right():
+    chosen = simulated(Pace(8), lambda n: 1 + 0.05 * (n + 1), 0.95)
+    assert max(set(chosen[50:]), key=chosen[50:].count) == 8
+
+
+def test_pace_turns_itself_off_where_it_does_not_pay():
+    chosen = simulated(Pace(8), lambda n: 1 + 0.5 * n, 0.2)
+    assert chosen[20:].count(0) > 0.95 * len(chosen[20:])
+
+
+def test_pace_finds_the_best_length_of_a_convex_cost():
+    best = max(range(9), key=lambda n: sum(0.8**i for i in range(n + 1)) / (1 + 0.2 * n))
+    chosen = simulated(Pace(8), lambda n: 1 + 0.2 * n, 0.8)
+    assert max(set(chosen[50:]), key=chosen[50:].count) == best
+
+
+def test_pace_keeps_to_the_room_and_to_the_limit():
+    assert max(simulated(Pace(8), lambda n: 1.0, 1.0, room=3)) == 2
+    assert max(simulated(Pace(3), lambda n: 1.0, 1.0)) == 3
+    assert set(simulated(Pace(8), lambda n: 1.0, 1.0, room=1)) == {0}
+
+
+def test_pace_learns_anew_for_other_batches_and_when_things_change():
+    pace = Pace(8)
+    assert simulated(pace, lambda n: 1 + 0.01 * n, 0.9)[-2] == 8
+    assert simulated(pace, lambda n: 1 + 1.0 * n, 0.9, rows=16)[-2] == 0
+    assert simulated(pace, lambda n: 1 + 0.01 * n, 0.9)[-2] == 8
+    assert simulated(pace, lambda n: 1 + 0.01 * n, 0.0, rounds=400)[-2] == 0

@@ -63,7 +63,6 @@ class Counts:
     tokens: int = 0
     drafted: int = 0
     accepted: int = 0
-    tested: int = 0
     agreed: int = 0
 
 
@@ -143,11 +142,11 @@ class Speculator:
         """Sums since :meth:`reset`, and what follows from them.
 
         ``rounds``; ``passes``: of the base, counted for each row; ``tokens`` grown; ``drafted`` ahead and of these
-        ``accepted``; ``acceptance``: share of proposals that the guided base let stand (proposals at the last place of a
-        round, which need no draft, included); ``passes_per_token``: 1 without drafts.
+        ``accepted``; ``agreed``: tokens that are what the pair proposed there, drafted ahead or not; ``acceptance``:
+        their share of all; ``passes_per_token``: 1 without drafts.
         """
         c = self.counts
-        rates = {"acceptance": c.agreed / max(1, c.tested), "passes_per_token": c.passes / max(1, c.tokens)}
+        rates = {"acceptance": c.agreed / max(1, c.tokens), "passes_per_token": c.passes / max(1, c.tokens)}
         return {**asdict(c), **rates}
 
     def reset(self) -> None:
@@ -205,11 +204,11 @@ class Speculator:
                     d.log_ratio -= ratios[k]
                     self.push(d, tokens[k], shifts[k])
             if d.finish is None and (stop := stops[row]) < places.start[row + 1] and stop in broken:
-                d.finish, d.error = "error", blame(plain[stop], len(d.token_ids))
+                d.finish, d.error = "error", blame(None if plain is mixed else plain[stop], len(d.token_ids))
+            stops[row] = places.start[row] + len(d.token_ids) - before[row]
         if ahead:
             self.base.rewind(rows)
             batch.value.rewind(rows)
-        self.counts.tokens += sum(len(d.token_ids) for d in rows) - sum(before)
         return self._count(pace, places, stops, tokens)
 
     def _count(self, pace: Pace, places: _Places, stops: list[int], tokens: list[int]) -> int:
@@ -221,7 +220,7 @@ class Speculator:
             tested, agreed, longest = tested + stop - first, agreed + stood, max(longest, end - first - 1)
             c.drafted, c.accepted = c.drafted + end - first - 1, c.accepted + min(stood, end - first - 1)
         c.rounds, c.passes = c.rounds + 1, c.passes + len(stops)
-        c.tested, c.agreed = c.tested + tested, c.agreed + agreed
+        c.tokens, c.agreed = c.tokens + tested, c.agreed + agreed
         pace.saw(tested, agreed)
         return longest
 
@@ -235,13 +234,16 @@ class Speculator:
             now = [rows[i] for i in active]
             logits = drafter.logits(now) if step else batch.spread(drafter.logits(batch.nodes))
             q = self._as_drawn(logits, batch.value.vocabulary.size, now)
+            if lost := _broken(q):  # p is broken there as well: `_verify` ends the row
+                q = q.clone()
+                q[sorted(lost)] = 0.0
             uniforms = [_number(d, len(d.token_ids), _PROPOSE) for d in now]
             tokens, logps = propose(q, [d.order.sampling for d in now], [d.token_ids for d in now], uniforms)
             going = []
             for k, (i, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
                 d = rows[i]
                 stretch[i].append((token, logps[k], q[k]))
-                ends = token in eos and not d.order.sampling.ignore_eos
+                ends = k in lost or (token in eos and not d.order.sampling.ignore_eos)
                 if step < ahead and not ends and len(d.token_ids) + 1 < d.limit:
                     d.token_ids.append(token)
                     going.append(i)
@@ -269,7 +271,7 @@ class Speculator:
         return logits
 
     def _targets(self, batch: _Batch, drafter: Drafter, places: _Places) -> tuple[Tensor, Tensor]:
-        """(the base alone, with guidance), logits at every place [places, vocabulary]."""
+        """(the base alone, with guidance), logits at every place [places, vocabulary]; one tensor where nothing compares them."""
         counts = [end - first for first, end in zip(places.start, places.start[1:], strict=False)]
         if max(counts) == 1:
             plain = batch.spread(self.base.outputs(batch.nodes))
@@ -277,7 +279,9 @@ class Speculator:
             plain = torch.cat(self.base.recent_outputs(batch.rows, counts))
         deltas = batch.spread(drafter.deltas(batch.nodes))
         plain = self._silenced(plain, places.params)
-        return plain, shifted(plain, deltas, batch.guidance.beta, batch.value.vocabulary.size)
+        kept = any(d.order.record or d.order.weigh for d in batch.rows) or bool(_broken(plain))
+        moved = shifted(plain.clone() if kept else plain, deltas, batch.guidance.beta, batch.value.vocabulary.size, in_place=True)
+        return plain if kept else moved, moved
 
 
 def _places(rows: Sequence[Growing], before: list[int], stretch: list[list[tuple[int, Tensor, Tensor]]]) -> _Places:
@@ -296,7 +300,7 @@ def _places(rows: Sequence[Growing], before: list[int], stretch: list[list[tuple
 
 def _verify(rows: Sequence[Growing], places: _Places, mixed: Tensor) -> tuple[list[int], list[int], set[int]]:
     """(where each row's new tokens end, a token for every place, the places whose logits are broken)."""
-    broken = set((mixed.isnan().any(-1) | (mixed == torch.inf).any(-1)).nonzero()[:, 0].tolist())
+    broken = _broken(mixed)
     if broken:
         mixed[sorted(broken)] = 0.0
     uniforms = [_number(rows[r], n, _ACCEPT) for r, n in zip(places.row, places.position, strict=True)]
@@ -315,6 +319,11 @@ def _verify(rows: Sequence[Growing], places: _Places, mixed: Tensor) -> tuple[li
         for k, token in zip(again, other.tolist(), strict=True):
             tokens[k] = token
     return stops, tokens, broken
+
+
+def _broken(logits: Tensor) -> set[int]:
+    """Rows with NaN or infinity in them."""
+    return set((~(logits.amax(-1) < torch.inf)).nonzero()[:, 0].tolist())  # NaN wins every comparison
 
 
 def _number(d: Growing, position: int, purpose: int) -> float:
