@@ -1,0 +1,227 @@
+"""Does it pay to let the guide pair draft? Acceptance and base passes per token on the embedded models; speed on models of size.
+
+    .venv/bin/python benchmarks/speculative.py --docs docs/speculation.md
+    .venv/bin/python benchmarks/speculative.py --quick
+
+Speed needs a base that costs more than its guides. Such models are made here, with random weights: a base of 98 M parameters and
+guides of 17 M, 16 384 tokens. How often guide and base agree is **built in, not learnt**: all have tied embeddings so large that they
+decide what comes next, up to what position and layers add. The *agreeing* base has the guides' embeddings (side by side twice, which
+keeps all their products); the *disagreeing* one has others. The layers of each model are its own, turned down to ``--spread``. The tuned
+guide is the untuned one, its layers and output a little disturbed. What that gives (entropy, overlap of draft and guided distribution) is measured
+and stands in the table. Time depends on such a pair through its acceptance alone.
+
+For W·K = 1 one text is written (`eft`); for 4 and 16 one text by `ivg` with W = K = 2 and 4, L = 5, value included. `base` is the base
+unguided: as many plain samples of it, in one batch. All take turns; ratios are medians over rounds of each round's own.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import fmean, median
+
+import torch
+
+from ivg.bench.report import publish
+from ivg.bench.shapes import build, networks, prompts
+from ivg.machine import command, commit, facts
+from ivg.models.cached import CachedModel
+from ivg.models.packing import pack
+from ivg.models.reader import Reader
+from ivg.steered import SteeredModel
+from ivg.types import Beam, new_key
+from ivg.values.explicit import ExplicitValue
+from ivg.values.implicit import ImplicitValue
+
+PEAK = 3.4
+"""Standard deviation of the logits in nats: leaves some 4 nats of entropy over 16 384 tokens."""
+OPENINGS = ("The movie was", "I have to say that", "This film", "What a", "The acting", "If you like", "I watched it", "The story")
+SIDES = {1: 1, 4: 2, 16: 4}
+"""W·K -> W = K."""
+
+
+# Models whose agreement is known
+
+
+def crafted(shape, dtype, spread, *, agree, seed=0):
+    """A base, its guides and a value with agreement by construction; see the head of this file."""
+    plain = build(shape, dtype=dtype, packed=False, seed=seed)
+    nets, tokenizer = networks(plain), plain.base.tokenizer
+    size = nets["untuned"].config.n_embd
+    copies = nets["base"].config.n_embd // size
+    generator = torch.Generator().manual_seed(seed + 100)
+    random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    words, other = (random(*nets["untuned"].transformer.wte.weight.shape) for _ in range(2))
+    places = 0.1 * random(*nets["untuned"].transformer.wpe.weight.shape)
+    signs = random(size).sign()  # else every token would foretell itself
+    with torch.no_grad():
+        _furnish(nets["untuned"].transformer, words, places, signs, 1)
+        nets["tuned"].load_state_dict(nets["untuned"].state_dict())
+        for block in nets["tuned"].transformer.h:
+            for weights in block.parameters():
+                if weights.dim() == 2:
+                    weights += (0.3 * weights.float().std() * random(*weights.shape)).to(weights)
+        nets["tuned"].transformer.ln_f.bias += 0.02 * random(size).to(nets["tuned"].transformer.ln_f.bias)
+        _furnish(nets["base"].transformer, words if agree else other, places, signs, copies)
+        for name in ("base", "tuned", "untuned"):
+            for block in nets[name].transformer.h:
+                for layer in (block.attn.c_proj, block.mlp.c_proj):
+                    layer.weight *= spread
+    reader = lambda name: Reader(CachedModel(pack(nets[name]), name), tokenizer)  # noqa: E731
+    value = ExplicitValue(Reader(CachedModel(pack(nets["value"]), "explicit"), tokenizer))
+    return SteeredModel(reader("base"), {"implicit": ImplicitValue(reader("tuned"), reader("untuned")), "explicit": value})
+
+
+def _furnish(body, words, places, signs, copies):
+    """Embeddings, positions and last norm, side by side ``copies`` times: the logits are those of one copy."""
+    body.wte.weight.copy_(torch.cat([words] * copies, 1) / copies**0.5)
+    body.wpe.weight.copy_(torch.cat([places] * copies, 1) / copies**0.5)
+    body.ln_f.weight.copy_(torch.cat([signs] * copies) * PEAK / words.shape[1] ** 0.5 / copies**0.5)
+
+
+def character(model, prompt, tokens):
+    """Along a guided text at temperature 1: mean entropy of base and guided distribution in nats, mean overlap of draft and guided."""
+    done = model.generate(prompt, "eft", temperature=1.0, max_new_tokens=tokens, ignore_eos=True, seed=1)
+    beam = Beam(new_key(), None, prompt, done.token_ids[:-1], vocabulary=model.base.vocabulary)
+    readers = (model.base, model.values["implicit"].tuned, model.values["implicit"].untuned)
+    base, tuned, untuned = (reader.recent_outputs([beam], [tokens])[0] for reader in readers)
+    for reader in readers:
+        reader.release([beam.key])
+    guided = (base + tuned - untuned).softmax(-1)
+    overlap = torch.minimum(guided, tuned.softmax(-1)).sum(-1).mean()
+    nats = [float(torch.special.entr(p).sum(-1).mean()) for p in (base.softmax(-1), guided)]
+    return {"entropy_base": nats[0], "entropy_guided": nats[1], "overlap": float(overlap)}
+
+
+# What is measured
+
+
+def embedded(arguments):
+    """Acceptance and base passes per token of the embedded models, always so many tokens ahead."""
+    model, rows = SteeredModel.embedded(), []
+    openings = OPENINGS[:2] if arguments.quick else OPENINGS
+    for method in ("eft", "ivg"):
+        for beta in (0.5, 1.0, 2.0):
+            for temperature in (0.7, 1.0):
+                row = {"method": method, "beta": beta, "temperature": temperature}
+                for ahead in (2, 4, 8):
+                    model.engine.speculation.ahead = ahead
+                    model.engine.speculation.reset()
+                    settings = {"temperature": temperature, "max_new_tokens": arguments.new_tokens, "seed": 1}
+                    model.generate(openings, method, beta=beta, draft=ahead, **settings)
+                    stats = model.engine.speculation.stats()
+                    row |= {"acceptance": stats["acceptance"], f"passes_{ahead}": stats["passes_per_token"]}
+                rows.append(row)
+    return rows
+
+
+def speed(model, pair, arguments):
+    """Seconds of each way to write, in turn, for each W·K."""
+    texts = prompts(model.base.tokenizer, arguments.rounds + 1, arguments.prompt_tokens)
+    known = character(model, texts[0], arguments.new_tokens)
+    rows = []
+    for count, side in SIDES.items():
+        entries = {"base": ("base", 0), "guided": ("eft" if count == 1 else "ivg", 0)}
+        entries["drafted"] = (entries["guided"][0], arguments.draft)
+        seconds, stats = {name: [] for name in entries}, []
+        for number, text in enumerate(texts):
+            for name, (method, draft) in entries.items():
+                took = _written(model, text, method, count, side, draft, number, arguments)
+                if number:  # the first round warms up
+                    seconds[name].append(took)
+            stats.append(model.engine.speculation.stats())
+        over = {
+            f"over_{name}": median(a / b for a, b in zip(seconds[name], seconds["drafted"], strict=True)) for name in ("base", "guided")
+        }
+        row = {"pair": pair, "wk": count, **{name: median(s) for name, s in seconds.items()}, **over, **known}
+        rows.append(row | {key: fmean(s[key] for s in stats[1:]) for key in ("acceptance", "passes_per_token")})
+        print(f"{pair}, W·K = {count}: " + ", ".join(f"{k} {v:.3g}" for k, v in rows[-1].items() if isinstance(v, float)), flush=True)
+    return rows
+
+
+def _written(model, text, method, count, side, draft, seed, arguments):
+    """Seconds to write ``text`` on, prompt included."""
+    settings = {"temperature": 1.0, "max_new_tokens": arguments.new_tokens, "ignore_eos": True, "seed": seed}
+    if method == "base":
+        requests = [model.request(text, method, index=i, **settings) for i in range(count)]
+    else:
+        sizes = {"width": side, "successors": side, "chunk_length": arguments.chunk_length} if method == "ivg" else {}
+        requests = [model.request(text, method, draft=draft, **sizes, **settings)]
+    model.forget()
+    model.engine.speculation.reset()
+    started = time.perf_counter()
+    done = dict(model.run(requests))
+    took = time.perf_counter() - started
+    assert all(len(c.token_ids) == arguments.new_tokens for c in done.values())
+    return took
+
+
+# What is shown
+
+
+def shown(found):
+    """Both tables as Markdown."""
+    lines = []
+    if found["embedded"]:
+        lines += ["Embedded models, base passes for each token, always 2, 4 or 8 tokens ahead:", ""]
+        lines += ["| method | β | T | acceptance | 2 ahead | 4 ahead | 8 ahead |", "|---" * 7 + "|"]
+        for r in found["embedded"]:
+            cells = (f"{r[k]:.2f}" for k in ("acceptance", "passes_2", "passes_4", "passes_8"))
+            lines.append(f"| {r['method']} | {r['beta']:g} | {r['temperature']:g} | {' | '.join(cells)} |")
+        lines.append("")
+    if found["speed"]:
+        s = found["settings"]
+        lines += [
+            f"Shape {s['shape']}, {found['dtype']}, {s['new_tokens']} new tokens, up to {s['draft']} ahead as timing settles; seconds:",
+            "",
+        ]
+        lines += ["| pair | W·K | base unguided | guided | drafted | faster than guided | than base | acceptance | passes per token |"]
+        lines += ["|---" * 9 + "|"]
+        for r in found["speed"]:
+            times = " | ".join(f"{r[k]:.2f}" for k in ("base", "guided", "drafted"))
+            ratios = f"{r['over_guided']:.2f}× | {r['over_base']:.2f}×"
+            lines.append(f"| {r['pair']} | {r['wk']} | {times} | {ratios} | {r['acceptance']:.2f} | {r['passes_per_token']:.2f} |")
+        lines.append("")
+        for pair in dict.fromkeys(r["pair"] for r in found["speed"]):
+            r = next(r for r in found["speed"] if r["pair"] == pair)
+            entropies = f"base {r['entropy_base']:.1f} nats of entropy, guided {r['entropy_guided']:.1f}"
+            lines.append(f"- {pair}: {entropies}; draft and guided distribution overlap by {r['overlap']:.2f}.")
+        lines.append("")
+    m = found["machine"]
+    lines.append(f"{m['processor']}, {found['threads']} threads, PyTorch {m['torch']}, commit {found['commit']}.")
+    return "\n".join([*lines, "", "```text", found["command"], "```"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="gpt2-small-16k")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--chunk-length", type=int, default=5)
+    parser.add_argument("--draft", type=int, default=8)
+    parser.add_argument("--spread", type=float, default=0.4, help="how much each model's own layers say")
+    parser.add_argument("--only", choices=("embedded", "speed"), help="one of the two parts")
+    parser.add_argument("--quick", action="store_true", help="tiny models: shows that it runs, measures nothing")
+    parser.add_argument("--docs", type=Path, help="page to put the tables into")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.shape, arguments.rounds, arguments.new_tokens, arguments.prompt_tokens = "tiny", 1, 16, 8
+    found = {"embedded": embedded(arguments) if arguments.only != "speed" else [], "speed": []}
+    for pair, agree in (("agreeing", True), ("disagreeing", False)):
+        if arguments.only != "embedded":
+            model = crafted(arguments.shape, arguments.dtype, arguments.spread, agree=agree)
+            found["dtype"] = str(next(model.base.model.network.parameters()).dtype).removeprefix("torch.")
+            found["speed"] += speed(model, pair, arguments)
+    found |= {"machine": facts(), "threads": torch.get_num_threads(), "commit": commit(Path(__file__)), "command": command()}
+    found["settings"] = {k: v for k, v in vars(arguments).items() if k != "docs"}
+    text = shown(found)
+    print(text)
+    if arguments.docs is not None:
+        publish(arguments.docs, "speculative", text)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
