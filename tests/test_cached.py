@@ -9,7 +9,8 @@ import naive
 from ivg.decoding.search import Request, Search, Searcher
 from ivg.engine.transformers import TransformersEngine
 from ivg.errors import ModelError, PromptError
-from ivg.models.cached import CachedModel, common_length
+from ivg.models.cached import CachedModel
+from ivg.models.rows import common_length
 from ivg.testing import ARCHITECTURES, tiny_model, tiny_reader
 from ivg.types import Prompt, SamplingParams
 
@@ -139,6 +140,15 @@ def test_a_prompt_read_before_is_not_read_again():
     again = model.open(prompt)
     assert len(again.ids) == 29
     compare(model.last([again, beside], [[30], [77]])[1], outputs_of(model, beside.ids), 1e-3)
+
+
+def test_a_long_prompt_outlives_others_that_begin_alike():
+    model = CachedModel(tiny_model("llama"), "tiny")
+    for prompt in (list(range(1, 31)), [1, 99, 98], [1, 97]):
+        row = model.open(prompt)
+        model.last([row], [prompt[len(row.ids) :]])
+        model.free(row)
+    assert len(model.open(list(range(1, 31))).ids) == 29
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -11,7 +11,7 @@ from ivg.decoding.particles import normalised
 from ivg.decoding.rules import budgets
 from ivg.draws import child_lineage, uniform
 from ivg.engine.sampling import draw, keep_top_p
-from ivg.models.cached import common_length
+from ivg.models.rows import common_length
 from ivg.models.vocab import Vocabulary
 from ivg.testing import byte_tokenizer
 

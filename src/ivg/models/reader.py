@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ivg.errors import PromptError
-from ivg.models.cached import CachedModel, Row, common_length
+from ivg.models.cached import CachedModel
 from ivg.models.chat import check_template, encode
+from ivg.models.rows import Row, common_length
 from ivg.models.vocab import Vocabulary
 from ivg.types import Hypothesis, Prompt
 

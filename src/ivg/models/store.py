@@ -9,6 +9,8 @@ Knows transformers' cache interface. Must not know tokens, rows, families (``mod
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -19,6 +21,8 @@ from transformers import Cache
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""
+MAPPED_BYTES = 1 << 16
+"""Tensors of at least this size are mapped."""
 
 
 @dataclass(slots=True)
@@ -186,13 +190,15 @@ class KVStore(Cache):
 
 
 def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Zeros of the same type and place; on a CPU memory that is not touched costs nothing."""
-    if like.device.type != "cpu" or 0 in shape:
-        return like.new_zeros(*shape)
-    import numpy as np
+    """Zeros of the same type and place. On a CPU, pages that are not touched take no memory.
 
-    count = int(np.prod(shape))
-    return torch.from_numpy(np.zeros(count * like.element_size(), dtype=np.uint8)).view(like.dtype).view(*shape)
+    Straight from the system: the allocator would hand out what was freed before, and would have to clear it.
+    """
+    size = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or size < MAPPED_BYTES:
+        return like.new_zeros(*shape)
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    return torch.frombuffer(mmap.mmap(-1, size, **flags), dtype=like.dtype).view(*shape)
 
 
 def _grown(pair: Pair, sizes: Sequence[int | None], used: Sequence[int | None]) -> Pair:
