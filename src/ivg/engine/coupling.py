@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ivg.engine.sampling import draw, filtered, penalise_repetition
+from ivg.engine.sampling import blocks, draw, filtered, invert, penalise_repetition
 from ivg.types import SamplingParams
 
 Seen = Sequence[Sequence[int]]
@@ -33,7 +33,7 @@ def propose(q: Tensor, params: Sequence[SamplingParams], seen: Seen, uniforms: S
         else:
             kept = filtered(logits, setting, history)
             picked = draw(kept, [uniforms[i] for i in rows])
-            tokens[rows], logps[rows] = picked, kept.log_softmax(-1).gather(1, picked[:, None])[:, 0]
+            tokens[rows], logps[rows] = picked, _logps(kept, picked)
     return tokens, logps
 
 
@@ -53,7 +53,7 @@ def accepts(p: Tensor, params: Sequence[SamplingParams], seen: Seen, tokens: Ten
         if setting.temperature == 0:
             out[rows] = _likeliest(logits, setting, history) == tokens[rows]
         else:
-            target = filtered(logits, setting, history).log_softmax(-1).gather(1, tokens[rows, None])[:, 0]
+            target = _logps(filtered(logits, setting, history), tokens[rows])
             chance = torch.tensor([uniforms[i] for i in rows], dtype=torch.float64, device=p.device)
             out[rows] = chance < (target - logps[rows]).double().exp()
     return out
@@ -67,10 +67,10 @@ def replacement(p: Tensor, q: Tensor, params: Sequence[SamplingParams], seen: Se
             out[rows] = _likeliest(logits, setting, history)
             continue
         target = filtered(logits, setting, history).softmax(-1)
-        excess = (target - filtered(q[rows], setting, history).softmax(-1)).clamp(min=0)
-        # only rounding can leave nothing where something was rejected
-        excess = torch.where(excess.sum(-1, keepdim=True) > 0, excess, target)
-        out[rows] = draw(excess.log(), [uniforms[i] for i in rows])
+        excess = filtered(q[rows], setting, history).softmax(-1).neg_().add_(target).clamp_(min=0)
+        nothing = excess.amax(-1) <= 0  # where something was rejected, only rounding can do that
+        excess[nothing] = target[nothing]
+        out[rows] = invert(excess, [uniforms[i] for i in rows])
     return out
 
 
@@ -98,10 +98,18 @@ def coupled(
 def _by_setting(
     logits: Tensor, params: Sequence[SamplingParams], seen: Seen
 ) -> Iterator[tuple[SamplingParams, list[int], Tensor, list[Sequence[int]]]]:
-    """Rows that are drawn alike: (setting, their numbers, their logits, what each has seen)."""
+    """Rows that are drawn alike, in blocks: (setting, their numbers, their logits, what each has seen)."""
     for setting in dict.fromkeys(params):
-        rows = [i for i, p in enumerate(params) if p is setting or p == setting]
-        yield setting, rows, logits if len(rows) == len(logits) else logits[rows], [seen[i] for i in rows]
+        alike = [i for i, p in enumerate(params) if p is setting or p == setting]
+        for rows in blocks(alike, logits):
+            first, last = rows[0], rows[-1]
+            part = logits[first : last + 1] if last - first == len(rows) - 1 else logits[rows]
+            yield setting, rows, part, [seen[i] for i in rows]
+
+
+def _logps(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of one token of each row."""
+    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 def _likeliest(logits: Tensor, setting: SamplingParams, seen: Seen) -> Tensor:

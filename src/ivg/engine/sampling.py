@@ -88,21 +88,25 @@ def filtered(logits: Tensor, params: SamplingParams, seen: Sequence[Sequence[int
 
 
 def draw(logits: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """One token for each row by inversion of its distribution; [rows] of ids.
+    """One token for each row of logits by inversion of its distribution; [rows] of ids."""
+    return invert((logits - logits.amax(-1, keepdim=True)).exp_(), uniforms)
+
+
+def invert(mass: Tensor, uniforms: Sequence[float]) -> Tensor:
+    """One token for each row with probability in proportion to its ``mass`` [rows, vocabulary]; [rows] of ids.
 
     The mass of :data:`SECTION` tokens at a time is summed, then only the section that holds the draw is gone through: the
     same token as from a cumulative sum over the vocabulary in float64, for a fifth of its time.
     """
-    mass = (logits - logits.amax(-1, keepdim=True)).exp_()
     rows, width = mass.shape
     if width % SECTION:
         mass = torch.nn.functional.pad(mass, (0, SECTION - width % SECTION))
     sections = mass.view(rows, -1, SECTION)
     below = sections.sum(-1, dtype=torch.float64).cumsum(-1)
-    threshold = torch.tensor(uniforms, dtype=torch.float64, device=logits.device) * below[:, -1]
+    threshold = torch.tensor(uniforms, dtype=torch.float64, device=mass.device) * below[:, -1]
     section = torch.searchsorted(below, threshold[:, None], right=True).clamp_(max=below.shape[1] - 1)
     rest = threshold[:, None] - torch.where(section > 0, below.gather(1, (section - 1).clamp(min=0)), 0.0)
-    inner = sections[torch.arange(rows, device=logits.device), section[:, 0]].cumsum(-1, dtype=torch.float64)
+    inner = sections[torch.arange(rows, device=mass.device), section[:, 0]].cumsum(-1, dtype=torch.float64)
     pick = torch.searchsorted(inner, rest, right=True)
     last = torch.searchsorted(inner, inner[:, -1:].contiguous())  # rounding never leads to a token without mass
     return (section * SECTION + torch.minimum(pick, last))[:, 0]
