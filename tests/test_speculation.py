@@ -11,7 +11,7 @@ from ivg.decoding.search import Request, Searcher
 from ivg.decoding.strategies import strategy
 from ivg.draws import uniform
 from ivg.engine.coupling import accepts, coupled, propose, replacement
-from ivg.engine.pace import Pace
+from ivg.engine.pace import Pace, rounds_needed
 from ivg.engine.sampling import filtered
 from ivg.engine.transformers import TransformersEngine
 from ivg.errors import ConfigError
@@ -467,9 +467,29 @@ def test_pace_turns_itself_off_where_it_does_not_pay():
 
 
 def test_pace_finds_the_best_length_of_a_convex_cost():
-    best = max(range(9), key=lambda n: sum(0.8**i for i in range(n + 1)) / (1 + 0.2 * n))
+    best = max((0, 1, 2, 3, 4, 6, 8), key=lambda n: sum(0.8**i for i in range(n + 1)) / (1 + 0.2 * n))
     chosen = simulated(Pace(8), lambda n: 1 + 0.2 * n, 0.8)
     assert max(set(chosen[50:]), key=chosen[50:].count) == best
+
+
+def test_rounds_needed_are_those_of_a_simulation():
+    torch.manual_seed(0)
+    for ahead, room, rate in ((0, 5, 0.5), (2, 5, 0.7), (4, 9, 0.85), (8, 3, 0.3)):
+        needed = torch.zeros(4000)
+        for i in range(len(needed)):
+            left = room
+            while left > 0:
+                left -= min([n for n in range(1, ahead + 1) if torch.rand(()) > rate] + [ahead + 1])
+                needed[i] += 1
+        seen = [float((needed <= n).float().mean()) for n in range(room + 1)]
+        assert rounds_needed(ahead, room, rate) == pytest.approx(seen, abs=0.03)
+
+
+def test_pace_drafts_less_for_many_rows_that_wait_for_one_another():
+    """At the same price: one unlucky row of 64 keeps all others waiting."""
+    cost = lambda n: 1 + 0.25 * n  # noqa: E731
+    alone, many = (simulated(Pace(8), cost, 0.7, rows=rows, room=6)[-2] for rows in (1, 64))
+    assert many < alone
 
 
 def test_pace_keeps_to_the_room_and_to_the_limit():

@@ -1,14 +1,17 @@
-"""How many tokens to draft ahead: as many as give the most tokens per second here and now.
+"""How many tokens to draft ahead: as many as have all rows done soonest, here and now.
 
 Knows: what rounds took, how often proposals were accepted. Must not know tensors or models. Timings may decide, because the
 number changes no token (``engine.speculation``). With proposals accepted at rate a, a round that drafts g tokens ahead yields
-1 + a + ... + a^g tokens on average (Leviathan et al. 2023, equation 1); 0 ahead is guided decoding as without drafts.
+n <= g tokens with probability a^(n-1) * (1 - a), else g + 1 (Leviathan et al. 2023). The time until a chunk is done is that of the
+rounds that its slowest row needs: with many rows one is nearly always unlucky, and drafts pay less than for one. 0 ahead is
+guided decoding as without drafts.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
+from functools import lru_cache
 
 LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Numbers of tokens ahead among which is chosen."""
@@ -16,6 +19,8 @@ TRIED_FIRST = (0, 1, 2)
 TRIES = 2
 RETRY = 64
 """Every so many rounds a neighbour of the best is measured again."""
+HORIZON = 32
+"""Tokens to look ahead at most when times are compared."""
 FADING = 0.98
 """Weight of what was seen a round earlier, in the acceptance rate."""
 
@@ -54,27 +59,55 @@ class Pace:
         for n in options:
             if n in TRIED_FIRST and len(self._seconds.get((bucket, n), ())) < TRIES:
                 return n
-        rates = [self._expected(n, rooms) / self.seconds(len(rooms), n) for n in options]
-        best = rates.index(max(rates))
+        near = [min(room, HORIZON) for room in rooms]
+        times = [self._until_done(n, near) for n in options]
+        best = times.index(min(times))
         if self._rounds[bucket] % RETRY == 0:
             step = 1 if self._rounds[bucket] // RETRY % 2 else -1
             best = min(max(best + step, 0), len(options) - 1)
         return options[best]
 
-    def _expected(self, ahead: int, rooms: Sequence[int]) -> float:
-        """Tokens that a round yields, over all rows."""
-        gains = [1.0]
-        for _ in range(ahead):
-            gains.append(gains[-1] * self.acceptance)
-        return sum(sum(gains[:room]) for room in rooms)
+    def _until_done(self, ahead: int, rooms: Sequence[int]) -> float:
+        """Expected seconds until all rows are through their rooms, always drafting ``ahead`` tokens."""
+        rate, total = round(self.acceptance, 2), 0.0
+        counts = [(rounds_needed(ahead, room, rate), number) for room, number in Counter(rooms).items()]
+        for n in range(max(rooms)):
+            nobody, active = 1.0, 0.0
+            for chances, number in counts:
+                done = chances[min(n, len(chances) - 1)]
+                nobody, active = nobody * done**number, active + number * (1 - done)
+            if nobody > 0.999:
+                break
+            total += (1 - nobody) * self.seconds(max(1, round(active / (1 - nobody))), ahead, len(rooms))
+        return total
 
-    def seconds(self, rows: int, ahead: int) -> float:
-        """What a round takes: the best of the last few measured, else from the line through those of fewer tokens ahead."""
-        bucket = rows.bit_length()
-        known = {n: min(times) for (b, n), times in self._seconds.items() if b == bucket}
-        if ahead in known:
-            return known[ahead]
+    def seconds(self, rows: int, ahead: int, among: int) -> float:
+        """What a round of ``rows`` takes; of ``among`` rows where none of so few was measured.
+
+        The best of the last few, else from the line through those of fewer tokens ahead.
+        """
+        for bucket in dict.fromkeys((rows.bit_length(), among.bit_length())):
+            if (bucket, ahead) in self._seconds:
+                return min(self._seconds[bucket, ahead])
+        known = {n: min(times) for (b, n), times in self._seconds.items() if b == among.bit_length()}
         less = max((n for n in known if n < ahead), default=0)
         if not less or 0 not in known:
             return known.get(less, 1.0)
         return known[less] + (ahead - less) * max(0.0, known[less] - known[0]) / less
+
+
+@lru_cache(maxsize=4096)
+def rounds_needed(ahead: int, room: int, acceptance: float) -> tuple[float, ...]:
+    """Probability that a row is through ``room`` tokens after 0, 1, 2 … ``room`` rounds."""
+    left = [0.0] * room + [1.0]  # probability of so many tokens left
+    out = []
+    for _ in range(room + 1):
+        out.append(left[0])
+        after = [left[0]] + [0.0] * room
+        for tokens in range(1, room + 1):
+            longest = min(ahead + 1, tokens)
+            for n in range(1, longest + 1):
+                chance = acceptance ** (n - 1) * (1.0 if n == longest else 1 - acceptance)
+                after[tokens - n] += left[tokens] * chance
+        left = after
+    return tuple(out)
