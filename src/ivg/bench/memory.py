@@ -21,7 +21,7 @@ from ivg.errors import ModelError
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """``peak``, ``weights`` and ``caches`` in bytes and their ``ratio``, measured in a child process.
+    """``peak``, ``weights``, ``caches`` and ``held`` (shared parts once) in bytes and ``ratio``s, measured in a child process.
 
     Raises:
         ModelError: the child failed; its last words.
@@ -54,7 +54,8 @@ def here(settings: Settings) -> dict[str, Any]:
     weights = sum(_size(n) for n in networks.values())
     caches, peak = row["caches"], row["peak"] - before
     common = {k: row[k] for k in ("dtype", "device", "threads", "commit", "others")}
-    return {"peak": peak, "weights": weights, "caches": caches, "ratio": peak / (weights + caches), **common}
+    ratios = {"ratio": peak / (weights + caches), "ratio_shared": peak / (weights + row["held"])}
+    return {"peak": peak, "weights": weights, "caches": caches, "held": row["held"], **ratios, **common}
 
 
 def _size(network: Any) -> int:

@@ -120,7 +120,7 @@ class Bench:
         """One row: what was asked and delivered, seconds, memory in bytes, tokens read by each model, FLOPs.
 
         ``before`` is memory in use before the run (all models are loaded), ``peak`` the most during it; ``caches`` what the caches of
-        ``ours`` needed at the busiest moment, each row by itself;
+        ``ours`` needed at the busiest moment, each row by itself, ``held`` the same with what rows share counted once;
         ``others`` the share of the processors that other processes took; None where it is not known.
         """
         from ivg.cost import flops, readers
@@ -137,7 +137,8 @@ class Bench:
             gc.enable()
         seconds = time.perf_counter() - begin
         peak, others = machine.peak_bytes(self.device), machine.others(clock)
-        caches = sum(reader.model.needed_peak for reader in readers(self.model).values())
+        models = [reader.model for reader in readers(self.model).values()]
+        caches, held = sum(m.needed_peak for m in models), sum(m.held_peak for m in models)
         self.model.forget()
         return {
             **asdict(entry),
@@ -149,6 +150,7 @@ class Bench:
             "peak": peak,
             "before": before,
             "caches": caches,
+            "held": held,
             "others": others,
             "forward_tokens": dict(outcome.forward_tokens),
             "flops": flops(outcome.forward_tokens, self.sizes),

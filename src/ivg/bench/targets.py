@@ -166,10 +166,11 @@ def verdicts(found: Mapping[str, float]) -> dict[str, str]:
 
 def notes(found: Mapping[str, Any]) -> list[str]:
     """What stands under the table."""
-    mib = {k: f"{found['memory'][k] / 2**20:,.0f} MiB" for k in ("peak", "weights", "caches")}
+    mib = {k: f"{found['memory'][k] / 2**20:,.0f} MiB" for k in ("peak", "weights", "caches", "held")}
     lost = found["waiting"]
     return [
-        f"memory: peak {mib['peak']}, weights {mib['weights']}, caches needed {mib['caches']}",
+        f"memory: peak {mib['peak']}, weights {mib['weights']}, caches needed {mib['caches']}; with what rows share counted once "
+        f"{mib['held']}, of which with the weights the peak is {found['memory']['ratio_shared']:.2f}",
         f"waiting: {lost['lost']:.1%} while requests wait, {lost['lost_with_end']:.1%} including the end, when nobody is left to let in",
         *report.disturbed(found),
     ]

@@ -46,7 +46,7 @@ class CachedModel:
         name: how errors and usage call it.
 
     ``needed_peak``: bytes of keys and values of all live rows together, each by itself, at the busiest moment since
-    :meth:`clear`; what is really held is less, because rows share trunks.
+    :meth:`clear`. ``held_peak``: the same with what rows share counted once.
     """
 
     network: nn.Module
@@ -73,7 +73,7 @@ class CachedModel:
     def clear(self) -> None:
         """Forget all rows and give the memory back: what comes next is computed as by a fresh model, to the last bit."""
         self.rows = Rows(self.device, self.max_positions)
-        self.needed_peak = 0
+        self.needed_peak = self.held_peak = 0
 
     @property
     def cache(self) -> KVStore:
@@ -183,6 +183,7 @@ class CachedModel:
             logits = self._forward(ids, places, positions, real, keep, by=False)
         self.rows.have_read(rows, pieces)
         self.needed_peak = max(self.needed_peak, self.rows.needed_bytes)
+        self.held_peak = max(self.held_peak, self.rows.held_bytes)
         return logits, order
 
     def _forward(self, ids: Tensor, places: Sequence[Place], positions: Tensor, real: Tensor, keep: int, *, by: bool) -> Tensor:

@@ -272,3 +272,8 @@ class Rows:
     def needed_bytes(self) -> int:
         """What all live rows hold together, each by itself."""
         return sum(len(row.ids) for row in self.live) * self.store.token_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """What they hold with each trunk counted once."""
+        return sum(len(f.ids) + sum(row.own for row in f.live) for f in self._families) * self.store.token_bytes
