@@ -4,11 +4,11 @@
     .venv/bin/python benchmarks/speculative.py --quick
 
 Speed needs a base that costs more than its guides. Such models are made here, with random weights: a base of 98 M parameters and
-guides of 17 M, 16 384 tokens. How often guide and base agree is **built in, not learnt**: all have tied embeddings so large that they
-decide what comes next, up to what position and layers add. The *agreeing* base has the guides' embeddings (side by side twice, which
-keeps all their products); the *disagreeing* one has others. The layers of each model are its own, turned down to ``--spread``. The tuned
-guide is the untuned one, its layers and output a little disturbed. What that gives (entropy, overlap of draft and guided distribution) is measured
-and stands in the table. Time depends on such a pair through its acceptance alone.
+guides of 17 M, 16 384 tokens. How often guide and base agree is **built in, not learnt**: all have tied embeddings so large that
+they decide what comes next, up to what position and layers add. The *agreeing* base has the guides' embeddings (side by side
+twice, which keeps all their products); the *disagreeing* one has others. The layers of each model are its own, turned down to
+``--spread``. The tuned guide is the untuned one, its layers and output a little disturbed. What that gives (entropy, overlap of
+draft and guided distribution) is measured and stands in the table. Time depends on such a pair through its acceptance alone.
 
 For W·K = 1 one text is written (`eft`); for 4 and 16 one text by `ivg` with W = K = 2 and 4, L = 5, value included. `base` is the base
 unguided: as many plain samples of it, in one batch. All take turns; ratios are medians over rounds of each round's own.

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import naive
+from ivg.config import Recipe
 from ivg.decoding.search import Request, Searcher
 from ivg.decoding.strategies import strategy
 from ivg.draws import uniform
@@ -440,6 +441,21 @@ def test_no_weight_no_drafts(llama):
     drafted = llama.run(llama.requests(PROMPTS, strategy("eft", draft=4, beta=0), sampling))
     assert [c.token_ids for c in drafted] == [c.token_ids for c in plain]
     assert llama.engine.speculation.stats()["rounds"] == 0
+
+
+def test_the_edges_know_the_setting():
+    from ivg.cli.compare import _settings
+    from ivg.config import MethodConfig
+    from ivg.evaluation.methods import rows
+
+    recipe = Recipe.parse({"search": {"method": "eft", "num_speculative_tokens": 4}})
+    assert recipe.search.settings() == {"draft": 4}
+    drafting = {
+        name for name in ("base", "eft", "token-explicit", "cbs-explicit", "ivg", "eft-gated") if "draft" in _settings(recipe, name)
+    }
+    assert drafting == {"eft", "ivg"}
+    assert {m.label for m in rows(recipe, {}) if m.strategy.draft == 4} == {f"implicit×{s}" for s in ("none", "implicit", "explicit")}
+    assert MethodConfig(method="ivg", draft=2).settings() == {"draft": 2}
 
 
 # Pace
