@@ -151,6 +151,37 @@ def test_a_long_prompt_outlives_others_that_begin_alike():
     assert len(model.open(list(range(1, 31))).ids) == 29
 
 
+def test_nan_stays_with_the_row_that_has_it():
+    network = tiny_model("llama", seed=3)
+    network.model.embed_tokens.weight.data[9] = torch.nan
+    model = CachedModel(network, "tiny")
+    root = model.open([1, 2, 3])
+    model.last([root], [[1, 2, 3]])
+    rows = [root, *(model.fork(root) for _ in range(3))]
+    out = model.last(rows, [[9, 9, 9, 9], [4, 5, 6, 7], [5, 5, 5, 5], [9, 6, 7, 8]])
+    assert out.isnan().any(-1).tolist() == [True, False, False, True]
+    model.free(rows[0])
+    model.free(rows[3])
+    fresh = [model.fork(rows[1]), model.fork(rows[1]), model.open([7, 7])]
+    out = model.last([*rows[1:3], *fresh], [[11], [12], [13], [14], [7, 7]])
+    for row, got in zip([*rows[1:3], *fresh], out, strict=True):
+        compare(got, outputs_of(model, row.ids), 1e-3)
+    del rows[1].ids[5:]
+    assert model.last([rows[1]], [[9]]).isnan().any()
+    del rows[1].ids[5:]  # a draft that was taken back
+    compare(model.last([rows[1]], [[6]])[0], outputs_of(model, rows[1].ids), 1e-3)
+    alone = model.open([50, 51])
+    model.last([alone], [[50]])
+    assert model.last([alone], [[9]]).isnan().any()
+    del alone.ids[1:]
+    compare(model.last([alone], [[51]])[0], outputs_of(model, alone.ids), 1e-3)
+    assert model.last([alone], [[9]]).isnan().any()
+    model.free(alone)
+    again = model.open([50, 51, 52])
+    assert again.ids == []
+    compare(model.last([again], [[50, 51, 52]])[0], outputs_of(model, again.ids), 1e-3)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_attention_by_families_equals_the_general_way(architecture, monkeypatch):
     """The same rows and pieces read both ways."""

@@ -182,6 +182,10 @@ class CachedModel:
             self._by_families = False
             logits = self._forward(ids, places, positions, real, keep, by=False)
         self.rows.have_read(rows, pieces)
+        sound = logits[:, -1].amax(-1) < torch.inf  # NaN wins every comparison
+        if not bool(sound.all()):
+            for k in (~sound).nonzero()[:, 0].tolist():
+                rows[order[k]].broken = True
         self.needed_peak = max(self.needed_peak, self.rows.needed_bytes)
         self.held_peak = max(self.held_peak, self.rows.held_bytes)
         return logits, order

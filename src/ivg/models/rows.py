@@ -33,6 +33,7 @@ class Family:
         live: rows in use.
         slots: own slots that its freed rows left, kept at hand so that a family's slots stay side by side.
         stale: rows were freed since it was last seen how much the others share.
+        broken: its trunk may hold NaN.
     """
 
     trunk: int
@@ -40,16 +41,21 @@ class Family:
     live: dict[Row, None] = field(default_factory=dict)
     slots: list[int] = field(default_factory=list)
     stale: bool = False
+    broken: bool = False
 
 
 @dataclass(eq=False, slots=True)
 class Row:
-    """``ids`` are the tokens whose keys and values it holds: the first ``start`` in its family's trunk, the others in ``slot``."""
+    """``ids`` are the tokens whose keys and values it holds: the first ``start`` in its family's trunk, the others in ``slot``.
+
+    ``broken``: the network gave NaN or infinity for it; its memory is zeroed before others, or itself after a cut, use it again.
+    """
 
     family: Family
     ids: list[int]
     start: int
     slot: int | None = None
+    broken: bool = False
 
     @property
     def own(self) -> int:
@@ -112,7 +118,7 @@ class Rows:
     def fork(self, row: Row) -> Row:
         """A second row with the same tokens; copies only what is not in the trunk, and that not before the next pass."""
         own = row.own
-        new = Row(row.family, list(row.ids), row.start)
+        new = Row(row.family, list(row.ids), row.start, broken=row.broken)
         if own:
             if row.slot in self._copies:
                 self._make_copies()
@@ -127,6 +133,10 @@ class Rows:
         self.live.pop(row, None)
         family.live.pop(row, None)
         family.stale = True
+        if row.broken:
+            family.broken = True
+            if row.slot is not None:
+                self.store.scrub(0, slot=row.slot)
         self._leave_slot(row)
         if not family.live:
             for slot in family.slots:
@@ -134,6 +144,9 @@ class Rows:
             family.slots = []
             self._families.pop(family, None)
             self._idle[family] = None
+            if family.broken:
+                self.store.scrub(0, trunk=family.trunk)
+                family.ids, family.broken = [], False
 
     def _enter(self, row: Row) -> Row:
         self.live[row] = None
@@ -180,6 +193,12 @@ class Rows:
     def prepare(self, rows: Sequence[Row]) -> None:
         """Before ``rows`` are read: make the forks that are asked for, let trunks grow."""
         self._make_copies()
+        for row in rows:
+            if row.broken:  # it was cut behind what broke it, or will be found broken again
+                row.family.broken, row.broken = True, False
+                alone = len(row.family.live) == 1
+                self.store.scrub(row.own, slot=row.slot)
+                self.store.scrub(row.start, trunk=row.family.trunk if alone else None)
         self._settle([f for f in dict.fromkeys(row.family for row in rows) if f.stale])
 
     def _settle(self, families: Sequence[Family]) -> None:

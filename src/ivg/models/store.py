@@ -173,6 +173,16 @@ class KVStore(Cache):
             for tensor in pair:
                 tensor[target, :, :length] = tensor[source, :, :length]
 
+    @torch.no_grad()
+    def scrub(self, first: int, *, slot: int | None = None, trunk: int | None = None) -> None:
+        """Zero everything from a position on. What is not seen must still be finite: its weight is 0, and 0 x NaN is NaN."""
+        for own, shared in zip(self.own, self.trunk, strict=True):
+            for kind in (0, 1):
+                if slot is not None:
+                    own[kind][slot, first:] = 0
+                if trunk is not None:
+                    shared[kind][trunk, :, first:] = 0
+
     def _flat_own(self) -> Iterator[Tensor]:
         for pair in self.own:
             for tensor in pair:
