@@ -1,0 +1,46 @@
+// Small helpers. Text only ever goes in as text.
+
+export const byId = (id) => document.getElementById(id);
+
+/** An element with attributes and children (elements or text). */
+export function make(tag, attributes = {}, ...children) {
+  return fill(document.createElement(tag), attributes, children);
+}
+
+/** The same in SVG. */
+export function draw(tag, attributes = {}, ...children) {
+  return fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+}
+
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) if (value !== null && value !== undefined) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+/** A number for people: a real minus sign, a fixed number of decimals. */
+export const figure = (x, decimals = 2) => x.toFixed(decimals).replace("-", "−");
+export const signed = (x, decimals = 2) => (x > 0 ? "+" : "") + figure(x, decimals);
+export const count = (n, word, plural = `${word}s`) => `${n.toLocaleString("en")} ${n === 1 ? word : plural}`;
+
+/** White space made visible, where it is all there is. */
+export const shown = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ +$/g, (s) => "␣".repeat(s.length)) || "(end)";
+
+/** Arrow keys move among `items()`; one of them is in the tab order. `step(key, from, items)` may say where to. */
+export function roving(container, items, step) {
+  container.addEventListener("keydown", (e) => {
+    const all = items(), at = all.indexOf(document.activeElement);
+    if (at < 0) return;
+    const to = step(e.key, at, all);
+    if (to === null || !all[to]) return;
+    e.preventDefault();
+    all[at].setAttribute("tabindex", "-1");
+    all[to].setAttribute("tabindex", "0");
+    all[to].focus();
+  });
+}
+
+/** In a line of items. */
+export function along(key, at, all) {
+  return { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: all.length - 1 }[key] ?? null;
+}

@@ -1,0 +1,90 @@
+// The server's protocol: the list of models, one streamed answer, errors. Knows no page.
+
+/** What the server, or the way to it, says went wrong. `param`: the field, as the server names it. */
+export class ServerError extends Error {
+  constructor(message, { param = null, status = 0, retry = null } = {}) {
+    super(message);
+    Object.assign(this, { param, status, retry });
+  }
+}
+
+const headers = (key) => ({ "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) });
+
+/** GET v1/models. */
+export async function models(key) {
+  return (await ask("v1/models", { headers: headers(key) })).json();
+}
+
+/**
+ * POST v1/completions as a stream.
+ * @param {object} body the request; `stream` and its options are added here
+ * @param {{key?: string, signal?: AbortSignal}} how
+ * @yields {{type: "text"|"beams"|"tokens"|"end", data: any}}
+ */
+export async function* complete(body, { key, signal }) {
+  const wanted = { ...body, stream: true, stream_options: { include_usage: true, include_beams: true } };
+  const response = await ask("v1/completions", { method: "POST", headers: headers(key), body: JSON.stringify(wanted), signal });
+  let done = false;
+  for await (const { event, data } of events(response.body)) {
+    if (data === "[DONE]") {
+      done = true;
+      break;
+    }
+    const found = parsed(data);
+    if (found.error) throw new ServerError(found.error.message, { param: found.error.param });
+    if (event === "ivg.beams") yield { type: "beams", data: found };
+    else if (event === "ivg.tokens") yield { type: "tokens", data: found.tokens };
+    else yield* ofChunk(found);
+  }
+  if (!done) throw new ServerError("The connection closed before the answer was complete.");
+}
+
+function* ofChunk(chunk) {
+  const choice = chunk.choices?.[0];
+  if (choice?.text) yield { type: "text", data: choice.text };
+  if (chunk.ivg || choice?.finish_reason) yield { type: "end", data: { finish: choice?.finish_reason, ...chunk.ivg } };
+}
+
+function parsed(data) {
+  try {
+    return JSON.parse(data);
+  } catch {
+    throw new ServerError("The server sent something that this page cannot read.");
+  }
+}
+
+async function ask(path, options) {
+  let response;
+  try {
+    response = await fetch(path, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ServerError("The server cannot be reached. Is “ivg serve” still running?");
+  }
+  if (response.ok) return response;
+  const retry = response.headers.get("retry-after");
+  const { message, param } = await response.json().then((b) => b.error ?? {}, () => ({}));
+  throw new ServerError(message ?? `The server answered ${response.status} ${response.statusText}.`, { param, status: response.status, retry });
+}
+
+/** Server-sent events of a body, in order. */
+async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      const parts = (rest + value).split(/\r?\n\r?\n/);
+      rest = parts.pop();
+      for (const part of parts) {
+        const lines = part.split(/\r?\n/);
+        const of = (name) => lines.filter((l) => l.startsWith(`${name}:`)).map((l) => l.slice(name.length + 1).replace(/^ /, ""));
+        const data = of("data");
+        if (data.length) yield { event: of("event")[0] ?? "message", data: data.join("\n") };
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
