@@ -1,6 +1,6 @@
 """Settings at the edge: TOML recipes, command line, HTTP. Unknown keys are errors; the field's other names are accepted.
 
-A recipe has the tables ``models``, ``values``, ``search``, ``sampling``, ``run`` and ``eval``; each may be left out::
+A recipe has the tables ``models``, ``values``, ``search``, ``sampling``, ``run``, ``eval`` and ``serve``; each may be left out::
 
     [models]
     base = "mistralai/Mistral-7B-Instruct-v0.2"
@@ -259,6 +259,8 @@ class Recipe(_Strict):
     sampling: SamplingConfig = SamplingConfig()
     run: RunConfig = RunConfig()
     eval: EvalConfig = EvalConfig()
+    serve: dict[str, Any] = {}
+    """Settings of the server, which checks them (``serving.settings``)."""
 
     @classmethod
     def parse(cls, data: dict[str, Any], source: str = "settings") -> Recipe:

@@ -32,3 +32,18 @@ class MissingDependencyError(IVGError, ImportError):
 
 class JudgeError(IVGError, RuntimeError):
     """A judge that cannot be asked: not there, busy for too long, key refused."""
+
+
+class ServeError(IVGError, RuntimeError):
+    """A request that the server does not answer: not found, not allowed, too many at once, too late, a model that failed.
+
+    Args:
+        message: what was got, what was expected, what to do.
+        status: of HTTP.
+        code: for programs.
+        param: the field of the request that is to blame.
+    """
+
+    def __init__(self, message: str, status: int = 500, code: str = "server_error", param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param

@@ -149,11 +149,13 @@ class SteeredModel:
         index: int = 0,
         trace: bool = False,
         record: bool = False,
+        alternatives: int | None = None,
         **settings: Any,
     ) -> Request:
         """One request. ``settings`` are those of :class:`SamplingParams` and :class:`~ivg.decoding.strategies.Strategy`.
 
-        ``record`` fills ``Completion.guide_shift``; ``trace`` keeps the tree of beams besides.
+        ``record`` fills ``Completion.guide_shift``; ``trace`` keeps the tree of beams besides; ``alternatives`` fills
+        ``Completion.details`` with so many of the likeliest tokens at each place, guided and not.
 
         Raises:
             ConfigError: unknown or unusable settings; a value that the method needs is missing.
@@ -163,7 +165,7 @@ class SteeredModel:
             sampling["stop"] = (sampling["stop"],) if isinstance(sampling["stop"], str) else tuple(sampling["stop"])
         rest = {k: v for k, v in settings.items() if k not in _SAMPLING}
         search = self.strategy(method, **rest).search(self.values, self._combined)
-        return Request(Prompt.of(prompt), search, replace(self.sampling, **sampling), seed, index, trace, record)
+        return Request(Prompt.of(prompt), search, replace(self.sampling, **sampling), seed, index, trace, record, alternatives)
 
     def searcher(self, max_beams: int | None = None) -> Searcher:
         """A fresh loop over this model's engine."""

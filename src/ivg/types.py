@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from ivg.errors import PromptError
@@ -140,6 +140,21 @@ class Hypothesis(Protocol):
         """True: only sisters in the same call will ask for the parent again, so its cache row may be taken over."""
 
 
+@dataclass(frozen=True, slots=True)
+class TokenDetail:
+    """One token and its log-probabilities in nats: under the guided distribution and under the base alone.
+
+    Both are softmaxes as :attr:`Completion.guide_shift` has them; ``top`` and ``top_base`` are their likeliest (id, log-probability).
+    """
+
+    token: int
+    text: str
+    logprob: float
+    base_logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    top_base: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Beam:
     """A hypothesis: ``token_ids`` (base vocabulary, EOS included) and their ``text`` (EOS and stop strings left out)."""
@@ -164,6 +179,8 @@ class Beam:
     """The chunk ended early, at a point of high entropy (see :class:`Pause`)."""
     pieces: tuple[str, ...] = ()
     """Per token: the text that it added. Empty unless recorded."""
+    details: tuple[TokenDetail, ...] = ()
+    """Per token. Empty unless asked for."""
     decoded: tuple[int, int] = (0, 0)
     """How far ``text`` has been decoded: see ``models.vocab.Vocabulary.continue_text``."""
     error: str | None = None
@@ -230,13 +247,12 @@ class Extension:
     keep: bool = False
     """The beam will be extended again: its cache is not passed on, but copied."""
     pause: Pause | None = None
+    alternatives: int | None = None
+    """Fill ``details`` of the children, each with so many alternatives."""
 
 
 class Value(Protocol):
-    """Turns hypotheses into numbers: higher is better. Comparable among hypotheses of one prompt.
-
-    ``score`` must not depend on what was scored before, nor on who shares the batch; caches are only an optimisation.
-    """
+    """Numbers for hypotheses of one prompt, higher is better; they depend on nothing scored before, nor on who shares the batch."""
 
     name: str
 
@@ -244,7 +260,7 @@ class Value(Protocol):
         """One number for each hypothesis."""
 
     def check(self, prompt: Prompt, new_tokens: int) -> None:
-        """Raise PromptError where this value cannot read the prompt and an answer of ``new_tokens``."""
+        """Raise PromptError where this value cannot read prompt and answer."""
 
     def release(self, keys: Sequence[int]) -> None:
         """These hypotheses will not be asked for again; forget what is kept for them."""
@@ -298,11 +314,7 @@ class Engine(Protocol):
     name: str
 
     def open(self, prompt: Prompt, sampling: SamplingParams) -> Beam:
-        """The empty response to ``prompt``.
-
-        Raises:
-            PromptError: empty, or too long together with ``sampling.max_new_tokens``.
-        """
+        """The empty response; PromptError where the prompt is empty or, with ``sampling.max_new_tokens``, too long."""
 
     def prompt_tokens(self, prompt: Prompt) -> int:
         """Length of the prompt in base tokens."""
@@ -355,11 +367,13 @@ class Step:
     dropped: tuple[TraceNode, ...]
     committed: str
     completion: Completion | None = None
+    details: tuple[TokenDetail, ...] = ()
+    """Of the live hypothesis, where there is only one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The answer to one request. ``trace`` is empty unless it was asked for.
+    """The answer to one request. ``trace`` and ``details`` are empty unless they were asked for.
 
     ``guide_shift``, empty unless recorded or traced, has for each token y_t what guidance made of its log-probability:
     log pi_guided(y_t) - log pi_base(y_t) in nats, both softmaxes at the request's temperature (greedy requests: at 1) over
@@ -375,21 +389,11 @@ class Completion:
     error: str | None = None
     trace: tuple[Step, ...] = ()
     guide_shift: tuple[float, ...] = ()
+    details: tuple[TokenDetail, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without the trace."""
-        out: dict[str, Any] = {
-            "text": self.text,
-            "token_ids": list(self.token_ids),
-            "score": self.score,
-            "finish_reason": self.finish_reason,
-            "usage": {
-                "forward_tokens": dict(self.usage.forward_tokens),
-                "prompt_tokens": self.usage.prompt_tokens,
-                "completion_tokens": self.usage.completion_tokens,
-                "seconds": round(self.usage.seconds, 4),
-            },
-        }
-        if self.error:
-            out["error"] = self.error
-        return out
+        out: dict[str, Any] = {k: getattr(self, k) for k in ("text", "token_ids", "score", "finish_reason")}
+        out["token_ids"] = list(self.token_ids)
+        out["usage"] = asdict(self.usage) | {"seconds": round(self.usage.seconds, 4)}
+        return out | ({"error": self.error} if self.error else {})

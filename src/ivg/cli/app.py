@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from ivg.cli import bench, check, compare, eval, generate, models, train, winrate
+from ivg.cli import bench, check, compare, eval, generate, models, serve, train, winrate
 
 app = typer.Typer(
     name="ivg",
@@ -21,6 +21,7 @@ app.add_typer(train.app)
 app.command("check", help=check.HELP)(check.check)
 app.command("eval", help=eval.HELP)(eval.evaluate)
 app.command("winrate", help=winrate.HELP)(winrate.winrate)
+app.command("serve", help=serve.HELP)(serve.serve)
 app.command("bench", help=bench.HELP)(bench.bench)
 
 

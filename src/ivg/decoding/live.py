@@ -17,6 +17,9 @@ from ivg.types import Beam, Meter, Prompt, SamplingParams, Step, TokenGuidance, 
 if TYPE_CHECKING:
     from ivg.decoding.rules import Chunk, Rule
 
+QUANTUM = 16
+"""Tokens for each round at most, so that long chunks do not keep others waiting. Changes no result."""
+
 Scored = tuple[Beam, float]
 """A hypothesis and what the selecting value says of it (0 where there is none)."""
 
@@ -111,6 +114,8 @@ class Request:
         seed: with ``index`` (number of the sample for this prompt) decides every draw.
         trace: keep the tree of beams in the completion.
         record: fill ``Completion.guide_shift`` (a trace does so too).
+        alternatives: fill ``Completion.details``, with so many of the likeliest tokens at each place; None: do not.
+        stride: tokens for each round at most, for whoever wants to see text sooner. Changes no result.
     """
 
     prompt: Prompt
@@ -120,6 +125,8 @@ class Request:
     index: int = 0
     trace: bool = False
     record: bool = False
+    alternatives: int | None = None
+    stride: int = QUANTUM
 
     @property
     def draw_seed(self) -> int:
@@ -150,6 +157,16 @@ class Live:
     def records(self) -> bool:
         """Are shifts and pieces of text wanted for every token?"""
         return self.request.trace or self.request.record
+
+
+def check_watching(request: Request) -> None:
+    """Raise for what cannot be shown of a request.
+
+    Raises:
+        ConfigError: a negative number of alternatives, or a stride below one.
+    """
+    demand("alternatives", request.alternatives, request.alternatives is None or request.alternatives >= 0, "0 or more tokens")
+    demand("stride", request.stride, request.stride >= 1, "at least 1 token")
 
 
 class _Sizes(Protocol):

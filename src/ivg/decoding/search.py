@@ -14,7 +14,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from ivg.decoding import select
-from ivg.decoding.live import Live, Particles, Rejection, Request, Scored, Search, check_sampling, check_search, check_sizes
+from ivg.decoding.live import (
+    QUANTUM,
+    Live,
+    Particles,
+    Rejection,
+    Request,
+    Scored,
+    Search,
+    check_sampling,
+    check_search,
+    check_sizes,
+    check_watching,
+)
 from ivg.decoding.particles import ParticleRule
 from ivg.decoding.rejection import RejectionRule
 from ivg.decoding.rules import BeamRule, Choice, Rule
@@ -22,9 +34,6 @@ from ivg.errors import PromptError
 from ivg.types import Beam, Completion, Engine, Extension, Step, TraceNode, Usage, Value
 
 __all__ = ["QUANTUM", "Particles", "Rejection", "Request", "Search", "Searcher", "check_sizes"]
-
-QUANTUM = 16
-"""Tokens for each round at most, so that long chunks do not keep others waiting. Changes no result."""
 
 
 def _rule(request: Request) -> Rule:
@@ -60,6 +69,7 @@ class Searcher:
         """
         check_sampling(request.sampling)
         check_search(request.search)
+        check_watching(request)
         search, length = request.search, request.sampling.max_new_tokens
         self.engine.check(search.guidance)
         root = self.engine.open(request.prompt, request.sampling)
@@ -71,12 +81,13 @@ class Searcher:
         self._waiting.append(live)
         return live.id
 
-    def cancel(self, request_id: int) -> None:
-        """Forget a request and free what is kept for it; unknown numbers are ignored."""
+    def cancel(self, request_id: int) -> dict[str, int]:
+        """Forget a request and free what is kept for it; unknown numbers are ignored. Tokens that each model had read for it."""
         live = self._live.pop(request_id, None)
         if live is not None:
             self._release_all(live)
         self._waiting = deque(w for w in self._waiting if w.id != request_id)
+        return {} if live is None else dict(live.meter.forward_tokens)
 
     @property
     def busy(self) -> bool:
@@ -87,6 +98,11 @@ class Searcher:
     def live_requests(self) -> int:
         """Requests in flight."""
         return len(self._live)
+
+    @property
+    def live_beams(self) -> int:
+        """Hypotheses of the requests in flight, at most."""
+        return sum(live.rule.rows for live in self._live.values())
 
     @property
     def waiting_requests(self) -> int:
@@ -112,7 +128,7 @@ class Searcher:
         for live in lives:
             if live.left <= 0:
                 self._begin_chunk(live)
-        quantum = min([QUANTUM, *(live.left for live in lives)])
+        quantum = min(QUANTUM, *(min(live.left, live.request.stride) for live in lives))
         orders = [order for live in lives for order in self._orders(live, quantum)]
         families = {order.beam.key: family for order, family in zip(orders, self.engine.extend(orders), strict=True)}
         for live in lives:
@@ -126,7 +142,7 @@ class Searcher:
 
     def _admit(self) -> list[Step]:
         """Let waiting requests in where there is room; those whose prompt the value cannot read end at once."""
-        rows = sum(live.rule.rows for live in self._live.values())
+        rows = self.live_beams
         failed: list[Step] = []
         while self._waiting:
             rows += self._waiting[0].rule.rows
@@ -176,6 +192,7 @@ class Searcher:
                     first=0 if live.inside else chunk.first,
                     keep=chunk.keep and not live.inside,
                     pause=chunk.pause,
+                    alternatives=r.alternatives,
                 )
 
     def _grow(self, live: Live, families: dict[int, list[Beam]]) -> None:
@@ -244,10 +261,11 @@ class Searcher:
             tuple({b.key: _node(b, s if scored else None, kept=mark) for b, s in pairs}.values())
             for pairs, mark in ((kept, True), (dropped, False))
         ]
-        texts = [b.text for b, _ in live.kept] + [b.text for b in live.growing]
+        beams = list({b.key: b for b in (*(b for b, _ in live.kept), *live.growing)}.values())
         ended = all(b.finished for b, _ in live.kept) and not live.growing
-        committed = select.common_prefix(texts)
-        step = Step(live.id, nodes[0], nodes[1], committed if ended else _hold_back(committed, live.request.sampling.stop))
+        committed = select.common_prefix([b.text for b in beams])
+        shown = committed if ended else _hold_back(committed, live.request.sampling.stop)
+        step = Step(live.id, nodes[0], nodes[1], shown, details=beams[0].details if len(beams) == 1 else ())
         if live.request.trace and (kept or dropped):
             live.trace.append(step)
         return step
@@ -265,6 +283,7 @@ class Searcher:
             error=error,
             trace=tuple(live.trace),
             guide_shift=best.guide_shift,
+            details=best.details,
         )
         self._release_all(live)
         del self._live[live.id]

@@ -24,12 +24,13 @@ from torch import Tensor
 
 from ivg.draws import uniform
 from ivg.engine.coupling import accepts, propose, replacement
+from ivg.engine.detail import details
 from ivg.engine.guidance import blame, shifted
 from ivg.engine.pace import Pace
 from ivg.engine.sampling import drawn_logps
 from ivg.errors import ConfigError
 from ivg.models.reader import Reader
-from ivg.types import Beam, Drafter, DraftingValue, Extension, FinishReason, Hypothesis, SamplingParams, TokenGuidance
+from ivg.types import Beam, Drafter, DraftingValue, Extension, FinishReason, Hypothesis, SamplingParams, TokenDetail, TokenGuidance
 
 NUMBERS = 1 << 24
 """Rows x places x vocabulary of one round at most, so that its tensors stay small: 64 MiB each in float32."""
@@ -50,8 +51,8 @@ class Growing(Hypothesis, Protocol):
     log_ratio: float
 
 
-Push = Callable[[Any, int, float], None]
-"""Appends a token and its recorded shift to a child, and sees whether that ends it."""
+Push = Callable[[Any, int, float, TokenDetail | None], None]
+"""Appends a token, its recorded shift and its detail to a child, and sees whether that ends it."""
 
 
 @dataclass(slots=True)
@@ -197,12 +198,13 @@ class Speculator:
         plain, mixed = self._targets(batch, drafter, places)
         stops, tokens, broken = _verify(rows, places, mixed)
         shifts, ratios = _moved_by(rows, places, tokens, plain, mixed)
+        looks = details(tokens, range(len(tokens)), places.params, [rows[r].order.alternatives for r in places.row], plain, mixed)
         for row, d in enumerate(rows):
             del d.token_ids[before[row] :]
             for k in range(places.start[row], stops[row]):
                 if d.finish is None:
                     d.log_ratio -= ratios[k]
-                    self.push(d, tokens[k], shifts[k])
+                    self.push(d, tokens[k], shifts[k], looks[k])
             if d.finish is None and (stop := stops[row]) < places.start[row + 1] and stop in broken:
                 d.finish, d.error = "error", blame(None if plain is mixed else plain[stop], len(d.token_ids))
             stops[row] = places.start[row] + len(d.token_ids) - before[row]
@@ -279,7 +281,7 @@ class Speculator:
             plain = torch.cat(self.base.recent_outputs(batch.rows, counts))
         deltas = batch.spread(drafter.deltas(batch.nodes))
         plain = self._silenced(plain, places.params)
-        kept = any(d.order.record or d.order.weigh for d in batch.rows) or bool(_broken(plain))
+        kept = any(d.order.record or d.order.weigh or d.order.alternatives is not None for d in batch.rows) or bool(_broken(plain))
         moved = shifted(plain.clone() if kept else plain, deltas, batch.guidance.beta, batch.value.vocabulary.size, in_place=True)
         return plain if kept else moved, moved
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ivg.draws import child_lineage, uniform
+from ivg.engine.detail import details
 from ivg.engine.guidance import blame, check_guidance, guided
 from ivg.engine.sampling import drawn_logps, entropy, sample
 from ivg.engine.speculation import Speculator
 from ivg.models.reader import Reader
-from ivg.types import Beam, Extension, FinishReason, Meter, Pause, Prompt, SamplingParams, TokenGuidance, new_key
+from ivg.types import Beam, Extension, FinishReason, Meter, Pause, Prompt, SamplingParams, TokenDetail, TokenGuidance, new_key
 
 
 @dataclass(slots=True)
@@ -44,6 +45,7 @@ class _Draft:
     log_ratio: float = 0.0
     guide_shift: list[float] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
+    details: list[TokenDetail] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -129,6 +131,7 @@ class TransformersEngine:
                 log_ratio=beam.log_ratio,
                 guide_shift=list(beam.guide_shift),
                 pieces=list(beam.pieces),
+                details=list(beam.details),
             )
             for index in range(order.successors)
         ]
@@ -170,10 +173,12 @@ class TransformersEngine:
         index = torch.tensor(row_of, device=mixed.device)
         shifts = _moved_by(drafts, index, tokens, plain, mixed, [d.order.record for d in drafts], filters=False)
         ratios = _moved_by(drafts, index, tokens, plain, mixed, [d.order.weigh for d in drafts], filters=True)
-        for d, token, shift, ratio in zip(drafts, tokens.tolist(), shifts, ratios, strict=True):
+        ids, params = tokens.tolist(), [d.order.sampling for d in drafts]
+        looks = details(ids, row_of, params, [d.order.alternatives for d in drafts], plain, mixed)
+        for d, token, shift, ratio, look in zip(drafts, ids, shifts, ratios, looks, strict=True):
             if d.finish is None:
                 d.log_ratio -= ratio
-                self._push(d, token, shift)
+                self._push(d, token, shift, look)
 
     def _mix(
         self,
@@ -194,7 +199,7 @@ class TransformersEngine:
         silent = [i for i, order in enumerate(orders) if order.sampling.ignore_eos]
         if silent and self.vocabulary.eos_ids:
             raw[torch.tensor(silent)[:, None], torch.tensor(sorted(self.vocabulary.eos_ids))] = -torch.inf
-        compared = any(order.record or order.weigh for order in orders) or bool(_broken(raw))
+        compared = any(o.record or o.weigh or o.alternatives is not None for o in orders) or bool(_broken(raw))
         plain = raw.clone() if groups and compared else raw
         for guidance, rows in groups.items():
             known = None if entropies is None else entropies[rows]
@@ -207,7 +212,7 @@ class TransformersEngine:
                 raw[rows] = moved
         return plain, raw
 
-    def _push(self, d: _Draft, token: int, shift: float) -> None:
+    def _push(self, d: _Draft, token: int, shift: float, look: TokenDetail | None) -> None:
         """Append a token and see whether it ends the response."""
         sampling = d.order.sampling
         before = len(d.text)
@@ -222,6 +227,8 @@ class TransformersEngine:
         if d.order.record:
             d.guide_shift.append(shift)
             d.pieces.append(d.text[before:])
+        if look is not None:
+            d.details.append(replace(look, text=d.text[before:]))
 
 
 def _broken(logits: Tensor) -> list[int]:
@@ -285,6 +292,7 @@ def _finished(d: _Draft) -> Beam:
         lineage=d.lineage,
         guide_shift=tuple(d.guide_shift),
         pieces=tuple(d.pieces),
+        details=tuple(d.details),
         decoded=d.decoded,
         error=d.error,
         paused=d.paused,

@@ -1,0 +1,162 @@
+"""What every HTTP request passes through: its id, its key, the size of its body, one line in the log, one more in the counts.
+
+Plain ASGI, so that streams and disconnects pass unchanged. Knows no bodies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ivg.errors import ServeError
+from ivg.serving.logs import log, say
+from ivg.serving.metrics import Metrics
+from ivg.serving.replies import error_body
+from ivg.serving.settings import ServeSettings
+
+GUARDED = ("/v1/", "/metrics")
+"""Where a key is asked for, if there are keys."""
+BODY_SECONDS = 30.0
+"""A body that takes longer than this to arrive is not waited for."""
+HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (
+        b"content-security-policy",
+        b"default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'",
+    ),
+)
+
+
+class Gate:
+    """ASGI middleware.
+
+    Args:
+        app: what is behind it.
+        settings: keys and the body's limit.
+        metrics: counts requests by path and status.
+        paths: that are counted under their own names.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, paths: frozenset[str]) -> None:
+        self.app, self.settings, self.metrics, self.paths = app, settings, metrics, paths
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, or whatever else ASGI has."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {k.lower(): v for k, v in scope["headers"]}
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        identity = given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = identity
+        pipe = _Pipe(send, identity)
+        started = time.monotonic()
+        try:
+            await self._pass(scope, headers, receive, pipe)
+        except asyncio.CancelledError:
+            pipe.status = pipe.status or 499
+            raise
+        except Exception:
+            log.exception("request failed", extra={"fields": {"request_id": identity}})
+            if not pipe.status:
+                await refuse(pipe, ServeError("something went wrong in the server; its log has this request's id", 500, "server_error"))
+        finally:
+            path = scope["path"]
+            self.metrics.requests.labels(path if path in self.paths else "other", pipe.status or 499).inc()
+            level = logging.DEBUG if path in ("/health", "/ready", "/metrics") else logging.INFO
+            seconds = round(time.monotonic() - started, 4)
+            say("request", level, request_id=identity, method=scope["method"], path=path, status=pipe.status or 499, seconds=seconds)
+
+    async def _pass(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        try:
+            self._admit(scope, headers)
+            body = await asyncio.wait_for(self._body(headers, receive), BODY_SECONDS)
+        except TimeoutError:
+            await refuse(send, ServeError(f"no whole body within {BODY_SECONDS:g} seconds", 408, "timeout"))
+        except ServeError as e:
+            await refuse(send, e)
+        else:
+            await self.app(scope, _Again(body, receive), send)
+
+    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        """Raise unless the request has a key, where one is needed."""
+        if not self._digests or not scope["path"].startswith(GUARDED) or scope["method"] == "OPTIONS":
+            return
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        known = [hmac.compare_digest(digest, other) for other in self._digests]  # all of them: time says nothing
+        if scheme.lower() != b"bearer" or not any(known):
+            raise ServeError("no valid API key; send the header Authorization: Bearer KEY", 401, "invalid_api_key")
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        limit = self.settings.max_body_bytes
+        too_large = ServeError(f"the body is larger than the {limit} bytes that this server takes", 413, "body_too_large")
+        if int(headers.get(b"content-length", b"0") or 0) > limit:
+            raise too_large
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ServeError("the client went away", 400, "disconnected")
+            body += message.get("body", b"")
+            if len(body) > limit:
+                raise too_large
+            if not message.get("more_body", False):
+                return bytes(body)
+
+
+class _Again:
+    """Gives the body that was read already, then whatever comes."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self.body: bytes | None = body
+        self.receive = receive
+
+    async def __call__(self) -> Message:
+        if self.body is None:
+            return await self.receive()
+        body, self.body = self.body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+
+class _Pipe:
+    """Sends, adds headers, and remembers the status."""
+
+    def __init__(self, send: Send, identity: str) -> None:
+        self.send, self.status = send, 0
+        self.headers = [(b"x-request-id", identity.encode()), *HEADERS]
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message = {**message, "headers": [*message.get("headers", ()), *self.headers]}
+        await self.send(message)
+
+
+async def refuse(send: Send, error: ServeError) -> None:
+    """An error as a whole response."""
+    body, headers = json.dumps(error_body(error)).encode(), error_headers(error)
+    raw = [(k.encode(), v.encode()) for k, v in headers.items()]
+    start: dict[str, Any] = {"type": "http.response.start", "status": error.status}
+    await send({**start, "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *raw]})
+    await send({"type": "http.response.body", "body": body})
+
+
+def error_headers(error: ServeError) -> dict[str, str]:
+    """When to try again; and not at all where it would be the same again."""
+    if error.status == 429:
+        return {"retry-after": "1"}
+    if error.status == 401:
+        return {"www-authenticate": "Bearer"}
+    return {"x-should-retry": "false"} if error.code in ("model_error", "deadline_exceeded") else {}

@@ -1,0 +1,42 @@
+"""Logs as JSON, one object a line. Prompts and answers are not among what is logged, unless the settings say so."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+log = logging.getLogger("ivg.serve")
+
+
+class JsonFormatter(logging.Formatter):
+    """Time, level, message, and the fields given as ``extra={"fields": {...}}``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        out: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            out["trace"] = self.formatException(record.exc_info)
+        return json.dumps(out, default=str)
+
+
+def to_standard_error() -> None:
+    """What ``ivg serve`` does with its log, and uvicorn's warnings with it."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    for name, level in (("ivg.serve", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+
+
+def say(event: str, level: int = logging.INFO, **fields: Any) -> None:
+    """Log ``event`` with fields."""
+    log.log(level, event, extra={"fields": fields})

@@ -1,0 +1,387 @@
+"""One thread owns the models and runs the one loop, ``Searcher.step()``, fed from a queue.
+
+Requests with any settings share each round; new ones join, and cancelled ones free their rows, between two rounds. A model or
+value that raises breaks off a round of everybody: the requests in it then run again one after the other, from their beginnings, so
+that only the guilty one fails. Draws are counted, not remembered, so that they repeat themselves: clients are sent what is new.
+
+Knows tickets, deadlines and the search. Must not know HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from ivg.decoding.live import Request
+from ivg.decoding.search import Searcher
+from ivg.errors import IVGError, ServeError
+from ivg.serving.metrics import Metrics
+from ivg.serving.presets import Order, fault
+from ivg.serving.settings import ServeSettings
+from ivg.steered import SteeredModel, readers_in
+from ivg.types import Completion, Step, TokenDetail, TraceNode
+
+log = logging.getLogger("ivg.serve")
+GAUGE_SECONDS = 0.25
+"""Gauges of the caches are set this often while something runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a round brought for one answer; ``index`` counts the answers of the ticket."""
+
+    index: int
+    committed: str
+    kept: tuple[TraceNode, ...]
+    dropped: tuple[TraceNode, ...]
+    details: tuple[TokenDetail, ...]
+    completion: Completion | None = None
+
+
+Event = Order | Progress | ServeError
+"""An order comes first, when it is accepted; an error last, and nothing behind it."""
+
+
+class Ticket:
+    """One client's request: what to make of it, and where its events go.
+
+    Args:
+        make: gives the order; called where the models are.
+        size: answers that it asks for.
+        seconds: until it is too late.
+    """
+
+    def __init__(self, make: Callable[[], Order], size: int, seconds: float) -> None:
+        self.make, self.size = make, size
+        self.started = time.monotonic()
+        self.deadline = self.started + seconds
+        self.loop = asyncio.get_running_loop()
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.over = False
+        """Nothing will be sent any more."""
+
+    def deliver(self, events: list[Event]) -> None:
+        """Called in the client's loop."""
+        for event in events:
+            self.events.put_nowait(event)
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """One answer on its way, and what its client has had of it."""
+
+    ticket: Ticket
+    index: int
+    request: Request
+    number: int = -1
+    committed: str = ""
+    boards: int = 0
+    """Rounds with selections that were sent."""
+    seen: int = 0
+    """… that came since the last start."""
+
+
+@dataclass(slots=True)
+class _State:
+    flights: dict[int, _Flight] = field(default_factory=dict)
+    alone: deque[_Flight] = field(default_factory=deque)
+    """To be run again, one after the other."""
+    later: deque[Ticket] = field(default_factory=deque)
+    """Came while those run."""
+
+
+class Worker:
+    """The thread and its queue.
+
+    Args:
+        model: base and values; nobody else may use them while the thread runs.
+        settings: limits.
+        metrics: counts.
+    """
+
+    def __init__(self, model: SteeredModel, settings: ServeSettings, metrics: Metrics | None = None) -> None:
+        self.model, self.settings, self.metrics = model, settings, metrics or Metrics()
+        self._inbox: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._submitted = 0
+        self._state = _State()
+        self._outbox: dict[Ticket, list[Event]] = {}
+        self._stop_at: float | None = None
+        self._gauged = 0.0
+        self.searcher = self._fresh()
+        self.failure: str | None = None
+        self.thread = threading.Thread(target=self._run, name="ivg-worker", daemon=True)
+
+    # From other threads
+
+    def start(self) -> Worker:
+        """Begin; returns itself."""
+        self.thread.start()
+        return self
+
+    @property
+    def alive(self) -> bool:
+        """Is the thread running, and has nothing broken it?"""
+        return self.thread.is_alive() and self.failure is None
+
+    @property
+    def draining(self) -> bool:
+        """Is it to stop?"""
+        return self._stop_at is not None
+
+    @property
+    def waiting(self) -> int:
+        """Answers that were submitted and are not being written yet."""
+        return self._submitted + self.searcher.waiting_requests + sum(t.size for t in self._state.later)
+
+    def submit(self, ticket: Ticket) -> None:
+        """Queue it.
+
+        Raises:
+            ServeError: 429 when too many wait, 503 when the server stops or is broken.
+        """
+        if self.draining or not self.alive:
+            raise ServeError("the server is shutting down" if self.draining else "the server is broken; see its log", 503, "unavailable")
+        with self._lock:
+            waiting = self.waiting
+            if waiting and waiting + ticket.size > self.settings.queue_limit:
+                raise ServeError(f"{waiting} answers are waiting already; try again later", 429, "queue_full")
+            self._submitted += ticket.size
+        self._inbox.put(("add", ticket))
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Nobody wants it any more; what is kept for it is freed before the next round."""
+        self._inbox.put(("cancel", ticket))
+
+    def drain(self, seconds: float | None = None) -> None:
+        """Take nothing new; finish what is there within ``seconds``, then stop."""
+        if self._stop_at is None:
+            self._stop_at = time.monotonic() + (self.settings.drain if seconds is None else seconds)
+        self._inbox.put(("wake", None))
+
+    def join(self, seconds: float | None = None) -> None:
+        """Wait for the thread's end."""
+        self.thread.join(seconds)
+
+    # The thread
+
+    def _run(self) -> None:
+        try:
+            while not (self.draining and not self._busy and self._inbox.empty()):
+                self._take()
+                self._expire()
+                self._next_alone()
+                if self.searcher.busy:
+                    self._round()
+                self._gauge()
+                self._send()
+        except BaseException as e:
+            self.failure = f"{type(e).__name__}: {e}"
+            log.exception("worker died")
+        finally:
+            gone = ServeError("the server is shutting down" if self.failure is None else "the server is broken", 503, "unavailable")
+            self._abandon(gone)
+            self._gauge(force=True)
+            self._send()
+
+    @property
+    def _busy(self) -> bool:
+        return self.searcher.busy or bool(self._state.alone or self._state.later)
+
+    def _fresh(self) -> Searcher:
+        return self.model.searcher(self.settings.max_beams)
+
+    def _take(self) -> None:
+        """Whatever lies in the inbox; waits where there is nothing to do."""
+        block = not self._busy and not self.draining
+        while True:
+            try:
+                word, ticket = self._inbox.get(block=block)
+            except queue.Empty:
+                return
+            block = False
+            if ticket is None:
+                continue
+            if word == "cancel":
+                self._drop(ticket)
+                continue
+            with self._lock:
+                self._submitted -= ticket.size
+                if self._state.alone:
+                    self._state.later.append(ticket)
+            if not self._state.alone:
+                self._admit(ticket)
+
+    def _admit(self, ticket: Ticket) -> None:
+        """Make its requests and add them; what is wrong with them is the client's to know."""
+        if ticket.over:
+            return
+        flights: list[_Flight] = []
+        try:
+            order = ticket.make()
+            for i, request in enumerate(order.requests):
+                flights.append(_Flight(ticket, i, request))
+                flights[-1].number = self.searcher.add(request)
+        except Exception as e:
+            if not isinstance(e, IVGError):
+                log.exception("a request could not be made")
+            for flight in flights:
+                self.searcher.cancel(flight.number)
+            self._fail(ticket, fault(e) if isinstance(e, IVGError) else ServeError("the request could not be made", 500, "server_error"))
+            return
+        self._state.flights |= {f.number: f for f in flights}
+        self._post(ticket, order)
+
+    def _round(self) -> None:
+        """One step for all; a broken one is looked into."""
+        started = time.perf_counter()
+        try:
+            steps = self.searcher.step()
+        except Exception as e:
+            self._recover(e)
+            return
+        self.metrics.step.observe(time.perf_counter() - started)
+        for step in steps:
+            flight = self._state.flights.get(step.request)
+            if flight is not None:
+                self._report(flight, step)
+
+    def _report(self, flight: _Flight, step: Step) -> None:
+        """Send what the client has not had yet."""
+        completion = step.completion
+        if completion is not None:
+            del self._state.flights[step.request]
+            self.metrics.spent(completion.usage.forward_tokens)
+            self.metrics.written.inc(completion.usage.completion_tokens)
+            if completion.error is not None:
+                self._fail(flight.ticket, ServeError(completion.error, 500, "model_error"))
+                return
+        committed = step.committed if completion is None else completion.text
+        if not (committed.startswith(flight.committed) or flight.committed.startswith(committed)):
+            self._fail(flight.ticket, ServeError("the answer could not be repeated after a failure of another", 500, "server_error"))
+            return
+        board = bool(step.kept or step.dropped)
+        flight.seen += board
+        again = board and flight.seen <= flight.boards
+        flight.boards = max(flight.boards, flight.seen)
+        new = len(committed) > len(flight.committed)
+        flight.committed = committed if new else flight.committed
+        shown = board and not again and flight.request.record
+        if new or shown or completion is not None:
+            kept, dropped = (step.kept, step.dropped) if shown else ((), ())
+            details = step.details if completion is None else completion.details
+            self._post(flight.ticket, Progress(flight.index, flight.committed, kept, dropped, details, completion))
+
+    def _recover(self, error: Exception) -> None:
+        """A round was broken off: begin afresh, and find out with whom it breaks."""
+        self.metrics.failures.inc()
+        suspects = list(self._state.flights.values())
+        log.error("a round of %d answers failed: %s", len(suspects), type(error).__name__, exc_info=error)
+        self._state.flights.clear()
+        self.model.forget()
+        self.searcher = self._fresh()
+        if len(suspects) == 1:
+            told = fault(error) if isinstance(error, IVGError) else ServeError("a model failed on this request", 500, "model_error")
+            self._fail(suspects[0].ticket, told)
+            return
+        self._state.alone.extend(suspects)
+
+    def _next_alone(self) -> None:
+        """Run the next suspect by itself; when there is none left, let in who came meanwhile."""
+        state = self._state
+        while state.alone and not self.searcher.busy:
+            flight = state.alone.popleft()
+            if flight.ticket.over:
+                continue
+            flight.seen = 0
+            try:
+                flight.number = self.searcher.add(flight.request)
+            except IVGError as e:
+                self._fail(flight.ticket, fault(e))
+                continue
+            state.flights[flight.number] = flight
+        if not state.alone and not self.searcher.busy:
+            while state.later:
+                self._admit(state.later.popleft())
+
+    # Ends
+
+    def _expire(self) -> None:
+        """Those whose time is over, and all when the server's is."""
+        now = time.monotonic()
+        if self._stop_at is not None and now > self._stop_at:
+            self._abandon(ServeError("the server is shutting down", 503, "unavailable"))
+        for ticket in {t for t in self._tickets() if t.deadline < now}:
+            self._fail(ticket, ServeError(f"no answer within {ticket.deadline - ticket.started:g} seconds", 504, "deadline_exceeded"))
+
+    def _tickets(self) -> Iterator[Ticket]:
+        state = self._state
+        yield from (f.ticket for f in (*state.flights.values(), *state.alone))
+        yield from state.later
+
+    def _abandon(self, error: ServeError) -> None:
+        """Everybody is told ``error``."""
+        while not self._inbox.empty():
+            word, ticket = self._inbox.get()
+            if word == "add" and ticket is not None:
+                self._fail(ticket, error)
+        for ticket in set(self._tickets()):
+            self._fail(ticket, error)
+
+    def _fail(self, ticket: Ticket, error: ServeError) -> None:
+        if not ticket.over:
+            self._post(ticket, error)
+        self._drop(ticket)
+
+    def _drop(self, ticket: Ticket) -> None:
+        """Free what is kept for it, and forget it."""
+        ticket.over = True
+        state = self._state
+        for flight in [f for f in state.flights.values() if f.ticket is ticket]:
+            del state.flights[flight.number]
+            self.metrics.spent(self.searcher.cancel(flight.number))
+        state.alone = deque(f for f in state.alone if f.ticket is not ticket)
+        state.later = deque(t for t in state.later if t is not ticket)
+        self._gauged = 0.0
+
+    # Out
+
+    def _post(self, ticket: Ticket, event: Event) -> None:
+        self._outbox.setdefault(ticket, []).append(event)
+
+    def _send(self) -> None:
+        """Hand over what the round brought, with one call for each loop."""
+        loops: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, list[Event]]]] = {}
+        for ticket, events in self._outbox.items():
+            loops.setdefault(ticket.loop, []).append((ticket, events))
+        self._outbox = {}
+        for loop, parcels in loops.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, parcels)
+            except RuntimeError:  # the loop is closed: nobody listens
+                for ticket, _ in parcels:
+                    self._drop(ticket)
+
+    def _gauge(self, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if self._busy and now - self._gauged < GAUGE_SECONDS and not force:
+            return
+        self._gauged = now
+        metrics, searcher = self.metrics, self.searcher
+        metrics.queue.set(self.waiting)
+        metrics.live.set(searcher.live_requests)
+        metrics.beams.set(searcher.live_beams)
+        for reader in dict.fromkeys((self.model.base, *(r for v in self.model.values.values() for r in readers_in(v)))):
+            metrics.rows.labels(reader.name).set(reader.model.live_rows)
+            metrics.bytes.labels(reader.name).set(reader.model.rows.held_bytes)
+
+
+def _deliver(parcels: list[tuple[Ticket, list[Event]]]) -> None:
+    for ticket, events in parcels:
+        ticket.deliver(events)
