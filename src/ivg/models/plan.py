@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ivg.models.store import Branch, Plan
+from ivg.models.store import Branch, Plan, Sight
 
+OWN_ROWS = 32
+"""Rows whose own parts are read together: what is made of them stays in a core's cache."""
 _BLOCKED = float("-inf")
 
 
@@ -102,7 +104,8 @@ def make_plan(
     if by_families:
         plan.branches = _branches([p.trunk for p in places], limits.tolist(), device)
         for kind, marker in markers.items():
-            plan.masks[marker.data_ptr()] = _mask(plan, numbers, limits, positions, windows[kind]).to(device)
+            plan.sights[marker.data_ptr()] = _sight(plan, numbers, limits, positions, windows[kind], device)
+        plan.blocks = _blocks(own.tolist())
     else:
         plan.gather = _gather(numbers, own, depth, device)
     return plan
@@ -126,22 +129,26 @@ def _writes(plan: Plan, n: _Numbers, positions: Tensor, real: Tensor, depth: int
         plan.to_trunk = (row.to(device), column.to(device), n.trunks[row].to(device), positions[row, column].to(device))
 
 
-def _mask(plan: Plan, n: _Numbers, limits: Tensor, positions: Tensor, window: int | None) -> Tensor:
-    """What every token sees, 0 or -inf [R, 1, C, trunk_length + own_length].
-
-    Padding has position 0 and sees the row's first token: nothing of it is stored, and it stays finite.
-    """
+def _sight(plan: Plan, n: _Numbers, limits: Tensor, positions: Tensor, window: int | None, device: torch.device) -> Sight:
+    """What every token sees. Padding has position 0 and sees the row's first token: nothing of it is stored, and it stays finite."""
     here = positions[:, :, None]
     shared = torch.arange(plan.trunk_length)[None, None]
     behind = n.starts[:, None, None] + torch.arange(plan.own_length)[None, None]
-    seen = torch.cat(
-        ((shared <= here) & (shared < limits[:, None, None]), (behind <= here) & ~n.on_trunk[:, None, None]),
-        -1,
-    )
+    trunk = (shared <= here) & (shared < limits[:, None, None])
+    own = (behind <= here) & ~n.on_trunk[:, None, None]
     if window is not None:
-        keys = torch.cat((shared.expand(plan.rows, 1, -1), behind), -1)
-        seen &= keys > here - window
-    return torch.zeros(seen.shape).masked_fill_(~seen, _BLOCKED)[:, None]
+        trunk &= shared > here - window
+        own &= behind > here - window
+    trunk_mask, own_mask = (torch.zeros(seen.shape).masked_fill_(~seen, _BLOCKED).to(device) for seen in (trunk, own))
+    blind = ~trunk.any(-1)
+    return Sight(trunk_mask, own_mask[:, None], blind.to(device) if bool(blind.any()) else None)
+
+
+def _blocks(own: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Rows side by side have the same family and like lengths; a block is as long as its longest."""
+    size = OWN_ROWS if len(own) > 2 * OWN_ROWS else len(own)
+    cuts = [(first, min(first + size, len(own))) for first in range(0, len(own), size)]
+    return [(first, end, max(1, *own[first:end], 1)) for first, end in cuts]
 
 
 def _gather(n: _Numbers, own: Tensor, depth: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

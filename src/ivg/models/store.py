@@ -49,6 +49,23 @@ class Branch:
 
 
 @dataclass(slots=True)
+class Sight:
+    """What the tokens of a pass see in layers of one kind, 0 or -inf.
+
+    Attributes:
+        trunk: [R, C, trunk_length].
+        own: [R, 1, C, own_length].
+        blind: which tokens see nothing of their trunk [R, C]; None: none.
+        branches: ``trunk`` as each branch needs it, made by the first layer that asks; None: everything is seen.
+    """
+
+    trunk: Tensor
+    own: Tensor
+    blind: Tensor | None
+    branches: list[Tensor | None] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Plan:
     """One forward pass of R rows and C columns: where its keys and values go, and what every token may see.
 
@@ -60,7 +77,8 @@ class Plan:
         to_own: (token, place): token counts rows times columns (None: all of them), place counts slots times depth.
         slots: own slots of the rows: a slice where they lie side by side, else indices [R]; None: no row has an own part.
         branches: for attention by families; empty: keys and values are put together for each row instead.
-        masks: by the address of the marker that stands for it: what is seen, 0 or -inf [R, 1, C, trunk_length + own_length].
+        blocks: (first row, end, longest own part among them): own parts are read so many rows at a time.
+        sights: by the address of the marker that stands for the kind of layer.
         gather: for keys and values put together: trunks [R], then (row, position, place) of every own token.
         touched: layers whose attention is still to be called.
     """
@@ -72,7 +90,8 @@ class Plan:
     to_own: tuple[Tensor | None, Tensor] | None
     slots: slice | Tensor | None
     branches: list[Branch] = field(default_factory=list)
-    masks: dict[int, Tensor] = field(default_factory=dict)
+    blocks: list[tuple[int, int, int]] = field(default_factory=list)
+    sights: dict[int, Sight] = field(default_factory=dict)
     gather: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     touched: int | None = None
 
