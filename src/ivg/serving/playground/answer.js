@@ -40,11 +40,14 @@ export class Answer {
     this.account(null);
   }
 
-  /** Nothing more will come. */
+  /** Nothing more will come. What was a draft only goes, except where the server never came to commit it. */
   finish() {
     this.text.setAttribute("aria-busy", "false");
-    this.draft = [];
+    if (this.end) this.draft = [];
     this.render();
+    if (this.committed || this.spans.length || this.end) return;
+    this.text.classList.add("empty");
+    this.text.replaceChildren("No answer.");
   }
 
   /** Tokens to be shown: those that are settled, in detail, then those of the best draft. */
@@ -106,7 +109,7 @@ export class Answer {
 
   /** How much there is. */
   get words() {
-    return count(this.details.length, "token");
+    return count(this.tokens.filter((t) => !t.tentative).length, "token");
   }
 }
 

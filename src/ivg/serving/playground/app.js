@@ -37,8 +37,8 @@ async function run() {
   running = null;
   busy(false);
   if (!tree.nodes.length) byId("tree-words").textContent = "No chunk was completed.";
-  account(terms, control.signal.aborted ? "stopped by you" : null);
   const errors = ends.filter(Boolean);
+  account(terms, control.signal.aborted ? "stopped by you" : errors.length ? "by an error, see the message" : null);
   if (errors.length) fault(errors[0]);
   say(errors.length ? "" : control.signal.aborted ? "Stopped." : verdict());
 }
@@ -104,9 +104,9 @@ function fault(error) {
   box.replaceChildren();
   if (!error) return;
   const control = error.param ? Settings.control(error.param) : null;
-  const field = control ? `Setting: ${Settings.label(control)}.` : error.param ? `Field: ${error.param}.` : "";
+  const field = control ? `Setting: ${Settings.label(control)}` : error.param ? `Field: ${error.param}` : "";
   const wait = error.retry ? ` Try again in ${error.retry} s.` : "";
-  box.append(make("b", {}, error.status ? "The server did not accept this." : "Something went wrong."), `${error.message}${wait} `, field);
+  box.append(make("b", {}, error.status ? "The server did not accept this." : "Something went wrong."), make("span", {}, error.message, wait), make("em", {}, field));
   control?.setAttribute("aria-invalid", "true");
   if (error.status === 401) byId("key-box").hidden = false;
   if (error.status === 401) byId("key").focus();

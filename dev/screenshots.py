@@ -1,0 +1,124 @@
+"""Pictures of the playground for the README: the real server, the embedded models, real Chromium.
+
+    .venv/bin/python dev/screenshots.py            writes docs/images/*.png
+
+Needs Chromium on the machine and what ``ivg[dev]`` has. The same seed gives the same pictures, but for clocks and fonts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
+
+PATIENCE = 120.0
+"""Seconds for one picture."""
+
+
+def pause(page: Page) -> None:
+    """Nothing more to do."""
+
+
+def rivals(page: Page) -> None:
+    """Open the popover of the token that guidance moved most."""
+    page.evaluate(
+        """() => [...document.querySelectorAll("#guided .tok")].reduce((a, b) => b.token.shift > a.token.shift ? b : a).focus()"""
+    )
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture: the link's settings, the window, what to do before it is taken."""
+
+    name: str
+    link: str
+    width: int
+    height: int
+    then: Callable[[Page], None] = pause
+    whole: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+LINK = "#m=ivg&p=The+movie+was&b=1&w=4&k=4&l=5&t=0.7&n=35&s=1"
+PICTURES = (
+    Picture("playground", LINK, 1280, 1190),
+    Picture("playground-dark", LINK, 1280, 660, rivals, options={"color_scheme": "dark"}),
+    Picture("playground-phone", LINK.replace("k=4", "k=2"), 360, 740, whole=True, options={"device_scale_factor": 1}),
+)
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """The address of a server of the embedded models, for as long as the block runs."""
+    from ivg.config import Recipe
+    from ivg.serving.presets import Presets
+    from ivg.serving.run import make_server
+    from ivg.serving.settings import ServeSettings
+    from ivg.steered import SteeredModel
+
+    running = make_server(Presets(SteeredModel.embedded(), Recipe(), ServeSettings()))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        running.should_exit = True
+        thread.join(20)
+
+
+def take(browser: Browser, url: str, picture: Picture, folder: Path) -> Path:
+    """Run, wait for both answers, take the picture."""
+    context = browser.new_context(viewport={"width": picture.width, "height": picture.height}, **picture.options)
+    page = context.new_page()
+    page.goto(url + picture.link)
+    page.wait_for_selector("#method option", state="attached")
+    page.click("#run")
+    end = time.monotonic() + PATIENCE
+    while not (page.is_disabled("#stop") and page.locator("#guided .facts dd").count()):
+        if time.monotonic() > end:
+            sys.exit(f"{picture.name}: no answer within {PATIENCE:g} s; the page says: {page.inner_text('#error')!r}")
+        time.sleep(0.1)
+    page.evaluate("document.activeElement.blur(), document.getElementById('tree-scroll').scrollLeft = 0")
+    picture.then(page)
+    path = folder / f"{picture.name}.png"
+    page.screenshot(path=path, full_page=picture.whole)
+    context.close()
+    Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    return path
+
+
+def main() -> None:
+    """Take all pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "images")
+    parser.add_argument("--url", help="a server that runs already")
+    arguments = parser.parse_args()
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        sys.exit("no Chromium on this machine\n  install one, e.g. apt-get install chromium")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        if arguments.url:
+            paths = [take(browser, arguments.url, picture, arguments.out) for picture in PICTURES]
+        else:
+            with server() as url:
+                paths = [take(browser, url, picture, arguments.out) for picture in PICTURES]
+        browser.close()
+    for path in paths:
+        sys.stdout.write(f"{path}: {path.stat().st_size / 1024:.0f} KB\n")
+
+
+if __name__ == "__main__":
+    main()
