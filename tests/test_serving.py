@@ -1,6 +1,7 @@
 """The server over a real socket, with OpenAI's own client: what it answers is what the library answers, whatever happens around it."""
 
 import asyncio
+import json
 import threading
 import time
 
@@ -177,3 +178,143 @@ def test_stop_strings_never_leak(running, library):
         shown += chunk.choices[0].text
         assert cut.startswith(shown)
     assert shown == cut
+
+
+def test_utf8_is_never_cut(running, library):
+    """The tiny model writes random bytes; whatever is shown stays, and no half of a character is shown."""
+    for seed in range(3):
+        want = expected(library, "é", "base", seed, max_new_tokens=60).text
+        shown = ""
+        for chunk in running.client().completions.create(
+            model="tiny:base", prompt="é", seed=seed, temperature=0.9, max_tokens=60, stream=True
+        ):
+            shown += chunk.choices[0].text
+            assert want.startswith(shown)
+        assert shown == want
+
+
+# Log-probabilities
+
+
+def test_logprobs_of_completions(running, library):
+    got = running.client().completions.create(model="tiny:eft", prompt="Film", seed=6, logprobs=3, **SAMPLING).choices[0]
+    want = expected(library, "Film", "eft", 6, alternatives=3)
+    kept = [d for d in want.details if d.text or d.token not in library.base.vocabulary.eos_ids][: len(got.logprobs.tokens)]
+    assert "".join(got.logprobs.tokens) == got.text == want.text
+    assert got.logprobs.token_logprobs == pytest.approx([d.logprob for d in kept], abs=1e-4)
+    assert all(max(top.values()) <= 0 and len(top) <= 3 for top in got.logprobs.top_logprobs)
+    assert got.logprobs.text_offset[:2] == [0, len(got.logprobs.tokens[0])]
+
+
+@pytest.mark.parametrize("method", ["eft", "ivg"])
+def test_logprobs_of_chats(running, library, method):
+    ask = {"model": f"tiny:{method}", "messages": [{"role": "user", "content": "Film"}], "seed": 6, "logprobs": True, "top_logprobs": 2}
+    client = running.client()
+    whole = client.chat.completions.create(**ask, **SAMPLING).choices[0]
+    streamed = [c.choices[0] for c in client.chat.completions.create(**ask, **SAMPLING, stream=True)]
+    tokens = [t for c in streamed if c.logprobs for t in c.logprobs.content]
+    assert [t.token for t in tokens] == [t.token for t in whole.logprobs.content]
+    assert [t.logprob for t in tokens] == pytest.approx([t.logprob for t in whole.logprobs.content], abs=1e-4)
+    assert "".join(t.token for t in tokens) == whole.message.content
+    assert all(len(t.top_logprobs) == 2 for t in tokens)
+    want = expected(library, "Film", method, 6, alternatives=2).details[: len(tokens)]
+    assert [t.logprob for t in tokens] == pytest.approx([d.logprob for d in want], abs=1e-4)
+
+
+# For the playground
+
+
+def events(running, **body):
+    """(name, data) of every event; [DONE] is the last."""
+    out, name = [], None
+    with httpx.stream("POST", f"{running.url}/v1/completions", json={"stream": True, **body}, timeout=60) as response:
+        assert response.status_code == 200, response.read()
+        for line in response.iter_lines():
+            if line.startswith("event: "):
+                name = line.removeprefix("event: ")
+            elif line.startswith("data: "):
+                data = line.removeprefix("data: ")
+                out.append((name, data if data == "[DONE]" else json.loads(data)))
+                name = None
+    assert out.pop() == (None, "[DONE]")
+    return out
+
+
+def test_beams_make_a_tree(running, library):
+    got = events(running, model="tiny:ivg", prompt="Film", seed=2, stream_options={"include_beams": True}, max_tokens=15, temperature=0.9)
+    boards = [data for name, data in got if name == "ivg.beams"]
+    assert [b["step"] for b in boards] == list(range(len(boards))) and len(boards) == 3
+    known = set()
+    for i, board in enumerate(boards):
+        nodes = board["kept"] + board["dropped"]
+        assert len(board["kept"]) == 4 and len(nodes) == 16
+        assert all((n["parent"] is None) if i == 0 else (n["parent"] in known) for n in nodes)
+        assert all(len(n["tokens"]) == len(n["shift"]) and n["text"].startswith(board["committed"]) for n in board["kept"])
+        assert min(n["score"] for n in board["kept"]) >= max(n["score"] for n in board["dropped"])
+        known |= {n["key"] for n in nodes}
+    text = "".join(d["choices"][0]["text"] for n, d in got if n is None)
+    assert text == expected(library, "Film", "ivg", 2, max_new_tokens=15).text
+    tokens = [t for n, d in got if n == "ivg.tokens" for t in d["tokens"]]
+    assert "".join(t["text"] for t in tokens) == text
+    assert got[-1][1]["ivg"]["score"] == pytest.approx(max(n["score"] for n in boards[-1]["kept"]), abs=1e-4)
+
+
+def test_tokens_come_as_they_are_written(running):
+    got = events(running, model="tiny:eft", prompt="Film", seed=2, stream_options={"include_beams": True}, max_tokens=12, temperature=0.9)
+    looks = [d["tokens"] for n, d in got if n == "ivg.tokens"]
+    assert len(looks) > 3
+    for t in (t for look in looks for t in look):
+        assert t["shift"] == pytest.approx(t["logprob"] - t["base_logprob"], abs=1e-6)
+        assert len(t["top"]) == len(t["top_base"]) == 5
+        assert t["top"][0]["logprob"] >= t["top"][1]["logprob"]
+
+
+# What is there
+
+
+def test_models(running):
+    client = running.client()
+    names = [m.id for m in client.models.list()]
+    assert names[0] == "tiny" and {"tiny:base", "tiny:eft", "tiny:ivg"} <= set(names) and "tiny:genarm" not in names
+    assert client.models.retrieve("tiny:eft").ivg["token"] == "implicit"
+    extras = httpx.get(f"{running.url}/v1/models").json()["ivg"]
+    assert extras["values"] == ["implicit", "explicit", "length"]
+    assert extras["limits"]["max_tokens"] == 2048
+    assert extras["defaults"]["method"] == "ivg"
+
+
+def test_health_and_metrics(running):
+    assert httpx.get(f"{running.url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{running.url}/ready").status_code == 200
+    before = numbers(running)
+    got = running.client().completions.create(
+        model="tiny:eft", prompt="Metered", max_tokens=9, extra_body={"guidance": {"ignore_eos": True}}
+    )
+    running.idle()
+    after = numbers(running)
+    for model, tokens in got.ivg["usage"].items():
+        name = f'ivg_tokens_read_total{{model="{model}"}}'
+        assert after[name] - before.get(name, 0) == tokens
+    name = 'ivg_requests_total{endpoint="/v1/completions",status="200"}'
+    assert after[name] - before.get(name, 0) == 1
+    assert after["ivg_tokens_written_total"] - before["ivg_tokens_written_total"] == 9
+    assert after["ivg_step_seconds_count"] > before["ivg_step_seconds_count"]
+    assert after["ivg_first_text_seconds_count"] - before["ivg_first_text_seconds_count"] == 1
+    assert after['ivg_cache_rows{model="base"}'] == after["ivg_queue_length"] == after["ivg_live_beams"] == 0
+
+
+def numbers(running):
+    text = httpx.get(f"{running.url}/metrics").text
+    return {k: float(v) for k, v in (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))}
+
+
+def test_playground_is_served(running):
+    page = httpx.get(running.url)
+    assert page.status_code == 200 and "text/html" in page.headers["content-type"]
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+
+
+def test_request_ids(running):
+    assert httpx.get(f"{running.url}/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    other = httpx.get(f"{running.url}/health", headers={"x-request-id": "bad id, worse"}).headers["x-request-id"]
+    assert len(other) == 32

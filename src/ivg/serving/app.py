@@ -13,10 +13,9 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi.responses import FileResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from ivg.errors import ServeError
@@ -60,8 +59,7 @@ def create_app(worker: Worker, presets: Presets) -> FastAPI:
     _add_errors(app)
     _add_openai(app, worker, presets)
     _add_health(app, worker)
-    if (PLAYGROUND / "index.html").exists():
-        app.mount("/", StaticFiles(directory=PLAYGROUND, html=True))
+    _add_playground(app)
     app.add_middleware(Gate, settings=worker.settings, metrics=worker.metrics, paths=PATHS)
     if worker.settings.cors_origins:
         methods, headers = ["GET", "POST"], ["authorization", "content-type", "x-request-id"]
@@ -116,6 +114,20 @@ def _add_health(app: FastAPI, worker: Worker) -> None:
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(worker.metrics.text(), media_type=CONTENT_TYPE)
+
+
+def _add_playground(app: FastAPI) -> None:
+    """Every file by itself: a mount at / would answer wrong methods elsewhere with 404."""
+
+    def page(file: Path) -> Callable[[], Awaitable[Response]]:
+        async def get() -> Response:
+            return FileResponse(file, headers={"cache-control": "no-cache"})
+
+        return get
+
+    for file in sorted(f for f in PLAYGROUND.rglob("*") if f.is_file()):
+        path = "/" + file.relative_to(PLAYGROUND).as_posix()
+        app.add_api_route("/" if path == "/index.html" else path, page(file), methods=["GET", "HEAD"], include_in_schema=False)
 
 
 def _models(presets: Presets) -> dict[str, Any]:

@@ -26,8 +26,9 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain; a second signal stops at once."""
-        self.worker.drain(0 if self.should_exit else None)
-        super().handle_exit(sig, frame)
+        self.worker.drain(None if not self.should_exit else 0)
+        self.force_exit = self.should_exit
+        self.should_exit = True  # uvicorn's own would raise the signal again when all is done, and exit with it
 
 
 def make_server(presets: Presets) -> Server:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_after_validator_function
 
@@ -32,6 +32,17 @@ class Only:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {"enum": [None, *self.neutral]}
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is no Unicode text: it has half of a surrogate pair") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
 
 
 class _Body(BaseModel):
@@ -69,7 +80,7 @@ class StreamOptions(_Body):
     include_obfuscation: Annotated[Any, Only(False)] = None
 
 
-Stop = str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)] | None
+Stop = Text | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=16)] | None
 
 
 class _Common(_Body):
@@ -121,14 +132,14 @@ class TextPart(_Body):
     """A piece of a message; only text is read."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(_Body):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
     name: str | None = None
     refusal: Annotated[Any, Only()] = None
     tool_calls: Annotated[Any, Only([])] = None
@@ -192,7 +203,7 @@ Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 class CompletionRequest(_Common):
     """POST /v1/completions."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1)] | Ids | Annotated[list[Ids], Field(min_length=1)]
+    prompt: Text | Annotated[list[Text], Field(min_length=1)] | Ids | Annotated[list[Ids], Field(min_length=1)]
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, ge=1)
     echo: Annotated[Any, Only(False)] = None

@@ -1,0 +1,441 @@
+"""What a server must bear: wrong bodies, wrong keys, clients that go away, models that fail, too many at once, the signal to stop."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+
+from ivg.errors import ConfigError
+from ivg.serving.settings import ServeSettings, read_keys
+from ivg.values.base import FunctionValue
+from test_serving import SAMPLING, Running, expected, numbers, tiny
+
+
+class NaNGuide:
+    """Guides tokens like another value, but gives NaN where the prompt says so."""
+
+    name = "nan"
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    @property
+    def vocabulary(self):
+        return self.inner.vocabulary
+
+    def deltas(self, hypotheses):
+        out = self.inner.deltas(hypotheses)
+        for i, h in enumerate(hypotheses):
+            if "poison" in str(h.prompt.content):
+                out[i] = float("nan")
+        return out
+
+    def score(self, hypotheses):
+        return self.inner.score(hypotheses)
+
+    def check(self, prompt, new_tokens):
+        self.inner.check(prompt, new_tokens)
+
+    def release(self, keys):
+        self.inner.release(keys)
+
+
+def explode(prompt, response):
+    if "dynamite" in prompt and len(response) > 4:
+        raise ZeroDivisionError("secret detail")
+    return len(response)
+
+
+class Slow:
+    """A value that takes its time, so that there is something to interrupt."""
+
+    name = "slow"
+
+    def __init__(self, seconds=0.03):
+        self.seconds = seconds
+
+    def score(self, hypotheses):
+        time.sleep(self.seconds)
+        return [float(len(h.token_ids)) for h in hypotheses]
+
+    def check(self, prompt, new_tokens):
+        pass
+
+    def release(self, keys):
+        pass
+
+
+SLOW = {"method": "custom", "select": "slow", "width": 1, "successors": 2, "chunk_length": 1, "ignore_eos": True}
+
+
+def values():
+    return {"nan": NaNGuide(tiny().values["implicit"]), "mine": FunctionValue(explode, "mine"), "slow": Slow()}
+
+
+@pytest.fixture(scope="module")
+def running():
+    server = Running(tiny(**values()))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def library():
+    return tiny()
+
+
+def well_formed(response, status, param=None, code=None):
+    """An error in OpenAI's shape, with nothing of our insides in it."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    assert "Traceback" not in response.text and "/src/" not in response.text
+    if param is not None:
+        assert error["param"] == param, error
+    if code is not None:
+        assert error["code"] == code, error
+    return error
+
+
+# Bodies
+
+
+GOOD = {"model": "tiny", "prompt": "Film", "max_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"tempreature": 1}, "tempreature"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": 1e-9}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 5000}, "max_tokens"),
+        ({"max_tokens": 255}, "prompt"),
+        ({"n": 17}, "n"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"logit_bias": {"50256": -100}}, "logit_bias"),
+        ({"echo": True}, "echo"),
+        ({"best_of": 3}, "best_of"),
+        ({"suffix": "!"}, "suffix"),
+        ({"stop": ""}, "stop"),
+        ({"seed": 1 << 70}, "seed"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_beam": True}}, "stream_options.include_beam"),
+        ({"guidance": {"betta": 1}}, "guidance.betta"),
+        ({"guidance": {"method": "magic"}}, "guidance.method"),
+        ({"guidance": {"width": 0}}, "guidance.width"),
+        ({"guidance": {"width": 100, "successors": 100}}, "guidance.successors"),
+        ({"guidance": {"chunk_length": 100000}}, "guidance.chunk_length"),
+        ({"guidance": {"beta": 1e30}}, "guidance.beta"),
+        ({"guidance": {"method": "genarm"}}, "guidance.method"),
+        ({"model": "tiny:eft", "guidance": {"method": "ivg"}}, "guidance.method"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [70000]}, "prompt"),
+        ({"prompt": []}, None),
+        ({"prompt": "\ud800"}, None),
+        ({"prompt": ["a", "\ud800"]}, None),
+        ({"\ud800": 1}, None),
+    ],
+)
+def test_bad_bodies_name_the_field(running, change, param):
+    response = httpx.post(f"{running.url}/v1/completions", content=json.dumps(GOOD | change), headers={"content-type": "application/json"})
+    well_formed(response, 400, param)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, None),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+    ],
+)
+def test_bad_chats_name_the_field(running, change, param):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Film"}], **change}
+    well_formed(running.post(body, "/v1/chat/completions"), 400, param)
+
+
+def test_neutral_fields_are_welcome(running):
+    neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "echo": False, "best_of": 1, "user": "me", "suffix": None}
+    assert running.post(GOOD | neutral).status_code == 200
+    chat = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "store": False, "service_tier": "auto"}
+    messages = [{"role": "user", "content": "Film"}]
+    assert running.post({"model": "tiny", "messages": messages, "max_tokens": 3, **chat}, "/v1/chat/completions").status_code == 200
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 5000, b'{"temperature": NaN}', b'{"temperature": 1e999}'])
+def test_malformed_bodies(running, raw):
+    response = httpx.post(f"{running.url}/v1/completions", content=raw, headers={"content-type": "application/json"})
+    well_formed(response, 400)
+
+
+def test_unknown_things(running):
+    well_formed(running.post(GOOD | {"model": "gpt-4"}), 404, "model", "model_not_found")
+    well_formed(httpx.get(f"{running.url}/v1/models/gpt-4"), 404, "model")
+    well_formed(httpx.get(f"{running.url}/v1/nothing"), 404)
+    well_formed(httpx.get(f"{running.url}/v1/completions"), 405)
+    with pytest.raises(openai.NotFoundError):
+        running.client().completions.create(model="gpt-4", prompt="x")
+
+
+def test_large_bodies(running):
+    well_formed(running.post(GOOD | {"prompt": "x" * (1 << 21)}), 413, code="body_too_large")
+
+    def chunks():
+        for _ in range(64):
+            yield b" " * (1 << 16)
+
+    try:
+        response = httpx.post(f"{running.url}/v1/completions", content=chunks(), headers={"content-type": "application/json"})
+    except httpx.WriteError:  # the server may close while the client is still writing
+        return
+    well_formed(response, 413)
+
+
+# Failing models
+
+
+def test_nan_fails_its_own_request(running, library):
+    def ask(prompt):
+        return running.post({"model": "tiny", "prompt": prompt, "seed": 3, **SAMPLING, "guidance": {"method": "custom", "token": "nan"}})
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, ["Film", "poison", "Other", "poison 2"]))
+    for prompt, answer in zip(["Film", "Other"], answers[::2], strict=True):
+        assert answer.json()["choices"][0]["text"] == expected(library, prompt, "custom", 3, token="implicit").text
+    for answer in answers[1::2]:
+        assert "NaN" in well_formed(answer, 500, code="model_error")["message"]
+    assert running.idle() == 0
+
+
+def test_a_value_that_raises_fails_its_own_request(running, library):
+    """Streams of others go on where they were."""
+    guidance = {"method": "custom", "token": "implicit", "select": "mine", "successors": 2, "chunk_length": 3}
+
+    def stream(prompt):
+        body = {"model": "tiny", "prompt": prompt, "seed": 3, "stream": True, "guidance": guidance, **SAMPLING}
+        text, error = "", None
+        with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=60) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    data = json.loads(line[6:])
+                    error = data.get("error", error)
+                    text += "" if error else data["choices"][0]["text"]
+        return text, error
+
+    with ThreadPoolExecutor(5) as pool:
+        answers = list(pool.map(stream, ["Film", "dynamite", "Other", "More", "dynamite too"]))
+    settings = {"token": "implicit", "select": "length", "successors": 2, "chunk_length": 3}
+    for i, prompt in ((0, "Film"), (2, "Other"), (3, "More")):
+        assert answers[i] == (expected(library, prompt, "custom", 3, **settings).text, None)
+    for i in (1, 4):
+        assert answers[i][1]["code"] == "model_error" and "secret" not in answers[i][1]["message"]
+    assert running.idle() == 0
+    assert httpx.get(f"{running.url}/health").status_code == 200
+    assert numbers(running)["ivg_model_failures_total"] >= 1
+
+
+# Clients that go away
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_rows(running, stream):
+    body = {"model": "tiny", "prompt": "Long", "max_tokens": 200, "stream": stream, "guidance": SLOW}
+    raw = json.dumps(body).encode()
+    host, port = running.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as s:
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
+        s.sendall(head.encode() + raw)
+        until = time.monotonic() + 5
+        while not running.worker.searcher.live_requests and time.monotonic() < until:
+            time.sleep(0.005)
+        assert running.worker.searcher.live_requests == 1
+        time.sleep(0.1)
+    until = time.monotonic() + 1.0  # an answer of 200 rounds would take 6 seconds
+    while running.worker.searcher.live_requests and time.monotonic() < until:
+        time.sleep(0.005)
+    assert running.worker.searcher.live_requests == 0
+    assert running.idle() == 0
+
+
+def test_a_long_answer_does_not_starve_short_ones(running):
+    long = {"model": "tiny:base", "prompt": "Long", "max_tokens": 240, "guidance": {"ignore_eos": True}}
+    with ThreadPoolExecutor(1) as pool:
+        started = time.monotonic()
+        other = pool.submit(lambda: (running.post(long), time.monotonic())[1])
+        while not running.worker.searcher.live_requests:
+            time.sleep(0.001)
+        for _ in range(3):
+            assert running.post({"model": "tiny:base", "prompt": "Short", "max_tokens": 4}).status_code == 200
+        short = time.monotonic() - started
+        assert not other.done()
+        assert short < other.result() - started
+
+
+# Limits
+
+
+def test_keys():
+    server = Running(tiny(), api_keys=("first-key-1", "second-key-2"))
+    try:
+        for key in ("first-key-1", "second-key-2"):
+            assert server.client(key).completions.create(model="tiny:base", prompt="x", max_tokens=2).choices
+        for key in ("wrong", "first-key-11", "first-key"):
+            with pytest.raises(openai.AuthenticationError):
+                server.client(key).completions.create(model="tiny:base", prompt="x", max_tokens=2)
+        for path in ("/v1/models", "/metrics", "/v1/nothing"):
+            well_formed(httpx.get(server.url + path), 401, code="invalid_api_key")
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert httpx.get(f"{server.url}/v1/models", headers={"authorization": "Bearer first-key-1"}).status_code == 200
+    finally:
+        server.stop()
+
+
+def test_full_queue_deadline_and_drain(caplog):
+    server = Running(tiny(**values()), queue_limit=2, max_beams=2, deadline=1.5, drain=1.0)
+    ask = {"model": "tiny", "prompt": "Long and private", "max_tokens": 200, "guidance": SLOW}
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: server.post(ask), range(6)))
+        refused = [a for a in answers if a.status_code == 429]
+        late = [a for a in answers if a.status_code == 504]
+        assert len(refused) + len(late) == 6 and len(refused) >= 2 and len(late) >= 2
+        assert all(a.headers["retry-after"] for a in refused)
+        well_formed(refused[0], 429, code="queue_full")
+        well_formed(late[0], 504, code="deadline_exceeded")
+        assert server.idle() == 0
+        quick = {"model": "tiny", "prompt": "x", "max_tokens": 16, "guidance": SLOW}
+        finishing = pool.submit(server.post, quick)  # half a second: may be finished
+        while not server.worker.searcher.live_requests:
+            time.sleep(0.005)
+        server.stop()
+        assert finishing.result().status_code == 200
+    assert "private" not in caplog.text
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/health")
+
+
+def test_what_is_not_finished_in_time_is_told_so():
+    server = Running(tiny(**values()), drain=0.3)
+    with ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(server.post, {"model": "tiny", "prompt": "Long", "max_tokens": 200, "guidance": SLOW})
+        while not server.worker.searcher.live_requests:
+            time.sleep(0.005)
+        server.stop()
+        well_formed(whole.result(), 503, code="unavailable")
+
+
+def test_a_dead_worker_is_no_secret():
+    server = Running(tiny())
+    try:
+        server.worker._round = None  # type: ignore[assignment]  # the thread breaks when it next has something to do
+        well_formed(server.post({"model": "tiny:base", "prompt": "x", "max_tokens": 2}), 503)
+        assert httpx.get(f"{server.url}/health").json() == {"status": "dead"}
+        well_formed(server.post({"model": "tiny:base", "prompt": "x", "max_tokens": 2}), 503)
+    finally:
+        server.stop()
+
+
+def test_many_at_once_with_all_kinds_of_trouble(running, library):
+    """Good answers are the library's, bad ones well-formed, and nothing is left."""
+    wanted = {i: expected(library, f"Film {i}", "ivg", i).text for i in range(4)}
+
+    async def one(client, i):
+        kind = i % 5
+        if kind == 0:
+            answer = await client.post("/v1/completions", json={"model": "tiny:ivg", "prompt": f"Film {i % 4}", "seed": i % 4, **SAMPLING})
+            assert answer.json()["choices"][0]["text"] == wanted[i % 4]
+        elif kind == 1:
+            body = {"model": "tiny:eft", "prompt": "x", "stream": True, "max_tokens": 100}
+            async with client.stream("POST", "/v1/completions", json=body) as response:
+                async for _ in response.aiter_lines():
+                    break
+        elif kind == 2:
+            well_formed(await client.post("/v1/completions", content=b"{" * i, headers={"content-type": "application/json"}), 400)
+        elif kind == 3:
+            well_formed(await client.post("/v1/completions", json={"model": "none", "prompt": "x"}), 404)
+        else:
+            body = {"model": "tiny", "prompt": "poison", "guidance": {"method": "custom", "token": "nan"}}
+            well_formed(await client.post("/v1/completions", json=body), 500)
+
+    async def all_of_them():
+        async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
+            await asyncio.gather(*(one(client, i) for i in range(40)))
+
+    asyncio.run(all_of_them())
+    assert running.idle() == 0
+
+
+# Settings and the command
+
+
+def test_settings(tmp_path, monkeypatch):
+    file = tmp_path / "keys"
+    file.write_text("# ours\nfirst-key-1\n\nsecond-key-2\n")
+    monkeypatch.setenv("IVG_API_KEYS", "third-key-3, second-key-2")
+    assert read_keys(file) == ("first-key-1", "second-key-2", "third-key-3")
+    monkeypatch.delenv("IVG_API_KEYS")
+    assert read_keys(None) is None
+    file.write_text("# none\n")
+    with pytest.raises(ConfigError, match="no key"):
+        read_keys(file)
+    assert ServeSettings.of({"port": 1}, port=2, host=None).port == 2
+    with pytest.raises(ConfigError, match="prot"):
+        ServeSettings.of({"prot": 1})
+    with pytest.raises(ConfigError) as e:
+        ServeSettings.of({"api_keys": ["short"]})
+    assert "short" not in str(e.value).replace("shorten", "")
+
+
+def test_the_command_serves_and_drains(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ivg", "serve", "--port", str(port), "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        lines = []
+        reader = threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True)
+        reader.start()
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            try:
+                if httpx.get(f"{url}/ready").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
+        stream = client.completions.create(model="embedded:eft", prompt="A secret movie", max_tokens=60, seed=1, stream=True)
+        first = next(iter(stream))
+        process.send_signal(signal.SIGTERM)
+        text = first.choices[0].text + "".join(c.choices[0].text for c in stream)
+        assert process.wait(20) == 0
+        reader.join(5)
+    finally:
+        process.kill()
+    assert len(text) > 40
+    logged = [json.loads(line) for line in lines]
+    assert [entry["event"] for entry in logged][:1] == ["serving"] and logged[-1]["event"] == "stopped"
+    (entry,) = [e for e in logged if e["event"] == "request" and e["path"] == "/v1/completions"]
+    assert entry["status"] == 200 and entry["request_id"]
+    assert "secret" not in "".join(lines)
