@@ -1,5 +1,7 @@
 """Packed weights: the same products, read back exactly, saved and loaded; nothing else is touched."""
 
+import copy
+
 import pytest
 import torch
 
@@ -36,6 +38,11 @@ def test_state_goes_in_as_it_comes_out():
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
         assert torch.equal(source(ids).logits, target(ids).logits)
+        assert torch.equal(copy.deepcopy(source)(ids).logits, source(ids).logits)
+    state = source.state_dict()
+    del state["lm_head.weight"]
+    assert "lm_head.weight" in target.load_state_dict(state, strict=False).missing_keys
+    assert not any(p.requires_grad for p in source.parameters())
 
 
 @needs_onednn

@@ -49,7 +49,7 @@ def multiplied(network: Any) -> int:
     looked_up = getattr(table, "weight", None)
     if head is not None and looked_up is getattr(head, "weight", None):
         looked_up = None
-    total = float(sum(layer.numel for layer in packed_layers(network)))
+    total = float(sum(layer.elements for layer in packed_layers(network)))
     for name, parameter in network.named_parameters():
         if parameter is not looked_up:
             total += count(parameter) * (active if "experts" in name else 1.0)

@@ -31,6 +31,9 @@ _SAMPLING = frozenset(f.name for f in fields(SamplingParams))
 DEFAULT_SAMPLING = SamplingParams(temperature=0.7, max_new_tokens=50)
 """The paper's for sentiment (METHOD, section 5)."""
 
+_COMPOSITES = 256
+"""Sums of values that are remembered: a server may see any number of weights."""
+
 
 class SteeredModel:
     """A base model and named values.
@@ -126,6 +129,8 @@ class SteeredModel:
     def _combined(self, parts: Sequence[tuple[float, Value]], name: str) -> Value:
         """The same object for the same values and weights, so that requests which share it are scored together."""
         key = tuple((weight, id(value)) for weight, value in parts)
+        while key not in self._composites and len(self._composites) >= _COMPOSITES:
+            del self._composites[next(iter(self._composites))]
         return self._composites.setdefault(key, CompositeValue(parts, name))  # holds its parts: no id is used again
 
     @property
@@ -199,9 +204,10 @@ class SteeredModel:
             raise ConfigError(f"no value called {value!r}\n  expected one of: {', '.join(self.values) or 'none'}")
         found = self.values[value]
         hypotheses = [given(self.base, Prompt.of(prompt), text) for text in responses]
-        scores = found.score(hypotheses)
-        found.release([h.key for h in hypotheses])
-        return scores
+        try:
+            return found.score(hypotheses)
+        finally:
+            found.release([h.key for h in hypotheses])
 
     def forget(self) -> None:
         """Empty all caches, so that what comes next does not depend on what came before, to the last bit."""

@@ -63,7 +63,7 @@ def _size(network: Any) -> int:
     from ivg.models.packing import packed_layers
 
     held = {t.data_ptr(): t.nbytes for t in (*network.parameters(), *network.buffers())}
-    return sum(held.values()) + sum(layer.numel * layer.packed.element_size() for layer in packed_layers(network))
+    return sum(held.values()) + sum(layer.elements * layer.packed.element_size() for layer in packed_layers(network))
 
 
 def main(given: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ Registered with transformers as the attention implementation ``ivg``; only a pas
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,12 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ivg.models.store import Branch, KVStore, Pair, Plan, Sight
 
 NAME = "ivg"
 _FOREIGN = ("s_aux", "sinks", "position_bias", "head_mask")
-_active: list[KVStore] = []
+_here = threading.local()
+_patched: dict[int, list[Any]] = {}  # id of a config -> [the implementation it had, how many passes run]
+_lock = threading.Lock()
 
 
 class UnsupportedAttentionError(Exception):
@@ -31,15 +35,22 @@ class UnsupportedAttentionError(Exception):
 
 @contextmanager
 def by_families(config: Any, store: KVStore) -> Iterator[None]:
-    """Within, networks with this ``config`` attend by families over ``store``."""
-    before = config._attn_implementation_internal
-    config._attn_implementation_internal = NAME
-    _active.append(store)
+    """Within, networks with this ``config`` attend by families over ``store``; in several threads at once, if it must be."""
+    with _lock:
+        known = _patched.setdefault(id(config), [config._attn_implementation_internal, 0])
+        known[1] += 1
+        config._attn_implementation_internal = NAME
+    stores = _here.__dict__.setdefault("stores", [])
+    stores.append(store)
     try:
         yield
     finally:
-        _active.pop()
-        config._attn_implementation_internal = before
+        stores.pop()
+        with _lock:
+            known[1] -= 1
+            if known[1] == 0:
+                config._attn_implementation_internal = known[0]
+                del _patched[id(config)]
 
 
 def attend(
@@ -56,9 +67,14 @@ def attend(
 
     Keys and values of the new tokens are in the store already. ``attention_mask`` only marks the kind of layer.
     """
-    store = _active[-1]
+    stores: list[KVStore] = getattr(_here, "stores", [])
+    if not stores:  # somebody's own pass, while another thread has this network
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **other)
+    store = stores[-1]
     plan, layer = store.plan, int(module.layer_idx)  # type: ignore[arg-type]
-    if plan is None or plan.touched != layer or attention_mask is None or any(other.get(name) is not None for name in _FOREIGN):
+    if plan is None or plan.given is None or key is not plan.given[0] or value is not plan.given[1]:
+        raise UnsupportedAttentionError  # networks that keep something else than what they attend to
+    if plan.touched != layer or attention_mask is None or any(other.get(name) is not None for name in _FOREIGN):
         raise UnsupportedAttentionError
     sight = plan.sights.get(attention_mask.data_ptr())
     if sight is None:
@@ -132,6 +148,8 @@ def _branch_mask(seen: Tensor, branch: Branch, times: int, dtype: torch.dtype) -
 
 def _with_own(out: Tensor, norm: Tensor, q: Tensor, own: Pair, plan: Plan, sight: Sight, scaling: float, softcap: float | None) -> Tensor:
     """Attention over trunks and own parts under one softmax, from that over the trunks and its norm; float32."""
+    if q.dtype == torch.float16 and softcap is None:
+        q, scaling = q * scaling, 1.0  # its products would overflow
     groups = q.shape[1]
     columns = sight.own.shape[2]
     sums, tops, norms = [], [], []

@@ -30,7 +30,7 @@ BLOCK_TOKENS = 2048
 """A pass reads at most this many tokens of one row, and :data:`PASS_TOKENS` of all."""
 PASS_TOKENS = 8192
 PASS_OUTPUTS = 1 << 25
-"""A pass puts out at most this many numbers (rows x positions x vocabulary): 128 MiB in float32."""
+"""A pass that puts out several positions of a row gives at most this many numbers (rows x positions x vocabulary): 128 MiB in float32."""
 FAMILY_COLUMNS = 64
 """Attention goes by families (``models.attention``) where every row reads at most this many tokens."""
 FAMILY_SCORES = 1 << 24
@@ -60,8 +60,9 @@ class CachedModel:
         self._eager = getattr(config, "_attn_implementation", "sdpa") == "eager"
         self._windows = _windows(config)
         self._markers = {kind: torch.zeros(1, 1, 1, 1, device=self.device) for kind in self._windows}
-        self._by_families = not self._eager and _attends_by_interface(self.network)
+        self._by_families = _attends_by_interface(self.network)
         self._heads = int(getattr(config, "num_attention_heads", 1) or 1)
+        self._outputs = 1 if getattr(self.network, "kind", None) == "scalar" else int(config.vocab_size)
         self.clear()
         forward = inspect.signature((getattr(self.network, "backbone", None) or self.network).forward).parameters
         for needed in ("position_ids", "past_key_values"):
@@ -112,9 +113,10 @@ class CachedModel:
         pending = list(range(len(rows)))
         self._prepare(rows, new)
         while pending:
-            sizes = {i: min(len(new[i]) - done[i], BLOCK_TOKENS) for i in pending}
-            for group in self._groups(pending, sizes, rows):
-                wanted = [max(0, min(sizes[i], done[i] + sizes[i] - (len(new[i]) - keep[i]))) for i in group]
+            sizes = {i: self._block(len(new[i]) - done[i], keep[i]) for i in pending}
+            wants = {i: max(0, min(sizes[i], done[i] + sizes[i] - (len(new[i]) - keep[i]))) for i in pending}
+            for group in self._groups(pending, sizes, rows, wants):
+                wanted = [wants[i] for i in group]
                 pieces = [list(new[i][done[i] : done[i] + sizes[i]]) for i in group]
                 outputs, order = self._pass([rows[i] for i in group], pieces, max(1, *wanted))
                 for k, place in enumerate(order):
@@ -129,7 +131,7 @@ class CachedModel:
         longest, shortest = max(map(len, new)), min(map(len, new))
         if longest == shortest <= FAMILY_COLUMNS:
             self._prepare(rows, new)
-            groups = list(self._groups(list(range(len(rows))), dict.fromkeys(range(len(rows)), longest), rows))
+            groups = list(self._groups(list(range(len(rows))), dict.fromkeys(range(len(rows)), longest), rows, {}))
             if len(groups) == 1:
                 outputs, order = self._pass(rows, new, 1)
                 if order == list(range(len(rows))):
@@ -146,23 +148,33 @@ class CachedModel:
         longest = max((len(r.ids) + len(n) for r, n in zip(rows, new, strict=True)), default=0)
         if self.max_positions is not None and longest > self.max_positions:
             raise PromptError(f"{self.name} reads at most {self.max_positions} tokens, got {longest}\n  shorten the prompt or the answer")
+        if self.cache.failed:
+            raise ModelError(f"{self.name}: memory ran out while its cache grew\n  forget() it, and ask for fewer beams or shorter texts")
         self.rows.prepare(rows)
 
-    def _groups(self, pending: list[int], sizes: dict[int, int], rows: Sequence[Row]) -> Iterator[list[int]]:
+    def _block(self, left: int, keep: int) -> int:
+        """Tokens of a row for one pass, of ``left`` that are to be read and the last ``keep`` whose outputs are wanted."""
+        most = max(1, PASS_OUTPUTS // self._outputs)
+        before = max(0, left - keep)
+        return min(left, BLOCK_TOKENS, before + most if before < BLOCK_TOKENS else BLOCK_TOKENS)
+
+    def _groups(self, pending: list[int], sizes: dict[int, int], rows: Sequence[Row], wants: dict[int, int]) -> Iterator[list[int]]:
         """Rows of like size together: no more than :data:`MERGE_PADDING` tokens of padding for a pass that is saved."""
         group: list[int] = []
-        padding = longest = 0
+        padding = longest = most = 0
         for i in sorted(pending, key=lambda i: -sizes[i]):
             extra = sizes[group[0]] - sizes[i] if group else 0
             widest = sizes[group[0]] if group else sizes[i]
             length = max(longest, len(rows[i].ids) + sizes[i])
             tokens = (len(group) + 1) * widest
             scores = tokens * self._heads * length if widest <= FAMILY_COLUMNS else 0
-            if group and (padding + extra > MERGE_PADDING or tokens > PASS_TOKENS or scores > FAMILY_SCORES):
+            wanted = max(most, wants.get(i, 1))
+            many = wanted > 1 and (len(group) + 1) * wanted * self._outputs > PASS_OUTPUTS
+            if group and (padding + extra > MERGE_PADDING or tokens > PASS_TOKENS or scores > FAMILY_SCORES or many):
                 yield group
-                group, padding, extra, length = [], 0, 0, len(rows[i].ids) + sizes[i]
+                group, padding, extra, length, wanted = [], 0, 0, len(rows[i].ids) + sizes[i], wants.get(i, 1)
             group.append(i)
-            padding, longest = padding + extra, length
+            padding, longest, most = padding + extra, length, wanted
         if group:
             yield group
 
@@ -182,10 +194,11 @@ class CachedModel:
             self._by_families = False
             logits = self._forward(ids, places, positions, real, keep, by=False)
         self.rows.have_read(rows, pieces)
-        sound = logits[:, -1].amax(-1) < torch.inf  # NaN wins every comparison
-        if not bool(sound.all()):
-            for k in (~sound).nonzero()[:, 0].tolist():
-                rows[order[k]].broken = True
+        finite = logits[:, -1].amax(-1) < torch.inf  # NaN wins every comparison
+        if not bool(finite.all()):
+            for k in (~finite).nonzero()[:, 0].tolist():
+                row = rows[order[k]]
+                row.broken, row.sound = True, len(row.ids) - len(pieces[order[k]])
         self.needed_peak = max(self.needed_peak, self.rows.needed_bytes)
         self.held_peak = max(self.held_peak, self.rows.held_bytes)
         return logits, order

@@ -41,7 +41,7 @@ class PackedLinear(nn.Module):
         return dense.t().contiguous() if self.transposed else dense
 
     @property
-    def numel(self) -> int:
+    def elements(self) -> int:
         """How many weights there are."""
         return self.in_features * self.out_features
 
@@ -57,11 +57,27 @@ class PackedLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = self.weight
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
-        weight = state_dict.pop(prefix + "weight", None)
-        if weight is not None:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str], errors: list[str]
+    ) -> None:
+        name = prefix + "weight"
+        weight = state_dict.pop(name, None)
+        shape = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
+        if weight is None:
+            missing.append(name)
+        elif tuple(weight.shape) != shape:
+            errors.append(f"size mismatch for {name}: got {tuple(weight.shape)}, expected {shape}")
+        else:
             self._pack((weight.t() if self.transposed else weight).to(torch.bfloat16))
-        super()._load_from_state_dict(state_dict, prefix, *others)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which know no packed tensors."""
+        return {**self.__dict__, "packed": self.packed.to_dense()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pack(state["packed"])
 
 
 def can_pack(network: nn.Module) -> bool:
@@ -76,6 +92,7 @@ def pack(network: nn.Module) -> nn.Module:
     """Pack every linear layer of ``network`` in place, where :func:`can_pack`; the activation of GPT-2 becomes PyTorch's own."""
     if can_pack(network):
         _pack_children(network)
+        network.requires_grad_(False)  # what is packed cannot learn, so nothing shall seem to
     return network
 
 

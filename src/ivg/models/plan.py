@@ -94,7 +94,7 @@ def make_plan(
     own = torch.where(numbers.on_trunk, torch.zeros_like(after), after - numbers.starts)
     plan = Plan(
         rows=len(places),
-        trunk_length=int(limits.max()),
+        trunk_length=max(1, int(limits.max())),
         own_length=int(own.max()),
         to_trunk=None,
         to_own=None,

@@ -192,13 +192,14 @@ class Reader:
 
     def _unread(self, h: Hypothesis, entry: _Entry, drop: int, count: int) -> list[int]:
         """Tokens that the row lacks, at least the last ``count`` but for ``drop``; the row is cut to what lies before them."""
+        held = entry.row.sound if entry.row.broken else len(entry.row.ids)
         if entry.follows:  # then the row holds a beginning of this hypothesis: its cost does not grow with the text
-            keep = min(len(entry.row.ids), entry.border + len(h.token_ids) - drop - count)
+            keep = min(held, entry.border + len(h.token_ids) - drop - count)
             if keep >= entry.border:
                 del entry.row.ids[keep:]
                 return self._own_ids(h.token_ids[keep - entry.border : len(h.token_ids) - drop])
         ids, border = self.ids(h)
-        del entry.row.ids[min(common_length(entry.row.ids, ids), len(ids) - drop - count) :]
+        del entry.row.ids[max(0, min(held, common_length(entry.row.ids, ids), len(ids) - drop - count)) :]
         entry.border = border
         return ids[len(entry.row.ids) : len(ids) - drop]
 
@@ -251,13 +252,21 @@ class Reader:
         return [self._entries[h.key] for h in hypotheses]
 
     def _open(self, fresh: Sequence[Hypothesis], drop: int) -> None:
-        """Rows for hypotheses without ancestors here. A prompt that several share is read once, and copied."""
+        """Rows for hypotheses without ancestors here. A prompt that several share is read once.
+
+        Those of one request become one family; those of others copy the prompt, because their texts go their own ways.
+        """
         targets = [self.ids(h) for h in fresh]
-        sharing = Counter(tuple(ids[: border - 1]) for ids, border in targets)
-        for h, (ids, border) in zip(fresh, targets, strict=True):
-            row = self.model.open(ids[: len(ids) - drop])
+        prompts = [tuple(ids[: border - 1]) for ids, border in targets]
+        sharing = Counter(prompts)
+        sisters: dict[tuple[int, tuple[int, ...]], Row] = {}
+        for h, (ids, border), prompt in zip(fresh, targets, prompts, strict=True):
+            first = sisters.get((id(h.meter), prompt)) if prompt else None
+            row = self.model.open(ids[: len(ids) - drop]) if first is None else self.model.fork(first)
             self._entries[h.key] = _Entry(row, border, self.vocabulary.same_as(h.vocabulary))
-            if sharing[tuple(ids[: border - 1])] > 1 and len(row.ids) < border - 1:
-                unread = ids[len(row.ids) : border - 1]
-                list(self.model.feed([row], [unread], [0]))
-                h.meter.add(self.name, len(unread))
+            if first is None and sharing[prompt] > 1:
+                sisters[id(h.meter), prompt] = row
+                del row.ids[len(prompt) :]
+                if unread := list(prompt[len(row.ids) :]):
+                    list(self.model.feed([row], [unread], [0]))
+                    h.meter.add(self.name, len(unread))

@@ -49,6 +49,7 @@ class Row:
     """``ids`` are the tokens whose keys and values it holds: the first ``start`` in its family's trunk, the others in ``slot``.
 
     ``broken``: the network gave NaN or infinity for it; its memory is zeroed before others, or itself after a cut, use it again.
+    Only its first ``sound`` tokens were read before that pass: the others may be spoilt with it.
     """
 
     family: Family
@@ -56,6 +57,7 @@ class Row:
     start: int
     slot: int | None = None
     broken: bool = False
+    sound: int = 0
 
     @property
     def own(self) -> int:
@@ -103,7 +105,7 @@ class Rows:
             n = common_length(family.ids, ids)
             if n > shared:
                 best, shared = family, n
-        shared = min(shared, len(ids) - 1)
+        shared = max(0, min(shared, len(ids) - 1))
         if best is not None and shared and best in self._idle and 2 * shared >= len(best.ids):
             del self._idle[best]
             family = best
@@ -118,7 +120,7 @@ class Rows:
     def fork(self, row: Row) -> Row:
         """A second row with the same tokens; copies only what is not in the trunk, and that not before the next pass."""
         own = row.own
-        new = Row(row.family, list(row.ids), row.start, broken=row.broken)
+        new = Row(row.family, list(row.ids), row.start, broken=row.broken, sound=row.sound)
         if own:
             if row.slot in self._copies:
                 self._make_copies()
@@ -135,6 +137,7 @@ class Rows:
         family.stale = True
         if row.broken:
             family.broken = True
+            self._make_copies()  # a fork of it may be waiting
             if row.slot is not None:
                 self.store.scrub(0, slot=row.slot)
         self._leave_slot(row)
@@ -195,10 +198,12 @@ class Rows:
         self._make_copies()
         for row in rows:
             if row.broken:  # it was cut behind what broke it, or will be found broken again
-                row.family.broken, row.broken = True, False
-                alone = len(row.family.live) == 1
+                family = row.family
+                family.broken, row.broken = True, False
                 self.store.scrub(row.own, slot=row.slot)
-                self.store.scrub(row.start, trunk=row.family.trunk if alone else None)
+                seen = max(r.start for r in family.live if r.own >= 0)
+                del family.ids[seen:]
+                self.store.scrub(seen, trunk=family.trunk)
         self._settle([f for f in dict.fromkeys(row.family for row in rows) if f.stale])
 
     def _settle(self, families: Sequence[Family]) -> None:
@@ -240,6 +245,7 @@ class Rows:
         if min(own) < SETTLE_TOKENS:
             return None
         begin = min(row.start for row in rows)
+        del family.ids[max(row.start for row in rows) :]  # cut off by all of them
         first = rows[0].ids[begin:]
         for row in rows[1:]:
             shared = common_length(first, row.ids[begin : begin + len(first)])

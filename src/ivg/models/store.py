@@ -80,7 +80,8 @@ class Plan:
         blocks: (first row, end, longest own part among them): own parts are read so many rows at a time.
         sights: by the address of the marker that stands for the kind of layer.
         gather: for keys and values put together: trunks [R], then (row, position, place) of every own token.
-        touched: layers whose attention is still to be called.
+        touched: the layer whose attention is still to be called.
+        given: what it was given, and has to hand over as it is.
     """
 
     rows: int
@@ -94,6 +95,7 @@ class Plan:
     sights: dict[int, Sight] = field(default_factory=dict)
     gather: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     touched: int | None = None
+    given: Pair | None = None
 
 
 class KVStore(Cache):
@@ -105,6 +107,7 @@ class KVStore(Cache):
         self.trunk: list[Pair] = []
         self.slots = self.depth = self.trunks = self.capacity = 0
         self.plan: Plan | None = None
+        self.failed = False  # memory ran out between two layers: their sizes differ
 
     # What transformers calls
 
@@ -125,8 +128,8 @@ class KVStore(Cache):
                 flat = new.transpose(1, 2).flatten(0, 1)
                 self.own[layer_idx][kind].flatten(0, 1).index_copy_(0, place, flat if token is None else flat[token])
         if plan.branches:
-            plan.touched = layer_idx
-            return key_states, value_states
+            plan.touched, plan.given = layer_idx, (key_states, value_states)
+            return plan.given
         return self._together(layer_idx, plan, 0), self._together(layer_idx, plan, 1)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -151,6 +154,7 @@ class KVStore(Cache):
     @torch.no_grad()
     def reserve(self, slots: int = 0, depth: int = 0, trunks: int = 0, capacity: int = 0, used: int = 0) -> None:
         """Have at least so much; layer by layer, so that memory peaks low. Only the first ``used`` positions hold anything."""
+        self.failed = True
         if slots > self.slots or depth > self.depth:
             slots, depth = max(slots, self.slots), max(depth, self.depth)
             for i, pair in enumerate(self.own):
@@ -161,6 +165,7 @@ class KVStore(Cache):
             for i, pair in enumerate(self.trunk):
                 self.trunk[i] = _grown(pair, (trunks, None, capacity, None), (None, None, used))
             self.trunks, self.capacity = trunks, capacity
+        self.failed = False
 
     @torch.no_grad()
     def copy_own(self, moves: Sequence[tuple[int, int, int, int]], device: torch.device) -> None:
@@ -224,10 +229,15 @@ def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
     Straight from the system: the allocator would hand out what was freed before, and would have to clear it.
     """
     size = math.prod(shape) * like.element_size()
-    if like.device.type != "cpu" or size < MAPPED_BYTES:
-        return like.new_zeros(*shape)
+    with torch.inference_mode(False):  # else it could not be written outside of that mode
+        if like.device.type != "cpu" or size < MAPPED_BYTES:
+            return torch.zeros(*shape, dtype=like.dtype, device=like.device)
+        return torch.frombuffer(_mapped(size), dtype=like.dtype).view(*shape)
+
+
+def _mapped(size: int) -> mmap.mmap:
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-    return torch.frombuffer(mmap.mmap(-1, size, **flags), dtype=like.dtype).view(*shape)
+    return mmap.mmap(-1, size, **flags)
 
 
 def _grown(pair: Pair, sizes: Sequence[int | None], used: Sequence[int | None]) -> Pair:
