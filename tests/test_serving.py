@@ -249,7 +249,8 @@ def test_beams_make_a_tree(running, library):
         nodes = board["kept"] + board["dropped"]
         assert len(board["kept"]) == 4 and len(nodes) == 16
         assert all((n["parent"] is None) if i == 0 else (n["parent"] in known) for n in nodes)
-        assert all(len(n["tokens"]) == len(n["shift"]) and n["text"].startswith(board["committed"]) for n in board["kept"])
+        assert all(len(n["tokens"]) == len(n["shift"]) for n in nodes)
+        assert all(n["text"].startswith(board["committed"]) for n in board["kept"]) or board is boards[-1]  # then it is the answer
         assert min(n["score"] for n in board["kept"]) >= max(n["score"] for n in board["dropped"])
         known |= {n["key"] for n in nodes}
     text = "".join(d["choices"][0]["text"] for n, d in got if n is None)

@@ -198,6 +198,13 @@ def test_unknown_things(running):
         running.client().completions.create(model="gpt-4", prompt="x")
 
 
+def test_long_prompts_are_refused_and_not_remembered(running):
+    before = running.presets.model.base.prompt_ids.cache_info().currsize
+    for prompt in ("x" * 1500, "x" * 500_000, [5] * 300):
+        well_formed(running.post(GOOD | {"prompt": prompt}), 400, "prompt", "invalid_prompt")
+    assert running.presets.model.base.prompt_ids.cache_info().currsize == before
+
+
 def test_large_bodies(running):
     well_formed(running.post(GOOD | {"prompt": "x" * (1 << 21)}), 413, code="body_too_large")
 

@@ -15,6 +15,7 @@ from ivg.config import Recipe
 from ivg.decoding.live import QUANTUM, Request
 from ivg.decoding.strategies import STRATEGIES, Strategy
 from ivg.errors import ConfigError, PromptError, ServeError
+from ivg.models.chat import encode, prompt_text
 from ivg.serving.schemas import ChatMessage, ChatRequest, CompletionRequest, Guidance
 from ivg.serving.settings import ServeSettings
 from ivg.steered import SteeredModel
@@ -156,8 +157,12 @@ class Presets:
 
     def _text(self, prompt: str | Sequence[int]) -> Prompt:
         if isinstance(prompt, str):
+            self._check_size(Prompt(prompt))
             return Prompt(prompt)
         vocabulary = self.model.engine.vocabulary
+        limit = self.model.base.model.max_positions
+        if limit is not None and len(prompt) >= limit:
+            raise PromptError(f"prompt of {len(prompt)} tokens > context of the base ({limit})\n  shorten the prompt")
         beyond = [i for i in prompt if i >= self.model.base.model.config.vocab_size]
         if beyond:
             message = f"token id {beyond[0]} is beyond the vocabulary ({self.model.base.model.config.vocab_size})"
@@ -168,8 +173,26 @@ class Presets:
         """The messages, where the base has a template for them; a plain model continues their texts, one line each, none left out."""
         base = self.model.base
         if base.template is not None or getattr(base.tokenizer, "chat_template", None):
-            return Prompt(tuple(Message("system" if m.role == "developer" else m.role, m.text) for m in messages))
-        return Prompt("\n".join(m.text for m in messages))
+            prompt = Prompt(tuple(Message("system" if m.role == "developer" else m.role, m.text) for m in messages))
+        else:
+            prompt = Prompt("\n".join(m.text for m in messages))
+        self._check_size(prompt)
+        return prompt
+
+    def _check_size(self, prompt: Prompt) -> None:
+        """Refuse what is far too long before anything reads or remembers it: readers keep the tokens of the prompts that they saw.
+
+        Raises:
+            PromptError: more tokens than the base has positions.
+        """
+        base, text = self.model.base, prompt_text(prompt)
+        limit = base.model.max_positions
+        if limit is None or len(text) <= 4 * limit:
+            return
+        longest = max(map(len, base.vocabulary.pieces.values()), default=1)
+        tokens = len(text) // longest if len(text) > longest * limit else len(encode(prompt, base.tokenizer, base.template))
+        if tokens >= limit:
+            raise PromptError(f"prompt of at least {tokens} tokens > context of {base.name} ({limit})\n  shorten the prompt")
 
     def size(self, body: ChatRequest | CompletionRequest) -> int:
         """How many answers ``body`` asks for.
