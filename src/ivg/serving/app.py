@@ -64,7 +64,7 @@ def create_app(worker: Worker, presets: Presets) -> FastAPI:
     if worker.settings.cors_origins:
         methods, headers = ["GET", "POST"], ["authorization", "content-type", "x-request-id"]
         app.add_middleware(CORSMiddleware, allow_origins=list(worker.settings.cors_origins), allow_methods=methods, allow_headers=headers)
-    _describe_errors(app)
+    _describe(app, list(presets.names))
     return app
 
 
@@ -317,14 +317,16 @@ def _invalid(errors: Any) -> ServeError:
     return ServeError(f"{'.'.join(where)}: {message}" if where else message, 400, code, param)
 
 
-def _describe_errors(app: FastAPI) -> None:
-    """In the schema: errors are 400 in OpenAI's shape, not FastAPI's 422."""
+def _describe(app: FastAPI, names: list[str]) -> None:
+    """In the schema: the models by name; errors are 400 in OpenAI's shape, not FastAPI's 422."""
     made = app.openapi
     shape = {"type": "object", "required": ["error"], "properties": {"error": {"type": "object"}}}
     content = {"application/json": {"schema": shape}}
 
     def openapi() -> dict[str, Any]:
         schema = made()
+        for kind in (ChatRequest, CompletionRequest):
+            schema["components"]["schemas"][kind.__name__]["properties"]["model"]["enum"] = names
         for path in schema["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
