@@ -70,11 +70,14 @@ def server() -> Iterator[str]:
     running = make_server(Presets(SteeredModel.embedded(), Recipe(), ServeSettings()))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen()  # whoever comes before the server is up waits
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        running.should_exit = True
-        thread.join(20)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        finally:
+            running.should_exit = True
+            thread.join(20)
 
 
 def take(browser: Browser, url: str, picture: Picture, folder: Path) -> Path:
