@@ -302,6 +302,20 @@ def test_networks_that_keep_something_else_are_read_in_the_general_way():
         compare(out, outputs_of(model, r.ids), 1e-3)
 
 
+def test_networks_that_squeeze_their_scores():
+    """Gemma 2, which transformers runs eagerly; here by families, and not by the flash kernel."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        max_position_embeddings=64, sliding_window=6, query_pre_attn_scalar=8, attn_logit_softcapping=1.0, initializer_range=0.3,
+    )  # fmt: skip
+    model = CachedModel(Gemma2ForCausalLM(config).eval(), "gemma2")
+    wander(model, random.Random(0), 256, 2e-3)
+    assert model._by_families
+
+
 def test_two_threads_and_the_users_own_passes():
     """The same network in two caches at once; afterwards it attends as before."""
     import threading

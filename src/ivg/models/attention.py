@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ivg.models.store import Branch, KVStore, Pair, Plan, Sight
 
 NAME = "ivg"
+_LOWEST = torch.finfo(torch.float32).min
 _FOREIGN = ("s_aux", "sinks", "position_bias", "head_mask")
 _here = threading.local()
 _patched: dict[int, list[Any]] = {}  # id of a config -> [the implementation it had, how many passes run]
@@ -84,58 +85,84 @@ def attend(
     rows, heads, columns, size = query.shape
     groups = key.shape[1]  # heads of keys and values; each serves heads / groups heads of queries
     q = query.reshape(rows, groups, -1, size)
-    out, norm = _over_trunks(q, store.trunk[layer], plan, sight, columns, scaling, softcap)
+    if q.dtype == torch.float16 and softcap is None:
+        q, scaling = q * scaling, 1.0  # its products would overflow
+    part = _over_trunks(q, store.trunk[layer], plan, sight, columns, scaling, softcap)
     if plan.slots is not None:
-        out = _with_own(out, norm, q, store.own[layer], plan, sight, scaling, softcap)
+        part = _joined(part, _over_own(q, store.own[layer], plan, sight, scaling, softcap))
+    out = part.sums / part.norm
     return out.to(value.dtype).reshape(rows, heads, columns, -1).transpose(1, 2), None
 
 
-def _over_trunks(
-    q: Tensor, trunk: Pair, plan: Plan, sight: Sight, columns: int, scaling: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Attention over the trunks alone [rows, groups, queries, size], and the logarithm of its norm [rows, groups, queries]."""
+class _Part(NamedTuple):
+    """Attention over some of the positions: exp(score - top) V [rows, groups, queries, size], the top score and the norm, [..., 1]."""
+
+    sums: Tensor
+    top: Tensor
+    norm: Tensor
+
+
+def _joined(a: _Part, b: _Part) -> _Part:
+    """Over the positions of both; what sees nothing in one of them has the lowest top there, and norm 0."""
+    top = torch.maximum(a.top, b.top)
+    mine, other = (a.top - top).exp(), (b.top - top).exp()
+    return _Part(a.sums * mine + b.sums * other, top, a.norm * mine + b.norm * other)
+
+
+def _mass(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(exp(score - top), top, norm) of ``scores`` [..., positions], float32."""
+    top = scores.amax(-1, keepdim=True).clamp_(min=_LOWEST)
+    mass = (scores - top).exp_()
+    return mass, top, mass.sum(-1, keepdim=True)
+
+
+def _over_trunks(q: Tensor, trunk: Pair, plan: Plan, sight: Sight, columns: int, scaling: float, softcap: float | None) -> _Part:
+    """Over the trunks alone."""
     if not sight.branches:
-        sight.branches = [_branch_mask(sight.trunk, b, q.shape[2] // columns, q.dtype) for b in plan.branches]
+        sight.branches = [_branch_mask(sight.trunk, b, q.shape[2] // columns) for b in plan.branches]
     groups, queries = q.shape[1:3]
-    out: Tensor | None = None
+    out: _Part | None = None
     for branch, mask in zip(plan.branches, sight.branches, strict=True):
         families, width = branch.families, branch.width
         chosen = q if branch.rows is None else q.index_select(0, branch.rows)
         together = chosen.view(families, width, groups, queries, -1).transpose(1, 2).reshape(families, groups, width * queries, -1)
-        sums, norms = _attention(together, _trunks(trunk[0], branch), _trunks(trunk[1], branch), mask, scaling, softcap)
-        apart = sums.view(families, groups, width, queries, -1).transpose(1, 2).flatten(0, 1)
-        norms = norms.view(families, groups, width, queries).transpose(1, 2).flatten(0, 1)
+        found = _attention(together, _trunks(trunk[0], branch), _trunks(trunk[1], branch), mask, scaling, softcap)
+        apart = _Part(*(t.view(families, groups, width, queries, -1).transpose(1, 2).flatten(0, 1) for t in found))
         if branch.rows is None:
-            out, norm = apart, norms
-            break
+            return apart
         if out is None:
-            out, norm = apart.new_empty(len(q), *apart.shape[1:]), norms.new_empty(len(q), *norms.shape[1:])
-        out[branch.members], norm[branch.members] = apart[branch.places], norms[branch.places]
+            out = _Part(*(t.new_empty(len(q), *t.shape[1:]) for t in apart))
+        for all_rows, some in zip(out, apart, strict=True):
+            all_rows[branch.members] = some[branch.places]
     assert out is not None
-    if sight.blind is not None:
-        blind = sight.blind[:, None, None].expand(-1, groups, queries // columns, -1).reshape(norm.shape)
-        out, norm = out.masked_fill(blind[..., None], 0.0), norm.masked_fill(blind, -torch.inf)
-    return out, norm
+    return out
 
 
-def _attention(
-    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """softmax(q K^T + mask) V, and the logarithm of the softmax's norm, float32."""
-    if q.device.type == "cpu" and softcap is None and q.dtype in (torch.float32, torch.bfloat16) and q.shape[-1] == values.shape[-1]:
-        done = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, keys, values, 0.0, False, attn_mask=mask, scale=scaling)
-        return done[0], done[1].float()
-    scores = _capped((q @ keys.transpose(-1, -2)).float(), scaling, softcap)
-    scores = scores if mask is None else scores + mask
-    norms = scores.logsumexp(-1)
-    return (scores - norms[..., None]).exp().to(values.dtype) @ values, norms
+def _attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> _Part:
+    """Queries [families, groups, queries, size] over keys and values [families, groups, length, size].
+
+    On a CPU by PyTorch's flash kernel, which takes keys where they lie and writes no scores (dev/LOG.md). Elsewhere keys times queries,
+    not the other way round: so it is the few queries that are turned, not the many keys.
+    """
+    if softcap is None and q.device.type == "cpu" and q.shape[-1] == values.shape[-1]:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, norms = flash(q, keys, values, 0.0, False, attn_mask=None if mask is None else mask.to(q.dtype), scale=scaling)
+        if mask is not None:  # what it gives where nothing is seen is not said
+            blind = (mask.amax(-1, keepdim=True) == -torch.inf).expand(*norms.shape, 1)
+            out, norms = out.masked_fill(blind, 0.0), norms.masked_fill(blind[..., 0], _LOWEST)
+        return _Part(out.float(), norms.float()[..., None], torch.ones_like(norms, dtype=torch.float32)[..., None])
+    scores = _capped((keys @ q.transpose(-1, -2)).transpose(-1, -2).contiguous(), scaling, softcap)
+    mass, top, norm = _mass(scores if mask is None else scores.add_(mask))
+    return _Part((mass.to(values.dtype) @ values).float(), top, norm)
 
 
 def _capped(scores: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    return scores * scaling if softcap is None else (scores * (scaling / softcap)).tanh() * softcap
+    """float32, scaled; squeezed where the network does so (Gemma 2)."""
+    scores = scores.float().mul_(scaling)
+    return scores if softcap is None else (scores / softcap).tanh() * softcap
 
 
-def _branch_mask(seen: Tensor, branch: Branch, times: int, dtype: torch.dtype) -> Tensor | None:
+def _branch_mask(seen: Tensor, branch: Branch, times: int) -> Tensor | None:
     """[families, 1, width * times * columns, length]; None where everything is seen."""
     chosen = seen if branch.rows is None else seen.index_select(0, branch.rows)
     chosen = chosen[..., : branch.length]
@@ -143,29 +170,20 @@ def _branch_mask(seen: Tensor, branch: Branch, times: int, dtype: torch.dtype) -
         return None
     columns = chosen.shape[1]
     each = chosen.view(branch.families, branch.width, 1, columns, -1).expand(-1, -1, times, -1, -1)
-    return each.reshape(branch.families, 1, branch.width * times * columns, -1).to(dtype)
+    return each.reshape(branch.families, 1, branch.width * times * columns, -1)
 
 
-def _with_own(out: Tensor, norm: Tensor, q: Tensor, own: Pair, plan: Plan, sight: Sight, scaling: float, softcap: float | None) -> Tensor:
-    """Attention over trunks and own parts under one softmax, from that over the trunks and its norm; float32."""
-    if q.dtype == torch.float16 and softcap is None:
-        q, scaling = q * scaling, 1.0  # its products would overflow
-    groups = q.shape[1]
-    columns = sight.own.shape[2]
-    sums, tops, norms = [], [], []
+def _over_own(q: Tensor, own: Pair, plan: Plan, sight: Sight, scaling: float, softcap: float | None) -> _Part:
+    """Over the own parts alone, some rows at a time."""
+    groups, columns = q.shape[1], sight.own.shape[2]
+    parts = []
     for first, end, length in plan.blocks:
-        part = q[first:end]
-        scores = _capped(_own_scores(part, _own(own[0], plan, first, end, length)), scaling, softcap)
+        scores = _capped(_own_scores(q[first:end], _own(own[0], plan, first, end, length)), scaling, softcap)
         each = scores.view(end - first, groups, -1, columns, length) + sight.own[first:end, :, None, :, :length]
-        scores = each.view(scores.shape)
-        top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-        mass = (scores - top).exp_()
-        sums.append(mass.to(q.dtype) @ _own(own[1], plan, first, end, length).transpose(1, 2))
-        tops.append(top)
-        norms.append(mass.sum(-1, keepdim=True))
-    top, norm = torch.cat(tops), norm[..., None]
-    whole = torch.logaddexp(norm, top + torch.cat(norms).log())
-    return out * (norm - whole).exp() + torch.cat(sums) * (top - whole).exp()
+        mass, top, norm = _mass(each.view(scores.shape))
+        sums = mass.to(q.dtype) @ _own(own[1], plan, first, end, length).transpose(1, 2)
+        parts.append(_Part(sums.float(), top, norm))
+    return parts[0] if len(parts) == 1 else _Part(*(torch.cat(t) for t in zip(*parts, strict=True)))
 
 
 def _own(store: Tensor, plan: Plan, first: int, end: int, length: int) -> Tensor:

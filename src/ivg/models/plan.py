@@ -140,8 +140,7 @@ def _sight(plan: Plan, n: _Numbers, limits: Tensor, positions: Tensor, window: i
         trunk &= shared > here - window
         own &= behind > here - window
     trunk_mask, own_mask = (torch.zeros(seen.shape).masked_fill_(~seen, _BLOCKED).to(device) for seen in (trunk, own))
-    blind = ~trunk.any(-1)
-    return Sight(trunk_mask, own_mask[:, None], blind.to(device) if bool(blind.any()) else None)
+    return Sight(trunk_mask, own_mask[:, None])
 
 
 def _blocks(own: Sequence[int]) -> list[tuple[int, int, int]]:

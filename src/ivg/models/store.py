@@ -55,13 +55,11 @@ class Sight:
     Attributes:
         trunk: [R, C, trunk_length].
         own: [R, 1, C, own_length].
-        blind: which tokens see nothing of their trunk [R, C]; None: none.
         branches: ``trunk`` as each branch needs it, made by the first layer that asks; None: everything is seen.
     """
 
     trunk: Tensor
     own: Tensor
-    blind: Tensor | None
     branches: list[Tensor | None] = field(default_factory=list)
 
 
