@@ -327,8 +327,10 @@ def _describe(app: FastAPI, names: list[str]) -> None:
         schema = made()
         for kind in (ChatRequest, CompletionRequest):
             schema["components"]["schemas"][kind.__name__]["properties"]["model"]["enum"] = names
-        for path in schema["paths"].values():
+        for name, path in schema["paths"].items():
             for operation in path.values():
+                if name.endswith("completions"):
+                    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
                 operation["responses"].pop("422", None)
                 for status in (400, 401, 404, 408, 413, 429, 500, 503, 504):
                     operation["responses"].setdefault(str(status), {"description": "An error in OpenAI's shape.", "content": content})
