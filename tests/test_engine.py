@@ -1,5 +1,7 @@
 """Sampling filters, ends of responses, token guidance across vocabularies, broken models, transformers' hooks."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -366,3 +368,26 @@ def test_candidates_of_a_composite_with_two_vocabularies():
         search = strategy("args", candidates=5).search({"explicit": value})
         texts.append([c.token_ids for c in run(base, [Request(Prompt(p), search, sampling, 2) for p in prompts])])
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("method", ["base", "eft", "cbs-explicit", "ivg"])
+def test_short_rounds_read_nothing_twice(method):
+    """Rounds of one token, as a stream wants them: the same tokens, and no model reads more than in long rounds."""
+    base, pair = tiny_reader("base"), [tiny_reader(n, seed=s) for n, s in (("tuned", 2), ("untuned", 3))]
+    values = {"implicit": ImplicitValue(*pair), "explicit": tiny_value("vocabulary")}
+    s = strategy(method, **({"width": 2, "successors": 2} if strategy(method).width > 1 else {}))
+    requests = [
+        Request(Prompt(p), s.search(values), SamplingParams(max_new_tokens=12, ignore_eos=True), 3) for p in ("The movie", "The movie")
+    ]
+    read, tokens = [], []
+    for stride in (16, 1):
+        for reader in (base, *pair, values["explicit"].model):
+            reader.clear()
+        done = dict(Searcher(TransformersEngine(base)).run([dataclasses.replace(r, stride=stride) for r in requests]))
+        tokens.append([done[i].token_ids for i in (0, 1)])
+        read.append({name: sum(done[i].usage.forward_tokens.get(name, 0) for i in (0, 1)) for name in ("base", "tuned", "explicit")})
+    assert tokens[0] == tokens[1]
+    assert read[1]["base"] == read[0]["base"]
+    assert read[1]["explicit"] == read[0]["explicit"]
+    assert read[1]["tuned"] <= read[0]["tuned"] * 1.5
+    assert base.model.live_rows == pair[0].model.live_rows == 0

@@ -98,7 +98,19 @@ class TransformersEngine:
         ahead = [self.speculation.takes(order) for order in orders]
         self.speculation.grow([(o.beam, family) for o, family, drafted in zip(orders, families, ahead, strict=True) if drafted])
         self._grow([(o, family) for o, family, drafted in zip(orders, families, ahead, strict=True) if not drafted])
+        self._hand_on([d for family in families for d in family if d.finish is None and not d.paused])
         return [_children(order.beam, family) for order, family in zip(orders, families, strict=True)]
+
+    def _hand_on(self, drafts: Sequence[_Draft]) -> None:
+        """Children that grew by one token have asked for nothing yet: they take their parents' caches before those are released."""
+        self.base.follow(drafts)
+        guided: dict[TokenGuidance, list[_Draft]] = {}
+        for d in drafts:
+            if d.order.guidance is not None:
+                guided.setdefault(d.order.guidance, []).append(d)
+        for guidance, some in guided.items():
+            if (follow := getattr(guidance.value, "follow", None)) is not None:
+                follow(some)
 
     def _grow(self, families: list[tuple[Extension, list[_Draft]]]) -> None:
         """Token after token, all in one batch."""

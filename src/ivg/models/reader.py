@@ -262,11 +262,14 @@ class Reader:
         sisters: dict[tuple[int, tuple[int, ...]], Row] = {}
         for h, (ids, border), prompt in zip(fresh, targets, prompts, strict=True):
             first = sisters.get((id(h.meter), prompt)) if prompt else None
-            row = self.model.open(ids[: len(ids) - drop]) if first is None else self.model.fork(first)
+            if first is None:
+                row = self.model.open(ids[: len(ids) - drop])
+            else:
+                row = self.model.fork(first)
+                del row.ids[len(prompt) :]
             self._entries[h.key] = _Entry(row, border, self.vocabulary.same_as(h.vocabulary))
             if first is None and sharing[prompt] > 1:
                 sisters[id(h.meter), prompt] = row
-                del row.ids[len(prompt) :]
                 if unread := list(prompt[len(row.ids) :]):
                     list(self.model.feed([row], [unread], [0]))
                     h.meter.add(self.name, len(unread))
