@@ -393,14 +393,16 @@ def test_many_at_once_with_all_kinds_of_trouble(running, library):
     assert running.idle() == 0
 
 
-def test_fuzzed_by_its_own_schema():
+def test_fuzzed_by_its_own_schema(tmp_path):
     """Whatever fits the schema, and what nearly does, never gives 500."""
     server = Running(tiny(), max_tokens=6, deadline=30.0)
     try:
         tool = Path(sys.executable).with_name("schemathesis")
         command = [tool, "run", f"{server.url}/openapi.json", "--max-examples", "20", "--seed", "5"]
         checks = "not_a_server_error,status_code_conformance,content_type_conformance"
-        run = subprocess.run([*command, "--phases", "fuzzing", "--checks", checks], capture_output=True, text=True, timeout=300)
+        run = subprocess.run(
+            [*command, "--phases", "fuzzing", "--checks", checks], capture_output=True, text=True, timeout=300, cwd=tmp_path
+        )
         assert run.returncode == 0, run.stdout
         assert "7 passed" in run.stdout
         assert server.worker.alive and server.idle() == 0
