@@ -11,7 +11,7 @@ from ivg.config import Recipe
 from ivg.decoding.search import Request, Searcher
 from ivg.decoding.strategies import strategy
 from ivg.draws import uniform
-from ivg.engine.coupling import accepts, coupled, propose, replacement
+from ivg.engine.coupling import accepts, propose, replacement
 from ivg.engine.pace import Pace, rounds_needed
 from ivg.engine.sampling import filtered
 from ivg.engine.transformers import TransformersEngine
@@ -20,6 +20,17 @@ from ivg.testing import ARCHITECTURES, EOS, tiny_reader, tiny_value
 from ivg.types import Extension, Pause, Prompt, SamplingParams, TokenGuidance
 from ivg.values.base import CompositeValue
 from ivg.values.implicit import ImplicitValue
+
+
+def coupled(p, q, params, seen, uniforms):
+    """The whole rule for every row, from its three numbers: (ids, whether each is q's proposal)."""
+    tokens, logps = propose(q, params, seen, [u for u, _, _ in uniforms])
+    kept = accepts(p, params, seen, tokens, logps, [u for _, u, _ in uniforms])
+    rows = (~kept).nonzero()[:, 0].tolist()
+    if rows:
+        last = [uniforms[i][2] for i in rows]
+        tokens[rows] = replacement(p[rows], q[rows], [params[i] for i in rows], [seen[i] for i in rows], last)
+    return tokens, kept
 
 
 def chi_square(counts, expected):

@@ -74,27 +74,6 @@ def replacement(p: Tensor, q: Tensor, params: Sequence[SamplingParams], seen: Se
     return out
 
 
-def coupled(
-    p: Tensor, q: Tensor, params: Sequence[SamplingParams], seen: Seen, uniforms: Sequence[tuple[float, float, float]]
-) -> tuple[Tensor, Tensor]:
-    """The whole rule at once; (ids [rows], whether each is q's proposal, bool [rows]).
-
-    Args:
-        p: logits of the distribution that the tokens have, float32 [rows, vocabulary].
-        q: logits of the one that proposes.
-        params: one for each row.
-        seen: the row's response so far.
-        uniforms: three numbers in [0, 1) for each row: proposal, acceptance, replacement.
-    """
-    tokens, logps = propose(q, params, seen, [u for u, _, _ in uniforms])
-    kept = accepts(p, params, seen, tokens, logps, [u for _, u, _ in uniforms])
-    rows = (~kept).nonzero()[:, 0].tolist()
-    if rows:
-        last = [uniforms[i][2] for i in rows]
-        tokens[rows] = replacement(p[rows], q[rows], [params[i] for i in rows], [seen[i] for i in rows], last)
-    return tokens, kept
-
-
 def _by_setting(
     logits: Tensor, params: Sequence[SamplingParams], seen: Seen
 ) -> Iterator[tuple[SamplingParams, list[int], Tensor, list[Sequence[int]]]]:

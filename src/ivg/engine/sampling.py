@@ -67,6 +67,12 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(logits < floor, _NEVER)
 
 
+def broken_rows(logits: Tensor) -> list[int]:
+    """Rows with NaN or infinity in them."""
+    peaks = logits.amax(-1)  # NaN wins every comparison
+    return (~(peaks < torch.inf)).nonzero()[:, 0].tolist()
+
+
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of each row's softmax in nats, float32 [rows]; NaN where a row is not finite but for -inf."""
     logps = logits.log_softmax(-1)

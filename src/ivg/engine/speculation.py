@@ -27,7 +27,7 @@ from ivg.engine.coupling import accepts, propose, replacement
 from ivg.engine.detail import details
 from ivg.engine.guidance import blame, shifted
 from ivg.engine.pace import Pace
-from ivg.engine.sampling import drawn_logps
+from ivg.engine.sampling import broken_rows, drawn_logps
 from ivg.errors import ConfigError
 from ivg.models.reader import Reader
 from ivg.types import Beam, Drafter, DraftingValue, Extension, FinishReason, Hypothesis, SamplingParams, TokenDetail, TokenGuidance
@@ -236,9 +236,9 @@ class Speculator:
             now = [rows[i] for i in active]
             logits = drafter.logits(now) if step else batch.spread(drafter.logits(batch.nodes))
             q = self._as_drawn(logits, batch.value.vocabulary.size, now)
-            if lost := _broken(q):  # p is broken there as well: `_verify` ends the row
+            if lost := broken_rows(q):  # p is broken there as well: `_verify` ends the row
                 q = q.clone()
-                q[sorted(lost)] = 0.0
+                q[lost] = 0.0
             uniforms = [_number(d, len(d.token_ids), _PROPOSE) for d in now]
             tokens, logps = propose(q, [d.order.sampling for d in now], [d.token_ids for d in now], uniforms)
             going = []
@@ -281,7 +281,7 @@ class Speculator:
             plain = torch.cat(self.base.recent_outputs(batch.rows, counts))
         deltas = batch.spread(drafter.deltas(batch.nodes))
         plain = self._silenced(plain, places.params)
-        kept = any(d.order.record or d.order.weigh or d.order.alternatives is not None for d in batch.rows) or bool(_broken(plain))
+        kept = any(d.order.record or d.order.weigh or d.order.alternatives is not None for d in batch.rows) or bool(broken_rows(plain))
         moved = shifted(plain.clone() if kept else plain, deltas, batch.guidance.beta, batch.value.vocabulary.size, in_place=True)
         return plain if kept else moved, moved
 
@@ -302,7 +302,7 @@ def _places(rows: Sequence[Growing], before: list[int], stretch: list[list[tuple
 
 def _verify(rows: Sequence[Growing], places: _Places, mixed: Tensor) -> tuple[list[int], list[int], set[int]]:
     """(where each row's new tokens end, a token for every place, the places whose logits are broken)."""
-    broken = _broken(mixed)
+    broken = set(broken_rows(mixed))
     if broken:
         mixed[sorted(broken)] = 0.0
     uniforms = [_number(rows[r], n, _ACCEPT) for r, n in zip(places.row, places.position, strict=True)]
@@ -321,11 +321,6 @@ def _verify(rows: Sequence[Growing], places: _Places, mixed: Tensor) -> tuple[li
         for k, token in zip(again, other.tolist(), strict=True):
             tokens[k] = token
     return stops, tokens, broken
-
-
-def _broken(logits: Tensor) -> set[int]:
-    """Rows with NaN or infinity in them."""
-    return set((~(logits.amax(-1) < torch.inf)).nonzero()[:, 0].tolist())  # NaN wins every comparison
 
 
 def _number(d: Growing, position: int, purpose: int) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ivg.draws import child_lineage, uniform
 from ivg.engine.detail import details
 from ivg.engine.guidance import blame, check_guidance, guided
-from ivg.engine.sampling import drawn_logps, entropy, sample
+from ivg.engine.sampling import broken_rows, drawn_logps, entropy, sample
 from ivg.engine.speculation import Speculator
 from ivg.models.reader import Reader
 from ivg.types import Beam, Extension, FinishReason, Meter, Pause, Prompt, SamplingParams, TokenDetail, TokenGuidance, new_key
@@ -173,7 +173,7 @@ class TransformersEngine:
 
     def _draw(self, drafts: list[_Draft], row_of: list[int], plain: Tensor, mixed: Tensor) -> None:
         """Draw one token for every draft from its row of ``mixed``; ``plain`` is the base alone, both [rows, vocabulary]."""
-        for i in _broken(mixed):
+        for i in broken_rows(mixed):
             base = plain[i].clone()
             mixed[i] = 0.0
             for d, row in zip(drafts, row_of, strict=True):
@@ -211,7 +211,7 @@ class TransformersEngine:
         silent = [i for i, order in enumerate(orders) if order.sampling.ignore_eos]
         if silent and self.vocabulary.eos_ids:
             raw[torch.tensor(silent)[:, None], torch.tensor(sorted(self.vocabulary.eos_ids))] = -torch.inf
-        compared = any(o.record or o.weigh or o.alternatives is not None for o in orders) or bool(_broken(raw))
+        compared = any(o.record or o.weigh or o.alternatives is not None for o in orders) or bool(broken_rows(raw))
         plain = raw.clone() if groups and compared else raw
         for guidance, rows in groups.items():
             known = None if entropies is None else entropies[rows]
@@ -241,12 +241,6 @@ class TransformersEngine:
             d.pieces.append(d.text[before:])
         if look is not None:
             d.details.append(replace(look, text=d.text[before:]))
-
-
-def _broken(logits: Tensor) -> list[int]:
-    """Rows with NaN or infinity in them."""
-    peaks = logits.amax(-1)  # NaN wins every comparison
-    return (~(peaks < torch.inf)).nonzero()[:, 0].tolist()
 
 
 def _pausing(entropies: Tensor, nodes: Sequence[Beam | _Draft], orders: Sequence[Extension]) -> set[int]:

@@ -70,6 +70,8 @@ def attend(
     """
     stores: list[KVStore] = getattr(_here, "stores", [])
     if not stores:  # somebody's own pass, while another thread has this network
+        if softcap is not None:
+            raise UnsupportedAttentionError("another thread is using this network through ivg; its scores cannot be squeezed meanwhile")
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **other)
     store = stores[-1]
     plan, layer = store.plan, int(module.layer_idx)  # type: ignore[arg-type]

@@ -104,7 +104,7 @@ class CachedModel:
         """Read ``new[i]`` (at least one token) behind what ``rows[i]`` holds.
 
         Yields (i, outputs [positions, vocabulary or 1]): together those of the last ``keep[i]`` tokens, in order, in
-        one or more pieces. Nothing larger than :data:`PASS_OUTPUTS` exists at any time.
+        one or more pieces; where several positions of a row are wanted, never more than :data:`PASS_OUTPUTS` numbers at a time.
 
         Raises:
             PromptError: a row would outgrow the model's positions.

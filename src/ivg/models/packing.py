@@ -1,7 +1,7 @@
 """Weights in the order in which the processor multiplies them: for inference on a CPU in bfloat16.
 
 oneDNN brings a weight matrix into blocks before each product; for few rows that takes as long as the product. Packed once, a
-pass of 1 to 16 rows takes half the time, one of 256 a tenth less (docs/benchmarks.md). The plain weights are given up; they can
+pass of 1 to 16 rows takes half the time, one of 256 a tenth less (dev/LOG.md). The plain weights are given up; they can
 be read back, exactly, from the packed ones. Knows PyTorch's modules and transformers' ``Conv1D``; must not know what they mean.
 """
 

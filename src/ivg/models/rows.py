@@ -201,7 +201,7 @@ class Rows:
                 family = row.family
                 family.broken, row.broken = True, False
                 self.store.scrub(row.own, slot=row.slot)
-                seen = max(r.start for r in family.live if r.own >= 0)
+                seen = max(len(r.ids) - r.own for r in family.live)
                 del family.ids[seen:]
                 self.store.scrub(seen, trunk=family.trunk)
         self._settle([f for f in dict.fromkeys(row.family for row in rows) if f.stale])
