@@ -133,6 +133,37 @@ def test_trunks_take_what_all_live_rows_share(monkeypatch):
     assert rows[2].own == 0  # alone: everything lies in the trunk
 
 
+def test_a_trunk_that_all_rows_were_cut_from_is_forgotten():
+    model = CachedModel(tiny_model("llama"), "tiny")
+    root = model.open([1, 2, 3])
+    model.last([root], [list(range(1, 11))])
+    rows = [root, model.fork(root)]
+    spare = model.fork(root)
+    for row in rows:
+        del row.ids[4:]
+    model.free(spare)
+    model.last(rows, [list(range(50, 62))] * 2)
+    model.free(model.fork(root))
+    for row, out in zip(rows, model.last(rows, [[7], [8]]), strict=True):
+        compare(out, outputs_of(model, row.ids), 1e-3)
+
+
+def test_a_fork_that_waits_keeps_what_its_broken_parent_had():
+    network = tiny_model("llama", seed=3)
+    network.model.embed_tokens.weight.data[9] = torch.nan
+    model = CachedModel(network, "tiny")
+    root = model.open([1, 2, 3])
+    model.last([root], [[1, 2, 3]])
+    parent = model.fork(root)
+    model.last([root, parent], [[5, 6], [6, 7]])
+    model.last([parent], [[9]])
+    assert parent.broken
+    del parent.ids[parent.sound :]
+    child = model.fork(parent)
+    model.free(parent)
+    compare(model.last([child], [[8]])[0], outputs_of(model, child.ids), 1e-3)
+
+
 def test_memory_is_used_again():
     model = CachedModel(tiny_model("gpt2"), "tiny")
     for _ in range(3):

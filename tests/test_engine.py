@@ -391,3 +391,27 @@ def test_short_rounds_read_nothing_twice(method):
     assert read[1]["explicit"] == read[0]["explicit"]
     assert read[1]["tuned"] <= read[0]["tuned"] * 1.5
     assert base.model.live_rows == pair[0].model.live_rows == 0
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.999])
+def test_top_p_of_a_large_vocabulary_equals_sorting(p):
+    """Flat and peaked rows: few tokens reach p in one, most of the vocabulary is needed in the other."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, 5000) * torch.tensor([[0.01], [1.0], [6.0]])
+    kept = f.keep_top_p(logits, p).isfinite()
+    for row, mask in zip(logits.double(), kept, strict=True):
+        order = row.argsort(descending=True)
+        mass = row.softmax(-1)[order].cumsum(-1)
+        assert abs(int(mask.sum()) - (int((mass < p).sum()) + 1)) <= 1  # float32 may differ by the token at the edge
+        assert mask[order[: int(mask.sum())]].all()
+
+
+def test_readers_can_be_rewound():
+    """A hypothesis whose last tokens are changed, and which goes on growing, is read as it is now."""
+    reader = tiny_reader("tuned", seed=2)
+    text = hypothesis("Two words", "", reader)
+    grown = [dataclasses.replace(text, token_ids=ids) for ids in ((60, 61, 62, 63), (60, 70), (60, 70, 71, 72, 73))]
+    reader.outputs([grown[0]])
+    reader.rewind([grown[1]])
+    expected = naive.outputs(reader.model.network, [*reader.prompt_ids(text.prompt), *grown[2].token_ids])[-1]
+    assert torch.allclose(reader.outputs([grown[2]])[0], expected, atol=1e-3)

@@ -146,6 +146,7 @@ def test_both_sides_are_the_librarys_answers_and_cost_is_told(visit, model):
     assert answer(page, "guided") == best.text
     facts = page.inner_text("#guided .facts")
     assert f"{best.score:.2f}".replace("-", "−") in facts
+    assert int(re.search(r"base ([\d,]+)", page.inner_text("#base .facts"))[1]) <= 24  # a prompt of four tokens is read once
     assert re.search(r"[\d.]+ × plain sampling", facts)
     for name in ("base", "tuned", "untuned", "explicit"):
         assert re.search(rf"{name} \d+", facts)
@@ -371,7 +372,11 @@ def test_a_key_is_asked_for_and_sent(visit):
     assert answer(page, "guided")
 
 
-def test_stop_stops(visit):
+def test_stop_stops(visit, monkeypatch):
+    from ivg.decoding.search import Searcher
+
+    step = Searcher.step
+    monkeypatch.setattr(Searcher, "step", lambda self: (time.sleep(0.3), step(self))[1])  # the answer cannot be there before the key
     page = visit("#m=ivg&w=4&k=8&l=5&n=200&s=3")
     ready(page)
     page.click("#run")
