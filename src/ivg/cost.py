@@ -17,10 +17,9 @@ from ivg.steered import SteeredModel, readers_in
 
 def readers(model: SteeredModel) -> dict[str, Reader]:
     """Every cached model by its name in usage: the base's, and those inside values."""
-    found = {model.base.name: model.base}
-    for value in model.values.values():
-        for reader in readers_in(value):
-            found.setdefault(reader.name, reader)
+    found: dict[str, Reader] = {}
+    for reader in model.readers:
+        found.setdefault(reader.name, reader)
     return found
 
 

@@ -18,7 +18,8 @@ from ivg.engine.transformers import TransformersEngine
 from ivg.errors import ConfigError
 from ivg.models.loading import LoadOptions, load_causal
 from ivg.models.reader import Reader
-from ivg.types import Completion, Message, Meter, Prompt, SamplingParams, TokenGuidance, Value, new_key
+from ivg.models.texts import Texts
+from ivg.types import Completion, Engine, Message, Meter, Prompt, SamplingParams, TokenGuidance, Value, new_key
 from ivg.values.base import CompositeValue, FunctionValue
 from ivg.values.explicit import ExplicitValue
 from ivg.values.implicit import AutoregressiveReward, ImplicitValue
@@ -42,21 +43,23 @@ class SteeredModel:
     >>> model.generate("The movie was", method="ivg", seed=1).text
 
     Args:
-        base: the frozen model that writes.
+        base: the frozen model that writes; a :class:`~ivg.models.reader.Reader`, unless ``engine`` runs it.
         values: by name; methods ask for ``implicit``, ``explicit``, ``reward`` and ``arm``, custom ones for any.
         sampling: defaults of every request.
         max_beams: hypotheses in flight at most.
+        engine: what makes beams longer; default: the transformers engine over ``base``.
     """
 
     def __init__(
         self,
-        base: Reader,
+        base: Texts,
         values: Mapping[str, Value] | None = None,
         sampling: SamplingParams = DEFAULT_SAMPLING,
         max_beams: int = 256,
+        engine: Engine | None = None,
     ) -> None:
         self.base, self.values, self.sampling, self.max_beams = base, dict(values or {}), sampling, max_beams
-        self.engine = TransformersEngine(base)
+        self.engine: Engine = TransformersEngine(_reader(base)) if engine is None else engine
         self._composites: dict[tuple[tuple[float, int], ...], Value] = {}
 
     @classmethod
@@ -209,10 +212,30 @@ class SteeredModel:
         finally:
             found.release([h.key for h in hypotheses])
 
+    @property
+    def reader(self) -> Reader:
+        """The base as a model that runs here.
+
+        Raises:
+            ConfigError: another engine runs it.
+        """
+        return _reader(self.base)
+
+    @property
+    def readers(self) -> list[Reader]:
+        """All models that run here, the base first."""
+        own = [self.base] if isinstance(self.base, Reader) else []
+        return list(dict.fromkeys([*own, *(r for value in self.values.values() for r in readers_in(value))]))
+
     def forget(self) -> None:
-        """Empty all caches, so that what comes next does not depend on what came before, to the last bit."""
-        for reader in (self.base, *(r for value in self.values.values() for r in readers_in(value))):
+        """Empty all caches, so that what comes next does not depend on what came before, to the last bit.
+
+        An engine that died begins anew (``revive``).
+        """
+        for reader in self.readers:
             reader.clear()
+        if (revive := getattr(self.engine, "revive", None)) is not None:
+            revive()
 
     def guidance(self, value: str, beta: float = 1.0, candidates: int = 0, gate: float = 0.0) -> TokenGuidance:
         """Token guidance by the named value, for the pieces in ``ivg.hooks``."""
@@ -229,7 +252,13 @@ def readers_in(value: Any) -> Iterator[Reader]:
             yield reader
 
 
-def given(base: Reader, prompt: Prompt, response: str) -> Any:
+def _reader(base: Texts) -> Reader:
+    if isinstance(base, Reader):
+        return base
+    raise ConfigError(f"{base.name} runs in another engine, and this needs its outputs here\n  leave --engine out")
+
+
+def given(base: Texts, prompt: Prompt, response: str) -> Any:
     """A hypothesis of a response that was not generated here, in the base's tokens."""
     from ivg.types import Beam
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ivg.draws import child_lineage, uniform
-from ivg.types import Beam, Extension, FinishReason, Hypothesis, Meter, Prompt, SamplingParams, TokenGuidance, Value, new_key
+from ivg.types import Beam, Extension, FinishReason, Growth, Hypothesis, Meter, Prompt, SamplingParams, TokenGuidance, Value, new_key
 
 if TYPE_CHECKING:
     from ivg.values.base import CompositeValue
@@ -79,6 +79,7 @@ class FakeEngine:
     """
 
     name = "fake"
+    vocabulary: Any = None
 
     def __init__(
         self,
@@ -176,6 +177,45 @@ class FakeEngine:
         if not allow_eos:
             weights[self.eos] = 0.0
         return [w / sum(weights) for w in weights]
+
+
+class PacedFakeEngine(FakeEngine):
+    """As :class:`FakeEngine`, with orders that end each at its own time, in no particular order.
+
+    Children under way are shown with half of their new letters to whoever watches. ``given_up`` has the beams whose orders were.
+    """
+
+    name = "paced-fake"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.given_up: list[int] = []
+        self._orders: dict[int, Extension] = {}
+        self._rounds = 0
+
+    def submit(self, orders: Sequence[Extension]) -> None:
+        """Begin them."""
+        self.calls.append(len(orders))
+        self._orders |= {order.beam.key: order for order in orders}
+
+    def collect(self) -> list[Growth]:
+        """Some of the orders, done; of the others what is watched."""
+        self._rounds += 1
+        out: list[Growth] = []
+        for place, (key, order) in enumerate([*self._orders.items()]):
+            if len(self._orders) == 1 or uniform(place, self._rounds) < 0.3:
+                del self._orders[key]
+                out.append(Growth(key, self._family(order)))
+            elif order.watch and order.tokens > 1:
+                half = self._family(replace(order, tokens=order.tokens // 2))
+                self.held -= {b.key for b in half}
+                out.append(Growth(key, half, done=False))
+        return out
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Forget them, and give their orders up."""
+        super().release(keys)
+        self.given_up += [k for k in keys if self._orders.pop(k, None) is not None]
 
 
 def _invert(distribution: Sequence[float], u: float) -> int:

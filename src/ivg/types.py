@@ -249,6 +249,8 @@ class Extension:
     pause: Pause | None = None
     alternatives: int | None = None
     """Fill ``details`` of the children, each with so many alternatives."""
+    watch: bool = False
+    """What has grown so far is wanted meanwhile, of engines that can tell (:class:`PacedEngine`)."""
 
 
 class Value(Protocol):
@@ -313,6 +315,10 @@ class Engine(Protocol):
 
     name: str
 
+    @property
+    def vocabulary(self) -> Any:
+        """What the base's token ids mean (``models.vocab.Vocabulary``)."""
+
     def open(self, prompt: Prompt, sampling: SamplingParams) -> Beam:
         """The empty response; PromptError where the prompt is empty or, with ``sampling.max_new_tokens``, too long."""
 
@@ -327,6 +333,29 @@ class Engine(Protocol):
 
     def release(self, keys: Sequence[int]) -> None:
         """Free what is kept for these beams."""
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """News of one order: the children of ``beam`` (its key), ``done`` or as far as they have come."""
+
+    beam: int
+    children: list[Beam]
+    done: bool = True
+
+
+@runtime_checkable
+class PacedEngine(Engine, Protocol):
+    """An engine that works on by itself: every order ends at its own time, and no request waits for another's.
+
+    :meth:`release` of an order's beam gives the order up. A child that cannot be made has ``finish="error"``.
+    """
+
+    def submit(self, orders: Sequence[Extension]) -> None:
+        """Begin these orders; returns at once."""
+
+    def collect(self) -> list[Growth]:
+        """News since the last call. Waits a moment where there are none, and may come back empty."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,12 +98,12 @@ class Bench:
         shape: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "seed": settings.seed}
         rivals = set(settings.contestants) - {"ours"}
         self.model = build(settings.shape, settings.guide, **shape, packed=not rivals)
-        network = self.model.base.model.network
+        network = self.model.reader.model.network
         # rivals get the networks as transformers loads them, ours as ivg does: the same weights, made twice where that differs
         self.plain = self.model
         if rivals and can_pack(network):
             self.model = build(settings.shape, settings.guide, **shape)
-        self.device, self.dtype = str(self.model.base.model.device), str(next(network.parameters()).dtype).removeprefix("torch.")
+        self.device, self.dtype = str(self.model.reader.model.device), str(next(network.parameters()).dtype).removeprefix("torch.")
         self.sizes, self.commit = parameters(self.model), machine.commit()
         self._contestants: dict[str, Any] = {}
         self._prompts: list[Any] = []

@@ -97,7 +97,7 @@ def build(
         if guide is not None:
             raise ConfigError(f"the embedded models have guides of their own, got --guide {guide}\n  leave it out")
         model = SteeredModel.embedded(LoadOptions(device=device, dtype=dtype, pack=packed))
-        _never_ends(model.base.model.network)
+        _never_ends(model.reader.model.network)
         return model
     large, small = shape(base), shape(guide or shape(base).guide)
     where = pick_device(device)
@@ -120,7 +120,7 @@ def networks(model: SteeredModel) -> dict[str, nn.Module]:
     assert isinstance(implicit, ImplicitValue)
     assert isinstance(explicit, ExplicitValue)
     return {
-        "base": model.base.model.network,
+        "base": model.reader.model.network,
         "tuned": implicit.tuned.model.network,
         "untuned": implicit.untuned.model.network,
         "value": explicit.model.model.network,

@@ -35,7 +35,8 @@ class CountingEngine:
     """An engine that counts for each round: ``waiting`` while some request stands in the queue, ``draining`` after that."""
 
     def __init__(self, engine: Engine, places: int) -> None:
-        self.engine, self.places, self.name = engine, places, engine.name
+        self.engine, self.places = engine, places
+        self.name, self.vocabulary = engine.name, engine.vocabulary
         self.searcher: Any = None
         self.waiting, self.draining = Count(), Count()
 

@@ -107,8 +107,8 @@ def _table(out: Console, model: SteeredModel) -> bool:
     from ivg.types import knows_vocabulary
 
     table = Table("model", "tokens", "context", "chat template", "vocabulary", box=None, pad_edge=False)
-    base = model.base
-    table.add_row("base", str(len(base.vocabulary.pieces)), str(base.model.max_positions), _yes(base.tokenizer.chat_template), "")
+    base = model.reader
+    table.add_row("base", str(len(base.vocabulary.pieces)), str(base.max_positions), _yes(base.tokenizer.chat_template), "")
     guides = {r for v in model.values.values() if knows_vocabulary(v) for a in ("tuned", "untuned", "model") if (r := getattr(v, a, None))}
     fine, notes = True, []
     for reader in readers(model.values).values():

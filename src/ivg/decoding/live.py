@@ -151,6 +151,12 @@ class Live:
     """Tokens that the current chunk may still grow."""
     inside: bool = False
     """The current chunk has had a round already."""
+    round: int = 0
+    """Tokens of the round that is under way."""
+    pending: set[int] = field(default_factory=set)
+    """Keys of beams whose orders are not done (engines that work on by themselves)."""
+    families: dict[int, list[Beam]] = field(default_factory=dict)
+    """Children of the others, and how far those under way have come, by the key of their parent."""
     trace: list[Step] = field(default_factory=list)
 
     @property

@@ -31,7 +31,7 @@ from ivg.decoding.particles import ParticleRule
 from ivg.decoding.rejection import RejectionRule
 from ivg.decoding.rules import BeamRule, Choice, Rule
 from ivg.errors import PromptError
-from ivg.types import Beam, Completion, Engine, Extension, Step, TraceNode, Usage, Value
+from ivg.types import Beam, Completion, Engine, Extension, PacedEngine, Step, TraceNode, Usage, Value
 
 __all__ = ["QUANTUM", "Particles", "Rejection", "Request", "Search", "Searcher", "check_sizes"]
 
@@ -125,20 +125,52 @@ class Searcher:
         lives = list(self._live.values())
         if not lives:
             return steps
+        done, shown = self._pace(self.engine, lives) if isinstance(self.engine, PacedEngine) else (self._together(lives), [])
+        for live in done:
+            self._grow(live, live.families)
+            live.left, live.inside, live.families = live.left - live.round, True, {}
+        ready = [live for live in done if live.left <= 0 or not any(_grows(b) for b in live.growing)]
+        scores = self._score(ready)
+        steps += [self._select(live, scores[live.id]) for live in ready]
+        steps += [self._step_of(live, [], []) for live in [*done, *shown] if live.id not in scores]  # some text may be common to all
+        return steps
+
+    def _together(self, lives: Sequence[Live]) -> Sequence[Live]:
+        """One round of equal length for all, in one call; those whose orders are done: all."""
+        self._begin(lives)
+        quantum = min(QUANTUM, *(min(live.left, live.request.stride) for live in lives))
+        orders: list[Extension] = []
+        for live in lives:
+            live.round = quantum
+            orders += self._orders(live)
+        found = {order.beam.key: family for order, family in zip(orders, self.engine.extend(orders), strict=True)}
+        for live in lives:
+            live.families = found
+        return lives
+
+    def _pace(self, engine: PacedEngine, lives: Sequence[Live]) -> tuple[list[Live], list[Live]]:
+        """Whole chunks, each request at its own pace: (those whose orders are done, others of which there is news)."""
+        free = [live for live in lives if not live.pending]
+        self._begin(free)
+        for live in free:
+            live.round = live.left
+            orders = list(self._orders(live))
+            live.pending = {o.beam.key for o in orders}
+            engine.submit(orders)
+        owner = {key: live for live in lives for key in live.pending}
+        news: dict[int, Live] = {}
+        for growth in engine.collect():
+            live = owner[growth.beam]
+            live.families[growth.beam] = growth.children
+            live.pending -= {growth.beam} if growth.done else set()
+            news[live.id] = live
+        done = [live for live in lives if not live.pending]
+        return done, [live for live in news.values() if live.pending]
+
+    def _begin(self, lives: Sequence[Live]) -> None:
         for live in lives:
             if live.left <= 0:
                 self._begin_chunk(live)
-        quantum = min(QUANTUM, *(min(live.left, live.request.stride) for live in lives))
-        orders = [order for live in lives for order in self._orders(live, quantum)]
-        families = {order.beam.key: family for order, family in zip(orders, self.engine.extend(orders), strict=True)}
-        for live in lives:
-            self._grow(live, families)
-            live.left, live.inside = live.left - quantum, True
-        ready = [live for live in lives if live.left <= 0 or not any(_grows(b) for b in live.growing)]
-        scores = self._score(ready)
-        steps += [self._select(live, scores[live.id]) for live in ready]
-        steps += [self._step_of(live, [], []) for live in lives if live.id not in scores]  # some text may be common to all
-        return steps
 
     def _admit(self) -> list[Step]:
         """Let waiting requests in where there is room; those whose prompt the value cannot read end at once."""
@@ -172,7 +204,7 @@ class Searcher:
         live.growing = [replace(b, paused=False) if b.paused else b for b, _ in chunk.orders]
 
     @staticmethod
-    def _orders(live: Live, quantum: int) -> Iterator[Extension]:
+    def _orders(live: Live) -> Iterator[Extension]:
         """Children that each growing beam gets this round: several at the start of a chunk, one within it."""
         r, chunk = live.request, live.chunk
         assert chunk is not None
@@ -183,7 +215,7 @@ class Searcher:
                 yield Extension(
                     beam,
                     counts.get(beam.key, 1),
-                    quantum,
+                    live.round,
                     r.sampling,
                     r.search.guidance,
                     r.draw_seed,
@@ -193,6 +225,7 @@ class Searcher:
                     keep=chunk.keep and not live.inside,
                     pause=chunk.pause,
                     alternatives=r.alternatives,
+                    watch=r.stride < QUANTUM,
                 )
 
     def _grow(self, live: Live, families: dict[int, list[Beam]]) -> None:
@@ -261,7 +294,8 @@ class Searcher:
             tuple({b.key: _node(b, s if scored else None, kept=mark) for b, s in pairs}.values())
             for pairs, mark in ((kept, True), (dropped, False))
         ]
-        beams = list({b.key: b for b in (*(b for b, _ in live.kept), *live.growing)}.values())
+        growing = [b for beam in live.growing for b in live.families.get(beam.key, [beam])]
+        beams = list({b.key: b for b in (*(b for b, _ in live.kept), *growing)}.values())
         ended = all(b.finished for b, _ in live.kept) and not live.growing
         committed = select.common_prefix([b.text for b in beams])
         shown = committed if ended else _hold_back(committed, live.request.sampling.stop)
@@ -292,7 +326,8 @@ class Searcher:
     # Caches
 
     def _release_all(self, live: Live) -> None:
-        self._release(live, [b.key for b in (*(b for b, _ in live.kept), *live.growing, *live.rule.spare)])
+        arrived = (b for family in live.families.values() for b in family)
+        self._release(live, [b.key for b in (*(b for b, _ in live.kept), *live.growing, *live.rule.spare, *arrived)])
 
     def _release(self, live: Live, keys: Sequence[int]) -> None:
         """Nobody needs these hypotheses any more."""

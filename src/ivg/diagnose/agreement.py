@@ -63,11 +63,11 @@ class Disagreement:
 
 def disagreement(model: SteeredModel, prompts: Sequence[Prompt | str], tokens: int = 40, beta: float = 1.0) -> Disagreement | None:
     """Sample from the base at temperature 1, then read each text with all three models; None without a fitting pair."""
-    if fitting_pair(model.base, model.values.get("implicit")) is None:
+    if fitting_pair(model.reader, model.values.get("implicit")) is None:
         return None
     done = model.generate(list(prompts), "base", temperature=1.0, max_new_tokens=tokens, ignore_eos=True)
-    beams = [written(model.base, Prompt.of(p), c.text, c.token_ids) for p, c in zip(prompts, done, strict=True)]
-    return agreement(model.base, model.values["implicit"], beams, beta)
+    beams = [written(model.reader, Prompt.of(p), c.text, c.token_ids) for p, c in zip(prompts, done, strict=True)]
+    return agreement(model.reader, model.values["implicit"], beams, beta)
 
 
 def fitting_pair(base: Reader, value: Value | None) -> ImplicitValue | None:

@@ -33,7 +33,7 @@ def fit(base: Reader, other: Reader) -> Fit:
     return Fit(
         name=other.name,
         tokens=len(other.vocabulary.pieces),
-        context=other.model.max_positions,
+        context=other.max_positions,
         chat_template=bool(getattr(other.tokenizer, "chat_template", None)),
         same=not differences,
         different=len(differences),

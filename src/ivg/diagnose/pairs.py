@@ -95,7 +95,7 @@ def fitting(base: Reader, values: Mapping[str, Value], pairs: Sequence[Pair], en
 
 def _check(base: Reader, values: Mapping[str, Value], pair: Pair, ends: bool) -> None:
     for reader in (base, *readers(values).values()):
-        limit = reader.model.max_positions
+        limit = reader.max_positions
         for text in (pair.chosen, pair.rejected):
             length = len(reader.ids(written(base, pair.prompt, text, ends=ends))[0])
             if limit is not None and length > limit:

@@ -105,20 +105,20 @@ def foresee(
     guide = _guide(model, guide)
     ends = not plan.sampling.ignore_eos
     judge = judge if judge is not None and judge.name != guide else None
-    values: dict[str, Value] = {BASELINE: AutoregressiveReward(model.base, BASELINE), **model.values}
+    values: dict[str, Value] = {BASELINE: AutoregressiveReward(model.reader, BASELINE), **model.values}
     if judge is not None:
         values[judge.name] = judge.value
-    kept, skipped = fitting(model.base, values, pairs, ends)
+    kept, skipped = fitting(model.reader, values, pairs, ends)
     if not kept:
         reason = skipped[0] if skipped else "the file holds none"
         raise ConfigError(f"no pair that all models can read: {reason}")
     told(f"scoring {len(kept)} pairs")
-    measured = _on_pairs(model.base, values, kept, plan, ends)
-    longer = longer_wins(model.base, kept)
-    chosen_texts = [written(model.base, p.prompt, p.chosen, ends=ends and p.chosen_ends) for p in _first_of_each(kept)[: max(prompts, 1)]]
-    chosen = agreement(model.base, model.values.get("implicit"), chosen_texts, beta)
+    measured = _on_pairs(model.reader, values, kept, plan, ends)
+    longer = longer_wins(model.reader, kept)
+    chosen_texts = [written(model.reader, p.prompt, p.chosen, ends=ends and p.chosen_ends) for p in _first_of_each(kept)[: max(prompts, 1)]]
+    chosen = agreement(model.reader, model.values.get("implicit"), chosen_texts, beta)
     told("drawing texts")
-    fits = guide is not None and Shift.of(model.values[guide], model.base) is not None
+    fits = guide is not None and Shift.of(model.values[guide], model.reader) is not None
     drawn = _drawn(model, kept, plan, prompts, guide if fits else None, judge, beta, told)
     candidates = {n: v for n, v in measured.items() if n in model.values and (judge is None or n != judge.name)}
     judged = measured[judge.name] if judge is not None else None
@@ -187,7 +187,7 @@ def _drawn(
     texts = sweeping.draw(model, guide, prompts, plan)
     told(f"reading {len(texts.beams)} texts")
     own = [b for b, k in zip(texts.beams, texts.drawn, strict=True) if k == 0]
-    found = agreement(model.base, model.values.get("implicit"), own, beta)
+    found = agreement(model.reader, model.values.get("implicit"), own, beta)
     scores = sweeping.judged(judge.value, texts.beams, plan.batch) if judge is not None else None
     rows = sweeping.sweep(model, guide, texts, scores, plan) if guide is not None else ()
     others = {n: v for n, v in model.values.items() if judge is not None and n != judge.name}
@@ -197,7 +197,7 @@ def _drawn(
 def _room(model: SteeredModel, prompt: Prompt, plan: Plan) -> bool:
     """Can every model read the prompt and an answer?"""
     try:
-        model.base.check_length(prompt, plan.sampling.max_new_tokens)
+        model.reader.check_length(prompt, plan.sampling.max_new_tokens)
         for value in model.values.values():
             value.check(prompt, plan.sampling.max_new_tokens)
     except PromptError:

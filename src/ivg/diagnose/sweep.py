@@ -118,7 +118,7 @@ class Texts:
 
 def draw(model: SteeredModel, guide: str | None, prompts: Sequence[Prompt], plan: Plan) -> Texts:
     """Texts for every prompt, sample and weight; the same sample has the same random numbers at every weight."""
-    params, base = plan.sampling, model.base
+    params, base = plan.sampling, model.reader
     settings: dict[str, Any] = {"temperature": params.temperature, "max_new_tokens": params.max_new_tokens, "ignore_eos": params.ignore_eos}
     settings |= {"stop": params.stop, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     jobs = [(p, n, b) for b in (plan.draw_at or ()) for p in range(len(prompts)) for n in range(plan.samples)]
@@ -133,7 +133,7 @@ def draw(model: SteeredModel, guide: str | None, prompts: Sequence[Prompt], plan
 
 def follow(model: SteeredModel, shift: Shift, beam: Beam, plan: Plan) -> tuple[Numbers, Numbers]:
     """(log pi_beta(text), summed KL(pi_beta || pi_base) of its positions), each [betas], float64."""
-    base = model.base
+    base = model.reader
     ids = torch.tensor(beam.token_ids)
     logps, kls = torch.zeros(len(plan.betas), dtype=torch.float64), torch.zeros(len(plan.betas), dtype=torch.float64)
     silent = sorted(base.vocabulary.eos_ids) if plan.sampling.ignore_eos else []
@@ -178,7 +178,7 @@ def sweep(model: SteeredModel, guide: str, texts: Texts, scores: Numbers | None,
     Raises:
         ConfigError: a guide that cannot be followed along a text.
     """
-    shift = Shift.of(model.values[guide], model.base)
+    shift = Shift.of(model.values[guide], model.reader)
     if shift is None:
         raise ConfigError(f"{guide} cannot shift the base's whole vocabulary, so there is no beta to sweep")
     known: dict[tuple[int, tuple[int, ...]], tuple[Numbers, Numbers]] = {}

@@ -182,8 +182,8 @@ def base_logps(model: SteeredModel, rows: Sequence[Row]) -> list[float]:
         for r in rows
     ]
     filled = [b for b in beams if b.token_ids]
-    sums = dict(zip((b.key for b in filled), map(sum, model.base.token_logps(filled)), strict=True)) if filled else {}
-    model.base.release([b.key for b in filled])
+    sums = dict(zip((b.key for b in filled), map(sum, model.reader.token_logps(filled)), strict=True)) if filled else {}
+    model.reader.release([b.key for b in filled])
     return [float(sums.get(b.key, 0.0)) for b in beams]
 
 

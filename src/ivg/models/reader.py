@@ -1,6 +1,6 @@
 """A model that follows hypotheses: it reads, in its own tokens and behind its own prompt, only what is new of each.
 
-Knows: templates, vocabularies, which row holds which hypothesis. Must not know what its outputs mean (``values``), nor
+Knows: which row holds which hypothesis. Must not know what its outputs mean (``values``), nor
 how beams are chosen. Nothing of a request is kept but its cache rows, which :meth:`Reader.release` frees.
 """
 
@@ -9,18 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ivg.errors import PromptError
 from ivg.models.cached import CachedModel
-from ivg.models.chat import check_template, encode
 from ivg.models.rows import Row, common_length
-from ivg.models.vocab import Vocabulary
-from ivg.types import Hypothesis, Prompt
+from ivg.models.texts import Texts
+from ivg.types import Hypothesis
 
 
 @dataclass(slots=True)
@@ -37,7 +34,7 @@ class _Entry:
     logps: list[float] = field(default_factory=list)
 
 
-class Reader:
+class Reader(Texts):
     """A cached model with its tokenizer and template.
 
     Args:
@@ -48,34 +45,10 @@ class Reader:
     """
 
     def __init__(self, model: CachedModel, tokenizer: Any, template: str | None = None, eos_ids: Sequence[int] | None = None) -> None:
-        check_template(template)
-        self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.name = model.name
-        self.reads_given_ids = False
-        self.vocabulary = Vocabulary(tokenizer, eos_ids, owner=model.name)
+        sizes = {"vocab_size": model.config.vocab_size, "max_positions": model.max_positions}
+        super().__init__(model.name, tokenizer, template, eos_ids, **sizes)
+        self.model = model
         self._entries: dict[int, _Entry] = {}
-        self.prompt_ids = lru_cache(maxsize=4096)(self._prompt_ids)
-        config = model.config
-        self._rows_of_embedding = config.vocab_size
-
-    def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        if self.reads_given_ids and prompt.token_ids is not None:
-            return prompt.token_ids
-        return tuple(encode(prompt, self.tokenizer, self.template))
-
-    def check_length(self, prompt: Prompt, new_tokens: int) -> int:
-        """Length of the prompt in this model's tokens.
-
-        Raises:
-            PromptError: prompt and answer together outgrow the model's context.
-        """
-        length, limit = len(self.prompt_ids(prompt)), self.model.max_positions
-        if limit is not None and length + new_tokens > limit:
-            raise PromptError(
-                f"prompt of {length} tokens + {new_tokens} new tokens > context of {self.name} ({limit})\n"
-                f"  shorten the prompt, or ask for at most {max(0, limit - length)} new tokens"
-            )
-        return length
 
     def release(self, keys: Sequence[int]) -> None:
         """Free the rows of these hypotheses."""
@@ -97,23 +70,6 @@ class Reader:
         new = [h for h in hypotheses if h.key not in self._entries and (h.parent in self._entries or h.origin in self._entries)]
         self._claim(new)
 
-    # What a hypothesis is, in this model's tokens
-
-    def ids(self, h: Hypothesis) -> tuple[list[int], int]:
-        """(all tokens of prompt and response, how many of them are prompt).
-
-        With the base's vocabulary: its very tokens. With another: the text is tokenised anew, and a token that spans the
-        border counts as response. An end-of-sequence token of the base is read as this model's own.
-        """
-        prompt = self.prompt_ids(h.prompt)
-        if self.vocabulary.same_as(h.vocabulary):
-            return [*prompt, *self._own_ids(h.token_ids)], len(prompt)
-        ids = encode(h.prompt, self.tokenizer, self.template, h.text) if h.text else list(prompt)
-        border = common_length(prompt, ids)
-        if h.token_ids and h.token_ids[-1] in h.vocabulary.eos_ids and self.vocabulary.eos_ids:
-            ids.append(min(self.vocabulary.eos_ids))
-        return ids, border
-
     # Reading
 
     def outputs(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
@@ -127,7 +83,7 @@ class Reader:
 
     def last_token_outputs(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
         """The output one token earlier, at the entry of the last token: Q(s_t, y_t) = V(x, y_<=t); float32 [hypotheses]."""
-        lasts = [self._last_id(h) for h in hypotheses]
+        lasts = [self.last_id(h) for h in hypotheses]
         entries, new = self._to_read(hypotheses, [1] * len(hypotheses), drop=1)
         out = self.model.last([e.row for e in entries], new)
         return out.gather(1, torch.tensor(lasts, device=out.device)[:, None])[:, 0].float()
@@ -197,7 +153,7 @@ class Reader:
             keep = min(held, entry.border + len(h.token_ids) - drop - count)
             if keep >= entry.border:
                 del entry.row.ids[keep:]
-                return self._own_ids(h.token_ids[keep - entry.border : len(h.token_ids) - drop])
+                return self.own_ids(h.token_ids[keep - entry.border : len(h.token_ids) - drop])
         ids, border = self.ids(h)
         del entry.row.ids[max(0, min(held, common_length(entry.row.ids, ids), len(ids) - drop - count)) :]
         entry.border = border
@@ -206,26 +162,12 @@ class Reader:
     def _unscored(self, h: Hypothesis, entry: _Entry) -> list[int]:
         """Response tokens whose log-probability is not known."""
         if entry.follows:
-            return self._own_ids(h.token_ids[len(entry.logps) :])
+            return self.own_ids(h.token_ids[len(entry.logps) :])
         ids, border = self.ids(h)
         same = common_length(entry.scored, ids[border:]) if border == entry.border else 0
         del entry.scored[same:], entry.logps[same:]
         entry.border = border
         return ids[border + same :]
-
-    def _own_ids(self, tokens: Sequence[int]) -> list[int]:
-        """The base's tokens in this model's, which shares its vocabulary but for tokens that the base may have added."""
-        known = self._rows_of_embedding
-        return [t if t < known else next(iter(self.vocabulary.eos_ids), 0) for t in tokens]
-
-    def _last_id(self, h: Hypothesis) -> int:
-        """The last token of prompt and response."""
-        if h.token_ids and self.vocabulary.same_as(h.vocabulary) and len(self.prompt_ids(h.prompt)) + len(h.token_ids) > 1:
-            return self._own_ids(h.token_ids[-1:])[0]
-        ids, _ = self.ids(h)
-        if len(ids) < 2:
-            raise PromptError(f"{self.name}: a vocabulary head gives no value for a text of one token")
-        return ids[-1]
 
     def _claim(self, hypotheses: Sequence[Hypothesis], drop: int = 0) -> list[_Entry]:
         """The entry of every hypothesis: its own, a fork of its parent's (the last heir takes that over), or a new one."""

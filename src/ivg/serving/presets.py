@@ -160,12 +160,12 @@ class Presets:
             self._check_size(Prompt(prompt))
             return Prompt(prompt)
         vocabulary = self.model.engine.vocabulary
-        limit = self.model.base.model.max_positions
+        limit = self.model.base.max_positions
         if limit is not None and len(prompt) >= limit:
             raise PromptError(f"prompt of {len(prompt)} tokens > context of the base ({limit})\n  shorten the prompt")
-        beyond = [i for i in prompt if i >= self.model.base.model.config.vocab_size]
+        beyond = [i for i in prompt if i >= self.model.base.vocab_size]
         if beyond:
-            message = f"token id {beyond[0]} is beyond the vocabulary ({self.model.base.model.config.vocab_size})"
+            message = f"token id {beyond[0]} is beyond the vocabulary ({self.model.base.vocab_size})"
             raise ServeError(message, 400, "invalid_value", "prompt")
         return Prompt(vocabulary.decode(prompt), tuple(prompt))
 
@@ -186,7 +186,7 @@ class Presets:
             PromptError: more tokens than the base has positions.
         """
         base, text = self.model.base, prompt_text(prompt)
-        limit = base.model.max_positions
+        limit = base.max_positions
         if limit is None or len(text) <= 4 * limit:
             return
         longest = max(map(len, base.vocabulary.pieces.values()), default=1)

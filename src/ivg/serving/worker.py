@@ -24,7 +24,7 @@ from ivg.errors import IVGError, ServeError
 from ivg.serving.metrics import Metrics
 from ivg.serving.presets import Order, fault
 from ivg.serving.settings import ServeSettings
-from ivg.steered import SteeredModel, readers_in
+from ivg.steered import SteeredModel
 from ivg.types import Completion, Step, TokenDetail, TraceNode
 
 log = logging.getLogger("ivg.serve")
@@ -377,7 +377,7 @@ class Worker:
         metrics.queue.set(self.waiting)
         metrics.live.set(searcher.live_requests)
         metrics.beams.set(searcher.live_beams)
-        for reader in dict.fromkeys((self.model.base, *(r for v in self.model.values.values() for r in readers_in(v)))):
+        for reader in self.model.readers:
             metrics.rows.labels(reader.name).set(reader.model.live_rows)
             metrics.bytes.labels(reader.name).set(reader.model.rows.held_bytes)
 
