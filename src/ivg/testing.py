@@ -6,7 +6,7 @@ The laws are plain functions that raise AssertionError. :class:`FakeEngine` need
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,7 @@ class FakeEngine:
 
     name = "fake"
     vocabulary: Any = None
+    lacks: Mapping[str, str] = {}
 
     def __init__(
         self,

@@ -203,7 +203,7 @@ class TokenGuidance:
         normalise: mix log-probabilities rather than logits (GenARM).
         gate: guide only where the base's next-token entropy is at least this many nats; 0 guides everywhere. The entropy
             is that of the base's own distribution: all tokens, temperature 1.
-        draft: tokens that the value drafts ahead of the base, at most; 0: none. Needs a :class:`DraftingValue`. How many are
+        draft: tokens that the value drafts ahead of the base, at most; 0: none. Needs an ``ivg.guides.DraftingValue``. How many are
             drafted changes the speed and no token; but tokens are drawn by another rule than with 0 (``engine.coupling``).
     """
 
@@ -268,48 +268,6 @@ class Value(Protocol):
         """These hypotheses will not be asked for again; forget what is kept for them."""
 
 
-@runtime_checkable
-class VocabularyValue(Value, Protocol):
-    """A value with a number for every next token; it can shift all logits at once (see :func:`knows_vocabulary`)."""
-
-    @property
-    def vocabulary(self) -> Any:
-        """What the columns of :meth:`deltas` mean (``models.vocab.Vocabulary``)."""
-
-    def deltas(self, hypotheses: Sequence[Hypothesis]) -> Any:
-        """What to add to the base's logits, before the guidance weight; float32 tensor [hypotheses, vocabulary]."""
-
-
-class Drafter(Protocol):
-    """Drafts one stretch of tokens for some hypotheses, and remembers what it read meanwhile."""
-
-    def logits(self, hypotheses: Sequence[Hypothesis]) -> Any:
-        """Of the next token as this value would have it, behind the last token of each; float32 tensor [hypotheses, vocabulary].
-
-        Asked again for a hypothesis, that has one token more.
-        """
-
-    def deltas(self, hypotheses: Sequence[Hypothesis]) -> Any:
-        """:meth:`VocabularyValue.deltas` at all places where these were asked for logits: row after row, in order, one tensor."""
-
-
-@runtime_checkable
-class DraftingValue(VocabularyValue, Protocol):
-    """A value that can say what the guided base will probably write, and can be taken back when it was wrong."""
-
-    def drafter(self, beta: float) -> Drafter:
-        """For one stretch of tokens, guided with weight ``beta``."""
-
-    def rewind(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """The last tokens of these were changed; what was read behind their last but one is forgotten."""
-
-
-def knows_vocabulary(value: Value) -> bool:
-    """Can ``value`` shift the whole vocabulary at once? A class whose instances differ has ``full_vocabulary()``."""
-    full = getattr(value, "full_vocabulary", None)
-    return isinstance(value, VocabularyValue) and (full is None or full())
-
-
 class Engine(Protocol):
     """Turns beams into longer beams."""
 
@@ -318,6 +276,10 @@ class Engine(Protocol):
     @property
     def vocabulary(self) -> Any:
         """What the base's token ids mean (``models.vocab.Vocabulary``)."""
+
+    @property
+    def lacks(self) -> Mapping[str, str]:
+        """Fields of :class:`Extension` and :class:`SamplingParams` that this engine cannot honour, each with what to do instead."""
 
     def open(self, prompt: Prompt, sampling: SamplingParams) -> Beam:
         """The empty response; PromptError where the prompt is empty or, with ``sampling.max_new_tokens``, too long."""

@@ -104,7 +104,7 @@ def _table(out: Console, model: SteeredModel) -> bool:
     from rich.text import Text
 
     from ivg.diagnose.fit import fit, readers, vocabulary_lines
-    from ivg.types import knows_vocabulary
+    from ivg.guides import knows_vocabulary
 
     table = Table("model", "tokens", "context", "chat template", "vocabulary", box=None, pad_edge=False)
     base = model.reader

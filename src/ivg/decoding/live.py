@@ -175,6 +175,21 @@ def check_watching(request: Request) -> None:
     demand("stride", request.stride, request.stride >= 1, "at least 1 token")
 
 
+def asked(request: Request) -> set[str]:
+    """What ``request`` asks of an engine beyond drawing tokens: names as in ``Engine.lacks``."""
+    search, sampling = request.search, request.sampling
+    wanted = {
+        "pause": search.rejection is not None,
+        "weigh": search.particles is not None and search.guidance is not None,
+        "alternatives": request.alternatives is not None,
+        "repetition_penalty": sampling.repetition_penalty != 1,
+        "min_p": sampling.min_p > 0,
+        "top_k": sampling.top_k > 0,
+        "ignore_eos": sampling.ignore_eos,
+    }
+    return {name for name, needed in wanted.items() if needed}
+
+
 class _Sizes(Protocol):
     @property
     def width(self) -> int: ...

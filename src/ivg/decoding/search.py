@@ -22,6 +22,7 @@ from ivg.decoding.live import (
     Request,
     Scored,
     Search,
+    asked,
     check_sampling,
     check_search,
     check_sizes,
@@ -30,7 +31,7 @@ from ivg.decoding.live import (
 from ivg.decoding.particles import ParticleRule
 from ivg.decoding.rejection import RejectionRule
 from ivg.decoding.rules import BeamRule, Choice, Rule
-from ivg.errors import PromptError
+from ivg.errors import ConfigError, PromptError
 from ivg.types import Beam, Completion, Engine, Extension, PacedEngine, Step, TraceNode, Usage, Value
 
 __all__ = ["QUANTUM", "Particles", "Rejection", "Request", "Search", "Searcher", "check_sizes"]
@@ -71,6 +72,8 @@ class Searcher:
         check_search(request.search)
         check_watching(request)
         search, length = request.search, request.sampling.max_new_tokens
+        for name in sorted(asked(request) & set(self.engine.lacks)):
+            raise ConfigError(f"{name}: the engine {self.engine.name} cannot do that\n  {self.engine.lacks[name]}")
         self.engine.check(search.guidance)
         root = self.engine.open(request.prompt, request.sampling)
         for value in (search.guidance.value if search.guidance else None, search.value):

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ivg.guides import VocabularyValue
 from ivg.models.reader import Reader
-from ivg.types import Beam, Prompt, Value, VocabularyValue, new_key
+from ivg.types import Beam, Prompt, Value, new_key
 from ivg.values.base import CompositeValue
 from ivg.values.explicit import ExplicitValue
 from ivg.values.implicit import AutoregressiveReward, ImplicitValue

@@ -20,19 +20,9 @@ from torch import Tensor
 
 from ivg.engine.sampling import entropy
 from ivg.errors import ConfigError
+from ivg.guides import DraftingValue, VocabularyValue, knows_vocabulary
 from ivg.models.vocab import Vocabulary
-from ivg.types import (
-    DraftingValue,
-    FinishReason,
-    Hypothesis,
-    Meter,
-    Prompt,
-    TokenGuidance,
-    Value,
-    VocabularyValue,
-    knows_vocabulary,
-    new_key,
-)
+from ivg.types import FinishReason, Hypothesis, Meter, Prompt, TokenGuidance, Value, new_key
 
 DEFAULT_CANDIDATES = 20
 

@@ -29,8 +29,9 @@ from ivg.engine.guidance import blame, shifted
 from ivg.engine.pace import Pace
 from ivg.engine.sampling import broken_rows, drawn_logps
 from ivg.errors import ConfigError
+from ivg.guides import Drafter, DraftingValue
 from ivg.models.reader import Reader
-from ivg.types import Beam, Drafter, DraftingValue, Extension, FinishReason, Hypothesis, SamplingParams, TokenDetail, TokenGuidance
+from ivg.types import Beam, Extension, FinishReason, Hypothesis, SamplingParams, TokenDetail, TokenGuidance
 
 NUMBERS = 1 << 24
 """Rows x places x vocabulary of one round at most, so that its tensors stay small: 64 MiB each in float32."""

@@ -7,65 +7,32 @@ all children of a beam is drawn from one pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ivg.draws import child_lineage, uniform
+from ivg.draws import uniform
+from ivg.engine.children import Child, as_beams, decoded, newborn, push
 from ivg.engine.detail import details
 from ivg.engine.guidance import blame, check_guidance, guided
 from ivg.engine.sampling import broken_rows, drawn_logps, entropy, sample
 from ivg.engine.speculation import Speculator
 from ivg.models.reader import Reader
-from ivg.types import Beam, Extension, FinishReason, Meter, Pause, Prompt, SamplingParams, TokenDetail, TokenGuidance, new_key
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A child while it grows; a :class:`~ivg.types.Hypothesis`, so base and guides can read it."""
-
-    order: Extension
-    parent: int
-    lineage: int
-    limit: int
-    prompt: Prompt
-    meter: Meter
-    vocabulary: object
-    token_ids: list[int]
-    decoded: tuple[int, int]
-    written: str
-    key: int = field(default_factory=new_key)
-    finish: FinishReason | None = None
-    error: str | None = None
-    origin: int | None = None
-    inherits: bool = True
-    paused: bool = False
-    log_ratio: float = 0.0
-    guide_shift: list[float] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    details: list[TokenDetail] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        """The response so far; decoded when asked for."""
-        if self.decoded[1] < len(self.token_ids):
-            new, self.decoded = self.order.beam.vocabulary.continue_text(self.token_ids, self.decoded)
-            self.written += new
-        return self.written
+from ivg.types import Beam, Extension, Pause, Prompt, SamplingParams, TokenGuidance, new_key
 
 
 class TransformersEngine:
     """Extends beams with a :class:`~ivg.models.reader.Reader` of the base model."""
 
     name = "transformers"
+    lacks: Mapping[str, str] = {}
 
     def __init__(self, base: Reader) -> None:
         self.base = base
         base.reads_given_ids = True
         self.vocabulary = base.vocabulary
-        self.speculation = Speculator(base, self._push)
+        self.speculation = Speculator(base, push)
 
     def open(self, prompt: Prompt, sampling: SamplingParams) -> Beam:
         """The empty response to ``prompt``.
@@ -94,17 +61,17 @@ class TransformersEngine:
 
         Children whose model gave NaN end with ``finish="error"``; the others go on.
         """
-        families = [self._drafts(order) for order in orders]
+        families = [newborn(order) for order in orders]
         ahead = [self.speculation.takes(order) for order in orders]
         self.speculation.grow([(o.beam, family) for o, family, drafted in zip(orders, families, ahead, strict=True) if drafted])
         self._grow([(o, family) for o, family, drafted in zip(orders, families, ahead, strict=True) if not drafted])
         self._hand_on([d for family in families for d in family if d.finish is None and not d.paused])
-        return [_children(order.beam, family) for order, family in zip(orders, families, strict=True)]
+        return [as_beams(order.beam, family) for order, family in zip(orders, families, strict=True)]
 
-    def _hand_on(self, drafts: Sequence[_Draft]) -> None:
+    def _hand_on(self, drafts: Sequence[Child]) -> None:
         """Children that grew by one token have asked for nothing yet: they take their parents' caches before those are released."""
         self.base.follow(drafts)
-        guided: dict[TokenGuidance, list[_Draft]] = {}
+        guided: dict[TokenGuidance, list[Child]] = {}
         for d in drafts:
             if d.order.guidance is not None:
                 guided.setdefault(d.order.guidance, []).append(d)
@@ -112,7 +79,7 @@ class TransformersEngine:
             if (follow := getattr(guidance.value, "follow", None)) is not None:
                 follow(some)
 
-    def _grow(self, families: list[tuple[Extension, list[_Draft]]]) -> None:
+    def _grow(self, families: list[tuple[Extension, list[Child]]]) -> None:
         """Token after token, all in one batch."""
         if not families:
             return
@@ -122,37 +89,13 @@ class TransformersEngine:
         row_of = [i for i, (_, family) in enumerate(families) for _ in family]
         self._step(drafts, parents, [p.decoded for p in parents], orders, row_of)
         while active := [d for d in drafts if d.finish is None and not d.paused and len(d.token_ids) < d.limit]:
-            self._step(active, active, [_state(d) for d in active], [d.order for d in active], list(range(len(active))))
-
-    def _drafts(self, order: Extension) -> list[_Draft]:
-        beam, sampling = order.beam, order.sampling
-        limit = min(len(beam.token_ids) + order.tokens, sampling.max_new_tokens)
-        return [
-            _Draft(
-                order=order,
-                parent=beam.key,
-                lineage=child_lineage(beam.lineage, len(beam.token_ids), order.first + index),
-                limit=limit,
-                prompt=beam.prompt,
-                meter=beam.meter,
-                vocabulary=beam.vocabulary,
-                token_ids=list(beam.token_ids),
-                decoded=beam.decoded,
-                written=beam.text,
-                inherits=not order.keep,
-                log_ratio=beam.log_ratio,
-                guide_shift=list(beam.guide_shift),
-                pieces=list(beam.pieces),
-                details=list(beam.details),
-            )
-            for index in range(order.successors)
-        ]
+            self._step(active, active, [decoded(d) for d in active], [d.order for d in active], list(range(len(active))))
 
     def _step(
         self,
-        drafts: list[_Draft],
-        nodes: Sequence[Beam | _Draft],
-        decoded: list[tuple[int, int]],
+        drafts: list[Child],
+        nodes: Sequence[Beam | Child],
+        places: list[tuple[int, int]],
         orders: list[Extension],
         row_of: list[int],
     ) -> None:
@@ -167,11 +110,11 @@ class TransformersEngine:
             row_of = [new_place[row] for row in row_of if row in new_place]
             drafts = [d for d in drafts if not d.paused]
             raw, entropies = raw[rows], entropies[rows]
-            nodes, decoded, orders = [nodes[i] for i in rows], [decoded[i] for i in rows], [orders[i] for i in rows]
+            nodes, places, orders = [nodes[i] for i in rows], [places[i] for i in rows], [orders[i] for i in rows]
         if drafts:
-            self._draw(drafts, row_of, *self._mix(raw, entropies, nodes, decoded, orders))
+            self._draw(drafts, row_of, *self._mix(raw, entropies, nodes, places, orders))
 
-    def _draw(self, drafts: list[_Draft], row_of: list[int], plain: Tensor, mixed: Tensor) -> None:
+    def _draw(self, drafts: list[Child], row_of: list[int], plain: Tensor, mixed: Tensor) -> None:
         """Draw one token for every draft from its row of ``mixed``; ``plain`` is the base alone, both [rows, vocabulary]."""
         for i in broken_rows(mixed):
             base = plain[i].clone()
@@ -190,14 +133,14 @@ class TransformersEngine:
         for d, token, shift, ratio, look in zip(drafts, ids, shifts, ratios, looks, strict=True):
             if d.finish is None:
                 d.log_ratio -= ratio
-                self._push(d, token, shift, look)
+                push(d, token, shift, look)
 
     def _mix(
         self,
         raw: Tensor,
         entropies: Tensor | None,
-        nodes: Sequence[Beam | _Draft],
-        decoded: list[tuple[int, int]],
+        nodes: Sequence[Beam | Child],
+        places: list[tuple[int, int]],
         orders: list[Extension],
     ) -> tuple[Tensor, Tensor]:
         """(base alone, with guidance), forbidden end-of-sequence tokens out of both; nodes with the same guidance share one call.
@@ -217,33 +160,15 @@ class TransformersEngine:
             known = None if entropies is None else entropies[rows]
             every = len(rows) == len(raw)
             part = raw if every else raw[rows]
-            moved = guided(part, [nodes[i] for i in rows], [decoded[i] for i in rows], guidance, known, in_place=True)
+            moved = guided(part, [nodes[i] for i in rows], [places[i] for i in rows], guidance, known, in_place=True)
             if every:
                 raw = moved
             else:
                 raw[rows] = moved
         return plain, raw
 
-    def _push(self, d: _Draft, token: int, shift: float, look: TokenDetail | None) -> None:
-        """Append a token and see whether it ends the response."""
-        sampling = d.order.sampling
-        before = len(d.text)
-        d.token_ids.append(token)
-        if token in self.vocabulary.eos_ids and not sampling.ignore_eos:
-            d.finish = "stop"
-            d.decoded = (d.decoded[0], len(d.token_ids))  # an end-of-sequence token adds no text, special or not
-        elif sampling.stop and (cut := _stop_at(d.text, before, sampling.stop)) is not None:
-            d.written, d.finish = d.text[:cut], "stop"
-        elif len(d.token_ids) >= sampling.max_new_tokens:
-            d.finish = "length"
-        if d.order.record:
-            d.guide_shift.append(shift)
-            d.pieces.append(d.text[before:])
-        if look is not None:
-            d.details.append(replace(look, text=d.text[before:]))
 
-
-def _pausing(entropies: Tensor, nodes: Sequence[Beam | _Draft], orders: Sequence[Extension]) -> set[int]:
+def _pausing(entropies: Tensor, nodes: Sequence[Beam | Child], orders: Sequence[Extension]) -> set[int]:
     """Rows whose chunk ends here."""
 
     def stops(pause: Pause | None, length: int, nats: float) -> bool:
@@ -254,7 +179,7 @@ def _pausing(entropies: Tensor, nodes: Sequence[Beam | _Draft], orders: Sequence
 
 
 def _moved_by(
-    drafts: Sequence[_Draft], index: Tensor, tokens: Tensor, plain: Tensor, mixed: Tensor, wanted: Sequence[bool], *, filters: bool
+    drafts: Sequence[Child], index: Tensor, tokens: Tensor, plain: Tensor, mixed: Tensor, wanted: Sequence[bool], *, filters: bool
 ) -> list[float]:
     """Log pi_guided - log pi_base of the drawn tokens, for those that want it; 0 where nothing guides, at no cost."""
     out = [0.0] * len(drafts)
@@ -265,42 +190,3 @@ def _moved_by(
         for k, shift in zip(rows, (guided_logps - base_logps).tolist(), strict=True):
             out[k] = shift
     return out
-
-
-def _state(d: _Draft) -> tuple[int, int]:
-    return (d.text, d.decoded)[1]  # the text first: asking for it moves the state
-
-
-def _stop_at(text: str, before: int, stops: Sequence[str]) -> int | None:
-    """Where the first stop string begins that the text beyond ``before`` completes."""
-    found = [text.find(s, max(0, before - len(s) + 1)) for s in stops if s]
-    return min((f for f in found if f >= 0), default=None)
-
-
-def _children(beam: Beam, family: list[_Draft]) -> list[Beam]:
-    """The drafts as beams; the parent itself where they paused before their first token."""
-    if all(d.paused and len(d.token_ids) == len(beam.token_ids) for d in family):
-        return [replace(beam, paused=True)]
-    return [_finished(d) for d in family]
-
-
-def _finished(d: _Draft) -> Beam:
-    text = d.written if d.finish == "stop" else d.text
-    return Beam(
-        key=d.key,
-        parent=d.parent,
-        prompt=d.prompt,
-        token_ids=tuple(d.token_ids),
-        text=text,
-        finish=d.finish,
-        meter=d.meter,
-        vocabulary=d.vocabulary,
-        lineage=d.lineage,
-        guide_shift=tuple(d.guide_shift),
-        pieces=tuple(d.pieces),
-        details=tuple(d.details),
-        decoded=d.decoded,
-        error=d.error,
-        paused=d.paused,
-        log_ratio=d.log_ratio,
-    )

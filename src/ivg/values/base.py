@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from ivg.guides import VocabularyValue, knows_vocabulary
 from ivg.models.chat import prompt_text
-from ivg.types import Hypothesis, Prompt, Value, VocabularyValue, knows_vocabulary
+from ivg.types import Hypothesis, Prompt, Value
 
 if TYPE_CHECKING:
     from torch import Tensor
