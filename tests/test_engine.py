@@ -160,7 +160,7 @@ def test_context_limit_before_any_work():
     with pytest.raises(PromptError, match=r"20 tokens \+ 13 new tokens > context of base \(32\)"):
         Searcher(TransformersEngine(base)).add(Request(Prompt("x" * 20), Search(), SamplingParams(max_new_tokens=13)))
     short = tiny_value("scalar")
-    short.model.model.max_positions = 10
+    short.model.max_positions = 10
     with pytest.raises(PromptError, match="context of explicit"):
         Searcher(TransformersEngine(base)).add(Request(Prompt("x" * 5), Search(value=short), SamplingParams(max_new_tokens=6)))
 

@@ -21,10 +21,11 @@ def load_options(recipe: Recipe) -> LoadOptions:
     return LoadOptions(run.device, run.dtype, run.revision, run.trust_remote_code, run.quantization)
 
 
-def load_models(recipe: Recipe) -> SteeredModel:
-    """The models of a recipe, and its further values by their names.
+def load_models(recipe: Recipe, *, every_guide: bool = False) -> SteeredModel:
+    """The models of a recipe, and its further values by their names, over the engine that it names.
 
-    Where it names no models: the embedded ones; embedded guides need the embedded base.
+    Where it names no models: the embedded ones; embedded guides need the embedded base. ``every_guide``: inside vLLM have guides
+    for all methods, not only for the recipe's (a server's clients choose).
 
     Raises:
         ConfigError: guides but no base; a value whose name means something else.
@@ -34,6 +35,16 @@ def load_models(recipe: Recipe) -> SteeredModel:
         if name == "none" or set(name) & set("=,"):
             raise ConfigError(f"a value cannot be called {name!r}\n  expected a name without = and comma, other than none")
     options = load_options(recipe)
+    if recipe.run.engine == "vllm":
+        from ivg.engines import vllm_model
+
+        return vllm_model(recipe, options, named_value, every_guide=every_guide)
+    if recipe.run.engine.startswith(("http://", "https://")):
+        from ivg.engines import endpoint_model
+
+        return endpoint_model(recipe, options, named_value)
+    if recipe.run.engine != "transformers":
+        raise ConfigError(f"unknown engine {recipe.run.engine!r}\n  expected transformers, vllm, or the URL of an endpoint (http://…/v1)")
     model = _models(recipe, options)
     for name, value in recipe.values.items():
         model.add_value(name, named_value(name, value, options))

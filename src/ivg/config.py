@@ -1,6 +1,7 @@
 """Settings at the edge: TOML recipes, command line, HTTP. Unknown keys are errors; the field's other names are accepted.
 
-A recipe has the tables ``models``, ``values``, ``search``, ``sampling``, ``run``, ``eval`` and ``serve``; each may be left out::
+A recipe has the tables ``models``, ``values``, ``search``, ``sampling``, ``run``, ``vllm``, ``endpoint``, ``eval`` and ``serve``; each may
+be left out::
 
     [models]
     base = "mistralai/Mistral-7B-Instruct-v0.2"
@@ -141,8 +142,9 @@ class SamplingConfig(_Strict):
 
 
 class RunConfig(_Strict):
-    """How and where to run."""
+    """How and where to run; ``engine``: ``transformers``, ``vllm``, or the URL of an OpenAI-compatible endpoint (``http://…/v1``)."""
 
+    engine: str = "transformers"
     seed: int = 0
     n: int = Field(1, ge=1)
     batch_size: int = Field(16, ge=1)
@@ -151,6 +153,49 @@ class RunConfig(_Strict):
     revision: str | None = None
     trust_remote_code: bool = False
     quantization: dict[str, Any] | None = None
+
+
+class VLLMConfig(_Strict):
+    """The engine ``vllm`` (docs/scaling.md); what is left out is vLLM's default.
+
+    Attributes:
+        guides: values that guide inside the composite model; default: those of the method.
+        value: who reads the explicit value, ``pooling`` (vLLM) or ``transformers``.
+        value_memory: share of a GPU's memory for the pooling engine; ``gpu_memory_utilization`` is the composite's.
+        cache: where the small directories of composites are kept.
+        arguments: any other of vLLM's engine arguments.
+    """
+
+    guides: list[str] | None = None
+    value: Literal["pooling", "transformers"] = "pooling"
+    max_model_len: int | None = Field(None, ge=1)
+    max_num_seqs: int | None = Field(None, ge=1)
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    value_memory: float | None = Field(None, gt=0, le=1)
+    tensor_parallel_size: int | None = Field(None, ge=1)
+    enforce_eager: bool | None = None
+    cache: str | None = None
+    arguments: dict[str, Any] = {}
+
+
+class EndpointConfig(_Strict):
+    """An OpenAI-compatible completions endpoint as base (``run.engine`` is its URL).
+
+    Attributes:
+        model: its name there; default: the path of the base.
+        api_key_env: the environment variable that holds the key.
+        tokenizer: directory or hub id, to render chats with; without one prompts are texts.
+        timeout: seconds for one request.
+        concurrency: requests at once.
+        token_pieces: ask for the text of every token.
+    """
+
+    model: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    tokenizer: str | None = None
+    timeout: float = Field(120.0, gt=0)
+    concurrency: int = Field(64, ge=1)
+    token_pieces: bool = False
 
 
 class RewardRef(ModelRef):
@@ -258,6 +303,8 @@ class Recipe(_Strict):
     search: SearchConfig = SearchConfig()
     sampling: SamplingConfig = SamplingConfig()
     run: RunConfig = RunConfig()
+    vllm: VLLMConfig = VLLMConfig()
+    endpoint: EndpointConfig = EndpointConfig()
     eval: EvalConfig = EvalConfig()
     serve: dict[str, Any] = {}
     """Settings of the server, which checks them (``serving.settings``)."""

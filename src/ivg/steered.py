@@ -230,12 +230,19 @@ class SteeredModel:
     def forget(self) -> None:
         """Empty all caches, so that what comes next does not depend on what came before, to the last bit.
 
-        An engine that died begins anew (``revive``).
+        What runs elsewhere and died begins anew (``revive``).
         """
         for reader in self.readers:
             reader.clear()
-        if (revive := getattr(self.engine, "revive", None)) is not None:
-            revive()
+        for part in (self.engine, *self.values.values()):
+            if (revive := getattr(part, "revive", None)) is not None:
+                revive()
+
+    def close(self) -> None:
+        """Stop what runs elsewhere; nothing can be asked of this model any more."""
+        for part in (self.engine, *self.values.values()):
+            if (close := getattr(part, "close", None)) is not None:
+                close()
 
     def guidance(self, value: str, beta: float = 1.0, candidates: int = 0, gate: float = 0.0) -> TokenGuidance:
         """Token guidance by the named value, for the pieces in ``ivg.hooks``."""

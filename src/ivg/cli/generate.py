@@ -16,8 +16,25 @@ from ivg.cli import options as o
 from ivg.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
+    from ivg.cluster.settings import ClusterSettings
     from ivg.config import Recipe
     from ivg.types import Completion
+
+_CLUSTER = "Many machines (docs/scaling.md)"
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", help="Share prompts out over Ray: local, auto, HOST:PORT or ray://HOST:PORT.", rich_help_panel=_CLUSTER),
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", help="Copies of the models. (default: as many as there is room for)", rich_help_panel=_CLUSTER)
+]
+Gpus = Annotated[
+    float | None,
+    typer.Option("--gpus-per-worker", help="vllm splits its models over them. (default: 1 if there are any)", rich_help_panel=_CLUSTER),
+]
+Cpus = Annotated[
+    float | None, typer.Option("--cpus-per-worker", help="(default: 1 beside GPUs, else all of a node's)", rich_help_panel=_CLUSTER)
+]
 
 HELP = """Answer prompts, steered.
 
@@ -80,15 +97,23 @@ def generate(
     seed: o.Seed = None,
     n: o.Number = None,
     batch_size: o.BatchSize = None,
+    engine: o.Engine = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
+    ray: Ray = None,
+    workers: Workers = None,
+    gpus_per_worker: Gpus = None,
+    cpus_per_worker: Cpus = None,
 ) -> None:
     """See HELP."""
+    from ivg.cluster.settings import ClusterSettings
+
     given = o.recipe_of(recipe, template, locals())
+    cluster = ClusterSettings.of(ray, workers, gpus_per_worker, cpus_per_worker)
     if bool(prompts) == bool(input):
         raise ConfigError("give prompts, or --input FILE (exactly one of the two)")
     _check_method(given)
-    run(given, prompts or [], input, output, trace)
+    run(given, prompts or [], input, output, trace, cluster)
 
 
 def _check_method(recipe: Recipe) -> None:
@@ -98,7 +123,14 @@ def _check_method(recipe: Recipe) -> None:
     strategy(recipe.search.method, **recipe.search.settings())
 
 
-def run(recipe: Recipe, prompts: list[str], source: Path | None, output: Path | None, trace: Path | None) -> None:
+def run(
+    recipe: Recipe,
+    prompts: list[str],
+    source: Path | None,
+    output: Path | None,
+    trace: Path | None,
+    cluster: ClusterSettings | None = None,
+) -> None:
     """Answer every prompt that is not answered yet; what cannot be answered is reported, the others are done."""
     from ivg.cli.progress import progress, report
 
@@ -117,7 +149,7 @@ def run(recipe: Recipe, prompts: list[str], source: Path | None, output: Path | 
     count = 0
     try:
         with progress(len(todo), "answers") as advance:
-            for job, index, completion in answers(recipe, todo, fail, trace=trace is not None):
+            for job, index, completion in _answers(recipe, todo, fail, cluster, trace=trace is not None):
                 _write(sink, recipe, job, index, completion, many=len(todo) > 1)
                 if trace is not None:
                     kept.append((_shown(job.prompt), completion))
@@ -132,6 +164,16 @@ def run(recipe: Recipe, prompts: list[str], source: Path | None, output: Path | 
             write_trace(trace, kept, recipe.search.method)
     if failures:
         raise typer.Exit(1 if count or done else 2)
+
+
+def _answers(
+    recipe: Recipe, todo: list[tuple[Job, int]], fail: Callable[[str], None], cluster: ClusterSettings | None, *, trace: bool
+) -> Iterator[tuple[Job, int, Completion]]:
+    if cluster is None:
+        return answers(recipe, todo, fail, trace=trace)
+    from ivg.cluster import driver
+
+    return driver.answers(recipe, todo, fail, cluster, trace=trace)
 
 
 def answers(

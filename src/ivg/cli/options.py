@@ -93,6 +93,12 @@ IgnoreEos = Annotated[bool | None, typer.Option("--ignore-eos", help="Never end 
 Seed = Annotated[int | None, typer.Option("--seed", help="Of all draws (default: 0)", rich_help_panel=_RUN)]
 Number = Annotated[int | None, typer.Option("--n", help="Responses for each prompt. (default: 1)", rich_help_panel=_RUN)]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Prompts at once. (default: 16)", rich_help_panel=_RUN)]
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        "--engine", help="transformers, vllm, or the URL of an OpenAI-compatible endpoint. (default: transformers)", rich_help_panel=_RUN
+    ),
+]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 … (default: the best here)", rich_help_panel=_RUN)]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16. (default: auto)", rich_help_panel=_RUN)]
 

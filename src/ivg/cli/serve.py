@@ -48,6 +48,7 @@ def serve(
     template: o.Template = None,
     temperature: o.Temperature = None,
     max_new_tokens: o.MaxNewTokens = None,
+    engine: o.Engine = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
 ) -> None:

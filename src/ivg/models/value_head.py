@@ -15,6 +15,7 @@ tensor                                 written by                               
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast
@@ -88,12 +89,7 @@ class ValueModel(nn.Module):
 
         config = AutoConfig.from_pretrained(name, **hub)
         tensors = read_tensors(name, hub)
-        head = next((h for h in _HEADS if f"{h}.weight" in tensors), None)
-        if head is None:
-            raise ModelError(
-                f"{name} has no value head\n  expected one of the tensors {', '.join(f'{h}.weight' for h in _HEADS)}; "
-                f"got e.g. {', '.join(sorted(tensors)[-3:])}"
-            )
+        head = _head_name(name, tensors)
         weight, bias = tensors.pop(f"{head}.weight"), tensors.pop(f"{head}.bias", None)
         kind = _HEADS[head]
         text = config.get_text_config()
@@ -137,6 +133,28 @@ def _load_backbone(backbone: nn.Module, tensors: dict[str, Tensor], name: str | 
     backbone.load_state_dict(state, strict=False)
 
 
+def find_head(name: str | Path, hub: dict[str, Any]) -> HeadKind:
+    """What kind of head a checkpoint has; reads names of tensors, and no tensor where it is in safetensors.
+
+    Raises:
+        ModelError: no such model, or no head among its tensors.
+    """
+    return _HEADS[_head_name(name, [key for path in _weight_files(name, hub) for key in _names(path)])]
+
+
+def read_head(name: str | Path, hub: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Weight [outputs, hidden] and bias (or None) of a checkpoint's head.
+
+    Raises:
+        ModelError: as :func:`find_head`.
+    """
+    where = {key: path for path in _weight_files(name, hub) for key in _names(path)}
+    head = _head_name(name, list(where))
+    weight, bias = (_tensor(where[key], key) if (key := f"{head}.{kind}") in where else None for kind in ("weight", "bias"))
+    assert weight is not None
+    return weight, bias
+
+
 def read_tensors(name: str | Path, hub: dict[str, Any]) -> dict[str, Tensor]:
     """All tensors of a checkpoint, sharded or not, safetensors or PyTorch's older format.
 
@@ -144,6 +162,15 @@ def read_tensors(name: str | Path, hub: dict[str, Any]) -> dict[str, Tensor]:
         ModelError: when there is no such file.
     """
     from safetensors.torch import load_file
+
+    out: dict[str, Tensor] = {}
+    for path in _weight_files(name, hub):
+        out |= load_file(path) if path.endswith(".safetensors") else torch.load(path, weights_only=True, map_location="cpu")
+    return out
+
+
+def _weight_files(name: str | Path, hub: dict[str, Any]) -> list[str]:
+    """The files that hold a checkpoint's tensors."""
     from transformers.utils import cached_file
 
     options = {k: v for k, v in hub.items() if k in ("revision", "cache_dir", "token")}
@@ -151,13 +178,41 @@ def read_tensors(name: str | Path, hub: dict[str, Any]) -> dict[str, Tensor]:
         path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
         if path is None:
             continue
-        if file.endswith(".index.json"):
-            shards = sorted(set(json.loads(Path(path).read_text())["weight_map"].values()))
-            paths = [cached_file(name, shard, **options) for shard in shards]
-        else:
-            paths = [path]
-        out: dict[str, Tensor] = {}
-        for p in paths:
-            out |= load_file(p) if str(p).endswith(".safetensors") else torch.load(p, weights_only=True, map_location="cpu")
-        return out
+        if not file.endswith(".index.json"):
+            return [str(path)]
+        shards = sorted(set(json.loads(Path(path).read_text())["weight_map"].values()))
+        return [str(cached_file(name, shard, **options)) for shard in shards]
     raise ModelError(f"{name} has no weights\n  expected model.safetensors (or its index, or pytorch_model.bin)")
+
+
+def _names(path: str) -> list[str]:
+    from safetensors import safe_open
+
+    if not path.endswith(".safetensors"):
+        return list(torch.load(path, weights_only=True, map_location="meta"))
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def _tensor(path: str, key: str) -> Tensor:
+    from safetensors import safe_open
+
+    if not path.endswith(".safetensors"):
+        return torch.load(path, weights_only=True, map_location="cpu")[key]
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(key)
+
+
+def _head_name(name: str | Path, tensors: Collection[str]) -> str:
+    """The beginning of the head's names.
+
+    Raises:
+        ModelError: there is none.
+    """
+    head = next((h for h in _HEADS if f"{h}.weight" in tensors), None)
+    if head is None:
+        raise ModelError(
+            f"{name} has no value head\n  expected one of the tensors {', '.join(f'{h}.weight' for h in _HEADS)}; "
+            f"got e.g. {', '.join(sorted(tensors)[-3:])}"
+        )
+    return head

@@ -1,0 +1,211 @@
+"""From settings to models that another engine runs: vLLM in this process or beside it, or an endpoint somewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from ivg.config import ModelRef, NamedValue, Recipe, VLLMConfig
+from ivg.decoding.strategies import settled, strategy
+from ivg.embedded import locate, path
+from ivg.errors import ConfigError
+from ivg.models.loading import LoadOptions, eos_ids, load_tokenizer, pick_device, pick_dtype
+from ivg.models.texts import Texts
+from ivg.steered import SteeredModel
+from ivg.types import Value
+
+if TYPE_CHECKING:
+    from ivg.vllm.core import Core, CoreOptions
+    from ivg.vllm.pack import Guide
+
+ValueMaker = Callable[[str, NamedValue, LoadOptions], Value]
+
+
+def vllm_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker, *, every_guide: bool = False) -> SteeredModel:
+    """Base and guides as one composite inside vLLM, the explicit value in its pooling engine, other values as ever.
+
+    Args:
+        recipe: models, values and the table ``vllm``.
+        options: for what is loaded here.
+        make_value: makes a value of ``values`` here (``build.named_value``).
+        every_guide: put all pairs and autoregressive rewards inside, not only what the recipe's method needs.
+
+    Raises:
+        ConfigError: guides that cannot be inside.
+        VocabularyError: guides with other tokens than the base's.
+        MissingDependencyError: no vLLM that fits.
+        ModelError: vLLM does not start.
+    """
+    from ivg.vllm.core import Core
+    from ivg.vllm.engine import VLLMEngine
+    from ivg.vllm.pack import default_cache, pack, packed
+    from ivg.vllm.value import InnerValue
+    from ivg.vllm.versions import check_vllm
+
+    check_vllm()
+    refs, named = _references(recipe)
+    settings, base = recipe.vllm, refs["base"]
+    names = _inside(recipe, named, every_guide=every_guide)
+    guides = [_guide(name, named[name], base) for name in names]
+    tokenizer = load_tokenizer(base.path, options, "base")
+    cache = Path(settings.cache) if settings.cache else default_cache()
+    folder = packed(lambda place: pack(base.path, guides, place, options=options), cache) if guides else Path(locate(base.path))
+    pooled = settings.value == "pooling" and "explicit" in named and "value" in named["explicit"].given
+    core = Core(folder, _core_options(settings, options, shared=pooled), guided=bool(guides))
+    texts = _texts("base", base, tokenizer, options, core.max_model_len)
+    inner = {name: InnerValue(name, texts.vocabulary, lambda n=name: make_value(n, named[n], options)) for name in names}  # type: ignore[misc]
+    values: dict[str, Value] = dict(inner)
+    for name, value in named.items():
+        if name == "explicit" and pooled and name not in inner:
+            values[name] = _pooled_value(value.given["value"], cache, settings, options)
+        elif name not in inner:
+            values[name] = make_value(name, value, options)
+    parts = ["base", *(part for guide in guides for part, _, _ in guide.parts)]
+    return SteeredModel(texts, values, engine=VLLMEngine(core, texts, parts, inner))
+
+
+def endpoint_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker) -> SteeredModel:
+    """The model behind an OpenAI-compatible endpoint, with values that run here.
+
+    Raises:
+        ConfigError: no name of a model.
+        MissingDependencyError: without the extra ``endpoint``.
+    """
+    import os
+
+    from ivg.engine.endpoint import load_endpoint
+
+    settings, given = recipe.endpoint, dict(recipe.models.given)
+    base = given.get("base")
+    model = settings.model or (base.path if base else None)
+    if model is None:
+        raise ConfigError(f"{recipe.run.engine} needs the name of a model there\n  give --base NAME, or model in the table [endpoint]")
+    tokenizer = load_tokenizer(settings.tokenizer, options, "base") if settings.tokenizer else None
+    engine = load_endpoint(
+        recipe.run.engine,
+        model,
+        api_key=os.environ.get(settings.api_key_env),
+        tokenizer=tokenizer,
+        template=base.template if base else None,
+        timeout=settings.timeout,
+        concurrency=settings.concurrency,
+        token_pieces=settings.token_pieces,
+    )
+    values = {name: make_value(name, value, options) for name, value in {**_roles(given), **recipe.values}.items()}
+    return SteeredModel(engine.base, values, engine=engine)
+
+
+def _references(recipe: Recipe) -> tuple[dict[str, ModelRef], dict[str, NamedValue]]:
+    """(models by role, values by name), the embedded ones where the recipe names no models."""
+    given = dict(recipe.models.given)
+    if not given:
+        refs = {role: ModelRef(path=str(path(role))) for role in ("base", "tuned", "untuned", "value")}
+        other = {"explicit-other": NamedValue(value=ModelRef(path=str(path("value-other"))))}
+        return refs, {**_roles(refs), **other, **recipe.values}
+    if "base" not in given:
+        raise ConfigError(f"got models for {', '.join(given)}, but no base model\n  give --base ID-or-path")
+    return given, {**_roles(given), **recipe.values}
+
+
+def _roles(refs: Mapping[str, ModelRef]) -> dict[str, NamedValue]:
+    """The values that ``models`` stands for, by the names that methods ask for."""
+    if ("tuned" in refs) != ("untuned" in refs):
+        missing = "untuned" if "tuned" in refs else "tuned"
+        raise ConfigError(f"the implicit value needs a pair; got no {missing} model\n  give both --tuned and --untuned")
+    out: dict[str, NamedValue] = {}
+    if "tuned" in refs:
+        out["implicit"] = NamedValue(tuned=refs["tuned"], untuned=refs["untuned"])
+    for name, role in (("explicit", "value"), ("reward", "reward"), ("arm", "arm")):
+        if role in refs:
+            out[name] = NamedValue.model_validate({role: refs[role]})
+    return out
+
+
+def _inside(recipe: Recipe, named: Mapping[str, NamedValue], *, every_guide: bool) -> list[str]:
+    """Names of the values that guide inside the composite."""
+    if recipe.vllm.guides is not None:
+        if missing := [name for name in recipe.vllm.guides if name not in named]:
+            raise ConfigError(f"vllm.guides: no value called {', '.join(missing)}\n  expected some of: {', '.join(named) or 'none'}")
+        return recipe.vllm.guides
+    chosen = settled(strategy(recipe.search.method, **recipe.search.settings()), named)
+    wanted = [name for name, _ in chosen.guides if name in named]
+    if every_guide:
+        wanted += [name for name, value in named.items() if {"tuned", "arm"} & set(value.given) and name not in wanted]
+    return wanted
+
+
+def _guide(name: str, value: NamedValue, base: ModelRef) -> Guide:
+    """``value`` as a guide inside the composite."""
+    from ivg.vllm.pack import Guide, head_kind, pair
+
+    refs = value.given
+    for role, ref in refs.items():
+        if ref.template is not None and ref.template != base.template:
+            raise ConfigError(
+                f"{role} of {name} reads prompts by {ref.template!r}, the base by {base.template!r}\n"
+                "  inside vLLM all models read the base's very tokens; give them one template, or use the transformers engine"
+            )
+    if "tuned" in refs:
+        return pair(refs["tuned"].path, refs["untuned"].path, name)
+    ((role, ref),) = refs.items()
+    if role == "arm":
+        return Guide(name, ((name, ref.path, 1.0),))
+    if role == "value" and head_kind(ref.path, LoadOptions()) == "vocabulary":
+        return Guide(name, ((name, ref.path, 1.0),), "vocabulary")
+    raise ConfigError(
+        f"{name} has no number for every next token and cannot guide inside vLLM\n  expected a pair, an arm, or a vocabulary head"
+    )
+
+
+def _core_options(settings: VLLMConfig, options: LoadOptions, *, shared: bool, value: bool = False) -> CoreOptions:
+    """Of the composite, or of the pooling engine; where both share a GPU, seven tenths and two of its memory unless told."""
+    from ivg.vllm.core import CoreOptions
+
+    device = pick_device(options.device)
+    dtype = str(pick_dtype(options.dtype, device)).removeprefix("torch.")
+    memory = settings.value_memory if value else settings.gpu_memory_utilization
+    if memory is None and device.type == "cuda" and shared:
+        memory = 0.2 if value else 0.7
+    extra = dict(settings.arguments) | ({"revision": options.revision} if options.revision and not value else {})
+    return CoreOptions(
+        dtype,
+        settings.max_model_len,
+        settings.max_num_seqs,
+        memory,
+        settings.tensor_parallel_size,
+        settings.enforce_eager,
+        options.trust_remote_code or None,
+        extra,
+    )
+
+
+def _texts(name: str, ref: ModelRef, tokenizer: Any, options: LoadOptions, longest: int) -> Texts:
+    """How a model that runs elsewhere reads prompts."""
+    from transformers import AutoConfig, GenerationConfig
+
+    found = locate(ref.path)
+    config = AutoConfig.from_pretrained(found, **options.hub())
+    try:
+        generation = GenerationConfig.from_pretrained(found, revision=options.revision)
+    except OSError:  # many models have none
+        generation = None
+    ends = eos_ids(SimpleNamespace(generation_config=generation, config=config), tokenizer)
+    text = config.get_text_config()
+    template = ref.template if ref.template is not None else (getattr(config, "ivg_value", None) or {}).get("template")
+    return Texts(name, tokenizer, template, ends, vocab_size=text.vocab_size, max_positions=longest)
+
+
+def _pooled_value(ref: ModelRef, cache: Path, settings: VLLMConfig, options: LoadOptions) -> Value:
+    """The explicit value in vLLM's pooling engine."""
+    from ivg.models.value_head import read_head
+    from ivg.vllm.core import Core
+    from ivg.vllm.pack import pack_value, packed
+    from ivg.vllm.value import PooledValue
+
+    folder = packed(lambda place: pack_value(ref.path, place, options=options), cache)
+    core: Core = Core(folder, _core_options(settings, options, shared=True, value=True), pooling=True)
+    weight, bias = read_head(locate(ref.path), options.hub())
+    tokenizer = load_tokenizer(ref.path, options, "explicit")
+    return PooledValue(core, _texts("explicit", ref, tokenizer, options, core.max_model_len), weight, bias)

@@ -1,0 +1,134 @@
+"""Values beside vLLM: those that guide inside the composite, and the explicit value that a pooling engine reads.
+
+:class:`PooledValue` gives the numbers of ``values.explicit.ExplicitValue`` from vLLM's hidden states: prefixes stay in its cache, so
+scoring a chunk reads the chunk and the last unfinished block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ivg.errors import PromptError
+from ivg.models.texts import Texts
+from ivg.models.vocab import Vocabulary
+from ivg.types import Hypothesis, Prompt, Value
+from ivg.vllm.core import Core
+
+
+class InnerValue:
+    """A value whose models run inside the composite, where they guide tokens.
+
+    Args:
+        name: of its group there.
+        vocabulary: the base's, which its models share.
+        load: makes the same value outside, to select by it; asked for when it first scores.
+    """
+
+    def __init__(self, name: str, vocabulary: Vocabulary, load: Callable[[], Value]) -> None:
+        self.name, self.vocabulary, self._load = name, vocabulary, load
+        self._outer: Value | None = None
+
+    @property
+    def outer(self) -> Value:
+        """The value outside."""
+        if self._outer is None:
+            self._outer = self._load()
+        return self._outer
+
+    def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
+        """Of the value outside."""
+        return self.outer.score(hypotheses)
+
+    def check(self, prompt: Prompt, new_tokens: int) -> None:
+        """The engine has checked the length: all parts of a composite read the same tokens."""
+
+    def release(self, keys: Sequence[int]) -> None:
+        """What is kept outside."""
+        if self._outer is not None:
+            self._outer.release(keys)
+
+
+class PooledValue:
+    """An explicit value whose backbone runs in vLLM's pooling engine.
+
+    Args:
+        core: of ``vllm.value_model``.
+        texts: how the network reads prompts, in its own tokens.
+        weight: of its head, [vocabulary or 1, hidden].
+        bias: of its head, or None.
+        name: in usage and traces.
+    """
+
+    def __init__(self, core: Core, texts: Texts, weight: Tensor, bias: Tensor | None, name: str = "explicit") -> None:
+        self.core, self.texts, self.name = core, texts, name
+        self.weight, self.bias = weight.float(), None if bias is None else bias.float()
+        self.head = "scalar" if len(weight) == 1 else "vocabulary"
+        self.submitted = self.cached = 0
+
+    def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
+        """V(x, y_<=t) for each hypothesis, in units of the reward that the network was trained on."""
+        rows, wanted = [self._read(h) for h in hypotheses], dict[tuple[int, ...], Hypothesis]()
+        for (tokens, _), h in zip(rows, hypotheses, strict=True):
+            wanted.setdefault(tokens, h)
+        hidden = self._hidden(wanted)
+        column = torch.tensor([column for _, column in rows])
+        states = torch.stack([hidden[tokens] for tokens, _ in rows])
+        values = (states * self.weight[column]).sum(1)
+        return (values if self.bias is None else values + self.bias[column]).tolist()
+
+    def check(self, prompt: Prompt, new_tokens: int) -> None:
+        """Raise PromptError where prompt and answer outgrow the context."""
+        self.texts.check_length(prompt, new_tokens)
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Nothing is kept for a hypothesis; vLLM's cache is by tokens."""
+
+    def revive(self) -> None:
+        """Begin anew where the engine died."""
+        self.core.revive()
+
+    def close(self) -> None:
+        """Stop vLLM."""
+        self.core.close()
+
+    def _read(self, h: Hypothesis) -> tuple[tuple[int, ...], int]:
+        """(tokens to read, row of the head): a vocabulary head has the value of a prefix at the place before its last token."""
+        tokens, _ = self.texts.ids(h)
+        if self.head == "scalar":
+            return tuple(tokens), 0
+        if len(tokens) < 2:
+            raise PromptError(f"{self.name}: a vocabulary head gives no value for a text of one token")
+        return tuple(tokens[:-1]), tokens[-1]
+
+    def _hidden(self, wanted: dict[tuple[int, ...], Hypothesis]) -> dict[tuple[int, ...], Tensor]:
+        """Hidden states [hidden] behind the last token of each."""
+        from vllm import PoolingParams
+
+        under_way: dict[str, tuple[int, ...]] = {}
+        out: dict[tuple[int, ...], Tensor] = {}
+        try:
+            for tokens in wanted:
+                under_way[self.core.add(tokens, PoolingParams(task="embed", use_activation=False))] = tokens
+            while under_way:
+                for output in self.core.step():
+                    tokens = under_way.pop(output.request_id)
+                    out[tokens] = _tensor(output.outputs)
+                    self._count(wanted[tokens], len(tokens), output.num_cached_tokens or 0)
+        finally:
+            self.core.abort(list(under_way))
+        return out
+
+    def _count(self, h: Hypothesis, tokens: int, cached: int) -> None:
+        h.meter.add(self.name, tokens - cached)
+        self.submitted += tokens
+        self.cached += cached
+
+
+def _tensor(outputs: Any) -> Tensor:
+    """A pooling output's vector, float32."""
+    data = getattr(outputs, "data", None)
+    return data.float() if isinstance(data, Tensor) else torch.tensor(outputs.embedding, dtype=torch.float32)

@@ -1,0 +1,72 @@
+"""Small random models of several architectures, with the embedded tokenizer, and engines over them."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ivg.build import load_models
+from ivg.config import Recipe
+from ivg.embedded import path
+
+VOCABULARY = 4096
+_SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+_WIDE = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+ARCHITECTURES = {
+    "llama": _WIDE,
+    "qwen2": {k: v for k, v in _WIDE.items() if k != "head_dim"},
+    "qwen3": _WIDE | {"tie_word_embeddings": True},
+    "mistral-window": _WIDE | {"model_type": "mistral", "sliding_window": 24},
+    "gpt2": {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 512},
+    "small-llama": _WIDE
+    | {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "padded-llama": _WIDE | {"model_type": "llama", "vocab_size": VOCABULARY + 64},
+}
+
+
+def make(folder: Path, kind: str, seed: int) -> str:
+    """A directory with a random network; the same for the same arguments."""
+    place = folder / f"{kind}-{seed}"
+    if not place.exists():
+        settings = {**_SIZES, **ARCHITECTURES[kind]}
+        config = AutoConfig.for_model(settings.pop("model_type", kind), **settings)
+        torch.manual_seed(seed)
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():  # the logits of a fresh network hardly differ
+            network.get_output_embeddings().weight.mul_(1.0 if config.tie_word_embeddings else 8.0)
+        network.save_pretrained(place)
+        AutoTokenizer.from_pretrained(path("base")).save_pretrained(place)
+    return str(place)
+
+
+def trio(folder: Path, base: str, guides: str = "small-llama") -> dict[str, str]:
+    """Paths of base, tuned and untuned."""
+    return {"base": make(folder, base, 1), "tuned": make(folder, guides, 2), "untuned": make(folder, guides, 3)}
+
+
+@contextmanager
+def models(engine: str, *, every_guide: bool = False, **tables):
+    """A steered model over ``engine``, float32, stopped in the end."""
+    settings = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 64} | tables.pop("vllm", {})
+    run = {"engine": engine, "dtype": "float32", "device": "cpu"} | tables.pop("run", {})
+    model = load_models(Recipe.parse({"run": run, "vllm": settings, **tables}), every_guide=every_guide)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def prompts(count: int = 8) -> list[str]:
+    """Of different lengths."""
+    words = "The film was long and nobody in the cinema laughed until the very last scene when the old man came back".split()
+    return [" ".join((words * 4)[: 1 + 7 * i]) for i in range(count)]
