@@ -258,6 +258,8 @@ def _provenance(recipe: Recipe) -> dict[str, Any]:
     settings = {**recipe.search.settings(), **recipe.sampling.settings()}
     models = {role: ref.path for role, ref in recipe.models.given.items()} or "embedded"
     out = {"method": recipe.search.method, "seed": recipe.run.seed, "settings": settings, "models": models}
+    if recipe.run.engine != "transformers":
+        out["engine"] = recipe.run.engine
     if recipe.values:
         out["values"] = {name: {role: ref.path for role, ref in value.given.items()} for name, value in recipe.values.items()}
     return out
