@@ -242,3 +242,16 @@ def test_other_tokenizer_reads_only_the_changed_end(base):
     value.score([second])
     assert before > 30
     assert second.meter.forward_tokens["explicit"] <= 2
+
+
+def test_a_model_with_other_tokens_counts_no_prompt_as_response():
+    from ivg.engine.interned import InternedVocabulary
+    from ivg.testing import tiny_reader
+    from ivg.types import Beam, Prompt, new_key
+
+    reader, words = tiny_reader("other"), InternedVocabulary()
+    prompt, response = Prompt("A prompt of some length."), " And what was said."
+    beam = Beam(new_key(), None, prompt, (words.intern(response),), response, vocabulary=words, inherits=False)
+    ids, border = reader.ids(beam)
+    assert border == len(reader.prompt_ids(prompt))
+    assert len(reader.token_logps([beam])[0]) == len(ids) - border == len(response)

@@ -47,8 +47,8 @@ def vllm_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker, *, 
     check_vllm()
     refs, named = _references(recipe)
     settings, base = recipe.vllm, refs["base"]
-    names = _inside(recipe, named, every_guide=every_guide)
-    guides = [_guide(name, named[name], base) for name in names]
+    _, guides = inner_guides(recipe, every_guide=every_guide)
+    names = [guide.name for guide in guides]
     tokenizer = load_tokenizer(base.path, options, "base")
     cache = Path(settings.cache) if settings.cache else default_cache()
     folder = packed(lambda place: pack(base.path, guides, place, options=options), cache) if guides else Path(locate(base.path))
@@ -64,6 +64,16 @@ def vllm_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker, *, 
             values[name] = make_value(name, value, options)
     parts = ["base", *(part for guide in guides for part, _, _ in guide.parts)]
     return SteeredModel(texts, values, engine=VLLMEngine(core, texts, parts, inner))
+
+
+def inner_guides(recipe: Recipe, *, every_guide: bool) -> tuple[ModelRef, list[Guide]]:
+    """(the base, the guides of the composite of a recipe).
+
+    Raises:
+        ConfigError: guides that cannot be inside.
+    """
+    refs, named = _references(recipe)
+    return refs["base"], [_guide(name, named[name], refs["base"]) for name in _inside(recipe, named, every_guide=every_guide)]
 
 
 def endpoint_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker) -> SteeredModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from ivg.cli import bench, check, compare, eval, generate, models, serve, train, winrate
+from ivg.cli import bench, check, compare, eval, generate, models, pack, serve, train, winrate
 
 app = typer.Typer(
     name="ivg",
@@ -22,6 +22,7 @@ app.command("check", help=check.HELP)(check.check)
 app.command("eval", help=eval.HELP)(eval.evaluate)
 app.command("winrate", help=winrate.HELP)(winrate.winrate)
 app.command("serve", help=serve.HELP)(serve.serve)
+app.command("pack", help=pack.HELP)(pack.pack)
 app.command("bench", help=bench.HELP)(bench.bench)
 
 

@@ -15,8 +15,9 @@ class IVGModelState(DefaultModelState):
 
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        self.ivg: Any = model
-        self.table = torch.zeros(self.max_num_reqs, max(1, len(self.ivg.groups)))
+        composite: Any = model
+        self.ivg = composite
+        self.table = torch.zeros(self.max_num_reqs, max(1, len(composite.groups)))
         self.on_device = self.table.to(device)
         self.changed = False
 

@@ -1,0 +1,49 @@
+"""``ivg pack``: base and guides as one directory that vLLM loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ivg.cli import options as o
+from ivg.errors import ConfigError
+
+HELP = """Write a composite model for vLLM: base and guides, weights by reference.
+
+    ivg pack --base meta-llama/Llama-3.1-8B --tuned PATH --untuned PATH --out composite
+
+    vllm serve composite --logits-processors ivg.vllm.processor:IVGBeta
+
+Requests then say how much they are guided: {"vllm_xargs": {"ivg_beta": 0.5}}. Without models: the embedded ones. See docs/scaling.md."""
+
+
+def pack(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; one that holds another model is left alone.")],
+    recipe: o.RecipeFile = None,
+    base: o.Base = None,
+    tuned: o.Tuned = None,
+    untuned: o.Untuned = None,
+    value: o.ValuePath = None,
+    arm: o.Arm = None,
+    guides: Annotated[
+        str | None,
+        typer.Option("--guides", help="Values that guide inside, NAME,NAME … (default: all pairs and arms; ivg_beta is the first's)"),
+    ] = None,
+    beta: Annotated[float, typer.Option("--beta", help="Weight of the first guide where a request names none.")] = 1.0,
+) -> None:
+    """See HELP."""
+    from ivg.build import load_options
+    from ivg.engines import inner_guides
+    from ivg.vllm.pack import pack as write
+
+    found = o.recipe_of(recipe, None, locals())
+    if guides is not None:
+        found = found.override(vllm={"guides": [name.strip() for name in guides.split(",")]})
+    reference, chosen = inner_guides(found, every_guide=True)
+    if not chosen:
+        raise ConfigError("got no model that guides\n  give --tuned and --untuned, or --arm, or --value with --guides explicit")
+    write(reference.path, chosen, out, betas={chosen[0].name: beta}, options=load_options(found))
+    names = ", ".join(f"{guide.name} ({' - '.join(part for part, _, _ in guide.parts)})" for guide in chosen)
+    typer.echo(f"{out}: base with {names}\nserve it: vllm serve {out} --logits-processors ivg.vllm.processor:IVGBeta")
