@@ -68,5 +68,27 @@ def models(engine: str, *, every_guide: bool = False, **tables):
 
 def prompts(count: int = 8) -> list[str]:
     """Of different lengths."""
-    words = "The film was long and nobody in the cinema laughed until the very last scene when the old man came back".split()
+    words = [
+        "The",
+        "film",
+        "was",
+        "long",
+        "and",
+        "nobody",
+        "in",
+        "the",
+        "cinema",
+        "laughed",
+        "until",
+        "the",
+        "very",
+        "last",
+        "scene",
+        "when",
+        "the",
+        "old",
+        "man",
+        "came",
+        "back",
+    ]
     return [" ".join((words * 4)[: 1 + 7 * i]) for i in range(count)]

@@ -47,7 +47,12 @@ def test_greedy_tokens_are_those_of_the_transformers_engine(folder, base, guides
 
 def test_weights_of_one_batch_do_not_mix(folder):
     betas = [0.0, 0.25, 0.5, 1.0, 2.0, -1.0, 0.5, 3.0]
-    with models("vllm", models=trio(folder, "llama"), search={"method": "eft"}, vllm={"arguments": {"max_num_batched_tokens": 64, "enable_chunked_prefill": True}}) as model:
+    with models(
+        "vllm",
+        models=trio(folder, "llama"),
+        search={"method": "eft"},
+        vllm={"arguments": {"max_num_batched_tokens": 64, "enable_chunked_prefill": True}},
+    ) as model:
         alone = [model.generate(p, "eft", beta=b, **GREEDY).token_ids for p, b in zip(prompts(), betas, strict=True)]
         requests = [model.request(p, "eft", beta=b, **GREEDY) for p, b in zip(prompts(), betas, strict=True)]
         assert [c.token_ids for _, c in sorted(model.run(requests))] == alone

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from making import make, models, prompts, trio
 
@@ -9,6 +11,8 @@ from ivg.build import load_models
 from ivg.config import Recipe
 from ivg.decoding.strategies import STRATEGIES
 from ivg.errors import ModelError
+from ivg.types import Beam, Prompt, new_key
+from ivg.vllm.engine import PrefixStats
 
 CHUNKED = {"width": 2, "successors": 2, "chunk_length": 4, "max_new_tokens": 16}
 
@@ -23,15 +27,15 @@ def test_scores_are_those_of_the_value_outside(embedded):
     outside = load_models(Recipe.parse({"run": {"dtype": "float32", "device": "cpu"}}))
     done = embedded.generate(prompts(6), "ivg", seed=3, **CHUNKED)
     for prompt, completion in zip(prompts(6), done, strict=True):
-        request = outside.request(prompt, "base")
-        from ivg.types import Beam, Meter, new_key
-
-        beam = Beam(new_key(), None, request.prompt, completion.token_ids, completion.text, vocabulary=outside.base.vocabulary, inherits=False)
-        (score,) = outside.values["explicit"].score([beam])
-        assert completion.score == pytest.approx(score, abs=2e-3)
+        assert completion.score == pytest.approx(score_outside(outside, prompt, completion), abs=2e-3)
         assert completion.usage.forward_tokens["base"] == completion.usage.forward_tokens["tuned"] > 0
-        assert 0 < completion.usage.forward_tokens["explicit"]
-        assert Meter is not None
+        assert completion.usage.forward_tokens["explicit"] > 0
+
+
+def score_outside(model, prompt, completion) -> float:
+    ids, text = completion.token_ids, completion.text
+    beam = Beam(new_key(), None, Prompt(prompt), ids, text, vocabulary=model.base.vocabulary, inherits=False)
+    return model.values["explicit"].score([beam])[0]
 
 
 @pytest.mark.parametrize("method", ["base", "bon", "soft-bon", "eft", "cbs-implicit", "cbs-explicit", "cd-blockwise", "adaptive", "ivg"])
@@ -70,10 +74,10 @@ def test_stop_strings_even_across_chunks(embedded, length):
 
 def test_long_prompts_are_read_from_the_cache(embedded):
     long = [" ".join(prompts(9)[-1].split() * 4)[: 700 + 20 * i] for i in range(6)]
-    before = embedded.engine.prefix.submitted, embedded.engine.prefix.cached
+    stats = embedded.engine.prefix = PrefixStats()
     embedded.generate(long, "ivg", seed=1, width=4, successors=4, chunk_length=5, max_new_tokens=40)
-    submitted, cached = (now - then for now, then in zip((embedded.engine.prefix.submitted, embedded.engine.prefix.cached), before, strict=True))
-    assert cached / submitted >= 0.8
+    print(f"{stats.hit_rate:.1%} of {stats.submitted} tokens that were submitted again came from the cache")
+    assert stats.hit_rate >= 0.8
     value = embedded.values["explicit"]
     assert value.cached / value.submitted >= 0.5
 
@@ -87,7 +91,7 @@ def test_watched_text_arrives_token_by_token(embedded):
     while searcher.busy:
         texts += [s.completion.text if s.completion else s.committed for s in searcher.step()]
     assert len(set(texts)) > 10
-    assert all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
+    assert all(b.startswith(a) for a, b in pairwise(texts))
     assert texts[-1] == embedded.generate("The movie was", "eft", seed=7, max_new_tokens=20, ignore_eos=True).text
 
 
@@ -98,7 +102,9 @@ def held_blocks(core) -> int:
 
 def test_cancelling_frees_everything(embedded):
     searcher = embedded.searcher()
-    numbers = [searcher.add(embedded.request(p, "ivg", seed=1, width=4, successors=4, chunk_length=8, max_new_tokens=64)) for p in prompts(6)]
+    numbers = [
+        searcher.add(embedded.request(p, "ivg", seed=1, width=4, successors=4, chunk_length=8, max_new_tokens=64)) for p in prompts(6)
+    ]
     for _ in range(3):
         searcher.step()
     for number in numbers:
@@ -148,8 +154,4 @@ def test_scalar_heads_score_as_outside(folder, tmp_path):
     with models("vllm", models=paths, search={"method": "cbs-explicit"}) as fast, models("transformers", models=paths) as slow:
         done = fast.generate(prompts(4), "cbs-explicit", seed=1, **CHUNKED)
         for prompt, completion in zip(prompts(4), done, strict=True):
-            from ivg.types import Beam, Prompt, new_key
-
-            beam = Beam(new_key(), None, Prompt(prompt), completion.token_ids, completion.text, vocabulary=slow.base.vocabulary, inherits=False)
-            (score,) = slow.values["explicit"].score([beam])
-            assert completion.score == pytest.approx(score, abs=1e-4)
+            assert completion.score == pytest.approx(score_outside(slow, prompt, completion), abs=1e-4)

@@ -22,6 +22,9 @@ from ivg.errors import ConfigError
 KEY = "ivg_beta"
 """Of the first group's weight in ``SamplingParams.extra_args``; ``ivg_beta.NAME`` is that of the group NAME."""
 
+_seen: set[str] = set()
+"""Groups of all composites that this process has read the configuration of; vLLM's front end reads its model's."""
+
 HeadKind = Literal["language", "vocabulary", "scalar"]
 
 
@@ -69,6 +72,7 @@ class IVGConfig(PreTrainedConfig):
         self.parts, self.betas = list(parts or []), dict(betas or {})
         self._base: PreTrainedConfig | None = None
         if self.parts:
+            _seen.update(self.groups)
             self._base = self.part_list[0].network_config()
             for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype"):
                 kwargs.setdefault(name, getattr(self._base, name, None))
@@ -98,12 +102,12 @@ class IVGConfig(PreTrainedConfig):
         return {k: v for k, v in super().to_dict().items() if k != "_base"}
 
     def weights_of(self, extra_args: Mapping[str, Any] | None) -> list[float]:
-        """Guidance weight of every group for a request.
+        """Guidance weight of every group for a request that the front end has checked (:func:`check_betas`).
 
-        Raises:
-            ConfigError: not a finite number, or a group that is not there.
+        Groups of other composites, which one front end may have let pass, are left out: an error here would end the engine.
         """
-        return betas_of(self.groups, self.default_betas, extra_args)
+        own = {k: v for k, v in (extra_args or {}).items() if k.removeprefix(f"{KEY}.") in (*self.groups, KEY)}
+        return betas_of(self.groups, self.default_betas, own)
 
 
 class IVGValueConfig(PreTrainedConfig):
@@ -134,7 +138,11 @@ class IVGValueConfig(PreTrainedConfig):
 
 
 def betas_of(groups: list[str], defaults: list[float], extra_args: Mapping[str, Any] | None) -> list[float]:
-    """As :meth:`IVGConfig.weights_of`."""
+    """Guidance weight of every group, as a request's ``extra_args`` and the defaults have it.
+
+    Raises:
+        ConfigError: not a finite number, or a group that is not there.
+    """
     out = list(defaults)
     for key, value in (extra_args or {}).items():
         if key != KEY and not key.startswith(f"{KEY}."):
@@ -146,6 +154,17 @@ def betas_of(groups: list[str], defaults: list[float], extra_args: Mapping[str, 
             raise ConfigError(f"extra_args[{key!r}] must be a finite number, got {value!r}")
         out[groups.index(name)] = float(value)
     return out
+
+
+def check_betas(extra_args: Mapping[str, Any] | None) -> None:
+    """Raise for weights that no composite of this process takes.
+
+    Raises:
+        ConfigError: as :func:`betas_of`.
+    """
+    groups = sorted(_seen)
+    own = {k: v for k, v in (extra_args or {}).items() if k != KEY or groups}
+    betas_of(groups, [0.0] * len(groups), own)
 
 
 def causal_architecture(config: PreTrainedConfig) -> str:

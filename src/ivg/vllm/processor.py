@@ -12,7 +12,7 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirection
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
-from ivg.vllm.config import KEY, IVGConfig
+from ivg.vllm.config import KEY, IVGConfig, check_betas
 from ivg.vllm.rows import rows_of
 
 if TYPE_CHECKING:
@@ -29,12 +29,10 @@ class IVGBeta(V1LogitsProcessor, V2LogitsProcessor):
         """Front end: what is wrong here fails the request, and never reaches the worker.
 
         Raises:
-            ValueError: a weight that is no finite number; log-probabilities of a prompt beside a weight.
+            ValueError: a weight that is no finite number, or of no guide; log-probabilities of a prompt beside a weight.
         """
-        extra = {k: v for k, v in (sampling_params.extra_args or {}).items() if k == KEY or k.startswith(f"{KEY}.")}
-        for key, value in extra.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
-                raise ValueError(f"extra_args[{key!r}] must be a finite number, got {value!r}")
+        check_betas(sampling_params.extra_args)
+        extra = [k for k in sampling_params.extra_args or {} if k == KEY or k.startswith(f"{KEY}.")]
         if extra and sampling_params.prompt_logprobs is not None:
             raise ValueError(f"prompt_logprobs use the model's default weights and cannot be had beside {KEY}; leave one of them out")
 
