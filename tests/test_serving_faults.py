@@ -2,12 +2,9 @@
 
 import asyncio
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -410,7 +407,7 @@ def test_fuzzed_by_its_own_schema(tmp_path):
         server.stop()
 
 
-# Settings and the command
+# Settings
 
 
 def test_settings(tmp_path, monkeypatch):
@@ -429,55 +426,3 @@ def test_settings(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as e:
         ServeSettings.of({"api_keys": ["short"]})
     assert "short" not in str(e.value).replace("shorten", "")
-
-
-def test_the_command_serves_and_drains(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "ivg", "serve", "--port", str(port), "--device", "cpu"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
-    try:
-        lines = []
-        reader = threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True)
-        reader.start()
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            try:
-                if httpx.get(f"{url}/ready").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.1)
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
-        ask = [{"role": "user", "content": "The movie was"}]
-        assert client.chat.completions.create(model="embedded", messages=ask, max_tokens=8).choices[0].message.content
-        stream = client.completions.create(model="embedded:eft", prompt="A secret movie", max_tokens=60, seed=1, stream=True)
-        first = next(iter(stream))
-        process.send_signal(signal.SIGTERM)
-        text = first.choices[0].text + "".join(c.choices[0].text for c in stream)
-        assert process.wait(20) == 0
-        reader.join(5)
-    finally:
-        process.kill()
-    assert len(text) > 40
-    logged = [json.loads(line) for line in lines]
-    assert [entry["event"] for entry in logged][:1] == ["serving"] and logged[-1]["event"] == "stopped"
-    (entry,) = [e for e in logged if e["event"] == "request" and e["path"] == "/v1/completions"]
-    assert entry["status"] == 200 and entry["request_id"]
-    assert "secret" not in "".join(lines)
-
-
-def test_the_extra_is_asked_for_by_name():
-    code = "import sys; sys.modules['uvicorn'] = None; sys.argv = ['ivg', 'serve']; from ivg.cli import main; main()"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 2 and "ivg[serve]" in run.stderr
-
-
-def test_a_taken_address_is_said_before_models_are_loaded():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        s.listen()
-        code = f"import sys; sys.argv = ['ivg', 'serve', '--port', '{s.getsockname()[1]}']; from ivg.cli import main; main()"
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 2 and "cannot listen" in run.stderr

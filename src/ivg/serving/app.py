@@ -26,13 +26,16 @@ from ivg.serving.presets import Order, Presets
 from ivg.serving.replies import Form, Texts, error_body, whole
 from ivg.serving.schemas import ChatRequest, CompletionRequest
 from ivg.serving.stream import Stream
-from ivg.serving.worker import Event, Progress, Ticket, Worker
+from ivg.serving.tickets import Event, Progress, Ticket
+from ivg.serving.worker import Worker
 from ivg.types import Completion
 
 PLAYGROUND = Path(__file__).parent / "playground"
 PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/ready", "/metrics", "/"})
 WATCH_SECONDS = 1.0
 """A client that waits looks this often whether the worker lives."""
+ROUND_SECONDS = 5.0
+"""The worker's last round is waited for this long when its time is over."""
 Body = ChatRequest | CompletionRequest
 T = TypeVar("T")
 
@@ -51,7 +54,8 @@ def create_app(worker: Worker, presets: Presets) -> FastAPI:
             worker.start()
         yield
         worker.drain()
-        await asyncio.to_thread(worker.join, worker.settings.drain + 10)
+        while worker.thread.is_alive() and worker.seconds_left > -ROUND_SECONDS:  # a second signal may shorten it meanwhile
+            await asyncio.sleep(0.02)
 
     app = FastAPI(title="ivg", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.worker, app.state.presets = worker, presets

@@ -108,7 +108,7 @@ class Gate:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise ServeError("the client went away", 400, "disconnected")
+                raise ServeError("the client went away", 499, "disconnected")
             body += message.get("body", b"")
             if len(body) > limit:
                 raise too_large

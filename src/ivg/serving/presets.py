@@ -110,9 +110,9 @@ class Presets:
         strategy = self._within(self.strategy(method, body.guidance.search if body.guidance else {}))
         seed = random.getrandbits(31) if body.seed is None else body.seed
         watched, wanted = body.watched, body.alternatives
-        one = self.model.request(
-            "x", strategy, seed=seed, record=watched, alternatives=max(wanted or 0, SHOWN) if watched else wanted, **self._sampling(body)
-        )
+        if watched and "alternatives" not in self.model.engine.lacks:
+            wanted = max(wanted or 0, SHOWN)
+        one = self.model.request("x", strategy, seed=seed, record=watched, alternatives=wanted, **self._sampling(body))
         one = replace(one, stride=_stride(one) if body.stream else QUANTUM)
         prompts, n = self._prompts(body), body.n or 1
         return Order(
@@ -238,7 +238,7 @@ def fault(error: Exception) -> ServeError:
     """What a client is told of an error that ivg raised on purpose."""
     if isinstance(error, ServeError):
         return error
-    message = " ".join(line.strip() for line in str(error).splitlines())
+    message = one_line(str(error))
     if isinstance(error, PromptError):
         return ServeError(message, 400, "invalid_prompt", "prompt")
     if isinstance(error, ConfigError | ValueError):
@@ -246,3 +246,11 @@ def fault(error: Exception) -> ServeError:
         named = first in Guidance.model_fields
         return ServeError(message, 400, "invalid_value", f"guidance.{first}" if named else "guidance")
     return ServeError(message, 500, "model_error")
+
+
+def one_line(message: str) -> str:
+    """A message of several lines (what was got, what was expected, what to do) as one, its parts divided by semicolons."""
+    out = ""
+    for line in filter(None, map(str.strip, message.splitlines())):
+        out += f"{' ' if out[-1] in ':;,.' else '; '}{line}" if out else line
+    return out

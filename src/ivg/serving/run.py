@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import sys
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -15,20 +18,46 @@ from ivg.serving.logs import say, to_standard_error
 from ivg.serving.presets import Presets
 from ivg.serving.settings import ServeSettings
 from ivg.serving.worker import Worker
+from ivg.steered import SteeredModel
+
+LAST_SECONDS = 1.0
+"""What a client that does not read its answer gets when a second signal has come."""
 
 
 class Server(uvicorn.Server):
-    """Uvicorn that tells the worker of the first signal, so that nothing new is taken while answers are finished."""
+    """Uvicorn that tells the worker of the first signal, so that nothing new is taken while answers are finished.
+
+    A second signal ends what runs: its clients are told so, and those that do not listen are cut off. Uvicorn's own way for that
+    (``force_exit``) tears the loop down around the application; this one only shortens the orderly way.
+    """
 
     def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
         super().__init__(config)
         self.worker = worker
+        self.hurried_by: int | None = None
+        """The signal that came second."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain; a second signal stops at once."""
-        self.worker.drain(None if not self.should_exit else 0)
-        self.force_exit = self.should_exit
+        if self.should_exit:
+            self.hurried_by = sig
+        self.worker.drain(0 if self.should_exit else None)
         self.should_exit = True  # uvicorn's own would raise the signal again when all is done, and exit with it
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let what runs finish, as long as it may."""
+        hurry = asyncio.ensure_future(self._hurry())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            hurry.cancel()
+
+    async def _hurry(self) -> None:
+        while self.hurried_by is None:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(LAST_SECONDS)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def make_server(presets: Presets) -> Server:
@@ -48,21 +77,33 @@ def make_server(presets: Presets) -> Server:
     return Server(config, worker)
 
 
-def serve(recipe: Recipe, settings: ServeSettings) -> None:
+def _with_every_guide(recipe: Recipe) -> SteeredModel:
+    return load_models(recipe, every_guide=True)  # clients choose the method
+
+
+def serve(recipe: Recipe, settings: ServeSettings, load: Callable[[Recipe], SteeredModel] = _with_every_guide) -> None:
     """Load the models and answer until a signal comes.
+
+    Args:
+        recipe: which models, and the defaults of requests.
+        settings: address, keys, ceilings.
+        load: makes the models; whoever has values of their own gives their own.
 
     Raises:
         ConfigError: the address is taken, or not of this machine.
         ModelError: a model that cannot be loaded.
+        SystemExit: a second signal came: 128 and its number, as shells have it.
     """
     to_standard_error()
     with _listening(settings) as listener:  # before models are loaded: an address that is taken is known at once
-        presets = Presets(load_models(recipe), recipe, settings)
+        presets = Presets(load(recipe), recipe, settings)
         server = make_server(presets)
         host, port = listener.getsockname()[:2]
         say("serving", url=f"http://{host}:{port}", model=presets.name, methods=len(presets.names) - 1, keys=len(settings.api_keys))
         server.run(sockets=[listener])
-        say("stopped")
+        say("stopped", cache_rows=sum(reader.model.live_rows for reader in presets.model.readers), signal=server.hurried_by)
+    if server.hurried_by is not None:
+        sys.exit(128 + server.hurried_by)
 
 
 def _listening(settings: ServeSettings) -> socket.socket:

@@ -72,8 +72,14 @@ class ServeSettings(BaseModel):
         try:
             return cls.model_validate(table | {k: v for k, v in given.items() if v is not None})
         except ValidationError as e:
-            shown = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors())  # never the keys themselves
+            shown = "; ".join(map(_explain, e.errors()))
             raise ConfigError(f"serve: {shown}\n  expected some of: {', '.join(cls.model_fields)}") from None
+
+
+def _explain(error: Any) -> str:
+    """Without what was got: it may be a key."""
+    where = ".".join(map(str, error["loc"]))
+    return f"unknown setting {where}" if error["type"] == "extra_forbidden" else f"{where}: {error['msg'].lower()}"
 
 
 def read_keys(file: Path | None, environment: bool = True) -> tuple[str, ...] | None:

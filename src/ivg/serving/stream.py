@@ -12,7 +12,7 @@ from typing import Any
 
 from ivg.errors import ServeError
 from ivg.serving.replies import Answer, Form, error_body, finite, known
-from ivg.serving.worker import Progress
+from ivg.serving.tickets import Progress
 from ivg.types import TraceNode
 
 DONE = b"data: [DONE]\n\n"

@@ -1,8 +1,9 @@
 """One thread owns the models and runs the one loop, ``Searcher.step()``, fed from a queue.
 
 Requests with any settings share each round; new ones join, and cancelled ones free their rows, between two rounds. A model or
-value that raises breaks off a round of everybody: the requests in it then run again one after the other, from their beginnings, so
-that only the guilty one fails. Draws are counted, not remembered, so that they repeat themselves: clients are sent what is new.
+value that raises breaks off a round of everybody: the requests in it then run again from their beginnings, one half after the
+other, halves that break in halves again, so that only the guilty one fails. Draws are counted, not remembered, so that they repeat
+themselves: clients are sent what is new.
 
 Knows tickets, deadlines and the search. Must not know HTTP.
 """
@@ -10,66 +11,29 @@ Knows tickets, deadlines and the search. Must not know HTTP.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import math
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ivg.decoding.live import Request
 from ivg.decoding.search import Searcher
 from ivg.errors import IVGError, ServeError
 from ivg.serving.metrics import Metrics
-from ivg.serving.presets import Order, fault
+from ivg.serving.presets import fault, one_line
 from ivg.serving.settings import ServeSettings
+from ivg.serving.tickets import Event, Progress, Ticket, deliver
 from ivg.steered import SteeredModel
-from ivg.types import Completion, Step, TokenDetail, TraceNode
+from ivg.types import Step
 
 log = logging.getLogger("ivg.serve")
 GAUGE_SECONDS = 0.25
 """Gauges of the caches are set this often while something runs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What a round brought for one answer; ``index`` counts the answers of the ticket."""
-
-    index: int
-    committed: str
-    kept: tuple[TraceNode, ...]
-    dropped: tuple[TraceNode, ...]
-    details: tuple[TokenDetail, ...]
-    completion: Completion | None = None
-
-
-Event = Order | Progress | ServeError
-"""An order comes first, when it is accepted; an error last, and nothing behind it."""
-
-
-class Ticket:
-    """One client's request: what to make of it, and where its events go.
-
-    Args:
-        make: gives the order; called where the models are.
-        size: answers that it asks for.
-        seconds: until it is too late.
-    """
-
-    def __init__(self, make: Callable[[], Order], size: int, seconds: float) -> None:
-        self.make, self.size = make, size
-        self.started = time.monotonic()
-        self.deadline = self.started + seconds
-        self.loop = asyncio.get_running_loop()
-        self.events: asyncio.Queue[Event] = asyncio.Queue()
-        self.over = False
-        """Nothing will be sent any more."""
-
-    def deliver(self, events: list[Event]) -> None:
-        """Called in the client's loop."""
-        for event in events:
-            self.events.put_nowait(event)
 
 
 @dataclass(slots=True, eq=False)
@@ -90,8 +54,8 @@ class _Flight:
 @dataclass(slots=True)
 class _State:
     flights: dict[int, _Flight] = field(default_factory=dict)
-    alone: deque[_Flight] = field(default_factory=deque)
-    """To be run again, one after the other."""
+    suspects: deque[list[_Flight]] = field(default_factory=deque)
+    """To be run again, one group after the other."""
     later: deque[Ticket] = field(default_factory=deque)
     """Came while those run."""
 
@@ -136,9 +100,15 @@ class Worker:
         return self._stop_at is not None
 
     @property
+    def seconds_left(self) -> float:
+        """Until what runs is broken off; below 0: since."""
+        return math.inf if self._stop_at is None else self._stop_at - time.monotonic()
+
+    @property
     def waiting(self) -> int:
         """Answers that were submitted and are not being written yet."""
-        return self._submitted + self.searcher.waiting_requests + sum(t.size for t in self._state.later)
+        later = list(self._state.later)  # in one go: the thread may change it
+        return self._submitted + self.searcher.waiting_requests + sum(t.size for t in later)
 
     def submit(self, ticket: Ticket) -> None:
         """Queue it.
@@ -160,9 +130,9 @@ class Worker:
         self._inbox.put(("cancel", ticket))
 
     def drain(self, seconds: float | None = None) -> None:
-        """Take nothing new; finish what is there within ``seconds``, then stop."""
-        if self._stop_at is None:
-            self._stop_at = time.monotonic() + (self.settings.drain if seconds is None else seconds)
+        """Take nothing new; finish what is there within ``seconds`` (None: the settings'), then stop. Again: no later than before."""
+        stop = time.monotonic() + (self.settings.drain if seconds is None else seconds)
+        self._stop_at = stop if self._stop_at is None else min(stop, self._stop_at)
         self._inbox.put(("wake", None))
 
     def join(self, seconds: float | None = None) -> None:
@@ -176,7 +146,7 @@ class Worker:
             while not (self.draining and not self._busy and self._inbox.empty()):
                 self._take()
                 self._expire()
-                self._next_alone()
+                self._next_suspects()
                 if self.searcher.busy:
                     self._round()
                 self._gauge()
@@ -192,7 +162,7 @@ class Worker:
 
     @property
     def _busy(self) -> bool:
-        return self.searcher.busy or bool(self._state.alone or self._state.later)
+        return self.searcher.busy or bool(self._state.suspects or self._state.later)
 
     def _fresh(self) -> Searcher:
         return self.model.searcher(self.settings.max_beams)
@@ -213,9 +183,9 @@ class Worker:
                 continue
             with self._lock:
                 self._submitted -= ticket.size
-                if self._state.alone:
+                if self._state.suspects:
                     self._state.later.append(ticket)
-            if not self._state.alone:
+            if not self._state.suspects:
                 self._admit(ticket)
 
     def _admit(self, ticket: Ticket) -> None:
@@ -260,7 +230,7 @@ class Worker:
             self.metrics.spent(completion.usage.forward_tokens)
             self.metrics.written.inc(completion.usage.completion_tokens)
             if completion.error is not None:
-                self._fail(flight.ticket, ServeError(completion.error, 500, "model_error"))
+                self._fail(flight.ticket, ServeError(one_line(completion.error), 500, "model_error"))
                 return
         committed = step.committed if completion is None else completion.text
         if not (committed.startswith(flight.committed) or flight.committed.startswith(committed)):
@@ -290,25 +260,29 @@ class Worker:
             told = fault(error) if isinstance(error, IVGError) else ServeError("a model failed on this request", 500, "model_error")
             self._fail(suspects[0].ticket, told)
             return
-        self._state.alone.extend(suspects)
+        half = len(suspects) // 2
+        self._state.suspects.extendleft((suspects[half:], suspects[:half]))
 
-    def _next_alone(self) -> None:
-        """Run the next suspect by itself; when there is none left, let in who came meanwhile."""
+    def _next_suspects(self) -> None:
+        """Run the next group by itself; when there is none left, let in who came meanwhile."""
         state = self._state
-        while state.alone and not self.searcher.busy:
-            flight = state.alone.popleft()
-            if flight.ticket.over:
-                continue
-            flight.seen = 0
-            try:
-                flight.number = self.searcher.add(flight.request)
-            except IVGError as e:
-                self._fail(flight.ticket, fault(e))
-                continue
-            state.flights[flight.number] = flight
-        if not state.alone and not self.searcher.busy:
+        while state.suspects and not self.searcher.busy:
+            for flight in state.suspects.popleft():
+                self._restart(flight)
+        if not state.suspects and not self.searcher.busy:
             while state.later:
                 self._admit(state.later.popleft())
+
+    def _restart(self, flight: _Flight) -> None:
+        if flight.ticket.over:
+            return
+        flight.seen = 0
+        try:
+            flight.number = self.searcher.add(flight.request)
+        except IVGError as e:
+            self._fail(flight.ticket, fault(e))
+        else:
+            self._state.flights[flight.number] = flight
 
     # Ends
 
@@ -322,7 +296,7 @@ class Worker:
 
     def _tickets(self) -> Iterator[Ticket]:
         state = self._state
-        yield from (f.ticket for f in (*state.flights.values(), *state.alone))
+        yield from (f.ticket for f in (*state.flights.values(), *itertools.chain(*state.suspects)))
         yield from state.later
 
     def _abandon(self, error: ServeError) -> None:
@@ -346,7 +320,7 @@ class Worker:
         for flight in [f for f in state.flights.values() if f.ticket is ticket]:
             del state.flights[flight.number]
             self.metrics.spent(self.searcher.cancel(flight.number))
-        state.alone = deque(f for f in state.alone if f.ticket is not ticket)
+        state.suspects = deque(left for group in state.suspects if (left := [f for f in group if f.ticket is not ticket]))
         state.later = deque(t for t in state.later if t is not ticket)
         self._gauged = 0.0
 
@@ -363,7 +337,7 @@ class Worker:
         self._outbox = {}
         for loop, parcels in loops.items():
             try:
-                loop.call_soon_threadsafe(_deliver, parcels)
+                loop.call_soon_threadsafe(deliver, parcels)
             except RuntimeError:  # the loop is closed: nobody listens
                 for ticket, _ in parcels:
                     self._drop(ticket)
@@ -380,8 +354,3 @@ class Worker:
         for reader in self.model.readers:
             metrics.rows.labels(reader.name).set(reader.model.live_rows)
             metrics.bytes.labels(reader.name).set(reader.model.rows.held_bytes)
-
-
-def _deliver(parcels: list[tuple[Ticket, list[Event]]]) -> None:
-    for ticket, events in parcels:
-        ticket.deliver(events)
