@@ -108,10 +108,12 @@ def report(o: argparse.Namespace, counts: list[int], rows: list[dict[str, Any]],
     text = markdown(head, table)
     made = machine.made()
     others = max((r["others"] or 0.0) for r in rows)
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
     notes = (
-        f"{o.shape}, ivg W=4 K=4 L=5, {PROMPT_TOKENS} + {o.new_tokens} tokens, {o.dtype}, "
-        f"{os.environ.get('OMP_NUM_THREADS', 'all')} thread(s) each, median of {o.rounds} rounds in turn; prefix cache {hit_rate:.0%} of the tokens submitted again; other processes took at "
-        f"most {others:.0%} of the processors. Made with `{made['command']}` at {made['commit']}, torch {made['machine']['torch']}."
+        f"{o.shape}, ivg W=4 K=4 L=5, {PROMPT_TOKENS} + {o.new_tokens} tokens, {o.dtype}, {threads} thread(s) each, "
+        f"median of {o.rounds} rounds in turn; prefix cache {hit_rate:.0%} of the tokens submitted again; "
+        f"other processes took at most {others:.0%} of the processors. Made with `{made['command']}` at {made['commit']}, "
+        f"torch {made['machine']['torch']}."
     )
     print(text + "\n\n" + notes)
     if o.docs:

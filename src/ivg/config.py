@@ -156,7 +156,7 @@ class RunConfig(_Strict):
 
 
 class VLLMConfig(_Strict):
-    """The engine ``vllm`` (docs/scaling.md); what is left out is vLLM's default.
+    """The engine ``vllm`` (docs/vllm.md); what is left out is vLLM's default.
 
     Attributes:
         guides: values that guide inside the composite model; default: those of the method.

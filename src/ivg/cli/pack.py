@@ -16,7 +16,7 @@ HELP = """Write a composite model for vLLM: base and guides, weights by referenc
 
     vllm serve composite --logits-processors ivg.vllm.processor:IVGBeta
 
-Requests then say how much they are guided: {"vllm_xargs": {"ivg_beta": 0.5}}. Without models: the embedded ones. See docs/scaling.md."""
+Requests then say how much they are guided: {"vllm_xargs": {"ivg_beta": 0.5}}. Without models: the embedded ones. See docs/vllm.md."""
 
 
 def pack(

@@ -91,7 +91,7 @@ class Core:
         try:
             args = EngineArgs(model=self.folder, **given)
         except TypeError as e:
-            raise ConfigError(f"vLLM does not take these engine arguments: {e}\n  see docs/scaling.md for the table [vllm]") from None
+            raise ConfigError(f"vLLM does not take these engine arguments: {e}\n  see docs/vllm.md for the table [vllm]") from None
         try:
             self._engine = LLMEngine.from_engine_args(args)
         except Exception as e:
