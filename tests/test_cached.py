@@ -265,7 +265,7 @@ def test_common_length():
         ([2], [1], 0),
         ([1] * 9 + [2], [1] * 12, 9),
     ]:
-        assert common_length(a, b) == n == common_length(b, a)
+        assert common_length(a, b) == n == common_length(b, a) == common_length(tuple(a), b)
 
 
 def test_context_limit_is_told():
@@ -273,6 +273,21 @@ def test_context_limit_is_told():
     row = model.open([1] * 40)
     with pytest.raises(PromptError, match="at most 32"):
         model.last([row], [[1] * 40])
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gpt_neo", {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}),
+        ("falcon", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "alibi": True}),
+    ],
+)
+def test_networks_that_take_distances_from_the_batch_are_refused(kind, settings):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=50, **settings))
+    with pytest.raises(ModelError, match="columns of the batch"):
+        CachedModel(network, "base")
 
 
 def test_a_network_without_positions_is_refused():

@@ -68,6 +68,8 @@ class CachedModel:
         for needed in ("position_ids", "past_key_values"):
             if needed not in forward:
                 raise ModelError(f"{self.name}: {type(self.network).__name__} takes no {needed}; ivg needs a decoder that does")
+        if reason := _unreadable(config):
+            raise ModelError(f"{self.name}: {type(self.network).__name__} {reason}\n  expected a decoder with positions in its tokens")
 
     # Rows
 
@@ -244,6 +246,15 @@ def _attends_by_interface(network: nn.Module) -> bool:
     """Does the network look its attention up by name, so that it can be given another?"""
     body = getattr(network, "backbone", None) or network
     return bool(getattr(body, "_supports_attention_backend", False))
+
+
+def _unreadable(config: Any) -> str | None:
+    """Why rows of different lengths in one pass would be read wrongly, silently or late; None: they are not."""
+    if config.model_type == "gpt_neo" and "local" in getattr(config, "attention_layers", ()):
+        return "cuts its local layers by columns of the batch, not by positions"
+    if getattr(config, "alibi", False):
+        return "takes distances (ALiBi) from columns of the batch, not from positions"
+    return None
 
 
 def _windows(config: Any) -> dict[str, int | None]:

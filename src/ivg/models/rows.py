@@ -68,6 +68,8 @@ class Row:
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two lists begin with in common; compares slices, which is fast."""
+    if type(a) is not type(b):  # slices of a tuple and of a list are never equal
+        a, b = list(a), list(b)
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:
         return high

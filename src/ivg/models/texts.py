@@ -76,7 +76,7 @@ class Texts:
         if self.vocabulary.same_as(h.vocabulary):
             return [*prompt, *self.own_ids(h.token_ids)], len(prompt)
         ids = encode(h.prompt, self.tokenizer, self.template, h.text) if h.text else list(prompt)
-        border = common_length(list(prompt), ids)
+        border = common_length(prompt, ids)
         if h.token_ids and h.token_ids[-1] in h.vocabulary.eos_ids and self.vocabulary.eos_ids:
             ids.append(min(self.vocabulary.eos_ids))
         return ids, border
