@@ -1,10 +1,14 @@
-"""Load on the server, over loopback: 1, 8 and 32 clients at once on the embedded models. A table, then one JSON line.
+"""Load on the server, over loopback, on the embedded models. A table, then one JSON line. The server is a process of its own.
 
-    python benchmarks/serve.py --method ivg --answers 32
+    python benchmarks/serve.py --method ivg --answers 64       # 1, 8 and 32 clients at once
+    python benchmarks/serve.py --soak 600                      # mixed traffic for ten minutes; the server's resident memory
 
-Every client asks one streamed answer after the other. Shown: answers per second, time to first text and to the whole answer (median and
-95 %), errors, and how many answers differ from what the library gives for the same prompt and seed, one request at a time (float32;
-sums of batched products may round otherwise, and then another token may be drawn: those are counted, not hidden).
+Load: every client asks one streamed answer after the other. Shown: answers per second, time to first text and to the whole answer
+(median and 95 %), errors, and how many answers differ from what the library gives for the same prompt and seed, one request at a time
+(float32; sums of batched products may round otherwise, and then another token may be drawn: those are counted, not hidden).
+
+Soak: clients of all kinds, each prompt a new one: methods in turn, streams and whole answers, some that go away, some that ask for what
+cannot be. Shown: resident memory over time, its slope once the caches have their sizes, and what is left in the caches at the end.
 """
 
 from __future__ import annotations
@@ -12,18 +16,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
+import re
+import subprocess
+import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 
-from ivg.config import Recipe
 from ivg.machine import facts
-from ivg.models.loading import LoadOptions
-from ivg.serving.presets import Presets
-from ivg.serving.run import make_server
-from ivg.serving.settings import ServeSettings
-from ivg.steered import SteeredModel
 
 PROMPTS = (
     "The movie was",
@@ -35,6 +41,12 @@ PROMPTS = (
     "My wife and I",
     "After an hour",
 )
+WORDS = " ".join(PROMPTS).split()
+SOAKED = ("base", "eft", "ivg", "bon", "cbs-implicit", "cbs-explicit", "smc", "token-explicit", "adaptive")
+FLAT = 0.01
+"""Memory is flat when its mean in the last quarter is at most by this share above that in the second quarter."""
+PERIOD = 2.0
+"""Seconds between two looks at the memory, at most."""
 
 
 def main() -> None:
@@ -42,40 +54,77 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", default="ivg")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--answers", type=int, default=32, help="for each number of clients")
+    parser.add_argument("--answers", type=int, default=64, help="for each number of clients")
     parser.add_argument("--max-tokens", type=int, default=50)
     parser.add_argument("--no-check", action="store_true", help="do not compare with the library")
+    parser.add_argument("--soak", type=float, metavar="SECONDS", help="mixed traffic instead, by 8 clients")
     args = parser.parse_args()
-    options = LoadOptions(device="cpu", dtype="float32")
-    model = SteeredModel.embedded(options)
-    server = make_server(Presets(model, Recipe(), ServeSettings(port=0, queue_limit=1024)))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    (load if args.soak is None else soak)(args)
+
+
+@contextmanager
+def served() -> Iterator[tuple[str, int]]:
+    """A server by the command, as anybody would start it: (its address, its process id). What it logs is read and thrown away."""
+    command = [sys.executable, "-m", "ivg", "serve", "--port", "0", "--device", "cpu", "--dtype", "float32"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        url = next((json.loads(line)["url"] for line in process.stderr if '"event": "serving"' in line), None)
+        if url is None:
+            sys.exit("the server did not start; try: " + " ".join(command[1:]))
+        threading.Thread(target=lambda: [None for _ in process.stderr or ()], daemon=True).start()
+        while not ready(url):
+            time.sleep(0.05)
+        yield url, process.pid
+        process.terminate()
+        if (code := process.wait(60)) != 0:
+            sys.exit(f"the server ended with code {code}")
+    finally:
+        process.kill()
+
+
+def ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+# Load
+
+
+def load(args: argparse.Namespace) -> None:
+    """So many clients at once, each number in turn."""
     jobs = [(PROMPTS[i % len(PROMPTS)], i) for i in range(args.answers)]
-    asyncio.run(load(url, jobs[: max(args.clients)], max(args.clients), args))  # once, so that caches have their sizes
-    runs = {clients: asyncio.run(load(url, jobs, clients, args)) for clients in args.clients}
-    server.handle_exit(15, None)
-    thread.join()
-    want = {} if args.no_check else library(SteeredModel.embedded(options), jobs, args)
+    with served() as (url, _):
+        asyncio.run(run(url, jobs[: max(args.clients)], max(args.clients), args))  # once, so that caches have their sizes
+        runs = {clients: asyncio.run(run(url, jobs, clients, args)) for clients in args.clients}
+    want = {} if args.no_check else library(jobs, args)
     rows = [row(clients, seconds, answers, want) for clients, (seconds, answers) in runs.items()]
-    print("clients  answers/s  first text p50  p95 (s)  whole p50  p95 (s)  errors  differ")
+    print("clients  answers/s  first text p50  p95 (s)  whole p50  p95 (s)  errors  equal  differ")
     for r in rows:
         times = f"{r['first_p50']:14.3f}  {r['first_p95']:7.3f}  {r['whole_p50']:9.3f}  {r['whole_p95']:7.3f}"
-        print(f"{r['clients']:7d}  {r['rate']:9.2f}  {times}  {r['errors']:6d}  {r['differ']:6d}")
-    print(json.dumps({"benchmark": "serve", **vars(args), "rows": rows, "machine": facts()}))
+        print(f"{r['clients']:7d}  {r['rate']:9.2f}  {times}  {r['errors']:6d}  {r['equal']:5d}  {r['differ']:6d}")
+    rates = {r["clients"]: r["rate"] for r in rows}
+    ratio = rates[8] / rates[1] if {1, 8} <= set(rates) and rates[1] else None
+    print(f"throughput of 8 clients : 1 client = {'not measured' if ratio is None else f'{ratio:.2f}'}")
+    for message, count in Counter(a[4] for _, answers in runs.values() for a in answers if a[4]).items():
+        print(f"error, {count} times: {message}")
+    settings = {k: v for k, v in vars(args).items() if k != "soak"}
+    print(json.dumps({"benchmark": "serve", **settings, "rows": rows, "ratio_8_to_1": ratio, "machine": facts()}))
 
 
-async def load(url: str, jobs: list, clients: int, args: argparse.Namespace) -> tuple[float, list]:
-    """(seconds in all, (job, first, whole, text or error) of every answer)."""
+async def run(url: str, jobs: list, clients: int, args: argparse.Namespace) -> tuple[float, list]:
+    """(seconds in all, (job, first, whole, text, error) of every answer)."""
     todo, done = list(reversed(jobs)), []
 
     async def client(http: httpx.AsyncClient) -> None:
         while todo:
             job = todo.pop()
-            done.append((job, *await ask(http, job, args)))
+            try:
+                done.append((job, *await ask(http, job, args)))
+            except httpx.HTTPError as e:
+                done.append((job, 0.0, 0.0, "", f"{type(e).__name__}: {e}"))
 
     async with httpx.AsyncClient(base_url=url, timeout=600) as http:
         started = time.perf_counter()
@@ -87,11 +136,12 @@ async def ask(http: httpx.AsyncClient, job: tuple[str, int], args: argparse.Name
     """(seconds to first text, to the end, text, error) of one answer."""
     prompt, seed = job
     body = {"model": f"embedded:{args.method}", "prompt": prompt, "seed": seed, "max_tokens": args.max_tokens, "stream": True}
-    started, first, text, error = time.perf_counter(), None, "", None
+    started, first, text, error, ended = time.perf_counter(), None, "", None, False
     async with http.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
             return 0.0, 0.0, "", (await response.aread()).decode()
         async for line in response.aiter_lines():
+            ended = ended or line == "data: [DONE]"
             if line.startswith("data: {"):
                 data = json.loads(line[6:])
                 error = json.dumps(data["error"]) if "error" in data else error
@@ -99,28 +149,136 @@ async def ask(http: httpx.AsyncClient, job: tuple[str, int], args: argparse.Name
                 first = time.perf_counter() - started if new and first is None else first
                 text += new
     whole = time.perf_counter() - started
-    return first or whole, whole, text, error
+    return first or whole, whole, text, error or (None if ended else "the stream has no end")
 
 
-def library(model: SteeredModel, jobs: list, args: argparse.Namespace) -> dict:
+def library(jobs: list, args: argparse.Namespace) -> dict:
     """What the library gives, each alone."""
+    from ivg.models.loading import LoadOptions  # here: while the server is measured, this process has no use for them
+    from ivg.steered import SteeredModel
+
+    model = SteeredModel.embedded(LoadOptions(device="cpu", dtype="float32"))
     return {job: model.generate(job[0], args.method, seed=job[1], max_new_tokens=args.max_tokens).text for job in jobs}
 
 
 def row(clients: int, seconds: float, answers: list, want: dict) -> dict:
-    """The figures of one load."""
-    firsts, wholes = sorted(a[1] for a in answers), sorted(a[2] for a in answers)
+    """The figures of one load; times are those of answers without error."""
+    fine = [a for a in answers if a[4] is None]
+    firsts, wholes = sorted(a[1] for a in fine) or [0.0], sorted(a[2] for a in fine) or [0.0]
+    compared = [a for a in fine if a[0] in want]
+    equal = sum(a[3] == want[a[0]] for a in compared)
     return {
         "clients": clients,
-        "rate": len(answers) / seconds,
+        "answers": len(answers),
+        "rate": len(fine) / seconds,
         **{
             f"{name}_p{p}": times[min(len(times) - 1, len(times) * p // 100)]
             for name, times in (("first", firsts), ("whole", wholes))
             for p in (50, 95)
         },
-        "errors": sum(a[4] is not None for a in answers),
-        "differ": sum(a[0] in want and a[3] != want[a[0]] for a in answers),
+        "errors": len(answers) - len(fine),
+        "equal": equal,
+        "differ": len(compared) - equal,
     }
+
+
+# Soak
+
+
+def soak(args: argparse.Namespace) -> None:
+    """Mixed traffic, and the memory of the server under it."""
+    with served() as (url, process):
+        counts, memory = asyncio.run(traffic(url, process, args.soak, args.max_tokens))
+        left = asyncio.run(settled(url))
+    quarter = max(1, len(memory) // 4)
+    second, last = (mean([m for _, m in part]) for part in (memory[quarter : 2 * quarter] or memory, memory[-quarter:]))
+    slope = fitted(memory[quarter:]) * 60
+    growth = last / second - 1
+    print("seconds  resident memory (MiB)")
+    for seconds, mib in memory[:: max(1, len(memory) // 20)]:
+        print(f"{seconds:7.0f}  {mib:21.1f}")
+    print(f"slope behind the first quarter {slope:+.2f} MiB a minute ({slope * 240:+.0f} MiB in four hours)")
+    print(f"last quarter against the second {growth:+.2%}")
+    print(f"flat: {'yes' if growth <= FLAT else 'no'} (at most {FLAT:+.0%}); cache rows and queue at the end: {left or 'none'}")
+    print("requests: " + ", ".join(f"{kind} {n}" for kind, n in sorted(counts.items())))
+    figures = {
+        "slope_mib_per_minute": slope,
+        "growth": growth,
+        "flat": growth <= FLAT,
+        "first_mib": memory[0][1],
+        "last_mib": memory[-1][1],
+    }
+    figures |= {"left": left, "requests": dict(counts), "memory": [[round(s, 1), round(m, 1)] for s, m in memory]}
+    print(json.dumps({"benchmark": "serve-soak", "seconds": args.soak, **figures, "machine": facts()}))
+
+
+async def traffic(url: str, process: int, seconds: float, max_tokens: int) -> tuple[Counter, list[tuple[float, float]]]:
+    """(requests by kind and status, (seconds, MiB) of the server)."""
+    counts, memory, draw = Counter(), [], random.Random(1)
+    started = time.monotonic()
+
+    async def watch() -> None:
+        while (now := time.monotonic() - started) < seconds:
+            memory.append((now, resident(process)))
+            await asyncio.sleep(min(PERIOD, seconds / 20))
+
+    async def client(http: httpx.AsyncClient) -> None:
+        while time.monotonic() - started < seconds:
+            counts[await one(http, draw, max_tokens)] += 1
+
+    async with httpx.AsyncClient(base_url=url, timeout=600) as http:
+        await asyncio.gather(watch(), *(client(http) for _ in range(8)))
+    return counts, memory
+
+
+async def one(http: httpx.AsyncClient, draw: random.Random, max_tokens: int) -> str:
+    """One request of any kind; what became of it."""
+    prompt = " ".join(draw.choices(WORDS, k=draw.randint(2, 40)))
+    body = {"model": f"embedded:{draw.choice(SOAKED)}", "prompt": prompt, "max_tokens": draw.randint(4, max_tokens)}
+    body |= {"n": draw.choice((1, 1, 1, 2)), "stream": draw.random() < 0.5}
+    kind = draw.random()
+    if kind < 0.1:
+        body |= draw.choice(({"model": "gpt-4"}, {"tempo": 1}, {"prompt": "word " * 5000}, {"guidance": {"beta": "x"}}))
+    try:
+        async with http.stream("POST", "/v1/completions", json=body) as response:
+            if kind > 0.9 and body["stream"]:
+                await anext(response.aiter_bytes(), b"")
+                return "gone"
+            async for _ in response.aiter_bytes():
+                pass
+            return str(response.status_code)
+    except httpx.HTTPError as e:
+        return type(e).__name__
+
+
+async def settled(url: str) -> dict[str, float]:
+    """Gauges that are not zero, when nothing is asked any more; waits for them a little."""
+    async with httpx.AsyncClient(base_url=url) as http:
+        for _ in range(50):
+            text = (await http.get("/metrics")).text
+            found = re.findall(r"^(ivg_(?:cache_rows|queue_length|live_\w+)\S*) (\S+)$", text, re.MULTILINE)
+            left = {name: float(number) for name, number in found if float(number)}
+            if not left:
+                break
+            await asyncio.sleep(0.2)
+    return left
+
+
+def resident(process: int) -> float:
+    """Memory of a process, in MiB (Linux)."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+
+
+def fitted(points: list[tuple[float, float]]) -> float:
+    """Slope of the least-squares line."""
+    x, y = mean([p[0] for p in points]), mean([p[1] for p in points])
+    spread = sum((a - x) ** 2 for a, _ in points)
+    return sum((a - x) * (b - y) for a, b in points) / spread if spread else 0.0
+
+
+def mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers)
 
 
 if __name__ == "__main__":

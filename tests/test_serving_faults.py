@@ -12,8 +12,10 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import torch
 
 from ivg.errors import ConfigError
+from ivg.serving.presets import one_line
 from ivg.serving.settings import ServeSettings, read_keys
 from ivg.values.base import FunctionValue
 from test_serving import SAMPLING, Running, expected, numbers, tiny
@@ -76,11 +78,29 @@ class Slow:
         pass
 
 
+class Endless:
+    """A value that computes for a minute, inside PyTorch."""
+
+    name = "endless"
+
+    def score(self, hypotheses):
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            torch.ones(64, 64) @ torch.ones(64, 64)
+        return [0.0 for _ in hypotheses]
+
+    def check(self, prompt, new_tokens):
+        pass
+
+    def release(self, keys):
+        pass
+
+
 SLOW = {"method": "custom", "select": "slow", "width": 1, "successors": 2, "chunk_length": 1, "ignore_eos": True}
 
 
 def values():
-    return {"nan": NaNGuide(tiny().values["implicit"]), "mine": FunctionValue(explode, "mine"), "slow": Slow()}
+    return {"nan": NaNGuide(tiny().values["implicit"]), "mine": FunctionValue(explode, "mine"), "slow": Slow(), "endless": Endless()}
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +214,16 @@ def test_unknown_things(running):
     well_formed(httpx.get(f"{running.url}/v1/completions"), 405)
     with pytest.raises(openai.NotFoundError):
         running.client().completions.create(model="gpt-4", prompt="x")
+
+
+def test_lines_of_an_error_become_one():
+    assert one_line("empty prompt\n  expected: some text") == "empty prompt; expected: some text"
+    assert one_line("they differ:\n  one\n\n  other\n") == "they differ: one; other"
+
+
+def test_an_empty_prompt_is_told_in_one_line(running):
+    error = well_formed(running.post(GOOD | {"prompt": ""}), 400, "prompt", "invalid_prompt")
+    assert error["message"].startswith("empty prompt; expected: ")
 
 
 def test_long_prompts_are_refused_and_not_remembered(running):

@@ -17,6 +17,9 @@ import httpx
 import openai
 import pytest
 
+from ivg.config import Recipe
+from ivg.errors import ConfigError
+from ivg.serving.settings import ServeSettings
 from test_serving import expected, tiny
 from test_serving_faults import SLOW, well_formed
 
@@ -261,6 +264,24 @@ def test_a_second_signal_ends_it_quietly():
     assert not [e for e in log if "trace" in e or e["level"] == "error"]
 
 
+def test_a_round_that_does_not_end_is_left():
+    """Its clients are told so, and the process goes without a word from C++."""
+    with Process.tiny(drain=60) as server:
+        guidance = {"method": "custom", "select": "endless", "successors": 2, "chunk_length": 1}
+        body = {"model": "tiny", "prompt": "Long", "stream": True, "guidance": guidance}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response:
+            time.sleep(0.5)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGTERM)
+            said = [line for line in response.iter_lines() if line]
+        code = server.process.wait(20)
+        server.reader.join(5)
+    assert json.loads(said[-2].removeprefix("data: "))["error"]["code"] == "unavailable" and said[-1] == "data: [DONE]"
+    assert code == 128 + signal.SIGTERM
+    assert json.loads(server.lines[-1])["inside_a_round"] is True
+
+
 # The command
 
 
@@ -309,3 +330,12 @@ def test_a_typo_in_the_recipe_is_told(tmp_path, table, told):
     (tmp_path / "recipe.toml").write_text(table)
     done = run("serve", "--recipe", str(tmp_path / "recipe.toml"))
     assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+
+
+def test_others_leave_the_servers_table_alone(tmp_path):
+    """A recipe may be shared: only ``ivg serve`` knows what its table may hold."""
+    (tmp_path / "recipe.toml").write_text("[search]\nmethod = 'eft'\n[serve]\nprot = 1")
+    recipe = Recipe.load(tmp_path / "recipe.toml")
+    assert recipe.override(run={"seed": 3}).search.method == "eft"
+    with pytest.raises(ConfigError, match="unknown setting prot"):
+        ServeSettings.of(recipe.serve)

@@ -32,7 +32,7 @@ from ivg.types import Completion
 
 PLAYGROUND = Path(__file__).parent / "playground"
 PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/ready", "/metrics", "/"})
-WATCH_SECONDS = 1.0
+WATCH_SECONDS = 0.5
 """A client that waits looks this often whether the worker lives."""
 ROUND_SECONDS = 5.0
 """The worker's last round is waited for this long when its time is over."""
@@ -175,8 +175,8 @@ async def _next(ticket: Ticket, worker: Worker) -> Order | Progress:
         try:
             event: Event = await asyncio.wait_for(ticket.events.get(), WATCH_SECONDS)
         except TimeoutError:
-            if worker.thread.is_alive() or not ticket.events.empty():
-                continue
+            if (worker.thread.is_alive() and worker.seconds_left > 0) or not ticket.events.empty():
+                continue  # the thread itself tells when time is over, unless it is inside a long round
             raise ServeError("the server is broken or shutting down", 503, "unavailable") from None
         if isinstance(event, ServeError):
             raise event

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 from collections.abc import Callable
@@ -20,8 +21,8 @@ from ivg.serving.settings import ServeSettings
 from ivg.serving.worker import Worker
 from ivg.steered import SteeredModel
 
-LAST_SECONDS = 1.0
-"""What a client that does not read its answer gets when a second signal has come."""
+LAST_SECONDS = 2.0
+"""After a second signal: time to tell clients; connections that are still open then are cut off."""
 
 
 class Server(uvicorn.Server):
@@ -101,9 +102,14 @@ def serve(recipe: Recipe, settings: ServeSettings, load: Callable[[Recipe], Stee
         host, port = listener.getsockname()[:2]
         say("serving", url=f"http://{host}:{port}", model=presets.name, methods=len(presets.names) - 1, keys=len(settings.api_keys))
         server.run(sockets=[listener])
-        say("stopped", cache_rows=sum(reader.model.live_rows for reader in presets.model.readers), signal=server.hurried_by)
-    if server.hurried_by is not None:
-        sys.exit(128 + server.hurried_by)
+        stuck = server.worker.thread.is_alive()
+        rows = sum(reader.model.live_rows for reader in presets.model.readers)
+        say("stopped", cache_rows=rows, inside_a_round=stuck, signal=server.hurried_by)
+    code = 0 if server.hurried_by is None else 128 + server.hurried_by
+    if stuck:
+        os._exit(code)  # the interpreter would abort: it cannot be taken down around a thread that computes
+    if code:
+        sys.exit(code)
 
 
 def _listening(settings: ServeSettings) -> socket.socket:

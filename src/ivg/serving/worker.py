@@ -147,6 +147,7 @@ class Worker:
                 self._take()
                 self._expire()
                 self._next_suspects()
+                self._send()  # before the round: what was accepted or refused is known now
                 if self.searcher.busy:
                     self._round()
                 self._gauge()
