@@ -115,9 +115,9 @@ class PooledValue:
                 under_way[self.core.add(tokens, PoolingParams(task="embed", use_activation=False))] = tokens
             while under_way:
                 for output in self.core.step():
-                    tokens = under_way.pop(output.request_id, None)
-                    if tokens is None:  # of a call that was broken off
+                    if output.request_id not in under_way:  # of a call that was broken off
                         continue
+                    tokens = under_way.pop(output.request_id)
                     out[tokens] = _tensor(output.outputs)
                     self._count(wanted[tokens], len(tokens), output.num_cached_tokens or 0)
         finally:
