@@ -415,3 +415,22 @@ def test_readers_can_be_rewound():
     reader.rewind([grown[1]])
     expected = naive.outputs(reader.model.network, [*reader.prompt_ids(text.prompt), *grown[2].token_ids])[-1]
     assert torch.allclose(reader.outputs([grown[2]])[0], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_cancelling_in_the_middle_of_a_chunk_frees_what_values_hold(guided):
+    from ivg.testing import tiny_reader, tiny_value
+    from ivg.types import TokenGuidance
+    from ivg.values.implicit import ImplicitValue
+
+    base, value = tiny_reader("base"), tiny_value("scalar")
+    pair = ImplicitValue(tiny_reader("tuned"), tiny_reader("untuned"))
+    search = Search(2, 2, 20, TokenGuidance(pair) if guided else None, value)
+    for steps in range(1, 6):
+        searcher = Searcher(TransformersEngine(base))
+        number = searcher.add(Request(Prompt("some prompt"), search, SamplingParams(max_new_tokens=60, ignore_eos=True)))
+        for _ in range(steps):
+            searcher.step()
+        searcher.cancel(number)
+        held = {reader.name: reader.model.live_rows for reader in (base, value.model, pair.tuned, pair.untuned)}
+        assert not any(held.values()), f"after {steps} rounds: {held}"

@@ -329,8 +329,9 @@ class Searcher:
     # Caches
 
     def _release_all(self, live: Live) -> None:
-        arrived = (b for family in live.families.values() for b in family)
-        self._release(live, [b.key for b in (*(b for b, _ in live.kept), *live.growing, *live.rule.spare, *arrived)])
+        """Also what values still hold for the hypotheses that a chunk in the middle of its growth began with."""
+        beams = [*(b for b, _ in live.kept), *live.growing, *live.rule.spare, *(b for family in live.families.values() for b in family)]
+        self._release(live, list(dict.fromkeys(k for b in beams for k in (b.key, b.parent, b.origin) if k is not None)))
 
     def _release(self, live: Live, keys: Sequence[int]) -> None:
         """Nobody needs these hypotheses any more."""
