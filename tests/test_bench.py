@@ -397,7 +397,7 @@ def test_lost_places_are_counted():
     def children(*lengths):
         return [SimpleNamespace(token_ids=(0,) * n) for n in lengths]
 
-    engine = SimpleNamespace(name="fake", extend=lambda orders: [children(*o.gives) for o in orders])
+    engine = SimpleNamespace(vocabulary=None, lacks={}, name="fake", extend=lambda orders: [children(*o.gives) for o in orders])
     counted = waiting.CountingEngine(engine, 4)
     counted.searcher = SimpleNamespace(waiting_requests=1)
     counted.extend([SimpleNamespace(beam=parent, gives=(3, 1)), SimpleNamespace(beam=parent, gives=(3,))])
