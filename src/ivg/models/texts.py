@@ -45,7 +45,7 @@ class Texts:
         self.name, self.tokenizer, self.template = name, tokenizer, template
         self.vocab_size, self.max_positions = vocab_size, max_positions
         self.vocabulary = Vocabulary(tokenizer, eos_ids, owner=name)
-        self.prompt_ids = lru_cache(maxsize=4096)(self._prompt_ids)
+        self.prompt_ids = lru_cache(maxsize=512)(self._prompt_ids)
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         if self.reads_given_ids and prompt.token_ids is not None:
