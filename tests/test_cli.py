@@ -328,3 +328,23 @@ def test_help_of_every_verb(ivg):
         code, out, _ = ivg(*verb, "--help")
         assert code == 0
         assert "Usage" in out
+
+
+def test_resuming_with_another_engine_is_refused(tmp_path):
+    import json
+
+    from ivg.cli.generate import _provenance, answered
+    from ivg.config import Recipe
+    from ivg.errors import ConfigError
+
+    recipes = [Recipe(), *(Recipe.parse({"run": {"engine": e}, "endpoint": {"model": m}}) for e, m in
+               (("vllm", None), ("http://a/v1", "one"), ("http://a/v1", "two")))]  # fmt: skip
+    for i, one in enumerate(recipes):
+        file = tmp_path / f"{i}.jsonl"
+        file.write_text(json.dumps({"id": 1, "index": 0, **json.loads(json.dumps(_provenance(one)))}) + "\n")
+        for j, other in enumerate(recipes):
+            if i == j:
+                assert answered(file, other) == {("1", 0)}
+            else:
+                with pytest.raises(ConfigError, match="holds answers made with"):
+                    answered(file, other)

@@ -397,6 +397,21 @@ def test_poison_is_reported_and_the_others_are_done(monkeypatch):
     assert len(fake.actors) == 2 + 4
 
 
+@pytest.mark.parametrize(("deadly", "count", "batch_size", "cpus"), [((3, 25, 45), 100, 16, (1,)), ((0, 1, 2, 3), 60, 8, (1, 1))])
+def test_several_deadly_prompts_do_not_end_the_run(monkeypatch, deadly, count, batch_size, cpus):
+    class Poisoned(Echo):
+        def advance(self, orders):
+            if any(o.prompt in {f"Prompt {i}" for i in deadly} for o in [*self.orders, *orders]):
+                raise Gone("Worker exit type: SYSTEM_ERROR")
+            return super().advance(orders)
+
+    made = FakeRay.__init__
+    monkeypatch.setattr(FakeRay, "__init__", lambda self, worker, seed=0: made(self, worker, seed, cpus))
+    done, errors, _ = drive(monkeypatch, Poisoned, jobs(count), batch_size=batch_size)
+    assert sorted(i for i, _ in done) == [i for i in range(count) if i not in deadly]
+    assert len(errors) == len(deadly)
+
+
 class Stillborn(Echo):
     def load(self, recipe, trace):
         return Report(crash="OutOfMemoryError: CUDA out of memory")

@@ -444,3 +444,12 @@ def test_our_server_as_base_of_a_search():
         assert value.model.model.live_rows == 0 == server.idle()
     finally:
         server.stop()
+
+
+def test_a_revived_engine_forgets_who_asked_before(serve):
+    _, engine = serve()
+    engine.submit([order(engine, prompt=f"p{i}") for i in range(4)])
+    engine.revive()
+    (done,) = answers(engine, [Request(Prompt("p"), Search(), SamplingParams(max_new_tokens=4))])
+    assert done.error is None
+    assert engine.collect() == []

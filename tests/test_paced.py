@@ -10,6 +10,7 @@ import pytest
 
 from ivg.decoding.search import Search, Searcher
 from ivg.decoding.strategies import STRATEGIES
+from ivg.errors import ConfigError
 from ivg.testing import FakeEngine, PacedFakeEngine
 from test_search import COUNT_A, request, run
 
@@ -71,3 +72,24 @@ def test_cancelling_gives_the_orders_up():
     assert engine.given_up
     assert not engine.held and not searcher.busy
     assert engine.collect() == []
+
+
+def test_a_loop_that_was_left_in_the_middle_harms_no_later_one():
+    engine = PacedFakeEngine()
+    search = Search(width=3, successors=3, chunk_length=4, value=COUNT_A)
+    abandoned = Searcher(engine)
+    for s in range(4):
+        abandoned.add(request(search, s, max_new_tokens=40, ignore_eos=True))
+    abandoned.step()
+    wanted = [request(search, s, max_new_tokens=20) for s in range(3)]
+    assert answers(engine, wanted) == answers(FakeEngine(), wanted)
+
+
+def test_what_an_engine_lacks_is_told_before_anything_runs():
+    class Lacking(FakeEngine):
+        lacks = {"ignore_eos": "another engine can"}  # noqa: RUF012
+
+    engine = Lacking()
+    with pytest.raises(ConfigError, match="ignore_eos: the engine fake cannot do that\n  another engine can"):
+        Searcher(engine).add(request(Search(), ignore_eos=True))
+    assert not engine.held

@@ -262,7 +262,7 @@ def readers_in(value: Any) -> Iterator[Reader]:
 def _reader(base: Texts) -> Reader:
     if isinstance(base, Reader):
         return base
-    raise ConfigError(f"{base.name} runs in another engine, and this needs its outputs here\n  leave --engine out")
+    raise ConfigError(f"{base.name} runs in another engine, and this needs its outputs here\n  leave engine out of the recipe's [run]")
 
 
 def given(base: Texts, prompt: Prompt, response: str) -> Any:

@@ -244,13 +244,17 @@ def answered(output: Path, recipe: Recipe) -> set[tuple[str, int]]:
     for line in whole.splitlines():
         try:
             row = json.loads(line)
-            found = {k: row[k] for k in wanted}
+            found = {k: row[k] if k in _ALWAYS else row.get(k) for k in (*_ALWAYS, *_SOMETIMES) if k in row or k in wanted or k in _ALWAYS}
             out.add((_key(row["id"]), row["index"]))
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"{output} holds rows that ivg did not write\n  give another --output") from None
         if found != wanted:
             raise ConfigError(f"{output} holds answers made with {found}\n  this run has {wanted}; give another --output")
     return out
+
+
+_ALWAYS, _SOMETIMES = ("method", "seed", "settings", "models"), ("engine", "endpoint", "values")
+"""What every row says it was made with, and what only some say."""
 
 
 def _provenance(recipe: Recipe) -> dict[str, Any]:
@@ -260,6 +264,8 @@ def _provenance(recipe: Recipe) -> dict[str, Any]:
     out = {"method": recipe.search.method, "seed": recipe.run.seed, "settings": settings, "models": models}
     if recipe.run.engine != "transformers":
         out["engine"] = recipe.run.engine
+    if recipe.run.engine.startswith("http"):
+        out["endpoint"] = recipe.endpoint.model
     if recipe.values:
         out["values"] = {name: {role: ref.path for role, ref in value.given.items()} for name, value in recipe.values.items()}
     return out

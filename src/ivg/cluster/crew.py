@@ -27,7 +27,7 @@ NEWS = 1.0
 OBJECTS = 128 << 20
 """Bytes of Ray's object store on a cluster of our own: only texts go through it."""
 _TELLING = ("Worker exit type", "died because", "dead because", "Error: ")
-STARTS, TRIES = 3, 4
+STARTS, TRIES, ASIDE = 3, 4, 10
 """Deaths in a row that end the run: before any worker was ready, and (for each worker) without one answer."""
 
 
@@ -112,7 +112,7 @@ class Crew:
 
     def __init__(self, ray: Any, size: Size, recipe: str, *, trace: bool) -> None:
         self.ray, self.size, self.recipe, self.trace = ray, size, recipe, trace
-        self._made = self._barren = self._unborn = 0
+        self._made = self._barren = self._unborn = self._aside = 0
         self._nobody_since = time.monotonic()
         self._kind = ray.remote(num_cpus=size.cpus, num_gpus=size.gpus, max_restarts=0, scheduling_strategy="SPREAD")(Worker)
         self.members = [self._enlist() for _ in range(size.workers)]
@@ -133,7 +133,13 @@ class Crew:
 
     def answered(self) -> None:
         """An answer came: whatever died before, the work goes on."""
-        self._barren = 0
+        self._barren = self._aside = 0
+
+    def set_aside(self) -> None:
+        """Prompts were found out that workers die with: that is getting on, too, for some time."""
+        self._aside += 1
+        if self._aside <= ASIDE:
+            self._barren = 0
 
     def news(self) -> list[tuple[Member, Report | Lost]]:
         """What came since the last call; waits a moment where nothing has.

@@ -66,8 +66,12 @@ def _settle(
         else:
             out.append((task.job, task.index, result))
     if isinstance(event, Lost):
-        for task in ledger.bury(member.number):
+        before = ledger.suspected
+        given_up = ledger.bury(member.number)
+        for task in given_up:
             fail(_given_up(task, event.why))
+        if given_up or ledger.suspected > before:
+            crew.set_aside()
         crew.replace(member, event.why)
     return out
 

@@ -58,6 +58,11 @@ class Ledger(Generic[J]):
         self._alone: set[int] = set()
         self._capacity, self._workers = batch_size + math.ceil(batch_size / SPARE), workers
 
+    @property
+    def suspected(self) -> int:
+        """Tasks that wait to be run alone."""
+        return len(self._suspects)
+
     def __bool__(self) -> bool:
         return bool(self._queue or self._suspects or any(self._out.values()))
 

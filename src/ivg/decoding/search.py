@@ -45,6 +45,17 @@ def _rule(request: Request) -> Rule:
     return BeamRule(request)
 
 
+def check_engine(engine: Engine, request: Request) -> None:
+    """Raise for what ``engine`` cannot do.
+
+    Raises:
+        ConfigError, VocabularyError: names it, and what to do instead.
+    """
+    for name in sorted(asked(request) & set(engine.lacks)):
+        raise ConfigError(f"{name}: the engine {engine.name} cannot do that\n  {engine.lacks[name]}")
+    engine.check(request.search.guidance)
+
+
 class Searcher:
     """Runs many requests, each at its own pace, over one engine.
 
@@ -72,9 +83,7 @@ class Searcher:
         check_search(request.search)
         check_watching(request)
         search, length = request.search, request.sampling.max_new_tokens
-        for name in sorted(asked(request) & set(self.engine.lacks)):
-            raise ConfigError(f"{name}: the engine {self.engine.name} cannot do that\n  {self.engine.lacks[name]}")
-        self.engine.check(search.guidance)
+        check_engine(self.engine, request)
         root = self.engine.open(request.prompt, request.sampling)
         for value in (search.guidance.value if search.guidance else None, search.value):
             if value is not None:
@@ -163,6 +172,9 @@ class Searcher:
         owner = {key: live for live in lives for key in live.pending}
         news: dict[int, Live] = {}
         for growth in engine.collect():
+            if growth.beam not in owner:  # of a loop that was left in the middle
+                engine.release([growth.beam, *(b.key for b in growth.children)])
+                continue
             live = owner[growth.beam]
             live.families[growth.beam] = growth.children
             live.pending -= {growth.beam} if growth.done else set()

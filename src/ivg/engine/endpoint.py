@@ -173,6 +173,12 @@ class EndpointEngine:
         gone = set(keys)
         self._kept_back = [g for g in self._kept_back if g.beam not in gone]
 
+    def revive(self) -> None:
+        """Give all orders up: whoever asked for them is gone."""
+        self.release(list(self._running))
+        self._refused.clear()
+        self._kept_back.clear()
+
     def close(self) -> None:
         """Give up everything that runs and end the thread; the engine is of no use afterwards."""
         self._running.clear()

@@ -159,8 +159,12 @@ def plan(recipe: Recipe, out: str | Path) -> Plan:
     """The evaluation that ``recipe`` describes; the task's settings stand where the recipe is silent.
 
     Raises:
-        ConfigError: unknown task or method; a method without its value, or steered by gold.
+        ConfigError: unknown task or method; a method without its value, or steered by gold; an engine whose base is not here.
     """
+    if recipe.run.engine != "transformers":  # answers are scored by the base's own outputs
+        raise ConfigError(
+            f"an evaluation scores by the base's outputs, got run.engine = {recipe.run.engine!r}\n  leave engine out of [run]"
+        )
     found = task(recipe.eval.task)
     sampling = {**found.defaults().get("sampling", {}), **recipe.sampling.settings()}
     made = Plan(recipe.override(sampling=sampling), Path(out))

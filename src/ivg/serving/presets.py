@@ -13,8 +13,9 @@ from typing import Any
 
 from ivg.config import Recipe
 from ivg.decoding.live import QUANTUM, Request
+from ivg.decoding.search import check_engine
 from ivg.decoding.strategies import STRATEGIES, Strategy
-from ivg.errors import ConfigError, PromptError, ServeError
+from ivg.errors import ConfigError, IVGError, PromptError, ServeError
 from ivg.models.chat import encode, prompt_text
 from ivg.serving.schemas import ChatMessage, ChatRequest, CompletionRequest, Guidance
 from ivg.serving.settings import ServeSettings
@@ -58,12 +59,23 @@ class Presets:
     def __post_init__(self) -> None:
         base = self.recipe.models.given.get("base")
         self.name = self.settings.name or ("embedded" if base is None else base.path.rstrip("/").rpartition("/")[2].replace(":", "-"))
-        methods = [m for m in STRATEGIES if self.model.strategy(m).needs <= set(self.model.values)]
+        methods = [m for m in STRATEGIES if self.model.strategy(m).needs <= set(self.model.values) and self._runs(self.model.strategy(m))]
         self.names = {self.name: self.recipe.search.method} | {f"{self.name}:{m}": m for m in methods}
         self.sampling = {**asdict(self.model.sampling), **self.recipe.sampling.settings()}
-        self.model.request("x", self.strategy(self.recipe.search.method, {}), **self.sampling)  # an error now, not at the first request
+        one = self.model.request(
+            "x", self.strategy(self.recipe.search.method, {}), **self.sampling
+        )  # an error now, not at the first request
+        check_engine(self.model.engine, one)
 
     # Methods
+
+    def _runs(self, strategy: Strategy) -> bool:
+        """Can the engine do it?"""
+        try:
+            check_engine(self.model.engine, self.model.request("x", strategy))
+        except IVGError:
+            return False
+        return True
 
     def strategy(self, method: str, given: dict[str, Any]) -> Strategy:
         """A method with the recipe's settings, where it is the recipe's method, and what a request gives over them."""
@@ -159,6 +171,8 @@ class Presets:
         if isinstance(prompt, str):
             self._check_size(Prompt(prompt))
             return Prompt(prompt)
+        if not self.model.base.reads_given_ids:
+            raise ServeError("this model is sent text and reads no token ids; give the prompt as text", 400, "invalid_value", "prompt")
         vocabulary = self.model.engine.vocabulary
         limit = self.model.base.max_positions
         if limit is not None and len(prompt) >= limit:
