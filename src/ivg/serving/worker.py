@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from ivg import machine
 from ivg.decoding.live import Request
 from ivg.decoding.search import Searcher
 from ivg.errors import IVGError, ServeError
@@ -34,6 +35,8 @@ from ivg.types import Step
 log = logging.getLogger("ivg.serve")
 GAUGE_SECONDS = 0.25
 """Gauges of the caches are set this often while something runs."""
+TRIM_SECONDS = 30.0
+"""Memory that was freed in small pieces is given back this often; else the process grows for hours, though nothing is kept."""
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +81,7 @@ class Worker:
         self._outbox: dict[Ticket, list[Event]] = {}
         self._stop_at: float | None = None
         self._gauged = 0.0
+        self._trimmed = time.monotonic()
         self.searcher = self._fresh()
         self.failure: str | None = None
         self.thread = threading.Thread(target=self._run, name="ivg-worker", daemon=True)
@@ -348,6 +352,9 @@ class Worker:
         if self._busy and now - self._gauged < GAUGE_SECONDS and not force:
             return
         self._gauged = now
+        if now - self._trimmed > TRIM_SECONDS:
+            machine.trim()
+            self._trimmed = now
         metrics, searcher = self.metrics, self.searcher
         metrics.queue.set(self.waiting)
         metrics.live.set(searcher.live_requests)
