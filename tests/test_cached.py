@@ -1,7 +1,10 @@
 """The slot cache against the plain model, under random operations; what forks copy, what is freed and reused."""
 
 import dataclasses
+import mmap
 import random
+import struct
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from ivg.engine.transformers import TransformersEngine
 from ivg.errors import ModelError, PromptError
 from ivg.models.cached import CachedModel
 from ivg.models.rows import common_length
+from ivg.models.store import KVStore, zeros
 from ivg.testing import ARCHITECTURES, tiny_model, tiny_reader
 from ivg.types import Prompt, SamplingParams
 
@@ -23,17 +27,18 @@ def outputs_of(model, row_ids):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-3), (torch.bfloat16, 0.5)], ids=["float32", "bfloat16"])
 def test_random_operations_equal_plain_forward(architecture, dtype, tolerance, monkeypatch):
-    """Open, fork, cut, free and feed ragged pieces at random; every output equals a forward pass over the row's tokens.
+    """Open, fork, cut, free, give back and feed ragged pieces at random; every output equals a forward pass over the row's tokens.
 
     Few different tokens, so that rows often agree; rows that are forked before anything was read; cuts of whole families.
     """
-    from ivg.models import cached
+    from ivg.models import cached, store
 
     network = tiny_model(architecture, seed=3).to(dtype)
     for seed in range(6 if dtype is torch.float32 else 1):
         rng = random.Random(f"{architecture} {seed}")
         monkeypatch.setattr(cached, "FAMILY_COLUMNS", rng.choice([1, 4, 64]))
         monkeypatch.setattr(cached, "BLOCK_TOKENS", rng.choice([5, 2048]))
+        monkeypatch.setattr(store, "MAPPED_BYTES", rng.choice([1, 1 << 16]))
         wander(CachedModel(network, "tiny"), rng, rng.choice([2, 256]), tolerance)
 
 
@@ -44,7 +49,7 @@ def wander(model, rng, tokens, tolerance):
         return [rng.randrange(1, tokens + 1) for _ in range(rng.randrange(least, most))]
 
     for _ in range(40):
-        action = rng.choice(["open", "open unread", "fork", "fork", "feed", "feed", "cut", "cut all", "free", "free"])
+        action = rng.choice(["open", "open unread", "fork", "fork", "feed", "feed", "cut", "cut all", "free", "free", "give back"])
         if action.startswith("open") or not rows:
             ids = rng.choice(prompts)[: rng.randrange(1, 25)] + some(0, 4)
             row = model.open(ids)
@@ -62,6 +67,8 @@ def wander(model, rng, tokens, tolerance):
             family, length = rng.choice(rows).family, rng.randrange(0, 24)
             for row in (r for r in rows if r.family is family):
                 del row.ids[length:]
+        elif action == "give back":
+            model.give_back()
         elif action == "free" and len(rows) > 1:
             model.free(rows.pop(rng.randrange(len(rows))))
         else:
@@ -179,6 +186,59 @@ def test_memory_is_used_again():
         model.last([row], [[200, i][len(row.ids) :]])
         model.free(row)
     assert (model.cache.trunks, model.live_rows) == (16, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages go back to the system on Linux")
+def test_memory_that_no_row_holds_goes_back_to_the_system():
+    """A busy moment, then one short row: its pages stay, most others go, and it is read on as if nothing had happened."""
+    model = CachedModel(tiny_model("llama", seed=3), "tiny")
+    short, others = model.open([1, 2, 3]), [model.open([5 + i]) for i in range(40)]
+    model.last([short], [[1, 2, 3]])
+    forks = [model.fork(row) for row in others for _ in range(3)]
+    for start in range(4):
+        model.last(forks, [[1 + (7 * i + start + j) % 250 for j in range(40)] for i in range(len(forks))])
+    model.last(others, [[9] * 200] * len(others))
+    busy = resident(model.cache)
+    for row in (*forks, *others):
+        model.free(row)
+    assert resident(model.cache) == busy  # freed for other rows only
+    model.give_back()
+    kept = sum(len(f.ids) for f in model.rows._idle) + len(short.ids)  # trunks that may serve later prompts
+    heads = sum(t.shape[1] for pair in model.cache.trunk for t in pair)
+    assert resident(model.cache) <= kept * model.cache.token_bytes + 2 * mmap.PAGESIZE * heads * model.cache.trunks
+    assert resident(model.cache) < busy / 3
+    compare(model.last([short], [[4, 5]])[0], outputs_of(model, [1, 2, 3, 4, 5]), 2e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages go back to the system on Linux")
+def test_only_pages_behind_what_is_held_go_back():
+    store = KVStore()
+    store.slots, store.depth, store.trunks, store.capacity = 5, 64, 3, 128
+    shapes = {"own": (5, 64, 3, 40), "trunk": (3, 2, 128, 40)}
+    for name, shape in shapes.items():
+        tensors = [zeros(shape, torch.empty(0)).fill_(1) for _ in range(4)]
+        setattr(store, name, [(tensors[0], tensors[1]), (tensors[2], tensors[3])])
+    own, trunk = [10, 0, 0, 64, 33], [100, 0, 31]
+    store.give_back(own, trunk)
+    for tensor in (t for pair in store.own for t in pair):
+        assert all(bool((tensor[i, :n] == 1).all()) for i, n in enumerate(own))
+        left = sum(int((tensor[i, n:] == 1).sum()) for i, n in enumerate(own)) * 4
+        assert left <= 2 * 3 * mmap.PAGESIZE  # three gaps, a part of a page at either end
+    for tensor in (t for pair in store.trunk for t in pair):
+        assert all(bool((tensor[i, :, :n] == 1).all()) for i, n in enumerate(trunk))
+        left = sum(int((tensor[i, :, n:] == 1).sum()) for i, n in enumerate(trunk)) * 4
+        assert left <= 2 * 5 * mmap.PAGESIZE
+
+
+def resident(store):
+    """Bytes of the store's pages that are in memory."""
+    count = 0
+    with open("/proc/self/pagemap", "rb") as pages:
+        for tensor in (t for pair in (*store.own, *store.trunk) for t in pair):
+            pages.seek(tensor.data_ptr() // mmap.PAGESIZE * 8)
+            found = pages.read(-(-tensor.nbytes // mmap.PAGESIZE) * 8)
+            count += sum(entry >> 63 for (entry,) in struct.iter_unpack("=Q", found))
+    return count * mmap.PAGESIZE
 
 
 def test_a_prompt_read_before_is_not_read_again():

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, overload
 
+from ivg import machine
 from ivg.config import ROLES
 from ivg.decoding.search import Request, Searcher
 from ivg.decoding.strategies import STRATEGIES, Strategy, settled, strategy
@@ -237,6 +238,12 @@ class SteeredModel:
         for part in (self.engine, *self.values.values()):
             if (revive := getattr(part, "revive", None)) is not None:
                 revive()
+
+    def give_back(self) -> None:
+        """Give memory that nothing needs now back to the system; for processes that live long. Nothing is computed otherwise."""
+        for reader in self.readers:
+            reader.model.give_back()
+        machine.trim()
 
     def close(self) -> None:
         """Stop what runs elsewhere; nothing can be asked of this model any more."""

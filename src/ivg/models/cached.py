@@ -100,6 +100,13 @@ class CachedModel:
         """Give its memory back; a trunk without rows stays until its place is needed, and may serve a later prompt."""
         self.rows.free(row)
 
+    def give_back(self) -> None:
+        """Let the system have the memory that no row holds: else a process keeps every page that any row ever touched.
+
+        No output changes. CPUs only.
+        """
+        self.rows.give_back()
+
     # Passes
 
     def feed(self, rows: Sequence[Row], new: Sequence[Sequence[int]], keep: Sequence[int]) -> Iterator[tuple[int, Tensor]]:

@@ -295,6 +295,17 @@ class Rows:
                 row.family.ids.extend(piece)
                 row.start = len(row.ids)
 
+    def give_back(self) -> None:
+        """Let the system have what no row holds; trunks that may serve a later prompt stay."""
+        self._make_copies()  # from slots that are free, maybe
+        own, trunk = [0] * self.store.slots, [0] * self.store.trunks
+        for row in self.live:
+            if row.slot is not None:
+                own[row.slot] = row.own
+        for family in (*self._families, *self._idle):
+            trunk[family.trunk] = len(family.ids)
+        self.store.give_back(own, trunk)
+
     @property
     def needed_bytes(self) -> int:
         """What all live rows hold together, each by itself."""

@@ -9,8 +9,10 @@ Knows transformers' cache interface. Must not know tokens, rows, families (``mod
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+_madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None  # elsewhere it is no order but advice
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""
 MAPPED_BYTES = 1 << 16
@@ -205,6 +208,21 @@ class KVStore(Cache):
                 if trunk is not None:
                     shared[kind][trunk, :, first:] = 0
 
+    @torch.no_grad()
+    def give_back(self, own: Sequence[int], trunk: Sequence[int]) -> None:
+        """Let the system have the pages behind the first ``own[i]`` positions of slot i and ``trunk[i]`` of trunk i.
+
+        They read as zeros from then on, and are taken again when they are written. CPUs only: on a GPU the store keeps its size.
+        """
+        for slots, trunks in zip(self.own, self.trunk, strict=True):
+            for tensor in slots:
+                position = tensor[0, 0].nbytes if tensor.numel() else 0
+                _return_pages(tensor, [(i * self.depth + n, (i + 1) * self.depth) for i, n in enumerate(own)], position)
+            for tensor in trunks:
+                heads, position = tensor.shape[1], tensor[0, 0, 0].nbytes if tensor.numel() else 0
+                lines = [(i * heads + h, n) for i, n in enumerate(trunk) for h in range(heads)]
+                _return_pages(tensor, [(line * self.capacity + n, (line + 1) * self.capacity) for line, n in lines], position)
+
     def _flat_own(self) -> Iterator[Tensor]:
         for pair in self.own:
             for tensor in pair:
@@ -236,6 +254,23 @@ def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
 def _mapped(size: int) -> mmap.mmap:
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
     return mmap.mmap(-1, size, **flags)
+
+
+def _return_pages(tensor: Tensor, spans: Sequence[tuple[int, int]], size: int) -> None:
+    """Whole pages within ``spans`` (first, end; in order; units of ``size`` bytes) of a tensor that :func:`zeros` mapped."""
+    if tensor.device.type != "cpu" or tensor.nbytes < MAPPED_BYTES or _madvise is None:
+        return
+    merged: list[list[int]] = []
+    for first, end in spans:
+        if merged and merged[-1][1] == first:
+            merged[-1][1] = end
+        else:
+            merged.append([first, end])
+    start = tensor.data_ptr()
+    for first, end in merged:
+        low, high = -(-first * size // mmap.PAGESIZE) * mmap.PAGESIZE, end * size // mmap.PAGESIZE * mmap.PAGESIZE
+        if low < high:
+            _madvise(ctypes.c_void_p(start + low), ctypes.c_size_t(high - low), mmap.MADV_DONTNEED)
 
 
 def _grown(pair: Pair, sizes: Sequence[int | None], used: Sequence[int | None]) -> Pair:

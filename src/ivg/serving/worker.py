@@ -21,7 +21,6 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ivg import machine
 from ivg.decoding.live import Request
 from ivg.decoding.search import Searcher
 from ivg.errors import IVGError, ServeError
@@ -36,7 +35,7 @@ log = logging.getLogger("ivg.serve")
 GAUGE_SECONDS = 0.25
 """Gauges of the caches are set this often while something runs."""
 TRIM_SECONDS = 30.0
-"""Memory that was freed in small pieces is given back this often; else the process grows for hours, though nothing is kept."""
+"""Memory that nothing needs is given back this often; else the process keeps whatever its busiest moments touched."""
 
 
 @dataclass(slots=True, eq=False)
@@ -353,7 +352,7 @@ class Worker:
             return
         self._gauged = now
         if now - self._trimmed > TRIM_SECONDS:
-            machine.trim()
+            self.model.give_back()
             self._trimmed = now
         metrics, searcher = self.metrics, self.searcher
         metrics.queue.set(self.waiting)
