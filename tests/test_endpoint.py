@@ -1,5 +1,7 @@
 """The endpoint engine over real sockets: against a small server that misbehaves to order, and against our own."""
 
+import json
+import pickle
 import re
 import sys
 import time
@@ -10,6 +12,7 @@ import pytest
 
 from fake_endpoint import Server, written
 from ivg.cli.trace import _node as shown
+from ivg.config import Recipe
 from ivg.decoding.rules import _merged
 from ivg.decoding.search import Particles, Rejection, Request, Search, Searcher
 from ivg.draws import mix
@@ -17,7 +20,7 @@ from ivg.embedded import path
 from ivg.engine.endpoint import EndpointEngine, load_endpoint
 from ivg.engine.interned import END, FILLER, InternedVocabulary
 from ivg.engine.replies import heard, spelled, used
-from ivg.errors import ConfigError, MissingDependencyError, ModelError, PromptError
+from ivg.errors import ConfigError, MissingDependencyError, ModelError, PromptError, UpstreamFault
 from ivg.models.loading import LoadOptions, load_tokenizer
 from ivg.steered import SteeredModel
 from ivg.testing import byte_tokenizer, tiny_reader
@@ -444,6 +447,42 @@ def test_our_server_as_base_of_a_search():
         assert value.model.model.live_rows == 0 == server.idle()
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize(("status", "shown", "code", "headers"), [
+    (429, 503, "upstream_unavailable", {"retry-after": "1"}),
+    (500, 503, "upstream_unavailable", {"retry-after": "1"}),
+    (401, 502, "upstream_refused", {"x-should-retry": "false"}),
+    (400, 400, "invalid_request", {}),
+])  # fmt: skip
+def test_what_our_clients_learn_of_a_server_behind(serve, caplog, status, shown, code, headers):
+    """Whether to try again, and what of it is their own fault; never the other server's address, which stands in the log."""
+    pytest.importorskip("fastapi")
+    from test_serving import Running
+
+    _, engine = serve(status={"bad": status})
+    recipe = Recipe.model_validate({"search": {"method": "base"}})
+    server = Running(SteeredModel(engine.base, {"count": COUNT_A}, engine=engine), recipe)
+    ask = {"model": "tiny", "prompt": "bad", "max_tokens": 4, "guidance": {"method": "base"}}
+    try:
+        answer, fine = server.post(ask), server.post(ask | {"prompt": "good"})
+        streamed = server.post(ask | {"stream": True})
+    finally:
+        server.stop()
+    assert fine.status_code == 200 and len(fine.json()["choices"][0]["text"]) <= 4
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (shown, code)
+    assert {name: answer.headers.get(name) for name in headers} == headers
+    assert ("no bad here" in error["message"]) == (status == 400)
+    assert engine.url not in answer.text + streamed.text and code in streamed.text
+    assert f"{engine.url} answered {status}: no bad here" in caplog.text
+
+
+def test_an_upstream_fault_is_text_that_can_be_sent():
+    fault = UpstreamFault("http://x answered 429: slow down", 429, "slow down")
+    again = pickle.loads(pickle.dumps(fault))
+    assert json.dumps(fault) == '"http://x answered 429: slow down"'
+    assert (again, again.status, again.said) == (fault, 429, "slow down")
 
 
 def test_a_revived_engine_forgets_who_asked_before(serve):

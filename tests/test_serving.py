@@ -33,9 +33,9 @@ def tiny(**more):
 class Running:
     """A server in a thread."""
 
-    def __init__(self, model, **settings):
+    def __init__(self, model, recipe=None, **settings):
         settings = ServeSettings(**{"port": 0, "name": "tiny", "drain": 5.0, **settings})
-        self.presets = Presets(model, Recipe(), settings)
+        self.presets = Presets(model, recipe or Recipe(), settings)
         self.server = make_server(self.presets)
         self.worker = self.server.worker
         self.thread = threading.Thread(target=self.server.run, daemon=True)

@@ -47,3 +47,24 @@ class ServeError(IVGError, RuntimeError):
     def __init__(self, message: str, status: int = 500, code: str = "server_error", param: str | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
+
+
+class UpstreamFault(str):
+    """What another server did instead of answering, in one line that names it.
+
+    Text like every error of a hypothesis, so that it is written and shown as such; ``ivg serve`` tells its own clients less.
+
+    Args:
+        line: the whole line.
+        status: of HTTP; None: no answer came, or none that is a completion.
+        said: the other server's own words, without its address.
+    """
+
+    status: int | None
+    said: str
+
+    def __new__(cls, line: str, status: int | None = None, said: str = "") -> UpstreamFault:
+        """A line of text that knows more."""
+        made = super().__new__(cls, line)
+        made.status, made.said = status, said
+        return made

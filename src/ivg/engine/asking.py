@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ivg.engine.replies import check_reply
-from ivg.errors import ConfigError, MissingDependencyError, ModelError
+from ivg.errors import ConfigError, MissingDependencyError, ModelError, UpstreamFault
 
 PAUSE = 8.0
 """Seconds that the client waits at most, of its own accord, before it tries again."""
@@ -130,12 +130,12 @@ class Asker:
         check_reply(reply)
         return reply
 
-    def _said(self, e: Exception) -> str:
+    def _said(self, e: Exception) -> UpstreamFault:
         """What went wrong, in one line that names the server."""
-        openai = _openai()
+        openai, status, told = _openai(), None, ""
         if isinstance(e, openai.APIStatusError):
-            told = e.body.get("message") if isinstance(e.body, dict) else None
-            said = f"answered {e.status_code}: {told or e.message}"
+            status, told = e.status_code, (e.body.get("message") if isinstance(e.body, dict) else None) or e.message
+            said = f"answered {status}: {told}"
         elif isinstance(e, openai.APITimeoutError | TimeoutError):
             said = f"was silent for {self.timeout:g} s, in {self.retries + 1} tries; give it more time, or look whether it lives"
         elif isinstance(e, openai.APIConnectionError):
@@ -144,7 +144,7 @@ class Asker:
             said = str(e)
         else:
             said = f"failed: {type(e).__name__}: {e}"
-        return f"{self.url} {' '.join(said.split())[:500]}"
+        return UpstreamFault(f"{self.url} {_one_line(said)}", status, _one_line(told))
 
 
 def api_url(url: str) -> str:
@@ -158,6 +158,10 @@ def api_url(url: str) -> str:
         raise ConfigError(f"unusable address {url!r} of an endpoint\n  expected one such as http://localhost:8000/v1")
     whole = url.rstrip("/").removesuffix("/completions")
     return whole if parts.path.strip("/") else f"{whole}/v1"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:500]
 
 
 def _check_settings(timeout: float, retries: int, concurrency: int) -> None:

@@ -116,7 +116,7 @@ class EndpointTexts(Texts):
         # the embedding's size is not known, and numbers only count up
         super().__init__("base", vocabulary.tokenizer, template, vocab_size=sys.maxsize)
         self.vocabulary, self.renderer = vocabulary, tokenizer
-        self.text = lru_cache(maxsize=4096)(self._text)
+        self.text = lru_cache(maxsize=512)(self._text)
 
     def _text(self, prompt: Prompt) -> str:
         """What the endpoint is to continue.

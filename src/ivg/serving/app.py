@@ -336,7 +336,7 @@ def _describe(app: FastAPI, names: list[str]) -> None:
                 if name.endswith("completions"):
                     operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
                 operation["responses"].pop("422", None)
-                for status in (400, 401, 404, 408, 413, 429, 500, 503, 504):
+                for status in (400, 401, 404, 408, 413, 429, 500, 502, 503, 504):
                     operation["responses"].setdefault(str(status), {"description": "An error in OpenAI's shape.", "content": content})
         return schema
 

@@ -155,8 +155,8 @@ async def refuse(send: Send, error: ServeError) -> None:
 
 def error_headers(error: ServeError) -> dict[str, str]:
     """When to try again; and not at all where it would be the same again."""
-    if error.status == 429:
+    if error.status == 429 or error.code == "upstream_unavailable":
         return {"retry-after": "1"}
     if error.status == 401:
         return {"www-authenticate": "Bearer"}
-    return {"x-should-retry": "false"} if error.code in ("model_error", "deadline_exceeded") else {}
+    return {"x-should-retry": "false"} if error.code in ("model_error", "deadline_exceeded", "upstream_refused") else {}

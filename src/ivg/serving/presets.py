@@ -15,7 +15,7 @@ from ivg.config import Recipe
 from ivg.decoding.live import QUANTUM, Request
 from ivg.decoding.search import check_engine
 from ivg.decoding.strategies import STRATEGIES, Strategy
-from ivg.errors import ConfigError, IVGError, PromptError, ServeError
+from ivg.errors import ConfigError, IVGError, PromptError, ServeError, UpstreamFault
 from ivg.models.chat import encode, prompt_text
 from ivg.serving.schemas import ChatMessage, ChatRequest, CompletionRequest, Guidance
 from ivg.serving.settings import ServeSettings
@@ -260,6 +260,17 @@ def fault(error: Exception) -> ServeError:
         named = first in Guidance.model_fields
         return ServeError(message, 400, "invalid_value", f"guidance.{first}" if named else "guidance")
     return ServeError(message, 500, "model_error")
+
+
+def failed(error: str) -> ServeError:
+    """What a client is told of an answer that a model broke off. Where another server did, its address is nobody's business."""
+    if not isinstance(error, UpstreamFault):
+        return ServeError(one_line(error), 500, "model_error")
+    if error.status in (400, 413, 422):  # the request's own fault: too long, mostly
+        return ServeError(error.said, 400, "invalid_request")
+    if error.status is None or error.status in (408, 409, 429) or error.status >= 500:
+        return ServeError("the engine behind this server is busy or away; try again later", 503, "upstream_unavailable")
+    return ServeError("the engine behind this server refuses it; the log says why", 502, "upstream_refused")
 
 
 def one_line(message: str) -> str:

@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 
 from ivg.decoding.live import Request
 from ivg.decoding.search import Searcher
-from ivg.errors import IVGError, ServeError
+from ivg.errors import IVGError, ServeError, UpstreamFault
 from ivg.serving.metrics import Metrics
-from ivg.serving.presets import fault, one_line
+from ivg.serving.presets import failed, fault
 from ivg.serving.settings import ServeSettings
 from ivg.serving.tickets import Event, Progress, Ticket, deliver
 from ivg.steered import SteeredModel
@@ -234,7 +234,9 @@ class Worker:
             self.metrics.spent(completion.usage.forward_tokens)
             self.metrics.written.inc(completion.usage.completion_tokens)
             if completion.error is not None:
-                self._fail(flight.ticket, ServeError(one_line(completion.error), 500, "model_error"))
+                if isinstance(completion.error, UpstreamFault):
+                    log.error("upstream: %s", completion.error)
+                self._fail(flight.ticket, failed(completion.error))
                 return
         committed = step.committed if completion is None else completion.text
         if not (committed.startswith(flight.committed) or flight.committed.startswith(committed)):
