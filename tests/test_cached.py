@@ -5,6 +5,7 @@ import mmap
 import random
 import struct
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,7 +234,7 @@ def test_only_pages_behind_what_is_held_go_back():
 def resident(store):
     """Bytes of the store's pages that are in memory."""
     count = 0
-    with open("/proc/self/pagemap", "rb") as pages:
+    with Path("/proc/self/pagemap").open("rb") as pages:
         for tensor in (t for pair in (*store.own, *store.trunk) for t in pair):
             pages.seek(tensor.data_ptr() // mmap.PAGESIZE * 8)
             found = pages.read(-(-tensor.nbytes // mmap.PAGESIZE) * 8)

@@ -12,11 +12,11 @@ from typing import Any, overload
 
 from ivg import machine
 from ivg.config import ROLES
-from ivg.decoding.search import Request, Searcher
+from ivg.decoding.search import Request, Searcher, check_engine
 from ivg.decoding.strategies import STRATEGIES, Strategy, settled, strategy
 from ivg.embedded import path
 from ivg.engine.transformers import TransformersEngine
-from ivg.errors import ConfigError
+from ivg.errors import ConfigError, IVGError
 from ivg.models.loading import LoadOptions, load_causal
 from ivg.models.reader import Reader
 from ivg.models.texts import Texts
@@ -139,8 +139,18 @@ class SteeredModel:
 
     @property
     def methods(self) -> list[str]:
-        """Named methods for which all values are at hand."""
-        return [name for name, s in STRATEGIES.items() if s.needs <= set(self.values)]
+        """Named methods for which all values are at hand, and which the engine can do."""
+        return [name for name in STRATEGIES if self._allows(name)]
+
+    def _allows(self, method: str) -> bool:
+        chosen = self.strategy(method)
+        if not chosen.needs <= set(self.values):
+            return False
+        try:
+            check_engine(self.engine, self.request("x", chosen))
+        except IVGError:
+            return False
+        return True
 
     # Requests
 

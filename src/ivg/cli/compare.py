@@ -54,11 +54,11 @@ def compare(
     for name in wanted:
         strategy(name)
     with progress(len(wanted), "methods") as advance:
-        model = load_models(given)
+        model = load_models(given, every_guide=True)
         if methods is None:
             wanted = [m for m in DEFAULT if m in model.methods]
         judge = next((v for v in ("explicit", "reward", "implicit") if v in model.values), None)
-        gold = _gold() if not given.models.given else None
+        gold = _gold() if not given.models.given and given.endpoint.model is None else None
         rows = []
         for name in wanted:
             rows.append(_row(model, prompt, name, given, judge, gold))

@@ -15,7 +15,7 @@ from ivg.config import Recipe
 from ivg.decoding.live import QUANTUM, Request
 from ivg.decoding.search import check_engine
 from ivg.decoding.strategies import STRATEGIES, Strategy
-from ivg.errors import ConfigError, IVGError, PromptError, ServeError, UpstreamFault
+from ivg.errors import ConfigError, PromptError, ServeError, UpstreamFault
 from ivg.models.chat import encode, prompt_text
 from ivg.serving.schemas import ChatMessage, ChatRequest, CompletionRequest, Guidance
 from ivg.serving.settings import ServeSettings
@@ -59,8 +59,7 @@ class Presets:
     def __post_init__(self) -> None:
         base = self.recipe.models.given.get("base")
         self.name = self.settings.name or ("embedded" if base is None else base.path.rstrip("/").rpartition("/")[2].replace(":", "-"))
-        methods = [m for m in STRATEGIES if self.model.strategy(m).needs <= set(self.model.values) and self._runs(self.model.strategy(m))]
-        self.names = {self.name: self.recipe.search.method} | {f"{self.name}:{m}": m for m in methods}
+        self.names = {self.name: self.recipe.search.method} | {f"{self.name}:{m}": m for m in self.model.methods}
         self.sampling = {**asdict(self.model.sampling), **self.recipe.sampling.settings()}
         one = self.model.request(
             "x", self.strategy(self.recipe.search.method, {}), **self.sampling
@@ -68,14 +67,6 @@ class Presets:
         check_engine(self.model.engine, one)
 
     # Methods
-
-    def _runs(self, strategy: Strategy) -> bool:
-        """Can the engine do it?"""
-        try:
-            check_engine(self.model.engine, self.model.request("x", strategy))
-        except IVGError:
-            return False
-        return True
 
     def strategy(self, method: str, given: dict[str, Any]) -> Strategy:
         """A method with the recipe's settings, where it is the recipe's method, and what a request gives over them."""
