@@ -113,6 +113,23 @@ def test_paths_of_this_machine_are_made_absolute(tmp_path, monkeypatch):
     assert found.values["more"].given["value"].path == str(tmp_path / "base")
 
 
+def test_the_base_of_an_endpoint_is_a_name_and_no_folder(tmp_path, monkeypatch):
+    """Even where a folder of that name is here, by chance; its tokenizer is a folder, beside the recipe."""
+    for name in ("base", "words", "value"):
+        (tmp_path / "there" / name).mkdir(parents=True)
+    (tmp_path / "there" / "recipe.toml").write_text(
+        '[run]\nengine = "http://x"\n[endpoint]\ntokenizer = "words"\n[models]\nbase = "base"\nvalue = "value"\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    loaded = Recipe.load("there/recipe.toml")
+    assert {role: ref.path for role, ref in loaded.models.given.items()} == {"base": "base", "value": "there/value"}
+    assert loaded.endpoint.tokenizer == "there/words"
+    monkeypatch.chdir(tmp_path / "there")
+    sent = portable(Recipe.load("recipe.toml"))
+    assert sent.models.given["base"].path == "base" and sent.models.given["value"].path == str(tmp_path / "there" / "value")
+    assert sent.endpoint.tokenizer == str(tmp_path / "there" / "words")
+
+
 def test_gpus_of_a_worker_are_the_engines_tensor_parallelism():
     plain, whole, split = (
         Recipe.parse(r) for r in ({}, {"run": {"engine": "vllm"}}, {"run": {"engine": "vllm"}, "vllm": {"tensor_parallel_size": 4}})

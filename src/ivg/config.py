@@ -323,7 +323,7 @@ class Recipe(_Strict):
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """From a TOML file; relative paths of models and of ``eval.data`` are looked up beside it first.
+        """From a TOML file; relative paths of models, tokenizers and of ``eval.data`` are looked up beside it first.
 
         Raises:
             ConfigError: no such file, not TOML, or unusable settings.
@@ -336,7 +336,7 @@ class Recipe(_Strict):
         except tomllib.TOMLDecodeError as e:
             raise ConfigError(f"{path} is not TOML: {e}") from None
         recipe = cls.parse(data, str(path))
-        found = {role: _beside(path.parent, ref) for role, ref in recipe.models.given.items()}
+        found = {role: _beside(path.parent, ref) for role, ref in recipe.local_models.items()}
         values = {
             name: value.model_copy(update={role: _beside(path.parent, ref) for role, ref in value.given.items()})
             for name, value in recipe.values.items()
@@ -345,12 +345,21 @@ class Recipe(_Strict):
         gold = recipe.eval.gold and _beside(path.parent, recipe.eval.gold)
         rows = recipe.eval.data
         rows = str(path.parent / rows) if rows is not None and (path.parent / rows).exists() else rows
+        tokenizer = recipe.endpoint.tokenizer
+        tokenizer = str(path.parent / tokenizer) if tokenizer is not None and (path.parent / tokenizer).is_dir() else tokenizer
         tables = {
             "models": recipe.models.model_copy(update=found),
+            "endpoint": recipe.endpoint.model_copy(update={"tokenizer": tokenizer}),
             "values": values,
             "eval": recipe.eval.model_copy(update={"judges": judges, "gold": gold, "data": rows}),
         }
         return recipe.model_copy(update=tables)
+
+    @property
+    def local_models(self) -> dict[str, ModelRef]:
+        """The given models that are loaded here, by role; the base of an endpoint is but a name there."""
+        remote = self.run.engine.startswith(("http://", "https://"))
+        return {role: ref for role, ref in self.models.given.items() if not (remote and role == "base")}
 
     def override(self, **tables: dict[str, Any]) -> Recipe:
         """A copy in which the given (not None) settings replace those of the recipe; table by table.

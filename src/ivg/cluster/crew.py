@@ -27,6 +27,7 @@ NEWS = 1.0
 OBJECTS = 128 << 20
 """Bytes of Ray's object store on a cluster of our own: only texts go through it."""
 _TELLING = ("Worker exit type", "died because", "dead because", "Error: ")
+"""Lines of Ray's reports that have one of these say what happened."""
 STARTS, TRIES, ASIDE = 3, 4, 10
 """Deaths in a row that end the run: before any worker was ready, and (for each worker) without one answer."""
 
@@ -52,7 +53,7 @@ def connected(settings: ClusterSettings) -> Iterator[Any]:
     try:
         ray.init(address=settings.address, log_to_driver=False, logging_level="ERROR", **own)
     except Exception as e:  # of many kinds, by what did not answer
-        raise _unreached(settings, str(e).strip().partition("\n")[0]) from None
+        raise _unreached(settings, " ".join(str(e).split())[:400]) from None  # two versions stand in lines of their own
     try:
         yield ray
     finally:
@@ -223,8 +224,6 @@ class Crew:
 def _reason(e: Exception) -> str:
     """The telling lines of Ray's many."""
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    telling = [
-        line for line in lines if "Worker exit type" in line or "died because" in line or "dead because" in line or "Error: " in line
-    ]
+    telling = [line for line in lines if any(word in line for word in _TELLING)]
     told = " ".join(dict.fromkeys(telling[-2:] or lines[:1])).partition(" Some common causes include")[0]
     return told[:400] or type(e).__name__

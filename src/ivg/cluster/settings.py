@@ -139,9 +139,13 @@ def fitted(recipe: Recipe, settings: ClusterSettings) -> tuple[Recipe, ClusterSe
 
 def portable(recipe: Recipe) -> Recipe:
     """The recipe with this machine's relative paths made absolute: workers run in other folders."""
-    models = recipe.models.model_copy(update=_absolute(recipe.models.given))
+    models = recipe.models.model_copy(update=_absolute(recipe.local_models))
     values: dict[str, NamedValue] = {name: v.model_copy(update=_absolute(v.given)) for name, v in recipe.values.items()}
-    return recipe.model_copy(update={"models": models, "values": values})
+    tokenizer = recipe.endpoint.tokenizer
+    if tokenizer is not None and Path(tokenizer).exists():
+        tokenizer = str(Path(tokenizer).resolve())
+    endpoint = recipe.endpoint.model_copy(update={"tokenizer": tokenizer})
+    return recipe.model_copy(update={"models": models, "values": values, "endpoint": endpoint})
 
 
 def _absolute(given: Mapping[str, ModelRef]) -> dict[str, ModelRef]:
