@@ -5,9 +5,11 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -15,8 +17,11 @@ import pytest
 import torch
 
 from ivg.errors import ConfigError
+from ivg.serving.app import EventStream
+from ivg.serving.metrics import Metrics
 from ivg.serving.presets import one_line
 from ivg.serving.settings import ServeSettings, read_keys
+from ivg.serving.tickets import Progress, Ticket
 from ivg.values.base import FunctionValue
 from test_serving import SAMPLING, Running, expected, numbers, tiny
 
@@ -456,3 +461,29 @@ def test_settings(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as e:
         ServeSettings.of({"api_keys": ["short"]})
     assert "short" not in str(e.value).replace("shorten", "")
+
+
+def test_a_client_that_goes_as_its_next_event_comes_is_let_go():
+    """Leaving and news in one turn of the loop: whoever writes the stream must not take the news and wait for more, for ever."""
+
+    async def leave():
+        ticket, left = Ticket(None, 1, 60.0), asyncio.Event()
+        worker = SimpleNamespace(thread=threading.current_thread(), seconds_left=60.0, metrics=Metrics())
+        worker.cancel = lambda ticket: ticket.deliver([Progress(0, "", (), (), (), None)])  # just before the writer is cancelled
+        stream = SimpleNamespace(over=False, opening=list, take=lambda progress: [])
+
+        async def receive():
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            pass
+
+        writing = asyncio.ensure_future(EventStream(stream, ticket, worker)({}, receive, send))
+        await asyncio.sleep(0.05)
+        left.set()
+        done, _ = await asyncio.wait({writing}, timeout=5)
+        writing.cancel()
+        return bool(done)
+
+    assert asyncio.run(leave())

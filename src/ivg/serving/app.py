@@ -173,7 +173,8 @@ async def _next(ticket: Ticket, worker: Worker) -> Order | Progress:
     """The next event; errors are raised."""
     while True:
         try:
-            event: Event = await asyncio.wait_for(ticket.events.get(), WATCH_SECONDS)
+            async with asyncio.timeout(WATCH_SECONDS):  # wait_for would swallow a cancellation that an event comes with (Python 3.11)
+                event: Event = await ticket.events.get()
         except TimeoutError:
             if (worker.thread.is_alive() and worker.seconds_left > 0) or not ticket.events.empty():
                 continue  # the thread itself tells when time is over, unless it is inside a long round

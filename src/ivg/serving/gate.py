@@ -81,7 +81,8 @@ class Gate:
     async def _pass(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         try:
             self._admit(scope, headers)
-            body = await asyncio.wait_for(self._body(headers, receive), BODY_SECONDS)
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await self._body(headers, receive)
         except TimeoutError:
             await refuse(send, ServeError(f"no whole body within {BODY_SECONDS:g} seconds", 408, "timeout"))
         except ServeError as e:
