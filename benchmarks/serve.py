@@ -45,6 +45,8 @@ WORDS = " ".join(PROMPTS).split()
 SOAKED = ("base", "eft", "ivg", "bon", "cbs-implicit", "cbs-explicit", "smc", "token-explicit", "adaptive")
 FLAT = 0.01
 """Memory is flat when its mean in the last quarter is at most by this share above that in the second quarter."""
+LOST = 120.0
+"""A request of the soak that is silent for so many seconds counts as lost (ReadTimeout)."""
 PERIOD = 2.0
 """Seconds between two looks at the memory, at most."""
 
@@ -226,7 +228,7 @@ async def traffic(url: str, process: int, seconds: float, max_tokens: int) -> tu
         while time.monotonic() - started < seconds:
             counts[await one(http, draw, max_tokens)] += 1
 
-    async with httpx.AsyncClient(base_url=url, timeout=600) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=LOST) as http:
         await asyncio.gather(watch(), *(client(http) for _ in range(8)))
     return counts, memory
 
