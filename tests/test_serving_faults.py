@@ -245,11 +245,39 @@ def test_large_bodies(running):
         for _ in range(64):
             yield b" " * (1 << 16)
 
+    headers = {"content-type": "application/json"}
+    well_formed(httpx.post(f"{running.url}/v1/completions", content=chunks(), headers=headers), 413)
+
+
+@pytest.mark.parametrize(("key", "size", "status"), [("right-key", 8 << 20, 413), ("wrong", 8 << 20, 401), ("wrong", 10, 401)])
+def test_a_refused_body_is_read_to_its_end(key, size, status):
+    """As proxies send: everything first, then they look for an answer; and the connection serves again."""
+    server = Running(tiny(), api_keys=["right-key"])
+    host, port = server.url.removeprefix("http://").split(":")
     try:
-        response = httpx.post(f"{running.url}/v1/completions", content=chunks(), headers={"content-type": "application/json"})
-    except httpx.WriteError:  # the server may close while the client is still writing
-        return
-    well_formed(response, 413)
+        with socket.create_connection((host, int(port)), timeout=20) as line:
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-length: {size}\r\n\r\n"
+            line.sendall(head.encode() + b" " * size)
+            assert read_head(line).startswith(f"HTTP/1.1 {status} ")
+            line.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert read_head(line).startswith("HTTP/1.1 200 ")
+        with socket.create_connection((host, int(port)), timeout=20) as line:  # who asks first is told before sending anything
+            line.sendall(head.replace("content-length", "expect: 100-continue\r\ncontent-length").encode())
+            assert read_head(line).startswith(f"HTTP/1.1 {status} ")
+    finally:
+        server.stop()
+
+
+def read_head(line):
+    """The head of a response; its body is read too."""
+    file = line.makefile("rb", buffering=0)
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += file.read(1) or pytest.fail(f"closed after {head!r}")
+    length = next(int(h.split(b":")[1]) for h in head.lower().split(b"\r\n") if h.startswith(b"content-length"))
+    while length:
+        length -= len(file.read(length) or pytest.fail("closed within the body"))
+    return head.decode()
 
 
 # Failing models

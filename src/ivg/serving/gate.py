@@ -13,6 +13,7 @@ import logging
 import re
 import time
 import uuid
+from contextlib import suppress
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,6 +28,8 @@ GUARDED = ("/v1/", "/metrics")
 """Where a key is asked for, if there are keys."""
 BODY_SECONDS = 30.0
 """A body that takes longer than this to arrive is not waited for."""
+SKIPPED_BYTES, SKIP_SECONDS = 64 << 20, 10.0
+"""Of a body that is refused, so much is read and thrown away."""
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -80,7 +83,11 @@ class Gate:
 
     async def _pass(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         try:
-            self._admit(scope, headers)
+            try:
+                self._admit(scope, headers)
+            except ServeError:
+                await _skip(headers, receive)
+                raise
             async with asyncio.timeout(BODY_SECONDS):
                 body = await self._body(headers, receive)
         except TimeoutError:
@@ -104,6 +111,7 @@ class Gate:
         limit = self.settings.max_body_bytes
         too_large = ServeError(f"the body is larger than the {limit} bytes that this server takes", 413, "body_too_large")
         if int(headers.get(b"content-length", b"0") or 0) > limit:
+            await _skip(headers, receive)
             raise too_large
         body = bytearray()
         while True:
@@ -111,10 +119,29 @@ class Gate:
             if message["type"] == "http.disconnect":
                 raise ServeError("the client went away", 499, "disconnected")
             body += message.get("body", b"")
+            more = message.get("more_body", False)
             if len(body) > limit:
+                if more:
+                    await _skip(headers, receive)
                 raise too_large
-            if not message.get("more_body", False):
+            if not more:
                 return bytes(body)
+
+
+async def _skip(headers: dict[bytes, bytes], receive: Receive) -> None:
+    """Read what is still to come of a body that nobody wants.
+
+    Whoever is sending it (nginx, most clients) reads no answer before the end, and takes a closed connection for a broken server.
+    A client that asked first (``Expect: 100-continue``) sends nothing more when it is refused.
+    """
+    left = 0 if b"expect" in headers else SKIPPED_BYTES
+    with suppress(TimeoutError):
+        async with asyncio.timeout(SKIP_SECONDS):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 class _Again:
