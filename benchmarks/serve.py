@@ -201,7 +201,9 @@ def soak(args: argparse.Namespace) -> None:
         print(f"{seconds:7.0f}  {mib:21.1f}")
     print(f"slope behind the first quarter {slope:+.2f} MiB a minute ({slope * 240:+.0f} MiB in four hours)")
     print(f"last quarter against the second {growth:+.2%}")
-    print(f"flat: {'yes' if growth <= FLAT else 'no'} (at most {FLAT:+.0%}); cache rows and queue at the end: {left or 'none'}")
+    print(
+        f"flat: {'yes' if growth <= FLAT else 'no'} (at most {FLAT:+.0%}); cache rows, queue and failed rounds at the end: {left or 'none'}"
+    )
     print("requests: " + ", ".join(f"{kind} {n}" for kind, n in sorted(counts.items())))
     figures = {
         "slope_mib_per_minute": slope,
@@ -254,11 +256,11 @@ async def one(http: httpx.AsyncClient, draw: random.Random, max_tokens: int) -> 
 
 
 async def settled(url: str) -> dict[str, float]:
-    """Gauges that are not zero, when nothing is asked any more; waits for them a little."""
+    """Gauges that are not zero, when nothing is asked any more, and rounds that failed; waits for them a little."""
     async with httpx.AsyncClient(base_url=url) as http:
         for _ in range(50):
             text = (await http.get("/metrics")).text
-            found = re.findall(r"^(ivg_(?:cache_rows|queue_length|live_\w+)\S*) (\S+)$", text, re.MULTILINE)
+            found = re.findall(r"^(ivg_(?:cache_rows|queue_length|live_\w+|model_failures_total)\S*) (\S+)$", text, re.MULTILINE)
             left = {name: float(number) for name, number in found if float(number)}
             if not left:
                 break

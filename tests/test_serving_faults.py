@@ -16,12 +16,15 @@ import openai
 import pytest
 import torch
 
+from ivg.config import Recipe
 from ivg.errors import ConfigError
 from ivg.serving.app import EventStream
 from ivg.serving.metrics import Metrics
-from ivg.serving.presets import one_line
+from ivg.serving.presets import Presets, one_line
+from ivg.serving.schemas import CompletionRequest
 from ivg.serving.settings import ServeSettings, read_keys
 from ivg.serving.tickets import Progress, Ticket
+from ivg.serving.worker import Worker
 from ivg.values.base import FunctionValue
 from test_serving import SAMPLING, Running, expected, numbers, tiny
 
@@ -489,6 +492,57 @@ def test_settings(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as e:
         ServeSettings.of({"api_keys": ["short"]})
     assert "short" not in str(e.value).replace("shorten", "")
+
+
+def test_who_comes_while_a_broken_round_is_looked_into_is_not_left_behind():
+    """Until the last suspects have ended nobody joins: else, where load never pauses, those who wait would be overtaken for ever."""
+    broken = []
+
+    def once(prompt, response):
+        if not broken:
+            broken.append(response)
+            raise ZeroDivisionError
+        return len(response)
+
+    presets = Presets(tiny(once=FunctionValue(once, "once")), Recipe(), ServeSettings(name="tiny"))
+    worker = Worker(presets.model, presets.settings)
+
+    def flying():
+        return [f.ticket for f in worker._state.flights.values()]
+
+    def submit(ticket):
+        worker._submitted += 1
+        worker._inbox.put(("add", ticket))
+
+    def turn():
+        worker._take()
+        worker._next_suspects()
+        if worker.searcher.busy:
+            worker._round()
+
+    async def serve():
+        guidance = {"method": "custom", "select_value": "once", "successors": 2, "chunk_length": 4}
+        body = CompletionRequest.model_validate({"model": "tiny", "prompt": "x", "max_tokens": 12, "guidance": guidance})
+        a, b, c, d, e = (Ticket(lambda: presets.order(body), 1, 60.0) for _ in range(5))
+        submit(a)
+        submit(b)
+        while not broken:
+            turn()
+        submit(c)
+        turn()
+        assert flying() == [a]
+        while flying() != [b]:
+            turn()
+            assert set(flying()) <= {a, b}
+        submit(d)
+        while b in flying():
+            turn()
+            assert set(flying()) <= {b}  # neither c, which waits, nor d, which came when no suspects were left to be started
+        submit(e)
+        turn()
+        assert flying() == [c, d, e]
+
+    asyncio.run(serve())
 
 
 def test_a_client_that_goes_as_its_next_event_comes_is_let_go():

@@ -58,6 +58,8 @@ class _State:
     flights: dict[int, _Flight] = field(default_factory=dict)
     suspects: deque[list[_Flight]] = field(default_factory=deque)
     """To be run again, one group after the other."""
+    probing: bool = False
+    """Suspects are being run; whoever comes meanwhile waits, else under steady load the searcher would never be free for the next."""
     later: deque[Ticket] = field(default_factory=deque)
     """Came while those run."""
 
@@ -187,9 +189,9 @@ class Worker:
                 continue
             with self._lock:
                 self._submitted -= ticket.size
-                if self._state.suspects:
+                if self._state.probing:
                     self._state.later.append(ticket)
-            if not self._state.suspects:
+            if not self._state.probing:
                 self._admit(ticket)
 
     def _admit(self, ticket: Ticket) -> None:
@@ -268,6 +270,7 @@ class Worker:
             return
         half = len(suspects) // 2
         self._state.suspects.extendleft((suspects[half:], suspects[:half]))
+        self._state.probing = True
 
     def _next_suspects(self) -> None:
         """Run the next group by itself; when there is none left, let in who came meanwhile."""
@@ -276,6 +279,7 @@ class Worker:
             for flight in state.suspects.popleft():
                 self._restart(flight)
         if not state.suspects and not self.searcher.busy:
+            state.probing = False
             while state.later:
                 self._admit(state.later.popleft())
 
