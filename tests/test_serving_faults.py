@@ -494,6 +494,20 @@ def test_settings(tmp_path, monkeypatch):
     assert "short" not in str(e.value).replace("shorten", "")
 
 
+def test_memory_is_given_back_now_and_then(monkeypatch):
+    model = tiny()
+    given = []
+    monkeypatch.setattr(model, "give_back", lambda: given.append(len(model.readers)))
+    monkeypatch.setattr("ivg.serving.worker.TRIM_SECONDS", 0.0)
+    server = Running(model)
+    try:
+        assert server.post(GOOD | {"max_tokens": 4}).status_code == 200
+        assert server.idle() == 0
+    finally:
+        server.stop()
+    assert given
+
+
 def test_who_comes_while_a_broken_round_is_looked_into_is_not_left_behind():
     """Until the last suspects have ended nobody joins: else, where load never pauses, those who wait would be overtaken for ever."""
     broken = []
