@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=50)
     parser.add_argument("--no-check", action="store_true", help="do not compare with the library")
     parser.add_argument("--soak", type=float, metavar="SECONDS", help="mixed traffic instead, by 8 clients")
+    parser.add_argument("--seed", type=int, default=1, help="of the mixed traffic")
     args = parser.parse_args()
     (load if args.soak is None else soak)(args)
 
@@ -112,7 +113,7 @@ def load(args: argparse.Namespace) -> None:
     print(f"throughput of 8 clients : 1 client = {'not measured' if ratio is None else f'{ratio:.2f}'}")
     for message, count in Counter(a[4] for _, answers in runs.values() for a in answers if a[4]).items():
         print(f"error, {count} times: {message}")
-    settings = {k: v for k, v in vars(args).items() if k != "soak"}
+    settings = {k: v for k, v in vars(args).items() if k not in ("soak", "seed")}
     print(json.dumps({"benchmark": "serve", **settings, "rows": rows, "ratio_8_to_1": ratio, "machine": facts()}))
 
 
@@ -190,7 +191,7 @@ def row(clients: int, seconds: float, answers: list, want: dict) -> dict:
 def soak(args: argparse.Namespace) -> None:
     """Mixed traffic, and the memory of the server under it."""
     with served() as (url, process):
-        counts, memory = asyncio.run(traffic(url, process, args.soak, args.max_tokens))
+        counts, memory = asyncio.run(traffic(url, process, args))
         left = asyncio.run(settled(url))
     quarter = max(1, len(memory) // 4)
     second, last = (mean([m for _, m in part]) for part in (memory[quarter : 2 * quarter] or memory, memory[-quarter:]))
@@ -213,12 +214,12 @@ def soak(args: argparse.Namespace) -> None:
         "last_mib": memory[-1][1],
     }
     figures |= {"left": left, "requests": dict(counts), "memory": [[round(s, 1), round(m, 1)] for s, m in memory]}
-    print(json.dumps({"benchmark": "serve-soak", "seconds": args.soak, **figures, "machine": facts()}))
+    print(json.dumps({"benchmark": "serve-soak", "seconds": args.soak, "seed": args.seed, **figures, "machine": facts()}))
 
 
-async def traffic(url: str, process: int, seconds: float, max_tokens: int) -> tuple[Counter, list[tuple[float, float]]]:
+async def traffic(url: str, process: int, args: argparse.Namespace) -> tuple[Counter, list[tuple[float, float]]]:
     """(requests by kind and status, (seconds, MiB) of the server)."""
-    counts, memory, draw = Counter(), [], random.Random(1)
+    counts, memory, draw, seconds = Counter(), [], random.Random(args.seed), args.soak
     started = time.monotonic()
 
     async def watch() -> None:
@@ -228,7 +229,7 @@ async def traffic(url: str, process: int, seconds: float, max_tokens: int) -> tu
 
     async def client(http: httpx.AsyncClient) -> None:
         while time.monotonic() - started < seconds:
-            counts[await one(http, draw, max_tokens)] += 1
+            counts[await one(http, draw, args.max_tokens)] += 1
 
     async with httpx.AsyncClient(base_url=url, timeout=LOST) as http:
         await asyncio.gather(watch(), *(client(http) for _ in range(8)))
