@@ -466,9 +466,10 @@ def test_what_our_clients_learn_of_a_server_behind(serve, caplog, status, shown,
     ask = {"model": "tiny", "prompt": "bad", "max_tokens": 4, "guidance": {"method": "base"}}
     try:
         answer, fine = server.post(ask), server.post(ask | {"prompt": "good"})
-        streamed = server.post(ask | {"stream": True})
+        streamed, ids = server.post(ask | {"stream": True}), server.post(ask | {"prompt": [1, 2]})
     finally:
         server.stop()
+    assert (ids.status_code, ids.json()["error"]["param"]) == (400, "prompt")  # its numbers are not ours
     assert fine.status_code == 200 and len(fine.json()["choices"][0]["text"]) <= 4
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (shown, code)
