@@ -252,20 +252,22 @@ def test_large_bodies(running):
     well_formed(httpx.post(f"{running.url}/v1/completions", content=chunks(), headers=headers), 413)
 
 
+@pytest.mark.parametrize("connection", ["keep-alive", "close"])
 @pytest.mark.parametrize(("key", "size", "status"), [("right-key", 8 << 20, 413), ("wrong", 8 << 20, 401), ("wrong", 10, 401)])
-def test_a_refused_body_is_read_to_its_end(key, size, status):
-    """As proxies send: everything first, then they look for an answer; and the connection serves again."""
+def test_a_refused_body_is_read_to_its_end(connection, key, size, status):
+    """As proxies send: everything first, then they look for an answer. nginx says close; a connection that is kept serves again."""
     server = Running(tiny(), api_keys=["right-key"])
     host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: {connection}\r\nauthorization: Bearer {key}\r\n"
     try:
         with socket.create_connection((host, int(port)), timeout=20) as line:
-            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-length: {size}\r\n\r\n"
-            line.sendall(head.encode() + b" " * size)
+            line.sendall(f"{head}content-length: {size}\r\n\r\n".encode() + b" " * size)
             assert read_head(line).startswith(f"HTTP/1.1 {status} ")
-            line.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
-            assert read_head(line).startswith("HTTP/1.1 200 ")
+            if connection == "keep-alive":
+                line.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+                assert read_head(line).startswith("HTTP/1.1 200 ")
         with socket.create_connection((host, int(port)), timeout=20) as line:  # who asks first is told before sending anything
-            line.sendall(head.replace("content-length", "expect: 100-continue\r\ncontent-length").encode())
+            line.sendall(f"{head}expect: 100-continue\r\ncontent-length: {size}\r\n\r\n".encode())
             assert read_head(line).startswith(f"HTTP/1.1 {status} ")
     finally:
         server.stop()
