@@ -81,8 +81,10 @@ def test_a_loop_that_was_left_in_the_middle_harms_no_later_one():
     for s in range(4):
         abandoned.add(request(search, s, max_new_tokens=40, ignore_eos=True))
     abandoned.step()
+    left = set(engine.held)
     wanted = [request(search, s, max_new_tokens=20) for s in range(3)]
     assert answers(engine, wanted) == answers(FakeEngine(), wanted)
+    assert engine.held <= left  # what came of the orders of the first loop meanwhile is freed at once
 
 
 def test_what_an_engine_lacks_is_told_before_anything_runs():
