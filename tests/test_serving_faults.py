@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from ivg.config import Recipe
-from ivg.errors import ConfigError
+from ivg.errors import ConfigError, ModelError
 from ivg.serving.app import EventStream
 from ivg.serving.metrics import Metrics
 from ivg.serving.presets import Presets, one_line
@@ -494,6 +494,28 @@ def test_settings(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as e:
         ServeSettings.of({"api_keys": ["short"]})
     assert "short" not in str(e.value).replace("shorten", "")
+
+
+def test_models_that_cannot_begin_anew_at_once_are_tried_again(monkeypatch):
+    """An engine that died and finds no memory yet: who asks meanwhile is told to come back, and the server lives."""
+    model = tiny(bomb=FunctionValue(explode, "bomb"))
+    server, again, forget = Running(model), [], model.forget
+
+    def hard():
+        again.append(len(again))
+        if len(again) < 3:
+            raise ModelError("no memory yet")
+        forget()
+
+    monkeypatch.setattr(model, "forget", hard)
+    guidance = {"method": "custom", "select_value": "bomb", "successors": 2, "chunk_length": 8}
+    try:
+        told = [server.post(GOOD | {"prompt": p, "max_tokens": 8, "guidance": guidance}) for p in ("dynamite", "Film", "Film")]
+        assert server.idle() == 0 and server.worker.alive
+    finally:
+        server.stop()
+    assert [answer.status_code for answer in told] == [503, 503, 200] and again == [0, 1, 2]
+    well_formed(told[0], 503, code="unavailable")
 
 
 def test_memory_is_given_back_now_and_then(monkeypatch):

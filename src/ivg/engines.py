@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -45,35 +46,51 @@ def vllm_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker, *, 
     from ivg.vllm.versions import check_vllm
 
     check_vllm()
+    if options.quantization is not None:
+        raise ConfigError(
+            "run.quantization is how transformers loads models; vLLM would ignore it\n"
+            "  for a base without guides: arguments in the table [vllm]; else the transformers engine"
+        )
     refs, named = _references(recipe)
     settings, base = recipe.vllm, refs["base"]
-    _, guides = inner_guides(recipe, every_guide=every_guide)
+    _, guides = inner_guides(recipe, options, every_guide=every_guide)
     names = [guide.name for guide in guides]
     tokenizer = load_tokenizer(base.path, options, "base")
     cache = Path(settings.cache) if settings.cache else default_cache()
     folder = packed(lambda place: pack(base.path, guides, place, options=options), cache) if guides else Path(locate(base.path))
     pooled = settings.value == "pooling" and "explicit" in named and "value" in named["explicit"].given
     core = Core(folder, _core_options(settings, options, shared=pooled), guided=bool(guides))
-    texts = _texts("base", base, tokenizer, options, core.max_model_len)
-    inner = {name: InnerValue(name, texts.vocabulary, lambda n=name: make_value(n, named[n], options)) for name in names}  # type: ignore[misc]
-    values: dict[str, Value] = dict(inner)
-    for name, value in named.items():
-        if name == "explicit" and pooled and name not in inner:
-            values[name] = _pooled_value(value.given["value"], cache, settings, options)
-        elif name not in inner:
-            values[name] = make_value(name, value, options)
-    parts = ["base", *(part for guide in guides for part, _, _ in guide.parts)]
-    return SteeredModel(texts, values, engine=VLLMEngine(core, texts, parts, inner))
+    with _closed_on_error(core):  # else a value that does not load would leave its processes and memory behind
+        texts = _texts("base", base, tokenizer, options, core.max_model_len)
+        inner = {name: InnerValue(name, texts.vocabulary, lambda n=name: make_value(n, named[n], options)) for name in names}  # type: ignore[misc]
+        values: dict[str, Value] = dict(inner)
+        others = {name: value for name, value in named.items() if name not in inner}
+        for name, value in sorted(others.items(), key=lambda item: pooled and item[0] == "explicit"):  # another engine last
+            if pooled and name == "explicit":
+                values[name] = _pooled_value(value.given["value"], cache, settings, options)
+            else:
+                values[name] = make_value(name, value, options)
+        parts = ["base", *(part for guide in guides for part, _, _ in guide.parts)]
+        return SteeredModel(texts, {name: values[name] for name in named}, engine=VLLMEngine(core, texts, parts, inner))
 
 
-def inner_guides(recipe: Recipe, *, every_guide: bool) -> tuple[ModelRef, list[Guide]]:
+@contextmanager
+def _closed_on_error(core: Core) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        core.close()
+        raise
+
+
+def inner_guides(recipe: Recipe, options: LoadOptions, *, every_guide: bool) -> tuple[ModelRef, list[Guide]]:
     """(the base, the guides of the composite of a recipe).
 
     Raises:
         ConfigError: guides that cannot be inside.
     """
     refs, named = _references(recipe)
-    return refs["base"], [_guide(name, named[name], refs["base"]) for name in _inside(recipe, named, every_guide=every_guide)]
+    return refs["base"], [_guide(name, named[name], refs["base"], options) for name in _inside(recipe, named, every_guide=every_guide)]
 
 
 def endpoint_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker) -> SteeredModel:
@@ -146,15 +163,16 @@ def _inside(recipe: Recipe, named: Mapping[str, NamedValue], *, every_guide: boo
     return wanted
 
 
-def _guide(name: str, value: NamedValue, base: ModelRef) -> Guide:
+def _guide(name: str, value: NamedValue, base: ModelRef, options: LoadOptions) -> Guide:
     """``value`` as a guide inside the composite."""
     from ivg.vllm.pack import Guide, head_kind, pair
 
     refs = value.given
     for role, ref in refs.items():
-        if ref.template is not None and ref.template != base.template:
+        template = refs["tuned"].template if role == "untuned" and ref.template is None else _template(ref, options)
+        if template != base.template:
             raise ConfigError(
-                f"{role} of {name} reads prompts by {ref.template!r}, the base by {base.template!r}\n"
+                f"{role} of {name} reads prompts by {template!r}, the base by {base.template!r}\n"
                 "  inside vLLM all models read the base's very tokens; give them one template, or use the transformers engine"
             )
     if "tuned" in refs:
@@ -162,7 +180,7 @@ def _guide(name: str, value: NamedValue, base: ModelRef) -> Guide:
     ((role, ref),) = refs.items()
     if role == "arm":
         return Guide(name, ((name, ref.path, 1.0),))
-    if role == "value" and head_kind(ref.path, LoadOptions()) == "vocabulary":
+    if role == "value" and head_kind(ref.path, options) == "vocabulary":
         return Guide(name, ((name, ref.path, 1.0),), "vocabulary")
     raise ConfigError(
         f"{name} has no number for every next token and cannot guide inside vLLM\n  expected a pair, an arm, or a vocabulary head"
@@ -203,8 +221,18 @@ def _texts(name: str, ref: ModelRef, tokenizer: Any, options: LoadOptions, longe
         generation = None
     ends = eos_ids(SimpleNamespace(generation_config=generation, config=config), tokenizer)
     text = config.get_text_config()
-    template = ref.template if ref.template is not None else (getattr(config, "ivg_value", None) or {}).get("template")
-    return Texts(name, tokenizer, template, ends, vocab_size=text.vocab_size, max_positions=longest)
+    return Texts(name, tokenizer, _template(ref, options), ends, vocab_size=text.vocab_size, max_positions=longest)
+
+
+def _template(ref: ModelRef, options: LoadOptions) -> str | None:
+    """How a model reads prompts: as told, else as a value network was trained."""
+    from transformers import AutoConfig
+
+    if ref.template is not None:
+        return ref.template
+    config = AutoConfig.from_pretrained(locate(ref.path), **options.hub())
+    template: str | None = (getattr(config, "ivg_value", None) or {}).get("template")
+    return template
 
 
 def _pooled_value(ref: ModelRef, cache: Path, settings: VLLMConfig, options: LoadOptions) -> Value:

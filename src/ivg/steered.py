@@ -16,7 +16,7 @@ from ivg.decoding.search import Request, Searcher, check_engine
 from ivg.decoding.strategies import STRATEGIES, Strategy, settled, strategy
 from ivg.embedded import path
 from ivg.engine.transformers import TransformersEngine
-from ivg.errors import ConfigError, IVGError
+from ivg.errors import ConfigError, IVGError, ModelError
 from ivg.models.loading import LoadOptions, load_causal
 from ivg.models.reader import Reader
 from ivg.models.texts import Texts
@@ -242,12 +242,21 @@ class SteeredModel:
         """Empty all caches, so that what comes next does not depend on what came before, to the last bit.
 
         What runs elsewhere and died begins anew (``revive``).
+
+        Raises:
+            ModelError: it cannot; all others have begun anew.
         """
         for reader in self.readers:
             reader.clear()
+        failed: Exception | None = None
         for part in (self.engine, *self.values.values()):
             if (revive := getattr(part, "revive", None)) is not None:
-                revive()
+                try:
+                    revive()
+                except Exception as e:
+                    failed = failed or e
+        if failed is not None:
+            raise failed if isinstance(failed, IVGError) else ModelError(f"a model cannot begin anew: {failed}") from failed
 
     def give_back(self) -> None:
         """Give memory that nothing needs now back to the system; for processes that live long. Nothing is computed otherwise."""

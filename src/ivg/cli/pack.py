@@ -41,7 +41,7 @@ def pack(
     found = o.recipe_of(recipe, None, locals())
     if guides is not None:
         found = found.override(vllm={"guides": [name.strip() for name in guides.split(",")]})
-    reference, chosen = inner_guides(found, every_guide=True)
+    reference, chosen = inner_guides(found, load_options(found), every_guide=True)
     if not chosen:
         raise ConfigError("got no model that guides\n  give --tuned and --untuned, or --arm, or --value with --guides explicit")
     write(reference.path, chosen, out, betas={chosen[0].name: beta}, options=load_options(found))

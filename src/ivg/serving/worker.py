@@ -83,6 +83,7 @@ class Worker:
         self._stop_at: float | None = None
         self._gauged = 0.0
         self._trimmed = time.monotonic()
+        self._torn = False  # models that have to begin anew before anything is asked of them
         self.searcher = self._fresh()
         self.failure: str | None = None
         self.thread = threading.Thread(target=self._run, name="ivg-worker", daemon=True)
@@ -198,6 +199,9 @@ class Worker:
         """Make its requests and add them; what is wrong with them is the client's to know."""
         if ticket.over:
             return
+        if self._torn and not self._mend():
+            self._fail(ticket, _torn())
+            return
         flights: list[_Flight] = []
         try:
             order = ticket.make()
@@ -262,8 +266,11 @@ class Worker:
         suspects = list(self._state.flights.values())
         log.error("a round of %d answers failed: %s", len(suspects), type(error).__name__, exc_info=error)
         self._state.flights.clear()
-        self.model.forget()
         self.searcher = self._fresh()
+        if not self._mend():
+            for flight in suspects:
+                self._fail(flight.ticket, _torn())
+            return
         if len(suspects) == 1:
             told = fault(error) if isinstance(error, IVGError) else ServeError("a model failed on this request", 500, "model_error")
             self._fail(suspects[0].ticket, told)
@@ -271,6 +278,17 @@ class Worker:
         half = len(suspects) // 2
         self._state.suspects.extendleft((suspects[half:], suspects[:half]))
         self._state.probing = True
+
+    def _mend(self) -> bool:
+        """Let all models begin anew; where one cannot (memory that is not free yet, say), the next request tries again."""
+        try:
+            self.model.forget()
+        except Exception:
+            log.exception("a model could not begin anew; the next request tries again")
+            self._torn = True
+        else:
+            self._torn = False
+        return not self._torn
 
     def _next_suspects(self) -> None:
         """Run the next group by itself; when there is none left, let in who came meanwhile."""
@@ -285,6 +303,9 @@ class Worker:
 
     def _restart(self, flight: _Flight) -> None:
         if flight.ticket.over:
+            return
+        if self._torn and not self._mend():
+            self._fail(flight.ticket, _torn())
             return
         flight.seen = 0
         try:
@@ -367,3 +388,7 @@ class Worker:
         for reader in self.model.readers:
             metrics.rows.labels(reader.name).set(reader.model.live_rows)
             metrics.bytes.labels(reader.name).set(reader.model.rows.held_bytes)
+
+
+def _torn() -> ServeError:
+    return ServeError("a model failed and could not begin anew; try again later", 503, "unavailable")
