@@ -54,9 +54,9 @@ def from_hub(hub, monkeypatch):
 
     real = build.load_models
 
-    def load_models(recipe):
+    def load_models(recipe, **how):
         found = {role: ref.model_copy(update={"path": local(hub, ref.path, role)}) for role, ref in recipe.models.given.items()}
-        return real(recipe.model_copy(update={"models": recipe.models.model_copy(update=found)}))
+        return real(recipe.model_copy(update={"models": recipe.models.model_copy(update=found)}), **how)
 
     monkeypatch.setattr(build, "load_models", load_models)
 
