@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -10,7 +11,8 @@ from typer.testing import CliRunner
 from ivg.cli.app import app
 from ivg.embedded import path
 from ivg.errors import ConfigError, MissingDependencyError, ModelError
-from ivg.models.loading import LoadOptions
+from ivg.models.loading import LoadOptions, load_tokenizer
+from ivg.models.vocab import Vocabulary
 from ivg.vllm.config import IVGConfig, betas_of
 from ivg.vllm.pack import Guide, head_kind, pack, pack_value, packed, pair
 
@@ -35,6 +37,43 @@ def test_the_same_content_has_the_same_place(tmp_path):
     other = packed(lambda place: pack(BASE, [pair(UNTUNED, TUNED)], place), tmp_path)
     assert one == two != other
     assert sorted(tmp_path.iterdir()) == sorted([one, other])
+
+
+def test_changed_files_have_another_place(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(BASE, base)
+    seen = [packed(lambda place: pack(str(base), [pair(TUNED, UNTUNED)], place), tmp_path / "cache")]
+    for name, change in (("generation_config.json", {"eos_token_id": [0, 5]}), ("tokenizer_config.json", {"model_max_length": 77})):
+        (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | change))
+        seen.append(packed(lambda place: pack(str(base), [pair(TUNED, UNTUNED)], place), tmp_path / "cache"))
+        for key, value in change.items():
+            assert json.loads((seen[-1] / name).read_text())[key] == value
+    assert len(set(seen)) == 3
+
+
+def test_nothing_is_left_of_what_could_not_be_written(tmp_path):
+    def fails(place):
+        (place / "half").write_text("x")
+        raise ModelError("no such model")
+
+    with pytest.raises(ModelError, match="no such model"):
+        packed(fails, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_group_moves_the_columns_that_its_models_and_its_tokenizer_have(tmp_path):
+    wide = {}
+    for name, rows in (("base", 64), ("tuned", 64), ("untuned", 32)):
+        wide[name] = tmp_path / name
+        shutil.copytree(path(name), wide[name])
+        config = json.loads((wide[name] / "config.json").read_text())
+        (wide[name] / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + rows}))
+    known = Vocabulary(load_tokenizer(BASE, LoadOptions(), "base")).size
+    guides = [pair(str(wide["tuned"]), str(wide["untuned"])), pair(TUNED, UNTUNED, "plain")]
+    config = IVGConfig.from_pretrained(pack(str(wide["base"]), guides, tmp_path / "c"))
+    assert config.group_columns == [known, known]
+    config.columns = {}  # as earlier versions wrote it
+    assert config.group_columns == [known + 32, known]
 
 
 def test_weights_of_requests():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ivg.build import load_models
 from ivg.config import Recipe
 from ivg.embedded import path
+from ivg.models.value_head import ValueModel
 
 VOCABULARY = 4096
 _SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -31,6 +34,8 @@ ARCHITECTURES = {
     "small-llama": _WIDE
     | {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
     "padded-llama": _WIDE | {"model_type": "llama", "vocab_size": VOCABULARY + 64},
+    "granite": _WIDE | {"logits_scaling": 4.0, "tie_word_embeddings": False},
+    "opt": {"hidden_size": 128, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
 
 
@@ -46,6 +51,42 @@ def make(folder: Path, kind: str, seed: int) -> str:
             network.get_output_embeddings().weight.mul_(1.0 if config.tie_word_embeddings else 8.0)
         network.save_pretrained(place)
         AutoTokenizer.from_pretrained(path("base")).save_pretrained(place)
+    return str(place)
+
+
+def with_loud_padding(source: str, factor: float) -> str:
+    """A copy whose rows behind the vocabulary have logits ``factor`` times as large, so that they are chosen if nothing prevents it."""
+    place = Path(f"{source}-loud-{factor}")
+    if not place.exists():
+        shutil.copytree(source, place)
+        network = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        with torch.no_grad():
+            network.get_output_embeddings().weight[VOCABULARY:].mul_(factor)
+        network.save_pretrained(place)
+    return str(place)
+
+
+def with_vocabulary_head(folder: Path, kind: str, seed: int) -> str:
+    """A value network with a random vocabulary head over the body of a random network."""
+    place = folder / f"value-{kind}-{seed}"
+    if not place.exists():
+        value = ValueModel(AutoModelForCausalLM.from_pretrained(make(folder, kind, seed), dtype=torch.float32).base_model, "vocabulary")
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(value.head.weight, std=0.5)
+        value.save_pretrained(place)
+        AutoTokenizer.from_pretrained(path("base")).save_pretrained(place)
+    return str(place)
+
+
+def with_biased_head(folder: Path, source: str) -> str:
+    """A copy of a value network with a vocabulary head that has a random bias, large beside its logits."""
+    place = folder / "biased-head"
+    if not place.exists():
+        shutil.copytree(source, place)
+        tensors = load_file(place / "model.safetensors")
+        weight = tensors["score_head.weight"]
+        noise = torch.randn(len(weight), generator=torch.Generator().manual_seed(1))
+        save_file(tensors | {"score_head.bias": (6 * noise).to(weight.dtype)}, place / "model.safetensors", metadata={"format": "pt"})
     return str(place)
 
 

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from making import make, models, prompts, trio
+from making import VOCABULARY, make, models, prompts, trio, with_biased_head, with_loud_padding, with_vocabulary_head
 
 from ivg.config import Recipe
+from ivg.embedded import path
 from ivg.errors import ConfigError, PromptError, VocabularyError
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 64, "ignore_eos": True}
@@ -25,6 +26,8 @@ GREEDY = {"temperature": 0.0, "max_new_tokens": 64, "ignore_eos": True}
         ("small-llama", "gpt2"),
         ("llama", "padded-llama"),
         ("padded-llama", "small-llama"),
+        ("opt", "small-llama"),
+        ("llama", "opt"),
     ],
 )
 def test_greedy_tokens_are_those_of_the_transformers_engine(folder, base, guides):
@@ -43,6 +46,50 @@ def test_greedy_tokens_are_those_of_the_transformers_engine(folder, base, guides
         unguided = [c.token_ids for c in slow.generate(texts, "base", **GREEDY)]
         assert [c.token_ids for c in fast.generate(texts, "eft", beta=0.0, **GREEDY)] == unguided
         assert [c.token_ids for c in fast.generate(texts, "base", **GREEDY)] == unguided
+
+
+@pytest.mark.parametrize("guides", ["pair", "padded pair", "reward", "padded reward"])
+def test_rows_that_only_pad_are_guided_as_by_the_transformers_engine(folder, guides):
+    """Of a pair, what the untuned model lacks is not taken from the tuned one alone; what the tokenizer lacks is not guided."""
+    loud = with_loud_padding(make(folder, "padded-llama", 2), 3.0)
+    small = {"pair": "small-llama", "padded pair": "padded-llama", "reward": "small-llama"}
+    paths = {"base": with_loud_padding(make(folder, "padded-llama", 1), 1.5)}
+    if "reward" in guides:
+        method, paths["arm"] = "genarm", loud if "padded" in guides else make(folder, small[guides], 2)
+    else:
+        method, paths["tuned"], paths["untuned"] = "eft", loud, make(folder, small[guides], 3)
+    settings = GREEDY | {"max_new_tokens": 32}
+    with models("transformers", models=paths) as slow, models("vllm", models=paths, search={"method": method}) as fast:
+        for beta in (0.0, 0.3, 1.0, 2.0):
+            expected = [c.token_ids for c in slow.generate(prompts(), method, beta=beta, **settings)]
+            assert [c.token_ids for c in fast.generate(prompts(), method, beta=beta, **settings)] == expected, f"beta {beta}"
+            padding = sum(token >= VOCABULARY for ids in expected for token in ids)
+            assert padding or beta, "the base chooses rows that pad"
+
+
+def test_a_vocabulary_head_is_not_scaled_as_logits_are(folder):
+    """Granite divides its logits; a value head over its body is linear, as in the transformers engine."""
+    paths = {"base": make(folder, "llama", 1), "value": with_vocabulary_head(folder, "granite", 2)}
+    tables = {"models": paths, "search": {"method": "eft", "token": "explicit"}, "vllm": {"guides": ["explicit"]}}
+    settings = GREEDY | {"max_new_tokens": 24}
+    with models("transformers", models=paths) as slow, models("vllm", **tables) as fast:
+        expected = [c.token_ids for c in slow.generate(prompts(4), "eft", token="explicit", beta=1.0, **settings)]
+        assert [c.token_ids for c in fast.generate(prompts(4), "eft", token="explicit", beta=1.0, **settings)] == expected
+
+
+def test_a_vocabulary_head_keeps_its_bias(folder):
+    plain = {"base": str(path("base")), "value": str(path("value"))}
+    biased = plain | {"value": with_biased_head(folder, plain["value"])}
+    settings = GREEDY | {"max_new_tokens": 24}
+    found = {}
+    for name, paths in (("plain", plain), ("biased", biased)):
+        tables = {"models": paths, "search": {"method": "eft", "token": "explicit"}, "vllm": {"guides": ["explicit"]}}
+        with models("transformers", models=paths) as slow, models("vllm", **tables) as fast:
+            for beta in (0.5, 1.0):
+                expected = [c.token_ids for c in slow.generate(prompts(4), "eft", token="explicit", beta=beta, **settings)]
+                assert [c.token_ids for c in fast.generate(prompts(4), "eft", token="explicit", beta=beta, **settings)] == expected
+            found[name] = expected
+    assert found["plain"] != found["biased"]
 
 
 def test_weights_of_one_batch_do_not_mix(folder):

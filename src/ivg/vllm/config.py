@@ -58,18 +58,29 @@ class Part:
             found.tie_word_embeddings = False
         return found
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return int(self.network_config().get_text_config().vocab_size)
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
 class IVGConfig(PreTrainedConfig):
-    """config.json of a composite: ``parts`` (see :class:`Part`), ``groups`` and their default weights ``betas``."""
+    """config.json of a composite: ``parts`` (see :class:`Part`), ``groups``, their default weights ``betas`` and ``columns``."""
 
     model_type = "ivg"
 
-    def __init__(self, parts: list[dict[str, Any]] | None = None, betas: Mapping[str, float] | None = None, **kwargs: Any) -> None:
-        self.parts, self.betas = list(parts or []), dict(betas or {})
+    def __init__(
+        self,
+        parts: list[dict[str, Any]] | None = None,
+        betas: Mapping[str, float] | None = None,
+        columns: Mapping[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.parts, self.betas, self.columns = list(parts or []), dict(betas or {}), dict(columns or {})
         self._base: PreTrainedConfig | None = None
         if self.parts:
             _seen.update(self.groups)
@@ -92,6 +103,12 @@ class IVGConfig(PreTrainedConfig):
     def default_betas(self) -> list[float]:
         """Weight of each group where a request names none."""
         return [float(self.betas.get(group, 0.0)) for group in self.groups]
+
+    @property
+    def group_columns(self) -> list[int]:
+        """How many columns of logits each group moves: those that all its parts have and its tokenizer knows."""
+        smallest = {g: min(part.vocab_size for part in self.part_list if part.group == g) for g in self.groups}
+        return [min(self.columns.get(g, n), n) for g, n in smallest.items()]  # none given: a composite of an earlier version
 
     def get_text_config(self, decoder: Any = None, encoder: Any = None) -> PreTrainedConfig:
         """The base's: vLLM sizes itself by it."""

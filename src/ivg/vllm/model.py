@@ -6,7 +6,7 @@ weights, so cached prefixes serve requests of any guidance.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,9 +31,10 @@ class IVGForCausalLM(nn.Module):
         for part in self.part_list:
             self.add_module(part.name, build_part(part, vllm_config, prefix))
             self.secondary_weights.append(source_of(part))
-        self.groups, self.row_weights = config.groups, rows_of(vllm_config)
-        self.widths = [part.network_config().get_text_config().hidden_size for part in self.part_list]
-        self.vocabularies = [_vocabulary(part) for part in self.part_list]
+        self.groups, self.columns, self.row_weights = config.groups, config.group_columns, rows_of(vllm_config)
+        self.widths: list[int] = []  # of the parts' hidden states; configurations do not say it alike (OPT projects them)
+        self.vocabularies = [(part.vocab_size, _end(part)) for part in self.part_list]
+        self.biases = nn.ParameterDict({part.name: _zeros(part.vocab_size) for part in self.part_list if part.head == "vocabulary"})
         self.ivg_beta = nn.Parameter(torch.tensor(config.default_betas or [0.0], dtype=torch.float32), requires_grad=False)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -46,7 +47,9 @@ class IVGForCausalLM(nn.Module):
         """Hidden states of all parts side by side, [tokens, sum of widths]."""
         if input_ids is None:
             raise ConfigError("prompts as embeddings cannot be guided: guides have embeddings of their own\n  give tokens or text")
-        return torch.cat([getattr(self, part.name)(self._known(input_ids, i), positions) for i, part in enumerate(self.part_list)], -1)
+        hidden = [getattr(self, part.name)(self._known(input_ids, i), positions) for i, part in enumerate(self.part_list)]
+        self.widths = [h.shape[-1] for h in hidden]
+        return torch.cat(hidden, -1)
 
     def _known(self, input_ids: Tensor, part: int) -> Tensor:
         """Tokens that the base alone has are read as an end by guides (as ``models.texts`` does)."""
@@ -64,12 +67,17 @@ class IVGForCausalLM(nn.Module):
             return None
         mixed = logits[0].float()
         weights = self.ivg_beta.expand(len(mixed), -1) if armed is None else armed.to(mixed.device)
-        for group, name in enumerate(self.groups):
-            for part, z in zip(self.part_list[1:], logits[1:], strict=True):
-                if part.group == name:  # columns that one part lacks only pad: they keep the base's logits
-                    width = min(z.shape[1], mixed.shape[1])
-                    mixed[:, :width].addcmul_(weights[:, group, None], z[:, :width].float(), value=part.sign)
+        for group, (name, columns) in enumerate(zip(self.groups, self.columns, strict=True)):
+            members = [(part, z) for part, z in zip(self.part_list, logits, strict=True) if part.group == name]
+            width = min(columns, mixed.shape[1])  # columns behind keep the base's logits
+            for part, z in members:
+                if len(members) == 1 and part.head == "language" and width < mixed.shape[1]:
+                    z = z.float().log_softmax(-1)  # a reward is a log-probability; where all columns move, the constant does not show
+                mixed[:, :width].addcmul_(weights[:, group, None], self._biased(part, z[:, :width].float()), value=part.sign)
         return mixed
+
+    def _biased(self, part: Part, z: Tensor) -> Tensor:
+        return z + self.biases[part.name][: z.shape[1]] if part.name in self.biases else z
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Each part by its own loader; vLLM's loader gives the parts one after the other."""
@@ -80,9 +88,16 @@ class IVGForCausalLM(nn.Module):
                 self.ivg_beta.data.copy_(next(iter(group))[1].float().to(self.ivg_beta.device))
                 loaded.add("ivg_beta")
                 continue
-            found = getattr(self, name).load_weights(renamed(parts[name], group))
+            found = getattr(self, name).load_weights(self._without_bias(parts[name], group))
             loaded |= {f"{name}.{key}" for key in found or ()}
-        return loaded
+        return loaded | {f"biases.{name}" for name in self.biases}  # most heads have none, and stay at 0
+
+    def _without_bias(self, part: Part, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in renamed(part, weights):
+            if name == "lm_head.bias" and part.name in self.biases:
+                self.biases[part.name].data.copy_(tensor)
+            else:
+                yield name, tensor
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -92,12 +107,15 @@ class IVGForCausalLM(nn.Module):
         return IVGModelState
 
 
-def _vocabulary(part: Part) -> tuple[int, int]:
-    """(rows of the embedding, an end-of-sequence token)."""
-    config = part.network_config()
-    ends = config.eos_token_id
+def _end(part: Part) -> int:
+    """An end-of-sequence token."""
+    ends = part.network_config().eos_token_id
     first = ends[0] if isinstance(ends, list) and ends else ends
-    return config.get_text_config().vocab_size, first if isinstance(first, int) else 0
+    return first if isinstance(first, int) else 0
+
+
+def _zeros(size: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(size, dtype=torch.float32), requires_grad=False)
 
 
 def _by_owner(weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Iterable[tuple[str, Tensor]]]]:

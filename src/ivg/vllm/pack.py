@@ -73,13 +73,16 @@ def pack(
         )
     vocabulary = Vocabulary(load_tokenizer(base, options, "base"), owner="base")
     parts = [_part("base", base, options)]
+    columns: dict[str, int] = {}
     for guide in guides:
         for name, path, sign in guide.parts:
             own = Vocabulary(load_tokenizer(path, options, name), owner=name)
             vocabulary.require_same(own, "inside vLLM a guide reads the base's very tokens; use the transformers engine for this pair")
             parts.append(_part(name, path, options, guide.name, sign, guide.head))
+            # rows that only pad have logits, too; the tokenizer of a pair is the tuned one's, as in the transformers engine
+            columns[guide.name] = min(columns.get(guide.name, own.size), parts[-1].vocab_size)
     chosen = {name: 1.0 if i == 0 else 0.0 for i, name in enumerate(names)} | dict(betas or {})
-    config = IVGConfig([part.to_dict() for part in parts], chosen, architectures=["IVGForCausalLM"])
+    config = IVGConfig([part.to_dict() for part in parts], chosen, columns, architectures=["IVGForCausalLM"])
     _write(folder, config, base, {"ivg_beta": torch.tensor(config.default_betas or [0.0])}, options)
     return folder
 
@@ -106,19 +109,32 @@ def head_kind(path: str, options: LoadOptions) -> HeadKind:
 
 
 def packed(write: Callable[[Path], Any], cache: Path) -> Path:
-    """A directory below ``cache`` that ``write`` fills, named by a digest of its config.json; the same one for the same content.
+    """A directory below ``cache`` that ``write`` fills, named by a digest of its files; the same one for the same content.
 
     vLLM keeps compiled graphs by a model's path, so other parts must have another one. Safe where several processes do it at once.
     """
     cache.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=cache, prefix=".new-"))
-    write(fresh)
-    place = cache / f"ivg-{sha256((fresh / 'config.json').read_bytes()).hexdigest()[:16]}"
     try:
-        fresh.rename(place)
-    except OSError:  # it is there already
-        shutil.rmtree(fresh)
+        write(fresh)
+        place = cache / f"ivg-{_digest(fresh)[:16]}"
+        try:
+            fresh.rename(place)
+        except OSError:
+            if not place.is_dir():
+                raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)  # writing failed, or the place was there already
     return place
+
+
+def _digest(folder: Path) -> str:
+    """Of names and contents of all files."""
+    digest = sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
 
 
 def default_cache() -> Path:

@@ -33,7 +33,11 @@ def build_part(part: Part, vllm_config: VllmConfig, prefix: str) -> nn.Module:
     # Attention layers fall back on the engine's window, which is the base's: a guide without one would silently be given it.
     own.cache_config = copy.copy(vllm_config.cache_config)
     own.cache_config.sliding_window = _window(config)
-    return initialize_model(vllm_config=own, prefix=maybe_prefix(prefix, part.name))
+    network = initialize_model(vllm_config=own, prefix=maybe_prefix(prefix, part.name))
+    processor = getattr(network, "logits_processor", None)
+    if part.head != "language" and processor is not None:  # a value head is linear: caps and scales are the language model's
+        processor.soft_cap, processor.scale = None, 1.0
+    return network
 
 
 def source_of(part: Part) -> DefaultModelLoader.Source:
@@ -42,12 +46,15 @@ def source_of(part: Part) -> DefaultModelLoader.Source:
 
 
 def renamed(part: Part, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The part's weights as a causal language model names them: a vocabulary head in place of the language model's, others left out."""
+    """The part's weights as a causal language model names them: a vocabulary head in place of the language model's, others left out.
+
+    A vocabulary head's bias is ``lm_head.bias``: few networks of vLLM's have one, so it is kept beside them.
+    """
     for name, tensor in weights:
         for wrapper in _WRAPPERS:
             name = name.removeprefix(wrapper)
-        if part.head == "vocabulary" and name == "score_head.weight":
-            yield "lm_head.weight", tensor
+        if part.head == "vocabulary" and name.startswith("score_head."):
+            yield name.replace("score_head.", "lm_head.", 1), tensor
         elif part.head != "language" and (name.startswith((*HEADS, "lm_head."))):
             continue
         else:
