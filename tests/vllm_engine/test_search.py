@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import time
 from itertools import pairwise
+from queue import Queue
+from threading import Timer
+from types import SimpleNamespace
 
 import pytest
 from making import make, models, prompts, trio
@@ -10,8 +15,9 @@ from making import make, models, prompts, trio
 from ivg.build import load_models
 from ivg.config import Recipe
 from ivg.decoding.strategies import STRATEGIES
-from ivg.errors import ModelError
+from ivg.errors import ConfigError, ModelError, PromptError
 from ivg.types import Beam, Prompt, new_key
+from ivg.vllm.core import Core, CoreOptions
 from ivg.vllm.engine import PrefixStats
 
 CHUNKED = {"width": 2, "successors": 2, "chunk_length": 4, "max_new_tokens": 16}
@@ -112,6 +118,122 @@ def test_cancelling_frees_everything(embedded):
     assert not searcher.busy and not embedded.engine._flights
     embedded.generate("The movie was", "eft", max_new_tokens=2)  # vLLM frees aborted requests with its next pass
     assert held_blocks(embedded.engine.core) == 0 == held_blocks(embedded.values["explicit"].core)
+    for core in (embedded.engine.core, embedded.values["explicit"].core):
+        known = core._engine.output_processor
+        assert not (known.request_states or known.parent_requests or known.external_req_ids or core._open)
+
+
+@pytest.mark.parametrize(("method", "sizes"), [("bon", {"successors": 8}), ("bon", {"successors": 3, "temperature": 0}), ("ivg", CHUNKED)])
+def test_forward_tokens_are_those_that_vllm_scheduled(embedded, monkeypatch, method, sizes):
+    runner, passes = embedded.engine.core._engine.model_executor.driver_worker.worker.model_runner, []
+    executes = runner.execute_model
+
+    def spy(scheduled, *args, **kwargs):
+        passes.append(scheduled.total_num_scheduled_tokens)
+        return executes(scheduled, *args, **kwargs)
+
+    monkeypatch.setattr(runner, "execute_model", spy)
+    prompt = f"{method} {len(sizes)} " + prompts(9)[-1]
+    for _ in range(2):  # read, and found in the cache
+        passes.clear()
+        stats = embedded.engine.prefix = PrefixStats()
+        done = embedded.generate(prompt, method, seed=3, ignore_eos=True, **{"max_new_tokens": 8, **sizes})
+        assert done.usage.forward_tokens["base"] == sum(passes) > 0
+        assert stats.cached <= stats.submitted
+
+
+@pytest.mark.parametrize("reason", ["error", "abort", "stop"])
+def test_what_vllm_breaks_off_ends_with_an_error(embedded, monkeypatch, reason):
+    engine = embedded.engine.core._engine
+    steps = engine.step
+
+    def broken():
+        outputs = steps()
+        for completion in (c for output in outputs for c in output.outputs):
+            completion.token_ids, completion.finish_reason = [], reason
+        return outputs
+
+    monkeypatch.setattr(engine, "step", broken)
+    searcher, found = embedded.searcher(), []
+    number = searcher.add(embedded.request("The movie was", "eft", seed=1, max_new_tokens=4))
+    for _ in range(50):
+        found += [s.completion for s in searcher.step() if s.completion] if searcher.busy else []
+    searcher.cancel(number)
+    assert [c.finish_reason for c in found] == ["error"]
+    assert found[0].error == f"vLLM broke this off: {reason}"
+
+
+def test_the_value_tells_a_text_that_does_not_fit(embedded):
+    value, words = embedded.values["explicit"], embedded.base.vocabulary
+    assert value.score([]) == []
+
+    def text(tokens):
+        return Beam(new_key(), None, Prompt("a", token_ids=(5,)), (5,) * tokens, "", vocabulary=words, inherits=False)
+
+    most = 512 + 1 - len(value.texts.prompt_ids(text(0).prompt))  # a vocabulary head: the last token is not read
+    assert len(value.score([text(most)])) == 1
+    with pytest.raises(PromptError, match=r"explicit reads at most 512 tokens, got 513\n  shorten"):
+        value.score([text(2), text(most + 1)])
+    assert not value.core.busy
+
+
+def test_an_abort_that_fails_prevents_no_revival(embedded, monkeypatch):
+    core, revived = embedded.engine.core, []
+    searcher = embedded.searcher()
+    number = searcher.add(embedded.request("The movie was", "eft", seed=1, max_new_tokens=40))
+    searcher.step()
+
+    def dies(*_, **__):
+        raise RuntimeError("zmq: no such socket")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(core._engine, "abort_request", dies)
+        broken.setattr(core, "revive", lambda: revived.append(core.failure))
+        embedded.forget()
+    assert revived == ["RuntimeError: zmq: no such socket"]
+    core.failure = None
+    core._engine.abort_request(list(core._engine.output_processor.external_req_ids))
+    searcher.cancel(number)
+    assert not embedded.engine._flights
+
+
+def test_a_process_that_was_killed_is_told():
+    """By a stand-in for vLLM's client: a real process of its own takes minutes to start."""
+    end, alive = os.pipe()
+    manager = SimpleNamespace(sentinels=lambda: [end])
+    client = SimpleNamespace(outputs_queue=Queue(), resources=SimpleNamespace(engine_dead=False, engine_manager=manager))
+    core = Core.__new__(Core)
+    core.failure, core._open = None, {}
+    core._engine = SimpleNamespace(
+        engine_core=client, has_unfinished_requests=lambda: True, step=lambda: client.outputs_queue.get(timeout=10)
+    )
+    Timer(0.7, client.outputs_queue.put, [[]]).start()
+    assert core.step() == []
+    Timer(0.2, os.close, [alive]).start()
+    began = time.monotonic()
+    with pytest.raises(ModelError, match=r"engine died: RuntimeError: its process was killed"):
+        core.step()
+    assert time.monotonic() - began < 5
+    os.close(end)
+    client.outputs_queue.put([])
+    client.resources = SimpleNamespace(engine_dead=True)
+    core.failure = None
+    assert core.step() == []  # what it sent before its end counts
+    with pytest.raises(ModelError, match="its process was killed"):
+        core.step()
+
+
+def test_arguments_that_vllm_does_not_take(folder):
+    path = make(folder, "small-llama", 2)
+    for extra, told in (
+        ({"nonsense": 1}, r"these engine arguments: .*argument 'nonsense'"),
+        ({"compilation_config": {"nonsense": 1, "mode": "x"}}, r"these engine arguments: (?s:.*)nonsense: "),
+    ):
+        with pytest.raises(ConfigError, match=told) as caught:
+            Core(path, CoreOptions(extra=extra))
+        assert str(caught.value).count("\n") <= 4
+    with pytest.raises(ModelError, match=r"cannot run .*max_model_len \(100000\) is greater"):
+        Core(path, CoreOptions(max_model_len=100_000))
 
 
 def test_an_engine_that_dies_is_told_and_revived(folder):

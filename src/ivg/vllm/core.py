@@ -7,17 +7,25 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
+from queue import Queue
 from typing import Any
+
+from pydantic import ValidationError
 
 from ivg.errors import ConfigError, ModelError
 from ivg.vllm.versions import check_vllm
 
 PROCESSOR = "ivg.vllm.processor:IVGBeta"
+
+LIFE_SECONDS = 0.5
+"""How often a wait for the engine's process looks whether it still lives."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,32 @@ class CoreOptions:
         return {"dtype": self.dtype, **{k: v for k, v in given.items() if v is not None}, **self.extra}
 
 
+@dataclass(frozen=True)
+class News:
+    """What a pass brought of one request.
+
+    Attributes:
+        output: vLLM's.
+        cached: of a finished request: tokens of the prompt that the cache held, for each of its samples.
+    """
+
+    output: Any
+    cached: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A request under way.
+
+    Attributes:
+        inner: vLLM's own name of it, where vLLM can abort by that.
+        states: what vLLM knows of each sample, which outlives its list of them; None where this vLLM keeps that elsewhere.
+    """
+
+    inner: str | None
+    states: Sequence[Any]
+
+
 class Core:
     """One running engine.
 
@@ -71,6 +105,7 @@ class Core:
         self.failure: str | None = None
         self._numbers = itertools.count()
         self._engine: Any = None
+        self._open: dict[str, _Open] = {}
         self.start()
 
     def start(self) -> None:
@@ -90,8 +125,9 @@ class Core:
             given["logits_processors"] = [PROCESSOR]
         try:
             args = EngineArgs(model=self.folder, **given)
-        except TypeError as e:
-            raise ConfigError(f"vLLM does not take these engine arguments: {e}\n  see docs/vllm.md for the table [vllm]") from None
+        except (TypeError, ValueError) as e:  # the latter are pydantic's, too
+            told = str(e) if isinstance(e, TypeError) else _told(e)
+            raise ConfigError(f"vLLM does not take these engine arguments: {told}\n  see docs/vllm.md for the table [vllm]") from None
         try:
             self._engine = LLMEngine.from_engine_args(args)
         except Exception as e:
@@ -125,15 +161,16 @@ class Core:
         self._demand_life()
         number = f"ivg-{next(self._numbers)}"
         try:
-            self._engine.add_request(number, {"prompt_token_ids": list(tokens)}, params)
+            inner = self._engine.add_request(number, {"prompt_token_ids": list(tokens)}, params)
+            self._open[number] = _Open(self._abortable(inner), self._states(inner, getattr(params, "n", 1)))
         except (ValueError, TypeError, VLLMValidationError) as e:
             raise ValueError(str(e).strip()) from e
         except Exception as e:
             self._die(e)
         return number
 
-    def step(self) -> list[Any]:
-        """What one pass brought: vLLM's outputs.
+    def step(self) -> list[News]:
+        """What one pass brought.
 
         Raises:
             ModelError: the engine died; :meth:`revive` begins anew.
@@ -142,28 +179,37 @@ class Core:
         if not self.busy:
             return []
         try:
-            return self._engine.step()
+            _await_word(self._engine.engine_core)
+            return [News(output, self._finish(output)) for output in self._engine.step()]
         except Exception as e:
             self._die(e)
             raise AssertionError from e  # not reached
 
     def abort(self, numbers: Sequence[str]) -> None:
         """Give requests up; their cache blocks are free with the next pass."""
-        if numbers and self.failure is None:
-            try:
-                self._engine.abort_request(list(numbers))
-            except Exception as e:
-                self._die(e)
+        gone = {number: self._open.pop(number) for number in numbers if number in self._open}
+        if not gone or self.failure is not None:
+            return
+        inner = [request.inner for request in gone.values() if request.inner is not None]
+        outer = [number for number, request in gone.items() if request.inner is None]
+        try:
+            if inner:  # by the other name vLLM 0.32 would forget the samples, but not what they belong to
+                self._engine.abort_request(inner, internal=True)
+            if outer:
+                self._engine.abort_request(outer)
+        except Exception as e:
+            self._die(e)
 
     def revive(self) -> None:
-        """Begin anew where the engine died; all requests are gone then."""
-        if self.failure is not None:
+        """Begin anew where the engine died, noticed or not; all requests are gone then."""
+        if self.failure is not None or self._engine is None or _ended(self._engine.engine_core):
             self.close()
             self.start()
 
     def close(self) -> None:
         """Stop it and free what it holds."""
         engine, self._engine = self._engine, None
+        self._open.clear()
         if engine is None:
             return
         with contextlib.suppress(Exception):
@@ -178,6 +224,27 @@ class Core:
     @property
     def _in_process(self) -> bool:
         return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
+
+    def _abortable(self, inner: Any) -> str | None:
+        """The name, if this vLLM gives one and takes it back."""
+        taken = inspect.signature(self._engine.abort_request).parameters
+        return inner if isinstance(inner, str) and "internal" in taken else None
+
+    def _states(self, inner: Any, samples: int) -> Sequence[Any]:
+        """Of each sample of a request that has just begun: an output tells the cached tokens of the sample that ended last."""
+        processor = getattr(self._engine, "output_processor", None)
+        states, parents = getattr(processor, "request_states", {}), getattr(processor, "parent_requests", {})
+        names = [inner] if samples == 1 else getattr(parents.get(inner), "child_requests", ())
+        found = [states[name] for name in names if name in states]
+        return found if len(found) == samples else [None] * samples
+
+    def _finish(self, output: Any) -> tuple[int, ...]:
+        """Cached tokens of each sample of a request that is finished."""
+        if not output.finished:
+            return ()
+        told, request = output.num_cached_tokens or 0, self._open.pop(output.request_id, None)
+        known = [getattr(state, "num_cached_tokens", None) for state in request.states] if request else [None]
+        return tuple(told if count is None else int(count) for count in known)
 
     def _demand_life(self) -> None:
         if self.failure is not None or self._engine is None:
@@ -203,9 +270,45 @@ def _on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
+def _await_word(client: Any) -> None:
+    """Wait until the engine's process has sent something; vLLM by itself waits for ever for one that was killed.
+
+    Nothing to wait for where the engine runs in this process, or where another vLLM keeps its queue elsewhere.
+
+    Raises:
+        RuntimeError: the process is gone, and has sent nothing that is not read.
+    """
+    queue = getattr(client, "outputs_queue", None)
+    if not isinstance(queue, Queue):
+        return
+    ended = False
+    while True:
+        with queue.not_empty:
+            if queue.not_empty.wait_for(lambda: bool(queue.queue), 0 if ended else LIFE_SECONDS):
+                return
+        if ended:
+            raise RuntimeError("its process was killed or ended without a word; by the system, perhaps, for want of memory")
+        ended = _ended(client)  # once more round: its last words may have come meanwhile
+
+
+def _ended(client: Any) -> bool:
+    """Is a process of the engine gone? False where it has none, or where that cannot be seen."""
+    resources = getattr(client, "resources", None)
+    if getattr(resources, "engine_dead", False):
+        return True
+    sentinels = getattr(getattr(resources, "engine_manager", None), "sentinels", None)
+    try:
+        return callable(sentinels) and bool(wait(sentinels(), 0))
+    except (OSError, TypeError, ValueError):  # they are closed just now, or of another kind
+        return False
+
+
 def _told(error: BaseException) -> str:
-    """The first cause in one line."""
+    """The first cause in a line, or what pydantic found in three at most."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, ValidationError):
+        found = [(".".join(map(str, e["loc"])), e["msg"].strip().splitlines()[0][:300]) for e in error.errors()[:3]]
+        return "\n  ".join(f"{place}: {message}" if place else message for place, message in found)
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

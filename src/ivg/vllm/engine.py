@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from ivg.draws import mix
 from ivg.engine.children import Child, as_beams, newborn, push
-from ivg.errors import ConfigError
+from ivg.errors import ConfigError, ModelError
 from ivg.models.texts import Texts
 from ivg.models.vocab import Vocabulary
 from ivg.types import Beam, Extension, Growth, Prompt, SamplingParams, TokenGuidance, Value, new_key
 from ivg.vllm.config import KEY
-from ivg.vllm.core import Core
+from ivg.vllm.core import Core, News
 from ivg.vllm.value import InnerValue
 
 NEWS_SECONDS = 0.05
@@ -52,7 +53,6 @@ class _Flight:
     prompt: int
     again: bool
     copies: int = 1
-    done: set[int] = field(default_factory=set)
 
 
 class VLLMEngine:
@@ -129,8 +129,8 @@ class VLLMEngine:
         numbers = [number for number, flight in self._flights.items() if flight.order.beam.key in gone]
         for number in numbers:
             del self._flights[number]
-        self.core.abort(numbers)
         self._news = [growth for growth in self._news if growth.beam not in gone]
+        self.core.abort(numbers)
 
     # types.PacedEngine
 
@@ -154,16 +154,17 @@ class VLLMEngine:
         """Chunks that are done, and what has grown of those that are watched."""
         until = time.monotonic() + NEWS_SECONDS
         while not self._news and self._flights:
-            for output in self.core.step():
-                self._hear(output)
+            for news in self.core.step():
+                self._hear(news)
             if time.monotonic() > until:
                 break
-        news, self._news = self._news, []
-        return news
+        grown, self._news = self._news, []
+        return grown
 
     def revive(self) -> None:
         """Forget all orders; where vLLM's engine died it begins anew."""
-        self.core.abort(list(self._flights))
+        with suppress(ModelError):  # it may be dead without our knowing, and shall live again
+            self.core.abort(list(self._flights))
         self._flights.clear()
         self._news.clear()
         self.core.revive()
@@ -208,8 +209,9 @@ class VLLMEngine:
                 found[value.name] += weight
         return {f"{KEY}.{name}": weight for name, weight in found.items()}
 
-    def _hear(self, output: Any) -> None:
+    def _hear(self, news: News) -> None:
         """Let the children of an order grow by what vLLM says of them."""
+        output = news.output
         flight = self._flights.get(output.request_id)
         if flight is None:
             return
@@ -218,26 +220,26 @@ class VLLMEngine:
             family = flight.family if flight.copies > 1 else flight.family[completion.index : completion.index + 1]
             for child in family:
                 _grow(child, list(completion.token_ids)[len(child.token_ids) - already :])
-            if completion.finish_reason is not None:
-                flight.done.add(completion.index)
+                if completion.finish_reason is not None:
+                    _settle(child, str(completion.finish_reason), already)
         done = bool(output.finished)
         if done:
             del self._flights[output.request_id]
-            self._count(flight, output.num_cached_tokens or 0)
+            self._count(flight, news.cached)
         if done or order.watch:
             self._news = [growth for growth in self._news if growth.beam != order.beam.key]
             self._news.append(Growth(order.beam.key, as_beams(order.beam, flight.family), done))
 
-    def _count(self, flight: _Flight, cached: int) -> None:
-        """Tokens that every part read: of the prompt what was not cached, of the children all but the last."""
+    def _count(self, flight: _Flight, cached: Sequence[int]) -> None:
+        """Tokens that every part read: of the prompt what each child did not find in the cache, of the children all but the last."""
         children = flight.family[:: flight.copies]
         grown = sum(len(child.token_ids) - len(flight.order.beam.token_ids) for child in children)
-        read = (flight.prompt - cached) * len(children) + grown - len(children)
+        read = flight.prompt * len(children) - sum(cached) + grown - len(children)
         for part in self.parts:
             flight.order.beam.meter.add(part, max(0, read))
         if flight.again:
             self.prefix.submitted += flight.prompt * len(children)
-            self.prefix.cached += cached * len(children)
+            self.prefix.cached += sum(cached)
 
 
 def _grow(child: Child, tokens: Iterable[int]) -> None:
@@ -246,6 +248,12 @@ def _grow(child: Child, tokens: Iterable[int]) -> None:
         if child.finish is not None:
             return
         push(child, int(token))
+
+
+def _settle(child: Child, reason: str, already: int) -> None:
+    """End a child that vLLM broke off, or that got nothing: asked for again it might go on like that for ever."""
+    if child.finish is None and (reason in ("error", "abort") or len(child.token_ids) == already):
+        child.finish, child.error = "error", f"vLLM broke this off: {reason}"
 
 
 def _parts_of(value: Value, weight: float) -> Iterable[tuple[float, Value]]:

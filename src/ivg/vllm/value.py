@@ -70,7 +70,13 @@ class PooledValue:
         self.submitted = self.cached = 0
 
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
-        """V(x, y_<=t) for each hypothesis, in units of the reward that the network was trained on."""
+        """V(x, y_<=t) for each hypothesis, in units of the reward that the network was trained on.
+
+        Raises:
+            PromptError: a text that does not fit, or that vLLM refuses.
+        """
+        if not hypotheses:
+            return []
         rows, wanted = [self._read(h) for h in hypotheses], dict[tuple[int, ...], Hypothesis]()
         for (tokens, _), h in zip(rows, hypotheses, strict=True):
             wanted.setdefault(tokens, h)
@@ -98,11 +104,14 @@ class PooledValue:
     def _read(self, h: Hypothesis) -> tuple[tuple[int, ...], int]:
         """(tokens to read, row of the head): a vocabulary head has the value of a prefix at the place before its last token."""
         tokens, _ = self.texts.ids(h)
-        if self.head == "scalar":
-            return tuple(tokens), 0
-        if len(tokens) < 2:
-            raise PromptError(f"{self.name}: a vocabulary head gives no value for a text of one token")
-        return tuple(tokens[:-1]), tokens[-1]
+        column, limit = 0, self.texts.max_positions
+        if self.head != "scalar":
+            if len(tokens) < 2:
+                raise PromptError(f"{self.name}: a vocabulary head gives no value for a text of one token")
+            tokens, column = tokens[:-1], tokens[-1]
+        if limit is not None and len(tokens) > limit:
+            raise PromptError(f"{self.name} reads at most {limit} tokens, got {len(tokens)}\n  shorten the prompt or the answer")
+        return tuple(tokens), column
 
     def _hidden(self, wanted: dict[tuple[int, ...], Hypothesis]) -> dict[tuple[int, ...], Tensor]:
         """Hidden states [hidden] behind the last token of each."""
@@ -112,14 +121,19 @@ class PooledValue:
         out: dict[tuple[int, ...], Tensor] = {}
         try:
             for tokens in wanted:
-                under_way[self.core.add(tokens, PoolingParams(task="embed", use_activation=False))] = tokens
+                try:
+                    number = self.core.add(tokens, PoolingParams(task="embed", use_activation=False))
+                except ValueError as e:
+                    raise PromptError(f"{self.name}: vLLM refuses this: {str(e).strip().splitlines()[0]}") from e
+                under_way[number] = tokens
             while under_way:
-                for output in self.core.step():
+                for news in self.core.step():
+                    output = news.output
                     if output.request_id not in under_way:  # of a call that was broken off
                         continue
                     tokens = under_way.pop(output.request_id)
                     out[tokens] = _tensor(output.outputs)
-                    self._count(wanted[tokens], len(tokens), output.num_cached_tokens or 0)
+                    self._count(wanted[tokens], len(tokens), news.cached[0])
         finally:
             self.core.abort(list(under_way))
         return out
