@@ -10,6 +10,10 @@ from ivg.config import Recipe
 from ivg.embedded import path
 from ivg.errors import ConfigError, ModelError
 from ivg.models.loading import LoadOptions
+from ivg.steered import SteeredModel, given
+from ivg.testing import FakeEngine, tiny_reader, tiny_value
+from ivg.types import Prompt
+from ivg.vllm.value import InnerValue
 
 PAIR = {"tuned": str(path("tuned")), "untuned": str(path("untuned"))}
 
@@ -80,3 +84,15 @@ def test_what_vllm_would_ignore_is_refused(cores):
     with pytest.raises(ConfigError, match=r"run\.quantization"):
         engines.vllm_model(recipe, LoadOptions(quantization={"load_in_4bit": True}), lambda *_: None)
     assert not cores
+
+
+def test_a_value_that_guides_inside_and_selects_outside_is_emptied_with_the_others():
+    """Its models run here once they are asked for: caches that only it has would never be emptied, nor counted."""
+    outside = tiny_value()
+    inner = InnerValue("explicit", outside.vocabulary, lambda: outside)
+    model = SteeredModel(tiny_reader(), {"explicit": inner}, engine=FakeEngine())
+    assert model.readers == [model.base]
+    inner.score([given(model.base, Prompt("a"), "bc")])
+    assert model.readers == [model.base, outside.model] and outside.model.model.live_rows == 1
+    model.forget()
+    assert outside.model.model.live_rows == 0

@@ -277,7 +277,8 @@ class SteeredModel:
 
 def readers_in(value: Any) -> Iterator[Reader]:
     """The cached models that a value reads with; of a composite, those of its parts."""
-    for _, part in getattr(value, "parts", ()):
+    inner = getattr(value, "loaded", None)  # the same value outside of the engine that guides by it
+    for part in (*(part for _, part in getattr(value, "parts", ())), *(() if inner is None else (inner,))):
         yield from readers_in(part)
     for name in ("tuned", "untuned", "model"):
         reader = getattr(value, name, None)

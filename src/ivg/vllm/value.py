@@ -30,14 +30,14 @@ class InnerValue:
 
     def __init__(self, name: str, vocabulary: Vocabulary, load: Callable[[], Value]) -> None:
         self.name, self.vocabulary, self._load = name, vocabulary, load
-        self._outer: Value | None = None
+        self.loaded: Value | None = None
 
     @property
     def outer(self) -> Value:
         """The value outside."""
-        if self._outer is None:
-            self._outer = self._load()
-        return self._outer
+        if self.loaded is None:
+            self.loaded = self._load()
+        return self.loaded
 
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
         """Of the value outside."""
@@ -48,8 +48,8 @@ class InnerValue:
 
     def release(self, keys: Sequence[int]) -> None:
         """What is kept outside."""
-        if self._outer is not None:
-            self._outer.release(keys)
+        if self.loaded is not None:
+            self.loaded.release(keys)
 
 
 class PooledValue:
