@@ -505,7 +505,7 @@ def test_models_that_cannot_begin_anew_at_once_are_tried_again(monkeypatch):
         again.append(len(again))
         if len(again) < 3:
             raise ModelError("no memory yet")
-        forget()
+        return forget()
 
     monkeypatch.setattr(model, "forget", hard)
     guidance = {"method": "custom", "select_value": "bomb", "successors": 2, "chunk_length": 8}
@@ -516,6 +516,31 @@ def test_models_that_cannot_begin_anew_at_once_are_tried_again(monkeypatch):
         server.stop()
     assert [answer.status_code for answer in told] == [503, 503, 200] and again == [0, 1, 2]
     well_formed(told[0], 503, code="unavailable")
+
+
+def test_a_request_that_is_alone_when_an_engine_dies_is_tried_once_more(monkeypatch):
+    """It need not be its fault, unless it is again."""
+    tries = []
+
+    def deadly(prompt, response):
+        tries.append(prompt)
+        if "dynamite" in prompt or len(tries) == 1:
+            raise ModelError("the engine died")
+        return len(response)
+
+    model = tiny(deadly=FunctionValue(deadly, "deadly"))
+    forget = model.forget
+    monkeypatch.setattr(model, "forget", lambda: forget() or True)
+    server = Running(model)
+    guidance = {"method": "custom", "select_value": "deadly", "chunk_length": 4}
+    try:
+        fine, guilty = (server.post(GOOD | {"prompt": p, "max_tokens": 4, "guidance": guidance}) for p in ("Film", "dynamite"))
+        assert server.idle() == 0
+    finally:
+        server.stop()
+    assert fine.status_code == 200 and tries.count("Film") >= 2
+    well_formed(guilty, 500, code="model_error")
+    assert tries.count("dynamite") == 2
 
 
 def test_memory_is_given_back_now_and_then(monkeypatch):

@@ -238,10 +238,10 @@ class SteeredModel:
         own = [self.base] if isinstance(self.base, Reader) else []
         return list(dict.fromkeys([*own, *(r for value in self.values.values() for r in readers_in(value))]))
 
-    def forget(self) -> None:
+    def forget(self) -> bool:
         """Empty all caches, so that what comes next does not depend on what came before, to the last bit.
 
-        What runs elsewhere and died begins anew (``revive``).
+        What runs elsewhere and died begins anew (``revive``). True where something had died.
 
         Raises:
             ModelError: it cannot; all others have begun anew.
@@ -249,14 +249,16 @@ class SteeredModel:
         for reader in self.readers:
             reader.clear()
         failed: Exception | None = None
+        died = False
         for part in (self.engine, *self.values.values()):
             if (revive := getattr(part, "revive", None)) is not None:
                 try:
-                    revive()
+                    died = bool(revive()) or died
                 except Exception as e:
                     failed = failed or e
         if failed is not None:
             raise failed if isinstance(failed, IVGError) else ModelError(f"a model cannot begin anew: {failed}") from failed
+        return died
 
     def give_back(self) -> None:
         """Give memory that nothing needs now back to the system; for processes that live long. Nothing is computed otherwise."""

@@ -51,6 +51,8 @@ class _Flight:
     """Rounds with selections that were sent."""
     seen: int = 0
     """… that came since the last start."""
+    spared: bool = False
+    """It was alone when an engine died, which need not be its fault: once it is tried again."""
 
 
 @dataclass(slots=True)
@@ -84,6 +86,7 @@ class Worker:
         self._gauged = 0.0
         self._trimmed = time.monotonic()
         self._torn = False  # models that have to begin anew before anything is asked of them
+        self._died = False  # one had died when they last began anew
         self.searcher = self._fresh()
         self.failure: str | None = None
         self.thread = threading.Thread(target=self._run, name="ivg-worker", daemon=True)
@@ -272,9 +275,12 @@ class Worker:
                 self._fail(flight.ticket, _torn())
             return
         if len(suspects) == 1:
-            told = fault(error) if isinstance(error, IVGError) else ServeError("a model failed on this request", 500, "model_error")
-            self._fail(suspects[0].ticket, told)
-            return
+            (only,) = suspects
+            if only.spared or not self._died:
+                told = fault(error) if isinstance(error, IVGError) else ServeError("a model failed on this request", 500, "model_error")
+                self._fail(only.ticket, told)
+                return
+            only.spared = True
         half = len(suspects) // 2
         self._state.suspects.extendleft((suspects[half:], suspects[:half]))
         self._state.probing = True
@@ -282,7 +288,7 @@ class Worker:
     def _mend(self) -> bool:
         """Let all models begin anew; where one cannot (memory that is not free yet, say), the next request tries again."""
         try:
-            self.model.forget()
+            self._died = self.model.forget()
         except Exception:
             log.exception("a model could not begin anew; the next request tries again")
             self._torn = True

@@ -200,11 +200,13 @@ class Core:
         except Exception as e:
             self._die(e)
 
-    def revive(self) -> None:
-        """Begin anew where the engine died, noticed or not; all requests are gone then."""
-        if self.failure is not None or self._engine is None or _ended(self._engine.engine_core):
-            self.close()
-            self.start()
+    def revive(self) -> bool:
+        """Begin anew where the engine died, noticed or not (all requests are gone then). Had it?"""
+        if self.failure is None and self._engine is not None and not _ended(self._engine.engine_core):
+            return False
+        self.close()
+        self.start()
+        return True
 
     def close(self) -> None:
         """Stop it and free what it holds."""

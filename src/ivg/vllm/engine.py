@@ -161,13 +161,13 @@ class VLLMEngine:
         grown, self._news = self._news, []
         return grown
 
-    def revive(self) -> None:
-        """Forget all orders; where vLLM's engine died it begins anew."""
+    def revive(self) -> bool:
+        """Forget all orders; where vLLM's engine died it begins anew. Had it died?"""
         with suppress(ModelError):  # it may be dead without our knowing, and shall live again
             self.core.abort(list(self._flights))
         self._flights.clear()
         self._news.clear()
-        self.core.revive()
+        return self.core.revive()
 
     def close(self) -> None:
         """Stop vLLM."""

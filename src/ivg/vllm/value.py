@@ -93,9 +93,9 @@ class PooledValue:
     def release(self, keys: Sequence[int]) -> None:
         """Nothing is kept for a hypothesis; vLLM's cache is by tokens."""
 
-    def revive(self) -> None:
-        """Begin anew where the engine died."""
-        self.core.revive()
+    def revive(self) -> bool:
+        """Begin anew where the engine died. Had it?"""
+        return self.core.revive()
 
     def close(self) -> None:
         """Stop vLLM."""
