@@ -543,6 +543,35 @@ def test_a_request_that_is_alone_when_an_engine_dies_is_tried_once_more(monkeypa
     assert tries.count("dynamite") == 2
 
 
+def test_an_engine_that_dies_as_somebody_leaves_takes_nobody_with_it(monkeypatch):
+    model = tiny()
+    release, dead = model.engine.release, []
+
+    def deadly(keys):
+        if not dead and leaving:
+            dead.append(keys)
+            raise ModelError("the engine died")
+        release(keys)
+
+    leaving = []
+    monkeypatch.setattr(model.engine, "release", deadly)
+    server = Running(model)
+    body = GOOD | {"max_tokens": 200, "seed": 3, "guidance": {"method": "base", "ignore_eos": True}}
+    try:
+        alone = server.post(body | {"prompt": "Other"})
+        with ThreadPoolExecutor(1) as pool, httpx.stream("POST", f"{server.url}/v1/completions", json=body | {"stream": True}) as response:
+            other = pool.submit(server.post, body | {"prompt": "Other"})
+            next(response.iter_bytes())
+            leaving.append(True)
+            response.close()
+            answer = other.result()
+        assert server.idle() == 0 and server.worker.alive
+    finally:
+        server.stop()
+    assert dead and answer.status_code == 200
+    assert answer.json()["choices"][0]["text"] == alone.json()["choices"][0]["text"]
+
+
 def test_memory_is_given_back_now_and_then(monkeypatch):
     model = tiny()
     given = []

@@ -264,6 +264,11 @@ def failed(error: str) -> ServeError:
     return ServeError("the engine behind this server refuses it; the log says why", 502, "upstream_refused")
 
 
+def torn() -> ServeError:
+    """What a client is told while a model that failed cannot begin anew."""
+    return ServeError("a model failed and could not begin anew; try again later", 503, "unavailable")
+
+
 def one_line(message: str) -> str:
     """A message of several lines (what was got, what was expected, what to do) as one, its parts divided by semicolons."""
     out = ""

@@ -25,7 +25,7 @@ from ivg.decoding.live import Request
 from ivg.decoding.search import Searcher
 from ivg.errors import IVGError, ServeError, UpstreamFault
 from ivg.serving.metrics import Metrics
-from ivg.serving.presets import failed, fault
+from ivg.serving.presets import failed, fault, torn
 from ivg.serving.settings import ServeSettings
 from ivg.serving.tickets import Event, Progress, Ticket, deliver
 from ivg.steered import SteeredModel
@@ -85,8 +85,7 @@ class Worker:
         self._stop_at: float | None = None
         self._gauged = 0.0
         self._trimmed = time.monotonic()
-        self._torn = False  # models that have to begin anew before anything is asked of them
-        self._died = False  # one had died when they last began anew
+        self._torn = self._died = False  # models must begin anew before they are asked; one had died when they last did
         self.searcher = self._fresh()
         self.failure: str | None = None
         self.thread = threading.Thread(target=self._run, name="ivg-worker", daemon=True)
@@ -203,7 +202,7 @@ class Worker:
         if ticket.over:
             return
         if self._torn and not self._mend():
-            self._fail(ticket, _torn())
+            self._fail(ticket, torn())
             return
         flights: list[_Flight] = []
         try:
@@ -272,7 +271,7 @@ class Worker:
         self.searcher = self._fresh()
         if not self._mend():
             for flight in suspects:
-                self._fail(flight.ticket, _torn())
+                self._fail(flight.ticket, torn())
             return
         if len(suspects) == 1:
             (only,) = suspects
@@ -311,7 +310,7 @@ class Worker:
         if flight.ticket.over:
             return
         if self._torn and not self._mend():
-            self._fail(flight.ticket, _torn())
+            self._fail(flight.ticket, torn())
             return
         flight.seen = 0
         try:
@@ -353,13 +352,18 @@ class Worker:
     def _drop(self, ticket: Ticket) -> None:
         """Free what is kept for it, and forget it."""
         ticket.over = True
-        state = self._state
+        state, broken = self._state, None
         for flight in [f for f in state.flights.values() if f.ticket is ticket]:
             del state.flights[flight.number]
-            self.metrics.spent(self.searcher.cancel(flight.number))
+            try:
+                self.metrics.spent(self.searcher.cancel(flight.number))
+            except Exception as e:  # an engine that died before anybody asked it for more
+                broken = e
         state.suspects = deque(left for group in state.suspects if (left := [f for f in group if f.ticket is not ticket]))
         state.later = deque(t for t in state.later if t is not ticket)
         self._gauged = 0.0
+        if broken is not None:
+            self._recover(broken)
 
     # Out
 
@@ -394,7 +398,3 @@ class Worker:
         for reader in self.model.readers:
             metrics.rows.labels(reader.name).set(reader.model.live_rows)
             metrics.bytes.labels(reader.name).set(reader.model.rows.held_bytes)
-
-
-def _torn() -> ServeError:
-    return ServeError("a model failed and could not begin anew; try again later", 503, "unavailable")
