@@ -36,7 +36,7 @@ class Server:
 
     def __init__(self, **moods):
         self.delay, self.together, self.status, self.at_a_time = 0.0, 0, {}, "many"
-        self.text, self.page, self.finish, self.names_stops = None, None, None, True
+        self.text, self.page, self.finish, self.names_stops, self.says = None, None, None, True, None
         self.__dict__.update(moods)
         self.asked, self.gone, self.now, self.peak, self.lock = [], 0, 0, 0, threading.Lock()
         outer = self
@@ -88,7 +88,7 @@ class Server:
     def answer(self, body):
         for word, status in self.status.items():
             if word in body["prompt"]:
-                return status, {"error": {"message": f"no {word}\nhere", "type": "x"}}
+                return status, {"error": {"message": self.says or f"no {word}\nhere", "type": "x"}}
         if self.page:
             return 200, self.page
         if self.at_a_time == "refuses" and body["n"] > 1:

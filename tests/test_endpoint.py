@@ -270,6 +270,21 @@ def test_errors_are_one_line_and_harm_nobody(serve):
         assert got.error == f"{server.url}/v1 answered {status}: no {prompt} here"
 
 
+@pytest.mark.parametrize("says", [{"detail": [{"loc": "body"}]}, ["too long", "too hot"]])
+def test_words_of_another_server_need_be_no_text(serve, says):
+    """Some send objects or lists as messages; an order that nothing comes of would be waited for for ever."""
+    server, engine = serve(status={"p": 400}, says=says)
+    (got,) = answers(engine, [Request(Prompt("p"), Search(), SamplingParams(max_new_tokens=4))])
+    assert got.error == f"{server.url}/v1 answered 400: {says}" and got.error.said == str(says)
+
+
+def test_an_error_that_cannot_be_told_still_ends_its_order(serve, monkeypatch):
+    _, engine = serve(status={"p": 400})
+    monkeypatch.setattr(engine.asker, "_said", lambda e: 1 / 0)
+    (got,) = answers(engine, [Request(Prompt("p"), Search(), SamplingParams(max_new_tokens=4))])
+    assert "failed: BadRequestError, and that cannot be told: ZeroDivisionError" in got.error
+
+
 def test_retries_are_counted(serve):
     server, engine = serve(status={"p": 503}, retries=1)
     assert family(engine)[0].finish == "error"

@@ -242,8 +242,9 @@ def _pooled_value(ref: ModelRef, cache: Path, settings: VLLMConfig, options: Loa
     from ivg.vllm.pack import pack_value, packed
     from ivg.vllm.value import PooledValue
 
-    folder = packed(lambda place: pack_value(ref.path, place, options=options), cache)
-    core: Core = Core(folder, _core_options(settings, options, shared=True, value=True), pooling=True)
     weight, bias = read_head(locate(ref.path), options.hub())
     tokenizer = load_tokenizer(ref.path, options, "explicit")
-    return PooledValue(core, _texts("explicit", ref, tokenizer, options, core.max_model_len), weight, bias)
+    folder = packed(lambda place: pack_value(ref.path, place, options=options), cache)
+    core: Core = Core(folder, _core_options(settings, options, shared=True, value=True), pooling=True)
+    with _closed_on_error(core):
+        return PooledValue(core, _texts("explicit", ref, tokenizer, options, core.max_model_len), weight, bias)

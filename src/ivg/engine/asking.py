@@ -103,7 +103,10 @@ class Asker:
         try:
             outcome = await self._replies(body, seeds)
         except Exception as e:  # whatever the client or the server do: this ticket fails, others go on
-            outcome = self._said(e)
+            try:
+                outcome = self._said(e)
+            except Exception as worse:  # a ticket that nothing comes of would be waited for for ever
+                outcome = UpstreamFault(f"{self.url} failed: {type(e).__name__}, and that cannot be told: {type(worse).__name__}")
         self._done.put((ticket, outcome))
 
     async def _replies(self, body: Mapping[str, Any], seeds: Sequence[int]) -> list[Any]:
@@ -134,7 +137,8 @@ class Asker:
         """What went wrong, in one line that names the server."""
         openai, status, told = _openai(), None, ""
         if isinstance(e, openai.APIStatusError):
-            status, told = e.status_code, (e.body.get("message") if isinstance(e.body, dict) else None) or e.message
+            message = e.body.get("message") if isinstance(e.body, dict) else None  # some send a list or an object
+            status, told = e.status_code, str(message or e.message)
             said = f"answered {status}: {told}"
         elif isinstance(e, openai.APITimeoutError | TimeoutError):
             said = f"was silent for {self.timeout:g} s, in {self.retries + 1} tries; give it more time, or look whether it lives"

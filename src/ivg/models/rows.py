@@ -297,11 +297,14 @@ class Rows:
 
     def give_back(self) -> None:
         """Let the system have what no row holds; trunks that may serve a later prompt stay."""
-        self._make_copies()  # from slots that are free, maybe
+        if self.device.type != "cpu":
+            return
         own, trunk = [0] * self.store.slots, [0] * self.store.trunks
         for row in self.live:
             if row.slot is not None:
                 own[row.slot] = row.own
+        for source, count in self._copies.values():  # forks to be made, from slots that are free, maybe
+            own[source] = max(own[source], count)
         for family in (*self._families, *self._idle):
             trunk[family.trunk] = len(family.ids)
         self.store.give_back(own, trunk)

@@ -111,8 +111,9 @@ def _add_health(app: FastAPI, worker: Worker) -> None:
     @app.get("/ready", response_class=JSON)
     async def ready() -> Response:
         """Are new requests taken?"""
-        fine = worker.alive and not worker.draining
-        return JSON({"status": "ready" if fine else "draining" if worker.draining else "dead"}, 200 if fine else 503)
+        fine = worker.alive and not worker.draining and not worker.torn
+        status = "ready" if fine else "draining" if worker.draining else "restarting" if worker.alive else "dead"
+        return JSON({"status": status}, 200 if fine else 503)
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:

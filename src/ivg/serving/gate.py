@@ -122,7 +122,7 @@ class Gate:
             more = message.get("more_body", False)
             if len(body) > limit:
                 if more:
-                    await _skip(headers, receive)
+                    await _skip({}, receive)  # it was told to go on already
                 raise too_large
             if not more:
                 return bytes(body)

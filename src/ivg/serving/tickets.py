@@ -1,12 +1,17 @@
-"""What passes between clients and the thread that owns the models: a ticket one way, events the other. Knows no models, no HTTP."""
+"""What passes between clients and the thread that owns the models: a ticket one way, events the other; and what has become of each.
+
+Knows no models, no HTTP.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from ivg.decoding.live import Request
 from ivg.errors import ServeError
 from ivg.serving.presets import Order
 from ivg.types import Completion, TokenDetail, TraceNode
@@ -56,3 +61,33 @@ def deliver(parcels: list[tuple[Ticket, list[Event]]]) -> None:
     """Hand over events of several tickets; called in their clients' loop."""
     for ticket, events in parcels:
         ticket.deliver(events)
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One answer on its way, and what its client has had of it."""
+
+    ticket: Ticket
+    index: int
+    request: Request
+    number: int = -1
+    committed: str = ""
+    boards: int = 0
+    """Rounds with selections that were sent."""
+    seen: int = 0
+    """… that came since the last start."""
+    spared: bool = False
+    """It was alone when an engine died, which need not be its fault: once it is tried again."""
+
+
+@dataclass(slots=True)
+class State:
+    """All answers on their way."""
+
+    flights: dict[int, Flight] = field(default_factory=dict)
+    suspects: deque[list[Flight]] = field(default_factory=deque)
+    """To be run again, one group after the other."""
+    probing: bool = False
+    """Suspects are being run; whoever comes meanwhile waits, else under steady load the searcher would never be free for the next."""
+    later: deque[Ticket] = field(default_factory=deque)
+    """Came while those run."""

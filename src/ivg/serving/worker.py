@@ -19,15 +19,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
-from ivg.decoding.live import Request
 from ivg.decoding.search import Searcher
 from ivg.errors import IVGError, ServeError, UpstreamFault
 from ivg.serving.metrics import Metrics
 from ivg.serving.presets import failed, fault, torn
 from ivg.serving.settings import ServeSettings
-from ivg.serving.tickets import Event, Progress, Ticket, deliver
+from ivg.serving.tickets import Event, Flight, Progress, State, Ticket, deliver
 from ivg.steered import SteeredModel
 from ivg.types import Step
 
@@ -37,33 +35,8 @@ GAUGE_SECONDS = 0.25
 TRIM_SECONDS = 30.0
 """Memory that nothing needs is given back this often; else the process keeps whatever its busiest moments touched."""
 
-
-@dataclass(slots=True, eq=False)
-class _Flight:
-    """One answer on its way, and what its client has had of it."""
-
-    ticket: Ticket
-    index: int
-    request: Request
-    number: int = -1
-    committed: str = ""
-    boards: int = 0
-    """Rounds with selections that were sent."""
-    seen: int = 0
-    """… that came since the last start."""
-    spared: bool = False
-    """It was alone when an engine died, which need not be its fault: once it is tried again."""
-
-
-@dataclass(slots=True)
-class _State:
-    flights: dict[int, _Flight] = field(default_factory=dict)
-    suspects: deque[list[_Flight]] = field(default_factory=deque)
-    """To be run again, one group after the other."""
-    probing: bool = False
-    """Suspects are being run; whoever comes meanwhile waits, else under steady load the searcher would never be free for the next."""
-    later: deque[Ticket] = field(default_factory=deque)
-    """Came while those run."""
+MEND_SECONDS = 5.0
+"""Models that could not begin anew are tried again this often; who asks meanwhile is told so at once."""
 
 
 class Worker:
@@ -80,12 +53,15 @@ class Worker:
         self._inbox: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._submitted = 0
-        self._state = _State()
+        self._state = State()
         self._outbox: dict[Ticket, list[Event]] = {}
         self._stop_at: float | None = None
         self._gauged = 0.0
         self._trimmed = time.monotonic()
-        self._torn = self._died = False  # models must begin anew before they are asked; one had died when they last did
+        self.torn = False
+        """Models could not begin anew, and nothing can be asked of them before they have."""
+        self._died = False  # one had died when they last began anew
+        self._mend_at = 0.0
         self.searcher = self._fresh()
         self.failure: str | None = None
         self.thread = threading.Thread(target=self._run, name="ivg-worker", daemon=True)
@@ -153,6 +129,8 @@ class Worker:
         try:
             while not (self.draining and not self._busy and self._inbox.empty()):
                 self._take()
+                if self.torn:
+                    self._mend()
                 self._expire()
                 self._next_suspects()
                 self._send()  # before the round: what was accepted or refused is known now
@@ -179,9 +157,9 @@ class Worker:
     def _take(self) -> None:
         """Whatever lies in the inbox; waits where there is nothing to do."""
         block = not self._busy and not self.draining
-        while True:
+        for _ in range(max(1, self._inbox.qsize())):  # no more than that: answers are not kept back by who keeps coming
             try:
-                word, ticket = self._inbox.get(block=block)
+                word, ticket = self._inbox.get(block=block, timeout=MEND_SECONDS if self.torn else None)
             except queue.Empty:
                 return
             block = False
@@ -201,14 +179,14 @@ class Worker:
         """Make its requests and add them; what is wrong with them is the client's to know."""
         if ticket.over:
             return
-        if self._torn and not self._mend():
+        if self.torn:
             self._fail(ticket, torn())
             return
-        flights: list[_Flight] = []
+        flights: list[Flight] = []
         try:
             order = ticket.make()
             for i, request in enumerate(order.requests):
-                flights.append(_Flight(ticket, i, request))
+                flights.append(Flight(ticket, i, request))
                 flights[-1].number = self.searcher.add(request)
         except Exception as e:
             if not isinstance(e, IVGError):
@@ -234,7 +212,7 @@ class Worker:
             if flight is not None:
                 self._report(flight, step)
 
-    def _report(self, flight: _Flight, step: Step) -> None:
+    def _report(self, flight: Flight, step: Step) -> None:
         """Send what the client has not had yet."""
         completion = step.completion
         if completion is not None:
@@ -285,15 +263,18 @@ class Worker:
         self._state.probing = True
 
     def _mend(self) -> bool:
-        """Let all models begin anew; where one cannot (memory that is not free yet, say), the next request tries again."""
+        """Let all models begin anew; where one cannot (memory that is not free yet, say), wait before the next try."""
+        if time.monotonic() < self._mend_at:
+            return False
         try:
             self._died = self.model.forget()
         except Exception:
-            log.exception("a model could not begin anew; the next request tries again")
-            self._torn = True
+            log.exception("a model could not begin anew; tried again every %g seconds", MEND_SECONDS)
+            self._mend_at = time.monotonic() + MEND_SECONDS
+            self.torn = True
         else:
-            self._torn = False
-        return not self._torn
+            self.torn = False
+        return not self.torn
 
     def _next_suspects(self) -> None:
         """Run the next group by itself; when there is none left, let in who came meanwhile."""
@@ -306,10 +287,10 @@ class Worker:
             while state.later:
                 self._admit(state.later.popleft())
 
-    def _restart(self, flight: _Flight) -> None:
+    def _restart(self, flight: Flight) -> None:
         if flight.ticket.over:
             return
-        if self._torn and not self._mend():
+        if self.torn:
             self._fail(flight.ticket, torn())
             return
         flight.seen = 0
@@ -388,9 +369,12 @@ class Worker:
         if self._busy and now - self._gauged < GAUGE_SECONDS and not force:
             return
         self._gauged = now
-        if now - self._trimmed > TRIM_SECONDS:
-            self.model.give_back()
+        if now - self._trimmed > TRIM_SECONDS and not force:
             self._trimmed = now
+            try:
+                self.model.give_back()
+            except Exception:  # when memory is short even that may fail
+                log.exception("memory could not be given back")
         metrics, searcher = self.metrics, self.searcher
         metrics.queue.set(self.waiting)
         metrics.live.set(searcher.live_requests)
