@@ -20,14 +20,12 @@ from ivg.errors import ConfigError, IVGError, ModelError
 from ivg.models.loading import LoadOptions, load_causal
 from ivg.models.reader import Reader
 from ivg.models.texts import Texts
-from ivg.types import Completion, Engine, Message, Meter, Prompt, SamplingParams, TokenGuidance, Value, new_key
+from ivg.prompts import Conversation, PromptLike, read_prompts
+from ivg.types import Completion, Engine, Meter, Prompt, SamplingParams, TokenGuidance, Value, new_key
 from ivg.values.base import CompositeValue, FunctionValue
 from ivg.values.explicit import ExplicitValue
 from ivg.values.implicit import AutoregressiveReward, ImplicitValue
 from ivg.values.reward import load_reward
-
-PromptLike = Prompt | str | Sequence[Mapping[str, str] | Message]
-"""A Prompt, a text, or the messages of one conversation."""
 
 _SAMPLING = frozenset(f.name for f in fields(SamplingParams))
 DEFAULT_SAMPLING = SamplingParams(temperature=0.7, max_new_tokens=50)
@@ -197,16 +195,15 @@ class SteeredModel:
     @overload
     def generate(self, prompts: PromptLike, method: str | Strategy = "ivg", **settings: Any) -> Completion: ...
     @overload
-    def generate(self, prompts: Sequence[PromptLike], method: str | Strategy = "ivg", **settings: Any) -> list[Completion]: ...
+    def generate(self, prompts: Sequence[Conversation], method: str | Strategy = "ivg", **settings: Any) -> list[Completion]: ...
     def generate(
-        self, prompts: PromptLike | Sequence[PromptLike], method: str | Strategy = "ivg", **settings: Any
+        self, prompts: PromptLike | Sequence[Conversation], method: str | Strategy = "ivg", **settings: Any
     ) -> Completion | list[Completion]:
-        """Answer one prompt (text, or the messages of one conversation), or a list of them in one batch.
+        """Answer one prompt (text, one message, or the messages of one conversation), or a list of them in one batch.
 
         ``settings``: see :meth:`request`. A list of prompts gives a list of completions in the same order.
         """
-        single = isinstance(prompts, str | Prompt) or (len(prompts) > 0 and all(isinstance(p, Mapping | Message) for p in prompts))
-        items: Sequence[Any] = [prompts] if single else prompts  # type: ignore[assignment, list-item]
+        items, single = read_prompts(prompts)
         requests = [self.request(p, method, **settings) for p in items]
         done = dict(self.run(requests))
         out = [done[i] for i in range(len(requests))]

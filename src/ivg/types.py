@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from ivg.errors import PromptError
+from ivg.prompts import Message as Message  # nouns, too: whoever wants them finds them here
+from ivg.prompts import Prompt as Prompt
 
 FinishReason = Literal["stop", "length", "error"]
 """``stop``: end-of-sequence token or stop string; ``length``: token limit; ``error``: a model gave NaN."""
@@ -24,39 +25,6 @@ _keys = itertools.count(1)
 def new_key() -> int:
     """A number that no other hypothesis of this process has."""
     return next(_keys)
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a chat."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What to answer: plain text, or the turns of a chat. Each model renders it in its own way (``models.chat``)."""
-
-    content: str | tuple[Message, ...]
-    token_ids: tuple[int, ...] | None = None
-    """The prompt in the base's tokens, where the caller has them; guides and values read ``content`` in any case."""
-
-    @classmethod
-    def of(cls, value: Prompt | str | Sequence[Mapping[str, str] | Message]) -> Prompt:
-        """Accept text, messages as dictionaries (OpenAI's shape), or a Prompt.
-
-        Raises:
-            PromptError: anything else.
-        """
-        if isinstance(value, Prompt):
-            return value
-        if isinstance(value, str):
-            return cls(value)
-        try:
-            return cls(tuple(m if isinstance(m, Message) else Message(m["role"], m["content"]) for m in value))
-        except (TypeError, KeyError):
-            raise PromptError(f'unusable prompt {value!r}\n  expected: text, or messages [{{"role": …, "content": …}}, …]') from None
 
 
 @dataclass(frozen=True, slots=True)

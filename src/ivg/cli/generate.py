@@ -14,6 +14,7 @@ import typer
 
 from ivg.cli import options as o
 from ivg.errors import ConfigError, PromptError
+from ivg.prompts import Prompt
 
 if TYPE_CHECKING:
     from ivg.cluster.settings import ClusterSettings
@@ -219,8 +220,10 @@ def read_jobs(source: Path, fail: Callable[[str], None]) -> Iterator[Job]:
         try:
             row = json.loads(line)
             prompt = row["messages"] if "messages" in row else row["prompt"]
-            if not isinstance(prompt, str):
-                prompt = [{"role": str(m["role"]), "content": str(m["content"])} for m in prompt]
+            prompt = Prompt.of(prompt).plain
+        except PromptError as e:
+            fail(f"{source}, line {number}: {e}")
+            continue
         except (ValueError, TypeError, KeyError):
             shown = line.strip()[:60]
             fail(f'{source}, line {number}: expected {{"id": …, "prompt": "…"}} or "messages", got {shown}')

@@ -19,7 +19,7 @@ from ivg.cost import classifiers, flops
 from ivg.errors import PromptError
 from ivg.evaluation.methods import BANK, SELECTORS, Method
 from ivg.evaluation.plan import Plan
-from ivg.evaluation.runner import Report, Worker, note, plain, request, together
+from ivg.evaluation.runner import Report, Worker, note, request, together
 from ivg.records import BlockFile
 from ivg.steered import readers_in
 from ivg.types import Beam, Completion, Meter, Prompt, new_key
@@ -65,7 +65,7 @@ def _samples(model: SteeredModel, p: Plan, positions: range) -> Iterator[dict[st
     outcomes = iter(together(model, requests))
     for (seed, _, example), reason in zip(items, refused, strict=True):
         group = [] if reason else list(islice(outcomes, size))
-        row: dict[str, Any] = {"label": BANK, "seed": seed, "id": example.id, "prompt": plain(example.prompt)}
+        row: dict[str, Any] = {"label": BANK, "seed": seed, "id": example.id, "prompt": example.prompt.plain}
         failed = reason or next((o for o in group if not isinstance(o, Completion)), None)
         if failed:
             yield row | {"samples": [], "error": failed}

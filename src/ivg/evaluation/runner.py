@@ -23,7 +23,7 @@ from ivg.evaluation.methods import BANK, Method
 from ivg.evaluation.plan import Plan
 from ivg.evaluation.task import Answer
 from ivg.records import BlockFile, read_jsonl, write_json
-from ivg.types import Completion, Message, Prompt
+from ivg.types import Completion, Prompt
 
 if TYPE_CHECKING:
     from ivg.decoding.search import Request
@@ -145,7 +145,7 @@ def _answers(model: SteeredModel, p: Plan, method: Method, positions: range) -> 
     items = list(p.items(positions))
     requests = [request(model, p, method, seed, position) for seed, position, _ in items]
     for (seed, _, example), outcome in zip(items, together(model, requests), strict=True):
-        row = {"label": method.label, "seed": seed, "id": example.id, "prompt": plain(example.prompt)}
+        row = {"label": method.label, "seed": seed, "id": example.id, "prompt": example.prompt.plain}
         yield row | (_row(outcome) if isinstance(outcome, Completion) else {"text": "", "token_ids": [], "error": outcome})
 
 
@@ -185,15 +185,9 @@ def _row(c: Completion) -> dict[str, Any]:
     }
 
 
-def plain(prompt: Prompt) -> Any:
-    """A prompt as JSON has it."""
-    return prompt.content if isinstance(prompt.content, str) else [{"role": m.role, "content": m.content} for m in prompt.content]
-
-
 def prompt_of(row: Any) -> Prompt:
     """The prompt of a row."""
-    content = row["prompt"]
-    return Prompt(content if isinstance(content, str) else tuple(Message(m["role"], m["content"]) for m in content))
+    return Prompt.of(row["prompt"])
 
 
 def answers(p: Plan, label: str) -> list[Answer]:

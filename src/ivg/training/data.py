@@ -17,7 +17,7 @@ Knows: files and columns. Must not know: tokenizers, models. pyarrow and dataset
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,10 +26,11 @@ from ivg.draws import uniform
 from ivg.errors import ConfigError, PromptError
 from ivg.models.chat import prompt_text
 from ivg.tables import read_rows
-from ivg.types import Prompt
+from ivg.types import Message, Prompt
 
 Row = Mapping[str, Any]
 Item = TypeVar("Item")
+Read = TypeVar("Read")
 PREFERENCE = ("prompt", "chosen", "rejected")
 IMPLICIT = ("chosen", "rejected")
 RATED = ("prompt", "response", "score")
@@ -320,11 +321,15 @@ def _preference(row: Row, source: str | Path, number: int) -> Preference:
 
 
 def _prompt(value: Any, source: str | Path, number: int) -> Prompt:
+    found = _read(lambda: Prompt.of(value), source, number)
+    if not prompt_text(found).strip():
+        raise ConfigError(f"{source}, row {number}: the prompt is empty")
+    return found
+
+
+def _read(parse: Callable[[], Read], source: str | Path, number: int) -> Read:
     try:
-        found = Prompt.of(value)
-        if not prompt_text(found).strip():
-            raise PromptError("the prompt is empty")
-        return found
+        return parse()
     except PromptError as e:
         raise ConfigError(f"{source}, row {number}: {e}") from None
 
@@ -333,8 +338,8 @@ def _text(value: Any, source: str | Path, number: int) -> str:
     """A response: a text, or the one message of a list."""
     if isinstance(value, str):
         return value
-    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], Mapping) and "content" in value[0]:
-        return str(value[0]["content"])
+    if isinstance(value, list | tuple) and len(value) == 1:
+        return _read(lambda: Message.of(value[0]).content, source, number)
     raise ConfigError(f"{source}, row {number}: expected a response as text, or as a list of one message; got {str(value)[:80]}")
 
 

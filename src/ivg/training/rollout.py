@@ -96,7 +96,7 @@ def _same_prompts(lines: Path, prompts: Sequence[Prompt], samples: int, rows: in
         return
     for number, row in zip(range(rows), read_jsonl(lines), strict=False):
         place = number // samples
-        if place < len(prompts) and row["prompt"] != _plain(prompts[place]):
+        if place < len(prompts) and row["prompt"] != prompts[place].plain:
             raise ConfigError(f"{lines}, row {number + 1}: answers another prompt than this run's\n  give another --out, or remove it")
 
 
@@ -109,7 +109,7 @@ def _answer(
     flying: dict[int, dict[str, Any]] = {}
     for number, prompt in prompts:
         for index in range(samples):
-            row: dict[str, Any] = {"prompt": _plain(prompt), "index": index}
+            row: dict[str, Any] = {"prompt": prompt.plain, "index": index}
             rows.append(row)
             try:
                 flying[searcher.add(model.request(prompt, method, seed=mix(seed, number), index=index, **settings))] = row
@@ -128,12 +128,6 @@ def _found(completion: Completion, eos: Collection[int]) -> dict[str, Any]:
     ids = list(completion.token_ids)
     ended = completion.finish_reason == "stop" and bool(ids) and ids[-1] in eos  # rather than by a stop string
     return {"response": completion.text, "token_ids": ids, "finish_reason": completion.finish_reason, "ended": ended}
-
-
-def _plain(prompt: Prompt) -> Any:
-    if isinstance(prompt.content, str):
-        return prompt.content
-    return [{"role": m.role, "content": m.content} for m in prompt.content]
 
 
 def _to_parquet(lines: Path, out: Path) -> None:

@@ -1,0 +1,185 @@
+"""What is to be answered: one parser of prompts for library, command line, server and training. Standard library only.
+
+A prompt is a text or the messages of one conversation. Contents may be lists of parts (OpenAI's shape), whose texts are joined.
+What cannot be read is refused with its place (``messages[1].content[0]``); how a model renders a prompt is ``models.chat``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ivg.errors import PromptError
+
+_SHAPES = 'text, or messages [{"role": "user", "content": "…"}, …]'
+_TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of content parts that hold text: of chat completions, and of OpenAI's Responses API."""
+_TOOLS = ("tool_calls", "function_call", "audio")
+"""Fields of messages that chat templates write into the prompt, and that nothing here can; other unknown fields are ignored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+    @classmethod
+    def of(cls, value: Message | Mapping[str, Any], where: str = "message") -> Message:
+        """Read one turn: ``role`` is any text but the empty one, ``content`` a text or a list of text parts.
+
+        Args:
+            value: OpenAI's shape. Fields that are not known are ignored.
+            where: its place, for errors.
+
+        Raises:
+            PromptError: anything else; names the place.
+        """
+        if isinstance(value, Message):
+            check_text(value.role, f"{where}.role")
+            check_text(value.content, f"{where}.content")
+            return value
+        if not isinstance(value, Mapping):
+            raise PromptError(f'{where} is {_shown(value)}\n  expected {{"role": …, "content": …}}')
+        for name in ("role", "content"):
+            if name not in value:
+                got = ", ".join(map(str, value)) or "nothing"
+                raise PromptError(f'{where} has no {name}, got {got}\n  expected {{"role": …, "content": …}}')
+        role = value["role"]
+        if not isinstance(role, str) or not role.strip():
+            raise PromptError(f"{where}.role is {_shown(role)}\n  expected text such as system, user or assistant")
+        check_text(role, f"{where}.role")
+        for name in _TOOLS:
+            if value.get(name):
+                raise PromptError(f"{where}.{name} is not supported: only the text of a message is read\n  leave it out")
+        return cls(role, content_text(value["content"], f"{where}.content"))
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What to answer: plain text, or the turns of a chat. Each model renders it in its own way (``models.chat``)."""
+
+    content: str | tuple[Message, ...]
+    token_ids: tuple[int, ...] | None = None
+    """The prompt in the base's tokens, where the caller has them; guides and values read ``content`` in any case."""
+
+    @property
+    def plain(self) -> str | list[dict[str, str]]:
+        """The content as JSON has it; :meth:`of` reads it back."""
+        return self.content if isinstance(self.content, str) else [{"role": m.role, "content": m.content} for m in self.content]
+
+    @classmethod
+    def of(cls, value: PromptLike) -> Prompt:
+        """Read a prompt: a text, the messages of one conversation, one message (a conversation of one turn), or a Prompt.
+
+        Raises:
+            PromptError: anything else, or a part of a message that is no text; names the place.
+        """
+        if isinstance(value, Prompt):
+            return value
+        if isinstance(value, str):
+            check_text(value, "the prompt")
+            return cls(value)
+        if isinstance(value, Message):
+            return cls((Message.of(value),))
+        if isinstance(value, Mapping):
+            return cls((_lone_message(value),))
+        if isinstance(value, bytes | bytearray | memoryview) or not isinstance(value, Iterable):
+            advice = "\n  decode it first: prompt.decode()" if isinstance(value, bytes | bytearray) else ""
+            raise PromptError(f"unusable prompt {_shown(value)}\n  expected {_SHAPES}{advice}")
+        turns = list(value)
+        if not turns:
+            raise PromptError(f"a prompt of no messages\n  expected {_SHAPES}")
+        if not any(isinstance(turn, Message | Mapping) for turn in turns):
+            raise PromptError(f"unusable prompt {_shown(turns)}\n  expected {_SHAPES}")
+        return cls(tuple(Message.of(turn, f"messages[{i}]") for i, turn in enumerate(turns)))
+
+
+Conversation = Prompt | str | Sequence[Mapping[str, Any] | Message]
+"""A Prompt, a text, or the messages of one conversation."""
+PromptLike = Conversation | Message | Mapping[str, Any]
+"""A :data:`Conversation`, or one message, which is a conversation of one turn."""
+
+
+def read_prompts(value: PromptLike | Sequence[Conversation]) -> tuple[list[Prompt], bool]:
+    """(prompts, is it one alone): a text, a message or a list of messages is one prompt, any other list is one prompt for each item.
+
+    Raises:
+        PromptError: a prompt that cannot be read, or messages and other prompts in one list.
+    """
+    if isinstance(value, Prompt | str | Message | Mapping | bytes | bytearray | memoryview) or not isinstance(value, Iterable):
+        return [Prompt.of(value)], True  # type: ignore[arg-type]
+    items: list[Any] = list(value)
+    turns = sum(isinstance(item, Message | Mapping) for item in items)
+    if turns and turns < len(items):
+        raise PromptError(
+            "messages and other prompts in one list\n  expected the messages of one conversation, or a list of prompts: "
+            "put the messages of each conversation into a list of its own"
+        )
+    return ([Prompt.of(items)], True) if turns else ([Prompt.of(item) for item in items], False)
+
+
+def content_text(content: Any, where: str = "content") -> str:
+    """The text of a message's content: itself, or that of all its parts, joined without anything between.
+
+    Raises:
+        PromptError: null, or a part that is no text; names the place.
+    """
+    if isinstance(content, str):
+        check_text(content, where)
+        return content
+    if content is None:
+        raise PromptError(f"{where} is null\n  expected text")
+    if isinstance(content, bytes | bytearray | memoryview | Mapping) or not isinstance(content, Iterable):
+        raise PromptError(f'{where} is {_shown(content)}\n  expected text, or parts [{{"type": "text", "text": "…"}}, …]')
+    parts = list(content)
+    if not parts:
+        raise PromptError(f"{where} is an empty list\n  expected text, or at least one part")
+    return "".join(_part_text(part, f"{where}[{i}]") for i, part in enumerate(parts))
+
+
+def _part_text(part: Any, where: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if not isinstance(kind, str):
+        raise PromptError(f'{where} is {_shown(part)}\n  expected a part {{"type": "text", "text": "…"}}')
+    if kind not in _TEXT_PARTS:
+        raise PromptError(f"{where}: parts of type {kind!r} are not supported\n  only text is read; leave the part out")
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise PromptError(f"{where}.text is {_shown(text)}\n  expected text")
+    check_text(text, f"{where}.text")
+    return text
+
+
+def check_text(text: Any, where: str) -> None:
+    """Raise unless ``text`` is text that can be written as UTF-8 (tokenizers read bytes).
+
+    Raises:
+        PromptError: no text, or half of a surrogate pair in it, which JSON and some file readers let through.
+    """
+    if not isinstance(text, str):
+        raise PromptError(f"{where} is {_shown(text)}\n  expected text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise PromptError(
+            f"{where} is no Unicode text: character {e.start} is half of a surrogate pair (U+{ord(text[e.start]):04X})\n"
+            "  replace it, or write the pair as one character"
+        ) from None
+
+
+def _lone_message(value: Mapping[str, Any]) -> Message:
+    inner = [name for name in ("prompt", "messages", "text") if name in value]
+    if inner and "role" not in value:
+        raise PromptError(f"got a row {{{', '.join(repr(k) for k in value)}}} as a prompt\n  give what is in it: row[{inner[0]!r}]")
+    return Message.of(value)
+
+
+def _shown(value: Any) -> str:
+    """A value in an error: its beginning, and JSON's word for nothing."""
+    if value is None:
+        return "null"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
