@@ -44,7 +44,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:…"}}
         (None, "unusable prompt null"),
         (3, "unusable prompt 3"),
         (b"Hi", "unusable prompt b'Hi'"),
-        ([], "a prompt of no messages"),
+        ([], "empty prompt: no messages"),
         ([1, 2], "unusable prompt [1, 2]"),
         (["a", "b"], "unusable prompt ['a', 'b']"),
         ([USER, "b"], "messages[1] is 'b'"),

@@ -91,7 +91,7 @@ class Prompt:
             raise PromptError(f"unusable prompt {_shown(value)}\n  expected {_SHAPES}{advice}")
         turns = list(value)
         if not turns:
-            raise PromptError(f"a prompt of no messages\n  expected {_SHAPES}")
+            raise PromptError(f"empty prompt: no messages\n  expected {_SHAPES}")
         if not any(isinstance(turn, Message | Mapping) for turn in turns):
             raise PromptError(f"unusable prompt {_shown(turns)}\n  expected {_SHAPES}")
         return cls(tuple(Message.of(turn, f"messages[{i}]") for i, turn in enumerate(turns)))
