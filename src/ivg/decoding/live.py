@@ -153,6 +153,8 @@ class Live:
     """The current chunk has had a round already."""
     round: int = 0
     """Tokens of the round that is under way."""
+    clock: float = 0.0
+    """What its rounds have cost (``decoding.fairness``)."""
     pending: set[int] = field(default_factory=set)
     """Keys of beams whose orders are not done (engines that work on by themselves)."""
     families: dict[int, list[Beam]] = field(default_factory=dict)

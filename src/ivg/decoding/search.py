@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from ivg.decoding import select
+from ivg.decoding import fairness, select
 from ivg.decoding.live import (
     QUANTUM,
     Live,
@@ -132,7 +132,7 @@ class Searcher:
     # The loop
 
     def step(self) -> list[Step]:
-        """One round for all live requests: extend, and where a chunk is complete, score and select."""
+        """One round: extend, and where a chunk is complete, score and select. Who takes part: ``decoding.fairness``."""
         steps = self._admit()
         lives = list(self._live.values())
         if not lives:
@@ -147,8 +147,10 @@ class Searcher:
         steps += [self._step_of(live, [], []) for live in [*done, *shown] if live.id not in scores]  # some text may be common to all
         return steps
 
-    def _together(self, lives: Sequence[Live]) -> Sequence[Live]:
-        """One round of equal length for all, in one call; those whose orders are done: all."""
+    def _together(self, everybody: Sequence[Live]) -> Sequence[Live]:
+        """One round of equal length, in one call, for all whose turn it is; those whose orders are done: the same."""
+        turns = fairness.runnable(everybody)
+        lives = [everybody[i] for i in turns]
         self._begin(lives)
         quantum = min(QUANTUM, *(min(live.left, live.request.stride) for live in lives))
         orders: list[Extension] = []
@@ -158,6 +160,7 @@ class Searcher:
         found = {order.beam.key: family for order, family in zip(orders, self.engine.extend(orders), strict=True)}
         for live in lives:
             live.families = found
+        fairness.charge(everybody, turns, quantum)
         return lives
 
     def _pace(self, engine: PacedEngine, lives: Sequence[Live]) -> tuple[list[Live], list[Live]]:
@@ -196,6 +199,7 @@ class Searcher:
             if self._live and rows > self.max_beams:
                 break
             live = self._waiting.popleft()
+            live.clock = fairness.newcomer([*self._live.values()])
             self._live[live.id] = live
             if live.rule.reads_prompt and (error := self._read_prompt(live)) is not None:
                 failed.append(self._end(live, live.kept[0][0], None, error))

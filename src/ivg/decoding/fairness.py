@@ -1,0 +1,53 @@
+"""Which live requests take part in a round, so that the cheap do not wait for the expensive.
+
+Stride scheduling (Waldspurger and Weihl 1995): every request has a clock, which a round of t tokens moves by t times the request's cost
+for each token. Who is behind goes first. A request costs as many hypotheses as it may have in flight; the measure is nominal, so that
+requests of one kind stay together and share every round, as if there were no clocks. Knows no engines; changes no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+LARGEST_RATIO = 8.0
+"""However cheap others are, they get at most so many tokens for each token of this request: passes of few rows are not that much cheaper
+than passes of many, and nobody is to starve."""
+
+
+class _Sized(Protocol):
+    @property
+    def rows(self) -> int: ...
+
+
+class Clocked(Protocol):
+    """A request as this file sees it."""
+
+    clock: float
+
+    @property
+    def rule(self) -> _Sized: ...
+
+
+def costs(lives: Sequence[Clocked]) -> list[float]:
+    """Cost of one token of each request, in tokens of the cheapest among them."""
+    least = min(live.rule.rows for live in lives)
+    return [min(live.rule.rows / least, LARGEST_RATIO) for live in lives]
+
+
+def runnable(lives: Sequence[Clocked]) -> list[int]:
+    """Places of those that take part in the next round: who is less than one token's cost ahead of the last. At least one, in order."""
+    last = min(live.clock for live in lives)
+    return [i for i, (live, cost) in enumerate(zip(lives, costs(lives), strict=True)) if live.clock - last < cost]
+
+
+def charge(lives: Sequence[Clocked], ran: Sequence[int], tokens: int) -> None:
+    """Move the clocks of those that took part in a round of so many tokens."""
+    for i, cost in enumerate(costs(lives)):
+        if i in ran:
+            lives[i].clock += tokens * cost
+
+
+def newcomer(lives: Sequence[Clocked]) -> float:
+    """The clock to begin with among ``lives``: that of the last, so that nobody has claims from before."""
+    return min((live.clock for live in lives), default=0.0)
