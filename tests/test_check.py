@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,14 +13,16 @@ import pytest
 import torch
 
 from ivg.cli import main
-from ivg.diagnose import estimate, pairs, verdict
+from ivg.diagnose import estimate, length, pairs, verdict
 from ivg.diagnose.agreement import Disagreement, agreement
 from ivg.diagnose.estimate import Mean, Share
+from ivg.diagnose.length import LengthControl, length_control
 from ivg.diagnose.pairs import OnPairs
 from ivg.diagnose.reading import Shift, response_logits, written
 from ivg.diagnose.report import Judge, foresee
 from ivg.diagnose.sweep import Plan, Row, Selection, Texts, draw, follow, rows, sweep
 from ivg.errors import ConfigError
+from ivg.models.training_rows import write_training_rows
 from ivg.steered import SteeredModel
 from ivg.testing import byte_tokenizer, hypothesis, tiny_reader, tiny_value
 from ivg.types import Prompt, SamplingParams
@@ -369,22 +371,89 @@ def test_what_no_context_can_hold_is_left_out():
 def test_balanced_accuracy_sees_through_length():
     base = tiny_reader()
     made = [Pair(Prompt(f"{i}"), "x" * (9 if i % 4 else 3), "x" * (3 if i % 4 else 9), margin=float(i)) for i in range(100)]
-    longer = pairs.longer_wins(base, made)
-    assert longer.mean() == 0.75
-    scores = pairs.score_pairs(base, FunctionValue(lambda p, y: float(len(y))), made)
-    found = pairs.summary("length", scores, made, longer)
+    assert pairs.longer_wins(base, made).mean() == 0.75
+    value = FunctionValue(lambda p, y: float(len(y)))
+    found = pairs.summary("length", pairs.score_pairs(base, value, made), made, pairs.pair_lengths(base, value, made))
     assert found.whole.rate == 0.75
-    assert found.balanced == 0.5
+    assert [s.rate for s in (found.length.alone, found.length.balanced, found.length.residual)] == pytest.approx([0.75, 0.5, 0.5])
     assert abs(found.margin) < 0.2
     assert verdict.standing(found) == "length"
+
+
+def simulated(preference, value, seed, count=150):
+    """Pairs drawn from a population of lengths and qualities: (scores [pairs, 2], lengths, prompts), the chosen response first."""
+    rng = np.random.default_rng(seed)
+    tokens = np.exp(rng.normal(3.5, 0.6, (count, 2))).clip(2, 400).round()
+    quality, noise, prompt = rng.normal(size=(count, 2)), rng.normal(size=(count, 2)), 3 * rng.normal(size=(count, 1))
+    gap = np.diff(-preference(tokens, quality, noise), axis=1)[:, 0] + 1e-6 * rng.normal(size=count)
+    for table in (tokens, quality):
+        table[gap < 0] = table[gap < 0][:, ::-1]
+    characters = (4.6 * tokens + 1.5 * np.sqrt(tokens) * rng.normal(size=tokens.shape)).round()
+    scores = value(tokens, characters, quality, 0.5 * rng.normal(size=tokens.shape)) + prompt
+    return scores, {"tokens": tokens, "characters": characters}, np.arange(count)
+
+
+ONLY_LENGTH = {
+    "tokens": lambda n, c, q, e: n,
+    "characters": lambda n, c, q, e: c,
+    "logarithm": lambda n, c, q, e: 5 * np.log(n),
+    "medium": lambda n, c, q, e: -abs(n - 30.0),
+    "threshold": lambda n, c, q, e: 9.0 * (n > 30),
+    "noisy": lambda n, c, q, e: n + 10 * e,
+}
+
+
+@pytest.mark.parametrize("value", ONLY_LENGTH.values(), ids=ONLY_LENGTH)
+@pytest.mark.parametrize(
+    "preference",
+    [lambda n, q, e: n, lambda n, q, e: -abs(n - 30), lambda n, q, e: 9.0 * (n > 30), lambda n, q, e: np.log(n) + q + e],
+    ids=["longer", "medium", "threshold", "longer and better"],
+)
+def test_what_only_measures_length_never_passes(preference, value):
+    passed = [length_control(*simulated(preference, value, seed)).passed for seed in range(20)]
+    assert sum(passed) <= 2  # "noisy" passes by chance: one in forty
+
+
+@pytest.mark.parametrize(
+    "preference",
+    [lambda n, q, e: 1.5 * q + e, lambda n, q, e: 2 * np.log(n) + 2 * q + e, lambda n, q, e: -2 * np.log(n) + 2 * q + e],
+    ids=["better", "longer and better", "shorter and better"],
+)
+@pytest.mark.parametrize("value", [lambda n, c, q, e: q + e, lambda n, c, q, e: q + e + n / 30], ids=["quality", "quality and length"])
+def test_what_is_right_where_length_is_not_passes(preference, value):
+    found = [length_control(*simulated(preference, value, seed)) for seed in range(10)]
+    assert sum(c.passed for c in found) >= 9
+
+
+def test_a_quality_that_no_pair_tells_from_length_does_not_pass():
+    scores, lengths, groups = simulated(lambda n, q, e: q, lambda n, c, q, e: q, 0)
+    chosen_longer = {unit: np.sort(table, axis=1)[:, ::-1] + [1, 0] for unit, table in lengths.items()}
+    found = length_control(scores, chosen_longer, groups)
+    assert (found.alone.rate, found.balanced, found.passed) == (1.0, None, False)
+    chosen_shorter = {unit: np.sort(table, axis=1) + [0, 1] for unit, table in lengths.items()}
+    assert length_control(scores, chosen_shorter, groups).rule == "shorter"
+    as_long = {unit: table[:, :1].repeat(2, axis=1) for unit, table in lengths.items()}
+    assert length_control(scores, as_long, groups).passed  # pairs of equal length are free of it
+
+
+def test_weights_balance_the_sides():
+    assert estimate.share(np.array([1.0, 0.0, 1.0]), np.arange(3), np.array([1.0, 1.0, 2.0])).rate == 0.75
+    equal, weighted = (estimate.share(np.array([1.0, 0.0] * 10), np.arange(20), w) for w in (None, np.array([1.0, 1.0] * 10)))
+    assert equal == weighted
+    assert length.balancing_weights(np.array([1.0, 1.0, 0.0, 0.5, 1.0])).tolist() == [1 / 3, 1 / 3, 1, 1, 1 / 3]
+    assert length.balancing_weights(np.array([1.0, 0.5])).tolist() == [0, 1]
 
 
 # Verdicts
 
 
-def on_pairs(rate, half=0.04, name="implicit", balanced=None, n=400):
-    share = Share(n, rate, rate - half, rate + half)
-    return OnPairs(name, (share,) * 4, balanced, 1.0, 0.6, None)
+def on_pairs(rate, half=0.04, name="implicit", balanced=None, n=400, residual=0.7, seen=0):
+    def around(x):
+        return Share(n, x, x - half, x + half)
+
+    control = LengthControl("tokens", "longer", around(0.7), None if balanced is None else around(balanced), around(residual))
+    plain = OnPairs(name, (around(rate),) * 4, 1.0, 0.6, None, seen=seen, on_training_data=bool(seen))
+    return plain if balanced is None and residual == 0.7 else replace(plain, length=control)
 
 
 def own(base_untuned=0.4, outside=0.3, tuned_untuned=0.3):
@@ -410,13 +479,21 @@ def decide(values, guide="implicit", fits=True, **rest):
         (on_pairs(0.31), "opposed", "prefers what you reject"),
         (on_pairs(0.52, 0.01), "weak", "hardly better than chance"),
         (on_pairs(0.6, 0.2, n=20), "unclear", "cannot be told from chance by 20 pairs"),
-        (on_pairs(0.7, balanced=0.51), "length", "only by counting tokens: 0.51"),
+        (
+            on_pairs(0.7, balanced=0.51),
+            "length",
+            "(0.70, interval 0.66–0.74), but length explains it: the longer response (tokens) is chosen as often (0.70, interval "
+            "0.66–0.74); accuracy where longer and shorter are chosen alike 0.51, interval 0.47–0.55",
+        ),
+        (on_pairs(0.7, balanced=0.7, residual=0.52), "length", "by what length does not predict 0.52, interval 0.48–0.56"),
+        (on_pairs(0.9, residual=0.8), "length", "and in no pair the shorter one; give pairs that length does not decide"),
+        (on_pairs(0.9, seen=380), "trained", "was trained on 380 of these pairs, and too few others are left"),
     ],
 )
 def test_a_pair_that_will_not_help(value, standing, words):
     assert verdict.standing(value) == standing
     v = decide([value], own=own(), rows=GOOD, judge=GOLD)
-    assert v.outcome == ("unclear" if standing == "unclear" else "no")
+    assert v.outcome == ("unclear" if standing in ("unclear", "trained") else "no")
     assert v.exit_code == 1
     assert (v.beta, v.token, v.select) == (None, None, ())
     assert words in v.reasons[0]
@@ -424,6 +501,17 @@ def test_a_pair_that_will_not_help(value, standing, words):
     v = decide([value, on_pairs(0.8, name="explicit")])
     assert (v.outcome, v.exit_code, v.select) == ("mixed", 0, ("explicit",))
     assert words in v.reasons[0]
+
+
+def test_a_pair_that_is_right_beyond_length_helps():
+    assert decide([on_pairs(0.74, balanced=0.7)], own=own(), rows=GOOD, judge=GOLD).outcome == "helps"
+
+
+def test_a_judge_that_only_counts_or_was_trained_on_the_pairs_is_not_heard():
+    for judge in (on_pairs(0.8, name="gold", balanced=0.5), on_pairs(0.9, name="gold", seen=400)):
+        v = decide([on_pairs(0.74)], own=own(), rows=(row(0, 0, 0), row(0.5, -1, 4)), judge=judge)
+        assert v.outcome == "helps"
+        assert any("the judge (gold)" in r and "left out" in r for r in v.reasons)
 
 
 def test_a_good_pair_with_a_judge():
@@ -497,7 +585,7 @@ def test_other_tokens_leave_text():
 def test_pair_without_the_base_vocabulary_is_measured_by_text():
     model = SteeredModel(tiny_reader(), {"implicit": implicit(byte_tokenizer([("t", "h")]))})
     found = foresee(
-        model, PAIRS * 8, Plan(samples=4, sampling=SamplingParams(max_new_tokens=5)), judge=Judge("words", FunctionValue(length))
+        model, PAIRS * 8, Plan(samples=4, sampling=SamplingParams(max_new_tokens=5)), judge=Judge("words", FunctionValue(characters))
     )
     assert found.chosen is None
     assert found.sweep == ()
@@ -506,7 +594,7 @@ def test_pair_without_the_base_vocabulary_is_measured_by_text():
     assert found.pairs == 24
 
 
-def length(prompt, text):
+def characters(prompt, text):
     return float(len(text))
 
 
@@ -516,6 +604,62 @@ def test_a_guide_is_not_its_own_judge(small):
     assert all(r.gain is None for r in found.sweep)
     with pytest.raises(ConfigError, match="no value called 'nothing'"):
         foresee(small, PAIRS, guide="nothing")
+
+
+def vowels(prompt, text):
+    return float(sum(c in "aeiou" for c in text) / max(1, len(text)))
+
+
+def word_pairs(count, longer=False):
+    """Pairs whose chosen response has more vowels; with ``longer`` it is the longer one as well, whatever its letters."""
+    rng = np.random.default_rng(4)
+    made = []
+    for i in range(count):
+        both = ["".join(rng.choice(list("aeioubcdfgkl"), rng.integers(4, 20))) for _ in range(2)]
+        both.sort(key=lambda text: (len(text) if longer else 0, vowels("", text)))
+        made.append(Pair(Prompt(f"Say {i}:"), both[1] + "x" * longer, both[0]))
+    return made
+
+
+def test_a_value_that_is_right_only_where_length_is_does_not_help():
+    base = SteeredModel(tiny_reader(), {"mine": FunctionValue(characters)})
+    found = foresee(base, word_pairs(60, longer=True), prompts=0)
+    assert found.longer.rate == 1.0
+    assert found.values[1].whole.rate == 1.0
+    assert (found.verdict.outcome, found.verdict.exit_code) == ("no", 1)
+    assert "but length explains it: the longer response" in found.verdict.reasons[0]
+    base.add_value("mine", vowels)
+    assert foresee(base, word_pairs(60), prompts=0).verdict.outcome == "mixed"  # it can select
+    assert foresee(base, word_pairs(60), prompts=0).verdict.select == ("mine",)
+
+
+def test_a_value_is_not_measured_on_its_training_data(tmp_path):
+    made = word_pairs(60)
+    value = tiny_value("scalar")
+    value.score = lambda beams: [vowels("", b.text) for b in beams]  # right about all of them
+    value.network.config._name_or_path = str(tmp_path)
+    model = SteeredModel(tiny_reader(), {"mine": value})
+    found = foresee(model, made, prompts=0)
+    assert (found.unknown, found.values[1].seen) == (("explicit",), 0)
+    write_training_rows(tmp_path, [(p.prompt, p.chosen) for p in made[:30]])
+    found = foresee(model, made, prompts=0)
+    assert (found.unknown, found.verdict.outcome) == ((), "mixed")
+    assert (found.values[0].whole.n, found.values[1].whole.n, found.values[1].seen) == (60, 30, 30)
+    write_training_rows(tmp_path, [(p.prompt, p.rejected) for p in made[:50]])
+    found = foresee(model, made, prompts=0)
+    assert (found.values[1].on_training_data, found.values[1].seen) == (True, 50)
+    assert (found.verdict.outcome, found.verdict.exit_code, found.verdict.select) == ("unclear", 1, ())
+    assert "was trained on 50 of these pairs, and too few others are left" in found.verdict.reasons[0]
+
+
+def test_pairs_of_one_text_are_counted_and_left_out():
+    ties = [Pair(Prompt("p"), "same", "same"), Pair(Prompt("q"), "", "")]
+    ends = Pair(Prompt("p"), "same", "same", rejected_ends=False)  # one was cut: the end is the difference
+    base = SteeredModel(tiny_reader(), {"mine": FunctionValue(vowels)})
+    found = foresee(base, [*ties, *word_pairs(30), ends], prompts=0)
+    assert (found.pairs, found.ties) == (31, 2)
+    with pytest.raises(ConfigError, match="in all 2 of them chosen and rejected are the same text"):
+        foresee(base, ties, prompts=0)
 
 
 @pytest.fixture(scope="module")
@@ -564,6 +708,8 @@ def test_good_pair_helps(check, preferences, tmp_path):
     code, out, _ = check("--preferences", preferences / "good.jsonl", "--sweep", 5, "--betas", "0.5,1", "--json", tmp_path / "out.json")
     assert code == 0, out
     assert "verdict: helps" in out
+    assert "not known whether these pairs were trained on by: tuned, untuned, explicit, explicit-other, gold" in out
+    assert "with length taken out" in out
     assert "accuracy is good" in out
     assert "judged by gold" in out
     data = json.loads((tmp_path / "out.json").read_text())
@@ -577,6 +723,21 @@ def test_good_pair_helps(check, preferences, tmp_path):
     assert all(len(v["at"]) == 4 for v in data["values"])
     assert data["chosen"]["tokens"] > 0
     assert data["made_with"]["models"] == "embedded"
+
+
+@pytest.mark.long
+def test_where_the_longer_response_always_wins_nothing_helps(check, preferences, tmp_path):
+    rows_ = [json.loads(line) for line in (preferences / "good.jsonl").read_text().splitlines()]
+    for r in rows_:
+        while len(r["chosen"]) <= len(r["rejected"]) or len(r["chosen"].split()) <= len(r["rejected"].split()):
+            r["chosen"] += " It is the best."  # longer, and better to the embedded pair
+    same = {**rows_[0], "chosen": rows_[0]["rejected"]}
+    (tmp_path / "longer.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [same, *rows_]))
+    code, out, _ = check("--preferences", tmp_path / "longer.jsonl", "--sweep", 0)
+    assert code == 1
+    assert "1 more were left out: chosen and rejected are the same text" in out
+    assert "verdict: no" in out
+    assert "but length explains it: the longer response (characters) is chosen as often (1.00" in out
 
 
 def test_opposed_pair_is_caught(check, preferences):

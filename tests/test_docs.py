@@ -75,6 +75,8 @@ def write_preferences(path):
         (" great, and I loved it", " awful, and I hated it"),
         (" a wonderful surprise.", " a terrible waste."),
         (" perfect!", " boring!"),
+        (" lovely.", " awful from beginning to end."),  # length must not explain which is better
+        (" great fun.", " a bad, stupid and boring film."),
     ]
     rows = [{"prompt": p, "chosen": good, "rejected": bad} for p in openings for good, bad in pairs]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))

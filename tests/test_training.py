@@ -6,13 +6,15 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from ivg import testing
 from ivg.draws import uniform
-from ivg.errors import ConfigError
+from ivg.errors import ConfigError, ModelError
 from ivg.models.loading import LoadOptions
+from ivg.models.training_rows import read_training_rows, row_hashes, seen
 from ivg.records import as_lines
 from ivg.training.common import TrainingOptions
 from ivg.training.data import Demonstration, Preference, Rated
@@ -77,6 +79,8 @@ def test_a_value_learns_its_rewards_and_loads(model, tmp_path, value, mode, leas
     loaded.save_pretrained(tmp_path / "copy")  # what push_to_hub uploads
     assert (tmp_path / "copy" / "README.md").read_text() == (tmp_path / "v" / "README.md").read_text()
     assert not (tmp_path / "v" / "checkpoints").exists()
+    for folder in ("v", "copy"):
+        assert np.array_equal(read_training_rows(tmp_path / folder), row_hashes((r.prompt, r.response) for r in letters(800)[:640]))
 
 
 def test_the_finished_head_says_what_the_network_in_training_said(model):
@@ -169,6 +173,9 @@ def test_the_pair_comes_from_sft_and_dpo(tmp_path, model, mode):
     good, bad = value.score([testing.hypothesis("p3", text, value.tuned) for text in ("aaaa", "bbbb")])
     assert good > 0 > bad
     assert (tmp_path / "tuned" / "adapter").exists() == (mode == "lora")
+    trained = [(p.prompt, text) for p in pairs[:32] for text in (p.chosen, p.rejected)]  # a fifth was held out
+    trained += [(r.prompt, r.response) for r in rows[:32]]  # and what the model where it began had seen
+    assert np.array_equal(read_training_rows(tmp_path / "tuned"), row_hashes(trained))
     assert tune.sft(model, rows, tmp_path / "untuned", options, sources=["demos"]) == said  # done already
     with pytest.raises(ConfigError, match="other settings: epochs"):
         tune.sft(model, rows, tmp_path / "untuned", TrainingOptions(**{**options.__dict__, "epochs": 5}), sources=["demos"])
@@ -192,7 +199,12 @@ def test_a_reward_model_ranks_as_it_was_taught(tmp_path, model):
     from ivg.values.reward import RewardModel
 
     pairs = [Preference(Prompt(f"p{i}"), f"{i}aa", f"{i}bb") for i in range(60)]
-    metrics = tune.reward(model, pairs, tmp_path / "rm", FAST, sources=["pairs"])
+    ties = [Preference(Prompt(f"p{i}"), "same", "same") for i in range(7)]
+    metrics = tune.reward(model, [*ties, *pairs], tmp_path / "rm", FAST, sources=["pairs"])
+    assert (metrics["rows"], metrics["ties_left_out"]) == (48, 7)
+    trained = read_training_rows(tmp_path / "rm")
+    assert np.array_equal(trained, row_hashes((p.prompt, text) for p in pairs[:48] for text in (p.chosen, p.rejected)))
+    assert seen(trained, Prompt(" p3\n"), "3aa") and not seen(trained, Prompt("p3"), "3a a") and not seen(trained, Prompt("p1"), "same")
     assert metrics["held_out"]["eval_accuracy"] == 1.0
     reward = RewardModel.from_pretrained(tmp_path / "rm", options=FLOAT32)
     good, bad = reward.rewards([reward.text(Prompt("p99"), r) for r in ("9aa", "9bb")])[0]
@@ -284,8 +296,10 @@ def test_words_for_what_cannot_be_trained(tmp_path, model):
     (tmp_path / "e" / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds a model already"):
         tune.sft(model, [Demonstration(Prompt("p"), "r")], tmp_path / "e", TrainingOptions())
-    with pytest.raises(Exception, match=r"has a vocabulary head|value"):
-        save = tmp_path / "f"
-        testing.tiny_value().network.save_pretrained(save)
-        testing.byte_tokenizer().save_pretrained(save)
-        train_value(save, letters(8), tmp_path / "g", FAST, ValueOptions(head="scalar"))
+    testing.tiny_value().network.save_pretrained(tmp_path / "f")
+    testing.byte_tokenizer().save_pretrained(tmp_path / "f")
+    with pytest.raises(ModelError, match="has a vocabulary head, got head=scalar"):
+        train_value(tmp_path / "f", letters(8), tmp_path / "g", FAST, ValueOptions(head="scalar"))
+    for train in (tune.dpo, tune.reward):
+        with pytest.raises(ConfigError, match="in all 2 pairs chosen and rejected are the same text"):
+            train(model, 2 * [Preference(Prompt("p"), "r", "r")], tmp_path / train.__name__, TrainingOptions())

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from ivg.errors import ConfigError
+from ivg.errors import ConfigError, ModelError
+from ivg.models.training_rows import FILE, read_training_rows, row_hash, seen, write_training_rows
 from ivg.records import BlockFile, as_lines
 from ivg.testing import byte_tokenizer
 from ivg.training import encoding
@@ -169,6 +171,36 @@ def test_rollouts_keep_their_tokens_unless_the_value_has_others():
     assert encoding.rated([row], merged, None, 99)[0].ids[1:] == odd
     permuted = byte_tokenizer(permute=True)
     assert permuted.decode(encoding.rated([row], permuted, None, 99)[0].ids) == "xab"
+
+
+def test_fingerprints_know_a_row_again_and_hold_no_text(tmp_path):
+    chat = Prompt((Message("user", "Say  hi"),))
+    rows = [(Prompt("Say hi"), "hi there"), (None, "A text as it is"), (Prompt("caf\u00e9"), "\ud83d lone")]
+    write_training_rows(tmp_path, rows)
+    known = read_training_rows(tmp_path)
+    assert len(known) == 3
+    assert known.tolist() == sorted(row_hash(*row) for row in rows)
+    assert seen(known, Prompt("Say hi"), "hi there")
+    assert seen(known, chat, " hi\nthere ")  # one user message and other white space: the same row
+    assert seen(known, Prompt("A text"), " as it is")  # prompt and response of what was trained on as one text
+    assert seen(known, Prompt("cafe\u0301"), "\ud83d lone")
+    assert not seen(known, Prompt("Say hi"), "hi")
+    assert not seen(known, Prompt("Say"), "hi hi there")
+    assert b"hi there" not in (tmp_path / FILE).read_bytes()
+    assert (tmp_path / FILE).stat().st_size <= 128 + 8 * 3
+    (tmp_path / "child").mkdir()
+    write_training_rows(tmp_path / "child", [(Prompt("new"), "row"), rows[0]], parent=tmp_path)
+    assert len(read_training_rows(tmp_path / "child")) == 4
+    (tmp_path / "plain").mkdir()
+    assert read_training_rows(tmp_path / "plain") is None
+    assert read_training_rows("file.py:function") is None
+    for damage in (known.tobytes()[:20], b""):
+        (tmp_path / FILE).write_bytes(damage)
+        with pytest.raises(ModelError, match=f"cannot read .*{FILE}"):
+            read_training_rows(tmp_path)
+    np.save(tmp_path / FILE, np.zeros((2, 2)))
+    with pytest.raises(ModelError, match="expected a list of 64-bit hashes"):
+        read_training_rows(tmp_path)
 
 
 def test_block_files_drop_half_blocks_and_refuse_other_settings(tmp_path):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ivg.config import Recipe
     from ivg.diagnose.agreement import Disagreement
-    from ivg.diagnose.estimate import Mean
+    from ivg.diagnose.estimate import Mean, Share
     from ivg.diagnose.report import Foresight, Judge
     from ivg.diagnose.sweep import Plan
     from ivg.steered import SteeredModel
@@ -142,17 +142,51 @@ def _pairs(out: Console, found: Foresight) -> None:
     out.print(f"\nhow often the chosen of {found.pairs} pairs scores higher, at four stages of both responses", soft_wrap=True)
     if found.skipped:
         out.print(f"  {len(found.skipped)} more were left out: {found.skipped[0]}", soft_wrap=True, markup=False)
-    table = Table("value", "25 %", "50 %", "75 %", "whole", "95 % interval", "balanced", "loss", box=None, pad_edge=False)
+    if found.ties:
+        out.print(f"  {found.ties} more were left out: chosen and rejected are the same text", soft_wrap=True)
+    table = Table("value", "25 %", "50 %", "75 %", "whole", "95 % interval", "loss", box=None, pad_edge=False)
     for v in found.values:
         name = f"{v.name} (judge)" if v.name == found.judge else v.name
-        balanced = "" if v.balanced is None else f"{v.balanced:.2f}"
-        table.add_row(name, *(f"{s.rate:.2f}" for s in v.at), f"{v.whole.low:.2f}–{v.whole.high:.2f}", balanced, f"{v.loss:.3f}")
+        table.add_row(name, *(f"{s.rate:.2f}" for s in v.at), _interval(v.whole), f"{v.loss:.3f}")
     longer = found.longer
-    table.add_row("longer wins", "", "", "", f"{longer.rate:.2f}", f"{longer.low:.2f}–{longer.high:.2f}", "", "")
+    table.add_row("longer wins", "", "", "", f"{longer.rate:.2f}", _interval(longer), "")
     out.print(table)
+    _trained(out, found)
     margins = [f"{v.name} {v.margin:.2f}" for v in found.values if v.margin is not None]
     if margins:
         out.print(f"rank correlation with the margins: {', '.join(margins)}", soft_wrap=True)
+    _length(out, found)
+
+
+def _interval(s: Share) -> str:
+    return f"{s.low:.2f}–{s.high:.2f}"
+
+
+def _trained(out: Console, found: Foresight) -> None:
+    """Which numbers are of training data, and of whom that is not known."""
+    for v in found.values:
+        if v.on_training_data:
+            text = f"{v.name} was trained on {v.seen} of these pairs, too few others are left: its numbers are of its training data"
+            out.print(text, soft_wrap=True, markup=False)
+        elif v.seen:
+            text = f"{v.name} was trained on {v.seen} of these pairs: its numbers are of the {v.whole.n} others"
+            out.print(text, soft_wrap=True, markup=False)
+    if found.unknown:
+        text = f"not known whether these pairs were trained on by: {', '.join(found.unknown)} (no fingerprints beside the weights)"
+        out.print(text, soft_wrap=True, markup=False)
+
+
+def _length(out: Console, found: Foresight) -> None:
+    """Accuracies with length taken out."""
+    from rich.table import Table
+
+    out.print("\nwhole responses with length taken out, in the unit of length that leaves least")
+    table = Table("value", "unit", "length alone", "balanced", "95 % interval", "beyond", "95 % interval", box=None, pad_edge=False)
+    for v in found.values:
+        if (c := v.length) is not None:
+            balanced = ("", "") if c.balanced is None else (f"{c.balanced.rate:.2f}", _interval(c.balanced))
+            table.add_row(v.name, c.unit, f"{c.alone.rate:.2f} ({c.rule})", *balanced, f"{c.residual.rate:.2f}", _interval(c.residual))
+    out.print(table)
 
 
 def _agreement(out: Console, found: Foresight, beta: float) -> None:

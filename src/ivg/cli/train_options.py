@@ -135,6 +135,8 @@ def finish(out: Path, metrics: Mapping[str, Any], push_to: str | None) -> None:
     if not first_process():
         return
     typer.echo(json.dumps(metrics, indent=2))
+    if ties := metrics.get("ties_left_out"):
+        typer.echo(f"{ties} pairs were left out: chosen and rejected are the same text", err=True)
     typer.echo(f"done: {out}", err=True)
     if push_to:
         from huggingface_hub import HfApi

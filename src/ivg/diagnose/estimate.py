@@ -41,26 +41,28 @@ class Mean:
     high: float
 
 
-def wins(better: Numbers, worse: Numbers) -> Numbers:
-    """1 where the better scored higher, 0 where lower; ties count half."""
-    return np.where(np.abs(better - worse) <= TIE, 0.5, (better > worse).astype(np.float64))
+def wins(better: Numbers, worse: Numbers, tie: float = TIE) -> Numbers:
+    """1 where the better scored higher, 0 where lower; ties (differences up to ``tie``) count half."""
+    return np.where(np.abs(better - worse) <= tie, 0.5, (better > worse).astype(np.float64))
 
 
-def share(hits: Numbers, groups: NDArray[np.int64]) -> Share:
-    """Wilson's interval of the mean of ``hits`` in [0, 1].
+def share(hits: Numbers, groups: NDArray[np.int64], weights: Numbers | None = None) -> Share:
+    """Wilson's interval of the mean of ``hits`` in [0, 1], or of their mean under ``weights``, which cost Kish's effective size.
 
     Pairs of one prompt (``groups``) are no independent witnesses: the number of pairs is divided by Kish's design effect, the
     variance of the mean over groups against that over independent pairs, where that is above one.
     """
     n = len(hits)
-    rate = float(hits.mean())
+    w = np.ones(n) if weights is None else weights
+    total = float(w.sum())
+    rate = float(w @ hits) / total
     clusters = len(np.unique(groups))
-    size = float(n)
+    size = independent = total**2 / float((w**2).sum())
     if clusters < n:
-        spread = rate * (1 - rate) / n
-        residual = np.bincount(groups, hits - rate)
-        clustered = float((residual**2).sum()) / n**2 * clusters / max(1, clusters - 1)
-        size = n / max(1.0, clustered / spread) if spread else float(clusters)
+        spread = rate * (1 - rate) / independent
+        residual = np.bincount(groups, w * (hits - rate))
+        clustered = float((residual**2).sum()) / total**2 * clusters / max(1, clusters - 1)
+        size = independent / max(1.0, clustered / spread) if spread else min(independent, float(clusters))
     z2 = Z95**2 / size
     centre = (rate + z2 / 2) / (1 + z2)
     half = Z95 / (1 + z2) * math.sqrt(rate * (1 - rate) / size + z2 / (4 * size))

@@ -7,14 +7,16 @@ shown. A guide sees prefixes, so accuracy on prefixes matters more to it than th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ivg.diagnose.estimate import Numbers, Share, rank_correlation, share, slope, wins
 from ivg.diagnose.fit import readers
+from ivg.diagnose.length import LengthControl, length_control
 from ivg.diagnose.reading import written
 from ivg.errors import PromptError
 from ivg.models.reader import Reader
@@ -23,7 +25,7 @@ from ivg.types import Beam, Prompt, Value, new_key
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 """Of the response's tokens."""
 ENOUGH = 20
-"""Pairs on either side that the balanced accuracy needs: with fewer its standard error is beyond 0.1."""
+"""Pairs that a value was not trained on, to measure it on them: with fewer the standard error of an accuracy is beyond 0.1."""
 
 
 class Pair(Protocol):
@@ -61,24 +63,32 @@ class OnPairs:
     Attributes:
         name: of the value.
         at: accuracy at each of :data:`FRACTIONS` of both responses.
-        balanced: mean of its accuracies where the longer and where the shorter response was chosen; a value that only counts
-            tokens has 0.5. None with fewer than :data:`ENOUGH` pairs on a side.
         slope: s of P(chosen) = sigmoid(s * difference of values), fitted here; 1 / s is the difference that means something.
         loss: mean loss of that, in nats; a coin has 0.693.
         margin: rank correlation of the difference with the pairs' margins, where they have some.
+        length: the same with length taken out; None where it was not measured.
+        seen: pairs of the file that the value was trained on; they are left out of all numbers above, unless ``on_training_data``.
+        on_training_data: fewer than :data:`ENOUGH` others were left, so the numbers are of all pairs and say little.
     """
 
     name: str
     at: tuple[Share, ...]
-    balanced: float | None
     slope: float
     loss: float
     margin: float | None
+    length: LengthControl | None = None
+    seen: int = 0
+    on_training_data: bool = False
 
     @property
     def whole(self) -> Share:
         """Accuracy on whole responses."""
         return self.at[-1]
+
+
+def is_tie(pair: Pair) -> bool:
+    """Both responses are the same text, so neither is the better one."""
+    return pair.chosen == pair.rejected and pair.chosen_ends == pair.rejected_ends
 
 
 def fitting(base: Reader, values: Mapping[str, Value], pairs: Sequence[Pair], ends: bool = True) -> tuple[list[Pair], list[str]]:
@@ -146,31 +156,54 @@ def score_pairs(base: Reader, value: Value, pairs: Sequence[Pair], *, batch: int
     return out
 
 
-def summary(name: str, scores: Numbers, pairs: Sequence[Pair], longer: Numbers) -> OnPairs:
+def summary(
+    name: str, scores: Numbers, pairs: Sequence[Pair], lengths: Mapping[str, Numbers], trained: NDArray[np.bool_] | None = None
+) -> OnPairs:
     """Accuracies from scores [pairs, fractions, 2].
 
     Args:
         name: of the value.
         scores: as :func:`score_pairs` gives them.
         pairs: in the same order.
-        longer: :func:`longer_wins` of the pairs.
+        lengths: :func:`pair_lengths` of the pairs.
+        trained: True for each pair that the value was trained on [pairs]; None: for none.
     """
+    seen = np.zeros(len(pairs), dtype=bool) if trained is None else trained
+    count = int(seen.sum())
+    on_training_data = count > 0 and len(pairs) - count < ENOUGH
+    kept = np.ones(len(pairs), dtype=bool) if on_training_data else ~seen
+    pairs, scores = [p for p, k in zip(pairs, kept, strict=True) if k], scores[kept]
     groups = prompt_groups(pairs)
     hits = [wins(scores[:, k, 0], scores[:, k, 1]) for k in range(scores.shape[1])]
-    sides = [hits[-1][longer == side] for side in (1.0, 0.0)]
-    balanced = float(np.mean([s.mean() for s in sides])) if min(map(len, sides)) >= ENOUGH else None
     difference = scores[:, -1, 0] - scores[:, -1, 1]
     s, loss = slope(difference)
     margins = [p.margin for p in pairs]
     known = np.array([m for m in margins if m is not None])
     margin = rank_correlation(difference, known) if len(known) == len(pairs) else None
-    return OnPairs(name, tuple(share(h, groups) for h in hits), balanced, s, loss, margin)
+    control = length_control(scores[:, -1], {unit: table[kept] for unit, table in lengths.items()}, groups)
+    return OnPairs(name, tuple(share(h, groups) for h in hits), s, loss, margin, control, count, on_training_data)
+
+
+def pair_lengths(base: Reader, value: Value | None, pairs: Sequence[Pair]) -> dict[str, Numbers]:
+    """Lengths of both responses in every unit that a value may count in: [pairs, (chosen, rejected)] each.
+
+    ``tokens`` of the base, ``characters``, ``words``, and ``own tokens`` of the value's readers with other vocabularies.
+    """
+
+    def table(count: Callable[[str], int]) -> Numbers:
+        return np.array([[float(count(text)) for text in (p.chosen, p.rejected)] for p in pairs])
+
+    def tokens(reader: Reader) -> Callable[[str], int]:
+        return lambda text: len(reader.tokenizer(text, add_special_tokens=False).input_ids)
+
+    out = {"tokens": table(tokens(base)), "characters": table(len), "words": table(lambda text: len(text.split()))}
+    others = [r for r in readers({"": value}).values() if not r.vocabulary.same_as(base.vocabulary)] if value is not None else []
+    return out | {("own tokens" if len(others) == 1 else f"tokens of {r.name}"): table(tokens(r)) for r in others}
 
 
 def longer_wins(base: Reader, pairs: Sequence[Pair]) -> Numbers:
     """1 where the chosen response has more base tokens, 0 where fewer, 0.5 where as many [pairs]."""
-    counts = [[float(len(base.tokenizer(t, add_special_tokens=False).input_ids)) for t in (p.chosen, p.rejected)] for p in pairs]
-    table = np.array(counts)
+    table = pair_lengths(base, None, pairs)["tokens"]
     return wins(table[:, 0], table[:, 1])
 
 

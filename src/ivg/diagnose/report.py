@@ -12,9 +12,10 @@ from typing import Any
 from ivg.diagnose import sweep as sweeping
 from ivg.diagnose.agreement import Disagreement, agreement
 from ivg.diagnose.estimate import Share, share
-from ivg.diagnose.pairs import OnPairs, Pair, fitting, longer_wins, prompt_groups, score_pairs, summary
+from ivg.diagnose.pairs import OnPairs, Pair, fitting, is_tie, longer_wins, pair_lengths, prompt_groups, score_pairs, summary
 from ivg.diagnose.reading import Shift, written
 from ivg.diagnose.sweep import Plan, Row, Selection
+from ivg.diagnose.trained import TrainedOn, trained_on
 from ivg.diagnose.verdict import Evidence, Verdict, decide
 from ivg.errors import ConfigError, PromptError
 from ivg.models.reader import Reader
@@ -43,6 +44,8 @@ class Foresight:
     Attributes:
         pairs: that were scored.
         skipped: reasons of those that some model cannot read.
+        ties: pairs whose two responses are the same text; left out.
+        unknown: networks of the values and the judge whose training data are not known (no fingerprints beside them).
         longer: accuracy of "the longer one is better".
         values: each value, the judge and the base's own likelihood on the pairs.
         chosen: agreement of pair and base on the chosen responses; None without a pair that fits.
@@ -56,6 +59,8 @@ class Foresight:
 
     pairs: int
     skipped: tuple[str, ...]
+    ties: int
+    unknown: tuple[str, ...]
     longer: Share
     values: tuple[OnPairs, ...]
     chosen: Disagreement | None
@@ -108,24 +113,32 @@ def foresee(
     values: dict[str, Value] = {BASELINE: AutoregressiveReward(model.reader, BASELINE), **model.values}
     if judge is not None:
         values[judge.name] = judge.value
-    kept, skipped = fitting(model.reader, values, pairs, ends)
+    different = [p for p in pairs if not is_tie(p)]
+    ties = len(pairs) - len(different)
+    kept, skipped = fitting(model.reader, values, different, ends)
     if not kept:
-        reason = skipped[0] if skipped else "the file holds none"
+        reason = (
+            skipped[0] if skipped else f"in all {ties} of them chosen and rejected are the same text" if ties else "the file holds none"
+        )
         raise ConfigError(f"no pair that all models can read: {reason}")
     told(f"scoring {len(kept)} pairs")
-    measured = _on_pairs(model.reader, values, kept, plan, ends)
+    trained = {name: trained_on(value, kept) for name, value in values.items() if name != BASELINE}
+    measured = _on_pairs(model.reader, values, kept, plan, ends, trained)
     longer = longer_wins(model.reader, kept)
     chosen_texts = [written(model.reader, p.prompt, p.chosen, ends=ends and p.chosen_ends) for p in _first_of_each(kept)[: max(prompts, 1)]]
     chosen = agreement(model.reader, model.values.get("implicit"), chosen_texts, beta)
     told("drawing texts")
     fits = guide is not None and Shift.of(model.values[guide], model.reader) is not None
-    drawn = _drawn(model, kept, plan, prompts, guide if fits else None, judge, beta, told)
+    fresh = _unseen(kept, [trained[n] for n in (guide, judge.name if judge is not None else None) if n is not None])
+    drawn = _drawn(model, fresh, plan, prompts, guide if fits else None, judge, beta, told)
     candidates = {n: v for n, v in measured.items() if n in model.values and (judge is None or n != judge.name)}
     judged = measured[judge.name] if judge is not None else None
     evidence = Evidence(candidates, guide, fits, drawn.own, drawn.rows, drawn.selection, judged)
     return Foresight(
         pairs=len(kept),
         skipped=tuple(skipped),
+        ties=ties,
+        unknown=tuple(dict.fromkeys(name for t in trained.values() for name in t.unknown)),
         longer=share(longer, prompt_groups(kept)),
         values=tuple(measured.values()),
         chosen=chosen,
@@ -148,10 +161,20 @@ def _guide(model: SteeredModel, name: str | None) -> str | None:
     return name
 
 
-def _on_pairs(base: Reader, values: Mapping[str, Value], pairs: Sequence[Pair], plan: Plan, ends: bool) -> dict[str, OnPairs]:
-    longer = longer_wins(base, pairs)
-    batch = max(1, plan.batch // 2)
-    return {n: summary(n, score_pairs(base, v, pairs, batch=batch, ends=ends), pairs, longer) for n, v in values.items()}
+def _on_pairs(
+    base: Reader, values: Mapping[str, Value], pairs: Sequence[Pair], plan: Plan, ends: bool, trained: Mapping[str, TrainedOn]
+) -> dict[str, OnPairs]:
+    batch, out = max(1, plan.batch // 2), {}
+    for name, value in values.items():
+        scores = score_pairs(base, value, pairs, batch=batch, ends=ends)
+        out[name] = summary(name, scores, pairs, pair_lengths(base, value, pairs), trained[name].seen if name in trained else None)
+    return out
+
+
+def _unseen(pairs: Sequence[Pair], trained: Sequence[TrainedOn]) -> list[Pair]:
+    """The pairs that none of these was trained on; all where none is left."""
+    fresh = [p for i, p in enumerate(pairs) if not any(t.seen[i] for t in trained)]
+    return fresh or list(pairs)
 
 
 def _first_of_each(pairs: Sequence[Pair]) -> list[Pair]:

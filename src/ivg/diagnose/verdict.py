@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ivg.diagnose.agreement import SILENT, Disagreement
+from ivg.diagnose.estimate import Share
+from ivg.diagnose.length import LengthControl
 from ivg.diagnose.pairs import OnPairs
 from ivg.diagnose.sweep import CHOICES, Row, Selection
 
@@ -30,7 +32,7 @@ GENTLE = 0.5
 the base, about what a base of half the size would lose."""
 
 Outcome = Literal["helps", "mixed", "unclear", "no"]
-Standing = Literal["right", "weak", "length", "chance", "opposed", "unclear"]
+Standing = Literal["right", "weak", "length", "chance", "opposed", "unclear", "trained"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Verdict:
     """The answer.
 
     Attributes:
-        outcome: ``helps``; ``mixed``: some use of these values helps; ``unclear``: too few pairs; ``no``.
+        outcome: ``helps``; ``mixed``: some use of these values helps; ``unclear``: too few pairs, or the values' own training data;
+            ``no``.
         beta: suggested weight of token guidance, where that helps.
         token: name of the value to guide tokens by, or None.
         select: names of the values that are good enough to select by, best first.
@@ -82,6 +85,8 @@ class Verdict:
 
 def standing(v: OnPairs) -> Standing:
     """What a value's accuracy on whole responses says about it."""
+    if v.on_training_data:
+        return "trained"
     whole = v.whole
     if whole.high < 0.5:
         return "opposed"
@@ -89,7 +94,24 @@ def standing(v: OnPairs) -> Standing:
         return "unclear" if whole.high - whole.low > 2 * UNDECIDED else "chance"
     if whole.rate < USEFUL:
         return "weak"
-    return "length" if v.balanced is not None and v.balanced < USEFUL else "right"
+    return "right" if v.length is None or _beyond(v.length) else "length"
+
+
+def _beyond(c: LengthControl) -> bool:
+    """More than length is left, by more than sampling error, and enough of it to be useful."""
+    return c.passed and c.balanced is not None and min(c.balanced.rate, c.residual.rate) >= USEFUL
+
+
+def _explained(c: LengthControl, whole: Share) -> str:
+    """Length as the reason of an accuracy, with the numbers."""
+    other = "shorter" if c.rule == "longer" else "longer"
+    first = f"is right ({whole}), but length explains it: the {c.rule} response ({c.unit}) is chosen as often ({c.alone})"
+    if c.balanced is None:
+        return f"{first}, and in no pair the {other} one; give pairs that length does not decide"
+    return (
+        f"{first}; accuracy where {c.rule} and {other} are chosen alike {c.balanced}, by what length does not predict {c.residual}; "
+        "guidance by it would make texts longer or shorter rather than better, or the pairs are too few to tell"
+    )
 
 
 def about(v: OnPairs, subject: str) -> str:
@@ -101,8 +123,8 @@ def about(v: OnPairs, subject: str) -> str:
         "chance": f"{subject} ranks your preferences no better than chance ({whole}): guidance by it will not help",
         "unclear": f"{subject} cannot be told from chance by {whole.n} pairs ({whole}): give more pairs",
         "weak": f"{subject} ranks your preferences hardly better than chance ({whole}): guidance by it is not worth its compute",
-        "length": f"{subject} is right ({whole}) only by counting tokens: {v.balanced or 0:.2f} when longer and shorter weigh the same; "
-        "guidance by it would make texts longer or shorter, not better",
+        "length": f"{subject} {_explained(v.length, whole) if v.length else ''}",
+        "trained": f"{subject} was trained on {v.seen} of these pairs, and too few others are left: give pairs that it has not seen",
         "right": f"{subject} ranks your preferences well ({whole})",
     }
     return words[found]
@@ -136,7 +158,7 @@ def _without_guide(e: Evidence, select: tuple[str, ...], notes: list[str]) -> Ve
     if select:
         first = f"select chunks or whole responses by {_listed(select, e)}"
         return Verdict("mixed", None, None, select, (*bad, first, *notes))
-    unclear = any(standing(v) == "unclear" for v in e.values.values())
+    unclear = any(standing(v) in ("unclear", "trained") for v in e.values.values())
     return Verdict("unclear" if unclear else "no", None, None, (), (*(bad or ["no value is at hand that could guide"]), *notes))
 
 

@@ -1,6 +1,7 @@
 """What every trained model has in common: settings, checkpoints that survive a kill, a folder that says how it was made.
 
-A run's folder: the finished model (config.json, weights, tokenizer, README.md, metrics.json), ``run.json`` (what it was asked for,
+A run's folder: the finished model (config.json, weights, tokenizer, README.md, metrics.json), ``training_rows.npy`` (fingerprints of
+the rows that it was trained on, by which ``ivg check`` knows them again), ``run.json`` (what it was asked for,
 written first; another request is refused), ``log.json`` (the trainer's log, with its clocks), ``checkpoints/`` while it trains. With
 ``metrics.json`` the run is done.
 """
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ivg.errors import ConfigError, ModelError
+from ivg.models.training_rows import write_training_rows
 from ivg.records import write_json, write_text
+from ivg.training.data import Demonstration, Preference, Rated, answers
 
 Mode = Literal["full", "lora", "head"]
 PARTS = (25, 50, 75, 100)
@@ -171,9 +174,13 @@ class Run:
         if first_process():
             write_json(self.out / "log.json", trainer.state.log_history)
 
-    def finish(self, metrics: Mapping[str, Any], card: str) -> dict[str, Any]:
-        """The model lies in the folder: write its card, say that the run is done, drop the checkpoints."""
+    def finish(self, metrics: Mapping[str, Any], card: str, rows: Sequence[Preference | Rated | Demonstration]) -> dict[str, Any]:
+        """The model lies in the folder: write its card, say that the run is done, drop the checkpoints.
+
+        ``rows``: those that it was trained on, for their fingerprints; those of the model where it began are added.
+        """
         if first_process():
+            write_training_rows(self.out, (answer for row in rows for answer in answers(row)), self.request["model"])
             write_text(self.out / "README.md", card)
             write_json(self.out / "metrics.json", dict(metrics))
             shutil.rmtree(self.checkpoints, ignore_errors=True)  # last: without them nothing could be resumed

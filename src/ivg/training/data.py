@@ -207,6 +207,12 @@ def pair_up(rated: Iterable[Rated], seed: int = 0) -> list[Preference]:
     return out
 
 
+def answers(row: Preference | Rated | Demonstration) -> list[tuple[Prompt | None, str]]:
+    """The responses of a row, each with what it answers: what ``models.training_rows`` takes fingerprints of."""
+    texts = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.response,)
+    return [(row.prompt, text) for text in texts]
+
+
 def held_out(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
     """(training, evaluation): the items of the last ``share`` of the prompts, so that no prompt is in both."""
     keys = [getattr(item, "prompt", None) or number for number, item in enumerate(items)]

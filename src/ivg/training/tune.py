@@ -7,10 +7,11 @@ inference. Full or LoRA (PEFT), whose adapter is merged at the end and kept in `
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ivg.diagnose.pairs import is_tie
 from ivg.errors import ConfigError
 from ivg.training import encoding
 from ivg.training.common import (
@@ -62,7 +63,9 @@ def sft(
         return run.metrics
     set_seed(options.seed)
     network, tokenizer = load_for_training(AutoModelForCausalLM, model, "model", options.trust_remote_code, options.mode)
-    train, test = _encoded(rows, options, lambda part: encoding.demonstrations(part, tokenizer, options.template, options.max_length))
+    train, test, trained = _encoded(
+        rows, options, lambda part: encoding.demonstrations(part, tokenizer, options.template, options.max_length)
+    )
     args = arguments(SFTConfig, options, run, evaluate=bool(test), max_length=None, packing=False, completion_only_loss=loss == "response")
     trainer = (SFTTrainer if torch.cuda.is_available() else _plain_loss(SFTTrainer))(
         model=network,
@@ -73,7 +76,8 @@ def sft(
         peft_config=lora(options, "CAUSAL_LM"),
     )
     use = "Load it with transformers; as a base (`--base`), or as the untuned guide (`--untuned`) of a pair."
-    return _train(trainer, run, tokenizer, len(rows) - len(train) - len(test), "Supervised fine-tuning", use)
+    metrics = {"rows": len(train), "rows_left_out": len(rows) - len(train) - len(test)}
+    return _train(trainer, run, tokenizer, metrics, trained, "Supervised fine-tuning", use)
 
 
 def dpo(
@@ -102,9 +106,10 @@ def dpo(
     run = Run(out, request_of("dpo", model, sources, rows, options.checked(), beta=beta))
     if run.metrics is not None:
         return run.metrics
+    rows, ties = without_ties(rows)
     set_seed(options.seed)
     network, tokenizer = load_for_training(AutoModelForCausalLM, model, "model", options.trust_remote_code, options.mode)
-    train, test = _encoded(rows, options, lambda part: encoding.preferences(part, tokenizer, options.template, options.max_length))
+    train, test, trained = _encoded(rows, options, lambda part: encoding.preferences(part, tokenizer, options.template, options.max_length))
     args = arguments(
         DPOConfig,
         options,
@@ -124,7 +129,8 @@ def dpo(
         peft_config=lora(options, "CAUSAL_LM"),
     )
     use = f"The tuned guide of a pair: `--tuned THIS --untuned {model}`."
-    return _train(trainer, run, tokenizer, len(rows) - len(train) - len(test), "DPO-tuned guide", use)
+    metrics = {"rows": len(train), "rows_left_out": len(rows) - len(train) - len(test), "ties_left_out": ties}
+    return _train(trainer, run, tokenizer, metrics, trained, "DPO-tuned guide", use)
 
 
 def reward(
@@ -148,6 +154,7 @@ def reward(
     run = Run(out, request_of("reward", model, sources, rows, options.checked(), template=options.template))
     if run.metrics is not None:
         return run.metrics
+    rows, ties = without_ties(rows)
     set_seed(options.seed)
     network, tokenizer = load_for_training(
         AutoModelForSequenceClassification, model, "model", options.trust_remote_code, options.mode, num_labels=1
@@ -155,7 +162,7 @@ def reward(
     network.config.pad_token_id = tokenizer.pad_token_id
     network.config.ivg_template = options.template
     reader = RewardModel(network, tokenizer, options.template)
-    train, test = _encoded(rows, options, lambda part: encoding.judged(part, reader, options.max_length))
+    train, test, trained = _encoded(rows, options, lambda part: encoding.judged(part, reader, options.max_length))
     network.train()
     args = arguments(RewardConfig, options, run, evaluate=bool(test), max_length=None)
     trainer = RewardTrainer(
@@ -166,14 +173,21 @@ def reward(
         processing_class=tokenizer,
         peft_config=lora(options, "SEQ_CLS"),
     )
-    return _train(
-        trainer,
-        run,
-        tokenizer,
-        len(rows) - len(train) - len(test),
-        "Reward model",
-        "As a reward: `--reward THIS`, or `gold` of `ivg eval`.",
-    )
+    metrics = {"rows": len(train), "rows_left_out": len(rows) - len(train) - len(test), "ties_left_out": ties}
+    use = "As a reward: `--reward THIS`, or `gold` of `ivg eval`."
+    return _train(trainer, run, tokenizer, metrics, trained, "Reward model", use)
+
+
+def without_ties(rows: Sequence[Preference]) -> tuple[list[Preference], int]:
+    """(pairs of different responses, how many had the same text twice, which no loss could learn from).
+
+    Raises:
+        ConfigError: all had.
+    """
+    kept = [row for row in rows if not is_tie(row)]
+    if rows and not kept:
+        raise ConfigError(f"in all {len(rows)} pairs chosen and rejected are the same text\n  expected two different responses to a prompt")
+    return kept, len(rows) - len(kept)
 
 
 def _plain_loss(trainer: Any) -> Any:
@@ -190,23 +204,26 @@ def _plain_loss(trainer: Any) -> Any:
     return PlainLoss
 
 
-def _encoded(rows: Sequence[Any], options: TrainingOptions, encode: Callable[[Sequence[Any]], list[Any]]) -> tuple[list[Any], list[Any]]:
-    """(training, evaluation) rows in tokens.
+def _encoded(
+    rows: Sequence[Any], options: TrainingOptions, encode: Callable[[Sequence[Any]], list[Any]]
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """(training rows in tokens, evaluation rows in tokens, the training rows as they came).
 
     Raises:
         ConfigError: no row is short enough.
     """
     if options.mode == "head":
         raise ConfigError("mode head trains the head of a value; here give full or lora")
-    train, test = (encode(part) for part in held_out(rows, options.eval_share))
+    first, last = held_out(rows, options.eval_share)
+    train, test = encode(first), encode(last)
     if not train:
         raise no_rows(len(rows), options)
-    return train, test
+    return train, test, first
 
 
-def _train(trainer: Any, run: Run, tokenizer: Any, left_out: int, kind: str, use: str) -> dict[str, Any]:
+def _train(trainer: Any, run: Run, tokenizer: Any, counts: Mapping[str, int], rows: Sequence[Any], kind: str, use: str) -> dict[str, Any]:
     run.train(trainer)
-    metrics: dict[str, Any] = {"rows": len(trainer.train_dataset), "rows_left_out": left_out}
+    metrics: dict[str, Any] = dict(counts)
     if trainer.eval_dataset is not None:
         metrics["held_out"] = numbers(trainer.evaluate())
     trained = trainer.accelerator.unwrap_model(trainer.model)
@@ -219,4 +236,4 @@ def _train(trainer: Any, run: Run, tokenizer: Any, left_out: int, kind: str, use
     if first_process():
         (run.out / "training_args.bin").unlink(missing_ok=True)
         tokenizer.save_pretrained(run.out)
-    return run.finish(metrics, write_card(kind, run, metrics, use))
+    return run.finish(metrics, write_card(kind, run, metrics, use), rows)

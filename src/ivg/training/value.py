@@ -71,9 +71,8 @@ def train_value(
     network, tokenizer = _body(model, value, options)
     base, theirs = _policy(value, tokenizer, options)
     policy = (theirs, value.base_template) if base is not None else None
-    train, test = (
-        encoding.rated(part, tokenizer, options.template, options.max_length, policy) for part in held_out(rows, options.eval_share)
-    )
+    first, last = held_out(rows, options.eval_share)
+    train, test = (encoding.rated(part, tokenizer, options.template, options.max_length, policy) for part in (first, last))
     if not train:
         raise no_rows(len(rows), options)
     learner = ValueLearner(network, value, base)
@@ -86,7 +85,7 @@ def train_value(
         tokenizer.save_pretrained(run.out)
     found = {"rows": len(train), "rows_left_out": len(rows) - len(train) - len(test), **metrics}
     use = 'Load it with `ivg.ExplicitValue.from_pretrained(THIS)`, or `--value THIS`.\nIts unit is that of the rewards, times "scale".'
-    return run.finish(found, write_card(f"Explicit value ({value.head} head, {value.target} targets)", run, found, use))
+    return run.finish(found, write_card(f"Explicit value ({value.head} head, {value.target} targets)", run, found, use), first)
 
 
 def _fit(

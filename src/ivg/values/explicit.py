@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ivg.embedded import locate
 from ivg.models.loading import LoadOptions, load_value
 from ivg.models.reader import Reader
+from ivg.models.training_rows import copy_training_rows, source_of
 from ivg.models.value_head import HeadKind, ValueModel
 from ivg.types import Hypothesis, Prompt
 
@@ -58,9 +59,11 @@ class ExplicitValue:
         return cls(load_value(path, name, options, template, tokenizer), name, card)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights, config, tokenizer and card; :meth:`from_pretrained` reads them back."""
+        """Write weights, config, tokenizer, card and fingerprints of the training rows; :meth:`from_pretrained` reads them back."""
         self.network.save_pretrained(folder)
         self.model.tokenizer.save_pretrained(folder)
+        if (source := source_of(self.network)) is not None:
+            copy_training_rows(source, folder)
         if self.card is not None:
             (Path(folder) / "README.md").write_text(self.card, encoding="utf-8")
 
