@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ivg.config import ModelRef, NamedValue, Recipe, VLLMConfig
 from ivg.decoding.strategies import settled, strategy
-from ivg.embedded import locate, path
+from ivg.embedded import path
 from ivg.errors import ConfigError
-from ivg.models.loading import LoadOptions, eos_ids, load_tokenizer, pick_device, pick_dtype
+from ivg.models.hub import find_model
+from ivg.models.loading import LoadOptions, eos_ids, load_config, load_tokenizer, pick_device, pick_dtype
 from ivg.models.texts import Texts
 from ivg.steered import SteeredModel
 from ivg.types import Value
@@ -57,7 +58,11 @@ def vllm_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker, *, 
     names = [guide.name for guide in guides]
     tokenizer = load_tokenizer(base.path, options, "base")
     cache = Path(settings.cache) if settings.cache else default_cache()
-    folder = packed(lambda place: pack(base.path, guides, place, options=options), cache) if guides else Path(locate(base.path))
+    folder = (
+        packed(lambda place: pack(base.path, guides, place, options=options), cache)
+        if guides
+        else Path(find_model(base.path, "base", options.hub()))
+    )
     pooled = settings.value == "pooling" and "explicit" in named and "value" in named["explicit"].given
     core = Core(folder, _core_options(settings, options, shared=pooled), guided=bool(guides))
     with _closed_on_error(core):  # else a value that does not load would leave its processes and memory behind
@@ -211,10 +216,10 @@ def _core_options(settings: VLLMConfig, options: LoadOptions, *, shared: bool, v
 
 def _texts(name: str, ref: ModelRef, tokenizer: Any, options: LoadOptions, longest: int) -> Texts:
     """How a model that runs elsewhere reads prompts."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    found = locate(ref.path)
-    config = AutoConfig.from_pretrained(found, **options.hub())
+    found = find_model(ref.path, name, options.hub())
+    config = load_config(ref.path, options, name)
     try:
         generation = GenerationConfig.from_pretrained(found, revision=options.revision)
     except OSError:  # many models have none
@@ -226,11 +231,9 @@ def _texts(name: str, ref: ModelRef, tokenizer: Any, options: LoadOptions, longe
 
 def _template(ref: ModelRef, options: LoadOptions) -> str | None:
     """How a model reads prompts: as told, else as a value network was trained."""
-    from transformers import AutoConfig
-
     if ref.template is not None:
         return ref.template
-    config = AutoConfig.from_pretrained(locate(ref.path), **options.hub())
+    config = load_config(ref.path, options, "model")
     template: str | None = (getattr(config, "ivg_value", None) or {}).get("template")
     return template
 
@@ -242,7 +245,7 @@ def _pooled_value(ref: ModelRef, cache: Path, settings: VLLMConfig, options: Loa
     from ivg.vllm.pack import pack_value, packed
     from ivg.vllm.value import PooledValue
 
-    weight, bias = read_head(locate(ref.path), options.hub())
+    weight, bias = read_head(find_model(ref.path, "explicit", options.hub()), options.hub())
     tokenizer = load_tokenizer(ref.path, options, "explicit")
     folder = packed(lambda place: pack_value(ref.path, place, options=options), cache)
     core: Core = Core(folder, _core_options(settings, options, shared=True, value=True), pooling=True)

@@ -5,16 +5,18 @@ Everything that ``from_pretrained`` takes passes through: revision, dtype, quant
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivg.embedded import locate
-from ivg.errors import ConfigError, ModelError
+from ivg.errors import ConfigError, IVGError, ModelError
 from ivg.models.cached import CachedModel
+from ivg.models.hub import find_model
 from ivg.models.packing import pack
 from ivg.models.reader import Reader
+from ivg.models.weights import OTHER_HEADS, check_weights
 
 if TYPE_CHECKING:
     import torch
@@ -95,11 +97,18 @@ def _cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
 
 
-def load_network(name: str | Path, auto_class: Any, options: LoadOptions, what: str) -> Any:
+def load_network(name: str | Path, auto_class: Any, options: LoadOptions, what: str, *, new_head: bool = False) -> Any:
     """``auto_class.from_pretrained``, on the device, for inference; errors in one line.
 
+    Args:
+        name: directory, hub id, or ``embedded:NAME``.
+        auto_class: transformers' ``AutoModel…``, or :class:`~ivg.models.value_head.ValueModel`.
+        options: device, dtype and the like.
+        what: the model's role, for errors.
+        new_head: the checkpoint needs no weights of the head: it is to be trained.
+
     Raises:
-        ModelError: nothing usable at ``name``.
+        ModelError: nothing usable at ``name``, or weights that are missing or left over.
     """
     from transformers.utils import logging
 
@@ -108,15 +117,38 @@ def load_network(name: str | Path, auto_class: Any, options: LoadOptions, what: 
     kwargs: dict[str, Any] = {"dtype": pick_dtype(options.dtype, device), **options.hub()}
     if options.quantization is not None:
         kwargs |= {"quantization_config": options.quantization, "device_map": {"": device}}
+    place = find_model(name, what, options.hub())
     try:
-        network = auto_class.from_pretrained(locate(name), **kwargs)
-    except ModelError:
+        with quiet():
+            network, info = auto_class.from_pretrained(place, output_loading_info=True, **kwargs)
+    except IVGError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
+    except Exception as e:  # files may be broken in any way, packages may be missing, remote code may raise anything
         raise ModelError(
-            f"cannot load {what} {str(name)!r}: {_first_line(e)}\n  expected a directory with config.json and weights, or a hub id"
+            f"cannot load {what} {str(name)!r}: {reason(e)}\n  expected a directory with config.json and weights, or a hub id"
         ) from e
+    if new_head:
+        body = f"{network.base_model_prefix}."
+        info = {**info, "missing_keys": [k for k in info["missing_keys"] if k.startswith(body) and ".pooler." not in k]}
+    check_weights(f"{what} {str(name)!r}", network, info, lambda key: key.startswith(OTHER_HEADS))
     return network.eval() if options.quantization is not None else network.to(device).eval()
+
+
+def load_config(name: str | Path, options: LoadOptions, what: str) -> Any:
+    """The configuration at ``name``.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoConfig
+
+    place = find_model(name, what, options.hub())
+    try:
+        return AutoConfig.from_pretrained(place, **options.hub())
+    except Exception as e:  # as above
+        raise ModelError(
+            f"cannot load the configuration of {what} {str(name)!r}: {reason(e)}\n  expected a directory with config.json, or a hub id"
+        ) from e
 
 
 def load_tokenizer(name: str | Path, options: LoadOptions, what: str) -> Any:
@@ -127,11 +159,12 @@ def load_tokenizer(name: str | Path, options: LoadOptions, what: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    place = find_model(name, what, options.hub(), weights=False)
     try:
-        return AutoTokenizer.from_pretrained(locate(name), **options.hub())
-    except (OSError, ValueError, KeyError, ImportError) as e:
+        return AutoTokenizer.from_pretrained(place, **options.hub())
+    except Exception as e:  # as above
         raise ModelError(
-            f"cannot load the tokenizer of {what} {str(name)!r}: {_first_line(e)}\n  expected tokenizer.json or its kin beside the weights"
+            f"cannot load the tokenizer of {what} {str(name)!r}: {reason(e)}\n  expected tokenizer.json or its kin beside the weights"
         ) from e
 
 
@@ -174,5 +207,22 @@ def eos_ids(network: Any, tokenizer: Any) -> Sequence[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _first_line(e: BaseException) -> str:
-    return (str(e).strip() or type(e).__name__).splitlines()[0][:300]
+def reason(e: BaseException, longest: int = 400) -> str:
+    """The first line of what an exception says; what is too long ends between words."""
+    line = (str(e).strip() or type(e).__name__).splitlines()[0]
+    if not isinstance(e, OSError | ValueError | RuntimeError | ImportError):  # its words alone may mean nothing: KeyError says 'llama9'
+        line = f"{type(e).__name__}: {line}"
+    return line if len(line) <= longest else f"{line[:longest].rpartition(' ')[0]} …"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' table of missing weights: what is wrong with them is an error here."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -14,8 +14,8 @@ tensor                                 written by                               
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ivg.errors import ModelError
+from ivg.models.weights import OTHER_HEADS, check_weights, read_tensor, tensor_names, weight_files
 
 HeadKind = Literal["vocabulary", "scalar"]
 _HEADS: dict[str, HeadKind] = {"score_head": "vocabulary", "score": "scalar", "v_head.summary": "scalar"}
@@ -58,40 +59,55 @@ class ValueModel(nn.Module):
         return SimpleNamespace(logits=self.head(hidden[:, -logits_to_keep:]))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, in the authors' layout or AutoModelForSequenceClassification's."""
-        from safetensors.torch import save_file
+        """Write config.json and weights: the authors' layout, AutoModelForSequenceClassification's, or, where a scalar head has
+        a bias (which a sequence classifier would drop), TRL's. The backbone is written by transformers, under its own names.
+        """
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        name = "score_head" if self.kind == "vocabulary" else "score"
-        prefix = _backbone_prefix(self.config)
-        tensors = {f"{prefix}{k}": v.detach().contiguous().cpu() for k, v in self.backbone.state_dict().items()}
-        tensors |= {f"{name}.{k}": v.detach().contiguous().cpu() for k, v in self.head.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        shell = _shell(self.config, self.kind)
+        head = "score_head" if self.kind == "vocabulary" else "score" if self.head.bias is None else "v_head.summary"
+        tensors = {f"{shell.base_model_prefix}.{k}": v.detach().cpu() for k, v in self.backbone.state_dict().items()}
+        tensors |= {f"{head}.{k}": v.detach().cpu() for k, v in self.head.state_dict().items()}
+        shell.save_pretrained(folder, state_dict=tensors)
+        (folder / "generation_config.json").unlink(missing_ok=True)  # a value writes nothing
         config = self.config.to_dict() | {"ivg_value": {"head": self.kind, **self.notes}, "dtype": str(self.head.weight.dtype)[6:]}
         if self.kind == "scalar":
             config |= {"num_labels": 1, "id2label": {"0": "VALUE"}, "label2id": {"VALUE": 0}}
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if head == "score":
+            config["architectures"] = [type(shell).__name__]
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, dtype: torch.dtype | None = None, **hub: Any) -> ValueModel:
-        """Load any layout of the table above, from a directory or the hub.
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        quantization_config: Any = None,
+        device_map: Any = None,
+        output_loading_info: bool = False,
+        **hub: Any,
+    ) -> Any:
+        """Load any layout of the table above, from a directory or the hub. transformers loads the backbone, whatever its layout.
 
         Args:
             name: directory or hub id.
             dtype: of the weights; None: as stored.
+            quantization_config: of the backbone, as transformers takes it.
+            device_map: as transformers takes it.
+            output_loading_info: return (model, what transformers reports of weights that are missing or left over), and check nothing.
             hub: ``revision``, ``trust_remote_code``, ``cache_dir``, ``token``.
 
         Raises:
-            ModelError: no such model, no head among its tensors, or a head of the wrong shape.
+            ModelError: no such model, no head among its tensors, a head of the wrong shape, weights that are missing or left over.
         """
         from transformers import AutoConfig, AutoModel
 
         config = AutoConfig.from_pretrained(name, **hub)
-        tensors = read_tensors(name, hub)
-        head = _head_name(name, tensors)
-        weight, bias = tensors.pop(f"{head}.weight"), tensors.pop(f"{head}.bias", None)
-        kind = _HEADS[head]
+        kind, head = head_of(name, hub)
+        weight, bias = read_head(name, hub)
         text = config.get_text_config()
         if (kind == "scalar" and weight.shape[0] != 1) or weight.shape[1] != text.hidden_size:
             raise ModelError(
@@ -100,119 +116,72 @@ class ValueModel(nn.Module):
                 + ("; a classifier with several labels is a reward model: --reward" if kind == "scalar" else "")
             )
         dtype = dtype or weight.dtype
-        backbone = AutoModel.from_config(config, trust_remote_code=hub.get("trust_remote_code", False), dtype=dtype)
-        _load_backbone(backbone, tensors, name)
+        placed = {k: v for k, v in (("quantization_config", quantization_config), ("device_map", device_map)) if v is not None}
+        backbone, info = AutoModel.from_pretrained(
+            name, config=config, dtype=dtype, key_mapping=_WRAPPERS, output_loading_info=True, **placed, **hub
+        )
+        info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not key.startswith((f"{head}.", *OTHER_HEADS))}
+        if not output_loading_info:
+            check_weights(name, backbone, info)
         model = cls(backbone, kind, bias=bias is not None)
         model.notes = {k: v for k, v in (getattr(config, "ivg_value", None) or {}).items() if k != "head"}
-        if weight.shape != model.head.weight.shape:  # rows may be padded, or not padded, against the embedding
-            model.head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=dtype)
+        # rows may be padded, or not padded, against the embedding
+        model.head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=dtype, device=backbone.device)
         model.head.load_state_dict({"weight": weight.to(dtype)} | ({} if bias is None else {"bias": bias.to(dtype)}))
-        return model.eval()
+        return (model.eval(), info) if output_loading_info else model.eval()
 
 
-def _backbone_prefix(config: Any) -> str:
-    """What transformers puts before the backbone's tensor names in a model with a head: ``model.``, ``transformer.``…"""
-    from transformers import AutoModelForCausalLM
+_WRAPPERS = {r"^pretrained_model\.": "", r"^backbone\.": ""}
+"""What stands before the names of a backbone that was saved inside another module, for transformers' ``key_mapping``."""
 
+
+def _shell(config: Any, kind: HeadKind) -> Any:
+    """A network without weights that knows how transformers names those of a backbone below a head, and how it writes them."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = copy.deepcopy(config)  # saving writes into it
+    if kind == "scalar":
+        config.num_labels = 1
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).base_model_prefix + "."
+        try:
+            return AutoModelForSequenceClassification.from_config(config)
+        except ValueError:  # transformers has no classifier of this architecture
+            return AutoModelForCausalLM.from_config(config)
 
 
-def _load_backbone(backbone: nn.Module, tensors: dict[str, Tensor], name: str | Path) -> None:
-    wanted = set(backbone.state_dict())
-    state = {}
-    for key, tensor in tensors.items():
-        parts = key.split(".")
-        for cut in range(3):  # "pretrained_model.transformer.h.0…", "model.layers.0…", "h.0…"
-            if ".".join(parts[cut:]) in wanted:
-                state[".".join(parts[cut:])] = tensor
-                break
-    missing = sorted(wanted - set(state) - {b for b, _ in backbone.named_buffers()})
-    if missing:
-        raise ModelError(f"{name} lacks {len(missing)} tensors of its {type(backbone).__name__}: {', '.join(missing[:3])} …")
-    backbone.load_state_dict(state, strict=False)
-
-
-def find_head(name: str | Path, hub: dict[str, Any]) -> HeadKind:
-    """What kind of head a checkpoint has; reads names of tensors, and no tensor where it is in safetensors.
+def head_of(name: str | Path, hub: dict[str, Any]) -> tuple[HeadKind, str]:
+    """(kind, beginning of its tensors' names) of a checkpoint's head; reads no tensor where they are in safetensors.
 
     Raises:
         ModelError: no such model, or no head among its tensors.
     """
-    return _HEADS[_head_name(name, [key for path in _weight_files(name, hub) for key in _names(path)])]
+    names = [key for path in weight_files(name, hub) for key in tensor_names(path)]
+    head = next((h for h in _HEADS if f"{h}.weight" in names), None)
+    if head is None:
+        raise ModelError(
+            f"{name} has no value head\n  expected one of the tensors {', '.join(f'{h}.weight' for h in _HEADS)}; "
+            f"got e.g. {', '.join(sorted(names)[-3:])}"
+        )
+    return _HEADS[head], head
+
+
+def find_head(name: str | Path, hub: dict[str, Any]) -> HeadKind:
+    """What kind of head a checkpoint has.
+
+    Raises:
+        ModelError: as :func:`head_of`.
+    """
+    return head_of(name, hub)[0]
 
 
 def read_head(name: str | Path, hub: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Weight [outputs, hidden] and bias (or None) of a checkpoint's head.
 
     Raises:
-        ModelError: as :func:`find_head`.
+        ModelError: as :func:`head_of`.
     """
-    where = {key: path for path in _weight_files(name, hub) for key in _names(path)}
-    head = _head_name(name, list(where))
-    weight, bias = (_tensor(where[key], key) if (key := f"{head}.{kind}") in where else None for kind in ("weight", "bias"))
+    _, head = head_of(name, hub)
+    where = {key: path for path in weight_files(name, hub) for key in tensor_names(path)}
+    weight, bias = (read_tensor(where[key], key) if (key := f"{head}.{part}") in where else None for part in ("weight", "bias"))
     assert weight is not None
     return weight, bias
-
-
-def read_tensors(name: str | Path, hub: dict[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, sharded or not, safetensors or PyTorch's older format.
-
-    Raises:
-        ModelError: when there is no such file.
-    """
-    from safetensors.torch import load_file
-
-    out: dict[str, Tensor] = {}
-    for path in _weight_files(name, hub):
-        out |= load_file(path) if path.endswith(".safetensors") else torch.load(path, weights_only=True, map_location="cpu")
-    return out
-
-
-def _weight_files(name: str | Path, hub: dict[str, Any]) -> list[str]:
-    """The files that hold a checkpoint's tensors."""
-    from transformers.utils import cached_file
-
-    options = {k: v for k, v in hub.items() if k in ("revision", "cache_dir", "token")}
-    for file in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"):
-        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
-        if path is None:
-            continue
-        if not file.endswith(".index.json"):
-            return [str(path)]
-        shards = sorted(set(json.loads(Path(path).read_text())["weight_map"].values()))
-        return [str(cached_file(name, shard, **options)) for shard in shards]
-    raise ModelError(f"{name} has no weights\n  expected model.safetensors (or its index, or pytorch_model.bin)")
-
-
-def _names(path: str) -> list[str]:
-    from safetensors import safe_open
-
-    if not path.endswith(".safetensors"):
-        return list(torch.load(path, weights_only=True, map_location="meta"))
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
-
-
-def _tensor(path: str, key: str) -> Tensor:
-    from safetensors import safe_open
-
-    if not path.endswith(".safetensors"):
-        return torch.load(path, weights_only=True, map_location="cpu")[key]
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(key)
-
-
-def _head_name(name: str | Path, tensors: Collection[str]) -> str:
-    """The beginning of the head's names.
-
-    Raises:
-        ModelError: there is none.
-    """
-    head = next((h for h in _HEADS if f"{h}.weight" in tensors), None)
-    if head is None:
-        raise ModelError(
-            f"{name} has no value head\n  expected one of the tensors {', '.join(f'{h}.weight' for h in _HEADS)}; "
-            f"got e.g. {', '.join(sorted(tensors)[-3:])}"
-        )
-    return head

@@ -260,12 +260,14 @@ def load_for_training(
         ModelError: nothing usable at ``name``.
     """
     import torch
+    from transformers import AutoModelForSequenceClassification
 
     from ivg.models.loading import LoadOptions, load_network, load_tokenizer
 
     frozen = mode != "full" and torch.cuda.is_available()
     options = LoadOptions(device="cpu", dtype="bfloat16" if frozen else "float32", trust_remote_code=trust_remote_code, extra=kwargs)
-    network = load_network(name, auto_class, options, what)
+    new_head = auto_class is AutoModelForSequenceClassification
+    network = load_network(name, auto_class, options, what, new_head=new_head)
     tokenizer = load_tokenizer(name, LoadOptions(trust_remote_code=trust_remote_code), what)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:

@@ -13,8 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ivg.embedded import locate
 from ivg.errors import ConfigError, ModelError
+from ivg.models.loading import LoadOptions, load_config
 from ivg.models.value_head import ValueModel
 from ivg.models.vocab import Vocabulary
 from ivg.training import encoding
@@ -165,14 +165,9 @@ def _body(model: str | Path, value: ValueOptions, options: TrainingOptions) -> t
     Raises:
         ModelError: a value with another head.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
-    try:
-        config = AutoConfig.from_pretrained(locate(model), trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError) as e:
-        raise ModelError(
-            f"cannot load model {str(model)!r}: {str(e).splitlines()[0]}\n  expected a directory, a hub id or embedded:NAME"
-        ) from e
+    config = load_config(model, LoadOptions(trust_remote_code=options.trust_remote_code), "model")
     if getattr(config, "ivg_value", None) is not None:
         network, tokenizer = load_for_training(ValueModel, model, "value", options.trust_remote_code, options.mode)
         if network.kind != value.head:

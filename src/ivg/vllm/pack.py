@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import save_file
 
 from ivg.embedded import locate
-from ivg.errors import ConfigError, ModelError
-from ivg.models.loading import LoadOptions, load_tokenizer
+from ivg.errors import ConfigError
+from ivg.models.hub import find_model
+from ivg.models.loading import LoadOptions, load_config, load_tokenizer
 from ivg.models.vocab import Vocabulary
 from ivg.vllm.config import HeadKind, IVGConfig, IVGValueConfig, Part
 
@@ -105,7 +106,7 @@ def head_kind(path: str, options: LoadOptions) -> HeadKind:
     """``vocabulary`` or ``scalar``, by the names of a checkpoint's tensors."""
     from ivg.models.value_head import find_head
 
-    return find_head(locate(path), options.hub())
+    return find_head(find_model(path, "value", options.hub()), options.hub())
 
 
 def packed(write: Callable[[Path], Any], cache: Path) -> Path:
@@ -143,15 +144,8 @@ def default_cache() -> Path:
 
 
 def _part(name: str, path: str, options: LoadOptions, group: str = "", sign: float = 1.0, head: HeadKind = "language") -> Part:
-    from transformers import AutoConfig
-
-    found = locate(path)
-    try:
-        config = AutoConfig.from_pretrained(found, **options.hub())
-    except (OSError, ValueError, KeyError) as e:
-        raise ModelError(
-            f"cannot read the configuration of {name} {path!r}: {str(e).splitlines()[0]}\n  expected a directory or hub id"
-        ) from e
+    found = find_model(path, name, options.hub())
+    config = load_config(path, options, name)
     local = Path(found).is_dir()
     part = Part(name, config.to_dict(), str(Path(found).resolve()) if local else str(found), options.revision, group, sign, head)
     part.network_config()  # says so here where it is no causal language model

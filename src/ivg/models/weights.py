@@ -1,0 +1,90 @@
+"""The weights of a checkpoint: names of its tensors, single tensors, and whether a network has got all of them.
+
+Knows files and what transformers reports about them. Must not know what a tensor is for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ivg.errors import ModelError
+
+_UNUSED = ("position_ids", "rotary_emb.inv_freq", ".pooler.dense.weight", ".pooler.dense.bias")
+"""Endings of tensors that older versions of transformers wrote and no network needs: buffers, and poolers that its class leaves out."""
+
+OTHER_HEADS = ("lm_head.", "embed_out.", "v_head.")
+"""Beginnings of the names of heads that a checkpoint may have beside the one that is wanted: they change nothing below them."""
+
+
+def check_weights(name: str | Path, network: Any, info: Mapping[str, Any], expected: Callable[[str], bool] = lambda key: False) -> None:
+    """Raise unless the checkpoint held exactly the weights that ``network`` has: what is missing would be random.
+
+    Args:
+        name: of the checkpoint, for the error.
+        network: as ``from_pretrained`` gave it.
+        info: what ``from_pretrained(..., output_loading_info=True)`` reports.
+        expected: is this tensor no part of ``network``, and known to be there?
+
+    Raises:
+        ModelError: names the weights.
+    """
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(key for key in info["unexpected_keys"] if not expected(key) and not key.endswith(_UNUSED))
+    kind = type(getattr(network, "backbone", network)).__name__  # of a value network, transformers knows the backbone only
+    written = ", ".join(getattr(network.config, "architectures", None) or ())
+    advice = f"expected the weights of a {kind}" + (f"; its config.json says {written}" if written and written != kind else "")
+    if missing:
+        raise ModelError(f"{name} lacks {_listed(missing)} of {kind}: random numbers would stand in their places\n  {advice}")
+    if unexpected:
+        raise ModelError(f"{name} holds {_listed(unexpected)} that {kind} does not use: its outputs would be other ones\n  {advice}")
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+    return f"{len(names)} weight{'s' if len(names) > 1 else ''} ({shown})"
+
+
+def weight_files(name: str | Path, hub: dict[str, Any]) -> list[str]:
+    """The files that hold a checkpoint's tensors.
+
+    Raises:
+        ModelError: it has none.
+    """
+    from transformers.utils import cached_file
+
+    options = {k: v for k, v in hub.items() if k in ("revision", "cache_dir", "token")}
+    for file in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
+        if path is None:
+            continue
+        if not file.endswith(".index.json"):
+            return [str(path)]
+        shards = sorted(set(json.loads(Path(path).read_text())["weight_map"].values()))
+        return [str(cached_file(name, shard, **options)) for shard in shards]
+    raise ModelError(f"{name} has no weights\n  expected model.safetensors (or its index, or pytorch_model.bin)")
+
+
+def tensor_names(path: str) -> list[str]:
+    """Names of the tensors of one file."""
+    from safetensors import safe_open
+
+    if not path.endswith(".safetensors"):
+        return list(torch.load(path, weights_only=True, map_location="meta"))
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def read_tensor(path: str, key: str) -> Tensor:
+    """One tensor of one file."""
+    from safetensors import safe_open
+
+    if not path.endswith(".safetensors"):
+        return torch.load(path, weights_only=True, map_location="cpu")[key]
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(key)
