@@ -16,7 +16,7 @@ from ivg.hooks import GuidanceLogitsProcessor, SearchGenerate
 from ivg.models.cached import CachedModel
 from ivg.models.reader import Reader
 from ivg.testing import byte_tokenizer, hypothesis, tiny_model, tiny_reader, tiny_value
-from ivg.types import Prompt, SamplingParams, TokenGuidance
+from ivg.types import DecodeState, Prompt, SamplingParams, TokenGuidance
 from ivg.values.base import CompositeValue, FunctionValue
 from ivg.values.implicit import ImplicitValue
 
@@ -147,11 +147,12 @@ def test_end_of_sequence_lists_and_switch():
     assert answer(scripted("xyab", "p"), "p", max_new_tokens=3).text == "xya"
 
 
-def test_characters_are_never_cut():
+def test_a_cut_character_is_shown_as_one():
+    """Its text is what decode() says."""
     text = "é €"
     full = answer(scripted(text, "p"), "p", max_new_tokens=6)
     assert full.text == text
-    for n, expected in enumerate(["", "é", "é ", "é ", "é ", "é €"], 1):
+    for n, expected in enumerate(["\ufffd", "é", "é ", "é \ufffd", "é \ufffd", "é €"], 1):
         assert answer(scripted(text, "p"), "p", max_new_tokens=n).text == expected
 
 
@@ -191,10 +192,10 @@ def test_guidance_over_the_vocabulary_is_the_formula():
     h = hypothesis("I", " am", base)
     z, ids = base.outputs([h]), base.tokenizer("I am").input_ids
     t, u = (naive.outputs(r.model.network, ids)[-1] for r in (value.tuned, value.untuned))
-    assert torch.allclose(guided(z, [h], [(0, 0)], TokenGuidance(value, 0.5))[0], z[0] + 0.5 * (t - u), atol=1e-3)
+    assert torch.allclose(guided(z, [h], [DecodeState()], TokenGuidance(value, 0.5))[0], z[0] + 0.5 * (t - u), atol=1e-3)
     mixed = CompositeValue([(1.0, value), (-0.25, tiny_value())])
     q = naive.outputs(mixed.parts[1][1].network, ids)[-1]
-    assert torch.allclose(guided(z, [h], [(0, 0)], TokenGuidance(mixed, 2.0))[0], z[0] + 2 * (t - u) - 0.5 * q, atol=1e-3)
+    assert torch.allclose(guided(z, [h], [DecodeState()], TokenGuidance(mixed, 2.0))[0], z[0] + 2 * (t - u) - 0.5 * q, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["implicit", "scalar", "function"])
@@ -210,7 +211,7 @@ def test_guide_with_another_tokenizer_equals_rescoring_text(kind):
     value, beta, k, prompt = make(), 1.5, 6, "The man in"
     sampling = SamplingParams(temperature=0, max_new_tokens=14, ignore_eos=True)
     got = run(base, [Request(Prompt(prompt), Search(guidance=TokenGuidance(value, beta, k)), sampling)])[0]
-    ids, text, state = [], "", (0, 0)
+    ids, text, state = [], "", base.vocabulary.begin(base.tokenizer(prompt).input_ids)
     for _ in range(14):
         z = naive.outputs(base.model.network, base.tokenizer(prompt).input_ids + ids)[-1]
         z[0] = -torch.inf
@@ -221,7 +222,7 @@ def test_guide_with_another_tokenizer_equals_rescoring_text(kind):
         ids.append(int(top.indices[best]))
         state, text = base.vocabulary.continue_text(ids, state)[1], texts[best]
     assert list(got.token_ids) == ids
-    assert got.text == text
+    assert got.text == text + base.vocabulary.continue_text(ids, state, final=True)[0]
 
 
 def test_selection_by_another_tokenizer_equals_fresh_scores():

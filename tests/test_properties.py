@@ -14,6 +14,7 @@ from ivg.engine.sampling import draw, keep_top_p
 from ivg.models.rows import common_length
 from ivg.models.vocab import Vocabulary
 from ivg.testing import byte_tokenizer
+from ivg.types import DecodeState
 
 VOCABULARY = Vocabulary(byte_tokenizer([("t", "h"), ("Ġ", "w")]))
 ids = st.lists(st.integers(0, 3), max_size=30)
@@ -71,7 +72,7 @@ def test_soft_draws_without_replacement(scores, width, scale, seed):
 def test_streamed_text_is_the_text(text):
     """Token by token, every piece is whole characters, and together they are the text."""
     tokens = VOCABULARY.tokenizer(text, add_special_tokens=False).input_ids
-    state, out = (0, 0), ""
+    state, out = DecodeState(), ""
     for end in range(1, len(tokens) + 1):
         new, state = VOCABULARY.continue_text(tokens[:end], state)
         out += new

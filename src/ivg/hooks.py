@@ -74,7 +74,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
                 decoded=decoded,
             )
         tokens = ids[self._start :]
-        text, decoded = self.vocabulary.continue_text(tokens, (0, 0)) if tokens else ("", (0, 0))
+        text, decoded = self.vocabulary.continue_text(tokens, self.vocabulary.begin(ids[: self._start]))
         prompt = Prompt(self.vocabulary.decode(ids[: self._start]))
         return Beam(new_key(), None, prompt, tokens, text, vocabulary=self.vocabulary, inherits=False, decoded=decoded)
 

@@ -16,11 +16,11 @@ from ivg.decoding.search import Request, Searcher, check_engine
 from ivg.decoding.strategies import STRATEGIES, Strategy, settled, strategy
 from ivg.embedded import path
 from ivg.engine.transformers import TransformersEngine
-from ivg.errors import ConfigError, IVGError, ModelError
+from ivg.errors import ConfigError, IVGError, ModelError, PromptError
 from ivg.models.loading import LoadOptions, load_causal
 from ivg.models.reader import Reader
 from ivg.models.texts import Texts
-from ivg.prompts import Conversation, PromptLike, read_prompts
+from ivg.prompts import Conversation, PromptLike, check_text, read_prompts
 from ivg.types import Completion, Engine, Meter, Prompt, SamplingParams, TokenGuidance, Value, new_key
 from ivg.values.base import CompositeValue, FunctionValue
 from ivg.values.explicit import ExplicitValue
@@ -295,5 +295,10 @@ def given(base: Texts, prompt: Prompt, response: str) -> Any:
     """A hypothesis of a response that was not generated here, in the base's tokens."""
     from ivg.types import Beam
 
-    ids = tuple(base.tokenizer(response, add_special_tokens=False).input_ids)
+    check_text(response, "the response")
+    try:
+        before = base.prompt_ids(prompt)
+    except PromptError:  # of chat messages, by a base without chat template: the value may have one
+        before = ()
+    ids = tuple(base.vocabulary.response_ids(before, response))
     return Beam(new_key(), None, prompt, ids, response, meter=Meter(), vocabulary=base.vocabulary, inherits=False)

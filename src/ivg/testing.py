@@ -318,7 +318,7 @@ def tiny_value(head: str = "vocabulary", architecture: str = "llama", seed: int 
 
 def hypothesis(prompt: str, text: str, reader: Any, parent: Hypothesis | None = None, *, end: bool = False) -> Beam:
     """A beam with ``text`` as response, in the tokens of ``reader``; ``end`` adds the end-of-sequence token."""
-    ids = tuple(reader.tokenizer(text, add_special_tokens=False).input_ids) if text else ()
+    ids = tuple(reader.vocabulary.response_ids(reader.prompt_ids(Prompt(prompt)), text)) if text else ()
     ids += (min(reader.vocabulary.eos_ids),) if end else ()
     return Beam(
         new_key(),

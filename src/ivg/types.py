@@ -123,6 +123,21 @@ class TokenDetail:
     top_base: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeState:
+    """How far a response has been decoded (``models.vocab.Vocabulary.continue_text``).
+
+    Attributes:
+        tokens: of the response whose text is known, or held back.
+        context: what the next token is decoded behind: the last tokens with text, those of an unfinished character included.
+        shown: characters of ``context``'s text that are out already.
+    """
+
+    tokens: int = 0
+    context: tuple[int, ...] = ()
+    shown: int = 0
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Beam:
     """A hypothesis: ``token_ids`` (base vocabulary, EOS included) and their ``text`` (EOS and stop strings left out)."""
@@ -149,8 +164,8 @@ class Beam:
     """Per token: the text that it added. Empty unless recorded."""
     details: tuple[TokenDetail, ...] = ()
     """Per token. Empty unless asked for."""
-    decoded: tuple[int, int] = (0, 0)
-    """How far ``text`` has been decoded: see ``models.vocab.Vocabulary.continue_text``."""
+    decoded: DecodeState = DecodeState()
+    """How far ``text`` has been decoded, and behind what."""
     error: str | None = None
 
     @property

@@ -118,12 +118,12 @@ def prefixes(base: Reader, prompt: Prompt, response: str, ends: bool) -> list[Be
     """The response at each of :data:`FRACTIONS`, each the child of the one before, so that caches read every token once."""
     whole = written(base, prompt, response, ends=ends)
     count = len(whole.token_ids) - ends * bool(base.vocabulary.eos_ids)
-    text = base.vocabulary.decode(whole.token_ids[:count])
-    lead = response[: -len(text)] if text and response.endswith(text) else ""  # some tokenizers drop a leading space
+    state, part = base.vocabulary.begin(base.prompt_ids(prompt)), ""
     out: list[Beam] = []
     for fraction in FRACTIONS[:-1]:
         ids = whole.token_ids[: math.ceil(fraction * count)]
-        part = (lead + base.vocabulary.decode(ids)).rstrip("\N{REPLACEMENT CHARACTER}") if ids else ""
+        new, state = base.vocabulary.continue_text(ids, state)
+        part += new
         out.append(_child(out, prompt, ids, part, whole))
     return [*out, _child(out, prompt, whole.token_ids, response, whole, last=True)]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ivg.draws import child_lineage
-from ivg.types import Beam, Extension, FinishReason, Meter, Prompt, TokenDetail, new_key
+from ivg.types import Beam, DecodeState, Extension, FinishReason, Meter, Prompt, TokenDetail, new_key
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class Child:
     meter: Meter
     vocabulary: object
     token_ids: list[int]
-    decoded: tuple[int, int]
+    decoded: DecodeState
     written: str
     key: int = field(default_factory=new_key)
     finish: FinishReason | None = None
@@ -40,10 +40,23 @@ class Child:
     @property
     def text(self) -> str:
         """The response so far; decoded when asked for."""
-        if self.decoded[1] < len(self.token_ids):
-            new, self.decoded = self.order.beam.vocabulary.continue_text(self.token_ids, self.decoded)
-            self.written += new
+        if self.decoded.tokens < len(self.token_ids):
+            self._decode(final=False)
         return self.written
+
+    def end(self, finish: FinishReason) -> None:
+        """Nothing will be added: what was held back of the text is shown. An end-of-sequence token adds no text, special or not."""
+        self.finish = finish
+        beam = self.order.beam
+        if finish == "stop" and self.token_ids and self.token_ids[-1] in beam.vocabulary.eos_ids:
+            self._decode(self.token_ids[:-1], final=True)
+            self.decoded = replace(self.decoded, tokens=len(self.token_ids))
+        else:
+            self._decode(final=True)
+
+    def _decode(self, ids: Sequence[int] | None = None, *, final: bool) -> None:
+        new, self.decoded = self.order.beam.vocabulary.continue_text(self.token_ids if ids is None else ids, self.decoded, final=final)
+        self.written += new
 
 
 def newborn(order: Extension) -> list[Child]:
@@ -78,12 +91,11 @@ def push(d: Child, token: int, shift: float = 0.0, look: TokenDetail | None = No
     before = len(d.text)
     d.token_ids.append(token)
     if token in d.order.beam.vocabulary.eos_ids and not sampling.ignore_eos:
-        d.finish = "stop"
-        d.decoded = (d.decoded[0], len(d.token_ids))  # an end-of-sequence token adds no text, special or not
+        d.end("stop")
     elif sampling.stop and (cut := _stop_at(d.text, before, sampling.stop)) is not None:
         d.written, d.finish = d.text[:cut], "stop"
     elif len(d.token_ids) >= sampling.max_new_tokens:
-        d.finish = "length"
+        d.end("length")
     if d.order.record:
         d.guide_shift.append(shift)
         d.pieces.append(d.text[before:])
@@ -91,8 +103,8 @@ def push(d: Child, token: int, shift: float = 0.0, look: TokenDetail | None = No
         d.details.append(replace(look, text=d.text[before:]))
 
 
-def decoded(d: Child) -> tuple[int, int]:
-    """Up to where the text is decoded (``Vocabulary.continue_text``), all that can be."""
+def decoded(d: Child) -> DecodeState:
+    """How far the text is decoded: all that can be."""
     return (d.text, d.decoded)[1]  # the text first: asking for it moves the state
 
 

@@ -235,7 +235,7 @@ class EndpointEngine:
         cut = stop_at(text, len(before), order.sampling.stop)  # the server saw the chunk alone, not what came before it
         if cut is not None:
             text, stopped, ended = text[:cut], True, False
-        elif not stopped:
+        elif not stopped and len(order.beam.token_ids) + answer.tokens < order.sampling.max_new_tokens:
             text = before + answer.text.rstrip(_UNFINISHED)  # the bytes of half a character would come back as another one
         ids = self._ids(order.beam, text, answer, ended=ended)
         finish: FinishReason | None = "stop" if stopped else "length" if len(ids) >= order.sampling.max_new_tokens else None

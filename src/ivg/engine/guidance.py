@@ -22,7 +22,7 @@ from ivg.engine.sampling import entropy
 from ivg.errors import ConfigError
 from ivg.guides import DraftingValue, VocabularyValue, knows_vocabulary
 from ivg.models.vocab import Vocabulary
-from ivg.types import FinishReason, Hypothesis, Meter, Prompt, TokenGuidance, Value, new_key
+from ivg.types import DecodeState, FinishReason, Hypothesis, Meter, Prompt, TokenGuidance, Value, new_key
 
 DEFAULT_CANDIDATES = 20
 
@@ -87,7 +87,7 @@ def check_draft(guidance: TokenGuidance) -> None:
 def guided(
     logits: Tensor,
     hypotheses: Sequence[Hypothesis],
-    decoded: Sequence[tuple[int, int]],
+    decoded: Sequence[DecodeState],
     guidance: TokenGuidance,
     entropies: Tensor | None = None,
     *,
@@ -136,7 +136,7 @@ def blame(plain: Tensor | None, tokens: int) -> str:
 def _moved(
     logits: Tensor,
     hypotheses: Sequence[Hypothesis],
-    decoded: Sequence[tuple[int, int]],
+    decoded: Sequence[DecodeState],
     guidance: TokenGuidance,
     *,
     in_place: bool = False,
@@ -177,13 +177,14 @@ def _shares_tokens(value: Value, vocabulary: Vocabulary) -> bool:
     return isinstance(value, VocabularyValue) and knows_vocabulary(value) and value.vocabulary.same_as(vocabulary)
 
 
-def _candidates(hypotheses: Sequence[Hypothesis], decoded: Sequence[tuple[int, int]], ids: Tensor) -> list[_Candidate]:
+def _candidates(hypotheses: Sequence[Hypothesis], decoded: Sequence[DecodeState], ids: Tensor) -> list[_Candidate]:
     out = []
     for h, state, row in zip(hypotheses, decoded, ids.tolist(), strict=True):
         vocabulary: Vocabulary = h.vocabulary
         for token in row:
             tokens = [*h.token_ids, token]
-            text = h.text if token in vocabulary.eos_ids else h.text + vocabulary.continue_text(tokens, state)[0]
+            ends = token in vocabulary.eos_ids  # adds no text, but shows what was held back
+            text = h.text + vocabulary.continue_text(h.token_ids if ends else tokens, state, final=ends)[0]
             out.append(_Candidate(new_key(), h.key, h.prompt, tokens, text, h.meter, vocabulary))
     return out
 

@@ -17,7 +17,7 @@ from ivg.errors import PromptError
 from ivg.models.chat import CHAT, encode, render
 from ivg.models.texts import Texts
 from ivg.models.vocab import Vocabulary
-from ivg.types import Prompt
+from ivg.types import DecodeState, Prompt
 
 END = 0
 """The token that ends a response."""
@@ -95,6 +95,10 @@ class InternedVocabulary(Vocabulary):
     def same_as(self, other: Vocabulary | None) -> bool:
         """Only with itself: another's numbers are of other texts, whatever the few that either has by now."""
         return other is None or other is self
+
+    def begin(self, prompt_ids: Sequence[int]) -> DecodeState:
+        """Every piece is text as it is; tokens of prompts are not of this vocabulary."""
+        return DecodeState()
 
     def intern(self, text: str) -> int:
         """The number of ``text`` (see :meth:`PieceTokenizer.intern`)."""

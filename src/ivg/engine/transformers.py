@@ -19,7 +19,7 @@ from ivg.engine.guidance import blame, check_guidance, guided
 from ivg.engine.sampling import broken_rows, drawn_logps, entropy, sample
 from ivg.engine.speculation import Speculator
 from ivg.models.reader import Reader
-from ivg.types import Beam, Extension, Pause, Prompt, SamplingParams, TokenGuidance, new_key
+from ivg.types import Beam, DecodeState, Extension, Pause, Prompt, SamplingParams, TokenGuidance, new_key
 
 
 class TransformersEngine:
@@ -41,7 +41,8 @@ class TransformersEngine:
             PromptError: empty, or too long together with ``sampling.max_new_tokens``.
         """
         self.base.check_length(prompt, sampling.max_new_tokens)
-        return Beam(new_key(), None, prompt, vocabulary=self.vocabulary, inherits=False)
+        state = self.vocabulary.begin(self.base.prompt_ids(prompt))
+        return Beam(new_key(), None, prompt, vocabulary=self.vocabulary, inherits=False, decoded=state)
 
     def prompt_tokens(self, prompt: Prompt) -> int:
         """Length of the prompt in base tokens."""
@@ -95,7 +96,7 @@ class TransformersEngine:
         self,
         drafts: list[Child],
         nodes: Sequence[Beam | Child],
-        places: list[tuple[int, int]],
+        places: list[DecodeState],
         orders: list[Extension],
         row_of: list[int],
     ) -> None:
@@ -140,7 +141,7 @@ class TransformersEngine:
         raw: Tensor,
         entropies: Tensor | None,
         nodes: Sequence[Beam | Child],
-        places: list[tuple[int, int]],
+        places: list[DecodeState],
         orders: list[Extension],
     ) -> tuple[Tensor, Tensor]:
         """(base alone, with guidance), forbidden end-of-sequence tokens out of both; nodes with the same guidance share one call.

@@ -26,13 +26,11 @@ class Texts:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self.of = lru_cache(maxsize=65536)(self._of)
-        pieces = vocabulary.tokenizer("a", add_special_tokens=False).input_ids
-        self._anchor, self._start = pieces, vocabulary.decode(pieces)
+        self._before = vocabulary.tokenizer("a", add_special_tokens=False).input_ids
 
     def _of(self, token: int) -> str:
         """Behind other text, because some tokenizers drop a leading space; a special token by its name."""
-        text = self._vocabulary.decode([*self._anchor, token])
-        return text[len(self._start) :] or self._vocabulary.pieces.get(token, "")
+        return self._vocabulary.response_text(self._before, [token]) or self._vocabulary.pieces.get(token, "")
 
 
 @dataclass

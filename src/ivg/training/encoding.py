@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ivg.models.chat import encode
+from ivg.models.vocab import Vocabulary
 from ivg.training.data import Demonstration, Preference, Rated
 from ivg.types import Prompt
 from ivg.values.reward import RewardModel
@@ -29,10 +30,13 @@ class Encoded:
     policy_prompt: tuple[int, ...] = ()
 
 
-def response_ids(prompt: Prompt | None, response: str, tokenizer: Any, template: str | None, *, ends: bool) -> tuple[list[int], list[int]]:
+def response_ids(
+    prompt: Prompt | None, response: str, vocabulary: Vocabulary, template: str | None, *, ends: bool
+) -> tuple[list[int], list[int]]:
     """(prompt ids, response ids); the two are tokenised apart, as generation sees them. ``ends``: EOS belongs behind it."""
+    tokenizer = vocabulary.tokenizer
     before = encode(prompt, tokenizer, template) if prompt is not None else tokenizer("").input_ids
-    after = tokenizer(response, add_special_tokens=False).input_ids
+    after = vocabulary.response_ids(before, response)
     if ends and tokenizer.eos_token_id is not None:
         after = [*after, tokenizer.eos_token_id]
     return list(before), list(after)
@@ -40,9 +44,9 @@ def response_ids(prompt: Prompt | None, response: str, tokenizer: Any, template:
 
 def demonstrations(rows: Sequence[Demonstration], tokenizer: Any, template: str | None, max_length: int) -> list[dict[str, list[int]]]:
     """``input_ids`` and ``completion_mask`` for TRL's SFT; rows longer than ``max_length`` are left out."""
-    out = []
+    out, vocabulary = [], Vocabulary(tokenizer)
     for row in rows:
-        before, after = response_ids(row.prompt, row.response, tokenizer, template, ends=True)
+        before, after = response_ids(row.prompt, row.response, vocabulary, template, ends=True)
         if len(before) + len(after) <= max_length:
             out.append({"input_ids": before + after, "completion_mask": [0] * len(before) + [1] * len(after)})
     return out
@@ -50,10 +54,10 @@ def demonstrations(rows: Sequence[Demonstration], tokenizer: Any, template: str 
 
 def preferences(rows: Sequence[Preference], tokenizer: Any, template: str | None, max_length: int) -> list[dict[str, list[int]]]:
     """``prompt_ids``, ``chosen_ids``, ``rejected_ids`` for TRL's DPO; rows longer than ``max_length`` are left out."""
-    out = []
+    out, vocabulary = [], Vocabulary(tokenizer)
     for row in rows:
-        before, chosen = response_ids(row.prompt, row.chosen, tokenizer, template, ends=row.chosen_ends)
-        _, rejected = response_ids(row.prompt, row.rejected, tokenizer, template, ends=row.rejected_ends)
+        before, chosen = response_ids(row.prompt, row.chosen, vocabulary, template, ends=row.chosen_ends)
+        _, rejected = response_ids(row.prompt, row.rejected, vocabulary, template, ends=row.rejected_ends)
         if chosen and rejected and len(before) + max(len(chosen), len(rejected)) <= max_length:
             out.append({"prompt_ids": before, "chosen_ids": chosen, "rejected_ids": rejected})
     return out
@@ -67,10 +71,11 @@ def rated(
     ``policy``: tokenizer and template of CD-Q's policy.
     """
     out: list[Encoded] = []
+    vocabulary = Vocabulary(tokenizer)
     groups: dict[Prompt, int] = {}
     for row in rows:
-        before, after = response_ids(row.prompt, row.response, tokenizer, template, ends=row.ends)
-        if row.token_ids and row.response and tokenizer.decode(row.token_ids, skip_special_tokens=True).startswith(row.response):
+        before, after = response_ids(row.prompt, row.response, vocabulary, template, ends=row.ends)
+        if row.token_ids and row.response and vocabulary.response_text(before, row.token_ids).startswith(row.response):
             after = list(row.token_ids)
         group = groups.setdefault(row.prompt, len(groups))
         if after and len(before) + len(after) <= max_length:

@@ -90,7 +90,8 @@ class VLLMEngine:
             PromptError: empty, or too long together with ``sampling.max_new_tokens``.
         """
         self.base.check_length(prompt, sampling.max_new_tokens)
-        return Beam(new_key(), None, prompt, vocabulary=self.vocabulary, inherits=False)
+        state = self.vocabulary.begin(self.base.prompt_ids(prompt))
+        return Beam(new_key(), None, prompt, vocabulary=self.vocabulary, inherits=False, decoded=state)
 
     def prompt_tokens(self, prompt: Prompt) -> int:
         """Length of the prompt in base tokens."""
