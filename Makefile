@@ -1,4 +1,4 @@
-# make demo: from nothing to text steered by value guidance.   make test: everything that CI checks.
+# make demo: from nothing to text steered by value guidance.   make test: is it right?   make test-all: everything that CI checks.
 PYTHON ?= python3
 VENV ?= .venv
 # e.g. https://download.pytorch.org/whl/cpu for PyTorch's CPU build on Linux without a local wheel
@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN = $(VENV)/bin
 
-.PHONY: help install demo test lint types contract unit test-vllm docs clean
+.PHONY: help install demo test test-all test-long test-avx2 lint types contract unit test-vllm docs clean
 .PHONY: bench bench-targets reproduce-sentiment reproduce-values reproduce-objectives reproduce-summarization
 .DEFAULT_GOAL := help
 
@@ -30,7 +30,9 @@ demo: install ## steer the embedded film-review model
 	@$(RUN)/ivg generate "The movie was" --seed 1
 	@$(RUN)/ivg compare "The movie was" --seed 1
 
-test: lint types contract unit test-vllm ## all that CI checks
+test: lint types contract unit ## lint, types, import contract, and tests of every feature (minutes)
+
+test-all: test test-long test-avx2 test-vllm ## also the long tests: killed runs, browser, Ray, a plain processor, real vLLM on the CPU
 
 lint: $(VENV)/.dev
 	@$(RUN)/ruff check . && $(RUN)/ruff format --check .
@@ -41,8 +43,16 @@ types: $(VENV)/.dev
 contract: $(VENV)/.dev
 	@$(RUN)/lint-imports --no-cache
 
-unit: $(VENV)/.dev
-	@$(RUN)/python -m pytest -n 2 --dist loadfile
+PYTEST = $(RUN)/python -m pytest -n 2 --dist loadfile
+unit: $(VENV)/.dev ## the tests alone, without the long ones
+	@$(PYTEST) -m 'not long'
+
+test-long: $(VENV)/.dev ## the long tests
+	@$(PYTEST) -m long
+
+# PyTorch and oneDNN then use what every x86 processor has: no bfloat16 instructions, no AVX512
+test-avx2: $(VENV)/.dev ## tests of the numerics, as on a plain AVX2 processor
+	@ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m 'numerics and not long'
 
 # vLLM wants an environment of its own: its CPU build pins PyTorch and transformers
 VLLM_VENV ?= .venv-vllm

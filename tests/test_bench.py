@@ -246,6 +246,7 @@ def test_any_strategy(method):
             replace(TINY, method=method)
 
 
+@pytest.mark.long
 def test_interrupted_rounds_go_on(tmp_path, monkeypatch):
     file, real = tmp_path / "rows.jsonl", runner.Bench.measure
     made = []
@@ -442,6 +443,7 @@ def test_command_prints_a_table_and_json(ivg, tmp_path):
     assert "round" not in again.err
 
 
+@pytest.mark.long
 def test_targets_rehearse_and_resume(ivg, tmp_path):
     out = ivg(f"bench --targets --quick --out {tmp_path / 'targets'}")
     found = json.loads(out.out.splitlines()[-1])

@@ -539,6 +539,7 @@ def collect(recipe, todo, settings, errors, after=None):
     return out
 
 
+@pytest.mark.long
 @real_ray
 def test_a_killed_worker_is_replaced_and_its_prompts_are_done_again(cluster, crews, hub):
     recipe, todo, errors = recipe_of(hub), jobs(8, n=2), []
@@ -552,6 +553,7 @@ def test_a_killed_worker_is_replaced_and_its_prompts_are_done_again(cluster, cre
     assert crews[0]._made == 3
 
 
+@pytest.mark.long
 @real_ray
 def test_a_node_may_leave(cluster, crews, hub):
     recipe, todo, errors = recipe_of(hub), jobs(16), []
@@ -565,6 +567,7 @@ def test_a_node_may_leave(cluster, crews, hub):
     cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
 
 
+@pytest.mark.long
 @real_ray
 def test_a_prompt_that_kills_is_reported(cluster, crews, hub, monkeypatch):
     monkeypatch.setattr(ledger, "SUSPECT", 1)
@@ -576,6 +579,7 @@ def test_a_prompt_that_kills_is_reported(cluster, crews, hub, monkeypatch):
     assert said.startswith("line 3: given up, since 2 workers died with it")
 
 
+@pytest.mark.long
 @real_ray
 def test_command_line_goes_on_where_it_was_interrupted(cluster, hub, tmp_path, monkeypatch, capsys):
     source, sink = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
@@ -627,6 +631,7 @@ def test_command_line_goes_on_where_it_was_interrupted(cluster, hub, tmp_path, m
     assert {(r["id"], r["index"]): r["text"] for r in rows} == expected
 
 
+@pytest.mark.long
 @real_ray
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9"])
 def test_nobody_at_the_address(address):

@@ -88,6 +88,7 @@ def test_prompts_are_the_first_four_to_eight_words():
         opening_words(reviews, 60, seed=1)
 
 
+@pytest.mark.long
 def test_the_recipe_in_miniature_from_rollouts_to_values(tmp_path, monkeypatch):
     """Every stage behind the language models and the judge runs, skips what is done, and leaves models that load."""
     pytest.importorskip("trl")

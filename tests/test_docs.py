@@ -13,6 +13,8 @@ from ivg.evaluation.lengthcontrol import GLM_COLUMNS
 from ivg.testing import byte_tokenizer, tiny_model, tiny_value
 
 ROOT = Path(__file__).parents[1]
+LONG = r"ivg (check --preferences|eval|bench|compare)|--input|--trace"
+"""Lines that take more than a few seconds."""
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -27,7 +29,8 @@ def lines():
         for code in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
             for line in code.replace("\\\n", " ").splitlines():
                 if re.match(r"(\.venv/bin/)?ivg ", line):
-                    yield pytest.param(line, id=" ".join(line.split())[:60])
+                    marks = [pytest.mark.long] if re.search(LONG, line) else []
+                    yield pytest.param(line, id=" ".join(line.split())[:60], marks=marks)
 
 
 @pytest.fixture(scope="module")

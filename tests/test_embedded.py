@@ -75,6 +75,7 @@ def test_it_writes_words(model, imdb_test):
     assert sum(w in known for w in words) / len(words) > 0.97
 
 
+@pytest.mark.long
 def test_ivg_is_kinder_than_base(model, gold):
     prompts = ["The movie was", "This film", "I thought the story", "The acting of the lead", "My friends and I", "After ten minutes"] * 3
     means = {}
@@ -90,6 +91,7 @@ def test_ivg_is_kinder_than_base(model, gold):
     assert means["base"] < means["eft"] < means["ivg"]
 
 
+@pytest.mark.long
 def test_guide_with_another_tokenizer_steers(model, gold):
     """A value with its own tokenizer helps at token level and at chunk level."""
     prompts = ["The movie was", "This film", "I thought the story", "My friends and I"] * 3
@@ -110,6 +112,7 @@ def test_guide_with_another_tokenizer_steers(model, gold):
     assert means["chunk"] > means["base"]
 
 
+@pytest.mark.long
 def test_gold_judges_reviews(gold, imdb_test, metrics):
     sample = imdb_test[::50]
     rewards, _ = gold.rewards([r.text for r in sample])
@@ -118,6 +121,7 @@ def test_gold_judges_reviews(gold, imdb_test, metrics):
     assert accuracy == pytest.approx(metrics["gold"]["accuracy_full_test_reviews"], abs=4 * (0.12 / len(sample)) ** 0.5)
 
 
+@pytest.mark.long
 def test_base_predicts_reviews(model, imdb_test, metrics):
     """Perplexity on test reviews is near the card's on held-out training reviews."""
     assert metrics["base"]["tokens_seen"] >= 20e6

@@ -369,6 +369,7 @@ def start(hub, out, *more):
     return subprocess.Popen([sys.executable, str(script), str(settings), str(out), *more], env=environment, stderr=subprocess.PIPE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("jobs", "moments"),
     [("1", [("transcripts", 4), ("transcripts", 30), ("scores", 9)]), ("2", [("transcripts", 15)])],

@@ -88,7 +88,13 @@ DATA = {
 }
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def _marks(path):
+    """One recipe of each task is read by `make test`, the others by `make test-all`."""
+    quick = ("sentiment-gpt2", "summarization-gpt2", "alpaca-llama2-7b-tulu", "embedded-pareto")
+    return pytest.param(path, id=path.stem, marks=() if path.stem in quick else pytest.mark.long)
+
+
+@pytest.mark.parametrize("path", map(_marks, RECIPES))
 def test_recipe(path, hub, tmp_path):
     task = json.loads(json.dumps(Recipe.load(path).eval.task))
     data = tmp_path / "data.jsonl"

@@ -459,6 +459,7 @@ def test_many_at_once_with_all_kinds_of_trouble(running, library):
     assert running.idle() == 0
 
 
+@pytest.mark.long
 def test_fuzzed_by_its_own_schema(tmp_path):
     """Whatever fits the schema, and what nearly does, never gives 500."""
     server = Running(tiny(), max_tokens=6, deadline=30.0)

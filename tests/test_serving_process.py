@@ -216,6 +216,7 @@ def gauges(server):
     return {k: v for k, v in numbers.items() if k.startswith(names)}
 
 
+@pytest.mark.long
 def test_two_hundred_requests_with_all_kinds_of_trouble_and_the_signal_to_stop():
     """Good answers are the library's, errors well-formed, nothing hangs, nothing is left."""
     library = tiny()
@@ -244,6 +245,7 @@ def test_two_hundred_requests_with_all_kinds_of_trouble_and_the_signal_to_stop()
 # Signals
 
 
+@pytest.mark.long
 def test_a_second_signal_ends_it_quietly():
     """Who waits is told so, who does not listen is cut off, and the code is the shell's for that signal."""
     with Process.tiny(drain=60) as server, server.connect() as idle:
@@ -264,6 +266,7 @@ def test_a_second_signal_ends_it_quietly():
     assert not [e for e in log if "trace" in e or e["level"] == "error"]
 
 
+@pytest.mark.long
 def test_a_round_that_does_not_end_is_left():
     """Its clients are told so, and the process goes without a word from C++."""
     with Process.tiny(drain=60) as server:
@@ -314,6 +317,7 @@ def test_the_extra_is_asked_for_by_name():
     assert done.returncode == 2 and "ivg[serve]" in done.stderr
 
 
+@pytest.mark.long
 def test_a_taken_address_is_said_before_models_are_loaded():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

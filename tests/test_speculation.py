@@ -199,7 +199,9 @@ def same_tokens(bench, s, sampling, ahead, prompts=PROMPTS, **settings):
     return expected, stats
 
 
-@pytest.mark.parametrize("s", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(
+    "s", [pytest.param(s, id=name, marks=() if name in ("eft", "ivg, L 5") else pytest.mark.long) for name, s in SHAPES.items()]
+)
 def test_the_number_drafted_changes_no_token(llama, s):
     _, stats = same_tokens(llama, s, SamplingParams(max_new_tokens=24), (1, 2, 3, 5, None))
     assert 0.2 < stats[0]["acceptance"] < 0.95, "a pair that always or never agrees tests little"
@@ -248,9 +250,12 @@ def enumerated(bench, prompt, beta, sampling, length):
 TOP_K = {"top_k": 3, "temperature": 1.5}
 
 
+MORE = [(1, 1.0, {}), (3, 1.0, {}), (1, 0.5, {}), (2, 0.5, {}), (3, 0.5, {}), (2, 1.0, TOP_K)]
+
+
 @pytest.mark.parametrize(
     "ahead,beta,settings",
-    [(1, 1.0, {}), (2, 1.0, {}), (3, 1.0, {}), (1, 0.5, {}), (2, 0.5, {}), (3, 0.5, {}), (2, 1.0, TOP_K), (3, 0.5, TOP_K)],
+    [(2, 1.0, {}), (3, 0.5, TOP_K), *(pytest.param(*more, marks=pytest.mark.long) for more in MORE)],
 )
 def test_all_strings_have_their_probability(small, ahead, beta, settings):
     """Chi-square of 20 000 responses of three tokens against the enumerated guided distribution."""

@@ -235,6 +235,7 @@ def killed_when(arguments, environment, there):
     return False
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("template", "result"), [(VALUE, "model.safetensors"), (ROLLOUT, "r.jsonl")])
 def test_killed_at_any_moment_the_same_command_gives_the_same_files(tmp_path, model, template, result):
     """A value after its first checkpoint, and after its last; rollouts after their first block, and after their third."""
