@@ -26,7 +26,8 @@ class Clocked(Protocol):
     clock: float
 
     @property
-    def rule(self) -> _Sized: ...
+    def rule(self) -> _Sized:
+        """How many hypotheses it may have in flight."""
 
 
 def costs(lives: Sequence[Clocked]) -> list[float]:
