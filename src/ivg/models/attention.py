@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ivg.models import kernels
 from ivg.models.store import Branch, KVStore, Pair, Plan, Sight
 
 NAME = "ivg"
@@ -93,7 +94,7 @@ def attend(
     if plan.slots is not None:
         part = _joined(part, _over_own(q, store.own[layer], plan, sight, scaling, softcap))
     out = part.sums / part.norm
-    return out.to(value.dtype).reshape(rows, heads, columns, -1).transpose(1, 2), None
+    return out.to(value.dtype).reshape(rows, heads, columns, -1).transpose(1, 2).contiguous(), None
 
 
 class _Part(NamedTuple):
@@ -143,12 +144,11 @@ def _over_trunks(q: Tensor, trunk: Pair, plan: Plan, sight: Sight, columns: int,
 def _attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> _Part:
     """Queries [families, groups, queries, size] over keys and values [families, groups, length, size].
 
-    On a CPU by PyTorch's flash kernel, which takes keys where they lie and writes no scores (dev/LOG.md). Elsewhere keys times queries,
-    not the other way round: so it is the few queries that are turned, not the many keys.
+    On a CPU by PyTorch's flash kernel where that works: it takes keys where they lie and writes no scores (dev/LOG.md). Elsewhere keys
+    times queries, not the other way round: so it is the few queries that are turned, not the many keys.
     """
-    if softcap is None and q.device.type == "cpu" and q.shape[-1] == values.shape[-1]:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, norms = flash(q, keys, values, 0.0, False, attn_mask=None if mask is None else mask.to(q.dtype), scale=scaling)
+    if softcap is None and q.device.type == "cpu" and q.shape[-1] == values.shape[-1] and kernels.has_flash(q.dtype):
+        out, norms = kernels.flash_attention(q, keys, values, mask, scaling)
         if mask is not None:  # what it gives where nothing is seen is not said
             blind = (mask.amax(-1, keepdim=True) == -torch.inf).expand(*norms.shape, 1)
             out, norms = out.masked_fill(blind, 0.0), norms.masked_fill(blind[..., 0], _LOWEST)

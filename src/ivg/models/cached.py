@@ -9,7 +9,6 @@ Knows transformers' forward signature. Must not know prompts, beams, tokenizers.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,8 +20,10 @@ from torch import Tensor, nn
 from ivg.errors import ModelError, PromptError
 from ivg.models.attention import UnsupportedAttentionError, by_families
 from ivg.models.plan import Place, make_plan, positions_of
-from ivg.models.rows import Row, Rows
+from ivg.models.rotary import factors_beyond, rotary_modules
+from ivg.models.rows import Family, Row, Rows, common_length
 from ivg.models.store import KVStore
+from ivg.models.support import reading_of
 
 MERGE_PADDING = 48
 """Rows of different lengths share a forward pass if that pads fewer tokens than this: about what a pass costs by itself."""
@@ -56,20 +57,15 @@ class CachedModel:
         self.network.eval()
         self.device = next(self.network.parameters()).device
         config = self.config = cast("Any", self.network).config.get_text_config()
-        self.max_positions: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        self.reading = reading_of(self.network, self.name)
+        self.max_positions, self._windows, self._borders = self.reading.max_positions, self.reading.windows, self.reading.borders
+        self._rotary = rotary_modules(self.network) if self._borders else []
         self._eager = getattr(config, "_attn_implementation", "sdpa") == "eager"
-        self._windows = _windows(config)
         self._markers = {kind: torch.zeros(1, 1, 1, 1, device=self.device) for kind in self._windows}
         self._by_families = _attends_by_interface(self.network)
         self._heads = int(getattr(config, "num_attention_heads", 1) or 1)
         self._outputs = 1 if getattr(self.network, "kind", None) == "scalar" else int(config.vocab_size)
         self.clear()
-        forward = inspect.signature((getattr(self.network, "backbone", None) or self.network).forward).parameters
-        for needed in ("position_ids", "past_key_values"):
-            if needed not in forward:
-                raise ModelError(f"{self.name}: {type(self.network).__name__} takes no {needed}; ivg needs a decoder that does")
-        if reason := _unreadable(config):
-            raise ModelError(f"{self.name}: {type(self.network).__name__} {reason}\n  expected a decoder with positions in its tokens")
 
     # Rows
 
@@ -90,7 +86,7 @@ class CachedModel:
 
     def open(self, ids: Sequence[int]) -> Row:
         """A row for ``ids``, holding already as many of them as some trunk has (all but the last at most)."""
-        return self.rows.open(ids)
+        return self.rows.open(ids, self._factors(len(ids)))
 
     def fork(self, row: Row) -> Row:
         """A second row with the same tokens; copies only what is not in the trunk, and that not before the next pass."""
@@ -118,6 +114,22 @@ class CachedModel:
         Raises:
             PromptError: a row would outgrow the model's positions.
         """
+        left, wanted = {i: list(tokens) for i, tokens in enumerate(new)}, list(keep)
+        while left:
+            index, pieces, counts = list(left), [], []
+            for i in index:
+                held, total = len(rows[i].ids), len(rows[i].ids) + len(left[i])
+                end = self._end(total - max(0, wanted[i] - 1), total)
+                pieces.append(left[i][: end - held])
+                counts.append(max(0, wanted[i] - (total - end)))
+                left[i], wanted[i] = left[i][end - held :], wanted[i] - counts[-1]
+            some = [rows[i] for i in index]
+            for k, output in self._feed(some, self._turned(some, pieces), counts):
+                yield index[k], output
+            left = {i: tokens for i, tokens in left.items() if tokens}
+
+    def _feed(self, rows: Sequence[Row], new: Sequence[Sequence[int]], keep: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """As :meth:`feed`, each row under the factors that it has."""
         done = [0] * len(rows)
         pending = list(range(len(rows)))
         self._prepare(rows, new)
@@ -137,6 +149,7 @@ class CachedModel:
 
     def last(self, rows: Sequence[Row], new: Sequence[Sequence[int]]) -> Tensor:
         """Read ``new`` and give the output behind each row's last token, [rows, vocabulary or 1], in the network's type."""
+        new = self._turned(rows, new)
         longest, shortest = max(map(len, new)), min(map(len, new))
         if longest == shortest <= FAMILY_COLUMNS:
             self._prepare(rows, new)
@@ -152,11 +165,45 @@ class CachedModel:
             out[i] = output[-1]
         return torch.stack(out)
 
+    def _factors(self, length: int) -> int:
+        """Which rotary factors a text of this length has: how many borders it is beyond."""
+        return sum(length > border for border in self._borders)
+
+    def _end(self, first: int, total: int) -> int:
+        """The longest text of at most ``total`` tokens that has the factors of one of ``first``."""
+        return min([total, *(border for border in self._borders if border >= first)])
+
+    def _turned(self, rows: Sequence[Row], new: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        """What is to be read if rows that would outgrow their rotary factors, or were cut below them, begin anew.
+
+        Rows of one family stay one: what they have in common is read once.
+        """
+        families: dict[tuple[Family, int], list[int]] = {}
+        if not self._borders:
+            return new
+        for i, row in enumerate(rows):
+            if row.family.factors != (factors := self._factors(len(row.ids) + len(new[i]))):
+                families.setdefault((row.family, factors), []).append(i)
+        if not families:
+            return new
+        texts = {i: [*rows[i].ids, *new[i]] for some in families.values() for i in some}
+        for (_, factors), some in families.items():
+            first, shared = rows[some[0]], min(common_length(texts[some[0]], texts[i][:-1]) for i in some)
+            self.rows.renew(first, texts[some[0]] if len(some) == 1 else texts[some[0]][: shared + 1], factors)
+            if len(some) > 1 and len(first.ids) < shared:
+                list(self._feed([first], [texts[some[0]][len(first.ids) : shared]], [0]))
+            for i in some[1:]:
+                self.rows.renew_as(rows[i], first)
+        return [texts[i][len(row.ids) :] if i in texts else new[i] for i, row in enumerate(rows)]
+
     def _prepare(self, rows: Sequence[Row], new: Sequence[Sequence[int]]) -> None:
         """See that there is room, and that rows are where they belong."""
         longest = max((len(r.ids) + len(n) for r, n in zip(rows, new, strict=True)), default=0)
         if self.max_positions is not None and longest > self.max_positions:
-            raise PromptError(f"{self.name} reads at most {self.max_positions} tokens, got {longest}\n  shorten the prompt or the answer")
+            why = f" ({self.reading.limit_reason})" if self.reading.limit_reason else ""
+            raise PromptError(
+                f"{self.name} reads at most {self.max_positions} tokens{why}, got {longest}\n  shorten the prompt or the answer"
+            )
         if self.cache.failed:
             raise ModelError(f"{self.name}: memory ran out while its cache grew\n  forget() it, and ask for fewer beams or shorter texts")
         self.rows.prepare(rows)
@@ -168,10 +215,10 @@ class CachedModel:
         return min(left, BLOCK_TOKENS, before + most if before < BLOCK_TOKENS else BLOCK_TOKENS)
 
     def _groups(self, pending: list[int], sizes: dict[int, int], rows: Sequence[Row], wants: dict[int, int]) -> Iterator[list[int]]:
-        """Rows of like size together: no more than :data:`MERGE_PADDING` tokens of padding for a pass that is saved."""
+        """Rows with the same factors and of like size together: at most :data:`MERGE_PADDING` tokens of padding for a pass saved."""
         group: list[int] = []
         padding = longest = most = 0
-        for i in sorted(pending, key=lambda i: -sizes[i]):
+        for i in sorted(pending, key=lambda i: (rows[i].family.factors, -sizes[i])):
             extra = sizes[group[0]] - sizes[i] if group else 0
             widest = sizes[group[0]] if group else sizes[i]
             length = max(longest, len(rows[i].ids) + sizes[i])
@@ -179,7 +226,8 @@ class CachedModel:
             scores = tokens * self._heads * length if widest <= FAMILY_COLUMNS else 0
             wanted = max(most, wants.get(i, 1))
             many = wanted > 1 and (len(group) + 1) * wanted * self._outputs > PASS_OUTPUTS
-            if group and (padding + extra > MERGE_PADDING or tokens > PASS_TOKENS or scores > FAMILY_SCORES or many):
+            other = bool(group) and rows[group[0]].family.factors != rows[i].family.factors
+            if group and (other or padding + extra > MERGE_PADDING or tokens > PASS_TOKENS or scores > FAMILY_SCORES or many):
                 yield group
                 group, padding, extra, length, wanted = [], 0, 0, len(rows[i].ids) + sizes[i], wants.get(i, 1)
             group.append(i)
@@ -195,13 +243,17 @@ class CachedModel:
         places = [Place(len(r.ids), len(pieces[i]), r.start, r.family.trunk, r.slot) for i in order for r in (rows[i],)]
         positions, real = positions_of(places)
         width = positions.shape[1]
-        ids = torch.tensor([[0] * (width - len(pieces[i])) + list(pieces[i]) for i in order]).to(self.device)
+        ids = torch.tensor([[0] * (width - len(pieces[i])) + list(pieces[i]) for i in order])
+        numbers = positions if self.reading.pad is None else _without_padding(ids, real, [rows[i].ids for i in order], self.reading.pad)
+        there = ids.to(self.device), numbers.to(self.device)
         by = self._by_families and width <= FAMILY_COLUMNS
-        try:
-            logits = self._forward(ids, places, positions, real, keep, by=by)
-        except UnsupportedAttentionError:
-            self._by_families = False
-            logits = self._forward(ids, places, positions, real, keep, by=False)
+        factors = rows[0].family.factors
+        with factors_beyond(self._borders[factors - 1] if factors else None, self._rotary):
+            try:
+                logits = self._forward(*there, places, positions, real, keep, by=by)
+            except UnsupportedAttentionError:
+                self._by_families = False
+                logits = self._forward(*there, places, positions, real, keep, by=False)
         self.rows.have_read(rows, pieces)
         finite = logits[:, -1].amax(-1) < torch.inf  # NaN wins every comparison
         if not bool(finite.all()):
@@ -212,15 +264,17 @@ class CachedModel:
         self.held_peak = max(self.held_peak, self.rows.held_bytes)
         return logits, order
 
-    def _forward(self, ids: Tensor, places: Sequence[Place], positions: Tensor, real: Tensor, keep: int, *, by: bool) -> Tensor:
+    def _forward(
+        self, ids: Tensor, numbers: Tensor, places: Sequence[Place], positions: Tensor, real: Tensor, keep: int, *, by: bool
+    ) -> Tensor:
+        """Outputs [rows, keep, vocabulary or 1]; ``numbers`` are the tokens' positions as the network counts them."""
         self.cache.plan = make_plan(places, positions, real, self.cache.depth, self._markers, self._windows, self.device, by_families=by)
-        there = positions.to(self.device)
-        masks: dict[str, Tensor] = self._markers if by else self._masks(there, int(positions.max()) + 1)
+        masks: dict[str, Tensor] = self._markers if by else self._masks(positions.to(self.device), int(positions.max()) + 1)
         try:
             with by_families(self.config, self.cache) if by else nullcontext():
                 logits: Tensor = self.network(
                     input_ids=ids,
-                    position_ids=there,
+                    position_ids=numbers,
                     attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
                     past_key_values=self.cache,
                     use_cache=True,
@@ -255,22 +309,8 @@ def _attends_by_interface(network: nn.Module) -> bool:
     return bool(getattr(body, "_supports_attention_backend", False))
 
 
-def _unreadable(config: Any) -> str | None:
-    """Why rows of different lengths in one pass would be read wrongly, silently or late; None: they are not."""
-    if config.model_type == "gpt_neo" and "local" in getattr(config, "attention_layers", ()):
-        return "cuts its local layers by columns of the batch, not by positions"
-    if getattr(config, "alibi", False):
-        return "takes distances (ALiBi) from columns of the batch, not from positions"
-    return None
-
-
-def _windows(config: Any) -> dict[str, int | None]:
-    """Kinds of attention layers and their windows, as transformers names them."""
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) is not False else None
-    kinds = dict.fromkeys(getattr(config, "layer_types", None) or ())
-    if not kinds:
-        return {"all": window}
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise ModelError(f"layers of kind {', '.join(sorted(unknown))} keep no keys and values per token; ivg cannot fork them")
-    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+def _without_padding(ids: Tensor, real: Tensor, held: Sequence[Sequence[int]], pad: int) -> Tensor:
+    """Positions [R, C] as RoBERTa counts them: from ``pad`` + 1 on, tokens ``pad`` left out; those are at ``pad`` itself."""
+    before = torch.tensor([len(tokens) - tokens.count(pad) for tokens in held])
+    counted = real & (ids != pad)
+    return (counted.cumsum(1) + before[:, None]) * counted + pad

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivg.errors import ConfigError, IVGError, ModelError
+from ivg.models import kernels
 from ivg.models.cached import CachedModel
 from ivg.models.hub import find_model
 from ivg.models.packing import pack
@@ -84,17 +85,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _cpu_has_bf16()
+        native = device.type == "cpu" and kernels.multiplies_bfloat16()
     return torch.bfloat16 if native else torch.float32
-
-
-def _cpu_has_bf16() -> bool:
-    """Instructions for bfloat16 products; oneDNN alone also says yes where it emulates them, 8 times slower."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
 
 
 def load_network(name: str | Path, auto_class: Any, options: LoadOptions, what: str, *, new_head: bool = False) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-_EXAMPLE_ROWS = 256  # for which oneDNN picks the order; measured to be as good as any for 1 to 256
+from ivg.models import kernels
 
 
 class PackedLinear(nn.Module):
@@ -32,7 +32,8 @@ class PackedLinear(nn.Module):
         self._pack(weight)
 
     def _pack(self, weight: Tensor) -> None:
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _EXAMPLE_ROWS)
+        """In the plain order where nothing can be packed: the layer may come from a pickle of another machine."""
+        self.packed = kernels.pack_weight(weight) if kernels.packs_linear() else weight.detach().contiguous()
 
     @property
     def weight(self) -> Tensor:
@@ -47,11 +48,10 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X W^T + b."""
-        if x.dtype != torch.bfloat16:
+        if x.dtype != torch.bfloat16 or self.packed.layout is torch.strided:
             bias = None if self.bias is None else cast("Tensor", self.bias).to(x.dtype)
             return nn.functional.linear(x, self.packed.to_dense().to(x.dtype), bias)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.packed, self.bias, "none", [], "")
-        return out
+        return kernels.packed_linear(x, self.packed, cast("Tensor | None", self.bias))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -81,11 +81,9 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(network: nn.Module) -> bool:
-    """On a CPU, in bfloat16, by a PyTorch with oneDNN."""
+    """On a CPU, in bfloat16, where oneDNN's packed layers work."""
     first = next(network.parameters(), None)
-    if first is None or first.device.type != "cpu" or first.dtype != torch.bfloat16:
-        return False
-    return bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return first is not None and first.device.type == "cpu" and first.dtype == torch.bfloat16 and kernels.packs_linear()
 
 
 def pack(network: nn.Module) -> nn.Module:

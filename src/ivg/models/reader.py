@@ -45,8 +45,15 @@ class Reader(Texts):
     """
 
     def __init__(self, model: CachedModel, tokenizer: Any, template: str | None = None, eos_ids: Sequence[int] | None = None) -> None:
-        sizes = {"vocab_size": model.config.vocab_size, "max_positions": model.max_positions}
-        super().__init__(model.name, tokenizer, template, eos_ids, **sizes)
+        super().__init__(
+            model.name,
+            tokenizer,
+            template,
+            eos_ids,
+            vocab_size=model.config.vocab_size,
+            max_positions=model.max_positions,
+            limit_reason=model.reading.limit_reason,
+        )
         self.model = model
         self._entries: dict[int, _Entry] = {}
 

@@ -34,6 +34,7 @@ class Family:
         slots: own slots that its freed rows left, kept at hand so that a family's slots stay side by side.
         stale: rows were freed since it was last seen how much the others share.
         broken: its trunk may hold NaN.
+        factors: which rotary factors its keys were turned by (``models.rotary``).
     """
 
     trunk: int
@@ -42,6 +43,7 @@ class Family:
     slots: list[int] = field(default_factory=list)
     stale: bool = False
     broken: bool = False
+    factors: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -100,11 +102,33 @@ class Rows:
         self._free_slots: list[int] = []
         self._copies: dict[int, tuple[int, int]] = {}  # forks to be made: target slot -> source slot, count
 
-    def open(self, ids: Sequence[int]) -> Row:
+    def open(self, ids: Sequence[int], factors: int = 0) -> Row:
         """A row for ``ids``, holding already as many of them as some trunk has (all but the last at most)."""
+        family, shared = self._family_for(ids, factors)
+        return self._enter(Row(family, list(ids[:shared]), shared))
+
+    def fork(self, row: Row) -> Row:
+        """A second row with the same tokens; copies only what is not in the trunk, and that not before the next pass."""
+        return self._begin_as(Row(row.family, [], 0), row)
+
+    def renew(self, row: Row, ids: Sequence[int], factors: int) -> None:
+        """Give up what it holds, and begin ``ids`` as :meth:`open` does, among rows with these factors."""
+        self.free(row)
+        row.family, row.start = self._family_for(ids, factors)
+        row.ids = list(ids[: row.start])
+        row.broken = False
+        self._enter(row)
+
+    def renew_as(self, row: Row, other: Row) -> None:
+        """Give up what it holds, and become a fork of another."""
+        self.free(row)
+        self._begin_as(row, other)
+
+    def _family_for(self, ids: Sequence[int], factors: int) -> tuple[Family, int]:
+        """(a family whose trunk begins as ``ids``, for how many tokens)."""
         best, shared = None, 0
         for family in (*self._idle, *self._families):
-            n = common_length(family.ids, ids)
+            n = common_length(family.ids, ids) if family.factors == factors else 0
             if n > shared:
                 best, shared = family, n
         shared = max(0, min(shared, len(ids) - 1))
@@ -113,23 +137,22 @@ class Rows:
             family = best
             del family.ids[shared:]
         else:
-            family = Family(self._free_trunk(best), list(ids[:shared]))
+            family = Family(self._free_trunk(best), list(ids[:shared]), factors=factors)
             if best is not None and shared:
                 self.store.copy_trunk(best.trunk, family.trunk, shared)
         self._families[family] = None
-        return self._enter(Row(family, list(ids[:shared]), shared))
+        return family, shared
 
-    def fork(self, row: Row) -> Row:
-        """A second row with the same tokens; copies only what is not in the trunk, and that not before the next pass."""
-        own = row.own
-        new = Row(row.family, list(row.ids), row.start, broken=row.broken, sound=row.sound)
+    def _begin_as(self, row: Row, other: Row) -> Row:
+        own = other.own
+        row.family, row.ids, row.start, row.broken, row.sound = other.family, list(other.ids), other.start, other.broken, other.sound
         if own:
-            if row.slot in self._copies:
+            if other.slot in self._copies:
                 self._make_copies()
-            new.slot = self._free_slot(row.family)
-            assert row.slot is not None
-            self._copies[new.slot] = (row.slot, own)
-        return self._enter(new)
+            row.slot = self._free_slot(row.family)
+            assert other.slot is not None
+            self._copies[row.slot] = (other.slot, own)
+        return self._enter(row)
 
     def free(self, row: Row) -> None:
         """Give its memory back; a trunk without rows stays until its place is needed, and may serve a later prompt."""

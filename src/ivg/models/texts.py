@@ -26,6 +26,7 @@ class Texts:
         eos_ids: ids that end a response; default: the tokenizer's.
         vocab_size: rows of the model's embedding.
         max_positions: tokens that it can read at most; None: any number.
+        limit_reason: what ends there, where it is not simply the model's context.
     """
 
     reads_given_ids = False
@@ -40,10 +41,11 @@ class Texts:
         *,
         vocab_size: int,
         max_positions: int | None = None,
+        limit_reason: str = "",
     ) -> None:
         check_template(template)
         self.name, self.tokenizer, self.template = name, tokenizer, template
-        self.vocab_size, self.max_positions = vocab_size, max_positions
+        self.vocab_size, self.max_positions, self.limit_reason = vocab_size, max_positions, limit_reason
         self.vocabulary = Vocabulary(tokenizer, eos_ids, owner=name)
         self.prompt_ids = lru_cache(maxsize=512)(self._prompt_ids)
 
@@ -60,8 +62,9 @@ class Texts:
         """
         length, limit = len(self.prompt_ids(prompt)), self.max_positions
         if limit is not None and length + new_tokens > limit:
+            why = f": {self.limit_reason}" if self.limit_reason else ""
             raise PromptError(
-                f"prompt of {length} tokens + {new_tokens} new tokens > context of {self.name} ({limit})\n"
+                f"prompt of {length} tokens + {new_tokens} new tokens > context of {self.name} ({limit}{why})\n"
                 f"  shorten the prompt, or ask for at most {max(0, limit - length)} new tokens"
             )
         return length

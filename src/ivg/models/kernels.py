@@ -1,0 +1,117 @@
+"""Which of PyTorch's private kernels work here. Each is tried once for a process, on small tensors, against the plain product.
+
+They are private: another PyTorch may lack them or call them otherwise, and a processor may not have their instructions (a CPU with
+AVX2 alone packs no weights in bfloat16). What fails, or gives other numbers, is not used; callers then compute in the plain way.
+Must not know networks.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PACKED_ROWS = 256
+"""For so many rows oneDNN picks the order of packed weights; measured to be as good as any for 1 to 256."""
+_EMULATED = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni")
+"""Values of ``ONEDNN_MAX_CPU_ISA`` under which oneDNN has no products in bfloat16, or emulates them."""
+
+
+@cache
+def packs_linear() -> bool:
+    """OneDNN's packed linear layers in bfloat16 multiply right, and give their weights back."""
+    try:
+        return _packed_products_agree()
+    except Exception:  # a kernel that is not there may raise anything
+        return False
+
+
+@cache
+def has_flash(dtype: torch.dtype) -> bool:
+    """PyTorch's flash attention for CPUs attends right in ``dtype``, with and without a mask."""
+    try:
+        return _flash_agrees(dtype)
+    except Exception:  # as above
+        return False
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """The CPU has instructions for products in bfloat16, and oneDNN uses them.
+
+    By itself oneDNN also says yes where it emulates them, 8 times slower than float32.
+    """
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "default"
+    if limit.lower() in _EMULATED:
+        return False
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _cpu_has_bfloat16()
+    except Exception:  # as above
+        return False
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """[outputs, inputs], bfloat16 on the CPU, in the order in which oneDNN multiplies."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACKED_ROWS)
+    return packed
+
+
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """X W^T + b, with weights of :func:`pack_weight`."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+    return out
+
+
+def flash_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+    """(softmax(scaling q K^T + mask) V, log-sum-exp of the scores [families, groups, queries]); undefined where a query sees nothing."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, norms = flash(q, keys, values, 0.0, False, attn_mask=None if mask is None else mask.to(q.dtype), scale=scaling)
+    return out, norms
+
+
+def _packed_products_agree() -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    weight, bias = _numbers(24, 40).bfloat16(), _numbers(24).bfloat16()
+    packed = pack_weight(weight)
+    if not torch.equal(packed.to_dense(), weight):
+        return False
+    for x in (_numbers(1, 40), _numbers(2, 3, 40)):
+        for b in (None, bias):
+            plain = x.bfloat16().double() @ weight.double().t() + (0.0 if b is None else b.double())
+            if not _same(packed_linear(x.bfloat16(), packed, b), plain, torch.bfloat16):
+                return False
+    return True
+
+
+def _flash_agrees(dtype: torch.dtype) -> bool:
+    q, keys, values = (_numbers(2, 2, n, 8, shift=n).to(dtype) for n in (3, 5, 5))
+    mask = torch.zeros_like(_numbers(2, 1, 3, 5)).masked_fill(_numbers(2, 1, 3, 5) > 0.5, float("-inf"))
+    for seen in (None, mask):
+        scores = (q.double() @ keys.double().transpose(-1, -2)) * 0.5 + (0.0 if seen is None else seen)
+        out, norms = flash_attention(q, keys, values, seen, 0.5)
+        if not _same(out, scores.softmax(-1) @ values.double(), dtype) or not _same(norms, scores.logsumexp(-1), dtype):
+            return False
+    return True
+
+
+def _numbers(*shape: int, shift: int = 0) -> Tensor:
+    """Numbers between -1 and 1 that nobody else draws: PyTorch's random state stays as it is."""
+    count = int(torch.Size(shape).numel())
+    return torch.sin(torch.arange(shift, count + shift, dtype=torch.float32, device="cpu") * 7.3).view(shape)
+
+
+def _same(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    near = 4 * torch.finfo(dtype).eps * max(1.0, float(expected.abs().max()))
+    return got.shape == expected.shape and bool(((got.double() - expected).abs() <= near).all())
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags

@@ -1,0 +1,77 @@
+"""Rotary factors that depend on how long the text is, held for each row.
+
+LongRoPE has two sets of factors: one for texts of up to ``original_max_position_embeddings`` tokens, one for longer ones. transformers
+picks by the largest position in a pass: a short row beside a long one, or the first block of a long text, would be turned by the wrong
+set. Here every output is that of a pass over the tokens before it alone. This is also what Phi-3's own ``generate`` gives, which reads
+the text anew where it passes the border.
+
+Must not know rows, nor caches.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def rotary_modules(network: nn.Module) -> list[nn.Module]:
+    """The modules that make rotary factors from positions."""
+    return [m for m in network.modules() if "Rotary" in type(m).__name__ and "position_ids" in inspect.signature(m.forward).parameters]
+
+
+def rotary_kinds(network: nn.Module) -> set[str]:
+    """What they compute, whatever the configuration calls it (Hunyuan's ``dynamic`` with ``alpha`` is fixed)."""
+    kinds: set[str] = set()
+    for module in rotary_modules(network):
+        kind = getattr(module, "rope_type", None)
+        kinds |= set(kind.values()) if isinstance(kind, dict) else {str(kind)}
+    return kinds
+
+
+def borders_of(config: Any) -> tuple[int, ...]:
+    """Lengths beyond which the factors are others, ascending; empty where they never change."""
+    found = set()
+    for rope in _settings(config):
+        if (rope.get("rope_type") or rope.get("type")) in ("longrope", "su"):
+            found.add(int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings))
+    return tuple(sorted(found))
+
+
+def _settings(config: Any) -> Iterator[dict[str, Any]]:
+    """One dictionary, or one for each kind of layer."""
+    for rope in (getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)):
+        if isinstance(rope, dict):
+            yield rope
+            yield from (part for part in rope.values() if isinstance(part, dict))
+
+
+@contextmanager
+def factors_beyond(border: int | None, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within, ``modules`` make the factors of a text longer than ``border`` tokens, also of its first positions; None: as they will.
+
+    They see one more position, just beyond the border, and what they make of it is dropped.
+    """
+    if border is None:
+        yield
+        return
+
+    def lengthen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        positions = bound.arguments["position_ids"]
+        bound.arguments["position_ids"] = torch.cat([positions, positions.new_full((*positions.shape[:-1], 1), border)], -1)
+        return bound.args, bound.kwargs
+
+    def shorten(_module: nn.Module, _args: Any, made: Any) -> Any:
+        return tuple(t[..., :-1, :] for t in made) if isinstance(made, tuple) else made[..., :-1, :]
+
+    hooks = [m.register_forward_pre_hook(lengthen, with_kwargs=True) for m in modules] + [m.register_forward_hook(shorten) for m in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,145 @@
+"""Which networks can be read row by row, how, and why others cannot.
+
+Rows of different lengths share a pass, each row in pieces and with forks, and every output must be that of a pass over the row's
+tokens alone. Most decoders give that. Some need to be told more than positions (:class:`Reading`); some stay right up to a length;
+the others are refused when they are loaded. Every type of transformers was measured (``tests/test_architectures.py``).
+
+Knows transformers' configurations and what its networks do with them. Must not know rows, nor caches.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from ivg.errors import ModelError
+from ivg.models.rotary import borders_of, rotary_kinds, rotary_modules
+
+_STATE = "keep a running state instead of keys and values per token"
+_BESIDE = "keep a running state beside keys and values"
+_CHOSEN = "choose what they attend to by an index of their own, kept beside keys and values"
+_POOLED = "keep one key and value for several tokens"
+_REASONS = {
+    "linear_attention": _STATE,
+    "conv": _STATE,
+    "hybrid": _BESIDE,
+    "hybrid_sliding": _BESIDE,
+    "indexed_attention": _CHOSEN,
+    "minimax_m3_sparse": _CHOSEN,
+    "compressed_sparse_attention": _POOLED,
+    "heavily_compressed_attention": _POOLED,
+    "chunked_attention": "attend within chunks, not within a window",
+    "reference_sliding_attention": "see all of the prompt but a window of the answer",
+    "moe": "hold no attention, so that layers with keys and values are not numbered one after another",
+    "mlp": "hold no attention, so that layers with keys and values are not numbered one after another",
+}
+"""Kinds of layers in transformers' ``layer_types``, and why they cannot be read with this cache."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a network is read.
+
+    Attributes:
+        windows: kinds of its attention layers and how far each sees; None: everything.
+        max_positions: tokens that a row may have; None: any number.
+        limit_reason: what ends there, where it is not simply the model's context; for errors.
+        borders: lengths beyond which its rotary factors change (LongRoPE), ascending.
+        pad: id that has no position of its own: the others count from ``pad`` + 1 on (RoBERTa); None: positions count from 0.
+    """
+
+    windows: dict[str, int | None]
+    max_positions: int | None = None
+    limit_reason: str = ""
+    borders: tuple[int, ...] = ()
+    pad: int | None = None
+
+
+def reading_of(network: nn.Module, name: str) -> Reading:
+    """How ``network`` is read; ``name`` is for errors.
+
+    Raises:
+        ModelError: it cannot be, with the reason.
+    """
+    config = cast("Any", network).config.get_text_config()
+    if reason := _unreadable(network, config):
+        raise ModelError(
+            f"{name}: {type(network).__name__} {reason}\n  expected a decoder that reads each row by positions and caches every token"
+        )
+    pad = _padding_id(network)
+    limit, why = _longest(network, config, 0 if pad is None else pad + 1)
+    return Reading(_windows(config), limit, why, borders_of(config), pad)
+
+
+def _unreadable(network: nn.Module, config: Any) -> str | None:
+    """Why rows of different lengths in one pass, or rows in pieces, would be read wrongly; None: they are not."""
+    arguments = _arguments(getattr(network, "backbone", None) or network)
+    if _has_alibi(config):
+        return "takes distances (ALiBi) from columns of the batch, not from positions"
+    if unknown := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}):
+        reasons = dict.fromkeys(_REASONS.get(kind, "are not known to ivg") for kind in unknown)
+        return f"has layers of kind {', '.join(unknown)}: they {'; they '.join(reasons)}"
+    for needed in ("position_ids", "past_key_values"):
+        if needed not in arguments:
+            return f"takes no {needed}"
+    if config.model_type == "gpt_neo" and "local" in getattr(config, "attention_layers", ()):
+        return "cuts its local layers by columns of the batch, not by positions"
+    if getattr(config, "attn_temperature_tuning", False) and config.model_type == "llama4_text":
+        return "scales its attention by columns of the batch, not by positions"
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        return "reads its text in both directions (use_bidirectional_attention)"
+    if any(getattr(m, "is_decoder", None) is False for m in network.modules()):
+        return "reads its text in both directions (is_decoder is false in config.json)"
+    return None
+
+
+def _has_alibi(config: Any) -> bool:
+    options = getattr(config, "attn_config", None)  # MPT's
+    return bool(
+        getattr(config, "alibi", False)
+        or getattr(config, "position_embedding_type", None) == "alibi"
+        or (config.model_type == "mpt" and getattr(options, "alibi", False))
+        or config.model_type == "bloom"
+    )
+
+
+def _longest(network: nn.Module, config: Any, offset: int) -> tuple[int | None, str]:
+    """(tokens that a row may have, what ends there)."""
+    limit: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    ends = [] if limit is None else [(limit - offset, "")]
+    if "dynamic" in rotary_kinds(network):
+        ends.append((config.max_position_embeddings, "beyond, dynamic RoPE turns every token anew with each that is added"))
+    if config.model_type == "doge":
+        ends.append((config.keep_window_size, "beyond, Doge drops tokens by columns of the batch (keep_window_size)"))
+    if config.model_type == "moshi" and config.sliding_window is not None:
+        ends.append((config.sliding_window, "beyond, transformers itself reads Moshi with its window or without, as it comes"))
+    if (borders := borders_of(config)) and not rotary_modules(network):
+        ends.append((borders[0], "beyond, its LongRoPE factors change, which ivg cannot hold fixed in this network"))
+    if not ends:
+        return None, ""
+    least = min(length for length, _ in ends)
+    return least, next((why for length, why in ends if length == least and why), "")
+
+
+def _windows(config: Any) -> dict[str, int | None]:
+    """Kinds of attention layers and their windows, as transformers names them."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) is not False else None
+    kinds = dict.fromkeys(getattr(config, "layer_types", None) or ())
+    if not kinds:
+        return {"all": window}
+    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+
+
+def _padding_id(network: nn.Module) -> int | None:
+    """RoBERTa and its kin make positions themselves, from the ids, unless they are given them."""
+    for module in network.modules():
+        if hasattr(module, "create_position_ids_from_input_ids") and getattr(module, "padding_idx", None) is not None:
+            return int(cast("Any", module).padding_idx)
+    return None
+
+
+def _arguments(module: nn.Module) -> set[str]:
+    return set(inspect.signature(module.forward).parameters)
