@@ -1,9 +1,10 @@
 """Every strategy written straight from METHOD: no cache, no batch, one beam and one full forward pass at a time, float32.
 
-Draws come from ivg.draws so that tokens can be compared; nothing else of ivg is used.
+Draws come from ivg.draws so that tokens can be compared; nothing else of ivg is used. At the end: rows of a cached model at random.
 """
 
 import math
+from types import SimpleNamespace
 
 import torch
 
@@ -152,3 +153,64 @@ def budgets(chunks, each, decay, least):
     while sum(out) + fixed * least < total:
         out[max(range(len(out)), key=lambda i: (ideal[i] - out[i], -i))] += 1
     return out + [least] * fixed
+
+
+class PrefixByPrefix:
+    """A network whose every output comes from a pass over the tokens before it alone: where those depend on the length (LongRoPE)."""
+
+    def __init__(self, network):
+        self.network, self.known = network, {}
+
+    def __call__(self, input_ids):
+        ids = input_ids[0].tolist()
+        return SimpleNamespace(logits=torch.stack([self.last(ids[: n + 1]) for n in range(len(ids))])[None])
+
+    def last(self, ids):
+        if tuple(ids) not in self.known:
+            self.known[tuple(ids)] = self.network(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        return self.known[tuple(ids)]
+
+
+def outputs_of(model, ids):
+    return outputs(model.network, ids)[-1]
+
+
+def compare(got, expected, tolerance):
+    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def wander(model, rng, tokens, tolerance):
+    rows, prompts = [], [[rng.randrange(1, tokens + 1) for _ in range(24)] for _ in range(2)]
+
+    def some(least, most):
+        return [rng.randrange(1, tokens + 1) for _ in range(rng.randrange(least, most))]
+
+    for _ in range(40):
+        action = rng.choice(["open", "open unread", "fork", "fork", "feed", "feed", "cut", "cut all", "free", "free", "give back"])
+        if action.startswith("open") or not rows:
+            ids = rng.choice(prompts)[: rng.randrange(1, 25)] + some(0, 4)
+            row = model.open(ids)
+            assert row.ids == ids[: len(row.ids)]
+            assert len(row.ids) < len(ids)
+            rows.append(row)
+            if action == "open":
+                compare(model.last([row], [ids[len(row.ids) :]])[0], outputs_of(model, row.ids), tolerance)
+        elif action == "fork":
+            rows.append(model.fork(rng.choice(rows)))
+        elif action == "cut":
+            row = rng.choice(rows)
+            del row.ids[rng.randrange(0, len(row.ids) + 1) :]
+        elif action == "cut all":
+            family, length = rng.choice(rows).family, rng.randrange(0, 24)
+            for row in (r for r in rows if r.family is family):
+                del row.ids[length:]
+        elif action == "give back":
+            model.give_back()
+        elif action == "free" and len(rows) > 1:
+            model.free(rows.pop(rng.randrange(len(rows))))
+        else:
+            chosen, piece = rng.sample(rows, rng.randrange(1, len(rows) + 1)), some(1, 7)
+            new = [piece if rng.random() < 0.4 else some(1, 7) for _ in chosen]
+            for row, out in zip(chosen, model.last(chosen, new), strict=True):
+                compare(out, outputs_of(model, row.ids), tolerance)
+        assert model.live_rows == len(rows)

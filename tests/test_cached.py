@@ -13,16 +13,15 @@ import torch
 import naive
 from ivg.decoding.search import Request, Search, Searcher
 from ivg.engine.transformers import TransformersEngine
-from ivg.errors import ModelError, PromptError
+from ivg.errors import PromptError
 from ivg.models.cached import CachedModel
 from ivg.models.rows import common_length
 from ivg.models.store import KVStore, zeros
 from ivg.testing import ARCHITECTURES, tiny_model, tiny_reader
 from ivg.types import Prompt, SamplingParams
+from naive import compare, outputs_of, wander
 
-
-def outputs_of(model, row_ids):
-    return naive.outputs(model.network, row_ids)[-1]
+pytestmark = pytest.mark.numerics
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -41,47 +40,6 @@ def test_random_operations_equal_plain_forward(architecture, dtype, tolerance, m
         monkeypatch.setattr(cached, "BLOCK_TOKENS", rng.choice([5, 2048]))
         monkeypatch.setattr(store, "MAPPED_BYTES", rng.choice([1, 1 << 16]))
         wander(CachedModel(network, "tiny"), rng, rng.choice([2, 256]), tolerance)
-
-
-def wander(model, rng, tokens, tolerance):
-    rows, prompts = [], [[rng.randrange(1, tokens + 1) for _ in range(24)] for _ in range(2)]
-
-    def some(least, most):
-        return [rng.randrange(1, tokens + 1) for _ in range(rng.randrange(least, most))]
-
-    for _ in range(40):
-        action = rng.choice(["open", "open unread", "fork", "fork", "feed", "feed", "cut", "cut all", "free", "free", "give back"])
-        if action.startswith("open") or not rows:
-            ids = rng.choice(prompts)[: rng.randrange(1, 25)] + some(0, 4)
-            row = model.open(ids)
-            assert row.ids == ids[: len(row.ids)]
-            assert len(row.ids) < len(ids)
-            rows.append(row)
-            if action == "open":
-                compare(model.last([row], [ids[len(row.ids) :]])[0], outputs_of(model, row.ids), tolerance)
-        elif action == "fork":
-            rows.append(model.fork(rng.choice(rows)))
-        elif action == "cut":
-            row = rng.choice(rows)
-            del row.ids[rng.randrange(0, len(row.ids) + 1) :]
-        elif action == "cut all":
-            family, length = rng.choice(rows).family, rng.randrange(0, 24)
-            for row in (r for r in rows if r.family is family):
-                del row.ids[length:]
-        elif action == "give back":
-            model.give_back()
-        elif action == "free" and len(rows) > 1:
-            model.free(rows.pop(rng.randrange(len(rows))))
-        else:
-            chosen, piece = rng.sample(rows, rng.randrange(1, len(rows) + 1)), some(1, 7)
-            new = [piece if rng.random() < 0.4 else some(1, 7) for _ in chosen]
-            for row, out in zip(chosen, model.last(chosen, new), strict=True):
-                compare(out, outputs_of(model, row.ids), tolerance)
-        assert model.live_rows == len(rows)
-
-
-def compare(got, expected, tolerance):
-    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def test_feed_gives_every_wanted_position_in_blocks(monkeypatch):
@@ -334,28 +292,6 @@ def test_context_limit_is_told():
     row = model.open([1] * 40)
     with pytest.raises(PromptError, match="at most 32"):
         model.last([row], [[1] * 40])
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        ("gpt_neo", {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}),
-        ("falcon", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "alibi": True}),
-    ],
-)
-def test_networks_that_take_distances_from_the_batch_are_refused(kind, settings):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=50, **settings))
-    with pytest.raises(ModelError, match="columns of the batch"):
-        CachedModel(network, "base")
-
-
-def test_a_network_without_positions_is_refused():
-    from transformers import BloomConfig, BloomForCausalLM
-
-    with pytest.raises(ModelError, match="position_ids"):
-        CachedModel(BloomForCausalLM(BloomConfig(vocab_size=10, hidden_size=8, n_layer=1, n_head=2)), "bloom")
 
 
 def test_sisters_that_are_new_to_a_value_share_their_prompt():

@@ -20,6 +20,8 @@ from ivg.types import DecodeState, Prompt, SamplingParams, TokenGuidance
 from ivg.values.base import CompositeValue, FunctionValue
 from ivg.values.implicit import ImplicitValue
 
+pytestmark = pytest.mark.numerics
+
 OTHER = [("a", "n"), ("t", "h"), ("Ġ", "w"), ("e", "r"), ("i", "n")]
 
 

@@ -13,6 +13,8 @@ from ivg.types import Prompt, SamplingParams
 from ivg.values.base import CompositeValue
 from ivg.values.implicit import AutoregressiveReward, ImplicitValue
 
+pytestmark = pytest.mark.numerics
+
 PROMPTS = ["The movie was", "I", "What a long prompt this one is", "Two", "It is", "He said: ", "never", "abc abc"]
 
 

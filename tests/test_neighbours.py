@@ -19,6 +19,8 @@ from ivg.testing import FakeEngine
 from ivg.types import Prompt, SamplingParams, TokenGuidance
 from ivg.values.base import FunctionValue
 
+pytestmark = pytest.mark.numerics
+
 COUNT_A = FunctionValue(lambda p, r: r.count("a"))
 GUIDE = TokenGuidance(FunctionValue(lambda p, r: 0.0))
 

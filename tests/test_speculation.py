@@ -21,6 +21,8 @@ from ivg.types import Extension, Pause, Prompt, SamplingParams, TokenGuidance
 from ivg.values.base import CompositeValue
 from ivg.values.implicit import ImplicitValue
 
+pytestmark = pytest.mark.numerics
+
 
 def coupled(p, q, params, seen, uniforms):
     """The whole rule for every row, from its three numbers: (ids, whether each is q's proposal)."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 PACKED_ROWS = 256
 """For so many rows oneDNN picks the order of packed weights; measured to be as good as any for 1 to 256."""
+CPU_INFO = Path("/proc/cpuinfo")
 _EMULATED = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni")
 """Values of ``ONEDNN_MAX_CPU_ISA`` under which oneDNN has no products in bfloat16, or emulates them."""
 
@@ -48,7 +49,7 @@ def multiplies_bfloat16() -> bool:
     if limit.lower() in _EMULATED:
         return False
     try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _cpu_has_bfloat16()
+        return _onednn_has_bfloat16() and _cpu_has_bfloat16()
     except Exception:  # as above
         return False
 
@@ -109,9 +110,13 @@ def _same(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     return got.shape == expected.shape and bool(((got.double() - expected).abs() <= near).all())
 
 
+def _onednn_has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _cpu_has_bfloat16() -> bool:
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        flags = CPU_INFO.read_text()
     except OSError:
         return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
+    return any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))  # bf16: ARM
