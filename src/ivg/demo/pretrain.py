@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ivg.models.kernels import multiplies_bfloat16
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -84,14 +86,9 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
 
 
-def native_bfloat16() -> bool:
-    """Does this processor multiply bfloat16 matrices (AVX512-BF16 or AMX)?"""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 def mixed_precision() -> Any:
     """Autocast to bfloat16 where the processor has it; elsewhere nothing."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=native_bfloat16())
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=multiplies_bfloat16())
 
 
 def build_model(config: PretrainConfig, layers: int) -> Any:
