@@ -74,9 +74,9 @@ def reading_of(network: nn.Module, name: str) -> Reading:
     return Reading(_windows(config), limit, why, borders_of(config), pad)
 
 
-def _unreadable(network: nn.Module, config: Any) -> str | None:
+def _unreadable(body: nn.Module, config: Any) -> str | None:
     """Why rows of different lengths in one pass, or rows in pieces, would be read wrongly; None: they are not."""
-    arguments = _arguments(getattr(network, "backbone", None) or network)
+    arguments = _arguments(body)
     if _has_alibi(config):
         return "takes distances (ALiBi) from columns of the batch, not from positions"
     if unknown := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}):
@@ -91,7 +91,7 @@ def _unreadable(network: nn.Module, config: Any) -> str | None:
         return "scales its attention by columns of the batch, not by positions"
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         return "reads its text in both directions (use_bidirectional_attention)"
-    if any(getattr(m, "is_decoder", None) is False for m in network.modules()):
+    if any(getattr(m, "is_decoder", None) is False for m in body.modules()):
         return "reads its text in both directions (is_decoder is false in config.json)"
     return None
 
