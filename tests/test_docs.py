@@ -119,6 +119,47 @@ def test_reference_is_up_to_date():
     assert (ROOT / "docs/cli.md").read_text() == reference(), "run: make docs"
 
 
+def commands():
+    """Every command of ``ivg``, as click knows it: (words of the command line, command)."""
+    from typer.main import get_command
+
+    from ivg.cli.app import app
+
+    def walk(words, command):
+        yield words, command
+        for name in command.list_commands(None) if hasattr(command, "list_commands") else ():
+            yield from walk([*words, name], command.get_command(None, name))
+
+    return list(walk(["ivg"], get_command(app)))
+
+
+def test_every_option_of_every_command_stands_on_the_page():
+    page = (ROOT / "docs/cli.md").read_text()
+    sections = dict(re.findall(r"^## `(ivg [^`]*)`\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE))
+    found = commands()[1:]
+    assert set(sections) == {" ".join(words) for words, _ in found}
+    assert {"ivg generate", "ivg train dpo", "ivg train value"} <= set(sections)
+    for words, command in found:
+        rows = re.findall(r"^\| `([^`]+)` \| (.*) \|$", sections[" ".join(words)], re.MULTILINE)
+        options = {name for cell, _ in rows for name in re.split(r", | / ", cell) if name.startswith("-")}
+        assert options == {o for p in command.params if p.param_type_name == "option" for o in (*p.opts, *p.secondary_opts)}, words
+        assert len(rows) == len(command.params)
+        assert all(len(meaning) > 3 for _, meaning in rows), words
+
+
+@pytest.mark.parametrize("words,command", [pytest.param(w, c, id=" ".join(w)) for w, c in commands()])
+def test_every_command_says_what_it_takes(words, command, monkeypatch, capsys):
+    """``--help`` as a user reads it names every option."""
+    monkeypatch.setattr(sys, "argv", [*words, "--help"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as end:
+        main()
+    out = capsys.readouterr().out
+    assert not end.value.code
+    for parameter in command.params:
+        assert all(option in out for option in parameter.opts if option.startswith("--")), parameter.name
+
+
 def test_links_lead_somewhere():
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):

@@ -155,19 +155,37 @@ def test_weighted_values_guide_and_select(llama):
     assert done[0][0].token_ids != llama.ours(PROMPTS[:1], strategy("ivg", width=2, successors=2), sampling, 3)[0].token_ids
 
 
-@pytest.mark.parametrize("original", [False, True])
-def test_early_ends_equal_naive(llama, original):
-    """With a likely end-of-sequence token, finished hypotheses are kept, compete and win."""
-    head = llama.base.model.network.lm_head
-    head.weight.data[0] += 0.4 * head.weight.data[1:].abs().mean()
-    s = strategy("ivg", width=2, successors=3, chunk_length=2, original=original)
-    sampling = SamplingParams(temperature=3.0, max_new_tokens=12)
-    ends = set()
-    for seed in range(8):
-        (got,) = llama.ours(PROMPTS[1:2], s, sampling, seed)
-        assert list(got.token_ids) == llama.reference(PROMPTS[1], s, sampling, seed)[0]
-        ends.add(got.finish_reason)
-    assert "length" in ends or "stop" in ends
+@pytest.fixture(scope="module")
+def ending():
+    """Models of its own, whose base ends a response about every eighth token."""
+    bench = Bench("llama")
+    network, ids = bench.base.model.network, bench.base.tokenizer(PROMPTS[1]).input_ids
+    with torch.no_grad():
+        hidden = network.model(torch.tensor([ids])).last_hidden_state[0, -1]
+        network.lm_head.weight[0] = 5.5 * hidden / hidden.norm() ** 2
+    return bench
+
+
+@pytest.mark.parametrize("method,original", [("ivg", False), ("ivg", True), ("bon", False), ("adaptive", True)])
+def test_early_ends_equal_naive(ending, method, original):
+    """With a likely end-of-sequence token, finished hypotheses are kept, compete, and win or lose."""
+    sizes = {"successors": 4} if method == "bon" else {"width": 2, "successors": 3, "chunk_length": 2}
+    s = strategy(method, original=original, **sizes)
+    sampling = SamplingParams(max_new_tokens=12)
+    ends, overtaken = [], 0
+    for seed in range(7):
+        searcher, boards = ending.searcher, []
+        searcher.add(Request(Prompt(PROMPTS[1]), s.search(ending.values), sampling, seed))
+        while searcher.busy:
+            boards += searcher.step()
+        got = boards[-1].completion
+        assert list(got.token_ids) == ending.reference(PROMPTS[1], s, sampling, seed)[0]
+        assert got.finish_reason == ("stop" if got.token_ids[-1] == 0 else "length")
+        ends.append((got.finish_reason, len(got.token_ids)))
+        overtaken += any(node.finish and node.text != got.text for board in boards for node in board.kept)
+    assert {reason for reason, _ in ends} == {"stop", "length"}
+    assert len({length for reason, length in ends if reason == "stop"}) > 1
+    assert overtaken or method == "bon"
 
 
 def test_greedy_base_equals_transformers(bench):

@@ -1,5 +1,7 @@
 """Facts about the project itself."""
 
+import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -21,9 +23,27 @@ def test_typed_and_licensed():
     assert "Apache License" in (ROOT / "LICENSE").read_text()
 
 
-def test_core_dependencies():
-    names = {d.split(">")[0] for d in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]}
-    assert names == {"torch", "transformers", "tokenizers", "safetensors", "pydantic", "typer", "rich", "numpy"}
+def imported(folder):
+    """Top-level names of the packages that any file imports, anywhere in it."""
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                yield from (alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                yield node.module.partition(".")[0]
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    core, *extras = (
+        {re.split(r"[^\w.-]", d)[0].lower().replace("-", "_") for d in listed}
+        for listed in (project["dependencies"], *project["optional-dependencies"].values())
+    )
+    declared = {"sklearn" if d == "scikit_learn" else d for part in (core, *extras) for d in part}
+    found = set(imported(ROOT / "src" / "ivg")) - set(sys.stdlib_module_names) - {"ivg"}
+    through = {"starlette": "fastapi", "huggingface_hub": "transformers", "pydantic_core": "pydantic", "pandas": "alpaca_eval"}
+    assert {through.get(name, name) for name in found} <= declared
+    assert core <= found
 
 
 @pytest.mark.parametrize(
