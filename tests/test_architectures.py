@@ -262,3 +262,10 @@ def test_a_row_of_nan_changes_no_other(name):
 def test_the_lists_of_refusals_name_types_that_there_are():
     assert set(REASONS) | set(NOT_BUILT) | set(FAST) <= set(NAMES)
     assert set(VARIANTS) <= set(NAMES)
+
+
+def test_a_value_is_refused_by_the_name_of_its_body():
+    from ivg.models.value_head import ValueModel
+
+    with pytest.raises(ModelError, match=f"^explicit: BloomModel {ALIBI}"):
+        CachedModel(ValueModel(tiny("bloom").base_model, "scalar"), "explicit")

@@ -23,7 +23,7 @@ from ivg.models.plan import Place, make_plan, positions_of
 from ivg.models.rotary import factors_beyond, rotary_modules
 from ivg.models.rows import Family, Row, Rows, common_length
 from ivg.models.store import KVStore
-from ivg.models.support import reading_of
+from ivg.models.support import body_of, reading_of
 
 MERGE_PADDING = 48
 """Rows of different lengths share a forward pass if that pads fewer tokens than this: about what a pass costs by itself."""
@@ -305,8 +305,7 @@ class CachedModel:
 
 def _attends_by_interface(network: nn.Module) -> bool:
     """Does the network look its attention up by name, so that it can be given another?"""
-    body = getattr(network, "backbone", None) or network
-    return bool(getattr(body, "_supports_attention_backend", False))
+    return bool(getattr(body_of(network), "_supports_attention_backend", False))
 
 
 def _without_padding(ids: Tensor, real: Tensor, held: Sequence[Sequence[int]], pad: int) -> Tensor:

@@ -65,13 +65,19 @@ def reading_of(network: nn.Module, name: str) -> Reading:
         ModelError: it cannot be, with the reason.
     """
     config = cast("Any", network).config.get_text_config()
-    if reason := _unreadable(network, config):
+    body = body_of(network)
+    if reason := _unreadable(body, config):
         raise ModelError(
-            f"{name}: {type(network).__name__} {reason}\n  expected a decoder that reads each row by positions and caches every token"
+            f"{name}: {type(body).__name__} {reason}\n  expected a decoder that reads each row by positions and caches every token"
         )
     pad = _padding_id(network)
     limit, why = _longest(network, config, 0 if pad is None else pad + 1)
     return Reading(_windows(config), limit, why, borders_of(config), pad)
+
+
+def body_of(network: nn.Module) -> nn.Module:
+    """The network inside a value model, else ``network``; Mamba has a ``backbone`` of its own."""
+    return cast("nn.Module", network.backbone) if hasattr(network, "kind") else network
 
 
 def _unreadable(body: nn.Module, config: Any) -> str | None:
