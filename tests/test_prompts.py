@@ -6,8 +6,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ivg.config import Recipe
+from ivg.decoding.search import Request, Search, Searcher
+from ivg.engine.interned import EndpointTexts, InternedVocabulary
+from ivg.engine.transformers import TransformersEngine
 from ivg.errors import PromptError
+from ivg.models.chat import encode, text_ids
 from ivg.prompts import Message, Prompt, content_text, read_prompts
+from ivg.serving.presets import Presets, fault
+from ivg.serving.schemas import ChatRequest
+from ivg.serving.settings import ServeSettings
+from ivg.steered import SteeredModel
+from ivg.testing import EOS, byte_tokenizer, tiny_reader, tiny_value
+from ivg.types import Beam, SamplingParams, TokenGuidance, new_key
+from ivg.values.base import FunctionValue
+from ivg.values.reward import RewardModel
+from tokenizers_zoo import sentencepiece
 
 USER = {"role": "user", "content": "Hi"}
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -134,3 +148,169 @@ def test_any_value_is_a_prompt_or_refused_in_plain_words(value):
         return
     assert isinstance(found.content, str) or (found.content and all(m.role.strip() for m in found.content))
     json.dumps(found.plain, ensure_ascii=False).encode()  # tokenizers and files can hold it
+
+
+# Templates
+
+
+REFUSALS = {
+    "a system turn": "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}",
+    "two user turns": "{% if messages[0].role == messages[1].role %}{{ raise_exception('Roles must alternate') }}{% endif %}",
+    "what is not there": "{{ tools[0].name.upper() }}",
+    "wrong types": "{{ messages[0].content + 1 }}",
+}
+PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+def templated(template):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("why", [*REFUSALS])
+def test_a_template_that_refuses_fails_its_own_row(why):
+    messages = [{"role": "system" if why == "a system turn" else "user", "content": "a"}, USER]
+    tokenizer = templated(REFUSALS[why] + PLAIN)
+    own_words = {"a system turn": "System role not supported", "two user turns": "Roles must alternate"}.get(why, "")
+    roles = ", ".join(m["role"] for m in messages)
+    line = rf"the chat template of base refuses these messages \(roles: {roles}\): .*{own_words}"
+    base = tiny_reader("base", tokenizer=tokenizer)
+    searcher = Searcher(TransformersEngine(base))
+    with pytest.raises(PromptError, match=line):
+        searcher.add(Request(Prompt.of(messages)))
+    searcher.add(Request(Prompt("a"), sampling=SamplingParams(max_new_tokens=2)))
+    while searcher.busy:
+        searcher.step()
+    presets = Presets(SteeredModel(base), Recipe.model_validate({"search": {"method": "base"}}), ServeSettings(name="m"))
+    (request,) = presets.order(ChatRequest.model_validate({"model": "m", "messages": messages})).requests
+    with pytest.raises(PromptError) as caught:
+        searcher.add(request)
+    assert fault(caught.value).status == 400 and "/" not in str(caught.value).replace("{prompt}", "")
+
+
+def test_a_values_template_that_refuses_fails_its_own_row():
+    base, value = tiny_reader("base", tokenizer=templated(PLAIN)), tiny_value(tokenizer=templated(REFUSALS["a system turn"] + PLAIN))
+    messages = Prompt.of([{"role": "system", "content": "a"}])
+    with pytest.raises(PromptError, match="the chat template of explicit refuses these messages"):
+        Searcher(TransformersEngine(base)).add(Request(messages, Search(guidance=TokenGuidance(value))))
+    reward = object.__new__(RewardModel)  # no network is needed to refuse
+    reward.tokenizer, reward.template, reward.name = templated(REFUSALS["a system turn"] + PLAIN), None, "reward"
+    with pytest.raises(PromptError, match="the chat template of reward refuses these messages"):
+        Searcher(TransformersEngine(base)).add(Request(messages, Search(value=reward)))
+    reward.check(Prompt.of([USER]), 9)
+
+
+def test_a_model_without_a_template_is_named_by_its_part():
+    tokenizer = byte_tokenizer()
+    tokenizer.name_or_path = "/srv/models/secret"
+    with pytest.raises(PromptError, match=r"^base has no chat template"):
+        Searcher(TransformersEngine(tiny_reader("base", tokenizer=tokenizer))).add(Request(Prompt.of([USER])))
+
+
+def test_a_prompt_beyond_the_context_is_told_so():
+    base = tiny_reader("base", context=32)
+    for length in (32, 40):
+        with pytest.raises(
+            PromptError, match=rf"prompt of {length} tokens leaves no room .*\(32\)\n  shorten .* by at least {length - 31} "
+        ):
+            base.check_length(Prompt("x" * length), 5)
+    with pytest.raises(PromptError, match="ask for at most 1 new tokens"):
+        base.check_length(Prompt("x" * 31), 5)
+    assert base.check_length(Prompt("x" * 32), 0) == 32  # nothing is to be written
+
+
+def test_lone_surrogates_do_not_reach_tokenizers():
+    with pytest.raises(PromptError, match="half of a surrogate pair"):
+        tiny_reader("base").prompt_ids(Prompt("a\ud83d"))
+    with pytest.raises(PromptError, match="half of a surrogate pair"):
+        tiny_reader("base", tokenizer=templated(PLAIN)).prompt_ids(Prompt((Message("user", "\ud83d"),)))
+
+
+# One token begins a prompt
+
+
+BEGUN = [("chat", "bos + plain"), ("chat", "plain"), ("BOS{prompt}", None), ("Q: {prompt}", None), (None, None)]
+
+
+@pytest.mark.parametrize("make", [lambda: byte_tokenizer(bos=True), sentencepiece, lambda: sentencepiece("bpe", "legacy")])
+@pytest.mark.parametrize(("template", "chat"), BEGUN)
+def test_a_prompt_begins_once(make, template, chat):
+    tokenizer = make()
+    bos, word = tokenizer.bos_token_id, tokenizer.bos_token
+    tokenizer.chat_template = ("{{ bos_token }}" if chat == "bos + plain" else "") + PLAIN if chat else None
+    try:
+        prompt = Prompt.of([USER]) if chat else Prompt("the film")
+        template = template and template.replace("BOS", word)
+        ids = encode(prompt, tokenizer, template)
+        assert ids.count(bos) == (0 if chat == "plain" else 1) and (chat == "plain" or ids[0] == bos)
+        if chat:
+            assert ids == list(tokenizer.apply_chat_template([USER], add_generation_prompt=True, return_dict=False))
+            text = EndpointTexts(InternedVocabulary(chat_template=tokenizer.chat_template), tokenizer).text(prompt)
+            assert not text.startswith(word)  # the server writes it
+        begun = encode(Prompt(word + "the film"), tokenizer, None)  # a text that was rendered elsewhere
+        assert begun.count(bos) == 1 and begun == tokenizer(word + "the film", add_special_tokens=False).input_ids
+        assert text_ids(word + "the", tokenizer, special=False).count(bos) == 1
+    finally:
+        tokenizer.chat_template = None
+
+
+# Prompts that are tokens
+
+
+def test_models_of_one_vocabulary_read_the_very_tokens():
+    tokenizer = byte_tokenizer([("t", "h")])
+    base, guide = tiny_reader("base", tokenizer=tokenizer), tiny_reader("tuned", tokenizer=byte_tokenizer([("t", "h")]))
+    engine = TransformersEngine(base)
+    ids = (0, *tokenizer("t").input_ids, *tokenizer("he").input_ids, 0)  # special tokens, and a cut that the tokenizer would not make
+    root = engine.open(Prompt(base.vocabulary.whole(ids), ids), SamplingParams())
+    assert root.prompt.content == "the"
+    assert base.prompt_ids(root.prompt) == guide.prompt_ids(root.prompt) == ids
+    h = Beam(new_key(), None, root.prompt, (5, 6), "xy", vocabulary=base.vocabulary)
+    assert guide.ids(h) == base.ids(h) == ([*ids, 5, 6], len(ids))
+    again = tiny_reader("base", tokenizer=tokenizer)
+    again.template, again.reads_given_ids = "Q: {prompt}", True
+    assert again.prompt_ids(Prompt("the", ids)) == ids  # tokens are as the base shall read them
+
+
+def test_a_template_of_ones_own_reads_the_text_of_tokens_and_refuses_rendered_ones():
+    tokenizer = byte_tokenizer(chat=True)
+    base, guide = tiny_reader("base", tokenizer=tokenizer), tiny_reader("tuned", tokenizer=tokenizer)
+    engine = TransformersEngine(base)
+    plain = tuple(tokenizer("Hi").input_ids)
+    chat = (*plain, 0, *plain)
+    for template, expected in (("Q: {prompt}", "Q: Hi"), ("chat", "<user>Hi\n<assistant>")):
+        guide.template = template
+        guide.prompt_ids.cache_clear(), guide._rendered.cache_clear()
+        for ids in (plain, (0, *plain)):  # as if it had been given as text
+            root = engine.open(Prompt(base.vocabulary.whole(ids), ids), SamplingParams())
+            assert tokenizer.decode(guide.prompt_ids(root.prompt)) == expected
+        root = engine.open(Prompt(base.vocabulary.whole(chat), chat), SamplingParams())
+        with pytest.raises(PromptError, match=rf"rendered already \(they hold '{EOS}'\), and tuned has a template of its own"):
+            guide.prompt_ids(root.prompt)
+
+
+def test_other_vocabularies_read_the_text_with_the_special_tokens_that_they_know():
+    tokenizer, other = sentencepiece(), byte_tokenizer()
+    base = tiny_reader("base", tokenizer=tokenizer)
+    text = "<s>[INST] the film</s> a"
+    ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    root = TransformersEngine(base).open(Prompt(base.vocabulary.whole(ids), ids), SamplingParams())
+    assert root.prompt.content == "the film a"
+    guide = tiny_reader("tuned", tokenizer=other)
+    assert other.decode(guide.prompt_ids(root.prompt)) == "the film a"
+    knowing = byte_tokenizer()
+    knowing.add_special_tokens({"additional_special_tokens": ["[INST]", "</s>"]})
+    guide = tiny_reader("tuned", tokenizer=knowing)
+    assert knowing.decode(guide.prompt_ids(root.prompt)) == "[INST]the film</s> a"
+    h = Beam(new_key(), None, root.prompt, (5,), " is", vocabulary=base.vocabulary)
+    assert knowing.decode(guide.ids(h)[0]) == "[INST]the film</s> a is"
+
+
+def test_a_function_reads_text_alone():
+    seen = []
+    base = tiny_reader("base")
+    ids = (0, *base.tokenizer("Hi").input_ids)
+    search = Search(successors=2, value=FunctionValue(lambda p, r: seen.append(p) or 0.0))
+    done = dict(Searcher(TransformersEngine(base)).run([Request(Prompt("Hi", ids), search, SamplingParams(max_new_tokens=2))]))
+    assert set(seen) == {"Hi"} and done[0].usage.prompt_tokens == 3

@@ -7,7 +7,7 @@ What cannot be read is refused with its place (``messages[1].content[0]``); how 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ivg.errors import PromptError
@@ -63,7 +63,13 @@ class Prompt:
 
     content: str | tuple[Message, ...]
     token_ids: tuple[int, ...] | None = None
-    """The prompt in the base's tokens, where the caller has them; guides and values read ``content`` in any case."""
+    """The prompt in the base's tokens, where the caller has them. They are as the base shall read them: no template is applied.
+
+    A guide or value without a template of its own reads the same: these very tokens where it shares the vocabulary, else their
+    text. One with a template reads ``content`` in it, and refuses tokens that were rendered for a chat (see ``models.texts``).
+    """
+    vocabulary: Any = field(default=None, repr=False)
+    """What ``token_ids`` mean (``models.vocab.Vocabulary``); engines fill it in."""
 
     @property
     def plain(self) -> str | list[dict[str, str]]:

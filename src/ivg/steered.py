@@ -296,6 +296,7 @@ def given(base: Texts, prompt: Prompt, response: str) -> Any:
     from ivg.types import Beam
 
     check_text(response, "the response")
+    prompt = base.own(prompt)
     try:
         before = base.prompt_ids(prompt)
     except PromptError:  # of chat messages, by a base without chat template: the value may have one

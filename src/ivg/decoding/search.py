@@ -87,7 +87,7 @@ class Searcher:
         root = self.engine.open(request.prompt, request.sampling)
         for value in (search.guidance.value if search.guidance else None, search.value):
             if value is not None:
-                value.check(request.prompt, length)
+                value.check(root.prompt, length)
         prompt_tokens = self.engine.prompt_tokens(request.prompt)
         live = Live(next(self._ids), request, _rule(request), time.perf_counter(), [(root, 0.0)], root.meter, prompt_tokens)
         self._waiting.append(live)

@@ -33,6 +33,7 @@ def written(base: Reader, prompt: Prompt, text: str, token_ids: Sequence[int] | 
         token_ids: its tokens where they are known, else the tokenizer's.
         ends: an end-of-sequence token belongs behind it.
     """
+    prompt = base.own(prompt)
     ids = tuple(base.vocabulary.response_ids(base.prompt_ids(prompt), text) if token_ids is None else token_ids)
     if ends and base.vocabulary.eos_ids:
         ids += (end_token(base),)

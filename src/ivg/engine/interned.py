@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ivg.errors import PromptError
-from ivg.models.chat import CHAT, encode, render
+from ivg.models.chat import encode_rendered, is_chat, once_begun, render
 from ivg.models.texts import Texts
 from ivg.models.vocab import Vocabulary
 from ivg.types import DecodeState, Prompt
@@ -128,25 +128,17 @@ class EndpointTexts(Texts):
         Raises:
             PromptError: an empty prompt, or messages that nothing here can render.
         """
-        chat = self.template == CHAT or (self.template is None and not isinstance(prompt.content, str))
+        chat = is_chat(prompt, self.template)
         if self.renderer is None and chat:
             raise PromptError(
                 f"{self.vocabulary.owner} is sent text, and the prompt is chat messages that only its tokenizer can render\n"
                 '  give the tokenizer (a directory or hub id), or a template for this model such as "{prompt}"'
             )
-        text = render(prompt, self.renderer, self.template)
-        return _once_begun(text, self.renderer) if chat else text
+        text = render(prompt, self.renderer, self.template, self.name)
+        return text if self.renderer is None else once_begun(text, self.renderer)
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         text = self.text(prompt)
         if self.renderer is not None:
-            return tuple(encode(prompt, self.renderer, self.template))
+            return tuple(encode_rendered(text, self.renderer, chat=False))
         return (FILLER,) * len(text.split())
-
-
-def _once_begun(text: str, tokenizer: Any) -> str:
-    """``text`` without the beginning-of-sequence token of its chat template, where servers, like the tokenizer, add another."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    if bos is not None and list(tokenizer(text).input_ids[:2]) == [bos, bos]:
-        return text.removeprefix(tokenizer.bos_token)
-    return text

@@ -19,7 +19,7 @@ from ivg.engine.guidance import blame, check_guidance, guided
 from ivg.engine.sampling import broken_rows, drawn_logps, entropy, sample
 from ivg.engine.speculation import Speculator
 from ivg.models.reader import Reader
-from ivg.types import Beam, DecodeState, Extension, Pause, Prompt, SamplingParams, TokenGuidance, new_key
+from ivg.types import Beam, DecodeState, Extension, Pause, Prompt, SamplingParams, TokenGuidance
 
 
 class TransformersEngine:
@@ -40,9 +40,7 @@ class TransformersEngine:
         Raises:
             PromptError: empty, or too long together with ``sampling.max_new_tokens``.
         """
-        self.base.check_length(prompt, sampling.max_new_tokens)
-        state = self.vocabulary.begin(self.base.prompt_ids(prompt))
-        return Beam(new_key(), None, prompt, vocabulary=self.vocabulary, inherits=False, decoded=state)
+        return self.base.root(prompt, sampling.max_new_tokens)
 
     def prompt_tokens(self, prompt: Prompt) -> int:
         """Length of the prompt in base tokens."""

@@ -6,14 +6,15 @@ Knows: templates, vocabularies, lengths. Must not know networks: they may run he
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from ivg.errors import PromptError
-from ivg.models.chat import check_template, encode
+from ivg.models.chat import check_template, encode_rendered, is_chat, render
 from ivg.models.rows import common_length
 from ivg.models.vocab import Vocabulary
-from ivg.types import Hypothesis, Prompt
+from ivg.types import Beam, Hypothesis, Prompt, new_key
 
 
 class Texts:
@@ -30,7 +31,7 @@ class Texts:
     """
 
     reads_given_ids = False
-    """Takes the tokens of a prompt that has them (``Prompt.token_ids``): true of the base alone."""
+    """Takes the tokens of a prompt that has them (``Prompt.token_ids``) whatever its template: true of the base alone."""
 
     def __init__(
         self,
@@ -48,11 +49,32 @@ class Texts:
         self.vocab_size, self.max_positions, self.limit_reason = vocab_size, max_positions, limit_reason
         self.vocabulary = Vocabulary(tokenizer, eos_ids, owner=name)
         self.prompt_ids = lru_cache(maxsize=512)(self._prompt_ids)
+        self._rendered = lru_cache(maxsize=64)(self._render)
+
+    def _render(self, prompt: Prompt) -> str:
+        return render(prompt, self.tokenizer, self.template, self.name)
+
+    def own(self, prompt: Prompt) -> Prompt:
+        """The prompt, where its tokens are said to be the base's, with this model's vocabulary, which is the base's."""
+        return replace(prompt, vocabulary=self.vocabulary) if prompt.token_ids is not None and prompt.vocabulary is None else prompt
+
+    def root(self, prompt: Prompt, new_tokens: int) -> Beam:
+        """The empty response to ``prompt`` by this model, the base.
+
+        Raises:
+            PromptError: empty, or too long together with ``new_tokens``.
+        """
+        prompt = self.own(prompt)
+        self.check_length(prompt, new_tokens)
+        state = self.vocabulary.begin(self.prompt_ids(prompt))
+        return Beam(new_key(), None, prompt, vocabulary=self.vocabulary, inherits=False, decoded=state)
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        if self.reads_given_ids and prompt.token_ids is not None:
-            return prompt.token_ids
-        return tuple(encode(prompt, self.tokenizer, self.template))
+        if prompt.token_ids is not None and (self.reads_given_ids or self.template is None):
+            known = prompt.vocabulary is not None or self.reads_given_ids
+            if known and self.vocabulary.same_as(prompt.vocabulary):
+                return tuple(self.own_ids(prompt.token_ids))
+        return tuple(encode_rendered(self._rendered(prompt), self.tokenizer, chat=is_chat(prompt, self.template)))
 
     def check_length(self, prompt: Prompt, new_tokens: int) -> int:
         """Length of the prompt in this model's tokens.
@@ -61,13 +83,17 @@ class Texts:
             PromptError: prompt and answer together outgrow the model's context.
         """
         length, limit = len(self.prompt_ids(prompt)), self.max_positions
-        if limit is not None and length + new_tokens > limit:
-            why = f": {self.limit_reason}" if self.limit_reason else ""
+        if limit is None or length + new_tokens <= limit:
+            return length
+        context = f"context of {self.name} ({limit}{f': {self.limit_reason}' if self.limit_reason else ''})"
+        if length >= limit:
             raise PromptError(
-                f"prompt of {length} tokens + {new_tokens} new tokens > context of {self.name} ({limit}{why})\n"
-                f"  shorten the prompt, or ask for at most {max(0, limit - length)} new tokens"
+                f"prompt of {length} tokens leaves no room in the {context}\n  shorten the prompt by at least {length - limit + 1} tokens"
             )
-        return length
+        raise PromptError(
+            f"prompt of {length} tokens + {new_tokens} new tokens > {context}\n"
+            f"  shorten the prompt, or ask for at most {limit - length} new tokens"
+        )
 
     def ids(self, h: Hypothesis) -> tuple[list[int], int]:
         """(all tokens of prompt and response, how many of them are prompt).
@@ -78,7 +104,9 @@ class Texts:
         prompt = self.prompt_ids(h.prompt)
         if self.vocabulary.same_as(h.vocabulary):
             return [*prompt, *self.own_ids(h.token_ids)], len(prompt)
-        ids = encode(h.prompt, self.tokenizer, self.template, h.text) if h.text else list(prompt)
+        ids = list(prompt)
+        if h.text:
+            ids = encode_rendered(self._rendered(h.prompt), self.tokenizer, h.text, chat=is_chat(h.prompt, self.template))
         border = common_length(prompt, ids)
         if h.token_ids and h.token_ids[-1] in h.vocabulary.eos_ids and self.vocabulary.eos_ids:
             ids.append(min(self.vocabulary.eos_ids))

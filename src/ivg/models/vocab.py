@@ -23,6 +23,12 @@ _LEADS = ("\n", "a", ".", ":")
 """Texts that a response is tokenised behind, for tokenizers that treat the beginning of a text differently."""
 
 
+def special_tokens(tokenizer: Any) -> set[str]:
+    """The tokens of ``tokenizer`` that are no text, by name."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*getattr(tokenizer, "all_special_tokens", ()), *(str(t) for t in added.values() if getattr(t, "special", False))}
+
+
 class Vocabulary:
     """The tokens of one tokenizer, by id.
 
@@ -100,9 +106,8 @@ class Vocabulary:
     @cached_property
     def special(self) -> frozenset[int]:
         """Ids that are no text: decoding leaves them out."""
-        named = getattr(self.tokenizer, "all_special_ids", ())
-        added = getattr(self.tokenizer, "added_tokens_decoder", {})
-        return frozenset(named) | {i for i, token in added.items() if getattr(token, "special", False)}
+        names = special_tokens(self.tokenizer)
+        return frozenset(i for i, piece in self.pieces.items() if piece in names) if names else frozenset()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, special tokens left out, spaces as they are.
@@ -127,6 +132,19 @@ class Vocabulary:
         """Text of a prompt, but for a character at its end whose bytes are not all there."""
         text, state = self.decode(prompt_ids), self.begin(prompt_ids)
         return text[: len(text) - len(self.decode(state.context)) + state.shown]
+
+    def text_for(self, prompt_ids: Sequence[int], tokenizer: Any) -> str:
+        """Text of a prompt for a model with another ``tokenizer``: of special tokens those are kept that it knows, too."""
+        known = {self.pieces.get(i) for i in prompt_ids if i in self.special} & special_tokens(tokenizer)
+        if not known:
+            return self.whole(prompt_ids)
+        out, state = [], DecodeState()
+        for i in prompt_ids:
+            if i in self.special and (piece := self.pieces.get(i)) in known:
+                out.append(piece or "")
+            text, state = self._append(i, state)
+            out.append(text)
+        return "".join(out)
 
     def continue_text(self, ids: Sequence[int], state: DecodeState, *, final: bool = False) -> tuple[str, DecodeState]:
         """The text that the response ``ids`` adds to what was decoded up to ``state``, and the new state.

@@ -172,7 +172,7 @@ class Presets:
         if beyond:
             message = f"token id {beyond[0]} is beyond the vocabulary ({self.model.base.vocab_size})"
             raise ServeError(message, 400, "invalid_value", "prompt")
-        return Prompt(vocabulary.decode(prompt), tuple(prompt))
+        return Prompt(vocabulary.whole(prompt), tuple(prompt))
 
     def _conversation(self, messages: Sequence[ChatMessage]) -> Prompt:
         """The messages, where the base has a template for them; a plain model continues their texts, one line each, none left out."""

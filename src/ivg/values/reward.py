@@ -17,9 +17,9 @@ import torch
 
 from ivg.embedded import PREFIX
 from ivg.errors import ConfigError
-from ivg.models.chat import render
+from ivg.models.chat import apply_chat_template, is_chat, render, turns
 from ivg.models.loading import LoadOptions, load_network, load_tokenizer
-from ivg.types import Hypothesis, Message, Prompt
+from ivg.types import Hypothesis, Prompt
 from ivg.values.base import FunctionValue
 
 
@@ -89,13 +89,11 @@ class RewardModel:
 
     def text(self, prompt: Prompt, response: str) -> str:
         """What the classifier reads."""
-        if self.template == "chat" or (self.template is None and not isinstance(prompt.content, str)):
-            turns = (Message("user", prompt.content),) if isinstance(prompt.content, str) else prompt.content
-            messages = [{"role": m.role, "content": m.content} for m in (*turns, Message("assistant", response))]
-            return self.tokenizer.apply_chat_template(messages, tokenize=False)
-        if self.template and "{response}" in self.template:
-            return render(prompt, self.tokenizer, self.template).replace("{response}", response)
-        return render(prompt, self.tokenizer, self.template) + response
+        if is_chat(prompt, self.template):
+            answer = {"role": "assistant", "content": response}
+            return apply_chat_template([*turns(prompt), answer], self.tokenizer, self.name)
+        text = render(prompt, self.tokenizer, self.template, self.name)
+        return text.replace("{response}", response) if "{response}" in (self.template or "") else text + response
 
     def ids(self, text: str, limit: int | None = None) -> list[int]:
         """Token ids of what :meth:`text` gave; a chat template has written its own first token already."""
@@ -135,7 +133,8 @@ class RewardModel:
         return rewards
 
     def check(self, prompt: Prompt, new_tokens: int) -> None:
-        """Longer texts are cut at the classifier's limit."""
+        """Raise PromptError where the template refuses the prompt. Longer texts are cut at the classifier's limit."""
+        self.text(prompt, "x")
 
     def release(self, keys: Sequence[int]) -> None:
         """Nothing is kept."""

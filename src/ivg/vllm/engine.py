@@ -20,7 +20,7 @@ from ivg.engine.children import Child, as_beams, newborn, push
 from ivg.errors import ConfigError, ModelError
 from ivg.models.texts import Texts
 from ivg.models.vocab import Vocabulary
-from ivg.types import Beam, Extension, Growth, Prompt, SamplingParams, TokenGuidance, Value, new_key
+from ivg.types import Beam, Extension, Growth, Prompt, SamplingParams, TokenGuidance, Value
 from ivg.vllm.config import KEY
 from ivg.vllm.core import Core, News
 from ivg.vllm.value import InnerValue
@@ -89,9 +89,7 @@ class VLLMEngine:
         Raises:
             PromptError: empty, or too long together with ``sampling.max_new_tokens``.
         """
-        self.base.check_length(prompt, sampling.max_new_tokens)
-        state = self.vocabulary.begin(self.base.prompt_ids(prompt))
-        return Beam(new_key(), None, prompt, vocabulary=self.vocabulary, inherits=False, decoded=state)
+        return self.base.root(prompt, sampling.max_new_tokens)
 
     def prompt_tokens(self, prompt: Prompt) -> int:
         """Length of the prompt in base tokens."""
