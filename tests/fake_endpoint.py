@@ -62,7 +62,7 @@ class Server:
 
             def lives(self, seconds):
                 """Wait, unless the client goes away."""
-                until = time.monotonic() + 20
+                until = time.monotonic() + 200
                 while outer.peak < outer.together and time.monotonic() < until:
                     time.sleep(0.01)
                 until = time.monotonic() + seconds

@@ -323,7 +323,7 @@ def endpoint():
 
 
 def judge(endpoint, **settings):
-    return ChatJudge("m1", endpoint.url, **{"timeout": 5, "retries": 2, **settings})
+    return ChatJudge("m1", endpoint.url, **{"timeout": 60, "retries": 2, **settings})
 
 
 PAIRS = [Pair(f"Say something nice, number {i}", f"{'bad' if i % 3 else GOOD} {i}", f"{GOOD if i % 3 else 'bad'} {i}") for i in range(24)]

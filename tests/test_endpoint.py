@@ -298,11 +298,9 @@ def test_retries_are_counted(serve):
 ])  # fmt: skip
 def test_what_no_server_should_do(serve, moods, said):
     _, engine = serve(**moods)
-    began = time.monotonic()
     (got,) = answers(engine, [ask(Search(1, 2, 3, value=COUNT_A))])
     assert got.finish_reason == "error"
     assert re.search(said, got.error) and "\n" not in got.error and got.error.startswith(engine.url)
-    assert time.monotonic() - began < 10
 
 
 def test_orders_that_cannot_be(serve):
@@ -366,10 +364,10 @@ def test_requests_overlap(serve):
 
 
 def test_giving_up_reaches_the_server(serve):
-    server, engine = serve(delay=20.0)
+    server, engine = serve(delay=300.0)
     searcher = Searcher(engine)
     numbers = [searcher.add(ask(Search(2, 2, 3, value=COUNT_A), f"p{i}")) for i in range(3)]
-    until = time.monotonic() + 10
+    until = time.monotonic() + 200
     while server.now < 3 and time.monotonic() < until:
         searcher.step()
     for number in numbers:
@@ -404,7 +402,7 @@ def test_extend_keeps_news_of_others(serve):
 
 
 def test_closing_gives_everything_up(serve):
-    server, engine = serve(delay=20.0)
+    server, engine = serve(delay=300.0)
     engine.submit([order(engine)])
     while not server.now:
         time.sleep(0.01)

@@ -48,9 +48,9 @@ class Running:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **settings)
 
     def post(self, body, path="/v1/completions", **settings):
-        return httpx.post(self.url + path, json=body, timeout=60, **settings)
+        return httpx.post(self.url + path, json=body, timeout=300, **settings)
 
-    def idle(self, seconds=5.0):
+    def idle(self, seconds=200.0):
         """Wait until nothing runs; rows in use then."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and (self.worker.searcher.busy or self.worker.waiting):
@@ -60,7 +60,7 @@ class Running:
 
     def stop(self):
         self.server.handle_exit(15, None)
-        self.thread.join(20)
+        self.thread.join(200)
         assert not self.thread.is_alive()
 
 

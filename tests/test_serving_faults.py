@@ -74,9 +74,10 @@ class Slow:
     name = "slow"
 
     def __init__(self, seconds=0.03):
-        self.seconds = seconds
+        self.seconds, self.calls = seconds, 0
 
     def score(self, hypotheses):
+        self.calls += 1
         time.sleep(self.seconds)
         return [float(len(h.token_ids)) for h in hypotheses]
 
@@ -88,12 +89,13 @@ class Slow:
 
 
 class Endless:
-    """A value that computes for a minute, inside PyTorch."""
+    """A value that computes for ten minutes, inside PyTorch."""
 
     name = "endless"
 
     def score(self, hypotheses):
-        until = time.monotonic() + 60
+        print('{"event": "inside the endless value", "level": "info"}', file=sys.stderr, flush=True)
+        until = time.monotonic() + 600
         while time.monotonic() < until:
             torch.ones(64, 64) @ torch.ones(64, 64)
         return [0.0 for _ in hypotheses]
@@ -261,13 +263,13 @@ def test_a_refused_body_is_read_to_its_end(connection, key, size, status):
     host, port = server.url.removeprefix("http://").split(":")
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: {connection}\r\nauthorization: Bearer {key}\r\n"
     try:
-        with socket.create_connection((host, int(port)), timeout=20) as line:
+        with socket.create_connection((host, int(port)), timeout=200) as line:
             line.sendall(f"{head}content-length: {size}\r\n\r\n".encode() + b" " * size)
             assert read_head(line).startswith(f"HTTP/1.1 {status} ")
             if connection == "keep-alive":
                 line.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
                 assert read_head(line).startswith("HTTP/1.1 200 ")
-        with socket.create_connection((host, int(port)), timeout=20) as line:  # who asks first is told before sending anything
+        with socket.create_connection((host, int(port)), timeout=200) as line:  # who asks first is told before sending anything
             line.sendall(f"{head}expect: 100-continue\r\ncontent-length: {size}\r\n\r\n".encode())
             assert read_head(line).startswith(f"HTTP/1.1 {status} ")
     finally:
@@ -309,7 +311,7 @@ def test_a_value_that_raises_fails_its_own_request(running, library):
     def stream(prompt):
         body = {"model": "tiny", "prompt": prompt, "seed": 3, "stream": True, "guidance": guidance, **SAMPLING}
         text, error = "", None
-        with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=60) as response:
+        with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=300) as response:
             for line in response.iter_lines():
                 if line.startswith("data: {"):
                     data = json.loads(line[6:])
@@ -337,19 +339,17 @@ def test_a_client_that_goes_away_frees_its_rows(running, stream):
     body = {"model": "tiny", "prompt": "Long", "max_tokens": 200, "stream": stream, "guidance": SLOW}
     raw = json.dumps(body).encode()
     host, port = running.url.removeprefix("http://").split(":")
+    before = running.presets.model.values["slow"].calls
     with socket.create_connection((host, int(port))) as s:
         head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
         s.sendall(head.encode() + raw)
-        until = time.monotonic() + 5
-        while not running.worker.searcher.live_requests and time.monotonic() < until:
+        until = time.monotonic() + 200
+        while running.presets.model.values["slow"].calls < before + 3 and time.monotonic() < until:
             time.sleep(0.005)
         assert running.worker.searcher.live_requests == 1
-        time.sleep(0.1)
-    until = time.monotonic() + 3.0  # an answer of 200 rounds would take 6 seconds
-    while running.worker.searcher.live_requests and time.monotonic() < until:
-        time.sleep(0.005)
-    assert running.worker.searcher.live_requests == 0
     assert running.idle() == 0
+    assert running.worker.searcher.live_requests == 0
+    assert running.presets.model.values["slow"].calls - before < 200  # rounds of a whole answer
 
 
 def test_a_long_answer_does_not_starve_short_ones(running):
@@ -386,7 +386,7 @@ def test_keys():
 
 
 def test_full_queue_deadline_and_drain(caplog):
-    server = Running(tiny(**values()), queue_limit=2, max_beams=2, deadline=3.0, drain=5.0)
+    server = Running(tiny(**values()), queue_limit=2, max_beams=2, deadline=5.0, drain=200.0)
     ask = {"model": "tiny", "prompt": "Long and private", "max_tokens": 200, "guidance": SLOW}
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: server.post(ask), range(6)))
@@ -397,9 +397,9 @@ def test_full_queue_deadline_and_drain(caplog):
         well_formed(refused[0], 429, code="queue_full")
         well_formed(late[0], 504, code="deadline_exceeded")
         assert server.idle() == 0
-        quick = {"model": "tiny", "prompt": "x", "max_tokens": 16, "guidance": SLOW}
-        finishing = pool.submit(server.post, quick)  # half a second: may be finished
-        while not server.worker.searcher.live_requests:
+        quick = {"model": "tiny", "prompt": "x", "max_tokens": 8, "guidance": SLOW}
+        finishing = pool.submit(server.post, quick)  # a quarter of a second: may be finished
+        while not server.worker.searcher.live_requests and not finishing.done():
             time.sleep(0.005)
         server.stop()
         assert finishing.result().status_code == 200
@@ -452,7 +452,7 @@ def test_many_at_once_with_all_kinds_of_trouble(running, library):
             well_formed(await client.post("/v1/completions", json=body), 500)
 
     async def all_of_them():
-        async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=running.url, timeout=300) as client:
             await asyncio.gather(*(one(client, i) for i in range(40)))
 
     asyncio.run(all_of_them())
@@ -468,7 +468,7 @@ def test_fuzzed_by_its_own_schema(tmp_path):
         command = [tool, "run", f"{server.url}/openapi.json", "--max-examples", "20", "--seed", "5"]
         checks = "not_a_server_error,status_code_conformance,content_type_conformance"
         run = subprocess.run(
-            [*command, "--phases", "fuzzing", "--checks", checks], capture_output=True, text=True, timeout=300, cwd=tmp_path
+            [*command, "--phases", "fuzzing", "--checks", checks], capture_output=True, text=True, timeout=1800, cwd=tmp_path
         )
         assert run.returncode == 0, run.stdout
         assert "7 passed" in run.stdout
@@ -501,12 +501,12 @@ def test_settings(tmp_path, monkeypatch):
 def test_models_that_cannot_begin_anew_at_once_are_tried_again(monkeypatch):
     """An engine that died and finds no memory yet: who asks meanwhile is told so at once, however many ask, and the server lives."""
     model = tiny(bomb=FunctionValue(explode, "bomb"))
-    server, again, forget = Running(model), [], model.forget
+    server, again, forget, memory = Running(model), [], model.forget, threading.Event()
     monkeypatch.setattr("ivg.serving.worker.MEND_SECONDS", 1.0)
 
     def hard():
         again.append(time.monotonic())
-        if len(again) < 3:
+        if not memory.is_set():
             time.sleep(0.3)  # longer than it takes the next to come
             raise ModelError("no memory yet")
         return forget()
@@ -521,6 +521,9 @@ def test_models_that_cannot_begin_anew_at_once_are_tried_again(monkeypatch):
         assert httpx.get(f"{server.url}/ready").json() == {"status": "restarting"}
         with ThreadPoolExecutor(4) as pool:
             told = list(pool.map(ask, ["Film"] * 12))
+        while len(again) < 2:
+            time.sleep(0.05)
+        memory.set()
         while httpx.get(f"{server.url}/ready").status_code != 200:  # by itself: nobody needs to ask
             time.sleep(0.05)
         last = ask("Film")
@@ -528,8 +531,8 @@ def test_models_that_cannot_begin_anew_at_once_are_tried_again(monkeypatch):
     finally:
         server.stop()
     well_formed(first, 503, code="unavailable")
-    assert {answer.status_code for answer in told} <= {200, 503} and told[0].status_code == 503
-    assert last.status_code == 200 and len(again) == 3
+    assert {answer.status_code for answer in told} == {503}
+    assert last.status_code == 200 and len(again) >= 3
     assert all(b - a >= 1.0 for a, b in itertools.pairwise(again))
 
 
@@ -671,7 +674,7 @@ def test_a_client_that_goes_as_its_next_event_comes_is_let_go():
         writing = asyncio.ensure_future(EventStream(stream, ticket, worker)({}, receive, send))
         await asyncio.sleep(0.05)
         left.set()
-        done, _ = await asyncio.wait({writing}, timeout=5)
+        done, _ = await asyncio.wait({writing}, timeout=200)
         writing.cancel()
         return bool(done)
 

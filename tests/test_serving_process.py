@@ -47,7 +47,7 @@ class Process:
         self.lines = []
         self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
         self.reader.start()
-        until = time.monotonic() + 90
+        until = time.monotonic() + 900
         while not (serving := [line for line in self.lines if '"event": "serving"' in line]):
             assert self.process.poll() is None and time.monotonic() < until, "".join(self.lines)
             time.sleep(0.05)
@@ -75,12 +75,12 @@ class Process:
     def connect(self):
         """A connection by hand."""
         host, port = self.url.removeprefix("http://").split(":")
-        return socket.create_connection((host, int(port)), timeout=20)
+        return socket.create_connection((host, int(port)), timeout=200)
 
-    def end(self, seconds=20):
+    def end(self, seconds=300):
         """(exit code, the log), when it ends."""
         code = self.process.wait(seconds)
-        self.reader.join(5)
+        self.reader.join(60)
         return code, [json.loads(line) for line in self.lines]
 
 
@@ -130,8 +130,8 @@ class Trouble:
                     self.signalled = True
                     self.server.process.send_signal(signal.SIGTERM)
 
-        async with httpx.AsyncClient(base_url=self.server.url, headers=KEY, timeout=40, limits=limits) as http:
-            await asyncio.wait_for(asyncio.gather(*(one(http, i) for i in numbers)), 50)
+        async with httpx.AsyncClient(base_url=self.server.url, headers=KEY, timeout=400, limits=limits) as http:
+            await asyncio.wait_for(asyncio.gather(*(one(http, i) for i in numbers)), 900)
 
     async def client(self, http, kind, i):
         case = list(self.wanted)[i % len(self.wanted)]
@@ -228,7 +228,7 @@ def test_two_hundred_requests_with_all_kinds_of_trouble_and_the_signal_to_stop()
         trouble = Trouble(server, wanted)
         asyncio.run(trouble.all(order[:150], at_once=16))
         assert trouble.counts["whole"] + trouble.counts["stream"] > 30 and set(trouble.counts) == set(KINDS)
-        until = time.monotonic() + 10
+        until = time.monotonic() + 200
         while any(gauges(server).values()) and time.monotonic() < until:
             time.sleep(0.05)
         left = gauges(server)
@@ -251,7 +251,7 @@ def test_a_second_signal_ends_it_quietly():
     with Process.tiny(drain=60) as server, server.connect() as idle:
         idle.sendall(raw({"model": "tiny", "prompt": "half"}, sent=0.5))
         body = {"model": "tiny", "prompt": "Long", "max_tokens": 200, "stream": True, "guidance": SLOW}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as response:
             lines = response.iter_lines()
             first = next(lines)
             server.process.send_signal(signal.SIGTERM)
@@ -259,7 +259,7 @@ def test_a_second_signal_ends_it_quietly():
             assert server.process.poll() is None
             server.process.send_signal(signal.SIGINT)
             said = [line for line in (first, *lines) if line]
-        code, log = server.end(15)
+        code, log = server.end()
     assert code == 128 + signal.SIGINT
     assert json.loads(said[-2].removeprefix("data: "))["error"]["code"] == "unavailable" and said[-1] == "data: [DONE]"
     assert log[-1]["event"] == "stopped" and log[-1]["signal"] == signal.SIGINT and log[-1]["cache_rows"] == 0
@@ -272,14 +272,15 @@ def test_a_round_that_does_not_end_is_left():
     with Process.tiny(drain=60) as server:
         guidance = {"method": "custom", "select": "endless", "successors": 2, "chunk_length": 1}
         body = {"model": "tiny", "prompt": "Long", "stream": True, "guidance": guidance}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response:
-            time.sleep(0.5)
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as response:
+            while not any("inside the endless value" in line for line in server.lines):
+                time.sleep(0.05)
             server.process.send_signal(signal.SIGTERM)
             time.sleep(0.3)
             server.process.send_signal(signal.SIGTERM)
             said = [line for line in response.iter_lines() if line]
-        code = server.process.wait(20)
-        server.reader.join(5)
+        code = server.process.wait(300)
+        server.reader.join(60)
     assert json.loads(said[-2].removeprefix("data: "))["error"]["code"] == "unavailable" and said[-1] == "data: [DONE]"
     assert code == 128 + signal.SIGTERM
     assert json.loads(server.lines[-1])["inside_a_round"] is True

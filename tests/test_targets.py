@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ivg.errors import ConfigError
 from ivg.training import targets
 from ivg.training.learner import ValueOptions
 from ivg.training.value import part_metrics
@@ -81,5 +82,5 @@ def test_part_metrics_by_hand():
     ],
 )
 def test_settings_that_do_not_go_together(settings, words):
-    with pytest.raises(Exception, match=words):
+    with pytest.raises(ConfigError, match=words):
         ValueOptions(**settings).checked()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from itertools import pairwise
 from queue import Queue
 from threading import Timer
@@ -205,15 +204,13 @@ def test_a_process_that_was_killed_is_told():
     core = Core.__new__(Core)
     core.failure, core._open = None, {}
     core._engine = SimpleNamespace(
-        engine_core=client, has_unfinished_requests=lambda: True, step=lambda: client.outputs_queue.get(timeout=10)
+        engine_core=client, has_unfinished_requests=lambda: True, step=lambda: client.outputs_queue.get(timeout=1000)
     )
     Timer(0.7, client.outputs_queue.put, [[]]).start()
     assert core.step() == []
     Timer(0.2, os.close, [alive]).start()
-    began = time.monotonic()
     with pytest.raises(ModelError, match=r"engine died: RuntimeError: its process was killed"):
-        core.step()
-    assert time.monotonic() - began < 5
+        core.step()  # told by the end of the process: the queue, which gives nothing for 1000 s, would raise Empty
     os.close(end)
     client.outputs_queue.put([])
     client.resources = SimpleNamespace(engine_dead=True)

@@ -19,7 +19,8 @@ from making import models
 from ivg.embedded import path
 from ivg.vllm.pack import pack, pair
 
-SECONDS = 240
+SECONDS = 1800
+"""A guard against hanging: starting takes minutes on a busy machine, and an engine that ends is told at once."""
 
 
 def free_port() -> int:
@@ -46,7 +47,7 @@ def running(command, port, log):
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(60)
+                process.wait(300)
             except subprocess.TimeoutExpired:
                 process.kill()
 
@@ -54,7 +55,7 @@ def running(command, port, log):
 def post(url, body):
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=120) as reply:
+        with urllib.request.urlopen(request, timeout=900) as reply:
             return reply.status, json.loads(reply.read())
     except urllib.error.HTTPError as e:
         return e.code, json.loads(e.read())
@@ -62,7 +63,7 @@ def post(url, body):
 
 def streamed(url, body):
     request = urllib.request.Request(url, json.dumps(body | {"stream": True}).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as reply:
+    with urllib.request.urlopen(request, timeout=900) as reply:
         for line in reply:
             if line.startswith(b"data: {"):
                 yield json.loads(line[6:])
