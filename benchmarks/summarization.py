@@ -19,9 +19,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ivg.jobs.formats import read_rows
 from ivg.models.loading import LoadOptions
 from ivg.records import as_lines, read_jsonl, write_json, write_text
-from ivg.tables import read_rows
 from ivg.types import Prompt
 from ivg.values.reward import RewardModel
 

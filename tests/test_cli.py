@@ -85,7 +85,8 @@ def test_file_to_file(ivg, models, tmp_path):
     code, _, _ = ivg("generate", "--input", source, "--output", tmp_path / "out.jsonl", *models, "--n", 2, "--batch-size", 2, "-W", 2)
     rows = rows_of(tmp_path / "out.jsonl")
     assert code == 0
-    assert sorted((str(r["id"]), r["index"]) for r in rows) == [("3", 0), ("3", 1), ("7", 0), ("7", 1), ("a", 0), ("a", 1)]
+    own = next(r["id"] for r in rows if r["prompt"] == "Three")
+    assert sorted((str(r["id"]), r["index"]) for r in rows) == sorted((str(i), k) for i in ("a", 7, own) for k in range(2))
     for r in rows:
         assert {"id", "prompt", "text", "score", "usage", "method", "seed", "finish_reason", "token_ids"} <= set(r)
         assert r["usage"]["forward_tokens"]["base"] > 0
@@ -139,6 +140,7 @@ def test_unreadable_rows_are_reported_and_the_others_done(ivg, models, tmp_path)
     assert "line 3: expected" in err
     assert "line 4: empty prompt" in err
     assert err.count("error:") == 3
+    assert err.endswith("answered 2, skipped 0, failed 3, already done 0\n")
 
 
 def test_messages(ivg, models, hub, tmp_path):
@@ -149,7 +151,7 @@ def test_messages(ivg, models, hub, tmp_path):
     assert "no chat template" in err
     templates = [x for role in ("base", "tuned", "untuned", "value") for x in ("--template", role + "=Q: {prompt} A:")]
     code, _, err = ivg("generate", "--input", source, "--output", tmp_path / "out.jsonl", *models, *templates)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "answered 1, skipped 0, failed 0, already done 0\n")
     assert rows_of(tmp_path / "out.jsonl")[0]["prompt"] == row["messages"]
 
 
@@ -331,20 +333,206 @@ def test_help_of_every_verb(ivg):
 
 
 def test_resuming_with_another_engine_is_refused(tmp_path):
-    import json
-
-    from ivg.cli.generate import _provenance, answered
     from ivg.config import Recipe
     from ivg.errors import ConfigError
+    from ivg.jobs.prompts import Job
+    from ivg.jobs.provenance import of_answers
+    from ivg.jobs.store import open_rows
 
     recipes = [Recipe(), *(Recipe.parse({"run": {"engine": e}, "endpoint": {"model": m}}) for e, m in
                (("vllm", None), ("http://a/v1", "one"), ("http://a/v1", "two")))]  # fmt: skip
-    for i, one in enumerate(recipes):
+    made, job = [of_answers(recipe, "cpu") for recipe in recipes], Job(1, "p")
+    for i, one in enumerate(made):
         file = tmp_path / f"{i}.jsonl"
-        file.write_text(json.dumps({"id": 1, "index": 0, **json.loads(json.dumps(_provenance(one)))}) + "\n")
-        for j, other in enumerate(recipes):
+        file.write_text(json.dumps({"id": 1, "prompt": "p", "index": 0, **one}) + "\n")
+        for j, other in enumerate(made):
             if i == j:
-                assert answered(file, other) == {("1", 0)}
+                with open_rows(file, [job], other, print) as rows:
+                    assert rows.done(job, 0)
             else:
-                with pytest.raises(ConfigError, match="holds answers made with"):
-                    answered(file, other)
+                with pytest.raises(ConfigError, match="holds answers made otherwise: e"), open_rows(file, [job], other, print):
+                    pass
+
+
+# Rows in, rows out
+
+
+EFT = ["--method", "base", "--max-new-tokens", "3", "--ignore-eos", "--dtype", "float32", "--device", "cpu"]
+
+
+@pytest.fixture
+def base(hub):
+    return ["--base", str(hub / "base"), *EFT]
+
+
+def test_every_format_and_columns_that_travel(ivg, base, tmp_path):
+    rows = [{"id": "a", "prompt": "One", "topic": "x\u2028y"}, {"id": "b", "prompt": "Two", "topic": "🎬"}]
+    files = {
+        "in.jsonl": "".join(json.dumps(r, ensure_ascii=False) + "\r\n" for r in rows),
+        "in.json": json.dumps({"data": rows}),
+        "in.csv": "\ufeffid,prompt,topic\n" + "".join(f'{r["id"]},{r["prompt"]},"{r["topic"]}"\n' for r in rows),
+    }
+    found = []
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text.encode())
+        assert ivg("generate", "--input", tmp_path / name, "--output", tmp_path / f"{name}.out.jsonl", *base)[0] == 0
+        found.append([{k: r[k] for k in ("id", "prompt", "topic", "text")} for r in rows_of_file(tmp_path / f"{name}.out.jsonl")])
+    assert found[0] == found[1] == found[2]
+    assert [{k: r[k] for k in ("id", "prompt", "topic")} for r in found[0]] == rows
+    (tmp_path / "in.txt").write_text("One\n\nTwo\n")
+    assert ivg("generate", "--input", tmp_path / "in.txt", "--format", "text", "--output", tmp_path / "t.jsonl", *base)[0] == 0
+    assert [r["prompt"] for r in rows_of_file(tmp_path / "t.jsonl")] == ["One", "Two"]
+
+
+def rows_of_file(path):
+    from ivg.records import read_jsonl
+
+    return list(read_jsonl(path))
+
+
+def test_failed_rows_are_kept_as_they_were_with_why(ivg, base, tmp_path):
+    long = {"id": 3, "prompt": "long " * 40, "x": [4]}
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "One", "x": 2}\nnot json\n' + json.dumps(long) + "\n")
+    arguments = ["generate", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--failed", tmp_path / "f.jsonl", *base]
+    code, _, err = ivg(*arguments, "--n", 2)
+    assert code == 1
+    assert err.endswith("answered 2, skipped 0, failed 3, already done 0\n")
+    assert err.count("error: ") == 2
+    unread, unanswered = rows_of_file(tmp_path / "f.jsonl")
+    assert unread["text"] == "not json"
+    assert "expected a JSON object" in unread["error"]
+    assert "> context of base (128)" in unanswered.pop("error")
+    assert unanswered == long
+    assert ivg(*arguments, "--n", 2)[2].endswith("answered 0, skipped 0, failed 3, already done 2\n")
+
+
+def test_edited_prompts_are_answered_again_and_new_rows_shift_nothing(ivg, base, tmp_path):
+    arguments = ["generate", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *base]
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "One"}, {"prompt": "Two"}, {"id": 5, "prompt": "Five"}])
+    ivg(*arguments)
+    first = {r["prompt"]: r["text"] for r in rows_of(tmp_path / "out.jsonl")}
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "New"}, {"prompt": "One"}, {"prompt": "Two"}, {"id": 5, "prompt": "Other"}])
+    code, _, err = ivg(*arguments)
+    assert code == 0
+    assert "1 prompts have changed under the same id (5)" in err
+    assert err.endswith("answered 2, skipped 0, failed 0, already done 2\n")
+    rows = rows_of(tmp_path / "out.jsonl")
+    assert sorted(r["prompt"] for r in rows) == ["New", "One", "Other", "Two"]
+    assert all(r["text"] == first[r["prompt"]] for r in rows if r["prompt"] in first)
+    texts = {r["prompt"]: r["text"] for r in rows}
+    ivg("generate", "Other", "--output", tmp_path / "other.jsonl", *base)
+    assert rows_of(tmp_path / "other.jsonl")[0]["text"] == texts["Other"]
+
+
+def test_what_made_the_answers_is_compared(ivg, hub, base, tmp_path):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(hub / "base", model)
+    arguments = ["generate", "One", "--output", tmp_path / "out.jsonl", "--base", model, *EFT]
+    assert ivg(*arguments)[0] == 0
+    before = (tmp_path / "out.jsonl").read_bytes()
+    assert "already done 1" in ivg(*arguments)[2]
+    for change, says in (
+        (["--template", "base=Q: {prompt}"], 'templates: not given there, {"base": "Q: {prompt}"} now'),
+        (["--dtype", "bfloat16"], 'dtype: "float32" there, "bfloat16" now'),
+        (["--temperature", "0.5"], "settings.temperature: not given there, 0.5 now"),
+    ):
+        code, _, err = ivg(*arguments, *change)
+        assert (code, says in err) == (2, True)
+        assert "give another --output" in err
+    for file in model.glob("*.safetensors"):
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 1  # trained anew
+        file.write_bytes(data)
+    code, _, err = ivg(*arguments)
+    assert (code, "weights.base: " in err) == (2, True)
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_answers_to_standard_output_and_pipes(ivg, base, tmp_path):
+    import os
+    import threading
+
+    wanted = [{"id": 1, "prompt": "One"}, {"id": 2, "prompt": "Two"}]
+    write_rows(tmp_path / "in.jsonl", wanted)
+    for name in ("-", "/dev/stdout"):
+        code, out, err = ivg("generate", "--input", tmp_path / "in.jsonl", "--output", name, *base)
+        assert [json.loads(line)["id"] for line in out.splitlines()] == [1, 2]
+        assert (code, err) == (0, "answered 2, skipped 0, failed 0, already done 0\n")
+    os.mkfifo(tmp_path / "pipe")
+    heard = []
+    reader = threading.Thread(target=lambda: heard.append((tmp_path / "pipe").read_text()), daemon=True)
+    reader.start()
+    assert ivg("generate", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "pipe", *base)[0] == 0
+    reader.join(60)
+    assert [json.loads(line)["id"] for line in heard[0].splitlines()] == [1, 2]
+
+
+def test_a_reader_that_has_enough_ends_the_run_quietly(ivg, base, tmp_path, monkeypatch):
+    from ivg.jobs.store import StreamRows
+
+    def closed(self, row):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(StreamRows, "append", closed)
+    monkeypatch.setattr("ivg.cli._quiet_pipe", lambda: 141)
+    code, _, err = ivg("generate", "One", "--output", "-", *base)
+    assert (code, err) == (141, "answered 0, skipped 1, failed 0, already done 0\n")
+
+
+def test_a_score_that_is_no_number_fails_its_row(ivg, base, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from ivg.cli import generate
+
+    real = generate.answers
+    monkeypatch.setattr(
+        generate, "answers", lambda *a, **k: ((j, i, replace(c, score=float("nan") if j.id == 1 else 1.0)) for j, i, c in real(*a, **k))
+    )
+    write_rows(tmp_path / "in.jsonl", [{"id": i, "prompt": "One"} for i in range(3)])
+    code, _, err = ivg("generate", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *base)
+    assert code == 1
+    assert "line 2: its score is nan" in err
+    assert [r["id"] for r in rows_of(tmp_path / "out.jsonl")] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--input", "none.jsonl"], "cannot read none.jsonl: No such file or directory - expected a file: "),
+        (["--input", "."], "cannot read .: it is a folder - expected a file of rows"),
+        (["--input", "empty.jsonl"], "empty.jsonl holds no rows - expected rows with prompt or messages"),
+        (["--input", "latin.jsonl"], "latin.jsonl, line 1: not UTF-8 at byte 16 (0xe9); convert the file, e.g. iconv -f LATIN1 -t UTF-8"),
+        (["--input", "wide.jsonl"], "wide.jsonl is UTF-16, not UTF-8 - convert it, e.g. iconv -f UTF-16 -t UTF-8"),
+        (["--input", "good.jsonl", "--format", "xml"], "unknown format 'xml' - expected one of: jsonl, json, csv, parquet, text"),
+        (["--input", "words.txt"], "cannot tell the format of words.txt - give --format jsonl, json, csv, parquet or text"),
+        (["--input", "good.jsonl", "--output", "."], "cannot write .: it is a folder - expected a JSONL file"),
+        (
+            ["--input", "good.jsonl", "--output", "out.csv"],
+            "cannot write out.csv: rows are written as JSONL - give a name that ends in .jsonl",
+        ),
+        (
+            ["--input", "good.jsonl", "--output", "good.jsonl"],
+            "--input and --output are the same file, good.jsonl - give each a file of its own",
+        ),
+        (["--input", "good.jsonl", "--output", "/dev/full"], "cannot write /dev/full: No space left on device"),
+        (["--input", "good.jsonl", "--output", "/proc/x.jsonl"], "cannot write /proc/x.jsonl: "),
+        (
+            ["--input", "good.jsonl", "--failed", "good.jsonl/x"],
+            "cannot write good.jsonl/x: ",
+        ),
+    ],
+    ids=lambda a: " ".join(a) if isinstance(a, list) else "",
+)
+def test_rows_that_cannot_be_read_or_written_are_one_line(ivg, base, tmp_path, monkeypatch, arguments, line):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "good.jsonl", [{"prompt": "One"}])
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "words.txt").write_text("One\n")
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "café"}\n'.encode("latin-1"))
+    (tmp_path / "wide.jsonl").write_bytes('{"prompt": "café"}\n'.encode("utf-16"))
+    code, out, err = ivg("generate", *arguments, *base)
+    assert (code, out) == (2, "")
+    (said,) = (text.removeprefix("error: ") for text in err.splitlines() if not text.startswith("answered 0, "))
+    assert said.startswith(line) if line.endswith(": ") else said == line

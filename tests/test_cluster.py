@@ -245,10 +245,14 @@ def loaded(recipe):
     return worker
 
 
+def teller(errors):
+    return lambda job, why: errors.append(f"{job.place}: {why}")
+
+
 def told(recipe, todo):
     """Local answers, and what was said of the others."""
     errors = []
-    return {(job.id, k): done.text for job, k, done in generate.answers(recipe, todo, errors.append, trace=False)}, errors
+    return {(job.id, k): done.text for job, k, done in generate.answers(recipe, todo, teller(errors), trace=False)}, errors
 
 
 def test_worker_answers_as_this_machine_does_and_says_which_prompts_it_cannot_read(hub):
@@ -533,7 +537,7 @@ def process(member):
 def collect(recipe, todo, settings, errors, after=None):
     """Answers by (id, index), each once; ``after`` is called when so many are there: (number, function)."""
     out = {}
-    for job, k, completion in driver.answers(recipe, todo, errors.append, settings):
+    for job, k, completion in driver.answers(recipe, todo, teller(errors), settings):
         assert (job.id, k) not in out
         out[job.id, k] = completion.text
         if after and len(out) == after[0]:

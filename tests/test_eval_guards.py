@@ -1,6 +1,7 @@
 """``ivg eval`` refuses what makes a report untrue: files of other settings or weights, a judge that steers, settings that nobody reads."""
 
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -12,7 +13,7 @@ from ivg.cli.eval import evaluate
 from ivg.config import EvalConfig, Recipe
 from ivg.decoding.strategies import strategy
 from ivg.errors import ConfigError, PromptError
-from ivg.evaluation import origin, runner
+from ivg.evaluation import runner
 from ivg.evaluation.methods import BANK
 from ivg.evaluation.plan import plan
 from ivg.evaluation.report import report
@@ -21,6 +22,7 @@ from ivg.evaluation.sentiment import Sentiment
 from ivg.evaluation.summarization import Summarization
 from ivg.evaluation.summary import _kl, makers, summarise, truncated
 from ivg.evaluation.winrate import read_judgements
+from ivg.jobs import provenance
 from ivg.records import as_lines, read_jsonl, write_json
 from ivg.testing import tiny_value
 from ivg.types import SamplingParams
@@ -86,30 +88,51 @@ def test_weights_trained_anew_are_another_run_s(hub, tmp_path):  # noqa: F811
 def test_fingerprints(tmp_path, monkeypatch):
     (tmp_path / "rewards.py").write_text("def brief(prompt, response):\n    return -len(response)\n")
     name = f"{tmp_path}/rewards.py:brief"
-    first = origin.fingerprint(name)
-    assert first == origin.fingerprint(name)
+    first = provenance.fingerprint(name)
+    assert first == provenance.fingerprint(name)
     (tmp_path / "rewards.py").write_text("def brief(prompt, response):\n    return len(response)\n")
-    assert origin.fingerprint(name) != first
-    assert origin.fingerprint("someone/model-of-the-hub") is None
-    assert origin.fingerprint("embedded:base") != origin.fingerprint("embedded:tuned")
-    assert set(origin.weights(Recipe())) == {"base", "tuned", "untuned", "value", "value-other"}
+    assert provenance.fingerprint(name) != first
+    assert provenance.fingerprint("someone/model-of-the-hub") is None
+    assert provenance.fingerprint("embedded:base") != provenance.fingerprint("embedded:tuned")
+    assert set(provenance.weights(Recipe())) == {"base", "tuned", "untuned", "value", "value-other"}
     monkeypatch.chdir(tmp_path)
-    assert origin.same("rewards.py:brief", name)
-    assert not origin.same("rewards.py:other", name)
-    assert origin.same("someone/model", "someone/model")
+    assert provenance.same("rewards.py:brief", name)
+    assert not provenance.same("rewards.py:other", name)
+    assert provenance.same("someone/model", "someone/model")
 
 
-def test_of_large_files_both_ends_count(tmp_path, monkeypatch):
-    monkeypatch.setattr(origin, "WHOLE", 3 << 20)
-    path = tmp_path / "model.safetensors"
-    data = bytearray((100).to_bytes(8, "little") + bytes(4 << 20))
-    marks = []
-    for place in (None, 50, len(data) - 5):
-        if place is not None:
-            data[place] += 1
+def test_every_byte_of_a_large_file_counts_and_its_digest_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "REMEMBER", 1 << 10)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, marks, read = tmp_path / "model", [], []
+    real = provenance._digest
+    monkeypatch.setattr(provenance, "_digest", lambda path: read.append(path) or real(path))
+    folder.mkdir()
+    path = folder / "model.safetensors"
+    data = bytearray(1 << 14)
+    for number, place in enumerate((0, 50, len(data) // 2, len(data) - 5)):
+        data[place] += 1
         path.write_bytes(data)
-        marks.append(origin.fingerprint(str(tmp_path)))
-    assert len(set(marks)) == 3
+        os.utime(path, (number, number))  # long ago, and not when it was before
+        marks += [provenance.fingerprint(str(folder))] * 2
+        assert provenance.fingerprint(str(folder)) == marks[-1]
+        assert len(read) == number + 1
+    assert len(set(marks)) == 4
+    path.write_bytes(data)  # just now: another change could have the same time, so nothing is remembered
+    before = len(read)
+    assert {provenance.fingerprint(str(folder)) for _ in range(2)} == {marks[-1]}
+    assert len(read) == before + 2
+
+
+def test_the_base_of_an_adapter_counts(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder in (base, adapter):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = provenance.fingerprint(str(adapter))
+    (base / "config.json").write_text("{ }")
+    assert provenance.fingerprint(str(adapter)) != before
 
 
 def test_figures_of_a_task_are_those_of_its_settings(done, tmp_path):  # noqa: F811

@@ -49,15 +49,15 @@ def test_the_papers_columns_give_rated_responses_and_pairs(tmp_path):
     assert read_demonstrations(other) == [Demonstration(Prompt("p"), "b")]
     with pytest.raises(ConfigError, match="place of one of 2 responses, got 2"):
         read_preferences(write(tmp_path / "bad.jsonl", [{"prompt": "p", "responses": ["a", "b"], "scores": [9, -9], "chosen": 2}]))
-    with pytest.raises(ConfigError, match="row 1: 2 responses and 1 scores"):
+    with pytest.raises(ConfigError, match="line 1: 2 responses and 1 scores"):
         read_rated(write(tmp_path / "worse.jsonl", [{"prompt": "p", "responses": ["a", "b"], "scores": [9]}]))
 
 
 def test_later_rows_lack_nothing(tmp_path):
     file = write(tmp_path / "x.jsonl", [{"prompt": "p", "response": "r", "score": 1}, {"prompt": "p", "score": 1}])
-    with pytest.raises(ConfigError, match=r"row 2: no response\n  got prompt, score"):
+    with pytest.raises(ConfigError, match=r"line 2: no response\n  got prompt, score"):
         read_rated(file)
-    with pytest.raises(ConfigError, match="row 1: the prompt is empty"):
+    with pytest.raises(ConfigError, match="line 1: the prompt is empty"):
         read_prompts(write(tmp_path / "y.jsonl", [{"prompt": " "}]))
 
 
@@ -111,12 +111,12 @@ def test_wrong_columns_say_what_is_there_and_what_is_needed(tmp_path):
 @pytest.mark.parametrize("score", [None, "good", float("nan"), float("inf")])
 def test_a_score_must_be_a_finite_number(tmp_path, score):
     file = write(tmp_path / "x.jsonl", [{"prompt": "p", "response": "r", "score": score}])
-    with pytest.raises(ConfigError, match=r"row 1: (expected a finite|no) score"):
+    with pytest.raises(ConfigError, match=r"line 1: (expected a finite|no) score"):
         read_rated(file)
 
 
 def test_files_that_are_not_there_or_not_data(tmp_path):
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match=r"cannot read .*none\.parquet: No such file"):
         read_rated(tmp_path / "none.jsonl".replace("none.jsonl", "none.parquet"))
     (tmp_path / "bad.jsonl").write_text('{"prompt": "p"}\nhello\n')
     with pytest.raises(ConfigError, match="line 2: expected a JSON object, got hello"):
@@ -220,3 +220,28 @@ def test_block_files_drop_half_blocks_and_refuse_other_settings(tmp_path):
         BlockFile(file.path, 2, 5, {"seed": 2})
     longer = BlockFile(file.path, 2, 7, {"seed": 1})
     assert [list(s) for s in longer.missing()] == [[4, 5], [6]]
+
+
+def test_rows_that_cannot_be_used_are_told_and_left_out(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text(
+        '{"prompt": "p", "chosen": "a", "rejected": "b"}\nhello\n{"prompt": "p", "chosen": "a"}\n'
+        '{"prompt": "p", "chosen": "a", "rejected": "a"}\n{"prompt": 3, "chosen": "a", "rejected": "b"}\n'
+    )
+    bad = []
+    assert read_preferences(file, on_bad=bad.append) == [Preference(Prompt("p"), "a", "b")]
+    assert [row.where.rpartition(" ")[2] for row in bad] == ["2", "3", "4", "5"]
+    assert bad[2].error == "chosen and rejected are the same text, which says nothing"
+    with pytest.raises(ConfigError, match=r"x\.jsonl, line 2: expected a JSON object, got hello"):
+        read_preferences(file)
+
+
+def test_cells_of_csv_are_texts(tmp_path):
+    lists = ',"[""a"", ""b""]","[1, -1]",0\n'
+    (tmp_path / "a.csv").write_text(f"prompt,responses,scores,chosen\np{lists}")
+    assert read_preferences(tmp_path / "a.csv") == [Preference(Prompt("p"), "a", "b", 2.0)]
+    (tmp_path / "b.csv").write_text('prompt,response,score,token_ids,ended,error\np,r,0.5,"[1, 2]",False,\nq,s,1,,true,too long\n')
+    assert read_rated(tmp_path / "b.csv") == [Rated(Prompt("p"), "r", 0.5, (1, 2), False)]
+    (tmp_path / "c.csv").write_text("prompt,responses,scores\np,ab,cd\n")
+    with pytest.raises(ConfigError, match="line 2: expected a list in responses, got 'ab'"):
+        read_rated(tmp_path / "c.csv")

@@ -245,6 +245,7 @@ class EvalConfig(_Strict):
         task: ``sentiment``, ``summarization``, ``alpaca``.
         data: file, folder or hub data set; None: the task's own on the hub.
         split: of a folder or data set; None: the task's.
+        format: of the file (``jobs.formats``); None: by its name, or what stands in it.
         prompts: the first so many; an error where there are fewer. None: as many as the task's paper took (1000; of alpaca all), or
             as there are.
         seeds: answers to each prompt by each method.
@@ -261,6 +262,7 @@ class EvalConfig(_Strict):
     task: str = "sentiment"
     data: str | None = None
     split: str | None = None
+    format: Literal["jsonl", "json", "csv", "parquet", "text"] | None = None
     prompts: int | None = Field(None, ge=1)
     seeds: int = Field(1, ge=1)
     shuffle: int | None = None

@@ -34,6 +34,10 @@ class JudgeError(IVGError, RuntimeError):
     """A judge that cannot be asked: not there, busy for too long, key refused."""
 
 
+class OutputError(IVGError, OSError):
+    """A file that cannot be written: full disk, read-only folder, not ours, or another run's at the moment."""
+
+
 class ServeError(IVGError, RuntimeError):
     """A request that the server does not answer: not found, not allowed, too many at once, too late, a model that failed.
 

@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic, process_time, sleep
-from typing import Any
+from typing import Any, TextIO
 
-from ivg.errors import ConfigError
+from ivg.errors import OutputError
 
 PATIENCE = 10.0
-"""Seconds to wait for a file that another process is writing: a killed run's helpers need a moment to go."""
+"""Seconds to wait for a file that a killed run's helpers still hold: they need a moment to go."""
 
 
 def facts() -> dict[str, Any]:
@@ -155,26 +155,93 @@ def _status(field: str) -> int | None:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def alone(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Be the only process that writes ``path``; the system ends the claim with the process, however that ends.
 
+    Args:
+        path: of the file. ``.<name>.lock`` beside it is there meanwhile.
+        wait: for a run that is at work, too, rather than for what a killed one left behind only; both for :data:`PATIENCE` seconds.
+
     Raises:
-        ConfigError: another process has been writing it for :data:`PATIENCE` seconds.
+        OutputError: another run is writing it; no lock can be made there.
     """
     try:
         import fcntl
     except ImportError:  # no such locks on this system: two runs at once are the user's to avoid
         yield
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f".{path.name}.lock").open("w") as file:
-        until = monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock = path.parent / f".{path.name}.lock"
+    until = monotonic() + PATIENCE
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = lock.open("a+")
+        except OSError as e:
+            raise OutputError(f"cannot write {path}: {e.strerror}\n  give a place in a folder of yours") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_there(file, lock):
                 break
-            except OSError:
-                if monotonic() > until:
-                    raise ConfigError(f"another process is writing {path}\n  wait for it, or give another --out") from None
-                sleep(0.1)
-        yield
+        except BlockingIOError:
+            owner = _owner(file)
+            if monotonic() > until or (_at_work(owner) and not wait):
+                file.close()
+                who = f" (process {owner[0]} on {owner[1]})" if owner is not None else ""
+                raise OutputError(f"another run writes {path}{who}\n  wait until it ends, or give another place") from None
+            sleep(0.05)
+        except OSError:  # a file system without locks
+            file.close()
+            yield
+            return
+        file.close()
+    with file:
+        file.truncate(0)
+        file.write(f"{_leader()} {platform.node()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()  # while it is still ours
+
+
+def _is_there(file: TextIO, path: Path) -> bool:
+    """Is ``path`` still the open file? Whoever had the lock removes it at the end."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+def _owner(file: TextIO) -> tuple[int, str] | None:
+    """(process, machine) that wrote its name into a lock; None: it has not yet."""
+    file.seek(0)
+    number, _, host = file.read().strip().partition(" ")
+    return (int(number), host) if number.isdigit() and host else None
+
+
+def _leader() -> int:
+    """The process that stands for this run: processes that it started end soon after it."""
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()
+    return os.getpid() if parent is None or parent.pid is None else parent.pid
+
+
+def _at_work(owner: tuple[int, str] | None) -> bool:
+    """Does the run still live? Of another machine's we cannot know, and believe its lock."""
+    if owner is None:
+        return False
+    if owner[1] != platform.node():
+        return True
+    with suppress(OSError):
+        return Path(f"/proc/{owner[0]}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    if Path("/proc/self").exists():
+        return False
+    try:
+        os.kill(owner[0], 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

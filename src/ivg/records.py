@@ -6,23 +6,146 @@ Knows: files. Must not know what a row means. Whoever makes rows in fixed blocks
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from ivg.errors import ConfigError
+from ivg.errors import ConfigError, OutputError
+
+BOM = b"\xef\xbb\xbf"
+CONVERT = "convert the file, e.g. iconv -f LATIN1 -t UTF-8"
+
+
+class RowError(ValueError):
+    """Why a line or value is no row, in one line."""
+
+    @classmethod
+    def of(cls, e: Exception, text: str = "") -> RowError:
+        """From what Python says of ``text``."""
+        if isinstance(e, cls):
+            return e
+        if isinstance(e, UnicodeDecodeError):
+            return cls(f"not UTF-8 at byte {e.start + 1} (0x{e.object[e.start]:02x}); {CONVERT}")
+        if isinstance(e, RecursionError):
+            return cls("nested too deeply")
+        if isinstance(e, json.JSONDecodeError):
+            return cls(f"expected a JSON object, got {_beginning(text or e.doc)} ({e.msg.lower()} at character {e.pos + 1})")
+        return cls(" - ".join(str(e).split("\n")))
+
+
+def parse_row(line: bytes) -> dict[str, Any]:
+    """One JSON object from UTF-8; a byte order mark before it is left out.
+
+    Raises:
+        RowError: no UTF-8, no JSON (NaN and a key twice are none), no object.
+    """
+    try:
+        return parse_object(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as e:
+        raise RowError.of(e) from None
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """One JSON object.
+
+    Raises:
+        RowError: no JSON (NaN and a key twice are none), no object.
+    """
+    try:
+        row = _decoder.decode(text)
+    except (ValueError, RecursionError) as e:
+        raise RowError.of(e, text) from None
+    if not isinstance(row, dict):
+        raise RowError(f"expected a JSON object, got {_beginning(text)}")
+    return row
+
+
+def _beginning(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        names = [k for k, _ in pairs]
+        raise RowError(f"the key {next(k for i, k in enumerate(names) if k in names[:i])!r} stands there twice")
+    return out
+
+
+def _no_number(name: str) -> NoReturn:
+    raise RowError(f"{name} is no JSON; write null")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise RowError(f"the number {digits[:40]} is too large")
+    return number
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+
+
+def to_json(value: Any) -> str:
+    """``value`` in one line of valid JSON, whatever tables hold: see :func:`jsonable`."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError):
+        value = jsonable(value)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write as an escape only
+        text = json.dumps(value, allow_nan=False)
+    return text
+
+
+def jsonable(value: Any) -> Any:
+    """``value`` as JSON has it: dates by ISO 8601, durations in seconds, bytes as text, NaN and infinity as null, arrays as lists."""
+    if value is None or isinstance(value, bool | str | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [jsonable(v) for v in value]
+    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta):
+        return value.total_seconds()
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value).decode("utf-8", "backslashreplace")
+    if isinstance(value, Decimal):
+        return _decimal(value)
+    plain = getattr(value, "tolist", None)  # arrays and scalars of NumPy, tensors
+    return jsonable(plain()) if plain is not None else str(value)
+
+
+def _decimal(value: Decimal) -> int | float | str | None:
+    """The number where JSON's readers get it back, else its digits as text."""
+    if not value.is_finite():
+        return None
+    if value == value.to_integral_value():
+        return int(value)
+    return float(value) if Decimal(repr(float(value))) == value else str(value)
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file, in order.
+    """The rows of a JSONL file, in order; lines end at a line feed, with a carriage return before it or not.
 
     Raises:
         ConfigError: no such file, or a line that is not a JSON object (named by its number).
     """
     try:
-        file = Path(path).open(encoding="utf-8")  # noqa: SIM115
+        file = Path(path).open("rb")  # noqa: SIM115
     except OSError as e:
         raise ConfigError(f"cannot read {path}: {e.strerror}\n  expected a JSONL file") from None
     with file:
@@ -30,26 +153,57 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (ValueError, UnicodeDecodeError):
-                row = None
-            if not isinstance(row, dict):
-                raise ConfigError(f"{path}, line {number}: expected a JSON object, got {line.strip()[:60]}")
-            yield row
+                yield parse_row(line)
+            except RowError as e:
+                raise ConfigError(f"{path}, line {number}: {e}") from None
 
 
 def write_json(path: str | Path, data: Any) -> None:
     """``data`` as indented JSON; the file is whole or not there."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(jsonable(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
     """``text``; the file is whole or not there."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.replace(path)
+    except OSError as e:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {e.strerror}\n  free space, or give another place") from None
+
+
+def append_lines(path: Path, text: str, *, sync: bool = False) -> None:
+    """Append whole lines; where the disk cannot take all of them, none is there.
+
+    Args:
+        path: of the file; folders are made.
+        text: lines.
+        sync: wait until they are on the disk.
+
+    Raises:
+        OutputError: full disk, read-only folder.
+    """
+    data = memoryview(text.encode("utf-8"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            begin = file.seek(0, os.SEEK_END)
+            try:
+                while data:
+                    data = data[file.write(data) :]
+                if sync:
+                    os.fsync(file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(begin)
+                raise
+    except OSError as e:
+        raise OutputError(f"cannot write {path}: {e.strerror}\n  what is there is whole; the same command goes on from it") from None
 
 
 class BlockFile:
@@ -67,7 +221,7 @@ class BlockFile:
 
     def __init__(self, path: str | Path, block: int, total: int, provenance: Mapping[str, Any]) -> None:
         self.path, self.block, self.total = Path(path), block, total
-        self._claim({**json.loads(json.dumps(provenance)), "block": block})
+        self._claim({**json.loads(to_json(provenance)), "block": block})
         self.rows = self._cut()
 
     @property
@@ -82,11 +236,7 @@ class BlockFile:
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """One block, on the disk when this returns."""
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self.path, as_lines(rows), sync=True)
         self.rows += len(rows)
 
     def _claim(self, provenance: dict[str, Any]) -> None:
@@ -98,7 +248,8 @@ class BlockFile:
         """Rows of whole blocks; what an interrupted run left behind them is cut off."""
         if not self.path.exists():
             return 0
-        whole = [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        with self.path.open("rb") as lines:
+            whole = [line for line in lines if line.endswith(b"\n")]
         keep = len(whole) if len(whole) >= self.total else len(whole) // self.block * self.block
         with self.path.open("r+b") as file:
             file.truncate(sum(map(len, whole[:keep])))
@@ -114,11 +265,30 @@ def demand_provenance(path: str | Path, provenance: Mapping[str, Any]) -> None:
     path, beside = Path(path), _meta(path)
     if not beside.exists():
         raise ConfigError(f"{path} is there, but not what made it ({beside.name})\n  give another place for the results")
-    found, wanted = json.loads(beside.read_text(encoding="utf-8")), json.loads(json.dumps(provenance))
-    different = [k for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k)]
+    found, wanted = json.loads(beside.read_text(encoding="utf-8")), json.loads(to_json(provenance))
+    different = differences(found, wanted)
     if different:
-        lines = "; ".join(f"{k}: {found.get(k)!r} there, {wanted.get(k)!r} now" for k in different)
-        raise ConfigError(f"{path} was made with other settings: {lines}\n  give another place for the results, or remove it")
+        raise ConfigError(
+            f"{path} was made with other settings: {'; '.join(different)}\n  give another place for the results, or remove it"
+        )
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs, each ``name: there, now``; a device that is not known differs from none."""
+    out: list[str] = []
+    for key in sorted({*found, *wanted}):
+        there, now = found.get(key), wanted.get(key)
+        if there == now or (key == "device" and None in (there, now)):
+            continue
+        if isinstance(there, dict) and isinstance(now, dict):
+            out += differences(there, now, "" if key == "provenance" else f"{prefix}{key}.")
+        else:
+            out.append(f"{prefix}{key}: {_said(there)} there, {_said(now)} now")
+    return out
+
+
+def _said(value: Any) -> str:
+    return "not given" if value is None else to_json(value)
 
 
 def _meta(path: str | Path) -> Path:
@@ -127,4 +297,4 @@ def _meta(path: str | Path) -> Path:
 
 def as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     """``rows`` as JSONL."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(to_json(row) + "\n" for row in rows)

@@ -5,7 +5,23 @@ Errors that ivg raises on purpose are printed in one line and exit with code 2.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
+from contextlib import suppress
+
+_STORAGE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.EMFILE,
+}
+"""Errors of the system that its user can mend: full disk, no permission, a folder in place of a file …"""
 
 
 def main() -> None:
@@ -24,6 +40,13 @@ def main() -> None:
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         code = stopped
+    except BrokenPipeError:  # whoever read our output has enough
+        code = _quiet_pipe()
+    except OSError as e:
+        if e.errno not in _STORAGE:
+            raise
+        report(f"{e.strerror}" + (f": {e.filename}" if e.filename else ""))
+        code = 2
     except Exception as e:
         show = getattr(e, "show", None)  # click's own errors: unknown option, missing argument
         if show is None:
@@ -33,3 +56,10 @@ def main() -> None:
     if code == stopped:
         typer.echo("stopped; what was done is kept", err=True)
     sys.exit(code)
+
+
+def _quiet_pipe() -> int:
+    """Nobody reads standard output any more: what Python still holds of it goes nowhere. The code of a program that SIGPIPE ended."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141

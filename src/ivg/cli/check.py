@@ -43,7 +43,10 @@ def check(
     device: o.Device = None,
     dtype: o.Dtype = None,
     preferences: Annotated[
-        Path | None, typer.Option("--preferences", help="Pairs (JSONL or Parquet): prompt, chosen, rejected.", rich_help_panel=_FORESEE)
+        Path | None, typer.Option("--preferences", help="Pairs (rows of docs/data.md): prompt, chosen, rejected.", rich_help_panel=_FORESEE)
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", help="jsonl, json, csv or parquet. (default: by the file's name)", rich_help_panel=_FORESEE)
     ] = None,
     pairs: Annotated[int | None, typer.Option("--pairs", help="The first so many. (default: 400)", min=1, rich_help_panel=_FORESEE)] = None,
     sweep: Annotated[
@@ -76,6 +79,7 @@ def check(
     """See HELP."""
     given = o.recipe_of(recipe, template, locals())
     extra = {"pairs": pairs, "sweep": sweep, "samples": samples, "betas": betas, "from_base": from_base, "judge": judge, "json": json}
+    extra["format"] = format
     if preferences is None and any(v is not None for v in extra.values()):
         names = ", ".join(f"--{k.replace('_', '-')}" for k, v in extra.items() if v is not None)
         raise ConfigError(f"{names} is about preferences\n  give --preferences FILE too")

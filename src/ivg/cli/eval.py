@@ -29,8 +29,14 @@ _EVAL = "Evaluation"
 def evaluate(
     task: Annotated[str, typer.Argument(help="sentiment, summarization or alpaca.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for all files of this run.")],
-    data: Annotated[str | None, typer.Option("--data", help="File, folder, or id of a data set.", rich_help_panel=_EVAL)] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Rows (docs/data.md): a file, -, a folder, or the id of a data set.", rich_help_panel=_EVAL)
+    ] = None,
     split: Annotated[str | None, typer.Option("--split", help="Of a folder or data set.", rich_help_panel=_EVAL)] = None,
+    format: Annotated[
+        str | None,
+        typer.Option("--format", help="Of the file: jsonl, json, csv, parquet or text. (default: by its name)", rich_help_panel=_EVAL),
+    ] = None,
     prompts: Annotated[int | None, typer.Option("--prompts", help="The first so many.", rich_help_panel=_EVAL)] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", help="Answers to each prompt by each method.", rich_help_panel=_EVAL)] = None,
     shuffle: Annotated[int | None, typer.Option("--shuffle", help="Seed of the order of prompts.", rich_help_panel=_EVAL)] = None,
@@ -96,8 +102,11 @@ def evaluate(
         raise ConfigError(f"unknown stage {', '.join(unknown)}\n  expected some of: {', '.join(STAGES)}")
     if jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, got {jobs}")
+    if data == "-" and jobs > 1:
+        raise ConfigError("--data - is standard input, which only one process can read\n  give --jobs 1, or a file")
     settings: dict[str, Any] = {
-        "task": task, "data": data, "split": split, "prompts": prompts, "seeds": seeds, "shuffle": shuffle, "gold": gold, "bank": bank,
+        "task": task, "data": data, "split": split, "format": format,
+        "prompts": prompts, "seeds": seeds, "shuffle": shuffle, "gold": gold, "bank": bank,
         "threads": threads, "methods": [m.strip() for m in methods.split(",")] if methods else None,
     }  # fmt: skip
     if methods is not None and "combinations" not in settings["methods"]:  # the recipe's sizes were for its own methods

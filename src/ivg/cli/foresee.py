@@ -29,6 +29,7 @@ class Order:
     """The options that only ``--preferences`` reads; None: not given."""
 
     file: Path
+    format: str | None = None
     pairs: int | None = None
     sweep: int | None = None
     samples: int | None = None
@@ -40,11 +41,15 @@ class Order:
 
 def run(out: Console, model: SteeredModel, recipe: Recipe, order: Order) -> int:
     """Measure, print, write; the exit code."""
+    from ivg.cli.progress import report
     from ivg.diagnose.report import foresee
+    from ivg.jobs.failures import Failures
     from ivg.records import write_json
     from ivg.training.data import read_preferences
 
-    pairs = read_preferences(order.file, 400 if order.pairs is None else order.pairs)
+    failures = Failures(report)
+    pairs = read_preferences(order.file, 400 if order.pairs is None else order.pairs, format=order.format, on_bad=failures.of_source)
+    failures.close()
     plan = _plan(model, recipe, order)
     beta = 1.0 if recipe.search.beta is None else recipe.search.beta
     with out.status("reading", spinner="dots") as status:
@@ -114,7 +119,7 @@ def _gold(recipe: Recipe) -> RewardModel | FunctionValue:
 
     from ivg.build import load_options
     from ivg.config import RewardRef
-    from ivg.evaluation.origin import same
+    from ivg.jobs.provenance import same
     from ivg.values.reward import load_reward
 
     base = recipe.models.base

@@ -1,24 +1,25 @@
-"""``ivg generate``: prompts from the command line or a JSONL file, answers on the screen or in a JSONL file."""
+"""``ivg generate``: prompts from the command line or rows of data, answers on the screen or in a JSONL file."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ivg.cli import options as o
 from ivg.errors import ConfigError, PromptError
-from ivg.prompts import Prompt
 
 if TYPE_CHECKING:
     from ivg.cluster.settings import ClusterSettings
     from ivg.config import Recipe
+    from ivg.jobs.failures import Failures
+    from ivg.jobs.prompts import Job
+    from ivg.jobs.store import Rows
     from ivg.types import Completion
 
 _CLUSTER = "Many machines (docs/scaling.md)"
@@ -43,28 +44,19 @@ HELP = """Answer prompts, steered.
 
     ivg generate --input prompts.jsonl --output out.jsonl --method ivg -W 4 -K 4 -L 5
 
-Input rows are {"id", "prompt"} or {"id", "messages"}. Output rows are appended as they are done; the same command again
-goes on where it stopped."""
-
-
-@dataclass
-class Job:
-    """One prompt and where it came from."""
-
-    id: Any
-    prompt: Any
-    line: int | None = None
-
-    @property
-    def place(self) -> str:
-        """For error messages."""
-        return f"line {self.line}" if self.line else f"prompt {self.id}"
+Input rows are {"id", "prompt"} or {"id", "messages"}; other columns travel to the output (docs/data.md). Output rows are
+appended as they are done; the same command again goes on where it stopped."""
 
 
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, each one argument.", metavar="PROMPT...")] = None,
-    input: Annotated[Path | None, typer.Option("--input", "-i", help="JSONL file of prompts; - reads standard input.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSONL file to append answers to.")] = None,
+    input: Annotated[
+        Path | None,
+        typer.Option("--input", "-i", help="Rows with prompts: JSONL, JSON, CSV, Parquet, gzipped or not; - is standard input."),
+    ] = None,
+    format: o.Format = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSONL file to append answers to; - is standard output.")] = None,
+    failed: Annotated[Path | None, typer.Option("--failed", help="JSONL file that takes the rows that failed, each with why.")] = None,
     trace: Annotated[Path | None, typer.Option("--trace", help="Write the search as one HTML page.")] = None,
     recipe: o.RecipeFile = None,
     method: o.Method = None,
@@ -114,7 +106,7 @@ def generate(
     if bool(prompts) == bool(input):
         raise ConfigError("give prompts, or --input FILE (exactly one of the two)")
     _check_method(given)
-    run(given, prompts or [], input, output, trace, cluster)
+    run(given, prompts or [], input, output, trace, cluster, format=format, failed=failed)
 
 
 def _check_method(recipe: Recipe) -> None:
@@ -131,44 +123,94 @@ def run(
     output: Path | None,
     trace: Path | None,
     cluster: ClusterSettings | None = None,
+    *,
+    format: str | None = None,
+    failed: Path | None = None,
 ) -> None:
     """Answer every prompt that is not answered yet; what cannot be answered is reported, the others are done."""
-    from ivg.cli.progress import progress, report
+    from ivg.cli.progress import report
+    from ivg.jobs.failures import Failures
+    from ivg.jobs.formats import SourceRow, scan_rows
+    from ivg.jobs.prompts import read_jobs
 
-    failures: list[str] = []
-
-    def fail(message: str) -> None:
-        if message not in failures:  # a prompt that is asked for several times is reported once
-            failures.append(message)
-            report(message)
-
-    jobs = [Job(i, p) for i, p in enumerate(prompts)] if source is None else list(read_jobs(source, fail))
-    done = answered(output, recipe) if output else set()
-    todo = [(job, k) for job in jobs for k in range(recipe.run.n) if (_key(job.id), k) not in done]
-    kept: list[tuple[str, Completion]] = []
-    sink = _open(output) if output else None
-    count = 0
+    _check_files(source, output, failed)
+    failures = Failures(report, failed)
+    rows = (SourceRow(f"prompt {i}", {"prompt": p}) for i, p in enumerate(prompts)) if source is None else scan_rows(source, format=format)
+    jobs = list(read_jobs(rows, failures))
+    if not jobs and not failures.count:
+        raise ConfigError(f"{source} holds no rows\n  expected rows with prompt or messages")
+    counts: Counter[str] = Counter(failed=failures.count)
     try:
-        with progress(len(todo), "answers") as advance:
+        _run(recipe, jobs, output, trace, cluster, failures, counts)
+    finally:
+        failures.close()
+        if "skipped" in counts and (source is not None or output is not None):
+            typer.echo(", ".join(f"{name} {counts[name]}" for name in ("answered", "skipped", "failed", "already done")), err=True)
+    if failures.count:
+        raise typer.Exit(1 if counts["answered"] or counts["already done"] else 2)
+
+
+def _check_files(source: Path | None, output: Path | None, failed: Path | None) -> None:
+    """No file is read and written, or written twice, in one run."""
+    from ivg.jobs.store import is_stream
+
+    named = {"--input": source, "--output": output, "--failed": failed}
+    places = {option: path.resolve() for option, path in named.items() if path is not None and not is_stream(path)}
+    for option, place in places.items():
+        same = next((other for other in places if other < option and places[other] == place), None)
+        if same is not None:
+            raise ConfigError(f"{same} and {option} are the same file, {named[option]}\n  give each a file of its own")
+    if source is not None and source.is_dir():
+        raise ConfigError(f"cannot read {source}: it is a folder\n  expected a file of rows")
+
+
+def _run(
+    recipe: Recipe,
+    jobs: Sequence[Job],
+    output: Path | None,
+    trace: Path | None,
+    cluster: ClusterSettings | None,
+    failures: Failures,
+    counts: Counter[str],
+) -> None:
+    from ivg.cli.progress import progress
+    from ivg.jobs.provenance import device_kind, of_answers
+    from ivg.jobs.store import open_rows
+
+    made = {} if output is None else of_answers(recipe, device_kind(recipe.run.device) if cluster is None or recipe.run.device else None)
+    kept: list[tuple[str, Completion]] = []
+
+    def fail(job: Job, why: str) -> None:
+        failures(job.place, why, job.row)
+        counts["failed"] += 1
+        counts["skipped"] -= 1
+
+    with ExitStack() as stack:
+        rows = None if output is None else stack.enter_context(open_rows(output, jobs, made, lambda text: typer.echo(text, err=True)))
+        wanted = [(job, k) for job in jobs for k in range(recipe.run.n)]
+        todo = [(job, k) for job, k in wanted if rows is None or not rows.done(job, k)]
+        counts["already done"], counts["skipped"] = len(wanted) - len(todo), len(todo)
+        try:
+            advance = stack.enter_context(progress(len(todo), "answers"))
             for job, index, completion in _answers(recipe, todo, fail, cluster, trace=trace is not None):
-                _write(sink, recipe, job, index, completion, many=len(todo) > 1)
+                if completion.score is not None and not math.isfinite(completion.score):
+                    fail(job, f"its score is {completion.score}")
+                    continue
+                _write(rows, recipe, made, job, index, completion, many=len(todo) > 1)
                 if trace is not None:
                     kept.append((_shown(job.prompt), completion))
-                count += 1
+                counts["answered"] += 1
+                counts["skipped"] -= 1
                 advance()
-    finally:
-        if sink:
-            sink.close()
-        if trace is not None and kept:
-            from ivg.cli.trace import write_trace
+        finally:
+            if trace is not None and kept:
+                from ivg.cli.trace import write_trace
 
-            write_trace(trace, kept, recipe.search.method)
-    if failures:
-        raise typer.Exit(1 if count or done else 2)
+                write_trace(trace, kept, recipe.search.method)
 
 
 def _answers(
-    recipe: Recipe, todo: list[tuple[Job, int]], fail: Callable[[str], None], cluster: ClusterSettings | None, *, trace: bool
+    recipe: Recipe, todo: list[tuple[Job, int]], fail: Callable[[Job, str], None], cluster: ClusterSettings | None, *, trace: bool
 ) -> Iterator[tuple[Job, int, Completion]]:
     if cluster is None:
         return answers(recipe, todo, fail, trace=trace)
@@ -178,7 +220,7 @@ def _answers(
 
 
 def answers(
-    recipe: Recipe, todo: list[tuple[Job, int]], fail: Callable[[str], None], *, trace: bool
+    recipe: Recipe, todo: list[tuple[Job, int]], fail: Callable[[Job, str], None], *, trace: bool
 ) -> Iterator[tuple[Job, int, Completion]]:
     """(job, sample number, completion) as each is done; ``batch_size`` requests in flight at any time."""
     from ivg.build import load_models
@@ -197,105 +239,26 @@ def answers(
                 request = model.request(job.prompt, recipe.search.method, seed=recipe.run.seed, index=index, trace=trace, **settings)
                 flying[searcher.add(request)] = job, index
             except PromptError as e:  # what is wrong with the method or the models is wrong for all
-                fail(f"{job.place}: {e}")
+                fail(job, str(e))
         for step in searcher.step():
             if step.completion is None:
                 continue
             job, index = flying.pop(step.request)
             if step.completion.error:
-                fail(f"{job.place}: {step.completion.error}")
+                fail(job, step.completion.error)
             else:
                 yield job, index, step.completion
-
-
-def read_jobs(source: Path, fail: Callable[[str], None]) -> Iterator[Job]:
-    """Rows of a JSONL file; a row that cannot be read is reported with its line number."""
-    try:
-        lines = sys.stdin.readlines() if str(source) == "-" else source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"cannot read {source}: {e}\n  expected JSONL") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompt = row["messages"] if "messages" in row else row["prompt"]
-            prompt = Prompt.of(prompt).plain
-        except PromptError as e:
-            fail(f"{source}, line {number}: {e}")
-            continue
-        except (ValueError, TypeError, KeyError):
-            shown = line.strip()[:60]
-            fail(f'{source}, line {number}: expected {{"id": …, "prompt": "…"}} or "messages", got {shown}')
-            continue
-        yield Job(row.get("id", number), prompt, number)
-
-
-def answered(output: Path, recipe: Recipe) -> set[tuple[str, int]]:
-    """(id, sample number) of the rows that ``output`` holds; half a line at its end is cut off.
-
-    Raises:
-        ConfigError: its rows are not ours, or were made with another method, seed or settings.
-    """
-    if not output.exists():
-        return set()
-    raw = output.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
-    if len(whole) < len(raw):
-        output.write_bytes(whole)
-    out, wanted = set(), _provenance(recipe)
-    for line in whole.splitlines():
-        try:
-            row = json.loads(line)
-            found = {k: row[k] if k in _ALWAYS else row.get(k) for k in (*_ALWAYS, *_SOMETIMES) if k in row or k in wanted or k in _ALWAYS}
-            out.add((_key(row["id"]), row["index"]))
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{output} holds rows that ivg did not write\n  give another --output") from None
-        if found != wanted:
-            raise ConfigError(f"{output} holds answers made with {found}\n  this run has {wanted}; give another --output")
-    return out
-
-
-_ALWAYS, _SOMETIMES = ("method", "seed", "settings", "models"), ("engine", "endpoint", "values")
-"""What every row says it was made with, and what only some say."""
-
-
-def _provenance(recipe: Recipe) -> dict[str, Any]:
-    """What an answer depends on, as it stands in every row."""
-    settings = {**recipe.search.settings(), **recipe.sampling.settings()}
-    models = {role: ref.path for role, ref in recipe.models.given.items()} or "embedded"
-    out = {"method": recipe.search.method, "seed": recipe.run.seed, "settings": settings, "models": models}
-    if recipe.run.engine != "transformers":
-        out["engine"] = recipe.run.engine
-    if recipe.run.engine.startswith("http"):
-        out["endpoint"] = recipe.endpoint.model
-    if recipe.values:
-        out["values"] = {name: {role: ref.path for role, ref in value.given.items()} for name, value in recipe.values.items()}
-    return out
-
-
-def _open(output: Path) -> TextIO:
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        return output.open("a", encoding="utf-8")
-    except OSError as e:
-        raise ConfigError(f"cannot write {output}: {e.strerror}\n  expected a JSONL file in a folder of yours") from None
-
-
-def _key(identity: Any) -> str:
-    return json.dumps(identity, sort_keys=True)
 
 
 def _shown(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
-def _write(sink: TextIO | None, recipe: Recipe, job: Job, index: int, completion: Completion, *, many: bool) -> None:
-    if sink is None:
+def _write(rows: Rows | None, recipe: Recipe, made: Mapping[str, Any], job: Job, index: int, completion: Completion, *, many: bool) -> None:
+    if rows is None:
         from ivg.cli.screen import show
 
         show(_shown(job.prompt), completion, recipe.search.method, many=many)
         return
-    row = {"id": job.id, "prompt": job.prompt, "index": index, **completion.to_dict(), **_provenance(recipe)}
-    sink.write(json.dumps(row, ensure_ascii=False) + "\n")
-    sink.flush()
+    ours = {"id": job.id, "prompt": job.prompt, "index": index, **completion.to_dict(), **made}
+    rows.append(ours | job.columns(ours))

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 _MODELS, _SEARCH, _SAMPLING, _RUN = "Models (none: the embedded ones)", "Search", "Sampling", "Run"
 
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML file with models and settings; options override it.")]
+Format = Annotated[
+    str | None, typer.Option("--format", help="jsonl, json, csv, parquet or text. (default: by the file's name, or what stands in it)")
+]
 Base = Annotated[str | None, typer.Option("--base", help="Frozen model to steer: hub id or directory.", rich_help_panel=_MODELS)]
 Tuned = Annotated[
     str | None, typer.Option("--tuned", help="Small tuned guide (with --untuned: the implicit value).", rich_help_panel=_MODELS)

@@ -36,7 +36,8 @@ def extra() -> Iterator[None]:
 def sft(
     model: t.Model, data: t.Data, out: t.Out,
     loss: Annotated[str, typer.Option("--loss", help="On the tokens of the response, or on all.")] = "response",
-    split: t.Split = "train", limit: t.Limit = None, columns: t.Columns = None, prompt_format: t.PromptFormat = None,
+    split: t.Split = "train", limit: t.Limit = None, format: t.Format = None, failed: t.Failed = None,
+    columns: t.Columns = None, prompt_format: t.PromptFormat = None,
     response_format: t.ResponseFormat = None, template: t.Template = None, mode: t.Mode = "full", lora_rank: t.LoraRank = 16,
     epochs: t.Epochs = 1.0, lr: t.LearningRate = None, batch_size: t.Batch = 8, accumulate: t.Accumulate = 4,
     max_length: t.MaxLength = 1024, warmup: t.Warmup = 0.1, weight_decay: t.WeightDecay = 0.0,
@@ -58,7 +59,8 @@ def sft(
 def dpo(
     model: t.Model, data: t.Data, out: t.Out,
     beta: Annotated[float, typer.Option("--beta", help="Strength of DPO's KL term.")] = 0.1,
-    split: t.Split = "train", limit: t.Limit = None, columns: t.Columns = None, prompt_format: t.PromptFormat = None,
+    split: t.Split = "train", limit: t.Limit = None, format: t.Format = None, failed: t.Failed = None,
+    columns: t.Columns = None, prompt_format: t.PromptFormat = None,
     response_format: t.ResponseFormat = None, template: t.Template = None, mode: t.Mode = "full", lora_rank: t.LoraRank = 16,
     epochs: t.Epochs = 1.0, lr: t.LearningRate = None, batch_size: t.Batch = 8, accumulate: t.Accumulate = 4,
     max_length: t.MaxLength = 1024, warmup: t.Warmup = 0.1, weight_decay: t.WeightDecay = 0.0,
@@ -79,7 +81,8 @@ def dpo(
 @app.command("reward", help="A reward model by Bradley and Terry (TRL), from preferences or rated rollouts.")
 def reward(
     model: t.Model, data: t.Data, out: t.Out,
-    split: t.Split = "train", limit: t.Limit = None, columns: t.Columns = None, prompt_format: t.PromptFormat = None,
+    split: t.Split = "train", limit: t.Limit = None, format: t.Format = None, failed: t.Failed = None,
+    columns: t.Columns = None, prompt_format: t.PromptFormat = None,
     response_format: t.ResponseFormat = None, template: t.Template = None, mode: t.Mode = "full", lora_rank: t.LoraRank = 16,
     epochs: t.Epochs = 1.0, lr: t.LearningRate = None, batch_size: t.Batch = 8, accumulate: t.Accumulate = 4,
     max_length: t.MaxLength = 1024, warmup: t.Warmup = 0.1, weight_decay: t.WeightDecay = 0.0,
@@ -99,11 +102,12 @@ def reward(
 
 @app.command("rollout", help="Sample responses by any method and score them: the data of values and of pairs. Resumable.")
 def rollout(
-    prompts: Annotated[list[str], typer.Option("--prompts", help="Rows with prompt or messages: JSONL, Parquet, folder, hub.")],
+    prompts: Annotated[list[str], typer.Option("--prompts", help="Rows with prompt or messages: any format of docs/data.md, folder, hub.")],
     out: Annotated[Path, typer.Option("--out", help="File to write: .jsonl or .parquet.")],
     samples: Annotated[int, typer.Option("--samples", help="Responses for each prompt.")] = 4,
     reward: o.Reward = None,
-    split: t.Split = "train", limit: t.Limit = None, columns: t.Columns = None, prompt_format: t.PromptFormat = None,
+    split: t.Split = "train", limit: t.Limit = None, format: t.Format = None, failed: t.Failed = None,
+    columns: t.Columns = None, prompt_format: t.PromptFormat = None,
     recipe: o.RecipeFile = None, method: Annotated[str, typer.Option("--method", "-m", help="base, or any guided method.")] = "base",
     base: o.Base = None, tuned: o.Tuned = None, untuned: o.Untuned = None, value: o.ValuePath = None, template: o.Template = None,
     width: o.Width = None, successors: o.Successors = None, chunk_length: o.ChunkLength = None, beta: o.Beta = None,
@@ -119,13 +123,14 @@ def rollout(
     with extra():
         from ivg.build import load_models
         from ivg.cli.progress import progress
+        from ivg.jobs.provenance import device_kind, of_answers
         from ivg.training import rollout as r
         from ivg.training.data import read_prompts
 
         wanted = t.read(read_prompts, prompts, given)
         found = scorer(made)
-        models = {role: ref.model_dump(exclude_none=True) for role, ref in made.models.given.items()}
-        provenance = {"models": models, "values": made.model_dump(exclude_none=True)["values"], "dtype": made.run.dtype}
+        about = of_answers(made, device_kind(made.run.device))
+        provenance = {k: v for k, v in about.items() if k not in ("method", "settings", "seed")}
         settings = {**made.search.settings(), **made.sampling.settings()}
         with progress(-(-len(wanted) // r.BLOCK), f"blocks of {r.BLOCK} prompts") as advance:
             r.rollout(
@@ -176,7 +181,8 @@ def value(
     width: o.Width = None, successors: o.Successors = None, chunk_length: o.ChunkLength = None, beta: o.Beta = None,
     temperature: o.Temperature = None, top_k: o.TopK = None, top_p: o.TopP = None, max_new_tokens: o.MaxNewTokens = None,
     stop: o.Stop = None, ignore_eos: o.IgnoreEos = None, device: o.Device = None, dtype: o.Dtype = None,
-    split: t.Split = "train", limit: t.Limit = None, columns: t.Columns = None, prompt_format: t.PromptFormat = None,
+    split: t.Split = "train", limit: t.Limit = None, format: t.Format = None, failed: t.Failed = None,
+    columns: t.Columns = None, prompt_format: t.PromptFormat = None,
     response_format: t.ResponseFormat = None, template: t.Template = None, mode: t.ValueMode = "full", lora_rank: t.LoraRank = 16,
     epochs: t.Epochs = 2.0, lr: t.LearningRate = None, batch_size: t.Batch = 16, accumulate: t.Accumulate = 4,
     max_length: t.MaxLength = 1024, warmup: t.Warmup = 0.1, weight_decay: t.WeightDecay = 0.02,

@@ -19,11 +19,18 @@ _DATA, _HOW = "Data", "Training"
 
 Model = Annotated[str, typer.Option("--model", help="Where training starts: hub id, directory, or embedded:NAME.")]
 Data = Annotated[
-    list[str], typer.Option("--data", help="JSONL, JSON, Parquet, a folder of splits, or a data set on the hub; may be repeated.")
+    list[str],
+    typer.Option("--data", help="Rows (docs/data.md): a file, -, a folder of splits, or a data set on the hub; may be repeated."),
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the run; the same command again goes on where it stopped.")]
 Split = Annotated[str, typer.Option("--split", help="Which split of a folder or data set.", rich_help_panel=_DATA)]
 Limit = Annotated[int | None, typer.Option("--limit", help="The first so many rows.", rich_help_panel=_DATA)]
+Format = Annotated[
+    str | None, typer.Option("--format", help="jsonl, json, csv, parquet or text. (default: by the file's name)", rich_help_panel=_DATA)
+]
+Failed = Annotated[
+    Path | None, typer.Option("--failed", help="JSONL file that takes the rows that cannot be used, each with why.", rich_help_panel=_DATA)
+]
 Columns = Annotated[
     str | None,
     typer.Option("--columns", help="Other column names: OURS=THEIRS,… e.g. prompt=email,response=subject.", rich_help_panel=_DATA),
@@ -122,9 +129,16 @@ def assignments(texts: list[str] | tuple[()]) -> dict[str, Any]:
 
 
 def read(reader: Any, sources: list[str], given: Mapping[str, Any], **more: Any) -> list[Any]:
-    """Rows of all sources together, at most ``--limit``."""
-    shape = shape_of(given)
-    rows = [row for source in sources for row in reader(source, split=given["split"], shape=shape, **more)]
+    """Rows of all sources together, at most ``--limit``; those that cannot be used are told, counted and left out."""
+    from ivg.cli.progress import report
+    from ivg.jobs.failures import Failures
+
+    shape, failures = shape_of(given), Failures(report, given.get("failed"))
+    how = {"split": given["split"], "format": given.get("format"), "shape": shape, "on_bad": failures.of_source}
+    rows = [row for source in sources for row in reader(source, **how, **more)]
+    failures.close()
+    if failures.count:
+        typer.echo(f"read {len(rows)}, left out {failures.count}", err=True)
     return rows[: given.get("limit")]
 
 

@@ -17,14 +17,14 @@ from ivg.types import Completion
 
 
 def answers(
-    recipe: Recipe, todo: Sequence[tuple[J, int]], fail: Callable[[str], None], settings: ClusterSettings, *, trace: bool = False
+    recipe: Recipe, todo: Sequence[tuple[J, int]], fail: Callable[[J, str], None], settings: ClusterSettings, *, trace: bool = False
 ) -> Iterator[tuple[J, int, Completion]]:
     """(job, sample number, completion) as each is done, by the workers of a cluster.
 
     Args:
         recipe: models and method; paths must be there on every node.
         todo: (job, sample number).
-        fail: told of prompts that cannot be answered.
+        fail: told of jobs whose prompt cannot be answered, and why.
         settings: which cluster, what workers take of it.
         trace: completions have the tree of beams.
 
@@ -51,7 +51,7 @@ def answers(
 
 
 def _settle(
-    crew: Crew, ledger: Ledger[J], member: Member, event: Report | Lost, fail: Callable[[str], None]
+    crew: Crew, ledger: Ledger[J], member: Member, event: Report | Lost, fail: Callable[[J, str], None]
 ) -> list[tuple[J, int, Completion]]:
     """Answers of one worker; its place is filled if it is lost, and its tasks wait again."""
     out: list[tuple[J, int, Completion]] = []
@@ -62,14 +62,14 @@ def _settle(
             continue
         crew.answered()
         if isinstance(result, str):
-            fail(f"{task.job.place}: {result}")
+            fail(task.job, result)
         else:
             out.append((task.job, task.index, result))
     if isinstance(event, Lost):
         before = ledger.suspected
         given_up = ledger.bury(member.number)
         for task in given_up:
-            fail(_given_up(task, event.why))
+            fail(task.job, _given_up(task, event.why))
         if given_up or ledger.suspected > before:
             crew.set_aside()
         crew.replace(member, event.why)
@@ -77,7 +77,7 @@ def _settle(
 
 
 def _given_up(task: Task[J], why: str) -> str:
-    return f"{task.job.place}: given up, since {task.deaths} workers died with it, the last while it had nothing else ({why})"
+    return f"given up, since {task.deaths} workers died with it, the last while it had nothing else ({why})"
 
 
 def _share_out(crew: Crew, ledger: Ledger[J]) -> None:

@@ -21,12 +21,12 @@ from ivg.config import EvalConfig
 from ivg.errors import ConfigError
 from ivg.evaluation.judges import AlpacaEvalJudge, ChatJudge, Judge, RewardJudge, judge_all
 from ivg.evaluation.lengthcontrol import length_controlled
-from ivg.evaluation.origin import fingerprint
 from ivg.evaluation.task import Answer, Example, Tables, Task, enough
 from ivg.evaluation.winrate import averaged, win_rate
+from ivg.jobs.formats import read_rows
+from ivg.jobs.provenance import fingerprint
 from ivg.machine import alone
 from ivg.records import write_json
-from ivg.tables import read_rows
 from ivg.types import Prompt
 
 HUB = "tatsu-lab/alpaca_eval"
@@ -157,7 +157,7 @@ class Alpaca(Task):
             write_json(out / "model_outputs" / f"{name}.json", rows)
         references = [_output(a.example, a.example.reference, a.example.extra["generator"]) for a in answers if a.seed == seeds[0]]
         if all(r["output"] is not None for r in references):
-            with alone(out / "reference_outputs.json"):
+            with alone(out / "reference_outputs.json", wait=True):  # processes of one run come here together
                 write_json(out / "reference_outputs.json", references)
 
     def measure(self, config: EvalConfig, out: Path, label: str, answers: Sequence[Answer]) -> Mapping[str, Any]:
@@ -238,7 +238,7 @@ def _make(options: Options) -> Judge:
 def _rows(config: EvalConfig) -> Iterable[dict[str, Any]]:
     if config.data not in (None, HUB):
         assert config.data is not None
-        return read_rows(config.data, config.split or "eval")
+        return read_rows(config.data, config.split or "eval", config.format)
     from huggingface_hub import hf_hub_download
 
     try:

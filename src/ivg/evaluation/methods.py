@@ -13,7 +13,7 @@ from ivg.config import MethodConfig, ModelRef, Recipe
 from ivg.decoding.strategies import Strategy, parse_weights, settled, strategy
 from ivg.embedded import PREFIX
 from ivg.errors import ConfigError
-from ivg.evaluation.origin import same
+from ivg.jobs.provenance import same
 
 COMBINATIONS = "combinations"
 """Among methods: token guidance in {none, implicit, explicit} x selection in {none, implicit, explicit} (METHOD, section 4)."""

@@ -14,9 +14,10 @@ from typing import Any
 from ivg import __version__
 from ivg.config import EvalConfig, Recipe, RewardRef
 from ivg.errors import ConfigError
-from ivg.evaluation import methods, origin
+from ivg.evaluation import methods
 from ivg.evaluation.methods import BANK, Method, described
 from ivg.evaluation.task import Example, Task, digest, task
+from ivg.jobs.provenance import device_kind, fingerprints, weights
 from ivg.types import SamplingParams
 
 GOLD = "gold"
@@ -134,6 +135,7 @@ class Plan:
             "sampling": self.recipe.sampling.settings(),
             "seed": run.seed,
             "dtype": run.dtype,
+            "device": device_kind(run.device),
             "revision": run.revision,
             "quantization": run.quantization,
             "threads": self.config.threads,
@@ -147,12 +149,12 @@ class Plan:
 
     @cached_property
     def _weights(self) -> dict[str, str]:
-        return origin.weights(self.recipe)
+        return weights(self.recipe)
 
     @cached_property
     def judge_weights(self) -> dict[str, str]:
         """Fingerprints of gold and judges, as far as they lie on this machine."""
-        return origin.fingerprints(self.judges)
+        return fingerprints(self.judges)
 
 
 def plan(recipe: Recipe, out: str | Path) -> Plan:

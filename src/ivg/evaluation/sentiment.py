@@ -14,7 +14,7 @@ import numpy as np
 from ivg.config import EvalConfig
 from ivg.errors import ConfigError
 from ivg.evaluation.task import Example, Tables, Task, enough, text_of
-from ivg.tables import read_rows
+from ivg.jobs.formats import read_rows
 from ivg.types import Prompt
 
 DATA = "ZHZisZZ/imdb_preference"
@@ -39,7 +39,7 @@ class Sentiment(Task):
         if config.options:
             raise ConfigError(f"eval.options of sentiment: there are none, got {', '.join(config.options)}\n  leave them out (--option)")
         source = config.data or DATA
-        rows = read_rows(source, config.split or "test")
+        rows = read_rows(source, config.split or "test", config.format)
         first = next(rows, None)
         if first is None:
             raise ConfigError(f"{source} is empty")

@@ -20,7 +20,7 @@ import numpy as np
 from ivg.config import EvalConfig
 from ivg.errors import ConfigError
 from ivg.evaluation.task import Example, Tables, Task, enough, text_of
-from ivg.tables import read_rows
+from ivg.jobs.formats import read_rows
 from ivg.types import Prompt
 
 DATA = "CarperAI/openai_summarize_comparisons"
@@ -45,7 +45,7 @@ class Summarization(Task):
         """
         words = _words(config)
         source = config.data or DATA
-        rows = list(read_rows(source, config.split or "test"))
+        rows = list(read_rows(source, config.split or "test", config.format))
         if not rows:
             raise ConfigError(f"{source} is empty")
         if "prompt" not in rows[0] and "email" not in rows[0]:

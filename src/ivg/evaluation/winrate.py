@@ -16,7 +16,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ivg.errors import ConfigError
-from ivg.tables import read_rows
+from ivg.jobs.formats import read_rows
 
 Row = Mapping[str, Any]
 COLUMNS = ("instruction", "output_1", "output_2", "preference")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ivg.errors import ConfigError, ModelError
+from ivg.jobs.provenance import fingerprint
 from ivg.models.training_rows import write_training_rows
 from ivg.records import write_json, write_text
 from ivg.training.data import Demonstration, Preference, Rated, answers
@@ -239,7 +240,14 @@ def request_of(
 ) -> dict[str, Any]:
     """What a run depends on, for :class:`Run`: settings and the very rows; trackers and checkpoint distances do not count."""
     settings = {k: v for k, v in asdict(options).items() if k not in ("report_to", "save_steps")}
-    about = {"what": what, "model": str(model), "data": [str(d) for d in data], "rows": len(rows), "rows_sha256": digest(rows)}
+    about = {
+        "what": what,
+        "model": str(model),
+        "weights": fingerprint(str(model)),
+        "data": [str(d) for d in data],
+        "rows": len(rows),
+        "rows_sha256": digest(rows),
+    }
     return {**about, **settings, **more}
 
 

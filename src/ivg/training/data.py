@@ -1,4 +1,4 @@
-"""Training data: rows from JSONL, JSON, Parquet or the hub, as preferences, rated responses, demonstrations or prompts.
+"""Training data: rows (``jobs.formats``) as preferences, rated responses, demonstrations or prompts.
 
 Shapes that are read (strings, or messages as OpenAI and TRL write them):
 
@@ -11,26 +11,27 @@ imdb_preference     ``prompt, responses, scores, chosen``                  rated
 demonstration       ``prompt, response`` (or ``completion``), or ``text``  demonstrations
 ==================  =====================================================  =============================
 
-Knows: files and columns. Must not know: tokenizers, models. pyarrow and datasets are imported where they are needed.
+Knows: columns. Must not know: tokenizers, models.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ivg.draws import uniform
 from ivg.errors import ConfigError, PromptError
-from ivg.models.chat import prompt_text
-from ivg.tables import read_rows
-from ivg.types import Message, Prompt
+from ivg.jobs.formats import SourceRow, scan_rows
+from ivg.jobs.prompts import prompt_of
+from ivg.prompts import Prompt
+from ivg.records import RowError
+from ivg.training.columns import Row, cell, finite_score, flag, list_of, response_text, responses_of, usable_prompt
 
-Row = Mapping[str, Any]
 Item = TypeVar("Item")
-Read = TypeVar("Read")
 PREFERENCE = ("prompt", "chosen", "rejected")
 IMPLICIT = ("chosen", "rejected")
 RATED = ("prompt", "response", "score")
@@ -107,29 +108,42 @@ class Shape:
         return out
 
 
+OnBad = Callable[[SourceRow], None] | None
+"""Told of rows that cannot be used, which are then left out; None: the first one is an error."""
+
+
 def read_preferences(
-    source: str | Path, limit: int | None = None, *, split: str = "train", shape: Shape | None = None, seed: int = 0
+    source: str | Path,
+    limit: int | None = None,
+    *,
+    split: str = "train",
+    shape: Shape | None = None,
+    seed: int = 0,
+    format: str | None = None,
+    on_bad: OnBad = None,
 ) -> list[Preference]:
     """Preferences of any shape above; rated responses become pairs by :func:`pair_up`.
 
     Args:
-        source: file, folder or id on the hub.
+        source: file, folder, id on the hub, or ``-``.
         limit: the first so many pairs.
         split: of a folder or data set.
         shape: how columns become ours.
         seed: of the labels drawn for rated responses.
+        format: of the file (``jobs.formats``); None: by its name.
+        on_bad: see :data:`OnBad`. A row whose two responses are the same text says nothing, and is one of these.
 
     Raises:
         ConfigError: unreadable, wrong columns, no row.
     """
-    rows = _shaped(source, split, shape)
-    first = _peek(rows, source)
+    rows = _Rows(source, split, shape, format, on_bad)
+    first = rows.first()
     if all(c in first for c in SEVERAL) and "chosen" in first:
-        out = [pair for number, row in enumerate(rows, 1) for pair in _labelled(row, source, number)]
+        out = list(rows.each(_labelled))
     elif all(c in first for c in SEVERAL) or all(c in first for c in RATED):
-        out = pair_up(_rated_rows(rows, source), seed)
+        out = pair_up(_rated_rows(rows), seed)
     elif all(c in first for c in IMPLICIT):
-        out = [_preference(row, source, number) for number, row in enumerate(rows, 1)]
+        out = list(rows.each(_preference))
     else:
         raise _wrong(source, first, "preferences", PREFERENCE, RATED, SEVERAL)
     if not out:
@@ -137,53 +151,52 @@ def read_preferences(
     return out[:limit]
 
 
-def read_rated(source: str | Path, *, split: str = "train", shape: Shape | None = None) -> list[Rated]:
+def read_rated(
+    source: str | Path, *, split: str = "train", shape: Shape | None = None, format: str | None = None, on_bad: OnBad = None
+) -> list[Rated]:
     """Rated responses: ``prompt, response, score`` or ``prompt, responses, scores``.
 
     Raises:
         ConfigError: unreadable, wrong columns, no row, a score that is no finite number.
     """
-    return list(_rated_rows(_shaped(source, split, shape), source))
+    return list(_rated_rows(_Rows(source, split, shape, format, on_bad)))
 
 
-def read_demonstrations(source: str | Path, *, split: str = "train", shape: Shape | None = None) -> list[Demonstration]:
+def read_demonstrations(
+    source: str | Path, *, split: str = "train", shape: Shape | None = None, format: str | None = None, on_bad: OnBad = None
+) -> list[Demonstration]:
     """What is to be imitated: ``prompt, response`` (or ``completion``; the chosen ones of preferences), ``messages``, or ``text``.
 
     Raises:
         ConfigError: unreadable, wrong columns, no row.
     """
-    rows = _shaped(source, split, shape)
-    first = _peek(rows, source)
+    rows = _Rows(source, split, shape, format, on_bad)
+    first = rows.first()
     name = next((n for n in ("response", "completion", "chosen") if n in first), None)
     if name == "chosen" and all(c in first for c in SEVERAL):
-        pairs = (pair for number, row in enumerate(rows, 1) for pair in _labelled(row, source, number))
-        return list(dict.fromkeys(Demonstration(pair.prompt, pair.chosen) for pair in pairs))
+        return list(dict.fromkeys(Demonstration(pair.prompt, pair.chosen) for pair in rows.each(_labelled)))
     if name is not None and "prompt" in first:
-        return [
-            Demonstration(_prompt(_cell(row, "prompt", source, i), source, i), _text(_cell(row, name, source, i), source, i))
-            for i, row in enumerate(rows, 1)
-        ]
+        return list(rows.each(lambda row: [Demonstration(usable_prompt(cell(row, "prompt")), response_text(cell(row, name)))]))
     if "messages" in first:
-        return [
-            Demonstration(_prompt(row["messages"][:-1], source, i), _text(row["messages"][-1:], source, i)) for i, row in enumerate(rows, 1)
-        ]
+        return list(rows.each(_conversation))
     if "text" in first:
-        return [Demonstration(None, _text(row["text"], source, i)) for i, row in enumerate(rows, 1)]
+        return list(rows.each(lambda row: [Demonstration(None, response_text(cell(row, "text")))]))
     raise _wrong(source, first, "demonstrations", ("prompt", "response"), ("prompt", "completion"), ("messages",), ("text",))
 
 
-def read_prompts(source: str | Path, *, split: str = "train", shape: Shape | None = None) -> list[Prompt]:
+def read_prompts(
+    source: str | Path, *, split: str = "train", shape: Shape | None = None, format: str | None = None, on_bad: OnBad = None
+) -> list[Prompt]:
     """The different prompts of ``prompt`` (or ``messages``), in order of appearance.
 
     Raises:
         ConfigError: unreadable, wrong columns, no row.
     """
-    rows = _shaped(source, split, shape)
-    first = _peek(rows, source)
-    name = "prompt" if "prompt" in first else "messages"
-    if name not in first:
+    rows = _Rows(source, split, shape, format, on_bad)
+    first = rows.first()
+    if not {"prompt", "messages"} & set(first):
         raise _wrong(source, first, "prompts", ("prompt",), ("messages",))
-    return list(dict.fromkeys(_prompt(_cell(row, name, source, i), source, i) for i, row in enumerate(rows, 1)))
+    return list(dict.fromkeys(rows.each(lambda row: [usable_prompt(prompt_of(row))])))
 
 
 def pair_up(rated: Iterable[Rated], seed: int = 0) -> list[Preference]:
@@ -221,34 +234,57 @@ def held_out(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item
     return [i for i, k in zip(items, keys, strict=True) if k not in last], [i for i, k in zip(items, keys, strict=True) if k in last]
 
 
-def _shaped(source: str | Path, split: str, shape: Shape | None) -> _Peekable:
-    rows = (row for row in read_rows(source, split) if row.get("error") is None)  # a prompt of a rollout that could not be answered
-    return _Peekable(map(shape.apply, rows) if shape else rows)
+class _Rows:
+    """The rows of a source with our column names; the first one that can be read decides what the source holds."""
 
+    def __init__(self, source: str | Path, split: str, shape: Shape | None, format: str | None, on_bad: OnBad) -> None:
+        self.source, self.shape, self.on_bad = source, shape, on_bad
+        self._rows = scan_rows(source, split, format)
+        self._ahead: list[tuple[SourceRow, dict[str, Any]]] = []
 
-class _Peekable:
-    """An iterator whose first row can be looked at."""
+    def first(self) -> dict[str, Any]:
+        """The first row, which comes again from :meth:`each`.
 
-    def __init__(self, rows: Iterator[dict[str, Any]]) -> None:
-        self.rows = rows
-        self.ahead: list[dict[str, Any]] = []
+        Raises:
+            ConfigError: there is none.
+        """
+        self._ahead = list(islice(self._readable(), 1))
+        if not self._ahead:
+            raise ConfigError(f"{self.source} is empty")
+        return self._ahead[0][1]
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        while self.ahead:
-            yield self.ahead.pop(0)
-        yield from self.rows
+    def each(self, parse: Callable[[dict[str, Any]], Iterable[Item]]) -> Iterator[Item]:
+        """What ``parse`` makes of every row.
 
-    def peek(self) -> dict[str, Any] | None:
-        if not self.ahead:
-            self.ahead = [row for row in [next(self.rows, None)] if row is not None]
-        return self.ahead[0] if self.ahead else None
+        Raises:
+            ConfigError: of the first row that it cannot use, where nobody is told of those.
+        """
+        for source, row in chain(self._ahead, self._readable()):
+            try:
+                found = list(parse(row))
+            except (PromptError, RowError) as e:
+                self._bad(replace(source, data=None, error=str(e)))
+                continue
+            yield from found
 
+    def _readable(self) -> Iterator[tuple[SourceRow, dict[str, Any]]]:
+        for source in self._rows:
+            if source.data is None:
+                self._bad(source)
+            elif not source.data.get("error"):  # a prompt of a rollout that could not be answered
+                try:
+                    row = self.shape.apply(source.data) if self.shape else source.data
+                except ConfigError as e:
+                    if not self._ahead:  # a name that is wrong for all
+                        raise
+                    self._bad(replace(source, data=None, error=str(e)))
+                    continue
+                yield source, row
 
-def _peek(rows: _Peekable, source: str | Path) -> dict[str, Any]:
-    first = rows.peek()
-    if first is None:
-        raise ConfigError(f"{source} is empty")
-    return first
+    def _bad(self, row: SourceRow) -> None:
+        if self.on_bad is None:
+            raise ConfigError(f"{row.where}: {row.error}")
+        self.on_bad(row)
 
 
 def _wrong(source: str | Path, row: Row, what: str, *shapes: Sequence[str]) -> ConfigError:
@@ -259,101 +295,52 @@ def _wrong(source: str | Path, row: Row, what: str, *shapes: Sequence[str]) -> C
     )
 
 
-def _rated_rows(rows: _Peekable, source: str | Path) -> Iterator[Rated]:
-    first = _peek(rows, source)
+def _rated_rows(rows: _Rows) -> Iterator[Rated]:
+    first = rows.first()
     if all(c in first for c in SEVERAL):
-        for number, row in enumerate(rows, 1):
-            prompt = _prompt(row["prompt"], source, number)
-            for response, score in _several(row, source, number):
-                yield Rated(prompt, _text(response, source, number), _score(score, source, number))
-    elif all(c in first for c in RATED):
-        for number, row in enumerate(rows, 1):
-            prompt, ids = _prompt(_cell(row, "prompt", source, number), source, number), row.get("token_ids")
-            yield Rated(
-                prompt,
-                _text(_cell(row, "response", source, number), source, number),
-                _score(_cell(row, "score", source, number), source, number),
-                None if ids is None else tuple(ids),
-                row.get("ended", row.get("finish_reason", "stop") == "stop"),
-            )
-    else:
-        raise _wrong(source, first, "rated responses", RATED, SEVERAL)
+        return rows.each(lambda row: [Rated(usable_prompt(cell(row, "prompt")), text, score) for text, score in responses_of(row)])
+    if all(c in first for c in RATED):
+        return rows.each(lambda row: [_rated(row)])
+    raise _wrong(rows.source, first, "rated responses", RATED, SEVERAL)
 
 
-def _cell(row: Row, name: str, source: str | Path, number: int) -> Any:
-    """A column of a row that is not the first.
-
-    Raises:
-        ConfigError: this row lacks it.
-    """
-    if row.get(name) is None:
-        raise ConfigError(f"{source}, row {number}: no {name}\n  got {', '.join(k for k, v in row.items() if v is not None)}")
-    return row[name]
+def _rated(row: Row) -> Rated:
+    ids = None if row.get("token_ids") in (None, "") else tuple(list_of(row, "token_ids"))
+    ended = flag(row["ended"]) if row.get("ended") not in (None, "") else row.get("finish_reason", "stop") == "stop"
+    return Rated(usable_prompt(cell(row, "prompt")), response_text(cell(row, "response")), finite_score(cell(row, "score")), ids, ended)
 
 
-def _several(row: Row, source: str | Path, number: int) -> list[tuple[Any, Any]]:
-    responses, scores = _cell(row, "responses", source, number), _cell(row, "scores", source, number)
-    if len(responses) != len(scores):
-        raise ConfigError(f"{source}, row {number}: {len(responses)} responses and {len(scores)} scores")
-    return list(zip(responses, scores, strict=True))
-
-
-def _labelled(row: Row, source: str | Path, number: int) -> list[Preference]:
+def _labelled(row: Row) -> list[Preference]:
     """The paper's rows: ``chosen`` is the place of the better response among ``responses``."""
-    prompt = _prompt(_cell(row, "prompt", source, number), source, number)
-    found = [(_text(text, source, number), _score(score, source, number)) for text, score in _several(row, source, number)]
-    place = _cell(row, "chosen", source, number)
+    prompt, found, place = usable_prompt(cell(row, "prompt")), responses_of(row), cell(row, "chosen")
+    if isinstance(place, str) and place.isdigit():
+        place = int(place)
     if not isinstance(place, int) or not 0 <= place < len(found):
-        raise ConfigError(f"{source}, row {number}: chosen must be the place of one of {len(found)} responses, got {place!r}")
+        raise RowError(f"chosen must be the place of one of {len(found)} responses, got {place!r}")
     best, high = found[place]
     return [Preference(prompt, best, text, high - score) for text, score in found if text != best]
 
 
-def _preference(row: Row, source: str | Path, number: int) -> Preference:
-    both = _cell(row, "chosen", source, number), _cell(row, "rejected", source, number)
+def _preference(row: Row) -> list[Preference]:
+    both = cell(row, "chosen"), cell(row, "rejected")
     if "prompt" in row:
-        prompt = _prompt(_cell(row, "prompt", source, number), source, number)
+        prompt = usable_prompt(cell(row, "prompt"))
         chosen, rejected = both
     else:  # whole conversations: what they share is the prompt
-        if any(isinstance(side, str) for side in both):
-            raise ConfigError(f"{source}, row {number}: chosen and rejected are texts, and there is no column prompt\n  add one")
+        if any(not isinstance(side, list | tuple) for side in both):
+            raise RowError("chosen and rejected are texts, and there is no column prompt\n  add one")
         shared = 0
         while shared < min(map(len, both)) - 1 and both[0][shared] == both[1][shared]:
             shared += 1
-        prompt, chosen, rejected = _prompt(both[0][:shared], source, number), both[0][shared:], both[1][shared:]
+        prompt, chosen, rejected = usable_prompt(both[0][:shared]), both[0][shared:], both[1][shared:]
     scores = row.get("chosen_score", row.get("score_chosen")), row.get("rejected_score", row.get("score_rejected"))
-    margin = None if None in scores else _score(scores[0], source, number) - _score(scores[1], source, number)
-    return Preference(prompt, _text(chosen, source, number), _text(rejected, source, number), margin)
+    margin = None if None in scores else finite_score(scores[0]) - finite_score(scores[1])
+    found = Preference(prompt, response_text(chosen), response_text(rejected), margin)
+    if found.chosen == found.rejected:
+        raise RowError("chosen and rejected are the same text, which says nothing")
+    return [found]
 
 
-def _prompt(value: Any, source: str | Path, number: int) -> Prompt:
-    found = _read(lambda: Prompt.of(value), source, number)
-    if not prompt_text(found).strip():
-        raise ConfigError(f"{source}, row {number}: the prompt is empty")
-    return found
-
-
-def _read(parse: Callable[[], Read], source: str | Path, number: int) -> Read:
-    try:
-        return parse()
-    except PromptError as e:
-        raise ConfigError(f"{source}, row {number}: {e}") from None
-
-
-def _text(value: Any, source: str | Path, number: int) -> str:
-    """A response: a text, or the one message of a list."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list | tuple) and len(value) == 1:
-        return _read(lambda: Message.of(value[0]).content, source, number)
-    raise ConfigError(f"{source}, row {number}: expected a response as text, or as a list of one message; got {str(value)[:80]}")
-
-
-def _score(value: Any, source: str | Path, number: int) -> float:
-    try:
-        score = float(value)
-    except (TypeError, ValueError):
-        score = math.nan
-    if not math.isfinite(score):
-        raise ConfigError(f"{source}, row {number}: expected a finite score, got {value!r}")
-    return score
+def _conversation(row: Row) -> list[Demonstration]:
+    turns = list_of(row, "messages")
+    return [Demonstration(usable_prompt(turns[:-1]), response_text(turns[-1:]))]

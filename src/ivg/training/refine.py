@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ivg.errors import ConfigError
+from ivg.jobs.provenance import fingerprints
 from ivg.models.loading import LoadOptions, load_causal
 from ivg.records import write_json
 from ivg.steered import SteeredModel
@@ -72,7 +73,9 @@ def refine(
     data, names, found = list(rows), list(map(str, sources)), []
     wanted = list(prompts) or list(dict.fromkeys(r.prompt for r in rows))
     how = {"method": method, "samples": samples, "prompts": digest(wanted), "settings": settings, "load": asdict(load or LoadOptions())}
-    about = {"value": asdict(value), "base": str(base), "reward": reward_name or reward.name, "rounds": rounds, "rollouts": how}
+    judge = reward_name or reward.name
+    weights = fingerprints({"base": str(base), "reward": judge})
+    about = {"value": asdict(value), "base": str(base), "reward": judge, "rounds": rounds, "rollouts": how, "made_from": weights}
     run = Run(out, request_of("value", model, names, rows, options.checked(), **about))
     start: str | Path = model
     for number in range(rounds + 1):

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ivg import machine
 from ivg.draws import mix
 from ivg.errors import ConfigError, PromptError
 from ivg.records import BlockFile, read_jsonl
@@ -68,19 +69,20 @@ def rollout(
     lines = out.with_suffix(".jsonl")
     sampling = {k: v for k, v in asdict(model.sampling).items() if k not in settings}
     about = {"method": method, "settings": settings, "sampling": sampling, "samples": samples, "seed": seed, **(provenance or {})}
-    file = BlockFile(lines, block * samples, len(prompts) * samples, about)
-    _same_prompts(lines, prompts, samples, file.rows)
-    for _ in range(0, file.rows, block * samples):
-        advance()
-    for span in file.missing():
-        numbers = range(span.start // samples, -(-span.stop // samples))
-        rows = _answer(model, [(n, prompts[n]) for n in numbers], method, samples, seed, settings)
-        good = [row for row in rows if "error" not in row]
-        scores = reward.judge([(Prompt.of(row["prompt"]), row["response"]) for row in good])
-        for row, number in zip(good, scores, strict=True):
-            row["score"] = round(number, 4)
-        file.append(rows)
-        advance()
+    with machine.alone(lines):
+        file = BlockFile(lines, block * samples, len(prompts) * samples, about)
+        _same_prompts(lines, prompts, samples, file.rows)
+        for _ in range(0, file.rows, block * samples):
+            advance()
+        for span in file.missing():
+            numbers = range(span.start // samples, -(-span.stop // samples))
+            rows = _answer(model, [(n, prompts[n]) for n in numbers], method, samples, seed, settings)
+            good = [row for row in rows if "error" not in row]
+            scores = reward.judge([(Prompt.of(row["prompt"]), row["response"]) for row in good])
+            for row, number in zip(good, scores, strict=True):
+                row["score"] = round(number, 4)
+            file.append(rows)
+            advance()
     if out != lines:
         _to_parquet(lines, out)
     return out

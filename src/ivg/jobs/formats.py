@@ -1,0 +1,214 @@
+"""Rows of data: JSONL, JSON, CSV, Parquet or text, gzipped or not, from a file, standard input, a folder of splits or the hub.
+
+The one reader of ``generate``, ``eval``, ``rollout``, ``check`` and ``train`` (docs/data.md). Text is UTF-8, with or without a byte
+order mark; lines end at a line feed, with a carriage return before it or not. A row that cannot be read comes as a
+:class:`SourceRow` that says why, and the others are read. Must not know what a column means. pyarrow and datasets are imported
+where they are needed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast, get_args
+
+from ivg.errors import ConfigError
+from ivg.jobs.text import csv_rows, json_rows, jsonl_rows, text_rows
+
+Format = Literal["jsonl", "json", "csv", "parquet", "text"]
+FORMATS: tuple[str, ...] = get_args(Format)
+STDIN = "-"
+"""Stands for standard input."""
+_SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_TEXTUAL = {"jsonl": jsonl_rows, "json": json_rows, "csv": csv_rows, "text": text_rows}
+_MARKS = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """One row of a data set, or why it cannot be read.
+
+    Attributes:
+        where: the row's place, for messages: the file and the line (of Parquet and the hub: the row), from 1.
+        data: columns by name; None where the row cannot be read.
+        error: why it cannot be read.
+        text: what stands there instead.
+    """
+
+    where: str
+    data: dict[str, Any] | None
+    error: str | None = None
+    text: str | None = None
+
+
+def scan_rows(source: str | Path, split: str = "train", format: str | None = None) -> Iterator[SourceRow]:
+    """Every row, those that cannot be read included.
+
+    Args:
+        source: a file; ``-`` for standard input; a folder with files of that split (``split.jsonl``, ``split-00000.parquet`` …); the
+            id of a data set on the hub.
+        split: of a folder or data set.
+        format: one of :data:`FORMATS`; None: by the file's name, else by what stands in it.
+
+    Raises:
+        ConfigError: nothing there, or nothing that can be read as a whole (another encoding, damaged Parquet).
+    """
+    if format is not None and format not in FORMATS:
+        raise ConfigError(f"unknown format {format!r}\n  expected one of: {', '.join(FORMATS)}")
+    path = Path(source)
+    if str(source) == STDIN:
+        yield from _read(STDIN, format)
+    elif path.is_dir():
+        for file in _split_files(path, split, format):
+            yield from _read(file, format)
+    elif format is not None or _suffix(path) is not None or path.exists():
+        yield from _read(path, format)
+    elif _HUB_ID.fullmatch(str(source)):
+        yield from _read_hub(str(source), split)
+    else:
+        raise ConfigError(f"no such file or folder: {source}\n  expected {_EXPECTED}, a folder of such files, or the id of a data set")
+
+
+def read_rows(
+    source: str | Path, split: str = "train", format: str | None = None, on_bad: Callable[[SourceRow], None] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows that can be read, as :func:`scan_rows` finds them.
+
+    Args:
+        source: see there.
+        split: see there.
+        format: see there.
+        on_bad: called with every row that cannot be read, which is then left out; None: the first one is an error.
+
+    Raises:
+        ConfigError: as there; and a row that cannot be read, where ``on_bad`` is None.
+    """
+    for row in scan_rows(source, split, format):
+        if row.data is not None:
+            yield row.data
+        elif on_bad is None:
+            raise ConfigError(f"{row.where}: {row.error}")
+        else:
+            on_bad(row)
+
+
+_EXPECTED = f"{', '.join(_SUFFIXES)} (each may end in .gz)"
+
+
+def _suffix(path: Path) -> Format | None:
+    return _SUFFIXES.get(Path(path.name.removesuffix(".gz")).suffix.lower())
+
+
+def _split_files(folder: Path, split: str, format: str | None) -> list[Path]:
+    """The files of a split; those of one format where the same rows lie beside each other in several."""
+    for suffix, kind in _SUFFIXES.items():
+        for name in (suffix, f"{suffix}.gz"):
+            found = [p for p in (folder / f"{split}{name}", *sorted(folder.glob(f"{split}-*{name}"))) if p.is_file()]
+            if found and format in (None, kind):
+                return found
+    have = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    raise ConfigError(f"{folder} has no split {split!r}\n  expected {split} as {_EXPECTED}; got {have}")
+
+
+def _read(path: Path | str, format: str | None) -> Iterator[SourceRow]:
+    name = "standard input" if path == STDIN else str(path)
+    with _open(path, name) as file:
+        kind = format or (None if isinstance(path, str) else _suffix(path)) or _guess(file, name)
+        if kind == "parquet":
+            yield from _read_parquet(file, name)
+            return
+        _check_encoding(file, name)
+        number = 0
+        try:
+            for number, data, error, text in _TEXTUAL[kind](file):
+                yield SourceRow(f"{name}, line {number}", data, error, text)
+        except (EOFError, OSError, zlib.error) as e:  # damaged gzip, a disk that fails: what came before is read
+            yield SourceRow(f"{name}, after line {number}", None, f"cannot be read any further: {e}")
+        except ValueError as e:
+            raise ConfigError(f"{name}: {e}") from None
+
+
+def _open(path: Path | str, name: str) -> io.BufferedReader[Any]:
+    """The bytes behind gzip, if there is any. What is no regular file is read whole, so that its beginning can be looked at."""
+    try:
+        if isinstance(path, str):
+            stream = getattr(sys.stdin, "buffer", None)
+            raw: BinaryIO = io.BytesIO(stream.read() if stream is not None else sys.stdin.read().encode("utf-8", "surrogatepass"))
+        elif path.exists() and not path.is_file():
+            raw = io.BytesIO(path.read_bytes())
+        else:
+            raw = path.open("rb", buffering=0)
+    except OSError as e:
+        raise ConfigError(f"cannot read {name}: {e.strerror}\n  expected a file: {_EXPECTED}") from None
+    file = io.BufferedReader(cast("io.RawIOBase", raw))
+    if file.peek(2)[:2] == b"\x1f\x8b":
+        file = io.BufferedReader(cast("io.RawIOBase", gzip.GzipFile(fileobj=file)))
+    elif name.endswith(".gz") and file.peek(1):
+        raise ConfigError(f"{name} is not gzip\n  expected gzipped rows; a file that is not gzipped has no .gz in its name")
+    return file
+
+
+def _peek(file: io.BufferedReader[Any]) -> bytes:
+    try:
+        return file.peek(io.DEFAULT_BUFFER_SIZE)
+    except (EOFError, OSError, zlib.error):  # damaged from its first byte on; reading says so
+        return b""
+
+
+def _guess(file: io.BufferedReader[Any], name: str) -> str:
+    """The format of what stands there, where it cannot be another."""
+    head = _peek(file)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    _check_encoding(file, name)
+    first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if first in (b"{", b"["):
+        return "json"  # its reader tells JSON from JSON lines
+    if not first:
+        return "jsonl"
+    raise ConfigError(f"cannot tell the format of {name}\n  give --format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+
+
+def _check_encoding(file: io.BufferedReader[Any], name: str) -> None:
+    head = _peek(file)[:4]
+    found = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+    if found is None and b"\0" in head:
+        found = "UTF-16"
+    if found is not None:
+        raise ConfigError(f"{name} is {found}, not UTF-8\n  convert it, e.g. iconv -f {found} -t UTF-8")
+
+
+def _read_parquet(file: BinaryIO, name: str) -> Iterator[SourceRow]:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ConfigError(f"reading {name} needs pyarrow\n  pip install 'ivg[train]'") from None
+    number = 0
+    try:
+        source = file if isinstance(getattr(file, "raw", None), io.FileIO) else io.BytesIO(file.read())
+        for batch in pq.ParquetFile(source).iter_batches():
+            for data in batch.to_pylist():
+                number += 1
+                yield SourceRow(f"{name}, row {number}", data)
+    except (EOFError, OSError, ValueError, zlib.error) as e:
+        raise ConfigError(f"cannot read {name} as Parquet: {e}") from None
+
+
+def _read_hub(name: str, split: str) -> Iterator[SourceRow]:
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(f"{name!r} is no file here; loading it from the hub needs datasets\n  pip install 'ivg[train]'") from None
+    try:
+        for number, data in enumerate(datasets.load_dataset(name, split=split), 1):
+            yield SourceRow(f"{name}, row {number}", dict(data))
+    except Exception as e:  # network, permission, unknown id: the hub's client raises dozens of kinds
+        first = (str(e).strip() or type(e).__name__).split("\n")[0]
+        raise ConfigError(f"no file or folder {name!r}, and no such data set on the hub: {first}") from e

@@ -1,0 +1,121 @@
+"""From rows of data to what is to be answered: id, prompt, and columns that travel with the answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ivg.errors import PromptError
+from ivg.jobs.formats import SourceRow
+from ivg.prompts import Prompt
+from ivg.records import jsonable, to_json
+
+TAKEN = frozenset({
+    "id", "prompt", "index", "text", "token_ids", "score", "finish_reason", "usage", "error",
+    "method", "seed", "settings", "models", "engine", "endpoint", "values", "provenance", "input_columns",
+})  # fmt: skip
+"""Columns of answers; those of the input that have such a name stand in the column ``input_columns``."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt and where it came from.
+
+    Attributes:
+        id: unique in the run.
+        prompt: text, or messages.
+        place: for error messages; default: the id.
+        row: the whole row of the input.
+    """
+
+    id: Any
+    prompt: Any
+    place: str = ""
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "place", self.place or f"prompt {self.id}")
+
+    @property
+    def key(self) -> str:
+        """The id as text; ids of different types differ (1 and "1")."""
+        return id_key(self.id)
+
+    def columns(self, ours: Iterable[str]) -> dict[str, Any]:
+        """What travels to the answer, whose own columns are ``ours`` and :data:`TAKEN`; nothing of those is overwritten."""
+        rest = {k: v for k, v in self.row.items() if k not in ("id", "prompt", "messages")}
+        taken = {k: v for k, v in rest.items() if k in TAKEN or k in ours}
+        return {k: v for k, v in rest.items() if k not in taken} | ({"input_columns": taken} if taken else {})
+
+
+def read_jobs(rows: Iterable[SourceRow], fail: Callable[[str, str, Mapping[str, Any]], None]) -> Iterator[Job]:
+    """Every row that holds a prompt, under its id, or without one under a fingerprint of its prompt.
+
+    Args:
+        rows: of the input.
+        fail: told of every other row: its place, why, and the row.
+    """
+    places: dict[str, str] = {}
+    for source in rows:
+        if source.data is None:
+            fail(source.where, source.error or "", {"place": source.where, "text": source.text})
+            continue
+        row = jsonable(source.data)
+        try:
+            prompt = prompt_of(row).plain
+            job = Job(row["id"] if row.get("id") is not None else _new_id(prompt, places), prompt, source.where, row)
+            if job.key in places:
+                raise PromptError(f"the id {job.key} is also that of {places[job.key]}\n  give each row an id of its own, or none")
+        except PromptError as e:
+            fail(source.where, str(e), row)
+            continue
+        places[job.key] = source.where
+        yield job
+
+
+def prompt_of(row: Mapping[str, Any]) -> Prompt:
+    """The prompt of a row: its column ``prompt``, or ``messages`` where that is empty.
+
+    Messages may be JSON in a text, as CSV has them.
+
+    Raises:
+        PromptError: neither, or no prompt.
+    """
+    for name in ("prompt", "messages"):
+        value = row.get(name)
+        if value is None or (name == "messages" and value == ""):
+            continue
+        return Prompt.of(_parsed(value) if name == "messages" and isinstance(value, str) else value)
+    got = ", ".join(k for k, v in row.items() if v is not None) or "no column"
+    raise PromptError(f"expected a prompt or messages, got {got}")
+
+
+def _parsed(text: str) -> Any:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list):
+        raise PromptError(f'messages is the text {text[:40]!r}\n  expected [{{"role": "user", "content": "…"}}, …]')
+    return found
+
+
+def id_key(identity: Any) -> str:
+    """An id as text."""
+    return json.dumps(identity, sort_keys=True)
+
+
+def prompt_key(prompt: Any) -> str:
+    """A fingerprint of a prompt (text or messages)."""
+    return hashlib.sha256(to_json(prompt).encode()).hexdigest()[:16]
+
+
+def _new_id(prompt: Any, taken: Mapping[str, str]) -> str:
+    """An id that does not depend on the place of the row, so that a new row before it changes nothing."""
+    name, count = prompt_key(prompt), 1
+    while id_key(new := name if count == 1 else f"{name}-{count}") in taken:
+        count += 1
+    return new

@@ -1,0 +1,85 @@
+"""Cells of training rows: prompts, responses, scores, lists. A cell that cannot be used is a :class:`~ivg.records.RowError`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ivg.errors import PromptError
+from ivg.models.chat import prompt_text
+from ivg.prompts import Message, Prompt, check_text
+from ivg.records import RowError
+
+Row = Mapping[str, Any]
+
+
+def cell(row: Row, name: str) -> Any:
+    """A column of a row.
+
+    Raises:
+        RowError: this row lacks it.
+    """
+    if row.get(name) is None:
+        raise RowError(f"no {name}\n  got {', '.join(k for k, v in row.items() if v is not None)}")
+    return row[name]
+
+
+def list_of(row: Row, name: str) -> list[Any]:
+    """A column of lists, which CSV has as JSON."""
+    found = cell(row, name)
+    if isinstance(found, str):
+        try:
+            found = json.loads(found)
+        except ValueError:
+            found = None
+    if not isinstance(found, list | tuple):
+        raise RowError(f"expected a list in {name}, got {str(row[name])[:80]!r}")
+    return list(found)
+
+
+def flag(value: Any) -> bool:
+    """Yes or no, which CSV has as a word."""
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not isinstance(value, bool):
+        raise RowError(f"expected true or false in ended, got {value!r}")
+    return value
+
+
+def responses_of(row: Row) -> list[tuple[str, float]]:
+    """(response, score) of the lists ``responses`` and ``scores``."""
+    responses, scores = list_of(row, "responses"), list_of(row, "scores")
+    if len(responses) != len(scores):
+        raise RowError(f"{len(responses)} responses and {len(scores)} scores")
+    return [(response_text(text), finite_score(score)) for text, score in zip(responses, scores, strict=True)]
+
+
+def usable_prompt(value: Any) -> Prompt:
+    """A prompt that is not blank."""
+    found = Prompt.of(value)
+    if not prompt_text(found).strip():
+        raise PromptError("the prompt is empty")
+    return found
+
+
+def response_text(value: Any) -> str:
+    """A response: a text, or the one message of a list."""
+    if isinstance(value, str):
+        check_text(value, "the response")
+        return value
+    if isinstance(value, list | tuple) and len(value) == 1:
+        return Message.of(value[0]).content
+    raise RowError(f"expected a response as text, or as a list of one message; got {str(value)[:80]}")
+
+
+def finite_score(value: Any) -> float:
+    """A number, or the digits of one."""
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise RowError(f"expected a finite score, got {value!r}")
+    return score
