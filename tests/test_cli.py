@@ -256,7 +256,7 @@ def test_guide_with_another_tokenizer(ivg, hub):
         (["generate", "x", "--dtype", "int4"], "run.dtype"),
         (["generate", "x", "--base", "HUB/base", "--device", "nowhere"], "device 'nowhere' is not usable"),
         (["generate", "x", "--template", "base"], "expected ROLE=TEMPLATE"),
-        (["generate", "--input", "/no/such/file.jsonl"], "cannot read"),
+        (["generate", "--input", "/no/such/file.jsonl"], "no such file"),
         (["generate", "x", "--recipe", "/no/such.toml"], "cannot read recipe"),
         (["generate", "x", "--temperature", "-1", "--base", "HUB/base", "--method", "base"], "temperature must be"),
         (["generate", "x", "--frobnicate"], "No such option"),
@@ -500,7 +500,7 @@ def test_a_score_that_is_no_number_fails_its_row(ivg, base, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--input", "none.jsonl"], "cannot read none.jsonl: No such file or directory - expected a file: "),
+        (["--input", "none.jsonl"], "no such file: none.jsonl - expected a file: "),
         (["--input", "."], "cannot read .: it is a folder - expected a file of rows"),
         (["--input", "empty.jsonl"], "empty.jsonl holds no rows - expected rows with prompt or messages"),
         (["--input", "latin.jsonl"], "latin.jsonl, line 1: not UTF-8 at byte 16 (0xe9); convert the file, e.g. iconv -f LATIN1 -t UTF-8"),

@@ -145,6 +145,8 @@ def _open(path: Path | str, name: str) -> io.BufferedReader[Any]:
             raw = io.BytesIO(path.read_bytes())
         else:
             raw = path.open("rb", buffering=0)
+    except FileNotFoundError:
+        raise ConfigError(f"no such file: {name}\n  expected a file: {_EXPECTED}") from None
     except OSError as e:
         raise ConfigError(f"cannot read {name}: {e.strerror}\n  expected a file: {_EXPECTED}") from None
     file = io.BufferedReader(cast("io.RawIOBase", raw))
