@@ -51,7 +51,7 @@ def test_the_report_is_of_its_own_settings(done, tmp_path, change, says):  # noq
 def test_other_methods_settings_are_not_reported(done, tmp_path):  # noqa: F811
     p = copy(done, tmp_path / "run")
     other = recipe_with(p, methods=["base", {"label": "ivg|2", "method": "ivg", "width": 2, "successors": 3, "chunk_length": 3}])
-    with pytest.raises(ConfigError, match="successors': 3"):
+    with pytest.raises(ConfigError, match=r"strategy\.successors: 2 there, 3 now"):
         transcripts(plan(other, p.out), "ivg|2")
 
 
