@@ -2,100 +2,153 @@
 
 >>> model.generate(**inputs, logits_processor=[GuidanceLogitsProcessor(guidance, tokenizer)])
 >>> model.generate(**inputs, custom_generate=SearchGenerate(tokenizer, values, "ivg"))
+
+Both have the prompt as tokens. Guides without a template of their own read the same: these very tokens where they share the
+vocabulary, else their text (``models.texts``). What ``generate`` is asked for is done or refused by name (``generate_args``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
+from transformers.generation import GenerateDecoderOnlyOutput
 
-from ivg.decoding.search import Request, Searcher
+from ivg.decoding.search import Request, Search, Searcher
 from ivg.decoding.strategies import strategy
 from ivg.engine.guidance import check_guidance, guided
 from ivg.engine.transformers import TransformersEngine
 from ivg.errors import ConfigError
+from ivg.generate_args import check_config, check_model_kwargs, end_ids, padding_id, read_processors, read_stops, sampling_of
 from ivg.models.cached import CachedModel
-from ivg.models.loading import eos_ids
 from ivg.models.reader import Reader
 from ivg.models.vocab import Vocabulary
-from ivg.types import Beam, Prompt, SamplingParams, TokenGuidance, Value, new_key
+from ivg.types import Beam, Hypothesis, Prompt, TokenGuidance, Value, new_key
 from ivg.values.base import CompositeValue
 
 
 class GuidanceLogitsProcessor(LogitsProcessor):
-    """Adds token guidance in ``model.generate``; follows rows through beam search too. Use a fresh one for each call.
+    """Adds token guidance in ``model.generate``; follows rows through beam search too.
+
+    What the guide keeps for the last rows is freed by the next call, by :meth:`close` (or ``with``), or with this object.
 
     Args:
         guidance: value, weight and candidates.
         tokenizer: the base model's.
+        attention_mask: of the prompts, [rows, tokens], where they are padded (at the left). Without it, padding tokens at the
+            beginning of a row count as padding where other rows have fewer of them.
     """
 
-    def __init__(self, guidance: TokenGuidance, tokenizer: Any) -> None:
-        self.guidance, self.tokenizer = guidance, tokenizer
+    def __init__(self, guidance: TokenGuidance, tokenizer: Any, attention_mask: Tensor | None = None) -> None:
+        self.guidance, self.tokenizer, self.attention_mask = guidance, tokenizer, attention_mask
         self.vocabulary = Vocabulary(tokenizer, owner="base")
         check_guidance(guidance, self.vocabulary)
-        self._start: int | None = None
+        self._start = self._width = 0
+        self._prompts: dict[tuple[int, ...], Prompt] = {}
         self._seen: dict[tuple[int, ...], Beam] = {}
+        self._free = weakref.finalize(self, _release, guidance.value, self._seen)
+
+    def __enter__(self) -> GuidanceLogitsProcessor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free what the guide keeps for the rows of the last call."""
+        _release(self.guidance.value, self._seen)
+        self._prompts.clear()
+        self._width = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """``scores`` [rows, vocabulary] moved by the guidance, given ``input_ids`` [rows, tokens]."""
-        if self._start is None:
+        """``scores`` [rows, vocabulary] moved by the guidance, given ``input_ids`` [rows, tokens].
+
+        Raises:
+            PromptError: a prompt that the guide cannot read, or a text that outgrows its context.
+        """
+        if self._width == 0 or input_ids.shape[1] != self._width + 1:  # another generate has begun
+            self.close()
             self._start = input_ids.shape[1]
+            self._read_prompts(input_ids)
+        self._width = input_ids.shape[1]
         now: dict[tuple[int, ...], Beam] = {}
         rows = []
         for ids in map(tuple, input_ids.tolist()):
-            rows.append(now.setdefault(ids, self._beam(ids)))
-        unique = {beam.key: beam for beam in rows}
-        beams = list(unique.values())
-        first = {key: next(i for i, b in enumerate(rows) if b.key == key) for key in unique}
+            if ids not in now:
+                now[ids] = self._beam(ids)
+            rows.append(now[ids])
+        beams = list(now.values())
+        first = {beam.key: i for i, beam in reversed(list(enumerate(rows)))}
         moved = guided(scores[[first[b.key] for b in beams]].float(), beams, [b.decoded for b in beams], self.guidance)
-        self.guidance.value.release([b.key for b in self._seen.values() if b.key not in unique])
-        self._seen = now
+        _release(self.guidance.value, self._seen)
+        self._seen.update(now)
         place = {b.key: i for i, b in enumerate(beams)}
         return moved[[place[b.key] for b in rows]].to(scores.dtype)
 
+    def _read_prompts(self, input_ids: Tensor) -> None:
+        rows = [tuple(row) for row in input_ids.tolist()]
+        if self.attention_mask is not None:
+            if len(rows) % len(self.attention_mask) or self.attention_mask.shape[1] != self._start:
+                shape = tuple(self.attention_mask.shape)
+                raise ConfigError(f"attention_mask is {shape} and the prompts are {tuple(input_ids.shape)}\n  give that of these prompts")
+            padding = (self.attention_mask.shape[1] - self.attention_mask.sum(1)).tolist()
+            padding = [n for n in padding for _ in range(len(rows) // len(padding))]  # several sequences or beams for each
+        else:
+            padding = [next((i for i, t in enumerate(row) if t != self.tokenizer.pad_token_id), len(row)) for row in rows]
+            padding = [n - min(padding) for n in padding]
+        for row, skipped in zip(rows, padding, strict=True):
+            ids = row[int(skipped) :]
+            self._prompts[row] = Prompt(self.vocabulary.whole(ids), ids, self.vocabulary)
+
     def _beam(self, ids: tuple[int, ...]) -> Beam:
-        parent = self._seen.get(ids[:-1])
-        if parent is not None:
-            tokens = (*parent.token_ids, ids[-1])
-            text, decoded = self.vocabulary.continue_text(tokens, parent.decoded)
-            return Beam(
-                new_key(),
-                parent.key,
-                parent.prompt,
-                tokens,
-                parent.text + text,
-                vocabulary=self.vocabulary,
-                inherits=False,
-                decoded=decoded,
-            )
-        tokens = ids[self._start :]
-        text, decoded = self.vocabulary.continue_text(tokens, self.vocabulary.begin(ids[: self._start]))
-        prompt = Prompt(self.vocabulary.decode(ids[: self._start]))
-        return Beam(new_key(), None, prompt, tokens, text, vocabulary=self.vocabulary, inherits=False, decoded=decoded)
+        parent, tokens = self._seen.get(ids[:-1]), ids[self._start :]
+        prompt = self._prompts[ids[: self._start]]
+        self.guidance.value.check(prompt, len(tokens) + 1)
+        before, state = ("", self.vocabulary.begin(prompt.token_ids or ())) if parent is None else (parent.text, parent.decoded)
+        text, state = self.vocabulary.continue_text(tokens, state)
+        key = None if parent is None else parent.key
+        return Beam(new_key(), key, prompt, tokens, before + text, vocabulary=self.vocabulary, inherits=False, decoded=state)
+
+
+def _release(value: Value, seen: dict[tuple[int, ...], Beam]) -> None:
+    value.release([beam.key for beam in seen.values()])
+    seen.clear()
 
 
 class SearchGenerate:
     """The search as a ``custom_generate`` callable: returns ids [rows, prompt + response], padded at the right.
 
-    Sampling settings come from the call's generation config (``do_sample``, ``temperature``, ``top_k``, ``top_p``,
-    ``min_p``, ``repetition_penalty``, ``max_new_tokens``, ``eos_token_id``).
+    Every setting of the call is done or refused by name (:mod:`ivg.generate_args`). What transformers does to logits without
+    knowing what a search is (``bad_words_ids``, ``min_new_tokens``, ``repetition_penalty`` …) is done to the base's logits, before
+    guidance; ``temperature``, ``top_k``, ``top_p`` and ``min_p`` act on the guided ones.
 
     Args:
         tokenizer: the base model's.
         values: by the names that the method asks for.
         method: see ``decoding.strategies``.
         seed: of all draws.
+        processors: logits processors of your own, each a function of (input_ids, scores) and nothing else: rows of a search tree come
+            in any order and number.
         settings: of the strategy (``width``, ``beta`` …).
     """
 
-    def __init__(self, tokenizer: Any, values: Mapping[str, Value], method: str = "ivg", seed: int = 0, **settings: Any) -> None:
-        self.tokenizer, self.seed = tokenizer, seed
-        self.search = strategy(method, **settings).search(values, CompositeValue)
+    def __init__(
+        self,
+        tokenizer: Any,
+        values: Mapping[str, Value],
+        method: str = "ivg",
+        seed: int = 0,
+        *,
+        processors: Sequence[LogitsProcessor] = (),
+        **settings: Any,
+    ) -> None:
+        self.tokenizer, self.seed, self.processors = tokenizer, seed, tuple(processors)
+        self.search: Search = strategy(method, **settings).search(values, CompositeValue)
 
     def __call__(
         self,
@@ -105,36 +158,80 @@ class SearchGenerate:
         stopping_criteria: Any = None,
         generation_config: Any = None,
         **model_kwargs: Any,
-    ) -> Tensor:
-        """Called by ``model.generate``; prompts may be padded at the left, as told by ``attention_mask``."""
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Called by ``model.generate``; prompts may be padded at the left, as told by ``attention_mask``.
+
+        Raises:
+            ConfigError: something that a search cannot do; names it.
+            PromptError: a prompt that a model cannot read.
+        """
         if generation_config is None:
             raise ConfigError("SearchGenerate is called by model.generate(custom_generate=...), not directly")
-        mask = model_kwargs.get("attention_mask")
-        mask = torch.ones_like(input_ids) if mask is None else mask
-        base = Reader(CachedModel(model, "base"), self.tokenizer, None, eos_ids(model, self.tokenizer))
-        sampling = _sampling(generation_config, input_ids.shape[1])
+        check_config(generation_config)
+        mask = check_model_kwargs(model_kwargs)
+        processors = [*read_processors(logits_processor or ()), *self.processors]
+        if processors and self.search.guidance is not None and self.search.guidance.draft:
+            names = ", ".join(type(p).__name__ for p in processors)
+            raise ConfigError(f"draft reads several tokens at once, and {names} one by one\n  leave draft out, or what asks for that")
+        streamer = _streamer_of_caller()
+        if streamer is not None and len(input_ids) > 1:
+            raise ConfigError(f"streamer: a streamer shows one row, got {len(input_ids)}\n  leave it out, or give one prompt")
+        sampling = sampling_of(generation_config, input_ids.shape[1], read_stops(stopping_criteria or ()))
+        base = _Processed(CachedModel(model, "base"), self.tokenizer, None, end_ids(generation_config))
         requests = []
+        mask = torch.ones_like(input_ids) if mask is None else mask
         for row, (ids, seen) in enumerate(zip(input_ids, mask.bool(), strict=True)):
             tokens = tuple(ids[seen].tolist())
-            prompt = Prompt(base.vocabulary.decode(tokens), tokens)
+            base.padded[tokens] = ids.tolist()
+            prompt = Prompt(base.vocabulary.whole(tokens), tokens)
             requests.append(Request(prompt, self.search, sampling, self.seed, row))
+        base.processors = processors
         done = dict(Searcher(TransformersEngine(base)).run(requests))
-        pad = generation_config.pad_token_id
-        pad = self.tokenizer.pad_token_id if pad is None else pad
-        longest = max(len(c.token_ids) for c in done.values())
-        out = input_ids.new_full((len(requests), longest), 0 if pad is None else int(pad))
+        failed = next((f"row {row}: {c.error}" for row, c in sorted(done.items()) if c.error), None)
+        if failed is not None:
+            raise ConfigError(f"{failed}\n  a row of ids cannot say so; use SteeredModel to get the others")
+        pad, longest = padding_id(generation_config, self.tokenizer), max(len(c.token_ids) for c in done.values())
+        out = input_ids.new_full((len(requests), longest), pad)
         for row, completion in done.items():
             out[row, : len(completion.token_ids)] = torch.tensor(completion.token_ids)
-        return torch.cat([input_ids, out], dim=1)
+        if streamer is not None:
+            for token in out[0].cpu():
+                streamer.put(token[None])
+            streamer.end()
+        sequences = torch.cat([input_ids, out], dim=1)
+        return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences  # type: ignore[arg-type]
 
 
-def _sampling(config: Any, prompt_length: int) -> SamplingParams:
-    limit = config.max_new_tokens if config.max_new_tokens is not None else config.max_length - prompt_length
-    return SamplingParams(
-        temperature=(1.0 if config.temperature is None else config.temperature) if config.do_sample else 0.0,
-        top_k=config.top_k or 0,
-        top_p=1.0 if config.top_p is None else config.top_p,
-        min_p=config.min_p or 0.0,
-        repetition_penalty=config.repetition_penalty or 1.0,
-        max_new_tokens=limit,
-    )
+class _Processed(Reader):
+    """A base whose logits go through transformers' processors, which see the rows that ``generate`` was given, padding included."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.processors: Sequence[LogitsProcessor] = ()
+        self.padded: dict[tuple[int, ...], list[int]] = {}
+
+    def outputs(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
+        out = super().outputs(hypotheses)
+        if not self.processors:
+            return out
+        out = out.clone()
+        groups: dict[int, list[int]] = {}
+        for i, h in enumerate(hypotheses):
+            groups.setdefault(len(h.token_ids), []).append(i)
+        for rows in groups.values():
+            ids = [[*self.padded[hypotheses[i].prompt.token_ids or ()], *hypotheses[i].token_ids] for i in rows]
+            scores = out[rows]
+            for processor in self.processors:
+                scores = processor(torch.tensor(ids, device=out.device), scores)  # type: ignore[arg-type]
+            out[rows] = scores.to(out.dtype)
+        return out
+
+
+def _streamer_of_caller() -> Any:
+    """The streamer that ``generate`` was given: it passes callables all else, but keeps this and would never end it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and "custom_generate" in frame.f_locals:
+            return frame.f_locals.get("streamer")
+        frame = frame.f_back
+    return None
