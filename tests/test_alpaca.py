@@ -429,15 +429,12 @@ def test_alpaca_evals_annotators(endpoint, monkeypatch):
 class Lengths:
     """A reward model that likes length."""
 
-    template = label = None
+    name, template, label = "length", None, None
     calls = 0
 
-    def text(self, prompt, response):
-        return response
-
-    def rewards(self, texts):
-        self.calls += len(texts)
-        return [float(len(t)) for t in texts], [1] * len(texts)
+    def judge(self, pairs):
+        self.calls += len(pairs)
+        return [float(len(response)) for _, response in pairs]
 
 
 def test_a_reward_model_judges():

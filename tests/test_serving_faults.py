@@ -500,7 +500,13 @@ def test_settings(tmp_path, monkeypatch):
 
 def test_models_that_cannot_begin_anew_at_once_are_tried_again(monkeypatch):
     """An engine that died and finds no memory yet: who asks meanwhile is told so at once, however many ask, and the server lives."""
-    model = tiny(bomb=FunctionValue(explode, "bomb"))
+
+    def bomb(prompt, response):
+        if "dynamite" in prompt:
+            raise ModelError("the engine died")
+        return len(response)
+
+    model = tiny(bomb=FunctionValue(bomb, "bomb"))
     server, again, forget, memory = Running(model), [], model.forget, threading.Event()
     monkeypatch.setattr("ivg.serving.worker.MEND_SECONDS", 1.0)
 
@@ -611,7 +617,7 @@ def test_who_comes_while_a_broken_round_is_looked_into_is_not_left_behind():
     def once(prompt, response):
         if not broken:
             broken.append(response)
-            raise ZeroDivisionError
+            raise ModelError("the engine died")
         return len(response)
 
     presets = Presets(tiny(once=FunctionValue(once, "once")), Recipe(), ServeSettings(name="tiny"))

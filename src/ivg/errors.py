@@ -5,6 +5,9 @@ A message says what was got, what was expected and what to do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class IVGError(Exception):
     """Root of all errors that ivg raises on purpose."""
@@ -51,6 +54,48 @@ class ServeError(IVGError, RuntimeError):
     def __init__(self, message: str, status: int = 500, code: str = "server_error", param: str | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
+
+
+class ScoreError(IVGError, ValueError):
+    """A value or reward that has no number for some responses.
+
+    Args:
+        message: names the first.
+        scores: of all responses: numbers, and a :class:`ScoreFault` for each that has none.
+    """
+
+    def __init__(self, message: str, scores: Sequence[float | ScoreFault]) -> None:
+        super().__init__(message)
+        self.scores = tuple(scores)
+
+
+class ScoreFault(str):
+    """Why a value or reward has no number for one response, in one line that names it.
+
+    Text like every error of a hypothesis, so that it is written and shown as such; ``ivg serve`` tells its own clients less.
+
+    Args:
+        line: the whole line.
+        said: the same without what a user's function said.
+        prompt: prompt and response cannot be read, whatever the value is.
+    """
+
+    said: str
+    prompt: bool
+
+    def __new__(cls, line: str, *, said: str = "", prompt: bool = False) -> ScoreFault:
+        """A line of text that knows more."""
+        made = super().__new__(cls, line)
+        made.said, made.prompt = said or line, prompt
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To other processes with all that it knows."""
+        return _fault, (str(self), self.said, self.prompt)
+
+
+def _fault(line: str, said: str, prompt: bool) -> ScoreFault:
+    return ScoreFault(line, said=said, prompt=prompt)
 
 
 class UpstreamFault(str):

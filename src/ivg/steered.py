@@ -21,6 +21,7 @@ from ivg.models.loading import LoadOptions, load_causal
 from ivg.models.reader import Reader
 from ivg.models.texts import Texts
 from ivg.prompts import Conversation, PromptLike, check_text, read_prompts
+from ivg.scores import every, score_each
 from ivg.types import Completion, Engine, Meter, Prompt, SamplingParams, TokenGuidance, Value, new_key
 from ivg.values.base import CompositeValue, FunctionValue
 from ivg.values.explicit import ExplicitValue
@@ -210,13 +211,18 @@ class SteeredModel:
         return out[0] if single else out
 
     def score(self, prompt: PromptLike, responses: Sequence[str], value: str = "explicit") -> list[float]:
-        """What the named value says of given responses."""
+        """What the named value says of given responses.
+
+        Raises:
+            ConfigError: no such value.
+            ScoreError: it has no finite number for some of them; has the scores of all others.
+        """
         if value not in self.values:
             raise ConfigError(f"no value called {value!r}\n  expected one of: {', '.join(self.values) or 'none'}")
         found = self.values[value]
         hypotheses = [given(self.base, Prompt.of(prompt), text) for text in responses]
         try:
-            return found.score(hypotheses)
+            return every(score_each(found, hypotheses))
         finally:
             found.release([h.key for h in hypotheses])
 

@@ -53,10 +53,16 @@ class SamplingParams:
 
 
 class Meter:
-    """Counts, for one request, the tokens that each model read. The one mutable thing that beams share."""
+    """Counts, for one request, the tokens that each model read, and collects notes. The one mutable thing that beams share."""
 
     def __init__(self) -> None:
         self.forward_tokens: Counter[str] = Counter()
+        self.notes: dict[str, None] = {}
+        """What a user must know of how the request was read, each once, in order."""
+
+    def note(self, text: str) -> None:
+        """Say this of the request (:attr:`Completion.notes`)."""
+        self.notes[text] = None
 
     def add(self, model: str, tokens: int) -> None:
         """``model`` read ``tokens`` tokens for this request."""
@@ -364,10 +370,12 @@ class Completion:
     trace: tuple[Step, ...] = ()
     guide_shift: tuple[float, ...] = ()
     details: tuple[TokenDetail, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What to know of how it was made: a prompt that a reward model could not read whole, say."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without the trace."""
         out: dict[str, Any] = {k: getattr(self, k) for k in ("text", "token_ids", "score", "finish_reason")}
         out["token_ids"] = list(self.token_ids)
         out["usage"] = asdict(self.usage) | {"seconds": round(self.usage.seconds, 4)}
-        return out | ({"error": self.error} if self.error else {})
+        return out | ({"notes": list(self.notes)} if self.notes else {}) | ({"error": self.error} if self.error else {})

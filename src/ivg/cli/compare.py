@@ -89,11 +89,13 @@ def _settings(recipe: Recipe, method: str) -> dict[str, Any]:
 
 
 def _row(model: SteeredModel, prompt: str, method: str, recipe: Recipe, judge: str | None, gold: RewardModel | None) -> tuple[str, ...]:
+    from ivg.types import Prompt
+
     completion = model.generate(prompt, method, seed=recipe.run.seed, **recipe.sampling.settings(), **_settings(recipe, method))
     if completion.error:
         return (method, f"error: {completion.error}", "", "", "", "")
     score = f"{model.score(prompt, [completion.text], judge)[0]:.2f}" if judge else ""
-    golden = f"{gold.rewards([prompt + completion.text])[0][0]:+.2f}" if gold is not None else ""
+    golden = f"{gold.judge([(Prompt(prompt), completion.text)])[0]:+.2f}" if gold is not None else ""
     usage = completion.usage
     return (method, completion.text.strip(), score, golden, f"{usage.total_forward_tokens:,}", f"{usage.seconds:.2f}")
 

@@ -31,7 +31,8 @@ from ivg.decoding.live import (
 from ivg.decoding.particles import ParticleRule
 from ivg.decoding.rejection import RejectionRule
 from ivg.decoding.rules import BeamRule, Choice, Rule
-from ivg.errors import ConfigError, PromptError
+from ivg.errors import ConfigError, ScoreFault
+from ivg.scores import Scores, every, score_each
 from ivg.types import Beam, Completion, Engine, Extension, PacedEngine, Step, TraceNode, Usage, Value
 
 __all__ = ["QUANTUM", "Particles", "Rejection", "Request", "Search", "Searcher", "check_sizes"]
@@ -210,11 +211,12 @@ class Searcher:
         """Give the rule the value of the empty response; what went wrong, or None. Each alone: one may be unreadable."""
         value = live.request.search.value
         assert value is not None
-        try:
-            (live.rule.prompt_value,) = value.score([live.kept[0][0]])
-        except PromptError as e:
-            return f"{e}\n  cards starts from the value of the prompt; target=… with threshold_start=1 does without"
-        return f"the value {value.name} gave NaN for the prompt" if live.rule.prompt_value != live.rule.prompt_value else None
+        (found,) = score_each(value, [live.kept[0][0]])
+        if not isinstance(found, ScoreFault):
+            live.rule.prompt_value = found
+            return None
+        advice = "cards starts from the value of the prompt; target=… with threshold_start=1 does without"
+        return ScoreFault(f"{found}\n  {advice}", said=f"{found.said}\n  {advice}", prompt=found.prompt)
 
     @staticmethod
     def _begin_chunk(live: Live) -> None:
@@ -268,26 +270,25 @@ class Searcher:
                 self._pass_on(live, beam)
         live.growing = grown
 
-    def _score(self, ready: Sequence[Live]) -> dict[int, list[float]]:
-        """Values of all hypotheses that completed a chunk; one call for each value, over all requests."""
+    def _score(self, ready: Sequence[Live]) -> dict[int, Scores]:
+        """Values of all hypotheses that completed a chunk, or why there is none; one call for each value, over all requests."""
         groups: dict[int, tuple[Value, list[Beam]]] = {}
         for live in ready:
             value = live.request.search.value
             if value is not None and not any(b.error for b in live.growing):
                 groups.setdefault(id(value), (value, []))[1].extend(live.growing)
-        known: dict[int, float] = {}
+        known: dict[int, float | ScoreFault] = {}
         for value, beams in groups.values():
-            known |= {b.key: s for b, s in zip(beams, value.score(beams), strict=True)}
+            known |= {b.key: s for b, s in zip(beams, score_each(value, beams), strict=True)}
         return {live.id: [known.get(b.key, 0.0) for b in live.growing] for live in ready}
 
-    def _select(self, live: Live, scores: list[float]) -> Step:
+    def _select(self, live: Live, found: Scores) -> Step:
         """Let the rule choose, free what it leaves; end the request when nothing can grow."""
         search = live.request.search
-        error = next((b.error for b in live.growing if b.error), None)
-        if error is None and any(s != s for s in scores):
-            error = f"the value {search.value.name if search.value else ''} gave NaN"
+        error = next((b.error for b in live.growing if b.error), None) or next((s for s in found if isinstance(s, ScoreFault)), None)
         if error is not None:
             return self._end(live, live.growing[0], None, error)
+        scores = every(found)
         choice = live.rule.choose(live.kept, list(zip(live.growing, scores, strict=True)))
         if choice.error is not None:
             return self._end(live, live.growing[0], None, choice.error)
@@ -337,6 +338,7 @@ class Searcher:
             trace=tuple(live.trace),
             guide_shift=best.guide_shift,
             details=best.details,
+            notes=tuple(live.meter.notes),
         )
         self._release_all(live)
         del self._live[live.id]

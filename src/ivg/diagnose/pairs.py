@@ -20,6 +20,7 @@ from ivg.diagnose.length import LengthControl, length_control
 from ivg.diagnose.reading import written
 from ivg.errors import PromptError
 from ivg.models.reader import Reader
+from ivg.scores import every, score_each
 from ivg.types import Beam, Prompt, Value, new_key
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
@@ -150,7 +151,7 @@ def score_pairs(base: Reader, value: Value, pairs: Sequence[Pair], *, batch: int
         lines = [prefixes(base, p.prompt, p.chosen, ends and p.chosen_ends) for p in part]
         lines += [prefixes(base, p.prompt, p.rejected, ends and p.rejected_ends) for p in part]
         for k in range(len(FRACTIONS)):
-            scores = value.score([line[k] for line in lines])
+            scores = every(score_each(value, [line[k] for line in lines]))
             out[start : start + len(part), k] = np.array(scores).reshape(2, len(part)).T
         value.release([beam.key for line in lines for beam in line])
     return out

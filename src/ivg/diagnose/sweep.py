@@ -36,6 +36,7 @@ from ivg.diagnose.estimate import (
 )
 from ivg.diagnose.reading import Shift, written
 from ivg.errors import ConfigError
+from ivg.scores import every, score_each
 from ivg.steered import SteeredModel
 from ivg.types import Beam, Prompt, SamplingParams, Value
 
@@ -160,7 +161,7 @@ def judged(judge: Value, beams: Sequence[Beam], batch: int) -> Numbers:
     out: list[float] = []
     for start in range(0, len(beams), batch):
         part = beams[start : start + batch]
-        out += judge.score(part)
+        out += every(score_each(judge, part))
         judge.release([b.key for b in part])
     return np.array(out)
 

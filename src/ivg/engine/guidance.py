@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ivg.engine.sampling import entropy
-from ivg.errors import ConfigError
+from ivg.errors import ConfigError, ScoreFault
 from ivg.guides import DraftingValue, VocabularyValue, knows_vocabulary
 from ivg.models.vocab import Vocabulary
+from ivg.scores import every, score_each
 from ivg.types import DecodeState, FinishReason, Hypothesis, Meter, Prompt, TokenGuidance, Value, new_key
 
 DEFAULT_CANDIDATES = 20
@@ -92,6 +93,7 @@ def guided(
     entropies: Tensor | None = None,
     *,
     in_place: bool = False,
+    faults: dict[int, ScoreFault] | None = None,
 ) -> Tensor:
     """The base's logits [rows, vocabulary], float32, moved by ``guidance``.
 
@@ -102,11 +104,15 @@ def guided(
         guidance: what to add.
         entropies: of the base's own distributions, in nats [rows], for the gate; default: those of ``logits``.
         in_place: ``logits`` may be written over.
+        faults: receives why the value has no number for a candidate, by row; such a row becomes NaN. None: that is raised.
+
+    Raises:
+        ScoreError: the value has no number for a candidate, and ``faults`` is None.
     """
     if guidance.beta == 0:
         return logits
     if guidance.gate == 0:
-        return _moved(logits, hypotheses, decoded, guidance, in_place=in_place)
+        return _moved(logits, hypotheses, decoded, guidance, in_place=in_place, faults=faults)
     follow = getattr(guidance.value, "follow", None)
     if follow is not None:
         follow(hypotheses)  # all sisters at once: whoever comes last takes its parent's cache over
@@ -114,7 +120,11 @@ def guided(
     if not open_rows:
         return logits
     out = logits.clone()
-    out[open_rows] = _moved(logits[open_rows], [hypotheses[i] for i in open_rows], [decoded[i] for i in open_rows], guidance)
+    found: dict[int, ScoreFault] | None = None if faults is None else {}
+    some, places = [hypotheses[i] for i in open_rows], [decoded[i] for i in open_rows]
+    out[open_rows] = _moved(logits[open_rows], some, places, guidance, faults=found)
+    if faults is not None and found:
+        faults.update({open_rows[row]: fault for row, fault in found.items()})
     return out
 
 
@@ -140,6 +150,7 @@ def _moved(
     guidance: TokenGuidance,
     *,
     in_place: bool = False,
+    faults: dict[int, ScoreFault] | None = None,
 ) -> Tensor:
     """As :func:`guided`, every row."""
     value = guidance.value
@@ -150,7 +161,11 @@ def _moved(
     scores = _known_scores(hypotheses, guidance, top.indices)
     if scores is None:
         candidates = _candidates(hypotheses, decoded, top.indices)
-        scores = torch.tensor(value.score(candidates), dtype=torch.float32).view(top.indices.shape)
+        found = score_each(value, candidates)
+        numbers = every(found) if faults is None else [math.nan if isinstance(s, ScoreFault) else s for s in found]
+        if faults is not None:
+            faults.update({i // top.indices.shape[1]: s for i, s in enumerate(found) if isinstance(s, ScoreFault)})
+        scores = torch.tensor(numbers, dtype=torch.float32).view(top.indices.shape)
         value.release([c.key for c in candidates])
     moved = top.values + guidance.beta * _transformed(scores.to(base.device), guidance)
     return torch.full_like(base, -math.inf).scatter(1, top.indices, moved)

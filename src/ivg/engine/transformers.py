@@ -18,6 +18,7 @@ from ivg.engine.detail import details
 from ivg.engine.guidance import blame, check_guidance, guided
 from ivg.engine.sampling import broken_rows, drawn_logps, entropy, sample
 from ivg.engine.speculation import Speculator
+from ivg.errors import ScoreFault
 from ivg.models.reader import Reader
 from ivg.types import Beam, DecodeState, Extension, Pause, Prompt, SamplingParams, TokenGuidance
 
@@ -113,15 +114,18 @@ class TransformersEngine:
         if drafts:
             self._draw(drafts, row_of, *self._mix(raw, entropies, nodes, places, orders))
 
-    def _draw(self, drafts: list[Child], row_of: list[int], plain: Tensor, mixed: Tensor) -> None:
-        """Draw one token for every draft from its row of ``mixed``; ``plain`` is the base alone, both [rows, vocabulary]."""
+    def _draw(self, drafts: list[Child], row_of: list[int], plain: Tensor, mixed: Tensor, faults: Mapping[int, ScoreFault]) -> None:
+        """Draw one token for every draft from its row of ``mixed``; ``plain`` is the base alone, both [rows, vocabulary].
+
+        ``faults``: why the guide has no number for a row.
+        """
         for i in broken_rows(mixed):
             base = plain[i].clone()
             mixed[i] = 0.0
             for d, row in zip(drafts, row_of, strict=True):
                 if row == i:  # the two are one tensor where nothing guides, or where the base was seen to be sound
                     sound = plain is mixed and d.order.guidance is not None and d.order.guidance.beta != 0
-                    d.finish, d.error = "error", blame(None if sound else base, len(d.token_ids))
+                    d.finish, d.error = "error", faults.get(i) or blame(None if sound else base, len(d.token_ids))
         draws = [uniform(d.order.seed, d.lineage, len(d.token_ids)) for d in drafts]
         tokens = sample(mixed, [d.order.sampling for d in drafts], draws, [d.token_ids for d in drafts], row_of)
         index = torch.tensor(row_of, device=mixed.device)
@@ -141,9 +145,10 @@ class TransformersEngine:
         nodes: Sequence[Beam | Child],
         places: list[DecodeState],
         orders: list[Extension],
-    ) -> tuple[Tensor, Tensor]:
-        """(base alone, with guidance), forbidden end-of-sequence tokens out of both; nodes with the same guidance share one call.
+    ) -> tuple[Tensor, Tensor, dict[int, ScoreFault]]:
+        """(base alone, with guidance, rows that the guide has no number for), forbidden end-of-sequence tokens out of both.
 
+        Nodes with the same guidance share one call.
         ``raw`` is written over. The two are one tensor where nothing asks what guidance moved.
         """
         groups: dict[TokenGuidance, list[int]] = {}
@@ -155,16 +160,19 @@ class TransformersEngine:
             raw[torch.tensor(silent)[:, None], torch.tensor(sorted(self.vocabulary.eos_ids))] = -torch.inf
         compared = any(o.record or o.weigh or o.alternatives is not None for o in orders) or bool(broken_rows(raw))
         plain = raw.clone() if groups and compared else raw
+        faults: dict[int, ScoreFault] = {}
         for guidance, rows in groups.items():
+            broken: dict[int, ScoreFault] = {}
             known = None if entropies is None else entropies[rows]
             every = len(rows) == len(raw)
             part = raw if every else raw[rows]
-            moved = guided(part, [nodes[i] for i in rows], [places[i] for i in rows], guidance, known, in_place=True)
+            moved = guided(part, [nodes[i] for i in rows], [places[i] for i in rows], guidance, known, in_place=True, faults=broken)
+            faults |= {rows[k]: fault for k, fault in broken.items()}
             if every:
                 raw = moved
             else:
                 raw[rows] = moved
-        return plain, raw
+        return plain, raw, faults
 
 
 def _pausing(entropies: Tensor, nodes: Sequence[Beam | Child], orders: Sequence[Extension]) -> set[int]:

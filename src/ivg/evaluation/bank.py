@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from ivg import machine
 from ivg.cost import classifiers, flops
-from ivg.errors import PromptError
+from ivg.errors import PromptError, ScoreFault
 from ivg.evaluation.methods import BANK, SELECTORS, Method
 from ivg.evaluation.plan import Plan
 from ivg.evaluation.runner import Report, Worker, note, request, together
 from ivg.records import BlockFile
+from ivg.scores import Scores, every, score_each
 from ivg.steered import readers_in
 from ivg.types import Beam, Completion, Meter, Prompt, new_key
 
@@ -72,11 +73,14 @@ def _samples(model: SteeredModel, p: Plan, positions: range) -> Iterator[dict[st
             continue
         samples = [c for c in group if isinstance(c, Completion)]
         beams = [_beam(model, example.prompt, c) for c in samples]
-        values = chosen[1].score(beams) if chosen else [0.0] * size
+        values: Scores = score_each(chosen[1], beams) if chosen else [0.0] * size
+        if (fault := next((v for v in values if isinstance(v, ScoreFault)), None)) is not None:
+            yield row | {"samples": [], "error": " ".join(fault.split())}
+            continue
         shared, own = _reading(model, chosen[1] if chosen else None, beams)
         kept = [
             {"text": c.text, "tokens": len(c.token_ids), "value": round(v, 6), "forward_tokens": n}
-            for c, v, n in zip(samples, values, own, strict=True)
+            for c, v, n in zip(samples, every(values), own, strict=True)
         ]
         yield row | {"by": chosen[0] if chosen else None, "shared_tokens": shared, "samples": kept}
         if chosen:

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from zlib import crc32
 
 from ivg.draws import uniform
-from ivg.errors import ConfigError, JudgeError, MissingDependencyError
+from ivg.errors import ConfigError, JudgeError, MissingDependencyError, ScoreFault
 from ivg.records import BlockFile, read_jsonl
+from ivg.scores import judge_each
 from ivg.types import Prompt
 
 if TYPE_CHECKING:
@@ -78,21 +79,29 @@ class RewardJudge:
 
     def __init__(self, reward: RewardModel, name: str = "reward", weights: str | None = None) -> None:
         self.reward, self.name, self.weights = reward, name, weights
-        self._known: dict[str, float] = {}
+        self._known: dict[tuple[str, str], float | ScoreFault] = {}
 
     def compare(self, pairs: Sequence[Pair]) -> list[Verdict]:
-        """One verdict for each pair; references are read once for all methods."""
-        theirs = [self.reward.text(Prompt(p.instruction), p.reference) for p in pairs]
+        """One verdict for each pair; references are read once for all methods. No verdict where an answer cannot be scored."""
+        theirs = [(p.instruction, p.reference) for p in pairs]
         new = [t for t in dict.fromkeys(theirs) if t not in self._known]
-        ours = [self.reward.text(Prompt(p.instruction), p.answer) for p in pairs]
-        rewards = self.reward.rewards([*ours, *new])[0] if pairs else []
+        ours = [(p.instruction, p.answer) for p in pairs]
+        rewards = judge_each(self.reward, [(Prompt(instruction), text) for instruction, text in (*ours, *new)])
         self._known.update(zip(new, rewards[len(ours) :], strict=True))
-        return [Verdict(round(1 + _sigmoid(r - self._known[t]), 6)) for r, t in zip(rewards, theirs, strict=False)]
+        return [_preference(r, self._known[t]) for r, t in zip(rewards, theirs, strict=False)]
 
     def settings(self) -> Mapping[str, Any]:
         """Which reward model."""
         known = {} if self.weights is None else {"weights": self.weights}
         return {"judge": self.name, "template": self.reward.template, "label": self.reward.label, **known}
+
+
+def _preference(ours: float | ScoreFault, theirs: float | ScoreFault) -> Verdict:
+    if isinstance(ours, ScoreFault):
+        return Verdict(None, ours)
+    if isinstance(theirs, ScoreFault):
+        return Verdict(None, theirs)
+    return Verdict(round(1 + _sigmoid(ours - theirs), 6))
 
 
 class ChatJudge:

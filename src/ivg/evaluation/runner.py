@@ -182,7 +182,7 @@ def _row(c: Completion) -> dict[str, Any]:
         "prompt_tokens": c.usage.prompt_tokens,
         "forward_tokens": dict(sorted(c.usage.forward_tokens.items())),
         "shift": round(sum(c.guide_shift), 6),
-    }
+    } | ({"notes": list(c.notes)} if c.notes else {})
 
 
 def prompt_of(row: Any) -> Prompt:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivg import machine
-from ivg.errors import ConfigError
+from ivg.errors import ConfigError, ScoreError, ScoreFault
 from ivg.evaluation.methods import BANK
 from ivg.evaluation.plan import GOLD, Plan
 from ivg.evaluation.runner import Report, Worker, answers, prompt_of
 from ivg.evaluation.task import Example
 from ivg.records import BlockFile, demand_provenance, read_jsonl, write_json
+from ivg.scores import every, judge_each, note_of
 from ivg.types import Beam, Meter, new_key
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ def scored(p: Plan, label: str) -> list[tuple[Row, Row]]:
     if len(scores) < len(rows):
         raise ConfigError(f"{path} has {len(scores)} of {len(rows)} scores\n  run the stage score to its end first")
     _compare(p, label, rows, scores)
-    return list(zip(rows, scores, strict=True))
+    failed = [{"error": judged["error"]} if "error" in judged else {} for judged in scores]  # a judge had no score for it
+    return [(row | error, judged) for row, error, judged in zip(rows, failed, scores, strict=True)]
 
 
 def fingerprint(row: Mapping[str, Any]) -> str:
@@ -149,16 +151,26 @@ def _judged(worker: Worker, rows: Sequence[Row]) -> Iterator[Row]:
     p, known = worker.plan, _examples(worker.plan)
     good = [r for r in rows if "error" not in r]
     pairs = [p.task.judged(known[r["id"]], r["text"]) for r in good]
-    rewards = {name: judge.judge(pairs) for name, judge in worker.judges.items()}
+    rewards = {name: judge_each(judge, pairs) for name, judge in worker.judges.items()}
     logps = base_logps(worker.model, good)
     at = {id(r): i for i, r in enumerate(good)}
     for row in rows:
         out: Row = {"label": row["label"], "seed": row["seed"], "id": row["id"], "of": fingerprint(row)}
         if id(row) in at:
             i = at[id(row)]
-            out |= {name: round(values[i], 6) for name, values in rewards.items()}
+            out |= _checked({name: values[i] for name, values in rewards.items()})
             out |= {"base_logp": round(logps[i], 4), "tokens": len(row["token_ids"])}
+            if notes := [note for judge in worker.judges.values() if (note := note_of(judge, *pairs[i]))]:
+                out["notes"] = notes
         yield out
+
+
+def _checked(rewards: Mapping[str, float | ScoreFault]) -> Row:
+    """The scores of one answer; or an error, the first."""
+    try:
+        return {name: round(score, 6) for name, score in zip(rewards, every(list(rewards.values())), strict=True)}
+    except ScoreError:
+        return {"error": next(" ".join(score.split()) for score in rewards.values() if isinstance(score, ScoreFault))}
 
 
 def _judged_bank(worker: Worker, rows: Sequence[Row]) -> Iterator[Row]:
@@ -169,9 +181,9 @@ def _judged_bank(worker: Worker, rows: Sequence[Row]) -> Iterator[Row]:
     for row in rows:
         places = prefix_maxima([s["value"] for s in row["samples"]])
         pairs = [p.task.judged(known[row["id"]], row["samples"][i]["text"]) for i in places]
-        rewards = gold.judge(pairs) if gold is not None else []
-        chosen = {str(i): round(r, 6) for i, r in zip(places, rewards, strict=False)}
-        yield {"label": BANK, "seed": row["seed"], "id": row["id"], "of": fingerprint(row), GOLD: chosen}
+        chosen = _checked({str(i): r for i, r in zip(places, judge_each(gold, pairs), strict=True)} if gold is not None else {})
+        found = chosen if "error" in chosen else {GOLD: chosen}
+        yield {"label": BANK, "seed": row["seed"], "id": row["id"], "of": fingerprint(row), **found}
 
 
 def base_logps(model: SteeredModel, rows: Sequence[Row]) -> list[float]:

@@ -37,6 +37,8 @@ def find_model(name: str | Path, what: str, hub: Mapping[str, Any] | None = None
     """
     if str(name).startswith(PREFIX):
         return locate(name)
+    if not str(name).strip():
+        raise ModelError(f"cannot load {what}: its name is empty\n  expected a directory with config.json and weights, or a hub id")
     place, hub = Path(name).expanduser(), hub or {}
     if place.is_dir():
         _check_directory(place, what, weights=weights)

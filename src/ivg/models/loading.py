@@ -112,12 +112,12 @@ def load_network(name: str | Path, auto_class: Any, options: LoadOptions, what: 
     place = find_model(name, what, options.hub())
     try:
         with quiet():
-            network, info = auto_class.from_pretrained(place, output_loading_info=True, **kwargs)
+            network, info = auto_class.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     except IVGError:
         raise
     except Exception as e:  # files may be broken in any way, packages may be missing, remote code may raise anything
         raise ModelError(
-            f"cannot load {what} {str(name)!r}: {reason(e)}\n  expected a directory with config.json and weights, or a hub id"
+            f"cannot load {what} {str(name)!r}: {reason(e)}\n  {_advice(e, 'a directory with config.json and weights')}"
         ) from e
     if new_head:
         body = f"{network.base_model_prefix}."
@@ -136,10 +136,11 @@ def load_config(name: str | Path, options: LoadOptions, what: str) -> Any:
 
     place = find_model(name, what, options.hub())
     try:
-        return AutoConfig.from_pretrained(place, **options.hub())
+        with quiet():
+            return AutoConfig.from_pretrained(place, **options.hub())
     except Exception as e:  # as above
         raise ModelError(
-            f"cannot load the configuration of {what} {str(name)!r}: {reason(e)}\n  expected a directory with config.json, or a hub id"
+            f"cannot load {what} {str(name)!r}: {reason(e)}\n  {_advice(e, 'a directory with config.json and weights')}"
         ) from e
 
 
@@ -153,11 +154,12 @@ def load_tokenizer(name: str | Path, options: LoadOptions, what: str) -> Any:
 
     place = find_model(name, what, options.hub(), weights=False)
     try:
-        return AutoTokenizer.from_pretrained(place, **options.hub())
+        with quiet():
+            return AutoTokenizer.from_pretrained(place, **options.hub())
     except Exception as e:  # as above
-        raise ModelError(
-            f"cannot load the tokenizer of {what} {str(name)!r}: {reason(e)}\n  expected tokenizer.json or its kin beside the weights"
-        ) from e
+        why = "it has none" if "Couldn't instantiate the backend tokenizer" in str(e) else reason(e)
+        advice = _advice(e, "tokenizer.json, or the files that it is made from, beside the weights")
+        raise ModelError(f"cannot load the tokenizer of {what} {str(name)!r}: {why}\n  {advice}") from e
 
 
 def load_causal(name: str | Path, what: str, options: LoadOptions | None = None, template: str | None = None) -> Reader:
@@ -165,6 +167,7 @@ def load_causal(name: str | Path, what: str, options: LoadOptions | None = None,
     from transformers import AutoModelForCausalLM
 
     options = options or LoadOptions()
+    load_config(name, options, what)  # first: what is wrong with the whole is not told of its tokenizer
     tokenizer = load_tokenizer(name, options, what)
     network = _for_inference(load_network(name, AutoModelForCausalLM, options, what), options)
     return Reader(CachedModel(network, what), tokenizer, template, eos_ids(network, tokenizer))
@@ -180,6 +183,7 @@ def load_value(
     from ivg.models.value_head import ValueModel
 
     options = options or LoadOptions()
+    load_config(name, options, what)
     if tokenizer is None:
         tokenizer = load_tokenizer(name, options, what)
     network = _for_inference(load_network(name, ValueModel, options, what), options)
@@ -199,9 +203,16 @@ def eos_ids(network: Any, tokenizer: Any) -> Sequence[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
+def _advice(e: BaseException, expected: str) -> str:
+    if "trust_remote_code" in str(e):
+        return "read that code, then set trust_remote_code in [run] (LoadOptions(trust_remote_code=True)) to run it"
+    return f"expected {expected}, or a hub id"
+
+
 def reason(e: BaseException, longest: int = 400) -> str:
-    """The first line of what an exception says; what is too long ends between words."""
-    line = (str(e).strip() or type(e).__name__).splitlines()[0]
+    """The first line of what an exception says, and the next where it goes on there; what is too long ends between words."""
+    first, *rest = (str(e).strip() or type(e).__name__).splitlines()
+    line = f"{first.strip()} {rest[0].strip()}" if first.rstrip().endswith(":") and rest else first.strip()
     if not isinstance(e, OSError | ValueError | RuntimeError | ImportError):  # its words alone may mean nothing: KeyError says 'llama9'
         line = f"{type(e).__name__}: {line}"
     return line if len(line) <= longest else f"{line[:longest].rpartition(' ')[0]} …"

@@ -87,6 +87,7 @@ class ValueModel(nn.Module):
         dtype: torch.dtype | None = None,
         quantization_config: Any = None,
         device_map: Any = None,
+        ignore_mismatched_sizes: bool = True,
         output_loading_info: bool = False,
         **hub: Any,
     ) -> Any:
@@ -97,6 +98,7 @@ class ValueModel(nn.Module):
             dtype: of the weights; None: as stored.
             quantization_config: of the backbone, as transformers takes it.
             device_map: as transformers takes it.
+            ignore_mismatched_sizes: report tensors of other shapes with the others, rather than raise.
             output_loading_info: return (model, what transformers reports of weights that are missing or left over), and check nothing.
             hub: ``revision``, ``trust_remote_code``, ``cache_dir``, ``token``.
 
@@ -118,7 +120,14 @@ class ValueModel(nn.Module):
         dtype = dtype or weight.dtype
         placed = {k: v for k, v in (("quantization_config", quantization_config), ("device_map", device_map)) if v is not None}
         backbone, info = AutoModel.from_pretrained(
-            name, config=config, dtype=dtype, key_mapping=_WRAPPERS, output_loading_info=True, **placed, **hub
+            name,
+            config=config,
+            dtype=dtype,
+            key_mapping=_WRAPPERS,
+            output_loading_info=True,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            **placed,
+            **hub,
         )
         info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not key.startswith((f"{head}.", *OTHER_HEADS))}
         if not output_loading_info:

@@ -22,6 +22,10 @@ OTHER_HEADS = ("lm_head.", "embed_out.", "v_head.")
 """Beginnings of the names of heads that a checkpoint may have beside the one that is wanted: they change nothing below them."""
 
 
+class WeightsError(ModelError):
+    """Weights that are missing, or that nothing takes: another kind of model than was expected."""
+
+
 def check_weights(name: str | Path, network: Any, info: Mapping[str, Any], expected: Callable[[str], bool] = lambda key: False) -> None:
     """Raise unless the checkpoint held exactly the weights that ``network`` has: what is missing would be random.
 
@@ -32,17 +36,22 @@ def check_weights(name: str | Path, network: Any, info: Mapping[str, Any], expec
         expected: is this tensor no part of ``network``, and known to be there?
 
     Raises:
-        ModelError: names the weights.
+        WeightsError: names the weights.
     """
     missing = sorted(info["missing_keys"])
     unexpected = sorted(key for key in info["unexpected_keys"] if not expected(key) and not key.endswith(_UNUSED))
     kind = type(getattr(network, "backbone", network)).__name__  # of a value network, transformers knows the backbone only
     written = ", ".join(getattr(network.config, "architectures", None) or ())
     advice = f"expected the weights of a {kind}" + (f"; its config.json says {written}" if written and written != kind else "")
+    if shapes := sorted(info["mismatched_keys"]):
+        key, found, wanted = shapes[0]
+        more = f", and {len(shapes) - 1} more" if len(shapes) > 1 else ""
+        got = f"{key} has shape {tuple(found)}, config.json asks for {tuple(wanted)}{more}"
+        raise WeightsError(f"{name}: {got}\n  expected weights and config.json of one model")
     if missing:
-        raise ModelError(f"{name} lacks {_listed(missing)} of {kind}: random numbers would stand in their places\n  {advice}")
+        raise WeightsError(f"{name} lacks {_listed(missing)} of {kind}: random numbers would stand in their places\n  {advice}")
     if unexpected:
-        raise ModelError(f"{name} holds {_listed(unexpected)} that {kind} does not use: its outputs would be other ones\n  {advice}")
+        raise WeightsError(f"{name} holds {_listed(unexpected)} that {kind} does not use: its outputs would be other ones\n  {advice}")
 
 
 def _listed(names: list[str]) -> str:

@@ -15,7 +15,7 @@ from ivg.config import Recipe
 from ivg.decoding.live import QUANTUM, Request
 from ivg.decoding.search import check_engine
 from ivg.decoding.strategies import STRATEGIES, Strategy
-from ivg.errors import ConfigError, PromptError, ServeError, UpstreamFault
+from ivg.errors import ConfigError, PromptError, ScoreFault, ServeError, UpstreamFault
 from ivg.models.chat import encode, prompt_text
 from ivg.serving.schemas import ChatMessage, ChatRequest, CompletionRequest, Guidance
 from ivg.serving.settings import ServeSettings
@@ -255,6 +255,8 @@ def fault(error: Exception) -> ServeError:
 
 def failed(error: str) -> ServeError:
     """What a client is told of an answer that a model broke off. Where another server did, its address is nobody's business."""
+    if isinstance(error, ScoreFault):
+        return fault(PromptError(error)) if error.prompt else ServeError(one_line(error.said), 500, "model_error")
     if not isinstance(error, UpstreamFault):
         return ServeError(one_line(error), 500, "model_error")
     if error.status in (400, 413, 422):  # the request's own fault: too long, mostly

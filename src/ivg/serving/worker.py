@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from ivg.decoding.search import Searcher
-from ivg.errors import IVGError, ServeError, UpstreamFault
+from ivg.errors import IVGError, ScoreFault, ServeError, UpstreamFault
 from ivg.serving.metrics import Metrics
 from ivg.serving.presets import failed, fault, torn
 from ivg.serving.settings import ServeSettings
@@ -222,6 +222,9 @@ class Worker:
             if completion.error is not None:
                 if isinstance(completion.error, UpstreamFault):
                     log.error("upstream: %s", completion.error)
+                if isinstance(completion.error, ScoreFault) and not completion.error.prompt:
+                    self.metrics.failures.inc()
+                    log.error("%s", completion.error)
                 self._fail(flight.ticket, failed(completion.error))
                 return
         committed = step.committed if completion is None else completion.text

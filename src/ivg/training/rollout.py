@@ -1,7 +1,8 @@
 """Rollouts: responses sampled for prompts by any method, scored by a reward model or a Python function; resumable.
 
 Rows: ``prompt`` (text or messages), ``index``, ``response``, ``token_ids`` (of the base), ``finish_reason``, ``ended`` (by an
-end-of-sequence token), ``score``; a prompt that cannot be answered leaves ``error`` instead. Blocks of prompts, each from
+end-of-sequence token), ``score``; a prompt that cannot be answered, or an answer that the reward has no number for, has
+``error`` instead. ``notes`` say what a reward model could not read. Blocks of prompts, each from
 its own seeds: an interrupted run ends with the same file.
 """
 
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from ivg import machine
 from ivg.draws import mix
-from ivg.errors import ConfigError, PromptError
+from ivg.errors import ConfigError, PromptError, ScoreFault
 from ivg.records import BlockFile, read_jsonl
+from ivg.scores import judge_each, note_of
 from ivg.training.common import alone
 from ivg.types import Completion, Prompt
 
@@ -78,9 +80,11 @@ def rollout(
             numbers = range(span.start // samples, -(-span.stop // samples))
             rows = _answer(model, [(n, prompts[n]) for n in numbers], method, samples, seed, settings)
             good = [row for row in rows if "error" not in row]
-            scores = reward.judge([(Prompt.of(row["prompt"]), row["response"]) for row in good])
-            for row, number in zip(good, scores, strict=True):
-                row["score"] = round(number, 4)
+            pairs = [(Prompt.of(row["prompt"]), row["response"]) for row in good]
+            for row, pair, score in zip(good, pairs, judge_each(reward, pairs), strict=True):
+                row |= {"error": " ".join(score.split())} if isinstance(score, ScoreFault) else {"score": round(score, 4)}
+                if note := note_of(reward, *pair):
+                    row["notes"] = [*row.get("notes", []), note]
             file.append(rows)
             advance()
     if out != lines:
@@ -129,7 +133,8 @@ def _found(completion: Completion, eos: Collection[int]) -> dict[str, Any]:
         return {"error": completion.error}
     ids = list(completion.token_ids)
     ended = completion.finish_reason == "stop" and bool(ids) and ids[-1] in eos  # rather than by a stop string
-    return {"response": completion.text, "token_ids": ids, "finish_reason": completion.finish_reason, "ended": ended}
+    notes = {"notes": list(completion.notes)} if completion.notes else {}
+    return notes | {"response": completion.text, "token_ids": ids, "finish_reason": completion.finish_reason, "ended": ended}
 
 
 def _to_parquet(lines: Path, out: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from ivg.errors import IVGError, ScoreFault
 from ivg.guides import VocabularyValue, knows_vocabulary
 from ivg.models.chat import prompt_text
+from ivg.scores import Scores, every, number, raised, score_each
 from ivg.types import Hypothesis, Prompt, Value
 
 if TYPE_CHECKING:
@@ -27,12 +29,25 @@ class FunctionValue:
         self.function, self.name = function, name
 
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
-        """The function's number for each hypothesis."""
+        """The function's number for each hypothesis; raises as :meth:`judge`."""
         return self.judge([(h.prompt, h.text) for h in hypotheses])
 
     def judge(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
-        """The function's number for each (prompt, response)."""
-        return [float(self.function(prompt_text(prompt), response)) for prompt, response in pairs]
+        """The function's number for each (prompt, response); every pair is asked for once, whatever the others do.
+
+        Raises:
+            ScoreError: some raise, or have no finite number; has the scores of all others.
+        """
+        return every([self._ask(prompt, response) for prompt, response in pairs])
+
+    def _ask(self, prompt: Prompt, response: str) -> float | ScoreFault:
+        name = f"the value {self.name}"
+        try:
+            return number(name, self.function(prompt_text(prompt), response))
+        except IVGError:
+            raise
+        except Exception as e:  # whatever a user's function raises
+            return raised(name, e)
 
     def check(self, prompt: Prompt, new_tokens: int) -> None:
         """Any text will do."""
@@ -53,12 +68,17 @@ class CompositeValue:
         self.parts, self.name = tuple(parts), name
 
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
-        """sum_i w_i * V_i for each hypothesis."""
-        totals = [0.0] * len(hypotheses)
+        """sum_i w_i * V_i for each hypothesis.
+
+        Raises:
+            ScoreError: a part has no finite number for some of them; has the scores of all others.
+        """
+        totals: Scores = [0.0] * len(hypotheses)
         for weight, value in self.parts:
-            for i, score in enumerate(value.score(hypotheses)):
-                totals[i] += weight * score
-        return totals
+            for i, (total, score) in enumerate(zip(totals, score_each(value, hypotheses), strict=True)):
+                if not isinstance(total, ScoreFault):
+                    totals[i] = score if isinstance(score, ScoreFault) else total + weight * score
+        return every(totals)
 
     def check(self, prompt: Prompt, new_tokens: int) -> None:
         """Every part must be able to read them."""

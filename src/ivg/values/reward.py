@@ -10,17 +10,21 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from ivg.embedded import PREFIX
-from ivg.errors import ConfigError
+from ivg.errors import ConfigError, ModelError, PromptError, ScoreFault
 from ivg.models.chat import apply_chat_template, is_chat, render, turns
-from ivg.models.loading import LoadOptions, load_network, load_tokenizer
+from ivg.models.loading import LoadOptions, load_config, load_network, load_tokenizer
+from ivg.models.weights import WeightsError
+from ivg.scores import Scores, every, number
 from ivg.types import Hypothesis, Prompt
 from ivg.values.base import FunctionValue
+from ivg.values.fitting import fit
 
 
 class Reward(Protocol):
@@ -31,6 +35,14 @@ class Reward(Protocol):
     def judge(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
         """The reward of each (prompt, response)."""
         ...
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Token ids of one text, and what to say of it where it is not the whole."""
+
+    ids: list[int]
+    note: str | None = None
 
 
 class RewardModel:
@@ -61,14 +73,16 @@ class RewardModel:
         labels = network.config.num_labels
         if label is None and labels > 2:
             raise ConfigError(f"{name} has {labels} labels\n  say which one is the reward: label=0…{labels - 1}")
+        if label is not None and not 0 <= label < labels:
+            raise ConfigError(f"{name} has {labels} labels, got label={label}\n  expected 0…{labels - 1}")
         self.network, self.tokenizer, self.template = network.eval(), tokenizer, template
         if template is None:
             self.template = getattr(network.config, "ivg_template", None)  # as it was trained
         self.label, self.name, self.batch_size = label, name, batch_size
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if network.config.pad_token_id is None:
-            network.config.pad_token_id = tokenizer.pad_token_id
+        self.limit = _longest(network, tokenizer)
+        """Tokens that the classifier reads at most; None: no limit."""
+        self._config = network.config.get_text_config()
+        self._padding: int | None = self._config.pad_token_id
 
     @classmethod
     def from_pretrained(
@@ -80,12 +94,34 @@ class RewardModel:
         options: LoadOptions | None = None,
         name: str = "reward",
     ) -> RewardModel:
-        """Load from a directory or the hub."""
+        """Load from a directory or the hub.
+
+        Raises:
+            ModelError: no sequence classifier: a language model, a value network, a classifier of tokens; says what to use instead.
+        """
         from transformers import AutoModelForSequenceClassification
 
         options = options or LoadOptions()
+        config = load_config(path, options, name)
+        written = ", ".join(getattr(config, "architectures", None) or ())
+        if "TokenClassification" in written:
+            raise ModelError(
+                f"{name} {str(path)!r} is a {written}: it scores every token or step (a process reward), not a whole response\n"
+                "  expected a sequence classifier; process rewards cannot be used yet"
+            )
         tokenizer = load_tokenizer(path, options, name)
-        return cls(load_network(path, AutoModelForSequenceClassification, options, name), tokenizer, template, label, name)
+        try:
+            network = load_network(path, AutoModelForSequenceClassification, options, name)
+        except WeightsError as e:
+            if (getattr(config, "ivg_value", None) or {}).get("head") is not None:
+                raise ModelError(f"{name} {str(path)!r} is a value network, not a sequence classifier\n  give it as --value") from e
+            if any(kind in written for kind in ("CausalLM", "LMHead", "ConditionalGeneration")):
+                raise ModelError(
+                    f"{name} {str(path)!r} is a language model ({written}), not a sequence classifier: its scores would be random\n"
+                    "  a language model whose log-probability is the reward: --arm; a tuned one beside its start: --tuned and --untuned"
+                ) from e
+            raise
+        return cls(network, tokenizer, template, label, name)
 
     def text(self, prompt: Prompt, response: str) -> str:
         """What the classifier reads."""
@@ -95,49 +131,129 @@ class RewardModel:
         text = render(prompt, self.tokenizer, self.template, self.name)
         return text.replace("{response}", response) if "{response}" in (self.template or "") else text + response
 
-    def ids(self, text: str, limit: int | None = None) -> list[int]:
+    def ids(self, text: str) -> list[int]:
         """Token ids of what :meth:`text` gave; a chat template has written its own first token already."""
         first = self.tokenizer.bos_token
         special = not (first and text.startswith(first))
-        return self.tokenizer(text, add_special_tokens=special, truncation=limit is not None, max_length=limit).input_ids
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
+
+    def read(self, prompt: Prompt, response: str) -> Reading:
+        """What the classifier reads of prompt and response: where both are too long, the prompt without its beginning.
+
+        Raises:
+            PromptError: the response alone is too long.
+        """
+        ids = self.ids(self.text(prompt, response))
+        limit = self.limit
+        if limit is None or len(ids) <= limit:
+            return Reading(ids)
+        short = fit(prompt, lambda shorter: len(self.ids(self.text(shorter, response))) <= limit)
+        if short is None:
+            alone = len(self.ids(response))
+            raise PromptError(
+                f"{self.name} reads at most {limit} tokens, and the response alone has {alone}\n"
+                "  ask for fewer new tokens, or take a reward model that reads longer texts"
+            )
+        note = f"{self.name} reads at most {limit} tokens: the beginning of the prompt was left out"
+        return Reading(self.ids(self.text(short, response)), note)
+
+    def note(self, prompt: Prompt, response: str) -> str | None:
+        """What is left out when this is scored; None: nothing."""
+        try:
+            return self.read(prompt, response).note
+        except PromptError:
+            return None
 
     def rewards(self, texts: Sequence[str]) -> tuple[list[float], list[int]]:
-        """(reward, number of tokens read) of every text; texts of like length share a pass."""
-        known = (getattr(self.network.config, "max_position_embeddings", None), self.tokenizer.model_max_length)
-        limit = min((n for n in known if n and n < 1 << 30), default=None)
-        ids = [self.ids(t, limit) for t in texts]
+        """(reward, number of tokens read) of every text, as :meth:`text` gives them.
+
+        Raises:
+            PromptError: a text is too long: of a text nobody knows where its response begins (see :meth:`judge`).
+        """
+        ids = [self.ids(text) for text in texts]
+        if self.limit is not None and (longest := max(map(len, ids), default=0)) > self.limit:
+            raise PromptError(f"{self.name} reads at most {self.limit} tokens, got {longest}\n  give prompt and response apart, to judge()")
+        return self.logits(ids), [len(i) for i in ids]
+
+    def logits(self, ids: Sequence[Sequence[int]]) -> list[float]:
+        """The reward of every text, given as token ids; texts of like length share a pass."""
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out = [0.0] * len(ids)
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
-            batch = self.tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, padding_side="right", return_tensors="pt")
             with torch.no_grad():
-                logits = self.network(**batch.to(self.network.device)).logits.float()
+                logits = self.network(**self._batch([ids[i] for i in chosen])).logits.float()
             if self.label is not None:
                 reward = logits[:, self.label]
             else:
                 reward = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
             for i, r in zip(chosen, reward.tolist(), strict=True):
                 out[i] = r
-        return out, [len(i) for i in ids]
+        return out
+
+    def _batch(self, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """Rows side by side, padded on the right by the id that the network takes for padding.
+
+        Networks look for the last token that is none. One that knows no padding is told of an id that is in none of the rows, so
+        that it reads each row at its own last token, as it would alone.
+        """
+        padding = self._padding
+        if padding is None:
+            used = {token for row in rows for token in row}
+            padding = self._config.pad_token_id = next(i for i in range(len(used) + 1) if i not in used)
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        return {"input_ids": ids.to(self.network.device), "attention_mask": mask.to(self.network.device)}
 
     def judge(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
-        """The reward of each (prompt, response)."""
-        return self.rewards([self.text(prompt, response) for prompt, response in pairs])[0] if pairs else []
+        """The reward of each (prompt, response).
+
+        Raises:
+            ScoreError: some cannot be read; has the scores of all others.
+        """
+        return every(self._scores(self._readings(pairs)))
 
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
-        """The reward of prompt + response for each hypothesis."""
-        rewards, tokens = self.rewards([self.text(h.prompt, h.text) for h in hypotheses])
-        for h, n in zip(hypotheses, tokens, strict=True):
-            h.meter.add(self.name, n)
-        return rewards
+        """The reward of prompt + response for each hypothesis; raises as :meth:`judge`."""
+        readings = self._readings([(h.prompt, h.text) for h in hypotheses])
+        scores = self._scores(readings)
+        for h, reading in zip(hypotheses, readings, strict=True):
+            if isinstance(reading, Reading):
+                h.meter.add(self.name, len(reading.ids))
+                if reading.note:
+                    h.meter.note(reading.note)
+        return every(scores)
+
+    def _readings(self, pairs: Sequence[tuple[Prompt, str]]) -> list[Reading | ScoreFault]:
+        out: list[Reading | ScoreFault] = []
+        for prompt, response in pairs:
+            try:
+                out.append(self.read(prompt, response))
+            except PromptError as e:
+                out.append(ScoreFault(str(e), prompt=True))
+        return out
+
+    def _scores(self, readings: Sequence[Reading | ScoreFault]) -> Scores:
+        rewards = iter(self.logits([r.ids for r in readings if isinstance(r, Reading)]))
+        return [number(f"the value {self.name}", next(rewards)) if isinstance(r, Reading) else r for r in readings]
 
     def check(self, prompt: Prompt, new_tokens: int) -> None:
-        """Raise PromptError where the template refuses the prompt. Longer texts are cut at the classifier's limit."""
+        """Raise PromptError where the template refuses the prompt. One of any length is read: see :meth:`read`."""
         self.text(prompt, "x")
 
     def release(self, keys: Sequence[int]) -> None:
         """Nothing is kept."""
+
+
+def _longest(network: Any, tokenizer: Any) -> int | None:
+    """Tokens that a classifier reads at most. Networks of RoBERTa's family count positions from behind that of padding."""
+    positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None:
+        tables = (m for name, m in network.named_modules() if name.rpartition(".")[2] == "position_embeddings")
+        offsets = [m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None]
+        positions -= max(offsets, default=0)
+    return min((n for n in (positions, tokenizer.model_max_length) if n and n < 1 << 30), default=None)
 
 
 def load_reward(
