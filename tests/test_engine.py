@@ -273,7 +273,7 @@ def test_nan_fails_only_its_own_request():
     ]
     got = run(base, [good[0], *bad, good[1]])
     assert [got[0].token_ids, got[3].token_ids] == expected
-    assert "token guidance gave NaN" in got[1].error
+    assert "value function gave NaN" in got[1].error
     assert "value function gave NaN" in got[2].error
     assert base.model.live_rows == 0
 
