@@ -379,7 +379,7 @@ def drive(monkeypatch, worker, todo, seed=0, batch_size=3, **settings):
 
     monkeypatch.setattr(driver, "connected", lambda _: Connected())
     recipe = Recipe.parse({"run": {"batch_size": batch_size}})
-    out = list(driver.answers(recipe, todo, errors.append, ClusterSettings("auto", **settings)))
+    out = list(driver.answers(recipe, todo, teller(errors), ClusterSettings("auto", **settings)))
     return [(job.id, k) for job, k, _ in out], errors, fake
 
 
