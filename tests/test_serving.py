@@ -280,7 +280,7 @@ def test_models(running):
     assert client.models.retrieve("tiny:eft").ivg["token"] == "implicit"
     extras = httpx.get(f"{running.url}/v1/models").json()["ivg"]
     assert extras["values"] == ["implicit", "explicit", "length"]
-    assert extras["limits"]["max_tokens"] == 2048
+    assert extras["limits"]["max_tokens"] == 256
     assert extras["defaults"]["method"] == "ivg"
 
 

@@ -116,7 +116,7 @@ def values():
 
 @pytest.fixture(scope="module")
 def running():
-    server = Running(tiny(**values()))
+    server = Running(tiny(**values()), max_tokens=2048)
     yield server
     server.stop()
 
@@ -196,7 +196,7 @@ def test_bad_bodies_name_the_field(running, change, param):
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, None),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
     ],
 )
 def test_bad_chats_name_the_field(running, change, param):
@@ -240,7 +240,7 @@ def test_an_empty_prompt_is_told_in_one_line(running):
 def test_long_prompts_are_refused_and_not_remembered(running):
     before = running.presets.model.base.prompt_ids.cache_info().currsize
     for prompt in ("x" * 1500, "x" * 500_000, [5] * 300):
-        well_formed(running.post(GOOD | {"prompt": prompt}), 400, "prompt", "invalid_prompt")
+        well_formed(running.post(GOOD | {"prompt": prompt}), 400, "prompt", "context_length_exceeded")
     assert running.presets.model.base.prompt_ids.cache_info().currsize == before
 
 

@@ -154,7 +154,7 @@ class Trouble:
         elif kind == "malformed":
             await self.post(http, (b"{" * i, b"\xff", b"[1, 2]", b'{"model": "tiny", "prompt": 5}')[i % 4], 400)
         elif kind == "long":
-            await self.post(http, bad | {"prompt": "x" * (300 + 1000 * i)}, 400, "invalid_prompt")
+            await self.post(http, bad | {"prompt": "x" * (300 + 1000 * i)}, 400, "context_length_exceeded")
         elif kind == "large":
             await self.post(http, bad | {"prompt": "x" * (1 << 21)}, 413, "body_too_large")
         elif kind == "key":

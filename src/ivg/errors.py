@@ -21,6 +21,22 @@ class PromptError(IVGError, ValueError):
     """A prompt that cannot be read: empty, too long, not text and not messages."""
 
 
+class ContextLengthError(PromptError):
+    """A prompt and its answer that outgrow a model's context.
+
+    Args:
+        message: what was got, what was expected, what to do.
+        model: whose context.
+        length: tokens of the prompt, or of what is known of it: then it alone is too long.
+        new_tokens: of the answer, as asked for.
+        limit: tokens that the model reads at most.
+    """
+
+    def __init__(self, message: str, *, model: str, length: int, new_tokens: int, limit: int) -> None:
+        super().__init__(message)
+        self.model, self.length, self.new_tokens, self.limit = model, length, new_tokens, limit
+
+
 class VocabularyError(IVGError, ValueError):
     """Two models whose token ids do not mean the same text."""
 

@@ -349,6 +349,8 @@ class Step:
     completion: Completion | None = None
     details: tuple[TokenDetail, ...] = ()
     """Of the live hypothesis, where there is only one."""
+    tokens: int = 0
+    """That all live beams share."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,11 +32,18 @@ def serve(
     api_key_file: Annotated[Path | None, _option("--api-key-file", "Keys that open the server, one a line.")] = None,
     max_beams: Annotated[int | None, _option("--max-beams", "Hypotheses in flight at most. (default: 256)")] = None,
     max_hypotheses: Annotated[int | None, _option("--max-hypotheses", "W*K of one request at most. (default: 64)")] = None,
-    max_tokens: Annotated[int | None, _option("--max-tokens", "Of one answer at most. (default: 2048)")] = None,
+    max_tokens: Annotated[int | None, _option("--max-tokens", "Of one answer at most. (default: as the context allows)")] = None,
     queue_limit: Annotated[int | None, _option("--queue-limit", "Answers that may wait. (default: 128)")] = None,
     deadline: Annotated[float | None, _option("--deadline", "Seconds for one request. (default: 600)")] = None,
     drain: Annotated[float | None, _option("--drain", "Seconds to finish in when told to stop. (default: 30)")] = None,
     cors_origin: Annotated[list[str] | None, _option("--cors-origin", "Web origin that may ask from a browser; may be repeated.")] = None,
+    strict: Annotated[
+        bool | None, _option("--strict", "Refuse fields of requests that change no answer, instead of ignoring them.")
+    ] = None,
+    keep_alive: Annotated[int | None, _option("--keep-alive", "Seconds that a connection may rest between requests. (default: 75)")] = None,
+    max_connections: Annotated[
+        int | None, _option("--max-connections", "Open at once at most. (default: as the limit of open files allows)")
+    ] = None,
     log_prompts: Annotated[bool | None, _option("--log-prompts", "Write prompts to the log.")] = None,
     method: o.Method = None,
     base: o.Base = None,
@@ -47,7 +54,9 @@ def serve(
     arm: o.Arm = None,
     template: o.Template = None,
     temperature: o.Temperature = None,
-    max_new_tokens: o.MaxNewTokens = None,
+    max_new_tokens: Annotated[
+        int | None, _option("--max-new-tokens", "Of an answer where the client does not say. (default: as the context allows)")
+    ] = None,
     engine: o.Engine = None,
     device: o.Device = None,
     dtype: o.Dtype = None,

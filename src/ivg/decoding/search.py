@@ -319,7 +319,8 @@ class Searcher:
         ended = all(b.finished for b, _ in live.kept) and not live.growing
         committed = select.common_prefix([b.text for b in beams])
         shown = committed if ended else _hold_back(committed, live.request.sampling.stop)
-        step = Step(live.id, nodes[0], nodes[1], shown, details=beams[0].details if len(beams) == 1 else ())
+        details = beams[0].details if len(beams) == 1 else ()
+        step = Step(live.id, nodes[0], nodes[1], shown, details=details, tokens=select.common_length([b.token_ids for b in beams]))
         if live.request.trace and (kept or dropped):
             live.trace.append(step)
         return step

@@ -55,3 +55,11 @@ def common_prefix(texts: Sequence[str]) -> str:
         if char != high[i]:
             return low[:i]
     return low
+
+
+def common_length(sequences: Sequence[tuple[int, ...]]) -> int:
+    """With how many tokens all of ``sequences`` begin."""
+    if not sequences:
+        return 0
+    low, high = min(sequences), max(sequences)
+    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))

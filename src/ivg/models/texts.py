@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from ivg.errors import PromptError
+from ivg.errors import ContextLengthError, PromptError
 from ivg.models.chat import check_template, encode_rendered, is_chat, render
 from ivg.models.rows import common_length
 from ivg.models.vocab import Vocabulary
@@ -87,13 +87,15 @@ class Texts:
             return length
         context = f"context of {self.name} ({limit}{f': {self.limit_reason}' if self.limit_reason else ''})"
         if length >= limit:
-            raise PromptError(
+            message = (
                 f"prompt of {length} tokens leaves no room in the {context}\n  shorten the prompt by at least {length - limit + 1} tokens"
             )
-        raise PromptError(
-            f"prompt of {length} tokens + {new_tokens} new tokens > {context}\n"
-            f"  shorten the prompt, or ask for at most {limit - length} new tokens"
-        )
+        else:
+            message = (
+                f"prompt of {length} tokens + {new_tokens} new tokens > {context}\n"
+                f"  shorten the prompt, or ask for at most {limit - length} new tokens"
+            )
+        raise ContextLengthError(message, model=self.name, length=length, new_tokens=new_tokens, limit=limit)
 
     def ids(self, h: Hypothesis) -> tuple[list[int], int]:
         """(all tokens of prompt and response, how many of them are prompt).

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, Response
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from ivg.errors import ServeError
+from ivg.serving.bodies import B, Body, read
+from ivg.serving.connections import EVENTS
 from ivg.serving.gate import Gate, error_headers
 from ivg.serving.logs import say
 from ivg.serving.metrics import CONTENT_TYPE
@@ -36,7 +38,6 @@ WATCH_SECONDS = 0.5
 """A client that waits looks this often whether the worker lives."""
 ROUND_SECONDS = 5.0
 """The worker's last round is waited for this long when its time is over."""
-Body = ChatRequest | CompletionRequest
 T = TypeVar("T")
 
 
@@ -57,7 +58,7 @@ def create_app(worker: Worker, presets: Presets) -> FastAPI:
         while worker.thread.is_alive() and worker.seconds_left > -ROUND_SECONDS:  # a second signal may shorten it meanwhile
             await asyncio.sleep(0.02)
 
-    app = FastAPI(title="ivg", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="ivg", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.worker, app.state.presets = worker, presets
     app.state.texts = Texts(presets.model.engine.vocabulary)
     _add_errors(app)
@@ -66,8 +67,13 @@ def create_app(worker: Worker, presets: Presets) -> FastAPI:
     _add_playground(app)
     app.add_middleware(Gate, settings=worker.settings, metrics=worker.metrics, paths=PATHS)
     if worker.settings.cors_origins:
-        methods, headers = ["GET", "POST"], ["authorization", "content-type", "x-request-id"]
-        app.add_middleware(CORSMiddleware, allow_origins=list(worker.settings.cors_origins), allow_methods=methods, allow_headers=headers)
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(worker.settings.cors_origins),
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],  # clients send headers of their own (x-stainless-…), and none of them is believed
+            expose_headers=["x-request-id", "retry-after"],
+        )
     _describe(app, list(presets.names))
     return app
 
@@ -78,15 +84,19 @@ def create_app(worker: Worker, presets: Presets) -> FastAPI:
 def _add_openai(app: FastAPI, worker: Worker, presets: Presets) -> None:
     listing = _models(presets)
 
-    @app.post("/v1/chat/completions", response_class=JSON)
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        """Answer a conversation."""
+    async def answer(kind: type[B], request: Request) -> Response:
+        body = read(await request.body(), request.headers, kind, strict=worker.settings.strict)
         return await _answer(worker, presets, body, request)
 
-    @app.post("/v1/completions", response_class=JSON)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
+    @app.post("/v1/chat/completions", response_class=JSON, openapi_extra=_takes(ChatRequest))
+    async def chat(request: Request) -> Response:
+        """Answer a conversation."""
+        return await answer(ChatRequest, request)
+
+    @app.post("/v1/completions", response_class=JSON, openapi_extra=_takes(CompletionRequest))
+    async def completions(request: Request) -> Response:
         """Continue a text."""
-        return await _answer(worker, presets, body, request)
+        return await answer(CompletionRequest, request)
 
     @app.get("/v1/models", response_class=JSON)
     async def models() -> Response:
@@ -137,12 +147,11 @@ def _add_playground(app: FastAPI) -> None:
 
 def _models(presets: Presets) -> dict[str, Any]:
     created = int(time.time())
-    data = [{"id": e["id"], "object": "model", "created": created, "owned_by": "ivg", "ivg": e["ivg"]} for e in presets.listing()]
+    data = [{"id": e.pop("id"), "object": "model", "created": created, "owned_by": "ivg", **e} for e in presets.listing()]
     s = presets.settings
-    names = ("max_hypotheses", "max_chunk_length", "max_candidates", "max_tokens", "max_n", "deadline")
-    defaults = presets.sampling | {"method": presets.names[presets.name]}
-    ours = {"limits": {n: getattr(s, n) for n in names}, "values": list(presets.model.values), "defaults": defaults}
-    return {"object": "list", "data": data, "ivg": ours}
+    names = ("max_hypotheses", "max_chunk_length", "max_candidates", "max_n", "deadline")
+    limits = {n: getattr(s, n) for n in names} | {"max_tokens": presets.max_tokens}
+    return {"object": "list", "data": data, "ivg": {"limits": limits, "values": list(presets.model.values), "defaults": presets.defaults}}
 
 
 # One request
@@ -161,7 +170,8 @@ async def _answer(worker: Worker, presets: Presets, body: Body, request: Request
         form = Form(isinstance(body, ChatRequest), body.model, order, body.alternatives, request.app.state.texts)
         if body.stream:
             options = body.stream_options
-            stream = Stream(form, usage=bool(options and options.include_usage), beams=body.watched)
+            usage = bool(options and options.include_usage)
+            stream = Stream(form, usage=usage, counts=bool(usage and options and options.continuous_usage_stats), beams=body.watched)
             return EventStream(stream, ticket, worker)
         completions = await _unless_gone(request, _gather(ticket, worker, len(order.requests)))
         return JSON(whole(form, completions))
@@ -246,6 +256,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the end, or until nobody listens."""
+        scope.setdefault("state", {})[EVENTS] = True
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         work, gone = asyncio.ensure_future(self._send(send)), asyncio.ensure_future(_disconnect(receive))
         try:
@@ -294,10 +305,6 @@ def _add_errors(app: FastAPI) -> None:
     async def ours(_: Request, error: ServeError) -> Response:
         return reply(error)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return reply(_invalid(error.errors()))
-
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
@@ -308,19 +315,11 @@ def _add_errors(app: FastAPI) -> None:
         return reply(ServeError("something went wrong in the server; its log has this request's id", 500, "server_error"))
 
 
-def _invalid(errors: Any) -> ServeError:
-    """The first thing that is wrong with a body, by its field."""
-    first = errors[0]
-    where = [str(part) for part in first["loc"] if part not in ("body", "function-after")]
-    if first["type"] == "json_invalid":
-        return ServeError("the body is not JSON", 400, "invalid_json")
-    message = first["msg"].removeprefix("Value error, ")
-    known = {**ChatRequest.model_fields, **CompletionRequest.model_fields}
-    param = ".".join(where) or (message.partition(" ")[0] if message.partition(" ")[0] in known else None)
-    if first["type"] == "extra_forbidden":
-        return ServeError(f"unknown field {param}", 400, "unknown_field", param)
-    code = "missing_field" if first["type"] == "missing" else "invalid_value"
-    return ServeError(f"{'.'.join(where)}: {message}" if where else message, 400, code, param)
+def _takes(kind: type[Body]) -> dict[str, Any]:
+    """A body in the schema; it is read by ``serving.bodies``."""
+    return {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}}
+    }
 
 
 def _describe(app: FastAPI, names: list[str]) -> None:
@@ -331,6 +330,9 @@ def _describe(app: FastAPI, names: list[str]) -> None:
 
     def openapi() -> dict[str, Any]:
         schema = made()
+        kinds: Any = [(ChatRequest, "validation"), (CompletionRequest, "validation")]
+        own = models_json_schema(kinds, ref_template="#/components/schemas/{model}")[1]["$defs"]
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(own)
         for kind in (ChatRequest, CompletionRequest):
             schema["components"]["schemas"][kind.__name__]["properties"]["model"]["enum"] = names
         for name, path in schema["paths"].items():
@@ -338,7 +340,7 @@ def _describe(app: FastAPI, names: list[str]) -> None:
                 if name.endswith("completions"):
                     operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
                 operation["responses"].pop("422", None)
-                for status in (400, 401, 404, 408, 413, 429, 500, 502, 503, 504):
+                for status in (400, 401, 404, 408, 413, 415, 429, 500, 502, 503, 504):
                     operation["responses"].setdefault(str(status), {"description": "An error in OpenAI's shape.", "content": content})
         return schema
 

@@ -24,7 +24,7 @@ from ivg.serving.metrics import Metrics
 from ivg.serving.replies import error_body
 from ivg.serving.settings import ServeSettings
 
-GUARDED = ("/v1/", "/metrics")
+GUARDED = ("/v1/", "/metrics", "/openapi.json")
 """Where a key is asked for, if there are keys."""
 BODY_SECONDS = 30.0
 """A body that takes longer than this to arrive is not waited for."""
@@ -60,10 +60,12 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = {k.lower(): v for k, v in scope["headers"]}
+        method, path = scope["method"], scope["path"]
+        scope = {**scope, "path": path.rstrip("/") or "/", "method": "GET" if method == "HEAD" else method}
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         identity = given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = identity
-        pipe = _Pipe(send, identity)
+        pipe = _Pipe(send, identity, body=method != "HEAD")
         started = time.monotonic()
         try:
             await self._pass(scope, headers, receive, pipe)
@@ -79,9 +81,13 @@ class Gate:
             self.metrics.requests.labels(path if path in self.paths else "other", pipe.status or 499).inc()
             level = logging.DEBUG if path in ("/health", "/ready", "/metrics") else logging.INFO
             seconds = round(time.monotonic() - started, 4)
-            say("request", level, request_id=identity, method=scope["method"], path=path, status=pipe.status or 499, seconds=seconds)
+            say("request", level, request_id=identity, method=method, path=path, status=pipe.status or 499, seconds=seconds)
 
     async def _pass(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        if b"transfer-encoding" in headers and b"content-length" in headers:  # whoever stands between may take the other one for true
+            message = "the request has both Content-Length and Transfer-Encoding; send one of them"
+            await refuse(send, ServeError(message, 400, "invalid_request"), close=True)
+            return
         try:
             try:
                 self._admit(scope, headers)
@@ -91,7 +97,7 @@ class Gate:
             async with asyncio.timeout(BODY_SECONDS):
                 body = await self._body(headers, receive)
         except TimeoutError:
-            await refuse(send, ServeError(f"no whole body within {BODY_SECONDS:g} seconds", 408, "timeout"))
+            await refuse(send, ServeError(f"no whole body within {BODY_SECONDS:g} seconds", 408, "timeout"), close=True)
         except ServeError as e:
             await refuse(send, e)
         else:
@@ -159,22 +165,26 @@ class _Again:
 
 
 class _Pipe:
-    """Sends, adds headers, and remembers the status."""
+    """Sends, adds headers, and remembers the status; without bodies, where only the head was asked for."""
 
-    def __init__(self, send: Send, identity: str) -> None:
-        self.send, self.status = send, 0
+    def __init__(self, send: Send, identity: str, *, body: bool = True) -> None:
+        self.send, self.status, self.body = send, 0, body
         self.headers = [(b"x-request-id", identity.encode()), *HEADERS]
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message = {**message, "headers": [*message.get("headers", ()), *self.headers]}
+        elif not self.body and message["type"] == "http.response.body":
+            message = {**message, "body": b""}
         await self.send(message)
 
 
-async def refuse(send: Send, error: ServeError) -> None:
-    """An error as a whole response."""
+async def refuse(send: Send, error: ServeError, *, close: bool = False) -> None:
+    """An error as a whole response; with ``close`` nothing more is read from this client."""
     body, headers = json.dumps(error_body(error)).encode(), error_headers(error)
+    if close:
+        headers |= {"connection": "close"}
     raw = [(k.encode(), v.encode()) for k, v in headers.items()]
     start: dict[str, Any] = {"type": "http.response.start", "status": error.status}
     await send({**start, "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *raw]})
@@ -183,7 +193,7 @@ async def refuse(send: Send, error: ServeError) -> None:
 
 def error_headers(error: ServeError) -> dict[str, str]:
     """When to try again; and not at all where it would be the same again."""
-    if error.status == 429 or error.code == "upstream_unavailable":
+    if error.status == 429 or error.code in ("unavailable", "upstream_unavailable"):
         return {"retry-after": "1"}
     if error.status == 401:
         return {"www-authenticate": "Bearer"}

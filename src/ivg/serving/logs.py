@@ -28,13 +28,22 @@ class JsonFormatter(logging.Formatter):
 
 
 def to_standard_error() -> None:
-    """What ``ivg serve`` does with its log, and uvicorn's warnings with it."""
+    """What ``ivg serve`` does with its log: every line is JSON, warnings of libraries and of Python too, and no bar moves between them."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    for name, level in (("ivg.serve", logging.INFO), ("uvicorn", logging.WARNING)):
+    for name, level in (("", logging.WARNING), ("ivg.serve", logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
+    logging.captureWarnings(True)
+    for name in ("transformers", "huggingface_hub", "py.warnings"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [], True
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
 
 
 def say(event: str, level: int = logging.INFO, **fields: Any) -> None:

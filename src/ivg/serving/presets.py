@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -15,9 +16,9 @@ from ivg.config import Recipe
 from ivg.decoding.live import QUANTUM, Request
 from ivg.decoding.search import check_engine
 from ivg.decoding.strategies import STRATEGIES, Strategy
-from ivg.errors import ConfigError, PromptError, ScoreFault, ServeError, UpstreamFault
-from ivg.models.chat import encode, prompt_text
-from ivg.serving.schemas import ChatMessage, ChatRequest, CompletionRequest, Guidance
+from ivg.errors import ConfigError, ContextLengthError, PromptError, ScoreFault, ServeError, UpstreamFault
+from ivg.serving.lengths import check, check_chats, check_size, reads_chats, room, too_long
+from ivg.serving.schemas import ChatRequest, CompletionRequest, Guidance
 from ivg.serving.settings import ServeSettings
 from ivg.steered import SteeredModel
 from ivg.types import Message, Prompt
@@ -26,6 +27,8 @@ SHOWN = 5
 """Alternatives to each token where a client watches the beams."""
 COOLEST = 1e-3
 """Lower temperatures than this, but 0, would divide logits beyond float32."""
+DEFAULT_TOKENS = 2048
+"""Of an answer whose length neither client nor server says, where no model has a limit."""
 LONG_CHUNK = 8
 """Chunks of so many tokens are shown as they grow."""
 
@@ -38,6 +41,8 @@ class Order:
     method: str
     seed: int
     vocabulary: Any
+    prompt_tokens: int
+    """Of all prompts, each once."""
 
 
 @dataclass
@@ -60,6 +65,7 @@ class Presets:
         base = self.recipe.models.given.get("base")
         self.name = self.settings.name or ("embedded" if base is None else base.path.rstrip("/").rpartition("/")[2].replace(":", "-"))
         self.names = {self.name: self.recipe.search.method} | {f"{self.name}:{m}": m for m in self.model.methods}
+        check_chats(self.model)
         self.sampling = {**asdict(self.model.sampling), **self.recipe.sampling.settings()}
         one = self.model.request(
             "x", self.strategy(self.recipe.search.method, {}), **self.sampling
@@ -98,7 +104,28 @@ class Presets:
 
     def listing(self) -> list[dict[str, Any]]:
         """Name, method and sizes of every preset."""
-        return [{"id": name, "ivg": described(self.strategy(method, {}))} for name, method in self.names.items()]
+        out = []
+        for name, method in self.names.items():
+            strategy = self.strategy(method, {})
+            length = self._context(strategy)
+            out.append({"id": name, **({} if length is None else {"max_model_len": length}), "ivg": described(strategy)})
+        return out
+
+    def _context(self, strategy: Strategy) -> int | None:
+        """Tokens of prompt and answer together that all models of a method can read, as the base counts them."""
+        one = self.model.request("x", strategy, **self.sampling)
+        left = room(self.model, one)
+        return None if left is None else left + len(self.model.base.prompt_ids(one.prompt))
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Of one answer, as far as it can be known without its prompt."""
+        return self.model.base.max_positions if self.settings.max_tokens is None else self.settings.max_tokens
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What holds where a request does not say otherwise; ``max_new_tokens`` is None where the context decides."""
+        return self.sampling | {"max_new_tokens": self.recipe.sampling.max_new_tokens, "method": self.names[self.name]}
 
     # Requests
 
@@ -117,19 +144,34 @@ class Presets:
             wanted = max(wanted or 0, SHOWN)
         one = self.model.request("x", strategy, seed=seed, record=watched, alternatives=wanted, **self._sampling(body))
         one = replace(one, stride=_stride(one) if body.stream else QUANTUM)
-        prompts, n = self._prompts(body), body.n or 1
-        return Order(
-            [replace(one, prompt=p, index=i) for p in prompts for i in range(n)], strategy.name, seed, self.model.engine.vocabulary
-        )
+        param = "messages" if isinstance(body, ChatRequest) else "prompt"
+        try:
+            ones = [self._fitting(replace(one, prompt=prompt), body.limit) for prompt in self._prompts(body)]
+        except ContextLengthError as e:
+            raise too_long(e, param) from None
+        except PromptError as e:
+            raise fault(e, param) from None
+        requests = [replace(one, index=i) for one in ones for i in range(body.n or 1)]
+        engine = self.model.engine
+        return Order(requests, strategy.name, seed, engine.vocabulary, sum(engine.prompt_tokens(one.prompt) for one in ones))
+
+    def _fitting(self, one: Request, wanted: int | None) -> Request:
+        """The request with as many tokens as were asked for; without a wish: as the server says, and as models can read."""
+        left = room(self.model, one)
+        if wanted is None:
+            limits = (self.recipe.sampling.max_new_tokens, self.settings.max_tokens, left)
+            wanted = min((n for n in limits if n is not None), default=DEFAULT_TOKENS)
+        elif left is not None and wanted > left:
+            check(self.model, one, wanted)
+        return replace(one, sampling=replace(one.sampling, max_new_tokens=wanted))
 
     def _sampling(self, body: ChatRequest | CompletionRequest) -> dict[str, Any]:
         if body.temperature is not None and 0 < body.temperature < COOLEST:
             raise ServeError(f"temperature must be 0 or at least {COOLEST}, got {body.temperature}", 400, "invalid_value", "temperature")
-        limit = body.limit or min(self.sampling["max_new_tokens"], self.settings.max_tokens)
-        field = "max_tokens" if body.max_tokens is not None or isinstance(body, CompletionRequest) else "max_completion_tokens"
-        self._at_most(field, limit, self.settings.max_tokens)
-        given = {"temperature": body.temperature, "top_p": body.top_p, "max_new_tokens": limit, "stop": body.stops}
-        given |= body.guidance.sampling if body.guidance else {}
+        if body.limit is not None and self.settings.max_tokens is not None:
+            field = "max_tokens" if body.max_tokens is not None or isinstance(body, CompletionRequest) else "max_completion_tokens"
+            self._at_most(field, body.limit, self.settings.max_tokens)
+        given = {"temperature": body.temperature, "top_p": body.top_p, "stop": body.stops, **body.sampling}
         return self.sampling | {k: v for k, v in given.items() if v is not None}
 
     def _within(self, strategy: Strategy) -> Strategy:
@@ -160,44 +202,26 @@ class Presets:
 
     def _text(self, prompt: str | Sequence[int]) -> Prompt:
         if isinstance(prompt, str):
-            self._check_size(Prompt(prompt))
-            return Prompt(prompt)
+            made = Prompt(prompt)
+            check_size(self.model.base, made)
+            return made
         if not self.model.base.reads_given_ids:
             raise ServeError("this model is sent text and reads no token ids; give the prompt as text", 400, "invalid_value", "prompt")
-        vocabulary = self.model.engine.vocabulary
-        limit = self.model.base.max_positions
-        if limit is not None and len(prompt) >= limit:
-            raise PromptError(f"prompt of {len(prompt)} tokens > context of the base ({limit})\n  shorten the prompt")
+        check_size(self.model.base, Prompt("", tuple(prompt)))
         beyond = [i for i in prompt if i >= self.model.base.vocab_size]
         if beyond:
             message = f"token id {beyond[0]} is beyond the vocabulary ({self.model.base.vocab_size})"
             raise ServeError(message, 400, "invalid_value", "prompt")
-        return Prompt(vocabulary.whole(prompt), tuple(prompt))
+        return Prompt(self.model.engine.vocabulary.whole(prompt), tuple(prompt))
 
-    def _conversation(self, messages: Sequence[ChatMessage]) -> Prompt:
+    def _conversation(self, messages: Sequence[Message]) -> Prompt:
         """The messages, where the base has a template for them; a plain model continues their texts, one line each, none left out."""
-        base = self.model.base
-        if base.template is not None or getattr(base.tokenizer, "chat_template", None):
-            prompt = Prompt(tuple(Message("system" if m.role == "developer" else m.role, m.text) for m in messages))
+        if reads_chats(self.model.base):
+            prompt = Prompt(tuple(Message("system" if m.role == "developer" else m.role, m.content) for m in messages))
         else:
-            prompt = Prompt("\n".join(m.text for m in messages))
-        self._check_size(prompt)
+            prompt = Prompt("\n".join(m.content for m in messages))
+        check_size(self.model.base, prompt)
         return prompt
-
-    def _check_size(self, prompt: Prompt) -> None:
-        """Refuse what is far too long before anything reads or remembers it: readers keep the tokens of the prompts that they saw.
-
-        Raises:
-            PromptError: more tokens than the base has positions.
-        """
-        base, text = self.model.base, prompt_text(prompt)
-        limit = base.max_positions
-        if limit is None or len(text) <= 4 * limit:
-            return
-        longest = max(map(len, base.vocabulary.pieces.values()), default=1)
-        tokens = len(text) // longest if len(text) > longest * limit else len(encode(prompt, base.tokenizer, base.template))
-        if tokens >= limit:
-            raise PromptError(f"prompt of at least {tokens} tokens > context of {base.name} ({limit})\n  shorten the prompt")
 
     def size(self, body: ChatRequest | CompletionRequest) -> int:
         """How many answers ``body`` asks for.
@@ -239,13 +263,14 @@ def _stride(request: Request) -> int:
     return 1 if alone else 4 if long else QUANTUM
 
 
-def fault(error: Exception) -> ServeError:
-    """What a client is told of an error that ivg raised on purpose."""
+def fault(error: Exception, param: str = "prompt") -> ServeError:
+    """What a client is told of an error that ivg raised on purpose; ``param`` is where prompts stand in its body."""
     if isinstance(error, ServeError):
         return error
-    message = one_line(str(error))
+    message = public(str(error))
     if isinstance(error, PromptError):
-        return ServeError(message, 400, "invalid_prompt", "prompt")
+        place = re.match(r"messages(?:\.\w+|\[\d+\])*", message)
+        return ServeError(message, 400, "invalid_prompt", place[0] if place else param)
     if isinstance(error, ConfigError | ValueError):
         first = message.partition(" ")[0]
         named = first in Guidance.model_fields
@@ -256,11 +281,11 @@ def fault(error: Exception) -> ServeError:
 def failed(error: str) -> ServeError:
     """What a client is told of an answer that a model broke off. Where another server did, its address is nobody's business."""
     if isinstance(error, ScoreFault):
-        return fault(PromptError(error)) if error.prompt else ServeError(one_line(error.said), 500, "model_error")
+        return fault(PromptError(error)) if error.prompt else ServeError(public(error.said), 500, "model_error")
     if not isinstance(error, UpstreamFault):
-        return ServeError(one_line(error), 500, "model_error")
+        return ServeError(public(error), 500, "model_error")
     if error.status in (400, 413, 422):  # the request's own fault: too long, mostly
-        return ServeError(error.said, 400, "invalid_request")
+        return ServeError(public(error.said), 400, "invalid_request")
     if error.status is None or error.status in (408, 409, 429) or error.status >= 500:
         return ServeError("the engine behind this server is busy or away; try again later", 503, "upstream_unavailable")
     return ServeError("the engine behind this server refuses it; the log says why", 502, "upstream_refused")
@@ -277,3 +302,8 @@ def one_line(message: str) -> str:
     for line in filter(None, map(str.strip, message.splitlines())):
         out += f"{' ' if out[-1] in ':;,.' else '; '}{line}" if out else line
     return out
+
+
+def public(message: str) -> str:
+    """A message for strangers: one line, and of files of this machine the last part of their paths at most."""
+    return re.sub(r"(?<![\w.:/~])~?/(?!v1/)(?:[\w.+@-]+/)+([\w.+@-]*)", r"\1", one_line(message))

@@ -132,9 +132,11 @@ class Form:
 
     def usage(self, completions: Sequence[Completion]) -> dict[str, int]:
         """OpenAI's: tokens of prompts, each once, and of answers."""
-        n = len(self.order.requests) // len({r.prompt for r in self.order.requests}) if completions else 1
-        prompt = sum(c.usage.prompt_tokens for c in completions[:: max(1, n)])
-        written = sum(c.usage.completion_tokens for c in completions)
+        return self.counts(sum(c.usage.completion_tokens for c in completions))
+
+    def counts(self, written: int) -> dict[str, int]:
+        """Usage with so many tokens of answers."""
+        prompt = self.order.prompt_tokens
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
     def ours(self, completions: Sequence[Completion]) -> dict[str, Any]:

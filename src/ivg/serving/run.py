@@ -15,6 +15,7 @@ from ivg.build import load_models
 from ivg.config import Recipe
 from ivg.errors import ConfigError
 from ivg.serving.app import create_app
+from ivg.serving.connections import fitting, protocol, quiet_accepts
 from ivg.serving.logs import say, to_standard_error
 from ivg.serving.presets import Presets
 from ivg.serving.settings import ServeSettings
@@ -39,11 +40,22 @@ class Server(uvicorn.Server):
         """The signal that came second."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain; a second signal stops at once."""
-        if self.should_exit:
+        """Drain; a second signal stops at once. Uvicorn's own would raise the signal again when all is done, and exit with it."""
+        if self.worker.draining:
             self.hurried_by = sig
-        self.worker.drain(0 if self.should_exit else None)
-        self.should_exit = True  # uvicorn's own would raise the signal again when all is done, and exit with it
+        self.worker.drain(0 if self.worker.draining else None)
+
+    async def on_tick(self, counter: int) -> bool:
+        """While answers are finished, whoever asks whether the server is ready is told that it is not, and new requests that it stops."""
+        ended = self.worker.seconds_left <= 0 or (self.worker.draining and not self.worker.thread.is_alive())
+        if ended or self.hurried_by is not None:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        quiet_accepts(asyncio.get_running_loop())
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let what runs finish, as long as it may."""
@@ -65,10 +77,15 @@ def make_server(presets: Presets) -> Server:
     """A server around models that are loaded already."""
     settings = presets.settings
     worker = Worker(presets.model, settings)
+    limits = fitting(settings.max_connections, settings.keep_alive)
     config = uvicorn.Config(
         create_app(worker, presets),
         host=settings.host,
         port=settings.port,
+        http=protocol(limits),
+        ws="none",
+        backlog=limits.backlog,
+        timeout_keep_alive=settings.keep_alive,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -1,4 +1,5 @@
-"""What clients may ask: OpenAI's fields, strictly, and ``guidance``. Knows no models; unknown fields are errors that name them.
+"""What clients may ask: OpenAI's fields, vLLM's names for sampling settings, and ``guidance``. Knows no models; unknown fields are
+errors that name them (``serving.bodies`` has taken away before what changes no answer).
 
 Fields that OpenAI's clients may send and that nothing here can honour (tools, penalties, audio …) are accepted at the value that
 asks for nothing, and refused by name otherwise.
@@ -6,13 +7,30 @@ asks for nothing, and refused by name otherwise.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_after_validator_function
 
 from ivg.config import SearchConfig
+from ivg.errors import PromptError
+from ivg.prompts import Message, Prompt, check_text
+
+MAX_MESSAGES = 1024
+MAX_STOPS = 16
+ROLES = ("system", "developer", "user", "assistant")
+SAMPLING = ("top_k", "min_p", "repetition_penalty", "ignore_eos")
+"""Fields of ``guidance`` that are taken from the body's top level too, where vLLM has them."""
 
 
 class Only:
@@ -32,17 +50,6 @@ class Only:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {"enum": [None, *self.neutral]}
-
-
-def _unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("is no Unicode text: it has half of a surrogate pair") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_unicode)]
 
 
 class _Body(BaseModel):
@@ -73,14 +80,110 @@ class Guidance(SearchConfig):
 
 
 class StreamOptions(_Body):
-    """What a stream carries besides text; ``include_beams`` (ours) sends the search tree and every token's alternatives."""
+    """What a stream carries besides text.
+
+    With ``include_usage``, ``continuous_usage_stats`` (vLLM's) adds usage so far to every chunk. ``include_beams`` (ours) sends the search
+    tree and every token's alternatives.
+    """
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_beams: bool | None = None
     include_obfuscation: Annotated[Any, Only(False)] = None
 
 
-Stop = Text | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=16)] | None
+def _stop(value: Any) -> str | list[str] | None:
+    """One text or several, none of them empty; errors name the place."""
+    if value is None:
+        return None
+    if not isinstance(value, str | list):
+        raise PromptError(f"stop must be text or a list of texts, got {shown(value)}")
+    if isinstance(value, list) and len(value) > MAX_STOPS:
+        raise PromptError(f"stop must have at most {MAX_STOPS} texts, got {len(value)}")
+    for where, text in [("stop", value)] if isinstance(value, str) else [(f"stop[{i}]", text) for i, text in enumerate(value)]:
+        check_text(text, where)
+        if not text:
+            raise PromptError(f"{where} must not be empty: an empty text would end every answer before its first token; leave it out")
+    return value
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    """The turns of a conversation, by the one parser of prompts; tools have no turn here."""
+    if not isinstance(value, list):
+        raise PromptError(f"messages must be a list of messages, got {shown(value)}")
+    if not 1 <= len(value) <= MAX_MESSAGES:
+        raise PromptError(f"messages must have 1 to {MAX_MESSAGES} messages, got {len(value)}")
+    turns: Any = Prompt.of(value).content
+    for i, turn in enumerate(turns):
+        if turn.role not in ROLES:
+            raise PromptError(f"messages[{i}].role must be one of {', '.join(ROLES)}, got {turn.role!r}")
+    return tuple(turns)
+
+
+def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
+    """A text, several texts, token ids, or several lists of them; errors name the place."""
+    if isinstance(value, str):
+        check_text(value, "prompt")
+        return value
+    if not isinstance(value, list) or not value:
+        got = "an empty list" if value == [] else shown(value)
+        raise PromptError(f"prompt must be text, a list of texts, token ids, or a list of lists of token ids; got {got}")
+    if _is_id(value[0]):
+        return _ids(value, "prompt")
+    if isinstance(value[0], list):
+        return [_ids(ids, f"prompt[{i}]") for i, ids in enumerate(value)]
+    for i, text in enumerate(value):
+        check_text(text, f"prompt[{i}]")
+    return value
+
+
+def _ids(value: Any, where: str) -> list[int]:
+    if not isinstance(value, list) or not value:
+        raise PromptError(f"{where} must be a list of token ids, got {'an empty list' if value == [] else shown(value)}")
+    for i, token in enumerate(value):
+        if not _is_id(token) or token < 0:
+            raise PromptError(f"{where}[{i}] must be a token id (an integer of 0 or more), got {shown(token)}")
+    return value
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def shown(value: Any) -> str:
+    """A value of JSON in an error: its kind, and what it is where that is short."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return str(value) if abs(value) < 1e20 else "a very large number"
+    if isinstance(value, str):
+        return repr(value) if len(value) <= 40 else f"text of {len(value)} characters"
+    return "an object" if isinstance(value, dict) else "a list"
+
+
+_TEXT: dict[str, Any] = {"type": "string"}
+_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+
+
+def _list_of(items: dict[str, Any], most: int | None = None) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": 1} | ({} if most is None else {"maxItems": most})
+
+
+_PART = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": _TEXT}}
+_MESSAGE = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {"role": {"enum": list(ROLES)}, "content": {"anyOf": [_TEXT, _list_of(_PART)]}},
+}
+Stop = Annotated[
+    Any,
+    PlainValidator(_stop),
+    WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": MAX_STOPS}, {"type": "null"}]}),
+]
+Messages = Annotated[tuple[Message, ...], PlainValidator(_messages), WithJsonSchema(_list_of(_MESSAGE, MAX_MESSAGES))]
+Prompts = Annotated[Any, PlainValidator(_prompt), WithJsonSchema({"anyOf": [_TEXT, _list_of(_TEXT), _IDS, _list_of(_IDS)]})]
 
 
 class _Common(_Body):
@@ -95,6 +198,10 @@ class _Common(_Body):
     stream_options: StreamOptions | None = None
     user: str | None = None
     guidance: Guidance | None = None
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, lt=1)
+    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
+    ignore_eos: bool | None = None
     presence_penalty: Annotated[Any, Only(0)] = None
     frequency_penalty: Annotated[Any, Only(0)] = None
     logit_bias: Annotated[Any, Only({})] = None
@@ -103,6 +210,14 @@ class _Common(_Body):
     def stops(self) -> list[str] | None:
         """Stop strings, always as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Settings of sampling that OpenAI's protocol lacks and that were given, here or in ``guidance``."""
+        own = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
+        if own.get("top_k") == -1:  # vLLM's word for off
+            own["top_k"] = 0
+        return own | (self.guidance.sampling if self.guidance else {})
 
     @property
     def watched(self) -> bool:
@@ -123,40 +238,22 @@ class _Common(_Body):
     def _streams(self) -> _Common:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes with stream=true")
-        if self.stop == "":
-            raise ValueError("stop must not be empty")
         return self
 
-
-class TextPart(_Body):
-    """A piece of a message; only text is read."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class ChatMessage(_Body):
-    """One turn."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
-    name: str | None = None
-    refusal: Annotated[Any, Only()] = None
-    tool_calls: Annotated[Any, Only([])] = None
-    function_call: Annotated[Any, Only()] = None
-    audio: Annotated[Any, Only()] = None
-    annotations: Annotated[Any, Only([])] = None
-
-    @property
-    def text(self) -> str:
-        """All of it."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    @model_validator(mode="after")
+    def _once(self) -> _Common:
+        given = self.guidance.sampling if self.guidance else {}
+        for name in SAMPLING:
+            own = getattr(self, name)
+            if None not in (own, given.get(name)) and own != given[name]:
+                raise ValueError(f"{name} is {own} and guidance.{name} is {given[name]}; give one of them")
+        return self
 
 
 class ChatRequest(_Common):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -197,13 +294,10 @@ class ChatRequest(_Common):
         return self
 
 
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-
-
 class CompletionRequest(_Common):
     """POST /v1/completions."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1)] | Ids | Annotated[list[Ids], Field(min_length=1)]
+    prompt: Prompts
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, ge=1)
     echo: Annotated[Any, Only(False)] = None

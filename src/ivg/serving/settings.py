@@ -26,12 +26,16 @@ class ServeSettings(BaseModel):
         max_hypotheses: W·K of one request at most.
         max_chunk_length: L at most, where one is given.
         max_candidates: tokens that a value re-scores at each place, at most.
-        max_tokens: of one answer.
+        max_tokens: of one answer; None: as many as the context has room for. How many an answer has whose client does not say is
+            ``max_new_tokens`` of the recipe's sampling, and without that, as many again.
         max_n: answers of one request, over all its prompts.
         max_body_bytes: of one request.
         queue_limit: answers that may wait for their turn.
         deadline: seconds that one request may take.
         drain: seconds that requests on their way get when the server is told to stop.
+        strict: refuse fields of bodies that change no answer, instead of ignoring them.
+        keep_alive: seconds that a connection may rest between requests; longer than proxies before this server keep theirs.
+        max_connections: open at once, at most; None: as many as the limit of open files leaves room for.
         cors_origins: web origins that may ask from a browser; none by default.
         log_prompts: write prompts to the log. Off: no text of anybody is written anywhere.
     """
@@ -46,12 +50,15 @@ class ServeSettings(BaseModel):
     max_hypotheses: int = Field(64, ge=1)
     max_chunk_length: int = Field(512, ge=1)
     max_candidates: int = Field(128, ge=1)
-    max_tokens: int = Field(2048, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
     max_n: int = Field(16, ge=1)
     max_body_bytes: int = Field(1 << 20, ge=1024)
     queue_limit: int = Field(128, ge=1)
     deadline: float = Field(600.0, gt=0)
     drain: float = Field(30.0, ge=0)
+    strict: bool = False
+    keep_alive: int = Field(75, ge=1)
+    max_connections: int | None = Field(None, ge=1)
     cors_origins: tuple[str, ...] = ()
     log_prompts: bool = False
 

@@ -24,13 +24,15 @@ class Stream:
     Args:
         form: how its objects look.
         usage: end with a chunk of usage.
+        counts: usage so far in every chunk.
         beams: send ``ivg.beams`` and ``ivg.tokens`` too.
     """
 
-    def __init__(self, form: Form, *, usage: bool, beams: bool) -> None:
-        self.form, self.with_usage, self.beams = form, usage, beams
+    def __init__(self, form: Form, *, usage: bool, beams: bool, counts: bool = False) -> None:
+        self.form, self.with_usage, self.beams, self.counts = form, usage, beams, counts
         self.answers = [Answer(i) for i in range(len(form.order.requests))]
         self._steps = [0] * len(self.answers)
+        self._tokens = [0] * len(self.answers)
 
     @property
     def over(self) -> bool:
@@ -42,7 +44,7 @@ class Stream:
         if self.form.chat:
             for a in self.answers:
                 choice = {"index": a.index, "finish_reason": None, "logprobs": None, "delta": {"role": "assistant", "content": ""}}
-                yield event(self.form.envelope([choice], stream=True))
+                yield event(self._chunk([choice]))
 
     def take(self, progress: Progress) -> Iterator[bytes]:
         """The events that ``progress`` makes."""
@@ -52,16 +54,21 @@ class Stream:
         text = progress.committed
         assert text.startswith(answer.text), "committed text was taken back"
         new, offset = text[len(answer.text) :], answer.covered
+        self._tokens[progress.index] = progress.tokens if completion is None else completion.usage.completion_tokens
         tokens = answer.take(progress.details, len(text), final=completion is not None)
         answer.text = text
         if self.beams and tokens:
             yield event({"index": answer.index, "tokens": self.form.looks(tokens)}, "ivg.tokens")
         if new or (tokens and self.form.alternatives is not None):
-            yield event(self.form.envelope([self.form.delta(answer.index, new, tokens, offset)], stream=True))
+            yield event(self._chunk([self.form.delta(answer.index, new, tokens, offset)]))
         if completion is not None:
             answer.completion = completion
             last = self.form.delta(answer.index, "", (), offset, completion.finish_reason)
-            yield event(self.form.envelope([last], stream=True) | {"ivg": self.form.ours([completion]) | {"index": answer.index}})
+            yield event(self._chunk([last]) | {"ivg": self.form.ours([completion]) | {"index": answer.index}})
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        usage = {"usage": self.form.counts(sum(self._tokens))} if self.counts else {}
+        return self.form.envelope(choices, stream=True) | usage
 
     def closing(self) -> Iterator[bytes]:
         """Behind the last answer."""

@@ -27,6 +27,8 @@ class Progress:
     dropped: tuple[TraceNode, ...]
     details: tuple[TokenDetail, ...]
     completion: Completion | None = None
+    tokens: int = 0
+    """That all live hypotheses share."""
 
 
 Event = Order | Progress | ServeError

@@ -241,7 +241,7 @@ class Worker:
         if new or shown or completion is not None:
             kept, dropped = (step.kept, step.dropped) if shown else ((), ())
             details = step.details if completion is None else completion.details
-            self._post(flight.ticket, Progress(flight.index, flight.committed, kept, dropped, details, completion))
+            self._post(flight.ticket, Progress(flight.index, flight.committed, kept, dropped, details, completion, step.tokens))
 
     def _recover(self, error: Exception) -> None:
         """A round was broken off: begin afresh, and find out with whom it breaks."""
