@@ -156,7 +156,7 @@ GOOD = {"model": "tiny", "prompt": "Film", "max_tokens": 4}
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 5000}, "max_tokens"),
         ({"max_tokens": 255}, "prompt"),
-        ({"n": 17}, "n"),
+        ({"n": 65}, "n"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"logit_bias": {"50256": -100}}, "logit_bias"),
         ({"echo": True}, "echo"),

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from ivg.testing import byte_tokenizer, tiny_reader
 from ivg.values.implicit import ImplicitValue
 from test_serving import SAMPLING, Running, expected, tiny
 from test_serving_faults import SLOW, Slow, read_head, well_formed
+from test_serving_process import SCRIPT, Process
 
 GOOD = {"model": "tiny:base", "prompt": "Film", "max_tokens": 4, "seed": 1}
 CHAT = {"model": "tiny:base", "messages": [{"role": "user", "content": "Film"}], "max_tokens": 4, "seed": 1}
@@ -549,3 +551,30 @@ def test_warnings_are_lines_of_json():
     lines = [json.loads(line) for line in run.stderr.splitlines()]
     assert [line["level"] for line in lines] == ["warning", "warning", "error", "warning", "info"]
     assert "old\nthing" in lines[0]["event"] and run.stdout == ""
+
+
+# In a process of its own
+
+
+@pytest.mark.long
+def test_three_hundred_idle_connections_and_256_descriptors():
+    """Others are served, nothing grows, and every line of the log is JSON."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))"
+    settings = {"port": 0, "name": "tiny"}
+    with Process("-c", f"{limit}\n{SCRIPT}", str(Path(__file__).parent), json.dumps(settings)) as server:
+        idle = []
+        for number in range(300):
+            line = server.connect()
+            idle.append(line)
+            if number % 2:
+                line.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n")
+        for _ in range(5):
+            answer = httpx.post(f"{server.url}/v1/completions", json=GOOD, timeout=300)
+            assert answer.status_code == 200
+        for line in idle:
+            line.close()
+        assert httpx.get(f"{server.url}/health", timeout=300).status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        code, log = server.end()
+    assert code == 0 and len(log) < 40
+    assert not [entry for entry in log if entry["level"] == "error"]

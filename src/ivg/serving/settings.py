@@ -51,7 +51,7 @@ class ServeSettings(BaseModel):
     max_chunk_length: int = Field(512, ge=1)
     max_candidates: int = Field(128, ge=1)
     max_tokens: int | None = Field(None, ge=1)
-    max_n: int = Field(16, ge=1)
+    max_n: int = Field(64, ge=1)
     max_body_bytes: int = Field(1 << 20, ge=1024)
     queue_limit: int = Field(128, ge=1)
     deadline: float = Field(600.0, gt=0)
