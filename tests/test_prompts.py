@@ -314,3 +314,19 @@ def test_a_function_reads_text_alone():
     search = Search(successors=2, value=FunctionValue(lambda p, r: seen.append(p) or 0.0))
     done = dict(Searcher(TransformersEngine(base)).run([Request(Prompt("Hi", ids), search, SamplingParams(max_new_tokens=2))]))
     assert set(seen) == {"Hi"} and done[0].usage.prompt_tokens == 3
+
+
+def test_one_refused_conversation_leaves_the_others_of_a_file(monkeypatch):
+    """The command line: the row is reported, all others are answered."""
+    from ivg.cli.generate import answers
+    from ivg.jobs.prompts import Job
+
+    base = tiny_reader("base", tokenizer=templated(REFUSALS["two user turns"] + PLAIN))
+    monkeypatch.setattr("ivg.build.load_models", lambda recipe: SteeredModel(base))
+    recipe = Recipe.model_validate({"search": {"method": "base"}, "sampling": {"max_new_tokens": 2}})
+    fine = [{**USER, "role": "system"}, USER]
+    jobs = [(Job(i, messages), 0) for i, messages in enumerate([fine, [USER, USER], fine])]
+    failed = []
+    done = [job.id for job, _, _ in answers(recipe, jobs, lambda *told: failed.append(told), trace=False)]
+    assert done == [0, 2]
+    assert len(failed) == 1 and "refuses these messages (roles: user, user): Roles must alternate" in str(failed[0])
