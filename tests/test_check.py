@@ -658,7 +658,7 @@ def test_pairs_of_one_text_are_counted_and_left_out():
     base = SteeredModel(tiny_reader(), {"mine": FunctionValue(vowels)})
     found = foresee(base, [*ties, *word_pairs(30), ends], prompts=0)
     assert (found.pairs, found.ties) == (31, 2)
-    with pytest.raises(ConfigError, match="in all 2 of them chosen and rejected are the same text"):
+    with pytest.raises(ConfigError, match="in all 2 pairs chosen and rejected are the same text"):
         foresee(base, ties, prompts=0)
 
 

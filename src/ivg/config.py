@@ -28,8 +28,9 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from ivg.config_errors import explain
 from ivg.errors import ConfigError
 
 ROLES = ("base", "tuned", "untuned", "value", "reward", "arm")
@@ -42,6 +43,14 @@ def _or(*names: str) -> AliasChoices:
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name].annotation if info.field_name is not None else None
+        if isinstance(value, bool) and kind in (int, float, int | None, float | None):
+            raise ValueError("expected a number")
+        return value
 
 
 class ModelRef(_Strict):
@@ -321,7 +330,7 @@ class Recipe(_Strict):
         try:
             return cls.model_validate(data)
         except ValidationError as e:
-            raise ConfigError(f"{source}: " + "; ".join(map(_explain, e.errors()))) from None
+            raise ConfigError(f"{source}: " + "; ".join(explain(error, cls) for error in e.errors())) from None
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -332,7 +341,9 @@ class Recipe(_Strict):
         """
         path = Path(path)
         try:
-            data = tomllib.loads(path.read_text())
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"{path} is not UTF-8: {e.reason} at byte {e.start}\n  save it as UTF-8") from None
         except OSError as e:
             raise ConfigError(f"cannot read recipe {path}: {e.strerror}\n  expected a TOML file") from None
         except tomllib.TOMLDecodeError as e:
@@ -381,10 +392,3 @@ def _beside(folder: Path, ref: _Ref) -> _Ref:
     file, sign, _ = ref.path.rpartition(":")
     found = there.is_dir() or (bool(sign) and file.endswith(".py") and (folder / file).is_file())
     return ref.model_copy(update={"path": str(there)}) if found else ref
-
-
-def _explain(error: Any) -> str:
-    where = ".".join(str(p) for p in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"unknown setting {where}"
-    return f"{where}: {error['msg'].lower()}, got {error['input']!r}"

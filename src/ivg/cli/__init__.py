@@ -16,6 +16,7 @@ _STORAGE = {
     errno.EROFS,
     errno.EACCES,
     errno.EPERM,
+    errno.EEXIST,
     errno.EISDIR,
     errno.ENOTDIR,
     errno.ENAMETOOLONG,
@@ -45,7 +46,8 @@ def main() -> None:
     except OSError as e:
         if e.errno not in _STORAGE:
             raise
-        report(f"{e.strerror}" + (f": {e.filename}" if e.filename else ""))
+        hint = "\n  expected a folder, and a file has that name" if e.errno in (errno.EEXIST, errno.ENOTDIR) else ""
+        report(f"{e.strerror}" + (f": {e.filename}" if e.filename else "") + hint)
         code = 2
     except Exception as e:
         show = getattr(e, "show", None)  # click's own errors: unknown option, missing argument

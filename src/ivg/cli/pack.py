@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,8 @@ def pack(
     from ivg.engines import inner_guides
     from ivg.vllm.pack import pack as write
 
+    if not math.isfinite(beta):
+        raise ConfigError(f"beta must be finite, got {beta}")
     found = o.recipe_of(recipe, None, locals())
     if guides is not None:
         found = found.override(vllm={"guides": [name.strip() for name in guides.split(",")]})

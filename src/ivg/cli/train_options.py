@@ -24,7 +24,7 @@ Data = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the run; the same command again goes on where it stopped.")]
 Split = Annotated[str, typer.Option("--split", help="Which split of a folder or data set.", rich_help_panel=_DATA)]
-Limit = Annotated[int | None, typer.Option("--limit", help="The first so many rows.", rich_help_panel=_DATA)]
+Limit = Annotated[int | None, typer.Option("--limit", help="The first so many rows.", min=1, rich_help_panel=_DATA)]
 Format = Annotated[
     str | None, typer.Option("--format", help="jsonl, json, csv, parquet or text. (default: by the file's name)", rich_help_panel=_DATA)
 ]
@@ -102,7 +102,11 @@ def shape_of(given: Mapping[str, Any]) -> Shape:
         if not sign:
             raise ConfigError(f"--columns {given['columns']!r}\n  expected OURS=THEIRS,… e.g. prompt=email,response=subject")
         columns[ours] = theirs
-    return Shape(columns or None, _unescaped(given.get("prompt_format")), _unescaped(given.get("response_format")))
+    formats = {"prompt": given.get("prompt_format"), "response": given.get("response_format")}
+    for name, text in formats.items():
+        if text is not None and f"{{{name}}}" not in text:
+            raise ConfigError(f"--{name}-format {text!r}\n  expected a text with {{{name}}} where the {name} goes")
+    return Shape(columns or None, _unescaped(formats["prompt"]), _unescaped(formats["response"]))
 
 
 def _unescaped(text: str | None) -> str | None:

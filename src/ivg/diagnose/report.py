@@ -117,9 +117,9 @@ def foresee(
     ties = len(pairs) - len(different)
     kept, skipped = fitting(model.reader, values, different, ends)
     if not kept:
-        reason = (
-            skipped[0] if skipped else f"in all {ties} of them chosen and rejected are the same text" if ties else "the file holds none"
-        )
+        if ties and not skipped:
+            raise ConfigError(f"in all {ties} pairs chosen and rejected are the same text\n  expected two different responses to a prompt")
+        reason = skipped[0] if skipped else "the file holds none"
         raise ConfigError(f"no pair that all models can read: {reason}")
     told(f"scoring {len(kept)} pairs")
     trained = {name: trained_on(value, kept) for name, value in values.items() if name != BASELINE}

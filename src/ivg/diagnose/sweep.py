@@ -16,6 +16,7 @@ and min-p are left out, because they make the KL infinite.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +69,8 @@ class Plan:
         object.__setattr__(self, "betas", tuple(dict.fromkeys((0.0, *sorted(map(float, self.betas))))))
         drawn = self.betas if self.draw_at is None else tuple(map(float, self.draw_at))
         object.__setattr__(self, "draw_at", drawn)
+        if not all(0 <= b < math.inf for b in self.betas):
+            raise ConfigError(f"guidance weights must be finite and 0 or more, got {', '.join(f'{b:g}' for b in self.betas[1:])}")
         if not set(drawn) <= set(self.betas) or 0.0 not in drawn:
             raise ConfigError(f"texts are drawn at beta {drawn}\n  expected some of {self.betas}, 0 among them")
         if self.samples < 2:

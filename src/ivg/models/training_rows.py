@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ivg.embedded import locate
 from ivg.errors import ModelError
 from ivg.models.chat import prompt_text
+from ivg.models.hub import find_model
 from ivg.types import Prompt
 
 FILE = "training_rows.npy"
@@ -57,8 +57,8 @@ def read_training_rows(model: str | Path) -> Hashes | None:
 
     quiet = {f"_raise_exceptions_for_{kind}": False for kind in ("gated_repo", "missing_entries", "connection_errors")}
     try:
-        found = cached_file(str(locate(model)), FILE, **quiet)
-    except (OSError, ValueError):  # neither a folder nor a repository: a function, a model made in memory
+        found = cached_file(str(find_model(model, "model", weights=False)), FILE, **quiet)
+    except (ModelError, OSError, ValueError):  # neither a folder nor a repository that can be asked: a function, for example
         return None
     if found is None:
         return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from typing import Any, Literal
 
 from ivg.errors import ConfigError, ModelError
 from ivg.jobs.provenance import fingerprint
+from ivg.models.chat import check_template
 from ivg.models.training_rows import write_training_rows
 from ivg.records import write_json, write_text
 from ivg.training.data import Demonstration, Preference, Rated, answers
@@ -79,8 +81,8 @@ class TrainingOptions:
             ConfigError: a setting out of range; names it.
         """
         rules = (
-            ("epochs", self.epochs > 0, "positive"),
-            ("lr", self.lr > 0, "positive"),
+            ("epochs", 0 < self.epochs < math.inf, "positive and finite"),
+            ("lr", 0 < self.lr < math.inf, "positive and finite"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("accumulate", self.accumulate >= 1, "at least 1"),
             ("max_length", self.max_length >= 2, "at least 2"),
@@ -92,6 +94,7 @@ class TrainingOptions:
         for name, fine, expected in rules:
             if not fine:
                 raise ConfigError(f"{name} must be {expected}, got {getattr(self, name)}")
+        check_template(self.template)
         return self
 
 
@@ -137,7 +140,9 @@ class Run:
         if note.exists():
             found = json.loads(note.read_text(encoding="utf-8"))
             different = [k for k in sorted({*found, *self.request}) if found.get(k) != self.request.get(k)]
-            if different:
+            if different and {p.name for p in self.out.iterdir()} == {note.name}:
+                write_json(note, self.request)  # that run ended before it began to train: nothing of it could be lost or mixed
+            elif different:
                 lines = "; ".join(f"{k}: {found.get(k)!r} there, {self.request.get(k)!r} now" for k in different)
                 raise ConfigError(f"{self.out} holds a run with other settings: {lines}\n  give another --out, or remove the folder")
         elif (self.out / "config.json").exists():

@@ -6,6 +6,7 @@ inference. Full or LoRA (PEFT), whose adapter is merged at the end and kept in `
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -103,6 +104,8 @@ def dpo(
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
+    if not 0 < beta < math.inf:
+        raise ConfigError(f"beta of DPO must be positive and finite, got {beta}")
     run = Run(out, request_of("dpo", model, sources, rows, options.checked(), beta=beta))
     if run.metrics is not None:
         return run.metrics
