@@ -733,9 +733,9 @@ def test_where_the_longer_response_always_wins_nothing_helps(check, preferences,
             r["chosen"] += " It is the best."  # longer, and better to the embedded pair
     same = {**rows_[0], "chosen": rows_[0]["rejected"]}
     (tmp_path / "longer.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [same, *rows_]))
-    code, out, _ = check("--preferences", tmp_path / "longer.jsonl", "--sweep", 0)
+    code, out, err = check("--preferences", tmp_path / "longer.jsonl", "--sweep", 0)
     assert code == 1
-    assert "1 more were left out: chosen and rejected are the same text" in out
+    assert "longer.jsonl, line 1: chosen and rejected are the same text" in err
     assert "verdict: no" in out
     assert "but length explains it: the longer response (characters) is chosen as often (1.00" in out
 

@@ -7,6 +7,7 @@ Knows: files. Must not know what a row means. Whoever makes rows in fixed blocks
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import math
 import os
@@ -174,7 +175,8 @@ def write_text(path: str | Path, text: str) -> None:
     except OSError as e:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {e.strerror}\n  free space, or give another place") from None
+        space = "free space, or " if e.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise OutputError(f"cannot write {path}: {e.strerror}\n  {space}give another place") from None
 
 
 def append_lines(path: Path, text: str, *, sync: bool = False) -> None:
