@@ -96,9 +96,26 @@ def test_requests_of_one_kind_share_every_round(search):
     assert len(together) == (10 + 1 if search is WIDE else 4 + 1)  # 50 tokens, 5 or 16 a round; the late ones' last
 
 
+def test_a_cheap_request_does_not_wait_behind_a_queue_of_expensive_ones():
+    """It is let in next, before those of eight times its size, each of which is overtaken a bounded number of times."""
+    searcher = Searcher(FakeEngine(), max_beams=16)
+    wide = [searcher.add(request(WIDE, seed)) for seed in range(4)]
+    cheap = [searcher.add(request(Search(), seed)) for seed in range(10, 30)]
+    ended = []
+    while searcher.busy:
+        ended += [step.request for step in searcher.step() if step.completion is not None]
+    assert set(ended[:8]) == set(cheap[:8]) and ended[8:12] == wide and set(ended[12:]) == set(cheap[8:])
+    alike = Searcher(FakeEngine(), max_beams=16)
+    numbers = [alike.add(request(WIDE, seed)) for seed in range(4)]
+    order = []
+    while alike.busy:
+        order += [step.request for step in alike.step() if step.completion is not None]
+    assert order == numbers
+
+
 class Fake:
     def __init__(self, rows):
-        self.clock, self.rows, self.tokens = 0.0, rows, 0
+        self.clock, self.rows, self.tokens, self.overtaken = 0.0, rows, 0, 0
 
     @property
     def rule(self):

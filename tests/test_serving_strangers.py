@@ -73,7 +73,7 @@ def wait_for(fact, seconds=30):
 
 def test_without_max_tokens_an_answer_may_fill_the_context(running, library):
     body = {k: v for k, v in GOOD.items() if k != "max_tokens"} | {"ignore_eos": True}
-    for prompt, left in (("Film", CONTEXT - 4), ("x" * 200, 56), ("x" * (CONTEXT - 1), 1)):
+    for prompt, left in (("x" * 200, 56), ("x" * (CONTEXT - 1), 1)):
         answer = running.post(body | {"prompt": prompt}).json()
         assert answer["usage"]["completion_tokens"] == left, prompt[:5]
         assert answer["choices"][0]["finish_reason"] == "length"
@@ -98,7 +98,10 @@ def test_too_long_is_said_as_openai_says_it(running, path, body, param):
     long = {"prompt": "x" * 300} if param == "prompt" else {"messages": [{"role": "user", "content": "x" * 300}]}
     without = {k: v for k, v in body.items() if k != "max_tokens"} | long
     well_formed(running.post(without, path), 400, param, "context_length_exceeded")
-    assert running.post(body | {"max_tokens": 252}, path).status_code == 200
+    kind = CompletionRequest if param == "prompt" else ChatRequest
+    for limit, got in ((252, 252), (None, 252)):
+        order = running.presets.order(kind.model_validate(body | {"max_tokens": limit}))
+        assert order.requests[0].sampling.max_new_tokens == got
 
 
 def test_models_say_their_context(running):
@@ -144,13 +147,33 @@ def test_no_paths_of_this_machine_in_messages():
 
 
 def test_token_ids_reach_every_model_of_the_vocabulary_as_they_are(running, library):
-    """1 and 2 are bytes that no text would be tokenised to in this order alone; base, guides and values read them as they stand."""
-    ids = library.base.tokenizer("Film").input_ids
-    for method in ("base", "eft", "ivg"):
-        body = GOOD | {"model": f"tiny:{method}", "prompt": ids, "max_tokens": 12}
-        assert running.post(body).json()["choices"][0]["text"] == running.post(body | {"prompt": "Film"}).json()["choices"][0]["text"]
-    order = running.presets.order(CompletionRequest(model="tiny:ivg", prompt=[1, 2, 200]))
-    assert order.requests[0].prompt.token_ids == (1, 2, 200)
+    """Also where the text that they spell would be tokenised otherwise: here into a token for both letters."""
+    tokens = byte_tokenizer(merges=[("F", "i")])
+    pair = ImplicitValue(*(tiny_reader(n, seed=s, tokenizer=tokens) for s, n in enumerate(("tuned", "untuned"), 1)))
+    presets = Presets(SteeredModel(tiny_reader(tokenizer=tokens), {"implicit": pair}), Recipe.model_validate({"search": {"method": "eft"}}),
+                      ServeSettings(name="tiny"))  # fmt: skip
+    ids = tokens.convert_tokens_to_ids(["F", "i", "l"])
+    assert tokens("Fil").input_ids != ids
+    (one,) = presets.order(CompletionRequest(model="tiny", prompt=ids, max_tokens=3)).requests
+    root = presets.model.engine.open(one.prompt, one.sampling)
+    assert [list(r.prompt_ids(root.prompt)) for r in presets.model.readers] == [ids] * 3
+    body = GOOD | {"model": "tiny:ivg", "max_tokens": 6}
+    same = [running.post(body | {"prompt": p}).json()["choices"] for p in ("Film", library.base.tokenizer("Film").input_ids)]
+    assert same[0] == same[1]
+
+
+def test_a_template_that_refuses_a_turn_is_the_clients_error():
+    """And no 500, which clients try again."""
+    chat = byte_tokenizer(chat=True)
+    chat.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}{{ messages[0].content }}"
+    server = Running(SteeredModel(tiny_reader("base", tokenizer=chat)), Recipe.model_validate({"search": {"method": "base"}}))
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Film"}]
+    try:
+        error = well_formed(server.post(CHAT | {"messages": turns}, "/v1/chat/completions"), 400, "messages", "invalid_prompt")
+        assert "no system turn" in error["message"]
+        assert server.post(CHAT, "/v1/chat/completions").status_code == 200
+    finally:
+        server.stop()
 
 
 # Bodies in plain words

@@ -7,8 +7,9 @@ requests of one kind stay together and share every round, as if there were no cl
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 LARGEST_RATIO = 8.0
 """However cheap others are, they get at most so many tokens for each token of this request: passes of few rows are not that much cheaper
@@ -24,10 +25,14 @@ class Clocked(Protocol):
     """A request as this file sees it."""
 
     clock: float
+    overtaken: int
 
     @property
     def rule(self) -> _Sized:
         """How many hypotheses it may have in flight."""
+
+
+C = TypeVar("C", bound=Clocked)
 
 
 def costs(lives: Sequence[Clocked]) -> list[float]:
@@ -52,3 +57,15 @@ def charge(lives: Sequence[Clocked], ran: Sequence[int], tokens: int) -> None:
 def newcomer(lives: Sequence[Clocked]) -> float:
     """The clock to begin with among ``lives``: that of the last, so that nobody has claims from before."""
     return min((live.clock for live in lives), default=0.0)
+
+
+def queue(waiting: deque[C], live: C) -> None:
+    """Put ``live`` into the queue: at its end, but before those at the end that cost ``LARGEST_RATIO`` times as much or more.
+
+    Each of them lets as many go before, and no more.
+    """
+    place = len(waiting)
+    while place and waiting[place - 1].rule.rows >= LARGEST_RATIO * live.rule.rows and waiting[place - 1].overtaken < LARGEST_RATIO:
+        place -= 1
+        waiting[place].overtaken += 1
+    waiting.insert(place, live)

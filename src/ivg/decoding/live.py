@@ -155,6 +155,8 @@ class Live:
     """Tokens of the round that is under way."""
     clock: float = 0.0
     """What its rounds have cost (``decoding.fairness``)."""
+    overtaken: int = 0
+    """Requests that came later and were let in before."""
     pending: set[int] = field(default_factory=set)
     """Keys of beams whose orders are not done (engines that work on by themselves)."""
     families: dict[int, list[Beam]] = field(default_factory=dict)

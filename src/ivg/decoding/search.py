@@ -91,7 +91,7 @@ class Searcher:
                 value.check(root.prompt, length)
         prompt_tokens = self.engine.prompt_tokens(request.prompt)
         live = Live(next(self._ids), request, _rule(request), time.perf_counter(), [(root, 0.0)], root.meter, prompt_tokens)
-        self._waiting.append(live)
+        fairness.queue(self._waiting, live)
         return live.id
 
     def cancel(self, request_id: int) -> dict[str, int]:
