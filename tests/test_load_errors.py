@@ -58,7 +58,12 @@ ADAPTER = (
 FOLDERS = {
     "empty": (empty, "cannot load {what} '{place}': the directory has no config.json" + EXPECTED),
     "adapter": (lambda f: empty(f, adapter_config_json='{"base_model_name_or_path": "org/base"}'), ADAPTER),
-    "adapter of nothing": (lambda f: empty(f, adapter_config_json="{"), ADAPTER.replace("org/base", "its base model")),
+    "adapter of nothing": (lambda f: empty(f, adapter_config_json="{"), ADAPTER.replace("org/base", "some model")),
+    "adapter beside its model": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        ADAPTER.replace("a PEFT adapter of org/base, not a whole model", "a model with a PEFT adapter beside it")
+        + ", or take adapter_config.json away for the model without it",
+    ),
     "no tokenizer": (
         lambda f: [(f / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")],
         "cannot load the tokenizer of {what} '{place}': it has none\n"
@@ -228,6 +233,11 @@ def test_what_was_downloaded_goes_on_working(monkeypatch, cached, good, offline)
 
 def test_a_hub_that_answers_is_asked(monkeypatch, cached):
     Hub(monkeypatch, answers=True)
+    monkeypatch.setattr("transformers.utils.cached_file", lambda name, file, **_: str(cached / file) if name == "org/lora" else None)
+    (cached / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    assert told(lambda name: hub.find_model(name, "base"), "org/lora").startswith(
+        "cannot load base 'org/lora': this is a model with a PEFT"
+    )
     for name in ("org/tiny", "org/model", "gpt2"):
         assert hub.find_model(name, "base", {"cache_dir": str(cached)}) == name
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ import typer
 
 from ivg.cli import options as o
 from ivg.errors import ConfigError
+from ivg.records import to_json
 
 if TYPE_CHECKING:
     from ivg.bench.settings import Settings
@@ -101,7 +101,7 @@ def _one(settings: Settings, out: Path | None, docs: Path | None) -> None:
         table = report.markdown(report.COLUMNS, body)
         report.publish(docs, f"{settings.title}, {found['device']}", report.section(settings.title, table, notes, found))
     show(f"{settings.title} ({found['device']}, {found['dtype']})", report.COLUMNS, body, notes)
-    typer.echo(json.dumps(found))
+    typer.echo(to_json(found))
 
 
 def _targets(settings: Settings, quick: bool, folder: Path, docs: Path | None) -> None:
@@ -120,7 +120,7 @@ def _targets(settings: Settings, quick: bool, folder: Path, docs: Path | None) -
         table = report.markdown(targets.COLUMNS, body)
         report.publish(docs, f"targets, {found['device']}", report.section(title, table, notes, found))
     show(f"{title}, {found['dtype']}, {found['threads']} threads", targets.COLUMNS, body, notes)
-    typer.echo(json.dumps(found))
+    typer.echo(to_json(found))
 
 
 def tell(row: Mapping[str, Any], rounds: int, group: str = "") -> None:

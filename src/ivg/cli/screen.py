@@ -18,6 +18,8 @@ def show(prompt: str, completion: Completion, method: str, *, many: bool) -> Non
         out.print(Text(f"{prompt}{completion.text}".replace("\n", " ")))
         return
     out.print(Text(prompt, style="dim") + Text(completion.text, style="bold"))
+    for note in completion.notes:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"note: {note}"))
     score = "" if completion.score is None else f" · score {completion.score:.3f}"
     tokens = ", ".join(f"{name} {count}" for name, count in completion.usage.forward_tokens.items())
     Console(stderr=True, highlight=False, soft_wrap=True).print(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ivg.records import to_json
 
 if TYPE_CHECKING:
     from ivg.types import Completion, TraceNode
@@ -15,7 +16,7 @@ def write_trace(path: Path, answers: Sequence[tuple[str, Completion]], method: s
     """Write (prompt, completion) pairs; completions must have been asked for with ``trace=True``."""
     page = (Path(__file__).parent / "trace.html").read_text(encoding="utf-8")
     data = {"method": method, "answers": [_answer(prompt, completion) for prompt, completion in answers]}
-    safe = json.dumps(data, ensure_ascii=False).replace("</", "<\\/")  # a text must not end the script that carries it
+    safe = to_json(data).replace("</", "<\\/")  # a text must not end the script that carries it
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page.replace("/*DATA*/", safe), encoding="utf-8")
 

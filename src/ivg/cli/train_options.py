@@ -148,11 +148,12 @@ def read(reader: Any, sources: list[str], given: Mapping[str, Any], **more: Any)
 
 def finish(out: Path, metrics: Mapping[str, Any], push_to: str | None) -> None:
     """Say what came out, and upload it where that was asked for."""
+    from ivg.records import jsonable
     from ivg.training.common import first_process
 
     if not first_process():
         return
-    typer.echo(json.dumps(metrics, indent=2))
+    typer.echo(json.dumps(jsonable(metrics), indent=2, allow_nan=False))
     if ties := metrics.get("ties_left_out"):
         typer.echo(f"{ties} pairs were left out: chosen and rejected are the same text", err=True)
     typer.echo(f"done: {out}", err=True)

@@ -7,7 +7,6 @@ pairs), whose bigrams a small network cannot learn from 25 000 reviews alone.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 
 from ivg.demo.corpus import Review
 from ivg.demo.pretrain import mixed_precision
+from ivg.records import to_json
 
 POSITIONS = 1024
 
@@ -109,7 +109,7 @@ def train(reviews: Sequence[Review], targets: np.ndarray, tokenizer: Any, config
         if (step + 1) % 100 == 0:
             row = {"step": step + 1, "of": steps, "loss": round(running / 100, 4), "seconds": round(time.perf_counter() - began)}
             with (folder / "log.jsonl").open("a") as f:
-                f.write(json.dumps(row) + "\n")
+                f.write(to_json(row) + "\n")
             running = 0.0
     return model.eval()
 

@@ -13,7 +13,7 @@ from ivg.demo import settings
 from ivg.demo.corpus import read_reviews
 from ivg.demo.pretrain import PretrainConfig, evaluate
 from ivg.diagnose.estimate import wins
-from ivg.records import read_jsonl
+from ivg.records import jsonable, read_jsonl
 
 MODELS = ("base", "untuned", "tuned", "value", "value-other", "gold")
 PRETRAINED = {"base": settings.BASE, "untuned": settings.GUIDE}
@@ -31,7 +31,7 @@ def package(work: Path, data: Path, out: Path) -> dict[str, Any]:
     if size > LIMIT:
         raise ValueError(f"the embedded models weigh {size} bytes; at most {LIMIT}")
     metrics = measure(work, data, out)
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (out / "metrics.json").write_text(json.dumps(jsonable(metrics), indent=2, allow_nan=False) + "\n")
     for name in MODELS:
         (out / name / "README.md").write_text(card(name, metrics))
     return metrics
@@ -159,6 +159,6 @@ Small and made for demonstrations and tests: it writes film-review English and k
 Made by `python -m ivg.demo.recipe --data ../shared/data/imdb --work build/demo`, which also measured, as shipped:
 
 ```json
-{json.dumps(relevant, indent=2)}
+{json.dumps(jsonable(relevant), indent=2, allow_nan=False)}
 ```
 """

@@ -9,7 +9,6 @@ Must not know: what the text is about.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ivg.models.kernels import multiplies_bfloat16
+from ivg.records import to_json
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def pretrain(stream: np.ndarray, held_out: np.ndarray, config: PretrainConfig, f
                     if (step + 1) % (8 * log_every) == 0:
                         row["held_out"] = round(evaluate(model, held_out, phase.window), 4)
                     with log.open("a") as f:
-                        f.write(json.dumps(row) + "\n")
+                        f.write(to_json(row) + "\n")
                     began = time.perf_counter()
                 if (step + 1) % 100 == 0 or step + 1 == end:
                     partial = checkpoint.with_suffix(".tmp")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ivg.evaluation.figures import STYLE, Figure
 from ivg.evaluation.samples import Sample
+from ivg.records import jsonable
 
 if TYPE_CHECKING:
     from ivg.evaluation.report import Table
@@ -117,5 +118,5 @@ def _made(made: Results) -> str:
         facts = {"commit": by["commit"], **by["machine"]}
         listed = "".join(f"<dt>{escape(k.replace('_', ' '))}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items() if v is not None)
         parts.append(f"<pre>{escape(by['command'])}</pre><dl>{listed}</dl>")
-    recipe = escape(json.dumps(made["recipe"], indent=2, ensure_ascii=False))
+    recipe = escape(json.dumps(jsonable(made["recipe"]), indent=2, ensure_ascii=False, allow_nan=False))
     return f"<h2>How it was made</h2>{''.join(parts)}<details><summary>Recipe, with all settings</summary><pre>{recipe}</pre></details>"

@@ -7,7 +7,6 @@ jobs every method is one process's; which one, and in which order, changes nothi
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -22,7 +21,7 @@ from ivg.errors import PromptError
 from ivg.evaluation.methods import BANK, Method
 from ivg.evaluation.plan import Plan
 from ivg.evaluation.task import Answer
-from ivg.records import BlockFile, read_jsonl, write_json
+from ivg.records import BlockFile, read_jsonl, to_json, write_json
 from ivg.types import Completion, Prompt
 
 if TYPE_CHECKING:
@@ -201,7 +200,7 @@ def note(path: Path, row: dict[str, Any]) -> None:
     """One line more in a log that several processes write."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(to_json(row) + "\n")
 
 
 def _export(p: Plan, label: str) -> None:

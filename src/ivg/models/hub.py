@@ -50,6 +50,8 @@ def find_model(name: str | Path, what: str, hub: Mapping[str, Any] | None = None
         raise ModelError(f"{title}: no such directory\n  expected a directory with config.json and weights, or a hub id")
     cached = _snapshot(str(name), hub)
     if _reachable():
+        if (adapter := _file(str(name), _ADAPTER, hub)) is not None:
+            raise _adapter_error(title, adapter, whole=_file(str(name), "config.json", hub) is not None)
         return str(name)
     if cached is None:
         raise ModelError(
@@ -66,29 +68,27 @@ def _check_directory(place: Path, what: str, *, weights: bool) -> None:
     Raises:
         ModelError: an adapter without its model; no configuration.
     """
-    if (place / "config.json").is_file():
-        return
-    title = f"cannot load {what} {str(place)!r}"
-    if not (place / _ADAPTER).is_file():
-        if not weights:
-            return
+    title, whole = f"cannot load {what} {str(place)!r}", (place / "config.json").is_file()
+    if (place / _ADAPTER).is_file():
+        raise _adapter_error(title, place / _ADAPTER, whole=whole)
+    if weights and not whole:
         raise ModelError(f"{title}: the directory has no config.json\n  expected a directory with config.json and weights, or a hub id")
-    base = adapted(place) or "its base model"
-    raise ModelError(
-        f"{title}: this is a PEFT adapter of {base}, not a whole model\n"
-        "  merge it first: peft.AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER)\n"
-        "  (of a classifier: AutoPeftModelForSequenceClassification), save the tokenizer there too, and give FOLDER"
-    )
 
 
-def adapted(place: Path) -> str | None:
-    """What model the adapter in ``place`` belongs to, as far as it says so."""
+def _adapter_error(title: str, file: Path, *, whole: bool) -> ModelError:
+    """Why an adapter is not loaded. transformers would, but only where PEFT is installed, and else leave it out without a word."""
     try:
-        found = json.loads((place / _ADAPTER).read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
+        found = None
     base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
-    return base if isinstance(base, str) else None
+    what = "a model with a PEFT adapter beside it" if whole else f"a PEFT adapter of {base or 'some model'}, not a whole model"
+    other = f", or take {_ADAPTER} away for the model without it" if whole else ""
+    return ModelError(
+        f"{title}: this is {what}\n"
+        "  merge it first: peft.AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER)\n"
+        f"  (of a classifier: AutoPeftModelForSequenceClassification), save the tokenizer there too, and give FOLDER{other}"
+    )
 
 
 def _snapshot(name: str, hub: Mapping[str, Any]) -> Path | None:
@@ -100,6 +100,18 @@ def _snapshot(name: str, hub: Mapping[str, Any]) -> Path | None:
         if isinstance(found, str):
             return Path(found).parent
     return None
+
+
+def _file(name: str, file: str, hub: Mapping[str, Any]) -> Path | None:
+    """A small file of a model on the hub, downloaded if need be; None: it has no such file, or is none, which transformers tells."""
+    from transformers.utils import cached_file
+
+    options = {k: v for k, v in hub.items() if k in ("revision", "cache_dir", "token")}
+    try:
+        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
+    except OSError:
+        return None
+    return None if found is None else Path(found)
 
 
 def _why_not() -> str:

@@ -140,7 +140,7 @@ class Form:
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
     def ours(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        """The object ``ivg``: method, seed, score, and what it cost: tokens read by each model, all together, seconds."""
+        """The object ``ivg``: method, seed, score, what it cost (tokens read by each model, all together, seconds), notes if any."""
         read: Counter[str] = Counter()
         for c in completions:
             read.update(c.usage.forward_tokens)
@@ -151,7 +151,7 @@ class Form:
             "usage": dict(read),
             "tokens_read": sum(read.values()),
             "seconds": round(max(c.usage.seconds for c in completions), 4),
-        }
+        } | ({"notes": notes} if (notes := list(dict.fromkeys(note for c in completions for note in c.notes))) else {})
 
 
 def whole(form: Form, completions: Sequence[Completion]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ivg.errors import ConfigError, ModelError
 from ivg.jobs.provenance import fingerprint
 from ivg.models.chat import check_template
 from ivg.models.training_rows import write_training_rows
-from ivg.records import write_json, write_text
+from ivg.records import jsonable, write_json, write_text
 from ivg.training.data import Demonstration, Preference, Rated, answers
 
 Mode = Literal["full", "lora", "head"]
@@ -340,12 +340,12 @@ on {", ".join(f"`{d}`" for d in request["data"])}.
 Settings:
 
 ```json
-{json.dumps(request, indent=2)}
+{json.dumps(jsonable(request), indent=2, allow_nan=False)}
 ```
 
 Measured on the held-out part of the data:
 
 ```json
-{json.dumps(dict(metrics), indent=2)}
+{json.dumps(jsonable(metrics), indent=2, allow_nan=False)}
 ```
 """

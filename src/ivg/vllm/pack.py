@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ivg.embedded import locate
 from ivg.errors import ConfigError
 from ivg.models.hub import find_model
 from ivg.models.loading import LoadOptions, load_config, load_tokenizer
@@ -160,11 +159,12 @@ def _write(folder: Path, config: Any, tokenizer_of: str, tensors: dict[str, torc
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     load_tokenizer(tokenizer_of, options, "base").save_pretrained(folder)
-    generation = Path(locate(tokenizer_of)) / "generation_config.json"
+    found = find_model(tokenizer_of, "base", options.hub())
+    generation = Path(found) / "generation_config.json"
     if generation.is_file():  # it says which tokens end an answer
         shutil.copyfile(generation, folder / "generation_config.json")
-    elif not Path(locate(tokenizer_of)).is_dir():
-        _hub_generation_config(tokenizer_of, folder, options)
+    elif not Path(found).is_dir():
+        _hub_generation_config(str(found), folder, options)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})  # vLLM's loader wants weights in the model's own place
 
 
