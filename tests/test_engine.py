@@ -36,7 +36,6 @@ def run(base, requests):
 def test_filters_equal_transformers():
     from transformers import (
         MinPLogitsWarper,
-        RepetitionPenaltyLogitsProcessor,
         TemperatureLogitsWarper,
         TopKLogitsWarper,
         TopPLogitsWarper,
@@ -48,11 +47,10 @@ def test_filters_equal_transformers():
         (f.keep_top_k(logits, 7), TopKLogitsWarper(7)(seen, logits)),
         (f.keep_top_p(logits, 0.8), TopPLogitsWarper(0.8)(seen, logits)),
         (f.keep_min_p(logits, 0.1), MinPLogitsWarper(0.1)(seen, logits)),
-        (f.penalise_repetition(logits, seen.tolist(), 1.3), RepetitionPenaltyLogitsProcessor(1.3)(seen, logits)),
     ]
     params = SamplingParams(temperature=0.6, top_k=9, top_p=0.7)
     chained = TopPLogitsWarper(0.7)(seen, TopKLogitsWarper(9)(seen, TemperatureLogitsWarper(0.6)(seen, logits)))
-    for got, expected in [*pairs, (f.filtered(logits, params, [[]] * 5), chained)]:
+    for got, expected in [*pairs, (f.filtered(logits, params), chained)]:
         assert torch.equal(got.isinf(), expected.isinf())
         assert torch.allclose(got[~got.isinf()], expected[~expected.isinf()], atol=1e-5)
 
@@ -61,15 +59,15 @@ def test_entropy_and_log_probabilities_by_hand():
     z = torch.tensor([[0.5, 0.25, 0.25, 0.0], [1.0, 0.0, 0.0, 0.0]]).log()
     assert f.entropy(z).tolist() == pytest.approx([1.5 * 0.6931472, 0.0])
     assert f.entropy(torch.tensor([[float("nan"), 0.0]])).isnan().all()
-    tokens, rows = torch.tensor([1, 0]), [[], []]
+    tokens = torch.tensor([1, 0])
     cold = SamplingParams(temperature=0.5)  # probabilities 4 : 1 : 1
-    assert f.drawn_logps(z, [cold] * 2, rows, tokens, filters=False).exp().tolist() == pytest.approx([1 / 6, 1.0])
+    assert f.drawn_logps(z, [cold] * 2, tokens, filters=False).exp().tolist() == pytest.approx([1 / 6, 1.0])
     two = SamplingParams(temperature=0.5, top_p=0.7)  # the first two: 4 : 1
-    assert f.drawn_logps(z, [two, cold], rows, tokens, filters=False).exp().tolist() == pytest.approx([1 / 6, 1.0])
-    assert f.drawn_logps(z, [two, cold], rows, tokens, filters=True).exp().tolist() == pytest.approx([1 / 5, 1.0])
+    assert f.drawn_logps(z, [two, cold], tokens, filters=False).exp().tolist() == pytest.approx([1 / 6, 1.0])
+    assert f.drawn_logps(z, [two, cold], tokens, filters=True).exp().tolist() == pytest.approx([1 / 5, 1.0])
     greedy = SamplingParams(temperature=0)
-    assert f.drawn_logps(z, [greedy] * 2, rows, tokens, filters=False).exp().tolist() == pytest.approx([0.25, 1.0])
-    assert f.drawn_logps(z, [greedy] * 2, rows, tokens, filters=True).tolist() == [0.0, 0.0]
+    assert f.drawn_logps(z, [greedy] * 2, tokens, filters=False).exp().tolist() == pytest.approx([0.25, 1.0])
+    assert f.drawn_logps(z, [greedy] * 2, tokens, filters=True).tolist() == [0.0, 0.0]
 
 
 def test_draw_inverts_the_distribution():

@@ -275,7 +275,7 @@ def test_impossible_settings_are_told(method, bad):
 
 
 @pytest.mark.parametrize("search", [
-    {"decay": 2.0}, {"guidance": TokenGuidance(COUNT_A, gate=-1.0)}, {"rejection": Rejection(), "particles": Particles(), "value": COUNT_A},
+    {"decay": 2.0}, {"rejection": Rejection(), "particles": Particles(), "value": COUNT_A},
     {"rejection": Rejection()}, {"rejection": Rejection(), "value": COUNT_A, "successors": 2},
     {"particles": Particles(), "value": COUNT_A, "rule": "soft"},
     {"rejection": Rejection(segment_min=9), "value": COUNT_A, "chunk_length": 8},

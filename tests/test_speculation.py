@@ -13,6 +13,7 @@ from ivg.decoding.strategies import strategy
 from ivg.draws import uniform
 from ivg.engine.coupling import accepts, propose, replacement
 from ivg.engine.pace import Pace, rounds_needed
+from ivg.engine.processors import processed
 from ivg.engine.sampling import filtered
 from ivg.engine.transformers import TransformersEngine
 from ivg.errors import ConfigError
@@ -26,12 +27,13 @@ pytestmark = pytest.mark.numerics
 
 def coupled(p, q, params, seen, uniforms):
     """The whole rule for every row, from its three numbers: (ids, whether each is q's proposal)."""
-    tokens, logps = propose(q, params, seen, [u for u, _, _ in uniforms])
-    kept = accepts(p, params, seen, tokens, logps, [u for _, u, _ in uniforms])
+    p, q = (processed(z, params, lambda i: ((), seen[i]), ()) for z in (p, q))
+    tokens, logps = propose(q, params, [u for u, _, _ in uniforms])
+    kept = accepts(p, params, tokens, logps, [u for _, u, _ in uniforms])
     rows = (~kept).nonzero()[:, 0].tolist()
     if rows:
         last = [uniforms[i][2] for i in rows]
-        tokens[rows] = replacement(p[rows], q[rows], [params[i] for i in rows], [seen[i] for i in rows], last)
+        tokens[rows] = replacement(p[rows], q[rows], [params[i] for i in rows], last)
     return tokens, kept
 
 
@@ -50,8 +52,11 @@ def numbers(rows, seed=0):
     return [tuple(uniform(seed, i, k) for k in range(3)) for i in range(rows)]
 
 
-def softmax(z, params, seen=()):
-    return filtered(z[None], params, [list(seen)])[0].softmax(-1)
+def softmax(z, params, text=()):
+    z = z.clone()
+    for i in set(text):
+        z[i] = z[i] / params.repetition_penalty if z[i] > 0 else z[i] * params.repetition_penalty
+    return filtered(z[None], params)[0].softmax(-1)
 
 
 FILTERS = {
@@ -72,16 +77,17 @@ def test_coupled_draws_have_the_target_distribution(settings, apart):
     rows, params = 20_000, SamplingParams(**settings)
     p = torch.randn(8) * 1.5
     q = p + apart * torch.randn(8)
-    seen = [[1, 2, 2]] * rows
-    tokens, kept = coupled(p.expand(rows, -1), q.expand(rows, -1), [params] * rows, seen, numbers(rows))
-    target, proposed = softmax(p, params, seen[0]), softmax(q, params, seen[0])
+    p, q = (processed(z[None], [params], lambda _: ((1,), (2, 2)), ())[0] for z in (p, q))
+    params = replace(params, repetition_penalty=1.0)  # it has acted, once for all rows
+    tokens, kept = coupled(p.expand(rows, -1), q.expand(rows, -1), [params] * rows, [[]] * rows, numbers(rows))
+    target, proposed = softmax(p, params), softmax(q, params)
     counts = torch.bincount(tokens, minlength=8)
     assert (counts[target == 0] == 0).all()
     statistic, bound = chi_square(counts, rows * target)
     assert statistic < bound
     expected = float(torch.minimum(target, proposed).sum())  # what rejection sampling accepts: one minus the total variation
     assert kept.float().mean() == pytest.approx(expected, abs=0.015)
-    proposals, _ = propose(q.expand(rows, -1), [params] * rows, seen, [u for u, _, _ in numbers(rows)])
+    proposals, _ = propose(q.expand(rows, -1), [params] * rows, [u for u, _, _ in numbers(rows)])
     wrong, bound = chi_square(torch.bincount(proposals, minlength=8), rows * target.clamp(min=1e-9))
     assert apart == 0 or wrong > bound, "the test would not see a sampler that draws from q"
 
@@ -128,9 +134,9 @@ def test_rows_with_different_settings_do_not_touch():
     together = coupled(p, q, params, [[]] * 6, numbers(6))[0].tolist()
     alone = [int(coupled(p[i : i + 1], q[i : i + 1], [params[i]], [[]], [numbers(6)[i]])[0]) for i in range(6)]
     assert together == alone
-    tokens, logps = propose(q, params, [[]] * 6, [u for u, _, _ in numbers(6)])
-    kept = accepts(p, params, [[]] * 6, tokens, logps, [u for _, u, _ in numbers(6)])
-    other = replacement(p, q, params, [[]] * 6, [u for _, _, u in numbers(6)])
+    tokens, logps = propose(q, params, [u for u, _, _ in numbers(6)])
+    kept = accepts(p, params, tokens, logps, [u for _, u, _ in numbers(6)])
+    other = replacement(p, q, params, [u for _, _, u in numbers(6)])
     assert torch.where(kept, tokens, other).tolist() == together
 
 
@@ -242,7 +248,7 @@ def enumerated(bench, prompt, beta, sampling, length):
         grown = {}
         for y, mass in open_.items():
             z, tuned, untuned = (naive.outputs(n, prompt + list(y))[-1] for n in networks)
-            chances = softmax(z + beta * (tuned - untuned), sampling, y)
+            chances = softmax(z + beta * (tuned - untuned), sampling, prompt + list(y))
             for token, chance in enumerate(chances.tolist()):
                 (found if token == 0 else grown)[*y, token] = mass * chance
         open_ = grown

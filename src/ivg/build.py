@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from ivg.config import NamedValue, Recipe
 from ivg.errors import ConfigError
@@ -10,7 +11,7 @@ from ivg.errors import ConfigError
 if TYPE_CHECKING:
     from ivg.models.loading import LoadOptions
     from ivg.steered import SteeredModel
-    from ivg.types import Value
+    from ivg.types import SamplingParams, Value
 
 
 def load_options(recipe: Recipe) -> LoadOptions:
@@ -24,11 +25,11 @@ def load_options(recipe: Recipe) -> LoadOptions:
 def load_models(recipe: Recipe, *, every_guide: bool = False) -> SteeredModel:
     """The models of a recipe, and its further values by their names, over the engine that it names.
 
-    Where it names no models: the embedded ones; embedded guides need the embedded base. ``every_guide``: inside vLLM have guides
-    for all methods, not only for the recipe's (a server's clients choose).
+    Where it names no models: the embedded ones; where it names guides alone, they steer the embedded base. ``every_guide``: inside
+    vLLM have guides for all methods, not only for the recipe's (a server's clients choose).
 
     Raises:
-        ConfigError: guides but no base; a value whose name means something else.
+        ConfigError: a value whose name means something else.
         ModelError: a model that cannot be loaded.
     """
     for name in recipe.values:
@@ -49,6 +50,28 @@ def load_models(recipe: Recipe, *, every_guide: bool = False) -> SteeredModel:
     for name, value in recipe.values.items():
         model.add_value(name, named_value(name, value, options))
     return model
+
+
+def default_sampling(recipe: Recipe) -> SamplingParams:
+    """How a recipe's model draws where nothing is said (``SteeredModel.sampling``), without loading it.
+
+    Raises:
+        ConfigError: the base's checkpoint sets what cannot be done.
+    """
+    from transformers import GenerationConfig
+
+    from ivg.embedded import locate, path
+    from ivg.models.generation import defaults_of
+    from ivg.steered import DEFAULT_SAMPLING
+
+    base = recipe.models.given.get("base")
+    if recipe.run.engine.startswith(("http://", "https://")):
+        return DEFAULT_SAMPLING
+    try:
+        config = GenerationConfig.from_pretrained(locate(base.path if base else path("base")), revision=recipe.run.revision)
+    except OSError:  # many models have none
+        return DEFAULT_SAMPLING
+    return replace(DEFAULT_SAMPLING, **defaults_of(config, "base", recipe.run.generation_config).settings)
 
 
 def named_value(name: str, config: NamedValue, options: LoadOptions) -> Value:
@@ -79,14 +102,13 @@ def named_value(name: str, config: NamedValue, options: LoadOptions) -> Value:
 
 
 def _models(recipe: Recipe, options: LoadOptions) -> SteeredModel:
+    from ivg.embedded import path
     from ivg.steered import SteeredModel
 
     given = recipe.models.given
     if not given:
         return SteeredModel.embedded(options)
-    if "base" not in given:
-        raise ConfigError(
-            f"got models for {', '.join(given)}, but no base model\n  give --base ID-or-path, or no model at all for the embedded ones"
-        )
     templates = {role: ref.template for role, ref in given.items() if ref.template is not None}
-    return SteeredModel.from_pretrained(**{role: ref.path for role, ref in given.items()}, templates=templates, options=options)
+    paths: dict[str, Any] = {"base": path("base"), **{role: ref.path for role, ref in given.items()}}
+    mode = recipe.run.generation_config
+    return SteeredModel.from_pretrained(**paths, templates=templates, options=options, generation_config=mode)

@@ -28,10 +28,11 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 
 from ivg.config_errors import explain
 from ivg.errors import ConfigError
+from ivg.strict import Strict
 
 ROLES = ("base", "tuned", "untuned", "value", "reward", "arm")
 """What a model can be for."""
@@ -41,19 +42,7 @@ def _or(*names: str) -> AliasChoices:
     return AliasChoices(*names)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        kind = cls.model_fields[info.field_name].annotation if info.field_name is not None else None
-        if isinstance(value, bool) and kind in (int, float, int | None, float | None):
-            raise ValueError("expected a number")
-        return value
-
-
-class ModelRef(_Strict):
+class ModelRef(Strict):
     """One model: where it is and how it reads a prompt. A bare string is the path."""
 
     path: str
@@ -63,7 +52,7 @@ class ModelRef(_Strict):
 ModelLike = ModelRef | None
 
 
-class _Guides(_Strict):
+class _Guides(Strict):
     tuned: ModelLike = Field(None, validation_alias=_or("tuned", "expert", "tune_r", "model"))
     untuned: ModelLike = Field(None, validation_alias=_or("untuned", "antiexpert", "base_r", "ref_model"))
     value: ModelLike = Field(None, validation_alias=_or("value", "explicit"))
@@ -98,7 +87,7 @@ class NamedValue(_Guides):
         return self
 
 
-class SearchConfig(_Strict):
+class SearchConfig(Strict):
     """The method and what differs from its defaults (``ivg.decoding.strategies``)."""
 
     method: str = "ivg"
@@ -133,7 +122,7 @@ class SearchConfig(_Strict):
         return {k: v for k, v in self.model_dump(exclude={"method"}).items() if v is not None}
 
 
-class SamplingConfig(_Strict):
+class SamplingConfig(Strict):
     """How tokens are drawn; what is left out falls back on the defaults of ``SteeredModel``."""
 
     temperature: float | None = None
@@ -144,14 +133,27 @@ class SamplingConfig(_Strict):
     max_new_tokens: int | None = Field(None, validation_alias=_or("max_new_tokens", "max_tokens"))
     stop: list[str] | None = None
     ignore_eos: bool | None = None
+    min_new_tokens: int | None = None
+    min_length: int | None = None
+    no_repeat_ngram_size: int | None = None
+    suppress_tokens: list[int] | None = None
+    begin_suppress_tokens: list[int] | None = None
+    bad_words_ids: list[list[int]] | None = None
+    sequence_bias: list[Any] | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | list[int] | None = None
+    exponential_decay_length_penalty: list[Any] | None = None
 
     def settings(self) -> dict[str, Any]:
         """What was given."""
         return {k: v for k, v in self.model_dump().items() if v is not None}
 
 
-class RunConfig(_Strict):
-    """How and where to run; ``engine``: ``transformers``, ``vllm``, or the URL of an OpenAI-compatible endpoint (``http://…/v1``)."""
+class RunConfig(Strict):
+    """How and where to run; ``engine``: ``transformers``, ``vllm``, or the URL of an OpenAI-compatible endpoint (``http://…/v1``).
+
+    ``generation_config``: ``auto`` takes what the base's ``generation_config.json`` says of drawing as defaults, ``ignore`` does not.
+    """
 
     engine: str = "transformers"
     seed: int = 0
@@ -162,9 +164,10 @@ class RunConfig(_Strict):
     revision: str | None = None
     trust_remote_code: bool = False
     quantization: dict[str, Any] | None = None
+    generation_config: Literal["auto", "ignore"] = "auto"
 
 
-class VLLMConfig(_Strict):
+class VLLMConfig(Strict):
     """The engine ``vllm`` (docs/vllm.md); what is left out is vLLM's default.
 
     Attributes:
@@ -184,10 +187,10 @@ class VLLMConfig(_Strict):
     tensor_parallel_size: int | None = Field(None, ge=1)
     enforce_eager: bool | None = None
     cache: str | None = None
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default_factory=dict)
 
 
-class EndpointConfig(_Strict):
+class EndpointConfig(Strict):
     """An OpenAI-compatible completions endpoint as base (``run.engine`` is its URL).
 
     Attributes:
@@ -247,7 +250,7 @@ TAKEN = frozenset({
 """What rows of scores and results call their own; no judge may have these names."""
 
 
-class EvalConfig(_Strict):
+class EvalConfig(Strict):
     """One evaluation (``ivg eval``): a task, its prompts, the methods, the judges.
 
     Attributes:
@@ -277,10 +280,10 @@ class EvalConfig(_Strict):
     shuffle: int | None = None
     methods: list[MethodConfig] = Field(default_factory=lambda: [MethodConfig(method="combinations", label="combinations")])
     gold: RewardRef | None = None
-    judges: dict[str, RewardRef] = {}
+    judges: dict[str, RewardRef] = Field(default_factory=dict)
     bank: int = Field(0, ge=0)
     threads: int | None = Field(None, ge=1)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("gold", mode="before")
     @classmethod
@@ -306,18 +309,18 @@ class EvalConfig(_Strict):
 _Ref = TypeVar("_Ref", bound=ModelRef)
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """Everything that one run needs."""
 
     models: ModelsConfig = ModelsConfig()
-    values: dict[str, NamedValue] = {}
+    values: dict[str, NamedValue] = Field(default_factory=dict)
     search: SearchConfig = SearchConfig()
     sampling: SamplingConfig = SamplingConfig()
     run: RunConfig = RunConfig()
     vllm: VLLMConfig = VLLMConfig()
     endpoint: EndpointConfig = EndpointConfig()
     eval: EvalConfig = EvalConfig()
-    serve: dict[str, Any] = {}
+    serve: dict[str, Any] = Field(default_factory=dict)
     """Settings of the server, which checks them (``serving.settings``)."""
 
     @classmethod

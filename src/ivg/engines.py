@@ -76,7 +76,8 @@ def vllm_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker, *, 
             else:
                 values[name] = make_value(name, value, options)
         parts = ["base", *(part for guide in guides for part, _, _ in guide.parts)]
-        return SteeredModel(texts, {name: values[name] for name in named}, engine=VLLMEngine(core, texts, parts, inner))
+        engine = VLLMEngine(core, texts, parts, inner)
+        return SteeredModel(texts, {name: values[name] for name in named}, engine=engine, generation_config=recipe.run.generation_config)
 
 
 @contextmanager
@@ -124,9 +125,10 @@ def endpoint_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker)
         timeout=settings.timeout,
         concurrency=settings.concurrency,
         token_pieces=settings.token_pieces,
+        explicit=recipe.run.generation_config == "ignore",
     )
     values = {name: make_value(name, value, options) for name, value in {**_roles(given), **recipe.values}.items()}
-    return SteeredModel(engine.base, values, engine=engine)
+    return SteeredModel(engine.base, values, engine=engine, generation_config=recipe.run.generation_config)
 
 
 def _references(recipe: Recipe) -> tuple[dict[str, ModelRef], dict[str, NamedValue]]:
@@ -136,9 +138,8 @@ def _references(recipe: Recipe) -> tuple[dict[str, ModelRef], dict[str, NamedVal
         refs = {role: ModelRef(path=str(path(role))) for role in ("base", "tuned", "untuned", "value")}
         other = {"explicit-other": NamedValue(value=ModelRef(path=str(path("value-other"))))}
         return refs, {**_roles(refs), **other, **recipe.values}
-    if "base" not in given:
-        raise ConfigError(f"got models for {', '.join(given)}, but no base model\n  give --base ID-or-path")
-    return given, {**_roles(given), **recipe.values}
+    refs = {"base": ModelRef(path=str(path("base"))), **given}
+    return refs, {**_roles(given), **recipe.values}
 
 
 def _roles(refs: Mapping[str, ModelRef]) -> dict[str, NamedValue]:
@@ -226,7 +227,9 @@ def _texts(name: str, ref: ModelRef, tokenizer: Any, options: LoadOptions, longe
         generation = None
     ends = eos_ids(SimpleNamespace(generation_config=generation, config=config), tokenizer)
     text = config.get_text_config()
-    return Texts(name, tokenizer, _template(ref, options), ends, vocab_size=text.vocab_size, max_positions=longest)
+    texts = Texts(name, tokenizer, _template(ref, options), ends, vocab_size=text.vocab_size, max_positions=longest)
+    texts.generation_config = generation
+    return texts
 
 
 def _template(ref: ModelRef, options: LoadOptions) -> str | None:

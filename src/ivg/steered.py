@@ -17,6 +17,8 @@ from ivg.decoding.strategies import STRATEGIES, Strategy, settled, strategy
 from ivg.embedded import path
 from ivg.engine.transformers import TransformersEngine
 from ivg.errors import ConfigError, IVGError, ModelError, PromptError
+from ivg.locks import FairLock
+from ivg.models.generation import GenerationConfigMode, GenerationDefaults, defaults_of
 from ivg.models.loading import LoadOptions, load_causal
 from ivg.models.reader import Reader
 from ivg.models.texts import Texts
@@ -42,23 +44,45 @@ class SteeredModel:
     >>> model = SteeredModel.embedded()
     >>> model.generate("The movie was", method="ivg", seed=1).text
 
+    Several threads may use one model: they take turns, a round of the search or a call of :meth:`score` at a time, and every answer is
+    that of a single thread. No turn is held between rounds, so loops over :meth:`run` may be interleaved and left in the middle. A
+    value that is a Python function must not wait for another thread that uses the model. Two models that share readers are two locks:
+    use them from one thread.
+
     Args:
         base: the frozen model that writes; a :class:`~ivg.models.reader.Reader`, unless ``engine`` runs it.
         values: by name; methods ask for ``implicit``, ``explicit``, ``reward`` and ``arm``, custom ones for any.
-        sampling: defaults of every request.
+        sampling: defaults of every request; None: :data:`DEFAULT_SAMPLING` with what the base's checkpoint sets.
         max_beams: hypotheses in flight at most.
         engine: what makes beams longer; default: the transformers engine over ``base``.
+        generation_config: ``auto``: the base's ``generation_config.json`` gives defaults of drawing; ``ignore``: it does not (its
+            end-of-sequence tokens are taken in any case).
+
+    Raises:
+        ConfigError: the checkpoint sets something that changes its texts and that cannot be done here.
+
+    Attributes:
+        sampling: the defaults of every request, all filled in.
+        generation_config: those of them that the checkpoint sets.
+        generation_config_left_out: what else it sets that does not apply here, with the reasons.
     """
 
     def __init__(
         self,
         base: Texts,
         values: Mapping[str, Value] | None = None,
-        sampling: SamplingParams = DEFAULT_SAMPLING,
+        sampling: SamplingParams | None = None,
         max_beams: int = 256,
         engine: Engine | None = None,
+        generation_config: GenerationConfigMode = "auto",
     ) -> None:
-        self.base, self.values, self.sampling, self.max_beams = base, dict(values or {}), sampling, max_beams
+        self.base, self.values, self.max_beams = base, dict(values or {}), max_beams
+        defaults = defaults_of(base.generation_config, base.name, generation_config) if sampling is None else GenerationDefaults()
+        own = {name: value for name, value in defaults.settings.items() if value != getattr(DEFAULT_SAMPLING, name)}
+        self.generation_config: dict[str, Any] = own
+        self.generation_config_left_out = dict(defaults.left_out)
+        self.sampling = replace(DEFAULT_SAMPLING, **own) if sampling is None else sampling
+        self.lock = FairLock()
         self.engine: Engine = TransformersEngine(_reader(base)) if engine is None else engine
         self._composites: dict[tuple[tuple[float, int], ...], Value] = {}
 
@@ -74,6 +98,7 @@ class SteeredModel:
         arm: str | Path | None = None,
         templates: Mapping[str, str] | None = None,
         options: LoadOptions | None = None,
+        generation_config: GenerationConfigMode = "auto",
     ) -> SteeredModel:
         """Load everything from directories or the hub.
 
@@ -86,6 +111,7 @@ class SteeredModel:
             arm: autoregressive reward model: ``arm``.
             templates: how each role reads a prompt: ``{"base": "chat", "tuned": "{prompt}", ...}``; ``untuned`` follows ``tuned``.
             options: device, dtype, revision and the like.
+            generation_config: ``auto`` or ``ignore`` what the base's checkpoint sets of drawing.
         """
         if (tuned is None) != (untuned is None):
             missing = "untuned" if untuned is None else "tuned"
@@ -106,7 +132,7 @@ class SteeredModel:
             loaded["reward"] = load_reward(reward, template=shapes.get("reward"), options=options)
         if arm is not None:
             loaded["arm"] = AutoregressiveReward(load_causal(arm, "arm", options, shapes.get("arm")))
-        return cls(load_causal(base, "base", options, shapes.get("base")), loaded)
+        return cls(load_causal(base, "base", options, shapes.get("base")), loaded, generation_config=generation_config)
 
     @classmethod
     def embedded(cls, options: LoadOptions | None = None) -> SteeredModel:
@@ -132,9 +158,10 @@ class SteeredModel:
     def _combined(self, parts: Sequence[tuple[float, Value]], name: str) -> Value:
         """The same object for the same values and weights, so that requests which share it are scored together."""
         key = tuple((weight, id(value)) for weight, value in parts)
-        while key not in self._composites and len(self._composites) >= _COMPOSITES:
-            del self._composites[next(iter(self._composites))]
-        return self._composites.setdefault(key, CompositeValue(parts, name))  # holds its parts: no id is used again
+        with self.lock:
+            while key not in self._composites and len(self._composites) >= _COMPOSITES:
+                del self._composites[next(iter(self._composites))]
+            return self._composites.setdefault(key, CompositeValue(parts, name))  # holds its parts: no id is used again
 
     @property
     def methods(self) -> list[str]:
@@ -178,19 +205,37 @@ class SteeredModel:
         Raises:
             ConfigError: unknown or unusable settings; a value that the method needs is missing.
         """
-        sampling = {k: v for k, v in settings.items() if k in _SAMPLING and v is not None}
-        if "stop" in sampling:
-            sampling["stop"] = (sampling["stop"],) if isinstance(sampling["stop"], str) else tuple(sampling["stop"])
+        given = {k: v for k, v in settings.items() if k in _SAMPLING and v is not None}
+        if isinstance(given.get("stop"), str):
+            given["stop"] = (given["stop"],)
         rest = {k: v for k, v in settings.items() if k not in _SAMPLING}
         search = self.strategy(method, **rest).search(self.values, self._combined)
-        return Request(Prompt.of(prompt), search, replace(self.sampling, **sampling), seed, index, trace, record, alternatives)
+        wanted = Prompt.of(prompt)
+        sampling = self._sampling(wanted, given)
+        own = {k: v for k, v in self.generation_config.items() if k not in given}
+        return Request(wanted, search, sampling, seed, index, trace, record, alternatives, from_checkpoint=own)
+
+    def _sampling(self, prompt: Prompt, given: Mapping[str, Any]) -> SamplingParams:
+        """The model's defaults with what a request gives over them; a length that nobody asked for is cut to what the context has left."""
+        more: dict[str, Any] = {}
+        if "max_new_tokens" not in given and (limit := self.base.max_positions) is not None:
+            try:
+                with self.lock:
+                    left = limit - len(self.base.prompt_ids(prompt))
+            except PromptError:
+                left = 0  # the search refuses it with the others
+            if 0 < left < self.sampling.max_new_tokens:
+                more["max_new_tokens"] = left
+        if "min_new_tokens" in given and "min_length" not in given:
+            more["min_length"] = 0  # as in transformers: one takes the other's place
+        return replace(self.sampling, **{**more, **given})
 
     def searcher(self, max_beams: int | None = None) -> Searcher:
-        """A fresh loop over this model's engine."""
-        return Searcher(self.engine, max_beams or self.max_beams)
+        """A fresh loop over this model's engine, which takes turns with the model's other loops."""
+        return Searcher(self.engine, max_beams or self.max_beams, self.lock)
 
     def run(self, requests: Iterable[Request], max_beams: int | None = None) -> Iterator[tuple[int, Completion]]:
-        """Run requests together; yields (position, completion) as each is done."""
+        """Run requests together; yields (position, completion) as each is done. A loop that is left gives its requests up."""
         return self.searcher(max_beams).run(requests)
 
     @overload
@@ -220,11 +265,12 @@ class SteeredModel:
         if value not in self.values:
             raise ConfigError(f"no value called {value!r}\n  expected one of: {', '.join(self.values) or 'none'}")
         found = self.values[value]
-        hypotheses = [given(self.base, Prompt.of(prompt), text) for text in responses]
-        try:
-            return every(score_each(found, hypotheses))
-        finally:
-            found.release([h.key for h in hypotheses])
+        with self.lock:
+            hypotheses = [given(self.base, Prompt.of(prompt), text) for text in responses]
+            try:
+                return every(score_each(found, hypotheses))
+            finally:
+                found.release([h.key for h in hypotheses])
 
     @property
     def reader(self) -> Reader:
@@ -249,24 +295,26 @@ class SteeredModel:
         Raises:
             ModelError: it cannot; all others have begun anew.
         """
-        for reader in self.readers:
-            reader.clear()
         failed: Exception | None = None
         died = False
-        for part in (self.engine, *self.values.values()):
-            if (revive := getattr(part, "revive", None)) is not None:
-                try:
-                    died = bool(revive()) or died
-                except Exception as e:
-                    failed = failed or e
+        with self.lock:
+            for reader in self.readers:
+                reader.clear()
+            for part in (self.engine, *self.values.values()):
+                if (revive := getattr(part, "revive", None)) is not None:
+                    try:
+                        died = bool(revive()) or died
+                    except Exception as e:
+                        failed = failed or e
         if failed is not None:
             raise failed if isinstance(failed, IVGError) else ModelError(f"a model cannot begin anew: {failed}") from failed
         return died
 
     def give_back(self) -> None:
         """Give memory that nothing needs now back to the system; for processes that live long. Nothing is computed otherwise."""
-        for reader in self.readers:
-            reader.model.give_back()
+        with self.lock:
+            for reader in self.readers:
+                reader.model.give_back()
         machine.trim()
 
     def close(self) -> None:

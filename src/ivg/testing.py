@@ -6,7 +6,7 @@ The laws are plain functions that raise AssertionError. :class:`FakeEngine` need
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -199,12 +199,13 @@ class PacedFakeEngine(FakeEngine):
         self.calls.append(len(orders))
         self._orders |= {order.beam.key: order for order in orders}
 
-    def collect(self) -> list[Growth]:
-        """Some of the orders, done; of the others what is watched."""
+    def collect(self, beams: Collection[int] | None = None) -> list[Growth]:
+        """Some of the orders of ``beams``, done; of the others what is watched."""
         self._rounds += 1
         out: list[Growth] = []
-        for place, (key, order) in enumerate([*self._orders.items()]):
-            if len(self._orders) == 1 or uniform(place, self._rounds) < 0.3:
+        orders = [(key, order) for key, order in self._orders.items() if beams is None or key in beams]
+        for place, (key, order) in enumerate(orders):
+            if len(orders) == 1 or uniform(place, self._rounds) < 0.3:
                 del self._orders[key]
                 out.append(Growth(key, self._family(order)))
             elif order.watch and order.tokens > 1:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from ivg.checks import settle
+from ivg.params import SamplingParams as SamplingParams
 from ivg.prompts import Message as Message  # nouns, too: whoever wants them finds them here
 from ivg.prompts import Prompt as Prompt
 
@@ -27,36 +29,15 @@ def new_key() -> int:
     return next(_keys)
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How tokens are drawn and when a response ends.
-
-    Attributes:
-        temperature: acts after guidance has been mixed in (METHOD, section 2); 0 is greedy.
-        top_k: keep the k likeliest tokens; 0 is off.
-        top_p: keep the smallest set of tokens whose probability reaches p; 1 is off.
-        min_p: keep tokens at least ``min_p`` times as likely as the likeliest; 0 is off.
-        repetition_penalty: as in transformers (Keskar et al. 2019), over the response; 1 is off.
-        max_new_tokens: response length at most, in base tokens.
-        stop: strings that end the response; not part of the text.
-        ignore_eos: never end at an end-of-sequence token, never draw one.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    max_new_tokens: int = 50
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-
-
 class Meter:
-    """Counts, for one request, the tokens that each model read, and collects notes. The one mutable thing that beams share."""
+    """Counts, for one request, the tokens that each model reads (see :class:`Usage`), and collects notes.
+
+    The one mutable thing that beams share.
+    """
 
     def __init__(self) -> None:
         self.forward_tokens: Counter[str] = Counter()
+        self.cached_tokens: Counter[str] = Counter()
         self.notes: dict[str, None] = {}
         """What a user must know of how the request was read, each once, in order."""
 
@@ -64,9 +45,11 @@ class Meter:
         """Say this of the request (:attr:`Completion.notes`)."""
         self.notes[text] = None
 
-    def add(self, model: str, tokens: int) -> None:
-        """``model`` read ``tokens`` tokens for this request."""
+    def add(self, model: str, tokens: int, cached: int = 0) -> None:
+        """This request asks ``model`` for ``tokens`` tokens, ``cached`` of which it had read for another request already."""
         self.forward_tokens[model] += tokens
+        if cached:
+            self.cached_tokens[model] += cached
 
 
 @runtime_checkable
@@ -204,6 +187,9 @@ class TokenGuidance:
     gate: float = 0.0
     draft: int = 0
 
+    def __post_init__(self) -> None:
+        settle(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Pause:
@@ -305,18 +291,32 @@ class PacedEngine(Engine, Protocol):
     def submit(self, orders: Sequence[Extension]) -> None:
         """Begin these orders; returns at once."""
 
-    def collect(self) -> list[Growth]:
-        """News since the last call. Waits a moment where there are none, and may come back empty."""
+    def collect(self, beams: Collection[int] | None = None) -> list[Growth]:
+        """News of the orders of ``beams`` (keys; None: of all). Waits a moment where there are none, and may come back empty.
+
+        News of others are kept for whoever asks for them.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a completion cost: tokens read by each model (prompt included), tokens of prompt and text, seconds."""
+    """What a completion cost.
+
+    Attributes:
+        forward_tokens: by model, the tokens that it reads for this request, prompt included, when its cache is empty at first. The
+            same for the same request, whatever was cached; the numbers of ``ivg bench``, ``ivg eval`` and of FLOPs are made of these.
+        prompt_tokens: length of the prompt in base tokens.
+        completion_tokens: length of the response in base tokens.
+        seconds: from the request to its end.
+        cached_tokens: by model, those of ``forward_tokens`` that were not computed, because the cache held them from other requests.
+            Models without any are left out. What was computed for this request is ``forward_tokens`` less these.
+    """
 
     forward_tokens: Mapping[str, int]
     prompt_tokens: int
     completion_tokens: int
-    seconds: float
+    seconds: float = field(compare=False)
+    cached_tokens: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     @property
     def total_forward_tokens(self) -> int:
@@ -357,10 +357,13 @@ class Step:
 class Completion:
     """The answer to one request. ``trace`` and ``details`` are empty unless they were asked for.
 
+    ``sampling`` is how it was drawn, with all defaults filled in; ``generation_config`` are those of its settings that neither
+    request nor recipe gave and that the checkpoint's ``generation_config.json`` did.
+
     ``guide_shift``, empty unless recorded or traced, has for each token y_t what guidance made of its log-probability:
     log pi_guided(y_t) - log pi_base(y_t) in nats, both softmaxes at the request's temperature (greedy requests: at 1) over
-    the tokens that may be drawn, before repetition penalty, top-k, top-p and min-p. Over texts drawn from pi_guided the mean
-    of its sum is KL(pi_guided || pi_base).
+    the tokens that may be drawn, before all that :class:`SamplingParams` does to logits but temperature. Over texts drawn from
+    pi_guided the mean of its sum is KL(pi_guided || pi_base).
     """
 
     text: str
@@ -374,10 +377,14 @@ class Completion:
     details: tuple[TokenDetail, ...] = ()
     notes: tuple[str, ...] = ()
     """What to know of how it was made: a prompt that a reward model could not read whole, say."""
+    sampling: SamplingParams | None = None
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without the trace."""
         out: dict[str, Any] = {k: getattr(self, k) for k in ("text", "token_ids", "score", "finish_reason")}
         out["token_ids"] = list(self.token_ids)
         out["usage"] = asdict(self.usage) | {"seconds": round(self.usage.seconds, 4)}
+        if self.generation_config:
+            out["generation_config"] = dict(self.generation_config)
         return out | ({"notes": list(self.notes)} if self.notes else {}) | ({"error": self.error} if self.error else {})

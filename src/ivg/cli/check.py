@@ -74,6 +74,7 @@ def check(
     max_new_tokens: o.MaxNewTokens = None,
     stop: o.Stop = None,
     ignore_eos: o.IgnoreEos = None,
+    generation_config: o.GenerationConfig = None,
     seed: o.Seed = None,
     batch_size: o.BatchSize = None,
 ) -> None:
@@ -95,6 +96,7 @@ def check(
     out = Console(highlight=False)
     model = load_models(given)
     fits = _table(out, model)
+    _generation_config(out, model)
     if preferences is not None:
         from ivg.cli.foresee import Order, run
 
@@ -129,6 +131,15 @@ def _table(out: Console, model: SteeredModel) -> bool:
     for note in notes:
         out.print(Text(f"  {note}", style="dim"), soft_wrap=True)
     return fine
+
+
+def _generation_config(out: Console, model: SteeredModel) -> None:
+    """Say what the base's generation_config.json sets, and what of it does not apply."""
+    if model.generation_config:
+        listed = ", ".join(f"{name}={value!r}" for name, value in model.generation_config.items())
+        out.print(f"generation_config.json of the base sets: {listed}", soft_wrap=True, markup=False)
+    for name, why in model.generation_config_left_out.items():
+        out.print(f"generation_config.json of the base: {name} does not apply ({why})", soft_wrap=True, markup=False)
 
 
 def _disagreement(out: Console, model: SteeredModel, prompts: list[str], beta: float) -> None:

@@ -40,6 +40,7 @@ def compare(
     top_p: o.TopP = None,
     max_new_tokens: o.MaxNewTokens = None,
     ignore_eos: o.IgnoreEos = None,
+    generation_config: o.GenerationConfig = None,
     seed: o.Seed = None,
     device: o.Device = None,
     dtype: o.Dtype = None,

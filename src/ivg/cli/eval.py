@@ -84,6 +84,7 @@ def evaluate(
     max_new_tokens: o.MaxNewTokens = None,
     stop: o.Stop = None,
     ignore_eos: o.IgnoreEos = None,
+    generation_config: o.GenerationConfig = None,
     seed: o.Seed = None,
     batch_size: o.BatchSize = None,
     device: o.Device = None,
@@ -111,7 +112,7 @@ def evaluate(
     }  # fmt: skip
     if methods is not None and "combinations" not in settings["methods"]:  # the recipe's sizes were for its own methods
         typed = {"width": width, "successors": successors, "chunk_length": chunk_length, "beta": beta}
-        given = given.model_copy(update={"search": SearchConfig(**{k: v for k, v in typed.items() if v is not None})})
+        given = given.model_copy(update={"search": SearchConfig()}).override(search=typed)
     judges = {k: ref.model_dump(exclude_none=True) for k, ref in given.eval.judges.items()} | _pairs(judge, "--judge")
     settings |= {"judges": judges, "options": {**given.eval.options, **_pairs(option, "--option")}}
     run(plan(given.override(eval=settings), out), stage or STAGES, jobs, docs)

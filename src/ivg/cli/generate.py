@@ -84,9 +84,11 @@ def generate(
     top_k: o.TopK = None,
     top_p: o.TopP = None,
     min_p: o.MinP = None,
+    repetition_penalty: o.RepetitionPenalty = None,
     max_new_tokens: o.MaxNewTokens = None,
     stop: o.Stop = None,
     ignore_eos: o.IgnoreEos = None,
+    generation_config: o.GenerationConfig = None,
     seed: o.Seed = None,
     n: o.Number = None,
     batch_size: o.BatchSize = None,
@@ -105,6 +107,9 @@ def generate(
     cluster = ClusterSettings.of(ray, workers, gpus_per_worker, cpus_per_worker)
     if bool(prompts) == bool(input):
         raise ConfigError("give prompts, or --input FILE (exactly one of the two)")
+    given, note = o.without_sizes(given)
+    if note is not None:
+        typer.echo(note, err=True)
     _check_method(given)
     run(given, prompts or [], input, output, trace, cluster, format=format, failed=failed)
 

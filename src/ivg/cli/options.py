@@ -93,7 +93,19 @@ Stop = Annotated[
     typer.Option("--stop", help="Text that ends a response (\\n: a line break); may be repeated.", rich_help_panel=_SAMPLING),
 ]
 IgnoreEos = Annotated[bool | None, typer.Option("--ignore-eos", help="Never end before --max-new-tokens.", rich_help_panel=_SAMPLING)]
-Seed = Annotated[int | None, typer.Option("--seed", help="Of all draws (default: 0)", rich_help_panel=_RUN)]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option("--repetition-penalty", help="Of tokens of prompt and answer; 1 is off. (default: 1)", rich_help_panel=_SAMPLING),
+]
+GenerationConfig = Annotated[
+    str | None,
+    typer.Option(
+        "--generation-config",
+        help="auto: what the base's generation_config.json sets are the defaults here; ignore: it is left out. (default: auto)",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Random seed. (default: 0)", rich_help_panel=_RUN)]
 Number = Annotated[int | None, typer.Option("--n", help="Responses for each prompt. (default: 1)", rich_help_panel=_RUN)]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Prompts at once. (default: 16)", rich_help_panel=_RUN)]
 Engine = Annotated[
@@ -115,6 +127,7 @@ def recipe_of(file: Path | None, templates: Sequence[str] | None, given: Mapping
     from ivg.config import ROLES, Recipe, RunConfig, SamplingConfig, SearchConfig
 
     recipe = Recipe.load(file) if file is not None else Recipe()
+    method_given = given.get("method") is not None or "method" in recipe.search.model_fields_set
     kept = {role: ref.template for role, ref in recipe.models.given.items()}
     models = {role: given.get(role) for role in ROLES}
     named: dict[str, Any] = {role: {"path": path, "template": kept.get(role)} for role, path in models.items() if path is not None}
@@ -130,7 +143,44 @@ def recipe_of(file: Path | None, templates: Sequence[str] | None, given: Mapping
         "sampling": {f: given.get(f) for f in SamplingConfig.model_fields if given.get(f) != []} | _stops(given.get("stop")),
         "run": {f: given.get(f) for f in RunConfig.model_fields},
     }
-    return recipe.override(models=named, **settings)
+    recipe = recipe.override(models=named, **settings)
+    return recipe if method_given else recipe.override(search={"method": default_method(recipe)})
+
+
+def default_method(recipe: Recipe) -> str:
+    """The method where none is named: ``ivg``, or, of guides that do not allow it, what they do allow."""
+    roles = set(recipe.models.given) - {"base"}
+    token, select = "tuned" in roles, bool({"value", "reward"} & roles)
+    if not roles or (token and select) or recipe.search.method != "ivg" or _names_values(recipe):
+        return recipe.search.method
+    return "eft" if token else "cbs-explicit" if select else "genarm"
+
+
+def _names_values(recipe: Recipe) -> bool:
+    """Do settings of the search name values themselves?"""
+    s = recipe.search
+    return any(value is not None for value in (s.token, s.select, s.weights, s.select_weights))
+
+
+def without_sizes(recipe: Recipe) -> tuple[Recipe, str | None]:
+    """The recipe without sizes of a search where its method has none to search among, and a note that says so.
+
+    Several methods may be given the same options (``-W 4`` beside ``--method base``).
+    """
+    from ivg.decoding.strategies import STRATEGIES
+
+    row, search = STRATEGIES.get(recipe.search.method), recipe.search
+    idle = {name: got for name in ("width", "successors") if (got := getattr(search, name)) is not None and got > 1}
+    if row is None or row.selectors or row.width * row.successors > 1 or not idle or _names_selector(recipe):
+        return recipe, None
+    kept = search.model_copy(update=dict.fromkeys(idle))
+    listed = ", ".join(f"{name}={got}" for name, got in idle.items())
+    note = f"note: {listed} ignored: the method {row.name} selects among nothing (--select VALUE makes it a search)"
+    return recipe.model_copy(update={"search": kept}), note
+
+
+def _names_selector(recipe: Recipe) -> bool:
+    return recipe.search.select not in (None, "none") or recipe.search.select_weights is not None
 
 
 def _stops(given: Sequence[str] | None) -> dict[str, Any]:
@@ -138,8 +188,8 @@ def _stops(given: Sequence[str] | None) -> dict[str, Any]:
     return {"stop": [text.replace("\\n", "\n") for text in given]} if given else {}
 
 
-def _pair(text: str, known: Collection[str]) -> tuple[str, str]:
-    """``KEY=VALUE`` of ``--set``; the recipe makes numbers of what should be numbers.
+def _pair(text: str, known: Collection[str]) -> tuple[str, Any]:
+    """``KEY=VALUE`` of ``--set``; what reads as a number, or as true or false, is one.
 
     Raises:
         ConfigError: no such setting, or no value.
@@ -147,4 +197,15 @@ def _pair(text: str, known: Collection[str]) -> tuple[str, str]:
     key, sign, value = text.partition("=")
     if not sign or key.strip() not in known:
         raise ConfigError(f"--set {text!r}\n  expected KEY=VALUE with KEY one of {', '.join(sorted(known))}")
-    return key.strip(), value.strip()
+    return key.strip(), _plain(value.strip())
+
+
+def _plain(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

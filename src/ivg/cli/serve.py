@@ -57,6 +57,7 @@ def serve(
     max_new_tokens: Annotated[
         int | None, _option("--max-new-tokens", "Of an answer where the client does not say. (default: as the context allows)")
     ] = None,
+    generation_config: o.GenerationConfig = None,
     engine: o.Engine = None,
     device: o.Device = None,
     dtype: o.Dtype = None,

@@ -6,10 +6,11 @@ neighbours), nor how requests share rounds (``decoding.search``).
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
+from ivg.checks import settle
 from ivg.draws import mix
 from ivg.errors import ConfigError
 from ivg.types import Beam, Meter, Prompt, SamplingParams, Step, TokenGuidance, Value
@@ -57,12 +58,7 @@ class Rejection:
     segment_min: int = 4
 
     def __post_init__(self) -> None:
-        demand("target", self.target, self.target is None or math.isfinite(self.target), "a finite reward")
-        demand("accept_scale", self.accept_scale, 0 < self.accept_scale < math.inf, "positive")
-        demand("threshold_start", self.threshold_start, 0 <= self.threshold_start <= 1, "in [0, 1]")
-        demand("tries", self.tries, self.tries >= 1, "at least 1")
-        demand("segment_entropy", self.segment_entropy, self.segment_entropy > 0, "positive (nats)")
-        demand("segment_min", self.segment_min, self.segment_min >= 1, "at least 1 token")
+        settle(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +74,7 @@ class Particles:
     resample_below: float = 0.5
 
     def __post_init__(self) -> None:
-        demand("particle_beta", self.particle_beta, math.isfinite(self.particle_beta), "a finite number")
-        demand("resample_below", self.resample_below, 0 <= self.resample_below <= 1, "in [0, 1]")
+        settle(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +97,9 @@ class Search:
     rejection: Rejection | None = None
     particles: Particles | None = None
 
+    def __post_init__(self) -> None:
+        settle(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -111,11 +109,12 @@ class Request:
         prompt: what to answer.
         search: how to search.
         sampling: how to draw, when to stop.
-        seed: with ``index`` (number of the sample for this prompt) decides every draw.
+        seed: with ``index`` (number of the sample for this prompt) decides every draw; 64 bits with their sign.
         trace: keep the tree of beams in the completion.
         record: fill ``Completion.guide_shift`` (a trace does so too).
         alternatives: fill ``Completion.details``, with so many of the likeliest tokens at each place; None: do not.
         stride: tokens for each round at most, for whoever wants to see text sooner. Changes no result.
+        from_checkpoint: those settings of ``sampling`` that are the checkpoint's own; for the record alone.
     """
 
     prompt: Prompt
@@ -127,6 +126,10 @@ class Request:
     record: bool = False
     alternatives: int | None = None
     stride: int = QUANTUM
+    from_checkpoint: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        settle(self)
 
     @property
     def draw_seed(self) -> int:
@@ -169,66 +172,23 @@ class Live:
         return self.request.trace or self.request.record
 
 
-def check_watching(request: Request) -> None:
-    """Raise for what cannot be shown of a request.
-
-    Raises:
-        ConfigError: a negative number of alternatives, or a stride below one.
-    """
-    demand("alternatives", request.alternatives, request.alternatives is None or request.alternatives >= 0, "0 or more tokens")
-    demand("stride", request.stride, request.stride >= 1, "at least 1 token")
-
-
 def asked(request: Request) -> set[str]:
-    """What ``request`` asks of an engine beyond drawing tokens: names as in ``Engine.lacks``."""
+    """What ``request`` asks of an engine: names as in ``Engine.lacks``, and every setting of sampling that is not at its default."""
     search, sampling = request.search, request.sampling
     wanted = {
         "pause": search.rejection is not None,
         "weigh": search.particles is not None and search.guidance is not None,
         "alternatives": request.alternatives is not None,
-        "repetition_penalty": sampling.repetition_penalty != 1,
-        "min_p": sampling.min_p > 0,
-        "top_k": sampling.top_k > 0,
-        "ignore_eos": sampling.ignore_eos,
     }
-    return {name for name, needed in wanted.items() if needed}
-
-
-class _Sizes(Protocol):
-    @property
-    def width(self) -> int: ...
-    @property
-    def successors(self) -> int: ...
-    @property
-    def chunk_length(self) -> int | None: ...
-    @property
-    def decay(self) -> float: ...
-    @property
-    def soft_scale(self) -> float: ...
-
-
-def check_sizes(search: _Sizes) -> None:
-    """Raise for sizes that cannot be: W, K or L below one, budgets that grow.
-
-    Raises:
-        ConfigError: names the setting and what it got.
-    """
-    for letter, name in (("W", "width"), ("K", "successors"), ("L", "chunk_length")):
-        number = getattr(search, name)
-        demand(f"{name} ({letter})", number, number is None or number >= 1, "at least 1")
-    demand("decay", search.decay, 0 < search.decay <= 1, "in (0, 1]")
-    demand("soft_scale", search.soft_scale, search.soft_scale > 0, "positive")
+    return {name for name, needed in wanted.items() if needed} | set(sampling.changed)
 
 
 def check_search(search: Search) -> None:
     """Raise for searches that cannot be.
 
     Raises:
-        ConfigError: an impossible size, two rules at once, or a rule without the value that it needs.
+        ConfigError: two rules at once, or a rule without the value that it needs.
     """
-    check_sizes(search)
-    if search.guidance is not None:
-        demand("gate", search.guidance.gate, search.guidance.gate >= 0, "0 (guide everywhere) or more nats")
     if search.rejection is None and search.particles is None:
         return
     if search.rejection is not None and search.particles is not None:
@@ -243,21 +203,3 @@ def check_search(search: Search) -> None:
         demand("width · successors (W·K)", search.width * search.successors, search.width * search.successors == 1, "1 for rejection")
         longest, least = search.chunk_length, search.rejection.segment_min
         demand("segment_min", least, longest is None or least <= longest, f"at most chunk_length ({longest})")
-
-
-def check_sampling(sampling: SamplingParams) -> None:
-    """Raise for sampling parameters that cannot be.
-
-    Raises:
-        ConfigError: names the parameter, what it got and what it may be.
-    """
-    rules = (
-        ("temperature", sampling.temperature >= 0, "0 (greedy) or more"),
-        ("top_k", sampling.top_k >= 0, "0 (off) or more"),
-        ("top_p", 0 < sampling.top_p <= 1, "in (0, 1]"),
-        ("min_p", 0 <= sampling.min_p < 1, "in [0, 1)"),
-        ("repetition_penalty", sampling.repetition_penalty > 0, "positive"),
-        ("max_new_tokens", sampling.max_new_tokens >= 1, "at least 1"),
-    )
-    for name, fine, expected in rules:
-        demand(name, getattr(sampling, name), fine, expected)

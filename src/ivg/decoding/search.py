@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from ivg.decoding import fairness, select
 from ivg.decoding.live import (
@@ -23,19 +24,17 @@ from ivg.decoding.live import (
     Scored,
     Search,
     asked,
-    check_sampling,
     check_search,
-    check_sizes,
-    check_watching,
 )
 from ivg.decoding.particles import ParticleRule
 from ivg.decoding.rejection import RejectionRule
 from ivg.decoding.rules import BeamRule, Choice, Rule
 from ivg.errors import ConfigError, ScoreFault
+from ivg.locks import FairLock
 from ivg.scores import Scores, every, score_each
 from ivg.types import Beam, Completion, Engine, Extension, PacedEngine, Step, TraceNode, Usage, Value
 
-__all__ = ["QUANTUM", "Particles", "Rejection", "Request", "Search", "Searcher", "check_sizes"]
+__all__ = ["QUANTUM", "Particles", "Rejection", "Request", "Search", "Searcher"]
 
 
 def _rule(request: Request) -> Rule:
@@ -63,10 +62,11 @@ class Searcher:
     Args:
         engine: makes beams longer.
         max_beams: hypotheses in flight at most (at least one request always runs); others wait.
+        lock: shared by the loops over one engine, in any thread; each call here is a turn. Default: its own.
     """
 
-    def __init__(self, engine: Engine, max_beams: int = 256) -> None:
-        self.engine, self.max_beams = engine, max_beams
+    def __init__(self, engine: Engine, max_beams: int = 256, lock: FairLock | None = None) -> None:
+        self.engine, self.max_beams, self.lock = engine, max_beams, lock or FairLock()
         self._waiting: deque[Live] = deque()
         self._live: dict[int, Live] = {}
         self._ids = itertools.count()
@@ -80,9 +80,11 @@ class Searcher:
             PromptError: a prompt that the base cannot read (empty, too long).
             ConfigError, VocabularyError: a method that does not fit the models.
         """
-        check_sampling(request.sampling)
+        with self.lock:
+            return self._add(request)
+
+    def _add(self, request: Request) -> int:
         check_search(request.search)
-        check_watching(request)
         search, length = request.search, request.sampling.max_new_tokens
         check_engine(self.engine, request)
         root = self.engine.open(request.prompt, request.sampling)
@@ -96,11 +98,12 @@ class Searcher:
 
     def cancel(self, request_id: int) -> dict[str, int]:
         """Forget a request and free what is kept for it; unknown numbers are ignored. Tokens that each model had read for it."""
-        live = self._live.pop(request_id, None)
-        if live is not None:
-            self._release_all(live)
-        self._waiting = deque(w for w in self._waiting if w.id != request_id)
-        return {} if live is None else dict(live.meter.forward_tokens)
+        with self.lock:
+            live = self._live.pop(request_id, None)
+            if live is not None:
+                self._release_all(live)
+            self._waiting = deque(w for w in self._waiting if w.id != request_id)
+            return {} if live is None else dict(live.meter.forward_tokens)
 
     @property
     def busy(self) -> bool:
@@ -123,17 +126,34 @@ class Searcher:
         return len(self._waiting)
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
-        """Run requests to their ends; yields (position in ``requests``, completion) as each is done."""
-        position = {self.add(r): i for i, r in enumerate(requests)}
-        while self.busy:
-            for step in self.step():
-                if step.completion is not None and step.request in position:
-                    yield position[step.request], step.completion
+        """Run requests to their ends; yields (position in ``requests``, completion) as each is done.
+
+        Those that are not done when the loop is left, or when one of ``requests`` is refused, are cancelled.
+        """
+        position: dict[int, int] = {}
+        try:
+            for i, request in enumerate(requests):
+                position[self.add(request)] = i
+            while position and self.busy:
+                for step in self.step():
+                    if step.completion is not None and step.request in position:
+                        yield position.pop(step.request), step.completion
+        finally:
+            if position:
+                self.lock.later(partial(self._cancel_all, list(position)))
+
+    def _cancel_all(self, ids: Sequence[int]) -> None:
+        for number in ids:
+            self.cancel(number)
 
     # The loop
 
     def step(self) -> list[Step]:
         """One round: extend, and where a chunk is complete, score and select. Who takes part: ``decoding.fairness``."""
+        with self.lock:
+            return self._step()
+
+    def _step(self) -> list[Step]:
         steps = self._admit()
         lives = list(self._live.values())
         if not lives:
@@ -175,10 +195,7 @@ class Searcher:
             engine.submit(orders)
         owner = {key: live for live in lives for key in live.pending}
         news: dict[int, Live] = {}
-        for growth in engine.collect():
-            if growth.beam not in owner:  # of a loop that was left in the middle
-                engine.release([growth.beam, *(b.key for b in growth.children)])
-                continue
+        for growth in engine.collect(owner):
             live = owner[growth.beam]
             live.families[growth.beam] = growth.children
             live.pending -= {growth.beam} if growth.done else set()
@@ -328,7 +345,8 @@ class Searcher:
     def _end(self, live: Live, best: Beam, score: float | None, error: str | None, step: Step | None = None) -> Step:
         """The completion; everything that is kept for the request is freed."""
         seconds = time.perf_counter() - live.started
-        usage = Usage(dict(live.meter.forward_tokens), live.prompt_tokens, len(best.token_ids), seconds)
+        meter = live.meter
+        usage = Usage(dict(meter.forward_tokens), live.prompt_tokens, len(best.token_ids), seconds, dict(meter.cached_tokens))
         completion = Completion(
             text=best.text,
             token_ids=best.token_ids,
@@ -340,6 +358,8 @@ class Searcher:
             guide_shift=best.guide_shift,
             details=best.details,
             notes=tuple(live.meter.notes),
+            sampling=live.request.sampling,
+            generation_config=live.request.from_checkpoint,
         )
         self._release_all(live)
         del self._live[live.id]

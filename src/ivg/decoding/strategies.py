@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from ivg.decoding.live import Particles, Rejection, Search, check_sizes, demand
+from ivg.checks import settle
+from ivg.decoding.live import Particles, Rejection, Search, demand
 from ivg.errors import ConfigError
 from ivg.types import TokenGuidance, Value
 
@@ -86,6 +87,9 @@ class Strategy:
     particle_beta: float = 1.0
     resample_below: float = 0.5
 
+    def __post_init__(self) -> None:
+        settle(self)
+
     @property
     def guides(self) -> Weights:
         """(name, weight) of the values that steer every token."""
@@ -127,13 +131,9 @@ class Strategy:
         """Itself, or an error.
 
         Raises:
-            ConfigError: a size below one; several candidates and nothing to choose among them by; a rule without its value.
+            ConfigError: several candidates and nothing to choose among them by; a rule without its value; drafts without a guide.
         """
-        check_sizes(self)
-        demand("gate", self.gate, self.gate >= 0, "0 (guide everywhere) or more nats")
         self._check_draft()
-        demand("rule", self.rule, self.rule in ("top", "soft", "reject", "particles"), "top, soft, reject or particles")
-        _settings(Rejection, self), _settings(Particles, self)  # their ranges, whatever the rule
         if self.width * self.successors > 1 and not self.selectors:
             raise ConfigError(
                 f"{self.name}: W·K = {self.width * self.successors} hypotheses and no value to select by\n"
@@ -144,7 +144,6 @@ class Strategy:
         return self
 
     def _check_draft(self) -> None:
-        demand("draft", self.draft, self.draft >= 0, "0 (off) or more tokens")
         if self.draft and not (self.token or self.weights):
             raise ConfigError(f"{self.name}: draft={self.draft} and no value that guides tokens\n  give token=implicit, or leave draft out")
 

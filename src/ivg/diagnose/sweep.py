@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -37,6 +36,7 @@ from ivg.diagnose.estimate import (
 )
 from ivg.diagnose.reading import Shift, written
 from ivg.errors import ConfigError
+from ivg.params import UNPROCESSED
 from ivg.scores import every, score_each
 from ivg.steered import SteeredModel
 from ivg.types import Beam, Prompt, SamplingParams, Value
@@ -123,13 +123,13 @@ class Texts:
 def draw(model: SteeredModel, guide: str | None, prompts: Sequence[Prompt], plan: Plan) -> Texts:
     """Texts for every prompt, sample and weight; the same sample has the same random numbers at every weight."""
     params, base = plan.sampling, model.reader
-    settings: dict[str, Any] = {"temperature": params.temperature, "max_new_tokens": params.max_new_tokens, "ignore_eos": params.ignore_eos}
-    settings |= {"stop": params.stop, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    sampling = replace(params, **UNPROCESSED)
     jobs = [(p, n, b) for b in (plan.draw_at or ()) for p in range(len(prompts)) for n in range(plan.samples)]
     requests = [
-        model.request(prompts[p], "custom", token=guide if b else None, beta=b, seed=plan.seed, index=p * plan.samples + n, **settings)
+        model.request(prompts[p], "custom", token=guide if b else None, beta=b, seed=plan.seed, index=p * plan.samples + n)
         for p, n, b in jobs
     ]
+    requests = [replace(r, sampling=sampling, from_checkpoint={}) for r in requests]
     done = dict(model.run(requests, max_beams=plan.batch))
     beams = [written(base, prompts[p], done[i].text, done[i].token_ids) for i, (p, _, _) in enumerate(jobs)]
     return Texts(beams, np.array([p for p, _, _ in jobs]), np.array([plan.betas.index(b) for _, _, b in jobs]))

@@ -7,12 +7,13 @@ do), and its tokenizer may cut the border of two chunks otherwise than the base 
 seed goes along with every request, and whether it reproduces the answer depends on the server.
 
 Settings that a request leaves at "off" (top-k, min-p, repetition penalty) are not sent, because strict servers refuse fields of others;
-vLLM then takes the model's own defaults unless it was started with ``--generation-config vllm``. ``extra`` says more.
+vLLM then takes the model's own defaults (its ``generation_config.json``) unless it was started with ``--generation-config vllm``. With
+``explicit`` they are sent all the same: then the server's defaults apply to nothing. ``extra`` says more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from ivg.draws import child_lineage, mix
 from ivg.engine.asking import Asker, api_url
 from ivg.engine.interned import END, FILLER, EndpointTexts, InternedVocabulary
-from ivg.engine.replies import Heard, heard, spelled, stop_at, used
+from ivg.engine.replies import Heard, cached_of, heard, spelled, stop_at, used
 from ivg.errors import ConfigError
 from ivg.types import Beam, Extension, FinishReason, Growth, Prompt, SamplingParams, TokenGuidance, new_key
 
@@ -47,6 +48,7 @@ class EndpointEngine:
         name: in errors.
         token_pieces: ask the server to spell the tokens (``logprobs``), so that lengths are exact and traces show tokens.
         extra: further fields of every request.
+        explicit: send what is off, too, so that no default of the server's takes its place (vLLM, SGLang).
 
     Raises:
         ConfigError: unusable settings.
@@ -57,6 +59,21 @@ class EndpointEngine:
         "pause": "an endpoint gives text, not the base's entropy; use a method that selects chunks (cbs-explicit, bon …)",
         "alternatives": "an endpoint gives text, not distributions; leave them out",
         "weigh": "an endpoint gives text, not probabilities; leave token guidance out",
+        **dict.fromkeys(
+            (
+                "min_new_tokens",
+                "min_length",
+                "no_repeat_ngram_size",
+                "suppress_tokens",
+                "begin_suppress_tokens",
+                "bad_words_ids",
+                "sequence_bias",
+                "forced_bos_token_id",
+                "forced_eos_token_id",
+                "exponential_decay_length_penalty",
+            ),
+            "endpoints share no field for it; set it on the server, or use the transformers engine",
+        ),
     }
 
     def __init__(
@@ -73,7 +90,9 @@ class EndpointEngine:
         name: str = "endpoint",
         token_pieces: bool = False,
         extra: Mapping[str, Any] | None = None,
+        explicit: bool = False,
     ) -> None:
+        self.explicit = explicit
         self.url, self.model, self.name, self.token_pieces, self.extra = api_url(url), model, name, token_pieces, dict(extra or {})
         self.vocabulary = InternedVocabulary(f"{model} at {self.url}", getattr(tokenizer, "chat_template", None))
         self.base = EndpointTexts(self.vocabulary, tokenizer, template)
@@ -139,14 +158,22 @@ class EndpointEngine:
                 future = self.asker.ask(order, self._body(order), [_seed(order, i) for i in range(wanted)])
             self._running[order.beam.key] = (order, future)
 
-    def collect(self) -> list[Growth]:
-        """Orders that are done; waits up to :data:`MOMENT` seconds for one. Orders under way are not shown.
+    def collect(self, beams: Collection[int] | None = None) -> list[Growth]:
+        """Orders of ``beams`` that are done; waits up to :data:`MOMENT` seconds for one. Orders under way are not shown.
 
         Raises:
             ModelError: the engine is closed.
         """
-        kept, self._kept_back = self._kept_back, []
-        return kept or self._news()
+        if not (found := self._taken(beams)):
+            self._kept_back += self._news()
+            found = self._taken(beams)
+        return found
+
+    def _taken(self, beams: Collection[int] | None) -> list[Growth]:
+        """News that was kept back, of ``beams``; it is not kept any longer."""
+        found = [g for g in self._kept_back if beams is None or g.beam in beams]
+        self._kept_back = [g for g in self._kept_back if beams is not None and g.beam not in beams]
+        return found
 
     def extend(self, orders: Sequence[Extension]) -> list[list[Beam]]:
         """The children of every order's beam; returns when all are done. News of other orders is kept for :meth:`collect`.
@@ -157,11 +184,7 @@ class EndpointEngine:
         self.submit(orders)
         wanted, found = {o.beam.key for o in orders}, dict[int, list[Beam]]()
         while wanted - set(found):
-            for growth in self._news():
-                if growth.beam in wanted:
-                    found[growth.beam] = growth.children
-                else:
-                    self._kept_back.append(growth)
+            found |= {growth.beam: growth.children for growth in self.collect(wanted)}
         return [found[o.beam.key] for o in orders]
 
     def release(self, keys: Sequence[int]) -> None:
@@ -198,9 +221,9 @@ class EndpointEngine:
             "top_k": (s.top_k, s.top_k > 0),
             "min_p": (s.min_p, s.min_p > 0),
             "repetition_penalty": (s.repetition_penalty, s.repetition_penalty != 1),
-            "ignore_eos": (True, s.ignore_eos),
+            "ignore_eos": (s.ignore_eos, s.ignore_eos),
         }
-        extra = {name: value for name, (value, wanted) in given.items() if wanted} | self.extra
+        extra = {name: value for name, (value, wanted) in given.items() if wanted or self.explicit} | self.extra
         body = {
             "model": self.model,
             "prompt": self.base.text(beam.prompt) + beam.text,
@@ -225,7 +248,8 @@ class EndpointEngine:
     def _children(self, order: Extension, outcome: list[Any] | str) -> list[Beam]:
         if isinstance(outcome, str):
             return [self._beam(order, i, order.beam.token_ids, order.beam.text, "error", outcome) for i in range(order.successors)]
-        order.beam.meter.add("base", sum(sum(used(reply)) for reply in outcome))
+        for reply in outcome:
+            order.beam.meter.add("base", sum(used(reply)), cached_of(reply))
         answers = [answer for reply in outcome for answer in heard(reply, _limit(order))]
         wanted = _answers(order)
         return [self._child(order, i, answers[i % wanted]) for i in range(order.successors)]

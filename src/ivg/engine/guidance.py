@@ -49,12 +49,8 @@ def check_guidance(guidance: TokenGuidance, base: Vocabulary) -> None:
 
     Raises:
         VocabularyError: the ids mean different text; names the first that differ.
-        ConfigError: a negative number of candidates, or a negative gate; drafts of a guidance that cannot draft.
+        ConfigError: drafts of a guidance that cannot draft.
     """
-    if guidance.gate < 0:
-        raise ConfigError(f"gate must be 0 (guide everywhere) or more nats, got {guidance.gate}")
-    if guidance.candidates < 0:
-        raise ConfigError(f"candidates must be 0 (whole vocabulary) or more, got {guidance.candidates}")
     value = guidance.value
     if guidance.candidates == 0 and isinstance(value, VocabularyValue) and knows_vocabulary(value):
         base.require_same(
@@ -69,10 +65,8 @@ def check_draft(guidance: TokenGuidance) -> None:
     """Raise where tokens are to be drafted and cannot be.
 
     Raises:
-        ConfigError: a negative number; a value that cannot draft; a guidance that is no sum of logits everywhere.
+        ConfigError: a value that cannot draft; a guidance that is no sum of logits everywhere.
     """
-    if guidance.draft < 0:
-        raise ConfigError(f"draft must be 0 (off) or more tokens, got {guidance.draft}")
     if guidance.draft == 0:
         return
     for name in ("candidates", "normalise", "gate"):
@@ -141,6 +135,11 @@ def blame(plain: Tensor | None, tokens: int) -> str:
     base = plain is not None and bool(plain.isnan().any() | (plain == torch.inf).any())
     source = "the base model" if base else "token guidance"
     return f"{source} gave NaN or infinity after {tokens} tokens"
+
+
+def nothing_left(tokens: int) -> str:
+    """What to say where the settings of sampling forbid every token."""
+    return f"no token may be drawn after {tokens} tokens: suppress_tokens, bad_words_ids, no_repeat_ngram_size and the like forbid all"
 
 
 def _moved(

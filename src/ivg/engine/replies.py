@@ -70,6 +70,12 @@ def used(reply: Any) -> tuple[int, int]:
     return _number(usage, "prompt_tokens"), _number(usage, "completion_tokens")
 
 
+def cached_of(reply: Any) -> int:
+    """Tokens of the prompt that the server had in its cache, where it says so."""
+    details = getattr(getattr(reply, "usage", None), "prompt_tokens_details", None)
+    return min(_number(details, "cached_tokens"), used(reply)[0])
+
+
 def _number(thing: Any, name: str) -> int:
     """A field of something that a server sent, which may be anything; 0 where it is no count."""
     found = getattr(thing, name, None)

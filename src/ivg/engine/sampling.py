@@ -1,7 +1,7 @@
 """From logits to tokens: pure functions on float32 tensors [rows, vocabulary].
 
-Order as in transformers: repetition penalty, temperature, top-k, top-p, min-p, one draw. Temperature acts after guidance
-has been mixed in. Each draw uses one number from a counter-based generator (``ivg.draws``).
+Order as in transformers: temperature, top-k, top-p, min-p, one draw. Temperature acts after guidance has been mixed in, and after
+what else changes logits (``engine.processors``). Each draw uses one number from a counter-based generator (``ivg.draws``).
 """
 
 from __future__ import annotations
@@ -20,17 +20,6 @@ BLOCK_LOGITS = 1 << 18
 """Logits that are worked on at a time on a CPU: one mebibyte, of the two or so that a core has to itself."""
 TOP_P_FIRST = 256
 """Tokens that are looked at first for top-p; four times as many while they do not reach it."""
-
-
-def penalise_repetition(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:
-    """Divide positive and multiply negative logits of seen tokens by ``penalty`` (Keskar et al. 2019)."""
-    out = logits.clone()
-    for row, ids in enumerate(seen):
-        if ids:
-            index = torch.tensor(sorted(set(ids)), device=logits.device)
-            picked = out[row, index]
-            out[row, index] = torch.where(picked > 0, picked / penalty, picked * penalty)
-    return out
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -79,10 +68,8 @@ def entropy(logits: Tensor) -> Tensor:
     return -(logps.exp() * logps.clamp(min=torch.finfo(logps.dtype).min)).sum(-1)  # 0 * -inf would be NaN
 
 
-def filtered(logits: Tensor, params: SamplingParams, seen: Sequence[Sequence[int]]) -> Tensor:
+def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
     """Logits of the distribution that ``params`` draw from (temperature > 0)."""
-    if params.repetition_penalty != 1.0:
-        logits = penalise_repetition(logits, seen, params.repetition_penalty)
     logits = logits / params.temperature
     if params.top_k > 0:
         logits = keep_top_k(logits, params.top_k)
@@ -118,15 +105,12 @@ def invert(mass: Tensor, uniforms: Sequence[float]) -> Tensor:
     return (section * SECTION + torch.minimum(pick, last))[:, 0]
 
 
-def drawn_logps(
-    logits: Tensor, params: Sequence[SamplingParams], seen: Sequence[Sequence[int]], tokens: Tensor, *, filters: bool
-) -> Tensor:
+def drawn_logps(logits: Tensor, params: Sequence[SamplingParams], tokens: Tensor, *, filters: bool) -> Tensor:
     """Log-probability of ``tokens`` [rows], in nats; float32 [rows].
 
     Args:
-        logits: [rows, vocabulary].
+        logits: [rows, vocabulary]; with ``filters`` as ``engine.processors`` leave them.
         params: one for each row.
-        seen: the row's response before the token.
         tokens: ids.
         filters: True: of the distribution that ``params`` draw from (at temperature 0 the token is certain); False: of the
             softmax at their temperature alone (at temperature 0: at 1).
@@ -136,7 +120,7 @@ def drawn_logps(
         rows = [i for i, p in enumerate(params) if p is setting or p == setting]
         if filters and setting.temperature == 0:
             continue
-        part = filtered(logits[rows], setting, [seen[i] for i in rows]) if filters else logits[rows] / (setting.temperature or 1.0)
+        part = filtered(logits[rows], setting) if filters else logits[rows] / (setting.temperature or 1.0)
         out[rows] = part.log_softmax(-1).gather(1, tokens[rows, None])[:, 0]
     return out
 
@@ -145,16 +129,14 @@ def sample(
     logits: Tensor,
     params: Sequence[SamplingParams],
     uniforms: Sequence[float],
-    seen: Sequence[Sequence[int]],
     rows: Sequence[int] | None = None,
 ) -> Tensor:
     """One token for each draw under its own parameters.
 
     Args:
-        logits: float32 [rows, vocabulary], guidance mixed in.
+        logits: float32 [rows, vocabulary], guidance mixed in, as ``engine.processors`` leave them.
         params: one for each draw.
         uniforms: one number in [0, 1) for each draw.
-        seen: the response so far of each draw, for the repetition penalty.
         rows: which row each draw is from; None: one draw for each row.
 
     Returns:
@@ -168,14 +150,7 @@ def sample(
             part = logits[place[block[0]] : place[block[0]] + len(block)]
             if [place[i] for i in block] != list(range(place[block[0]], place[block[0]] + len(block))):
                 part = logits[[place[i] for i in block]]
-            history = [seen[i] for i in block]
-            if setting.temperature == 0:
-                if setting.repetition_penalty != 1.0:
-                    part = penalise_repetition(part, history, setting.repetition_penalty)
-                picks = part.argmax(-1)
-            else:
-                picks = draw(filtered(part, setting, history), [uniforms[i] for i in block])
-            out[block] = picks
+            out[block] = part.argmax(-1) if setting.temperature == 0 else draw(filtered(part, setting), [uniforms[i] for i in block])
     return out
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol, cast
 
@@ -25,8 +26,9 @@ from torch import Tensor
 from ivg.draws import uniform
 from ivg.engine.coupling import accepts, propose, replacement
 from ivg.engine.detail import details
-from ivg.engine.guidance import blame, shifted
+from ivg.engine.guidance import blame, nothing_left, shifted
 from ivg.engine.pace import Pace
+from ivg.engine.processors import Contexts, exhausted_rows, processed, processes
 from ivg.engine.sampling import broken_rows, drawn_logps
 from ivg.errors import ConfigError
 from ivg.guides import Drafter, DraftingValue
@@ -103,7 +105,7 @@ class _Places:
     row: list[int]
     position: list[int]
     params: list[SamplingParams]
-    seen: list[Sequence[int]]
+    contexts: list[tuple[Sequence[int], Sequence[int]]]
     tokens: Tensor
     logps: Tensor
     q: list[Tensor]
@@ -197,8 +199,16 @@ class Speculator:
         before = [len(d.token_ids) for d in rows]
         places = self._propose(batch, drafter, ahead)
         plain, mixed = self._targets(batch, drafter, places)
-        stops, tokens, broken = _verify(rows, places, mixed)
-        shifts, ratios = _moved_by(rows, places, tokens, plain, mixed)
+        if broken := set(broken_rows(mixed)):
+            mixed[sorted(broken)] = 0.0
+        final = self._processed(mixed, places.params, places.contexts.__getitem__)
+        if final is not mixed and (left := set(exhausted_rows(final))):
+            final[sorted(left)] = 0.0
+        else:
+            left = set()
+        stops, tokens = _verify(rows, places, final, broken | left)
+        alone = plain if final is mixed else self._processed(plain, places.params, places.contexts.__getitem__)
+        shifts, ratios = _moved_by(rows, places, tokens, (plain, mixed), (alone, final))
         looks = details(tokens, range(len(tokens)), places.params, [rows[r].order.alternatives for r in places.row], plain, mixed)
         for row, d in enumerate(rows):
             del d.token_ids[before[row] :]
@@ -206,8 +216,10 @@ class Speculator:
                 if d.finish is None:
                     d.log_ratio -= ratios[k]
                     self.push(d, tokens[k], shifts[k], looks[k])
-            if d.finish is None and (stop := stops[row]) < places.start[row + 1] and stop in broken:
-                d.finish, d.error = "error", blame(None if plain is mixed else plain[stop], len(d.token_ids))
+            if d.finish is None and (stop := stops[row]) < places.start[row + 1] and stop in broken | left:
+                source = None if plain is mixed else plain[stop]
+                d.finish = "error"
+                d.error = nothing_left(len(d.token_ids)) if stop in left else blame(source, len(d.token_ids))
             stops[row] = places.start[row] + len(d.token_ids) - before[row]
         if ahead:
             self.base.rewind(rows)
@@ -240,8 +252,12 @@ class Speculator:
             if lost := broken_rows(q):  # p is broken there as well: `_verify` ends the row
                 q = q.clone()
                 q[lost] = 0.0
+            params = [d.order.sampling for d in now]
+            q = self._processed(q, params, partial(self._context, now))
+            if any(map(processes, dict.fromkeys(params))) and (left := exhausted_rows(q)):
+                q[left] = 0.0  # so is p: `_round` ends the row
             uniforms = [_number(d, len(d.token_ids), _PROPOSE) for d in now]
-            tokens, logps = propose(q, [d.order.sampling for d in now], [d.token_ids for d in now], uniforms)
+            tokens, logps = propose(q, params, uniforms)
             going = []
             for k, (i, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
                 d = rows[i]
@@ -253,7 +269,13 @@ class Speculator:
             active = going
             if not active:
                 break
-        return _places(rows, before, stretch)
+        return _places(rows, before, stretch, self.base)
+
+    def _context(self, rows: Sequence[Growing], row: int) -> tuple[Sequence[int], Sequence[int]]:
+        return self.base.prompt_ids(rows[row].prompt), rows[row].token_ids
+
+    def _processed(self, logits: Tensor, params: Sequence[SamplingParams], contexts: Contexts) -> Tensor:
+        return processed(logits, params, contexts, self.base.vocabulary.eos_ids)
 
     def _as_drawn(self, logits: Tensor, size: int, rows: Sequence[Growing]) -> Tensor:
         """Draft logits over the base's columns; those that the draft lacks, and forbidden ends, are out."""
@@ -287,27 +309,28 @@ class Speculator:
         return plain if kept else moved, moved
 
 
-def _places(rows: Sequence[Growing], before: list[int], stretch: list[list[tuple[int, Tensor, Tensor]]]) -> _Places:
+def _places(rows: Sequence[Growing], before: list[int], stretch: list[list[tuple[int, Tensor, Tensor]]], base: Reader) -> _Places:
     """The places of all rows, one after the other."""
     start = [0, *accumulate(map(len, stretch))]
     row = [i for i, places in enumerate(stretch) for _ in places]
     position = [before[i] + k for i, places in enumerate(stretch) for k in range(len(places))]
     params = [rows[i].order.sampling for i in row]
-    empty: Sequence[int] = ()
-    seen = [rows[i].token_ids[:n] if p.repetition_penalty != 1.0 else empty for i, n, p in zip(row, position, params, strict=True)]
+    wanted = {p: processes(p) for p in dict.fromkeys(params)}
+    nothing: tuple[Sequence[int], Sequence[int]] = ((), ())
+    contexts = [
+        (base.prompt_ids(rows[i].prompt), rows[i].token_ids[:n]) if wanted[p] else nothing
+        for i, n, p in zip(row, position, params, strict=True)
+    ]
     flat = [place for places in stretch for place in places]
     logps = torch.stack([logp for _, logp, _ in flat])
     tokens = torch.tensor([token for token, _, _ in flat], device=logps.device)
-    return _Places(start, row, position, params, seen, tokens, logps, [q for _, _, q in flat])
+    return _Places(start, row, position, params, contexts, tokens, logps, [q for _, _, q in flat])
 
 
-def _verify(rows: Sequence[Growing], places: _Places, mixed: Tensor) -> tuple[list[int], list[int], set[int]]:
-    """(where each row's new tokens end, a token for every place, the places whose logits are broken)."""
-    broken = set(broken_rows(mixed))
-    if broken:
-        mixed[sorted(broken)] = 0.0
+def _verify(rows: Sequence[Growing], places: _Places, mixed: Tensor, broken: set[int]) -> tuple[list[int], list[int]]:
+    """(where each row's new tokens end, a token for every place); nothing is drawn at ``broken`` places."""
     uniforms = [_number(rows[r], n, _ACCEPT) for r, n in zip(places.row, places.position, strict=True)]
-    kept = accepts(mixed, places.params, places.seen, places.tokens, places.logps, uniforms).tolist()
+    kept = accepts(mixed, places.params, places.tokens, places.logps, uniforms).tolist()
     tokens, stops, again = places.tokens.tolist(), [], []
     for first, end in zip(places.start, places.start[1:], strict=False):
         k = next((k for k in range(first, end) if k in broken or not kept[k]), end)
@@ -317,11 +340,11 @@ def _verify(rows: Sequence[Growing], places: _Places, mixed: Tensor) -> tuple[li
         stops.append(k)
     if again:
         numbers = [_number(rows[places.row[k]], places.position[k], _REPLACE) for k in again]
-        params, seen = [places.params[k] for k in again], [places.seen[k] for k in again]
-        other = replacement(mixed[again], torch.stack([places.q[k] for k in again]), params, seen, numbers)
+        params = [places.params[k] for k in again]
+        other = replacement(mixed[again], torch.stack([places.q[k] for k in again]), params, numbers)
         for k, token in zip(again, other.tolist(), strict=True):
             tokens[k] = token
-    return stops, tokens, broken
+    return stops, tokens
 
 
 def _number(d: Growing, position: int, purpose: int) -> float:
@@ -329,16 +352,21 @@ def _number(d: Growing, position: int, purpose: int) -> float:
     return uniform(d.order.seed, d.lineage, position, _TAG, purpose)
 
 
-def _moved_by(rows: Sequence[Growing], places: _Places, tokens: list[int], plain: Tensor, mixed: Tensor) -> tuple[list[float], list[float]]:
-    """Log pi_guided - log pi_base of every place's token: (at temperature alone, with filters), 0 where not wanted."""
+def _moved_by(
+    rows: Sequence[Growing], places: _Places, tokens: list[int], raw: tuple[Tensor, Tensor], final: tuple[Tensor, Tensor]
+) -> tuple[list[float], list[float]]:
+    """Log pi_guided - log pi_base of every place's token: (at temperature alone, with all that is done to logits), 0 where not wanted.
+
+    ``raw`` and ``final`` are the base's logits and the guided ones, before and after ``engine.processors``.
+    """
     out = []
-    for filters in (False, True):
+    for filters, (plain, mixed) in ((False, raw), (True, final)):
         moved = [0.0] * len(tokens)
         wanted = [k for k, r in enumerate(places.row) if (rows[r].order.weigh if filters else rows[r].order.record)]
         if wanted:
-            params, seen = [places.params[k] for k in wanted], [places.seen[k] for k in wanted]
+            params = [places.params[k] for k in wanted]
             picked = torch.tensor([tokens[k] for k in wanted], device=mixed.device)
-            guided, alone = (drawn_logps(z[wanted], params, seen, picked, filters=filters) for z in (mixed, plain))
+            guided, alone = (drawn_logps(z[wanted], params, picked, filters=filters) for z in (mixed, plain))
             for k, shift in zip(wanted, (guided - alone).tolist(), strict=True):
                 moved[k] = shift
         out.append(moved)

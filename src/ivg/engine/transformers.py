@@ -15,7 +15,8 @@ from torch import Tensor
 from ivg.draws import uniform
 from ivg.engine.children import Child, as_beams, decoded, newborn, push
 from ivg.engine.detail import details
-from ivg.engine.guidance import blame, check_guidance, guided
+from ivg.engine.guidance import blame, check_guidance, guided, nothing_left
+from ivg.engine.processors import exhausted_rows, processed
 from ivg.engine.sampling import broken_rows, drawn_logps, entropy, sample
 from ivg.engine.speculation import Speculator
 from ivg.errors import ScoreFault
@@ -112,9 +113,18 @@ class TransformersEngine:
             raw, entropies = raw[rows], entropies[rows]
             nodes, places, orders = [nodes[i] for i in rows], [places[i] for i in rows], [orders[i] for i in rows]
         if drafts:
-            self._draw(drafts, row_of, *self._mix(raw, entropies, nodes, places, orders))
+            self._draw(drafts, row_of, nodes, orders, *self._mix(raw, entropies, nodes, places, orders))
 
-    def _draw(self, drafts: list[Child], row_of: list[int], plain: Tensor, mixed: Tensor, faults: Mapping[int, ScoreFault]) -> None:
+    def _draw(
+        self,
+        drafts: list[Child],
+        row_of: list[int],
+        nodes: Sequence[Beam | Child],
+        orders: Sequence[Extension],
+        plain: Tensor,
+        mixed: Tensor,
+        faults: Mapping[int, ScoreFault],
+    ) -> None:
         """Draw one token for every draft from its row of ``mixed``; ``plain`` is the base alone, both [rows, vocabulary].
 
         ``faults``: why the guide has no number for a row.
@@ -127,16 +137,32 @@ class TransformersEngine:
                     sound = plain is mixed and d.order.guidance is not None and d.order.guidance.beta != 0
                     d.finish, d.error = "error", faults.get(i) or blame(None if sound else base, len(d.token_ids))
         draws = [uniform(d.order.seed, d.lineage, len(d.token_ids)) for d in drafts]
-        tokens = sample(mixed, [d.order.sampling for d in drafts], draws, [d.token_ids for d in drafts], row_of)
+        final = self._processed(mixed, nodes, orders)
+        if final is not mixed and (left := set(exhausted_rows(final))):
+            for d, row in zip(drafts, row_of, strict=True):
+                if row in left and d.finish is None:
+                    d.finish, d.error = "error", nothing_left(len(d.token_ids))
+            final[sorted(left)] = 0.0
+        tokens = sample(final, [d.order.sampling for d in drafts], draws, row_of)
         index = torch.tensor(row_of, device=mixed.device)
         shifts = _moved_by(drafts, index, tokens, plain, mixed, [d.order.record for d in drafts], filters=False)
-        ratios = _moved_by(drafts, index, tokens, plain, mixed, [d.order.weigh for d in drafts], filters=True)
+        weighed = [d.order.weigh for d in drafts]
+        alone = plain if final is mixed or not any(weighed) else self._processed(plain, nodes, orders)
+        ratios = _moved_by(drafts, index, tokens, alone, final, weighed, filters=True)
         ids, params = tokens.tolist(), [d.order.sampling for d in drafts]
         looks = details(ids, row_of, params, [d.order.alternatives for d in drafts], plain, mixed)
         for d, token, shift, ratio, look in zip(drafts, ids, shifts, ratios, looks, strict=True):
             if d.finish is None:
                 d.log_ratio -= ratio
                 push(d, token, shift, look)
+
+    def _processed(self, logits: Tensor, nodes: Sequence[Beam | Child], orders: Sequence[Extension]) -> Tensor:
+        """Logits [rows, vocabulary] of ``nodes`` as their orders' settings change them (``engine.processors``)."""
+
+        def context(row: int) -> tuple[Sequence[int], Sequence[int]]:
+            return self.base.prompt_ids(nodes[row].prompt), nodes[row].token_ids
+
+        return processed(logits, [order.sampling for order in orders], context, self.vocabulary.eos_ids)
 
     def _mix(
         self,
@@ -192,8 +218,8 @@ def _moved_by(
     out = [0.0] * len(drafts)
     rows = [k for k, d in enumerate(drafts) if wanted[k] and d.order.guidance is not None]
     if rows:
-        params, seen = [drafts[k].order.sampling for k in rows], [drafts[k].token_ids for k in rows]
-        guided_logps, base_logps = (drawn_logps(z[index[rows]], params, seen, tokens[rows], filters=filters) for z in (mixed, plain))
+        params = [drafts[k].order.sampling for k in rows]
+        guided_logps, base_logps = (drawn_logps(z[index[rows]], params, tokens[rows], filters=filters) for z in (mixed, plain))
         for k, shift in zip(rows, (guided_logps - base_logps).tolist(), strict=True):
             out[k] = shift
     return out

@@ -6,12 +6,13 @@ Knows: the recipe, the task, the folder of the run. Must not know models; import
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ivg import __version__
+from ivg.build import default_sampling
 from ivg.config import EvalConfig, Recipe, RewardRef
 from ivg.errors import ConfigError
 from ivg.evaluation import methods
@@ -88,11 +89,9 @@ class Plan:
 
     @cached_property
     def sampling(self) -> SamplingParams:
-        """How every method draws; what the recipe leaves out is the default of ``SteeredModel``."""
+        """How every method draws; what the recipe leaves out is the default of the recipe's model (``SteeredModel.sampling``)."""
         given = self.recipe.sampling.settings()
-        if "stop" in given:
-            given["stop"] = tuple(given["stop"])
-        return SamplingParams(**{"temperature": 0.7, "max_new_tokens": 50, **given})
+        return replace(default_sampling(self.recipe), **given)
 
     @property
     def block(self) -> int:

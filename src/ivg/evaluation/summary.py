@@ -21,6 +21,7 @@ from ivg.evaluation.bank import Group, group
 from ivg.evaluation.methods import BANK, Method, described
 from ivg.evaluation.plan import GOLD, Plan
 from ivg.evaluation.score import measures, scored
+from ivg.params import UNPROCESSED
 from ivg.records import read_jsonl
 from ivg.types import SamplingParams
 
@@ -176,8 +177,7 @@ def truncated(s: SamplingParams) -> str | None:
         "top-k": s.top_k > 0,
         "top-p": s.top_p < 1,
         "min-p": s.min_p > 0,
-        "repetition penalty": s.repetition_penalty != 1,
-    }
+    } | {name.replace("_", " "): True for name in s.changed if name in UNPROCESSED and name not in ("top_k", "top_p", "min_p")}
     return ", ".join(name for name, on in cuts.items() if on) or None
 
 

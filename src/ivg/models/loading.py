@@ -170,7 +170,9 @@ def load_causal(name: str | Path, what: str, options: LoadOptions | None = None,
     load_config(name, options, what)  # first: what is wrong with the whole is not told of its tokenizer
     tokenizer = load_tokenizer(name, options, what)
     network = _for_inference(load_network(name, AutoModelForCausalLM, options, what), options)
-    return Reader(CachedModel(network, what), tokenizer, template, eos_ids(network, tokenizer))
+    reader = Reader(CachedModel(network, what), tokenizer, template, eos_ids(network, tokenizer))
+    reader.generation_config = getattr(network, "generation_config", None)
+    return reader
 
 
 def load_value(

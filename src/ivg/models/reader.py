@@ -25,11 +25,13 @@ class _Entry:
     """What is kept for one hypothesis: its row, its prompt's length, its response tokens so far scored and their scores.
 
     ``follows``: the base's very tokens are read, so the row holds a beginning of them, and a hypothesis that grows only adds.
+    ``counted``: leading tokens of the row that the request's meter has; what the row holds beyond came from the cache.
     """
 
     row: Row
     border: int
     follows: bool
+    counted: int = 0
     scored: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
 
@@ -120,7 +122,7 @@ class Reader(Texts):
             keep.append(len(tokens))
             order.append(i)
             wanted.append(tokens)
-            h.meter.add(self.name, len(new[-1]))
+            self._count(h, entry, len(new[-1]))
         for k, output in self.model.feed(rows, new, keep):
             entry, tokens = entries[order[k]], wanted[k][: len(output)]
             del wanted[k][: len(output)]
@@ -150,8 +152,15 @@ class Reader(Texts):
         new = []
         for h, entry, count in zip(hypotheses, entries, counts, strict=True):
             new.append(self._unread(h, entry, drop, count))
-            h.meter.add(self.name, len(new[-1]))
+            self._count(h, entry, len(new[-1]))
         return entries, new
+
+    def _count(self, h: Hypothesis, entry: _Entry, new: int) -> None:
+        """Tell the request's meter of ``new`` tokens that its row is about to read, and of those that the cache spared it before."""
+        held = len(entry.row.ids)
+        cached = max(0, held - entry.counted)
+        h.meter.add(self.name, cached + new, cached)
+        entry.counted = held + new
 
     def _unread(self, h: Hypothesis, entry: _Entry, drop: int, count: int) -> list[int]:
         """Tokens that the row lacks, at least the last ``count`` but for ``drop``; the row is cut to what lies before them."""
@@ -196,7 +205,9 @@ class Reader(Texts):
                 if i == len(children) - 1 and child.inherits:
                     self._entries[child.key] = self._entries.pop(parent)
                 else:
-                    copy = _Entry(self.model.fork(entry.row), entry.border, entry.follows, list(entry.scored), list(entry.logps))
+                    copy = _Entry(
+                        self.model.fork(entry.row), entry.border, entry.follows, entry.counted, list(entry.scored), list(entry.logps)
+                    )
                     self._entries[child.key] = copy
         return [self._entries[h.key] for h in hypotheses]
 
@@ -216,9 +227,12 @@ class Reader(Texts):
             else:
                 row = self.model.fork(first)
                 del row.ids[len(prompt) :]
-            self._entries[h.key] = _Entry(row, border, self.vocabulary.same_as(h.vocabulary))
-            if first is None and sharing[prompt] > 1:
+            counted = 0 if first is None else len(prompt)  # a request counts what its hypotheses share once
+            if first is None and prompt and sharing[prompt] > 1:
                 sisters[id(h.meter), prompt] = row
-                if unread := list(prompt[len(row.ids) :]):
+                cached = min(len(row.ids), len(prompt))
+                h.meter.add(self.name, len(prompt), cached)
+                counted = len(prompt)
+                if unread := list(prompt[cached:]):
                     list(self.model.feed([row], [unread], [0]))
-                    h.meter.add(self.name, len(unread))
+            self._entries[h.key] = _Entry(row, border, self.vocabulary.same_as(h.vocabulary), counted)

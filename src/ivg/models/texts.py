@@ -48,6 +48,8 @@ class Texts:
         self.name, self.tokenizer, self.template = name, tokenizer, template
         self.vocab_size, self.max_positions, self.limit_reason = vocab_size, max_positions, limit_reason
         self.vocabulary = Vocabulary(tokenizer, eos_ids, owner=name)
+        self.generation_config: Any = None
+        """The checkpoint's own defaults of drawing (transformers' ``GenerationConfig``), where it has any."""
         self.prompt_ids = lru_cache(maxsize=512)(self._prompt_ids)
         self._rendered = lru_cache(maxsize=64)(self._render)
 

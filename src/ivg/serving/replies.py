@@ -130,9 +130,12 @@ class Form:
             for t in tokens
         ]
 
-    def usage(self, completions: Sequence[Completion]) -> dict[str, int]:
-        """OpenAI's: tokens of prompts, each once, and of answers."""
-        return self.counts(sum(c.usage.completion_tokens for c in completions))
+    def usage(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        """OpenAI's: tokens of prompts, each once, those of them that the base had in its cache, and tokens of answers."""
+        first = completions[:: max(1, len(self.order.requests) // len({r.prompt for r in self.order.requests}))]
+        cached = sum(min(c.usage.prompt_tokens, c.usage.cached_tokens.get("base", 0)) for c in first)
+        counts = self.counts(sum(c.usage.completion_tokens for c in completions))
+        return counts | {"prompt_tokens_details": {"cached_tokens": cached}}
 
     def counts(self, written: int) -> dict[str, int]:
         """Usage with so many tokens of answers."""

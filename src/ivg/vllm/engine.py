@@ -10,7 +10,7 @@ answer than the transformers engine's, of the same distribution.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +70,19 @@ class VLLMEngine:
         "pause": _ELSEWHERE,
         "weigh": _ELSEWHERE,
         "alternatives": _ELSEWHERE,
-        "repetition_penalty": "vLLM's counts the prompt too; leave it at 1, or --engine out",
+        **dict.fromkeys(
+            (
+                "no_repeat_ngram_size",
+                "suppress_tokens",
+                "begin_suppress_tokens",
+                "bad_words_ids",
+                "sequence_bias",
+                "forced_bos_token_id",
+                "forced_eos_token_id",
+                "exponential_decay_length_penalty",
+            ),
+            f"{_ELSEWHERE}; where the base's generation_config.json sets it: --generation-config ignore",
+        ),
     }
 
     def __init__(self, core: Core, base: Texts, parts: Sequence[str], guides: Mapping[str, InnerValue]) -> None:
@@ -119,7 +131,7 @@ class VLLMEngine:
         self.submit(orders)
         wanted, found = {o.beam.key for o in orders}, dict[int, list[Beam]]()
         while len(found) < len(wanted):
-            found |= {g.beam: g.children for g in self.collect() if g.done}
+            found |= {g.beam: g.children for g in self.collect(wanted) if g.done}
         return [found[o.beam.key] for o in orders]
 
     def release(self, keys: Sequence[int]) -> None:
@@ -149,15 +161,16 @@ class VLLMEngine:
             length = len(prompt) + len(beam.token_ids)
             self._flights[number] = _Flight(order, family, length, bool(beam.token_ids), copies)
 
-    def collect(self) -> list[Growth]:
-        """Chunks that are done, and what has grown of those that are watched."""
+    def collect(self, beams: Collection[int] | None = None) -> list[Growth]:
+        """Chunks of ``beams`` that are done, and what has grown of those that are watched."""
         until = time.monotonic() + NEWS_SECONDS
-        while not self._news and self._flights:
+        while self._flights and not any(beams is None or growth.beam in beams for growth in self._news):
             for news in self.core.step():
                 self._hear(news)
             if time.monotonic() > until:
                 break
-        grown, self._news = self._news, []
+        grown = [growth for growth in self._news if beams is None or growth.beam in beams]
+        self._news = [growth for growth in self._news if beams is not None and growth.beam not in beams]
         return grown
 
     def revive(self) -> bool:
@@ -186,9 +199,10 @@ class VLLMEngine:
             top_p=s.top_p,
             top_k=s.top_k,
             min_p=s.min_p,
+            repetition_penalty=s.repetition_penalty,
             seed=None if s.temperature == 0 else seed,
             max_tokens=tokens,
-            min_tokens=tokens if s.ignore_eos else 0,  # forbids the tokens that stop, for so long
+            min_tokens=tokens if s.ignore_eos else self._least(order, tokens),  # forbids the tokens that stop, for so long
             stop_token_ids=eos,
             ignore_eos=True,  # those of the model's files; ours are in stop_token_ids
             stop=list(s.stop) or None,
@@ -197,6 +211,14 @@ class VLLMEngine:
             output_kind=RequestOutputKind.CUMULATIVE if order.watch else RequestOutputKind.FINAL_ONLY,
             extra_args=self._weights(order.guidance),
         )
+
+    def _least(self, order: Extension, tokens: int) -> int:
+        """Tokens of a chunk at least; a text that has fewer than it must does not end in it."""
+        s, already = order.sampling, len(order.beam.token_ids)
+        wanted = s.min_new_tokens - already
+        if s.min_length:
+            wanted = max(wanted, s.min_length - already - len(self.base.prompt_ids(order.beam.prompt)))
+        return min(max(wanted, 0), tokens)
 
     def _weights(self, guidance: TokenGuidance | None) -> dict[str, float] | None:
         """Of every group: what is not named guides nothing."""
@@ -230,12 +252,16 @@ class VLLMEngine:
             self._news.append(Growth(order.beam.key, as_beams(order.beam, flight.family), done))
 
     def _count(self, flight: _Flight, cached: Sequence[int]) -> None:
-        """Tokens that every part read: of the prompt what each child did not find in the cache, of the children all but the last."""
+        """Tokens that every part read: of the prompt what each child did not find in the cache, of the children all but the last.
+
+        What all children of a request's first chunk found there came from other requests: it is asked for, and cached.
+        """
         children = flight.family[:: flight.copies]
         grown = sum(len(child.token_ids) - len(flight.order.beam.token_ids) for child in children)
-        read = flight.prompt * len(children) - sum(cached) + grown - len(children)
+        read = max(0, flight.prompt * len(children) - sum(cached) + grown - len(children))
+        spared = 0 if flight.again else min(cached, default=0)
         for part in self.parts:
-            flight.order.beam.meter.add(part, max(0, read))
+            flight.order.beam.meter.add(part, read + spared, spared)
         if flight.again:
             self.prefix.submitted += flight.prompt * len(children)
             self.prefix.cached += sum(cached)

@@ -6,7 +6,7 @@ scoring a chunk reads the chunk and the last unfinished block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from ivg.errors import PromptError
 from ivg.models.texts import Texts
 from ivg.models.vocab import Vocabulary
-from ivg.types import Hypothesis, Prompt, Value
+from ivg.types import Hypothesis, Meter, Prompt, Value
 from ivg.vllm.core import Core
 
 
@@ -118,6 +118,7 @@ class PooledValue:
         from vllm import PoolingParams
 
         under_way: dict[str, tuple[int, ...]] = {}
+        read: dict[Meter, list[tuple[int, int]]] = {}
         out: dict[tuple[int, ...], Tensor] = {}
         try:
             for tokens in wanted:
@@ -133,15 +134,23 @@ class PooledValue:
                         continue
                     tokens = under_way.pop(output.request_id)
                     out[tokens] = _tensor(output.outputs)
-                    self._count(wanted[tokens], len(tokens), news.cached[0])
+                    read.setdefault(wanted[tokens].meter, []).append((len(tokens), news.cached[0]))
         finally:
             self.core.abort(list(under_way))
+            self._count(read)
         return out
 
-    def _count(self, h: Hypothesis, tokens: int, cached: int) -> None:
-        h.meter.add(self.name, tokens - cached)
-        self.submitted += tokens
-        self.cached += cached
+    def _count(self, read: Mapping[Meter, Sequence[tuple[int, int]]]) -> None:
+        """Tell the meters of (tokens, those that the cache held) of their texts.
+
+        What all of a request's first texts found there came from other requests: it is asked for, and cached.
+        """
+        for meter, texts in read.items():
+            tokens, cached = sum(t for t, _ in texts), sum(c for _, c in texts)
+            spared = 0 if meter.forward_tokens[self.name] else min(c for _, c in texts)
+            meter.add(self.name, tokens - cached + spared, spared)
+            self.submitted += tokens
+            self.cached += cached
 
 
 def _tensor(outputs: Any) -> Tensor:
