@@ -241,7 +241,7 @@ def test_guide_with_another_tokenizer(ivg, hub):
     [
         (["generate"], "give prompts, or --input"),
         (["generate", "x", "--base", "/no/such/model"], "cannot load"),
-        (["generate", "x", "--tuned", "HUB/tuned"], "no base model"),
+        (["generate", "x", "--tuned", "HUB/tuned"], "got no untuned model"),
         (["generate", "x", "--base", "HUB/base", "--tuned", "HUB/tuned"], "no untuned model"),
         (["generate", "x", "--base", "HUB/base", "--method", "ivg"], "needs the value explicit and implicit"),
         (["generate", "x", "--base", "HUB/permuted", "--tuned", "HUB/tuned", "--untuned", "HUB/untuned", "--method", "eft"], "id 1: "),

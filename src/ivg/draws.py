@@ -20,6 +20,12 @@ def mix(*parts: int) -> int:
     return state ^ (state >> 31)
 
 
+def as_seed(number: int) -> int:
+    """A 64-bit number as a seed of a request, which has a sign; the draws are the same."""
+    number &= _MASK
+    return number - (1 << 64) if number >> 63 else number
+
+
 def uniform(*parts: int) -> float:
     """A number in [0, 1) with 53 random bits."""
     return (mix(*parts) >> 11) * 2.0**-53

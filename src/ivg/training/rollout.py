@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivg import machine
-from ivg.draws import mix
+from ivg.draws import as_seed, mix
 from ivg.errors import ConfigError, PromptError, ScoreFault
 from ivg.records import BlockFile, read_jsonl
 from ivg.scores import judge_each, note_of
@@ -118,7 +118,7 @@ def _answer(
             row: dict[str, Any] = {"prompt": prompt.plain, "index": index}
             rows.append(row)
             try:
-                flying[searcher.add(model.request(prompt, method, seed=mix(seed, number), index=index, **settings))] = row
+                flying[searcher.add(model.request(prompt, method, seed=as_seed(mix(seed, number)), index=index, **settings))] = row
             except PromptError as e:
                 row["error"] = str(e).splitlines()[0]
     while searcher.busy:
