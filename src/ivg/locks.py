@@ -20,7 +20,7 @@ class FairLock:
         self._owner: int | None = None
         self._depth = 0
         self._waiting: deque[threading.Event] = deque()
-        self._later: deque[Callable[[], None]] = deque()
+        self._later: deque[Callable[[], object]] = deque()
 
     def __enter__(self) -> FairLock:
         me = threading.get_ident()
@@ -44,7 +44,7 @@ class FairLock:
             if not self._depth:
                 self._pass_on()
 
-    def later(self, work: Callable[[], None]) -> None:
+    def later(self, work: Callable[[], object]) -> None:
         """Do ``work`` under the lock: now where nobody holds it, else before whoever gets it next goes on. Never waits.
 
         For finalisers, which may run anywhere: in the middle of a call of this very thread, too.

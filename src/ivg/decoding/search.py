@@ -139,12 +139,8 @@ class Searcher:
                     if step.completion is not None and step.request in position:
                         yield position.pop(step.request), step.completion
         finally:
-            if position:
-                self.lock.later(partial(self._cancel_all, list(position)))
-
-    def _cancel_all(self, ids: Sequence[int]) -> None:
-        for number in ids:
-            self.cancel(number)
+            for number in position:
+                self.lock.later(partial(self.cancel, number))
 
     # The loop
 
@@ -345,8 +341,8 @@ class Searcher:
     def _end(self, live: Live, best: Beam, score: float | None, error: str | None, step: Step | None = None) -> Step:
         """The completion; everything that is kept for the request is freed."""
         seconds = time.perf_counter() - live.started
-        meter = live.meter
-        usage = Usage(dict(meter.forward_tokens), live.prompt_tokens, len(best.token_ids), seconds, dict(meter.cached_tokens))
+        read, cached = dict(live.meter.forward_tokens), dict(live.meter.cached_tokens)
+        usage = Usage(read, live.prompt_tokens, len(best.token_ids), seconds, cached)
         completion = Completion(
             text=best.text,
             token_ids=best.token_ids,
