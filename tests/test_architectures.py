@@ -13,9 +13,11 @@ from ivg.engine.transformers import TransformersEngine
 from ivg.errors import ModelError, PromptError
 from ivg.models.cached import CachedModel
 from ivg.models.reader import Reader
+from ivg.models.support import context_of
 from ivg.testing import byte_tokenizer, tiny_model
 from ivg.types import Prompt, SamplingParams
 from ivg.values.implicit import ImplicitValue
+from ivg.values.reward import RewardModel
 from naive import compare, outputs_of, wander
 
 pytestmark = pytest.mark.numerics
@@ -269,3 +271,35 @@ def test_a_value_is_refused_by_the_name_of_its_body():
 
     with pytest.raises(ModelError, match=f"^explicit: BloomModel {ALIBI}"):
         CachedModel(ValueModel(tiny("bloom").base_model, "scalar"), "explicit")
+
+
+# Classifiers, which read whole texts in padded batches
+
+
+def classifier(name, **more):
+    from transformers import AutoModelForSequenceClassification
+
+    from architectures import randomise, tiny_config
+
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(tiny_config(name, num_labels=1, **more)).eval()
+    randomise(model, 0)
+    return model
+
+
+def test_a_reward_does_not_depend_on_the_texts_beside_it():
+    reward = RewardModel(classifier("phi3", **LONGROPE), byte_tokenizer())
+    texts = ["I am", "never again", "What a long text this one is, longer than the border", "and on it goes"]
+    together = reward.rewards(texts)[0]
+    assert together == pytest.approx([reward.rewards([t])[0][0] for t in texts], abs=1e-4)
+    for text, score in zip(texts, together, strict=True):
+        with torch.no_grad():
+            assert float(reward.network(torch.tensor([reward.ids(text)])).logits[0, 0]) == pytest.approx(score, abs=1e-4)
+
+
+def test_positions_of_roberta_end_before_its_table():
+    reward = RewardModel(classifier("roberta", pad_token_id=3, max_position_embeddings=40), byte_tokenizer())
+    assert context_of(reward.network) == 36
+    assert reward.rewards(["a" * 36])[1] == [36]
+    with pytest.raises((IndexError, RuntimeError)):
+        reward.network(torch.full((1, 37), 5))

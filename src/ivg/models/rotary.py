@@ -50,6 +50,21 @@ def _settings(config: Any) -> Iterator[dict[str, Any]]:
             yield from (part for part in rope.values() if isinstance(part, dict))
 
 
+def batches(lengths: Sequence[int], size: int, borders: Sequence[int]) -> Iterator[list[int]]:
+    """Texts of like length together, at most ``size``, as indices; none shares a batch with one on the other side of a border."""
+    batch: list[int] = []
+    kind = 0
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        here = sum(lengths[i] > border for border in borders)
+        if batch and (len(batch) == size or here != kind):
+            yield batch
+            batch = []
+        batch.append(i)
+        kind = here
+    if batch:
+        yield batch
+
+
 @contextmanager
 def factors_beyond(border: int | None, modules: Sequence[nn.Module]) -> Iterator[None]:
     """Within, ``modules`` make the factors of a text longer than ``border`` tokens, also of its first positions; None: as they will.

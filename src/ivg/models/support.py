@@ -70,9 +70,16 @@ def reading_of(network: nn.Module, name: str) -> Reading:
         raise ModelError(
             f"{name}: {type(body).__name__} {reason}\n  expected a decoder that reads each row by positions and caches every token"
         )
+    limit, why = _longest(network, config)
+    return Reading(_windows(config), limit, why, borders_of(config), _padding_id(network))
+
+
+def context_of(network: nn.Module) -> int | None:
+    """Tokens for which ``network`` has positions; None: any number."""
+    config = cast("Any", network).config.get_text_config()
+    limit: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     pad = _padding_id(network)
-    limit, why = _longest(network, config, 0 if pad is None else pad + 1)
-    return Reading(_windows(config), limit, why, borders_of(config), pad)
+    return limit if limit is None or pad is None else limit - (pad + 1)
 
 
 def body_of(network: nn.Module) -> nn.Module:
@@ -112,10 +119,9 @@ def _has_alibi(config: Any) -> bool:
     )
 
 
-def _longest(network: nn.Module, config: Any, offset: int) -> tuple[int | None, str]:
+def _longest(network: nn.Module, config: Any) -> tuple[int | None, str]:
     """(tokens that a row may have, what ends there)."""
-    limit: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    ends = [] if limit is None else [(limit - offset, "")]
+    ends = [] if (limit := context_of(network)) is None else [(limit, "")]
     if "dynamic" in rotary_kinds(network):
         ends.append((config.max_position_embeddings, "beyond, dynamic RoPE turns every token anew with each that is added"))
     if config.model_type == "doge":

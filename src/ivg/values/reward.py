@@ -20,6 +20,8 @@ from ivg.embedded import PREFIX
 from ivg.errors import ConfigError, ModelError, PromptError, ScoreFault
 from ivg.models.chat import apply_chat_template, is_chat, render, turns
 from ivg.models.loading import LoadOptions, load_config, load_network, load_tokenizer
+from ivg.models.rotary import batches, borders_of
+from ivg.models.support import context_of
 from ivg.models.weights import WeightsError
 from ivg.scores import Scores, every, number
 from ivg.types import Hypothesis, Prompt
@@ -177,10 +179,8 @@ class RewardModel:
 
     def logits(self, ids: Sequence[Sequence[int]]) -> list[float]:
         """The reward of every text, given as token ids; texts of like length share a pass."""
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out = [0.0] * len(ids)
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
+        for chosen in batches([len(i) for i in ids], self.batch_size, borders_of(self._config)):
             with torch.no_grad():
                 logits = self.network(**self._batch([ids[i] for i in chosen])).logits.float()
             if self.label is not None:
@@ -248,12 +248,11 @@ class RewardModel:
 
 def _longest(network: Any, tokenizer: Any) -> int | None:
     """Tokens that a classifier reads at most. Networks of RoBERTa's family count positions from behind that of padding."""
-    positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None:
         tables = (m for name, m in network.named_modules() if name.rpartition(".")[2] == "position_embeddings")
         offsets = [m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None]
         positions -= max(offsets, default=0)
-    return min((n for n in (positions, tokenizer.model_max_length) if n and n < 1 << 30), default=None)
+    return min((n for n in (context_of(network), tokenizer.model_max_length) if n and n < 1 << 30), default=None)
 
 
 def load_reward(
