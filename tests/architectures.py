@@ -60,7 +60,7 @@ def tiny_config(name, **more):
     for key, part in default.items():
         if key.endswith("_config") and key != "text_config" and isinstance(part, dict):
             top[key] = small(part, VISION) | ({"model_type": part["model_type"]} if "model_type" in part else {})
-    return AutoConfig.for_model(kind, **top, **given(own))
+    return AutoConfig.for_model(kind, **{**top, **given(own)})
 
 
 def randomise(model, seed):

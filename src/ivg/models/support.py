@@ -98,6 +98,10 @@ def _unreadable(body: nn.Module, config: Any) -> str | None:
     for needed in ("position_ids", "past_key_values"):
         if needed not in arguments:
             return f"takes no {needed}"
+    if config.model_type == "minimax":
+        return "takes no other cache than its own"
+    if config.model_type == "blt":
+        return "cuts its text into patches by a model of its own, so that rows in pieces would be cut otherwise"
     if config.model_type == "gpt_neo" and "local" in getattr(config, "attention_layers", ()):
         return "cuts its local layers by columns of the batch, not by positions"
     if getattr(config, "attn_temperature_tuning", False) and config.model_type == "llama4_text":
