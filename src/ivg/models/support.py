@@ -75,11 +75,12 @@ def reading_of(network: nn.Module, name: str) -> Reading:
 
 
 def context_of(network: nn.Module) -> int | None:
-    """Tokens for which ``network`` has positions; None: any number."""
+    """Tokens for which ``network`` has positions; None: any number. RoBERTa and its kin count them from behind that of padding."""
     config = cast("Any", network).config.get_text_config()
     limit: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    pad = _padding_id(network)
-    return limit if limit is None or pad is None else limit - (pad + 1)
+    tables = (cast("Any", module) for name, module in network.named_modules() if name.rpartition(".")[2] == "position_embeddings")
+    offsets = [int(table.padding_idx) + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return limit if limit is None else limit - max(offsets, default=0)
 
 
 def body_of(network: nn.Module) -> nn.Module:

@@ -247,11 +247,7 @@ class RewardModel:
 
 
 def _longest(network: Any, tokenizer: Any) -> int | None:
-    """Tokens that a classifier reads at most. Networks of RoBERTa's family count positions from behind that of padding."""
-    if positions is not None:
-        tables = (m for name, m in network.named_modules() if name.rpartition(".")[2] == "position_embeddings")
-        offsets = [m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None]
-        positions -= max(offsets, default=0)
+    """Tokens that a classifier reads at most."""
     return min((n for n in (context_of(network), tokenizer.model_max_length) if n and n < 1 << 30), default=None)
 
 
