@@ -6,9 +6,7 @@ Errors that ivg raises on purpose are printed in one line and exit with code 2.
 from __future__ import annotations
 
 import errno
-import os
 import sys
-from contextlib import suppress
 
 _STORAGE = {
     errno.ENOSPC,
@@ -41,9 +39,7 @@ def main() -> None:
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         code = stopped
-    except BrokenPipeError:  # whoever read our output has enough
-        code = _quiet_pipe()
-    except OSError as e:
+    except OSError as e:  # but for a closed pipe, at which typer ends quietly
         if e.errno not in _STORAGE:
             raise
         hint = "\n  expected a folder, and a file has that name" if e.errno in (errno.EEXIST, errno.ENOTDIR) else ""
@@ -58,10 +54,3 @@ def main() -> None:
     if code == stopped:
         typer.echo("stopped; what was done is kept", err=True)
     sys.exit(code)
-
-
-def _quiet_pipe() -> int:
-    """Nobody reads standard output any more: what Python still holds of it goes nowhere. The code of a program that SIGPIPE ended."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141

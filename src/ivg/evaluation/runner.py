@@ -21,7 +21,7 @@ from ivg.errors import PromptError
 from ivg.evaluation.methods import BANK, Method
 from ivg.evaluation.plan import Plan
 from ivg.evaluation.task import Answer
-from ivg.records import BlockFile, read_jsonl, to_json, write_json
+from ivg.records import BlockFile, append_lines, read_jsonl, to_json, write_json
 from ivg.types import Completion, Prompt
 
 if TYPE_CHECKING:
@@ -198,9 +198,7 @@ def answers(p: Plan, label: str) -> list[Answer]:
 
 def note(path: Path, row: dict[str, Any]) -> None:
     """One line more in a log that several processes write."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(to_json(row) + "\n")
+    append_lines(path, to_json(row) + "\n")
 
 
 def _export(p: Plan, label: str) -> None:
