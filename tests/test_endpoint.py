@@ -209,6 +209,8 @@ def test_half_a_character_is_not_sent_back(serve):
     (child,) = family(engine, 1, 3)
     assert (child.text, len(child.token_ids)) == ("é", 3)
     assert engine._body(order(engine, beam=child))["prompt"] == "pé"
+    (last,) = family(engine, 1, 3, max_new_tokens=3)  # nothing follows: the server's own word stands
+    assert (last.text, last.finish) == ("é\ufffd", "length")
 
 
 def test_chunks_that_bring_nothing_end(serve):

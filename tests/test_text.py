@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ivg import steered
 from ivg.decoding.search import Request, Search, Searcher
 from ivg.diagnose.pairs import prefixes
+from ivg.engine.guidance import guided
 from ivg.engine.transformers import TransformersEngine
 from ivg.errors import PromptError
 from ivg.models.vocab import Vocabulary
@@ -17,7 +18,7 @@ from ivg.serving.replies import Texts as ServerTexts
 from ivg.testing import byte_tokenizer, tiny_reader
 from ivg.training import encoding
 from ivg.training.data import Rated
-from ivg.types import DecodeState, Prompt, SamplingParams, TokenGuidance
+from ivg.types import Beam, DecodeState, Prompt, SamplingParams, TokenGuidance, new_key
 from ivg.values.base import FunctionValue
 from tokenizers_zoo import metaspace, sentencepiece, wordpiece
 
@@ -233,6 +234,21 @@ def test_candidates_are_read_with_their_spaces(name):
     greedy(base, "a film is", Search(guidance=TokenGuidance(value, 1.0, 3)), max_new_tokens=4)
     the = v.response_ids(prompt, " the")[0]
     assert v.response_text(prompt, [the]) in seen and not [r for r in seen if r.startswith("the")]
+
+
+@pytest.mark.parametrize("name", ["unigram-first", "bytes"])
+def test_an_end_as_candidate_is_the_text_that_would_end_there(name):
+    """What was held back is in the text of a response that ends, and not in that of one that goes on."""
+    v = vocabulary(name)
+    first, second, *_ = _ids_of_bytes(v, "日".encode())
+    text, state = v.continue_text([first], v.begin([]))
+    h = Beam(new_key(), None, Prompt("p"), (first,), text, vocabulary=v, decoded=state)
+    seen = []
+    value = FunctionValue(lambda p, r: seen.append(r) or 0.0)
+    logits = torch.full((1, v.size), -9.0)
+    logits[0, [v.tokenizer.eos_token_id, second]] = 9.0
+    guided(logits, [h], [state], TokenGuidance(value, 1.0, 2))
+    assert sorted(seen) == ["", REPLACEMENT]
 
 
 def test_given_responses_are_the_same_hypotheses():
