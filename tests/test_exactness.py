@@ -173,7 +173,7 @@ def test_early_ends_equal_naive(ending, method, original):
     s = strategy(method, original=original, **sizes)
     sampling = SamplingParams(max_new_tokens=12)
     ends, overtaken = [], 0
-    for seed in range(7):
+    for seed in range(8):
         searcher, boards = ending.searcher, []
         searcher.add(Request(Prompt(PROMPTS[1]), s.search(ending.values), sampling, seed))
         while searcher.busy:

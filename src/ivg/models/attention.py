@@ -25,7 +25,7 @@ from ivg.models.store import Branch, KVStore, Pair, Plan, Sight
 
 NAME = "ivg"
 _LOWEST = torch.finfo(torch.float32).min
-_FOREIGN = ("s_aux", "sinks", "position_bias", "head_mask")
+_FOREIGN = ("s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices")
 _here = threading.local()
 _patched: dict[int, list[Any]] = {}  # id of a config -> [the implementation it had, how many passes run]
 _lock = threading.Lock()
