@@ -14,7 +14,7 @@ from typing import Any
 
 from ivg.errors import ConfigError
 
-MOST_TOKENS = (1 << 31) - 1
+MOST_TOKENS = 1 << 40
 """No count of tokens is larger."""
 MOST_HYPOTHESES = 1 << 16
 """Of W and of K, each."""

@@ -35,7 +35,7 @@ def explain(error: Any, recipe: type[BaseModel]) -> str:
         near = get_close_matches(str(error["loc"][-1]), _names(recipe, error["loc"][:-1]), n=1)
         return f"unknown setting {where}" + (f"; did you mean {near[0]}?" if near else "")
     if isinstance(raised := error.get("ctx", {}).get("error"), ConfigError):  # a rule of ``ivg.checks``, which names the setting itself
-        return f"{where}.{raised}" if where else str(raised)
+        return ".".join([*map(str, error["loc"][:-1]), str(raised)])
     words = next((text for kind, text in _EXPECTED.items() if error["type"].startswith(kind)), None)
     if words is not None:
         words = "expected " + words.format(**error.get("ctx", {}))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from ivg.checks import RULES, check
 
@@ -15,11 +17,11 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True, strict=True, allow_inf_nan=False)
 
-    @model_validator(mode="after")
-    def _in_range(self) -> Strict:
+    @field_validator("*", mode="after")
+    @classmethod
+    def _in_range(cls, value: Any, info: ValidationInfo) -> Any:
         """Settings that have a rule (``ivg.checks``) are held against it, whatever table they stand in."""
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            if value is not None and name in RULES and name not in _SHAPED:
-                check(name, value)
-        return self
+        name = info.field_name
+        if value is not None and name is not None and name in RULES and name not in _SHAPED:
+            check(name, value)
+        return value

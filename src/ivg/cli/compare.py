@@ -61,6 +61,8 @@ def compare(
         judge = next((v for v in ("explicit", "reward", "implicit") if v in model.values), None)
         gold = _gold() if not given.models.given and given.endpoint.model is None else None
         rows = []
+        for note in _ignored(given, wanted):
+            typer.echo(note, err=True)
         for name in wanted:
             rows.append(_row(model, prompt, name, given, judge, gold))
             advance()
@@ -87,6 +89,16 @@ def _settings(recipe: Recipe, method: str) -> dict[str, Any]:
     if {name for name, _ in row.guides} != {"implicit"} or row.candidates or row.gate or row.rule == "reject":
         foreign |= {"draft"}  # the others cannot draft
     return {k: v for k, v in settings.items() if k not in foreign}
+
+
+def _ignored(recipe: Recipe, methods: list[str]) -> list[str]:
+    """A line for every size of the search that some methods have no use for."""
+    out = []
+    for name, got in recipe.search.settings().items():
+        without = [m for m in methods if name not in _settings(recipe, m)] if name in ("width", "successors", "chunk_length") else []
+        if without:
+            out.append(f"note: {name}={got} ignored by {', '.join(without)}: nothing to select among there")
+    return out
 
 
 def _row(model: SteeredModel, prompt: str, method: str, recipe: Recipe, judge: str | None, gold: RewardModel | None) -> tuple[str, ...]:

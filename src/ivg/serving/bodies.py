@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from ivg.errors import ServeError
+from ivg.errors import ConfigError, ServeError
 from ivg.serving.presets import one_line
 from ivg.serving.schemas import ChatRequest, CompletionRequest, shown
 
@@ -191,6 +191,9 @@ def explain(errors: Any, known: Mapping[str, Any]) -> ServeError:
     if kind != "value_error":
         return ServeError(f"{path or 'the body'} {_expected(first)}, got {shown(first['input'])}", 400, "invalid_value", path or None)
     message = one_line(first["msg"].removeprefix("Value error, "))
+    if isinstance(first.get("ctx", {}).get("error"), ConfigError):  # a rule of ``ivg.checks``, which names the last part of the path
+        parent = path_of(first["loc"][:-1])
+        return ServeError(f"{parent}.{message}" if parent else message, 400, "invalid_value", path)
     named = re.match(r"[A-Za-z_]\w*(?:\.\w+|\[\d+\])*", message)
     if named and re.split(r"[.\[]", named[0])[0] in known:  # ours, which say the whole path
         return ServeError(message, 400, "invalid_value", named[0])

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ivg.checks import COOLEST
 from ivg.config import Recipe
 from ivg.decoding.live import QUANTUM, Request
 from ivg.decoding.search import check_engine
@@ -25,8 +26,6 @@ from ivg.types import Message, Prompt
 
 SHOWN = 5
 """Alternatives to each token where a client watches the beams."""
-COOLEST = 1e-3
-"""Lower temperatures than this, but 0, would divide logits beyond float32."""
 DEFAULT_TOKENS = 2048
 """Of an answer whose length neither client nor server says, where no model has a limit."""
 LONG_CHUNK = 8
@@ -125,7 +124,13 @@ class Presets:
     @property
     def defaults(self) -> dict[str, Any]:
         """What holds where a request does not say otherwise; ``max_new_tokens`` is None where the context decides."""
-        return self.sampling | {"max_new_tokens": self.recipe.sampling.max_new_tokens, "method": self.names[self.name]}
+        return self.sampling | {"max_new_tokens": self._length, "method": self.names[self.name]}
+
+    @property
+    def _length(self) -> int | None:
+        """Tokens of an answer that nobody limits: the recipe's, else the checkpoint's; None: as the context allows."""
+        given = self.recipe.sampling.max_new_tokens
+        return self.model.generation_config.get("max_new_tokens") if given is None else given
 
     # Requests
 
@@ -159,7 +164,7 @@ class Presets:
         """The request with as many tokens as were asked for; without a wish: as the server says, and as models can read."""
         left = room(self.model, one)
         if wanted is None:
-            limits = (self.recipe.sampling.max_new_tokens, self.settings.max_tokens, left)
+            limits = (self._length, self.settings.max_tokens, left)
             wanted = min((n for n in limits if n is not None), default=DEFAULT_TOKENS)
         elif left is not None and wanted > left:
             check(self.model, one, wanted)
