@@ -20,13 +20,15 @@ from ivg.training import encoding
 from ivg.training.data import Rated
 from ivg.types import Beam, DecodeState, Prompt, SamplingParams, TokenGuidance, new_key
 from ivg.values.base import FunctionValue
-from tokenizers_zoo import metaspace, sentencepiece, wordpiece
+from tokenizers_zoo import gemma, llama, metaspace, sentencepiece, wordpiece
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 SENTENCEPIECE = [(kind, prefix) for kind in ("unigram", "bpe") for prefix in ("first", "always", "never", "legacy")]
 MAKERS = {
     **{f"{kind}-{prefix}": (lambda k=kind, p=prefix: sentencepiece(k, p)) for kind, prefix in SENTENCEPIECE},
     "bytes": lambda: byte_tokenizer([("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("æ", "Ĺ"), ("Ł", "ĺ")]),
+    "llama": llama,
+    "gemma": gemma,
     "metaspace": metaspace,
     "wordpiece": wordpiece,
 }
@@ -53,7 +55,7 @@ def grown(v: Vocabulary, prompt: list[int], ids: list[int], where: list[int]) ->
     return out + v.continue_text(ids, state, final=True)[0]
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(names, texts, st.booleans(), st.integers(0, 40), cuts)
 def test_prompt_and_response_are_the_whole_text(name, text, special, cut, where):
     """Cut between any two tokens, in the middle of a character too."""
@@ -70,7 +72,7 @@ def test_prompt_and_response_are_the_whole_text(name, text, special, cut, where)
     assert grown(v, prompt, response, list(range(len(response)))) == answer
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(names, st.lists(st.integers(0, 330), max_size=14), st.integers(0, 14), cuts)
 def test_any_tokens_give_the_same_text_in_any_steps(name, ids, cut, where):
     """A random model draws tokens that no text has: halves of characters, special tokens, spaces in a row."""
@@ -144,7 +146,7 @@ def _width(v: Vocabulary) -> int:
     return len(v.tokenizer("a the", add_special_tokens=False).input_ids) - len(v.tokenizer("a", add_special_tokens=False).input_ids)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(st.sampled_from([n for n in MAKERS if n not in ("wordpiece", "metaspace")]), texts, texts)
 def test_a_given_response_gets_the_tokens_that_spell_it(name, prompt, response):
     """Neither is a space added in front nor does one get lost."""

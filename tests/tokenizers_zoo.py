@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 WORDS = ["the", "is", "a", "film", "movie", "mo", "vie", "s", "t", "h", "e", "i", "é", "日", "\N{REPLACEMENT CHARACTER}"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -22,8 +22,7 @@ def sentencepiece(kind: str = "unigram", prefix: str = "first") -> Any:
         kind: ``unigram`` or ``bpe``.
         prefix: where encoding writes a space of its own: ``first``, ``always``, ``never``, or ``legacy`` (a normalizer does).
     """
-    letters = sorted({c for word in WORDS for c in word} | set("mofilvw"))
-    known = list(dict.fromkeys([*WORDS, *letters, "▁", "▁▁", *(f"▁{w}" for w in WORDS), "film", "fi", "lm", "th"]))
+    known = _known()
     pieces = [*SPECIAL, *BYTES, *known]
     if kind == "unigram":
         scores = [0.0] * len(SPECIAL) + [-20.0] * 256 + [-10.0 + len(p) for p in known]
@@ -39,6 +38,25 @@ def sentencepiece(kind: str = "unigram", prefix: str = "first") -> Any:
     tok.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
     tok.add_special_tokens(SPECIAL)
     return _fast(tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>", additional_special_tokens=["[INST]"])
+
+
+def _known() -> list[str]:
+    letters = sorted({c for word in WORDS for c in word} | set("mofilvw"))
+    return list(dict.fromkeys([*WORDS, *letters, "▁", "▁▁", *(f"▁{w}" for w in WORDS), "film", "fi", "lm", "th"]))
+
+
+@cache
+def llama() -> Any:
+    """Of transformers' own class."""
+    pieces = ["<unk>", "<s>", "</s>", *BYTES, *_known()]
+    return LlamaTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=MERGES)
+
+
+@cache
+def gemma() -> Any:
+    """Of transformers' own class."""
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *BYTES, *_known()]
+    return GemmaTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=MERGES)
 
 
 @cache
