@@ -345,3 +345,31 @@ def test_our_own_files_are_cut_at_line_feeds_only(tmp_path):
     rows = [{"a": "x\u2028y\x85\x0c\x1c"}, {"a": "\r"}]
     (tmp_path / "x.jsonl").write_bytes(as_lines(rows).encode())
     assert list(read_jsonl(tmp_path / "x.jsonl")) == rows
+
+
+cells = st.fixed_dictionaries({
+    "text": st.none() | plain, "number": st.none() | st.integers(-(2**62), 2**62), "real": st.none() | st.floats(allow_nan=False),
+    "flag": st.none() | st.booleans(), "list": st.none() | st.lists(plain, max_size=2),
+})  # fmt: skip
+
+
+@settings(FUZZ, max_examples=25)
+@given(rows=st.lists(cells, max_size=4))
+def test_parquet_is_read_as_it_was_written(tmp_path, rows):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    types = {"text": pa.string(), "number": pa.int64(), "real": pa.float64(), "flag": pa.bool_(), "list": pa.list_(pa.string())}
+    pq.write_table(pa.Table.from_pylist(rows, pa.schema(types)), tmp_path / "x.parquet", row_group_size=2)
+    assert read(tmp_path / "x.parquet") == rows
+
+
+def test_a_row_of_parquet_fails_alone(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    far = pa.array([0, 2**55, 1], pa.timestamp("ms"))  # no year of Python's
+    pq.write_table(pa.table({"prompt": ["a", "b", "c"], "at": far}), tmp_path / "x.parquet")
+    found = list(scan_rows(tmp_path / "x.parquet"))
+    assert [row.data and row.data["prompt"] for row in found] == ["a", None, "c"]
+    assert found[1].where.endswith("x.parquet, row 2")
+    assert found[1].error
+    with pytest.raises(ConfigError, match="two columns are called 'a'"):
+        pq.write_table(pa.table([pa.array([1]), pa.array([2])], names=["a", "a"]), tmp_path / "y.parquet")
+        read(tmp_path / "y.parquet")

@@ -326,3 +326,14 @@ def test_everything_that_makes_an_answer_counts_and_nothing_else(tmp_path):
     (tmp_path / "r.py").write_text("def f(prompt, response):\n    return 2\n")
     assert differences(first, of_answers(Recipe.parse(data), "cpu"))[0].startswith("weights.reward: ")
     assert json.loads(records.to_json(first)) == first
+
+
+def test_runs_of_training_write_one_folder_at_a_time(tmp_path):
+    from ivg.cli.train import extra
+
+    with extra(tmp_path / "run"):
+        with pytest.raises(OutputError, match=r"another run writes .*/run "), extra(tmp_path / "run"):
+            pass
+        with extra(tmp_path / "other"):
+            pass
+    assert not list(tmp_path.iterdir())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,10 +24,13 @@ app = typer.Typer(name="train", help=HELP, no_args_is_help=True)
 
 
 @contextmanager
-def extra() -> Iterator[None]:
-    """A missing package of the extra in plain words."""
+def extra(folder: Path | None = None) -> Iterator[None]:
+    """A missing package of the extra in plain words; ``folder``: of the run, which no other process may write meanwhile."""
+    from ivg.machine import alone
+
     try:
-        yield
+        with alone(folder) if folder is not None and int(os.environ.get("RANK", "0")) == 0 else nullcontext():
+            yield
     except ModuleNotFoundError as e:
         if e.name not in ("trl", "peft", "accelerate", "datasets", "pyarrow"):
             raise
@@ -47,7 +52,7 @@ def sft(
 ) -> None:  # fmt: skip
     """See the command's help."""
     given = dict(locals())
-    with extra():
+    with extra(out):
         from ivg.training import tune
         from ivg.training.data import read_demonstrations
 
@@ -70,7 +75,7 @@ def dpo(
 ) -> None:  # fmt: skip
     """See the command's help."""
     given = dict(locals())
-    with extra():
+    with extra(out):
         from ivg.training import tune
         from ivg.training.data import read_preferences
 
@@ -92,7 +97,7 @@ def reward(
 ) -> None:  # fmt: skip
     """See the command's help."""
     given = dict(locals())
-    with extra():
+    with extra(out):
         from ivg.training import tune
         from ivg.training.data import read_preferences
 
@@ -120,6 +125,8 @@ def rollout(
     made = o.recipe_of(recipe, template, given)
     if samples < 1:
         raise ConfigError(f"--samples must be at least 1, got {samples}")
+    from ivg.records import read_jsonl
+
     with extra():
         from ivg.build import load_models
         from ivg.cli.progress import progress
@@ -137,7 +144,8 @@ def rollout(
                 load_models(_without_scorer(made)), wanted, out, found, method=made.search.method, samples=samples, seed=made.run.seed,
                 provenance=provenance, advance=advance, **settings,
             )  # fmt: skip
-    typer.echo(f"done: {out}", err=True)
+    rows = Counter("failed" if row.get("error") else "answered" for row in read_jsonl(out.with_suffix(".jsonl")))
+    typer.echo(f"done: {out}: answered {rows['answered']}, failed {rows['failed']}", err=True)
 
 
 def _without_scorer(recipe: Recipe) -> Recipe:
@@ -192,7 +200,7 @@ def value(
 ) -> None:  # fmt: skip
     """See the command's help."""
     given = dict(locals())
-    with extra():
+    with extra(out):
         from ivg.training.data import read_rated
         from ivg.training.learner import ValueOptions
         from ivg.training.value import train_value

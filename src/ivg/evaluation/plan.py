@@ -18,7 +18,7 @@ from ivg.errors import ConfigError
 from ivg.evaluation import methods
 from ivg.evaluation.methods import BANK, Method, described
 from ivg.evaluation.task import Example, Task, digest, task
-from ivg.jobs.provenance import device_kind, fingerprints, weights
+from ivg.jobs.provenance import device_kind, fingerprints, of_run, weights
 from ivg.types import SamplingParams
 
 GOLD = "gold"
@@ -133,10 +133,8 @@ class Plan:
             "models": {role: ref.model_dump(exclude_none=True) for role, ref in self.recipe.models.given.items()} or "embedded",
             "sampling": self.recipe.sampling.settings(),
             "seed": run.seed,
-            "dtype": run.dtype,
             "device": device_kind(run.device),
-            "revision": run.revision,
-            "quantization": run.quantization,
+            **of_run(self.recipe),
             "threads": self.config.threads,
         }
         values = getattr(self.recipe, "values", None)

@@ -13,7 +13,7 @@ import io
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast, get_args
@@ -195,12 +195,35 @@ def _read_parquet(file: BinaryIO, name: str) -> Iterator[SourceRow]:
     number = 0
     try:
         source = file if isinstance(getattr(file, "raw", None), io.FileIO) else io.BytesIO(file.read())
-        for batch in pq.ParquetFile(source).iter_batches():
-            for data in batch.to_pylist():
+        table = pq.ParquetFile(source)
+        _check_names(table.schema_arrow.names, name)
+        for batch in table.iter_batches():
+            for data, error in _rows_of(batch):
                 number += 1
-                yield SourceRow(f"{name}, row {number}", data)
+                yield SourceRow(f"{name}, row {number}", data, error)
     except (EOFError, OSError, ValueError, zlib.error) as e:
         raise ConfigError(f"cannot read {name} as Parquet: {e}") from None
+
+
+def _check_names(names: Sequence[str], source: str) -> None:
+    twice = next((n for i, n in enumerate(names) if n in names[:i]), None)
+    if twice is not None:
+        raise ConfigError(f"{source}: two columns are called {twice!r}\n  give each column a name of its own")
+
+
+def _rows_of(batch: Any) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
+    """(columns, why not) of every row; one that Python has no value for (a time in nanoseconds) costs no other."""
+    try:
+        for data in batch.to_pylist():
+            yield data, None
+        return
+    except (ValueError, OverflowError):
+        pass
+    for i in range(batch.num_rows):
+        try:
+            yield batch.slice(i, 1).to_pylist()[0], None
+        except (ValueError, OverflowError) as e:
+            yield None, " ".join(str(e).split())
 
 
 def _read_hub(name: str, split: str) -> Iterator[SourceRow]:

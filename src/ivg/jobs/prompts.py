@@ -16,6 +16,7 @@ from ivg.records import jsonable, to_json
 TAKEN = frozenset({
     "id", "prompt", "index", "text", "token_ids", "score", "finish_reason", "usage", "error",
     "method", "seed", "settings", "models", "engine", "endpoint", "values", "provenance", "input_columns",
+    "generation_config", "notes",
 })  # fmt: skip
 """Columns of answers; those of the input that have such a name stand in the column ``input_columns``."""
 

@@ -69,17 +69,23 @@ def of_answers(recipe: Recipe, device: str | None) -> dict[str, Any]:
 def _details(recipe: Recipe, device: str | None, remote: bool) -> dict[str, Any]:
     from ivg import __version__
 
-    out: dict[str, Any] = {"ivg": __version__, "device": device}
+    out: dict[str, Any] = {"ivg": __version__, "device": device} | {k: v for k, v in of_run(recipe).items() if v is not None}
     used = {"vllm": recipe.run.engine == "vllm", "endpoint": remote}
     for table, settings in recipe.model_dump(exclude_none=True).items():
         left_out = _IRRELEVANT.get(table, set())
         if left_out is None or not used.get(table, True):
             continue
         found = {k: v for k, v in settings.items() if k not in left_out} if isinstance(settings, dict) else settings
-        out |= found if table == "run" else {table: found} if found else {}
+        if table != "run" and found:
+            out[table] = found
     refs = dict(recipe.models.given) | {f"{n}.{role}": ref for n, v in recipe.values.items() for role, ref in v.given.items()}
     templates = {role: ref.template for role, ref in refs.items() if ref.template is not None}
     return out | ({"templates": templates} if templates else {}) | {"weights": weights(recipe)}
+
+
+def of_run(recipe: Recipe) -> dict[str, Any]:
+    """The settings of ``[run]`` that an answer depends on, but for seed, engine and device."""
+    return {k: v for k, v in recipe.run.model_dump().items() if k not in (_IRRELEVANT["run"] or ())}
 
 
 def device_kind(name: str | None) -> str:
