@@ -10,10 +10,10 @@ from ivg.config import Recipe
 from ivg.decoding.search import Request, Search, Searcher
 from ivg.engine.interned import EndpointTexts, InternedVocabulary
 from ivg.engine.transformers import TransformersEngine
-from ivg.errors import PromptError
+from ivg.errors import PromptError, ServeError
 from ivg.models.chat import encode, text_ids
 from ivg.prompts import Message, Prompt, content_text, read_prompts
-from ivg.serving.presets import Presets, fault
+from ivg.serving.presets import Presets
 from ivg.serving.schemas import ChatRequest
 from ivg.serving.settings import ServeSettings
 from ivg.steered import SteeredModel
@@ -183,10 +183,9 @@ def test_a_template_that_refuses_fails_its_own_row(why):
     while searcher.busy:
         searcher.step()
     presets = Presets(SteeredModel(base), Recipe.model_validate({"search": {"method": "base"}}), ServeSettings(name="m"))
-    (request,) = presets.order(ChatRequest.model_validate({"model": "m", "messages": messages})).requests
-    with pytest.raises(PromptError) as caught:
-        searcher.add(request)
-    assert fault(caught.value).status == 400 and "/" not in str(caught.value).replace("{prompt}", "")
+    with pytest.raises(ServeError, match=line) as caught:
+        presets.order(ChatRequest.model_validate({"model": "m", "messages": messages}))
+    assert caught.value.status == 400 and "/" not in str(caught.value).replace("{prompt}", "")
 
 
 def test_a_values_template_that_refuses_fails_its_own_row():
@@ -251,6 +250,9 @@ def test_a_prompt_begins_once(make, template, chat):
         begun = encode(Prompt(word + "the film"), tokenizer, None)  # a text that was rendered elsewhere
         assert begun.count(bos) == 1 and begun == tokenizer(word + "the film", add_special_tokens=False).input_ids
         assert text_ids(word + "the", tokenizer, special=False).count(bos) == 1
+        reward = object.__new__(RewardModel)
+        reward.tokenizer, reward.template, reward.name = tokenizer, template, "reward"
+        assert reward.ids(reward.text(prompt, " is")).count(bos) == 1
     finally:
         tokenizer.chat_template = None
 

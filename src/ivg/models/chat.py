@@ -101,15 +101,16 @@ def apply_chat_template(messages: Sequence[Mapping[str, str]], tokenizer: Any, n
     return str(text)
 
 
-def text_ids(text: str, tokenizer: Any, *, special: bool = True) -> list[int]:
+def text_ids(text: str, tokenizer: Any, *, special: bool = True, **settings: Any) -> list[int]:
     """Token ids of a rendered text. A beginning-of-sequence token stands there once, even where a template wrote it already.
 
     Args:
         text: with the special tokens that a template wrote.
         tokenizer: its own.
         special: the tokenizer adds those that it puts around a text.
+        settings: others of the tokenizer.
     """
-    ids: list[int] = list(tokenizer(text, add_special_tokens=special).input_ids)
+    ids: list[int] = list(tokenizer(text, add_special_tokens=special, **settings).input_ids)
     return ids[1:] if special and _begun_twice(ids, tokenizer) else ids
 
 

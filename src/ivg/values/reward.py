@@ -18,7 +18,7 @@ import torch
 
 from ivg.embedded import PREFIX
 from ivg.errors import ConfigError, ModelError, PromptError, ScoreFault
-from ivg.models.chat import apply_chat_template, is_chat, render, turns
+from ivg.models.chat import apply_chat_template, is_chat, render, text_ids, turns
 from ivg.models.loading import LoadOptions, load_config, load_network, load_tokenizer
 from ivg.models.rotary import batches, borders_of
 from ivg.models.support import context_of
@@ -134,10 +134,8 @@ class RewardModel:
         return text.replace("{response}", response) if "{response}" in (self.template or "") else text + response
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of what :meth:`text` gave; a chat template has written its own first token already."""
-        first = self.tokenizer.bos_token
-        special = not (first and text.startswith(first))
-        return list(self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
+        """Token ids of what :meth:`text` gave, begun once."""
+        return text_ids(text, self.tokenizer, verbose=False)
 
     def read(self, prompt: Prompt, response: str) -> Reading:
         """What the classifier reads of prompt and response: where both are too long, the prompt without its beginning.
