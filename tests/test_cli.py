@@ -539,3 +539,34 @@ def test_rows_that_cannot_be_read_or_written_are_one_line(ivg, base, tmp_path, m
     assert (code, out) == (2, "")
     (said,) = (text.removeprefix("error: ") for text in err.splitlines() if not text.startswith("answered 0, "))
     assert said.startswith(line) if line.endswith(": ") else said == line
+
+
+def test_rollouts_go_on_only_with_what_made_them(ivg, hub, tmp_path):
+    pytest.importorskip("trl")
+    (tmp_path / "rules.py").write_text("def score(prompt, response):\n    return len(response)\n")
+    (tmp_path / "prompts.csv").write_text("prompt,topic\nOne,x\nTwo\nThree,y\n" + "long " * 40 + ",z\n")
+    out = tmp_path / "out.jsonl"
+    models = ["--base", hub / "base", "--reward", f"{tmp_path}/rules.py:score", *LENGTH]
+    arguments = ["train", "rollout", "--out", out, "--samples", 2, *models]
+    code, _, err = ivg(*arguments, "--prompts", tmp_path / "prompts.csv", "--failed", tmp_path / "failed.jsonl")
+    assert code == 0
+    assert "prompts.csv, line 3: expected 2 fields, got 1" in err
+    assert "read 3, left out 1" in err
+    assert err.endswith(f"done: {out}: answered 4, failed 2\n")
+    assert [row["text"] for row in rows_of(tmp_path / "failed.jsonl")] == ["Two"]
+    before = out.read_bytes()
+    assert ivg(*arguments, "--prompts", tmp_path / "prompts.csv")[0] == 0
+    for change, says in (
+        (["--dtype", "bfloat16"], 'dtype: "float32" there, "bfloat16" now'),
+        (["--template", "base=Q: {prompt}"], "templates: not given there"),
+        (["--temperature", "0.5"], "settings.temperature: not given there, 0.5 now"),
+    ):
+        code, _, err = ivg(*arguments, *change, "--prompts", tmp_path / "prompts.csv")
+        assert (code, says in err) == (2, True)
+    (tmp_path / "prompts.txt").write_text("New\nOne\nThree\n")
+    code, _, err = ivg(*arguments, "--prompts", tmp_path / "prompts.txt", "--format", "text")
+    assert (code, "row 1: answers another prompt than this run's" in err) == (2, True)
+    (tmp_path / "rules.py").write_text("def score(prompt, response):\n    return -len(response)\n")
+    code, _, err = ivg(*arguments, "--prompts", tmp_path / "prompts.csv")
+    assert (code, "weights.reward: " in err) == (2, True)
+    assert out.read_bytes() == before

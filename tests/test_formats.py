@@ -373,3 +373,22 @@ def test_a_row_of_parquet_fails_alone(tmp_path):
     with pytest.raises(ConfigError, match="two columns are called 'a'"):
         pq.write_table(pa.table([pa.array([1]), pa.array([2])], names=["a", "a"]), tmp_path / "y.parquet")
         read(tmp_path / "y.parquet")
+
+
+def test_tasks_of_an_evaluation_read_every_format(tmp_path, monkeypatch):
+    from ivg.config import EvalConfig
+    from ivg.evaluation.sentiment import Sentiment
+    from ivg.evaluation.summarization import Summarization
+
+    lines = b'{"prompt": "One\\u2028"}\n{"prompt": "Two"}\n'
+    wrapped(lines, tmp_path / "x.jsonl.gz", True)
+    wrapped("prompt\nOne\u2028\nTwo\n".encode(), tmp_path / "x.csv", False)
+    wrapped("One\u2028\nTwo\n".encode(), tmp_path / "x.txt", False)
+    for task in (Sentiment(), Summarization()):
+        found = []
+        for name, format in (("x.jsonl.gz", None), ("x.csv", None), ("x.txt", "text"), ("-", None)):
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
+            data = name if name == "-" else str(tmp_path / name)
+            found.append(sorted(e.prompt.content for e in task.examples(EvalConfig(data=data, format=format))))
+        assert found == [found[0]] * 4
+        assert len(found[0]) == 2

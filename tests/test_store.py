@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ivg import machine, records
 from ivg.config import Recipe
 from ivg.errors import ConfigError, OutputError
 from ivg.jobs.failures import MOST, Failures
-from ivg.jobs.prompts import Job
+from ivg.jobs.formats import SourceRow
+from ivg.jobs.prompts import Job, read_jobs
 from ivg.jobs.provenance import of_answers
 from ivg.jobs.store import open_rows
 from ivg.records import BlockFile, append_lines, as_lines, differences, read_jsonl, write_json
@@ -337,3 +340,31 @@ def test_runs_of_training_write_one_folder_at_a_time(tmp_path):
         with extra(tmp_path / "other"):
             pass
     assert not list(tmp_path.iterdir())
+
+
+prompts = st.sampled_from(["a", "b", "c"])
+inputs = st.lists(st.tuples(st.none() | st.integers(0, 2), prompts), max_size=4)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(runs=st.lists(st.tuples(inputs, st.integers(0, 4), st.integers(0, 30)), min_size=1, max_size=4))
+def test_whatever_is_edited_and_killed_every_answer_is_of_its_prompt(tmp_path, runs):
+    """Each run: rows (id, prompt), how many are answered before a kill, bytes of half a row that it leaves."""
+    path = tmp_path / "out.jsonl"
+    for file in tmp_path.iterdir():
+        file.unlink()
+    for rows, until, half in [*runs, (runs[-1][0], 99, 0)]:
+        source = [SourceRow(f"row {i}", {"id": i_, "prompt": p}) for i, (i_, p) in enumerate(rows)]
+        jobs = list(read_jobs(source, lambda *_: None))
+        assert len(jobs) == len({job.key for job in jobs})
+        with open_rows(path, jobs, MADE, lambda _: None) as store:
+            for job in [job for job in jobs if not store.done(job, 0)][:until]:
+                answer(store, job, text=f"answer to {job.prompt}")
+        with path.open("ab") as file:
+            file.write(b'{"id": 1, "index": 0, "prompt": '[:half])
+    path.write_bytes(path.read_bytes()[: path.read_bytes().rfind(b"\n") + 1])
+    found = list(read_jsonl(path))
+    assert all(row["text"] == f"answer to {row['prompt']}" for row in found)
+    answered = {json.dumps(row["id"]): row["prompt"] for row in found}
+    assert len(answered) == len(found)  # none twice
+    assert all(answered[job.key] == job.prompt for job in jobs)
