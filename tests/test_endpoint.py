@@ -343,7 +343,7 @@ def test_prompts(serve):
         assert loaded.prompt_tokens(Prompt("The movie was")) == len(
             load_tokenizer(path("base"), LoadOptions(), "x")("The movie was").input_ids
         )
-    with pytest.raises(ModelError, match="tokenizer"):
+    with pytest.raises(ModelError, match="the endpoint's m '/nowhere': no such directory"):
         load_endpoint(server.url, "m", tokenizer="/nowhere")
 
 
@@ -451,7 +451,9 @@ def test_our_server_as_base_of_a_search():
             prompts = ["The movie was", "I have to say"]
             found = model.generate(prompts, "cbs-explicit", width=2, successors=3, chunk_length=4, max_new_tokens=12, seed=1)
             (plain,) = model.generate(prompts[:1], "base", max_new_tokens=12, seed=1)
-            refused = model.generate(prompts[0], "base", max_new_tokens=4, top_k=5)
+            assert model.generate(prompts[0], "base", max_new_tokens=4, top_k=5).error is None  # vLLM's name for it, and ours
+        with load_endpoint(server.url, "film:base", extra={"use_beam_search": True}) as engine:
+            refused = SteeredModel(engine.base, engine=engine).generate(prompts[0], "base", max_new_tokens=4)
         assert "answered 422" in refused.error or "answered 400" in refused.error
         assert plain.score is None and plain.text.strip() and plain.finish_reason == "length"
         for prompt, got in zip(prompts, found, strict=True):
