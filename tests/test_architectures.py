@@ -1,5 +1,6 @@
 """Every causal language model of transformers gives the outputs of a plain pass over each row alone, or is refused when it is loaded."""
 
+import json
 import random
 
 import pytest
@@ -13,6 +14,7 @@ from ivg.decoding.strategies import strategy
 from ivg.engine.transformers import TransformersEngine
 from ivg.errors import ModelError, PromptError
 from ivg.models.cached import CachedModel
+from ivg.models.loading import LoadOptions, load_causal
 from ivg.models.reader import Reader
 from ivg.models.support import context_of
 from ivg.testing import byte_tokenizer, tiny_model
@@ -312,3 +314,55 @@ def test_positions_of_roberta_end_before_its_table():
     assert reward.rewards(["a" * 36])[1] == [36]
     with pytest.raises((IndexError, RuntimeError)):
         reward.network(torch.full((1, 37), 5))
+
+
+# Networks whose code comes with the checkpoint
+
+CODE = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, input_ids=None, position_ids=None, past_key_values=None, **other):
+        {change}
+        return super().forward(input_ids=input_ids, position_ids=position_ids, past_key_values=past_key_values, **other)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("sound", "pass", None),
+        (
+            "columns",
+            "position_ids = torch.arange(input_ids.shape[1])[None]",
+            r"^base: OwnForCausalLM gives other outputs .*\n  expected",
+        ),
+        ("forgets", "past_key_values = None", r"^base: OwnForCausalLM cannot be read row by row: .*\n  expected a decoder"),
+        ("raises", "assert past_key_values is None, 'no such cache'", r"^base: OwnForCausalLM cannot be read row by row: no such cache\n"),
+    ],
+)
+def test_networks_of_others_are_tried_when_they_are_loaded(kind, change, message, tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / f"code_{kind}.py").write_text(CODE.format(change=change))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": f"code_{kind}.OwnConfig", "AutoModelForCausalLM": f"code_{kind}.OwnForCausalLM"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = LoadOptions("cpu", "float32", trust_remote_code=True)
+    if message is None:
+        model = load_causal(tmp_path, "base", options).model
+        assert model.live_rows == 0
+        compare(model.last([model.open([1, 2])], [[1, 2]])[0], outputs_of(model, [1, 2]), 1e-3)
+    else:
+        with pytest.raises(ModelError, match=message):
+            load_causal(tmp_path, "base", options)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from ivg.errors import ConfigError, IVGError, ModelError
 from ivg.models import kernels
-from ivg.models.cached import CachedModel
 from ivg.models.hub import find_model
 from ivg.models.packing import pack
 from ivg.models.reader import Reader
+from ivg.models.trial import cached
 from ivg.models.weights import OTHER_HEADS, check_weights
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def load_causal(name: str | Path, what: str, options: LoadOptions | None = None,
     load_config(name, options, what)  # first: what is wrong with the whole is not told of its tokenizer
     tokenizer = load_tokenizer(name, options, what)
     network = _for_inference(load_network(name, AutoModelForCausalLM, options, what), options)
-    reader = Reader(CachedModel(network, what), tokenizer, template, eos_ids(network, tokenizer))
+    reader = Reader(cached(network, what), tokenizer, template, eos_ids(network, tokenizer))
     reader.generation_config = getattr(network, "generation_config", None)
     return reader
 
@@ -189,7 +189,7 @@ def load_value(
     if tokenizer is None:
         tokenizer = load_tokenizer(name, options, what)
     network = _for_inference(load_network(name, ValueModel, options, what), options)
-    return Reader(CachedModel(network, what), tokenizer, network.notes.get("template") if template is None else template)
+    return Reader(cached(network, what), tokenizer, network.notes.get("template") if template is None else template)
 
 
 def _for_inference(network: Any, options: LoadOptions) -> Any:
