@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import logging
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ivg.config import Recipe
 from ivg.errors import ConfigError, ModelError, ServeError
@@ -232,6 +235,27 @@ def test_bodies_are_refused_in_plain_words(headers, body, message, param):
     assert e.value.status == (415 if headers else 400)
 
 
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, "extra_body", "unheard_of"})
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.sampled_from(NAMES), ANY_JSON, max_size=4), st.booleans(), st.sampled_from([GOOD, CHAT]))
+def test_whatever_a_body_holds_it_is_read_or_refused(change, strict, good):
+    """By a message without the names of our insides."""
+    kind = CompletionRequest if good is GOOD else ChatRequest
+    try:
+        body = bodies.read(json.dumps(good | change).encode(), JSON, kind, strict=strict)
+    except ServeError as e:
+        assert e.status == 400 and not re.search(r"function-|pydantic|\bdict\b|_type\b|Traceback|validat", str(e))
+    else:
+        assert isinstance(body, kind)
+
+
 CHATS = [
     ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]},
      "messages[0].content[0]: parts of type 'image_url' are not supported; only text is read; leave the part out",
@@ -298,11 +322,11 @@ def test_a_strict_server_is_told_so():
 
 
 def test_vllms_names_at_the_top_level_are_ours(running, library):
-    settings = {"top_k": 3, "min_p": 0.05, "repetition_penalty": 1.3, "ignore_eos": True}
+    more = {"top_k": 3, "min_p": 0.05, "repetition_penalty": 1.3, "ignore_eos": True}
     body = {"model": "tiny:eft", "prompt": "Film", "seed": 4, **SAMPLING}
-    want = expected(library, "Film", "eft", 4, **settings).text
+    want = expected(library, "Film", "eft", 4, **more).text
     assert want != expected(library, "Film", "eft", 4).text
-    for change in (settings, {"guidance": settings}, {"extra_body": settings}, {"extra_body": {"guidance": settings}}):
+    for change in (more, {"guidance": more}, {"extra_body": more}, {"extra_body": {"guidance": more}}):
         assert running.post(body | change).json()["choices"][0]["text"] == want
     assert running.post(body | {"top_k": -1}).json()["choices"][0]["text"] == expected(library, "Film", "eft", 4).text
 
@@ -583,8 +607,8 @@ def test_warnings_are_lines_of_json():
 def test_three_hundred_idle_connections_and_256_descriptors():
     """Others are served, nothing grows, and every line of the log is JSON."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))"
-    settings = {"port": 0, "name": "tiny"}
-    with Process("-c", f"{limit}\n{SCRIPT}", str(Path(__file__).parent), json.dumps(settings)) as server:
+    served = {"port": 0, "name": "tiny"}
+    with Process("-c", f"{limit}\n{SCRIPT}", str(Path(__file__).parent), json.dumps(served)) as server:
         idle = []
         for number in range(300):
             line = server.connect()
