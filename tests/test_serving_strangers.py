@@ -217,7 +217,7 @@ PLAIN = [
     ({}, {"guidance": 5}, "guidance must be an object, got 5", "guidance"),
     ({}, {"frequency_penalty": 0.5}, "frequency_penalty is not supported; leave it out or give 0", "frequency_penalty"),
     ({}, {"logit_bias": {"1": 5}}, "logit_bias is not supported; leave it out or give {}", "logit_bias"),
-    ({}, {"min_tokens": 5}, "unknown field min_tokens", "min_tokens"),
+    ({}, {"stop_token_ids": [5]}, "unknown field stop_token_ids", "stop_token_ids"),
     ({}, {"temprature": 0}, "unknown field temprature", "temprature"),
     ({}, {"extra_body": 5}, "extra_body must be an object, got 5", "extra_body"),
     ({}, {"seed": 1, "extra_body": {"seed": 2}}, "seed and extra_body.seed differ; give one of them", "extra_body.seed"),
@@ -286,7 +286,7 @@ def test_every_refusal_is_an_answer_in_openais_shape(running):
 
 HARMLESS = {
     "metadata": {"run": "7"}, "store": True, "service_tier": "flex", "user": "me", "safety_identifier": "x", "prompt_cache_key": "k",
-    "parallel_tool_calls": True, "extra_body": {}, "response_format": None, "some_new_field": None, "min_tokens": 0,
+    "parallel_tool_calls": True, "extra_body": {}, "response_format": None, "some_new_field": None, "length_penalty": 1.0,
     "stop_token_ids": [], "skip_special_tokens": True,
 }  # fmt: skip
 TOOLS = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"}
@@ -328,6 +328,8 @@ def test_vllms_names_at_the_top_level_are_ours(running, library):
     assert want != expected(library, "Film", "eft", 4).text
     for change in (more, {"guidance": more}, {"extra_body": more}, {"extra_body": {"guidance": more}}):
         assert running.post(body | change).json()["choices"][0]["text"] == want
+    (one,) = running.presets.order(CompletionRequest.model_validate(body | {"min_tokens": 5})).requests
+    assert one.sampling.min_new_tokens == 5
     assert running.post(body | {"top_k": -1}).json()["choices"][0]["text"] == expected(library, "Film", "eft", 4).text
 
 
@@ -466,12 +468,12 @@ def test_idle_and_half_sent_connections_end(monkeypatch):
 
 
 def test_a_head_that_drips_does_not_last(monkeypatch):
-    server = limited(monkeypatch, head=0.5)
+    server = limited(monkeypatch, head=0.5, rest=600.0)
     try:
         with connect(server) as line:
             line.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n")
             with pytest.raises(OSError):
-                for i in range(2000):
+                for i in range(500):
                     line.sendall(f"x-{i}: y\r\n".encode())
                     time.sleep(0.02)
     finally:

@@ -27,7 +27,6 @@ IGNORED = frozenset({
 })  # fmt: skip
 """Top-level fields that change no answer, whatever they say."""
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "min_tokens": (0,),
     "length_penalty": (1,),
     "use_beam_search": (False,),
     "stop_token_ids": ([],),

@@ -42,6 +42,8 @@ class Order:
     vocabulary: Any
     prompt_tokens: int
     """Of all prompts, each once."""
+    each: int
+    """Answers to every prompt."""
 
 
 @dataclass
@@ -158,7 +160,8 @@ class Presets:
             raise fault(e, param) from None
         requests = [replace(one, index=i) for one in ones for i in range(body.n or 1)]
         engine = self.model.engine
-        return Order(requests, strategy.name, seed, engine.vocabulary, sum(engine.prompt_tokens(one.prompt) for one in ones))
+        tokens = sum(engine.prompt_tokens(one.prompt) for one in ones)
+        return Order(requests, strategy.name, seed, engine.vocabulary, tokens, body.n or 1)
 
     def _fitting(self, one: Request, wanted: int | None) -> Request:
         """The request with as many tokens as were asked for; without a wish: as the server says, and as models can read."""

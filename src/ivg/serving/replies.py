@@ -132,7 +132,7 @@ class Form:
 
     def usage(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """OpenAI's: tokens of prompts, each once, those of them that the base had in its cache, and tokens of answers."""
-        first = completions[:: max(1, len(self.order.requests) // len({r.prompt for r in self.order.requests}))]
+        first = completions[:: self.order.each]
         cached = sum(min(c.usage.prompt_tokens, c.usage.cached_tokens.get("base", 0)) for c in first)
         counts = self.counts(sum(c.usage.completion_tokens for c in completions))
         return counts | {"prompt_tokens_details": {"cached_tokens": cached}}

@@ -202,6 +202,7 @@ class _Common(_Body):
     min_p: float | None = Field(None, ge=0, lt=1)
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
     ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0)
     presence_penalty: Annotated[Any, Only(0)] = None
     frequency_penalty: Annotated[Any, Only(0)] = None
     logit_bias: Annotated[Any, Only({})] = None
@@ -217,6 +218,8 @@ class _Common(_Body):
         own = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
         if own.get("top_k") == -1:  # vLLM's word for off
             own["top_k"] = 0
+        if self.min_tokens is not None:
+            own["min_new_tokens"] = self.min_tokens
         return own | (self.guidance.sampling if self.guidance else {})
 
     @property
