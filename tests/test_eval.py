@@ -230,7 +230,9 @@ def test_report_files(done):
 def test_svg_is_whole_and_says_what_it_shows(done):
     from xml.etree import ElementTree
 
-    for path in (done.out / "figures").glob("*.svg"):
+    paths = list((done.out / "figures").glob("*.svg"))
+    assert paths
+    for path in paths:
         root = ElementTree.fromstring(path.read_text())
         assert root.attrib["role"] == "img"
         assert any(m.label in root.attrib["aria-label"] for m in done.methods)  # the best of them; random models make any the best

@@ -125,6 +125,7 @@ NEIGHBOURS = {
     "drafted, adaptive": {"token": "implicit", "select": "explicit", "decay": 0.6, "width": 2, "successors": 3, "draft": 2},
     "gated so that little is left": {"token": "implicit", "gate": 4.55},
     "adaptive, guided": {"token": "implicit", "select": "explicit", "decay": 0.6, "width": 2, "successors": 3, "chunk_length": 4},
+    "soft, sharper": {"select": "implicit", "rule": "soft", "soft_scale": 0.2, "successors": 4, "chunk_length": 3},
     "adaptive, soft": {"select": "explicit", "rule": "soft", "decay": 0.6, "successors": 3, "chunk_length": 4},
 }
 

@@ -1,5 +1,7 @@
 """The loop and the selections with a fake engine: exact, and without torch."""
 
+import itertools
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -49,13 +51,16 @@ def test_common_prefix():
     assert select.common_prefix([]) == ""
 
 
-def test_soft_selection_frequencies():
+@pytest.mark.parametrize("scale", [0.7, 1.0, 3.0])
+def test_soft_selection_frequencies(scale):
+    """Two of three without replacement: the first by weight, the second by weight among those left, by a number of its own."""
     from ivg.draws import uniform
 
-    counts = Counter(select.soft([0.0, 1.0, 2.0], 1, 1.0, lambda i, n=n: uniform(n, i))[0] for n in range(6000))
-    total = 1 + 2.71828 + 7.38906
-    for i, weight in enumerate([1, 2.71828, 7.38906]):
-        assert counts[i] / 6000 == pytest.approx(weight / total, abs=0.02)
+    counts = Counter(tuple(select.soft([0.0, 1.0, 2.0], 2, scale, lambda i, n=n: uniform(n, i))) for n in range(6000))
+    weights = [math.exp(score / scale) for score in range(3)]
+    for i, j in itertools.permutations(range(3), 2):
+        chance = weights[i] / sum(weights) * weights[j] / (sum(weights) - weights[i])
+        assert counts[i, j] / 6000 == pytest.approx(chance, abs=0.025)
 
 
 def test_search_prefers_the_value():
