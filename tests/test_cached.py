@@ -114,6 +114,23 @@ def test_a_trunk_that_all_rows_were_cut_from_is_forgotten():
         compare(out, outputs_of(model, row.ids), 1e-3)
 
 
+def test_a_fork_of_a_broken_row_is_cut_and_read_on():
+    """Keys and values of the tokens that broke it were copied too, and must not reach what is read behind the cut."""
+    network = tiny_model("llama", seed=3)
+    network.model.embed_tokens.weight.data[9] = torch.nan
+    model = CachedModel(network, "tiny")
+    root = model.open([1, 2, 3])
+    model.last([root], [[1, 2, 3]])
+    broken, other = model.fork(root), model.fork(root)
+    model.last([broken, other], [[5, 4], [6, 6]])
+    model.last([broken, other], [[9, 7, 8], [6, 6, 6]])
+    fork = model.fork(broken)
+    del fork.ids[fork.sound :]
+    assert fork.ids == [1, 2, 3, 5, 4]
+    for row, out in zip((fork, other), model.last([fork, other], [[11], [12]]), strict=True):  # beside a longer one
+        compare(out, outputs_of(model, row.ids), 1e-3)
+
+
 def test_a_fork_that_waits_keeps_what_its_broken_parent_had():
     network = tiny_model("llama", seed=3)
     network.model.embed_tokens.weight.data[9] = torch.nan

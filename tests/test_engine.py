@@ -50,9 +50,24 @@ def test_filters_equal_transformers():
     ]
     params = SamplingParams(temperature=0.6, top_k=9, top_p=0.7)
     chained = TopPLogitsWarper(0.7)(seen, TopKLogitsWarper(9)(seen, TemperatureLogitsWarper(0.6)(seen, logits)))
-    for got, expected in [*pairs, (f.filtered(logits, params), chained)]:
+    wide = TopPLogitsWarper(0.95)(seen, TemperatureLogitsWarper(3.0)(seen, logits))
+    least = MinPLogitsWarper(0.3)(seen, wide)
+    assert least.isinf().sum() > wide.isinf().sum()
+    by_both = f.filtered(logits, SamplingParams(temperature=3.0, top_p=0.95, min_p=0.3))
+    for got, expected in [*pairs, (f.filtered(logits, params), chained), (by_both, least)]:
         assert torch.equal(got.isinf(), expected.isinf())
         assert torch.allclose(got[~got.isinf()], expected[~expected.isinf()], atol=1e-5)
+
+
+def test_greedy_choices_are_penalised_too():
+    logits, seen = torch.tensor([[2.0, 1.9, -3.0], [2.0, 1.9, -3.0]]), [[0], []]
+    params = [SamplingParams(temperature=0, repetition_penalty=1.5)] * 2
+    assert f.sample(logits, params, [0.5, 0.5], seen).tolist() == [1, 0]
+
+
+def test_the_first_of_all_numbers_draws_no_impossible_token():
+    never = -torch.inf
+    assert f.draw(torch.tensor([[never, never, 0.0, 1.0], [0.0, never, 0.0, never]]), [0.0, 0.5]).tolist() == [2, 2]
 
 
 def test_entropy_and_log_probabilities_by_hand():

@@ -149,6 +149,7 @@ def test_no_prompt_is_both_trained_on_and_measured():
     train, test = held_out(rows, 0.2)
     assert (len(train), len(test)) == (32, 8)
     assert not {r.prompt for r in train} & {r.prompt for r in test}
+    assert {r.prompt.content for r in test} == {"8", "9"}  # the last prompts: which rows are held out is no surprise
     assert held_out(rows, 0.0)[1] == []
 
 
