@@ -59,12 +59,6 @@ def test_filters_equal_transformers():
         assert torch.allclose(got[~got.isinf()], expected[~expected.isinf()], atol=1e-5)
 
 
-def test_greedy_choices_are_penalised_too():
-    logits, seen = torch.tensor([[2.0, 1.9, -3.0], [2.0, 1.9, -3.0]]), [[0], []]
-    params = [SamplingParams(temperature=0, repetition_penalty=1.5)] * 2
-    assert f.sample(logits, params, [0.5, 0.5], seen).tolist() == [1, 0]
-
-
 def test_the_first_of_all_numbers_draws_no_impossible_token():
     never = -torch.inf
     assert f.draw(torch.tensor([[never, never, 0.0, 1.0], [0.0, never, 0.0, never]]), [0.0, 0.5]).tolist() == [2, 2]
