@@ -7,9 +7,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from ivg.errors import ModelError
+from ivg.errors import ModelError, reason
 from ivg.models import hub
-from ivg.models.loading import LoadOptions, load_causal, load_tokenizer, reason
+from ivg.models.loading import LoadOptions, load_causal, load_tokenizer
 from ivg.steered import SteeredModel
 from ivg.testing import byte_tokenizer, tiny_model
 from ivg.values.explicit import ExplicitValue

@@ -362,3 +362,47 @@ def test_a_fault_goes_to_other_processes_whole():
     assert (again, again.said, again.prompt) == ("all", "less", True)
     with pytest.raises(PromptError):
         RewardModel(encoder(positions=32, pad_token_id=0), byte_tokenizer()).read(Prompt("x"), "y" * 40)
+
+
+def test_an_evaluation_leaves_out_what_a_judge_has_no_number_for(tmp_path):
+    """The row says why, in its method and in the bank; all others are scored and reported."""
+    from ivg.config import Recipe
+    from ivg.evaluation import runner
+    from ivg.evaluation.methods import BANK
+    from ivg.evaluation.plan import plan
+    from ivg.evaluation.score import scored
+    from ivg.evaluation.summary import summarise
+    from ivg.records import read_jsonl
+
+    saved(tiny_model("llama"), tmp_path / "base")
+    (tmp_path / "judge.py").write_text(
+        "def judge(prompt, response):\n    return float('nan') if prompt == 'nan' else 1 / (prompt != 'bad') * len(response)\n"
+    )
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("ok", "bad", "nan", "fine")))
+    settings = {"data": str(tmp_path / "prompts.jsonl"), "methods": ["base"], "gold": f"{tmp_path}/judge.py:judge", "threads": 1, "bank": 2}
+    models = {"base": str(tmp_path / "base"), "reward": f"{tmp_path}/mine.py:mine"}
+    (tmp_path / "mine.py").write_text("def mine(prompt, response):\n    return 1 / (prompt != 'fine')\n")
+    run = {"device": "cpu", "dtype": "float32"}
+    p = plan(Recipe.parse({"models": models, "sampling": {"max_new_tokens": 3}, "run": run, "eval": settings}), tmp_path / "out")
+    runner.run(p, ("generate", "score"))
+    raised, nan = "the value gold raised ZeroDivisionError: division by zero", "the value gold gave NaN: expected a finite number"
+    assert [r.get("error") for r, _ in scored(p, "base")] == [None, raised, nan, None]
+    assert [r.get("error") for r, _ in scored(p, BANK)] == [
+        None,
+        raised,
+        nan,
+        "the value reward raised ZeroDivisionError: division by zero",
+    ]
+    for path in p.out.rglob("*.jsonl"):
+        list(read_jsonl(path))  # valid JSON
+    base = summarise(p)["methods"]["base"]
+    assert (base["answers"], base["errors"]) == (2, 2)
+
+
+def test_what_the_server_says_of_scores():
+    from ivg.serving.presets import failed
+
+    user = failed(score_each(FunctionValue(shout, "mine"), [hypothesis("bad", "x", tiny_reader("base"))])[0])
+    assert (user.status, user.code, str(user)) == (500, "model_error", "the value mine failed on this response")
+    long = failed(ScoreFault("too long\n  shorten it", prompt=True))
+    assert (long.status, str(long)) == (400, "too long; shorten it")

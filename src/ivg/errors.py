@@ -6,7 +6,6 @@ A message says what was got, what was expected and what to do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 
 class IVGError(Exception):
@@ -105,14 +104,6 @@ class ScoreFault(str):
         made.said, made.prompt = said or line, prompt
         return made
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """To other processes with all that it knows."""
-        return _fault, (str(self), self.said, self.prompt)
-
-
-def _fault(line: str, said: str, prompt: bool) -> ScoreFault:
-    return ScoreFault(line, said=said, prompt=prompt)
-
 
 class UpstreamFault(str):
     """What another server did instead of answering, in one line that names it.
@@ -133,3 +124,17 @@ class UpstreamFault(str):
         made = super().__new__(cls, line)
         made.status, made.said = status, said
         return made
+
+
+def reason(e: BaseException, longest: int = 400) -> str:
+    """The first line of what an exception says, and the next where it goes on there; what is too long ends between words."""
+    first, *rest = (str(e).strip() or type(e).__name__).splitlines()
+    line = f"{first.strip()} {rest[0].strip()}" if first.rstrip().endswith(":") and rest else first.strip()
+    if not isinstance(e, OSError | ValueError | RuntimeError | ImportError):  # its words alone may mean nothing: KeyError says 'llama9'
+        line = f"{type(e).__name__}: {line}"
+    return shortened(line, longest)
+
+
+def shortened(line: str, longest: int = 400) -> str:
+    """``line``, of which at most ``longest`` characters are shown: whole words, and a sign that there were more."""
+    return line if len(line) <= longest else f"{line[:longest].rpartition(' ')[0] or line[:longest]} …"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ivg.cli import options as o
+from ivg.errors import ScoreError
 
 if TYPE_CHECKING:
     from ivg.config import Recipe
@@ -107,10 +109,18 @@ def _row(model: SteeredModel, prompt: str, method: str, recipe: Recipe, judge: s
     completion = model.generate(prompt, method, seed=recipe.run.seed, **recipe.sampling.settings(), **_settings(recipe, method))
     if completion.error:
         return (method, f"error: {completion.error}", "", "", "", "")
-    score = f"{model.score(prompt, [completion.text], judge)[0]:.2f}" if judge else ""
-    golden = f"{gold.judge([(Prompt(prompt), completion.text)])[0]:+.2f}" if gold is not None else ""
+    score = _number(lambda: model.score(prompt, [completion.text], judge), ".2f") if judge else ""
+    golden = _number(lambda: gold.judge([(Prompt(prompt), completion.text)]), "+.2f") if gold is not None else ""
     usage = completion.usage
     return (method, completion.text.strip(), score, golden, f"{usage.total_forward_tokens:,}", f"{usage.seconds:.2f}")
+
+
+def _number(ask: Callable[[], list[float]], form: str) -> str:
+    """The one score that ``ask`` gives; or why there is none."""
+    try:
+        return format(ask()[0], form)
+    except ScoreError as e:
+        return f"error: {' '.join(str(e).split())}"
 
 
 def _print(prompt: str, rows: list[tuple[str, ...]], judge: str | None, gold: bool) -> None:

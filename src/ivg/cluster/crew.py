@@ -16,7 +16,7 @@ from typing import Any
 
 from ivg.cluster.settings import LOCAL, ClusterError, ClusterSettings, Size
 from ivg.cluster.worker import Order, Report, Worker
-from ivg.errors import MissingDependencyError
+from ivg.errors import MissingDependencyError, shortened
 
 PATIENCE = 600.0
 """Seconds in which at least one worker must find a place."""
@@ -53,7 +53,7 @@ def connected(settings: ClusterSettings) -> Iterator[Any]:
     try:
         ray.init(address=settings.address, log_to_driver=False, logging_level="ERROR", **own)
     except Exception as e:  # of many kinds, by what did not answer
-        raise _unreached(settings, " ".join(str(e).split())[:400]) from None  # two versions stand in lines of their own
+        raise _unreached(settings, shortened(" ".join(str(e).split()))) from None  # two versions stand in lines of their own
     try:
         yield ray
     finally:
@@ -226,4 +226,4 @@ def _reason(e: Exception) -> str:
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     telling = [line for line in lines if any(word in line for word in _TELLING)]
     told = " ".join(dict.fromkeys(telling[-2:] or lines[:1])).partition(" Some common causes include")[0]
-    return told[:400] or type(e).__name__
+    return shortened(told) or type(e).__name__

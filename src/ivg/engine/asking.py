@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ivg.engine.replies import check_reply
-from ivg.errors import ConfigError, MissingDependencyError, ModelError, UpstreamFault
+from ivg.errors import ConfigError, MissingDependencyError, ModelError, UpstreamFault, shortened
 
 PAUSE = 8.0
 """Seconds that the client waits at most, of its own accord, before it tries again."""
@@ -165,7 +165,7 @@ def api_url(url: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())[:500]
+    return shortened(" ".join(text.split()), 500)
 
 
 def _check_settings(timeout: float, retries: int, concurrency: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ivg.config import EvalConfig
-from ivg.errors import ConfigError
+from ivg.errors import ConfigError, reason
 from ivg.evaluation.judges import AlpacaEvalJudge, ChatJudge, Judge, RewardJudge, judge_all
 from ivg.evaluation.lengthcontrol import length_controlled
 from ivg.evaluation.task import Answer, Example, Tables, Task, enough
@@ -244,9 +244,8 @@ def _rows(config: EvalConfig) -> Iterable[dict[str, Any]]:
     try:
         path = hf_hub_download(HUB, FILE, repo_type="dataset")
     except Exception as e:  # offline, no network, hub down: its client raises dozens of kinds
-        first = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         raise ConfigError(
-            f"cannot get {FILE} of {HUB} from the hub: {first}\n"
+            f"cannot get {FILE} of {HUB} from the hub: {reason(e)}\n"
             "  give a copy of it, or any JSON list with instruction and output, as --data FILE"
         ) from e
     return read_rows(path)

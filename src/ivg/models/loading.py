@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivg.errors import ConfigError, IVGError, ModelError
+from ivg.errors import ConfigError, IVGError, ModelError, reason
 from ivg.models import kernels
 from ivg.models.hub import find_model
 from ivg.models.packing import pack
@@ -152,7 +152,7 @@ def load_tokenizer(name: str | Path, options: LoadOptions, what: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    place = find_model(name, what, options.hub(), weights=False)
+    place = find_model(name, f"the tokenizer of {what}", options.hub(), weights=False)
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(place, **options.hub())
@@ -209,15 +209,6 @@ def _advice(e: BaseException, expected: str) -> str:
     if "trust_remote_code" in str(e):
         return "read that code, then set trust_remote_code in [run] (LoadOptions(trust_remote_code=True)) to run it"
     return f"expected {expected}, or a hub id"
-
-
-def reason(e: BaseException, longest: int = 400) -> str:
-    """The first line of what an exception says, and the next where it goes on there; what is too long ends between words."""
-    first, *rest = (str(e).strip() or type(e).__name__).splitlines()
-    line = f"{first.strip()} {rest[0].strip()}" if first.rstrip().endswith(":") and rest else first.strip()
-    if not isinstance(e, OSError | ValueError | RuntimeError | ImportError):  # its words alone may mean nothing: KeyError says 'llama9'
-        line = f"{type(e).__name__}: {line}"
-    return line if len(line) <= longest else f"{line[:longest].rpartition(' ')[0]} …"
 
 
 @contextmanager

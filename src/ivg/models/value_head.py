@@ -48,7 +48,9 @@ class ValueModel(nn.Module):
         self.config: Any = backbone.config
         size = cast("Any", backbone).config.get_text_config()
         outputs = size.vocab_size if kind == "vocabulary" else 1
-        self.head = nn.Linear(size.hidden_size, outputs, bias=bias, dtype=next(backbone.parameters()).dtype)
+        self.head = nn.Linear(
+            size.hidden_size, outputs, bias=bias, dtype=next(p.dtype for p in backbone.parameters() if p.is_floating_point())
+        )
         nn.init.zeros_(self.head.weight)
         if bias:
             nn.init.zeros_(self.head.bias)

@@ -246,7 +246,7 @@ class RewardModel:
 
 def _longest(network: Any, tokenizer: Any) -> int | None:
     """Tokens that a classifier reads at most."""
-    return min((n for n in (context_of(network), tokenizer.model_max_length) if n and n < 1 << 30), default=None)
+    return min((n for n in (context_of(network), tokenizer.model_max_length) if n and 0 < n < 1 << 30), default=None)
 
 
 def load_reward(

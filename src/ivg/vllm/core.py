@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ivg.errors import ConfigError, ModelError
+from ivg.errors import ConfigError, ModelError, shortened
 from ivg.vllm.versions import check_vllm
 
 PROCESSOR = "ivg.vllm.processor:IVGBeta"
@@ -310,7 +310,7 @@ def _told(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, ValidationError):
-        found = [(".".join(map(str, e["loc"])), e["msg"].strip().splitlines()[0][:300]) for e in error.errors()[:3]]
+        found = [(".".join(map(str, e["loc"])), shortened(e["msg"].strip().splitlines()[0])) for e in error.errors()[:3]]
         return "\n  ".join(f"{place}: {message}" if place else message for place, message in found)
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {shortened(lines[0])}" if lines else type(error).__name__
