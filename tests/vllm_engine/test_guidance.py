@@ -146,6 +146,16 @@ def test_several_values_guide_with_their_weights(folder):
         assert [c.token_ids for c in fast.generate(prompts(4), "eft", token="plain", beta=1.2, **GREEDY)] == one != expected
 
 
+def test_repetition_and_least_lengths_look_back_over_prompt_and_answer(folder):
+    paths = trio(folder, "llama")
+    with models("transformers", models=paths) as slow, models("vllm", models=paths, search={"method": "eft"}) as fast:
+        for settings in ({"repetition_penalty": 1.6}, {"repetition_penalty": 1.2, "min_new_tokens": 9, "min_length": 20}):
+            for method, more in (("eft", {}), ("custom", {"token": "implicit", "chunk_length": 4})):
+                expected = [c.token_ids for c in slow.generate(prompts(4), method, **GREEDY, **settings, **more)]
+                assert [c.token_ids for c in fast.generate(prompts(4), method, **GREEDY, **settings, **more)] == expected
+                assert expected != [c.token_ids for c in slow.generate(prompts(4), method, **GREEDY, **more)]
+
+
 def test_an_autoregressive_reward_guides(folder):
     paths = {"base": make(folder, "llama", 1), "arm": make(folder, "small-llama", 2)}
     with models("transformers", models=paths) as slow, models("vllm", models=paths, search={"method": "genarm"}) as fast:
@@ -159,7 +169,8 @@ def test_an_autoregressive_reward_guides(folder):
         ("eft-gated", {}, "gate"),
         ("eft", {"draft": 4}, "draft"),
         ("eft", {"candidates": 5}, "candidates"),
-        ("eft", {"repetition_penalty": 1.2}, "repetition_penalty"),
+        ("eft", {"no_repeat_ngram_size": 2}, "no_repeat_ngram_size"),
+        ("eft", {"suppress_tokens": [5]}, "suppress_tokens"),
         ("eft", {"alternatives": 2}, "alternatives"),
     ],
 )

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ivg.engine.sampling import blocks, draw, filtered, invert
+from ivg.engine.sampling import blocks, distinct, draw, filtered, invert
 from ivg.types import SamplingParams
 
 
@@ -73,7 +73,7 @@ def replacement(p: Tensor, q: Tensor, params: Sequence[SamplingParams], uniforms
 
 def _by_setting(logits: Tensor, params: Sequence[SamplingParams]) -> Iterator[tuple[SamplingParams, list[int], Tensor]]:
     """Rows that are drawn alike, in blocks: (setting, their numbers, their logits)."""
-    for setting in dict.fromkeys(params):
+    for setting in distinct(params):
         alike = [i for i, p in enumerate(params) if p is setting or p == setting]
         for rows in blocks(alike, logits):
             first, last = rows[0], rows[-1]

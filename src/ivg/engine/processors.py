@@ -49,8 +49,9 @@ def processed(logits: Tensor, params: Sequence[SamplingParams], contexts: Contex
         contexts: asked for rows that change alone.
         eos: end-of-sequence tokens.
     """
-    known = {setting: processes(setting) for setting in dict.fromkeys(params)}
-    rows = [row for row, setting in enumerate(params) if known[setting]]
+    known = {id(p): p for p in params}
+    changed = {key for key, p in known.items() if processes(p)}
+    rows = [row for row, p in enumerate(params) if id(p) in changed]
     if not rows:
         return logits
     out = logits.clone()

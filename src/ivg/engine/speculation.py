@@ -29,7 +29,7 @@ from ivg.engine.detail import details
 from ivg.engine.guidance import blame, nothing_left, shifted
 from ivg.engine.pace import Pace
 from ivg.engine.processors import Contexts, exhausted_rows, processed, processes
-from ivg.engine.sampling import broken_rows, drawn_logps
+from ivg.engine.sampling import broken_rows, distinct, drawn_logps
 from ivg.errors import ConfigError
 from ivg.guides import Drafter, DraftingValue
 from ivg.models.reader import Reader
@@ -254,7 +254,7 @@ class Speculator:
                 q[lost] = 0.0
             params = [d.order.sampling for d in now]
             q = self._processed(q, params, partial(self._context, now))
-            if any(map(processes, dict.fromkeys(params))) and (left := exhausted_rows(q)):
+            if any(map(processes, distinct(params))) and (left := exhausted_rows(q)):
                 q[left] = 0.0  # so is p: `_round` ends the row
             uniforms = [_number(d, len(d.token_ids), _PROPOSE) for d in now]
             tokens, logps = propose(q, params, uniforms)
@@ -315,10 +315,10 @@ def _places(rows: Sequence[Growing], before: list[int], stretch: list[list[tuple
     row = [i for i, places in enumerate(stretch) for _ in places]
     position = [before[i] + k for i, places in enumerate(stretch) for k in range(len(places))]
     params = [rows[i].order.sampling for i in row]
-    wanted = {p: processes(p) for p in dict.fromkeys(params)}
+    wanted = {id(p): processes(p) for p in params}
     nothing: tuple[Sequence[int], Sequence[int]] = ((), ())
     contexts = [
-        (base.prompt_ids(rows[i].prompt), rows[i].token_ids[:n]) if wanted[p] else nothing
+        (base.prompt_ids(rows[i].prompt), rows[i].token_ids[:n]) if wanted[id(p)] else nothing
         for i, n, p in zip(row, position, params, strict=True)
     ]
     flat = [place for places in stretch for place in places]
