@@ -11,7 +11,7 @@ from ivg.decoding.search import Request, Search, Searcher
 from ivg.engine.interned import EndpointTexts, InternedVocabulary
 from ivg.engine.transformers import TransformersEngine
 from ivg.errors import PromptError, ServeError
-from ivg.models.chat import encode, text_ids
+from ivg.models.chat import encode, render, text_ids
 from ivg.prompts import Message, Prompt, content_text, read_prompts
 from ivg.serving.presets import Presets
 from ivg.serving.schemas import ChatRequest
@@ -186,6 +186,26 @@ def test_a_template_that_refuses_fails_its_own_row(why):
     with pytest.raises(ServeError, match=line) as caught:
         presets.order(ChatRequest.model_validate({"model": "m", "messages": messages}))
     assert caught.value.status == 400 and "/" not in str(caught.value).replace("{prompt}", "")
+
+
+PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+
+
+def test_a_template_that_reads_parts_alone_is_given_parts():
+    """With a text it would write nothing, and say nothing."""
+    messages = [{"role": "system", "content": "Be brief."}, USER]
+    silent = templated(PARTS)
+    assert "Hi" not in silent.apply_chat_template(messages, tokenize=False)
+    assert render(Prompt.of(messages), silent, None) == "<system>Be brief.<user>Hi"
+    failing = templated("{{ messages[0].content[0].text }}{{ messages[0].content[0].type.upper() }}")  # with a text it raises
+    assert render(Prompt.of(USER), failing, None) == "HiTEXT"
+    loud = templated("{% for m in messages %}{{ m.content | upper if m.content is string else m.content }}{% endfor %}")
+    assert render(Prompt.of(USER), loud, None) == "HI"  # no list is printed as it is
+    dropping = templated("{% for m in messages if m.role == 'user' %}<{{ m.content | trim }}>{% endfor %}")  # its own business
+    assert render(Prompt.of(messages), dropping, None) == "<Hi>"
 
 
 def test_a_values_template_that_refuses_fails_its_own_row():

@@ -80,6 +80,9 @@ def turns(prompt: Prompt) -> list[dict[str, str]]:
 def apply_chat_template(messages: Sequence[Mapping[str, str]], tokenizer: Any, name: str, **settings: Any) -> str:
     """What the tokenizer's chat template makes of ``messages``.
 
+    Templates of models that see images often read lists of parts alone, and leave a text out without a word, or fail. Where no content
+    is found in what was rendered, the messages are rendered with their contents as one text part each.
+
     Raises:
         PromptError: there is none, or it fails: it refuses these messages (a system turn, two user turns in a row), or needs what is
             not there. Names the model and the roles, and says the template's own words.
@@ -89,16 +92,40 @@ def apply_chat_template(messages: Sequence[Mapping[str, str]], tokenizer: Any, n
             f"{name} has no chat template, but the prompt is chat messages\n"
             '  give a text, or a template for this model such as "{prompt}"'
         )
+    plain, problem = _rendered(messages, tokenizer, settings)
+    if plain is not None and _tells(plain, messages):
+        return plain
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    other, _ = _rendered(parts, tokenizer, settings)
+    if other is not None and _tells(other, messages) and not _prints_parts(other):
+        return other
+    if plain is not None:
+        return plain  # it writes the contents in another way, which is its own business
+    words = " ".join(str(problem).split()) or type(problem).__name__
+    roles = ", ".join(m["role"] for m in messages)
+    raise PromptError(
+        f"the chat template of {name} refuses these messages (roles: {roles}): {words}\n"
+        f'  give other messages, or a template for this model such as "{{prompt}}"'
+    )
+
+
+def _rendered(messages: Sequence[Mapping[str, Any]], tokenizer: Any, settings: Mapping[str, Any]) -> tuple[str | None, Exception | None]:
+    """(the text, why there is none)."""
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, **settings)
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **settings)), None
     except Exception as e:  # a template is a program of the checkpoint's; whatever it raises is about these messages
-        words = " ".join(str(e).split()) or type(e).__name__
-        roles = ", ".join(m["role"] for m in messages)
-        raise PromptError(
-            f"the chat template of {name} refuses these messages (roles: {roles}): {words}\n"
-            f'  give other messages, or a template for this model such as "{{prompt}}"'
-        ) from None
-    return str(text)
+        return None, e
+
+
+def _tells(text: str, messages: Sequence[Mapping[str, str]]) -> bool:
+    """Stands anything that was said in ``text``?"""
+    contents = [m["content"].strip() for m in messages]
+    return any(content and content in text for content in contents)
+
+
+def _prints_parts(text: str) -> bool:
+    """Has a template that wants texts written a list as it is?"""
+    return "'type': 'text'" in text or '"type": "text"' in text
 
 
 def text_ids(text: str, tokenizer: Any, *, special: bool = True, **settings: Any) -> list[int]:
