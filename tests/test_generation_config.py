@@ -227,3 +227,17 @@ def test_settings_that_forbid_every_token_end_the_answer_with_an_error(checkpoin
         for temperature in (0.0, 1.0):
             got = model.generate("abc", method, suppress_tokens=range(257), temperature=temperature, **more)
             assert got.finish_reason == "error" and "no token may be drawn after 0 tokens" in got.error
+
+
+def test_pack_says_what_vllm_s_server_drops(checkpoint, tmp_path):
+    from typer.testing import CliRunner
+
+    from ivg.cli.app import app
+
+    folder = str(checkpoint({"repetition_penalty": 1.2, "suppress_tokens": [5], "no_repeat_ngram_size": 2}))
+    options = ["pack", "--base", folder, "--tuned", folder, "--untuned", folder, "--out"]
+    said = CliRunner().invoke(app, [*options, str(tmp_path / "a")])
+    assert said.exit_code == 0
+    assert "sets no_repeat_ngram_size, suppress_tokens, which vLLM's own server does not apply" in said.output
+    checkpoint({"repetition_penalty": 1.2, "temperature": 0.5})
+    assert "note:" not in CliRunner().invoke(app, [*options, str(tmp_path / "b")]).output

@@ -176,3 +176,16 @@ def test_a_reward_alone_steers_the_embedded_base(tmp_path):
     base = load_models(Recipe.parse({"models": {"base": str(path("base")), "reward": f"{file}:letters"}}))
     assert base.generate("The movie was", "bon", successors=8, max_new_tokens=10).text == best.text
     assert best.score == best.text.count("e") > 0
+
+
+def test_sizes_that_mean_nothing_are_noted():
+    from typer.testing import CliRunner
+
+    from ivg.cli.app import app
+
+    short = ["--max-new-tokens", "2", "--seed", "1"]
+    said = CliRunner().invoke(app, ["generate", "The", "--method", "base", "-W", "4", *short])
+    assert said.exit_code == 0 and "note: width=4 ignored: the method base selects among nothing" in said.stderr
+    assert said.stdout == CliRunner().invoke(app, ["generate", "The", "--method", "base", *short]).stdout
+    said = CliRunner().invoke(app, ["compare", "The", "--methods", "base,cbs-explicit", "--set", "width=2", *short])
+    assert said.exit_code == 0 and "note: width=2 ignored by base: nothing to select among there" in said.stderr

@@ -49,4 +49,20 @@ def pack(
         raise ConfigError("got no model that guides\n  give --tuned and --untuned, or --arm, or --value with --guides explicit")
     write(reference.path, chosen, out, betas={chosen[0].name: beta}, options=load_options(found))
     names = ", ".join(f"{guide.name} ({' - '.join(part for part, _, _ in guide.parts)})" for guide in chosen)
+    for note in _dropped(out):
+        typer.echo(note, err=True)
     typer.echo(f"{out}: base with {names}\nserve it: vllm serve {out} --logits-processors ivg.vllm.processor:IVGBeta")
+
+
+def _dropped(folder: Path) -> list[str]:
+    """A line for what generation_config.json sets and vLLM's own server leaves out without a word."""
+    from transformers import GenerationConfig
+
+    from ivg.models.generation import SERVED_BY_VLLM, generation_defaults
+
+    try:
+        found = generation_defaults(GenerationConfig.from_pretrained(folder))
+    except OSError:  # many models have none
+        return []
+    names = sorted({*found.settings, *found.refused} - SERVED_BY_VLLM)
+    return [f"note: generation_config.json sets {', '.join(names)}, which vLLM's own server does not apply"] if names else []

@@ -38,6 +38,9 @@ _TAKEN = {
 }
 """Their names for ours."""
 
+SERVED_BY_VLLM = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens"})
+"""Our names of what vLLM's own server takes from the file (``ModelConfig.get_diff_sampling_param``)."""
+
 _REFUSED: Mapping[str, Any] = {
     "guidance_scale": 1,
     "encoder_repetition_penalty": 1,
