@@ -28,7 +28,7 @@ from ivg.serving.presets import Presets, fault, public
 from ivg.serving.schemas import ChatRequest, CompletionRequest
 from ivg.serving.settings import ServeSettings
 from ivg.steered import SteeredModel
-from ivg.testing import byte_tokenizer, tiny_reader
+from ivg.testing import byte_tokenizer, tiny_reader, tiny_value
 from ivg.values.implicit import ImplicitValue
 from test_serving import SAMPLING, Running, expected, tiny
 from test_serving_faults import SLOW, Slow, read_head, well_formed
@@ -137,6 +137,9 @@ def test_a_guide_without_template_beside_a_chat_base_is_found_at_start():
     with pytest.raises(ConfigError, match=r"untuned has no chat template[\s\S]*--template 'untuned=\{prompt\}'"):
         Presets(SteeredModel(base, {"implicit": pair}), Recipe(), ServeSettings(name="tiny"))
     pair.untuned.template = "{prompt}"
+    pair.untuned.prompt_ids.cache_clear()
+    with pytest.raises(ConfigError, match="explicit has no chat template"):
+        Presets(SteeredModel(base, {"implicit": pair, "explicit": tiny_value(tokenizer=plain)}), Recipe(), ServeSettings(name="tiny"))
     presets = Presets(
         SteeredModel(base, {"implicit": pair}), Recipe.model_validate({"search": {"method": "eft"}}), ServeSettings(name="tiny")
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ivg.config import ROLES
 from ivg.decoding.live import Request
 from ivg.errors import ConfigError, ContextLengthError, PromptError, ServeError
-from ivg.models.chat import encode, prompt_text, render
+from ivg.models.chat import encode, prompt_text
 from ivg.models.texts import Texts
-from ivg.steered import SteeredModel, readers_in
+from ivg.steered import SteeredModel
 from ivg.types import Message, Prompt
 
 ANY = 1 << 40
@@ -71,30 +72,26 @@ def reads_chats(base: Texts) -> bool:
 
 
 def check_chats(model: SteeredModel) -> None:
-    """Raise unless all models have a form for messages, if the base has one: known at start, and not at every request.
+    """Raise unless all values can read messages, if the base can: known at start, and not at every request.
 
     Raises:
-        ConfigError: names the models that have none.
+        ConfigError: names the models that cannot.
     """
     if not reads_chats(model.base):
         return
-    others: list[Texts] = [r for value in model.values.values() for r in readers_in(value)]
-    others += [found for value in model.values.values() if isinstance(found := getattr(value, "texts", None), Texts)]
-    lacking = [texts.name for texts in dict.fromkeys(others) if not _has_form(texts)]
-    if lacking:
-        role = "value" if lacking[0].startswith("explicit") else lacking[0]
+    refusals: list[str] = []
+    for value in model.values.values():
+        try:
+            value.check(Prompt((Message("user", "x"),)), 1)
+        except PromptError as e:
+            refusals.append(str(e).partition("\n")[0])
+    if refusals:
+        role = refusals[0].partition(" ")[0].replace("explicit", "value")
+        hint = f"--template '{role}={{prompt}}'" if role in ROLES else 'template = "{prompt}" in the recipe'
         raise ConfigError(
-            f"the base reads chats, but {', '.join(lacking)} has no chat template: no conversation could be answered\n"
-            f"  give every one a form of its own, for example --template '{role}={{prompt}}'"
+            f"the base reads chats, and no conversation could be answered: {'; '.join(refusals)}\n"
+            f"  give every model a form of its own, for example {hint}"
         )
-
-
-def _has_form(texts: Texts) -> bool:
-    try:
-        render(Prompt((Message("user", "x"),)), texts.tokenizer, texts.template, texts.name)
-    except PromptError:
-        return False
-    return True
 
 
 def too_long(error: ContextLengthError, param: str) -> ServeError:
