@@ -519,6 +519,7 @@ def test_a_score_that_is_no_number_fails_its_row(ivg, base, tmp_path, monkeypatc
             ["--input", "good.jsonl", "--output", "good.jsonl"],
             "--input and --output are the same file, good.jsonl - give each a file of its own",
         ),
+        (["--input", "good.jsonl", "--failed", "-"], "--failed - is no file - expected a JSONL file for the rows that failed"),
         (["--input", "good.jsonl", "--output", "/dev/full"], "cannot write /dev/full: No space left on device"),
         (["--input", "good.jsonl", "--output", "/proc/x.jsonl"], "cannot write /proc/x.jsonl: "),
         (

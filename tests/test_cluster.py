@@ -280,7 +280,9 @@ def raises(error):
 def test_worker_reports_what_breaks_it(hub):
     worker = loaded(recipe_of(hub, "reward"))
     report = worker.advance([Order(0, "an error", 0)], seconds=30)
-    assert report.crash == "ValueError: no such prompt"
+    assert (report.done, report.crash) == ([(0, "the value reward raised ValueError: no such prompt")], None)
+    worker.searcher.step = raises(ValueError("a fault in the code"))
+    assert worker.advance([Order(0, "One", 0)], seconds=30).crash == "ValueError: a fault in the code"
     report = Worker().load(Recipe.parse({"models": {"base": "/no/such/model"}}).model_dump_json(), False)
     assert "cannot load" in str(report.error)
     worker = loaded(recipe_of(hub))

@@ -336,6 +336,14 @@ def test_rows_that_are_no_jobs(tmp_path):
     assert "surrogate" in failed[3][1]
 
 
+def test_empty_cells_of_csv_are_none(tmp_path):
+    chat = [{"role": "user", "content": "b"}]
+    rows = [{"id": "", "prompt": "a", "messages": ""}, {"id": "", "prompt": "", "messages": json.dumps(chat)}, {"id": "", "prompt": ""}]
+    found, failed = jobs(rows, tmp_path)
+    assert [job.prompt for job in found] == ["a", chat, ""]  # no prompt is empty: whoever answers says so
+    assert not failed
+
+
 def test_unknown_columns_travel_and_overwrite_nothing(tmp_path):
     (job,), _ = jobs([{"id": 1, "prompt": "a", "topic": "x", "score": 3, "input_columns": 4, "usage": None}], tmp_path)
     assert job.columns({"text": "", "new": 1}) == {"topic": "x", "input_columns": {"score": 3, "input_columns": 4, "usage": None}}

@@ -259,6 +259,20 @@ def test_a_second_run_is_refused_at_once(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
 
 
+def test_a_link_to_a_file_is_the_file(tmp_path):
+    path, link, jobs = tmp_path / "deep" / "out.jsonl", tmp_path / "link.jsonl", [Job(1, "a"), Job(2, "b")]
+    path.parent.mkdir()
+    link.symlink_to(path)
+    with open_rows(link, jobs, MADE, print) as store:
+        with pytest.raises(OutputError, match="another run writes"):
+            notes(path, jobs)
+        for job in jobs:
+            answer(store, job)
+    assert notes(link, [Job(1, "another"), jobs[1]])[0] == [False, True]
+    assert link.is_symlink()
+    assert [row["id"] for row in read_jsonl(path)] == [2]
+
+
 def test_a_killed_run_leaves_no_claim(tmp_path):
     process = holder(tmp_path / "out.jsonl")
     process.kill()
@@ -368,3 +382,21 @@ def test_whatever_is_edited_and_killed_every_answer_is_of_its_prompt(tmp_path, r
     answered = {json.dumps(row["id"]): row["prompt"] for row in found}
     assert len(answered) == len(found)  # none twice
     assert all(answered[job.key] == job.prompt for job in jobs)
+
+
+def test_a_lock_that_its_owner_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    """The file was opened while another run had it, which removed it at its end before it could be locked here."""
+    import fcntl
+
+    path, real, calls = tmp_path / "out.jsonl", fcntl.flock, []
+
+    def flock(file, how):
+        calls.append(how)
+        if len(calls) == 1:
+            (tmp_path / ".out.jsonl.lock").unlink()
+        return real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with machine.alone(path), pytest.raises(OutputError, match="another run writes"), machine.alone(path):
+        pass
+    assert len(calls) == 3

@@ -159,7 +159,7 @@ def alone(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Be the only process that writes ``path``; the system ends the claim with the process, however that ends.
 
     Args:
-        path: of the file. ``.<name>.lock`` beside it is there meanwhile.
+        path: of the file. ``.<name>.lock`` beside it is there meanwhile; links to the file are the file.
         wait: for a run that is at work, too, rather than for what a killed one left behind only; both for :data:`PATIENCE` seconds.
 
     Raises:
@@ -170,7 +170,8 @@ def alone(path: Path, *, wait: bool = False) -> Iterator[None]:
     except ImportError:  # no such locks on this system: two runs at once are the user's to avoid
         yield
         return
-    lock = path.parent / f".{path.name}.lock"
+    there = path.resolve()  # one file may have several names
+    lock = there.parent / f".{there.name}.lock"
     until = monotonic() + PATIENCE
     while True:
         try:

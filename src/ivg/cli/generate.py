@@ -165,6 +165,8 @@ def _check_files(source: Path | None, output: Path | None, failed: Path | None) 
         same = next((other for other in places if other < option and places[other] == place), None)
         if same is not None:
             raise ConfigError(f"{same} and {option} are the same file, {named[option]}\n  give each a file of its own")
+    if failed is not None and is_stream(failed):
+        raise ConfigError(f"--failed {failed} is no file\n  expected a JSONL file for the rows that failed")
     if source is not None and source.is_dir():
         raise ConfigError(f"cannot read {source}: it is a folder\n  expected a file of rows")
 

@@ -67,7 +67,7 @@ def read_jobs(rows: Iterable[SourceRow], fail: Callable[[str, str, Mapping[str, 
         row = jsonable(source.data)
         try:
             prompt = prompt_of(row).plain
-            job = Job(row["id"] if row.get("id") is not None else _new_id(prompt, places), prompt, source.where, row)
+            job = Job(row["id"] if row.get("id") not in (None, "") else _new_id(prompt, places), prompt, source.where, row)
             if job.key in places:
                 raise PromptError(f"the id {job.key} is also that of {places[job.key]}\n  give each row an id of its own, or none")
         except PromptError as e:
@@ -85,11 +85,11 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
     Raises:
         PromptError: neither, or no prompt.
     """
-    for name in ("prompt", "messages"):
-        value = row.get(name)
-        if value is None or (name == "messages" and value == ""):
-            continue
-        return Prompt.of(_parsed(value) if name == "messages" and isinstance(value, str) else value)
+    prompt, messages = row.get("prompt"), row.get("messages")
+    if prompt not in (None, "") or (prompt == "" and messages in (None, "")):
+        return Prompt.of(prompt)  # type: ignore[arg-type]
+    if messages not in (None, ""):
+        return Prompt.of(_parsed(messages) if isinstance(messages, str) else messages)
     got = ", ".join(k for k, v in row.items() if v is not None) or "no column"
     raise PromptError(f"expected a prompt or messages, got {got}")
 

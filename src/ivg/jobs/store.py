@@ -152,13 +152,14 @@ class ResumableRows:
                 file.truncate(end)
 
     def _replace(self, data: bytes) -> None:
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
+        there = self.path.resolve()  # the name may be a link, which stays one
+        partial = there.with_name(f"{there.name}.{os.getpid()}.partial")
         try:
             with partial.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(self.path)
+            partial.replace(there)
         except OSError as e:
             partial.unlink(missing_ok=True)
             raise OutputError(f"cannot write {self.path}: {e.strerror}\n  free space, and give the same command again") from None
