@@ -72,7 +72,7 @@ def test_csv_is_read_as_it_was_written(tmp_path, names, cells, end, always, bom)
 
 
 @FUZZ
-@given(lines=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n")).filter(lambda s: s.strip()), max_size=5))
+@given(lines=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\0")).filter(lambda s: s.strip()), max_size=5))
 def test_text_is_a_prompt_a_line(tmp_path, lines):
     lines = [line.removesuffix("\r").removeprefix("\ufeff") or "x" for line in lines]
     path = wrapped("".join(f"{line}\n" for line in lines).encode(), tmp_path / "x.txt", False)

@@ -181,8 +181,8 @@ def _guess(file: io.BufferedReader[Any], name: str) -> str:
 def _check_encoding(file: io.BufferedReader[Any], name: str) -> None:
     head = _peek(file)[:4]
     found = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
-    if found is None and b"\0" in head:
-        found = "UTF-16"
+    if found is None and len(head) == 4 and b"\0\0" in (head[::2], head[1::2]) and any(head):
+        found = "UTF-16"  # without a mark: every other byte of Latin letters is 0
     if found is not None:
         raise ConfigError(f"{name} is {found}, not UTF-8\n  convert it, e.g. iconv -f {found} -t UTF-8")
 
