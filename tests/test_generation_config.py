@@ -241,3 +241,29 @@ def test_pack_says_what_vllm_s_server_drops(checkpoint, tmp_path):
     assert "sets no_repeat_ngram_size, suppress_tokens, which vLLM's own server does not apply" in said.output
     checkpoint({"repetition_penalty": 1.2, "temperature": 0.5})
     assert "note:" not in CliRunner().invoke(app, [*options, str(tmp_path / "b")]).output
+
+
+def test_the_server_goes_by_the_same_rule(checkpoint):
+    from ivg.serving.presets import Presets
+    from ivg.serving.replies import Form, Texts, whole
+    from ivg.serving.schemas import CompletionRequest
+    from ivg.serving.settings import ServeSettings
+
+    folder = checkpoint({"temperature": 0.25, "top_k": 5, "max_new_tokens": 7, "suppress_tokens": [4]})
+    recipe = Recipe.parse({"models": {"base": str(folder)}, "search": {"method": "base"}, "sampling": {"top_k": 3}})
+    presets = Presets(SteeredModel.from_pretrained(folder), recipe, ServeSettings(name="tiny"))
+    assert presets.defaults.items() >= {"temperature": 0.25, "top_k": 3, "max_new_tokens": 7}.items()
+
+    def asked(**body):
+        (request,) = presets.order(CompletionRequest(model="tiny", prompt="abc", seed=1, **body)).requests
+        return request
+
+    s = asked().sampling
+    assert (s.temperature, s.top_k, s.max_new_tokens, s.suppress_tokens) == (0.25, 3, 7, (4,))
+    assert asked().from_checkpoint == {"temperature": 0.25, "max_new_tokens": 7, "suppress_tokens": (4,)}
+    over = asked(temperature=1.0, max_tokens=9)
+    assert (over.sampling.temperature, over.sampling.max_new_tokens, over.from_checkpoint) == (1.0, 9, {"suppress_tokens": (4,)})
+    order = presets.order(CompletionRequest(model="tiny", prompt="abc", seed=1, temperature=1.0, max_tokens=2))
+    done = [c for _, c in presets.model.run(order.requests)]
+    reply = whole(Form(False, "tiny", order, None, Texts(presets.model.base.vocabulary)), done)
+    assert reply["ivg"]["generation_config"] == {"suppress_tokens": (4,)}

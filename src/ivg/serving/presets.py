@@ -171,7 +171,8 @@ class Presets:
             wanted = min((n for n in limits if n is not None), default=DEFAULT_TOKENS)
         elif left is not None and wanted > left:
             check(self.model, one, wanted)
-        return replace(one, sampling=replace(one.sampling, max_new_tokens=wanted))
+        own = {k: v for k, v in one.from_checkpoint.items() if (k, v) == ("max_new_tokens", wanted) or k != "max_new_tokens"}
+        return replace(one, sampling=replace(one.sampling, max_new_tokens=wanted), from_checkpoint=own)
 
     def _sampling(self, body: ChatRequest | CompletionRequest) -> dict[str, Any]:
         if body.temperature is not None and 0 < body.temperature < COOLEST:
@@ -180,7 +181,7 @@ class Presets:
             field = "max_tokens" if body.max_tokens is not None or isinstance(body, CompletionRequest) else "max_completion_tokens"
             self._at_most(field, body.limit, self.settings.max_tokens)
         given = {"temperature": body.temperature, "top_p": body.top_p, "stop": body.stops, **body.sampling}
-        return self.sampling | {k: v for k, v in given.items() if v is not None}
+        return self.recipe.sampling.settings() | {k: v for k, v in given.items() if v is not None}
 
     def _within(self, strategy: Strategy) -> Strategy:
         ceiling = self.settings.max_hypotheses

@@ -143,7 +143,10 @@ class Form:
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
     def ours(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        """The object ``ivg``: method, seed, score, what it cost (tokens read by each model, all together, seconds), notes if any."""
+        """The object ``ivg``: method, seed, score, what it cost (tokens read by each model, all together, seconds); if there are any,
+        notes, and settings that neither client nor recipe gave but the checkpoint.
+        """
+        own = completions[0].generation_config
         read: Counter[str] = Counter()
         for c in completions:
             read.update(c.usage.forward_tokens)
@@ -154,7 +157,9 @@ class Form:
             "usage": dict(read),
             "tokens_read": sum(read.values()),
             "seconds": round(max(c.usage.seconds for c in completions), 4),
-        } | ({"notes": notes} if (notes := list(dict.fromkeys(note for c in completions for note in c.notes))) else {})
+            **({"notes": notes} if (notes := list(dict.fromkeys(note for c in completions for note in c.notes))) else {}),
+            **({"generation_config": dict(own)} if own else {}),
+        }
 
 
 def whole(form: Form, completions: Sequence[Completion]) -> dict[str, Any]:
