@@ -57,7 +57,7 @@ TABLE = [
     ("check --recipe deep.toml", "deep.toml: unknown setting eval.gold.lable; did you mean label?"),
     ("check --recipe text.toml", "text.toml: search.width: expected a whole number, got 'four'"),
     ("check --recipe half.toml", "half.toml: search.width: expected a whole number, got 2.5"),
-    ("check --recipe bool.toml", "bool.toml: run.seed: expected a number, got True"),
+    ("check --recipe bool.toml", "bool.toml: run.seed: expected a whole number, got True"),
     ("check --recipe list.toml", "list.toml: models: expected a table, got ['a']"),
     ("check --recipe choice.toml", "choice.toml: run.dtype: expected 'auto', 'float32', 'bfloat16' or 'float16', got 'float8'"),
     ("check --recipe range.toml", "range.toml: run.batch_size: expected 1 or more, got 0"),
@@ -130,7 +130,7 @@ TABLE = [
     ),
     ("check --json x.json", "--json is about preferences - give --preferences FILE too"),
     ("check words --preferences pairs.jsonl", "got prompts and --preferences - the prompts are taken from the file; leave the others out"),
-    ("check --beta nan", "beta must be finite, got nan"),
+    ("check --beta nan", "settings: search.beta: expected a finite number, got nan"),
     # train
     ("train dpo --model embedded:base --data none.jsonl --out o", f"no such file: none.jsonl{FILE}"),
     (

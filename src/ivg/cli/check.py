@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,8 +79,6 @@ def check(
 ) -> None:
     """See HELP."""
     given = o.recipe_of(recipe, template, locals())
-    if given.search.beta is not None and not math.isfinite(given.search.beta):
-        raise ConfigError(f"beta must be finite, got {given.search.beta}")
     extra = {"pairs": pairs, "sweep": sweep, "samples": samples, "betas": betas, "from_base": from_base, "judge": judge, "json": json}
     extra["format"] = format
     if preferences is None and any(v is not None for v in extra.values()):
