@@ -84,6 +84,14 @@ def test_heads_with_bias_go_round(tmp_path, architecture, head):
             RewardModel.from_pretrained(tmp_path)
 
 
+def test_a_configuration_with_infinity_is_valid_json_and_goes_round(tmp_path):
+    network = classifier("llama")
+    network.config.time_step_limit = [0.0, float("inf")]  # as Mamba 2 has it
+    ValueModel(network.base_model, "vocabulary").save_pretrained(tmp_path)
+    json.loads((tmp_path / "config.json").read_text(), parse_constant=pytest.fail)
+    assert ValueModel.from_pretrained(tmp_path).config.time_step_limit == [0.0, float("inf")]
+
+
 @pytest.mark.parametrize("wrapper", ["", "pretrained_model.", "backbone."])
 def test_older_files_and_wrapped_backbones(tmp_path, wrapper):
     """PyTorch's older format, and TRL's names of a mixture of experts."""

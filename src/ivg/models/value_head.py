@@ -74,7 +74,8 @@ class ValueModel(nn.Module):
         tensors |= {f"{head}.{k}": v.detach().cpu() for k, v in self.head.state_dict().items()}
         shell.save_pretrained(folder, state_dict=tensors)
         (folder / "generation_config.json").unlink(missing_ok=True)  # a value writes nothing
-        config = self.config.to_dict() | {"ivg_value": {"head": self.kind, **self.notes}, "dtype": str(self.head.weight.dtype)[6:]}
+        plain = json.loads(self.config.to_json_string(use_diff=False))  # transformers spells infinity as JSON can
+        config = plain | {"ivg_value": {"head": self.kind, **self.notes}, "dtype": str(self.head.weight.dtype)[6:]}
         if self.kind == "scalar":
             config |= {"num_labels": 1, "id2label": {"0": "VALUE"}, "label2id": {"VALUE": 0}}
         if head == "score":
