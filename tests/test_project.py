@@ -41,7 +41,13 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     )
     declared = {"sklearn" if d == "scikit_learn" else d for part in (core, *extras) for d in part}
     found = set(imported(ROOT / "src" / "ivg")) - set(sys.stdlib_module_names) - {"ivg"}
-    through = {"starlette": "fastapi", "huggingface_hub": "transformers", "pydantic_core": "pydantic", "pandas": "alpaca_eval"}
+    through = {
+        "starlette": "fastapi",
+        "h11": "uvicorn",
+        "huggingface_hub": "transformers",
+        "pydantic_core": "pydantic",
+        "pandas": "alpaca_eval",
+    }
     assert {through.get(name, name) for name in found} <= declared
     assert core <= found
 
