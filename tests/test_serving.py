@@ -147,8 +147,12 @@ def test_async_client_and_mixed_settings_share_rounds(running, library):
 def test_n_prompts_and_token_ids(running, library):
     client = running.client()
     got = client.completions.create(model="tiny:base", prompt=["One", "Two"], n=2, seed=5, **SAMPLING)
+    assert sorted(c.index for c in got.choices) == [0, 1, 2, 3]
     texts = [c.text for c in sorted(got.choices, key=lambda c: c.index)]
-    assert texts == [expected(library, p, "base", 5, i).text for p in ("One", "Two") for i in (0, 1)]
+    wanted = [expected(library, p, "base", 5, i) for p in ("One", "Two") for i in (0, 1)]
+    assert texts == [c.text for c in wanted]
+    assert got.usage.completion_tokens == sum(len(c.token_ids) for c in wanted)  # of all answers
+    assert got.ivg["tokens_read"] == sum(c.usage.total_forward_tokens for c in wanted)
     assert len(set(texts)) > 1
     ids = library.base.tokenizer("One").input_ids
     assert client.completions.create(model="tiny:base", prompt=ids, seed=5, **SAMPLING).choices[0].text == texts[0]
