@@ -80,7 +80,7 @@ def test_the_server_says_what_was_cached(model):
     model.forget()
     first, second = (model.generate(PROMPT, "ivg") for _ in range(2))
     request = model.request(PROMPT, "ivg")
-    form = Form(False, "m", SimpleNamespace(requests=[request], prompt_tokens=first.usage.prompt_tokens), None, None)
+    form = Form(False, "m", SimpleNamespace(requests=[request], each=1, prompt_tokens=first.usage.prompt_tokens), None, None)
     cold, warm = form.usage([first]), form.usage([second])
     assert cold["prompt_tokens_details"] == {"cached_tokens": 0}
     assert warm["prompt_tokens_details"] == {"cached_tokens": warm["prompt_tokens"] - 1}
