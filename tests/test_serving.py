@@ -208,6 +208,10 @@ def test_logprobs_of_completions(running, library):
     assert got.logprobs.token_logprobs == pytest.approx([d.logprob for d in kept], abs=1e-4)
     assert all(max(top.values()) <= 0 and len(top) <= 3 for top in got.logprobs.top_logprobs)
     assert got.logprobs.text_offset[:2] == [0, len(got.logprobs.tokens[0])]
+    stream = running.client().completions.create(model="tiny:eft", prompt="Film", seed=6, logprobs=3, stream=True, **SAMPLING)
+    pieces = [c.choices[0].logprobs for c in stream if c.choices and c.choices[0].logprobs]
+    assert len(pieces) > 1
+    assert [o for p in pieces for o in p.text_offset] == got.logprobs.text_offset  # from the answer's beginning, not the piece's
 
 
 @pytest.mark.parametrize("method", ["eft", "ivg"])
