@@ -25,7 +25,7 @@ def test_recorded_shift_is_the_formula(temperature, gate):
     sampling = SamplingParams(temperature=temperature, top_k=4, max_new_tokens=20, ignore_eos=True)
     search = Search(guidance=TokenGuidance(value, 0.5, gate=gate))
     silent, recorded, traced = run(
-        base, [Request(Prompt("I am"), search, sampling, 1, record=r, trace=t) for r, t in ((0, 0), (1, 0), (0, 1))]
+        base, [Request(Prompt("I am"), search, sampling, 1, record=r, trace=t) for r, t in ((False, False), (True, False), (False, True))]
     )
     assert silent.token_ids == recorded.token_ids == traced.token_ids
     assert (silent.guide_shift, recorded.trace) == ((), ())
