@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ivg.cli import main
-from ivg.diagnose import estimate, length, pairs, verdict
+from ivg.diagnose import estimate, length, pairs, report, verdict
 from ivg.diagnose.agreement import Disagreement, agreement
 from ivg.diagnose.estimate import Mean, Share
 from ivg.diagnose.length import LengthControl, length_control
@@ -336,7 +336,7 @@ def test_scores_of_prefixes_are_those_of_texts_read_anew(kind):
     base = tiny_reader()
     other = byte_tokenizer([("t", "h"), ("o", "t")])
     make = {"implicit": implicit, "other": lambda: tiny_value("scalar", tokenizer=other)}.get(kind, lambda: tiny_value(kind))
-    got = pairs.score_pairs(base, make(), PAIRS, batch=2)
+    got, _ = pairs.score_pairs(base, make(), PAIRS, batch=2)
     value = make()
     for i, pair in enumerate(PAIRS):
         for side, (text, ends) in enumerate(((pair.chosen, pair.chosen_ends), (pair.rejected, pair.rejected_ends))):
@@ -351,8 +351,8 @@ def test_scores_of_prefixes_are_those_of_texts_read_anew(kind):
 
 def test_rows_are_freed_and_ends_can_be_left_out():
     base, pair = tiny_reader(), implicit()
-    with_ends = pairs.score_pairs(base, pair, PAIRS)
-    without = pairs.score_pairs(base, pair, PAIRS, ends=False)
+    with_ends, _ = pairs.score_pairs(base, pair, PAIRS)
+    without, _ = pairs.score_pairs(base, pair, PAIRS, ends=False)
     assert pair.tuned.model.live_rows == pair.untuned.model.live_rows == 0
     assert with_ends[:, :3] == pytest.approx(without[:, :3], abs=1e-3)
     assert (abs(with_ends[:, 3] - without[:, 3]) > 1e-3).tolist() == [[True, True], [True, False], [True, True]]
@@ -368,12 +368,30 @@ def test_what_no_context_can_hold_is_left_out():
         foresee(SteeredModel(base, {"implicit": pair}), [long])
 
 
+def test_pairs_that_a_value_has_no_number_for_are_left_out_and_named():
+    """Of every value, so that all are measured on the same pairs; one bad pair ends no check."""
+
+    def picky(prompt, response):
+        if "y" in response:
+            raise KeyError("secret")
+        return math.nan if "z" in response else float(len(response))
+
+    base, values = tiny_reader(), {"picky": FunctionValue(picky, "picky"), "fine": FunctionValue(lambda p, r: 1.0, "fine")}
+    made = [Pair(Prompt("a"), "xx", "x"), Pair(Prompt("b"), "x", "y"), Pair(Prompt("c"), "z", "x"), Pair(Prompt("d"), "xxx", "x")]
+    kept, tables, why = report._scored(base, values, made, Plan(batch=4), True)
+    assert kept == [made[0], made[3]]
+    assert tables["picky"][:, 3].tolist() == [[2, 1], [3, 1]] and tables["fine"].shape == (2, 4, 2)
+    assert why == ["the value picky raised KeyError: 'secret'", "the value picky gave NaN: expected a finite number"]
+    with pytest.raises(ConfigError, match=r"no pair that all models can read: the value picky raised KeyError: 'secret'"):
+        foresee(SteeredModel(base, values), made[1:3])
+
+
 def test_balanced_accuracy_sees_through_length():
     base = tiny_reader()
     made = [Pair(Prompt(f"{i}"), "x" * (9 if i % 4 else 3), "x" * (3 if i % 4 else 9), margin=float(i)) for i in range(100)]
     assert pairs.longer_wins(base, made).mean() == 0.75
     value = FunctionValue(lambda p, y: float(len(y)))
-    found = pairs.summary("length", pairs.score_pairs(base, value, made), made, pairs.pair_lengths(base, value, made))
+    found = pairs.summary("length", pairs.score_pairs(base, value, made)[0], made, pairs.pair_lengths(base, value, made))
     assert found.whole.rate == 0.75
     assert [s.rate for s in (found.length.alone, found.length.balanced, found.length.residual)] == pytest.approx([0.75, 0.5, 0.5])
     assert abs(found.margin) < 0.2

@@ -1,6 +1,7 @@
 """The command line on tiny models in hub layout: what is printed, what is written, what happens to bad input."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from ivg.cli import main
 from ivg.decoding.search import Searcher
+from ivg.errors import OutputError
 from ivg.testing import byte_tokenizer, tiny_model, tiny_value
 
 LENGTH = ["--max-new-tokens", "6", "--ignore-eos", "--dtype", "float32", "--device", "cpu"]
@@ -300,6 +302,44 @@ def test_compare_offers_only_what_the_models_allow(ivg, hub):
     assert "ivg" not in out
 
 
+def test_compare_says_behind_the_table_what_failed(ivg, hub, tmp_path):
+    """One bad score costs no other cell."""
+    (tmp_path / "rules.py").write_text("def score(prompt, response):\n    raise KeyError('a long story ' * 20)\n")
+    given = ("compare", "Words", "--base", hub / "base", "--reward", f"{tmp_path}/rules.py:score", "--methods", "base,bon", *LENGTH)
+    code, out, err = ivg(*given, columns=80)
+    assert code == 1
+    assert "│ base   │" in out and out.count("(failed)") == 2 and "KeyError" not in out
+    assert [line.partition(" '")[0] for line in err.splitlines()] == [
+        f"error: {m}: the value reward raised KeyError:" for m in ("base", "bon")
+    ]
+
+
+def test_closed_streams_end_in_no_file_of_ours(tmp_path):
+    """Whoever closes a stream gives its number away: a library's warnings would go into the next file that is opened."""
+    code = (
+        "import os; from ivg.cli import _occupy_standard_streams as occupy; occupy();"
+        "file = open('out', 'wb', buffering=0); os.write(1, b'noise'); os.write(2, b'noise'); file.write(b'row')"
+    )
+    subprocess.run(["sh", "-c", '"$0" -c "$1" >&- 2>&-', sys.executable, code], cwd=tmp_path, check=True)
+    assert (tmp_path / "out").read_bytes() == b"row"
+
+
+def test_a_closed_standard_output_is_told(monkeypatch):
+    from ivg.jobs.store import open_rows
+
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(OutputError, match="cannot write standard output: it is closed"), open_rows("-", [], {}, pytest.fail):
+        pass
+
+
+def test_no_bar_where_standard_error_is_closed(monkeypatch):
+    from ivg.cli.progress import progress
+
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress(3, "answers") as advance:
+        advance()
+
+
 def test_check_says_what_fits(ivg, models):
     code, out, _ = ivg("check", *models[:8], *LENGTH[3:])
     assert code == 0
@@ -504,6 +544,7 @@ def test_a_score_that_is_no_number_fails_its_row(ivg, base, tmp_path, monkeypatc
     ("arguments", "line"),
     [
         (["--input", "none.jsonl"], "no such file: none.jsonl - expected a file: "),
+        (["--input", "org/rows"], "no such file: org/rows - expected a file: "),  # asks no hub
         (["--input", "."], "cannot read .: it is a folder - expected a file of rows"),
         (["--input", "empty.jsonl"], "empty.jsonl holds no rows - expected rows with prompt or messages"),
         (["--input", "latin.jsonl"], "latin.jsonl, line 1: not UTF-8 at byte 16 (0xe9); convert the file, e.g. iconv -f LATIN1 -t UTF-8"),
@@ -550,13 +591,14 @@ def test_rollouts_go_on_only_with_what_made_them(ivg, hub, tmp_path):
     models = ["--base", hub / "base", "--reward", f"{tmp_path}/rules.py:score", *LENGTH]
     arguments = ["train", "rollout", "--out", out, "--samples", 2, *models]
     code, _, err = ivg(*arguments, "--prompts", tmp_path / "prompts.csv", "--failed", tmp_path / "failed.jsonl")
-    assert code == 0
+    assert code == 1
+    assert f"{out}: 2 of 6 responses failed: prompt of" in err
     assert "prompts.csv, line 3: expected 2 fields, got 1" in err
     assert "read 3, left out 1" in err
     assert err.endswith(f"done: {out}: answered 4, failed 2\n")
     assert [row["text"] for row in rows_of(tmp_path / "failed.jsonl")] == ["Two"]
     before = out.read_bytes()
-    assert ivg(*arguments, "--prompts", tmp_path / "prompts.csv")[0] == 0
+    assert ivg(*arguments, "--prompts", tmp_path / "prompts.csv")[0] == 1  # no answer of those two yet
     for change, says in (
         (["--dtype", "bfloat16"], 'dtype: "float32" there, "bfloat16" now'),
         (["--template", "base=Q: {prompt}"], "templates: not given there"),

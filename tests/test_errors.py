@@ -150,6 +150,13 @@ TABLE = [
     ("train dpo --model embedded:base --data pairs.jsonl --out o --mode lorra", "mode must be full, lora or head, got lorra"),
     ("train dpo --model embedded:base --data pairs.jsonl --out o --lr nan", "lr must be positive and finite, got nan"),
     ("train dpo --model embedded:base --data pairs.jsonl --out o --epochs inf", "epochs must be positive and finite, got inf"),
+    ("train dpo --model embedded:base --data pairs.jsonl --out o --seed -1", "seed must be in [0, 2**32 - 1], got -1"),
+    (
+        "train dpo --model embedded:base --data pairs.jsonl --out o --weight-decay nan",
+        "weight_decay must be at least 0 and finite, got nan",
+    ),
+    ("train dpo --model embedded:base --data pairs.jsonl --out o --lora-rank 0", "lora_rank must be at least 1, got 0"),
+    ("train dpo --model embedded:base --data pairs.jsonl --out o --save-steps 0", "save_steps must be at least 1, got 0"),
     ("train dpo --model embedded:base --data pairs.jsonl --out o --beta 0", "beta of DPO must be positive and finite, got 0.0"),
     (
         "train dpo --model embedded:base --data pairs.jsonl --out o --template none",

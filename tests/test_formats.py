@@ -128,6 +128,9 @@ def test_parquet_with_messages_and_types_of_tables(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(ConfigError, match=r"cannot read .*bad.parquet as Parquet: "):
         read(tmp_path / "bad.parquet")
+    (tmp_path / "x.parquet").rename(tmp_path / "x.jsonl")
+    with pytest.raises(ConfigError, match=r"x.jsonl is Parquet, not jsonl\n  give --format parquet"):
+        read(tmp_path / "x.jsonl")
 
 
 def test_what_is_written_is_valid_json_whatever_tables_hold():

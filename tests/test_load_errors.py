@@ -7,6 +7,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from ivg import online
 from ivg.errors import ModelError, reason
 from ivg.models import hub
 from ivg.models.loading import LoadOptions, load_causal, load_tokenizer
@@ -191,7 +192,7 @@ class Hub:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
         monkeypatch.setattr("huggingface_hub.get_session", lambda: self)
-        hub._answers.cache_clear()
+        online._answers.cache_clear()
 
     def head(self, url, timeout):
         self.asked.append((url, timeout))
@@ -214,7 +215,23 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
     line = "cannot load {} 'org/model': no such directory here, not in the hub's cache, and the hub (http://hub.invalid) cannot be reached"
     for what, load in LOADERS.items():
         assert told(load, "org/model") == line.format(what) + EXPECTED + " that was downloaded before"
-    assert nobody.asked == [("http://hub.invalid", hub.PROBE_SECONDS)]  # once for all
+    assert nobody.asked == [("http://hub.invalid", online.PROBE_SECONDS)]  # once for all
+
+
+def test_a_data_set_of_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
+    """datasets would try again for half a minute."""
+    import datasets
+
+    from ivg.errors import ConfigError
+    from ivg.jobs.formats import scan_rows
+
+    nobody = Hub(monkeypatch)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"no file or folder 'org/rows' here, .* the hub \(http://hub.invalid\) cannot be reached"):
+            list(scan_rows("org/rows"))
+    assert nobody.asked == [("http://hub.invalid", online.PROBE_SECONDS)]  # once for all, and by nobody else
+    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("offline", [True, False])

@@ -333,6 +333,15 @@ def test_candidates_without_a_score_fail_their_own_row():
     ] * 2
 
 
+def test_a_function_that_ends_the_process_fails_for_its_row_alone():
+    def leaves(items):
+        if 2 in items:
+            raise SystemExit(0)
+        return [float(i) for i in items]
+
+    assert each("mine", leaves, [1, 2, 3]) == [1.0, "mine raised SystemExit: 0", 3.0]
+
+
 def test_rollouts_keep_what_could_be_scored(tmp_path):
     model = SteeredModel(tiny_reader("base"), max_beams=8)
     prompts = [Prompt(p) for p in ("ok", "bad", "nan", "fine")]

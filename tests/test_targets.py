@@ -77,6 +77,7 @@ def test_part_metrics_by_hand():
         ({"target": "sarsa"}, "expected one of fudge, td, cd-q, binary"),
         ({"head": "two"}, "vocabulary or scalar"),
         ({"lam": 1.5}, "lambda must be in"),
+        ({"scale": math.nan}, "scale must be finite, got nan"),
         ({"target": "cd-q"}, "a base model"),
         ({"target": "cd-q", "head": "scalar", "base": "x"}, "head=vocabulary"),
     ],

@@ -57,7 +57,7 @@ def each(name: str, ask: Callable[[Sequence[T]], Any], items: Sequence[T]) -> Sc
         problem = ScoreFault(str(e), prompt=True)
     except IVGError:
         raise
-    except Exception as e:  # whatever a user's function raises
+    except (Exception, SystemExit) as e:  # whatever a user's function raises; sys.exit() in it would end the run as if all were well
         problem = raised(name, e)
     else:
         scores = _as_list(found)
@@ -109,7 +109,7 @@ def number(name: str, score: Any) -> float | ScoreFault:
     return ScoreFault(f"{name} gave {'NaN' if found != found else 'infinity' if found > 0 else '-infinity'}: expected a finite number")
 
 
-def raised(name: str, e: Exception) -> ScoreFault:
+def raised(name: str, e: BaseException) -> ScoreFault:
     """What to say of an exception that is not ours."""
     return ScoreFault(f"{name} raised {type(e).__name__}: {_line(e)}", said=f"{name} failed on this response")
 
@@ -123,7 +123,7 @@ def _as_list(found: Any) -> list[Any] | None:
         return None
 
 
-def _line(e: Exception) -> str:
+def _line(e: BaseException) -> str:
     return " ".join(str(e).split()) or "without a word"
 
 

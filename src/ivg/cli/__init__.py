@@ -6,7 +6,9 @@ Errors that ivg raises on purpose are printed in one line and exit with code 2.
 from __future__ import annotations
 
 import errno
+import os
 import sys
+from pathlib import Path
 
 _STORAGE = {
     errno.ENOSPC,
@@ -31,6 +33,7 @@ def main() -> None:
     from ivg.cli.progress import report
     from ivg.errors import IVGError
 
+    _occupy_standard_streams()
     stopped = 130
     try:
         code = app(standalone_mode=False) or 0  # without standalone mode, typer.Exit comes back as its code
@@ -54,3 +57,14 @@ def main() -> None:
     if code == stopped:
         typer.echo("stopped; what was done is kept", err=True)
     sys.exit(code)
+
+
+def _occupy_standard_streams() -> None:
+    """Where the caller closed one, no file of ours may get its number: what libraries print would go into that file."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends

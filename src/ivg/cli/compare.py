@@ -20,6 +20,8 @@ HELP = """Answer one prompt by several methods, with scores, tokens spent and se
 The column "value" is what the explicit value (else the reward model) says of the answer; with the embedded models,
 "gold" is what the judge says, which labelled the data that the guides were trained on and takes no part in any method."""
 
+FAILED = "(failed)"
+"""Stands where there is no answer or score; why stands behind the table."""
 DEFAULT = ("base", "bon", "eft", "token-explicit", "cbs-implicit", "cbs-explicit", "ivg")
 
 
@@ -50,7 +52,7 @@ def compare(
     """See HELP."""
     given = o.recipe_of(recipe, template, locals())
     from ivg.build import load_models
-    from ivg.cli.progress import progress
+    from ivg.cli.progress import progress, report
     from ivg.decoding.strategies import strategy
 
     wanted = [m.strip() for m in methods.split(",")] if methods else list(DEFAULT)
@@ -62,13 +64,17 @@ def compare(
             wanted = [m for m in DEFAULT if m in model.methods]
         judge = next((v for v in ("explicit", "reward", "implicit") if v in model.values), None)
         gold = _gold() if not given.models.given and given.endpoint.model is None else None
-        rows = []
+        rows, problems = [], list[str]()
         for note in _ignored(given, wanted):
             typer.echo(note, err=True)
         for name in wanted:
-            rows.append(_row(model, prompt, name, given, judge, gold))
+            rows.append(_row(model, prompt, name, given, judge, gold, problems))
             advance()
     _print(prompt, rows, judge, gold is not None)
+    for problem in problems:
+        report(problem)
+    if problems:
+        raise typer.Exit(2 if all(row[1] == FAILED for row in rows) else 1)
 
 
 def _gold() -> RewardModel:
@@ -103,24 +109,28 @@ def _ignored(recipe: Recipe, methods: list[str]) -> list[str]:
     return out
 
 
-def _row(model: SteeredModel, prompt: str, method: str, recipe: Recipe, judge: str | None, gold: RewardModel | None) -> tuple[str, ...]:
+def _row(
+    model: SteeredModel, prompt: str, method: str, recipe: Recipe, judge: str | None, gold: RewardModel | None, problems: list[str]
+) -> tuple[str, ...]:
+    """Cells of one method; what failed goes to ``problems``."""
     from ivg.types import Prompt
 
     completion = model.generate(prompt, method, seed=recipe.run.seed, **recipe.sampling.settings(), **_settings(recipe, method))
     if completion.error:
-        return (method, f"error: {completion.error}", "", "", "", "")
-    score = _number(lambda: model.score(prompt, [completion.text], judge), ".2f") if judge else ""
-    golden = _number(lambda: gold.judge([(Prompt(prompt), completion.text)]), "+.2f") if gold is not None else ""
+        problems.append(f"{method}: {completion.error}")
+        return (method, FAILED, "", "", "", "")
+
+    def number(ask: Callable[[], list[float]], form: str) -> str:
+        try:
+            return format(ask()[0], form)
+        except ScoreError as e:
+            problems.append(f"{method}: {e}")
+            return FAILED
+
+    score = number(lambda: model.score(prompt, [completion.text], judge), ".2f") if judge else ""
+    golden = number(lambda: gold.judge([(Prompt(prompt), completion.text)]), "+.2f") if gold is not None else ""
     usage = completion.usage
     return (method, completion.text.strip(), score, golden, f"{usage.total_forward_tokens:,}", f"{usage.seconds:.2f}")
-
-
-def _number(ask: Callable[[], list[float]], form: str) -> str:
-    """The one score that ``ask`` gives; or why there is none."""
-    try:
-        return format(ask()[0], form)
-    except ScoreError as e:
-        return f"error: {' '.join(str(e).split())}"
 
 
 def _print(prompt: str, rows: list[tuple[str, ...]], judge: str | None, gold: bool) -> None:

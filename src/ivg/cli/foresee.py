@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from ivg.values.base import FunctionValue
     from ivg.values.reward import RewardModel
 
+MOST_KINDS = 4
+"""Reasons told for which pairs were left out."""
 BETAS = "0.25,0.5,1,2"
 
 
@@ -146,7 +149,11 @@ def _pairs(out: Console, found: Foresight) -> None:
 
     out.print(f"\nhow often the chosen of {found.pairs} pairs scores higher, at four stages of both responses", soft_wrap=True)
     if found.skipped:
-        out.print(f"  {len(found.skipped)} more were left out: {found.skipped[0]}", soft_wrap=True, markup=False)
+        kinds = Counter(found.skipped).most_common()
+        for why, count in kinds[:MOST_KINDS]:
+            out.print(f"  {count} more were left out: {why}", soft_wrap=True, markup=False)
+        if rest := sum(count for _, count in kinds[MOST_KINDS:]):
+            out.print(f"  {rest} more were left out for other reasons", soft_wrap=True)
     if found.ties:
         out.print(f"  {found.ties} more were left out: chosen and rejected are the same text", soft_wrap=True)
     table = Table("value", "25 %", "50 %", "75 %", "whole", "95 % interval", "loss", box=None, pad_edge=False)

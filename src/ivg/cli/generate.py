@@ -140,7 +140,11 @@ def run(
 
     _check_files(source, output, failed)
     failures = Failures(report, failed)
-    rows = (SourceRow(f"prompt {i}", {"prompt": p}) for i, p in enumerate(prompts)) if source is None else scan_rows(source, format=format)
+    rows = (
+        (SourceRow(f"prompt {i}", {"prompt": p}) for i, p in enumerate(prompts))
+        if source is None
+        else scan_rows(source, format=format, hub=False)
+    )
     jobs = list(read_jobs(rows, failures))
     if not jobs and not failures.count:
         raise ConfigError(f"{source} holds no rows\n  expected rows with prompt or messages")

@@ -21,7 +21,7 @@ def report(message: str) -> None:
 @contextmanager
 def progress(total: int, unit: str) -> Iterator[Callable[[], None]]:
     """A function to call after each of ``total`` things; a bar shows what is left once two seconds have passed."""
-    if not total or not sys.stderr.isatty():
+    if not total or sys.stderr is None or not sys.stderr.isatty():
         yield lambda: None
         return
     from rich.console import Console

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -144,8 +144,23 @@ def rollout(
                 load_models(_without_scorer(made)), wanted, out, found, method=made.search.method, samples=samples, seed=made.run.seed,
                 provenance=provenance, advance=advance, **settings,
             )  # fmt: skip
-    rows = Counter("failed" if row.get("error") else "answered" for row in read_jsonl(out.with_suffix(".jsonl")))
-    typer.echo(f"done: {out}: answered {rows['answered']}, failed {rows['failed']}", err=True)
+    _close(out, [row.get("error") for row in read_jsonl(out.with_suffix(".jsonl"))])
+
+
+def _close(out: Path, errors: Sequence[str | None]) -> None:
+    """Say how many responses failed (each has its error, or None) and why; the exit code of ``ivg generate``."""
+    from ivg.cli.progress import report
+    from ivg.jobs.failures import MOST
+
+    kinds = Counter(error for error in errors if error)
+    for why, count in kinds.most_common(MOST):
+        report(f"{out}: {count} of {len(errors)} responses failed: {why}")
+    if len(kinds) > MOST:
+        report(f"{out}: {len(kinds) - MOST} more reasons; each failed row names its own")
+    failed = kinds.total()
+    typer.echo(f"done: {out}: answered {len(errors) - failed}, failed {failed}", err=True)
+    if failed:
+        raise typer.Exit(1 if failed < len(errors) else 2)
 
 
 def _without_scorer(recipe: Recipe) -> Recipe:

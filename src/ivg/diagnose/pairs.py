@@ -18,9 +18,9 @@ from ivg.diagnose.estimate import Numbers, Share, rank_correlation, share, slope
 from ivg.diagnose.fit import readers
 from ivg.diagnose.length import LengthControl, length_control
 from ivg.diagnose.reading import written
-from ivg.errors import PromptError
+from ivg.errors import PromptError, ScoreFault
 from ivg.models.reader import Reader
-from ivg.scores import every, score_each
+from ivg.scores import score_each
 from ivg.types import Beam, Prompt, Value, new_key
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
@@ -135,8 +135,12 @@ def _child(line: list[Beam], prompt: Prompt, ids: tuple[int, ...], text: str, wh
     return Beam(new_key(), parent, prompt, ids, text, finish, whole.meter, whole.vocabulary, inherits=bool(line))
 
 
-def score_pairs(base: Reader, value: Value, pairs: Sequence[Pair], *, batch: int = 16, ends: bool = True) -> Numbers:
+def score_pairs(
+    base: Reader, value: Value, pairs: Sequence[Pair], *, batch: int = 16, ends: bool = True
+) -> tuple[Numbers, dict[int, ScoreFault]]:
     """What ``value`` says of both responses at each of :data:`FRACTIONS`: [pairs, fractions, (chosen, rejected)].
+
+    Pairs that it has no number for hold NaN there, and stand in the second result, by place, with the first reason.
 
     Args:
         base: whose tokens are counted.
@@ -145,16 +149,20 @@ def score_pairs(base: Reader, value: Value, pairs: Sequence[Pair], *, batch: int
         batch: pairs in flight.
         ends: whole responses that end get an end-of-sequence token.
     """
-    out = np.zeros((len(pairs), len(FRACTIONS), 2))
+    out, faults = np.zeros((len(pairs), len(FRACTIONS), 2)), dict[int, ScoreFault]()
     for start in range(0, len(pairs), batch):
         part = pairs[start : start + batch]
         lines = [prefixes(base, p.prompt, p.chosen, ends and p.chosen_ends) for p in part]
         lines += [prefixes(base, p.prompt, p.rejected, ends and p.rejected_ends) for p in part]
         for k in range(len(FRACTIONS)):
-            scores = every(score_each(value, [line[k] for line in lines]))
-            out[start : start + len(part), k] = np.array(scores).reshape(2, len(part)).T
+            scores = score_each(value, [line[k] for line in lines])
+            for i, score in enumerate(scores):
+                if isinstance(score, ScoreFault):
+                    faults.setdefault(start + i % len(part), score)
+            numbers = [math.nan if isinstance(score, ScoreFault) else score for score in scores]
+            out[start : start + len(part), k] = np.array(numbers).reshape(2, len(part)).T
         value.release([beam.key for line in lines for beam in line])
-    return out
+    return out, faults
 
 
 def summary(

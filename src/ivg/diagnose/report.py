@@ -11,7 +11,7 @@ from typing import Any
 
 from ivg.diagnose import sweep as sweeping
 from ivg.diagnose.agreement import Disagreement, agreement
-from ivg.diagnose.estimate import Share, share
+from ivg.diagnose.estimate import Numbers, Share, share
 from ivg.diagnose.pairs import OnPairs, Pair, fitting, is_tie, longer_wins, pair_lengths, prompt_groups, score_pairs, summary
 from ivg.diagnose.reading import Shift, written
 from ivg.diagnose.sweep import Plan, Row, Selection
@@ -116,14 +116,16 @@ def foresee(
     different = [p for p in pairs if not is_tie(p)]
     ties = len(pairs) - len(different)
     kept, skipped = fitting(model.reader, values, different, ends)
+    told(f"scoring {len(kept)} pairs")
+    kept, tables, unscored = _scored(model.reader, values, kept, plan, ends)
+    skipped += unscored
     if not kept:
         if ties and not skipped:
             raise ConfigError(f"in all {ties} pairs chosen and rejected are the same text\n  expected two different responses to a prompt")
         reason = skipped[0] if skipped else "the file holds none"
         raise ConfigError(f"no pair that all models can read: {reason}")
-    told(f"scoring {len(kept)} pairs")
     trained = {name: trained_on(value, kept) for name, value in values.items() if name != BASELINE}
-    measured = _on_pairs(model.reader, values, kept, plan, ends, trained)
+    measured = _on_pairs(model.reader, values, kept, tables, trained)
     longer = longer_wins(model.reader, kept)
     chosen_texts = [written(model.reader, p.prompt, p.chosen, ends=ends and p.chosen_ends) for p in _first_of_each(kept)[: max(prompts, 1)]]
     chosen = agreement(model.reader, model.values.get("implicit"), chosen_texts, beta)
@@ -162,13 +164,25 @@ def _guide(model: SteeredModel, name: str | None) -> str | None:
 
 
 def _on_pairs(
-    base: Reader, values: Mapping[str, Value], pairs: Sequence[Pair], plan: Plan, ends: bool, trained: Mapping[str, TrainedOn]
+    base: Reader, values: Mapping[str, Value], pairs: Sequence[Pair], tables: Mapping[str, Numbers], trained: Mapping[str, TrainedOn]
 ) -> dict[str, OnPairs]:
-    batch, out = max(1, plan.batch // 2), {}
-    for name, value in values.items():
-        scores = score_pairs(base, value, pairs, batch=batch, ends=ends)
-        out[name] = summary(name, scores, pairs, pair_lengths(base, value, pairs), trained[name].seen if name in trained else None)
-    return out
+    return {
+        name: summary(name, tables[name], pairs, pair_lengths(base, value, pairs), trained[name].seen if name in trained else None)
+        for name, value in values.items()
+    }
+
+
+def _scored(
+    base: Reader, values: Mapping[str, Value], pairs: Sequence[Pair], plan: Plan, ends: bool
+) -> tuple[list[Pair], dict[str, Numbers], list[str]]:
+    """(the pairs that every value has numbers for, these [pairs, fractions, 2] by value, why the others are left out)."""
+    found = {name: score_pairs(base, value, pairs, batch=max(1, plan.batch // 2), ends=ends) for name, value in values.items()}
+    faults: dict[int, str] = {}
+    for _, of_value in found.values():
+        for i, fault in of_value.items():
+            faults.setdefault(i, " ".join(fault.split()))
+    kept = [i for i in range(len(pairs)) if i not in faults]
+    return [pairs[i] for i in kept], {name: table[kept] for name, (table, _) in found.items()}, [faults[i] for i in sorted(faults)]
 
 
 def _unseen(pairs: Sequence[Pair], trained: Sequence[TrainedOn]) -> list[Pair]:

@@ -14,12 +14,14 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast, get_args
 
 from ivg.errors import ConfigError
 from ivg.jobs.text import csv_rows, json_rows, jsonl_rows, text_rows
+from ivg.online import reachable, why_not
 
 Format = Literal["jsonl", "json", "csv", "parquet", "text"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -48,7 +50,7 @@ class SourceRow:
     text: str | None = None
 
 
-def scan_rows(source: str | Path, split: str = "train", format: str | None = None) -> Iterator[SourceRow]:
+def scan_rows(source: str | Path, split: str = "train", format: str | None = None, *, hub: bool = True) -> Iterator[SourceRow]:
     """Every row, those that cannot be read included.
 
     Args:
@@ -56,6 +58,7 @@ def scan_rows(source: str | Path, split: str = "train", format: str | None = Non
             id of a data set on the hub.
         split: of a folder or data set.
         format: one of :data:`FORMATS`; None: by the file's name, else by what stands in it.
+        hub: a name that is neither file nor folder may be a data set on the hub.
 
     Raises:
         ConfigError: nothing there, or nothing that can be read as a whole (another encoding, damaged Parquet).
@@ -68,7 +71,7 @@ def scan_rows(source: str | Path, split: str = "train", format: str | None = Non
     elif path.is_dir():
         for file in _split_files(path, split, format):
             yield from _read(file, format)
-    elif format is not None or _suffix(path) is not None or path.exists():
+    elif format is not None or _suffix(path) is not None or path.exists() or not hub:
         yield from _read(path, format)
     elif _HUB_ID.fullmatch(str(source)):
         yield from _read_hub(str(source), split)
@@ -121,6 +124,8 @@ def _read(path: Path | str, format: str | None) -> Iterator[SourceRow]:
     name = "standard input" if path == STDIN else str(path)
     with _open(path, name) as file:
         kind = format or (None if isinstance(path, str) else _suffix(path)) or _guess(file, name)
+        if _peek(file).startswith(b"PAR1") and kind != "parquet":
+            raise ConfigError(f"{name} is Parquet, not {kind}\n  give --format parquet, or a name that ends in .parquet")
         if kind == "parquet":
             yield from _read_parquet(file, name)
             return
@@ -226,14 +231,35 @@ def _rows_of(batch: Any) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
             yield None, " ".join(str(e).split())
 
 
+@contextmanager
+def _no_retries(datasets: Any) -> Iterator[None]:
+    """Nobody asks the hub meanwhile: what was downloaded before is taken at once."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
 def _read_hub(name: str, split: str) -> Iterator[SourceRow]:
     try:
         import datasets
     except ImportError:
         raise ConfigError(f"{name!r} is no file here; loading it from the hub needs datasets\n  pip install 'ivg[train]'") from None
+    offline = not reachable()
     try:
-        for number, data in enumerate(datasets.load_dataset(name, split=split), 1):
+        with _no_retries(datasets) if offline else nullcontext():
+            rows = datasets.load_dataset(name, split=split)
+        for number, data in enumerate(rows, 1):
             yield SourceRow(f"{name}, row {number}", dict(data))
     except Exception as e:  # network, permission, unknown id: the hub's client raises dozens of kinds
+        if offline:
+            raise ConfigError(
+                f"no file or folder {name!r} here, no such data set in the hub's cache, and {why_not()}\n"
+                f"  expected {_EXPECTED}, a folder of such files, or the id of a data set that was downloaded before"
+            ) from None
         first = (str(e).strip() or type(e).__name__).split("\n")[0]
         raise ConfigError(f"no file or folder {name!r}, and no such data set on the hub: {first}") from e

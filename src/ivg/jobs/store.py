@@ -198,6 +198,8 @@ def is_stream(path: Path) -> bool:
 @contextmanager
 def _stream(path: Path) -> Iterator[StreamRows]:
     if str(path) in ("-", "/dev/stdout"):
+        if sys.stdout is None:
+            raise OutputError("cannot write standard output: it is closed\n  give a file, or leave standard output open")
         yield StreamRows(sys.stdout.buffer, "standard output")
         return
     with ExitStack() as stack:

@@ -6,19 +6,16 @@ must not know what a model is for.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ivg.embedded import PREFIX, locate
 from ivg.errors import ModelError
+from ivg.online import reachable, why_not
 
-PROBE_SECONDS = 5.0
-"""The hub has this long to answer whether it is there at all."""
 _REPOSITORY = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
 _ADAPTER = "adapter_config.json"
 
@@ -49,13 +46,13 @@ def find_model(name: str | Path, what: str, hub: Mapping[str, Any] | None = None
     if isinstance(name, Path) or not _REPOSITORY.fullmatch(str(name)) or str(name).startswith(".") or ".." in str(name):
         raise ModelError(f"{title}: no such directory\n  expected a directory with config.json and weights, or a hub id")
     cached = _snapshot(str(name), hub)
-    if _reachable():
+    if reachable():
         if (adapter := _file(str(name), _ADAPTER, hub)) is not None:
             raise _adapter_error(title, adapter, whole=_file(str(name), "config.json", hub) is not None)
         return str(name)
     if cached is None:
         raise ModelError(
-            f"{title}: no such directory here, not in the hub's cache, and {_why_not()}\n"
+            f"{title}: no such directory here, not in the hub's cache, and {why_not()}\n"
             "  expected a directory with config.json and weights, or a hub id that was downloaded before"
         )
     _check_directory(cached, what, weights=weights)
@@ -112,29 +109,3 @@ def _file(name: str, file: str, hub: Mapping[str, Any]) -> Path | None:
     except OSError:
         return None
     return None if found is None else Path(found)
-
-
-def _why_not() -> str:
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE forbids asking the hub"
-    return f"the hub ({constants.ENDPOINT}) cannot be reached"
-
-
-def _reachable() -> bool:
-    """Does the hub answer? Asked once in a minute."""
-    from huggingface_hub import constants
-
-    return not constants.HF_HUB_OFFLINE and _answers(str(constants.ENDPOINT), int(time.monotonic() // 60))
-
-
-@functools.lru_cache(maxsize=8)
-def _answers(endpoint: str, minute: int) -> bool:
-    from huggingface_hub import get_session
-
-    try:
-        get_session().head(endpoint, timeout=PROBE_SECONDS)  # any answer will do
-    except Exception:  # whatever the client of the day raises: no route, no name, no time, no proxy
-        return False
-    return True

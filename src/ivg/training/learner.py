@@ -10,6 +10,7 @@ are trained as start + shared + embedding·map + own, and added up at the end in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -61,6 +62,8 @@ class ValueOptions:
             raise ConfigError(f"unknown head {self.head!r}\n  expected vocabulary or scalar")
         if not 0 <= self.lam <= 1:
             raise ConfigError(f"lambda must be in [0, 1], got {self.lam}")
+        if not math.isfinite(self.scale):
+            raise ConfigError(f"scale must be finite, got {self.scale}")
         if self.target == "cd-q" and (self.head != "vocabulary" or self.base is None):
             raise ConfigError("cd-q averages over the base's next tokens\n  it needs head=vocabulary and a base model (--base)")
         return self
