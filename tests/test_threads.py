@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -115,3 +116,51 @@ def test_turns_go_in_the_order_of_asking():
 def _turn(lock, order, n):
     with lock:
         order.append(n)
+
+
+def test_cleaning_up_costs_nobody_else_anything(caplog):
+    """A clean-up that fails is logged, and the lock stays in order."""
+    lock = FairLock()
+
+    def fail():
+        raise RuntimeError("an engine that died")
+
+    with lock:
+        thread = threading.Thread(target=lock.later, args=(fail,))
+        thread.start()
+        thread.join(GUARD)
+    with lock:
+        pass
+    assert "cleaning up failed" in caplog.text and "an engine that died" in caplog.text
+    assert lock._owner is None
+
+
+def test_a_finaliser_may_ask_in_the_middle_of_asking():
+    """Garbage is collected anywhere, also in the lock's own few lines."""
+    lock, done = FairLock(), []
+
+    class Collecting(type(lock._waiting)):
+        def append(self, item):
+            lock.later(lambda: done.append(item))
+            super().append(item)
+
+    lock._waiting = Collecting()
+    holding, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            holding.set()
+            leave.wait(GUARD)
+
+    threads = [threading.Thread(target=hold, daemon=True), threading.Thread(target=_turn, args=(lock, [], 0), daemon=True)]
+    threads[0].start()
+    assert holding.wait(GUARD)
+    threads[1].start()
+    until = time.monotonic() + GUARD
+    while not lock._waiting and time.monotonic() < until:
+        time.sleep(0.001)
+    assert lock._waiting, "the thread waits for itself"
+    leave.set()
+    for thread in threads:
+        thread.join(GUARD)
+    assert len(done) == 1

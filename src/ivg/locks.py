@@ -6,17 +6,20 @@ that was left in the middle keeps nobody waiting, and two loops in one thread ta
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
+
+log = logging.getLogger("ivg")
 
 
 class FairLock:
     """A reentrant lock that waiting threads get in the order in which they asked for it."""
 
     def __init__(self) -> None:
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()  # a finaliser may call `later` while its thread is in here
         self._owner: int | None = None
         self._depth = 0
         self._waiting: deque[threading.Event] = deque()
@@ -35,7 +38,11 @@ class FairLock:
                 self._waiting.append(turn)
         if turn is not None:
             self._wait(turn, me)
-        self._clean_up()
+        try:
+            self._clean_up()
+        except BaseException:  # KeyboardInterrupt: nobody will leave what was not entered
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -47,6 +54,7 @@ class FairLock:
     def later(self, work: Callable[[], object]) -> None:
         """Do ``work`` under the lock: now where nobody holds it, else before whoever gets it next goes on. Never waits.
 
+        An exception of ``work`` is logged: whoever comes next has no part in it.
         For finalisers, which may run anywhere: in the middle of a call of this very thread, too.
         """
         self._later.append(work)
@@ -79,4 +87,8 @@ class FairLock:
 
     def _clean_up(self) -> None:
         while self._later:
-            self._later.popleft()()
+            work = self._later.popleft()
+            try:
+                work()
+            except Exception:
+                log.exception("cleaning up failed")
