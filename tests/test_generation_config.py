@@ -26,6 +26,8 @@ SETTINGS = {
     "suppressed first": {"begin_suppress_tokens": list(range(1, 250))},
     "bad words": {"bad_words_ids": [[i] for i in range(100, 256)] + [[i, j] for i in range(50) for j in range(0, 100, 3)]},
     "bias": {"sequence_bias": [[[7], 5.0], [[7, 8], -3.0], [[9], float(1)]]},
+    "bias given twice": {"sequence_bias": [[[t], bias] for bias in (50.0, 2.0) for t in range(30, 60)]},
+    "longer than the prompt": {"sequence_bias": [[[52, 87, 79, t], 90.0] for t in range(40)]},
     "at least": {"min_new_tokens": 15, "eos_token_id": list(range(0, 257, 2))},
     "at least with the prompt": {"min_length": 25, "eos_token_id": list(range(0, 257, 2))},
     "forced end": {"forced_eos_token_id": 3},
@@ -87,7 +89,7 @@ def test_every_setting_matters(checkpoint):
             a.token_ids == b.token_ids
             for a, b in zip(*(m.generate(PROMPTS, "base", temperature=0, max_new_tokens=LENGTH) for m in (model, plain)), strict=True)
         ]
-        assert not all(same) or name in ("none suppressed", "trigrams"), name
+        assert not all(same) or name in ("none suppressed", "trigrams", "longer than the prompt"), name
 
 
 def test_a_prompt_of_one_token_is_forced(checkpoint):

@@ -72,7 +72,7 @@ def _process(z: Tensor, p: SamplingParams, prompt: Ids, response: Ids, ends: Ten
     new, total = len(response), len(prompt) + len(response)
     text = [*prompt, *response] if p.sequence_bias or p.bad_words_ids or p.no_repeat_ngram_size or p.repetition_penalty != 1.0 else []
     if p.sequence_bias:
-        _bias(z, text, p.sequence_bias)
+        _bias(z, text, dict(p.sequence_bias).items())  # of one that is given twice the last counts
     if p.repetition_penalty != 1.0:
         _penalise(z, text, p.repetition_penalty)
     if p.no_repeat_ngram_size:
@@ -126,11 +126,11 @@ def _completions(text: Ids, size: int) -> list[int]:
 
 
 def _bias(z: Tensor, text: Ids, biases: Iterable[tuple[Ids, float]]) -> None:
-    """Add the bias of every sequence whose tokens but the last end ``text``."""
+    """Add the bias of every sequence whose tokens but the last end ``text``; transformers skips sequences longer than ``text``."""
     total: dict[int, float] = {}
     for sequence, bias in biases:
         before = len(sequence) - 1
-        if before <= len(text) and list(text[len(text) - before :]) == list(sequence[:-1]) and sequence[-1] < len(z):
+        if (before == 0 or before < len(text)) and list(text[len(text) - before :]) == list(sequence[:-1]) and sequence[-1] < len(z):
             total[sequence[-1]] = total.get(sequence[-1], 0.0) + bias
     if total:
         ids = sorted(total)
