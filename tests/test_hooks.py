@@ -6,8 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StopStringCriteria, TextIteratorStreamer
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessor,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TextIteratorStreamer,
+    TopKLogitsWarper,
+)
 
+from ivg import SteeredModel
 from ivg.decoding.search import Request, Searcher
 from ivg.engine.transformers import TransformersEngine
 from ivg.errors import ConfigError, PromptError
@@ -136,6 +147,10 @@ REFUSALS = {
     "output_scores=True": {"output_scores": True, "return_dict_in_generate": True},
     "output_hidden_states=True": {"output_hidden_states": True, "return_dict_in_generate": True},
     "stopping_criteria Timed": {"stopping_criteria": [Timed()]},
+    "stopping_criteria MaxLengthCriteria has max_length=5": {"stopping_criteria": [MaxLengthCriteria(5)]},
+    "stopping_criteria EosTokenCriteria has eos_token_id=[7]": {"stopping_criteria": [EosTokenCriteria(7)]},
+    "logits_processor TemperatureLogitsWarper has temperature=0.5": {"do_sample": True, "logits_processor": [TemperatureLogitsWarper(0.5)]},
+    "logits_processor TopKLogitsWarper has top_k=3": {"do_sample": True, "logits_processor": [TopKLogitsWarper(3)]},
     "logits_processor Counting": {"logits_processor": [Counting()]},
     "logits_processor PrefixConstrainedLogitsProcessor": {"prefix_allowed_tokens_fn": lambda row, ids: [1]},
 }
@@ -171,6 +186,46 @@ def test_forbidden_tokens_stay_forbidden_under_guidance_and_search(base, tokeniz
     banned = list(range(30, 257))
     out = generate(base, tokenizer, ["abc", "The"], search, max_new_tokens=9, do_sample=True, suppress_tokens=banned)
     assert not set(out.flatten().tolist()) & set(banned)
+
+
+SEVERAL = {"repetition_penalty": 1.6, "no_repeat_ngram_size": 3, "sequence_bias": [[[7], 4.0]], "min_new_tokens": 4}
+
+
+@pytest.mark.parametrize("method", ["eft", "ivg"])
+def test_settings_act_on_guided_logits_as_for_a_steered_model(base, tokenizer, method):
+    """One rule: the same settings give the same tokens by either way."""
+    pair = ImplicitValue(tiny_reader("tuned", seed=2, tokenizer=tokenizer), tiny_reader("untuned", seed=3, tokenizer=tokenizer))
+    values = {"implicit": pair, "explicit": tiny_value(seed=4, tokenizer=tokenizer)}
+    sizes = {"width": 2, "successors": 2, "chunk_length": 3} if method == "ivg" else {}
+    model = SteeredModel(base, values)
+    search = SearchGenerate(tokenizer, values, method, beta=2.0, **sizes)
+    ids = tuple(tokenizer("abc abc").input_ids)
+    given = SEVERAL | {"sequence_bias": [((7,), 4.0)]}
+    (wanted,) = (model.generate(Prompt("abc abc", ids), method, temperature=0.0, max_new_tokens=12, beta=2.0, **sizes, **given),)
+    got = generate(base, tokenizer, ["abc abc"], search, max_new_tokens=12, do_sample=False, **SEVERAL)
+    plain = generate(base, tokenizer, ["abc abc"], search, max_new_tokens=12, do_sample=False)
+    assert tuple(got[0].tolist()) == wanted.token_ids != tuple(plain[0].tolist())
+
+
+class Broken(LogitsProcessor):
+    """Never gets here where logits are mended first."""
+
+    def __call__(self, input_ids, scores):
+        assert scores.isfinite().all()
+        return scores
+
+
+def test_invalid_logits_are_mended_where_asked(base, tokenizer):
+    def break_one(module, args, out):
+        return out.index_fill(-1, torch.tensor([5]), float("nan"))
+
+    search = SearchGenerate(tokenizer, {}, "base", processors=[Broken()])
+    settings = {"max_new_tokens": 4, "do_sample": False, "remove_invalid_values": True}
+    hook = base.model.network.get_output_embeddings().register_forward_hook(break_one)
+    try:
+        assert torch.equal(generate(base, tokenizer, ["abc"], search, **settings), generate(base, tokenizer, ["abc"], **settings))
+    finally:
+        hook.remove()
 
 
 # Prompts are tokens
@@ -227,6 +282,18 @@ def test_search_and_processor_read_chats_as_the_base_does(base, tokenizer):
     for custom in ({"custom_generate": search}, {"logits_processor": [GuidanceLogitsProcessor(TokenGuidance(pair), tokenizer)]}):
         with pytest.raises(PromptError, match="rendered already"):
             network.generate(chat, **custom, **settings)
+
+
+def test_one_processor_serves_calls_in_turn(base, tokenizer):
+    """The second call's prompt is as long as the first call's text: it is another text all the same."""
+    pair = ImplicitValue(tiny_reader("tuned", seed=2, tokenizer=tokenizer), tiny_reader("untuned", seed=3, tokenizer=tokenizer))
+    shared = GuidanceLogitsProcessor(TokenGuidance(pair, 2.0), tokenizer)
+    for length in (3, 7, 4):
+        ids = torch.arange(40, 40 + length)[None] * (length % 3 + 1)
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+        fresh = GuidanceLogitsProcessor(TokenGuidance(pair, 2.0), tokenizer)
+        expected = base.model.network.generate(ids, logits_processor=[fresh], **settings)
+        assert torch.equal(base.model.network.generate(ids, logits_processor=[shared], **settings), expected)
 
 
 def test_processor_tells_a_guide_that_is_too_short(base, tokenizer):

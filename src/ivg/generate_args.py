@@ -25,7 +25,7 @@ DONE = _names(
     # by the search itself
     "max_length max_new_tokens do_sample temperature top_k top_p min_p num_return_sequences return_dict_in_generate pad_token_id",
     "eos_token_id stop_strings token_healing",
-    # by transformers' processors, on the base's logits
+    # by transformers' processors, on the guided logits
     "min_length min_new_tokens repetition_penalty no_repeat_ngram_size bad_words_ids sequence_bias suppress_tokens",
     "begin_suppress_tokens forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty remove_invalid_values",
     "renormalize_logits",
@@ -69,8 +69,15 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 """Fields that a search cannot do: (values that ask for nothing, what to do instead)."""
 
-NATIVE = (lp.TemperatureLogitsWarper, lp.TopKLogitsWarper, lp.TopPLogitsWarper, lp.MinPLogitsWarper, lp.LogitNormalization)
-"""Processors whose work the search does itself, behind guidance; renormalising changes no draw."""
+CUTS: Mapping[type, str] = {
+    lp.TemperatureLogitsWarper: "temperature",
+    lp.TopKLogitsWarper: "top_k",
+    lp.TopPLogitsWarper: "top_p",
+    lp.MinPLogitsWarper: "min_p",
+}
+"""Processors that the search does itself, and the field of GenerationConfig that each has its number from."""
+NATIVE = (lp.LogitNormalization, lp.InfNanRemoveLogitsProcessor)
+"""Others that need not be applied: renormalising changes no draw; invalid logits of the base are mended before guidance."""
 APPLIED = (
     lp.MinLengthLogitsProcessor,
     lp.MinNewTokensLengthLogitsProcessor,
@@ -83,7 +90,6 @@ APPLIED = (
     lp.ForcedBOSTokenLogitsProcessor,
     lp.ForcedEOSTokenLogitsProcessor,
     lp.ExponentialDecayLengthPenalty,
-    lp.InfNanRemoveLogitsProcessor,
 )
 """Processors that are functions of (input_ids, scores), so that rows of a search tree can go through them."""
 
@@ -123,42 +129,59 @@ def check_model_kwargs(given: Mapping[str, Any]) -> Tensor | None:
     return mask
 
 
-def read_processors(processors: Iterable[Any]) -> list[Any]:
-    """Those that are to be applied to the base's logits.
+def read_processors(processors: Iterable[Any], config: Any) -> list[Any]:
+    """Those that are to be applied to the guided logits.
 
     Raises:
-        ConfigError: one that may not be a function of its arguments alone; names it.
+        ConfigError: one that may not be a function of its arguments alone, or that says otherwise than ``config``; names it.
     """
     out = []
     for processor in processors:
-        if isinstance(processor, NATIVE):
-            continue
-        if type(processor) not in APPLIED:
-            name = type(processor).__name__
+        kind, name = type(processor), type(processor).__name__
+        if kind in CUTS:
+            if config.do_sample:  # greedy, none of them matters
+                _agrees(f"logits_processor {name}", CUTS[kind], getattr(processor, CUTS[kind]), getattr(config, CUTS[kind]))
+        elif kind in APPLIED:
+            out.append(processor)
+        elif kind not in NATIVE:
             raise ConfigError(
                 f"logits_processor {name}: a search gives rows in any order and number, and {name} may keep what it saw\n"
                 "  leave it out; one that is a function of (input_ids, scores) alone: SearchGenerate(…, processors=[…])"
             )
-        out.append(processor)
     return out
 
 
-def read_stops(criteria: Iterable[Any]) -> tuple[str, ...]:
+def mends_logits(processors: Iterable[Any]) -> bool:
+    """Are NaN and infinite logits of the base to be made finite?"""
+    return any(isinstance(processor, lp.InfNanRemoveLogitsProcessor) for processor in processors)
+
+
+def read_stops(criteria: Iterable[Any], config: Any) -> tuple[str, ...]:
     """Stop strings; lengths and ends are the search's own.
 
     Raises:
-        ConfigError: another stopping criterion; names it.
+        ConfigError: another stopping criterion, or one that says otherwise than ``config``; names it.
     """
     stops: list[str] = []
     for criterion in criteria:
+        name = f"stopping_criteria {type(criterion).__name__}"
         if isinstance(criterion, sc.StopStringCriteria):
             stops += criterion.stop_strings
-        elif not isinstance(criterion, sc.MaxLengthCriteria | sc.EosTokenCriteria):
+        elif type(criterion) is sc.MaxLengthCriteria:
+            _agrees(name, "max_length", criterion.max_length, config.max_length)
+        elif type(criterion) is sc.EosTokenCriteria:
+            _agrees(name, "eos_token_id", sorted(criterion.eos_token_id.tolist()), sorted(set(end_ids(config))))
+        else:
             raise ConfigError(
-                f"stopping_criteria {type(criterion).__name__} cannot be asked by SearchGenerate\n"
+                f"{name} cannot be asked by SearchGenerate\n"
                 "  leave it out; max_new_tokens, eos_token_id and StopStringCriteria end responses"
             )
     return tuple(stops)
+
+
+def _agrees(who: str, field: str, got: Any, expected: Any) -> None:
+    if got != expected:
+        raise ConfigError(f"{who} has {field}={got!r}, and the call {field}={expected!r}\n  give {field} to generate instead")
 
 
 def sampling_of(config: Any, prompt_length: int, stop: tuple[str, ...]) -> SamplingParams:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import InfNanRemoveLogitsProcessor, LogitsProcessor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ivg.decoding.search import Request, Search, Searcher
@@ -24,11 +24,11 @@ from ivg.decoding.strategies import strategy
 from ivg.engine.guidance import check_guidance, guided
 from ivg.engine.transformers import TransformersEngine
 from ivg.errors import ConfigError
-from ivg.generate_args import check_config, check_model_kwargs, end_ids, padding_id, read_processors, read_stops, sampling_of
+from ivg.generate_args import check_config, check_model_kwargs, end_ids, mends_logits, padding_id, read_processors, read_stops, sampling_of
 from ivg.models.cached import CachedModel
 from ivg.models.reader import Reader
 from ivg.models.vocab import Vocabulary
-from ivg.types import Beam, Hypothesis, Prompt, TokenGuidance, Value, new_key
+from ivg.types import Beam, Extension, Hypothesis, Prompt, TokenGuidance, Value, new_key
 from ivg.values.base import CompositeValue
 
 
@@ -48,7 +48,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         self.guidance, self.tokenizer, self.attention_mask = guidance, tokenizer, attention_mask
         self.vocabulary = Vocabulary(tokenizer, owner="base")
         check_guidance(guidance, self.vocabulary)
-        self._start = self._width = 0
+        self._start = 0
         self._prompts: dict[tuple[int, ...], Prompt] = {}
         self._seen: dict[tuple[int, ...], Beam] = {}
         self._free = weakref.finalize(self, _release, guidance.value, self._seen)
@@ -63,7 +63,6 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         """Free what the guide keeps for the rows of the last call."""
         _release(self.guidance.value, self._seen)
         self._prompts.clear()
-        self._width = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """``scores`` [rows, vocabulary] moved by the guidance, given ``input_ids`` [rows, tokens].
@@ -71,14 +70,14 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         Raises:
             PromptError: a prompt that the guide cannot read, or a text that outgrows its context.
         """
-        if self._width == 0 or input_ids.shape[1] != self._width + 1:  # another generate has begun
+        texts = [tuple(ids) for ids in input_ids.tolist()]
+        if not all(ids[:-1] in self._seen for ids in texts):  # another generate has begun
             self.close()
             self._start = input_ids.shape[1]
-            self._read_prompts(input_ids)
-        self._width = input_ids.shape[1]
+            self._read_prompts(texts)
         now: dict[tuple[int, ...], Beam] = {}
         rows = []
-        for ids in map(tuple, input_ids.tolist()):
+        for ids in texts:
             if ids not in now:
                 now[ids] = self._beam(ids)
             rows.append(now[ids])
@@ -90,12 +89,11 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         place = {b.key: i for i, b in enumerate(beams)}
         return moved[[place[b.key] for b in rows]].to(scores.dtype)
 
-    def _read_prompts(self, input_ids: Tensor) -> None:
-        rows = [tuple(row) for row in input_ids.tolist()]
+    def _read_prompts(self, rows: Sequence[tuple[int, ...]]) -> None:
         if self.attention_mask is not None:
             if len(rows) % len(self.attention_mask) or self.attention_mask.shape[1] != self._start:
                 shape = tuple(self.attention_mask.shape)
-                raise ConfigError(f"attention_mask is {shape} and the prompts are {tuple(input_ids.shape)}\n  give that of these prompts")
+                raise ConfigError(f"attention_mask is {shape} and the prompts are {(len(rows), self._start)}\n  give that of these prompts")
             padding = (self.attention_mask.shape[1] - self.attention_mask.sum(1)).tolist()
             padding = [n for n in padding for _ in range(len(rows) // len(padding))]  # several sequences or beams for each
         else:
@@ -123,17 +121,17 @@ def _release(value: Value, seen: dict[tuple[int, ...], Beam]) -> None:
 class SearchGenerate:
     """The search as a ``custom_generate`` callable: returns ids [rows, prompt + response], padded at the right.
 
-    Every setting of the call is done or refused by name (:mod:`ivg.generate_args`). What transformers does to logits without
-    knowing what a search is (``bad_words_ids``, ``min_new_tokens``, ``repetition_penalty`` …) is done to the base's logits, before
-    guidance; ``temperature``, ``top_k``, ``top_p`` and ``min_p`` act on the guided ones.
+    Every setting of the call is done or refused by name (:mod:`ivg.generate_args`). What changes logits (``bad_words_ids``,
+    ``min_new_tokens``, ``repetition_penalty`` …) acts on the guided ones, as for :class:`~ivg.SteeredModel`, and before ``temperature``,
+    ``top_k``, ``top_p`` and ``min_p``.
 
     Args:
         tokenizer: the base model's.
         values: by the names that the method asks for.
         method: see ``decoding.strategies``.
         seed: of all draws.
-        processors: logits processors of your own, each a function of (input_ids, scores) and nothing else: rows of a search tree come
-            in any order and number.
+        processors: logits processors of your own, behind transformers', each a function of (input_ids, scores) and nothing else: rows
+            of a search tree come in any order and number.
         settings: of the strategy (``width``, ``beta`` …).
     """
 
@@ -169,24 +167,24 @@ class SearchGenerate:
             raise ConfigError("SearchGenerate is called by model.generate(custom_generate=...), not directly")
         check_config(generation_config)
         mask = check_model_kwargs(model_kwargs)
-        processors = [*read_processors(logits_processor or ()), *self.processors]
+        processors = [*read_processors(logits_processor or (), generation_config), *self.processors]
         if processors and self.search.guidance is not None and self.search.guidance.draft:
             names = ", ".join(type(p).__name__ for p in processors)
             raise ConfigError(f"draft reads several tokens at once, and {names} one by one\n  leave draft out, or what asks for that")
         streamer = _streamer_of_caller()
         if streamer is not None and len(input_ids) > 1:
             raise ConfigError(f"streamer: a streamer shows one row, got {len(input_ids)}\n  leave it out, or give one prompt")
-        sampling = sampling_of(generation_config, input_ids.shape[1], read_stops(stopping_criteria or ()))
-        base = _Processed(CachedModel(model, "base"), self.tokenizer, None, end_ids(generation_config))
-        requests = []
+        sampling = sampling_of(generation_config, input_ids.shape[1], read_stops(stopping_criteria or (), generation_config))
+        kind = _Sound if mends_logits(logits_processor or ()) else Reader
+        base = kind(CachedModel(model, "base"), self.tokenizer, None, end_ids(generation_config))
+        requests, padded = [], {}
         mask = torch.ones_like(input_ids) if mask is None else mask
         for row, (ids, seen) in enumerate(zip(input_ids, mask.bool(), strict=True)):
             tokens = tuple(ids[seen].tolist())
-            base.padded[tokens] = ids.tolist()
+            padded[tokens] = ids.tolist()
             prompt = Prompt(base.vocabulary.whole(tokens), tokens)
             requests.append(Request(prompt, self.search, sampling, self.seed, row))
-        base.processors = processors
-        done = dict(Searcher(TransformersEngine(base)).run(requests))
+        done = dict(Searcher(_Processed(base, processors, padded)).run(requests))
         failed = next((f"row {row}: {c.error}" for row, c in sorted(done.items()) if c.error), None)
         if failed is not None:
             raise ConfigError(f"{failed}\n  a row of ids cannot say so; use SteeredModel to get the others")
@@ -202,28 +200,37 @@ class SearchGenerate:
         return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences  # type: ignore[arg-type]
 
 
-class _Processed(Reader):
-    """A base whose logits go through transformers' processors, which see the rows that ``generate`` was given, padding included."""
+class _Processed(TransformersEngine):
+    """An engine whose logits, guidance mixed in, go through transformers' processors.
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.processors: Sequence[LogitsProcessor] = ()
-        self.padded: dict[tuple[int, ...], list[int]] = {}
+    They see the rows that ``generate`` was given, padding included.
+    """
 
-    def outputs(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
-        out = super().outputs(hypotheses)
+    def __init__(self, base: Reader, processors: Sequence[LogitsProcessor], padded: Mapping[tuple[int, ...], list[int]]) -> None:
+        super().__init__(base)
+        self.processors, self.padded = processors, padded
+
+    def _processed(self, logits: Tensor, nodes: Sequence[Hypothesis], orders: Sequence[Extension]) -> Tensor:
         if not self.processors:
-            return out
-        out = out.clone()
+            return logits
+        out = logits.clone()
         groups: dict[int, list[int]] = {}
-        for i, h in enumerate(hypotheses):
+        for i, h in enumerate(nodes):
             groups.setdefault(len(h.token_ids), []).append(i)
         for rows in groups.values():
-            ids = [[*self.padded[hypotheses[i].prompt.token_ids or ()], *hypotheses[i].token_ids] for i in rows]
+            ids = [[*self.padded[nodes[i].prompt.token_ids or ()], *nodes[i].token_ids] for i in rows]
             scores = out[rows]
             for processor in self.processors:
                 scores = processor(torch.tensor(ids, device=out.device), scores)  # type: ignore[arg-type]
             out[rows] = scores.to(out.dtype)
+        return out
+
+
+class _Sound(Reader):
+    """A base whose NaN and infinite logits are mended before guidance, as ``remove_invalid_values`` asks."""
+
+    def outputs(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
+        out: Tensor = InfNanRemoveLogitsProcessor()(None, super().outputs(hypotheses))  # type: ignore[arg-type]
         return out
 
 
