@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -340,6 +341,25 @@ def test_a_function_that_ends_the_process_fails_for_its_row_alone():
         return [float(i) for i in items]
 
     assert each("mine", leaves, [1, 2, 3]) == [1.0, "mine raised SystemExit: 0", 3.0]
+
+
+def test_one_number_is_a_score_in_whatever_it_is_wrapped():
+    ones = [1, 1.0, True, np.float32(1), np.array([1.0]), np.array(1.0), torch.tensor(1.0), torch.tensor([[1.0]])]
+    assert each("mine", list, ones) == [1.0] * len(ones)
+    assert all(isinstance(s, ScoreFault) for s in each("mine", list, [np.array([1.0, 2.0]), torch.ones(2), None, "x", [1.0], 1j]))
+
+
+def test_one_response_in_place_of_a_list_is_told():
+    """Its characters would be scored, one by one."""
+    model = SteeredModel(tiny_reader("base"), {"mine": FunctionValue(shout, "mine")})
+    with pytest.raises(PromptError, match=r"responses is the text 'fine'\n  expected a list"):
+        model.score("ok", "fine", "mine")
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, "1", None])
+def test_weights_of_a_sum_are_finite_numbers(weight):
+    with pytest.raises(ConfigError, match="the weight of mine must be a finite number"):
+        CompositeValue([(weight, FunctionValue(shout, "mine"))])
 
 
 def test_rollouts_keep_what_could_be_scored(tmp_path):

@@ -16,8 +16,9 @@ from ivg.config import Recipe
 from ivg.errors import ConfigError, OutputError
 from ivg.jobs.failures import MOST, Failures
 from ivg.jobs.formats import SourceRow
+from ivg.jobs.imports import own_imports
 from ivg.jobs.prompts import Job, read_jobs
-from ivg.jobs.provenance import of_answers
+from ivg.jobs.provenance import fingerprint, of_answers
 from ivg.jobs.store import open_rows
 from ivg.records import BlockFile, append_lines, as_lines, differences, read_jsonl, write_json
 
@@ -343,6 +344,30 @@ def test_everything_that_makes_an_answer_counts_and_nothing_else(tmp_path):
     (tmp_path / "r.py").write_text("def f(prompt, response):\n    return 2\n")
     assert differences(first, of_answers(Recipe.parse(data), "cpu"))[0].startswith("weights.reward: ")
     assert json.loads(records.to_json(first)) == first
+
+
+def test_what_a_function_imports_from_beside_it_counts(tmp_path, monkeypatch):
+    """Its own modules and packages, and theirs; a stranger's do not, and what cannot be parsed is nobody's import."""
+    kit = tmp_path / "kit"
+    (kit / "deep").mkdir(parents=True)
+    (tmp_path / "r.py").write_text("import json, torch\nimport words as w\ndef f(p, r):\n    from kit.deep import rules\n    return 1\n")
+    (tmp_path / "words.py").write_text("import r\n")  # a circle
+    (kit / "__init__.py").write_text("")
+    (kit / "deep" / "__init__.py").write_text("")
+    (kit / "deep" / "rules.py").write_text("from .. import more\nfrom ...words import x\n")
+    (kit / "more.py").write_text("x = = 1\n")
+    (tmp_path / "stranger.py").write_text("")
+    monkeypatch.chdir("/")
+    names = [str(p.relative_to(tmp_path)) for p in own_imports(tmp_path / "r.py")]
+    assert names == ["r.py", "kit/__init__.py", "kit/deep/__init__.py", "kit/deep/rules.py", "kit/more.py", "words.py"]
+    first = fingerprint(f"{tmp_path}/r.py:f")
+    (tmp_path / "stranger.py").write_text("x = 1\n")
+    assert fingerprint(f"{tmp_path}/r.py:f") == first
+    marks = {first}
+    for name in names:
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "# edited\n")
+        marks.add(fingerprint(f"{tmp_path}/r.py:f"))
+    assert len(marks) == 1 + len(names)
 
 
 def test_runs_of_training_write_one_folder_at_a_time(tmp_path):

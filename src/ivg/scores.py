@@ -101,7 +101,7 @@ def every(scores: Scores) -> list[float]:
 def number(name: str, score: Any) -> float | ScoreFault:
     """``score`` as a finite number."""
     try:
-        found = float(score)
+        found = float(score.item() if hasattr(score, "item") else score)  # tensors and arrays of one number
     except Exception:  # tensors raise what they like
         return ScoreFault(f"{name} gave {_shown(score)}: expected a number")
     if math.isfinite(found):

@@ -260,10 +260,13 @@ class SteeredModel:
 
         Raises:
             ConfigError: no such value.
+            PromptError: a response that is no text, or one text in place of a list, whose characters would be scored.
             ScoreError: it has no finite number for some of them; has the scores of all others.
         """
         if value not in self.values:
             raise ConfigError(f"no value called {value!r}\n  expected one of: {', '.join(self.values) or 'none'}")
+        if isinstance(responses, str | bytes):
+            raise PromptError(f"responses is the text {responses[:40]!r}\n  expected a list of responses: [response]")
         found = self.values[value]
         with self.lock:
             hypotheses = [given(self.base, Prompt.of(prompt), text) for text in responses]

@@ -19,6 +19,7 @@ from typing import Any
 
 from ivg.config import ModelRef, Recipe
 from ivg.embedded import PREFIX, locate, names
+from ivg.jobs.imports import own_imports
 
 REMEMBER = 64 << 20
 """Bytes from which the digest of a file is remembered (in ``$XDG_CACHE_HOME/ivg``), by path, size, time of change and inode."""
@@ -121,7 +122,7 @@ def fingerprint(path: str) -> str | None:
     if where.is_file():
         return _file(where)[:16]
     file = function_file(path)
-    return None if file is None else _digest(file)[:16]
+    return None if file is None else _function(file)
 
 
 def same(a: str, b: str) -> bool:
@@ -149,6 +150,14 @@ def _place(path: str) -> tuple[str, str]:
     if file is not None:
         return str(file.resolve()), path.rpartition(":")[2]
     return (str(where.resolve()) if where.exists() else path), ""
+
+
+def _function(file: Path) -> str:
+    """Of a function's file and of all files of the user's that it imports; installed packages are not looked into."""
+    files = own_imports(file)
+    if len(files) == 1:
+        return _digest(file)[:16]
+    return hashlib.sha256("".join(f"{path.name}\0{_digest(path)}\0" for path in files).encode()).hexdigest()[:16]
 
 
 def _directory(folder: Path) -> str:

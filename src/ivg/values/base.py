@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ivg.errors import IVGError, ScoreFault
+from ivg.errors import ConfigError, IVGError, ScoreFault
 from ivg.guides import VocabularyValue, knows_vocabulary
 from ivg.models.chat import prompt_text
 from ivg.scores import Scores, every, number, raised, score_each
@@ -62,9 +63,15 @@ class CompositeValue:
     Args:
         parts: (weight, value) pairs.
         name: in traces.
+
+    Raises:
+        ConfigError: a weight that is no finite number.
     """
 
     def __init__(self, parts: Sequence[tuple[float, Value]], name: str = "composite") -> None:
+        for weight, value in parts:
+            if not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise ConfigError(f"the weight of {value.name} must be a finite number, got {weight!r}")
         self.parts, self.name = tuple(parts), name
 
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
