@@ -7,6 +7,18 @@ from typing import Any
 
 from ivg.checks import settle
 
+OF_TRANSFORMERS = (
+    "no_repeat_ngram_size",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "sequence_bias",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+)
+"""Settings of ``generate`` that neither vLLM nor endpoints have a field for."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:

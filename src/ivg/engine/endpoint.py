@@ -23,6 +23,7 @@ from ivg.engine.asking import Asker, api_url
 from ivg.engine.interned import END, FILLER, EndpointTexts, InternedVocabulary
 from ivg.engine.replies import Heard, cached_of, heard, spelled, stop_at, used
 from ivg.errors import ConfigError
+from ivg.params import OF_TRANSFORMERS
 from ivg.types import Beam, Extension, FinishReason, Growth, Prompt, SamplingParams, TokenGuidance, new_key
 
 MOMENT = 0.05
@@ -60,18 +61,7 @@ class EndpointEngine:
         "alternatives": "an endpoint gives text, not distributions; leave them out",
         "weigh": "an endpoint gives text, not probabilities; leave token guidance out",
         **dict.fromkeys(
-            (
-                "min_new_tokens",
-                "min_length",
-                "no_repeat_ngram_size",
-                "suppress_tokens",
-                "begin_suppress_tokens",
-                "bad_words_ids",
-                "sequence_bias",
-                "forced_bos_token_id",
-                "forced_eos_token_id",
-                "exponential_decay_length_penalty",
-            ),
+            ("min_new_tokens", "min_length", *OF_TRANSFORMERS),
             "endpoints share no field for it; set it on the server, or use the transformers engine",
         ),
     }

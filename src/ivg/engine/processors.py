@@ -12,22 +12,11 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ivg.params import OF_TRANSFORMERS
 from ivg.types import SamplingParams
 
 _NEVER = float("-inf")
-_PROCESSED = (
-    "sequence_bias",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "bad_words_ids",
-    "min_length",
-    "min_new_tokens",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "exponential_decay_length_penalty",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-)
+_PROCESSED = ("repetition_penalty", "min_length", "min_new_tokens", *OF_TRANSFORMERS)
 _OFF = SamplingParams()
 
 Ids = Sequence[int]

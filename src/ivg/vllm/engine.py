@@ -20,6 +20,7 @@ from ivg.engine.children import Child, as_beams, newborn, push
 from ivg.errors import ConfigError, ModelError
 from ivg.models.texts import Texts
 from ivg.models.vocab import Vocabulary
+from ivg.params import OF_TRANSFORMERS
 from ivg.types import Beam, Extension, Growth, Prompt, SamplingParams, TokenGuidance, Value
 from ivg.vllm.config import KEY
 from ivg.vllm.core import Core, News
@@ -71,16 +72,7 @@ class VLLMEngine:
         "weigh": _ELSEWHERE,
         "alternatives": _ELSEWHERE,
         **dict.fromkeys(
-            (
-                "no_repeat_ngram_size",
-                "suppress_tokens",
-                "begin_suppress_tokens",
-                "bad_words_ids",
-                "sequence_bias",
-                "forced_bos_token_id",
-                "forced_eos_token_id",
-                "exponential_decay_length_penalty",
-            ),
+            OF_TRANSFORMERS,
             f"{_ELSEWHERE}; where the base's generation_config.json sets it: --generation-config ignore",
         ),
     }
