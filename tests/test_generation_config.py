@@ -9,6 +9,7 @@ from ivg import SteeredModel
 from ivg.config import Recipe
 from ivg.errors import ConfigError
 from ivg.models.generation import defaults_of, generation_defaults
+from ivg.models.loading import LoadOptions
 from ivg.steered import DEFAULT_SAMPLING
 from ivg.testing import byte_tokenizer, tiny_model
 
@@ -75,7 +76,7 @@ def generated(model, prompt, **settings):
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_greedy_base_is_generate(checkpoint, settings):
     folder = checkpoint(settings)
-    model = SteeredModel.from_pretrained(folder)
+    model = SteeredModel.from_pretrained(folder, options=LoadOptions(dtype="float32"))  # bfloat16 rounds two tokens to a tie
     got = model.generate(PROMPTS, "base", temperature=0, max_new_tokens=LENGTH)
     assert [list(c.token_ids) for c in got] == [generated(model, p) for p in PROMPTS]
 

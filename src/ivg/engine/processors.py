@@ -115,11 +115,11 @@ def _completions(text: Ids, size: int) -> list[int]:
 
 
 def _bias(z: Tensor, text: Ids, biases: Iterable[tuple[Ids, float]]) -> None:
-    """Add the bias of every sequence whose tokens but the last end ``text``; transformers skips sequences longer than ``text``."""
+    """Add the bias of every sequence whose tokens but the last end ``text``, or are all of it."""
     total: dict[int, float] = {}
     for sequence, bias in biases:
         before = len(sequence) - 1
-        if (before == 0 or before < len(text)) and list(text[len(text) - before :]) == list(sequence[:-1]) and sequence[-1] < len(z):
+        if before <= len(text) and list(text[len(text) - before :]) == list(sequence[:-1]) and sequence[-1] < len(z):
             total[sequence[-1]] = total.get(sequence[-1], 0.0) + bias
     if total:
         ids = sorted(total)
