@@ -504,6 +504,11 @@ def decide(values, guide="implicit", fits=True, **rest):
             "0.66–0.74); accuracy where longer and shorter are chosen alike 0.51, interval 0.47–0.55",
         ),
         (on_pairs(0.7, balanced=0.7, residual=0.52), "length", "by what length does not predict 0.52, interval 0.48–0.56"),
+        (
+            on_pairs(0.9, 0.12, balanced=0.9, residual=0.6, n=60),
+            "unclear",
+            "60 pairs of so few different lengths (tokens) cannot tell it from",
+        ),
         (on_pairs(0.9, residual=0.8), "length", "and in no pair the shorter one; give pairs that length does not decide"),
         (on_pairs(0.9, seen=380), "trained", "was trained on 380 of these pairs, and too few others are left"),
     ],

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -71,17 +72,34 @@ def test_python_blocks_run(code, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
+def hash_of(number):
+    return zlib.crc32(str(number).encode())
+
+
 def write_preferences(path):
     """Praise against scorn, which the embedded pair tells apart."""
     openings = [f"{a} {b}" for a in ("This film", "The movie", "The story", "Her acting") for b in ("was", "is", "seems")]
-    pairs = [
-        (" great, and I loved it", " awful, and I hated it"),
-        (" a wonderful surprise.", " a terrible waste."),
-        (" perfect!", " boring!"),
-        (" lovely.", " awful from beginning to end."),  # length must not explain which is better
-        (" great fun.", " a bad, stupid and boring film."),
+    good = (" great", " wonderful", " perfect", " a lovely surprise", " excellent and moving")
+    bad = (" awful", " terrible", " boring", " a stupid waste", " bad from beginning to end")
+    ends = (
+        ".",
+        "!",
+        " in every way.",
+        ", I think.",
+        " and that is all there is to say about it.",
+        ", as my friends told me.",
+        " for once.",
+    )
+    pick = iter(range(10**6))  # praise and scorn of many lengths, in no order: length must not explain which is better
+    rows = [
+        {
+            "prompt": opening,
+            "chosen": good[hash_of(next(pick)) % len(good)] + ends[hash_of(next(pick)) % len(ends)],
+            "rejected": bad[hash_of(next(pick)) % len(bad)] + ends[hash_of(next(pick)) % len(ends)],
+        }
+        for opening in openings
+        for _ in range(7)
     ]
-    rows = [{"prompt": p, "chosen": good, "rejected": bad} for p in openings for good, bad in pairs]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 

@@ -94,7 +94,15 @@ def standing(v: OnPairs) -> Standing:
         return "unclear" if whole.high - whole.low > 2 * UNDECIDED else "chance"
     if whole.rate < USEFUL:
         return "weak"
-    return "right" if v.length is None or _beyond(v.length) else "length"
+    if v.length is None or _beyond(v.length):
+        return "right"
+    return "unclear" if _undecided(v.length) else "length"
+
+
+def _undecided(c: LengthControl) -> bool:
+    """Right where longer and shorter are chosen alike, but too few different lengths to tell it from another function of length."""
+    passed = c.balanced is not None and c.balanced.low > 0.5 and c.balanced.rate >= USEFUL
+    return passed and c.residual.low <= 0.5 <= USEFUL < c.residual.high and c.residual.high - c.residual.low > 2 * UNDECIDED
 
 
 def _beyond(c: LengthControl) -> bool:
@@ -114,6 +122,16 @@ def _explained(c: LengthControl, whole: Share) -> str:
     )
 
 
+def _too_few(v: OnPairs) -> str:
+    whole, c = v.whole, v.length
+    if whole.low <= 0.5 or c is None:
+        return f"cannot be told from chance by {whole.n} pairs ({whole}): give more pairs"
+    return (
+        f"is right ({whole}), but {whole.n} pairs of so few different lengths ({c.unit}) cannot tell it from a function of length: "
+        f"accuracy by what length does not predict {c.residual}; give more pairs, of more lengths"
+    )
+
+
 def about(v: OnPairs, subject: str) -> str:
     """One sentence on a value's accuracy; ``subject`` is what to call it."""
     found, whole = standing(v), v.whole
@@ -121,7 +139,7 @@ def about(v: OnPairs, subject: str) -> str:
         "opposed": f"{subject} prefers what you reject ({whole}): guidance by it makes things worse; are tuned and untuned (or chosen "
         "and rejected) exchanged, or was it trained for something else?",
         "chance": f"{subject} ranks your preferences no better than chance ({whole}): guidance by it will not help",
-        "unclear": f"{subject} cannot be told from chance by {whole.n} pairs ({whole}): give more pairs",
+        "unclear": f"{subject} {_too_few(v)}",
         "weak": f"{subject} ranks your preferences hardly better than chance ({whole}): guidance by it is not worth its compute",
         "length": f"{subject} {_explained(v.length, whole) if v.length else ''}",
         "trained": f"{subject} was trained on {v.seen} of these pairs, and too few others are left: give pairs that it has not seen",
