@@ -190,7 +190,7 @@ def test_rows_of_a_json_list_fail_alone(tmp_path):
         "NaN is no JSON; write null", "expected a JSON object, got 3", "not UTF-8; convert the file, e.g. iconv -f LATIN1 -t UTF-8",
     ]  # fmt: skip
     for text, count, why in (
-        ('[{"a": 1}, {"a": 2', 1, "nothing behind it can be read"),
+        ('[{"a": 1}, {"a": 2', 1, "the rest of the file cannot be read"),
         ('[{"a": 1} {"a": 2}]', 1, "expected a comma or the end of the list"),
         ('[{"a": 1}', 1, "expected a comma or the end of the list"),
         ('[{"a": 1}] x', 1, "there is more behind the list"),

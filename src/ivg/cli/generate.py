@@ -44,7 +44,7 @@ HELP = """Answer prompts, steered.
 
     ivg generate --input prompts.jsonl --output out.jsonl --method ivg -W 4 -K 4 -L 5
 
-Input rows are {"id", "prompt"} or {"id", "messages"}; other columns travel to the output (docs/data.md). Output rows are
+Input rows are {"id", "prompt"} or {"id", "messages"}; other columns are copied to the output (docs/data.md). Output rows are
 appended as they are done; the same command again goes on where it stopped."""
 
 

@@ -40,7 +40,9 @@ def serve(
     strict: Annotated[
         bool | None, _option("--strict", "Refuse fields of requests that change no answer, instead of ignoring them.")
     ] = None,
-    keep_alive: Annotated[int | None, _option("--keep-alive", "Seconds that a connection may rest between requests. (default: 75)")] = None,
+    keep_alive: Annotated[
+        int | None, _option("--keep-alive", "Seconds of idle time that a connection may have between requests. (default: 75)")
+    ] = None,
     max_connections: Annotated[
         int | None, _option("--max-connections", "Open at once at most. (default: as the limit of open files allows)")
     ] = None,

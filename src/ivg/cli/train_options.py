@@ -133,7 +133,7 @@ def assignments(texts: list[str] | tuple[()]) -> dict[str, Any]:
 
 
 def read(reader: Any, sources: list[str], given: Mapping[str, Any], **more: Any) -> list[Any]:
-    """Rows of all sources together, at most ``--limit``; those that cannot be used are told, counted and left out."""
+    """Rows of all sources together, at most ``--limit``; those that cannot be used are reported, counted and left out."""
     from ivg.cli.progress import report
     from ivg.jobs.failures import Failures
 

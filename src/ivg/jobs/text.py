@@ -128,7 +128,7 @@ def _elements(text: str, start: int, *, whole: bool) -> Iterator[Found]:
         try:
             _, end = _ENDS.raw_decode(text, i)
         except (ValueError, RecursionError) as e:
-            yield line, None, f"{RowError.of(e, text[i:])}; nothing behind it can be read", _whole(text[i:])
+            yield line, None, f"{RowError.of(e, text[i:])}; the rest of the file cannot be read", _whole(text[i:])
             return
         piece = text[i:end]
         try:
@@ -144,7 +144,12 @@ def _elements(text: str, start: int, *, whole: bool) -> Iterator[Found]:
         else:
             ended = i < len(text) and text[i] == "]"
         if not ended:
-            yield _line(text, i), None, "not JSON: expected a comma or the end of the list; nothing behind it can be read", _whole(text[i:])
+            yield (
+                _line(text, i),
+                None,
+                "not JSON: expected a comma or the end of the list; the rest of the file cannot be read",
+                _whole(text[i:]),
+            )
             return
     if whole and (i := _skip(text, i + 1)) < len(text):
         yield _line(text, i), None, "not JSON: there is more behind the list", _whole(text[i:])

@@ -34,7 +34,7 @@ class ServeSettings(BaseModel):
         deadline: seconds that one request may take.
         drain: seconds that requests on their way get when the server is told to stop.
         strict: refuse fields of bodies that change no answer, instead of ignoring them.
-        keep_alive: seconds that a connection may rest between requests; longer than proxies before this server keep theirs.
+        keep_alive: seconds of idle time between the requests of a connection; longer than proxies before this server keep theirs.
         max_connections: open at once, at most; None: as many as the limit of open files leaves room for.
         cors_origins: web origins that may ask from a browser; none by default.
         log_prompts: write prompts to the log. Off: no text of anybody is written anywhere.
