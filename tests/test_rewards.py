@@ -371,6 +371,8 @@ def test_rollouts_keep_what_could_be_scored(tmp_path):
     assert [("score" in r, r.get("error")) for r in rows] == [(True, None), (False, raised), (False, nan), (True, None)]
     with pytest.raises(PromptError, match=r"reads at most 32 tokens, got 40"):
         RewardModel(encoder(positions=32, pad_token_id=0), byte_tokenizer()).rewards(["x", "x" * 40])
+    document = RewardModel(encoder(positions=32, pad_token_id=0), byte_tokenizer())
+    assert document.rewards(["x" * 40], truncate=True) == document.rewards(["x" * 32])
     reward = RewardModel(encoder(positions=32, pad_token_id=0), byte_tokenizer())
     out = rollout(model, [Prompt("x" * 40)], tmp_path / "n.jsonl", reward, samples=1, max_new_tokens=3, ignore_eos=True)
     row = json.loads(out.read_text())

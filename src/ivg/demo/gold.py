@@ -131,6 +131,6 @@ def accuracy(reward: Any, reviews: Sequence[Review], batch: int = 256) -> float:
     right = 0
     for start in range(0, len(reviews), batch):
         part = reviews[start : start + batch]
-        rewards, _ = reward.rewards([r.text for r in part])
+        rewards, _ = reward.rewards([r.text for r in part], truncate=True)
         right += sum((value > 0) == (r.label == 1) for value, r in zip(rewards, part, strict=True))
     return right / len(reviews)

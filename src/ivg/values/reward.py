@@ -164,13 +164,18 @@ class RewardModel:
         except PromptError:
             return None
 
-    def rewards(self, texts: Sequence[str]) -> tuple[list[float], list[int]]:
+    def rewards(self, texts: Sequence[str], *, truncate: bool = False) -> tuple[list[float], list[int]]:
         """(reward, number of tokens read) of every text, as :meth:`text` gives them.
+
+        Args:
+            texts: prompt and response together.
+            truncate: of texts that are too long read the beginning: right for documents, wrong for responses behind a prompt.
 
         Raises:
             PromptError: a text is too long: of a text nobody knows where its response begins (see :meth:`judge`).
         """
-        ids = [self.ids(text) for text in texts]
+        cut: dict[str, Any] = {"truncation": True, "max_length": self.limit} if truncate and self.limit is not None else {}
+        ids = [text_ids(text, self.tokenizer, verbose=False, **cut) for text in texts]
         if self.limit is not None and (longest := max(map(len, ids), default=0)) > self.limit:
             raise PromptError(f"{self.name} reads at most {self.limit} tokens, got {longest}\n  give prompt and response apart, to judge()")
         return self.logits(ids), [len(i) for i in ids]
