@@ -352,3 +352,11 @@ def test_one_refused_conversation_leaves_the_others_of_a_file(monkeypatch):
     done = [job.id for job, _, _ in answers(recipe, jobs, lambda *told: failed.append(told), trace=False)]
     assert done == [0, 2]
     assert len(failed) == 1 and "refuses these messages (roles: user, user): Roles must alternate" in str(failed[0])
+
+
+@pytest.mark.parametrize("ids", [(5, 10**6), (-1, 5)])
+def test_tokens_outside_the_vocabulary_are_refused(ids):
+    """They are not read as other tokens."""
+    model = SteeredModel(tiny_reader("base"))
+    with pytest.raises(PromptError, match=r"prompt token (1000000|-1) is outside the vocabulary of base"):
+        model.generate(Prompt("x", ids), "base", max_new_tokens=2)

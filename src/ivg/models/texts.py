@@ -75,8 +75,18 @@ class Texts:
         if prompt.token_ids is not None and (self.reads_given_ids or self.template is None):
             known = prompt.vocabulary is not None or self.reads_given_ids
             if known and self.vocabulary.same_as(prompt.vocabulary):
+                if self.reads_given_ids:
+                    self._check_ids(prompt.token_ids)
                 return tuple(self.own_ids(prompt.token_ids))
         return tuple(encode_rendered(self._rendered(prompt), self.tokenizer, chat=is_chat(prompt, self.template)))
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        """Raise PromptError for token ids that the model has no embedding for."""
+        wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+        if wrong is not None:
+            raise PromptError(
+                f"prompt token {wrong} is outside the vocabulary of {self.name}\n  expected ids from 0 to {self.vocab_size - 1}"
+            )
 
     def check_length(self, prompt: Prompt, new_tokens: int) -> int:
         """Length of the prompt in this model's tokens.
