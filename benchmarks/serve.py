@@ -29,7 +29,7 @@ from pathlib import Path
 
 import httpx
 
-from ivg.machine import facts
+from ivg.utils.environment import facts
 
 PROMPTS = (
     "The movie was",
@@ -157,10 +157,10 @@ async def ask(http: httpx.AsyncClient, job: tuple[str, int], args: argparse.Name
 
 def library(jobs: list, args: argparse.Namespace) -> dict:
     """What the library gives, each alone."""
+    from ivg.model import GuidedModel
     from ivg.models.loading import LoadOptions  # here: while the server is measured, this process has no use for them
-    from ivg.steered import SteeredModel
 
-    model = SteeredModel.embedded(LoadOptions(device="cpu", dtype="float32"))
+    model = GuidedModel.embedded(LoadOptions(device="cpu", dtype="float32"))
     return {job: model.generate(job[0], args.method, seed=job[1], max_new_tokens=args.max_tokens).text for job in jobs}
 
 

@@ -24,12 +24,12 @@ import torch
 
 from ivg.bench.report import publish
 from ivg.bench.shapes import build, networks, prompts
-from ivg.machine import command, commit, facts
-from ivg.models.cached import CachedModel
-from ivg.models.packing import pack
-from ivg.models.reader import Reader
-from ivg.steered import SteeredModel
+from ivg.model import GuidedModel
+from ivg.models.cached_lm import CachedLM
+from ivg.models.packed_linear import pack
+from ivg.models.runner import ModelRunner
 from ivg.types import Beam, new_key
+from ivg.utils.environment import command, commit, facts
 from ivg.values.explicit import ExplicitValue
 from ivg.values.implicit import ImplicitValue
 
@@ -67,9 +67,9 @@ def crafted(shape, dtype, spread, *, agree, seed=0):
             for block in nets[name].transformer.h:
                 for layer in (block.attn.c_proj, block.mlp.c_proj):
                     layer.weight *= spread
-    reader = lambda name: Reader(CachedModel(pack(nets[name]), name), tokenizer)  # noqa: E731
-    value = ExplicitValue(Reader(CachedModel(pack(nets["value"]), "explicit"), tokenizer))
-    return SteeredModel(reader("base"), {"implicit": ImplicitValue(reader("tuned"), reader("untuned")), "explicit": value})
+    reader = lambda name: CachedLM(ModelRunner(pack(nets[name]), name), tokenizer)  # noqa: E731
+    value = ExplicitValue(CachedLM(ModelRunner(pack(nets["value"]), "explicit"), tokenizer))
+    return GuidedModel(reader("base"), {"implicit": ImplicitValue(reader("tuned"), reader("untuned")), "explicit": value})
 
 
 def _furnish(body, words, places, signs, copies):
@@ -98,7 +98,7 @@ def character(model, prompt, tokens):
 
 def embedded(arguments):
     """Acceptance and base passes per token of the embedded models, always so many tokens ahead."""
-    model, rows = SteeredModel.embedded(), []
+    model, rows = GuidedModel.embedded(), []
     openings = OPENINGS[:2] if arguments.quick else OPENINGS
     for method in ("eft", "ivg"):
         for beta in (0.5, 1.0, 2.0):

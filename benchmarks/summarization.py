@@ -21,8 +21,8 @@ from pathlib import Path
 
 from ivg.jobs.formats import read_rows
 from ivg.models.loading import LoadOptions
-from ivg.records import as_lines, read_jsonl, write_json, write_text
 from ivg.types import Prompt
+from ivg.utils.jsonl import as_lines, read_jsonl, write_json, write_text
 from ivg.values.reward import RewardModel
 
 WORDS = 80

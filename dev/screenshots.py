@@ -61,13 +61,13 @@ PICTURES = (
 @contextmanager
 def server() -> Iterator[str]:
     """The address of a server of the embedded models, for as long as the block runs."""
-    from ivg.config import Recipe
-    from ivg.serving.presets import Presets
-    from ivg.serving.run import make_server
+    from ivg.model import GuidedModel
+    from ivg.serving.served_models import ServedModels
+    from ivg.serving.server import make_server
     from ivg.serving.settings import ServeSettings
-    from ivg.steered import SteeredModel
+    from ivg.settings.recipe import Recipe
 
-    running = make_server(Presets(SteeredModel.embedded(), Recipe(), ServeSettings()))
+    running = make_server(ServedModels(GuidedModel.embedded(), Recipe(), ServeSettings()))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()  # whoever comes before the server is up waits

@@ -8,7 +8,7 @@ import time
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from ivg.draws import mix
+from ivg.utils.rng import mix
 
 LETTERS = "abcdefgh"
 

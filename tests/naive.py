@@ -1,6 +1,6 @@
 """Every strategy written straight from METHOD: no cache, no batch, one beam and one full forward pass at a time, float32.
 
-Draws come from ivg.draws so that tokens can be compared; nothing else of ivg is used. At the end: rows of a cached model at random.
+Draws come from ivg.utils.rng so that tokens can be compared; nothing else of ivg is used. At the end: rows of a cached model at random.
 """
 
 import math
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from ivg.draws import child_lineage, mix, uniform
+from ivg.utils.rng import child_lineage, mix, uniform
 
 
 def outputs(network, ids):

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ivg.draws import child_lineage, mix, uniform
+from ivg.utils.rng import child_lineage, mix, uniform
 from naive import entropy, grow, guided, outputs
 
 

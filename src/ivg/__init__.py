@@ -6,34 +6,37 @@ Importing this imports no torch; the names below are loaded when they are first 
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
+from ivg.utils.version import VERSION
+
 if TYPE_CHECKING:
-    from ivg.decoding.search import Request, Search, Searcher
-    from ivg.decoding.strategies import STRATEGIES, Strategy, strategy
-    from ivg.engine.transformers import TransformersEngine
-    from ivg.hooks import GuidanceLogitsProcessor, SearchGenerate
-    from ivg.models.cached import CachedModel
+    from ivg.engines.transformers.engine import TransformersEngine
+    from ivg.integrations.transformers import GuidanceLogitsProcessor, GuidedGenerate
+    from ivg.model import GuidedModel
+    from ivg.models.cached_lm import CachedLM
     from ivg.models.loading import LoadOptions
-    from ivg.models.reader import Reader
-    from ivg.steered import SteeredModel
+    from ivg.models.runner import ModelRunner
+    from ivg.search.methods import METHODS, Method, get_method
+    from ivg.search.searcher import Request, Search, Searcher
     from ivg.types import Beam, Completion, Message, Prompt, SamplingParams, Step, TokenGuidance, Usage
     from ivg.values.base import CompositeValue, FunctionValue
     from ivg.values.explicit import ExplicitValue
     from ivg.values.implicit import AutoregressiveReward, ImplicitValue
     from ivg.values.reward import RewardModel
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOME = {
-    "ivg.decoding.search": ("Request", "Search", "Searcher"),
-    "ivg.decoding.strategies": ("STRATEGIES", "Strategy", "strategy"),
-    "ivg.engine.transformers": ("TransformersEngine",),
-    "ivg.hooks": ("GuidanceLogitsProcessor", "SearchGenerate"),
-    "ivg.models.cached": ("CachedModel",),
+    "ivg.search.searcher": ("Request", "Search", "Searcher"),
+    "ivg.search.methods": ("METHODS", "Method", "get_method"),
+    "ivg.engines.transformers.engine": ("TransformersEngine",),
+    "ivg.integrations.transformers": ("GuidanceLogitsProcessor", "GuidedGenerate"),
+    "ivg.models.runner": ("ModelRunner",),
     "ivg.models.loading": ("LoadOptions",),
-    "ivg.models.reader": ("Reader",),
-    "ivg.steered": ("SteeredModel",),
+    "ivg.models.cached_lm": ("CachedLM",),
+    "ivg.model": ("GuidedModel",),
     "ivg.types": ("Beam", "Completion", "Message", "Prompt", "SamplingParams", "Step", "TokenGuidance", "Usage"),
     "ivg.values.base": ("CompositeValue", "FunctionValue"),
     "ivg.values.explicit": ("ExplicitValue",),
@@ -43,38 +46,53 @@ _HOME = {
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "STRATEGIES",
+    "METHODS",
     "AutoregressiveReward",
     "Beam",
-    "CachedModel",
+    "CachedLM",
     "Completion",
     "CompositeValue",
     "ExplicitValue",
     "FunctionValue",
     "GuidanceLogitsProcessor",
+    "GuidedGenerate",
+    "GuidedModel",
     "ImplicitValue",
     "LoadOptions",
     "Message",
+    "Method",
+    "ModelRunner",
     "Prompt",
-    "Reader",
     "Request",
     "RewardModel",
     "SamplingParams",
     "Search",
-    "SearchGenerate",
     "Searcher",
-    "SteeredModel",
     "Step",
-    "Strategy",
     "TokenGuidance",
     "TransformersEngine",
     "Usage",
     "__version__",
-    "strategy",
+    "get_method",
 ]
 
 
+_RENAMED = {
+    "CachedModel": "ModelRunner",
+    "Reader": "CachedLM",
+    "STRATEGIES": "METHODS",
+    "SearchGenerate": "GuidedGenerate",
+    "SteeredModel": "GuidedModel",
+    "Strategy": "Method",
+    "strategy": "get_method",
+}
+"""Names of version 0.1, which version 0.3 will not have."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        warnings.warn(f"ivg.{name} is now ivg.{_RENAMED[name]}; the old name goes with version 0.3", DeprecationWarning, stacklevel=2)
+        name = _RENAMED[name]
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'ivg' has no attribute {name!r}")

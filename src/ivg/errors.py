@@ -105,7 +105,7 @@ class ScoreFault(str):
         return made
 
 
-class UpstreamFault(str):
+class UpstreamError(str):
     """What another server did instead of answering, in one line that names it.
 
     Text like every error of a hypothesis, so that it is written and shown as such; ``ivg serve`` tells its own clients less.
@@ -119,7 +119,7 @@ class UpstreamFault(str):
     status: int | None
     said: str
 
-    def __new__(cls, line: str, status: int | None = None, said: str = "") -> UpstreamFault:
+    def __new__(cls, line: str, status: int | None = None, said: str = "") -> UpstreamError:
         """A line of text that knows more."""
         made = super().__new__(cls, line)
         made.status, made.said = status, said

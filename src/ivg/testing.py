@@ -10,8 +10,20 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ivg.draws import child_lineage, uniform
-from ivg.types import Beam, Extension, FinishReason, Growth, Hypothesis, Meter, Prompt, SamplingParams, TokenGuidance, Value, new_key
+from ivg.types import (
+    Beam,
+    ExpandOutput,
+    ExpandRequest,
+    FinishReason,
+    Hypothesis,
+    Prompt,
+    SamplingParams,
+    TokenCounter,
+    TokenGuidance,
+    Value,
+    new_key,
+)
+from ivg.utils.rng import child_lineage, uniform
 
 if TYPE_CHECKING:
     from ivg.values.base import CompositeValue
@@ -110,25 +122,25 @@ class FakeEngine:
         """Forget them."""
         self.held -= set(keys)
 
-    def extend(self, orders: Sequence[Extension]) -> list[list[Beam]]:
+    def extend(self, orders: Sequence[ExpandRequest]) -> list[list[Beam]]:
         """Children of every beam."""
         self.calls.append(len(orders))
         return [self._family(order) for order in orders]
 
-    def _family(self, order: Extension) -> list[Beam]:
+    def _family(self, order: ExpandRequest) -> list[Beam]:
         beam = order.beam
         if self._pauses(order, beam.text, len(beam.token_ids)):
             return [replace(beam, paused=True)]
         return [self._child(order, order.first + i) for i in range(order.successors)]
 
-    def _pauses(self, order: Extension, text: str, length: int) -> bool:
+    def _pauses(self, order: ExpandRequest, text: str, length: int) -> bool:
         """Does the order's chunk end behind ``text``?"""
         if order.pause is None or length < order.pause.after:
             return False
         base = self._distribution(text)
         return -sum(p * math.log(p) for p in base if p) >= order.pause.entropy
 
-    def _child(self, order: Extension, index: int) -> Beam:
+    def _child(self, order: ExpandRequest, index: int) -> Beam:
         beam = order.beam
         lineage, ids = child_lineage(beam.lineage, len(beam.token_ids), index), list(beam.token_ids)
         text, ratio, paused = beam.text, beam.log_ratio, False
@@ -180,7 +192,7 @@ class FakeEngine:
         return [w / sum(weights) for w in weights]
 
 
-class PacedFakeEngine(FakeEngine):
+class AsyncFakeEngine(FakeEngine):
     """As :class:`FakeEngine`, with orders that end each at its own time, in no particular order.
 
     Children under way are shown with half of their new letters to whoever watches. ``given_up`` has the beams whose orders were.
@@ -191,27 +203,27 @@ class PacedFakeEngine(FakeEngine):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.given_up: list[int] = []
-        self._orders: dict[int, Extension] = {}
+        self._orders: dict[int, ExpandRequest] = {}
         self._rounds = 0
 
-    def submit(self, orders: Sequence[Extension]) -> None:
+    def submit(self, orders: Sequence[ExpandRequest]) -> None:
         """Begin them."""
         self.calls.append(len(orders))
         self._orders |= {order.beam.key: order for order in orders}
 
-    def collect(self, beams: Collection[int] | None = None) -> list[Growth]:
+    def collect(self, beams: Collection[int] | None = None) -> list[ExpandOutput]:
         """Some of the orders of ``beams``, done; of the others what is watched."""
         self._rounds += 1
-        out: list[Growth] = []
+        out: list[ExpandOutput] = []
         orders = [(key, order) for key, order in self._orders.items() if beams is None or key in beams]
         for place, (key, order) in enumerate(orders):
             if len(orders) == 1 or uniform(place, self._rounds) < 0.3:
                 del self._orders[key]
-                out.append(Growth(key, self._family(order)))
+                out.append(ExpandOutput(key, self._family(order)))
             elif order.watch and order.tokens > 1:
                 half = self._family(replace(order, tokens=order.tokens // 2))
                 self.held -= {b.key for b in half}
-                out.append(Growth(key, half, done=False))
+                out.append(ExpandOutput(key, half, done=False))
         return out
 
     def release(self, keys: Sequence[int]) -> None:
@@ -292,29 +304,29 @@ def tiny_model(architecture: str = "llama", seed: int = 0, vocab_size: int = 257
     return model
 
 
-def tiny_reader(name: str = "base", architecture: str = "llama", seed: int = 0, tokenizer: Any = None, **settings: Any) -> Any:
-    """A :class:`~ivg.models.reader.Reader` of a :func:`tiny_model`."""
-    from ivg.models.cached import CachedModel
-    from ivg.models.reader import Reader
+def tiny_lm(name: str = "base", architecture: str = "llama", seed: int = 0, tokenizer: Any = None, **settings: Any) -> Any:
+    """A :class:`~ivg.models.cached_lm.CachedLM` of a :func:`tiny_model`."""
+    from ivg.models.cached_lm import CachedLM
+    from ivg.models.runner import ModelRunner
 
     tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
     network = tiny_model(architecture, seed, vocab_size=len(tokenizer), **settings)
-    return Reader(CachedModel(network, name), tokenizer)
+    return CachedLM(ModelRunner(network, name), tokenizer)
 
 
 def tiny_value(head: str = "vocabulary", architecture: str = "llama", seed: int = 0, tokenizer: Any = None, name: str = "explicit") -> Any:
     """An :class:`~ivg.values.explicit.ExplicitValue` with a random head over the body of a :func:`tiny_model`."""
     import torch
 
-    from ivg.models.cached import CachedModel
-    from ivg.models.reader import Reader
+    from ivg.models.cached_lm import CachedLM
+    from ivg.models.runner import ModelRunner
     from ivg.models.value_head import ValueModel
     from ivg.values.explicit import ExplicitValue
 
     tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
     model = ValueModel(tiny_model(architecture, seed, vocab_size=len(tokenizer)).base_model, head)  # type: ignore[arg-type]
     torch.nn.init.normal_(model.head.weight, std=0.3)
-    return ExplicitValue(Reader(CachedModel(model, name), tokenizer), name)
+    return ExplicitValue(CachedLM(ModelRunner(model, name), tokenizer), name)
 
 
 def hypothesis(prompt: str, text: str, reader: Any, parent: Hypothesis | None = None, *, end: bool = False) -> Beam:
@@ -328,6 +340,6 @@ def hypothesis(prompt: str, text: str, reader: Any, parent: Hypothesis | None = 
         ids,
         text,
         "stop" if end else None,
-        Meter(),
+        TokenCounter(),
         vocabulary=reader.vocabulary,
     )

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ivg.build import load_models
-from ivg.config import Recipe
 from ivg.embedded import path
+from ivg.factory.recipe import load_models
 from ivg.models.value_head import ValueModel
+from ivg.settings.recipe import Recipe
 
 VOCABULARY = 4096
 _SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}

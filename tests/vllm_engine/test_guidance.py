@@ -8,9 +8,9 @@ import pytest
 import torch
 from making import VOCABULARY, make, models, prompts, trio, with_biased_head, with_loud_padding, with_vocabulary_head
 
-from ivg.config import Recipe
 from ivg.embedded import path
 from ivg.errors import ConfigError, PromptError, VocabularyError
+from ivg.settings.recipe import Recipe
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 64, "ignore_eos": True}
 
@@ -211,7 +211,7 @@ def test_guides_with_other_tokens_are_refused(folder, tmp_path):
     shutil.copytree(paths["tuned"], other)
     words = {f"w{i}": i for i in range(100)}
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "w0")), eos_token="w0").save_pretrained(other)
-    from ivg.build import load_models
+    from ivg.factory.recipe import load_models
 
     recipe = Recipe.parse({"run": {"engine": "vllm"}, "models": paths | {"tuned": str(other)}, "search": {"method": "eft"}})
     with pytest.raises(VocabularyError, match="transformers engine"):

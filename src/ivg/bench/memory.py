@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from ivg import machine
 from ivg.bench.settings import Settings, from_mapping
 from ivg.errors import ModelError
+from ivg.utils import environment
 
 
 def measure(settings: Settings) -> dict[str, Any]:
@@ -37,15 +37,15 @@ def measure(settings: Settings) -> dict[str, Any]:
 def here(settings: Settings) -> dict[str, Any]:
     """The same in this process, which should have done nothing before."""
     from ivg.bench.runner import Bench, entries
-    from ivg.cost import readers
+    from ivg.diagnostics.cost import readers
 
     settings = replace(settings, contestants=("ours",))
     (entry,) = entries(settings)
     tiny = "tiny-llama" if "llama" in settings.shape else "tiny"
     small = replace(settings, shape=tiny, guide=None, prompts=2, prompt_tokens=8, new_tokens=12)
     Bench(small).measure(replace(entry, prompts=2, new_tokens=12), 0)
-    machine.trim()
-    before = machine.resident_bytes(settings.device)
+    environment.trim()
+    before = environment.resident_bytes(settings.device)
     bench = Bench(settings)
     row = bench.measure(entry, 0)
     if before is None or row["peak"] is None:
@@ -60,7 +60,7 @@ def here(settings: Settings) -> dict[str, Any]:
 
 def _size(network: Any) -> int:
     """Bytes of weights and buffers; tied ones count once, packed ones as they lie."""
-    from ivg.models.packing import packed_layers
+    from ivg.models.packed_linear import packed_layers
 
     held = {t.data_ptr(): t.nbytes for t in (*network.parameters(), *network.buffers())}
     return sum(held.values()) + sum(layer.elements * layer.packed.element_size() for layer in packed_layers(network))

@@ -14,7 +14,7 @@ from typing import Any
 
 from ivg.bench.settings import Settings
 from ivg.errors import ConfigError
-from ivg.records import write_text
+from ivg.utils.jsonl import write_text
 
 Row = Mapping[str, Any]
 COLUMNS = ("contestant", "prompts", "s", "answers/s", "tokens/s", "first s", "peak MiB", "+MiB", "TFLOP")

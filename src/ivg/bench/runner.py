@@ -14,9 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ivg import machine
 from ivg.bench.settings import Settings
-from ivg.records import BlockFile, read_jsonl
+from ivg.utils import environment
+from ivg.utils.jsonl import BlockFile, read_jsonl
 
 Row = Mapping[str, Any]
 """One measurement; see :func:`measure`."""
@@ -56,8 +56,8 @@ def run(
         ConfigError: ``out`` was made with other settings, or on another machine.
     """
     wanted = entries(settings) if wanted is None else list(wanted)
-    made_by = {**settings.provenance, "entries": [asdict(e) for e in wanted], "machine": machine.facts()}
-    with _place(out) as path, machine.alone(path):
+    made_by = {**settings.provenance, "entries": [asdict(e) for e in wanted], "machine": environment.facts()}
+    with _place(out) as path, environment.alone(path):
         file = BlockFile(path, 1, settings.rounds * len(wanted), made_by)
         if not file.complete:
             bench = Bench(settings)
@@ -88,8 +88,8 @@ class Bench:
         from transformers.utils import logging
 
         from ivg.bench.shapes import build
-        from ivg.cost import parameters
-        from ivg.models.packing import can_pack
+        from ivg.diagnostics.cost import parameters
+        from ivg.models.packed_linear import can_pack
 
         logging.set_verbosity_error()  # transformers warns of padding wherever token 0 is drawn
         if settings.threads is not None:
@@ -104,13 +104,13 @@ class Bench:
         if rivals and can_pack(network):
             self.model = build(settings.shape, settings.guide, **shape)
         self.device, self.dtype = str(self.model.reader.model.device), str(next(network.parameters()).dtype).removeprefix("torch.")
-        self.sizes, self.commit = parameters(self.model), machine.commit()
+        self.sizes, self.commit = parameters(self.model), environment.commit()
         self._contestants: dict[str, Any] = {}
         self._prompts: list[Any] = []
 
     def warm_up(self, wanted: Sequence[Entry]) -> None:
         """Every contestant once, on its prompts and the tokens of one chunk and a little."""
-        few = (self.settings.strategy.chunk_length or 5) + 1
+        few = (self.settings.resolved_method.chunk_length or 5) + 1
         for contestant in dict.fromkeys(e.contestant for e in wanted):
             prompts = max(e.prompts for e in wanted if e.contestant == contestant)
             tokens = min(few, max(e.new_tokens for e in wanted if e.contestant == contestant))
@@ -123,20 +123,20 @@ class Bench:
         ``ours`` needed at the busiest moment, each row by itself, ``held`` the same with what rows share counted once;
         ``others`` the share of the processors that other processes took; None where it is not known.
         """
-        from ivg.cost import flops, readers
+        from ivg.diagnostics.cost import flops, readers
 
         contestant, prompts = self._contestant(entry.contestant), self._texts(entry.prompts)
         self.model.forget()
-        machine.trim()
-        machine.reset_peak()
-        before, clock, begin = machine.resident_bytes(self.device), machine.clock(), time.perf_counter()
+        environment.trim()
+        environment.reset_peak()
+        before, clock, begin = environment.resident_bytes(self.device), environment.clock(), time.perf_counter()
         gc.disable()
         try:
             outcome = contestant.run(prompts, entry.new_tokens, self.settings.seed + number)
         finally:
             gc.enable()
         seconds = time.perf_counter() - begin
-        peak, others = machine.peak_bytes(self.device), machine.others(clock)
+        peak, others = environment.peak_bytes(self.device), environment.others(clock)
         models = [reader.model for reader in readers(self.model).values()]
         caches, held = sum(m.needed_peak for m in models), sum(m.held_peak for m in models)
         self.model.forget()
@@ -162,7 +162,7 @@ class Bench:
         }
 
     def _contestant(self, name: str) -> Any:
-        from ivg.bench.contestants import contestant
+        from ivg.bench.baselines import contestant
 
         if name not in self._contestants:
             self._contestants[name] = contestant(name, self.settings, self.model if name == "ours" else self.plain)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ivg.decoding.strategies import Strategy, strategy
 from ivg.errors import ConfigError
+from ivg.search.methods import Method, get_method
 
 CONTESTANTS = ("floor", "naive", "ours", "vllm")
 """Who can be measured; ``vllm`` only where it is installed."""
@@ -71,14 +71,14 @@ class Settings:
             self._check_naive()
 
     @property
-    def strategy(self) -> Strategy:
+    def resolved_method(self) -> Method:
         """The method with its sizes."""
-        return strategy(self.method, width=self.width, successors=self.successors, chunk_length=self.chunk_length)
+        return get_method(self.method, width=self.width, successors=self.successors, chunk_length=self.chunk_length)
 
     @property
     def hypotheses(self) -> int:
         """W * K: what the floor samples for each prompt."""
-        return self.strategy.width * self.strategy.successors
+        return self.resolved_method.width * self.resolved_method.successors
 
     @property
     def for_naive(self) -> int:
@@ -93,14 +93,14 @@ class Settings:
     @property
     def title(self) -> str:
         """In a few words."""
-        s = self.strategy
+        s = self.resolved_method
         sizes = f"W={s.width} K={s.successors} L={s.chunk_length or 'all'}"
         return f"{self.shape}, {self.method} {sizes}, {self.prompts} prompts × {self.new_tokens} new tokens"
 
     def _check_naive(self) -> None:
         """Raise where the naive rival knows no such method."""
-        s = self.strategy
-        plain = Strategy(s.name, s.summary, s.width, s.successors, s.chunk_length, s.token, s.select, beta=s.beta)
+        s = self.resolved_method
+        plain = Method(s.name, s.summary, s.width, s.successors, s.chunk_length, s.token, s.select, beta=s.beta)
         if s != plain or s.token not in (None, "implicit") or s.select not in (None, "explicit"):
             left = ",".join(c for c in self.contestants if c != "naive") or "ours"
             raise ConfigError(

@@ -14,17 +14,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ivg.draws import mix
 from ivg.errors import ConfigError
-from ivg.models.cached import CachedModel
-from ivg.models.chat import encode
+from ivg.model import GuidedModel
+from ivg.models.cached_lm import CachedLM
+from ivg.models.chat_template import encode
 from ivg.models.loading import LoadOptions, pick_device, pick_dtype
-from ivg.models.packing import pack
-from ivg.models.reader import Reader
+from ivg.models.packed_linear import pack
+from ivg.models.runner import ModelRunner
 from ivg.models.value_head import ValueModel
-from ivg.steered import SteeredModel
 from ivg.testing import byte_tokenizer
 from ivg.types import Prompt
+from ivg.utils.rng import mix
 from ivg.values.explicit import ExplicitValue
 from ivg.values.implicit import ImplicitValue
 
@@ -79,7 +79,7 @@ def shape(name: str) -> Shape:
 
 def build(
     base: str, guide: str | None = None, *, dtype: str = "auto", device: str | None = None, seed: int = 0, packed: bool = True
-) -> SteeredModel:
+) -> GuidedModel:
     """A base with the values ``implicit`` (two guides) and ``explicit`` (a vocabulary head), straight in ``dtype`` on ``device``.
 
     Args:
@@ -96,7 +96,7 @@ def build(
     if base == EMBEDDED:
         if guide is not None:
             raise ConfigError(f"the embedded models have guides of their own, got --guide {guide}\n  leave it out")
-        model = SteeredModel.embedded(LoadOptions(device=device, dtype=dtype, pack=packed))
+        model = GuidedModel.embedded(LoadOptions(device=device, dtype=dtype, pack=packed))
         _never_ends(model.reader.model.network)
         return model
     large, small = shape(base), shape(guide or shape(base).guide)
@@ -104,17 +104,17 @@ def build(
     kind = pick_dtype(dtype, where)
     tokenizer = tokenizer_of(large.vocabulary)
 
-    def reader(what: Shape, name: str, number: int) -> Reader:
+    def reader(what: Shape, name: str, number: int) -> CachedLM:
         network = _causal(what, large.vocabulary, kind, where, seed + number)
-        return Reader(CachedModel(pack(network) if packed else network, name), tokenizer)
+        return CachedLM(ModelRunner(pack(network) if packed else network, name), tokenizer)
 
     head = _value(small, large.vocabulary, kind, where, seed + 3)
-    value = ExplicitValue(Reader(CachedModel(pack(head) if packed else head, "explicit"), tokenizer))
+    value = ExplicitValue(CachedLM(ModelRunner(pack(head) if packed else head, "explicit"), tokenizer))
     implicit = ImplicitValue(reader(small, "tuned", 1), reader(small, "untuned", 2))
-    return SteeredModel(reader(large, "base", 0), {"implicit": implicit, "explicit": value})
+    return GuidedModel(reader(large, "base", 0), {"implicit": implicit, "explicit": value})
 
 
-def networks(model: SteeredModel) -> dict[str, nn.Module]:
+def networks(model: GuidedModel) -> dict[str, nn.Module]:
     """``base``, ``tuned``, ``untuned`` and ``value``, for contestants that use nothing else of ivg."""
     implicit, explicit = model.values["implicit"], model.values["explicit"]
     assert isinstance(implicit, ImplicitValue)

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ivg import machine
-from ivg.bench import memory, report, runner, waiting
+from ivg.bench import memory, report, runner, slot_utilization
 from ivg.bench.runner import Entry
 from ivg.bench.settings import Settings
 from ivg.errors import ConfigError
-from ivg.records import demand_provenance, write_json
+from ivg.utils import environment
+from ivg.utils.jsonl import demand_provenance, write_json
 
 Row = Mapping[str, Any]
 
@@ -114,7 +114,7 @@ def run(wanted: Plan, folder: Path, done: Callable[[str, Row], None] = lambda _,
         ConfigError: ``folder`` was made with other settings, or on another machine.
     """
     rows = {}
-    once = {"memory": _once(folder / "memory.json", wanted, _memory), "waiting": _once(folder / "waiting.json", wanted, _waiting)}
+    once = {"memory": _once(folder / "memory.json", wanted, _memory), "waiting": _once(folder / "slot_utilization.json", wanted, _waiting)}
     for name, (settings, entries) in wanted.groups().items():
         rows[name] = runner.run(settings, folder / f"{name}.jsonl", entries, lambda row, name=name: done(name, row))  # type: ignore[misc]
     flat = [row for group in rows.values() for row in group]
@@ -126,7 +126,7 @@ def run(wanted: Plan, folder: Path, done: Callable[[str, Row], None] = lambda _,
         "memory": once["memory"],
         "waiting": once["waiting"],
         "groups": {name: {label: report.figures(g) for label, g in report.by_label(group).items()} for name, group in rows.items()},
-        "made": machine.made(),
+        "made": environment.made(),
     }
 
 
@@ -179,7 +179,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
 def _once(path: Path, wanted: Plan, make: Callable[[Plan], dict[str, Any]]) -> dict[str, Any]:
     """The figures in ``path``, made by ``make`` if they are not there; refused if other settings made them."""
     settings = {k: v for k, v in asdict(wanted).items() if k != "settings"} | wanted.settings.provenance
-    provenance = json.loads(json.dumps(settings | {"machine": machine.facts()}))
+    provenance = json.loads(json.dumps(settings | {"machine": environment.facts()}))
     if not path.exists():
         write_json(path.with_name(path.name + ".meta.json"), provenance)
         write_json(path, make(wanted))
@@ -194,7 +194,7 @@ def _memory(wanted: Plan) -> dict[str, Any]:
 def _waiting(wanted: Plan) -> dict[str, Any]:
     """On tiny models: how many tokens are lost does not depend on the models' size."""
     tiny = replace(wanted.settings, shape="tiny", guide=None)
-    return waiting.measure(tiny, wanted.requests, wanted.least, wanted.most)
+    return slot_utilization.measure(tiny, wanted.requests, wanted.least, wanted.most)
 
 
 def check(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""The command line: one verb per file. Thin over ``SteeredModel``; ``--help`` imports no torch.
+"""The command line: one verb per file. Thin over ``GuidedModel``; ``--help`` imports no torch.
 
 Errors that ivg raises on purpose are printed in one line and exit with code 2.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from ivg.cli import bench, check, compare, eval, generate, models, pack, serve, train, winrate
+from ivg.cli import bench, check, compare, eval, export, generate, models, serve, train, winrate
 
 app = typer.Typer(
     name="ivg",
@@ -22,7 +22,7 @@ app.command("check", help=check.HELP)(check.check)
 app.command("eval", help=eval.HELP)(eval.evaluate)
 app.command("winrate", help=winrate.HELP)(winrate.winrate)
 app.command("serve", help=serve.HELP)(serve.serve)
-app.command("pack", help=pack.HELP)(pack.pack)
+app.command("pack", help=export.HELP)(export.pack)
 app.command("bench", help=bench.HELP)(bench.bench)
 
 
@@ -30,7 +30,7 @@ app.command("bench", help=bench.HELP)(bench.bench)
 def version(show: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
     """Options of ``ivg`` itself."""
     if show:
-        from ivg import __version__
+        from ivg.utils.version import VERSION
 
-        typer.echo(__version__)
+        typer.echo(VERSION)
         raise typer.Exit

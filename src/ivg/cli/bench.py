@@ -10,7 +10,7 @@ import typer
 
 from ivg.cli import options as o
 from ivg.errors import ConfigError
-from ivg.records import to_json
+from ivg.utils.jsonl import to_json
 
 if TYPE_CHECKING:
     from ivg.bench.settings import Settings
@@ -91,11 +91,11 @@ def _usual() -> list[str]:
 
 def _one(settings: Settings, out: Path | None, docs: Path | None) -> None:
     """One benchmark: table, notes, JSON."""
-    from ivg import machine
     from ivg.bench import report, runner
+    from ivg.utils import environment
 
     rows = runner.run(settings, out, done=lambda row: tell(row, settings.rounds))
-    found = report.summary(settings, rows, machine.made())
+    found = report.summary(settings, rows, environment.made())
     body, notes = report.cells(found), report.lines(found)
     if docs is not None:
         table = report.markdown(report.COLUMNS, body)

@@ -13,7 +13,7 @@ from ivg.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ivg.steered import SteeredModel
+    from ivg.model import GuidedModel
 
 HELP = """Do these models fit together (vocabulary, context, templates), and how far would guidance move the base?
 
@@ -88,14 +88,14 @@ def check(
         raise ConfigError("got prompts and --preferences\n  the prompts are taken from the file; leave the others out")
     from rich.console import Console
 
-    from ivg.build import load_models
+    from ivg.factory.recipe import load_models
 
     out = Console(highlight=False)
     model = load_models(given)
     fits = _table(out, model)
     _generation_config(out, model)
     if preferences is not None:
-        from ivg.cli.foresee import Order, run
+        from ivg.cli.preference_check import Order, run
 
         raise typer.Exit(run(out, model, given, Order(preferences, **extra)))  # type: ignore[arg-type]
     _disagreement(out, model, prompts or list(PROMPTS), 1.0 if given.search.beta is None else given.search.beta)
@@ -104,13 +104,13 @@ def check(
         raise typer.Exit(1)
 
 
-def _table(out: Console, model: SteeredModel) -> bool:
+def _table(out: Console, model: GuidedModel) -> bool:
     """Print how each model's tokens fit the base's; True when all that guide over the whole vocabulary do."""
     from rich.table import Table
     from rich.text import Text
 
-    from ivg.diagnose.fit import fit, readers, vocabulary_lines
-    from ivg.guides import knows_vocabulary
+    from ivg.diagnostics.compatibility import fit, readers, vocabulary_lines
+    from ivg.types.guides import knows_vocabulary
 
     table = Table("model", "tokens", "context", "chat template", "vocabulary", box=None, pad_edge=False)
     base = model.reader
@@ -130,7 +130,7 @@ def _table(out: Console, model: SteeredModel) -> bool:
     return fine
 
 
-def _generation_config(out: Console, model: SteeredModel) -> None:
+def _generation_config(out: Console, model: GuidedModel) -> None:
     """Say what the base's generation_config.json sets, and what of it does not apply."""
     if model.generation_config:
         listed = ", ".join(f"{name}={value!r}" for name, value in model.generation_config.items())
@@ -139,8 +139,8 @@ def _generation_config(out: Console, model: SteeredModel) -> None:
         out.print(f"generation_config.json of the base: {name} does not apply ({why})", soft_wrap=True, markup=False)
 
 
-def _disagreement(out: Console, model: SteeredModel, prompts: list[str], beta: float) -> None:
-    from ivg.diagnose.agreement import disagreement, in_words
+def _disagreement(out: Console, model: GuidedModel, prompts: list[str], beta: float) -> None:
+    from ivg.diagnostics.divergence import disagreement, in_words
 
     d = disagreement(model, prompts, beta=beta)
     if d is None:

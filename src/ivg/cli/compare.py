@@ -11,8 +11,8 @@ from ivg.cli import options as o
 from ivg.errors import ScoreError
 
 if TYPE_CHECKING:
-    from ivg.config import Recipe
-    from ivg.steered import SteeredModel
+    from ivg.model import GuidedModel
+    from ivg.settings.recipe import Recipe
     from ivg.values.reward import RewardModel
 
 HELP = """Answer one prompt by several methods, with scores, tokens spent and seconds.
@@ -51,13 +51,13 @@ def compare(
 ) -> None:
     """See HELP."""
     given = o.recipe_of(recipe, template, locals())
-    from ivg.build import load_models
     from ivg.cli.progress import progress, report
-    from ivg.decoding.strategies import strategy
+    from ivg.factory.recipe import load_models
+    from ivg.search.methods import get_method
 
     wanted = [m.strip() for m in methods.split(",")] if methods else list(DEFAULT)
     for name in wanted:
-        strategy(name)
+        get_method(name)
     with progress(len(wanted), "methods") as advance:
         model = load_models(given, every_guide=True)
         if methods is None:
@@ -86,9 +86,9 @@ def _gold() -> RewardModel:
 
 def _settings(recipe: Recipe, method: str) -> dict[str, Any]:
     """The recipe's search settings; what makes its own method what it is, is not forced upon the others."""
-    from ivg.decoding.strategies import strategy
+    from ivg.search.methods import get_method
 
-    settings, row = recipe.search.settings(), strategy(method)
+    settings, row = recipe.search.settings(), get_method(method)
     if method == recipe.search.method:
         return settings
     foreign = {"token", "select", "weights", "select_weights", "rule"}
@@ -110,7 +110,7 @@ def _ignored(recipe: Recipe, methods: list[str]) -> list[str]:
 
 
 def _row(
-    model: SteeredModel, prompt: str, method: str, recipe: Recipe, judge: str | None, gold: RewardModel | None, problems: list[str]
+    model: GuidedModel, prompt: str, method: str, recipe: Recipe, judge: str | None, gold: RewardModel | None, problems: list[str]
 ) -> tuple[str, ...]:
     """Cells of one method; what failed goes to ``problems``."""
     from ivg.types import Prompt

@@ -91,9 +91,9 @@ def evaluate(
     dtype: o.Dtype = None,
 ) -> None:
     """See HELP."""
-    from ivg.config import Recipe, SearchConfig
     from ivg.evaluation.plan import plan
     from ivg.evaluation.runner import STAGES
+    from ivg.settings.recipe import Recipe, SearchConfig
 
     given = o.recipe_of(recipe, template, locals())
     if recipe is not None and given.eval.task != task and "task" in Recipe.load(recipe).eval.model_fields_set:

@@ -15,11 +15,11 @@ from ivg.cli import options as o
 from ivg.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
-    from ivg.cluster.settings import ClusterSettings
-    from ivg.config import Recipe
     from ivg.jobs.failures import Failures
     from ivg.jobs.prompts import Job
+    from ivg.jobs.ray.settings import RaySettings
     from ivg.jobs.store import Rows
+    from ivg.settings.recipe import Recipe
     from ivg.types import Completion
 
 _CLUSTER = "Many machines (docs/scaling.md)"
@@ -74,7 +74,7 @@ def generate(
     token: o.Token = None,
     select: o.Select = None,
     candidates: o.Candidates = None,
-    gate: o.Gate = None,
+    gate: o.GuardMiddleware = None,
     draft: o.Draft = None,
     weights: o.Weights = None,
     select_weights: o.SelectWeights = None,
@@ -101,10 +101,10 @@ def generate(
     cpus_per_worker: Cpus = None,
 ) -> None:
     """See HELP."""
-    from ivg.cluster.settings import ClusterSettings
+    from ivg.jobs.ray.settings import RaySettings
 
     given = o.recipe_of(recipe, template, locals())
-    cluster = ClusterSettings.of(ray, workers, gpus_per_worker, cpus_per_worker)
+    cluster = RaySettings.of(ray, workers, gpus_per_worker, cpus_per_worker)
     if bool(prompts) == bool(input):
         raise ConfigError("give prompts, or --input FILE (exactly one of the two)")
     given, note = o.without_sizes(given)
@@ -116,9 +116,9 @@ def generate(
 
 def _check_method(recipe: Recipe) -> None:
     """Before any model is loaded: does the method exist, are its settings possible?"""
-    from ivg.decoding.strategies import strategy
+    from ivg.search.methods import get_method
 
-    strategy(recipe.search.method, **recipe.search.settings())
+    get_method(recipe.search.method, **recipe.search.settings())
 
 
 def run(
@@ -127,7 +127,7 @@ def run(
     source: Path | None,
     output: Path | None,
     trace: Path | None,
-    cluster: ClusterSettings | None = None,
+    cluster: RaySettings | None = None,
     *,
     format: str | None = None,
     failed: Path | None = None,
@@ -180,7 +180,7 @@ def _run(
     jobs: Sequence[Job],
     output: Path | None,
     trace: Path | None,
-    cluster: ClusterSettings | None,
+    cluster: RaySettings | None,
     failures: Failures,
     counts: Counter[str],
 ) -> None:
@@ -221,11 +221,11 @@ def _run(
 
 
 def _answers(
-    recipe: Recipe, todo: list[tuple[Job, int]], fail: Callable[[Job, str], None], cluster: ClusterSettings | None, *, trace: bool
+    recipe: Recipe, todo: list[tuple[Job, int]], fail: Callable[[Job, str], None], cluster: RaySettings | None, *, trace: bool
 ) -> Iterator[tuple[Job, int, Completion]]:
     if cluster is None:
         return answers(recipe, todo, fail, trace=trace)
-    from ivg.cluster import driver
+    from ivg.jobs.ray import driver
 
     return driver.answers(recipe, todo, fail, cluster, trace=trace)
 
@@ -234,7 +234,7 @@ def answers(
     recipe: Recipe, todo: list[tuple[Job, int]], fail: Callable[[Job, str], None], *, trace: bool
 ) -> Iterator[tuple[Job, int, Completion]]:
     """(job, sample number, completion) as each is done; ``batch_size`` requests in flight at any time."""
-    from ivg.build import load_models
+    from ivg.factory.recipe import load_models
 
     if not todo:
         return
@@ -267,7 +267,7 @@ def _shown(prompt: Any) -> str:
 
 def _write(rows: Rows | None, recipe: Recipe, made: Mapping[str, Any], job: Job, index: int, completion: Completion, *, many: bool) -> None:
     if rows is None:
-        from ivg.cli.screen import show
+        from ivg.cli.printing import show
 
         show(_shown(job.prompt), completion, recipe.search.method, many=many)
         return

@@ -15,8 +15,8 @@ def models() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ivg.decoding.strategies import STRATEGIES
     from ivg.embedded import names, path
+    from ivg.search.methods import METHODS
 
     out = Console(highlight=False)
     table = Table("model", "kind", "parameters", "MB", "directory", title="Embedded models", title_justify="left", box=None, pad_edge=False)
@@ -29,7 +29,7 @@ def models() -> None:
     rows = Table(
         "method", "W", "K", "L", "token guide", "selected by", "what", title="\nMethods", title_justify="left", box=None, pad_edge=False
     )
-    for s in STRATEGIES.values():
+    for s in METHODS.values():
         length = "-" if s.chunk_length is None else str(s.chunk_length)
         rows.add_row(s.name, str(s.width), str(s.successors), length, s.token or "-", s.select or "-", s.summary)
     out.print(rows)
@@ -41,15 +41,15 @@ def models() -> None:
 
 
 def setting_rows() -> list[tuple[str, str, str]]:
-    """(name, default, meaning) of every setting of a method, as :class:`~ivg.decoding.strategies.Strategy` describes them."""
+    """(name, default, meaning) of every setting of a method, as :class:`~ivg.search.methods.Method` describes them."""
     from dataclasses import fields
 
-    from ivg.decoding.strategies import Strategy
+    from ivg.search.methods import Method
 
-    text = (inspect.getdoc(Strategy) or "").partition("Attributes:")[2]
+    text = (inspect.getdoc(Method) or "").partition("Attributes:")[2]
     entries = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", text, re.DOTALL | re.MULTILINE)
     meanings = {name: " ".join(meaning.replace("``", "").split()) for name, meaning in entries}
-    return [(f.name, "-" if f.default in (None, ()) else str(f.default), meanings.get(f.name, "")) for f in fields(Strategy)[2:]]
+    return [(f.name, "-" if f.default in (None, ()) else str(f.default), meanings.get(f.name, "")) for f in fields(Method)[2:]]
 
 
 def _kind(config: dict[str, Any]) -> str:

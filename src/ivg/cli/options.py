@@ -11,7 +11,7 @@ import typer
 from ivg.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ivg.config import Recipe
+    from ivg.settings.recipe import Recipe
 
 _MODELS, _SEARCH, _SAMPLING, _RUN = "Models (none: the embedded ones)", "Search", "Sampling", "Run"
 
@@ -53,7 +53,7 @@ Candidates = Annotated[
     int | None,
     typer.Option("--guide-candidates", help="Re-score this many likely tokens (0: whole vocabulary where known).", rich_help_panel=_SEARCH),
 ]
-Gate = Annotated[
+GuardMiddleware = Annotated[
     float | None,
     typer.Option("--gate", help="Guide only tokens whose base entropy is at least this many nats (0: all).", rich_help_panel=_SEARCH),
 ]
@@ -124,7 +124,7 @@ def recipe_of(file: Path | None, templates: Sequence[str] | None, given: Mapping
     Raises:
         ConfigError: unusable settings, or a template for a model that is not given.
     """
-    from ivg.config import ROLES, Recipe, RunConfig, SamplingConfig, SearchConfig
+    from ivg.settings.recipe import ROLES, Recipe, RunConfig, SamplingConfig, SearchConfig
 
     recipe = Recipe.load(file) if file is not None else Recipe()
     method_given = given.get("method") is not None or "method" in recipe.search.model_fields_set
@@ -167,9 +167,9 @@ def without_sizes(recipe: Recipe) -> tuple[Recipe, str | None]:
 
     Several methods may be given the same options (``-W 4`` beside ``--method base``).
     """
-    from ivg.decoding.strategies import STRATEGIES
+    from ivg.search.methods import METHODS
 
-    row, search = STRATEGIES.get(recipe.search.method), recipe.search
+    row, search = METHODS.get(recipe.search.method), recipe.search
     idle = {name: got for name in ("width", "successors") if (got := getattr(search, name)) is not None and got > 1}
     if row is None or row.selectors or row.width * row.successors > 1 or not idle or _names_selector(recipe):
         return recipe, None

@@ -74,7 +74,7 @@ def serve(
         found.serve, **flags, api_keys=read_keys(api_key_file), cors_origins=tuple(cors_origin) if cors_origin else None
     )
     try:
-        from ivg.serving.run import serve as run
+        from ivg.serving.server import serve as run
     except ImportError as e:
         raise MissingDependencyError(f"{e}\n  the server needs the extra serve: pip install 'ivg[serve]'") from None
     run(found, settings)

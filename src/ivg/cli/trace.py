@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivg.records import to_json
+from ivg.utils.jsonl import to_json
 
 if TYPE_CHECKING:
     from ivg.types import Completion, TraceNode

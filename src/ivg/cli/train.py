@@ -16,7 +16,7 @@ from ivg.cli import train_options as t
 from ivg.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ivg.config import Recipe
+    from ivg.settings.recipe import Recipe
 
 HELP = "Train what steers: pair (sft, dpo), reward model, rollouts, value. Needs: pip install 'ivg\\[train]'."
 
@@ -26,7 +26,7 @@ app = typer.Typer(name="train", help=HELP, no_args_is_help=True)
 @contextmanager
 def extra(folder: Path | None = None) -> Iterator[None]:
     """A missing package of the extra in plain words; ``folder``: of the run, which no other process may write meanwhile."""
-    from ivg.machine import alone
+    from ivg.utils.environment import alone
 
     try:
         with alone(folder) if folder is not None and int(os.environ.get("RANK", "0")) == 0 else nullcontext():
@@ -125,11 +125,11 @@ def rollout(
     made = o.recipe_of(recipe, template, given)
     if samples < 1:
         raise ConfigError(f"--samples must be at least 1, got {samples}")
-    from ivg.records import read_jsonl
+    from ivg.utils.jsonl import read_jsonl
 
     with extra():
-        from ivg.build import load_models
         from ivg.cli.progress import progress
+        from ivg.factory.recipe import load_models
         from ivg.jobs.provenance import device_kind, of_answers
         from ivg.training import rollout as r
         from ivg.training.data import read_prompts
@@ -165,9 +165,9 @@ def _close(out: Path, errors: Sequence[str | None]) -> None:
 
 def _without_scorer(recipe: Recipe) -> Recipe:
     """The recipe without its reward model, which scores what was sampled, unless the method itself uses it."""
-    from ivg.decoding.strategies import strategy
+    from ivg.search.methods import get_method
 
-    if "reward" in strategy(recipe.search.method, **recipe.search.settings()).needs:
+    if "reward" in get_method(recipe.search.method, **recipe.search.settings()).needs:
         return recipe
     return recipe.model_copy(update={"models": recipe.models.model_copy(update={"reward": None})})
 
@@ -178,7 +178,7 @@ def scorer(recipe: Recipe) -> Any:
     Raises:
         ConfigError: there is none.
     """
-    from ivg.build import load_options
+    from ivg.factory.recipe import load_options
     from ivg.values.reward import load_reward
 
     found = recipe.models.reward
@@ -234,7 +234,7 @@ def _rounds(model: str, rows: list[Any], out: Path, options: Any, wanted: Any, g
 
     if given["base"] is None:
         raise ConfigError("refinement samples from a policy that the value guides\n  give --base MODEL, and --reward")
-    from ivg.build import load_options
+    from ivg.factory.recipe import load_options
 
     names = ("reward", "method", "width", "successors", "chunk_length", "beta", "temperature", "top_k", "top_p", "max_new_tokens", "stop")
     made = o.recipe_of(None, None, {k: given[k] for k in (*names, "ignore_eos", "device", "dtype")})

@@ -13,7 +13,7 @@ from ivg.errors import ConfigError
 
 if TYPE_CHECKING:
     from ivg.training.common import TrainingOptions
-    from ivg.training.data import Shape
+    from ivg.training.data import ColumnMapping
 
 _DATA, _HOW = "Data", "Training"
 
@@ -88,13 +88,13 @@ def options_of(given: Mapping[str, Any], lr: float) -> TrainingOptions:
     return TrainingOptions(**settings, extra=assignments(given.get("set") or ())).checked()
 
 
-def shape_of(given: Mapping[str, Any]) -> Shape:
+def shape_of(given: Mapping[str, Any]) -> ColumnMapping:
     """How columns of the data become ours.
 
     Raises:
         ConfigError: unreadable ``--columns``.
     """
-    from ivg.training.data import Shape
+    from ivg.training.data import ColumnMapping
 
     columns: dict[str, str] = {}
     for part in (given.get("columns") or "").split(",") if given.get("columns") else ():
@@ -106,7 +106,7 @@ def shape_of(given: Mapping[str, Any]) -> Shape:
     for name, text in formats.items():
         if text is not None and f"{{{name}}}" not in text:
             raise ConfigError(f"--{name}-format {text!r}\n  expected a text with {{{name}}} where the {name} goes")
-    return Shape(columns or None, _unescaped(formats["prompt"]), _unescaped(formats["response"]))
+    return ColumnMapping(columns or None, _unescaped(formats["prompt"]), _unescaped(formats["response"]))
 
 
 def _unescaped(text: str | None) -> str | None:
@@ -148,8 +148,8 @@ def read(reader: Any, sources: list[str], given: Mapping[str, Any], **more: Any)
 
 def finish(out: Path, metrics: Mapping[str, Any], push_to: str | None) -> None:
     """Say what came out, and upload it where that was asked for."""
-    from ivg.records import jsonable
     from ivg.training.common import first_process
+    from ivg.utils.jsonl import jsonable
 
     if not first_process():
         return

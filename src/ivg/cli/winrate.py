@@ -31,7 +31,7 @@ def winrate(
     from rich.console import Console
     from rich.table import Table
 
-    from ivg.evaluation.lengthcontrol import difficulty_file, length_controlled
+    from ivg.evaluation.length_control import difficulty_file, length_controlled
     from ivg.evaluation.winrate import averaged, read_judgements, win_rate
 
     path = None if plain else difficulty_file(difficulty)
@@ -55,7 +55,7 @@ def winrate(
     for reason in reasons:
         out.print(f"\nno length-controlled win rate: {reason}", markup=False)
     if json is not None:
-        from ivg.records import write_json
+        from ivg.utils.jsonl import write_json
 
         write_json(json, results)
 

@@ -18,7 +18,7 @@ import torch
 
 from ivg.demo.corpus import Review
 from ivg.demo.pretrain import mixed_precision
-from ivg.records import to_json
+from ivg.utils.jsonl import to_json
 
 POSITIONS = 1024
 

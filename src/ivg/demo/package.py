@@ -12,8 +12,8 @@ import numpy as np
 from ivg.demo import settings
 from ivg.demo.corpus import read_reviews
 from ivg.demo.pretrain import PretrainConfig, evaluate
-from ivg.diagnose.estimate import wins
-from ivg.records import jsonable, read_jsonl
+from ivg.diagnostics.intervals import wins
+from ivg.utils.jsonl import jsonable, read_jsonl
 
 MODELS = ("base", "untuned", "tuned", "value", "value-other", "gold")
 PRETRAINED = {"base": settings.BASE, "untuned": settings.GUIDE}
@@ -59,14 +59,14 @@ def halve(source: Path, target: Path) -> None:
 
 def measure(work: Path, data: Path, out: Path) -> dict[str, Any]:
     """Accuracy of `gold` on full test reviews; pair accuracy and correlation of the values on held-out rollouts."""
-    from ivg.steered import SteeredModel
+    from ivg.model import GuidedModel
     from ivg.values.reward import RewardModel
 
     gold = RewardModel.from_pretrained(out / "gold", name="gold")
     from ivg.demo.gold import accuracy
 
     test = read_reviews(data, "test")
-    model = SteeredModel.from_pretrained(out / "base", tuned=out / "tuned", untuned=out / "untuned", value=out / "value")
+    model = GuidedModel.from_pretrained(out / "base", tuned=out / "tuned", untuned=out / "untuned", value=out / "value")
     from ivg.values.explicit import ExplicitValue
 
     model.add_value("value-other", ExplicitValue.from_pretrained(out / "value-other", name="value-other"))
@@ -96,11 +96,19 @@ def _perplexity(work: Path, folder: Path, config: PretrainConfig) -> dict[str, f
 
 def _agreement(model: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
     """Pair accuracy over two responses of one prompt, and Spearman-free Pearson correlation, of each value with gold."""
-    from ivg.types import Beam, Meter, Prompt, new_key
+    from ivg.types import Beam, Prompt, TokenCounter, new_key
 
     out: dict[str, float] = {}
     beams = [
-        Beam(new_key(), None, Prompt(r["prompt"]), tuple(r["token_ids"]), r["response"], meter=Meter(), vocabulary=model.base.vocabulary)
+        Beam(
+            new_key(),
+            None,
+            Prompt(r["prompt"]),
+            tuple(r["token_ids"]),
+            r["response"],
+            meter=TokenCounter(),
+            vocabulary=model.base.vocabulary,
+        )
         for r in rows
     ]
     gold = np.array([r["score"] for r in rows])

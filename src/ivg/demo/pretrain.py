@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ivg.models.kernels import multiplies_bfloat16
-from ivg.records import to_json
+from ivg.utils.jsonl import to_json
 
 
 @dataclass(frozen=True)

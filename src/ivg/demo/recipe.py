@@ -59,10 +59,10 @@ class Build:
 
     def steered(self, base: str) -> Any:
         """A model of this build that writes, without values."""
+        from ivg.model import GuidedModel
         from ivg.models.loading import LoadOptions, load_causal
-        from ivg.steered import SteeredModel
 
-        return SteeredModel(load_causal(self.model(base), base, LoadOptions(device="cpu", dtype="float32")))
+        return GuidedModel(load_causal(self.model(base), base, LoadOptions(device="cpu", dtype="float32")))
 
 
 def wrap_tokenizer(path: Path) -> Any:

@@ -17,17 +17,17 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ivg.config import EvalConfig
 from ivg.errors import ConfigError, reason
 from ivg.evaluation.judges import AlpacaEvalJudge, ChatJudge, Judge, RewardJudge, judge_all
-from ivg.evaluation.lengthcontrol import length_controlled
+from ivg.evaluation.length_control import length_controlled
 from ivg.evaluation.task import Answer, Example, Tables, Task, enough
 from ivg.evaluation.winrate import averaged, win_rate
 from ivg.jobs.formats import read_rows
 from ivg.jobs.provenance import fingerprint
-from ivg.machine import alone
-from ivg.records import write_json
+from ivg.settings.recipe import EvalConfig
 from ivg.types import Prompt
+from ivg.utils.environment import alone
+from ivg.utils.jsonl import write_json
 
 HUB = "tatsu-lab/alpaca_eval"
 FILE = "alpaca_eval_gpt4_baseline.json"

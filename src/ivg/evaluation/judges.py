@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from zlib import crc32
 
-from ivg.draws import uniform
 from ivg.errors import ConfigError, JudgeError, MissingDependencyError, ScoreFault
-from ivg.records import BlockFile, read_jsonl
-from ivg.scores import judge_each
 from ivg.types import Prompt
+from ivg.types.scores import judge_each
+from ivg.utils.jsonl import BlockFile, read_jsonl
+from ivg.utils.rng import uniform
 
 if TYPE_CHECKING:
     from ivg.values.reward import RewardModel
@@ -268,7 +268,7 @@ class AlpacaEvalJudge:
     """
 
     def __init__(self, annotators: str = "weighted_alpaca_eval_gpt4_turbo", seed: int = 0) -> None:
-        from ivg.evaluation.lengthcontrol import quietly
+        from ivg.evaluation.length_control import quietly
 
         with quietly():
             try:
@@ -289,7 +289,7 @@ class AlpacaEvalJudge:
         Raises:
             JudgeError: the annotators failed; says how.
         """
-        from ivg.evaluation.lengthcontrol import quietly
+        from ivg.evaluation.length_control import quietly
 
         rows = [{"instruction": p.instruction, "output_1": p.reference, "output_2": p.answer} for p in pairs]
         with quietly(), redirect_stderr(io.StringIO()):  # a progress bar for each block

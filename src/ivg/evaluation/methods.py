@@ -9,11 +9,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ivg.config import MethodConfig, ModelRef, Recipe
-from ivg.decoding.strategies import Strategy, parse_weights, settled, strategy
 from ivg.embedded import PREFIX
 from ivg.errors import ConfigError
 from ivg.jobs.provenance import same
+from ivg.search.methods import Method, get_method, parse_weights, resolve_fallbacks
+from ivg.settings.recipe import MethodConfig, ModelRef, Recipe
 
 COMBINATIONS = "combinations"
 """Among methods: token guidance in {none, implicit, explicit} x selection in {none, implicit, explicit} (METHOD, section 4)."""
@@ -29,11 +29,11 @@ _EMBEDDED = {"implicit": ("tuned", "untuned"), "explicit": ("value",), "explicit
 
 
 @dataclass(frozen=True)
-class Method:
+class MethodRow:
     """One row of the evaluation: its label, and the strategy with all settings."""
 
     label: str
-    strategy: Strategy
+    strategy: Method
 
     @property
     def plain(self) -> bool:
@@ -42,7 +42,7 @@ class Method:
         return s.name in (BASE, "custom") and not (s.needs or s.width * s.successors > 1)
 
 
-def rows(recipe: Recipe, search: Mapping[str, Any]) -> tuple[Method, ...]:
+def rows(recipe: Recipe, search: Mapping[str, Any]) -> tuple[MethodRow, ...]:
     """All rows, the plain base among them.
 
     Args:
@@ -56,7 +56,7 @@ def rows(recipe: Recipe, search: Mapping[str, Any]) -> tuple[Method, ...]:
     values = values_of(recipe)
     found = [m for given in recipe.eval.methods for m in _expanded(given, recipe, search, values)]
     if not any(m.plain for m in found):
-        found.insert(0, Method(BASE, strategy(BASE)))
+        found.insert(0, MethodRow(BASE, get_method(BASE)))
     labels = [m.label for m in found]
     twice = sorted({x for x in labels if labels.count(x) > 1 or x == BANK})
     if twice:
@@ -83,7 +83,7 @@ def values_of(recipe: Recipe) -> dict[str, list[ModelRef]]:
     return found | {name: list(value.given.values()) for name, value in recipe.values.items()}
 
 
-def keep_from(gold: ModelRef | None, recipe: Recipe, methods: Sequence[Method]) -> None:
+def keep_from(gold: ModelRef | None, recipe: Recipe, methods: Sequence[MethodRow]) -> None:
     """Check that no row is steered by what judges it.
 
     Raises:
@@ -104,16 +104,16 @@ def keep_from(gold: ModelRef | None, recipe: Recipe, methods: Sequence[Method]) 
             )
 
 
-def described(s: Strategy) -> dict[str, Any]:
+def described(s: Method) -> dict[str, Any]:
     """A strategy's settings, without its one-line summary."""
     from dataclasses import asdict
 
     return {k: v for k, v in asdict(s).items() if k != "summary"}
 
 
-def _expanded(given: MethodConfig, recipe: Recipe, search: Mapping[str, Any], values: Collection[str]) -> list[Method]:
+def _expanded(given: MethodConfig, recipe: Recipe, search: Mapping[str, Any], values: Collection[str]) -> list[MethodRow]:
     if given.method != COMBINATIONS:
-        return [Method(given.label, settled(strategy(given.method, **given.settings()), values))]
+        return [MethodRow(given.label, resolve_fallbacks(get_method(given.method, **given.settings()), values))]
     settings = {**search, **recipe.search.settings(), **given.settings()}
     sizes = {"width": 4, "successors": 4, "chunk_length": 5} | {k: settings[k] for k in _SIZES if k in settings}
     guiding = {k: settings[k] for k in _GUIDING if k in settings}
@@ -123,11 +123,11 @@ def _expanded(given: MethodConfig, recipe: Recipe, search: Mapping[str, Any], va
             chosen: dict[str, Any] = {"token": token, "select": select}
             chosen |= {k: v for k, v in guiding.items() if token != "none" and (k != "draft" or token == "implicit")}  # only a pair drafts
             chosen |= sizes if select != "none" else {}
-            found.append(Method(f"{token}×{select}", strategy("custom", **chosen)))
+            found.append(MethodRow(f"{token}×{select}", get_method("custom", **chosen)))
     return found
 
 
-def _all_read(search: Mapping[str, Any], strategies: Sequence[Strategy]) -> None:
+def _all_read(search: Mapping[str, Any], strategies: Sequence[Method]) -> None:
     """The ``search`` table is for ``combinations``; what it says beyond them must at least be true of some row."""
     for key, value in search.items():
         wanted = value

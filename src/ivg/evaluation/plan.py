@@ -11,15 +11,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ivg import __version__
-from ivg.build import default_sampling
-from ivg.config import EvalConfig, Recipe, RewardRef
 from ivg.errors import ConfigError
 from ivg.evaluation import methods
-from ivg.evaluation.methods import BANK, Method, described
+from ivg.evaluation.methods import BANK, MethodRow, described
 from ivg.evaluation.task import Example, Task, digest, task
+from ivg.factory.recipe import default_sampling
 from ivg.jobs.provenance import device_kind, fingerprints, of_run, weights
+from ivg.settings.recipe import EvalConfig, Recipe, RewardRef
 from ivg.types import SamplingParams
+from ivg.utils.version import VERSION
 
 GOLD = "gold"
 
@@ -57,7 +57,7 @@ class Plan:
         return found
 
     @cached_property
-    def methods(self) -> tuple[Method, ...]:
+    def methods(self) -> tuple[MethodRow, ...]:
         """The rows, the plain base among them.
 
         Raises:
@@ -66,7 +66,7 @@ class Plan:
         return methods.rows(self.recipe, self.task.defaults().get("search", {}))
 
     @property
-    def base(self) -> Method:
+    def base(self) -> MethodRow:
         """The row that others are compared with."""
         return next(m for m in self.methods if m.plain)
 
@@ -83,13 +83,13 @@ class Plan:
         """All labels with transcripts: the rows, and the bank where there is one."""
         return [m.label for m in self.methods] + ([BANK] if self.config.bank else [])
 
-    def method(self, label: str) -> Method:
+    def method(self, label: str) -> MethodRow:
         """The row called ``label``."""
         return next(m for m in self.methods if m.label == label)
 
     @cached_property
     def sampling(self) -> SamplingParams:
-        """How every method draws; what the recipe leaves out is the default of the recipe's model (``SteeredModel.sampling``)."""
+        """How every method draws; what the recipe leaves out is the default of the recipe's model (``GuidedModel.sampling``)."""
         given = self.recipe.sampling.settings()
         return replace(default_sampling(self.recipe), **given)
 
@@ -125,7 +125,7 @@ class Plan:
         """Everything that a method's answers depend on; the number of seeds does not count, so that seeds can be added."""
         run = self.recipe.run
         common: dict[str, Any] = {
-            "ivg": __version__,
+            "ivg": VERSION,
             "weights": self._weights,
             "task": self.config.task,
             "prompts": len(self.examples),

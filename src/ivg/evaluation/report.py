@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ivg import machine
 from ivg.evaluation.figures import Figure, draw, order
-from ivg.evaluation.page import page
+from ivg.evaluation.html import page
 from ivg.evaluation.plan import Plan
 from ivg.evaluation.samples import Sample, samples
 from ivg.evaluation.summary import makers, summarise
-from ivg.records import write_json, write_text
+from ivg.utils import environment
+from ivg.utils.jsonl import write_json, write_text
 
 Results = dict[str, Any]
 Cell = Callable[[Results, Results], str]
@@ -33,7 +33,7 @@ def report(p: Plan) -> Results:
     results = summarise(p)
     results["made"] = {
         "recipe": p.recipe.model_dump(exclude_none=True, exclude_defaults=True),
-        "by": makers(p) or [machine.made()],
+        "by": makers(p) or [environment.made()],
     }
     drawn = draw(results)
     shown = samples(p, order(results))

@@ -1,6 +1,6 @@
 """The stages of an evaluation: generate -> score -> report, for one process or several.
 
-Every method's answers are one :class:`~ivg.records.BlockFile`; a block is computed with empty caches from its own seeds, so that
+Every method's answers are one :class:`~ivg.utils.jsonl.BlockFile`; a block is computed with empty caches from its own seeds, so that
 a run that was killed ends with the same bytes as one that was not. Clocks and memory go to ``timings.jsonl`` only. With several
 jobs every method is one process's; which one, and in which order, changes nothing. Knows plans and models; not how to show them.
 """
@@ -15,18 +15,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivg import machine
-from ivg.config import Recipe
 from ivg.errors import PromptError
-from ivg.evaluation.methods import BANK, Method
+from ivg.evaluation.methods import BANK, MethodRow
 from ivg.evaluation.plan import Plan
 from ivg.evaluation.task import Answer
-from ivg.records import BlockFile, append_lines, read_jsonl, to_json, write_json
+from ivg.settings.recipe import Recipe
 from ivg.types import Completion, Prompt
+from ivg.utils import environment
+from ivg.utils.jsonl import BlockFile, append_lines, read_jsonl, to_json, write_json
 
 if TYPE_CHECKING:
-    from ivg.decoding.search import Request
-    from ivg.steered import SteeredModel
+    from ivg.model import GuidedModel
+    from ivg.search.searcher import Request
 
 Report = Callable[[str, int], None]
 """Called with a label and a number of rows whenever so many more are done."""
@@ -70,7 +70,7 @@ class Worker:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._model: SteeredModel | None = None
+        self._model: GuidedModel | None = None
         self._judges: dict[str, Any] = {}
         self._signed: set[str] = set()
         if plan.config.threads is not None:
@@ -79,13 +79,13 @@ class Worker:
             torch.set_num_threads(plan.config.threads)
 
     @property
-    def model(self) -> SteeredModel:
+    def model(self) -> GuidedModel:
         """Base and values."""
         if self._model is None:
-            from ivg import build
-            from ivg.cost import parameters
+            from ivg.diagnostics.cost import parameters
+            from ivg.factory import recipe
 
-            self._model = build.load_models(self.plan.recipe)
+            self._model = recipe.load_models(self.plan.recipe)
             write_json(self.plan.out / "models.json", {"parameters": parameters(self._model)})
         return self._model
 
@@ -102,13 +102,13 @@ class Worker:
         """Note in ``timings.jsonl`` who computes, once for each stage: rows are made by this commit, command and machine."""
         if stage not in self._signed:
             self._signed.add(stage)
-            note(self.plan.out / "timings.jsonl", {"stage": stage, "made": machine.made()})
+            note(self.plan.out / "timings.jsonl", {"stage": stage, "made": environment.made()})
 
     def work(self, stage: str, label: str, done: Report) -> None:
         """One stage for one label."""
         if stage == "generate":
             if label == BANK:
-                from ivg.evaluation.bank import fill
+                from ivg.evaluation.base_samples import fill
 
                 fill(self, done)
             else:
@@ -122,25 +122,25 @@ class Worker:
 def generate(worker: Worker, label: str, done: Report) -> None:
     """All answers of one method that are not there yet."""
     p, path = worker.plan, worker.plan.transcripts(label)
-    with machine.alone(path):
+    with environment.alone(path):
         file = BlockFile(path, p.block, p.total, p.provenance(label))
         done(label, min(file.rows, p.total))
         for positions in file.missing():
             model = worker.model
             model.forget()
-            machine.reset_peak()
+            environment.reset_peak()
             began = time.perf_counter()
             rows = list(_answers(model, p, p.method(label), positions))
             seconds = time.perf_counter() - began
             worker.sign("generate")
             file.append(rows)
             timing = {"label": label, "start": positions.start, "rows": len(rows), "seconds": round(seconds, 4)}
-            note(p.out / "timings.jsonl", {**timing, "peak_bytes": machine.peak_bytes()})
+            note(p.out / "timings.jsonl", {**timing, "peak_bytes": environment.peak_bytes()})
             done(label, len(rows))
     _export(p, label)
 
 
-def _answers(model: SteeredModel, p: Plan, method: Method, positions: range) -> Iterator[dict[str, Any]]:
+def _answers(model: GuidedModel, p: Plan, method: MethodRow, positions: range) -> Iterator[dict[str, Any]]:
     items = list(p.items(positions))
     requests = [request(model, p, method, seed, position) for seed, position, _ in items]
     for (seed, _, example), outcome in zip(items, together(model, requests), strict=True):
@@ -148,13 +148,13 @@ def _answers(model: SteeredModel, p: Plan, method: Method, positions: range) -> 
         yield row | (_row(outcome) if isinstance(outcome, Completion) else {"text": "", "token_ids": [], "error": outcome})
 
 
-def request(model: SteeredModel, p: Plan, method: Method, seed: int, position: int, offset: int = 0) -> Request:
+def request(model: GuidedModel, p: Plan, method: MethodRow, seed: int, position: int, offset: int = 0) -> Request:
     """What is asked of the model for one example; its draws depend on seed, position of the example and ``offset`` alone."""
     sampling = {f.name: getattr(p.sampling, f.name) for f in fields(p.sampling)}
     return model.request(p.examples[position].prompt, method.strategy, seed=seed, index=position + offset, record=True, **sampling)
 
 
-def together(model: SteeredModel, requests: Sequence[Request]) -> list[Completion | str]:
+def together(model: GuidedModel, requests: Sequence[Request]) -> list[Completion | str]:
     """Every request's completion, or why there is none; all share the batch."""
     searcher = model.searcher()
     out: list[Completion | str] = [""] * len(requests)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ivg.evaluation.plan import GOLD, Plan
 from ivg.evaluation.score import scored
-from ivg.models.chat import prompt_text
+from ivg.models.chat_template import prompt_text
 
 SHOWN = 8
 """Prompts in the report: the first ones, so that nothing is picked."""

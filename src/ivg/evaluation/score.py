@@ -12,18 +12,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivg import machine
 from ivg.errors import ConfigError, ScoreError, ScoreFault
 from ivg.evaluation.methods import BANK
 from ivg.evaluation.plan import GOLD, Plan
 from ivg.evaluation.runner import Report, Worker, answers, prompt_of
 from ivg.evaluation.task import Example
-from ivg.records import BlockFile, demand_provenance, read_jsonl, write_json
-from ivg.scores import every, judge_each, note_of
-from ivg.types import Beam, Meter, new_key
+from ivg.types import Beam, TokenCounter, new_key
+from ivg.types.scores import every, judge_each, note_of
+from ivg.utils import environment
+from ivg.utils.jsonl import BlockFile, demand_provenance, read_jsonl, write_json
 
 if TYPE_CHECKING:
-    from ivg.steered import SteeredModel
+    from ivg.model import GuidedModel
     from ivg.values.reward import Reward
 
 Row = dict[str, Any]
@@ -37,7 +37,7 @@ def load_judges(p: Plan) -> dict[str, Reward]:
     """
     from dataclasses import replace
 
-    from ivg.build import load_options
+    from ivg.factory.recipe import load_options
     from ivg.values.reward import load_reward
 
     options = load_options(p.recipe)
@@ -55,7 +55,7 @@ def score(worker: Worker, label: str, done: Report) -> None:
     """
     p = worker.plan
     rows = transcripts(p, label)
-    with machine.alone(p.scores(label)):
+    with environment.alone(p.scores(label)):
         file = BlockFile(p.scores(label), p.block, len(rows), _provenance(p, label))
         _compare(p, label, rows, list(read_jsonl(p.scores(label))) if file.rows else [])
         done(label, min(file.rows, len(rows)))
@@ -175,7 +175,7 @@ def _checked(rewards: Mapping[str, float | ScoreFault]) -> Row:
 
 def _judged_bank(worker: Worker, rows: Sequence[Row]) -> Iterator[Row]:
     """Gold of those samples that best-of-N selects for some N; the others are never looked at."""
-    from ivg.evaluation.bank import prefix_maxima
+    from ivg.evaluation.base_samples import prefix_maxima
 
     p, known, gold = worker.plan, _examples(worker.plan), worker.judges.get(GOLD)
     for row in rows:
@@ -186,11 +186,11 @@ def _judged_bank(worker: Worker, rows: Sequence[Row]) -> Iterator[Row]:
         yield {"label": BANK, "seed": row["seed"], "id": row["id"], "of": fingerprint(row), **found}
 
 
-def base_logps(model: SteeredModel, rows: Sequence[Row]) -> list[float]:
+def base_logps(model: GuidedModel, rows: Sequence[Row]) -> list[float]:
     """Log-probability of every answer under the plain base at temperature 1, in nats: sum over its tokens."""
     model.forget()
     beams = [
-        Beam(new_key(), None, prompt_of(r), tuple(r["token_ids"]), r["text"], None, Meter(), model.base.vocabulary, inherits=False)
+        Beam(new_key(), None, prompt_of(r), tuple(r["token_ids"]), r["text"], None, TokenCounter(), model.base.vocabulary, inherits=False)
         for r in rows
     ]
     filled = [b for b in beams if b.token_ids]

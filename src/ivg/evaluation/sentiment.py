@@ -11,10 +11,10 @@ from itertools import chain, islice
 
 import numpy as np
 
-from ivg.config import EvalConfig
 from ivg.errors import ConfigError
 from ivg.evaluation.task import Example, Tables, Task, enough, text_of
 from ivg.jobs.formats import read_rows
+from ivg.settings.recipe import EvalConfig
 from ivg.types import Prompt
 
 DATA = "ZHZisZZ/imdb_preference"

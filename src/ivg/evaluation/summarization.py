@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from ivg.config import EvalConfig
 from ivg.errors import ConfigError
 from ivg.evaluation.task import Example, Tables, Task, enough, text_of
 from ivg.jobs.formats import read_rows
+from ivg.settings.recipe import EvalConfig
 from ivg.types import Prompt
 
 DATA = "CarperAI/openai_summarize_comparisons"

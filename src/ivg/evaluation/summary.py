@@ -12,18 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ivg.cost import flops
-from ivg.decoding.rules import budgets
-from ivg.decoding.strategies import Strategy
+from ivg.diagnostics.cost import flops
 from ivg.errors import ConfigError
 from ivg.evaluation import metrics
-from ivg.evaluation.bank import Group, group
-from ivg.evaluation.methods import BANK, Method, described
+from ivg.evaluation.base_samples import Group, group
+from ivg.evaluation.methods import BANK, MethodRow, described
 from ivg.evaluation.plan import GOLD, Plan
 from ivg.evaluation.score import measures, scored
-from ivg.params import UNPROCESSED
-from ivg.records import read_jsonl
+from ivg.search.methods import Method
+from ivg.search.selection import budgets
+from ivg.settings.sampling import UNPROCESSED
 from ivg.types import SamplingParams
+from ivg.utils.jsonl import read_jsonl
 
 Row = dict[str, Any]
 Pair = tuple[Row, Row]
@@ -63,7 +63,9 @@ def _sizes(p: Plan) -> dict[str, int]:
     return dict(json.loads(path.read_text(encoding="utf-8"))["parameters"])
 
 
-def _method(p: Plan, method: Method, base: Sequence[Pair], judges: Sequence[str], sizes: dict[str, int], curve: Sequence[Row]) -> Figures:
+def _method(
+    p: Plan, method: MethodRow, base: Sequence[Pair], judges: Sequence[str], sizes: dict[str, int], curve: Sequence[Row]
+) -> Figures:
     pairs = scored(p, method.label)
     good = [(r, s) for r, s in pairs if "error" not in r]
     if not good:
@@ -127,7 +129,7 @@ def _texts(pairs: Sequence[Pair]) -> Figures:
     return {"length": sum(s["tokens"] for _, s in pairs) / len(pairs), **variety, "repetition": repeated}
 
 
-def family(strategy: Strategy) -> str:
+def family(strategy: Method) -> str:
     """What steers: ``base`` (nothing), ``token`` guidance, ``select``ion, ``both``, or ``other`` rules."""
     if strategy.rule not in ("top", "soft"):
         return "other"
@@ -138,7 +140,7 @@ def family(strategy: Strategy) -> str:
 # Divergence
 
 
-def draws(strategy: Strategy, tokens: int, limit: int) -> list[int] | None:
+def draws(strategy: Method, tokens: int, limit: int) -> list[int] | None:
     """How many continuations of the answer's prefix each chunk drew, at most; None where the method's rule has no such bound."""
     if strategy.rule not in ("top", "soft"):
         return None
@@ -151,7 +153,7 @@ def draws(strategy: Strategy, tokens: int, limit: int) -> list[int] | None:
     return [w * k if i == 0 else k for i in range(chunks)]
 
 
-def _kl(p: Plan, strategy: Strategy, pairs: Sequence[Pair]) -> tuple[dict[str, Any] | None, str | None]:
+def _kl(p: Plan, strategy: Method, pairs: Sequence[Pair]) -> tuple[dict[str, Any] | None, str | None]:
     """(KL(method || base) of an answer in nats, None); an upper bound where hypotheses are selected among. Or (None, why there is none)."""
     selects, limit = bool(strategy.selectors), p.sampling.max_new_tokens
     cut = truncated(p.sampling)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ivg.config import EvalConfig
 from ivg.errors import ConfigError
+from ivg.settings.recipe import EvalConfig
 from ivg.types import Prompt
 
 Tables = Mapping[str, Mapping[str, Any]]

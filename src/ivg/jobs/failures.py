@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ivg.jobs.formats import SourceRow
-from ivg.records import append_lines, to_json, write_text
+from ivg.utils.jsonl import append_lines, to_json, write_text
 
 MOST = 20
 """Failures that are told one by one; the others are counted."""

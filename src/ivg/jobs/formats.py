@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal, cast, get_args
 
 from ivg.errors import ConfigError
 from ivg.jobs.text import csv_rows, json_rows, jsonl_rows, text_rows
-from ivg.online import reachable, why_not
+from ivg.utils.hub_status import reachable, why_not
 
 Format = Literal["jsonl", "json", "csv", "parquet", "text"]
 FORMATS: tuple[str, ...] = get_args(Format)

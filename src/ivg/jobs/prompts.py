@@ -10,8 +10,8 @@ from typing import Any
 
 from ivg.errors import PromptError
 from ivg.jobs.formats import SourceRow
-from ivg.prompts import Prompt
-from ivg.records import jsonable, to_json
+from ivg.types.messages import Prompt
+from ivg.utils.jsonl import jsonable, to_json
 
 TAKEN = frozenset({
     "id", "prompt", "index", "text", "token_ids", "score", "finish_reason", "usage", "error",

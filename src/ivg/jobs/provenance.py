@@ -17,9 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ivg.config import ModelRef, Recipe
 from ivg.embedded import PREFIX, locate, names
 from ivg.jobs.imports import own_imports
+from ivg.settings.recipe import ModelRef, Recipe
 
 REMEMBER = 64 << 20
 """Bytes from which the digest of a file is remembered (in ``$XDG_CACHE_HOME/ivg``), by path, size, time of change and inode."""
@@ -68,9 +68,9 @@ def of_answers(recipe: Recipe, device: str | None) -> dict[str, Any]:
 
 
 def _details(recipe: Recipe, device: str | None, remote: bool) -> dict[str, Any]:
-    from ivg import __version__
+    from ivg.utils.version import VERSION
 
-    out: dict[str, Any] = {"ivg": __version__, "device": device} | {k: v for k, v in of_run(recipe).items() if v is not None}
+    out: dict[str, Any] = {"ivg": VERSION, "device": device} | {k: v for k, v in of_run(recipe).items() if v is not None}
     used = {"vllm": recipe.run.engine == "vllm", "endpoint": remote}
     for table, settings in recipe.model_dump(exclude_none=True).items():
         left_out = _IRRELEVANT.get(table, set())

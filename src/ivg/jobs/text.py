@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from ivg.records import BOM, CONVERT, RowError, parse_object, parse_row
+from ivg.utils.jsonl import BOM, CONVERT, RowError, parse_object, parse_row
 
 Found = tuple[int, dict[str, Any] | None, str | None, str | None]
 _SPACE = re.compile(r"[ \t\r\n]*")

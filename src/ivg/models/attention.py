@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ivg.models import kernels
-from ivg.models.store import Branch, KVStore, Pair, Plan, Sight
+from ivg.models.kv_cache import AttentionMasks, Branch, ForwardMetadata, KVCache, Pair
 
 NAME = "ivg"
 _LOWEST = torch.finfo(torch.float32).min
@@ -36,7 +36,7 @@ class UnsupportedAttentionError(Exception):
 
 
 @contextmanager
-def by_families(config: Any, store: KVStore) -> Iterator[None]:
+def by_families(config: Any, store: KVCache) -> Iterator[None]:
     """Within, networks with this ``config`` attend by families over ``store``; in several threads at once, if it must be."""
     with _lock:
         known = _patched.setdefault(id(config), [config._attn_implementation_internal, 0])
@@ -69,7 +69,7 @@ def attend(
 
     Keys and values of the new tokens are in the store already. ``attention_mask`` only marks the kind of layer.
     """
-    stores: list[KVStore] = getattr(_here, "stores", [])
+    stores: list[KVCache] = getattr(_here, "stores", [])
     if not stores:  # somebody's own pass, while another thread has this network
         if softcap is not None:
             raise UnsupportedAttentionError("another thread is using this network through ivg; its scores cannot be squeezed meanwhile")
@@ -119,7 +119,9 @@ def _mass(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mass, top, mass.sum(-1, keepdim=True)
 
 
-def _over_trunks(q: Tensor, trunk: Pair, plan: Plan, sight: Sight, columns: int, scaling: float, softcap: float | None) -> _Part:
+def _over_trunks(
+    q: Tensor, trunk: Pair, plan: ForwardMetadata, sight: AttentionMasks, columns: int, scaling: float, softcap: float | None
+) -> _Part:
     """Over the trunks alone."""
     if not sight.branches:
         sight.branches = [_branch_mask(sight.trunk, b, q.shape[2] // columns) for b in plan.branches]
@@ -175,7 +177,7 @@ def _branch_mask(seen: Tensor, branch: Branch, times: int) -> Tensor | None:
     return each.reshape(branch.families, 1, branch.width * times * columns, -1)
 
 
-def _over_own(q: Tensor, own: Pair, plan: Plan, sight: Sight, scaling: float, softcap: float | None) -> _Part:
+def _over_own(q: Tensor, own: Pair, plan: ForwardMetadata, sight: AttentionMasks, scaling: float, softcap: float | None) -> _Part:
     """Over the own parts alone, some rows at a time."""
     groups, columns = q.shape[1], sight.own.shape[2]
     parts = []
@@ -188,7 +190,7 @@ def _over_own(q: Tensor, own: Pair, plan: Plan, sight: Sight, scaling: float, so
     return parts[0] if len(parts) == 1 else _Part(*(torch.cat(t) for t in zip(*parts, strict=True)))
 
 
-def _own(store: Tensor, plan: Plan, first: int, end: int, length: int) -> Tensor:
+def _own(store: Tensor, plan: ForwardMetadata, first: int, end: int, length: int) -> Tensor:
     """[rows, length, heads, size] of some rows."""
     seen, slots = store[:, :length], plan.slots
     if isinstance(slots, slice):

@@ -14,7 +14,7 @@ from typing import Any
 
 from ivg.embedded import PREFIX, locate
 from ivg.errors import ModelError
-from ivg.online import reachable, why_not
+from ivg.utils.hub_status import reachable, why_not
 
 _REPOSITORY = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
 _ADAPTER = "adapter_config.json"

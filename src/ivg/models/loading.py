@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from ivg.errors import ConfigError, IVGError, ModelError, reason
 from ivg.models import kernels
+from ivg.models.cached_lm import CachedLM
 from ivg.models.hub import find_model
-from ivg.models.packing import pack
-from ivg.models.reader import Reader
-from ivg.models.trial import cached
+from ivg.models.load_test import cached
+from ivg.models.packed_linear import pack
 from ivg.models.weights import OTHER_HEADS, check_weights
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def load_tokenizer(name: str | Path, options: LoadOptions, what: str) -> Any:
         raise ModelError(f"cannot load the tokenizer of {what} {str(name)!r}: {why}\n  {advice}") from e
 
 
-def load_causal(name: str | Path, what: str, options: LoadOptions | None = None, template: str | None = None) -> Reader:
+def load_causal(name: str | Path, what: str, options: LoadOptions | None = None, template: str | None = None) -> CachedLM:
     """A causal language model that can be read with a cache; ``what`` is its name in usage and errors."""
     from transformers import AutoModelForCausalLM
 
@@ -170,14 +170,14 @@ def load_causal(name: str | Path, what: str, options: LoadOptions | None = None,
     load_config(name, options, what)  # first: what is wrong with the whole is not told of its tokenizer
     tokenizer = load_tokenizer(name, options, what)
     network = _for_inference(load_network(name, AutoModelForCausalLM, options, what), options)
-    reader = Reader(cached(network, what), tokenizer, template, eos_ids(network, tokenizer))
+    reader = CachedLM(cached(network, what), tokenizer, template, eos_ids(network, tokenizer))
     reader.generation_config = getattr(network, "generation_config", None)
     return reader
 
 
 def load_value(
     name: str | Path, what: str, options: LoadOptions | None = None, template: str | None = None, tokenizer: Any = None
-) -> Reader:
+) -> CachedLM:
     """A value network (any layout of ``models.value_head``); ``tokenizer`` where the checkpoint has none of its own.
 
     ``template``: None takes the one that it was trained with, where the checkpoint says so.
@@ -189,7 +189,7 @@ def load_value(
     if tokenizer is None:
         tokenizer = load_tokenizer(name, options, what)
     network = _for_inference(load_network(name, ValueModel, options, what), options)
-    return Reader(cached(network, what), tokenizer, network.notes.get("template") if template is None else template)
+    return CachedLM(cached(network, what), tokenizer, network.notes.get("template") if template is None else template)
 
 
 def _for_inference(network: Any, options: LoadOptions) -> Any:

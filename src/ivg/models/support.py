@@ -2,7 +2,7 @@
 
 Rows of different lengths share a pass, each row in pieces and with forks, and every output must be that of a pass over the row's
 tokens alone. Most decoders give that. Some need to be told more than positions (:class:`Reading`); some stay right up to a length;
-the others are refused when they are loaded. Every type of transformers was measured (``tests/test_architectures.py``).
+the others are refused when they are loaded. Every type of transformers was measured (``tests/integration/test_architectures.py``).
 
 Knows transformers' configurations and what its networks do with them. Must not know rows, nor caches.
 """

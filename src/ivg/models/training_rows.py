@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ivg.errors import ModelError
-from ivg.models.chat import prompt_text
+from ivg.models.chat_template import prompt_text
 from ivg.models.hub import find_model
 from ivg.types import Prompt
 

@@ -19,16 +19,16 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from ivg.errors import ServeError
-from ivg.serving.bodies import B, Body, read
 from ivg.serving.connections import EVENTS
-from ivg.serving.gate import Gate, error_headers
 from ivg.serving.logs import say
 from ivg.serving.metrics import CONTENT_TYPE
-from ivg.serving.presets import Order, Presets
-from ivg.serving.replies import Form, Texts, error_body, whole
-from ivg.serving.schemas import ChatRequest, CompletionRequest
+from ivg.serving.middleware import GuardMiddleware, error_headers
+from ivg.serving.parsing import B, Body, read
+from ivg.serving.protocol import ChatRequest, CompletionRequest
+from ivg.serving.requests import Event, Progress, RequestHandle
+from ivg.serving.responses import ResponseBuilder, Texts, error_body, whole
+from ivg.serving.served_models import Order, ServedModels
 from ivg.serving.stream import Stream
-from ivg.serving.tickets import Event, Progress, Ticket
 from ivg.serving.worker import Worker
 from ivg.types import Completion
 
@@ -41,7 +41,7 @@ ROUND_SECONDS = 5.0
 T = TypeVar("T")
 
 
-def create_app(worker: Worker, presets: Presets) -> FastAPI:
+def create_app(worker: Worker, presets: ServedModels) -> FastAPI:
     """The application around a worker, which starts and stops with it.
 
     Args:
@@ -65,7 +65,7 @@ def create_app(worker: Worker, presets: Presets) -> FastAPI:
     _add_openai(app, worker, presets)
     _add_health(app, worker)
     _add_playground(app)
-    app.add_middleware(Gate, settings=worker.settings, metrics=worker.metrics, paths=PATHS)
+    app.add_middleware(GuardMiddleware, settings=worker.settings, metrics=worker.metrics, paths=PATHS)
     if worker.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -81,7 +81,7 @@ def create_app(worker: Worker, presets: Presets) -> FastAPI:
 # Paths
 
 
-def _add_openai(app: FastAPI, worker: Worker, presets: Presets) -> None:
+def _add_openai(app: FastAPI, worker: Worker, presets: ServedModels) -> None:
     listing = _models(presets)
 
     async def answer(kind: type[B], request: Request) -> Response:
@@ -145,7 +145,7 @@ def _add_playground(app: FastAPI) -> None:
         app.add_api_route("/" if path == "/index.html" else path, page(file), methods=["GET", "HEAD"], include_in_schema=False)
 
 
-def _models(presets: Presets) -> dict[str, Any]:
+def _models(presets: ServedModels) -> dict[str, Any]:
     created = int(time.time())
     data = [{"id": e.pop("id"), "object": "model", "created": created, "owned_by": "ivg", **e} for e in presets.listing()]
     s = presets.settings
@@ -157,9 +157,9 @@ def _models(presets: Presets) -> dict[str, Any]:
 # One request
 
 
-async def _answer(worker: Worker, presets: Presets, body: Body, request: Request) -> Response:
+async def _answer(worker: Worker, presets: ServedModels, body: Body, request: Request) -> Response:
     """Submit, wait until it is accepted, then stream or wait for the whole."""
-    ticket = Ticket(lambda: presets.order(body), presets.size(body), worker.settings.deadline)
+    ticket = RequestHandle(lambda: presets.order(body), presets.size(body), worker.settings.deadline)
     if worker.settings.log_prompts:
         say("prompt", request_id=request.state.request_id, body=body.model_dump(exclude_none=True))
     presets.method(body.model, body.guidance)
@@ -167,7 +167,7 @@ async def _answer(worker: Worker, presets: Presets, body: Body, request: Request
     try:
         order = await _unless_gone(request, _next(ticket, worker))
         assert isinstance(order, Order)
-        form = Form(isinstance(body, ChatRequest), body.model, order, body.alternatives, request.app.state.texts)
+        form = ResponseBuilder(isinstance(body, ChatRequest), body.model, order, body.alternatives, request.app.state.texts)
         if body.stream:
             options = body.stream_options
             usage = bool(options and options.include_usage)
@@ -180,7 +180,7 @@ async def _answer(worker: Worker, presets: Presets, body: Body, request: Request
         raise
 
 
-async def _next(ticket: Ticket, worker: Worker) -> Order | Progress:
+async def _next(ticket: RequestHandle, worker: Worker) -> Order | Progress:
     """The next event; errors are raised."""
     while True:
         try:
@@ -195,7 +195,7 @@ async def _next(ticket: Ticket, worker: Worker) -> Order | Progress:
         return event
 
 
-async def _gather(ticket: Ticket, worker: Worker, count: int) -> list[Completion]:
+async def _gather(ticket: RequestHandle, worker: Worker, count: int) -> list[Completion]:
     """All answers, in order."""
     done: dict[int, Completion] = {}
     first = False
@@ -209,7 +209,7 @@ async def _gather(ticket: Ticket, worker: Worker, count: int) -> list[Completion
     return [done[i] for i in range(count)]
 
 
-def _time_first(known: bool, progress: Progress, ticket: Ticket, worker: Worker) -> bool:
+def _time_first(known: bool, progress: Progress, ticket: RequestHandle, worker: Worker) -> bool:
     if not known and (progress.committed or progress.completion):
         worker.metrics.first.observe(time.monotonic() - ticket.started)
         return True
@@ -249,7 +249,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, stream: Stream, ticket: Ticket, worker: Worker) -> None:
+    def __init__(self, stream: Stream, ticket: RequestHandle, worker: Worker) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.stream, self.ticket, self.worker = stream, ticket, worker

@@ -22,7 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ivg.errors import ServeError
 from ivg.serving.logs import say
-from ivg.serving.replies import error_body
+from ivg.serving.responses import error_body
 
 EVENTS = "events"
 """In the state of a scope: the response is a stream of events, and may have comments in it."""

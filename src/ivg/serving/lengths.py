@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ivg.config import ROLES
-from ivg.decoding.live import Request
 from ivg.errors import ConfigError, ContextLengthError, PromptError, ServeError
-from ivg.models.chat import encode, prompt_text
-from ivg.models.texts import Texts
-from ivg.steered import SteeredModel
+from ivg.model import GuidedModel
+from ivg.models.chat_template import encode, prompt_text
+from ivg.models.prompt_encoder import PromptEncoder
+from ivg.search.request import Request
+from ivg.settings.recipe import ROLES
 from ivg.types import Message, Prompt
 
 ANY = 1 << 40
 """More tokens than any context has."""
 
 
-def room(model: SteeredModel, request: Request) -> int | None:
+def room(model: GuidedModel, request: Request) -> int | None:
     """New tokens that every model of ``request`` can read behind its prompt, at most; None where none has a limit.
 
     Raises:
@@ -35,7 +35,7 @@ def room(model: SteeredModel, request: Request) -> int | None:
             return None if tokens == ANY else tokens
 
 
-def check(model: SteeredModel, request: Request, tokens: int) -> None:
+def check(model: GuidedModel, request: Request, tokens: int) -> None:
     """Raise PromptError unless every model of ``request`` can read its prompt and so many new tokens."""
     search = request.search
     prompt = model.engine.open(request.prompt, replace(request.sampling, max_new_tokens=tokens)).prompt
@@ -44,7 +44,7 @@ def check(model: SteeredModel, request: Request, tokens: int) -> None:
             value.check(prompt, tokens)
 
 
-def check_size(base: Texts, prompt: Prompt) -> None:
+def check_size(base: PromptEncoder, prompt: Prompt) -> None:
     """Refuse what is far too long before anything reads or remembers it: readers keep the tokens of the prompts that they saw.
 
     Raises:
@@ -66,12 +66,12 @@ def check_size(base: Texts, prompt: Prompt) -> None:
         raise ContextLengthError(message, model=base.name, length=tokens, new_tokens=1, limit=limit)
 
 
-def reads_chats(base: Texts) -> bool:
+def reads_chats(base: PromptEncoder) -> bool:
     """Has the base a form for messages?"""
     return base.template is not None or bool(getattr(base.tokenizer, "chat_template", None))
 
 
-def check_chats(model: SteeredModel) -> None:
+def check_chats(model: GuidedModel) -> None:
     """Raise unless all values can read messages, if the base can: known at start, and not at every request.
 
     Raises:

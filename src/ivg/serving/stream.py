@@ -1,6 +1,6 @@
 """Server-sent events: text as soon as all live beams share it, never taken back; beams and tokens for whoever watches.
 
-What is committed only grows (``decoding.search``); stop strings and halves of characters are held back there. Knows the wire, not
+What is committed only grows (``search.searcher``); stop strings and halves of characters are held back there. Knows the wire, not
 HTTP.
 """
 
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ivg.errors import ServeError
-from ivg.serving.replies import Answer, Form, error_body, finite, known
-from ivg.serving.tickets import Progress
+from ivg.serving.requests import Progress
+from ivg.serving.responses import Answer, ResponseBuilder, error_body, finite, known
 from ivg.types import TraceNode
 
 DONE = b"data: [DONE]\n\n"
@@ -28,7 +28,7 @@ class Stream:
         beams: send ``ivg.beams`` and ``ivg.tokens`` too.
     """
 
-    def __init__(self, form: Form, *, usage: bool, beams: bool, counts: bool = False) -> None:
+    def __init__(self, form: ResponseBuilder, *, usage: bool, beams: bool, counts: bool = False) -> None:
         self.form, self.with_usage, self.beams, self.counts = form, usage, beams, counts
         self.answers = [Answer(i) for i in range(len(form.order.requests))]
         self._steps = [0] * len(self.answers)

@@ -20,13 +20,13 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
-from ivg.decoding.search import Searcher
-from ivg.errors import IVGError, ScoreFault, ServeError, UpstreamFault
+from ivg.errors import IVGError, ScoreFault, ServeError, UpstreamError
+from ivg.model import GuidedModel
+from ivg.search.searcher import Searcher
 from ivg.serving.metrics import Metrics
-from ivg.serving.presets import failed, fault, torn
+from ivg.serving.requests import Event, Progress, RequestHandle, RunningRequest, State, deliver
+from ivg.serving.served_models import failed, fault, torn
 from ivg.serving.settings import ServeSettings
-from ivg.serving.tickets import Event, Flight, Progress, State, Ticket, deliver
-from ivg.steered import SteeredModel
 from ivg.types import Step
 
 log = logging.getLogger("ivg.serve")
@@ -48,13 +48,13 @@ class Worker:
         metrics: counts.
     """
 
-    def __init__(self, model: SteeredModel, settings: ServeSettings, metrics: Metrics | None = None) -> None:
+    def __init__(self, model: GuidedModel, settings: ServeSettings, metrics: Metrics | None = None) -> None:
         self.model, self.settings, self.metrics = model, settings, metrics or Metrics()
-        self._inbox: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[str, RequestHandle | None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._submitted = 0
         self._state = State()
-        self._outbox: dict[Ticket, list[Event]] = {}
+        self._outbox: dict[RequestHandle, list[Event]] = {}
         self._stop_at: float | None = None
         self._gauged = 0.0
         self._trimmed = time.monotonic()
@@ -94,7 +94,7 @@ class Worker:
         later = list(self._state.later)  # in one go: the thread may change it
         return self._submitted + self.searcher.waiting_requests + sum(t.size for t in later)
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, ticket: RequestHandle) -> None:
         """Queue it.
 
         Raises:
@@ -109,7 +109,7 @@ class Worker:
             self._submitted += ticket.size
         self._inbox.put(("add", ticket))
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: RequestHandle) -> None:
         """Nobody wants it any more; what is kept for it is freed before the next round."""
         self._inbox.put(("cancel", ticket))
 
@@ -175,18 +175,18 @@ class Worker:
             if not self._state.probing:
                 self._admit(ticket)
 
-    def _admit(self, ticket: Ticket) -> None:
+    def _admit(self, ticket: RequestHandle) -> None:
         """Make its requests and add them; what is wrong with them is the client's to know."""
         if ticket.over:
             return
         if self.torn:
             self._fail(ticket, torn())
             return
-        flights: list[Flight] = []
+        flights: list[RunningRequest] = []
         try:
             order = ticket.make()
             for i, request in enumerate(order.requests):
-                flights.append(Flight(ticket, i, request))
+                flights.append(RunningRequest(ticket, i, request))
                 flights[-1].number = self.searcher.add(request)
         except Exception as e:
             if not isinstance(e, IVGError):
@@ -212,7 +212,7 @@ class Worker:
             if flight is not None:
                 self._report(flight, step)
 
-    def _report(self, flight: Flight, step: Step) -> None:
+    def _report(self, flight: RunningRequest, step: Step) -> None:
         """Send what the client has not had yet."""
         completion = step.completion
         if completion is not None:
@@ -220,7 +220,7 @@ class Worker:
             self.metrics.spent(completion.usage.forward_tokens)
             self.metrics.written.inc(completion.usage.completion_tokens)
             if completion.error is not None:
-                if isinstance(completion.error, UpstreamFault):
+                if isinstance(completion.error, UpstreamError):
                     log.error("upstream: %s", completion.error)
                 if isinstance(completion.error, ScoreFault) and not completion.error.prompt:
                     self.metrics.failures.inc()
@@ -290,7 +290,7 @@ class Worker:
             while state.later:
                 self._admit(state.later.popleft())
 
-    def _restart(self, flight: Flight) -> None:
+    def _restart(self, flight: RunningRequest) -> None:
         if flight.ticket.over:
             return
         if self.torn:
@@ -314,7 +314,7 @@ class Worker:
         for ticket in {t for t in self._tickets() if t.deadline < now}:
             self._fail(ticket, ServeError(f"no answer within {ticket.deadline - ticket.started:g} seconds", 504, "deadline_exceeded"))
 
-    def _tickets(self) -> Iterator[Ticket]:
+    def _tickets(self) -> Iterator[RequestHandle]:
         state = self._state
         yield from (f.ticket for f in (*state.flights.values(), *itertools.chain(*state.suspects)))
         yield from state.later
@@ -328,12 +328,12 @@ class Worker:
         for ticket in set(self._tickets()):
             self._fail(ticket, error)
 
-    def _fail(self, ticket: Ticket, error: ServeError) -> None:
+    def _fail(self, ticket: RequestHandle, error: ServeError) -> None:
         if not ticket.over:
             self._post(ticket, error)
         self._drop(ticket)
 
-    def _drop(self, ticket: Ticket) -> None:
+    def _drop(self, ticket: RequestHandle) -> None:
         """Free what is kept for it, and forget it."""
         ticket.over = True
         state, broken = self._state, None
@@ -351,12 +351,12 @@ class Worker:
 
     # Out
 
-    def _post(self, ticket: Ticket, event: Event) -> None:
+    def _post(self, ticket: RequestHandle, event: Event) -> None:
         self._outbox.setdefault(ticket, []).append(event)
 
     def _send(self) -> None:
         """Hand over what the round brought, with one call for each loop."""
-        loops: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, list[Event]]]] = {}
+        loops: dict[asyncio.AbstractEventLoop, list[tuple[RequestHandle, list[Event]]]] = {}
         for ticket, events in self._outbox.items():
             loops.setdefault(ticket.loop, []).append((ticket, events))
         self._outbox = {}

@@ -1,4 +1,4 @@
-"""Cells of training rows: prompts, responses, scores, lists. A cell that cannot be used is a :class:`~ivg.records.RowError`."""
+"""Cells of training rows: prompts, responses, scores, lists. A cell that cannot be used is a :class:`~ivg.utils.jsonl.RowError`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ivg.errors import PromptError
-from ivg.models.chat import prompt_text
-from ivg.prompts import Message, Prompt, check_text
-from ivg.records import RowError
+from ivg.models.chat_template import prompt_text
+from ivg.types.messages import Message, Prompt, check_text
+from ivg.utils.jsonl import RowError
 
 Row = Mapping[str, Any]
 

@@ -22,10 +22,10 @@ from typing import Any, Literal
 
 from ivg.errors import ConfigError, ModelError
 from ivg.jobs.provenance import fingerprint
-from ivg.models.chat import check_template
+from ivg.models.chat_template import check_template
 from ivg.models.training_rows import write_training_rows
-from ivg.records import jsonable, write_json, write_text
 from ivg.training.data import Demonstration, Preference, Rated, answers
+from ivg.utils.jsonl import jsonable, write_json, write_text
 
 Mode = Literal["full", "lora", "head"]
 PARTS = (25, 50, 75, 100)
@@ -125,7 +125,7 @@ def alone(what: str) -> None:
         raise ConfigError(f"{what} runs in one process\n  start it without accelerate launch or torchrun")
 
 
-class Run:
+class RunDir:
     """The folder of one training run.
 
     Args:
@@ -198,7 +198,7 @@ class Run:
         return dict(metrics)
 
 
-def arguments(kind: Any, options: TrainingOptions, run: Run, *, evaluate: bool, **fixed: Any) -> Any:
+def arguments(kind: Any, options: TrainingOptions, run: RunDir, *, evaluate: bool, **fixed: Any) -> Any:
     """``kind`` (TrainingArguments or a child) from our settings; ``options.extra`` has the last word.
 
     Raises:
@@ -247,7 +247,7 @@ def arguments(kind: Any, options: TrainingOptions, run: Run, *, evaluate: bool, 
 def request_of(
     what: str, model: str | Path, data: Sequence[str | Path], rows: Sequence[Any], options: TrainingOptions, **more: Any
 ) -> dict[str, Any]:
-    """What a run depends on, for :class:`Run`: settings and the very rows; trackers and checkpoint distances do not count."""
+    """What a run depends on, for :class:`RunDir`: settings and the very rows; trackers and checkpoint distances do not count."""
     settings = {k: v for k, v in asdict(options).items() if k not in ("report_to", "save_steps")}
     about = {
         "what": what,
@@ -325,7 +325,7 @@ def numbers(measured: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in sorted(measured.items()) if k != "epoch" and not any(c in k for c in clocks)}
 
 
-def write_card(kind: str, run: Run, metrics: Mapping[str, Any], use: str) -> str:
+def write_card(kind: str, run: RunDir, metrics: Mapping[str, Any], use: str) -> str:
     """A model card: what it is, from what, how, what was measured, how to use it."""
     request = run.request
     hub = re.fullmatch(r"[\w.-]+/[\w.-]+", request["model"]) and not Path(request["model"]).exists()

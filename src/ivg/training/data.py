@@ -23,13 +23,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ivg.draws import uniform
 from ivg.errors import ConfigError, PromptError
 from ivg.jobs.formats import SourceRow, scan_rows
 from ivg.jobs.prompts import prompt_of
-from ivg.prompts import Prompt
-from ivg.records import RowError
 from ivg.training.columns import Row, cell, finite_score, flag, list_of, response_text, responses_of, usable_prompt
+from ivg.types.messages import Prompt
+from ivg.utils.jsonl import RowError
+from ivg.utils.rng import uniform
 
 Item = TypeVar("Item")
 PREFERENCE = ("prompt", "chosen", "rejected")
@@ -73,7 +73,7 @@ class Demonstration:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ColumnMapping:
     """How the columns of a file become the ones that are read.
 
     Attributes:
@@ -117,7 +117,7 @@ def read_preferences(
     limit: int | None = None,
     *,
     split: str = "train",
-    shape: Shape | None = None,
+    shape: ColumnMapping | None = None,
     seed: int = 0,
     format: str | None = None,
     on_bad: OnBad = None,
@@ -152,7 +152,7 @@ def read_preferences(
 
 
 def read_rated(
-    source: str | Path, *, split: str = "train", shape: Shape | None = None, format: str | None = None, on_bad: OnBad = None
+    source: str | Path, *, split: str = "train", shape: ColumnMapping | None = None, format: str | None = None, on_bad: OnBad = None
 ) -> list[Rated]:
     """Rated responses: ``prompt, response, score`` or ``prompt, responses, scores``.
 
@@ -163,7 +163,7 @@ def read_rated(
 
 
 def read_demonstrations(
-    source: str | Path, *, split: str = "train", shape: Shape | None = None, format: str | None = None, on_bad: OnBad = None
+    source: str | Path, *, split: str = "train", shape: ColumnMapping | None = None, format: str | None = None, on_bad: OnBad = None
 ) -> list[Demonstration]:
     """What is to be imitated: ``prompt, response`` (or ``completion``; the chosen ones of preferences), ``messages``, or ``text``.
 
@@ -185,7 +185,7 @@ def read_demonstrations(
 
 
 def read_prompts(
-    source: str | Path, *, split: str = "train", shape: Shape | None = None, format: str | None = None, on_bad: OnBad = None
+    source: str | Path, *, split: str = "train", shape: ColumnMapping | None = None, format: str | None = None, on_bad: OnBad = None
 ) -> list[Prompt]:
     """The different prompts of ``prompt`` (or ``messages``), in order of appearance.
 
@@ -237,7 +237,7 @@ def held_out(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item
 class _Rows:
     """The rows of a source with our column names; the first one that can be read decides what the source holds."""
 
-    def __init__(self, source: str | Path, split: str, shape: Shape | None, format: str | None, on_bad: OnBad) -> None:
+    def __init__(self, source: str | Path, split: str, shape: ColumnMapping | None, format: str | None, on_bad: OnBad) -> None:
         self.source, self.shape, self.on_bad = source, shape, on_bad
         self._rows = scan_rows(source, split, format)
         self._ahead: list[tuple[SourceRow, dict[str, Any]]] = []
@@ -291,7 +291,7 @@ def _wrong(source: str | Path, row: Row, what: str, *shapes: Sequence[str]) -> C
     wanted = "; or ".join(", ".join(s) for s in shapes)
     return ConfigError(
         f"{source} has the columns {', '.join(row)}\n  {what} need {wanted}\n"
-        "  other names: --columns OURS=THEIRS,… (from Python: Shape(columns={…}))"
+        "  other names: --columns OURS=THEIRS,… (from Python: ColumnMapping(columns={…}))"
     )
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ivg.models.chat import encode
-from ivg.models.vocab import Vocabulary
+from ivg.models.chat_template import encode
+from ivg.models.vocabulary import Vocabulary
 from ivg.training.data import Demonstration, Preference, Rated
 from ivg.types import Prompt
 from ivg.values.reward import RewardModel

@@ -13,15 +13,15 @@ from typing import Any
 
 from ivg.errors import ConfigError
 from ivg.jobs.provenance import fingerprints
+from ivg.model import GuidedModel
 from ivg.models.loading import LoadOptions, load_causal
-from ivg.records import write_json
-from ivg.steered import SteeredModel
-from ivg.training.common import Run, TrainingOptions, alone, digest, request_of
+from ivg.training.common import RunDir, TrainingOptions, alone, digest, request_of
 from ivg.training.data import Rated, read_rated
 from ivg.training.learner import ValueOptions
 from ivg.training.rollout import rollout
 from ivg.training.value import train_value
 from ivg.types import Prompt
+from ivg.utils.jsonl import write_json
 from ivg.values.explicit import ExplicitValue
 from ivg.values.reward import Reward
 
@@ -57,7 +57,7 @@ def refine(
         reward: scores the new rollouts.
         rounds: further rounds.
         prompts: of the new rollouts; default: those of ``rows``.
-        method: how the value guides the policy; ``settings`` as for ``SteeredModel.request``.
+        method: how the value guides the policy; ``settings`` as for ``GuidedModel.request``.
         samples: new responses for each prompt and round.
         sources: named in the card.
         load: how the base is loaded.
@@ -76,7 +76,7 @@ def refine(
     judge = reward_name or reward.name
     weights = fingerprints({"base": str(base), "reward": judge})
     about = {"value": asdict(value), "base": str(base), "reward": judge, "rounds": rounds, "rollouts": how, "made_from": weights}
-    run = Run(out, request_of("value", model, names, rows, options.checked(), **about))
+    run = RunDir(out, request_of("value", model, names, rows, options.checked(), **about))
     start: str | Path = model
     for number in range(rounds + 1):
         folder = run.out / f"round-{number}"
@@ -96,13 +96,13 @@ def refine(
     return _publish(run, start, found)
 
 
-def _guided(base: str | Path, folder: Path, value: ValueOptions, options: TrainingOptions, load: LoadOptions | None) -> SteeredModel:
+def _guided(base: str | Path, folder: Path, value: ValueOptions, options: TrainingOptions, load: LoadOptions | None) -> GuidedModel:
     """The policy, and the value in ``folder`` to guide it."""
     explicit = ExplicitValue.from_pretrained(folder, template=options.template, options=load)
-    return SteeredModel(load_causal(base, "base", load, value.base_template), {"explicit": explicit})
+    return GuidedModel(load_causal(base, "base", load, value.base_template), {"explicit": explicit})
 
 
-def _publish(run: Run, last: str | Path, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _publish(run: RunDir, last: str | Path, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The last round's value, with all that belongs to it, to the top of the folder."""
     for file in Path(last).iterdir():
         if file.is_file() and file.name not in ("run.json", "metrics.json", "log.json"):

@@ -13,16 +13,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivg import machine
-from ivg.draws import as_seed, mix
 from ivg.errors import ConfigError, PromptError, ScoreFault
-from ivg.records import BlockFile, read_jsonl
-from ivg.scores import judge_each, note_of
 from ivg.training.common import alone
 from ivg.types import Completion, Prompt
+from ivg.types.scores import judge_each, note_of
+from ivg.utils import environment
+from ivg.utils.jsonl import BlockFile, read_jsonl
+from ivg.utils.rng import as_seed, mix
 
 if TYPE_CHECKING:
-    from ivg.steered import SteeredModel
+    from ivg.model import GuidedModel
     from ivg.values.reward import Reward
 
 
@@ -31,7 +31,7 @@ BLOCK = 64
 
 
 def rollout(
-    model: SteeredModel,
+    model: GuidedModel,
     prompts: Sequence[Prompt],
     out: str | Path,
     reward: Reward,
@@ -51,7 +51,7 @@ def rollout(
         prompts: what to answer.
         out: ``.jsonl`` or ``.parquet`` (written at the end from the JSONL beside it).
         reward: scores whole responses (``values.reward.load_reward``).
-        method: any that ``model`` allows; with ``settings`` as for ``SteeredModel.request``.
+        method: any that ``model`` allows; with ``settings`` as for ``GuidedModel.request``.
         samples: responses for each prompt.
         seed: of all draws.
         block: prompts for each block, all in one batch.
@@ -71,7 +71,7 @@ def rollout(
     lines = out.with_suffix(".jsonl")
     sampling = {k: v for k, v in asdict(model.sampling).items() if k not in settings}
     about = {"method": method, "settings": settings, "sampling": sampling, "samples": samples, "seed": seed, **(provenance or {})}
-    with machine.alone(lines):
+    with environment.alone(lines):
         file = BlockFile(lines, block * samples, len(prompts) * samples, about)
         _same_prompts(lines, prompts, samples, file.rows)
         for _ in range(0, file.rows, block * samples):
@@ -107,7 +107,7 @@ def _same_prompts(lines: Path, prompts: Sequence[Prompt], samples: int, rows: in
 
 
 def _answer(
-    model: SteeredModel, prompts: Sequence[tuple[int, Prompt]], method: str, samples: int, seed: int, settings: Mapping[str, Any]
+    model: GuidedModel, prompts: Sequence[tuple[int, Prompt]], method: str, samples: int, seed: int, settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     model.forget()  # what earlier blocks left in the caches may change how sums are rounded
     searcher = model.searcher(max_beams=512)

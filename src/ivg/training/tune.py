@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ivg.diagnose.pairs import is_tie
+from ivg.diagnostics.pairs import is_tie
 from ivg.errors import ConfigError
 from ivg.training import encoding
 from ivg.training.common import (
-    Run,
+    RunDir,
     TrainingOptions,
     arguments,
     first_process,
@@ -59,7 +59,7 @@ def sft(
 
     if loss not in ("response", "all"):
         raise ConfigError(f"loss must be response or all, got {loss!r}")
-    run = Run(out, request_of("sft", model, sources, rows, options.checked(), loss=loss))
+    run = RunDir(out, request_of("sft", model, sources, rows, options.checked(), loss=loss))
     if run.metrics is not None:
         return run.metrics
     set_seed(options.seed)
@@ -106,7 +106,7 @@ def dpo(
 
     if not 0 < beta < math.inf:
         raise ConfigError(f"beta of DPO must be positive and finite, got {beta}")
-    run = Run(out, request_of("dpo", model, sources, rows, options.checked(), beta=beta))
+    run = RunDir(out, request_of("dpo", model, sources, rows, options.checked(), beta=beta))
     if run.metrics is not None:
         return run.metrics
     rows, ties = without_ties(rows)
@@ -154,7 +154,7 @@ def reward(
 
     from ivg.values.reward import RewardModel
 
-    run = Run(out, request_of("reward", model, sources, rows, options.checked(), template=options.template))
+    run = RunDir(out, request_of("reward", model, sources, rows, options.checked(), template=options.template))
     if run.metrics is not None:
         return run.metrics
     rows, ties = without_ties(rows)
@@ -224,7 +224,9 @@ def _encoded(
     return train, test, first
 
 
-def _train(trainer: Any, run: Run, tokenizer: Any, counts: Mapping[str, int], rows: Sequence[Any], kind: str, use: str) -> dict[str, Any]:
+def _train(
+    trainer: Any, run: RunDir, tokenizer: Any, counts: Mapping[str, int], rows: Sequence[Any], kind: str, use: str
+) -> dict[str, Any]:
     run.train(trainer)
     metrics: dict[str, Any] = dict(counts)
     if trainer.eval_dataset is not None:

@@ -16,11 +16,11 @@ from torch import Tensor
 from ivg.errors import ConfigError, ModelError
 from ivg.models.loading import LoadOptions, load_config
 from ivg.models.value_head import ValueModel
-from ivg.models.vocab import Vocabulary
+from ivg.models.vocabulary import Vocabulary
 from ivg.training import encoding
 from ivg.training.common import (
     PARTS,
-    Run,
+    RunDir,
     TrainingOptions,
     arguments,
     first_process,
@@ -63,7 +63,7 @@ def train_value(
         ModelError: a model that cannot be loaded.
     """
     value = (value or ValueOptions()).checked()
-    run = Run(out, request_of("value", model, sources, rows, options.checked(), value=asdict(value)))
+    run = RunDir(out, request_of("value", model, sources, rows, options.checked(), value=asdict(value)))
     if run.metrics is not None:
         return run.metrics
     _check_scores(rows, value)
@@ -89,7 +89,7 @@ def train_value(
 
 
 def _fit(
-    learner: ValueLearner, train: Sequence[Encoded], test: Sequence[Encoded], collator: Collator, options: TrainingOptions, run: Run
+    learner: ValueLearner, train: Sequence[Encoded], test: Sequence[Encoded], collator: Collator, options: TrainingOptions, run: RunDir
 ) -> dict[str, float]:
     from transformers import Trainer, TrainingArguments
 

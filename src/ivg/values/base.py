@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ivg.errors import ConfigError, IVGError, ScoreFault
-from ivg.guides import VocabularyValue, knows_vocabulary
-from ivg.models.chat import prompt_text
-from ivg.scores import Scores, every, number, raised, score_each
+from ivg.models.chat_template import prompt_text
 from ivg.types import Hypothesis, Prompt, Value
+from ivg.types.guides import VocabularyValue, knows_vocabulary
+from ivg.types.scores import Scores, every, number, raised, score_each
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ivg.models.vocab import Vocabulary
+    from ivg.models.vocabulary import Vocabulary
 
 
 class FunctionValue:

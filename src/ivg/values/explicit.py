@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ivg.embedded import locate
+from ivg.models.cached_lm import CachedLM
 from ivg.models.loading import LoadOptions, load_value
-from ivg.models.reader import Reader
 from ivg.models.training_rows import copy_training_rows, source_of
 from ivg.models.value_head import HeadKind, ValueModel
 from ivg.types import Hypothesis, Prompt
@@ -20,7 +20,7 @@ from ivg.types import Hypothesis, Prompt
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ivg.models.vocab import Vocabulary
+    from ivg.models.vocabulary import Vocabulary
 
 
 class ExplicitValue:
@@ -32,7 +32,7 @@ class ExplicitValue:
         card: the model card (README.md) that goes with it.
     """
 
-    def __init__(self, model: Reader, name: str = "explicit", card: str | None = None) -> None:
+    def __init__(self, model: CachedLM, name: str = "explicit", card: str | None = None) -> None:
         self.model, self.name, self.card = model, name, card
 
     @classmethod
@@ -113,7 +113,7 @@ class ExplicitValue:
         self.model.check_length(prompt, new_tokens)
 
     def follow(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """Hand caches on without reading (``Reader.follow``)."""
+        """Hand caches on without reading (``CachedLM.follow``)."""
         self.model.follow(hypotheses)
 
     def release(self, keys: Sequence[int]) -> None:

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ivg.models.cached_lm import CachedLM
 from ivg.models.loading import LoadOptions, load_causal
-from ivg.models.reader import Reader
 from ivg.types import Hypothesis, Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ivg.models.vocab import Vocabulary
+    from ivg.models.vocabulary import Vocabulary
 
 
 class ImplicitValue:
@@ -32,7 +32,7 @@ class ImplicitValue:
         VocabularyError: the two do not share a vocabulary.
     """
 
-    def __init__(self, tuned: Reader, untuned: Reader, name: str = "implicit") -> None:
+    def __init__(self, tuned: CachedLM, untuned: CachedLM, name: str = "implicit") -> None:
         tuned.vocabulary.require_same(untuned.vocabulary, "a tuned model keeps the vocabulary of its untuned start")
         self.tuned, self.untuned, self.name = tuned, untuned, name
 
@@ -57,7 +57,7 @@ class ImplicitValue:
         return PairDrafter(self, beta)
 
     def rewind(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """The last tokens of these were changed (``Reader.rewind``)."""
+        """The last tokens of these were changed (``CachedLM.rewind``)."""
         self.tuned.rewind(hypotheses)
         self.untuned.rewind(hypotheses)
 
@@ -76,7 +76,7 @@ class ImplicitValue:
         self.untuned.check_length(prompt, new_tokens)
 
     def follow(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """Hand caches on without reading (``Reader.follow``)."""
+        """Hand caches on without reading (``CachedLM.follow``)."""
         self.tuned.follow(hypotheses)
         self.untuned.follow(hypotheses)
 
@@ -136,7 +136,7 @@ class AutoregressiveReward:
         name: in traces.
     """
 
-    def __init__(self, model: Reader, name: str = "arm") -> None:
+    def __init__(self, model: CachedLM, name: str = "arm") -> None:
         self.model, self.name = model, name
 
     @property
@@ -157,7 +157,7 @@ class AutoregressiveReward:
         self.model.check_length(prompt, new_tokens)
 
     def follow(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """Hand caches on without reading (``Reader.follow``)."""
+        """Hand caches on without reading (``CachedLM.follow``)."""
         self.model.follow(hypotheses)
 
     def release(self, keys: Sequence[int]) -> None:

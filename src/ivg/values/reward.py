@@ -18,13 +18,13 @@ import torch
 
 from ivg.embedded import PREFIX
 from ivg.errors import ConfigError, ModelError, PromptError, ScoreFault
-from ivg.models.chat import apply_chat_template, is_chat, render, text_ids, turns
+from ivg.models.chat_template import apply_chat_template, is_chat, render, text_ids, turns
 from ivg.models.loading import LoadOptions, load_config, load_network, load_tokenizer
 from ivg.models.rotary import batches, borders_of
 from ivg.models.support import context_of
 from ivg.models.weights import WeightsError
-from ivg.scores import Scores, every, number
 from ivg.types import Hypothesis, Prompt
+from ivg.types.scores import Scores, every, number
 from ivg.values.base import FunctionValue
 from ivg.values.fitting import fit
 

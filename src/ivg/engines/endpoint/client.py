@@ -1,0 +1,197 @@
+"""Asking a completions endpoint: many requests at once, in one event loop in a thread of its own.
+
+Knows: the client, its tries and its errors. Must not know beams, nor what answers mean (``engine.endpoint``, ``engine.replies``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+from urllib.parse import urlsplit
+
+from ivg.engines.endpoint.choices import check_reply
+from ivg.errors import ConfigError, MissingDependencyError, ModelError, UpstreamError, shortened
+
+PAUSE = 8.0
+"""Seconds that the client waits at most, of its own accord, before it tries again."""
+
+
+class CompletionClient:
+    """Sends requests and collects what came of each: replies, or one line that says what went wrong.
+
+    Args:
+        url: of the API (see :func:`api_url`).
+        api_key: where the server wants one.
+        timeout: seconds that the server may be silent; a request that is slower in all its tries together than that allows ends too.
+        retries: further tries where the server is busy, silent or away.
+        concurrency: requests at once.
+
+    Raises:
+        ConfigError: unusable settings.
+        MissingDependencyError: no ``openai`` package.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None, timeout: float, retries: int, concurrency: int) -> None:
+        _check_settings(timeout, retries, concurrency)
+        self.url, self.timeout, self.retries = url, timeout, retries
+        openai = _openai()
+        self._client = openai.AsyncOpenAI(base_url=self.url, api_key=api_key or "none", timeout=timeout, max_retries=retries)
+        self._refusals: tuple[type[Exception], ...] = (openai.BadRequestError, openai.UnprocessableEntityError)
+        self._several = True  # until the server is seen to make one answer at a time
+        self._slots = asyncio.Semaphore(concurrency)
+        self._done: queue.SimpleQueue[tuple[Any, list[Any] | str]] = queue.SimpleQueue()
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="ivg-endpoint", daemon=True)
+        self._thread.start()
+
+    def ask(self, ticket: Any, body: Mapping[str, Any], seeds: Sequence[int]) -> Future[None]:
+        """Begin to ask for as many answers as there are seeds; the first seed serves where one request gives them all.
+
+        Cancelling what is returned closes the connection, and nothing will come of ``ticket``.
+
+        Raises:
+            ModelError: closed.
+        """
+        self._check_open()
+        return asyncio.run_coroutine_threadsafe(self._work(ticket, body, seeds), self._loop)
+
+    def outcomes(self, wait: float) -> list[tuple[Any, list[Any] | str]]:
+        """(ticket, its checked replies or what went wrong) of all that is done; waits so many seconds for the first.
+
+        Raises:
+            ModelError: closed.
+        """
+        self._check_open()
+        out = []
+        try:
+            out.append(self._done.get(timeout=wait) if wait > 0 else self._done.get_nowait())
+            while True:
+                out.append(self._done.get_nowait())
+        except queue.Empty:
+            return out
+
+    def close(self) -> None:
+        """Give up everything that runs and end the thread."""
+        if self._closed:
+            return
+        self._closed = True
+        asyncio.run_coroutine_threadsafe(self._leave(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ModelError(f"the engine of {self.url} is closed\n  make another")
+
+    # In the thread of the loop
+
+    async def _leave(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.close()
+
+    async def _work(self, ticket: Any, body: Mapping[str, Any], seeds: Sequence[int]) -> None:
+        outcome: list[Any] | str
+        try:
+            outcome = await self._replies(body, seeds)
+        except Exception as e:  # whatever the client or the server do: this ticket fails, others go on
+            try:
+                outcome = self._said(e)
+            except Exception as worse:  # a ticket that nothing comes of would be waited for for ever
+                outcome = UpstreamError(f"{self.url} failed: {type(e).__name__}, and that cannot be told: {type(worse).__name__}")
+        self._done.put((ticket, outcome))
+
+    async def _replies(self, body: Mapping[str, Any], seeds: Sequence[int]) -> list[Any]:
+        """One reply with all answers, or several from a server that makes one at a time.
+
+        Some of those refuse to make more (llama.cpp), others ignore that they were asked to (llama-cpp-python).
+        """
+        replies = []
+        if len(seeds) == 1 or self._several:
+            try:
+                replies.append(await self._post(body, len(seeds), seeds[0]))
+            except self._refusals:
+                if len(seeds) == 1:
+                    raise
+        had = sum(len(reply.choices) for reply in replies)
+        if had < len(seeds):
+            replies += await _all([self._post(body, 1, seed) for seed in seeds[had:]])
+            self._several = False  # one at a time is what it answers
+        return replies
+
+    async def _post(self, body: Mapping[str, Any], n: int, seed: int) -> Any:
+        async with self._slots, asyncio.timeout((self.retries + 1) * self.timeout + self.retries * PAUSE):
+            reply = await self._client.completions.create(**body, n=n, seed=seed)
+        check_reply(reply)
+        return reply
+
+    def _said(self, e: Exception) -> UpstreamError:
+        """What went wrong, in one line that names the server."""
+        openai, status, told = _openai(), None, ""
+        if isinstance(e, openai.APIStatusError):
+            message = e.body.get("message") if isinstance(e.body, dict) else None  # some send a list or an object
+            status, told = e.status_code, str(message or e.message)
+            said = f"answered {status}: {told}"
+        elif isinstance(e, openai.APITimeoutError | TimeoutError):
+            said = f"was silent for {self.timeout:g} s, in {self.retries + 1} tries; give it more time, or look whether it lives"
+        elif isinstance(e, openai.APIConnectionError):
+            said = f"cannot be reached ({e.__cause__ or e}); is the server running?"
+        elif isinstance(e, ModelError):
+            said = str(e)
+        else:
+            said = f"failed: {type(e).__name__}: {e}"
+        return UpstreamError(f"{self.url} {_one_line(said)}", status, _one_line(told))
+
+
+def api_url(url: str) -> str:
+    """Where the API begins: ``/v1`` where only a server is named.
+
+    Raises:
+        ConfigError: no http address.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ConfigError(f"unusable address {url!r} of an endpoint\n  expected one such as http://localhost:8000/v1")
+    whole = url.rstrip("/").removesuffix("/completions")
+    return whole if parts.path.strip("/") else f"{whole}/v1"
+
+
+def _one_line(text: str) -> str:
+    return shortened(" ".join(text.split()), 500)
+
+
+def _check_settings(timeout: float, retries: int, concurrency: int) -> None:
+    rules = (
+        ("timeout", timeout, timeout > 0, "positive (seconds)"),
+        ("retries", retries, retries >= 0, "0 or more"),
+        ("concurrency", concurrency, concurrency >= 1, "at least 1 request"),
+    )
+    for name, got, fine, expected in rules:
+        if not fine:
+            raise ConfigError(f"{name} of an endpoint must be {expected}, got {got}")
+
+
+def _openai() -> Any:
+    try:
+        import openai
+    except ImportError:
+        raise MissingDependencyError("asking an endpoint needs openai\n  pip install 'ivg[endpoint]'") from None
+    return openai
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """All results in order; where one fails the others are given up."""
+    tasks = [asyncio.ensure_future(w) for w in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,1 @@
+"""The engine that runs PyTorch models of transformers in this process."""

@@ -1,0 +1,126 @@
+"""What changes logits before a token is drawn, but for temperature and the cuts of top-k, top-p and min-p.
+
+The same as transformers' logits processors of the same names (``transformers/generation/logits_process.py``), in the order in which
+``generate`` applies them, so that greedy decoding of the base alone is ``generate``'s. Where they look back they see prompt and response.
+Pure functions; the logits that come in are not written over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ivg.settings.sampling import OF_TRANSFORMERS
+from ivg.types import SamplingParams
+
+_NEVER = float("-inf")
+_PROCESSED = ("repetition_penalty", "min_length", "min_new_tokens", *OF_TRANSFORMERS)
+_OFF = SamplingParams()
+
+Ids = Sequence[int]
+Contexts = Callable[[int], tuple[Ids, Ids]]
+"""Of a row: the tokens of its prompt, and those of its response before the one that is drawn."""
+
+
+def processes(params: SamplingParams) -> bool:
+    """Does :func:`processed` change anything for ``params``?"""
+    return any(getattr(params, name) != getattr(_OFF, name) for name in _PROCESSED)
+
+
+def processed(logits: Tensor, params: Sequence[SamplingParams], contexts: Contexts, eos: Collection[int]) -> Tensor:
+    """Logits [rows, vocabulary] as ``params`` change them, one for each row; the very tensor where nothing changes.
+
+    Args:
+        logits: guidance mixed in, float32.
+        params: one for each row.
+        contexts: asked for rows that change alone.
+        eos: end-of-sequence tokens.
+    """
+    known = {id(p): p for p in params}
+    changed = {key for key, p in known.items() if processes(p)}
+    rows = [row for row, p in enumerate(params) if id(p) in changed]
+    if not rows:
+        return logits
+    out = logits.clone()
+    ends = torch.tensor(sorted(e for e in eos if e < logits.shape[1]), dtype=torch.long, device=logits.device)
+    for row in rows:
+        prompt, response = contexts(row)
+        _process(out[row], params[row], prompt, response, ends)
+    return out
+
+
+def exhausted_rows(logits: Tensor) -> list[int]:
+    """Rows whose tokens are all forbidden."""
+    return (logits.amax(-1) == _NEVER).nonzero()[:, 0].tolist()
+
+
+def _process(z: Tensor, p: SamplingParams, prompt: Ids, response: Ids, ends: Tensor) -> None:
+    """Change one row [vocabulary] in place."""
+    new, total = len(response), len(prompt) + len(response)
+    text = [*prompt, *response] if p.sequence_bias or p.bad_words_ids or p.no_repeat_ngram_size or p.repetition_penalty != 1.0 else []
+    if p.sequence_bias:
+        _bias(z, text, dict(p.sequence_bias).items())  # of one that is given twice the last counts
+    if p.repetition_penalty != 1.0:
+        _penalise(z, text, p.repetition_penalty)
+    if p.no_repeat_ngram_size:
+        _forbid(z, _completions(text, p.no_repeat_ngram_size))
+    if p.bad_words_ids:
+        ending = {(end,) for end in ends.tolist()}
+        _bias(z, text, [(word, _NEVER) for word in p.bad_words_ids if word not in ending])
+    if total < p.min_length or new < p.min_new_tokens:
+        z[ends] = _NEVER
+    if p.forced_bos_token_id is not None and total == 1:
+        _force(z, [p.forced_bos_token_id])
+    if p.forced_eos_token_id and new == p.max_new_tokens - 1:
+        _force(z, p.forced_eos_token_id)
+    if p.exponential_decay_length_penalty is not None:
+        start, factor = p.exponential_decay_length_penalty
+        if new > start:
+            raised = z[ends].abs() * (factor ** (new - start) - 1)
+            z[ends] += raised.masked_fill(~z[ends].isfinite(), 0.0)
+    if p.suppress_tokens:
+        _forbid(z, p.suppress_tokens)
+    if p.begin_suppress_tokens and new == (1 if p.forced_bos_token_id is not None and len(prompt) == 1 else 0):
+        _forbid(z, p.begin_suppress_tokens)
+
+
+def _within(z: Tensor, ids: Iterable[int]) -> Tensor:
+    """``ids`` that are columns of ``z``."""
+    return torch.tensor(sorted({i for i in ids if i < len(z)}), dtype=torch.long, device=z.device)
+
+
+def _forbid(z: Tensor, ids: Iterable[int]) -> None:
+    z[_within(z, ids)] = _NEVER
+
+
+def _force(z: Tensor, ids: Iterable[int]) -> None:
+    z.fill_(_NEVER)
+    z[_within(z, ids)] = 0.0
+
+
+def _penalise(z: Tensor, text: Ids, penalty: float) -> None:
+    index = _within(z, text)
+    picked = z[index]
+    z[index] = torch.where(picked < 0, picked * penalty, picked / penalty)
+
+
+def _completions(text: Ids, size: int) -> list[int]:
+    """Tokens that would complete a sequence of ``size`` tokens that ``text`` has already."""
+    if len(text) < size:
+        return []
+    last = list(text[len(text) - size + 1 :])
+    return [text[i + size - 1] for i in range(len(text) - size + 1) if list(text[i : i + size - 1]) == last]
+
+
+def _bias(z: Tensor, text: Ids, biases: Iterable[tuple[Ids, float]]) -> None:
+    """Add the bias of every sequence whose tokens but the last end ``text``, or are all of it."""
+    total: dict[int, float] = {}
+    for sequence, bias in biases:
+        before = len(sequence) - 1
+        if before <= len(text) and list(text[len(text) - before :]) == list(sequence[:-1]) and sequence[-1] < len(z):
+            total[sequence[-1]] = total.get(sequence[-1], 0.0) + bias
+    if total:
+        ids = sorted(total)
+        z[torch.tensor(ids, device=z.device)] += torch.tensor([total[i] for i in ids], device=z.device)

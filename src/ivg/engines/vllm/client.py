@@ -1,0 +1,316 @@
+"""vLLM's engine core behind a small door: requests in, results out, one thread, death and revival.
+
+``LLMEngine`` runs in this process or drives a process of its own (``VLLM_ENABLE_V1_MULTIPROCESSING``); either way a call of
+:meth:`EngineClient.step` brings what is new. Knows: engine arguments. Must not know beams or values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+from pydantic import ValidationError
+
+from ivg.engines.vllm.versions import check_vllm
+from ivg.errors import ConfigError, ModelError, shortened
+
+PROCESSOR = "ivg.engines.vllm.processor:IVGBeta"
+
+LIFE_SECONDS = 0.5
+"""How often a wait for the engine's process looks whether it still lives."""
+
+
+@dataclass(frozen=True)
+class EngineClientOptions:
+    """How vLLM runs a model; what is None is vLLM's default.
+
+    Attributes:
+        dtype: of all parts.
+        max_model_len: tokens of prompt and answer at most.
+        max_num_seqs: hypotheses in one pass at most; the largest W * K of all requests together should fit.
+        gpu_memory_utilization: share of a GPU's memory for weights and cache of this engine.
+        tensor_parallel_size: GPUs that share each layer.
+        enforce_eager: no compilation and no graphs: starts sooner, runs slower.
+        extra: any other of vLLM's engine arguments.
+    """
+
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    gpu_memory_utilization: float | None = None
+    tensor_parallel_size: int | None = None
+    enforce_eager: bool | None = None
+    trust_remote_code: bool | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        """For ``EngineArgs``."""
+        names = ("max_model_len", "max_num_seqs", "gpu_memory_utilization", "tensor_parallel_size", "enforce_eager", "trust_remote_code")
+        given = {name: getattr(self, name) for name in names}
+        return {"dtype": self.dtype, **{k: v for k, v in given.items() if v is not None}, **self.extra}
+
+
+@dataclass(frozen=True)
+class EngineOutput:
+    """What a pass brought of one request.
+
+    Attributes:
+        output: vLLM's.
+        cached: of a finished request: tokens of the prompt that the cache held, for each of its samples.
+    """
+
+    output: Any
+    cached: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A request under way.
+
+    Attributes:
+        inner: vLLM's own name of it, where vLLM can abort by that.
+        states: what vLLM knows of each sample, which outlives its list of them; None where this vLLM keeps that elsewhere.
+    """
+
+    inner: str | None
+    states: Sequence[Any]
+
+
+class EngineClient:
+    """One running engine.
+
+    Args:
+        folder: of a composite or value network (``vllm.pack``), or any model that vLLM loads.
+        options: see there.
+        pooling: it scores instead of writing.
+        guided: it is a composite.
+
+    Raises:
+        MissingDependencyError: no vLLM that fits.
+        ConfigError: arguments that vLLM does not take.
+        ModelError: an engine that does not start.
+    """
+
+    def __init__(self, folder: str | Path, options: EngineClientOptions, *, pooling: bool = False, guided: bool = False) -> None:
+        check_vllm()
+        self.folder, self.options, self.pooling, self.guided = str(folder), options, pooling, guided
+        self.failure: str | None = None
+        self._numbers = itertools.count()
+        self._engine: Any = None
+        self._open: dict[str, _Open] = {}
+        self.start()
+
+    def start(self) -> None:
+        """Load and warm up; seconds to minutes."""
+        _settle_process_mode(self.options)
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        given = {"enable_prefix_caching": True, "disable_log_stats": True, "use_tqdm_on_load": False, **self.options.arguments()}
+        if _on_cpu():  # there it is a share of the machine's memory that must be free, not what is taken (VLLM_CPU_KVCACHE_SPACE)
+            given.setdefault("gpu_memory_utilization", 0.3)
+            given.setdefault("block_size", 32)  # the smallest there: what lies behind the last whole block is read again
+            given.setdefault("enable_chunked_prefill", False)  # vLLM 0.32 dies of seeded requests whose prompt it cuts
+        if self.pooling:
+            given["runner"] = "pooling"
+        if self.guided:
+            given["logits_processors"] = [PROCESSOR]
+        try:
+            args = EngineArgs(model=self.folder, **given)
+        except (TypeError, ValueError) as e:  # the latter are pydantic's, too
+            told = str(e) if isinstance(e, TypeError) else _told(e)
+            raise ConfigError(f"vLLM does not take these engine arguments: {told}\n  see docs/vllm.md for the table [vllm]") from None
+        try:
+            self._engine = LLMEngine.from_engine_args(args)
+        except Exception as e:
+            raise ModelError(f"vLLM cannot run {self.folder}: {_told(e)}\n  its log above says more") from e
+        self.failure = None
+
+    @property
+    def config(self) -> Any:
+        """That of vLLM."""
+        return self._engine.vllm_config
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer at most."""
+        return int(self.config.model_config.max_model_len)
+
+    @property
+    def busy(self) -> bool:
+        """Are requests under way?"""
+        return self._engine is not None and bool(self._engine.has_unfinished_requests())
+
+    def add(self, tokens: Sequence[int], params: Any) -> str:
+        """Begin a request; its number.
+
+        Raises:
+            ValueError: vLLM refuses it; nothing has begun.
+            ModelError: the engine is dead.
+        """
+        from vllm.exceptions import VLLMValidationError
+
+        self._demand_life()
+        number = f"ivg-{next(self._numbers)}"
+        try:
+            inner = self._engine.add_request(number, {"prompt_token_ids": list(tokens)}, params)
+            self._open[number] = _Open(self._abortable(inner), self._states(inner, getattr(params, "n", 1)))
+        except (ValueError, TypeError, VLLMValidationError) as e:
+            raise ValueError(str(e).strip()) from e
+        except Exception as e:
+            self._die(e)
+        return number
+
+    def step(self) -> list[EngineOutput]:
+        """What one pass brought.
+
+        Raises:
+            ModelError: the engine died; :meth:`revive` begins anew.
+        """
+        self._demand_life()
+        if not self.busy:
+            return []
+        try:
+            _await_word(self._engine.engine_core)
+            return [EngineOutput(output, self._finish(output)) for output in self._engine.step()]
+        except Exception as e:
+            self._die(e)
+            raise AssertionError from e  # not reached
+
+    def abort(self, numbers: Sequence[str]) -> None:
+        """Give requests up; their cache blocks are free with the next pass."""
+        gone = {number: self._open.pop(number) for number in numbers if number in self._open}
+        if not gone or self.failure is not None:
+            return
+        inner = [request.inner for request in gone.values() if request.inner is not None]
+        outer = [number for number, request in gone.items() if request.inner is None]
+        try:
+            if inner:  # by the other name vLLM 0.32 would forget the samples, but not what they belong to
+                self._engine.abort_request(inner, internal=True)
+            if outer:
+                self._engine.abort_request(outer)
+        except Exception as e:
+            self._die(e)
+
+    def revive(self) -> bool:
+        """Begin anew where the engine died, noticed or not (all requests are gone then). Had it?"""
+        if self.failure is None and self._engine is not None and not _ended(self._engine.engine_core):
+            return False
+        self.close()
+        self.start()
+        return True
+
+    def close(self) -> None:
+        """Stop it and free what it holds."""
+        engine, self._engine = self._engine, None
+        self._open.clear()
+        if engine is None:
+            return
+        with contextlib.suppress(Exception):
+            engine.engine_core.shutdown()
+        del engine
+        if self._in_process:
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            with contextlib.suppress(Exception):
+                cleanup_dist_env_and_memory()
+
+    @property
+    def _in_process(self) -> bool:
+        return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
+
+    def _abortable(self, inner: Any) -> str | None:
+        """The name, if this vLLM gives one and takes it back."""
+        taken = inspect.signature(self._engine.abort_request).parameters
+        return inner if isinstance(inner, str) and "internal" in taken else None
+
+    def _states(self, inner: Any, samples: int) -> Sequence[Any]:
+        """Of each sample of a request that has just begun: an output tells the cached tokens of the sample that ended last."""
+        processor = getattr(self._engine, "output_processor", None)
+        states, parents = getattr(processor, "request_states", {}), getattr(processor, "parent_requests", {})
+        names = [inner] if samples == 1 else getattr(parents.get(inner), "child_requests", ())
+        found = [states[name] for name in names if name in states]
+        return found if len(found) == samples else [None] * samples
+
+    def _finish(self, output: Any) -> tuple[int, ...]:
+        """Cached tokens of each sample of a request that is finished."""
+        if not output.finished:
+            return ()
+        told, request = output.num_cached_tokens or 0, self._open.pop(output.request_id, None)
+        known = [getattr(state, "num_cached_tokens", None) for state in request.states] if request else [None]
+        return tuple(told if count is None else int(count) for count in known)
+
+    def _demand_life(self) -> None:
+        if self.failure is not None or self._engine is None:
+            raise ModelError(f"the vLLM engine died: {self.failure or 'it was closed'}\n  start again; its log says more")
+
+    def _die(self, error: Exception) -> None:
+        self.failure = _told(error)
+        raise ModelError(f"the vLLM engine died: {self.failure}\n  its log above says more") from error
+
+
+def _settle_process_mode(options: EngineClientOptions) -> None:
+    """On a CPU one process is faster than two that share its cores; whoever set vLLM's variables knows better."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if _on_cpu():
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB for each engine; vLLM would take what is left of its share
+        if (options.tensor_parallel_size or 1) == 1:
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def _await_word(client: Any) -> None:
+    """Wait until the engine's process has sent something; vLLM by itself waits for ever for one that was killed.
+
+    Nothing to wait for where the engine runs in this process, or where another vLLM keeps its queue elsewhere.
+
+    Raises:
+        RuntimeError: the process is gone, and has sent nothing that is not read.
+    """
+    queue = getattr(client, "outputs_queue", None)
+    if not isinstance(queue, Queue):
+        return
+    ended = False
+    while True:
+        with queue.not_empty:
+            if queue.not_empty.wait_for(lambda: bool(queue.queue), 0 if ended else LIFE_SECONDS):
+                return
+        if ended:
+            raise RuntimeError("its process was killed or ended without a word; by the system, perhaps, for want of memory")
+        ended = _ended(client)  # once more round: its last words may have come meanwhile
+
+
+def _ended(client: Any) -> bool:
+    """Is a process of the engine gone? False where it has none, or where that cannot be seen."""
+    resources = getattr(client, "resources", None)
+    if getattr(resources, "engine_dead", False):
+        return True
+    sentinels = getattr(getattr(resources, "engine_manager", None), "sentinels", None)
+    try:
+        return callable(sentinels) and bool(wait(sentinels(), 0))
+    except (OSError, TypeError, ValueError):  # they are closed just now, or of another kind
+        return False
+
+
+def _told(error: BaseException) -> str:
+    """The first cause in a line, or what pydantic found in three at most."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, ValidationError):
+        found = [(".".join(map(str, e["loc"])), shortened(e["msg"].strip().splitlines()[0])) for e in error.errors()[:3]]
+        return "\n  ".join(f"{place}: {message}" if place else message for place, message in found)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {shortened(lines[0])}" if lines else type(error).__name__

@@ -1,0 +1,199 @@
+"""What a composite model is, as it stands in its config.json. transformers only; vLLM's processes read it too.
+
+A composite has *parts*: the base, and guides over the same token ids. Guides belong to *groups*, one for each value that can
+guide tokens; the logits of a group are the sum of its parts' times their signs (tuned +1, untuned -1; an autoregressive reward
+or a vocabulary head +1), and a request's logits are
+
+    z_base + sum over groups of beta_group * z_group.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ivg.errors import ConfigError
+
+KEY = "ivg_beta"
+"""Of the first group's weight in ``SamplingParams.extra_args``; ``ivg_beta.NAME`` is that of the group NAME."""
+
+_seen: set[str] = set()
+"""Groups of all composites that this process has read the configuration of; vLLM's front end reads its model's."""
+
+HeadKind = Literal["language", "vocabulary", "scalar"]
+
+
+@dataclass(frozen=True)
+class Submodel:
+    """One network.
+
+    Attributes:
+        name: ``base``, ``tuned``, ``untuned`` … as in usage.
+        config: its config.json.
+        weights: directory or hub id.
+        revision: on the hub.
+        group: what it guides for; empty: the base.
+        sign: of its logits in the group's.
+        head: ``language``: the model's own; ``vocabulary``: a value network's ``score_head``.
+    """
+
+    name: str
+    config: dict[str, Any]
+    weights: str
+    revision: str | None = None
+    group: str = ""
+    sign: float = 1.0
+    head: HeadKind = "language"
+
+    def network_config(self) -> PreTrainedConfig:
+        """As transformers' config object, of a causal language model."""
+        found = AutoConfig.for_model(**copy.deepcopy(self.config))
+        found.architectures = [causal_architecture(found)]
+        if self.head != "language":
+            found.tie_word_embeddings = False
+        return found
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return int(self.network_config().get_text_config().vocab_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class IVGConfig(PreTrainedConfig):
+    """config.json of a composite: ``parts`` (see :class:`Submodel`), ``groups``, their default weights ``betas`` and ``columns``."""
+
+    model_type = "ivg"
+
+    def __init__(
+        self,
+        parts: list[dict[str, Any]] | None = None,
+        betas: Mapping[str, float] | None = None,
+        columns: Mapping[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.parts, self.betas, self.columns = list(parts or []), dict(betas or {}), dict(columns or {})
+        self._base: PreTrainedConfig | None = None
+        if self.parts:
+            _seen.update(self.groups)
+            self._base = self.part_list[0].network_config()
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype"):
+                kwargs.setdefault(name, getattr(self._base, name, None))
+        super().__init__(**kwargs)
+
+    @property
+    def part_list(self) -> list[Submodel]:
+        """The parts, the base first."""
+        return [Submodel(**part) for part in self.parts]
+
+    @property
+    def groups(self) -> list[str]:
+        """Names of the values that can guide, the default one first."""
+        return list(dict.fromkeys(part.group for part in self.part_list if part.group))
+
+    @property
+    def default_betas(self) -> list[float]:
+        """Weight of each group where a request names none."""
+        return [float(self.betas.get(group, 0.0)) for group in self.groups]
+
+    @property
+    def group_columns(self) -> list[int]:
+        """How many columns of logits each group moves: those that all its parts have and its tokenizer knows."""
+        smallest = {g: min(part.vocab_size for part in self.part_list if part.group == g) for g in self.groups}
+        return [min(self.columns.get(g, n), n) for g, n in smallest.items()]  # none given: a composite of an earlier version
+
+    def get_text_config(self, decoder: Any = None, encoder: Any = None) -> PreTrainedConfig:
+        """The base's: vLLM sizes itself by it."""
+        return self._base if self._base is not None else self
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, without what is derived."""
+        return {k: v for k, v in super().to_dict().items() if k != "_base"}
+
+    def weights_of(self, extra_args: Mapping[str, Any] | None) -> list[float]:
+        """Guidance weight of every group for a request that the front end has checked (:func:`check_betas`).
+
+        Groups of other composites, which one front end may have let pass, are left out: an error here would end the engine.
+        """
+        own = {k: v for k, v in (extra_args or {}).items() if k.removeprefix(f"{KEY}.") in (*self.groups, KEY)}
+        return betas_of(self.groups, self.default_betas, own)
+
+
+class IVGValueConfig(PreTrainedConfig):
+    """config.json of a value network for the pooling engine: one part, whose head stays outside."""
+
+    model_type = "ivg_value"
+
+    def __init__(self, part: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.part = dict(part or {})
+        self._network: PreTrainedConfig | None = None
+        if self.part:
+            self._network = self.value_part.network_config()
+            kwargs.setdefault("dtype", getattr(self._network, "dtype", None))
+        super().__init__(**kwargs)
+
+    @property
+    def value_part(self) -> Submodel:
+        """The network."""
+        return Submodel(**self.part)
+
+    def get_text_config(self, decoder: Any = None, encoder: Any = None) -> PreTrainedConfig:
+        """The network's: vLLM sizes itself by it."""
+        return self._network if self._network is not None else self
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, without what is derived."""
+        return {k: v for k, v in super().to_dict().items() if k != "_network"}
+
+
+def betas_of(groups: list[str], defaults: list[float], extra_args: Mapping[str, Any] | None) -> list[float]:
+    """Guidance weight of every group, as a request's ``extra_args`` and the defaults have it.
+
+    Raises:
+        ConfigError: not a finite number, or a group that is not there.
+    """
+    out = list(defaults)
+    for key, value in (extra_args or {}).items():
+        if key != KEY and not key.startswith(f"{KEY}."):
+            continue
+        name = key.removeprefix(KEY).removeprefix(".") or (groups[0] if groups else "")
+        if name not in groups:
+            raise ConfigError(f"extra_args[{key!r}]: this model has no guide {name!r}; expected one of: {', '.join(groups) or 'none'}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"extra_args[{key!r}] must be a finite number, got {value!r}")
+        out[groups.index(name)] = float(value)
+    return out
+
+
+def check_betas(extra_args: Mapping[str, Any] | None) -> None:
+    """Raise for weights that no composite of this process takes.
+
+    Raises:
+        ConfigError: as :func:`betas_of`.
+    """
+    groups = sorted(_seen)
+    own = {k: v for k, v in (extra_args or {}).items() if k != KEY or groups}
+    betas_of(groups, [0.0] * len(groups), own)
+
+
+def causal_architecture(config: PreTrainedConfig) -> str:
+    """Name of the causal language model of this type of network.
+
+    Raises:
+        ConfigError: transformers knows none.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    own = [a for a in (config.architectures or []) if "CausalLM" in a or "LMHead" in a]
+    name = own[0] if own else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if not isinstance(name, str):
+        raise ConfigError(f"a {config.model_type} network is no causal language model\n  expected e.g. llama, qwen3, gpt2, mistral")
+    return name

@@ -1,0 +1,177 @@
+"""The directory of a composite: config.json, tokenizer, one tensor. Weights stay where they are, by reference.
+
+Knows: config.json files, heads of value checkpoints. Reads no weights but the names of a value network's tensors, and needs no vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ivg.engines.vllm.config import HeadKind, IVGConfig, IVGValueConfig, Submodel
+from ivg.errors import ConfigError
+from ivg.models.hub import find_model
+from ivg.models.loading import LoadOptions, load_config, load_tokenizer
+from ivg.models.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A value that guides tokens inside the composite: a pair, or one model.
+
+    Attributes:
+        name: of the group: ``implicit``, ``arm``, ``explicit`` …
+        parts: (name in usage, path, sign) of its models.
+        head: ``vocabulary`` where the one model is a value network.
+    """
+
+    name: str
+    parts: tuple[tuple[str, str, float], ...]
+    head: HeadKind = "language"
+
+
+def pair(tuned: str, untuned: str, name: str = "implicit") -> Guide:
+    """The implicit value of a tuned model and the untuned one that it was tuned from."""
+    own = "" if name == "implicit" else f"{name}_"
+    return Guide(name, ((f"{own}tuned", tuned, 1.0), (f"{own}untuned", untuned, -1.0)))
+
+
+def pack(
+    base: str, guides: Sequence[Guide], folder: str | Path, *, betas: Mapping[str, float] | None = None, options: LoadOptions | None = None
+) -> Path:
+    """Write the directory of a composite; it is loaded with vLLM like any model, where this package is installed.
+
+    Args:
+        base: directory or hub id.
+        guides: the first is the one that ``ivg_beta`` weighs.
+        folder: a directory of its own, made if need be; one that holds another kind of model is left alone.
+        betas: default weights by the guides' names; default: 1 for the first, 0 for the others.
+        options: revision, trust_remote_code.
+
+    Raises:
+        ConfigError: no guide, two of one name, something else in ``folder``.
+        VocabularyError: a guide whose token ids mean something else than the base's.
+        ModelError: a model that cannot be read.
+    """
+    options, folder = options or LoadOptions(), Path(folder)
+    names = [guide.name for guide in guides]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"got several guides of one name: {', '.join(names)}\n  expected each once")
+    if unknown := set(betas or {}) - set(names):
+        raise ConfigError(
+            f"got a weight for {', '.join(sorted(unknown))}\n  expected guides of this composite: {', '.join(names) or 'none'}"
+        )
+    vocabulary = Vocabulary(load_tokenizer(base, options, "base"), owner="base")
+    parts = [_part("base", base, options)]
+    columns: dict[str, int] = {}
+    for guide in guides:
+        for name, path, sign in guide.parts:
+            own = Vocabulary(load_tokenizer(path, options, name), owner=name)
+            vocabulary.require_same(own, "inside vLLM a guide reads the base's very tokens; use the transformers engine for this pair")
+            parts.append(_part(name, path, options, guide.name, sign, guide.head))
+            # rows that only pad have logits, too; the tokenizer of a pair is the tuned one's, as in the transformers engine
+            columns[guide.name] = min(columns.get(guide.name, own.size), parts[-1].vocab_size)
+    chosen = {name: 1.0 if i == 0 else 0.0 for i, name in enumerate(names)} | dict(betas or {})
+    config = IVGConfig([part.to_dict() for part in parts], chosen, columns, architectures=["IVGForCausalLM"])
+    _write(folder, config, base, {"ivg_beta": torch.tensor(config.default_betas or [0.0])}, options)
+    return folder
+
+
+def pack_value(path: str, folder: str | Path, *, options: LoadOptions | None = None) -> tuple[Path, HeadKind]:
+    """Write the directory of a value network for the pooling engine; its kind of head.
+
+    Raises:
+        ModelError: no head among its tensors.
+        ConfigError: something else in ``folder``.
+    """
+    options, folder = options or LoadOptions(), Path(folder)
+    kind = head_kind(path, options)
+    part = _part("value", path, options, head=kind)
+    _write(folder, IVGValueConfig(part.to_dict(), architectures=["IVGForValue"]), path, {"unused": torch.zeros(1)}, options)
+    return folder, kind
+
+
+def head_kind(path: str, options: LoadOptions) -> HeadKind:
+    """``vocabulary`` or ``scalar``, by the names of a checkpoint's tensors."""
+    from ivg.models.value_head import find_head
+
+    return find_head(find_model(path, "value", options.hub()), options.hub())
+
+
+def packed(write: Callable[[Path], Any], cache: Path) -> Path:
+    """A directory below ``cache`` that ``write`` fills, named by a digest of its files; the same one for the same content.
+
+    vLLM keeps compiled graphs by a model's path, so other parts must have another one. Safe where several processes do it at once.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=cache, prefix=".new-"))
+    try:
+        write(fresh)
+        place = cache / f"ivg-{_digest(fresh)[:16]}"
+        try:
+            fresh.rename(place)
+        except OSError:
+            if not place.is_dir():
+                raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)  # writing failed, or the place was there already
+    return place
+
+
+def _digest(folder: Path) -> str:
+    """Of names and contents of all files."""
+    digest = sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def default_cache() -> Path:
+    """``IVG_CACHE``, or ``~/.cache/ivg``."""
+    return Path(os.environ.get("IVG_CACHE") or Path.home() / ".cache" / "ivg") / "vllm"
+
+
+def _part(name: str, path: str, options: LoadOptions, group: str = "", sign: float = 1.0, head: HeadKind = "language") -> Submodel:
+    found = find_model(path, name, options.hub())
+    config = load_config(path, options, name)
+    local = Path(found).is_dir()
+    part = Submodel(name, config.to_dict(), str(Path(found).resolve()) if local else str(found), options.revision, group, sign, head)
+    part.network_config()  # says so here where it is no causal language model
+    return part
+
+
+def _write(folder: Path, config: Any, tokenizer_of: str, tensors: dict[str, torch.Tensor], options: LoadOptions) -> None:
+    """The files; a composite that was there before is written over."""
+    existing = folder / "config.json"
+    if existing.exists() and json.loads(existing.read_text()).get("model_type") not in ("ivg", "ivg_value"):
+        raise ConfigError(f"{folder} holds another model\n  give a directory of its own to the composite")
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    load_tokenizer(tokenizer_of, options, "base").save_pretrained(folder)
+    found = find_model(tokenizer_of, "base", options.hub())
+    generation = Path(found) / "generation_config.json"
+    if generation.is_file():  # it says which tokens end an answer
+        shutil.copyfile(generation, folder / "generation_config.json")
+    elif not Path(found).is_dir():
+        _hub_generation_config(str(found), folder, options)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})  # vLLM's loader wants weights in the model's own place
+
+
+def _hub_generation_config(name: str, folder: Path, options: LoadOptions) -> None:
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig.from_pretrained(name, **options.hub()).save_pretrained(folder)
+    except OSError:  # many models have none
+        return

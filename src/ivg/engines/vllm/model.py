@@ -1,0 +1,126 @@
+"""The composite: base and guides as vLLM's own networks over the same tokens, logits mixed at the end (METHOD, section 2).
+
+Log-probabilities, grammars, penalties and sampling of vLLM all see guided logits. Keys and values do not depend on the
+weights, so cached prefixes serve requests of any guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+
+from ivg.engines.vllm.batch_betas import rows_of
+from ivg.engines.vllm.config import IVGConfig, Submodel
+from ivg.engines.vllm.submodels import build_part, renamed, source_of
+from ivg.errors import ConfigError
+
+
+class IVGForCausalLM(nn.Module):
+    """See the module. Pipeline parallelism is not declared: the parts have different depths."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: IVGConfig = vllm_config.model_config.hf_config
+        self.config, self.vllm_config = config, vllm_config
+        self.part_list = config.part_list
+        self.secondary_weights = []
+        for part in self.part_list:
+            self.add_module(part.name, build_part(part, vllm_config, prefix))
+            self.secondary_weights.append(source_of(part))
+        self.groups, self.columns, self.row_weights = config.groups, config.group_columns, rows_of(vllm_config)
+        self.widths: list[int] = []  # of the parts' hidden states; configurations do not say it alike (OPT projects them)
+        self.vocabularies = [(part.vocab_size, _end(part)) for part in self.part_list]
+        self.biases = nn.ParameterDict({part.name: _zeros(part.vocab_size) for part in self.part_list if part.head == "vocabulary"})
+        self.ivg_beta = nn.Parameter(torch.tensor(config.default_betas or [0.0], dtype=torch.float32), requires_grad=False)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """The base's; vLLM asks for it where prompts are given as embeddings."""
+        return getattr(self, self.part_list[0].name).embed_input_ids(input_ids)
+
+    def forward(
+        self, input_ids: Tensor | None, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states of all parts side by side, [tokens, sum of widths]."""
+        if input_ids is None:
+            raise ConfigError("prompts as embeddings cannot be guided: guides have embeddings of their own\n  give tokens or text")
+        hidden = [getattr(self, part.name)(self._known(input_ids, i), positions) for i, part in enumerate(self.part_list)]
+        self.widths = [h.shape[-1] for h in hidden]
+        return torch.cat(hidden, -1)
+
+    def _known(self, input_ids: Tensor, part: int) -> Tensor:
+        """Tokens that the base alone has are read as an end by guides (as ``models.texts`` does)."""
+        size, end = self.vocabularies[part]
+        return input_ids if size >= self.vocabularies[0][0] else torch.where(input_ids < size, input_ids, end)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Guided logits [rows, the base's vocabulary], float32; None on ranks that have none."""
+        logits = [
+            getattr(self, part.name).compute_logits(hidden.contiguous())
+            for part, hidden in zip(self.part_list, hidden_states.split(self.widths, -1), strict=True)
+        ]
+        armed = self.row_weights.take(len(hidden_states))
+        if logits[0] is None:
+            return None
+        mixed = logits[0].float()
+        weights = self.ivg_beta.expand(len(mixed), -1) if armed is None else armed.to(mixed.device)
+        for group, (name, columns) in enumerate(zip(self.groups, self.columns, strict=True)):
+            members = [(part, z) for part, z in zip(self.part_list, logits, strict=True) if part.group == name]
+            width = min(columns, mixed.shape[1])  # columns behind keep the base's logits
+            for part, z in members:
+                if len(members) == 1 and part.head == "language" and width < mixed.shape[1]:
+                    z = z.float().log_softmax(-1)  # a reward is a log-probability; where all columns move, the constant does not show
+                mixed[:, :width].addcmul_(weights[:, group, None], self._biased(part, z[:, :width].float()), value=part.sign)
+        return mixed
+
+    def _biased(self, part: Submodel, z: Tensor) -> Tensor:
+        return z + self.biases[part.name][: z.shape[1]] if part.name in self.biases else z
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Each part by its own loader; vLLM's loader gives the parts one after the other."""
+        loaded: set[str] = set()
+        parts = {part.name: part for part in self.part_list}
+        for name, group in _by_owner(weights):
+            if name == "ivg_beta":
+                self.ivg_beta.data.copy_(next(iter(group))[1].float().to(self.ivg_beta.device))
+                loaded.add("ivg_beta")
+                continue
+            found = getattr(self, name).load_weights(self._without_bias(parts[name], group))
+            loaded |= {f"{name}.{key}" for key in found or ()}
+        return loaded | {f"biases.{name}" for name in self.biases}  # most heads have none, and stay at 0
+
+    def _without_bias(self, part: Submodel, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in renamed(part, weights):
+            if name == "lm_head.bias" and part.name in self.biases:
+                self.biases[part.name].data.copy_(tensor)
+            else:
+                yield name, tensor
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """How model runner V2 hands the weights of requests over."""
+        from ivg.engines.vllm.model_runner import IVGModelState
+
+        return IVGModelState
+
+
+def _end(part: Submodel) -> int:
+    """An end-of-sequence token."""
+    ends = part.network_config().eos_token_id
+    first = ends[0] if isinstance(ends, list) and ends else ends
+    return first if isinstance(first, int) else 0
+
+
+def _zeros(size: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(size, dtype=torch.float32), requires_grad=False)
+
+
+def _by_owner(weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Iterable[tuple[str, Tensor]]]]:
+    """(part, its weights under their own names), consecutive ones together and one tensor at a time."""
+    from itertools import groupby
+
+    for owner, group in groupby(weights, key=lambda pair: pair[0].partition(".")[0]):
+        yield owner, ((name.partition(".")[2] or name, tensor) for name, tensor in group)

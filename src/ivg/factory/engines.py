@@ -1,0 +1,256 @@
+"""From settings to models that another engine runs: vLLM in this process or beside it, or an endpoint somewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from ivg.embedded import path
+from ivg.errors import ConfigError
+from ivg.model import GuidedModel
+from ivg.models.hub import find_model
+from ivg.models.loading import LoadOptions, eos_ids, load_config, load_tokenizer, pick_device, pick_dtype
+from ivg.models.prompt_encoder import PromptEncoder
+from ivg.search.methods import get_method, resolve_fallbacks
+from ivg.settings.recipe import ModelRef, NamedValue, Recipe, VLLMConfig
+from ivg.types import Value
+
+if TYPE_CHECKING:
+    from ivg.engines.vllm.client import EngineClient, EngineClientOptions
+    from ivg.engines.vllm.export import Guide
+
+ValueMaker = Callable[[str, NamedValue, LoadOptions], Value]
+
+
+def vllm_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker, *, every_guide: bool = False) -> GuidedModel:
+    """Base and guides as one composite inside vLLM, the explicit value in its pooling engine, other values as ever.
+
+    Args:
+        recipe: models, values and the table ``vllm``.
+        options: for what is loaded here.
+        make_value: makes a value of ``values`` here (``build.named_value``).
+        every_guide: put all pairs and autoregressive rewards inside, not only what the recipe's method needs.
+
+    Raises:
+        ConfigError: guides that cannot be inside.
+        VocabularyError: guides with other tokens than the base's.
+        MissingDependencyError: no vLLM that fits.
+        ModelError: vLLM does not start.
+    """
+    from ivg.engines.vllm.client import EngineClient
+    from ivg.engines.vllm.engine import VLLMEngine
+    from ivg.engines.vllm.export import default_cache, pack, packed
+    from ivg.engines.vllm.value import InnerValue
+    from ivg.engines.vllm.versions import check_vllm
+
+    check_vllm()
+    if options.quantization is not None:
+        raise ConfigError(
+            "run.quantization is how transformers loads models; vLLM would ignore it\n"
+            "  for a base without guides: arguments in the table [vllm]; else the transformers engine"
+        )
+    refs, named = _references(recipe)
+    settings, base = recipe.vllm, refs["base"]
+    _, guides = inner_guides(recipe, options, every_guide=every_guide)
+    names = [guide.name for guide in guides]
+    tokenizer = load_tokenizer(base.path, options, "base")
+    cache = Path(settings.cache) if settings.cache else default_cache()
+    folder = (
+        packed(lambda place: pack(base.path, guides, place, options=options), cache)
+        if guides
+        else Path(find_model(base.path, "base", options.hub()))
+    )
+    pooled = settings.value == "pooling" and "explicit" in named and "value" in named["explicit"].given
+    core = EngineClient(folder, _core_options(settings, options, shared=pooled), guided=bool(guides))
+    with _closed_on_error(core):  # else a value that does not load would leave its processes and memory behind
+        texts = _texts("base", base, tokenizer, options, core.max_model_len)
+        inner = {name: InnerValue(name, texts.vocabulary, lambda n=name: make_value(n, named[n], options)) for name in names}  # type: ignore[misc]
+        values: dict[str, Value] = dict(inner)
+        others = {name: value for name, value in named.items() if name not in inner}
+        for name, value in sorted(others.items(), key=lambda item: pooled and item[0] == "explicit"):  # another engine last
+            if pooled and name == "explicit":
+                values[name] = _pooled_value(value.given["value"], cache, settings, options)
+            else:
+                values[name] = make_value(name, value, options)
+        parts = ["base", *(part for guide in guides for part, _, _ in guide.parts)]
+        engine = VLLMEngine(core, texts, parts, inner)
+        return GuidedModel(texts, {name: values[name] for name in named}, engine=engine, generation_config=recipe.run.generation_config)
+
+
+@contextmanager
+def _closed_on_error(core: EngineClient) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        core.close()
+        raise
+
+
+def inner_guides(recipe: Recipe, options: LoadOptions, *, every_guide: bool) -> tuple[ModelRef, list[Guide]]:
+    """(the base, the guides of the composite of a recipe).
+
+    Raises:
+        ConfigError: guides that cannot be inside.
+    """
+    refs, named = _references(recipe)
+    return refs["base"], [_guide(name, named[name], refs["base"], options) for name in _inside(recipe, named, every_guide=every_guide)]
+
+
+def endpoint_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker) -> GuidedModel:
+    """The model behind an OpenAI-compatible endpoint, with values that run here.
+
+    Raises:
+        ConfigError: no name of a model.
+        MissingDependencyError: without the extra ``endpoint``.
+    """
+    import os
+
+    from ivg.engines.endpoint.engine import load_endpoint
+
+    settings, given = recipe.endpoint, dict(recipe.models.given)
+    base = given.get("base")
+    model = settings.model or (base.path if base else None)
+    if model is None:
+        raise ConfigError(f"{recipe.run.engine} needs the name of a model there\n  give --base NAME, or model in the table [endpoint]")
+    tokenizer = load_tokenizer(settings.tokenizer, options, "base") if settings.tokenizer else None
+    engine = load_endpoint(
+        recipe.run.engine,
+        model,
+        api_key=os.environ.get(settings.api_key_env),
+        tokenizer=tokenizer,
+        template=base.template if base else None,
+        timeout=settings.timeout,
+        concurrency=settings.concurrency,
+        token_pieces=settings.token_pieces,
+        explicit=recipe.run.generation_config == "ignore",
+    )
+    values = {name: make_value(name, value, options) for name, value in {**_roles(given), **recipe.values}.items()}
+    return GuidedModel(engine.base, values, engine=engine, generation_config=recipe.run.generation_config)
+
+
+def _references(recipe: Recipe) -> tuple[dict[str, ModelRef], dict[str, NamedValue]]:
+    """(models by role, values by name), the embedded ones where the recipe names no models."""
+    given = dict(recipe.models.given)
+    if not given:
+        refs = {role: ModelRef(path=str(path(role))) for role in ("base", "tuned", "untuned", "value")}
+        other = {"explicit-other": NamedValue(value=ModelRef(path=str(path("value-other"))))}
+        return refs, {**_roles(refs), **other, **recipe.values}
+    refs = {"base": ModelRef(path=str(path("base"))), **given}
+    return refs, {**_roles(given), **recipe.values}
+
+
+def _roles(refs: Mapping[str, ModelRef]) -> dict[str, NamedValue]:
+    """The values that ``models`` stands for, by the names that methods ask for."""
+    if ("tuned" in refs) != ("untuned" in refs):
+        missing = "untuned" if "tuned" in refs else "tuned"
+        raise ConfigError(f"the implicit value needs a pair; got no {missing} model\n  give both --tuned and --untuned")
+    out: dict[str, NamedValue] = {}
+    if "tuned" in refs:
+        out["implicit"] = NamedValue(tuned=refs["tuned"], untuned=refs["untuned"])
+    for name, role in (("explicit", "value"), ("reward", "reward"), ("arm", "arm")):
+        if role in refs:
+            out[name] = NamedValue.model_validate({role: refs[role]})
+    return out
+
+
+def _inside(recipe: Recipe, named: Mapping[str, NamedValue], *, every_guide: bool) -> list[str]:
+    """Names of the values that guide inside the composite."""
+    if recipe.vllm.guides is not None:
+        if missing := [name for name in recipe.vllm.guides if name not in named]:
+            raise ConfigError(f"vllm.guides: no value called {', '.join(missing)}\n  expected some of: {', '.join(named) or 'none'}")
+        return recipe.vllm.guides
+    chosen = resolve_fallbacks(get_method(recipe.search.method, **recipe.search.settings()), named)
+    wanted = [name for name, _ in chosen.guides if name in named]
+    if every_guide:
+        wanted += [name for name, value in named.items() if {"tuned", "arm"} & set(value.given) and name not in wanted]
+    return wanted
+
+
+def _guide(name: str, value: NamedValue, base: ModelRef, options: LoadOptions) -> Guide:
+    """``value`` as a guide inside the composite."""
+    from ivg.engines.vllm.export import Guide, head_kind, pair
+
+    refs = value.given
+    for role, ref in refs.items():
+        template = refs["tuned"].template if role == "untuned" and ref.template is None else _template(ref, options)
+        if template != base.template:
+            raise ConfigError(
+                f"{role} of {name} reads prompts by {template!r}, the base by {base.template!r}\n"
+                "  inside vLLM all models read the base's very tokens; give them one template, or use the transformers engine"
+            )
+    if "tuned" in refs:
+        return pair(refs["tuned"].path, refs["untuned"].path, name)
+    ((role, ref),) = refs.items()
+    if role == "arm":
+        return Guide(name, ((name, ref.path, 1.0),))
+    if role == "value" and head_kind(ref.path, options) == "vocabulary":
+        return Guide(name, ((name, ref.path, 1.0),), "vocabulary")
+    raise ConfigError(
+        f"{name} has no number for every next token and cannot guide inside vLLM\n  expected a pair, an arm, or a vocabulary head"
+    )
+
+
+def _core_options(settings: VLLMConfig, options: LoadOptions, *, shared: bool, value: bool = False) -> EngineClientOptions:
+    """Of the composite, or of the pooling engine; where both share a GPU, seven tenths and two of its memory unless told."""
+    from ivg.engines.vllm.client import EngineClientOptions
+
+    device = pick_device(options.device)
+    dtype = str(pick_dtype(options.dtype, device)).removeprefix("torch.")
+    memory = settings.value_memory if value else settings.gpu_memory_utilization
+    if memory is None and device.type == "cuda" and shared:
+        memory = 0.2 if value else 0.7
+    extra = dict(settings.arguments) | ({"revision": options.revision} if options.revision and not value else {})
+    return EngineClientOptions(
+        dtype,
+        settings.max_model_len,
+        settings.max_num_seqs,
+        memory,
+        settings.tensor_parallel_size,
+        settings.enforce_eager,
+        options.trust_remote_code or None,
+        extra,
+    )
+
+
+def _texts(name: str, ref: ModelRef, tokenizer: Any, options: LoadOptions, longest: int) -> PromptEncoder:
+    """How a model that runs elsewhere reads prompts."""
+    from transformers import GenerationConfig
+
+    found = find_model(ref.path, name, options.hub())
+    config = load_config(ref.path, options, name)
+    try:
+        generation = GenerationConfig.from_pretrained(found, revision=options.revision)
+    except OSError:  # many models have none
+        generation = None
+    ends = eos_ids(SimpleNamespace(generation_config=generation, config=config), tokenizer)
+    text = config.get_text_config()
+    texts = PromptEncoder(name, tokenizer, _template(ref, options), ends, vocab_size=text.vocab_size, max_positions=longest)
+    texts.generation_config = generation
+    return texts
+
+
+def _template(ref: ModelRef, options: LoadOptions) -> str | None:
+    """How a model reads prompts: as told, else as a value network was trained."""
+    if ref.template is not None:
+        return ref.template
+    config = load_config(ref.path, options, "model")
+    template: str | None = (getattr(config, "ivg_value", None) or {}).get("template")
+    return template
+
+
+def _pooled_value(ref: ModelRef, cache: Path, settings: VLLMConfig, options: LoadOptions) -> Value:
+    """The explicit value in vLLM's pooling engine."""
+    from ivg.engines.vllm.client import EngineClient
+    from ivg.engines.vllm.export import pack_value, packed
+    from ivg.engines.vllm.value import PooledValue
+    from ivg.models.value_head import read_head
+
+    weight, bias = read_head(find_model(ref.path, "explicit", options.hub()), options.hub())
+    tokenizer = load_tokenizer(ref.path, options, "explicit")
+    folder = packed(lambda place: pack_value(ref.path, place, options=options), cache)
+    core: EngineClient = EngineClient(folder, _core_options(settings, options, shared=True, value=True), pooling=True)
+    with _closed_on_error(core):
+        return PooledValue(core, _texts("explicit", ref, tokenizer, options, core.max_model_len), weight, bias)

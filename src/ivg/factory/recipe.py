@@ -1,0 +1,114 @@
+"""From settings to objects: the one place that knows which class stands for which name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ivg.errors import ConfigError
+from ivg.settings.recipe import NamedValue, Recipe
+
+if TYPE_CHECKING:
+    from ivg.model import GuidedModel
+    from ivg.models.loading import LoadOptions
+    from ivg.types import SamplingParams, Value
+
+
+def load_options(recipe: Recipe) -> LoadOptions:
+    """Device, dtype and hub settings."""
+    from ivg.models.loading import LoadOptions
+
+    run = recipe.run
+    return LoadOptions(run.device, run.dtype, run.revision, run.trust_remote_code, run.quantization)
+
+
+def load_models(recipe: Recipe, *, every_guide: bool = False) -> GuidedModel:
+    """The models of a recipe, and its further values by their names, over the engine that it names.
+
+    Where it names no models: the embedded ones; where it names guides alone, they steer the embedded base. ``every_guide``: inside
+    vLLM have guides for all methods, not only for the recipe's (a server's clients choose).
+
+    Raises:
+        ConfigError: a value whose name means something else.
+        ModelError: a model that cannot be loaded.
+    """
+    for name in recipe.values:
+        if name == "none" or set(name) & set("=,"):
+            raise ConfigError(f"a value cannot be called {name!r}\n  expected a name without = and comma, other than none")
+    options = load_options(recipe)
+    if recipe.run.engine == "vllm":
+        from ivg.factory.engines import vllm_model
+
+        return vllm_model(recipe, options, named_value, every_guide=every_guide)
+    if recipe.run.engine.startswith(("http://", "https://")):
+        from ivg.factory.engines import endpoint_model
+
+        return endpoint_model(recipe, options, named_value)
+    if recipe.run.engine != "transformers":
+        raise ConfigError(f"unknown engine {recipe.run.engine!r}\n  expected transformers, vllm, or the URL of an endpoint (http://…/v1)")
+    model = _models(recipe, options)
+    for name, value in recipe.values.items():
+        model.add_value(name, named_value(name, value, options))
+    return model
+
+
+def default_sampling(recipe: Recipe) -> SamplingParams:
+    """How a recipe's model draws where nothing is said (``GuidedModel.sampling``), without loading it.
+
+    Raises:
+        ConfigError: the base's checkpoint sets what cannot be done.
+    """
+    from transformers import GenerationConfig
+
+    from ivg.embedded import locate, path
+    from ivg.model import DEFAULT_SAMPLING
+    from ivg.models.generation_config import defaults_of
+
+    base = recipe.models.given.get("base")
+    if recipe.run.engine.startswith(("http://", "https://")):
+        return DEFAULT_SAMPLING
+    try:
+        config = GenerationConfig.from_pretrained(locate(base.path if base else path("base")), revision=recipe.run.revision)
+    except OSError:  # many models have none
+        return DEFAULT_SAMPLING
+    return replace(DEFAULT_SAMPLING, **defaults_of(config, "base", recipe.run.generation_config).settings)
+
+
+def named_value(name: str, config: NamedValue, options: LoadOptions) -> Value:
+    """A value from the models that ``config`` names.
+
+    Raises:
+        ModelError, VocabularyError: a model that cannot be loaded, or a pair that does not fit.
+    """
+    from ivg.models.loading import load_causal
+    from ivg.values.explicit import ExplicitValue
+    from ivg.values.implicit import AutoregressiveReward, ImplicitValue
+    from ivg.values.reward import load_reward
+
+    refs = config.given
+    if "tuned" in refs:
+        tuned, untuned = refs["tuned"], refs["untuned"]
+        return ImplicitValue(
+            load_causal(tuned.path, f"{name}.tuned", options, tuned.template),
+            load_causal(untuned.path, f"{name}.untuned", options, untuned.template or tuned.template),
+            name,
+        )
+    ((role, ref),) = refs.items()
+    if role == "value":
+        return ExplicitValue.from_pretrained(ref.path, template=ref.template, options=options, name=name)
+    if role == "reward":
+        return load_reward(ref.path, template=ref.template, options=options, name=name)
+    return AutoregressiveReward(load_causal(ref.path, name, options, ref.template), name)
+
+
+def _models(recipe: Recipe, options: LoadOptions) -> GuidedModel:
+    from ivg.embedded import path
+    from ivg.model import GuidedModel
+
+    given = recipe.models.given
+    if not given:
+        return GuidedModel.embedded(options)
+    templates = {role: ref.template for role, ref in given.items() if ref.template is not None}
+    paths: dict[str, Any] = {"base": path("base"), **{role: ref.path for role, ref in given.items()}}
+    mode = recipe.run.generation_config
+    return GuidedModel.from_pretrained(**paths, templates=templates, options=options, generation_config=mode)

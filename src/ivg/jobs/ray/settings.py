@@ -1,0 +1,159 @@
+"""Where the cluster is, and how its machines are cut into workers. Knows no Ray.
+
+A worker is one copy of all models: it may have several GPUs of its node (tensor parallelism stays inside a node), and there
+are as many of them as fit (data parallelism goes over the nodes).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ivg.errors import ConfigError, IVGError
+from ivg.settings.recipe import ModelRef, NamedValue, Recipe
+
+LOCAL, AUTO = "local", "auto"
+_ADDRESS = re.compile(r"(?:ray://)?(?P<host>\[[^\]]+\]|[^\s:/]+):(?P<port>\d+)")
+
+
+class RayError(IVGError, RuntimeError):
+    """A cluster that cannot do the work: not reached, no room, nodes that differ, workers that die again and again."""
+
+
+@dataclass(frozen=True, slots=True)
+class RaySettings:
+    """Which cluster, and what a worker takes of it.
+
+    Attributes:
+        address: ``local`` (Ray is started on this machine, for this run), ``auto`` (the cluster that this machine belongs to),
+            ``HOST:PORT`` of its head, ``ray://HOST:PORT`` from outside it.
+        workers: copies of the models; None: as many as there is room for.
+        gpus: of each worker; None: one, where the cluster has GPUs and the models may use them. Several: only with an engine that
+            splits models over them.
+        cpus: of each worker; None: one beside a GPU, else all of a node's.
+
+    Raises:
+        ConfigError: an address of another form, sizes that cannot be.
+    """
+
+    address: str
+    workers: int | None = None
+    gpus: float | None = None
+    cpus: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.address not in (LOCAL, AUTO) and not _ADDRESS.fullmatch(self.address):
+            raise ConfigError(f"no Ray address: {self.address!r}\n  expected local, auto, HOST:PORT or ray://HOST:PORT")
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"--workers must be at least 1, got {self.workers}")
+        if self.gpus is not None and (self.gpus < 0 or (self.gpus > 1 and self.gpus % 1 != 0)):
+            raise ConfigError(f"--gpus-per-worker must be a whole number, or a share of one GPU (0.5), got {self.gpus:g}")
+        if self.cpus is not None and not self.cpus > 0:
+            raise ConfigError(f"--cpus-per-worker must be more than 0, got {self.cpus:g}")
+
+    @classmethod
+    def of(cls, address: str | None, workers: int | None, gpus: float | None, cpus: float | None) -> RaySettings | None:
+        """From options; None where no cluster is wanted.
+
+        Raises:
+            ConfigError: sizes of workers, but no cluster.
+        """
+        if address is None:
+            if (workers, gpus, cpus) != (None, None, None):
+                raise ConfigError("--workers, --gpus-per-worker and --cpus-per-worker are of a cluster\n  give --ray ADDRESS with them")
+            return None
+        return cls(address, workers, gpus, cpus)
+
+    @property
+    def endpoint(self) -> tuple[str, int] | None:
+        """Host and port, where the address names them."""
+        found = _ADDRESS.fullmatch(self.address)
+        return None if found is None else (found["host"].strip("[]"), int(found["port"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How many workers, and what each asks Ray for."""
+
+    workers: int
+    cpus: float
+    gpus: float
+
+
+def size(settings: RaySettings, nodes: Sequence[Mapping[str, float]], tasks: int, device: str | None = None) -> Size:
+    """Cut the nodes into workers; never more workers than tasks.
+
+    Args:
+        settings: what was asked for.
+        nodes: resources of each, by Ray's names (``CPU``, ``GPU``).
+        tasks: answers that are wanted.
+        device: where the recipe puts its models; None: the best there is.
+
+    Raises:
+        RayError: no node has room for one worker.
+    """
+    cpus_of = [n.get("CPU", 0.0) for n in nodes if n.get("CPU", 0.0) >= 1]
+    may = device is None or device.startswith("cuda")
+    gpus = settings.gpus if settings.gpus is not None else float(may and any(n.get("GPU", 0.0) >= 1 for n in nodes))
+    whole = settings.cpus is None and not gpus and bool(cpus_of)  # nodes as they are, one worker on each
+    if settings.cpus is not None:
+        cpus = settings.cpus
+    elif whole:
+        smallest = min(cpus_of)
+        cpus = smallest if settings.workers is None else min(smallest, max(1.0, sum(cpus_of) // settings.workers))
+    else:
+        cpus = 1.0
+    room = sum(int(min(n.get("CPU", 0.0) // cpus, n.get("GPU", 0.0) // gpus if gpus else float("inf"))) for n in nodes)
+    if not room:
+        shown = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes) or "none"
+        raise RayError(
+            f"no node has room for a worker of {cpus:g} CPUs and {gpus:g} GPUs; the nodes have: {shown}"
+            "\n  give --cpus-per-worker and --gpus-per-worker that fit"
+        )
+    wanted = settings.workers if settings.workers is not None else len(cpus_of) if whole else room
+    return Size(max(1, min(wanted, tasks)), cpus, gpus)
+
+
+def fitted(recipe: Recipe, settings: RaySettings) -> tuple[Recipe, RaySettings]:
+    """Both with one number for the GPUs of a worker and the engine's tensor parallelism, whichever of them was given.
+
+    Raises:
+        ConfigError: they contradict each other, or the engine uses one GPU only.
+    """
+    split = recipe.vllm.tensor_parallel_size
+    if recipe.run.engine != "vllm":
+        if (settings.gpus or 0) > 1:
+            raise ConfigError(
+                f"--gpus-per-worker {settings.gpus:g}, but the engine {recipe.run.engine} uses one GPU"
+                "\n  give --engine vllm, or at most one GPU for each of more workers"
+            )
+        return recipe, settings
+    if settings.gpus is None:
+        return recipe, settings if split is None else replace(settings, gpus=float(split))
+    if split not in (None, max(1, settings.gpus)):
+        raise ConfigError(f"--gpus-per-worker {settings.gpus:g}, but vllm.tensor_parallel_size is {split}\n  give one of the two")
+    return recipe.model_copy(update={"vllm": recipe.vllm.model_copy(update={"tensor_parallel_size": max(1, int(settings.gpus))})}), settings
+
+
+def portable(recipe: Recipe) -> Recipe:
+    """The recipe with this machine's relative paths made absolute: workers run in other folders."""
+    models = recipe.models.model_copy(update=_absolute(recipe.local_models))
+    values: dict[str, NamedValue] = {name: v.model_copy(update=_absolute(v.given)) for name, v in recipe.values.items()}
+    tokenizer = recipe.endpoint.tokenizer
+    if tokenizer is not None and Path(tokenizer).exists():
+        tokenizer = str(Path(tokenizer).resolve())
+    endpoint = recipe.endpoint.model_copy(update={"tokenizer": tokenizer})
+    return recipe.model_copy(update={"models": models, "values": values, "endpoint": endpoint})
+
+
+def _absolute(given: Mapping[str, ModelRef]) -> dict[str, ModelRef]:
+    out = {}
+    for role, ref in given.items():
+        file, sign, function = ref.path.rpartition(":")
+        if Path(ref.path).exists():
+            out[role] = ref.model_copy(update={"path": str(Path(ref.path).resolve())})
+        elif sign and file.endswith(".py") and Path(file).is_file():  # a Python function: file.py:function
+            out[role] = ref.model_copy(update={"path": f"{Path(file).resolve()}:{function}"})
+    return out

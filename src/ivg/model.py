@@ -1,0 +1,362 @@
+"""A frozen base model with the values that can steer it: the object that users hold.
+
+Knows: which methods its values allow, how settings become requests. The search itself is ``search.searcher``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, overload
+
+from ivg.embedded import path
+from ivg.engines.transformers.engine import TransformersEngine
+from ivg.errors import ConfigError, IVGError, ModelError, PromptError
+from ivg.models.cached_lm import CachedLM
+from ivg.models.generation_config import GenerationConfigMode, GenerationDefaults, defaults_of
+from ivg.models.loading import LoadOptions, load_causal
+from ivg.models.prompt_encoder import PromptEncoder
+from ivg.search.methods import METHODS, Method, get_method, resolve_fallbacks
+from ivg.search.searcher import Request, Searcher, check_engine
+from ivg.settings.recipe import ROLES
+from ivg.types import Completion, Engine, Prompt, SamplingParams, TokenCounter, TokenGuidance, Value, new_key
+from ivg.types.messages import Conversation, PromptLike, check_text, read_prompts
+from ivg.types.scores import every, score_each
+from ivg.utils import environment
+from ivg.utils.locks import FairLock
+from ivg.values.base import CompositeValue, FunctionValue
+from ivg.values.explicit import ExplicitValue
+from ivg.values.implicit import AutoregressiveReward, ImplicitValue
+from ivg.values.reward import load_reward
+
+_SAMPLING = frozenset(f.name for f in fields(SamplingParams))
+DEFAULT_SAMPLING = SamplingParams(temperature=0.7, max_new_tokens=50)
+"""The paper's for sentiment (METHOD, section 5)."""
+
+_COMPOSITES = 256
+"""Sums of values that are remembered: a server may see any number of weights."""
+
+
+class GuidedModel:
+    """A base model and named values.
+
+    >>> model = GuidedModel.embedded()
+    >>> model.generate("The movie was", method="ivg", seed=1).text
+
+    Several threads may use one model: they take turns, a round of the search or a call of :meth:`score` at a time, and every answer is
+    that of a single thread. No turn is held between rounds, so loops over :meth:`run` may be interleaved and left in the middle. A
+    value that is a Python function must not wait for another thread that uses the model. Two models that share readers are two locks:
+    use them from one thread.
+
+    Args:
+        base: the frozen model that writes; a :class:`~ivg.models.cached_lm.CachedLM`, unless ``engine`` runs it.
+        values: by name; methods ask for ``implicit``, ``explicit``, ``reward`` and ``arm``, custom ones for any.
+        sampling: defaults of every request; None: :data:`DEFAULT_SAMPLING` with what the base's checkpoint sets.
+        max_beams: hypotheses in flight at most.
+        engine: what makes beams longer; default: the transformers engine over ``base``.
+        generation_config: ``auto``: the base's ``generation_config.json`` gives defaults of drawing; ``ignore``: it does not (its
+            end-of-sequence tokens are taken in any case).
+
+    Raises:
+        ConfigError: the checkpoint sets something that changes its texts and that cannot be done here.
+
+    Attributes:
+        sampling: the defaults of every request, all filled in.
+        generation_config: those of them that the checkpoint sets.
+        generation_config_left_out: what else it sets that does not apply here, with the reasons.
+    """
+
+    def __init__(
+        self,
+        base: PromptEncoder,
+        values: Mapping[str, Value] | None = None,
+        sampling: SamplingParams | None = None,
+        max_beams: int = 256,
+        engine: Engine | None = None,
+        generation_config: GenerationConfigMode = "auto",
+    ) -> None:
+        self.base, self.values, self.max_beams = base, dict(values or {}), max_beams
+        defaults = defaults_of(base.generation_config, base.name, generation_config) if sampling is None else GenerationDefaults()
+        own = {name: value for name, value in defaults.settings.items() if value != getattr(DEFAULT_SAMPLING, name)}
+        self.generation_config: dict[str, Any] = own
+        self.generation_config_left_out = dict(defaults.left_out)
+        self.sampling = replace(DEFAULT_SAMPLING, **own) if sampling is None else sampling
+        self.lock = FairLock()
+        self.engine: Engine = TransformersEngine(_reader(base)) if engine is None else engine
+        self._composites: dict[tuple[tuple[float, int], ...], Value] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | Path,
+        *,
+        tuned: str | Path | None = None,
+        untuned: str | Path | None = None,
+        value: str | Path | None = None,
+        reward: str | Path | None = None,
+        arm: str | Path | None = None,
+        templates: Mapping[str, str] | None = None,
+        options: LoadOptions | None = None,
+        generation_config: GenerationConfigMode = "auto",
+    ) -> GuidedModel:
+        """Load everything from directories or the hub.
+
+        Args:
+            base: the model to steer.
+            tuned: small tuned guide; with ``untuned`` makes the value ``implicit``.
+            untuned: what ``tuned`` was tuned from.
+            value: value network (any layout of ``models.value_head``): ``explicit``.
+            reward: sequence classifier, or a Python function (``file.py:function``): ``reward``.
+            arm: autoregressive reward model: ``arm``.
+            templates: how each role reads a prompt: ``{"base": "chat", "tuned": "{prompt}", ...}``; ``untuned`` follows ``tuned``.
+            options: device, dtype, revision and the like.
+            generation_config: ``auto`` or ``ignore`` what the base's checkpoint sets of drawing.
+        """
+        if (tuned is None) != (untuned is None):
+            missing = "untuned" if untuned is None else "tuned"
+            raise ConfigError(f"the implicit value needs a pair; got no {missing} model\n  give both --tuned and --untuned")
+        shapes, values = dict(templates or {}), {}
+        unknown = set(shapes) - set(ROLES)
+        if unknown:
+            raise ConfigError(f"template for unknown role {', '.join(sorted(unknown))}\n  expected {', '.join(ROLES)}")
+        if tuned is not None and untuned is not None:
+            values["implicit"] = ImplicitValue(
+                load_causal(tuned, "tuned", options, shapes.get("tuned")),
+                load_causal(untuned, "untuned", options, shapes.get("untuned", shapes.get("tuned"))),
+            )
+        loaded: dict[str, Value] = dict(values)
+        if value is not None:
+            loaded["explicit"] = ExplicitValue.from_pretrained(value, template=shapes.get("value"), options=options)
+        if reward is not None:
+            loaded["reward"] = load_reward(reward, template=shapes.get("reward"), options=options)
+        if arm is not None:
+            loaded["arm"] = AutoregressiveReward(load_causal(arm, "arm", options, shapes.get("arm")))
+        return cls(load_causal(base, "base", options, shapes.get("base")), loaded, generation_config=generation_config)
+
+    @classmethod
+    def embedded(cls, options: LoadOptions | None = None) -> GuidedModel:
+        """The small film-review models that come with the package."""
+        model = cls.from_pretrained(path("base"), tuned=path("tuned"), untuned=path("untuned"), value=path("value"), options=options)
+        other = ExplicitValue.from_pretrained(path("value-other"), options=options, name="explicit-other")
+        model.values["explicit-other"] = other
+        return model
+
+    # What it can do
+
+    def add_value(self, name: str, value: Value | Mapping[str, float]) -> None:
+        """Give a value a name: any object with ``score``, or weights of values known already (a composite)."""
+        if isinstance(value, Mapping):
+            missing = set(value) - set(self.values)
+            if missing:
+                raise ConfigError(f"no value called {', '.join(sorted(missing))}\n  expected some of: {', '.join(self.values) or 'none'}")
+            value = CompositeValue([(w, self.values[n]) for n, w in value.items()], name)
+        elif callable(value) and not hasattr(value, "score"):
+            value = FunctionValue(value, name)
+        self.values[name] = value
+
+    def _combined(self, parts: Sequence[tuple[float, Value]], name: str) -> Value:
+        """The same object for the same values and weights, so that requests which share it are scored together."""
+        key = tuple((weight, id(value)) for weight, value in parts)
+        with self.lock:
+            while key not in self._composites and len(self._composites) >= _COMPOSITES:
+                del self._composites[next(iter(self._composites))]
+            return self._composites.setdefault(key, CompositeValue(parts, name))  # holds its parts: no id is used again
+
+    @property
+    def methods(self) -> list[str]:
+        """Named methods for which all values are at hand, and which the engine can do."""
+        return [name for name in METHODS if self._allows(name)]
+
+    def _allows(self, method: str) -> bool:
+        chosen = self.get_method(method)
+        if not chosen.needs <= set(self.values):
+            return False
+        try:
+            check_engine(self.engine, self.request("x", chosen))
+        except IVGError:
+            return False
+        return True
+
+    # Requests
+
+    def get_method(self, method: str | Method = "ivg", **settings: Any) -> Method:
+        """A method with settings; best-of-N falls back on the reward model where there is no explicit value."""
+        chosen = method.with_settings(**settings) if isinstance(method, Method) else get_method(method, **settings)
+        return resolve_fallbacks(chosen, self.values)
+
+    def request(
+        self,
+        prompt: PromptLike,
+        method: str | Method = "ivg",
+        *,
+        seed: int = 0,
+        index: int = 0,
+        trace: bool = False,
+        record: bool = False,
+        alternatives: int | None = None,
+        **settings: Any,
+    ) -> Request:
+        """One request. ``settings`` are those of :class:`SamplingParams` and :class:`~ivg.search.methods.Method`.
+
+        ``record`` fills ``Completion.guide_shift``; ``trace`` keeps the tree of beams besides; ``alternatives`` fills
+        ``Completion.details`` with so many of the likeliest tokens at each place, guided and not.
+
+        Raises:
+            ConfigError: unknown or unusable settings; a value that the method needs is missing.
+        """
+        given = {k: v for k, v in settings.items() if k in _SAMPLING and v is not None}
+        if isinstance(given.get("stop"), str):
+            given["stop"] = (given["stop"],)
+        rest = {k: v for k, v in settings.items() if k not in _SAMPLING}
+        search = self.get_method(method, **rest).search(self.values, self._combined)
+        wanted = Prompt.of(prompt)
+        sampling = self._sampling(wanted, given)
+        own = {k: v for k, v in self.generation_config.items() if k not in given}
+        return Request(wanted, search, sampling, seed, index, trace, record, alternatives, from_checkpoint=own)
+
+    def _sampling(self, prompt: Prompt, given: Mapping[str, Any]) -> SamplingParams:
+        """The model's defaults with what a request gives over them; a length that nobody asked for is cut to what the context has left."""
+        more: dict[str, Any] = {}
+        if "max_new_tokens" not in given and (limit := self.base.max_positions) is not None:
+            try:
+                with self.lock:
+                    left = limit - len(self.base.prompt_ids(prompt))
+            except PromptError:
+                left = 0  # the search refuses it with the others
+            if 0 < left < self.sampling.max_new_tokens:
+                more["max_new_tokens"] = left
+        if "min_new_tokens" in given and "min_length" not in given:
+            more["min_length"] = 0  # as in transformers: one takes the other's place
+        return replace(self.sampling, **{**more, **given})
+
+    def searcher(self, max_beams: int | None = None) -> Searcher:
+        """A fresh loop over this model's engine, which takes turns with the model's other loops."""
+        return Searcher(self.engine, max_beams or self.max_beams, self.lock)
+
+    def run(self, requests: Iterable[Request], max_beams: int | None = None) -> Iterator[tuple[int, Completion]]:
+        """Run requests together; yields (position, completion) as each is done. A loop that is left gives its requests up."""
+        return self.searcher(max_beams).run(requests)
+
+    @overload
+    def generate(self, prompts: PromptLike, method: str | Method = "ivg", **settings: Any) -> Completion: ...
+    @overload
+    def generate(self, prompts: Sequence[Conversation], method: str | Method = "ivg", **settings: Any) -> list[Completion]: ...
+    def generate(
+        self, prompts: PromptLike | Sequence[Conversation], method: str | Method = "ivg", **settings: Any
+    ) -> Completion | list[Completion]:
+        """Answer one prompt (text, one message, or the messages of one conversation), or a list of them in one batch.
+
+        ``settings``: see :meth:`request`. A list of prompts gives a list of completions in the same order.
+        """
+        items, single = read_prompts(prompts)
+        requests = [self.request(p, method, **settings) for p in items]
+        done = dict(self.run(requests))
+        out = [done[i] for i in range(len(requests))]
+        return out[0] if single else out
+
+    def score(self, prompt: PromptLike, responses: Sequence[str], value: str = "explicit") -> list[float]:
+        """What the named value says of given responses.
+
+        Raises:
+            ConfigError: no such value.
+            PromptError: a response that is no text, or one text in place of a list, whose characters would be scored.
+            ScoreError: it has no finite number for some of them; has the scores of all others.
+        """
+        if value not in self.values:
+            raise ConfigError(f"no value called {value!r}\n  expected one of: {', '.join(self.values) or 'none'}")
+        if isinstance(responses, str | bytes):
+            raise PromptError(f"responses is the text {responses[:40]!r}\n  expected a list of responses: [response]")
+        found = self.values[value]
+        with self.lock:
+            hypotheses = [given(self.base, Prompt.of(prompt), text) for text in responses]
+            try:
+                return every(score_each(found, hypotheses))
+            finally:
+                found.release([h.key for h in hypotheses])
+
+    @property
+    def reader(self) -> CachedLM:
+        """The base as a model that runs here.
+
+        Raises:
+            ConfigError: another engine runs it.
+        """
+        return _reader(self.base)
+
+    @property
+    def readers(self) -> list[CachedLM]:
+        """All models that run here, the base first."""
+        own = [self.base] if isinstance(self.base, CachedLM) else []
+        return list(dict.fromkeys([*own, *(r for value in self.values.values() for r in cached_lms(value))]))
+
+    def forget(self) -> bool:
+        """Empty all caches, so that what comes next does not depend on what came before, to the last bit.
+
+        What runs elsewhere and died begins anew (``revive``). True where something had died.
+
+        Raises:
+            ModelError: it cannot; all others have begun anew.
+        """
+        failed: Exception | None = None
+        died = False
+        with self.lock:
+            for reader in self.readers:
+                reader.clear()
+            for part in (self.engine, *self.values.values()):
+                if (revive := getattr(part, "revive", None)) is not None:
+                    try:
+                        died = bool(revive()) or died
+                    except Exception as e:
+                        failed = failed or e
+        if failed is not None:
+            raise failed if isinstance(failed, IVGError) else ModelError(f"a model cannot begin anew: {failed}") from failed
+        return died
+
+    def give_back(self) -> None:
+        """Give memory that nothing needs now back to the system; for processes that live long. Nothing is computed otherwise."""
+        with self.lock:
+            for reader in self.readers:
+                reader.model.give_back()
+        environment.trim()
+
+    def close(self) -> None:
+        """Stop what runs elsewhere; nothing can be asked of this model any more."""
+        for part in (self.engine, *self.values.values()):
+            if (close := getattr(part, "close", None)) is not None:
+                close()
+
+    def guidance(self, value: str, beta: float = 1.0, candidates: int = 0, gate: float = 0.0) -> TokenGuidance:
+        """Token guidance by the named value, for the pieces in ``ivg.integrations.transformers``."""
+        return TokenGuidance(self.values[value], beta, candidates, gate=gate)
+
+
+def cached_lms(value: Any) -> Iterator[CachedLM]:
+    """The cached models that a value reads with; of a composite, those of its parts."""
+    inner = getattr(value, "loaded", None)  # the same value outside of the engine that guides by it
+    for part in (*(part for _, part in getattr(value, "parts", ())), *(() if inner is None else (inner,))):
+        yield from cached_lms(part)
+    for name in ("tuned", "untuned", "model"):
+        reader = getattr(value, name, None)
+        if isinstance(reader, CachedLM):
+            yield reader
+
+
+def _reader(base: PromptEncoder) -> CachedLM:
+    if isinstance(base, CachedLM):
+        return base
+    raise ConfigError(f"{base.name} runs in another engine, and this needs its outputs here\n  leave engine out of the recipe's [run]")
+
+
+def given(base: PromptEncoder, prompt: Prompt, response: str) -> Any:
+    """A hypothesis of a response that was not generated here, in the base's tokens."""
+    from ivg.types import Beam
+
+    check_text(response, "the response")
+    prompt = base.own(prompt)
+    try:
+        before = base.prompt_ids(prompt)
+    except PromptError:  # of chat messages, by a base without chat template: the value may have one
+        before = ()
+    ids = tuple(base.vocabulary.response_ids(before, response))
+    return Beam(new_key(), None, prompt, ids, response, meter=TokenCounter(), vocabulary=base.vocabulary, inherits=False)

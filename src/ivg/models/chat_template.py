@@ -1,0 +1,188 @@
+"""How one model reads a prompt: its tokenizer's chat template, a format string, or the plain text.
+
+Base, guides and values may each have a template of their own; only the response is shared (METHOD, section 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ivg.errors import ConfigError, PromptError
+from ivg.types.messages import Prompt, check_text
+
+CHAT = "chat"
+"""Template name: use the tokenizer's chat template, a plain text being one user message."""
+
+
+def check_template(template: str | None) -> None:
+    """Raise unless ``template`` is None, ``"chat"`` or a format string with the one field ``{prompt}``.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    if template in (None, CHAT):
+        return
+    assert template is not None
+    if "{prompt}" not in template:
+        raise ConfigError(f'unusable template {template!r}\n  expected: "chat", or a text with {{prompt}} where the prompt goes')
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """The prompt as plain text: the text itself, a lone user message, or a transcript ``role: content``."""
+    if isinstance(prompt.content, str):
+        return prompt.content
+    if len(prompt.content) == 1:
+        return prompt.content[0].content
+    return "\n".join(f"{m.role}: {m.content}" for m in prompt.content)
+
+
+def render(prompt: Prompt, tokenizer: Any, template: str | None, name: str = "the model") -> str:
+    """The text that the model is to continue. A ``None`` template is ``"chat"`` for messages, else the text as it is.
+
+    Args:
+        prompt: what to answer.
+        tokenizer: of the model that reads it.
+        template: see above.
+        name: of the model, for errors.
+
+    Raises:
+        PromptError: empty prompt, messages for a tokenizer without chat template or whose template refuses them, no Unicode text.
+    """
+    text = prompt_text(prompt)
+    if prompt.token_ids is not None and prompt.vocabulary is not None:
+        if template is not None:
+            _not_rendered_yet(prompt, template, name)
+        elif isinstance(prompt.content, str):
+            text = prompt.vocabulary.text_for(prompt.token_ids, tokenizer)
+    if not text.strip():
+        raise PromptError("empty prompt\n  expected: some text, or messages with some content")
+    if template not in (None, CHAT):
+        assert template is not None
+        text = template.replace("{prompt}", text)
+    elif is_chat(prompt, template):
+        text = apply_chat_template(turns(prompt), tokenizer, name, add_generation_prompt=True)
+    check_text(text, "the prompt")
+    return text
+
+
+def is_chat(prompt: Prompt, template: str | None) -> bool:
+    """Is ``prompt`` read in the tokenizer's chat template?"""
+    return template == CHAT or (template is None and not isinstance(prompt.content, str))
+
+
+def turns(prompt: Prompt) -> list[dict[str, str]]:
+    """The messages of a prompt; a text is one user message."""
+    content = prompt.plain
+    return [{"role": "user", "content": content}] if isinstance(content, str) else content
+
+
+def apply_chat_template(messages: Sequence[Mapping[str, str]], tokenizer: Any, name: str, **settings: Any) -> str:
+    """What the tokenizer's chat template makes of ``messages``.
+
+    Templates of models that see images often read lists of parts alone, and leave a text out without a word, or fail. Where no content
+    is found in what was rendered, the messages are rendered with their contents as one text part each.
+
+    Raises:
+        PromptError: there is none, or it fails: it refuses these messages (a system turn, two user turns in a row), or needs what is
+            not there. Names the model and the roles, and says the template's own words.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise PromptError(
+            f"{name} has no chat template, but the prompt is chat messages\n"
+            '  give a text, or a template for this model such as "{prompt}"'
+        )
+    plain, problem = _rendered(messages, tokenizer, settings)
+    if plain is not None and _tells(plain, messages):
+        return plain
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    other, _ = _rendered(parts, tokenizer, settings)
+    if other is not None and _tells(other, messages) and not _prints_parts(other):
+        return other
+    if plain is not None:
+        return plain  # it writes the contents in another way, which is its own business
+    words = " ".join(str(problem).split()) or type(problem).__name__
+    roles = ", ".join(m["role"] for m in messages)
+    raise PromptError(
+        f"the chat template of {name} refuses these messages (roles: {roles}): {words}\n"
+        f'  give other messages, or a template for this model such as "{{prompt}}"'
+    )
+
+
+def _rendered(messages: Sequence[Mapping[str, Any]], tokenizer: Any, settings: Mapping[str, Any]) -> tuple[str | None, Exception | None]:
+    """(the text, why there is none)."""
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **settings)), None
+    except Exception as e:  # a template is a program of the checkpoint's; whatever it raises is about these messages
+        return None, e
+
+
+def _tells(text: str, messages: Sequence[Mapping[str, str]]) -> bool:
+    """Stands anything that was said in ``text``?"""
+    contents = [m["content"].strip() for m in messages]
+    return any(content and content in text for content in contents)
+
+
+def _prints_parts(text: str) -> bool:
+    """Has a template that wants texts written a list as it is?"""
+    return "'type': 'text'" in text or '"type": "text"' in text
+
+
+def text_ids(text: str, tokenizer: Any, *, special: bool = True, **settings: Any) -> list[int]:
+    """Token ids of a rendered text. A beginning-of-sequence token stands there once, even where a template wrote it already.
+
+    Args:
+        text: with the special tokens that a template wrote.
+        tokenizer: its own.
+        special: the tokenizer adds those that it puts around a text.
+        settings: others of the tokenizer.
+    """
+    ids: list[int] = list(tokenizer(text, add_special_tokens=special, **settings).input_ids)
+    return ids[1:] if special and _begun_twice(ids, tokenizer) else ids
+
+
+def once_begun(text: str, tokenizer: Any) -> str:
+    """``text`` without the beginning-of-sequence token of its template, where servers, like the tokenizer, add another."""
+    word = getattr(tokenizer, "bos_token", None)
+    if word and text.startswith(word) and _begun_twice(tokenizer(text).input_ids, tokenizer):
+        return text.removeprefix(word)
+    return text
+
+
+def _begun_twice(ids: Sequence[int], tokenizer: Any) -> bool:
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos is not None and list(ids[:2]) == [bos, bos]
+
+
+def encode(prompt: Prompt, tokenizer: Any, template: str | None, response: str | None = None, name: str = "the model") -> list[int]:
+    """Token ids of the rendered prompt, and of ``response`` behind it when given. Errors as :func:`render`."""
+    text = render(prompt, tokenizer, template, name)
+    return encode_rendered(text, tokenizer, response or "", chat=is_chat(prompt, template))
+
+
+def encode_rendered(text: str, tokenizer: Any, response: str = "", *, chat: bool) -> list[int]:
+    """As :func:`encode`, of a prompt that is rendered.
+
+    A chat template writes its own special tokens; otherwise the tokenizer adds those it puts before a text.
+    """
+    ids = text_ids(text + response, tokenizer, special=not chat)
+    if not chat and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token or "\0"):
+        ids = ids[:-1]  # some tokenizers close every text; a prompt goes on
+    if not ids:
+        raise PromptError(f"the prompt {text!r} has no tokens\n  expected: some text")
+    return ids
+
+
+def _not_rendered_yet(prompt: Prompt, template: str, name: str) -> None:
+    """Raise where ``template`` would be put around tokens that a chat template made.
+
+    Raises:
+        PromptError: names a special token.
+    """
+    for token in (prompt.token_ids or ())[1:]:
+        if token in prompt.vocabulary.special:
+            raise PromptError(
+                f"the prompt is tokens that were rendered already (they hold {prompt.vocabulary.pieces.get(token)!r}), "
+                f"and {name} has a template of its own ({template!r})\n"
+                f"  give messages or text instead of tokens, or {name} no template: then it reads the same tokens"
+            )

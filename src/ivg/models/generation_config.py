@@ -1,0 +1,163 @@
+"""What a checkpoint's ``generation_config.json`` says of drawing tokens, as defaults of our settings.
+
+Honoured as transformers' ``generate`` and vLLM's server honour it: below what a request or a recipe says, above our own defaults. What
+changes the text of ``generate`` and cannot be done here is refused by name; what only says how ``generate`` searches or stores is left
+out, and listed. Knows names of settings; must not know models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ivg.errors import ConfigError
+from ivg.settings.rules import check
+
+GenerationConfigMode = Literal["auto", "ignore"]
+"""``auto``: take the checkpoint's settings as defaults; ``ignore``: leave them out. Its end-of-sequence tokens are always taken."""
+
+_TAKEN = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "no_repeat_ngram_size": "no_repeat_ngram_size",
+    "max_new_tokens": "max_new_tokens",
+    "min_new_tokens": "min_new_tokens",
+    "min_length": "min_length",
+    "stop_strings": "stop",
+    "suppress_tokens": "suppress_tokens",
+    "begin_suppress_tokens": "begin_suppress_tokens",
+    "bad_words_ids": "bad_words_ids",
+    "sequence_bias": "sequence_bias",
+    "forced_bos_token_id": "forced_bos_token_id",
+    "forced_eos_token_id": "forced_eos_token_id",
+    "exponential_decay_length_penalty": "exponential_decay_length_penalty",
+}
+"""Their names for ours."""
+
+SERVED_BY_VLLM = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens"})
+"""Our names of what vLLM's own server takes from the file (``ModelConfig.get_diff_sampling_param``)."""
+
+_REFUSED: Mapping[str, Any] = {
+    "guidance_scale": 1,
+    "encoder_repetition_penalty": 1,
+    "encoder_no_repeat_ngram_size": 0,
+    "watermarking_config": None,
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "top_h": None,
+    "token_healing": False,
+}
+"""What changes the text and is not done here, each with the value that is off."""
+
+_LEFT_OUT: Mapping[str, tuple[Any, str]] = {
+    "do_sample": (None, "temperature decides: 0 is greedy"),
+    "max_length": (20, "max_new_tokens decides"),
+    "num_beams": (1, "the method decides how is searched"),
+    "num_beam_groups": (1, "the method decides how is searched"),
+    "diversity_penalty": (0, "the method decides how is searched"),
+    "length_penalty": (1, "the method decides how is searched"),
+    "early_stopping": (False, "the method decides how is searched"),
+    "penalty_alpha": (None, "the method decides how is searched"),
+    "dola_layers": (None, "the method decides how is searched"),
+    "constraints": (None, "the method decides how is searched"),
+    "force_words_ids": (None, "the method decides how is searched"),
+    "num_return_sequences": (1, "n decides"),
+    "max_time": (None, "nothing ends an answer by the clock"),
+    "remove_invalid_values": (False, "NaN and infinity end an answer with an error"),
+    "presence_penalty": (0, "transformers does not know it; vLLM's own server applies it"),
+    "frequency_penalty": (0, "transformers does not know it; vLLM's own server applies it"),
+}
+"""What does not apply here, each with the value that is off and the reason."""
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What a checkpoint sets.
+
+    Attributes:
+        settings: fields of :class:`~ivg.types.SamplingParams` that the file sets.
+        left_out: other settings of the file that do not apply here, each with the reason.
+        refused: settings that change the text and that cannot be done, with their values.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self, name: str) -> None:
+        """Raise for what cannot be done; ``name`` is the model's.
+
+        Raises:
+            ConfigError: names the settings and what to do.
+        """
+        if self.refused:
+            listed = ", ".join(f"{key}={value!r}" for key, value in self.refused.items())
+            raise ConfigError(
+                f"generation_config.json of {name} sets {listed}, which ivg cannot do\n"
+                '  leave out what the checkpoint sets: --generation-config ignore (generation_config = "ignore" in the table run)'
+            )
+
+
+def defaults_of(config: Any, name: str, mode: str) -> GenerationDefaults:
+    """What applies of a checkpoint's ``config`` in ``mode`` (:data:`GenerationConfigMode`); ``name`` is the model's.
+
+    Raises:
+        ConfigError: it sets what cannot be done, or ``mode`` is unknown.
+    """
+    check("generation_config", mode)
+    if mode == "ignore":
+        return GenerationDefaults()
+    found = generation_defaults(config, name)
+    found.check(name)
+    return found
+
+
+def generation_defaults(config: Any, name: str = "base") -> GenerationDefaults:
+    """From a transformers ``GenerationConfig`` (or None, or a mapping).
+
+    Raises:
+        ConfigError: a setting of the wrong type or out of range; names the file of ``name``.
+    """
+    found = _as_mapping(config)
+    settings: dict[str, Any] = {}
+    for theirs, ours in _TAKEN.items():
+        value = _usable(theirs, found.get(theirs))
+        if value is None:
+            continue
+        try:
+            settings[ours] = check(ours, value)
+        except ConfigError as e:
+            raise ConfigError(
+                f"generation_config.json of {name}: {e}\n  mend the file, or leave it out: --generation-config ignore"
+            ) from None
+    if found.get("min_new_tokens") is not None:  # takes precedence, as in `generate`
+        settings.pop("min_length", None)
+    left_out = {key: why for key, (off, why) in _LEFT_OUT.items() if found.get(key) is not None and found[key] != off}
+    refused = {key: found[key] for key, off in _REFUSED.items() if found.get(key) is not None and found[key] != off}
+    return GenerationDefaults(settings, left_out, refused)
+
+
+def _as_mapping(config: Any) -> Mapping[str, Any]:
+    if config is None:
+        return {}
+    return config if isinstance(config, Mapping) else dict(config.to_dict())
+
+
+def _usable(name: str, value: Any) -> Any:
+    """``value`` in our notation; None where it asks for nothing."""
+    if value is None:
+        return None
+    if name == "top_k" and value == -1:  # vLLM's "off"
+        return 0
+    if name in ("suppress_tokens", "begin_suppress_tokens"):
+        return [i for i in value if i >= 0] or None  # -1 stands for none in Whisper's files
+    if name == "stop_strings":
+        return [value] if isinstance(value, str) else list(value) or None
+    if name in ("bad_words_ids", "sequence_bias") and not value:
+        return None
+    return value

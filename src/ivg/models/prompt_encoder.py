@@ -1,0 +1,141 @@
+"""How one model sees prompts and hypotheses: in its own tokens, behind its own prompt.
+
+Knows: templates, vocabularies, lengths. Must not know networks: they may run here (``models.reader``) or inside another engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from ivg.errors import ContextLengthError, PromptError
+from ivg.models.cache_manager import common_length
+from ivg.models.chat_template import check_template, encode_rendered, is_chat, render
+from ivg.models.vocabulary import Vocabulary
+from ivg.types import Beam, Hypothesis, Prompt, new_key
+
+
+class PromptEncoder:
+    """The tokenizer and template of one model.
+
+    Args:
+        name: of the model, in usage and errors.
+        tokenizer: its own.
+        template: ``"chat"``, a format string with ``{prompt}``, or None (see ``models.chat``).
+        eos_ids: ids that end a response; default: the tokenizer's.
+        vocab_size: rows of the model's embedding.
+        max_positions: tokens that it can read at most; None: any number.
+        limit_reason: what ends there, where it is not simply the model's context.
+    """
+
+    reads_given_ids = False
+    """Takes the tokens of a prompt that has them (``Prompt.token_ids``) whatever its template: true of the base alone."""
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: Any,
+        template: str | None = None,
+        eos_ids: Sequence[int] | None = None,
+        *,
+        vocab_size: int,
+        max_positions: int | None = None,
+        limit_reason: str = "",
+    ) -> None:
+        check_template(template)
+        self.name, self.tokenizer, self.template = name, tokenizer, template
+        self.vocab_size, self.max_positions, self.limit_reason = vocab_size, max_positions, limit_reason
+        self.vocabulary = Vocabulary(tokenizer, eos_ids, owner=name)
+        self.generation_config: Any = None
+        """The checkpoint's own defaults of drawing (transformers' ``GenerationConfig``), where it has any."""
+        self.prompt_ids = lru_cache(maxsize=512)(self._prompt_ids)
+        self._rendered = lru_cache(maxsize=64)(self._render)
+
+    def _render(self, prompt: Prompt) -> str:
+        return render(prompt, self.tokenizer, self.template, self.name)
+
+    def own(self, prompt: Prompt) -> Prompt:
+        """The prompt, where its tokens are said to be the base's, with this model's vocabulary, which is the base's."""
+        return replace(prompt, vocabulary=self.vocabulary) if prompt.token_ids is not None and prompt.vocabulary is None else prompt
+
+    def root(self, prompt: Prompt, new_tokens: int) -> Beam:
+        """The empty response to ``prompt`` by this model, the base.
+
+        Raises:
+            PromptError: empty, or too long together with ``new_tokens``.
+        """
+        prompt = self.own(prompt)
+        self.check_length(prompt, new_tokens)
+        state = self.vocabulary.begin(self.prompt_ids(prompt))
+        return Beam(new_key(), None, prompt, vocabulary=self.vocabulary, inherits=False, decoded=state)
+
+    def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if prompt.token_ids is not None and (self.reads_given_ids or self.template is None):
+            known = prompt.vocabulary is not None or self.reads_given_ids
+            if known and self.vocabulary.same_as(prompt.vocabulary):
+                if self.reads_given_ids:
+                    self._check_ids(prompt.token_ids)
+                return tuple(self.own_ids(prompt.token_ids))
+        return tuple(encode_rendered(self._rendered(prompt), self.tokenizer, chat=is_chat(prompt, self.template)))
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        """Raise PromptError for token ids that the model has no embedding for."""
+        wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+        if wrong is not None:
+            raise PromptError(
+                f"prompt token {wrong} is outside the vocabulary of {self.name}\n  expected ids from 0 to {self.vocab_size - 1}"
+            )
+
+    def check_length(self, prompt: Prompt, new_tokens: int) -> int:
+        """Length of the prompt in this model's tokens.
+
+        Raises:
+            PromptError: prompt and answer together outgrow the model's context.
+        """
+        length, limit = len(self.prompt_ids(prompt)), self.max_positions
+        if limit is None or length + new_tokens <= limit:
+            return length
+        context = f"context of {self.name} ({limit}{f': {self.limit_reason}' if self.limit_reason else ''})"
+        if length >= limit:
+            message = (
+                f"prompt of {length} tokens leaves no room in the {context}\n  shorten the prompt by at least {length - limit + 1} tokens"
+            )
+        else:
+            message = (
+                f"prompt of {length} tokens + {new_tokens} new tokens > {context}\n"
+                f"  shorten the prompt, or ask for at most {limit - length} new tokens"
+            )
+        raise ContextLengthError(message, model=self.name, length=length, new_tokens=new_tokens, limit=limit)
+
+    def ids(self, h: Hypothesis) -> tuple[list[int], int]:
+        """(all tokens of prompt and response, how many of them are prompt).
+
+        With the base's vocabulary: its very tokens. With another: the text is tokenised anew, and a token that spans the
+        border counts as response. An end-of-sequence token of the base is read as this model's own.
+        """
+        prompt = self.prompt_ids(h.prompt)
+        if self.vocabulary.same_as(h.vocabulary):
+            return [*prompt, *self.own_ids(h.token_ids)], len(prompt)
+        ids = list(prompt)
+        if h.text:
+            ids = encode_rendered(self._rendered(h.prompt), self.tokenizer, h.text, chat=is_chat(h.prompt, self.template))
+        border = common_length(prompt, ids)
+        if h.token_ids and h.token_ids[-1] in h.vocabulary.eos_ids and self.vocabulary.eos_ids:
+            ids.append(min(self.vocabulary.eos_ids))
+        return ids, border
+
+    def own_ids(self, tokens: Sequence[int]) -> list[int]:
+        """The base's tokens in this model's, which shares its vocabulary but for tokens that the base may have added."""
+        known = self.vocab_size
+        return [t if t < known else next(iter(self.vocabulary.eos_ids), 0) for t in tokens]
+
+    def last_id(self, h: Hypothesis) -> int:
+        """The last token of prompt and response."""
+        if h.token_ids and self.vocabulary.same_as(h.vocabulary) and len(self.prompt_ids(h.prompt)) + len(h.token_ids) > 1:
+            return self.own_ids(h.token_ids[-1:])[0]
+        ids, _ = self.ids(h)
+        if len(ids) < 2:
+            raise PromptError(f"{self.name}: a vocabulary head gives no value for a text of one token")
+        return ids[-1]

@@ -1,0 +1,306 @@
+"""The table of methods: every one is a row of settings for the one loop in ``search.searcher`` (METHOD, sections 3, 4, 6).
+
+``token`` and ``select`` name values; which object a name stands for is given by the caller ("implicit", "explicit",
+"reward", "arm", or any name of the user's).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from ivg.errors import ConfigError
+from ivg.search.request import Particles, Rejection, Search, demand
+from ivg.settings.rules import settle
+from ivg.types import TokenGuidance, Value
+
+Transform = Literal["identity", "log-sigmoid", "centered"]
+Rule = Literal["top", "soft", "reject", "particles"]
+Weights = tuple[tuple[str, float], ...]
+Combine = Callable[[Sequence[tuple[float, Value]], str], Value]
+"""Makes one value of (weight, value) pairs and a name: ``values.base.CompositeValue``, or something that remembers its work."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method by its settings.
+
+    Attributes:
+        name: as users type it.
+        summary: one line, with the source.
+        width: beams kept (W).
+        successors: continuations of each kept beam (K).
+        chunk_length: tokens between selections (L); None: the whole response.
+        token: name of the value that steers every token, or None.
+        select: name of the value that ranks hypotheses, or None.
+        weights: {name: weight} of values whose weighted sum steers every token, in place of ``token``.
+        select_weights: the same in place of ``select``.
+        beta: token guidance weight.
+        candidates: base tokens that a value without vocabulary re-scores; 0: whole vocabulary, where the value knows it.
+        transform: of candidate values.
+        normalise: mix log-probabilities instead of logits.
+        gate: guide only where the base's next-token entropy is at least this many nats; 0: everywhere.
+        draft: tokens that the guiding pair drafts ahead of the base at most, how many being resolve_fallbacks by timing; 0: none. No number
+            of drafts changes a token, but from 1 on tokens are drawn by another rule than at 0, from the same distribution.
+        rule: ``top``: the best; ``soft``: drawn with probability proportional to exp(score / soft_scale); ``reject``: CARDS;
+            ``particles``: a particle filter of W·K particles.
+        soft_scale: in units of the score.
+        decay: factor of the budget W·K from chunk to chunk, the total unchanged; 1: every chunk the same.
+        original: treat finished hypotheses as the authors' code does (METHOD, section 3).
+        target: rule ``reject``: reward that a whole response should reach; None: from the prompt's value and ``tries``.
+        accept_scale: rule ``reject``: accept with min(1, exp((value - threshold) / accept_scale)).
+        threshold_start: rule ``reject``: share of the target in the first threshold.
+        tries: rule ``reject``: segments tried at most for one place.
+        segment_entropy: rule ``reject``: a segment ends where the base's entropy reaches this many nats.
+        segment_min: rule ``reject``: tokens of a segment at least; ``chunk_length`` at most.
+        particle_beta: rule ``particles``: weight of the value in the target distribution.
+        resample_below: rule ``particles``: resample below this share of effective particles.
+    """
+
+    name: str
+    summary: str
+    width: int = 1
+    successors: int = 1
+    chunk_length: int | None = None
+    token: str | None = None
+    select: str | None = None
+    weights: Weights = ()
+    select_weights: Weights = ()
+    beta: float = 1.0
+    candidates: int = 0
+    transform: Transform = "identity"
+    normalise: bool = False
+    gate: float = 0.0
+    draft: int = 0
+    rule: Rule = "top"
+    soft_scale: float = 1.0
+    decay: float = 1.0
+    original: bool = False
+    target: float | None = None
+    accept_scale: float = 0.7
+    threshold_start: float = 0.5
+    tries: int = 20
+    segment_entropy: float = 3.0
+    segment_min: int = 4
+    particle_beta: float = 1.0
+    resample_below: float = 0.5
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+    @property
+    def guides(self) -> Weights:
+        """(name, weight) of the values that steer every token."""
+        if not self.beta:
+            return ()
+        return self.weights or (((self.token, 1.0),) if self.token else ())
+
+    @property
+    def selectors(self) -> Weights:
+        """(name, weight) of the values that rank hypotheses."""
+        return self.select_weights or (((self.select, 1.0),) if self.select else ())
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the values that this method uses."""
+        return frozenset(name for name, _ in (*self.guides, *self.selectors))
+
+    def with_settings(self, **settings: Any) -> Method:
+        """A copy with other settings; ``None`` values are ignored, ``"none"`` for token or select takes the value away.
+
+        Weights are given as a mapping, or as text: ``"implicit=1.0,plain=0.5"``.
+
+        Raises:
+            ConfigError: a setting that does not exist or is out of range.
+        """
+        unknown = set(settings) - {f.name for f in fields(self)}
+        if unknown:
+            raise ConfigError(f"unknown setting {', '.join(sorted(unknown))}\n  expected: {', '.join(f.name for f in fields(self)[2:])}")
+        given = {k: v for k, v in settings.items() if v is not None}
+        for role in ("token", "select"):
+            if given.get(role) == "none":
+                given[role] = None
+        for role in ("weights", "select_weights"):
+            if role in given:
+                given[role] = tuple(parse_weights(given[role], role).items())
+        return replace(self, **given).checked()
+
+    def checked(self) -> Method:
+        """Itself, or an error.
+
+        Raises:
+            ConfigError: several candidates and nothing to choose among them by; a rule without its value; drafts without a guide.
+        """
+        self._check_draft()
+        if self.width * self.successors > 1 and not self.selectors:
+            raise ConfigError(
+                f"{self.name}: W·K = {self.width * self.successors} hypotheses and no value to select by\n"
+                "  name one (select=explicit, implicit, reward …) or set width=1, successors=1"
+            )
+        if self.rule in ("reject", "particles"):
+            self._check_rule()
+        return self
+
+    def _check_draft(self) -> None:
+        if self.draft and not (self.token or self.weights):
+            raise ConfigError(f"{self.name}: draft={self.draft} and no value that guides tokens\n  give token=implicit, or leave draft out")
+
+    def _check_rule(self) -> None:
+        if not self.selectors:
+            raise ConfigError(f"{self.name}: rule={self.rule} needs a value to select by\n  name one (select=explicit, reward …)")
+        if self.decay != 1.0 or self.original:
+            raise ConfigError(f"{self.name}: rule={self.rule} has no budgets and no copies\n  leave out decay and original")
+        if self.rule == "reject":
+            demand("width · successors (W·K)", self.width * self.successors, self.width * self.successors == 1, "1 with rule=reject")
+            longest = self.chunk_length
+            demand("segment_min", self.segment_min, longest is None or self.segment_min <= longest, f"at most chunk_length ({longest})")
+
+    def search(self, values: Mapping[str, Value], combine: Combine | None = None) -> Search:
+        """Settings for the loop, names replaced by objects.
+
+        Args:
+            values: by name.
+            combine: makes one value of several; needed where ``weights`` or ``select_weights`` are given.
+
+        Raises:
+            ConfigError: a value that is not at hand.
+        """
+        missing = self.needs - set(values)
+        if missing:
+            have = ", ".join(sorted(values)) or "none"
+            raise ConfigError(
+                f"method {self.name} needs the value {' and '.join(sorted(missing))}\n"
+                f"  got: {have}\n  give the models for it (e.g. --tuned and --untuned for implicit, --value for explicit, --reward)"
+            )
+        guide = self._value(self.guides, bool(self.weights), values, combine)
+        guidance = None
+        if guide is not None:
+            guidance = TokenGuidance(guide, self.beta, self.candidates, self.transform, self.normalise, self.gate, self.draft)
+        return Search(
+            width=self.width,
+            successors=self.successors,
+            chunk_length=self.chunk_length,
+            guidance=guidance,
+            value=self._value(self.selectors, bool(self.select_weights), values, combine),
+            rule="soft" if self.rule == "soft" else "top",
+            soft_scale=self.soft_scale,
+            original=self.original,
+            decay=self.decay,
+            rejection=_settings(Rejection, self) if self.rule == "reject" else None,
+            particles=_settings(Particles, self) if self.rule == "particles" else None,
+        )
+
+    def _value(self, parts: Weights, weighted: bool, values: Mapping[str, Value], combine: Combine | None) -> Value | None:
+        """The value that ``parts`` name, or their weighted sum."""
+        if not parts:
+            return None
+        if not weighted:
+            return values[parts[0][0]]
+        if combine is None:
+            raise ConfigError(f"{self.name}: weights make a composite value\n  give search() a way to combine: CompositeValue")
+        return combine([(weight, values[name]) for name, weight in parts], "+".join(f"{weight:g}*{name}" for name, weight in parts))
+
+
+def _settings(kind: Any, strategy: Method) -> Any:
+    """The settings of a rule, from the strategy's fields of the same names."""
+    return kind(**{f.name: getattr(strategy, f.name) for f in fields(kind)})
+
+
+def parse_weights(given: Any, role: str = "weights") -> dict[str, float]:
+    """``{name: weight}`` from a mapping, (name, weight) pairs, or text like ``"implicit=1.0,plain=0.5"``.
+
+    Raises:
+        ConfigError: no names, or a weight that is no finite number.
+    """
+    form = 'expected names and numbers: {implicit = 1.0, plain = 0.5}, or "implicit=1.0,plain=0.5"'
+    try:
+        if isinstance(given, str):
+            parts = [part.split("=") for part in given.split(",")]
+            pairs = [(name.strip(), float(weight)) for name, weight in parts]
+        else:
+            pairs = [(str(name), float(weight)) for name, weight in dict(given).items()]
+    except (TypeError, ValueError):
+        raise ConfigError(f"unusable {role} {given!r}\n  {form}") from None
+    if not pairs or len(dict(pairs)) < len(pairs) or not all(name and math.isfinite(weight) for name, weight in pairs):
+        raise ConfigError(f"unusable {role} {given!r}\n  {form}")
+    return dict(pairs)
+
+
+_CHUNKED: dict[str, Any] = {"width": 4, "successors": 4, "chunk_length": 5}
+_TABLE = (
+    Method("base", "plain sampling from the base model"),
+    Method("bon", "best-of-N: the best of K whole responses", successors=16, select="explicit"),
+    Method("soft-bon", "soft best-of-N: one of K whole responses, likelier if better", successors=16, select="explicit", rule="soft"),
+    Method("eft", "emulated fine-tuning / proxy tuning: the implicit value guides every token", token="implicit"),
+    Method("token-explicit", "a vocabulary head guides every token (IVG, token-wise explicit)", token="explicit"),
+    Method("args", "ARGS: a reward re-scores the 10 likeliest tokens", token="explicit", candidates=10),
+    Method("fudge", "FUDGE: log P(attribute | prefix) re-scores candidates", token="explicit", candidates=20, transform="log-sigmoid"),
+    Method(
+        "vas",
+        "value-augmented sampling: centred values of 20 candidates, beta 3",
+        token="explicit",
+        candidates=20,
+        beta=3.0,
+        transform="centered",
+    ),
+    Method("genarm", "GenARM: log-probabilities of base and autoregressive reward model", token="arm", normalise=True),
+    Method("eft-gated", "EFT where the base is in doubt: only tokens of 3 nats or more are guided (SIA)", token="implicit", gate=3.0),
+    Method("cbs-implicit", "chunk-level beam search by the implicit value (weak-to-strong search)", select="implicit", **_CHUNKED),
+    Method("cbs-explicit", "chunk-level beam search by the explicit value", select="explicit", **_CHUNKED),
+    Method("cd-blockwise", "blockwise controlled decoding: the best of K chunks", successors=16, chunk_length=5, select="explicit"),
+    Method(
+        "adaptive",
+        "AdaSearch: chunk-level beam search that spends most of its budget on the first chunks",
+        select="explicit",
+        decay=0.8,
+        **_CHUNKED,
+    ),
+    Method(
+        "cards",
+        "CARDS: segments up to the base's next doubt, each rejected or accepted",
+        chunk_length=64,
+        select="explicit",
+        rule="reject",
+    ),
+    Method(
+        "smc",
+        "particle filter: one draw from base·exp(value) by 16 weighted hypotheses",
+        width=16,
+        chunk_length=5,
+        select="explicit",
+        rule="particles",
+    ),
+    Method(
+        "ivg",
+        "integrated value guidance: implicit token by token, explicit chunk by chunk",
+        token="implicit",
+        select="explicit",
+        **_CHUNKED,
+    ),
+)
+
+METHODS: dict[str, Method] = {s.name: s for s in _TABLE}
+"""Every method by name."""
+
+
+def get_method(name: str, **settings: Any) -> Method:
+    """The method called ``name``, with some settings changed.
+
+    Raises:
+        ConfigError: no such method, or unusable settings.
+    """
+    if name == "custom":
+        return Method("custom", "free combination").with_settings(**settings)
+    if name not in METHODS:
+        raise ConfigError(f"unknown method {name!r}\n  expected one of: {', '.join(METHODS)}, custom")
+    return METHODS[name].with_settings(**settings)
+
+
+def resolve_fallbacks(chosen: Method, values: Collection[str]) -> Method:
+    """``chosen`` with the reward model in place of the explicit value, where of the two only that one is among ``values``."""
+    for role in ("token", "select"):
+        if getattr(chosen, role) == "explicit" and "explicit" not in values and "reward" in values:
+            chosen = chosen.with_settings(**{role: "reward"})
+    return chosen

@@ -1,0 +1,1 @@
+"""The settings of every part, and the recipe that holds them all."""

@@ -1,0 +1,1 @@
+"""What any part may use: random numbers, JSON Lines, the machine, the hub."""

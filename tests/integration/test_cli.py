@@ -1,0 +1,615 @@
+"""The command line on tiny models in hub layout: what is printed, what is written, what happens to bad input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ivg.cli import main
+from ivg.errors import OutputError
+from ivg.search.searcher import Searcher
+from ivg.testing import byte_tokenizer, tiny_model, tiny_value
+
+LENGTH = ["--max-new-tokens", "6", "--ignore-eos", "--dtype", "float32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """Directories of tiny models: base, tuned, untuned, value, reward, other (another tokenizer), permuted, nan."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("hub")
+    other, permuted = byte_tokenizer([("t", "h"), ("a", "n")]), byte_tokenizer(permute=True)
+    plan = {"base": None, "tuned": None, "untuned": None, "other": other, "permuted": permuted, "nan": None}
+    for seed, (name, tokenizer) in enumerate(plan.items()):
+        tokenizer = tokenizer or byte_tokenizer()
+        network = tiny_model("llama", seed, vocab_size=len(tokenizer), context=128)
+        if name == "nan":
+            torch.nn.init.constant_(network.lm_head.weight, float("nan"))
+        network.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    tiny_value("vocabulary", seed=7).save_pretrained(folder / "value")
+    tiny_value("scalar", seed=8, tokenizer=other).save_pretrained(folder / "other-value")
+    config = DistilBertConfig(vocab_size=257, dim=16, hidden_dim=32, n_layers=1, n_heads=2, num_labels=1, max_position_embeddings=128)
+    DistilBertForSequenceClassification(config).save_pretrained(folder / "reward")
+    byte_tokenizer().save_pretrained(folder / "reward")
+    return folder
+
+
+@pytest.fixture
+def models(hub):
+    return [x for name in ("base", "tuned", "untuned", "value") for x in (f"--{name}", str(hub / name))] + LENGTH
+
+
+@pytest.fixture
+def ivg(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments, columns=200):
+        monkeypatch.setattr(sys, "argv", ["ivg", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", str(columns))
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as e:
+            code = e.code
+        out = capsys.readouterr()
+        return code or 0, out.out, out.err
+
+    return run
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_one_prompt(ivg, models):
+    code, out, err = ivg("generate", "The movie was", *models, "--seed", 3)
+    assert code == 0
+    assert out.startswith("The movie was")
+    assert len(out) > len("The movie was") + 1
+    assert "ivg · score" in err
+    assert "base" in err
+    assert ivg("generate", "The movie was", *models, "--seed", 3)[1] == out
+    assert ivg("generate", "The movie was", *models, "--seed", 4)[1] != out
+
+
+def test_file_to_file(ivg, models, tmp_path):
+    source = write_rows(tmp_path / "in.jsonl", [{"id": "a", "prompt": "One"}, {"id": 7, "prompt": "Two"}, {"prompt": "Three"}])
+    code, _, _ = ivg("generate", "--input", source, "--output", tmp_path / "out.jsonl", *models, "--n", 2, "--batch-size", 2, "-W", 2)
+    rows = rows_of(tmp_path / "out.jsonl")
+    assert code == 0
+    own = next(r["id"] for r in rows if r["prompt"] == "Three")
+    assert sorted((str(r["id"]), r["index"]) for r in rows) == sorted((str(i), k) for i in ("a", 7, own) for k in range(2))
+    for r in rows:
+        assert {"id", "prompt", "text", "score", "usage", "method", "seed", "finish_reason", "token_ids"} <= set(r)
+        assert r["usage"]["forward_tokens"]["base"] > 0
+        assert r["settings"]["width"] == 2
+    assert len({r["text"] for r in rows}) == 6
+
+
+def test_standard_input(ivg, models, monkeypatch, tmp_path):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"id": 1, "prompt": "One"}\n'))
+    assert ivg("generate", "--input", "-", "--output", tmp_path / "out.jsonl", *models)[0] == 0
+    assert rows_of(tmp_path / "out.jsonl")[0]["id"] == 1
+
+
+def test_resumes_by_id_and_mends_half_a_line(ivg, models, tmp_path):
+    source = write_rows(tmp_path / "in.jsonl", [{"id": i, "prompt": f"Prompt {i}"} for i in range(4)])
+    arguments = ["generate", "--input", source, "--output", tmp_path / "out.jsonl", *models]
+    ivg(*arguments)
+    whole = {r["id"]: r["text"] for r in rows_of(tmp_path / "out.jsonl")}
+    lines = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "out.jsonl").write_text(lines[0] + lines[1] + lines[2][:20])
+    code, _, _ = ivg(*arguments)
+    assert code == 0
+    again = rows_of(tmp_path / "out.jsonl")
+    assert [r["id"] for r in again[:2]] == [json.loads(line)["id"] for line in lines[:2]]
+    assert {r["id"]: r["text"] for r in again} == whole
+    assert len(again) == 4
+
+
+def test_answers_of_other_settings_are_not_mixed(ivg, models, tmp_path):
+    source = write_rows(tmp_path / "in.jsonl", [{"id": 1, "prompt": "One"}])
+    ivg("generate", "--input", source, "--output", tmp_path / "out.jsonl", *models)
+    code, _, err = ivg("generate", "--input", source, "--output", tmp_path / "out.jsonl", *models, "--method", "base")
+    assert code == 2
+    assert "give another --output" in err
+    (tmp_path / "out.jsonl").write_text('{"x": 1}\n')
+    code, _, err = ivg("generate", "--input", source, "--output", tmp_path / "out.jsonl", *models)
+    assert code == 2
+    assert "did not write" in err
+
+
+def test_unreadable_rows_are_reported_and_the_others_done(ivg, models, tmp_path):
+    (tmp_path / "in.jsonl").write_text(
+        '{"id": 1, "prompt": "One"}\nnot json\n{"id": 3}\n{"id": 4, "prompt": ""}\n{"id": 5, "prompt": "Five"}\n'
+    )
+    code, _, err = ivg("generate", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *models)
+    assert code == 1
+    assert [r["id"] for r in rows_of(tmp_path / "out.jsonl")] == [1, 5]
+    assert "line 2: expected" in err
+    assert "line 3: expected" in err
+    assert "line 4: empty prompt" in err
+    assert err.count("error:") == 3
+    assert err.endswith("answered 2, skipped 0, failed 3, already done 0\n")
+
+
+def test_messages(ivg, models, hub, tmp_path):
+    row = {"id": 1, "messages": [{"role": "user", "content": "Hi"}]}
+    source = write_rows(tmp_path / "in.jsonl", [row])
+    code, _, err = ivg("generate", "--input", source, "--output", tmp_path / "out.jsonl", *models)
+    assert code == 2
+    assert "no chat template" in err
+    templates = [x for role in ("base", "tuned", "untuned", "value") for x in ("--template", role + "=Q: {prompt} A:")]
+    code, _, err = ivg("generate", "--input", source, "--output", tmp_path / "out.jsonl", *models, *templates)
+    assert (code, err) == (0, "answered 1, skipped 0, failed 0, already done 0\n")
+    assert rows_of(tmp_path / "out.jsonl")[0]["prompt"] == row["messages"]
+
+
+def test_interrupt_keeps_what_is_done(ivg, models, monkeypatch, tmp_path):
+    source = write_rows(tmp_path / "in.jsonl", [{"id": i, "prompt": f"Prompt {i}"} for i in range(6)])
+    real, done = Searcher.step, []
+
+    def step(self):
+        if len(done) >= 2:
+            raise KeyboardInterrupt
+        steps = real(self)
+        done.extend(s for s in steps if s.completion)
+        return steps
+
+    monkeypatch.setattr(Searcher, "step", step)
+    arguments = ["generate", "--input", source, "--output", tmp_path / "out.jsonl", *models, "--batch-size", 1]
+    code, _, err = ivg(*arguments)
+    assert code == 130
+    assert "stopped" in err
+    assert len(rows_of(tmp_path / "out.jsonl")) == 2
+    monkeypatch.setattr(Searcher, "step", real)
+    assert ivg(*arguments)[0] == 0
+    assert sorted(r["id"] for r in rows_of(tmp_path / "out.jsonl")) == list(range(6))
+
+
+def test_trace_is_one_page_without_network(ivg, models, tmp_path):
+    code, _, _ = ivg("generate", "A </script> prompt", *models, "--trace", tmp_path / "deep" / "trace.html", "-L", 2)
+    page = (tmp_path / "deep" / "trace.html").read_text()
+    assert code == 0
+    assert "http" not in page
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    (answer,) = data["answers"]
+    assert answer["prompt"] == "A </script> prompt"
+    assert [len(nodes) for nodes in answer["rounds"]] == [16, 16, 16]
+    assert all(sum(n["kept"] for n in nodes) == 4 for nodes in answer["rounds"])
+    first = {n["id"] for n in answer["rounds"][0] if n["kept"]}
+    assert all(n["parent"] in first and len(n["tokens"]) == 2 for n in answer["rounds"][1])
+    assert any(shift for n in answer["rounds"][0] for _, shift in n["tokens"])
+    best = max((n for n in answer["rounds"][-1]), key=lambda n: n["score"])
+    assert best["kept"]
+
+
+def test_recipe_file_and_options_over_it(ivg, hub, tmp_path):
+    (tmp_path / "recipe.toml").write_text(
+        f"""
+        [models]
+        base = "{hub}/base"
+        expert = "{hub}/tuned"
+        antiexpert = {{ path = "{hub}/untuned", template = "{{prompt}}" }}
+        [search]
+        method = "eft"
+        alpha = 2.0
+        [sampling]
+        max_new_tokens = 5
+        ignore_eos = true
+        [run]
+        dtype = "float32"
+        """
+    )
+    source = write_rows(tmp_path / "in.jsonl", [{"id": 1, "prompt": "One"}])
+    assert ivg("generate", "--input", source, "--output", tmp_path / "a.jsonl", "--recipe", tmp_path / "recipe.toml")[0] == 0
+    (row,) = rows_of(tmp_path / "a.jsonl")
+    assert (row["method"], row["settings"]["beta"], len(row["token_ids"])) == ("eft", 2.0, 5)
+    ivg("generate", "--input", source, "--output", tmp_path / "b.jsonl", "--recipe", tmp_path / "recipe.toml", "--beta", 0.5)
+    assert rows_of(tmp_path / "b.jsonl")[0]["settings"]["beta"] == 0.5
+    (tmp_path / "recipe.toml").write_text("[search]\nwidht = 3\n")
+    code, _, err = ivg("generate", "x", "--recipe", tmp_path / "recipe.toml")
+    assert code == 2
+    assert "unknown setting search.widht" in err
+
+
+def test_reward_only(ivg, hub):
+    code, _, err = ivg("generate", "One", "--base", hub / "base", "--reward", hub / "reward", "--method", "bon", "-K", 3, *LENGTH)
+    assert code == 0
+    assert "reward" in err
+
+
+def test_guide_with_another_tokenizer(ivg, hub):
+    shared = ["generate", "One", "--base", hub / "base", "--value", hub / "other-value", *LENGTH]
+    code, _, err = ivg(*shared, "--method", "args", "--guide-candidates", 4)
+    assert (code, "args ·" in err) == (0, True)
+    assert ivg(*shared, "--method", "cbs-explicit", "-W", 2, "-K", 2, "-L", 3)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["generate"], "give prompts, or --input"),
+        (["generate", "x", "--base", "/no/such/model"], "cannot load"),
+        (["generate", "x", "--tuned", "HUB/tuned"], "got no untuned model"),
+        (["generate", "x", "--base", "HUB/base", "--tuned", "HUB/tuned"], "no untuned model"),
+        (["generate", "x", "--base", "HUB/base", "--method", "ivg"], "needs the value explicit and implicit"),
+        (["generate", "x", "--base", "HUB/permuted", "--tuned", "HUB/tuned", "--untuned", "HUB/untuned", "--method", "eft"], "id 1: "),
+        (["generate", "x", "--base", "HUB/nan", "--method", "base"], "the base model gave NaN or infinity after 0 tokens"),
+        (["generate", "", "--base", "HUB/base", "--method", "base"], "empty prompt"),
+        (["generate", "long " * 40, "--base", "HUB/base", "--method", "base"], "context of base (128)"),
+        (["generate", "x", "-W", "0"], "width (W) must be at least 1, got 0"),
+        (["generate", "x", "-K", "0"], "successors (K) must be at least 1, got 0"),
+        (["generate", "x", "-L", "-2"], "chunk_length (L) must be at least 1, got -2"),
+        (["generate", "x", "--method", "ivgg"], "unknown method 'ivgg'"),
+        (["generate", "x", "--n", "0"], "run.n: expected 1 or more, got 0"),
+        (["generate", "x", "--dtype", "int4"], "run.dtype"),
+        (["generate", "x", "--base", "HUB/base", "--device", "nowhere"], "device 'nowhere' is not usable"),
+        (["generate", "x", "--template", "base"], "expected ROLE=TEMPLATE"),
+        (["generate", "--input", "/no/such/file.jsonl"], "no such file"),
+        (["generate", "x", "--recipe", "/no/such.toml"], "cannot read recipe"),
+        (["generate", "x", "--temperature", "-1", "--base", "HUB/base", "--method", "base"], "temperature must be"),
+        (["generate", "x", "--frobnicate"], "No such option"),
+        (["compare", "x", "--methods", "base,nope"], "unknown method 'nope'"),
+    ],
+    ids=lambda a: " ".join(a)[:40] if isinstance(a, list) else None,
+)
+def test_bad_input_is_one_clear_line(ivg, hub, arguments, words):
+    code, out, err = ivg(*(a.replace("HUB", str(hub)) for a in arguments))
+    assert code == 2
+    assert words in err
+    assert out == ""
+    assert "Traceback" not in err
+    if "option" not in words:
+        assert err.count("\n") == 1
+        assert err.startswith("error: ")
+
+
+def test_compare(ivg, models):
+    code, out, _ = ivg("compare", "The movie was", *models)
+    assert code == 0
+    for method in ("base", "bon", "eft", "token-explicit", "cbs-implicit", "cbs-explicit", "ivg"):
+        assert f"│ {method} " in out
+    assert "value: what explicit says" in out
+    assert "gold" not in out
+
+
+def test_compare_fits_a_narrow_terminal(ivg, models):
+    _, out, _ = ivg("compare", "The movie was", *models, "--methods", "base,cbs-implicit", columns=80)
+    head = out.splitlines()[1]
+    assert len(head) == 80
+    assert "The movie was …" in head
+    assert "tokens ┃" in head
+    assert "│ cbs-implicit │" in out
+
+
+def test_compare_offers_only_what_the_models_allow(ivg, hub):
+    code, out, _ = ivg("compare", "x", "--base", hub / "base", "--reward", hub / "reward", *LENGTH)
+    assert code == 0
+    assert "base" in out
+    assert "ivg" not in out
+
+
+def test_compare_says_behind_the_table_what_failed(ivg, hub, tmp_path):
+    """One bad score costs no other cell."""
+    (tmp_path / "rules.py").write_text("def score(prompt, response):\n    raise KeyError('a long story ' * 20)\n")
+    given = ("compare", "Words", "--base", hub / "base", "--reward", f"{tmp_path}/rules.py:score", "--methods", "base,bon", *LENGTH)
+    code, out, err = ivg(*given, columns=80)
+    assert code == 1
+    assert "│ base   │" in out and out.count("(failed)") == 2 and "KeyError" not in out
+    assert [line.partition(" '")[0] for line in err.splitlines()] == [
+        f"error: {m}: the value reward raised KeyError:" for m in ("base", "bon")
+    ]
+
+
+def test_closed_streams_end_in_no_file_of_ours(tmp_path):
+    """Whoever closes a stream gives its number away: a library's warnings would go into the next file that is opened."""
+    code = (
+        "import os; from ivg.cli import _occupy_standard_streams as occupy; occupy();"
+        "file = open('out', 'wb', buffering=0); os.write(1, b'noise'); os.write(2, b'noise'); file.write(b'row')"
+    )
+    subprocess.run(["sh", "-c", '"$0" -c "$1" >&- 2>&-', sys.executable, code], cwd=tmp_path, check=True)
+    assert (tmp_path / "out").read_bytes() == b"row"
+
+
+def test_a_closed_standard_output_is_told(monkeypatch):
+    from ivg.jobs.store import open_rows
+
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(OutputError, match="cannot write standard output: it is closed"), open_rows("-", [], {}, pytest.fail):
+        pass
+
+
+def test_no_bar_where_standard_error_is_closed(monkeypatch):
+    from ivg.cli.progress import progress
+
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress(3, "answers") as advance:
+        advance()
+
+
+def test_check_says_what_fits(ivg, models):
+    code, out, _ = ivg("check", *models[:8], *LENGTH[3:])
+    assert code == 0
+    assert out.count("same as base") == 3
+    assert "KL(tuned‖untuned)" in out
+    assert "ivg" in out.splitlines()[-1]
+
+
+def test_check_names_what_does_not_fit(ivg, hub):
+    code, out, _ = ivg("check", "--base", hub / "permuted", "--tuned", hub / "tuned", "--untuned", hub / "untuned", *LENGTH[3:])
+    assert code == 1
+    assert "ids differ" in out
+    assert "id 1: " in out
+
+
+def test_models_and_version(ivg):
+    import ivg as package
+
+    code, out, _ = ivg("models")
+    assert code == 0
+    for name in ("base", "tuned", "untuned", "value", "gold", "cbs-implicit", "genarm"):
+        assert name in out
+    assert ivg("--version")[1].strip() == package.__version__
+
+
+def test_help_of_every_verb(ivg):
+    for verb in ([], ["generate"], ["compare"], ["check"], ["models"]):
+        code, out, _ = ivg(*verb, "--help")
+        assert code == 0
+        assert "Usage" in out
+
+
+def test_resuming_with_another_engine_is_refused(tmp_path):
+    from ivg.errors import ConfigError
+    from ivg.jobs.prompts import Job
+    from ivg.jobs.provenance import of_answers
+    from ivg.jobs.store import open_rows
+    from ivg.settings.recipe import Recipe
+
+    recipes = [Recipe(), *(Recipe.parse({"run": {"engine": e}, "endpoint": {"model": m}}) for e, m in
+               (("vllm", None), ("http://a/v1", "one"), ("http://a/v1", "two")))]  # fmt: skip
+    made, job = [of_answers(recipe, "cpu") for recipe in recipes], Job(1, "p")
+    for i, one in enumerate(made):
+        file = tmp_path / f"{i}.jsonl"
+        file.write_text(json.dumps({"id": 1, "prompt": "p", "index": 0, **one}) + "\n")
+        for j, other in enumerate(made):
+            if i == j:
+                with open_rows(file, [job], other, print) as rows:
+                    assert rows.done(job, 0)
+            else:
+                with pytest.raises(ConfigError, match="holds answers made otherwise: e"), open_rows(file, [job], other, print):
+                    pass
+
+
+# Rows in, rows out
+
+
+EFT = ["--method", "base", "--max-new-tokens", "3", "--ignore-eos", "--dtype", "float32", "--device", "cpu"]
+
+
+@pytest.fixture
+def base(hub):
+    return ["--base", str(hub / "base"), *EFT]
+
+
+def test_every_format_and_columns_that_travel(ivg, base, tmp_path):
+    rows = [{"id": "a", "prompt": "One", "topic": "x\u2028y"}, {"id": "b", "prompt": "Two", "topic": "🎬"}]
+    files = {
+        "in.jsonl": "".join(json.dumps(r, ensure_ascii=False) + "\r\n" for r in rows),
+        "in.json": json.dumps({"data": rows}),
+        "in.csv": "\ufeffid,prompt,topic\n" + "".join(f'{r["id"]},{r["prompt"]},"{r["topic"]}"\n' for r in rows),
+    }
+    found = []
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text.encode())
+        assert ivg("generate", "--input", tmp_path / name, "--output", tmp_path / f"{name}.out.jsonl", *base)[0] == 0
+        found.append([{k: r[k] for k in ("id", "prompt", "topic", "text")} for r in rows_of_file(tmp_path / f"{name}.out.jsonl")])
+    assert found[0] == found[1] == found[2]
+    assert [{k: r[k] for k in ("id", "prompt", "topic")} for r in found[0]] == rows
+    (tmp_path / "in.txt").write_text("One\n\nTwo\n")
+    assert ivg("generate", "--input", tmp_path / "in.txt", "--format", "text", "--output", tmp_path / "t.jsonl", *base)[0] == 0
+    assert [r["prompt"] for r in rows_of_file(tmp_path / "t.jsonl")] == ["One", "Two"]
+
+
+def rows_of_file(path):
+    from ivg.utils.jsonl import read_jsonl
+
+    return list(read_jsonl(path))
+
+
+def test_failed_rows_are_kept_as_they_were_with_why(ivg, base, tmp_path):
+    long = {"id": 3, "prompt": "long " * 40, "x": [4]}
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "One", "x": 2}\nnot json\n' + json.dumps(long) + "\n")
+    arguments = ["generate", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--failed", tmp_path / "f.jsonl", *base]
+    code, _, err = ivg(*arguments, "--n", 2)
+    assert code == 1
+    assert err.endswith("answered 2, skipped 0, failed 3, already done 0\n")
+    assert err.count("error: ") == 2
+    unread, unanswered = rows_of_file(tmp_path / "f.jsonl")
+    assert unread["text"] == "not json"
+    assert "expected a JSON object" in unread["error"]
+    assert "context of base (128)" in unanswered.pop("error")
+    assert unanswered == long
+    assert ivg(*arguments, "--n", 2)[2].endswith("answered 0, skipped 0, failed 3, already done 2\n")
+
+
+def test_edited_prompts_are_answered_again_and_new_rows_shift_nothing(ivg, base, tmp_path):
+    arguments = ["generate", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *base]
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "One"}, {"prompt": "Two"}, {"id": 5, "prompt": "Five"}])
+    ivg(*arguments)
+    first = {r["prompt"]: r["text"] for r in rows_of(tmp_path / "out.jsonl")}
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "New"}, {"prompt": "One"}, {"prompt": "Two"}, {"id": 5, "prompt": "Other"}])
+    code, _, err = ivg(*arguments)
+    assert code == 0
+    assert "1 prompts have changed under the same id (5)" in err
+    assert err.endswith("answered 2, skipped 0, failed 0, already done 2\n")
+    rows = rows_of(tmp_path / "out.jsonl")
+    assert sorted(r["prompt"] for r in rows) == ["New", "One", "Other", "Two"]
+    assert all(r["text"] == first[r["prompt"]] for r in rows if r["prompt"] in first)
+    texts = {r["prompt"]: r["text"] for r in rows}
+    ivg("generate", "Other", "--output", tmp_path / "other.jsonl", *base)
+    assert rows_of(tmp_path / "other.jsonl")[0]["text"] == texts["Other"]
+
+
+def test_what_made_the_answers_is_compared(ivg, hub, base, tmp_path):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(hub / "base", model)
+    arguments = ["generate", "One", "--output", tmp_path / "out.jsonl", "--base", model, *EFT]
+    assert ivg(*arguments)[0] == 0
+    before = (tmp_path / "out.jsonl").read_bytes()
+    assert "already done 1" in ivg(*arguments)[2]
+    for change, says in (
+        (["--template", "base=Q: {prompt}"], 'templates: not given there, {"base": "Q: {prompt}"} now'),
+        (["--dtype", "bfloat16"], 'dtype: "float32" there, "bfloat16" now'),
+        (["--temperature", "0.5"], "settings.temperature: not given there, 0.5 now"),
+    ):
+        code, _, err = ivg(*arguments, *change)
+        assert (code, says in err) == (2, True)
+        assert "give another --output" in err
+    for file in model.glob("*.safetensors"):
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 1  # trained anew
+        file.write_bytes(data)
+    code, _, err = ivg(*arguments)
+    assert (code, "weights.base: " in err) == (2, True)
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_answers_to_standard_output_and_pipes(ivg, base, tmp_path):
+    import os
+    import threading
+
+    wanted = [{"id": 1, "prompt": "One"}, {"id": 2, "prompt": "Two"}]
+    write_rows(tmp_path / "in.jsonl", wanted)
+    for name in ("-", "/dev/stdout"):
+        code, out, err = ivg("generate", "--input", tmp_path / "in.jsonl", "--output", name, *base)
+        assert [json.loads(line)["id"] for line in out.splitlines()] == [1, 2]
+        assert (code, err) == (0, "answered 2, skipped 0, failed 0, already done 0\n")
+    os.mkfifo(tmp_path / "pipe")
+    heard = []
+    reader = threading.Thread(target=lambda: heard.append((tmp_path / "pipe").read_text()), daemon=True)
+    reader.start()
+    assert ivg("generate", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "pipe", *base)[0] == 0
+    reader.join(60)
+    assert [json.loads(line)["id"] for line in heard[0].splitlines()] == [1, 2]
+
+
+def test_a_reader_that_has_enough_ends_the_run_quietly(ivg, base, tmp_path, monkeypatch):
+    import errno
+
+    from ivg.jobs.store import StreamRows
+
+    def closed(self, row):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(StreamRows, "append", closed)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # typer puts another in its place
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    code, _, err = ivg("generate", "One", "--output", "-", *base)
+    assert (code, err) == (1, "answered 0, skipped 1, failed 0, already done 0\n")
+
+
+def test_a_score_that_is_no_number_fails_its_row(ivg, base, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from ivg.cli import generate
+
+    real = generate.answers
+    monkeypatch.setattr(
+        generate, "answers", lambda *a, **k: ((j, i, replace(c, score=float("nan") if j.id == 1 else 1.0)) for j, i, c in real(*a, **k))
+    )
+    write_rows(tmp_path / "in.jsonl", [{"id": i, "prompt": "One"} for i in range(3)])
+    code, _, err = ivg("generate", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *base)
+    assert code == 1
+    assert "line 2: its score is nan" in err
+    assert [r["id"] for r in rows_of(tmp_path / "out.jsonl")] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--input", "none.jsonl"], "no such file: none.jsonl - expected a file: "),
+        (["--input", "org/rows"], "no such file: org/rows - expected a file: "),  # asks no hub
+        (["--input", "."], "cannot read .: it is a folder - expected a file of rows"),
+        (["--input", "empty.jsonl"], "empty.jsonl holds no rows - expected rows with prompt or messages"),
+        (["--input", "latin.jsonl"], "latin.jsonl, line 1: not UTF-8 at byte 16 (0xe9); convert the file, e.g. iconv -f LATIN1 -t UTF-8"),
+        (["--input", "wide.jsonl"], "wide.jsonl is UTF-16, not UTF-8 - convert it, e.g. iconv -f UTF-16 -t UTF-8"),
+        (["--input", "good.jsonl", "--format", "xml"], "unknown format 'xml' - expected one of: jsonl, json, csv, parquet, text"),
+        (["--input", "words.txt"], "cannot tell the format of words.txt - give --format jsonl, json, csv, parquet or text"),
+        (["--input", "good.jsonl", "--output", "."], "cannot write .: it is a folder - expected a JSONL file"),
+        (
+            ["--input", "good.jsonl", "--output", "out.csv"],
+            "cannot write out.csv: rows are written as JSONL - give a name that ends in .jsonl",
+        ),
+        (
+            ["--input", "good.jsonl", "--output", "good.jsonl"],
+            "--input and --output are the same file, good.jsonl - give each a file of its own",
+        ),
+        (["--input", "good.jsonl", "--failed", "-"], "--failed - is no file - expected a JSONL file for the rows that failed"),
+        (["--input", "good.jsonl", "--output", "/dev/full"], "cannot write /dev/full: No space left on device"),
+        (["--input", "good.jsonl", "--output", "/proc/x.jsonl"], "cannot write /proc/x.jsonl: "),
+        (
+            ["--input", "good.jsonl", "--failed", "good.jsonl/x"],
+            "cannot write good.jsonl/x: ",
+        ),
+    ],
+    ids=lambda a: " ".join(a) if isinstance(a, list) else "",
+)
+def test_rows_that_cannot_be_read_or_written_are_one_line(ivg, base, tmp_path, monkeypatch, arguments, line):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "good.jsonl", [{"prompt": "One"}])
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "words.txt").write_text("One\n")
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "café"}\n'.encode("latin-1"))
+    (tmp_path / "wide.jsonl").write_bytes('{"prompt": "café"}\n'.encode("utf-16"))
+    code, out, err = ivg("generate", *arguments, *base)
+    assert (code, out) == (2, "")
+    (said,) = (text.removeprefix("error: ") for text in err.splitlines() if not text.startswith("answered 0, "))
+    assert said.startswith(line) if line.endswith(": ") else said == line
+
+
+def test_rollouts_go_on_only_with_what_made_them(ivg, hub, tmp_path):
+    pytest.importorskip("trl")
+    (tmp_path / "rules.py").write_text("def score(prompt, response):\n    return len(response)\n")
+    (tmp_path / "prompts.csv").write_text("prompt,topic\nOne,x\nTwo\nThree,y\n" + "long " * 40 + ",z\n")
+    out = tmp_path / "out.jsonl"
+    models = ["--base", hub / "base", "--reward", f"{tmp_path}/rules.py:score", *LENGTH]
+    arguments = ["train", "rollout", "--out", out, "--samples", 2, *models]
+    code, _, err = ivg(*arguments, "--prompts", tmp_path / "prompts.csv", "--failed", tmp_path / "failed.jsonl")
+    assert code == 1
+    assert f"{out}: 2 of 6 responses failed: prompt of" in err
+    assert "prompts.csv, line 3: expected 2 fields, got 1" in err
+    assert "read 3, left out 1" in err
+    assert err.endswith(f"done: {out}: answered 4, failed 2\n")
+    assert [row["text"] for row in rows_of(tmp_path / "failed.jsonl")] == ["Two"]
+    before = out.read_bytes()
+    assert ivg(*arguments, "--prompts", tmp_path / "prompts.csv")[0] == 1  # no answer of those two yet
+    for change, says in (
+        (["--dtype", "bfloat16"], 'dtype: "float32" there, "bfloat16" now'),
+        (["--template", "base=Q: {prompt}"], "templates: not given there"),
+        (["--temperature", "0.5"], "settings.temperature: not given there, 0.5 now"),
+    ):
+        code, _, err = ivg(*arguments, *change, "--prompts", tmp_path / "prompts.csv")
+        assert (code, says in err) == (2, True)
+    (tmp_path / "prompts.txt").write_text("New\nOne\nThree\n")
+    code, _, err = ivg(*arguments, "--prompts", tmp_path / "prompts.txt", "--format", "text")
+    assert (code, "row 1: answers another prompt than this run's" in err) == (2, True)
+    (tmp_path / "rules.py").write_text("def score(prompt, response):\n    return -len(response)\n")
+    code, _, err = ivg(*arguments, "--prompts", tmp_path / "prompts.csv")
+    assert (code, "weights.reward: " in err) == (2, True)
+    assert out.read_bytes() == before

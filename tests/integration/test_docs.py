@@ -1,0 +1,184 @@
+"""What README and docs say is run: every Python block, every ``ivg`` line; the reference is up to date."""
+
+import json
+import re
+import shlex
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+
+from ivg.cli import main
+from ivg.evaluation.length_control import GLM_COLUMNS
+from ivg.testing import byte_tokenizer, tiny_model, tiny_value
+
+ROOT = Path(__file__).parents[2]
+LONG = r"ivg (check --preferences|eval|bench|compare)|--input|--trace"
+"""Lines that take more than a few seconds."""
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language):
+    for page in PAGES:
+        for i, code in enumerate(re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)):
+            yield pytest.param(code, id=f"{page.name}-{i}")
+
+
+def lines():
+    for page in PAGES:
+        for code in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in code.replace("\\\n", " ").splitlines():
+                if re.match(r"(\.venv/bin/)?ivg ", line):
+                    marks = [pytest.mark.long] if re.search(LONG, line) else []
+                    yield pytest.param(line, id=" ".join(line.split())[:60], marks=marks)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """Tiny models that stand for those that a README line takes from the hub, one directory for each role."""
+    folder = tmp_path_factory.mktemp("hub")
+    for seed, role in enumerate(("base", "tuned", "untuned", "arm")):
+        network = tiny_model("gpt2", seed, context=1024)
+        network.save_pretrained(folder / role)
+        byte_tokenizer(chat=True).save_pretrained(folder / role)
+    tiny_value("vocabulary", tokenizer=byte_tokenizer(chat=True)).save_pretrained(folder / "value")
+    return folder
+
+
+def local(hub, path, role):
+    """``path``, or the tiny model for its role where it is a hub id."""
+    return path if path.startswith("embedded:") or Path(path).exists() else str(hub / role)
+
+
+@pytest.fixture
+def from_hub(hub, monkeypatch):
+    """Whatever a recipe or a line would load from the hub is loaded from ``hub``."""
+    from ivg.factory import recipe
+
+    real = recipe.load_models
+
+    def load_models(recipe, **how):
+        found = {role: ref.model_copy(update={"path": local(hub, ref.path, role)}) for role, ref in recipe.models.given.items()}
+        return real(recipe.model_copy(update={"models": recipe.models.model_copy(update=found)}), **how)
+
+    monkeypatch.setattr(recipe, "load_models", load_models)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "block", "exec"), {"__name__": "block"})
+    assert capsys.readouterr().out.strip()
+
+
+def hash_of(number):
+    return zlib.crc32(str(number).encode())
+
+
+def write_preferences(path):
+    """Praise against scorn, which the embedded pair tells apart."""
+    openings = [f"{a} {b}" for a in ("This film", "The movie", "The story", "Her acting") for b in ("was", "is", "seems")]
+    good = (" great", " wonderful", " perfect", " a lovely surprise", " excellent and moving")
+    bad = (" awful", " terrible", " boring", " a stupid waste", " bad from beginning to end")
+    ends = (
+        ".",
+        "!",
+        " in every way.",
+        ", I think.",
+        " and that is all there is to say about it.",
+        ", as my friends told me.",
+        " for once.",
+    )
+    pick = iter(range(10**6))  # praise and scorn of many lengths, in no order: length must not explain which is better
+    rows = [
+        {
+            "prompt": opening,
+            "chosen": good[hash_of(next(pick)) % len(good)] + ends[hash_of(next(pick)) % len(ends)],
+            "rejected": bad[hash_of(next(pick)) % len(bad)] + ends[hash_of(next(pick)) % len(ends)],
+        }
+        for opening in openings
+        for _ in range(7)
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def write_rollouts(path):
+    """Two rated responses to each prompt, as ``ivg train rollout`` writes them."""
+    rows = [
+        {"prompt": f"The film number {i} was", "response": r, "score": s} for i in range(20) for r, s in ((" great.", 2.0), (" bad.", -2.0))
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+@pytest.mark.parametrize("line", lines())
+def test_lines_run(line, from_hub, tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    judged = {"instruction": "?", "output_1": "a", "output_2": "bb", "preference": 1.5}
+    (tmp_path / "judgements.jsonl").write_text(2 * (json.dumps(judged) + "\n"))
+    (tmp_path / "df_gamed.csv").write_text(",".join(GLM_COLUMNS) + "\n0,0.5,0.5,0.1,False,g\n1,-0.5,0.5,0.2,False,g\n")
+    (tmp_path / "instructions.json").write_text(json.dumps([{"instruction": f"Say {w}", "output": w} for w in ("hi", "ho")]))
+    (tmp_path / "prompts.jsonl").write_text('{"id": 1, "prompt": "The movie was"}\n{"id": 2, "prompt": "I have to say"}\n')
+    write_preferences(tmp_path / "preferences.jsonl")
+    if "train rollout" not in line:
+        write_rollouts(tmp_path / "rollouts.jsonl")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*shlex.split(line, comments=True)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out = capsys.readouterr()
+    assert not end.value.code, out.err
+    assert out.out or list(tmp_path.glob("*.jsonl")) or list(tmp_path.glob("*.html"))
+
+
+def test_reference_is_up_to_date():
+    from ivg.cli.reference import reference
+
+    assert (ROOT / "docs/cli.md").read_text() == reference(), "run: make docs"
+
+
+def commands():
+    """Every command of ``ivg``, as click knows it: (words of the command line, command)."""
+    from typer.main import get_command
+
+    from ivg.cli.app import app
+
+    def walk(words, command):
+        yield words, command
+        for name in command.list_commands(None) if hasattr(command, "list_commands") else ():
+            yield from walk([*words, name], command.get_command(None, name))
+
+    return list(walk(["ivg"], get_command(app)))
+
+
+def test_every_option_of_every_command_stands_on_the_page():
+    page = (ROOT / "docs/cli.md").read_text()
+    sections = dict(re.findall(r"^## `(ivg [^`]*)`\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE))
+    found = commands()[1:]
+    assert set(sections) == {" ".join(words) for words, _ in found}
+    assert {"ivg generate", "ivg train dpo", "ivg train value"} <= set(sections)
+    for words, command in found:
+        rows = re.findall(r"^\| `([^`]+)` \| (.*) \|$", sections[" ".join(words)], re.MULTILINE)
+        options = {name for cell, _ in rows for name in re.split(r", | / ", cell) if name.startswith("-")}
+        assert options == {o for p in command.params if p.param_type_name == "option" for o in (*p.opts, *p.secondary_opts)}, words
+        assert len(rows) == len(command.params)
+        assert all(len(meaning) > 3 for _, meaning in rows), words
+
+
+@pytest.mark.parametrize("words,command", [pytest.param(w, c, id=" ".join(w)) for w, c in commands()])
+def test_every_command_says_what_it_takes(words, command, monkeypatch, capsys):
+    """``--help`` as a user reads it names every option."""
+    monkeypatch.setattr(sys, "argv", [*words, "--help"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as end:
+        main()
+    out = capsys.readouterr().out
+    assert not end.value.code
+    for parameter in command.params:
+        assert all(option in out for option in parameter.opts if option.startswith("--")), parameter.name
+
+
+def test_links_lead_somewhere():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,0 +1,98 @@
+"""From recipes to models of other engines: what is refused before anything starts, and what is stopped when a later step fails."""
+
+import json
+import shutil
+
+import pytest
+
+from ivg.embedded import path
+from ivg.engines.vllm.value import InnerValue
+from ivg.errors import ConfigError, ModelError
+from ivg.factory import engines
+from ivg.model import GuidedModel, given
+from ivg.models.loading import LoadOptions
+from ivg.settings.recipe import Recipe
+from ivg.testing import FakeEngine, tiny_lm, tiny_value
+from ivg.types import Prompt
+
+PAIR = {"tuned": str(path("tuned")), "untuned": str(path("untuned"))}
+
+
+def guides(base=None, *, wanted=None, **models):
+    """Names of the guides inside the composite of these models; a model is a path or (path, template)."""
+    given = {"base": (str(path("base")), base), **models}
+    refs = {k: {"path": v} if isinstance(v, str) else {"path": v[0], "template": v[1]} for k, v in given.items()}
+    recipe = Recipe.parse({"models": refs, "vllm": {} if wanted is None else {"guides": wanted}})
+    return [guide.name for guide in engines.inner_guides(recipe, LoadOptions(), every_guide=True)[1]]
+
+
+def test_guides_inside_read_prompts_as_the_base_does():
+    """The base's very tokens: a guide that the transformers engine would have read prompts otherwise would guide otherwise."""
+    assert guides(**PAIR) == ["implicit"]
+    one = {role: (place, "Q: {prompt}") for role, place in PAIR.items()}
+    assert guides("Q: {prompt}", **one) == ["implicit"]
+    assert guides("Q: {prompt}", **{**one, "untuned": PAIR["untuned"]}) == ["implicit"]  # the tuned one's serves for both
+    for base, pair in ((None, one), ("Q: {prompt}", PAIR), ("chat", PAIR)):
+        with pytest.raises(ConfigError, match=r"reads prompts by .* the base by"):
+            guides(base, **pair)
+
+
+def test_a_value_network_reads_as_it_was_trained(tmp_path):
+    trained = tmp_path / "value"
+    shutil.copytree(path("value"), trained)
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps(config | {"ivg_value": {**config.get("ivg_value", {}), "template": "Q: {prompt}"}}))
+    assert guides("Q: {prompt}", wanted=["explicit"], value=str(trained)) == ["explicit"]
+    assert guides(wanted=["explicit"], value=str(path("value"))) == ["explicit"]
+    with pytest.raises(ConfigError, match=r"value of explicit reads prompts by 'Q: \{prompt\}', the base by None"):
+        guides(wanted=["explicit"], value=str(trained))
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """vLLM that only remembers that it was started and stopped."""
+    made = []
+
+    class EngineClient:
+        max_model_len = 64
+
+        def __init__(self, folder, options, **_):
+            self.closed = False
+            made.append(self)
+
+        def close(self):
+            self.closed = True
+
+    monkeypatch.setattr("ivg.engines.vllm.versions.check_vllm", lambda: None)
+    monkeypatch.setattr("ivg.engines.vllm.client.EngineClient", EngineClient)
+    return made
+
+
+def test_an_engine_is_stopped_when_a_value_does_not_load(cores, tmp_path):
+    recipe = Recipe.parse({"run": {"engine": "vllm"}, "vllm": {"cache": str(tmp_path)}})
+
+    def make(name, value, options):
+        raise ModelError(f"no {name}")
+
+    with pytest.raises(ModelError, match="no explicit-other"):
+        engines.vllm_model(recipe, LoadOptions(), make)
+    assert [core.closed for core in cores] == [True]  # and the second engine was not even started
+
+
+def test_what_vllm_would_ignore_is_refused(cores):
+    recipe = Recipe.parse({"run": {"engine": "vllm", "quantization": {"load_in_4bit": True}}})
+    with pytest.raises(ConfigError, match=r"run\.quantization"):
+        engines.vllm_model(recipe, LoadOptions(quantization={"load_in_4bit": True}), lambda *_: None)
+    assert not cores
+
+
+def test_a_value_that_guides_inside_and_selects_outside_is_emptied_with_the_others():
+    """Its models run here once they are asked for: caches that only it has would never be emptied, nor counted."""
+    outside = tiny_value()
+    inner = InnerValue("explicit", outside.vocabulary, lambda: outside)
+    model = GuidedModel(tiny_lm(), {"explicit": inner}, engine=FakeEngine())
+    assert model.readers == [model.base]
+    inner.score([given(model.base, Prompt("a"), "bc")])
+    assert model.readers == [model.base, outside.model] and outside.model.model.live_rows == 1
+    model.forget()
+    assert outside.model.model.live_rows == 0

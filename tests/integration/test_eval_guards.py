@@ -1,0 +1,387 @@
+"""``ivg eval`` refuses what makes a report untrue: files of other settings or weights, a judge that steers, settings that nobody reads."""
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+
+import pytest
+from test_eval import copy, done, hub, recipe  # noqa: F401  (fixtures)
+
+from ivg.cli.eval import evaluate
+from ivg.errors import ConfigError, PromptError
+from ivg.evaluation import runner
+from ivg.evaluation.methods import BANK
+from ivg.evaluation.plan import plan
+from ivg.evaluation.report import report
+from ivg.evaluation.score import load_judges, measures, transcripts
+from ivg.evaluation.sentiment import Sentiment
+from ivg.evaluation.summarization import Summarization
+from ivg.evaluation.summary import _kl, makers, summarise, truncated
+from ivg.evaluation.winrate import read_judgements
+from ivg.jobs import provenance
+from ivg.search.methods import get_method
+from ivg.settings.recipe import EvalConfig, Recipe
+from ivg.testing import tiny_value
+from ivg.types import SamplingParams
+from ivg.utils import environment
+from ivg.utils.jsonl import as_lines, read_jsonl, write_json
+
+# Files of other settings
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"sampling": {"temperature": 0.5}}, "sampling"),
+        ({"eval": {"prompts": 5}}, "prompts"),
+        ({"run": {"seed": 7}}, "seed"),
+        ({"eval": {"judges": {"another": "embedded:gold"}}}, "judges"),
+    ],
+)
+def test_the_report_is_of_its_own_settings(done, tmp_path, change, says):  # noqa: F811
+    p = copy(done, tmp_path / "run")
+    before = {f: f.read_bytes() for f in p.out.rglob("*.jsonl*")}
+    with pytest.raises(ConfigError, match=f"made with other settings: .*{says}"):
+        report(plan(p.recipe.override(**change), p.out))
+    assert {f: f.read_bytes() for f in p.out.rglob("*.jsonl*")} == before
+
+
+def test_other_methods_settings_are_not_reported(done, tmp_path):  # noqa: F811
+    p = copy(done, tmp_path / "run")
+    other = recipe_with(p, methods=["base", {"label": "ivg|2", "method": "ivg", "width": 2, "successors": 3, "chunk_length": 3}])
+    with pytest.raises(ConfigError, match=r"strategy\.successors: 2 there, 3 now"):
+        transcripts(plan(other, p.out), "ivg|2")
+
+
+def recipe_with(p, **settings):
+    return p.recipe.override(eval=settings)
+
+
+def test_rows_are_of_the_plan_s_prompts(done, tmp_path):  # noqa: F811
+    p = copy(done, tmp_path / "run")
+    rows = list(read_jsonl(p.transcripts("eft")))
+    rows[0], rows[1] = rows[1], rows[0]
+    p.transcripts("eft").write_text(as_lines(rows))
+    with pytest.raises(ConfigError, match="line 1: seed 0 and prompt '1', expected 0 and '0'"):
+        summarise(p)
+
+
+def test_weights_trained_anew_are_another_run_s(hub, tmp_path):  # noqa: F811
+    shutil.copytree(hub / "value", tmp_path / "value")
+    data = recipe(hub, methods=["bon"], bank=0, seeds=1).model_dump(exclude_none=True)
+    data["models"]["value"]["path"] = str(tmp_path / "value")
+    made = Recipe.parse(data)
+    runner.run(plan(made, tmp_path / "run"), ["generate"])
+    assert len(transcripts(plan(made, tmp_path / "run"), "bon")) == 6
+    (tmp_path / "value").rename(tmp_path / "elsewhere")  # a report needs no models
+    assert len(transcripts(plan(made, tmp_path / "run"), "bon")) == 6
+    (tmp_path / "elsewhere").rename(tmp_path / "value")
+    tiny_value("vocabulary", seed=8).save_pretrained(tmp_path / "value")
+    with pytest.raises(ConfigError, match="other settings: weights"):
+        transcripts(plan(made, tmp_path / "run"), "bon")
+    with pytest.raises(ConfigError, match="other settings: weights"):
+        runner.run(plan(made, tmp_path / "run"), ["generate"])
+
+
+def test_fingerprints(tmp_path, monkeypatch):
+    (tmp_path / "rewards.py").write_text("def brief(prompt, response):\n    return -len(response)\n")
+    name = f"{tmp_path}/rewards.py:brief"
+    first = provenance.fingerprint(name)
+    assert first == provenance.fingerprint(name)
+    (tmp_path / "rewards.py").write_text("def brief(prompt, response):\n    return len(response)\n")
+    assert provenance.fingerprint(name) != first
+    assert provenance.fingerprint("someone/model-of-the-hub") is None
+    assert provenance.fingerprint("embedded:base") != provenance.fingerprint("embedded:tuned")
+    assert set(provenance.weights(Recipe())) == {"base", "tuned", "untuned", "value", "value-other"}
+    monkeypatch.chdir(tmp_path)
+    assert provenance.same("rewards.py:brief", name)
+    assert not provenance.same("rewards.py:other", name)
+    assert provenance.same("someone/model", "someone/model")
+
+
+def test_every_byte_of_a_large_file_counts_and_its_digest_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "REMEMBER", 1 << 10)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, marks, read = tmp_path / "model", [], []
+    real = provenance._digest
+    monkeypatch.setattr(provenance, "_digest", lambda path: read.append(path) or real(path))
+    folder.mkdir()
+    path = folder / "model.safetensors"
+    data = bytearray(1 << 14)
+    for number, place in enumerate((0, 50, len(data) // 2, len(data) - 5)):
+        data[place] += 1
+        path.write_bytes(data)
+        os.utime(path, (number, number))  # long ago, and not when it was before
+        marks += [provenance.fingerprint(str(folder))] * 2
+        assert provenance.fingerprint(str(folder)) == marks[-1]
+        assert len(read) == number + 1
+    assert len(set(marks)) == 4
+    path.write_bytes(data)  # just now: another change could have the same time, so nothing is remembered
+    before = len(read)
+    assert {provenance.fingerprint(str(folder)) for _ in range(2)} == {marks[-1]}
+    assert len(read) == before + 2
+
+
+def test_the_base_of_an_adapter_counts(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder in (base, adapter):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = provenance.fingerprint(str(adapter))
+    (base / "config.json").write_text("{ }")
+    assert provenance.fingerprint(str(adapter)) != before
+
+
+def test_figures_of_a_task_are_those_of_its_settings(done, tmp_path):  # noqa: F811
+    p = copy(done, tmp_path / "run")
+    rows = transcripts(p, "eft")
+    path = p.out / "scores" / "eft.task.json"
+    write_json(path, {"of": "other", "references": "", "settings": {}, "figures": {"rate": 1.0}})
+    with pytest.raises(ConfigError, match="figures of other answers, other references\n"):
+        measures(p, "eft", rows)
+    runner.run(p, ["score"])  # sentiment has no figures of its own
+    assert not path.exists()
+    assert measures(p, "eft", rows) == {}
+
+
+# Who computed
+
+
+def test_who_computed_is_reported(done, tmp_path, monkeypatch):  # noqa: F811
+    p = copy(done, tmp_path / "run")
+    (made,) = makers(p)
+    monkeypatch.setattr(environment, "command", lambda: "ivg eval another day")
+    runner.run(p, ["generate", "score", "report"])
+    assert makers(p) == [made]  # nothing was computed
+    assert "another day" not in (p.out / "report.md").read_text()
+    for path in (p.transcripts("eft"), p.scores("eft")):
+        path.unlink()
+    runner.run(p, ["generate", "score", "report"])
+    assert [m["command"] for m in makers(p)] == [made["command"], "ivg eval another day"]
+    text = (p.out / "report.md").read_text()
+    assert made["command"] in text
+    assert "another day" in text
+    assert "another day" in (p.out / "report.html").read_text()
+
+
+def test_the_commit_is_that_of_tracked_code(tmp_path):
+    def git(*arguments):
+        who = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        return subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    for name in ("ours.py", "theirs.py"):
+        (tmp_path / name).write_text("")
+    git("init", "-q")
+    git("add", "ours.py")
+    git("commit", "-q", "-m", "one")
+    assert environment.commit(tmp_path / "ours.py") == git("rev-parse", "--short=12", "HEAD").strip()
+    assert environment.commit(tmp_path / "theirs.py") is None
+
+
+# Rows
+
+
+def test_search_settings_that_no_row_has(hub, tmp_path):  # noqa: F811
+    wide = recipe(hub, methods=["ivg"]).override(search={"width": 8})
+    with pytest.raises(ConfigError, match=r"search\.width = 8, but no row has it"):
+        plan(wide, tmp_path)
+    with pytest.raises(ConfigError, match=r"search\.beta"):
+        plan(recipe(hub, methods=["bon"]).override(search={"beta": 1.0}), tmp_path)
+    with pytest.raises(ConfigError, match=r"search\.weights"):
+        plan(recipe(hub, methods=["combinations"]).override(search={"weights": {"implicit": 1.0}}), tmp_path)
+    assert plan(recipe(hub, methods=["ivg"]).override(search={"width": 4}), tmp_path).method("ivg").strategy.width == 4
+    both = plan(recipe(hub, methods=["ivg", "combinations"]).override(search={"width": 8}), tmp_path)
+    assert both.method("ivg").strategy.width == 4
+    assert both.method("implicit×explicit").strategy.width == 8
+    paper = plan(Recipe.parse({"eval": {"task": "alpaca", "methods": ["combinations"]}}), tmp_path)
+    assert paper.method("none×explicit").strategy.chunk_length == 30
+    assert plan(paper.recipe, tmp_path).methods == paper.methods
+
+
+def test_the_reward_in_place_of_the_explicit_value_is_written_down(hub, tmp_path):  # noqa: F811
+    data = recipe(hub, methods=["bon"]).model_dump(exclude_none=True)
+    data["models"]["reward"] = data["models"].pop("value")
+    p = plan(Recipe.parse(data), tmp_path)
+    assert p.provenance("bon")["strategy"]["select"] == "reward"
+    data["eval"]["methods"] = ["combinations"]
+    with pytest.raises(ConfigError, match="none×explicit: needs the value explicit; the models make implicit, reward"):
+        plan(Recipe.parse(data), tmp_path)
+
+
+def test_gold_steers_nothing(hub, tmp_path):  # noqa: F811
+    data = recipe(hub, methods=[{"label": "cheat", "method": "bon", "select": "reward"}]).model_dump(exclude_none=True)
+    data["models"]["reward"] = {"path": str(hub / ".." / hub.name / "gold")}
+    with pytest.raises(ConfigError, match="also the value reward, which steers cheat"):
+        plan(Recipe.parse(data), tmp_path)
+    data["eval"]["methods"] = ["eft"]
+    plan(Recipe.parse(data), tmp_path)
+    del data["models"]["value"]
+    with pytest.raises(ConfigError, match="steers bank"):
+        plan(Recipe.parse(data), tmp_path)
+    named = {"values": {"film": {"reward": "embedded:gold"}}, "eval": {"methods": [{"label": "x", "method": "bon", "select": "film"}]}}
+    with pytest.raises(ConfigError, match="also the value film, which steers x"):
+        plan(Recipe.parse(named), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["length", "tokens", "id", "kl", "flops", "label", "repetition", "a/b", "a b", "a.b", "a:b", ""])
+def test_names_of_judges(name):
+    with pytest.raises(ConfigError, match=r"is taken|cannot be called"):
+        Recipe.parse({"eval": {"judges": {name: "x"}}})
+
+
+def test_a_prompt_too_long_for_the_value_is_a_row_with_an_error(hub, done, tmp_path):  # noqa: F811
+    p = plan(done.recipe, tmp_path)
+    worker = runner.Worker(p)
+    value, known = worker.model.values["explicit"], type(worker.model.values["explicit"]).check
+
+    def check(prompt, new_tokens):
+        if prompt.content == "A film":
+            raise PromptError("too long\n  shorten it")
+        known(value, prompt, new_tokens)
+
+    value.check = check
+    worker.work("generate", BANK, lambda label, rows: None)
+    rows, others = list(read_jsonl(p.transcripts(BANK))), list(read_jsonl(done.transcripts(BANK)))
+    assert [r["id"] for r in rows if r.get("error") == "too long shorten it"] == ["4", "4"]
+    assert [r for r in rows if r["id"] != "4"] == [r for r in others if r["id"] != "4"]
+
+
+def test_judges_have_nothing_of_the_base(hub, tmp_path, monkeypatch):  # noqa: F811
+    seen = []
+    monkeypatch.setattr("ivg.values.reward.load_reward", lambda path, **more: seen.append(more["options"]))
+    for dtype in ("auto", "bfloat16"):
+        load_judges(plan(recipe(hub).override(run={"dtype": dtype, "revision": "v2", "quantization": {"load_in_4bit": True}}), tmp_path))
+    assert [o.dtype for o in seen] == ["float32", "float32", "bfloat16", "bfloat16"]
+    assert all(o.revision is None and o.quantization is None for o in seen)
+
+
+# Divergence
+
+
+def test_no_divergence_where_distributions_are_cut(hub, tmp_path):  # noqa: F811
+    rows = [({"id": "0", "token_ids": [1] * 9, "shift": 2.0}, {})]
+    kinds = {"top-k": {"top_k": 50}, "top-p": {"top_p": 0.9}, "min-p": {"min_p": 0.1}, "greedy choice": {"temperature": 0.0}}
+    for what, sampling in kinds.items():
+        p = plan(recipe(hub).override(sampling=sampling), tmp_path)
+        kl, note = _kl(p, get_method("eft"), rows)
+        assert kl is None
+        assert what in note
+        assert _kl(p, get_method("bon"), rows)[0]["bound"]
+    assert truncated(SamplingParams(repetition_penalty=1.2)) == "repetition penalty"
+    assert truncated(SamplingParams(top_p=1.0)) is None
+    p = plan(recipe(hub), tmp_path)
+    assert _kl(p, get_method("eft"), rows)[0]["mean"] == 2.0
+    assert _kl(p, get_method("cards"), rows) == (None, "no useful bound is known for the method")
+
+
+def test_the_form_of_the_bound_is_the_method_s(hub, tmp_path):  # noqa: F811
+    """One answer of one chunk: only where the settings make all answers one chunk is it a best-of-N."""
+    import math
+
+    p = plan(recipe(hub), tmp_path)
+    rows = [({"id": "0", "token_ids": [1, 2], "shift": 0.0}, {})]
+    many = get_method("cbs-explicit", width=2, successors=2)
+    assert _kl(p, replace(many, chunk_length=3), rows)[0]["mean"] == pytest.approx(math.log(4), abs=1e-5)
+    assert _kl(p, replace(many, chunk_length=9), rows)[0]["mean"] == pytest.approx(math.log(4) - 3 / 4, abs=1e-5)
+    assert _kl(p, get_method("cd-blockwise", successors=4, chunk_length=3), rows)[0]["mean"] == pytest.approx(math.log(4) - 3 / 4, abs=1e-5)
+
+
+# Input
+
+
+def data(tmp_path, *rows):
+    path = tmp_path / "data.jsonl"
+    path.write_text(as_lines(rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("task", [Sentiment, Summarization])
+@pytest.mark.parametrize("row", [{"prompt": None}, {"prompt": [{"role": "user", "content": "x"}]}, {"other": "x"}])
+def test_rows_without_a_text(tmp_path, task, row):
+    with pytest.raises(ConfigError, match="row 2: expected a text in prompt"):
+        task().examples(EvalConfig(data=data(tmp_path, {"prompt": "x"}, row)))
+
+
+@pytest.mark.parametrize("task", [Sentiment, Summarization])
+def test_fewer_prompts_than_asked_for(tmp_path, task):
+    path = data(tmp_path, {"prompt": "x"}, {"prompt": "y"})
+    with pytest.raises(ConfigError, match="3 prompts were asked for, but only 2"):
+        task().examples(EvalConfig(data=path, prompts=3))
+    assert len(task().examples(EvalConfig(data=path))) == 2
+
+
+def test_sentiment_settings_that_nothing_reads(tmp_path):
+    path = data(tmp_path, {"prompt": "x"})
+    with pytest.raises(ConfigError, match="leave out shuffle"):
+        Sentiment().examples(EvalConfig(data=path, shuffle=1))
+    with pytest.raises(ConfigError, match="there are none, got words"):
+        Sentiment().examples(EvalConfig(data=path, options={"words": 3}))
+
+
+def test_reviews_are_as_many_as_there_are(tmp_path):
+    path = data(tmp_path, *({"text": f"{i} " + "word " * 12} for i in range(3)), {"text": "short"})
+    assert len(Sentiment().examples(EvalConfig(data=path))) == 3
+    with pytest.raises(ConfigError, match="4 prompts were asked for, but only 3"):
+        Sentiment().examples(EvalConfig(data=path, prompts=4))
+    with pytest.raises(ConfigError, match="row 2: expected a text in text"):
+        Sentiment().examples(EvalConfig(data=data(tmp_path, {"text": "x"}, {"text": None})))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"preference": "m"}, "preference 'm'"), ({"preference": True}, "preference True"), ({"output_2": None}, "output_2 is None")],
+)
+def test_judgements_that_are_none(tmp_path, change, says):
+    row = {"instruction": "x", "output_1": "a", "output_2": "b", "preference": 1.5}
+    with pytest.raises(ConfigError, match=f"judgement 2: {says}"):
+        read_judgements(data(tmp_path, row, row | change))
+    assert len(read_judgements(data(tmp_path, row, row | {"preference": None}))) == 2
+
+
+def test_a_recipe_without_a_task_is_for_any(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("[sampling]\nmax_new_tokens = 3\n")
+    with pytest.raises(ConfigError, match=r"no such file.*absent\.jsonl"):
+        evaluate("summarization", tmp_path / "out", recipe=path, data=str(tmp_path / "absent.jsonl"), methods="base")
+    path.write_text('[eval]\ntask = "sentiment"\n')
+    with pytest.raises(ConfigError, match="the recipe is for the task 'sentiment'"):
+        evaluate("summarization", tmp_path / "out", recipe=path)
+
+
+def test_sizes_of_a_recipe_are_for_its_own_methods(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("[search]\nwidth = 3\n")
+    absent = str(tmp_path / "absent.jsonl")
+    with pytest.raises(ConfigError, match="no such file"):
+        evaluate("sentiment", tmp_path / "out", recipe=path, data=absent, methods="base,bon")
+    with pytest.raises(ConfigError, match=r"search\.width = 5, but no row has it"):
+        evaluate("sentiment", tmp_path / "out", recipe=path, data=absent, methods="base,bon", width=5)
+
+
+def test_data_beside_the_recipe(tmp_path):
+    data(tmp_path, {"prompt": "x"})
+    (tmp_path / "recipe.toml").write_text('[eval]\ndata = "data.jsonl"\n')
+    assert Recipe.load(tmp_path / "recipe.toml").eval.data == str(tmp_path / "data.jsonl")
+    (tmp_path / "recipe.toml").write_text('[eval]\ndata = "someone/data"\n')
+    assert Recipe.load(tmp_path / "recipe.toml").eval.data == "someone/data"
+
+
+def test_gold_of_a_check_is_the_recipe_s(monkeypatch):
+    from ivg.cli.preference_check import _gold
+
+    seen = []
+    monkeypatch.setattr("ivg.values.reward.load_reward", lambda path, **more: seen.append(path))
+    _gold(Recipe())
+    _gold(Recipe.parse({"models": {"base": "someone/model"}, "eval": {"gold": "someone/reward"}}))
+    assert seen == ["embedded:gold", "someone/reward"]
+    with pytest.raises(ConfigError, match="--judge gold, but which"):
+        _gold(Recipe.parse({"models": {"base": "someone/model"}}))
+
+
+def test_results_are_json(done):  # noqa: F811
+    constants = []
+    json.loads((done.out / "results.json").read_text(), parse_constant=constants.append)
+    assert not constants  # NaN and Infinity are no JSON

@@ -1,0 +1,78 @@
+"""Facts about the project itself."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_version_matches():
+    import ivg
+
+    assert ivg.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_typed_and_licensed():
+    assert (ROOT / "src/ivg/py.typed").exists()
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+def imported(folder):
+    """Top-level names of the packages that any file imports, anywhere in it."""
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                yield from (alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                yield node.module.partition(".")[0]
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    core, *extras = (
+        {re.split(r"[^\w.-]", d)[0].lower().replace("-", "_") for d in listed}
+        for listed in (project["dependencies"], *project["optional-dependencies"].values())
+    )
+    declared = {"sklearn" if d == "scikit_learn" else d for part in (core, *extras) for d in part}
+    found = set(imported(ROOT / "src" / "ivg")) - set(sys.stdlib_module_names) - {"ivg"}
+    through = {
+        "starlette": "fastapi",
+        "h11": "uvicorn",
+        "huggingface_hub": "transformers",
+        "pydantic_core": "pydantic",
+        "pandas": "alpaca_eval",
+    }
+    assert {through.get(name, name) for name in found} <= declared
+    assert core <= found
+
+
+@pytest.mark.parametrize(
+    "module", ["ivg", "ivg.cli.app", "ivg.types", "ivg.settings.recipe", "ivg.search.searcher", "ivg.search.methods", "ivg.testing"]
+)
+def test_imports_no_torch(module):
+    code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_files_are_short():
+    long = [str(p) for p in (ROOT / "src").rglob("*.py") if len(p.read_text().splitlines()) > 400]
+    assert not long
+
+
+def test_public_names_exist():
+    import ivg
+
+    for name in ivg.__all__:
+        assert getattr(ivg, name) is not None
+
+
+def test_readme_starts_with_two_commands():
+    first = "\n".join((ROOT / "README.md").read_text().splitlines()[:30])
+    assert "make demo" in first
+    assert "make test" in first

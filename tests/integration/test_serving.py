@@ -1,0 +1,329 @@
+"""The server over a real socket, with OpenAI's own client: what it answers is what the library answers, whatever happens around it."""
+
+import asyncio
+import json
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+
+from ivg.model import GuidedModel
+from ivg.serving.served_models import ServedModels
+from ivg.serving.server import make_server
+from ivg.serving.settings import ServeSettings
+from ivg.settings.recipe import Recipe
+from ivg.testing import tiny_lm, tiny_value
+from ivg.types import SamplingParams
+from ivg.values.base import FunctionValue
+from ivg.values.implicit import ImplicitValue
+
+SAMPLING = {"temperature": 0.9, "max_tokens": 16}
+
+
+def tiny(**more):
+    """A small model with every kind of value; ``more`` are further values."""
+    tokens = tiny_lm("base").tokenizer
+    pair = ImplicitValue(tiny_lm("tuned", seed=1, tokenizer=tokens), tiny_lm("untuned", seed=2, tokenizer=tokens))
+    values = {"implicit": pair, "explicit": tiny_value(seed=3, tokenizer=tokens), "length": FunctionValue(lambda p, r: len(r), "length")}
+    return GuidedModel(tiny_lm("base", tokenizer=tokens), values | more, SamplingParams(temperature=0.9, max_new_tokens=16))
+
+
+class Running:
+    """A server in a thread."""
+
+    def __init__(self, model, recipe=None, **settings):
+        settings = ServeSettings(**{"port": 0, "name": "tiny", "drain": 5.0, **settings})
+        self.presets = ServedModels(model, recipe or Recipe(), settings)
+        self.server = make_server(self.presets)
+        self.worker = self.server.worker
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+
+    def client(self, key="none", **settings):
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **settings)
+
+    def post(self, body, path="/v1/completions", **settings):
+        return httpx.post(self.url + path, json=body, timeout=300, **settings)
+
+    def idle(self, seconds=200.0):
+        """Wait until nothing runs; rows in use then."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and (self.worker.searcher.busy or self.worker.waiting):
+            time.sleep(0.01)
+        time.sleep(0.05)
+        return sum(r.model.live_rows for r in readers(self.presets.model))
+
+    def stop(self):
+        self.server.handle_exit(15, None)
+        self.thread.join(200)
+        assert not self.thread.is_alive()
+
+
+def readers(model):
+    from ivg.model import cached_lms
+
+    return [model.base, *(r for v in model.values.values() for r in cached_lms(v))]
+
+
+@pytest.fixture(scope="module")
+def running():
+    server = Running(tiny())
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def library():
+    return tiny()
+
+
+def expected(library, prompt, method, seed, index=0, **settings):
+    settings = {"temperature": 0.9, "max_new_tokens": 16, **settings}
+    return next(library.run([library.request(prompt, method, seed=seed, index=index, **settings)]))[1]
+
+
+# What is answered
+
+
+@pytest.mark.parametrize("method", ["base", "eft", "ivg", "bon", "cbs-implicit", "smc", "token-explicit"])
+def test_completion_is_the_librarys(running, library, method):
+    got = running.client().completions.create(model=f"tiny:{method}", prompt="The movie", seed=7, **SAMPLING)
+    want = expected(library, "The movie", method, 7)
+    assert got.choices[0].text == want.text
+    assert got.choices[0].finish_reason == want.finish_reason
+    assert got.usage.prompt_tokens == want.usage.prompt_tokens
+    assert got.usage.completion_tokens == len(want.token_ids)
+    assert got.ivg["method"] == method
+    assert got.ivg["usage"] == dict(want.usage.forward_tokens)
+    assert got.ivg["tokens_read"] == want.usage.total_forward_tokens
+    assert got.ivg["score"] == (None if want.score is None else pytest.approx(want.score, abs=1e-4))
+
+
+@pytest.mark.parametrize("method", ["base", "eft", "ivg", "bon"])
+def test_streams_add_up(running, library, method):
+    chunks = list(running.client().completions.create(
+        model=f"tiny:{method}", prompt="The movie", seed=3, stream=True, stream_options={"include_usage": True}, **SAMPLING
+    ))  # fmt: skip
+    want = expected(library, "The movie", method, 3)
+    texts = [c.choices[0].text for c in chunks if c.choices]
+    assert "".join(texts) == want.text
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == want.finish_reason
+    assert chunks[-1].usage.completion_tokens == len(want.token_ids)
+    assert chunks[-2].ivg["tokens_read"] == want.usage.total_forward_tokens
+    if method in ("base", "eft"):
+        assert len([t for t in texts if t]) > 4
+
+
+def test_chat(running, library):
+    client = running.client()
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": [{"type": "text", "text": "The movie"}]}]
+    got = client.chat.completions.create(model="tiny", messages=messages, seed=1, temperature=0.9, max_completion_tokens=12)
+    want = expected(library, "Be kind.\nThe movie", "ivg", 1, max_new_tokens=12)
+    assert got.choices[0].message.content == want.text
+    assert got.choices[0].message.role == "assistant"
+    streamed = client.chat.completions.create(
+        model="tiny", messages=messages, seed=1, temperature=0.9, max_completion_tokens=12, stream=True
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in streamed) == want.text
+
+
+def test_async_client_and_mixed_settings_share_rounds(running, library):
+    async def ask():
+        client = openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0)
+        methods = ["base", "eft", "ivg", "bon", "cbs-explicit", "smc"] * 2
+        asked = [client.completions.create(model=f"tiny:{m}", prompt=f"Film {i}", seed=i, **SAMPLING) for i, m in enumerate(methods)]
+        return methods, await asyncio.gather(*asked)
+
+    methods, answers = asyncio.run(ask())
+    for i, (method, answer) in enumerate(zip(methods, answers, strict=True)):
+        assert answer.choices[0].text == expected(library, f"Film {i}", method, i).text, method
+
+
+def test_n_prompts_and_token_ids(running, library):
+    client = running.client()
+    got = client.completions.create(model="tiny:base", prompt=["One", "Two"], n=2, seed=5, **SAMPLING)
+    assert sorted(c.index for c in got.choices) == [0, 1, 2, 3]
+    texts = [c.text for c in sorted(got.choices, key=lambda c: c.index)]
+    wanted = [expected(library, p, "base", 5, i) for p in ("One", "Two") for i in (0, 1)]
+    assert texts == [c.text for c in wanted]
+    assert got.usage.completion_tokens == sum(len(c.token_ids) for c in wanted)  # of all answers
+    assert got.ivg["tokens_read"] == sum(c.usage.total_forward_tokens for c in wanted)
+    assert len(set(texts)) > 1
+    ids = library.base.tokenizer("One").input_ids
+    assert client.completions.create(model="tiny:base", prompt=ids, seed=5, **SAMPLING).choices[0].text == texts[0]
+    assert got.usage.prompt_tokens == 6
+
+
+def test_guidance_of_one_request(running, library):
+    guidance = {"method": "custom", "token_value": "implicit", "select_value": "explicit", "beta": 0.5, "w": 2, "k": 3, "l": 4}
+    body = {"guidance": {**guidance, "top_k": 20}}
+    got = running.client().completions.create(model="tiny", prompt="Film", seed=2, extra_body=body, **SAMPLING)
+    settings = {"token": "implicit", "select": "explicit", "beta": 0.5, "width": 2, "successors": 3, "chunk_length": 4, "top_k": 20}
+    assert got.choices[0].text == expected(library, "Film", "custom", 2, **settings).text
+    body = {"guidance": {"method": "eft", "weights": {"implicit": 1.0, "explicit": 0.3}}}
+    got = running.client().completions.create(model="tiny", prompt="Film", seed=2, extra_body=body, **SAMPLING)
+    assert got.choices[0].text == expected(library, "Film", "eft", 2, weights={"implicit": 1.0, "explicit": 0.3}).text
+
+
+def test_stop_strings_never_leak(running, library):
+    plain = expected(library, "Film", "base", 4, max_new_tokens=40).text
+    stop = plain[20:23]
+    cut = plain[: plain.index(stop)]
+    got = running.client().completions.create(
+        model="tiny:base", prompt="Film", seed=4, temperature=0.9, max_tokens=40, stop=[stop], stream=True
+    )
+    shown = ""
+    for chunk in got:
+        shown += chunk.choices[0].text
+        assert cut.startswith(shown)
+    assert shown == cut
+
+
+def test_utf8_is_never_cut(running, library):
+    """The tiny model writes random bytes; whatever is shown stays, and no half of a character is shown."""
+    for seed in range(3):
+        want = expected(library, "é", "base", seed, max_new_tokens=60).text
+        shown = ""
+        for chunk in running.client().completions.create(
+            model="tiny:base", prompt="é", seed=seed, temperature=0.9, max_tokens=60, stream=True
+        ):
+            shown += chunk.choices[0].text
+            assert want.startswith(shown)
+        assert shown == want
+
+
+# Log-probabilities
+
+
+def test_logprobs_of_completions(running, library):
+    got = running.client().completions.create(model="tiny:eft", prompt="Film", seed=6, logprobs=3, **SAMPLING).choices[0]
+    want = expected(library, "Film", "eft", 6, alternatives=3)
+    kept = [d for d in want.details if d.text or d.token not in library.base.vocabulary.eos_ids][: len(got.logprobs.tokens)]
+    assert "".join(got.logprobs.tokens) == got.text == want.text
+    assert got.logprobs.token_logprobs == pytest.approx([d.logprob for d in kept], abs=1e-4)
+    assert all(max(top.values()) <= 0 and len(top) <= 3 for top in got.logprobs.top_logprobs)
+    assert got.logprobs.text_offset[:2] == [0, len(got.logprobs.tokens[0])]
+    stream = running.client().completions.create(model="tiny:eft", prompt="Film", seed=6, logprobs=3, stream=True, **SAMPLING)
+    pieces = [c.choices[0].logprobs for c in stream if c.choices and c.choices[0].logprobs]
+    assert len(pieces) > 1
+    assert [o for p in pieces for o in p.text_offset] == got.logprobs.text_offset  # from the answer's beginning, not the piece's
+
+
+@pytest.mark.parametrize("method", ["eft", "ivg"])
+def test_logprobs_of_chats(running, library, method):
+    ask = {"model": f"tiny:{method}", "messages": [{"role": "user", "content": "Film"}], "seed": 6, "logprobs": True, "top_logprobs": 2}
+    client = running.client()
+    whole = client.chat.completions.create(**ask, **SAMPLING).choices[0]
+    streamed = [c.choices[0] for c in client.chat.completions.create(**ask, **SAMPLING, stream=True)]
+    tokens = [t for c in streamed if c.logprobs for t in c.logprobs.content]
+    assert [t.token for t in tokens] == [t.token for t in whole.logprobs.content]
+    assert [t.logprob for t in tokens] == pytest.approx([t.logprob for t in whole.logprobs.content], abs=1e-4)
+    assert "".join(t.token for t in tokens) == whole.message.content
+    assert all(len(t.top_logprobs) == 2 for t in tokens)
+    want = expected(library, "Film", method, 6, alternatives=2).details[: len(tokens)]
+    assert [t.logprob for t in tokens] == pytest.approx([d.logprob for d in want], abs=1e-4)
+
+
+# For the playground
+
+
+def events(running, **body):
+    """(name, data) of every event; [DONE] is the last."""
+    out, name = [], None
+    with httpx.stream("POST", f"{running.url}/v1/completions", json={"stream": True, **body}, timeout=60) as response:
+        assert response.status_code == 200, response.read()
+        for line in response.iter_lines():
+            if line.startswith("event: "):
+                name = line.removeprefix("event: ")
+            elif line.startswith("data: "):
+                data = line.removeprefix("data: ")
+                out.append((name, data if data == "[DONE]" else json.loads(data)))
+                name = None
+    assert out.pop() == (None, "[DONE]")
+    return out
+
+
+def test_beams_make_a_tree(running, library):
+    got = events(running, model="tiny:ivg", prompt="Film", seed=2, stream_options={"include_beams": True}, max_tokens=15, temperature=0.9)
+    boards = [data for name, data in got if name == "ivg.beams"]
+    assert [b["step"] for b in boards] == list(range(len(boards))) and len(boards) == 3
+    known = set()
+    for i, board in enumerate(boards):
+        nodes = board["kept"] + board["dropped"]
+        assert len(board["kept"]) == 4 and len(nodes) == 16
+        assert all((n["parent"] is None) if i == 0 else (n["parent"] in known) for n in nodes)
+        assert all(len(n["tokens"]) == len(n["shift"]) for n in nodes)
+        assert all(n["text"].startswith(board["committed"]) for n in board["kept"]) or board is boards[-1]  # then it is the answer
+        assert min(n["score"] for n in board["kept"]) >= max(n["score"] for n in board["dropped"])
+        known |= {n["key"] for n in nodes}
+    text = "".join(d["choices"][0]["text"] for n, d in got if n is None)
+    assert text == expected(library, "Film", "ivg", 2, max_new_tokens=15).text
+    tokens = [t for n, d in got if n == "ivg.tokens" for t in d["tokens"]]
+    assert "".join(t["text"] for t in tokens) == text
+    assert got[-1][1]["ivg"]["score"] == pytest.approx(max(n["score"] for n in boards[-1]["kept"]), abs=1e-4)
+
+
+def test_tokens_come_as_they_are_written(running):
+    got = events(running, model="tiny:eft", prompt="Film", seed=2, stream_options={"include_beams": True}, max_tokens=12, temperature=0.9)
+    looks = [d["tokens"] for n, d in got if n == "ivg.tokens"]
+    assert len(looks) > 3
+    for t in (t for look in looks for t in look):
+        assert t["shift"] == pytest.approx(t["logprob"] - t["base_logprob"], abs=1e-6)
+        assert len(t["top"]) == len(t["top_base"]) == 5
+        assert t["top"][0]["logprob"] >= t["top"][1]["logprob"]
+
+
+# What is there
+
+
+def test_models(running):
+    client = running.client()
+    names = [m.id for m in client.models.list()]
+    assert names[0] == "tiny" and {"tiny:base", "tiny:eft", "tiny:ivg"} <= set(names) and "tiny:genarm" not in names
+    assert client.models.retrieve("tiny:eft").ivg["token"] == "implicit"
+    extras = httpx.get(f"{running.url}/v1/models").json()["ivg"]
+    assert extras["values"] == ["implicit", "explicit", "length"]
+    assert extras["limits"]["max_tokens"] == 256
+    assert extras["defaults"]["method"] == "ivg"
+
+
+def test_health_and_metrics(running):
+    assert httpx.get(f"{running.url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{running.url}/ready").status_code == 200
+    before = numbers(running)
+    got = running.client().completions.create(
+        model="tiny:eft", prompt="Metered", max_tokens=9, extra_body={"guidance": {"ignore_eos": True}}
+    )
+    running.idle()
+    after = numbers(running)
+    for model, tokens in got.ivg["usage"].items():
+        name = f'ivg_tokens_read_total{{model="{model}"}}'
+        assert after[name] - before.get(name, 0) == tokens
+    name = 'ivg_requests_total{endpoint="/v1/completions",status="200"}'
+    assert after[name] - before.get(name, 0) == 1
+    assert after["ivg_tokens_written_total"] - before["ivg_tokens_written_total"] == 9
+    assert after["ivg_step_seconds_count"] > before["ivg_step_seconds_count"]
+    assert after["ivg_first_text_seconds_count"] - before["ivg_first_text_seconds_count"] == 1
+    assert after['ivg_cache_rows{model="base"}'] == after["ivg_queue_length"] == after["ivg_live_beams"] == 0
+
+
+def numbers(running):
+    text = httpx.get(f"{running.url}/metrics").text
+    return {k: float(v) for k, v in (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))}
+
+
+def test_playground_is_served(running):
+    page = httpx.get(running.url)
+    assert page.status_code == 200 and "text/html" in page.headers["content-type"]
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+
+
+def test_request_ids(running):
+    assert httpx.get(f"{running.url}/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    other = httpx.get(f"{running.url}/health", headers={"x-request-id": "bad id, worse"}).headers["x-request-id"]
+    assert len(other) == 32

@@ -1,0 +1,347 @@
+"""The server as a process of its own: all kinds of trouble at once, signals, and the command that starts it."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from test_serving import expected, tiny
+from test_serving_faults import SLOW, well_formed
+
+from ivg.errors import ConfigError
+from ivg.serving.settings import ServeSettings
+from ivg.settings.recipe import Recipe
+
+KEY = {"authorization": "Bearer right-key-1"}
+SCRIPT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from ivg.settings.recipe import Recipe
+from ivg.serving.server import serve
+from ivg.serving.settings import ServeSettings
+from test_serving import tiny
+from test_serving_faults import values
+torch.set_num_threads(1)
+serve(Recipe(), ServeSettings.of(json.loads(sys.argv[2])), load=lambda recipe: tiny(**values()))
+"""
+
+
+class Process:
+    """A server in a process, and its log."""
+
+    def __init__(self, *command):
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=env)
+        self.lines = []
+        self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
+        self.reader.start()
+        until = time.monotonic() + 900
+        while not (serving := [line for line in self.lines if '"event": "serving"' in line]):
+            assert self.process.poll() is None and time.monotonic() < until, "".join(self.lines)
+            time.sleep(0.05)
+        self.url = json.loads(serving[0])["url"]
+        while True:
+            try:
+                assert httpx.get(f"{self.url}/ready").status_code == 200
+                break
+            except httpx.TransportError:
+                time.sleep(0.05)
+
+    @classmethod
+    def tiny(cls, **settings):
+        """The tiny model with the values of ``test_serving_faults``, by the function that the command calls."""
+        settings = {"port": 0, "name": "tiny", **settings}
+        return cls("-c", SCRIPT, str(Path(__file__).parents[1]), json.dumps(settings))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+    def connect(self):
+        """A connection by hand."""
+        host, port = self.url.removeprefix("http://").split(":")
+        return socket.create_connection((host, int(port)), timeout=200)
+
+    def end(self, seconds=300):
+        """(exit code, the log), when it ends."""
+        code = self.process.wait(seconds)
+        self.reader.join(60)
+        return code, [json.loads(line) for line in self.lines]
+
+
+def raw(body, *, sent=1.0, **headers):
+    """The bytes of a request, or their first part."""
+    content = json.dumps(body).encode()
+    head = {"host": "x", "content-type": "application/json", "content-length": len(content), **headers}
+    lines = "".join(f"{k}: {v}\r\n" for k, v in head.items())
+    return f"POST /v1/completions HTTP/1.1\r\n{lines}\r\n".encode() + content[: int(len(content) * sent)]
+
+
+# All kinds of trouble at once
+
+KINDS = ("whole", "whole", "stream", "stream", "gone", "gone", "half", "nan", "nan stream", "raises")
+KINDS += ("malformed", "long", "large", "key", "model")
+PREFIX = "Film"
+METHODS = ("base", "eft", "ivg", "bon", "cbs-explicit", "smc")
+LENGTH = 10
+
+
+class Trouble:
+    """Clients of all kinds; what they got, counted."""
+
+    def __init__(self, server, wanted):
+        self.server, self.wanted = server, wanted
+        self.counts = Counter()
+        self.signalled = False
+
+    async def all(self, numbers, at_once, signal_after=None):
+        """Clients by their numbers, so many at once; SIGTERM when so many good answers are there: others are on their way then."""
+        room = asyncio.Semaphore(at_once)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        done = 0
+
+        async def one(http, i):
+            nonlocal done
+            async with room:
+                kind = KINDS[i % len(KINDS)]
+                try:
+                    await self.client(http, kind, i)
+                except (httpx.TransportError, ConnectionError):
+                    assert self.signalled, f"{kind} broke off before the signal"
+                    kind = "refused"
+                self.counts[kind] += 1
+                done += kind in ("whole", "stream")
+                if done == signal_after and not self.signalled:
+                    self.signalled = True
+                    self.server.process.send_signal(signal.SIGTERM)
+
+        async with httpx.AsyncClient(base_url=self.server.url, headers=KEY, timeout=400, limits=limits) as http:
+            await asyncio.wait_for(asyncio.gather(*(one(http, i) for i in numbers)), 900)
+
+    async def client(self, http, kind, i):
+        case = list(self.wanted)[i % len(self.wanted)]
+        method, prompt, seed = case
+        good = {"model": f"tiny:{method}", "prompt": prompt, "seed": seed, "temperature": 0.9, "max_tokens": LENGTH}
+        bad = {"model": "tiny", "seed": seed, "max_tokens": LENGTH}
+        if kind == "whole":
+            answer = await self.post(http, good)
+            assert answer is None or answer.json()["choices"][0]["text"] == self.wanted[case], case
+        elif kind == "stream":
+            self.told(await self.stream(http, good), (self.wanted[case], None))
+        elif kind == "nan":
+            await self.post(http, bad | {"prompt": f"poison {i}", "guidance": {"method": "custom", "token": "nan"}}, 500, "model_error")
+        elif kind == "nan stream":
+            text, error = await self.stream(http, bad | {"prompt": f"poison {i}", "guidance": {"method": "custom", "token": "nan"}})
+            self.told((text, error), ("", "model_error"))
+        elif kind == "raises":
+            guidance = {"method": "custom", "select": "mine", "successors": 2, "chunk_length": 5}
+            await self.post(http, bad | {"prompt": f"dynamite {i}", "guidance": guidance}, 500, "model_error")
+        elif kind == "malformed":
+            await self.post(http, (b"{" * i, b"\xff", b"[1, 2]", b'{"model": "tiny", "prompt": 5}')[i % 4], 400)
+        elif kind == "long":
+            await self.post(http, bad | {"prompt": "x" * (300 + 1000 * i)}, 400, "context_length_exceeded")
+        elif kind == "large":
+            await self.post(http, bad | {"prompt": "x" * (1 << 21)}, 413, "body_too_large")
+        elif kind == "key":
+            await self.post(http, good, 401, "invalid_api_key", headers={"authorization": "Bearer wrong-key-1"})
+        elif kind == "model":
+            await self.post(http, good | {"model": "gpt-4"}, 404, "model_not_found")
+        else:
+            await asyncio.to_thread(self.go_away, kind, i)
+
+    async def post(self, http, body, status=200, code=None, **more):
+        """The answer, if it is the one that is expected; after the signal it may be that the server stops: None."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        answer = await http.post("/v1/completions", content=content, headers={"content-type": "application/json"} | more.get("headers", {}))
+        if answer.status_code == 503 and self.signalled:
+            well_formed(answer, 503, code="unavailable")
+            return None
+        if status == 200:
+            assert answer.status_code == 200, answer.text
+        else:
+            well_formed(answer, status, code=code)
+        return answer
+
+    async def stream(self, http, body):
+        """(text, code of the error or None); the stream has its proper end."""
+        text, error, ended = "", None, False
+        async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+            if response.status_code != 200:
+                await response.aread()
+                return "", well_formed(response, response.status_code)["code"]
+            async for line in response.aiter_lines():
+                if line == "data: [DONE]":
+                    ended = True
+                elif line.startswith("data: "):
+                    data = json.loads(line[6:])
+                    if "error" in data:
+                        assert set(data["error"]) == {"message", "type", "param", "code"}
+                        error = data["error"]["code"]
+                    else:
+                        text += data["choices"][0]["text"]
+        assert ended
+        return text, error
+
+    def told(self, got, want):
+        assert got == want or (self.signalled and got[1] == "unavailable" and want[0].startswith(got[0]))
+
+    def go_away(self, kind, i):
+        """Before the body is there, at once behind it, or in the middle of a stream."""
+        body = {"model": "tiny:eft", "prompt": PREFIX, "stream": True, "max_tokens": 200, "guidance": {"ignore_eos": True}}
+        with self.server.connect() as s:
+            s.sendall(raw(body, sent=0.5 if kind == "half" else 1.0, **KEY))
+            if kind == "gone" and i % 2:
+                assert s.recv(4096)
+
+
+def gauges(server):
+    text = httpx.get(f"{server.url}/metrics", headers=KEY).text
+    numbers = {k: float(v) for k, v in (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))}
+    names = ("ivg_cache_rows", "ivg_queue_length", "ivg_live")
+    return {k: v for k, v in numbers.items() if k.startswith(names)}
+
+
+@pytest.mark.long
+def test_two_hundred_requests_with_all_kinds_of_trouble_and_the_signal_to_stop():
+    """Good answers are the library's, errors well-formed, nothing hangs, nothing is left."""
+    library = tiny()
+    cases = [(method, f"{PREFIX} {i}", i) for i, method in enumerate(METHODS * 2)]
+    wanted = {(m, p, s): expected(library, p, m, s, max_new_tokens=LENGTH).text for m, p, s in cases}
+    order = list(range(200))
+    random.Random(5).shuffle(order)
+    with Process.tiny(api_keys=["right-key-1"], max_beams=64, queue_limit=512, drain=20) as server:
+        trouble = Trouble(server, wanted)
+        asyncio.run(trouble.all(order[:150], at_once=16))
+        assert trouble.counts["whole"] + trouble.counts["stream"] > 30 and set(trouble.counts) == set(KINDS)
+        until = time.monotonic() + 200
+        while any(gauges(server).values()) and time.monotonic() < until:
+            time.sleep(0.05)
+        left = gauges(server)
+        assert len(left) >= 6 and not any(left.values()), left
+        asyncio.run(trouble.all(order[150:], at_once=50, signal_after=3))
+        code, log = server.end()
+    assert code == 0 and trouble.counts.total() == 200
+    assert log[-1]["event"] == "stopped" and log[-1]["cache_rows"] == 0
+    told = ("a round of", "the value mine raised ZeroDivisionError")
+    broken = [e for e in log if e["level"] in ("error", "critical") and not e["event"].startswith(told)]
+    assert not broken, broken
+    assert not [e for e in log if e["event"] == "request" and e["status"] == 500 and e["path"] != "/v1/completions"]
+
+
+# Signals
+
+
+@pytest.mark.long
+def test_a_second_signal_ends_it_quietly():
+    """Who waits is told so, who does not listen is cut off, and the code is the shell's for that signal."""
+    with Process.tiny(drain=60) as server, server.connect() as idle:
+        idle.sendall(raw({"model": "tiny", "prompt": "half"}, sent=0.5))
+        body = {"model": "tiny", "prompt": "Long", "max_tokens": 200, "stream": True, "guidance": SLOW}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as response:
+            lines = response.iter_lines()
+            first = next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            assert server.process.poll() is None
+            server.process.send_signal(signal.SIGINT)
+            said = [line for line in (first, *lines) if line]
+        code, log = server.end()
+    assert code == 128 + signal.SIGINT
+    assert json.loads(said[-2].removeprefix("data: "))["error"]["code"] == "unavailable" and said[-1] == "data: [DONE]"
+    assert log[-1]["event"] == "stopped" and log[-1]["signal"] == signal.SIGINT and log[-1]["cache_rows"] == 0
+    assert not [e for e in log if "trace" in e or e["level"] == "error"]
+
+
+@pytest.mark.long
+def test_a_round_that_does_not_end_is_left():
+    """Its clients are told so, and the process goes without a word from C++."""
+    with Process.tiny(drain=60) as server:
+        guidance = {"method": "custom", "select": "endless", "successors": 2, "chunk_length": 1}
+        body = {"model": "tiny", "prompt": "Long", "stream": True, "guidance": guidance}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as response:
+            while not any("inside the endless value" in line for line in server.lines):
+                time.sleep(0.05)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGTERM)
+            said = [line for line in response.iter_lines() if line]
+        code = server.process.wait(300)
+        server.reader.join(60)
+    assert json.loads(said[-2].removeprefix("data: "))["error"]["code"] == "unavailable" and said[-1] == "data: [DONE]"
+    assert code == 128 + signal.SIGTERM
+    assert json.loads(server.lines[-1])["inside_a_round"] is True
+
+
+# The command
+
+
+def test_the_command_serves_and_drains():
+    with Process("-m", "ivg", "serve", "--port", "0", "--device", "cpu") as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
+        ask = [{"role": "user", "content": "The movie was"}]
+        assert client.chat.completions.create(model="embedded", messages=ask, max_tokens=8).choices[0].message.content
+        stream = client.completions.create(model="embedded:eft", prompt="A secret movie", max_tokens=60, seed=1, stream=True)
+        first = next(iter(stream))
+        server.process.send_signal(signal.SIGTERM)
+        text = first.choices[0].text + "".join(c.choices[0].text for c in stream)
+        code, logged = server.end()
+    assert code == 0 and len(text) > 40
+    assert [entry["event"] for entry in logged][:1] == ["serving"] and logged[-1]["event"] == "stopped"
+    (entry,) = [e for e in logged if e["event"] == "request" and e["path"] == "/v1/completions"]
+    assert entry["status"] == 200 and entry["request_id"]
+    assert "secret" not in "".join(server.lines)
+
+
+def run(*arguments):
+    """The command, to its end."""
+    code = f"import sys; sys.argv = ['ivg', *{list(arguments)!r}]; from ivg.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_the_extra_is_asked_for_by_name():
+    code = "import sys; sys.modules['uvicorn'] = None; sys.argv = ['ivg', 'serve']; from ivg.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "ivg[serve]" in done.stderr
+
+
+@pytest.mark.long
+def test_a_taken_address_is_said_before_models_are_loaded():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        done = run("serve", "--port", str(s.getsockname()[1]))
+    assert done.returncode == 2 and "cannot listen" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "table, told",
+    [("[serve]\nprot = 1", "unknown setting prot"), ("[serve]\nport = 'x'", "port: "), ("[serv]\nport = 1", "unknown setting serv")],
+)
+def test_a_typo_in_the_recipe_is_told(tmp_path, table, told):
+    (tmp_path / "recipe.toml").write_text(table)
+    done = run("serve", "--recipe", str(tmp_path / "recipe.toml"))
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+
+
+def test_others_leave_the_servers_table_alone(tmp_path):
+    """A recipe may be shared: only ``ivg serve`` knows what its table may hold."""
+    (tmp_path / "recipe.toml").write_text("[search]\nmethod = 'eft'\n[serve]\nprot = 1")
+    recipe = Recipe.load(tmp_path / "recipe.toml")
+    assert recipe.override(run={"seed": 3}).search.method == "eft"
+    with pytest.raises(ConfigError, match="unknown setting prot"):
+        ServeSettings.of(recipe.serve)

@@ -1,0 +1,306 @@
+"""Training end to end on tiny models: values learn what they are fitted to, TRL's models load, a kill changes nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from ivg import testing
+from ivg.errors import ConfigError, ModelError
+from ivg.models.loading import LoadOptions
+from ivg.models.training_rows import read_training_rows, row_hashes, seen
+from ivg.training.common import TrainingOptions
+from ivg.training.data import Demonstration, Preference, Rated
+from ivg.types import Prompt
+from ivg.utils.jsonl import as_lines
+from ivg.utils.rng import uniform
+from ivg.values.base import FunctionValue
+from ivg.values.explicit import ExplicitValue
+
+pytest.importorskip("trl")
+FLOAT32 = LoadOptions(device="cpu", dtype="float32")
+FAST = TrainingOptions(epochs=4, lr=3e-3, batch_size=16, eval_share=0.2, evaluations=1, extra={"bf16": False})
+
+
+def save_model(folder, seed=0, permute=False):
+    testing.tiny_model(seed=seed).save_pretrained(folder)
+    testing.byte_tokenizer(permute=permute).save_pretrained(folder)
+    return folder
+
+
+def letters(count, seed=0):
+    """Responses of letters a to d; the reward is the number of a's: readable from any prefix, in part."""
+    rows = []
+    for i in range(count):
+        text = "".join("abcd"[int(4 * uniform(seed, i, k))] for k in range(8))
+        rows.append(Rated(Prompt(f"p{i // 4}"), text, float(text.count("a")), None, False))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "m")
+
+
+@pytest.mark.parametrize(
+    ("value", "mode", "least"),
+    [
+        ({"target": "fudge"}, "full", 0.75),
+        ({"target": "fudge", "factored": False}, "full", 0.7),
+        ({"target": "fudge", "head": "scalar"}, "full", 0.75),
+        ({"target": "td", "head": "scalar"}, "full", 0.75),
+        ({"target": "td"}, "lora", 0.7),
+        ({"target": "cd-q"}, "full", 0.6),
+        ({"target": "binary", "scale": 1 / 8}, "full", 0.7),
+        ({"target": "fudge"}, "head", 0.55),
+    ],
+)
+def test_a_value_learns_its_rewards_and_loads(model, tmp_path, value, mode, least):
+    from ivg.training.learner import ValueOptions
+    from ivg.training.value import train_value
+
+    torch.manual_seed(0)
+    options = FAST if mode == "full" else TrainingOptions(**{**FAST.__dict__, "mode": mode, "epochs": 8, "lr": 1e-2})
+    base = str(model) if value["target"] == "cd-q" else None
+    metrics = train_value(model, letters(800), tmp_path / "v", options, ValueOptions(**value, base=base), sources=["letters"])
+    assert metrics["pair_accuracy_100"] >= least
+    assert metrics["rows"] == 640
+    loaded = ExplicitValue.from_pretrained(tmp_path / "v", options=FLOAT32)
+    assert loaded.head == value.get("head", "vocabulary")
+    reader = testing.tiny_lm()
+    scores = loaded.score([testing.hypothesis("p1", text, reader) for text in ("aaaaaaaa", "bcdbcdbc")])
+    assert scores[0] > scores[1]
+    assert "letters" in (tmp_path / "v" / "README.md").read_text()
+    loaded.save_pretrained(tmp_path / "copy")  # what push_to_hub uploads
+    assert (tmp_path / "copy" / "README.md").read_text() == (tmp_path / "v" / "README.md").read_text()
+    assert not (tmp_path / "v" / "checkpoints").exists()
+    for folder in ("v", "copy"):
+        assert np.array_equal(read_training_rows(tmp_path / folder), row_hashes((r.prompt, r.response) for r in letters(800)[:640]))
+
+
+def test_the_finished_head_says_what_the_network_in_training_said(model):
+    from ivg.training import encoding
+    from ivg.training.learner import Collator, ValueLearner, ValueOptions
+    from ivg.training.value import _body
+
+    options = ValueOptions()
+    network, tokenizer = _body(model, options, TrainingOptions())
+    learner = ValueLearner(network, options)
+    with torch.no_grad():
+        for parameter in learner.factors.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    batch = Collator(tokenizer.pad_token_id)(encoding.rated(letters(6), tokenizer, None, 99))
+    hidden = network.backbone(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    in_training = learner.values(hidden, batch["input_ids"])
+    whole = learner.finished()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # [rows, positions, vocabulary]
+    plain = whole[:, :-1].gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+    assert torch.allclose(in_training[:, 1:], plain, atol=1e-4)
+
+
+def test_cd_q_in_blocks_is_the_expectation_over_the_whole_vocabulary(model, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    from ivg.training import encoding, learner
+    from ivg.training.value import _body
+
+    monkeypatch.setattr(learner, "BLOCK", 7)
+    options = learner.ValueOptions(target="cd-q", base=str(model))
+    network, tokenizer = _body(model, options, TrainingOptions())
+    torch.nn.init.normal_(network.head.weight)
+    policy = AutoModelForCausalLM.from_pretrained(model).eval()
+    made = encoding.rated(letters(5), tokenizer, None, 99, (tokenizer, "Say: {prompt}"))
+    batch = learner.Collator(tokenizer.pad_token_id)(made)
+    hidden = network.backbone(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    found = learner.ValueLearner(network, options, policy)._expected_next(
+        hidden, batch["mask"], (batch["base_ids"], batch["base_attention"], batch["base_mask"])
+    )
+    for i, row in enumerate(made):  # one row at a time, everything spelled out
+        ids = [*row.policy_prompt, *row.ids[row.border :]]
+        chances = policy(torch.tensor([ids])).logits[0].softmax(-1)
+        for k in range(row.border, len(row.ids)):
+            ahead = network.head(network.backbone(torch.tensor([row.ids[: k + 1]])).last_hidden_state[0, -1])
+            wanted = (chances[len(row.policy_prompt) + k - row.border] * ahead).sum()
+            assert found[i, k].item() == pytest.approx(wanted.item(), abs=1e-4)
+
+
+def test_a_value_goes_on_from_a_value(model, tmp_path):
+    from ivg.training.value import train_value
+
+    rows = letters(200)
+    train_value(model, rows, tmp_path / "a", FAST)
+    first = ExplicitValue.from_pretrained(tmp_path / "a", options=FLOAT32)
+    tiny = TrainingOptions(**{**FAST.__dict__, "lr": 1e-9, "epochs": 1})
+    train_value(tmp_path / "a", rows, tmp_path / "b", tiny)
+    second = ExplicitValue.from_pretrained(tmp_path / "b", options=FLOAT32)
+    h = testing.hypothesis("p1", "abab", testing.tiny_lm())
+    assert second.score([h])[0] == pytest.approx(first.score([h])[0], abs=1e-3)
+
+
+def test_refinement_samples_from_the_guided_policy(model, tmp_path):
+    from ivg.training.data import read_rated
+    from ivg.training.learner import ValueOptions
+    from ivg.training.refine import refine
+
+    found = refine(
+        model, letters(120), tmp_path / "r", FAST, ValueOptions(), base=model, reward=FunctionValue(lambda _, r: float(r.count("a"))),
+        rounds=1, samples=3, load=FLOAT32, method="cbs-explicit", max_new_tokens=6, temperature=1.0,
+    )  # fmt: skip
+    assert len(found["rounds"]) == 2
+    assert found["rounds"][1]["rows"] + found["rounds"][1]["rows_left_out"] > found["rounds"][0]["rows"]
+    new = read_rated(tmp_path / "r" / "rollouts-1.jsonl")
+    assert len(new) == 30 * 3
+    assert all(r.score == r.response.count("a") for r in new)
+    ExplicitValue.from_pretrained(tmp_path / "r", options=FLOAT32)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_the_pair_comes_from_sft_and_dpo(tmp_path, model, mode):
+    from ivg.training import tune
+    from ivg.values.implicit import ImplicitValue
+
+    options = TrainingOptions(**{**FAST.__dict__, "mode": mode, "lr": 3e-3 if mode == "full" else 2e-2})
+    rows = [Demonstration(Prompt(f"p{i}"), "abab") for i in range(40)]
+    said = tune.sft(model, rows, tmp_path / "untuned", options, sources=["demos"])
+    assert said["held_out"]["eval_loss"] < 4.0  # from log(257) = 5.5
+    pairs = [Preference(Prompt(f"p{i}"), "aaaa", "bbbb") for i in range(40)]
+    tune.dpo(tmp_path / "untuned", pairs, tmp_path / "tuned", options)
+    value = ImplicitValue.from_pretrained(tmp_path / "tuned", tmp_path / "untuned", options=FLOAT32)
+    good, bad = value.score([testing.hypothesis("p3", text, value.tuned) for text in ("aaaa", "bbbb")])
+    assert good > 0 > bad
+    assert (tmp_path / "tuned" / "adapter").exists() == (mode == "lora")
+    trained = [(p.prompt, text) for p in pairs[:32] for text in (p.chosen, p.rejected)]  # a fifth was held out
+    trained += [(r.prompt, r.response) for r in rows[:32]]  # and what the model where it began had seen
+    assert np.array_equal(read_training_rows(tmp_path / "tuned"), row_hashes(trained))
+    assert tune.sft(model, rows, tmp_path / "untuned", options, sources=["demos"]) == said  # done already
+    with pytest.raises(ConfigError, match="other settings: epochs"):
+        tune.sft(model, rows, tmp_path / "untuned", TrainingOptions(**{**options.__dict__, "epochs": 5}), sources=["demos"])
+
+
+def test_dpo_teaches_no_end_that_the_response_did_not_have(tmp_path, model, monkeypatch):
+    import trl
+
+    from ivg.training import tune
+
+    seen = []
+    monkeypatch.setattr(trl.DPOTrainer, "train", lambda self, **_: seen.append(self.train_dataset[0]) or 1 / 0)
+    cut = [Preference(Prompt("p"), "aa", "bb", None, False, False)]
+    with pytest.raises(ZeroDivisionError):
+        tune.dpo(model, cut, tmp_path / "t", TrainingOptions(eval_share=0))
+    assert len(seen[0]["chosen_ids"]) == 2
+
+
+def test_a_reward_model_ranks_as_it_was_taught(tmp_path, model):
+    from ivg.training import tune
+    from ivg.values.reward import RewardModel
+
+    pairs = [Preference(Prompt(f"p{i}"), f"{i}aa", f"{i}bb") for i in range(60)]
+    ties = [Preference(Prompt(f"p{i}"), "same", "same") for i in range(7)]
+    metrics = tune.reward(model, [*ties, *pairs], tmp_path / "rm", FAST, sources=["pairs"])
+    assert (metrics["rows"], metrics["ties_left_out"]) == (48, 7)
+    trained = read_training_rows(tmp_path / "rm")
+    assert np.array_equal(trained, row_hashes((p.prompt, text) for p in pairs[:48] for text in (p.chosen, p.rejected)))
+    assert seen(trained, Prompt(" p3\n"), "3aa") and not seen(trained, Prompt("p3"), "3a a") and not seen(trained, Prompt("p1"), "same")
+    assert metrics["held_out"]["eval_accuracy"] == 1.0
+    reward = RewardModel.from_pretrained(tmp_path / "rm", options=FLOAT32)
+    good, bad = reward.rewards([reward.text(Prompt("p99"), r) for r in ("9aa", "9bb")])[0]
+    assert good > bad
+
+
+VALUE = "train value --model {model} --data {data} --out {out} --epochs 2.5 --lr 1e-3 --batch-size 16 --save-steps 7 --set bf16=false"
+ROLLOUT = (
+    "train rollout --base {model} --prompts {data} --reward {reward}:count --out {out}/r.jsonl --samples 2"
+    " --max-new-tokens 12 --dtype float32"
+)
+
+
+def command(template, **names):
+    return [sys.executable, "-m", "ivg", *template.format(**names).split()]
+
+
+def killed_when(arguments, environment, there):
+    """Run until ``there()``, then SIGKILL; False when the run ended before."""
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        if there():
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.005)
+    assert process.returncode == 0
+    return False
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("template", "result"), [(VALUE, "model.safetensors"), (ROLLOUT, "r.jsonl")])
+def test_killed_at_any_moment_the_same_command_gives_the_same_files(tmp_path, model, template, result):
+    """A value after its first checkpoint, and after its last; rollouts after their first block, and after their third."""
+    data = tmp_path / "data.jsonl"
+    data.write_text(as_lines({"prompt": f"p{i}", "response": r.response, "score": r.score} for i, r in enumerate(letters(300))))
+    (tmp_path / "reward.py").write_text("def count(prompt, response):\n    return response.count('a')\n")
+    names = {"model": model, "data": data, "reward": tmp_path / "reward.py"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command(template, out=tmp_path / "whole", **names), check=True, env=environment, capture_output=True)
+    out = tmp_path / "killed"
+    moments = {
+        VALUE: [lambda: any(out.glob("checkpoints/checkpoint-*/model.safetensors")), lambda: (out / "log.json").exists()],
+        ROLLOUT: [lambda n=n: (out / "r.jsonl").exists() and (out / "r.jsonl").read_bytes().count(b"\n") >= n for n in (128, 384)],
+    }[template]
+    kills = sum(killed_when(command(template, out=out, **names), environment, there) for there in moments)
+    assert kills == 2
+    assert not killed_when(command(template, out=out, **names), environment, lambda: False)
+    assert (out / result).read_bytes() == (tmp_path / "whole" / result).read_bytes()
+    if template is VALUE:
+        assert (out / "metrics.json").read_bytes() == (tmp_path / "whole" / "metrics.json").read_bytes()
+        assert not (out / "checkpoints").exists()
+
+
+def test_other_data_is_not_taken_for_the_same_run(tmp_path, model):
+    from ivg.training.value import train_value
+
+    train_value(model, letters(40), tmp_path / "v", FAST)
+    train_value(model, letters(40), tmp_path / "v", FAST)  # done already
+    with pytest.raises(ConfigError, match="rows_sha256"):
+        train_value(model, letters(40, seed=1), tmp_path / "v", FAST)
+
+
+def test_a_value_reads_prompts_as_it_was_trained(tmp_path, model):
+    from ivg.training.value import measure, train_value
+
+    options = TrainingOptions(**{**FAST.__dict__, "template": "<{prompt}>"})
+    metrics = train_value(model, letters(100), tmp_path / "v", options)
+    assert ExplicitValue.from_pretrained(tmp_path / "v", options=FLOAT32).model.template == "<{prompt}>"
+    held = [r for r in letters(100) if int(r.prompt.content[1:]) >= 20]  # the last fifth of 25 prompts
+    found = measure(tmp_path / "v", held)
+    assert found["rmse_50"] == pytest.approx(metrics["rmse_50"], abs=1e-3)
+    assert found["pair_accuracy_75"] == pytest.approx(metrics["pair_accuracy_75"], abs=1e-4)
+
+
+def test_words_for_what_cannot_be_trained(tmp_path, model):
+    from ivg.training import tune
+    from ivg.training.learner import ValueOptions
+    from ivg.training.value import train_value
+
+    with pytest.raises(ConfigError, match=r"none of the 4 rows is left to train on .at most 3 tokens"):
+        train_value(model, letters(4), tmp_path / "a", TrainingOptions(max_length=3, eval_share=0))
+    with pytest.raises(ConfigError, match=r"outcomes in \[0, 1\]"):
+        train_value(model, [Rated(Prompt("p"), "r", 3.0)], tmp_path / "b", TrainingOptions(), ValueOptions(target="binary"))
+    with pytest.raises(ConfigError, match="mode head trains the head of a value"):
+        tune.sft(model, [Demonstration(Prompt("p"), "r")], tmp_path / "c", TrainingOptions(mode="head"))
+    with pytest.raises(ConfigError, match="has no field colour"):
+        tune.sft(model, [Demonstration(Prompt("p"), "r")], tmp_path / "d", TrainingOptions(extra={"colour": 1}))
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds a model already"):
+        tune.sft(model, [Demonstration(Prompt("p"), "r")], tmp_path / "e", TrainingOptions())
+    testing.tiny_value().network.save_pretrained(tmp_path / "f")
+    testing.byte_tokenizer().save_pretrained(tmp_path / "f")
+    with pytest.raises(ModelError, match="has a vocabulary head, got head=scalar"):
+        train_value(tmp_path / "f", letters(8), tmp_path / "g", FAST, ValueOptions(head="scalar"))
+    for train in (tune.dpo, tune.reward):
+        with pytest.raises(ConfigError, match="in all 2 pairs chosen and rejected are the same text"):
+            train(model, 2 * [Preference(Prompt("p"), "r", "r")], tmp_path / train.__name__, TrainingOptions())

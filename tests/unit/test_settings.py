@@ -1,0 +1,191 @@
+"""Every setting is checked once, wherever it comes from: wrong types, NaN and infinity, absurd sizes are refused by name."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ivg.errors import ConfigError
+from ivg.search.methods import Method, get_method
+from ivg.search.request import Particles, Rejection, Request, Search
+from ivg.settings.recipe import Recipe, SamplingConfig, SearchConfig
+from ivg.settings.rules import RULES
+from ivg.types import Prompt, SamplingParams, TokenGuidance
+from ivg.utils.rng import as_seed, mix
+from ivg.values.base import FunctionValue
+
+VALUE = FunctionValue(lambda prompt, response: 0.0)
+NAN, INF = float("nan"), float("inf")
+BAD_COUNTS = [2.5, -1, 1 << 70, True, False, NAN, INF, "4", b"4", None, [4], {}, np.float64(3.0), np.bool_(True), 3j]
+BAD_NUMBERS = [NAN, INF, -INF, True, "1", b"1", None, [1.0], {}, 10**400, -1e30, 3j, np.float32("nan"), np.bool_(False)]
+BAD_FLAGS = [1, 0, "true", 1.0, [], NAN]
+BAD_TEXTS = [1, True, b"x", ["x"], NAN]
+BAD_LISTS = [1, 2.5, "ab", True, [-1], [2.5], [True], ["a"], [NAN], {1: 2}]
+MAKERS = {
+    SamplingParams: {},
+    Method: {"name": "x", "summary": "y"},
+    Search: {},
+    TokenGuidance: {"value": VALUE},
+    Rejection: {},
+    Particles: {},
+    Request: {"prompt": Prompt("x")},
+}
+OPTIONAL = {name for name, rule in RULES.items() if rule.optional}
+
+
+def bad_values(name):
+    """What the setting ``name`` must refuse."""
+    kind = RULES[name].kind
+    known = {
+        "a whole number": BAD_COUNTS,
+        "a finite number": BAD_NUMBERS,
+        "true or false": BAD_FLAGS,
+        "a text": BAD_TEXTS,
+        "a name": [*BAD_TEXTS, "nonsense"],
+        "the name of a value": [*BAD_TEXTS, ""],
+        "a list of texts": [1, "ab", ["a", 1], [""], b"x", [b"x"], True],
+        "a list of token ids": BAD_LISTS,
+        "a token id or a list of them": [2.5, -1, "a", True, [-1], [NAN], [2.5]],
+        "a token id, 0 or more": BAD_COUNTS,
+        "a list of lists of token ids": [*BAD_LISTS, [1], [[]], [[-1]], [[2.5]], ["ab"]],
+        "a list of (token ids, bias)": [1, "ab", [1], [[1, 2]], [[[1], NAN]], [[[1], "x"]], [[[-1], 1.0]], [[[], 1.0]], [[[1], True]]],
+        "a pair (start, factor)": [1, [1], [1, 2, 3], [-1, 1.5], [1, NAN], [1, 0], [1.5, 2.0], "ab"],
+        "names and finite numbers": [1, "implicit", [("a", NAN)], [("a", True)], [(1, 1.0)], [("a",)]],
+    }[kind]
+    allowed = [None] if name in OPTIONAL else []
+    if name == "seed":
+        allowed += [-1]
+        known = [*known, 1 << 64, 1 << 63, -(1 << 63) - 1]
+    return [bad for bad in known if not any(bad is fine or (bad == fine and type(bad) is type(fine)) for fine in allowed)]
+
+
+CASES = [(made, f.name) for made in MAKERS for f in fields(made) if f.name in RULES]
+
+
+@pytest.mark.parametrize("made,name", CASES, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_bad_values_are_refused_by_name(made, name):
+    label = RULES[name].label or name
+    for bad in bad_values(name):
+        with pytest.raises(ConfigError) as told:
+            made(**{**MAKERS[made], name: bad})
+        assert str(told.value).startswith(f"{label} must be ") and "got " in str(told.value), bad
+
+
+def test_every_setting_has_a_rule():
+    assert {f.name for f in fields(SamplingParams)} <= set(RULES)
+    assert {f.name for f in fields(Method)} <= set(RULES)
+    assert {f.name for made in (Rejection, Particles) for f in fields(made)} <= set(RULES)
+    assert set(SamplingConfig.model_fields) == {f.name for f in fields(SamplingParams)}
+    assert set(SearchConfig.model_fields) - {"method"} <= {f.name for f in fields(Method)}
+
+
+@given(
+    st.sampled_from([f.name for f in fields(SamplingParams)]), st.one_of(st.integers(), st.floats(), st.text(), st.booleans(), st.none())
+)
+def test_what_is_kept_is_sound(name, value):
+    """Whatever is given: it is refused by name, or kept as one plain number, text or flag that is equal to it."""
+    try:
+        kept = getattr(SamplingParams(**{name: value}), name)
+    except ConfigError as e:
+        assert str(e).startswith(f"{name} must be ")
+        return
+    assert kept == value or (name == "forced_eos_token_id" and kept == (value,)) or name in OPTIONAL
+    assert not isinstance(value, bool) or name == "ignore_eos"
+
+
+def test_numbers_of_numpy_are_numbers():
+    made = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3), ignore_eos=np.bool_(True), suppress_tokens=np.array([1, 2]))
+    assert made == SamplingParams(temperature=0.5, top_k=3, ignore_eos=True, suppress_tokens=(1, 2))
+    assert (type(made.temperature), type(made.top_k), type(made.ignore_eos)) == (float, int, bool)
+    assert get_method("ivg", width=np.int32(2), beta=np.float64(0.5)).width == 2
+    assert SamplingParams(temperature=1).temperature == 1.0
+
+
+@pytest.mark.parametrize("table", ["search", "sampling"])
+def test_recipes_refuse_the_same(table):
+    model = {"search": SearchConfig, "sampling": SamplingConfig}[table]
+    for name in model.model_fields:
+        if name == "method":
+            continue
+        wrong = [bad for bad in bad_values(name) if bad is not None and not isinstance(bad, np.generic | complex)]
+        if name in ("weights", "select_weights"):
+            wrong = [1, True, {"a": NAN}]  # text is read where the method is made
+        for bad in wrong:
+            with pytest.raises(ConfigError, match=name):
+                Recipe.parse({table: {name: bad}})
+
+
+@pytest.mark.parametrize("seed", [1 << 64, 1 << 63, -(1 << 64), True, 1.0, "1", NAN])
+def test_seeds_are_64_bits(seed):
+    with pytest.raises(ConfigError, match=r"seed"):
+        Request(Prompt("x"), seed=seed)
+    with pytest.raises(ConfigError, match=r"run.seed"):
+        Recipe.parse({"run": {"seed": seed}})
+    draws = {Request(Prompt("x"), seed=s).draw_seed for s in (-(1 << 63), -1, 0, (1 << 63) - 1)}
+    assert len(draws) == 4
+    assert all(mix(as_seed(n)) == mix(n) and -(1 << 63) <= as_seed(n) < 1 << 63 for n in (0, 1 << 63, (1 << 64) - 1))
+
+
+def test_options_of_the_command_line(monkeypatch):
+    from ivg.cli.options import recipe_of
+
+    assert recipe_of(None, None, {"settings": ["width=3", "beta=.5", "original=true", "rule=soft"]}).search.settings() == {
+        "width": 3,
+        "beta": 0.5,
+        "original": True,
+        "rule": "soft",
+    }
+    for wrong in ("width=2.5", "width=true", "beta=nan", "beta=inf", "original=1", "rule=best", "gate=-1"):
+        with pytest.raises(ConfigError, match=wrong.partition("=")[0]):
+            recipe_of(None, None, {"settings": [wrong]})
+    with pytest.raises(ConfigError, match=r"run.seed.*2\*\*63"):
+        recipe_of(None, None, {"seed": 1 << 64})
+
+
+def test_guides_alone_choose_their_method():
+    from ivg.cli.options import recipe_of, without_sizes
+
+    def method(**given):
+        return recipe_of(None, None, given).search.method
+
+    assert method() == method(base="b") == "ivg"
+    assert method(reward="r") == method(base="b", value="v") == "cbs-explicit"
+    assert method(tuned="t", untuned="u") == "eft"
+    assert method(tuned="t", untuned="u", value="v") == "ivg"
+    assert method(reward="r", method="bon") == "bon"
+    assert method(arm="a") == "genarm"
+    for settings in ({"width": 4}, {"width": 4, "successors": 2}):
+        kept, note = without_sizes(recipe_of(None, None, {"method": "base", **settings}))
+        assert kept.search.settings() == {} and note.startswith("note: width=4")
+    for options in ({"method": "base"}, {"method": "ivg", "width": 4}, {"method": "base", "width": 4, "select": "explicit"}):
+        found = recipe_of(None, None, options)
+        assert without_sizes(found) == (found, None)
+
+
+def test_a_reward_alone_steers_the_embedded_base(tmp_path):
+    from ivg.embedded import path
+    from ivg.factory.recipe import load_models
+
+    file = tmp_path / "score.py"
+    file.write_text("def letters(prompt, response):\n    return float(response.count('e'))\n")
+    model = load_models(Recipe.parse({"models": {"reward": f"{file}:letters"}}))
+    assert list(model.values) == ["reward"]
+    best = model.generate("The movie was", "bon", successors=8, max_new_tokens=10)
+    base = load_models(Recipe.parse({"models": {"base": str(path("base")), "reward": f"{file}:letters"}}))
+    assert base.generate("The movie was", "bon", successors=8, max_new_tokens=10).text == best.text
+    assert best.score == best.text.count("e") > 0
+
+
+def test_sizes_that_mean_nothing_are_noted():
+    from typer.testing import CliRunner
+
+    from ivg.cli.app import app
+
+    short = ["--max-new-tokens", "2", "--seed", "1"]
+    said = CliRunner().invoke(app, ["generate", "The", "--method", "base", "-W", "4", *short])
+    assert said.exit_code == 0 and "note: width=4 ignored: the method base selects among nothing" in said.stderr
+    assert said.stdout == CliRunner().invoke(app, ["generate", "The", "--method", "base", *short]).stdout
+    said = CliRunner().invoke(app, ["compare", "The", "--methods", "base,cbs-explicit", "--set", "width=2", *short])
+    assert said.exit_code == 0 and "note: width=2 ignored by base: nothing to select among there" in said.stderr

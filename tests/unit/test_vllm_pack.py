@@ -1,0 +1,150 @@
+"""Composites as directories and as settings: what can be checked where vLLM is not installed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from ivg.cli.app import app
+from ivg.embedded import path
+from ivg.engines.vllm.config import IVGConfig, betas_of
+from ivg.engines.vllm.export import Guide, head_kind, pack, pack_value, packed, pair
+from ivg.errors import ConfigError, MissingDependencyError, ModelError
+from ivg.models.loading import LoadOptions, load_tokenizer
+from ivg.models.vocabulary import Vocabulary
+
+BASE, TUNED, UNTUNED, VALUE = (str(path(name)) for name in ("base", "tuned", "untuned", "value"))
+
+
+def test_a_composite_names_its_parts_and_copies_no_weights(tmp_path):
+    folder = pack(BASE, [pair(TUNED, UNTUNED), Guide("explicit", (("explicit", VALUE, 1.0),), "vocabulary")], tmp_path / "c")
+    config = IVGConfig.from_pretrained(folder)
+    assert [part.name for part in config.part_list] == ["base", "tuned", "untuned", "explicit"]
+    assert config.groups == ["implicit", "explicit"] and config.default_betas == [1.0, 0.0]
+    assert config.get_text_config().hidden_size == json.loads((path("base") / "config.json").read_text())["hidden_size"]
+    assert config.part_list[1].weights == str(path("tuned").resolve())
+    assert sum(f.stat().st_size for f in folder.iterdir() if f.suffix == ".safetensors") < 1000
+    assert (folder / "generation_config.json").read_bytes() == (path("base") / "generation_config.json").read_bytes()
+    again = IVGConfig.from_pretrained(folder)
+    assert again.to_dict() == config.to_dict()
+
+
+def test_the_same_content_has_the_same_place(tmp_path):
+    one, two = (packed(lambda place: pack(BASE, [pair(TUNED, UNTUNED)], place), tmp_path) for _ in range(2))
+    other = packed(lambda place: pack(BASE, [pair(UNTUNED, TUNED)], place), tmp_path)
+    assert one == two != other
+    assert sorted(tmp_path.iterdir()) == sorted([one, other])
+
+
+def test_changed_files_have_another_place(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(BASE, base)
+    seen = [packed(lambda place: pack(str(base), [pair(TUNED, UNTUNED)], place), tmp_path / "cache")]
+    for name, change in (("generation_config.json", {"eos_token_id": [0, 5]}), ("tokenizer_config.json", {"model_max_length": 77})):
+        (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | change))
+        seen.append(packed(lambda place: pack(str(base), [pair(TUNED, UNTUNED)], place), tmp_path / "cache"))
+        for key, value in change.items():
+            assert json.loads((seen[-1] / name).read_text())[key] == value
+    assert len(set(seen)) == 3
+
+
+def test_nothing_is_left_of_what_could_not_be_written(tmp_path):
+    def fails(place):
+        (place / "half").write_text("x")
+        raise ModelError("no such model")
+
+    with pytest.raises(ModelError, match="no such model"):
+        packed(fails, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_group_moves_the_columns_that_its_models_and_its_tokenizer_have(tmp_path):
+    wide = {}
+    for name, rows in (("base", 64), ("tuned", 64), ("untuned", 32)):
+        wide[name] = tmp_path / name
+        shutil.copytree(path(name), wide[name])
+        config = json.loads((wide[name] / "config.json").read_text())
+        (wide[name] / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + rows}))
+    known = Vocabulary(load_tokenizer(BASE, LoadOptions(), "base")).size
+    guides = [pair(str(wide["tuned"]), str(wide["untuned"])), pair(TUNED, UNTUNED, "plain")]
+    config = IVGConfig.from_pretrained(pack(str(wide["base"]), guides, tmp_path / "c"))
+    assert config.group_columns == [known, known]
+    config.columns = {}  # as earlier versions wrote it
+    assert config.group_columns == [known + 32, known]
+
+
+def test_weights_of_requests():
+    groups, defaults = ["implicit", "explicit"], [1.0, 0.0]
+    assert betas_of(groups, defaults, None) == [1.0, 0.0]
+    assert betas_of(groups, defaults, {"ivg_beta": 2, "other": "x"}) == [2.0, 0.0]
+    assert betas_of(groups, defaults, {"ivg_beta.explicit": 0.5}) == [1.0, 0.5]
+    for bad in ("1", True, float("nan"), float("inf"), None):
+        with pytest.raises(ConfigError, match="finite number"):
+            betas_of(groups, defaults, {"ivg_beta": bad})
+    with pytest.raises(ConfigError, match=r"no guide 'taste'.*implicit, explicit"):
+        betas_of(groups, defaults, {"ivg_beta.taste": 1.0})
+
+
+def test_what_a_front_end_lets_pass_harms_no_other_composite(tmp_path):
+    from ivg.engines.vllm.config import check_betas
+
+    config = IVGConfig.from_pretrained(pack(BASE, [pair(TUNED, UNTUNED)], tmp_path / "one"))
+    check_betas({"ivg_beta.implicit": 0.5, "ivg_beta": 1})
+    with pytest.raises(ConfigError, match="no guide 'nowhere'"):
+        check_betas({"ivg_beta.nowhere": 1.0})
+    with pytest.raises(ConfigError, match="finite"):
+        check_betas({"ivg_beta": "much"})
+    assert config.weights_of({"ivg_beta.elsewhere": 3.0, "ivg_beta": 0.25}) == [0.25]
+
+
+def test_heads_of_value_checkpoints(tmp_path):
+    assert head_kind(VALUE, LoadOptions()) == "vocabulary"
+    assert pack_value(VALUE, tmp_path / "v")[1] == "vocabulary"
+    with pytest.raises(ModelError, match="no value head"):
+        head_kind(BASE, LoadOptions())
+
+
+def test_other_models_are_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match="another model"):
+        pack(BASE, [pair(TUNED, UNTUNED)], tmp_path)
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "llama"}'
+    with pytest.raises(ConfigError, match="one name"):
+        pack(BASE, [pair(TUNED, UNTUNED), pair(TUNED, UNTUNED)], tmp_path / "x")
+    with pytest.raises(ConfigError, match="weight for taste"):
+        pack(BASE, [pair(TUNED, UNTUNED)], tmp_path / "x", betas={"taste": 1.0})
+    with pytest.raises(ConfigError, match="no causal language model"):
+        pack(str(path("gold")), [], tmp_path / "y")
+
+
+def test_the_verb(tmp_path):
+    done = CliRunner().invoke(app, ["pack", "--out", str(tmp_path / "c"), "--beta", "0.5"])
+    assert done.exit_code == 0 and "vllm serve" in done.output
+    assert IVGConfig.from_pretrained(tmp_path / "c").default_betas == [0.5]
+
+
+def test_without_vllm_it_is_said():
+    from importlib.util import find_spec
+
+    if find_spec("vllm"):
+        pytest.skip("vLLM is installed here")
+    done = CliRunner().invoke(app, ["generate", "x", "--engine", "vllm"])
+    assert isinstance(done.exception, MissingDependencyError) and "pip install" in str(done.exception)
+
+
+def test_versions_outside_the_range_are_refused():
+    from ivg.engines.vllm.versions import _check_range
+
+    for good in ("0.32.0", "0.33.1", "0.32.0+cpu"):
+        _check_range(good)
+    for bad in ("0.31.9", "0.34.0", "1.0"):
+        with pytest.raises(MissingDependencyError, match=r">=0\.32,<0\.34"):
+            _check_range(bad)
+    with pytest.raises(ConfigError, match="unknown engine"):
+        from ivg.factory.recipe import load_models
+        from ivg.settings.recipe import Recipe
+
+        load_models(Recipe.parse({"run": {"engine": "llama.cpp"}}))
