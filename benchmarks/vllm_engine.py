@@ -1,6 +1,6 @@
 """The transformers engine and the vLLM engine side by side: the same search, the same networks, the same type of numbers.
 
-    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_engine.py --docs docs/benchmarks.md
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_engine.py --docs docs/reference/benchmarks.md
 
 Needs vLLM (make test-vllm sets up .venv-vllm with its CPU build). Both engines live in this process and run in turn, one round
 after the other; nothing ends before its last token. Prints a table, then one JSON line.

@@ -32,7 +32,7 @@ GREEDY = {"temperature": 0.0, "max_new_tokens": 64, "ignore_eos": True}
 )
 def test_greedy_tokens_are_those_of_the_transformers_engine(folder, base, guides):
     paths, texts = trio(folder, base, guides), prompts()
-    # layers with windows beside layers without: one kind of cache for all (docs/vllm.md)
+    # layers with windows beside layers without: one kind of cache for all (docs/how-to/vllm.md)
     plain = {"arguments": {"disable_hybrid_kv_cache_manager": True}} if "window" in base else {}
     with models("transformers", models=paths) as slow, models("vllm", models=paths, search={"method": "eft"}, vllm=plain) as fast:
         seen = set()

@@ -1,7 +1,7 @@
 """From measurements to figures, tables and a page. Pure: no torch, no clocks.
 
 Seconds are medians over rounds. Ratios are medians of each round's own ratio, so that a machine that slows down for a while slows both
-sides. Definitions: docs/benchmarks.md.
+sides. Definitions: docs/reference/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def section(title: str, table: str, notes: Sequence[str], found: Mapping[str, Any]) -> str:
-    """A part of docs/benchmarks.md: title, table, notes, and what measured it."""
+    """A part of docs/reference/benchmarks.md: title, table, notes, and what measured it."""
     made = found["made"]
     facts = ", ".join(f"{k} {v}" for k, v in made["machine"].items())
     where = f"{found['device']}, {found['dtype']}, {found['threads']} threads, {found['settings']['rounds']} rounds"
@@ -175,7 +175,7 @@ def publish(page: Path, key: str, text: str) -> None:
         ConfigError: no such page, or a marker that does not end.
     """
     if not page.exists():
-        raise ConfigError(f"no page {page}\n  expected a Markdown file, e.g. docs/benchmarks.md")
+        raise ConfigError(f"no page {page}\n  expected a Markdown file, e.g. docs/reference/benchmarks.md")
     old = page.read_text(encoding="utf-8")
     begin, end = f"<!-- bench: {key} -->", "<!-- /bench -->"
     block = f"{begin}\n{text}\n{end}"

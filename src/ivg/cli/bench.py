@@ -24,8 +24,8 @@ text after each chunk, whole caches copied.
 
 ours: this package.
 
-Prints a table, then one JSON line. What the columns mean: docs/benchmarks.md. --targets measures what this package promises of its
-speed and says which promises it keeps."""
+Prints a table, then one JSON line. What the columns mean: docs/reference/benchmarks.md. --targets measures what this package promises of
+its speed and says which promises it keeps."""
 
 _BENCH = "Benchmark"
 

@@ -43,7 +43,8 @@ def check(
     device: o.Device = None,
     dtype: o.Dtype = None,
     preferences: Annotated[
-        Path | None, typer.Option("--preferences", help="Pairs (rows of docs/data.md): prompt, chosen, rejected.", rich_help_panel=_FORESEE)
+        Path | None,
+        typer.Option("--preferences", help="Pairs (rows of docs/reference/data.md): prompt, chosen, rejected.", rich_help_panel=_FORESEE),
     ] = None,
     format: Annotated[
         str | None, typer.Option("--format", help="jsonl, json, csv or parquet. (default: by the file's name)", rich_help_panel=_FORESEE)

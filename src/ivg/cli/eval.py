@@ -30,7 +30,8 @@ def evaluate(
     task: Annotated[str, typer.Argument(help="sentiment, summarization or alpaca.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for all files of this run.")],
     data: Annotated[
-        str | None, typer.Option("--data", help="Rows (docs/data.md): a file, -, a folder, or the id of a data set.", rich_help_panel=_EVAL)
+        str | None,
+        typer.Option("--data", help="Rows (docs/reference/data.md): a file, -, a folder, or the id of a data set.", rich_help_panel=_EVAL),
     ] = None,
     split: Annotated[str | None, typer.Option("--split", help="Of a folder or data set.", rich_help_panel=_EVAL)] = None,
     format: Annotated[

@@ -17,7 +17,8 @@ HELP = """Write a composite model for vLLM: base and guides, weights by referenc
 
     vllm serve composite --logits-processors ivg.engines.vllm.processor:IVGBeta
 
-Requests then say how much they are guided: {"vllm_xargs": {"ivg_beta": 0.5}}. Without models: the embedded ones. See docs/vllm.md."""
+Requests then say how much they are guided: {"vllm_xargs": {"ivg_beta": 0.5}}. Without models: the embedded ones.
+See docs/how-to/vllm.md."""
 
 
 def pack(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ivg.settings.recipe import Recipe
     from ivg.types import Completion
 
-_CLUSTER = "Many machines (docs/scaling.md)"
+_CLUSTER = "Many machines (docs/how-to/scaling.md)"
 Ray = Annotated[
     str | None,
     typer.Option("--ray", help="Share prompts out over Ray: local, auto, HOST:PORT or ray://HOST:PORT.", rich_help_panel=_CLUSTER),
@@ -44,7 +44,7 @@ HELP = """Answer prompts, steered.
 
     ivg generate --input prompts.jsonl --output out.jsonl --method ivg -W 4 -K 4 -L 5
 
-Input rows are {"id", "prompt"} or {"id", "messages"}; other columns are copied to the output (docs/data.md). Output rows are
+Input rows are {"id", "prompt"} or {"id", "messages"}; other columns are copied to the output (docs/reference/data.md). Output rows are
 appended as they are done; the same command again goes on where it stopped."""
 
 

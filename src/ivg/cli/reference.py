@@ -1,4 +1,4 @@
-"""The reference of the command line as Markdown, from the commands themselves: ``make docs`` writes docs/cli.md with it."""
+"""The reference of the command line as Markdown, from the commands themselves: ``make docs`` writes docs/reference/cli.md with it."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def reward(
 
 @app.command("rollout", help="Sample responses by any method and score them: the data of values and of pairs. Resumable.")
 def rollout(
-    prompts: Annotated[list[str], typer.Option("--prompts", help="Rows with prompt or messages: any format of docs/data.md, folder, hub.")],
+    prompts: Annotated[list[str], typer.Option("--prompts", help="Rows (docs/reference/data.md): a file, folder or hub id.")],
     out: Annotated[Path, typer.Option("--out", help="File to write: .jsonl or .parquet.")],
     samples: Annotated[int, typer.Option("--samples", help="Responses for each prompt.")] = 4,
     reward: o.Reward = None,

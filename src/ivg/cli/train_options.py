@@ -20,7 +20,7 @@ _DATA, _HOW = "Data", "Training"
 Model = Annotated[str, typer.Option("--model", help="Where training starts: hub id, directory, or embedded:NAME.")]
 Data = Annotated[
     list[str],
-    typer.Option("--data", help="Rows (docs/data.md): a file, -, a folder of splits, or a data set on the hub; may be repeated."),
+    typer.Option("--data", help="Rows (docs/reference/data.md): a file, -, a folder of splits, or a data set on the hub; may be repeated."),
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the run; the same command again goes on where it stopped.")]
 Split = Annotated[str, typer.Option("--split", help="Which split of a folder or data set.", rich_help_panel=_DATA)]

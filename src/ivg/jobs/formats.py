@@ -1,7 +1,7 @@
 """Rows of data: JSONL, JSON, CSV, Parquet or text, gzipped or not, from a file, standard input, a folder of splits or the hub.
 
-The one reader of ``generate``, ``eval``, ``rollout``, ``check`` and ``train`` (docs/data.md). Text is UTF-8, with or without a byte
-order mark; lines end at a line feed, with a carriage return before it or not. A row that cannot be read comes as a
+The one reader of ``generate``, ``eval``, ``rollout``, ``check`` and ``train`` (docs/reference/data.md). Text is UTF-8, with or without a
+byte order mark; lines end at a line feed, with a carriage return before it or not. A row that cannot be read comes as a
 :class:`SourceRow` that says why, and the others are read. Must not know what a column means. pyarrow and datasets are imported
 where they are needed.
 """

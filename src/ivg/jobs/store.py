@@ -1,6 +1,6 @@
 """Where answers go: a JSONL file that the same run goes on with, or a stream.
 
-A row is done when its id, its prompt and everything that made its answer are the same (docs/data.md). A file with rows that other
+A row is done when its id, its prompt and everything that made its answer are the same (docs/reference/data.md). A file with rows that other
 settings or models made is refused, each difference named; rows that answer another prompt under the same id are moved to
 ``<name>.superseded.jsonl`` and answered again. One run writes a file at a time.
 """

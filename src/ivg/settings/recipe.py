@@ -168,7 +168,7 @@ class RunConfig(Strict):
 
 
 class VLLMConfig(Strict):
-    """The engine ``vllm`` (docs/vllm.md); what is left out is vLLM's default.
+    """The engine ``vllm`` (docs/how-to/vllm.md); what is left out is vLLM's default.
 
     Attributes:
         guides: values that guide inside the composite model; default: those of the method.

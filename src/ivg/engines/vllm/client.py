@@ -127,7 +127,9 @@ class EngineClient:
             args = EngineArgs(model=self.folder, **given)
         except (TypeError, ValueError) as e:  # the latter are pydantic's, too
             told = str(e) if isinstance(e, TypeError) else _told(e)
-            raise ConfigError(f"vLLM does not take these engine arguments: {told}\n  see docs/vllm.md for the table [vllm]") from None
+            raise ConfigError(
+                f"vLLM does not take these engine arguments: {told}\n  see docs/how-to/vllm.md for the table [vllm]"
+            ) from None
         try:
             self._engine = LLMEngine.from_engine_args(args)
         except Exception as e:

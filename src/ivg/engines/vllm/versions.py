@@ -25,7 +25,7 @@ def check_vllm() -> str:
             continue
         _check_range(found)
         return found
-    raise MissingDependencyError("vLLM is not installed\n  on a GPU: pip install 'ivg[vllm]'; on a CPU: docs/vllm.md")
+    raise MissingDependencyError("vLLM is not installed\n  on a GPU: pip install 'ivg[vllm]'; on a CPU: docs/how-to/vllm.md")
 
 
 def _check_range(found: str) -> None:

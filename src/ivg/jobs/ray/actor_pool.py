@@ -73,7 +73,7 @@ def _unreached(settings: RaySettings, why: str) -> RayError:
     return RayError(
         f"no Ray cluster at {settings.address}: {why}"
         "\n  start one with: ray start --head --port 6379 (and on the others: ray start --address HEAD:6379), or give --ray local"
-        "\n  a cluster that asks for a token: set RAY_AUTH_MODE=token (docs/scaling.md)"
+        "\n  a cluster that asks for a token: set RAY_AUTH_MODE=token (docs/how-to/scaling.md)"
     )
 
 
