@@ -59,11 +59,13 @@ class Plugins:
         try:
             found = entry.load()
         except (Exception, SystemExit) as e:  # whatever importing a foreign package raises
-            return self._drop(entry, f"{type(e).__name__}: {e}")
+            self._drop(entry, f"{type(e).__name__}: {e}")
+            return None
         fits = callable(found) if self.kind is None else isinstance(found, self.kind)
         if not fits:
             expected = "a callable" if self.kind is None else f"an object of class {self.kind.__name__}"
-            return self._drop(entry, f"got {type(found).__name__}, expected {expected}")
+            self._drop(entry, f"got {type(found).__name__}, expected {expected}")
+            return None
         self._objects[name] = found
         return found
 
