@@ -15,7 +15,7 @@ from ivg.errors import ConfigError, ModelError
 from ivg.models.loading import LoadOptions
 from ivg.models.training_rows import read_training_rows, row_hashes, seen
 from ivg.training.common import TrainingOptions
-from ivg.training.data import Demonstration, Preference, Rated
+from ivg.training.data import Preference, RatedResponse, SFTExample
 from ivg.types import Prompt
 from ivg.utils.jsonl import as_lines
 from ivg.utils.rng import uniform
@@ -38,7 +38,7 @@ def letters(count, seed=0):
     rows = []
     for i in range(count):
         text = "".join("abcd"[int(4 * uniform(seed, i, k))] for k in range(8))
-        rows.append(Rated(Prompt(f"p{i // 4}"), text, float(text.count("a")), None, False))
+        rows.append(RatedResponse(Prompt(f"p{i // 4}"), text, float(text.count("a")), None, False))
     return rows
 
 
@@ -61,8 +61,8 @@ def model(tmp_path_factory):
     ],
 )
 def test_a_value_learns_its_rewards_and_loads(model, tmp_path, value, mode, least):
-    from ivg.training.learner import ValueOptions
     from ivg.training.value import train_value
+    from ivg.training.value_loss import ValueOptions
 
     torch.manual_seed(0)
     options = FAST if mode == "full" else TrainingOptions(**{**FAST.__dict__, "mode": mode, "epochs": 8, "lr": 1e-2})
@@ -85,19 +85,19 @@ def test_a_value_learns_its_rewards_and_loads(model, tmp_path, value, mode, leas
 
 def test_the_finished_head_says_what_the_network_in_training_said(model):
     from ivg.training import encoding
-    from ivg.training.learner import Collator, ValueLearner, ValueOptions
     from ivg.training.value import _body
+    from ivg.training.value_loss import ValueCollator, ValueModelWithLoss, ValueOptions
 
     options = ValueOptions()
     network, tokenizer = _body(model, options, TrainingOptions())
-    learner = ValueLearner(network, options)
+    training_model = ValueModelWithLoss(network, options)
     with torch.no_grad():
-        for parameter in learner.factors.parameters():
+        for parameter in training_model.factors.parameters():
             parameter.copy_(torch.randn_like(parameter))
-    batch = Collator(tokenizer.pad_token_id)(encoding.rated(letters(6), tokenizer, None, 99))
+    batch = ValueCollator(tokenizer.pad_token_id)(encoding.encode_rated(letters(6), tokenizer, None, 99))
     hidden = network.backbone(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    in_training = learner.values(hidden, batch["input_ids"])
-    whole = learner.finished()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # [rows, positions, vocabulary]
+    in_training = training_model.values(hidden, batch["input_ids"])
+    whole = training_model.finished()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # [rows, positions, vocabulary]
     plain = whole[:, :-1].gather(2, batch["input_ids"][:, 1:, None])[..., 0]
     assert torch.allclose(in_training[:, 1:], plain, atol=1e-4)
 
@@ -105,18 +105,18 @@ def test_the_finished_head_says_what_the_network_in_training_said(model):
 def test_cd_q_in_blocks_is_the_expectation_over_the_whole_vocabulary(model, monkeypatch):
     from transformers import AutoModelForCausalLM
 
-    from ivg.training import encoding, learner
+    from ivg.training import encoding, value_loss
     from ivg.training.value import _body
 
-    monkeypatch.setattr(learner, "BLOCK", 7)
-    options = learner.ValueOptions(target="cd-q", base=str(model))
+    monkeypatch.setattr(value_loss, "BLOCK", 7)
+    options = value_loss.ValueOptions(target="cd-q", base=str(model))
     network, tokenizer = _body(model, options, TrainingOptions())
     torch.nn.init.normal_(network.head.weight)
     policy = AutoModelForCausalLM.from_pretrained(model).eval()
-    made = encoding.rated(letters(5), tokenizer, None, 99, (tokenizer, "Say: {prompt}"))
-    batch = learner.Collator(tokenizer.pad_token_id)(made)
+    made = encoding.encode_rated(letters(5), tokenizer, None, 99, (tokenizer, "Say: {prompt}"))
+    batch = value_loss.ValueCollator(tokenizer.pad_token_id)(made)
     hidden = network.backbone(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    found = learner.ValueLearner(network, options, policy)._expected_next(
+    found = value_loss.ValueModelWithLoss(network, options, policy)._expected_next(
         hidden, batch["mask"], (batch["base_ids"], batch["base_attention"], batch["base_mask"])
     )
     for i, row in enumerate(made):  # one row at a time, everything spelled out
@@ -143,8 +143,8 @@ def test_a_value_goes_on_from_a_value(model, tmp_path):
 
 def test_refinement_samples_from_the_guided_policy(model, tmp_path):
     from ivg.training.data import read_rated
-    from ivg.training.learner import ValueOptions
     from ivg.training.refine import refine
+    from ivg.training.value_loss import ValueOptions
 
     found = refine(
         model, letters(120), tmp_path / "r", FAST, ValueOptions(), base=model, reward=FunctionValue(lambda _, r: float(r.count("a"))),
@@ -164,7 +164,7 @@ def test_the_pair_comes_from_sft_and_dpo(tmp_path, model, mode):
     from ivg.values.implicit import ImplicitValue
 
     options = TrainingOptions(**{**FAST.__dict__, "mode": mode, "lr": 3e-3 if mode == "full" else 2e-2})
-    rows = [Demonstration(Prompt(f"p{i}"), "abab") for i in range(40)]
+    rows = [SFTExample(Prompt(f"p{i}"), "abab") for i in range(40)]
     said = tune.sft(model, rows, tmp_path / "untuned", options, sources=["demos"])
     assert said["held_out"]["eval_loss"] < 4.0  # from log(257) = 5.5
     pairs = [Preference(Prompt(f"p{i}"), "aaaa", "bbbb") for i in range(40)]
@@ -282,21 +282,21 @@ def test_a_value_reads_prompts_as_it_was_trained(tmp_path, model):
 
 def test_words_for_what_cannot_be_trained(tmp_path, model):
     from ivg.training import tune
-    from ivg.training.learner import ValueOptions
     from ivg.training.value import train_value
+    from ivg.training.value_loss import ValueOptions
 
     with pytest.raises(ConfigError, match=r"none of the 4 rows is left to train on .at most 3 tokens"):
         train_value(model, letters(4), tmp_path / "a", TrainingOptions(max_length=3, eval_share=0))
     with pytest.raises(ConfigError, match=r"outcomes in \[0, 1\]"):
-        train_value(model, [Rated(Prompt("p"), "r", 3.0)], tmp_path / "b", TrainingOptions(), ValueOptions(target="binary"))
+        train_value(model, [RatedResponse(Prompt("p"), "r", 3.0)], tmp_path / "b", TrainingOptions(), ValueOptions(target="binary"))
     with pytest.raises(ConfigError, match="mode head trains the head of a value"):
-        tune.sft(model, [Demonstration(Prompt("p"), "r")], tmp_path / "c", TrainingOptions(mode="head"))
+        tune.sft(model, [SFTExample(Prompt("p"), "r")], tmp_path / "c", TrainingOptions(mode="head"))
     with pytest.raises(ConfigError, match="has no field colour"):
-        tune.sft(model, [Demonstration(Prompt("p"), "r")], tmp_path / "d", TrainingOptions(extra={"colour": 1}))
+        tune.sft(model, [SFTExample(Prompt("p"), "r")], tmp_path / "d", TrainingOptions(extra={"colour": 1}))
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds a model already"):
-        tune.sft(model, [Demonstration(Prompt("p"), "r")], tmp_path / "e", TrainingOptions())
+        tune.sft(model, [SFTExample(Prompt("p"), "r")], tmp_path / "e", TrainingOptions())
     testing.tiny_value().network.save_pretrained(tmp_path / "f")
     testing.byte_tokenizer().save_pretrained(tmp_path / "f")
     with pytest.raises(ModelError, match="has a vocabulary head, got head=scalar"):

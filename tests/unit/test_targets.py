@@ -7,8 +7,8 @@ import torch
 
 from ivg.errors import ConfigError
 from ivg.training import targets
-from ivg.training.learner import ValueOptions
 from ivg.training.value import part_metrics
+from ivg.training.value_loss import ValueOptions
 
 MASK = torch.tensor([[0.0, 1, 1, 1, 0], [0, 0, 1, 1, 1]])
 REWARDS = torch.tensor([2.0, -1.0])

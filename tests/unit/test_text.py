@@ -17,7 +17,7 @@ from ivg.search.searcher import Request, Search, Searcher
 from ivg.serving.responses import Texts as ServerTexts
 from ivg.testing import byte_tokenizer, tiny_lm
 from ivg.training import encoding
-from ivg.training.data import Rated
+from ivg.training.data import RatedResponse
 from ivg.types import Beam, DecodeState, Prompt, SamplingParams, TokenGuidance, new_key
 from ivg.values.base import FunctionValue
 from tokenizers_zoo import gemma, llama, metaspace, sentencepiece, wordpiece
@@ -273,9 +273,9 @@ def test_training_reads_rollouts_by_their_very_tokens(name):
     prompt = v.tokenizer("a film is").input_ids
     ids = [v.tokenizer.get_vocab()["t" if name == "bytes" else "▁t"], *v.response_ids(prompt, "he movie")]  # not the tokenizer's own cut
     text = v.response_text(prompt, ids)
-    (row,) = encoding.rated([Rated(Prompt("a film is"), text, 1.0, tuple(ids), False)], v.tokenizer, None, 99)
+    (row,) = encoding.encode_rated([RatedResponse(Prompt("a film is"), text, 1.0, tuple(ids), False)], v.tokenizer, None, 99)
     assert row.ids == [*prompt, *ids]
-    (row,) = encoding.rated([Rated(Prompt("a film is"), text, 1.0, None, False)], v.tokenizer, None, 99)
+    (row,) = encoding.encode_rated([RatedResponse(Prompt("a film is"), text, 1.0, None, False)], v.tokenizer, None, 99)
     assert v.decode(row.ids) == "a film is" + text
 
 

@@ -11,15 +11,15 @@ from ivg.testing import byte_tokenizer
 from ivg.training import encoding
 from ivg.training.data import (
     ColumnMapping,
-    Demonstration,
     Preference,
-    Rated,
+    RatedResponse,
+    SFTExample,
     held_out,
     pair_up,
-    read_demonstrations,
     read_preferences,
     read_prompts,
     read_rated,
+    read_sft_examples,
 )
 from ivg.types import Message, Prompt
 from ivg.utils.jsonl import BlockFile, as_lines
@@ -42,11 +42,11 @@ def test_preferences_as_texts_messages_and_whole_conversations(tmp_path):
 
 def test_the_papers_columns_give_rated_responses_and_pairs(tmp_path):
     file = write(tmp_path / "imdb.jsonl", [{"prompt": "p", "responses": ["a", "b"], "scores": [9, -9], "chosen": 0}])
-    assert read_rated(file) == [Rated(Prompt("p"), "a", 9.0), Rated(Prompt("p"), "b", -9.0)]
+    assert read_rated(file) == [RatedResponse(Prompt("p"), "a", 9.0), RatedResponse(Prompt("p"), "b", -9.0)]
     assert read_preferences(file) == [Preference(Prompt("p"), "a", "b", 18.0)]
     other = write(tmp_path / "other.jsonl", [{"prompt": "p", "responses": ["a", "b"], "scores": [9, -9], "chosen": 1}])
     assert read_preferences(other) == [Preference(Prompt("p"), "b", "a", -18.0)]  # the label of the data, not a new draw
-    assert read_demonstrations(other) == [Demonstration(Prompt("p"), "b")]
+    assert read_sft_examples(other) == [SFTExample(Prompt("p"), "b")]
     with pytest.raises(ConfigError, match="place of one of 2 responses, got 2"):
         read_preferences(write(tmp_path / "bad.jsonl", [{"prompt": "p", "responses": ["a", "b"], "scores": [9, -9], "chosen": 2}]))
     with pytest.raises(ConfigError, match="line 1: 2 responses and 1 scores"):
@@ -62,7 +62,7 @@ def test_later_rows_lack_nothing(tmp_path):
 
 
 def test_responses_to_a_prompt_are_paired_wherever_they_stand():
-    rows = [Rated(Prompt(p), r, s) for p, r, s in (("p", "a", 99), ("q", "c", -99), ("p", "b", 0), ("q", "d", 0))]
+    rows = [RatedResponse(Prompt(p), r, s) for p, r, s in (("p", "a", 99), ("q", "c", -99), ("p", "b", 0), ("q", "d", 0))]
     assert [(x.prompt.content, x.chosen) for x in pair_up(rows)] == [("p", "a"), ("q", "d")]
 
 
@@ -86,7 +86,7 @@ def test_parquet_json_and_folders(tmp_path):
     rows = [{"prompt": "p", "response": "r", "score": 1.0}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
     (tmp_path / "test.json").write_text(json.dumps(rows))
-    assert read_rated(tmp_path) == read_rated(tmp_path, split="test") == [Rated(Prompt("p"), "r", 1.0)]
+    assert read_rated(tmp_path) == read_rated(tmp_path, split="test") == [RatedResponse(Prompt("p"), "r", 1.0)]
     with pytest.raises(ConfigError, match=r"no split 'dev'\n.*test.json, train.parquet"):
         read_rated(tmp_path, split="dev")
 
@@ -102,11 +102,11 @@ def test_wrong_columns_say_what_is_there_and_what_is_needed(tmp_path):
     with pytest.raises(ConfigError, match="--columns OURS=THEIRS"):
         read_prompts(file)
     assert (
-        read_demonstrations(file, shape=ColumnMapping({"prompt": "question", "response": "answer"}, "{prompt}?", " {response}"))[0].response
+        read_sft_examples(file, mapping=ColumnMapping({"prompt": "question", "response": "answer"}, "{prompt}?", " {response}"))[0].response
         == " a"
     )
     with pytest.raises(ConfigError, match=r"no column 'x' \(for prompt\)"):
-        read_prompts(file, shape=ColumnMapping({"prompt": "x"}))
+        read_prompts(file, mapping=ColumnMapping({"prompt": "x"}))
 
 
 @pytest.mark.parametrize("score", [None, "good", float("nan"), float("inf")])
@@ -132,21 +132,21 @@ def test_rollouts_that_failed_are_left_out(tmp_path):
         {"prompt": "p", "index": 0, "error": "too long", "response": None},
         {"prompt": "q", "response": "r", "score": 1, "finish_reason": "length"},
     ]
-    assert read_rated(write(tmp_path / "r.jsonl", rows)) == [Rated(Prompt("q"), "r", 1.0, None, False)]
+    assert read_rated(write(tmp_path / "r.jsonl", rows)) == [RatedResponse(Prompt("q"), "r", 1.0, None, False)]
 
 
 def test_bradley_terry_labels_follow_the_rewards():
-    rows = [Rated(Prompt(str(i)), side, score) for i in range(4000) for side, score in (("a", 1.0), ("b", 0.0))]
+    rows = [RatedResponse(Prompt(str(i)), side, score) for i in range(4000) for side, score in (("a", 1.0), ("b", 0.0))]
     pairs = pair_up(rows, seed=3)
     share = sum(p.chosen == "a" for p in pairs) / len(pairs)
     assert abs(share - 0.7311) < 0.03  # sigmoid(1), 4 standard errors
     assert all(p.margin == (1.0 if p.chosen == "a" else -1.0) for p in pairs)
     assert pair_up(rows, seed=3) == pairs != pair_up(rows, seed=4)
-    assert pair_up([Rated(Prompt("p"), "same", 1.0), Rated(Prompt("p"), "same", 2.0)]) == []
+    assert pair_up([RatedResponse(Prompt("p"), "same", 1.0), RatedResponse(Prompt("p"), "same", 2.0)]) == []
 
 
 def test_no_prompt_is_both_trained_on_and_measured():
-    rows = [Rated(Prompt(str(i % 10)), str(i), 0.0) for i in range(40)]
+    rows = [RatedResponse(Prompt(str(i % 10)), str(i), 0.0) for i in range(40)]
     train, test = held_out(rows, 0.2)
     assert (len(train), len(test)) == (32, 8)
     assert not {r.prompt for r in train} & {r.prompt for r in test}
@@ -156,23 +156,23 @@ def test_no_prompt_is_both_trained_on_and_measured():
 
 def test_rows_in_tokens_end_only_where_the_response_is_whole():
     tokenizer = byte_tokenizer()
-    cut, whole = Rated(Prompt("ab"), "cd", 1.0, None, False), Rated(Prompt("ab"), "cd", 1.0)
-    a, b = encoding.rated([cut, whole], tokenizer, None, 99)
+    cut, whole = RatedResponse(Prompt("ab"), "cd", 1.0, None, False), RatedResponse(Prompt("ab"), "cd", 1.0)
+    a, b = encoding.encode_rated([cut, whole], tokenizer, None, 99)
     assert b.ids == [*a.ids, tokenizer.eos_token_id]
     assert a.border == b.border == 2
-    (pair,) = encoding.preferences([Preference(Prompt("ab"), "c", "d", None, False, True)], tokenizer, "<{prompt}>", 99)
+    (pair,) = encoding.encode_preferences([Preference(Prompt("ab"), "c", "d", None, False, True)], tokenizer, "<{prompt}>", 99)
     assert tokenizer.decode(pair["prompt_ids"]) == "<ab>"
     assert pair["rejected_ids"][-1] == tokenizer.eos_token_id != pair["chosen_ids"][-1]
-    assert encoding.rated([cut], tokenizer, None, 3) == []
+    assert encoding.encode_rated([cut], tokenizer, None, 3) == []
 
 
 def test_rollouts_keep_their_tokens_unless_the_value_has_others():
     merged, plain = byte_tokenizer(merges=[("a", "b")]), byte_tokenizer()
     odd = plain("ab", add_special_tokens=False).input_ids  # two tokens, which `merged` would write as one
-    row = Rated(Prompt("x"), "ab", 1.0, tuple(odd), False)
-    assert encoding.rated([row], merged, None, 99)[0].ids[1:] == odd
+    row = RatedResponse(Prompt("x"), "ab", 1.0, tuple(odd), False)
+    assert encoding.encode_rated([row], merged, None, 99)[0].ids[1:] == odd
     permuted = byte_tokenizer(permute=True)
-    assert permuted.decode(encoding.rated([row], permuted, None, 99)[0].ids) == "xab"
+    assert permuted.decode(encoding.encode_rated([row], permuted, None, 99)[0].ids) == "xab"
 
 
 def test_fingerprints_know_a_row_again_and_hold_no_text(tmp_path):
@@ -243,7 +243,7 @@ def test_cells_of_csv_are_texts(tmp_path):
     (tmp_path / "a.csv").write_text(f"prompt,responses,scores,chosen\np{lists}")
     assert read_preferences(tmp_path / "a.csv") == [Preference(Prompt("p"), "a", "b", 2.0)]
     (tmp_path / "b.csv").write_text('prompt,response,score,token_ids,ended,error\np,r,0.5,"[1, 2]",False,\nq,s,1,,true,too long\n')
-    assert read_rated(tmp_path / "b.csv") == [Rated(Prompt("p"), "r", 0.5, (1, 2), False)]
+    assert read_rated(tmp_path / "b.csv") == [RatedResponse(Prompt("p"), "r", 0.5, (1, 2), False)]
     (tmp_path / "c.csv").write_text("prompt,responses,scores\np,ab,cd\n")
     with pytest.raises(ConfigError, match="line 2: expected a list in responses, got 'ab'"):
         read_rated(tmp_path / "c.csv")

@@ -54,9 +54,9 @@ def sft(
     given = dict(locals())
     with extra(out):
         from ivg.training import tune
-        from ivg.training.data import read_demonstrations
+        from ivg.training.data import read_sft_examples
 
-        rows = t.read(read_demonstrations, data, given)
+        rows = t.read(read_sft_examples, data, given)
         t.finish(out, tune.sft(model, rows, out, t.options_of(given, lr=2e-5), sources=data, loss=loss), push_to)
 
 
@@ -142,7 +142,7 @@ def rollout(
         with progress(-(-len(wanted) // r.BLOCK), f"blocks of {r.BLOCK} prompts") as advance:
             r.rollout(
                 load_models(_without_scorer(made)), wanted, out, found, method=made.search.method, samples=samples, seed=made.run.seed,
-                provenance=provenance, advance=advance, **settings,
+                provenance=provenance, on_progress=advance, **settings,
             )  # fmt: skip
     _close(out, [row.get("error") for row in read_jsonl(out.with_suffix(".jsonl"))])
 
@@ -217,8 +217,8 @@ def value(
     given = dict(locals())
     with extra(out):
         from ivg.training.data import read_rated
-        from ivg.training.learner import ValueOptions
         from ivg.training.value import train_value
+        from ivg.training.value_loss import ValueOptions
 
         rows, options = t.read(read_rated, data, given), t.options_of(given, lr=1e-5)
         wanted = ValueOptions(head, target, lam, scale, factored, base, base_template).checked()  # type: ignore[arg-type]
@@ -242,5 +242,5 @@ def _rounds(model: str, rows: list[Any], out: Path, options: Any, wanted: Any, g
     return refine(
         model, rows, out, options, wanted, base=given["base"], reward=scorer(made), rounds=given["rounds"], method=given["method"],
         samples=given["samples"], sources=given["data"], load=load_options(made), reward_name=given["reward"],
-        note=lambda text: typer.echo(text, err=True), **settings,
+        on_progress=lambda text: typer.echo(text, err=True), **settings,
     )  # fmt: skip

@@ -88,7 +88,7 @@ def options_of(given: Mapping[str, Any], lr: float) -> TrainingOptions:
     return TrainingOptions(**settings, extra=assignments(given.get("set") or ())).checked()
 
 
-def shape_of(given: Mapping[str, Any]) -> ColumnMapping:
+def column_mapping(given: Mapping[str, Any]) -> ColumnMapping:
     """How columns of the data become ours.
 
     Raises:
@@ -137,8 +137,8 @@ def read(reader: Any, sources: list[str], given: Mapping[str, Any], **more: Any)
     from ivg.cli.progress import report
     from ivg.jobs.failures import Failures
 
-    shape, failures = shape_of(given), Failures(report, given.get("failed"))
-    how = {"split": given["split"], "format": given.get("format"), "shape": shape, "on_bad": failures.of_source}
+    mapping, failures = column_mapping(given), Failures(report, given.get("failed"))
+    how = {"split": given["split"], "format": given.get("format"), "mapping": mapping, "on_bad": failures.of_source}
     rows = [row for source in sources for row in reader(source, **how, **more)]
     failures.close()
     if failures.count:

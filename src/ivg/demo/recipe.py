@@ -24,7 +24,7 @@ from ivg.demo.corpus import EOS, Review, pack, read_reviews, train_tokenizer
 from ivg.demo.package import HELD_OUT_TOKENS
 from ivg.embedded import ASSETS
 from ivg.evaluation.sentiment import opening_words
-from ivg.training.data import Rated, pair_up, read_rated
+from ivg.training.data import RatedResponse, pair_up, read_rated
 from ivg.training.rollout import rollout
 from ivg.training.tune import dpo
 from ivg.training.value import train_value
@@ -165,9 +165,9 @@ def value_rollouts(b: Build) -> None:
     sample(b, "base", settings.VALUE_PROMPTS, "value", seed=20, samples=4, temperature=0.85)
 
 
-def value_rows(b: Build) -> list[Rated]:
+def value_rows(b: Build) -> list[RatedResponse]:
     """Rollouts that values are trained on; of either file, the last tenth of the rows is held out."""
-    out: list[Rated] = []
+    out: list[RatedResponse] = []
     for name in SOURCES:
         rows = read_rated(b.work / name)
         out += rows[: len(rows) * 9 // 10]

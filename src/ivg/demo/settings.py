@@ -8,7 +8,7 @@ from typing import Any
 from ivg.demo.gold import GoldConfig
 from ivg.demo.pretrain import Phase, PretrainConfig
 from ivg.training.common import TrainingOptions
-from ivg.training.learner import ValueOptions
+from ivg.training.value_loss import ValueOptions
 
 VOCABULARY = 4096
 OTHER_VOCABULARY = 2048

@@ -24,7 +24,7 @@ from ivg.errors import ConfigError, ModelError
 from ivg.jobs.provenance import fingerprint
 from ivg.models.chat_template import check_template
 from ivg.models.training_rows import write_training_rows
-from ivg.training.data import Demonstration, Preference, Rated, answers
+from ivg.training.data import Preference, RatedResponse, SFTExample, answers
 from ivg.utils.jsonl import jsonable, write_json, write_text
 
 Mode = Literal["full", "lora", "head"]
@@ -115,7 +115,7 @@ def wait_for_all() -> None:
         PartialState().wait_for_everyone()
 
 
-def alone(what: str) -> None:
+def require_single_process(what: str) -> None:
     """Raise in a run of several processes.
 
     Raises:
@@ -184,7 +184,7 @@ class RunDir:
         if first_process():
             write_json(self.out / "log.json", trainer.state.log_history)
 
-    def finish(self, metrics: Mapping[str, Any], card: str, rows: Sequence[Preference | Rated | Demonstration]) -> dict[str, Any]:
+    def finish(self, metrics: Mapping[str, Any], card: str, rows: Sequence[Preference | RatedResponse | SFTExample]) -> dict[str, Any]:
         """The model lies in the folder: write its card, say that the run is done, drop the checkpoints.
 
         ``rows``: those that it was trained on, for their fingerprints; those of the model where it began are added.
@@ -244,7 +244,7 @@ def arguments(kind: Any, options: TrainingOptions, run: RunDir, *, evaluate: boo
     return kind(**settings | dict(options.extra))
 
 
-def request_of(
+def build_request(
     what: str, model: str | Path, data: Sequence[str | Path], rows: Sequence[Any], options: TrainingOptions, **more: Any
 ) -> dict[str, Any]:
     """What a run depends on, for :class:`RunDir`: settings and the very rows; trackers and checkpoint distances do not count."""
@@ -295,7 +295,7 @@ def load_for_training(
     return network, tokenizer
 
 
-def no_rows(count: int, options: TrainingOptions) -> ConfigError:
+def no_rows_error(count: int, options: TrainingOptions) -> ConfigError:
     """There is nothing to train on: why."""
     return ConfigError(
         f"none of the {count} rows is left to train on (at most {options.max_length} tokens; {options.eval_share:.0%} of the prompts"
@@ -319,7 +319,7 @@ def lora(options: TrainingOptions, task: str) -> Any:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task, modules_to_save=whole)
 
 
-def numbers(measured: Mapping[str, Any]) -> dict[str, Any]:
+def drop_timing_metrics(measured: Mapping[str, Any]) -> dict[str, Any]:
     """What an evaluation measured, without clocks, which no two runs share."""
     clocks = ("runtime", "per_second", "preparation_time", "total_flos", "num_tokens")
     return {k: v for k, v in sorted(measured.items()) if k != "epoch" and not any(c in k for c in clocks)}

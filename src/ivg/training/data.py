@@ -54,7 +54,7 @@ class Preference:
 
 
 @dataclass(frozen=True)
-class Rated:
+class RatedResponse:
     """A response with its reward. ``token_ids``: in the tokens of the model that wrote it; ``ends``: the response is whole."""
 
     prompt: Prompt
@@ -65,7 +65,7 @@ class Rated:
 
 
 @dataclass(frozen=True)
-class Demonstration:
+class SFTExample:
     """What a model should write behind ``prompt``; without one, ``response`` is a text as it is."""
 
     prompt: Prompt | None
@@ -117,7 +117,7 @@ def read_preferences(
     limit: int | None = None,
     *,
     split: str = "train",
-    shape: ColumnMapping | None = None,
+    mapping: ColumnMapping | None = None,
     seed: int = 0,
     format: str | None = None,
     on_bad: OnBad = None,
@@ -128,7 +128,7 @@ def read_preferences(
         source: file, folder, id on the hub, or ``-``.
         limit: the first so many pairs.
         split: of a folder or data set.
-        shape: how columns become ours.
+        mapping: the column names of the file and the formats of prompts and responses.
         seed: of the labels drawn for rated responses.
         format: of the file (``jobs.formats``); None: by its name.
         on_bad: see :data:`OnBad`. A row whose two responses are the same text says nothing, and is one of these.
@@ -136,7 +136,7 @@ def read_preferences(
     Raises:
         ConfigError: unreadable, wrong columns, no row.
     """
-    rows = _Rows(source, split, shape, format, on_bad)
+    rows = _Rows(source, split, mapping, format, on_bad)
     first = rows.first()
     if all(c in first for c in SEVERAL) and "chosen" in first:
         out = list(rows.each(_labelled))
@@ -152,61 +152,61 @@ def read_preferences(
 
 
 def read_rated(
-    source: str | Path, *, split: str = "train", shape: ColumnMapping | None = None, format: str | None = None, on_bad: OnBad = None
-) -> list[Rated]:
+    source: str | Path, *, split: str = "train", mapping: ColumnMapping | None = None, format: str | None = None, on_bad: OnBad = None
+) -> list[RatedResponse]:
     """Rated responses: ``prompt, response, score`` or ``prompt, responses, scores``.
 
     Raises:
         ConfigError: unreadable, wrong columns, no row, a score that is no finite number.
     """
-    return list(_rated_rows(_Rows(source, split, shape, format, on_bad)))
+    return list(_rated_rows(_Rows(source, split, mapping, format, on_bad)))
 
 
-def read_demonstrations(
-    source: str | Path, *, split: str = "train", shape: ColumnMapping | None = None, format: str | None = None, on_bad: OnBad = None
-) -> list[Demonstration]:
+def read_sft_examples(
+    source: str | Path, *, split: str = "train", mapping: ColumnMapping | None = None, format: str | None = None, on_bad: OnBad = None
+) -> list[SFTExample]:
     """What is to be imitated: ``prompt, response`` (or ``completion``; the chosen ones of preferences), ``messages``, or ``text``.
 
     Raises:
         ConfigError: unreadable, wrong columns, no row.
     """
-    rows = _Rows(source, split, shape, format, on_bad)
+    rows = _Rows(source, split, mapping, format, on_bad)
     first = rows.first()
     name = next((n for n in ("response", "completion", "chosen") if n in first), None)
     if name == "chosen" and all(c in first for c in SEVERAL):
-        return list(dict.fromkeys(Demonstration(pair.prompt, pair.chosen) for pair in rows.each(_labelled)))
+        return list(dict.fromkeys(SFTExample(pair.prompt, pair.chosen) for pair in rows.each(_labelled)))
     if name is not None and "prompt" in first:
-        return list(rows.each(lambda row: [Demonstration(usable_prompt(cell(row, "prompt")), response_text(cell(row, name)))]))
+        return list(rows.each(lambda row: [SFTExample(usable_prompt(cell(row, "prompt")), response_text(cell(row, name)))]))
     if "messages" in first:
         return list(rows.each(_conversation))
     if "text" in first:
-        return list(rows.each(lambda row: [Demonstration(None, response_text(cell(row, "text")))]))
+        return list(rows.each(lambda row: [SFTExample(None, response_text(cell(row, "text")))]))
     raise _wrong(source, first, "demonstrations", ("prompt", "response"), ("prompt", "completion"), ("messages",), ("text",))
 
 
 def read_prompts(
-    source: str | Path, *, split: str = "train", shape: ColumnMapping | None = None, format: str | None = None, on_bad: OnBad = None
+    source: str | Path, *, split: str = "train", mapping: ColumnMapping | None = None, format: str | None = None, on_bad: OnBad = None
 ) -> list[Prompt]:
     """The different prompts of ``prompt`` (or ``messages``), in order of appearance.
 
     Raises:
         ConfigError: unreadable, wrong columns, no row.
     """
-    rows = _Rows(source, split, shape, format, on_bad)
+    rows = _Rows(source, split, mapping, format, on_bad)
     first = rows.first()
     if not {"prompt", "messages"} & set(first):
         raise _wrong(source, first, "prompts", ("prompt",), ("messages",))
     return list(dict.fromkeys(rows.each(lambda row: [usable_prompt(prompt_of(row))])))
 
 
-def pair_up(rated: Iterable[Rated], seed: int = 0) -> list[Preference]:
+def pair_up(rated: Iterable[RatedResponse], seed: int = 0) -> list[Preference]:
     """The responses to each prompt, two by two as they come, labelled by Bradley and Terry: P(first is chosen) = sigmoid(r_1 - r_2).
 
     Pairs of equal text are left out (METHOD, section 5: how the paper made its preferences). Draws are counter-based: a pair's
     label depends on ``seed`` and its position alone.
     """
     out: list[Preference] = []
-    waiting: dict[Prompt, Rated] = {}
+    waiting: dict[Prompt, RatedResponse] = {}
     for number, row in enumerate(rated):
         first, second = waiting.pop(row.prompt, None), row
         if first is None:
@@ -220,7 +220,7 @@ def pair_up(rated: Iterable[Rated], seed: int = 0) -> list[Preference]:
     return out
 
 
-def answers(row: Preference | Rated | Demonstration) -> list[tuple[Prompt | None, str]]:
+def answers(row: Preference | RatedResponse | SFTExample) -> list[tuple[Prompt | None, str]]:
     """The responses of a row, each with what it answers: what ``models.training_rows`` takes fingerprints of."""
     texts = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.response,)
     return [(row.prompt, text) for text in texts]
@@ -237,8 +237,8 @@ def held_out(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item
 class _Rows:
     """The rows of a source with our column names; the first one that can be read decides what the source holds."""
 
-    def __init__(self, source: str | Path, split: str, shape: ColumnMapping | None, format: str | None, on_bad: OnBad) -> None:
-        self.source, self.shape, self.on_bad = source, shape, on_bad
+    def __init__(self, source: str | Path, split: str, mapping: ColumnMapping | None, format: str | None, on_bad: OnBad) -> None:
+        self.source, self.mapping, self.on_bad = source, mapping, on_bad
         self._rows = scan_rows(source, split, format)
         self._ahead: list[tuple[SourceRow, dict[str, Any]]] = []
 
@@ -273,7 +273,7 @@ class _Rows:
                 self._bad(source)
             elif not source.data.get("error"):  # a prompt of a rollout that could not be answered
                 try:
-                    row = self.shape.apply(source.data) if self.shape else source.data
+                    row = self.mapping.apply(source.data) if self.mapping else source.data
                 except ConfigError as e:
                     if not self._ahead:  # a name that is wrong for all
                         raise
@@ -295,19 +295,21 @@ def _wrong(source: str | Path, row: Row, what: str, *shapes: Sequence[str]) -> C
     )
 
 
-def _rated_rows(rows: _Rows) -> Iterator[Rated]:
+def _rated_rows(rows: _Rows) -> Iterator[RatedResponse]:
     first = rows.first()
     if all(c in first for c in SEVERAL):
-        return rows.each(lambda row: [Rated(usable_prompt(cell(row, "prompt")), text, score) for text, score in responses_of(row)])
+        return rows.each(lambda row: [RatedResponse(usable_prompt(cell(row, "prompt")), text, score) for text, score in responses_of(row)])
     if all(c in first for c in RATED):
         return rows.each(lambda row: [_rated(row)])
     raise _wrong(rows.source, first, "rated responses", RATED, SEVERAL)
 
 
-def _rated(row: Row) -> Rated:
+def _rated(row: Row) -> RatedResponse:
     ids = None if row.get("token_ids") in (None, "") else tuple(list_of(row, "token_ids"))
     ended = flag(row["ended"]) if row.get("ended") not in (None, "") else row.get("finish_reason", "stop") == "stop"
-    return Rated(usable_prompt(cell(row, "prompt")), response_text(cell(row, "response")), finite_score(cell(row, "score")), ids, ended)
+    return RatedResponse(
+        usable_prompt(cell(row, "prompt")), response_text(cell(row, "response")), finite_score(cell(row, "score")), ids, ended
+    )
 
 
 def _labelled(row: Row) -> list[Preference]:
@@ -341,6 +343,6 @@ def _preference(row: Row) -> list[Preference]:
     return [found]
 
 
-def _conversation(row: Row) -> list[Demonstration]:
+def _conversation(row: Row) -> list[SFTExample]:
     turns = list_of(row, "messages")
-    return [Demonstration(usable_prompt(turns[:-1]), response_text(turns[-1:]))]
+    return [SFTExample(usable_prompt(turns[:-1]), response_text(turns[-1:]))]

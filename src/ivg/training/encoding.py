@@ -11,7 +11,7 @@ from typing import Any
 
 from ivg.models.chat_template import encode
 from ivg.models.vocabulary import Vocabulary
-from ivg.training.data import Demonstration, Preference, Rated
+from ivg.training.data import Preference, RatedResponse, SFTExample
 from ivg.types import Prompt
 from ivg.values.reward import RewardModel
 
@@ -42,7 +42,7 @@ def response_ids(
     return list(before), list(after)
 
 
-def demonstrations(rows: Sequence[Demonstration], tokenizer: Any, template: str | None, max_length: int) -> list[dict[str, list[int]]]:
+def encode_sft(rows: Sequence[SFTExample], tokenizer: Any, template: str | None, max_length: int) -> list[dict[str, list[int]]]:
     """``input_ids`` and ``completion_mask`` for TRL's SFT; rows longer than ``max_length`` are left out."""
     out, vocabulary = [], Vocabulary(tokenizer)
     for row in rows:
@@ -52,7 +52,7 @@ def demonstrations(rows: Sequence[Demonstration], tokenizer: Any, template: str 
     return out
 
 
-def preferences(rows: Sequence[Preference], tokenizer: Any, template: str | None, max_length: int) -> list[dict[str, list[int]]]:
+def encode_preferences(rows: Sequence[Preference], tokenizer: Any, template: str | None, max_length: int) -> list[dict[str, list[int]]]:
     """``prompt_ids``, ``chosen_ids``, ``rejected_ids`` for TRL's DPO; rows longer than ``max_length`` are left out."""
     out, vocabulary = [], Vocabulary(tokenizer)
     for row in rows:
@@ -63,8 +63,8 @@ def preferences(rows: Sequence[Preference], tokenizer: Any, template: str | None
     return out
 
 
-def rated(
-    rows: Sequence[Rated], tokenizer: Any, template: str | None, max_length: int, policy: tuple[Any, str | None] | None = None
+def encode_rated(
+    rows: Sequence[RatedResponse], tokenizer: Any, template: str | None, max_length: int, policy: tuple[Any, str | None] | None = None
 ) -> list[Encoded]:
     """Rows for value training: by their very tokens where these are this tokenizer's, else tokenised anew as text.
 
@@ -84,7 +84,7 @@ def rated(
     return out
 
 
-def judged(rows: Sequence[Preference], reader: RewardModel, max_length: int) -> list[dict[str, list[int]]]:
+def encode_for_reward(rows: Sequence[Preference], reader: RewardModel, max_length: int) -> list[dict[str, list[int]]]:
     """``chosen_ids`` and ``rejected_ids`` for TRL's reward trainer: the very texts that ``reader`` judges at inference."""
     out = []
     for row in rows:

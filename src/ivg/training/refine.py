@@ -15,11 +15,11 @@ from ivg.errors import ConfigError
 from ivg.jobs.provenance import fingerprints
 from ivg.model import GuidedModel
 from ivg.models.loading import LoadOptions, load_causal
-from ivg.training.common import RunDir, TrainingOptions, alone, digest, request_of
-from ivg.training.data import Rated, read_rated
-from ivg.training.learner import ValueOptions
+from ivg.training.common import RunDir, TrainingOptions, build_request, digest, require_single_process
+from ivg.training.data import RatedResponse, read_rated
 from ivg.training.rollout import rollout
 from ivg.training.value import train_value
+from ivg.training.value_loss import ValueOptions
 from ivg.types import Prompt
 from ivg.utils.jsonl import write_json
 from ivg.values.explicit import ExplicitValue
@@ -28,7 +28,7 @@ from ivg.values.reward import Reward
 
 def refine(
     model: str | Path,
-    rows: Sequence[Rated],
+    rows: Sequence[RatedResponse],
     out: str | Path,
     options: TrainingOptions,
     value: ValueOptions,
@@ -42,7 +42,7 @@ def refine(
     sources: Sequence[str | Path] = (),
     load: LoadOptions | None = None,
     reward_name: str | None = None,
-    note: Callable[[str], None] = lambda _: None,
+    on_progress: Callable[[str], None] = lambda _: None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train a value in ``rounds`` further rounds after the first.
@@ -62,29 +62,29 @@ def refine(
         sources: named in the card.
         load: how the base is loaded.
         reward_name: what tells this reward from others; default: its name.
-        note: told what is going on.
+        on_progress: called with one line of text before each step.
 
     Returns:
         ``{"rounds": [metrics of each round]}``.
     """
     if rounds < 0:
         raise ConfigError(f"rounds must be 0 or more, got {rounds}")
-    alone("refinement")
+    require_single_process("refinement")
     data, names, found = list(rows), list(map(str, sources)), []
     wanted = list(prompts) or list(dict.fromkeys(r.prompt for r in rows))
     how = {"method": method, "samples": samples, "prompts": digest(wanted), "settings": settings, "load": asdict(load or LoadOptions())}
     judge = reward_name or reward.name
     weights = fingerprints({"base": str(base), "reward": judge})
     about = {"value": asdict(value), "base": str(base), "reward": judge, "rounds": rounds, "rollouts": how, "made_from": weights}
-    run = RunDir(out, request_of("value", model, names, rows, options.checked(), **about))
+    run = RunDir(out, build_request("value", model, names, rows, options.checked(), **about))
     start: str | Path = model
     for number in range(rounds + 1):
         folder = run.out / f"round-{number}"
-        note(f"round {number}: fitting {len(data)} responses")
+        on_progress(f"round {number}: fitting {len(data)} responses")
         found.append(train_value(start, data, folder, replace(options, seed=options.seed + number), value, sources=names))
         start = folder
         if number < rounds:
-            note(f"round {number}: sampling {len(wanted) * samples} responses by {method}")
+            on_progress(f"round {number}: sampling {len(wanted) * samples} responses by {method}")
             path = run.out / f"rollouts-{number + 1}.jsonl"
             provenance = {**about, "round": number}
             seed = options.seed + 1000 + number

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivg.errors import ConfigError, PromptError, ScoreFault
-from ivg.training.common import alone
+from ivg.training.common import require_single_process
 from ivg.types import Completion, Prompt
 from ivg.types.scores import judge_each, note_of
 from ivg.utils import environment
@@ -41,7 +41,7 @@ def rollout(
     seed: int = 0,
     block: int = BLOCK,
     provenance: Mapping[str, Any] | None = None,
-    advance: Callable[[], None] = lambda: None,
+    on_progress: Callable[[], None] = lambda: None,
     **settings: Any,
 ) -> Path:
     """Sample and score ``samples`` responses for every prompt.
@@ -56,7 +56,7 @@ def rollout(
         seed: of all draws.
         block: prompts for each block, all in one batch.
         provenance: what else the rows depend on (names of models).
-        advance: called for each block, those that are there already included.
+        on_progress: called for each block, those that are there already included.
 
     Returns:
         ``out``.
@@ -67,7 +67,7 @@ def rollout(
     out = Path(out)
     if out.suffix not in (".jsonl", ".parquet"):
         raise ConfigError(f"cannot write rollouts to {out}\n  expected a name that ends in .jsonl or .parquet")
-    alone("sampling rollouts")
+    require_single_process("sampling rollouts")
     lines = out.with_suffix(".jsonl")
     sampling = {k: v for k, v in asdict(model.sampling).items() if k not in settings}
     about = {"method": method, "settings": settings, "sampling": sampling, "samples": samples, "seed": seed, **(provenance or {})}
@@ -75,7 +75,7 @@ def rollout(
         file = BlockFile(lines, block * samples, len(prompts) * samples, about)
         _same_prompts(lines, prompts, samples, file.rows)
         for _ in range(0, file.rows, block * samples):
-            advance()
+            on_progress()
         for span in file.missing():
             numbers = range(span.start // samples, -(-span.stop // samples))
             rows = _answer(model, [(n, prompts[n]) for n in numbers], method, samples, seed, settings)
@@ -86,7 +86,7 @@ def rollout(
                 if note := note_of(reward, *pair):
                     row["notes"] = [*row.get("notes", []), note]
             file.append(rows)
-            advance()
+            on_progress()
     if out != lines:
         _to_parquet(lines, out)
     return out

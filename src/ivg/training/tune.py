@@ -19,15 +19,15 @@ from ivg.training.common import (
     RunDir,
     TrainingOptions,
     arguments,
+    build_request,
+    drop_timing_metrics,
     first_process,
     load_for_training,
     lora,
-    no_rows,
-    numbers,
-    request_of,
+    no_rows_error,
     write_card,
 )
-from ivg.training.data import Demonstration, Preference, held_out
+from ivg.training.data import Preference, SFTExample, held_out
 
 Sources = Sequence[str | Path]
 """Where the data came from, for the card."""
@@ -35,7 +35,7 @@ Sources = Sequence[str | Path]
 
 def sft(
     model: str | Path,
-    rows: Sequence[Demonstration],
+    rows: Sequence[SFTExample],
     out: str | Path,
     options: TrainingOptions,
     *,
@@ -59,14 +59,12 @@ def sft(
 
     if loss not in ("response", "all"):
         raise ConfigError(f"loss must be response or all, got {loss!r}")
-    run = RunDir(out, request_of("sft", model, sources, rows, options.checked(), loss=loss))
+    run = RunDir(out, build_request("sft", model, sources, rows, options.checked(), loss=loss))
     if run.metrics is not None:
         return run.metrics
     set_seed(options.seed)
     network, tokenizer = load_for_training(AutoModelForCausalLM, model, "model", options.trust_remote_code, options.mode)
-    train, test, trained = _encoded(
-        rows, options, lambda part: encoding.demonstrations(part, tokenizer, options.template, options.max_length)
-    )
+    train, test, trained = _encoded(rows, options, lambda part: encoding.encode_sft(part, tokenizer, options.template, options.max_length))
     args = arguments(SFTConfig, options, run, evaluate=bool(test), max_length=None, packing=False, completion_only_loss=loss == "response")
     trainer = (SFTTrainer if torch.cuda.is_available() else _plain_loss(SFTTrainer))(
         model=network,
@@ -106,13 +104,15 @@ def dpo(
 
     if not 0 < beta < math.inf:
         raise ConfigError(f"beta of DPO must be positive and finite, got {beta}")
-    run = RunDir(out, request_of("dpo", model, sources, rows, options.checked(), beta=beta))
+    run = RunDir(out, build_request("dpo", model, sources, rows, options.checked(), beta=beta))
     if run.metrics is not None:
         return run.metrics
     rows, ties = without_ties(rows)
     set_seed(options.seed)
     network, tokenizer = load_for_training(AutoModelForCausalLM, model, "model", options.trust_remote_code, options.mode)
-    train, test, trained = _encoded(rows, options, lambda part: encoding.preferences(part, tokenizer, options.template, options.max_length))
+    train, test, trained = _encoded(
+        rows, options, lambda part: encoding.encode_preferences(part, tokenizer, options.template, options.max_length)
+    )
     args = arguments(
         DPOConfig,
         options,
@@ -154,7 +154,7 @@ def reward(
 
     from ivg.values.reward import RewardModel
 
-    run = RunDir(out, request_of("reward", model, sources, rows, options.checked(), template=options.template))
+    run = RunDir(out, build_request("reward", model, sources, rows, options.checked(), template=options.template))
     if run.metrics is not None:
         return run.metrics
     rows, ties = without_ties(rows)
@@ -165,7 +165,7 @@ def reward(
     network.config.pad_token_id = tokenizer.pad_token_id
     network.config.ivg_template = options.template
     reader = RewardModel(network, tokenizer, options.template)
-    train, test, trained = _encoded(rows, options, lambda part: encoding.judged(part, reader, options.max_length))
+    train, test, trained = _encoded(rows, options, lambda part: encoding.encode_for_reward(part, reader, options.max_length))
     network.train()
     args = arguments(RewardConfig, options, run, evaluate=bool(test), max_length=None)
     trainer = RewardTrainer(
@@ -220,7 +220,7 @@ def _encoded(
     first, last = held_out(rows, options.eval_share)
     train, test = encode(first), encode(last)
     if not train:
-        raise no_rows(len(rows), options)
+        raise no_rows_error(len(rows), options)
     return train, test, first
 
 
@@ -230,7 +230,7 @@ def _train(
     run.train(trainer)
     metrics: dict[str, Any] = dict(counts)
     if trainer.eval_dataset is not None:
-        metrics["held_out"] = numbers(trainer.evaluate())
+        metrics["held_out"] = drop_timing_metrics(trainer.evaluate())
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(trained, "merge_and_unload"):
         if first_process():

@@ -1,6 +1,6 @@
 """Training explicit values: a vocabulary or scalar head on any causal model, fitted to one of the targets of ``training.targets``.
 
-transformers' Trainer underneath (devices, precision, checkpoints, trackers); the network in training is ``training.learner``.
+transformers' Trainer underneath (devices, precision, checkpoints, trackers); the network in training is ``training.value_loss``.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from ivg.training.common import (
     RunDir,
     TrainingOptions,
     arguments,
+    build_request,
+    drop_timing_metrics,
     first_process,
     load_for_training,
     lora,
-    no_rows,
-    numbers,
-    request_of,
+    no_rows_error,
     write_card,
 )
-from ivg.training.data import Rated, held_out
+from ivg.training.data import RatedResponse, held_out
 from ivg.training.encoding import Encoded
-from ivg.training.learner import Collator, ValueLearner, ValueOptions
+from ivg.training.value_loss import ValueCollator, ValueModelWithLoss, ValueOptions
 
 
 def train_value(
     model: str | Path,
-    rows: Sequence[Rated],
+    rows: Sequence[RatedResponse],
     out: str | Path,
     options: TrainingOptions,
     value: ValueOptions | None = None,
@@ -63,7 +63,7 @@ def train_value(
         ModelError: a model that cannot be loaded.
     """
     value = (value or ValueOptions()).checked()
-    run = RunDir(out, request_of("value", model, sources, rows, options.checked(), value=asdict(value)))
+    run = RunDir(out, build_request("value", model, sources, rows, options.checked(), value=asdict(value)))
     if run.metrics is not None:
         return run.metrics
     _check_scores(rows, value)
@@ -72,14 +72,14 @@ def train_value(
     base, theirs = _policy(value, tokenizer, options)
     policy = (theirs, value.base_template) if base is not None else None
     first, last = held_out(rows, options.eval_share)
-    train, test = (encoding.rated(part, tokenizer, options.template, options.max_length, policy) for part in (first, last))
+    train, test = (encoding.encode_rated(part, tokenizer, options.template, options.max_length, policy) for part in (first, last))
     if not train:
-        raise no_rows(len(rows), options)
-    learner = ValueLearner(network, value, base)
-    collator = Collator(tokenizer.pad_token_id, value.scale)
-    metrics = _fit(learner, train, test, collator, options, run)
+        raise no_rows_error(len(rows), options)
+    training_model = ValueModelWithLoss(network, value, base)
+    collator = ValueCollator(tokenizer.pad_token_id, value.scale)
+    metrics = _fit(training_model, train, test, collator, options, run)
     if first_process():
-        finished = learner.finished()
+        finished = training_model.finished()
         finished.notes = {"target": value.target, "scale": value.scale, "template": options.template}
         finished.save_pretrained(run.out)
         tokenizer.save_pretrained(run.out)
@@ -89,7 +89,12 @@ def train_value(
 
 
 def _fit(
-    learner: ValueLearner, train: Sequence[Encoded], test: Sequence[Encoded], collator: Collator, options: TrainingOptions, run: RunDir
+    training_model: ValueModelWithLoss,
+    train: Sequence[Encoded],
+    test: Sequence[Encoded],
+    collator: ValueCollator,
+    options: TrainingOptions,
+    run: RunDir,
 ) -> dict[str, float]:
     from transformers import Trainer, TrainingArguments
 
@@ -103,7 +108,7 @@ def _fit(
         adam_beta2=0.98,
     )
     trainer = Trainer(
-        model=learner,
+        model=training_model,
         args=args,
         train_dataset=cast("Any", list(train)),
         eval_dataset=cast("Any", list(test)) if test else None,
@@ -113,7 +118,7 @@ def _fit(
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise ConfigError("a value's head is read outside its module, which ZeRO and FSDP do not allow\n  train it with plain DDP, or LoRA")
     run.train(trainer)
-    measured = numbers(trainer.evaluate()) if test else {}
+    measured = drop_timing_metrics(trainer.evaluate()) if test else {}
     return {k.removeprefix("eval_"): round(v, 5) for k, v in measured.items()}
 
 
@@ -149,7 +154,7 @@ def _pairs(groups: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def _check_scores(rows: Sequence[Rated], value: ValueOptions) -> None:
+def _check_scores(rows: Sequence[RatedResponse], value: ValueOptions) -> None:
     """Raise where the scores do not fit the target.
 
     Raises:
@@ -200,7 +205,7 @@ def _policy(value: ValueOptions, tokenizer: Any, options: TrainingOptions) -> tu
 
 
 def measure(
-    model: str | Path, rows: Sequence[Rated], template: str | None = None, max_length: int = 1024, batch: int = 128
+    model: str | Path, rows: Sequence[RatedResponse], template: str | None = None, max_length: int = 1024, batch: int = 128
 ) -> dict[str, float]:
     """The metrics of :func:`train_value` for a finished value on any rated responses: several values on the same ones.
 
@@ -212,15 +217,17 @@ def measure(
         batch: rows for each pass.
     """
     network, tokenizer = load_for_training(ValueModel, model, "value")
-    found = encoding.rated(rows, tokenizer, template or network.notes.get("template"), max_length)
+    found = encoding.encode_rated(rows, tokenizer, template or network.notes.get("template"), max_length)
     scale, target = network.notes.get("scale", 1.0), network.notes.get("target", "fudge")
-    learner = ValueLearner(network.eval(), ValueOptions(network.kind, "binary" if target == "binary" else "fudge", factored=False))
-    collator = Collator(tokenizer.pad_token_id, scale)
+    training_model = ValueModelWithLoss(
+        network.eval(), ValueOptions(network.kind, "binary" if target == "binary" else "fudge", factored=False)
+    )
+    collator = ValueCollator(tokenizer.pad_token_id, scale)
     parts, rewards, groups = [], [], []
     with torch.no_grad():
         for start in range(0, len(found), batch):
             inputs = collator(found[start : start + batch])
-            parts.append(learner(**inputs)["parts"])
+            parts.append(training_model(**inputs)["parts"])
             rewards.append(inputs["rewards"])
             groups.append(inputs["groups"])
     return part_metrics(torch.cat(parts), torch.cat(rewards), torch.cat(groups))

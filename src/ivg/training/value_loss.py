@@ -69,7 +69,7 @@ class ValueOptions:
         return self
 
 
-class HeadFactors(nn.Module):
+class FactoredHead(nn.Module):
     """A vocabulary head in training: W = start + 1·shared + embedding·map + own, [vocabulary, hidden]."""
 
     def __init__(self, head: nn.Linear, width: int) -> None:
@@ -88,7 +88,7 @@ class HeadFactors(nn.Module):
         return nn.functional.embedding(tokens, start) + self.shared + looked_up @ self.map + self.own(tokens)
 
 
-class ValueLearner(nn.Module):
+class ValueModelWithLoss(nn.Module):
     """A value network with its loss, as transformers' Trainer wants it.
 
     Args:
@@ -100,10 +100,10 @@ class ValueLearner(nn.Module):
     def __init__(self, model: ValueModel, options: ValueOptions, base: Any = None) -> None:
         super().__init__()
         self.model, self.options = model, options
-        self.factors: HeadFactors | None = None
+        self.factors: FactoredHead | None = None
         if model.kind == "vocabulary" and options.factored:
             model.head.weight.requires_grad_(False)
-            self.factors = HeadFactors(model.head, self.embedding.shape[1])
+            self.factors = FactoredHead(model.head, self.embedding.shape[1])
         self._base = (base,)  # in a tuple, so that it is no submodule
 
     @property
@@ -192,14 +192,14 @@ class ValueLearner(nn.Module):
 
 
 @dataclass
-class Collator:
+class ValueCollator:
     """Rows padded on the right to the longest; CD-Q's policy reads the prompt in its own way."""
 
     pad: int
     scale: float = 1.0
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
-        """Tensors for :class:`ValueLearner`."""
+        """Tensors for :class:`ValueModelWithLoss`."""
         ids, attention, mask = self._padded([(r.ids, r.border) for r in rows])
         out = {
             "input_ids": ids,
