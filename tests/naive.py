@@ -13,7 +13,11 @@ from ivg.utils.rng import child_lineage, mix, uniform
 
 def outputs(network, ids):
     with torch.no_grad():
-        return network(input_ids=torch.tensor([ids])).logits[0].float()
+        return network(input_ids=torch.tensor([ids], device=device_of(network))).logits[0].float().cpu()
+
+
+def device_of(network):
+    return next((p.device for p in network.parameters()), None) if isinstance(network, torch.nn.Module) else None
 
 
 class Implicit:
@@ -167,7 +171,8 @@ class PrefixByPrefix:
 
     def last(self, ids):
         if tuple(ids) not in self.known:
-            self.known[tuple(ids)] = self.network(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            inputs = torch.tensor([ids], device=device_of(self.network))
+            self.known[tuple(ids)] = self.network(input_ids=inputs, use_cache=False).logits[0, -1]
         return self.known[tuple(ids)]
 
 

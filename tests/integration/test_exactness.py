@@ -162,7 +162,7 @@ def ending():
     bench = Bench("llama")
     network, ids = bench.base.model.network, bench.base.tokenizer(PROMPTS[1]).input_ids
     with torch.no_grad():
-        hidden = network.model(torch.tensor([ids])).last_hidden_state[0, -1]
+        hidden = network.model(torch.tensor([ids], device=network.device)).last_hidden_state[0, -1]
         network.lm_head.weight[0] = 5.5 * hidden / hidden.norm() ** 2
     return bench
 
@@ -192,7 +192,7 @@ def test_early_ends_equal_naive(ending, method, original):
 def test_greedy_base_equals_transformers(bench):
     sampling = SamplingParams(temperature=0, max_new_tokens=16)
     for prompt, got in zip(PROMPTS, bench.ours(PROMPTS, get_method("base"), sampling), strict=True):
-        ids = torch.tensor([bench.base.tokenizer(prompt).input_ids])
+        ids = torch.tensor([bench.base.tokenizer(prompt).input_ids], device=bench.base.model.network.device)
         expected = bench.base.model.network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
         assert list(got.token_ids) == expected[0, ids.shape[1] :].tolist()
 
