@@ -147,7 +147,7 @@ def _written(model, text, method, count, side, draft, seed, arguments):
     else:
         sizes = {"width": side, "successors": side, "chunk_length": arguments.chunk_length} if method == "ivg" else {}
         requests = [model.request(text, method, draft=draft, **sizes, **settings)]
-    model.forget()
+    model.reset_caches()
     model.engine.speculation.reset()
     started = time.perf_counter()
     done = dict(model.run(requests))

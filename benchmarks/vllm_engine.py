@@ -40,7 +40,7 @@ def saved(shape: str, folder: Path) -> dict[str, str]:
 
 def once(model: Any, texts: list[Any], new_tokens: int, seed: int) -> dict[str, Any]:
     """Seconds for all answers, and when the first text of a prompt was sure, the median over prompts."""
-    model.forget()
+    model.reset_caches()
     begin, clock, first, tokens = time.perf_counter(), environment.clock(), {}, 0
     searcher = model.searcher()
     for text in texts:

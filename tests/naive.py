@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from ivg.utils.rng import child_lineage, mix, uniform
+from ivg.utils.rng import child_rng_path, mix, uniform
 
 
 def outputs(network, ids):
@@ -93,7 +93,7 @@ def speculative(p, q, numbers):
     return token if numbers[1] * q[token] < p[token] else invert((p - q).clamp(min=0), numbers[2])
 
 
-def grow(base, values, s, prompt, y, lineage, tokens, temperature, seed, limit, eos):
+def grow(base, values, s, prompt, y, rng_path, tokens, temperature, seed, limit, eos):
     """Up to ``tokens`` more tokens; (response, finished)."""
     y = list(y)
     for _ in range(tokens):
@@ -104,10 +104,10 @@ def grow(base, values, s, prompt, y, lineage, tokens, temperature, seed, limit, 
             token = int(z.argmax())
         elif s.draft and s.token and s.beta:
             q = (values[s.token].draft(prompt, y, s.beta) / temperature).softmax(-1)
-            numbers = [uniform(seed, lineage, len(y), 0x5BEC, k) for k in range(3)]
+            numbers = [uniform(seed, rng_path, len(y), 0x5BEC, k) for k in range(3)]
             token = speculative((z / temperature).softmax(-1), q, numbers)
         else:
-            token = invert((z / temperature).softmax(-1), uniform(seed, lineage, len(y)))
+            token = invert((z / temperature).softmax(-1), uniform(seed, rng_path, len(y)))
         y.append(token)
         if token == eos or len(y) == limit:
             return y, True
@@ -123,9 +123,9 @@ def search(base, values, s, prompt, seed, temperature, limit, eos=0):
     counts = [plan.pop(0)]
     while not all(done for _, _, done, _ in kept):
         pool = [hypothesis for hypothesis in kept if hypothesis[2] for _ in range(s.successors if s.original else 1)]
-        for (y, lineage, done, _), count in zip(kept, counts, strict=False):
+        for (y, rng_path, done, _), count in zip(kept, counts, strict=False):
             for k in range(0 if done else count):
-                line = child_lineage(lineage, len(y), k)
+                line = child_rng_path(rng_path, len(y), k)
                 new, end = grow(base, values, s, prompt, y, line, chunk, temperature, seed, limit, eos)
                 pool.append((new, line, end, score(new)))
         if s.rule == "top" and not s.original:
@@ -210,7 +210,7 @@ def wander(model, rng, tokens, tolerance):
             for row in (r for r in rows if r.family is family):
                 del row.ids[length:]
         elif action == "give back":
-            model.give_back()
+            model.release_memory()
         elif action == "free" and len(rows) > 1:
             model.free(rows.pop(rng.randrange(len(rows))))
         else:

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ivg.utils.rng import child_lineage, mix, uniform
+from ivg.utils.rng import child_rng_path, mix, uniform
 from naive import entropy, grow, guided, outputs
 
 
@@ -14,11 +14,11 @@ def cards(base, values, s, prompt, seed, temperature, limit, eos=0):
     start = value.score(prompt, [])
     target = start + s.accept_scale * math.log(s.tries) if s.target is None else s.target
     first = (1 - s.threshold_start) * start + s.threshold_start * target
-    y, lineage, done, score = [], 0, False, None
+    y, rng_path, done, score = [], 0, False, None
     while not done:
         tried = []
         for k in range(s.tries):
-            line = child_lineage(lineage, len(y), k)
+            line = child_rng_path(rng_path, len(y), k)
             new, end = list(y), False
             while not end and len(new) - len(y) < s.chunk_length:
                 if len(new) - len(y) >= s.segment_min and entropy(outputs(base, prompt + new)[-1]) >= s.segment_entropy:
@@ -30,7 +30,7 @@ def cards(base, values, s, prompt, seed, temperature, limit, eos=0):
                 break
         else:
             tried.sort()
-        score, _, y, lineage, done = tried[-1]
+        score, _, y, rng_path, done = tried[-1]
     return y, score
 
 
@@ -49,11 +49,11 @@ def smc(base, values, s, prompt, seed, temperature, limit, eos=0):
     while not all(p[2] for p in particles):
         chunks += 1
         grown, seen = [p for p in particles if p[2]], {}
-        for y, lineage, done, weight, before in particles:
+        for y, rng_path, done, weight, before in particles:
             if done:
                 continue
-            k = seen[lineage, len(y)] = seen.get((lineage, len(y)), -1) + 1
-            line = child_lineage(lineage, len(y), k)
+            k = seen[rng_path, len(y)] = seen.get((rng_path, len(y)), -1) + 1
+            line = child_rng_path(rng_path, len(y), k)
             new, end = grow(base, values, s, prompt, y, line, s.chunk_length, temperature, seed, limit, eos)
             v = value.score(prompt, new)
             weight += s.particle_beta * (v - before)

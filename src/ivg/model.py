@@ -5,6 +5,7 @@ Knows: which methods its values allow, how settings become requests. The search 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,8 +21,8 @@ from ivg.models.prompt_encoder import PromptEncoder
 from ivg.search.methods import METHODS, Method, get_method, resolve_fallbacks
 from ivg.search.searcher import Request, Searcher, check_engine
 from ivg.settings.recipe import ROLES
-from ivg.types import Completion, Engine, Prompt, SamplingParams, TokenCounter, TokenGuidance, Value, new_key
-from ivg.types.messages import Conversation, PromptLike, check_text, read_prompts
+from ivg.types import Completion, Engine, Prompt, SamplingParams, TokenGuidance, Value
+from ivg.types.messages import Conversation, PromptLike, read_prompts
 from ivg.types.scores import every, score_each
 from ivg.utils import environment
 from ivg.utils.locks import FairLock
@@ -269,7 +270,7 @@ class GuidedModel:
             raise PromptError(f"responses is the text {responses[:40]!r}\n  expected a list of responses: [response]")
         found = self.values[value]
         with self.lock:
-            hypotheses = [given(self.base, Prompt.of(prompt), text) for text in responses]
+            hypotheses = [self.base.make_beam(Prompt.of(prompt), text) for text in responses]
             try:
                 return every(score_each(found, hypotheses))
             finally:
@@ -290,10 +291,10 @@ class GuidedModel:
         own = [self.base] if isinstance(self.base, CachedLM) else []
         return list(dict.fromkeys([*own, *(r for value in self.values.values() for r in cached_lms(value))]))
 
-    def forget(self) -> bool:
+    def reset_caches(self) -> bool:
         """Empty all caches, so that what comes next does not depend on what came before, to the last bit.
 
-        What runs elsewhere and died begins anew (``revive``). True where something had died.
+        What runs elsewhere and died begins anew (``restart``). True where something had died.
 
         Raises:
             ModelError: it cannot; all others have begun anew.
@@ -304,21 +305,26 @@ class GuidedModel:
             for reader in self.readers:
                 reader.clear()
             for part in (self.engine, *self.values.values()):
-                if (revive := getattr(part, "revive", None)) is not None:
+                if (restart := getattr(part, "restart", None)) is not None:
                     try:
-                        died = bool(revive()) or died
+                        died = bool(restart()) or died
                     except Exception as e:
                         failed = failed or e
         if failed is not None:
             raise failed if isinstance(failed, IVGError) else ModelError(f"a model cannot begin anew: {failed}") from failed
         return died
 
-    def give_back(self) -> None:
+    def release_memory(self) -> None:
         """Give memory that nothing needs now back to the system; for processes that live long. Nothing is computed otherwise."""
         with self.lock:
             for reader in self.readers:
-                reader.model.give_back()
+                reader.model.release_memory()
         environment.trim()
+
+    def forget(self) -> bool:
+        """Deprecated name of :meth:`reset_caches`."""
+        warnings.warn("GuidedModel.forget is now reset_caches; the old name goes with version 0.3", DeprecationWarning, stacklevel=2)
+        return self.reset_caches()
 
     def close(self) -> None:
         """Stop what runs elsewhere; nothing can be asked of this model any more."""
@@ -346,17 +352,3 @@ def _reader(base: PromptEncoder) -> CachedLM:
     if isinstance(base, CachedLM):
         return base
     raise ConfigError(f"{base.name} runs in another engine, and this needs its outputs here\n  leave engine out of the recipe's [run]")
-
-
-def given(base: PromptEncoder, prompt: Prompt, response: str) -> Any:
-    """A hypothesis of a response that was not generated here, in the base's tokens."""
-    from ivg.types import Beam
-
-    check_text(response, "the response")
-    prompt = base.own(prompt)
-    try:
-        before = base.prompt_ids(prompt)
-    except PromptError:  # of chat messages, by a base without chat template: the value may have one
-        before = ()
-    ids = tuple(base.vocabulary.response_ids(before, response))
-    return Beam(new_key(), None, prompt, ids, response, meter=TokenCounter(), vocabulary=base.vocabulary, inherits=False)

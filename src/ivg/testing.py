@@ -23,7 +23,7 @@ from ivg.types import (
     Value,
     new_key,
 )
-from ivg.utils.rng import child_lineage, uniform
+from ivg.utils.rng import child_rng_path, uniform
 
 if TYPE_CHECKING:
     from ivg.values.base import CompositeValue
@@ -87,12 +87,12 @@ class FakeEngine:
     Args:
         alphabet: letters.
         weights: of the letters and the end behind a text; the base's distribution up to a factor.
-        proposal: the same for orders with guidance, whose value itself is not asked.
+        proposal: the same for requests with guidance, whose value itself is not asked.
     """
 
     name = "fake"
     vocabulary: Any = None
-    lacks: Mapping[str, str] = {}
+    unsupported: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -122,53 +122,53 @@ class FakeEngine:
         """Forget them."""
         self.held -= set(keys)
 
-    def extend(self, orders: Sequence[ExpandRequest]) -> list[list[Beam]]:
+    def extend(self, requests: Sequence[ExpandRequest]) -> list[list[Beam]]:
         """Children of every beam."""
-        self.calls.append(len(orders))
-        return [self._family(order) for order in orders]
+        self.calls.append(len(requests))
+        return [self._family(request) for request in requests]
 
-    def _family(self, order: ExpandRequest) -> list[Beam]:
-        beam = order.beam
-        if self._pauses(order, beam.text, len(beam.token_ids)):
+    def _family(self, request: ExpandRequest) -> list[Beam]:
+        beam = request.beam
+        if self._pauses(request, beam.text, len(beam.token_ids)):
             return [replace(beam, paused=True)]
-        return [self._child(order, order.first + i) for i in range(order.successors)]
+        return [self._child(request, request.first + i) for i in range(request.successors)]
 
-    def _pauses(self, order: ExpandRequest, text: str, length: int) -> bool:
-        """Does the order's chunk end behind ``text``?"""
-        if order.pause is None or length < order.pause.after:
+    def _pauses(self, request: ExpandRequest, text: str, length: int) -> bool:
+        """Does the request's chunk end behind ``text``?"""
+        if request.pause is None or length < request.pause.after:
             return False
         base = self._distribution(text)
-        return -sum(p * math.log(p) for p in base if p) >= order.pause.entropy
+        return -sum(p * math.log(p) for p in base if p) >= request.pause.entropy
 
-    def _child(self, order: ExpandRequest, index: int) -> Beam:
-        beam = order.beam
-        lineage, ids = child_lineage(beam.lineage, len(beam.token_ids), index), list(beam.token_ids)
+    def _child(self, request: ExpandRequest, index: int) -> Beam:
+        beam = request.beam
+        rng_path, ids = child_rng_path(beam.rng_path, len(beam.token_ids), index), list(beam.token_ids)
         text, ratio, paused = beam.text, beam.log_ratio, False
         finish: FinishReason | None = None
-        for _ in range(order.tokens):
-            if self._pauses(order, text, len(ids)):
+        for _ in range(request.tokens):
+            if self._pauses(request, text, len(ids)):
                 paused = True
                 break
-            base = self._distribution(text, allow_eos=not order.sampling.ignore_eos)
-            guided = self.proposal is not None and order.guidance is not None
-            used = self._distribution(text, allow_eos=not order.sampling.ignore_eos, guided=True) if guided else base
-            token = _invert(used, uniform(order.seed, lineage, len(ids)))
-            if order.weigh:
+            base = self._distribution(text, allow_eos=not request.sampling.ignore_eos)
+            guided = self.proposal is not None and request.guidance is not None
+            used = self._distribution(text, allow_eos=not request.sampling.ignore_eos, guided=True) if guided else base
+            token = sample_from_weights(used, uniform(request.seed, rng_path, len(ids)))
+            if request.return_log_ratio:
                 ratio += (math.log(base[token]) if base[token] else -math.inf) - math.log(used[token])
             ids.append(token)
-            beam.meter.add("fake", 1)
+            beam.token_counter.add("fake", 1)
             text += "" if token == self.eos else self.alphabet[token]
-            found = [text.find(s) for s in order.sampling.stop if s in text]
+            found = [text.find(s) for s in request.sampling.stop if s in text]
             if token == self.eos or found:
                 text, finish = text[: min(found, default=len(text))], "stop"
                 break
-            if len(ids) == order.sampling.max_new_tokens:
+            if len(ids) == request.sampling.max_new_tokens:
                 finish = "length"
                 break
         key = new_key()
         self.held.add(key)
-        pieces = tuple("" if i == self.eos else self.alphabet[i] for i in ids) if order.record else ()
-        shifts = (0.0,) * len(ids) if order.record else ()
+        pieces = tuple("" if i == self.eos else self.alphabet[i] for i in ids) if request.record else ()
+        shifts = (0.0,) * len(ids) if request.record else ()
         return Beam(
             key,
             beam.key,
@@ -176,8 +176,8 @@ class FakeEngine:
             tuple(ids),
             text,
             finish,
-            beam.meter,
-            lineage=lineage,
+            beam.token_counter,
+            rng_path=rng_path,
             pieces=pieces,
             guide_shift=shifts,
             log_ratio=ratio,
@@ -193,9 +193,9 @@ class FakeEngine:
 
 
 class AsyncFakeEngine(FakeEngine):
-    """As :class:`FakeEngine`, with orders that end each at its own time, in no particular order.
+    """As :class:`FakeEngine`, whose requests end each at its own time, in no particular order.
 
-    Children under way are shown with half of their new letters to whoever watches. ``given_up`` has the beams whose orders were.
+    Children under way are shown with half of their new letters where ``stream`` is set. ``given_up`` has the beams whose requests were.
     """
 
     name = "paced-fake"
@@ -206,33 +206,33 @@ class AsyncFakeEngine(FakeEngine):
         self._orders: dict[int, ExpandRequest] = {}
         self._rounds = 0
 
-    def submit(self, orders: Sequence[ExpandRequest]) -> None:
+    def submit(self, requests: Sequence[ExpandRequest]) -> None:
         """Begin them."""
-        self.calls.append(len(orders))
-        self._orders |= {order.beam.key: order for order in orders}
+        self.calls.append(len(requests))
+        self._orders |= {request.beam.key: request for request in requests}
 
     def collect(self, beams: Collection[int] | None = None) -> list[ExpandOutput]:
-        """Some of the orders of ``beams``, done; of the others what is watched."""
+        """Some of the requests of ``beams``, done; of the others what is streamed."""
         self._rounds += 1
         out: list[ExpandOutput] = []
-        orders = [(key, order) for key, order in self._orders.items() if beams is None or key in beams]
-        for place, (key, order) in enumerate(orders):
-            if len(orders) == 1 or uniform(place, self._rounds) < 0.3:
+        requests = [(key, request) for key, request in self._orders.items() if beams is None or key in beams]
+        for place, (key, request) in enumerate(requests):
+            if len(requests) == 1 or uniform(place, self._rounds) < 0.3:
                 del self._orders[key]
-                out.append(ExpandOutput(key, self._family(order)))
-            elif order.watch and order.tokens > 1:
-                half = self._family(replace(order, tokens=order.tokens // 2))
+                out.append(ExpandOutput(key, self._family(request)))
+            elif request.stream and request.tokens > 1:
+                half = self._family(replace(request, tokens=request.tokens // 2))
                 self.held -= {b.key for b in half}
                 out.append(ExpandOutput(key, half, done=False))
         return out
 
     def release(self, keys: Sequence[int]) -> None:
-        """Forget them, and give their orders up."""
+        """Forget them, and give their requests up."""
         super().release(keys)
         self.given_up += [k for k in keys if self._orders.pop(k, None) is not None]
 
 
-def _invert(distribution: Sequence[float], u: float) -> int:
+def sample_from_weights(distribution: Sequence[float], u: float) -> int:
     """The first position whose cumulated probability exceeds ``u``."""
     total = 0.0
     for i, p in enumerate(distribution):

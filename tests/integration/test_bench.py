@@ -17,7 +17,7 @@ from ivg.errors import ConfigError, MissingDependencyError
 from ivg.model import GuidedModel
 from ivg.models.chat_template import encode
 from ivg.testing import byte_tokenizer, tiny_lm, tiny_value
-from ivg.utils.rng import child_lineage, mix, uniform
+from ivg.utils.rng import child_rng_path, mix, uniform
 from ivg.values.implicit import ImplicitValue
 
 TINY = Settings(shape="tiny", prompts=2, prompt_tokens=8, new_tokens=7, rounds=2, dtype="float32", device="cpu")
@@ -52,10 +52,10 @@ def path_draws(seed, chunk, count):
     """What ivg draws for the hypothesis that was child number path[i] of its parent at chunk i."""
 
     def draw(path, position):
-        lineage = 0
+        rng_path = 0
         for i, k in enumerate(path):
-            lineage = child_lineage(lineage, i * chunk, k)
-        return uniform(mix(seed, 0), lineage, position)
+            rng_path = child_rng_path(rng_path, i * chunk, k)
+        return uniform(mix(seed, 0), rng_path, position)
 
     return draw
 
@@ -398,7 +398,7 @@ def test_lost_places_are_counted():
     def children(*lengths):
         return [SimpleNamespace(token_ids=(0,) * n) for n in lengths]
 
-    engine = SimpleNamespace(vocabulary=None, lacks={}, name="fake", extend=lambda orders: [children(*o.gives) for o in orders])
+    engine = SimpleNamespace(vocabulary=None, unsupported={}, name="fake", extend=lambda orders: [children(*o.gives) for o in orders])
     counted = slot_utilization.CountingEngine(engine, 4)
     counted.searcher = SimpleNamespace(waiting_requests=1)
     counted.extend([SimpleNamespace(beam=parent, gives=(3, 1)), SimpleNamespace(beam=parent, gives=(3,))])

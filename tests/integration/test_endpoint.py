@@ -92,7 +92,7 @@ def test_seeds_differ_by_place_and_reproduce(serve):
     for more in ({}, {}, {"seed": 1}, {"first": 3}):
         family(engine, **more)
     root = order(engine).beam
-    family(engine, beam=replace(root, lineage=9))
+    family(engine, beam=replace(root, rng_path=9))
     family(engine, beam=replace(root, token_ids=(FILLER,)))
     seeds = [b["seed"] for b in server.asked]
     assert seeds[0] == seeds[1] and len(set(seeds)) == 5
@@ -115,12 +115,12 @@ def test_search_is_the_one_written_by_hand(serve):
     requests = [ask(Search(width=1, successors=3, chunk_length=3, value=COUNT_A), f"p{i}", i, ignore_eos=True) for i in range(5)]
     found = answers(engine, requests)
     for r, got in zip(requests, found, strict=True):
-        text, lineage = "", 0
+        text, rng_path = "", 0
         for position in range(0, 12, 3):
-            seed = mix(r.draw_seed, lineage, position, 0, 0) & 0x7FFFFFFF
+            seed = mix(r.draw_seed, rng_path, position, 0, 0) & 0x7FFFFFFF
             chunks = [written(r.prompt.content + text, seed + k, 3, ends=False)[0] for k in range(3)]
             best = max(range(3), key=lambda k: chunks[k].count("a"))
-            lineage = lineage if best == 0 else mix(lineage, position, best)
+            rng_path = rng_path if best == 0 else mix(rng_path, position, best)
             text += chunks[best]
         assert (got.text, got.score, got.finish_reason) == (text, text.count("a"), "length")
         assert len(got.token_ids) == 12 and engine.vocabulary.decode(got.token_ids) == text
@@ -165,7 +165,7 @@ def test_ends_and_counts(serve):
         )
         assert [len(b.token_ids) for b in family_of_four] == ([1, 3, 2, 4] if pieces else [2, 2, 2, 4])  # 10 tokens - 4, in three
         assert len(_merged([(b, 0.0) for b in family_of_four])) == 4
-        assert family_of_four[0].meter.forward_tokens == {"base": 17}
+        assert family_of_four[0].token_counter.forward_tokens == {"base": 17}
         assert server.asked[0].get("logprobs") == (0 if pieces else None)
 
 
@@ -232,7 +232,7 @@ def test_greedy_asks_once(serve):
     server, engine = serve()
     children = family(engine, 3, temperature=0.0)
     assert [b["n"] for b in server.asked] == [1]
-    assert len({b.token_ids for b in children}) == 1 and len({b.lineage for b in children}) == 3
+    assert len({b.token_ids for b in children}) == 1 and len({b.rng_path for b in children}) == 3
 
 
 @pytest.mark.parametrize("mood", ["refuses", "ignores"])
@@ -534,7 +534,7 @@ def test_an_upstream_fault_is_text_that_can_be_sent():
 def test_a_revived_engine_forgets_who_asked_before(serve):
     _, engine = serve()
     engine.submit([order(engine, prompt=f"p{i}") for i in range(4)])
-    engine.revive()
+    engine.restart()
     (done,) = answers(engine, [Request(Prompt("p"), Search(), SamplingParams(max_new_tokens=4))])
     assert done.error is None
     assert engine.collect() == []

@@ -9,7 +9,7 @@ from ivg.embedded import path
 from ivg.engines.vllm.value import InnerValue
 from ivg.errors import ConfigError, ModelError
 from ivg.factory import engines
-from ivg.model import GuidedModel, given
+from ivg.model import GuidedModel
 from ivg.models.loading import LoadOptions
 from ivg.settings.recipe import Recipe
 from ivg.testing import FakeEngine, tiny_lm, tiny_value
@@ -92,7 +92,7 @@ def test_a_value_that_guides_inside_and_selects_outside_is_emptied_with_the_othe
     inner = InnerValue("explicit", outside.vocabulary, lambda: outside)
     model = GuidedModel(tiny_lm(), {"explicit": inner}, engine=FakeEngine())
     assert model.readers == [model.base]
-    inner.score([given(model.base, Prompt("a"), "bc")])
+    inner.score([model.base.make_beam(Prompt("a"), "bc")])
     assert model.readers == [model.base, outside.model] and outside.model.model.live_rows == 1
-    model.forget()
+    model.reset_caches()
     assert outside.model.model.live_rows == 0

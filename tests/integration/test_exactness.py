@@ -243,11 +243,11 @@ def test_chunks_of_one_beam_are_plain_sampling(llama):
 
 def test_wide_search_without_chunks_is_best_of_n(llama):
     """The best of N independent samples by the explicit value, recomputed by hand from the naive pieces."""
-    from ivg.utils.rng import child_lineage, mix
+    from ivg.utils.rng import child_rng_path, mix
 
     sampling, prompt = SamplingParams(max_new_tokens=10), llama.base.tokenizer(PROMPTS[0]).input_ids
     samples = [
-        naive.grow(llama.base.model.network, {}, METHODS["base"], prompt, [], child_lineage(0, 0, k), 10, 1.0, mix(5, 0), 10, 0)[0]
+        naive.grow(llama.base.model.network, {}, METHODS["base"], prompt, [], child_rng_path(0, 0, k), 10, 1.0, mix(5, 0), 10, 0)[0]
         for k in range(6)
     ]
     best = max(samples, key=lambda y: llama.naive["explicit"].score(prompt, y))

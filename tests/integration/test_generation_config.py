@@ -172,11 +172,11 @@ def test_an_engine_that_cannot_says_so(checkpoint):
     from ivg.engines.vllm.engine import VLLMEngine
 
     model = GuidedModel.from_pretrained(checkpoint({"no_repeat_ngram_size": 2}))
-    model.engine.lacks = VLLMEngine.lacks
+    model.engine.unsupported = VLLMEngine.unsupported
     with pytest.raises(ConfigError, match=r"(?s)no_repeat_ngram_size: the engine transformers cannot do that.*generation-config ignore"):
         model.generate("abc", "base")
-    assert {"min_new_tokens", "suppress_tokens"} <= set(EndpointEngine.lacks)
-    assert not {"repetition_penalty", "min_new_tokens", "temperature", "top_k"} & set(VLLMEngine.lacks)
+    assert {"min_new_tokens", "suppress_tokens"} <= set(EndpointEngine.unsupported)
+    assert not {"repetition_penalty", "min_new_tokens", "temperature", "top_k"} & set(VLLMEngine.unsupported)
 
 
 def test_the_recipe_and_the_evaluation_go_by_the_same_rule(checkpoint):

@@ -507,7 +507,7 @@ def test_models_that_cannot_begin_anew_at_once_are_tried_again(monkeypatch):
         return len(response)
 
     model = tiny(bomb=FunctionValue(bomb, "bomb"))
-    server, again, forget, memory = Running(model), [], model.forget, threading.Event()
+    server, again, reset_caches, memory = Running(model), [], model.reset_caches, threading.Event()
     monkeypatch.setattr("ivg.serving.worker.MEND_SECONDS", 1.0)
 
     def hard():
@@ -515,13 +515,13 @@ def test_models_that_cannot_begin_anew_at_once_are_tried_again(monkeypatch):
         if not memory.is_set():
             time.sleep(0.3)  # longer than it takes the next to come
             raise ModelError("no memory yet")
-        return forget()
+        return reset_caches()
 
     def ask(prompt):
         guidance = {"method": "custom", "select_value": "bomb", "successors": 2, "chunk_length": 8}
         return server.post(GOOD | {"prompt": prompt, "max_tokens": 8, "guidance": guidance})
 
-    monkeypatch.setattr(model, "forget", hard)
+    monkeypatch.setattr(model, "reset_caches", hard)
     try:
         first = ask("dynamite")
         assert httpx.get(f"{server.url}/ready").json() == {"status": "restarting"}
@@ -553,8 +553,8 @@ def test_a_request_that_is_alone_when_an_engine_dies_is_tried_once_more(monkeypa
         return len(response)
 
     model = tiny(deadly=FunctionValue(deadly, "deadly"))
-    forget = model.forget
-    monkeypatch.setattr(model, "forget", lambda: forget() or True)
+    reset_caches = model.reset_caches
+    monkeypatch.setattr(model, "reset_caches", lambda: reset_caches() or True)
     server = Running(model)
     guidance = {"method": "custom", "select_value": "deadly", "chunk_length": 4}
     try:
@@ -599,7 +599,7 @@ def test_an_engine_that_dies_as_somebody_leaves_takes_nobody_with_it(monkeypatch
 def test_memory_is_given_back_now_and_then(monkeypatch):
     model = tiny()
     given = []
-    monkeypatch.setattr(model, "give_back", lambda: given.append(len(model.readers)))
+    monkeypatch.setattr(model, "release_memory", lambda: given.append(len(model.readers)))
     monkeypatch.setattr("ivg.serving.worker.TRIM_SECONDS", 0.0)
     server = Running(model)
     try:

@@ -32,7 +32,7 @@ JOBS = [(method, prompt, seed) for seed in range(2) for method in ("ivg", "eft",
 
 def test_threads_get_the_answers_of_one(model):
     alone = [model.generate(p, m, seed=s) for m, p, s in JOBS]
-    model.forget()
+    model.reset_caches()
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda job: model.generate(job[1], job[0], seed=job[2]), JOBS, timeout=GUARD))
         scores = list(pool.map(lambda c: model.score("I", [c.text]), alone, timeout=GUARD))

@@ -178,7 +178,7 @@ def test_memory_that_no_row_holds_goes_back_to_the_system():
     for row in (*forks, *others):
         model.free(row)
     assert resident(model.cache) == busy  # freed for other rows only
-    model.give_back()
+    model.release_memory()
     kept = sum(len(f.ids) for f in model.rows._idle) + len(short.ids)  # trunks that may serve later prompts
     heads = sum(t.shape[1] for pair in model.cache.trunk for t in pair)
     assert resident(model.cache) <= kept * model.cache.token_bytes + 2 * mmap.PAGESIZE * heads * model.cache.trunks
@@ -195,7 +195,7 @@ def test_only_pages_behind_what_is_held_go_back():
         tensors = [zeros(shape, torch.empty(0)).fill_(1) for _ in range(4)]
         setattr(store, name, [(tensors[0], tensors[1]), (tensors[2], tensors[3])])
     own, trunk = [10, 0, 0, 64, 33], [100, 0, 31]
-    store.give_back(own, trunk)
+    store.release_memory(own, trunk)
     for tensor in (t for pair in store.own for t in pair):
         assert all(bool((tensor[i, :n] == 1).all()) for i, n in enumerate(own))
         left = sum(int((tensor[i, n:] == 1).sum()) for i, n in enumerate(own)) * 4
@@ -316,8 +316,8 @@ def test_sisters_that_are_new_to_a_value_share_their_prompt():
 
     value = tiny_value("scalar")
     sisters = [hypothesis("The movie was", f" {i} good", value.model) for i in range(4)]
-    meter = sisters[0].meter
-    sisters = [dataclasses.replace(h, meter=meter) for h in sisters]
+    token_counter = sisters[0].token_counter
+    sisters = [dataclasses.replace(h, token_counter=token_counter) for h in sisters]
     scores = value.score(sisters)
     assert value.model.model.held_peak < 0.7 * value.model.model.needed_peak
     value.release([h.key for h in sisters])

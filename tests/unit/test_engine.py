@@ -422,7 +422,7 @@ def test_readers_can_be_rewound():
     text = hypothesis("Two words", "", reader)
     grown = [dataclasses.replace(text, token_ids=ids) for ids in ((60, 61, 62, 63), (60, 70), (60, 70, 71, 72, 73))]
     reader.outputs([grown[0]])
-    reader.rewind([grown[1]])
+    reader.truncate([grown[1]])
     expected = naive.outputs(reader.model.network, [*reader.prompt_ids(text.prompt), *grown[2].token_ids])[-1]
     assert torch.allclose(reader.outputs([grown[2]])[0], expected, atol=1e-3)
 

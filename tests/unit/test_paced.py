@@ -89,7 +89,7 @@ def test_a_loop_that_was_left_in_the_middle_harms_no_later_one():
 
 def test_what_an_engine_lacks_is_told_before_anything_runs():
     class Lacking(FakeEngine):
-        lacks = {"ignore_eos": "another engine can"}  # noqa: RUF012
+        unsupported = {"ignore_eos": "another engine can"}  # noqa: RUF012
 
     engine = Lacking()
     with pytest.raises(ConfigError, match="ignore_eos: the engine fake cannot do that\n  another engine can"):

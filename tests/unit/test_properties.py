@@ -14,7 +14,7 @@ from ivg.search.particles import normalised
 from ivg.search.selection import budgets
 from ivg.testing import byte_tokenizer
 from ivg.types import DecodeState
-from ivg.utils.rng import child_lineage, uniform
+from ivg.utils.rng import child_rng_path, uniform
 
 VOCABULARY = Vocabulary(byte_tokenizer([("t", "h"), ("Ġ", "w")]))
 ids = st.lists(st.integers(0, 3), max_size=30)
@@ -98,6 +98,6 @@ def test_draws_stay_in_the_vocabulary(logits, u):
 
 
 @given(st.integers(0, 1 << 63), st.integers(0, 1000), st.integers(1, 64))
-def test_children_have_lineages_of_their_own(lineage, position, count):
-    assert child_lineage(lineage, position, 0) == lineage
-    assert len({child_lineage(lineage, position, k) for k in range(count)}) == count
+def test_children_have_lineages_of_their_own(rng_path, position, count):
+    assert child_rng_path(rng_path, position, 0) == rng_path
+    assert len({child_rng_path(rng_path, position, k) for k in range(count)}) == count

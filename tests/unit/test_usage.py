@@ -39,7 +39,7 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_usage_does_not_depend_on_the_cache(model, method):
     settings = METHODS[method]
-    model.forget()
+    model.reset_caches()
     cold = model.generate(PROMPT, method, **settings)
     warm = [model.generate(PROMPT, method, **settings) for _ in range(2)]
     model.generate(PROMPT + " yesterday", "ivg")
@@ -53,7 +53,7 @@ def test_usage_does_not_depend_on_the_cache(model, method):
 
 def test_what_the_base_reads_by_hand(model):
     """A prompt of p tokens and an answer of n: p + n - 1 tokens, of which a second time the cache has all of the prompt but the last."""
-    model.forget()
+    model.reset_caches()
     p = len(model.reader.prompt_ids(model.request(PROMPT, "base").prompt))
     for cached in (0, p - 1):
         c = model.generate(PROMPT, "base", ignore_eos=True, seed=cached)
@@ -66,10 +66,10 @@ def test_what_the_base_reads_by_hand(model):
 def test_company_changes_nothing(model):
     """The same numbers for a request alone and in a batch."""
     requests = [model.request(PROMPT, m, seed=3, **s) for m, s in METHODS.items()]
-    model.forget()
+    model.reset_caches()
     together = dict(model.run(requests))
     for i, request in enumerate(requests):
-        model.forget()
+        model.reset_caches()
         ((_, alone),) = model.run([request])
         assert together[i].usage.forward_tokens == alone.usage.forward_tokens, list(METHODS)[i]
 
@@ -77,7 +77,7 @@ def test_company_changes_nothing(model):
 def test_the_server_says_what_was_cached(model):
     from types import SimpleNamespace
 
-    model.forget()
+    model.reset_caches()
     first, second = (model.generate(PROMPT, "ivg") for _ in range(2))
     request = model.request(PROMPT, "ivg")
     form = ResponseBuilder(False, "m", SimpleNamespace(requests=[request], each=1, prompt_tokens=first.usage.prompt_tokens), None, None)

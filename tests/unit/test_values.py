@@ -237,11 +237,11 @@ def test_other_tokenizer_reads_only_the_changed_end(base):
     value = tiny_value("scalar", tokenizer=byte_tokenizer([("a", "n"), ("Ġ", "b")]))
     first = hypothesis("A text of thirty characters or so", " ba", base)
     value.score([first])
-    before = first.meter.forward_tokens["explicit"]
+    before = first.token_counter.forward_tokens["explicit"]
     second = hypothesis("A text of thirty characters or so", " ban", base, first)
     value.score([second])
     assert before > 30
-    assert second.meter.forward_tokens["explicit"] <= 2
+    assert second.token_counter.forward_tokens["explicit"] <= 2
 
 
 def test_a_model_with_other_tokens_counts_no_prompt_as_response():

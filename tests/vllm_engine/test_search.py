@@ -49,7 +49,7 @@ def test_methods(embedded, method):
     done = embedded.generate(prompts(3), method, seed=1, max_new_tokens=12, **sizes)
     assert all(c.error is None and c.token_ids for c in done)
     assert all((c.score is not None) == bool(METHODS[method].selectors) for c in done)
-    assert not embedded.engine._flights
+    assert not embedded.engine._running
 
 
 def test_best_of_n_chooses_the_best(embedded):
@@ -114,7 +114,7 @@ def test_cancelling_frees_everything(embedded):
         searcher.step()
     for number in numbers:
         searcher.cancel(number)
-    assert not searcher.busy and not embedded.engine._flights
+    assert not searcher.busy and not embedded.engine._running
     embedded.generate("The movie was", "eft", max_new_tokens=2)  # vLLM frees aborted requests with its next pass
     assert held_blocks(embedded.engine.core) == 0 == held_blocks(embedded.values["explicit"].core)
     for core in (embedded.engine.core, embedded.values["explicit"].core):
@@ -191,13 +191,13 @@ def test_an_abort_that_fails_prevents_no_revival(embedded, monkeypatch):
 
     with monkeypatch.context() as broken:
         broken.setattr(core._engine, "abort_request", dies)
-        broken.setattr(core, "revive", lambda: revived.append(core.failure))
-        embedded.forget()
+        broken.setattr(core, "restart", lambda: revived.append(core.failure))
+        embedded.reset_caches()
     assert revived == ["RuntimeError: zmq: no such socket"]
     core.failure = None
     core._engine.abort_request(list(core._engine.output_processor.external_req_ids))
     searcher.cancel(number)
-    assert not embedded.engine._flights
+    assert not embedded.engine._running
 
 
 def test_a_process_that_was_killed_is_told():
@@ -255,7 +255,7 @@ def test_an_engine_that_dies_is_told_and_revived(folder):
                 searcher.step()
         with pytest.raises(ModelError, match="died"):
             model.generate("The film", "eft", max_new_tokens=2)
-        model.forget()
+        model.reset_caches()
         again = model.generate(prompts(3), "eft", seed=1, max_new_tokens=8)
         assert [c.token_ids for c in again] == [c.token_ids for c in before]
 

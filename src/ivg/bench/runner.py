@@ -126,7 +126,7 @@ class Bench:
         from ivg.diagnostics.cost import flops, readers
 
         contestant, prompts = self._contestant(entry.contestant), self._texts(entry.prompts)
-        self.model.forget()
+        self.model.reset_caches()
         environment.trim()
         environment.reset_peak()
         before, clock, begin = environment.resident_bytes(self.device), environment.clock(), time.perf_counter()
@@ -139,7 +139,7 @@ class Bench:
         peak, others = environment.peak_bytes(self.device), environment.others(clock)
         models = [reader.model for reader in readers(self.model).values()]
         caches, held = sum(m.needed_peak for m in models), sum(m.held_peak for m in models)
-        self.model.forget()
+        self.model.reset_caches()
         return {
             **asdict(entry),
             "round": number,

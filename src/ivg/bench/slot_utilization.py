@@ -36,7 +36,7 @@ class CountingEngine:
 
     def __init__(self, engine: Engine, places: int) -> None:
         self.engine, self.places = engine, places
-        self.name, self.vocabulary, self.lacks = engine.name, engine.vocabulary, engine.lacks
+        self.name, self.vocabulary, self.unsupported = engine.name, engine.vocabulary, engine.unsupported
         self.searcher: Any = None
         self.waiting, self.draining = Count(), Count()
 

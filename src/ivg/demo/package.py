@@ -106,7 +106,7 @@ def _agreement(model: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
             Prompt(r["prompt"]),
             tuple(r["token_ids"]),
             r["response"],
-            meter=TokenCounter(),
+            token_counter=TokenCounter(),
             vocabulary=model.base.vocabulary,
         )
         for r in rows

@@ -132,7 +132,7 @@ def prefixes(base: CachedLM, prompt: Prompt, response: str, ends: bool) -> list[
 def _child(line: list[Beam], prompt: Prompt, ids: tuple[int, ...], text: str, whole: Beam, last: bool = False) -> Beam:
     parent = line[-1].key if line else None
     finish = whole.finish if last else None
-    return Beam(new_key(), parent, prompt, ids, text, finish, whole.meter, whole.vocabulary, inherits=bool(line))
+    return Beam(new_key(), parent, prompt, ids, text, finish, whole.token_counter, whole.vocabulary, inherits=bool(line))
 
 
 def score_pairs(

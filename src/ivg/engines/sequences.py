@@ -1,6 +1,6 @@
 """Children of a beam while they grow, token by token: limits, ends, stop strings, what is recorded.
 
-Knows: one order. Must not know where tokens come from: a network here (``engine.transformers``) or another engine (``ivg.engines.vllm``).
+Knows: one request. Must not know where tokens come from: a network here (``engine.transformers``) or another engine (``ivg.engines.vllm``).
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ivg.types import Beam, DecodeState, ExpandRequest, FinishReason, Prompt, TokenCounter, TokenLogprobs, new_key
-from ivg.utils.rng import child_lineage
+from ivg.utils.rng import child_rng_path
 
 
 @dataclass(slots=True)
 class TokenSequence:
     """A child while it grows; a :class:`~ivg.types.Hypothesis`, so base and guides can read it."""
 
-    order: ExpandRequest
+    request: ExpandRequest
     parent: int
-    lineage: int
+    rng_path: int
     limit: int
     prompt: Prompt
-    meter: TokenCounter
+    token_counter: TokenCounter
     vocabulary: object
     token_ids: list[int]
     decoded: DecodeState
@@ -29,7 +29,7 @@ class TokenSequence:
     key: int = field(default_factory=new_key)
     finish: FinishReason | None = None
     error: str | None = None
-    origin: int | None = None
+    ancestor_key: int | None = None
     inherits: bool = True
     paused: bool = False
     log_ratio: float = 0.0
@@ -47,7 +47,7 @@ class TokenSequence:
     def end(self, finish: FinishReason) -> None:
         """Nothing will be added: what was held back of the text is shown. An end-of-sequence token adds no text, special or not."""
         self.finish = finish
-        beam = self.order.beam
+        beam = self.request.beam
         if finish == "stop" and self.token_ids and self.token_ids[-1] in beam.vocabulary.eos_ids:
             self._decode(self.token_ids[:-1], final=True)
             self.decoded = replace(self.decoded, tokens=len(self.token_ids))
@@ -55,48 +55,48 @@ class TokenSequence:
             self._decode(final=True)
 
     def _decode(self, ids: Sequence[int] | None = None, *, final: bool) -> None:
-        new, self.decoded = self.order.beam.vocabulary.continue_text(self.token_ids if ids is None else ids, self.decoded, final=final)
+        new, self.decoded = self.request.beam.vocabulary.continue_text(self.token_ids if ids is None else ids, self.decoded, final=final)
         self.written += new
 
 
-def newborn(order: ExpandRequest) -> list[TokenSequence]:
-    """The children of ``order`` before their first token."""
-    beam, sampling = order.beam, order.sampling
-    limit = min(len(beam.token_ids) + order.tokens, sampling.max_new_tokens)
+def fork(request: ExpandRequest) -> list[TokenSequence]:
+    """The children of ``request`` before their first token."""
+    beam, sampling = request.beam, request.sampling
+    limit = min(len(beam.token_ids) + request.tokens, sampling.max_new_tokens)
     return [
         TokenSequence(
-            order=order,
+            request=request,
             parent=beam.key,
-            lineage=child_lineage(beam.lineage, len(beam.token_ids), order.first + index),
+            rng_path=child_rng_path(beam.rng_path, len(beam.token_ids), request.first + index),
             limit=limit,
             prompt=beam.prompt,
-            meter=beam.meter,
+            token_counter=beam.token_counter,
             vocabulary=beam.vocabulary,
             token_ids=list(beam.token_ids),
             decoded=beam.decoded,
             written=beam.text,
-            inherits=not order.keep,
+            inherits=not request.keep,
             log_ratio=beam.log_ratio,
             guide_shift=list(beam.guide_shift),
             pieces=list(beam.pieces),
             details=list(beam.details),
         )
-        for index in range(order.successors)
+        for index in range(request.successors)
     ]
 
 
-def push(d: TokenSequence, token: int, shift: float = 0.0, look: TokenLogprobs | None = None) -> None:
+def append_token(d: TokenSequence, token: int, shift: float = 0.0, look: TokenLogprobs | None = None) -> None:
     """Append a token and see whether it ends the response."""
-    sampling = d.order.sampling
+    sampling = d.request.sampling
     before = len(d.text)
     d.token_ids.append(token)
-    if token in d.order.beam.vocabulary.eos_ids and not sampling.ignore_eos:
+    if token in d.request.beam.vocabulary.eos_ids and not sampling.ignore_eos:
         d.end("stop")
     elif sampling.stop and (cut := _stop_at(d.text, before, sampling.stop)) is not None:
         d.written, d.finish = d.text[:cut], "stop"
     elif len(d.token_ids) >= sampling.max_new_tokens:
         d.end("length")
-    if d.order.record:
+    if d.request.record:
         d.guide_shift.append(shift)
         d.pieces.append(d.text[before:])
     if look is not None:
@@ -130,9 +130,9 @@ def _finished(d: TokenSequence) -> Beam:
         token_ids=tuple(d.token_ids),
         text=text,
         finish=d.finish,
-        meter=d.meter,
+        token_counter=d.token_counter,
         vocabulary=d.vocabulary,
-        lineage=d.lineage,
+        rng_path=d.rng_path,
         guide_shift=tuple(d.guide_shift),
         pieces=tuple(d.pieces),
         details=tuple(d.details),

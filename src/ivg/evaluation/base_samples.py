@@ -40,7 +40,7 @@ def fill(worker: Worker, done: Report) -> None:
         file = BlockFile(path, p.block_of(BANK), p.total, p.provenance(BANK))
         done(BANK, min(file.rows, p.total))
         for positions in file.missing():
-            worker.model.forget()
+            worker.model.reset_caches()
             environment.reset_peak()
             began = time.perf_counter()
             rows = list(_samples(worker.model, p, positions))
@@ -116,7 +116,7 @@ def _reading(model: GuidedModel, value: Value | None, beams: Sequence[Beam]) -> 
             counts[reader.name] = len(ids) - last - border
     for classifier in classifiers(value):
         for beam, counts in zip(beams, own, strict=True):
-            counts[classifier.name] = beam.meter.forward_tokens[classifier.name]
+            counts[classifier.name] = beam.token_counter.forward_tokens[classifier.name]
     return shared, own
 
 

@@ -127,7 +127,7 @@ def generate(worker: Worker, label: str, done: Report) -> None:
         done(label, min(file.rows, p.total))
         for positions in file.missing():
             model = worker.model
-            model.forget()
+            model.reset_caches()
             environment.reset_peak()
             began = time.perf_counter()
             rows = list(_answers(model, p, p.method(label), positions))

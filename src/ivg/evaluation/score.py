@@ -188,7 +188,7 @@ def _judged_bank(worker: Worker, rows: Sequence[Row]) -> Iterator[Row]:
 
 def base_logps(model: GuidedModel, rows: Sequence[Row]) -> list[float]:
     """Log-probability of every answer under the plain base at temperature 1, in nats: sum over its tokens."""
-    model.forget()
+    model.reset_caches()
     beams = [
         Beam(new_key(), None, prompt_of(r), tuple(r["token_ids"]), r["text"], None, TokenCounter(), model.base.vocabulary, inherits=False)
         for r in rows

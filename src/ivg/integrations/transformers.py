@@ -219,7 +219,7 @@ class _Processed(TransformersEngine):
         super().__init__(base)
         self.processors, self.padded = processors, padded
 
-    def _processed(self, logits: Tensor, nodes: Sequence[Hypothesis], orders: Sequence[ExpandRequest]) -> Tensor:
+    def _processed(self, logits: Tensor, nodes: Sequence[Hypothesis], requests: Sequence[ExpandRequest]) -> Tensor:
         if not self.processors:
             return logits
         out = logits.clone()

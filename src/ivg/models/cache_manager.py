@@ -318,7 +318,7 @@ class CacheManager:
                 row.family.ids.extend(piece)
                 row.start = len(row.ids)
 
-    def give_back(self) -> None:
+    def release_memory(self) -> None:
         """Let the system have what no row holds; trunks that may serve a later prompt stay."""
         if self.device.type != "cpu":
             return
@@ -330,7 +330,7 @@ class CacheManager:
             own[source] = max(own[source], count)
         for family in (*self._families, *self._idle):
             trunk[family.trunk] = len(family.ids)
-        self.store.give_back(own, trunk)
+        self.store.release_memory(own, trunk)
 
     @property
     def needed_bytes(self) -> int:

@@ -71,12 +71,12 @@ class CachedLM(PromptEncoder):
         self._entries.clear()
         self.model.clear()
 
-    def follow(self, hypotheses: Sequence[Hypothesis]) -> None:
+    def inherit_cache(self, hypotheses: Sequence[Hypothesis]) -> None:
         """Give hypotheses the rows of their ancestors without reading anything: what is not read now can be read later.
 
         For whoever reads only some of them (gated guidance). Hypotheses without an ancestor here get nothing.
         """
-        new = [h for h in hypotheses if h.key not in self._entries and (h.parent in self._entries or h.origin in self._entries)]
+        new = [h for h in hypotheses if h.key not in self._entries and (h.parent in self._entries or h.ancestor_key in self._entries)]
         self._claim(new)
 
     # Reading
@@ -132,7 +132,7 @@ class CachedLM(PromptEncoder):
             entry.scored += tokens
         return [list(e.logps) for e in entries]
 
-    def rewind(self, hypotheses: Sequence[Hypothesis]) -> None:
+    def truncate(self, hypotheses: Sequence[Hypothesis]) -> None:
         """The last tokens of these hypotheses were changed: forget what was read beyond their first ``len(token_ids) - 1``.
 
         Everywhere else a hypothesis only grows, and a child begins with its parent's tokens; readers rely on it.
@@ -159,7 +159,7 @@ class CachedLM(PromptEncoder):
         """Tell the request's meter of ``new`` tokens that its row is about to read, and of those that the cache spared it before."""
         held = len(entry.row.ids)
         cached = max(0, held - entry.counted)
-        h.meter.add(self.name, cached + new, cached)
+        h.token_counter.add(self.name, cached + new, cached)
         entry.counted = held + new
 
     def _unread(self, h: Hypothesis, entry: _Entry, drop: int, count: int) -> list[int]:
@@ -192,7 +192,7 @@ class CachedLM(PromptEncoder):
         for h in hypotheses:
             if h.key in self._entries:
                 continue
-            known = next((a for a in (h.parent, h.origin) if a is not None and a in self._entries), None)
+            known = next((a for a in (h.parent, h.ancestor_key) if a is not None and a in self._entries), None)
             if known is not None:
                 heirs.setdefault(known, []).append(h)
             else:
@@ -221,7 +221,7 @@ class CachedLM(PromptEncoder):
         sharing = Counter(prompts)
         sisters: dict[tuple[int, tuple[int, ...]], Row] = {}
         for h, (ids, border), prompt in zip(fresh, targets, prompts, strict=True):
-            first = sisters.get((id(h.meter), prompt)) if prompt else None
+            first = sisters.get((id(h.token_counter), prompt)) if prompt else None
             if first is None:
                 row = self.model.open(ids[: len(ids) - drop])
             else:
@@ -229,9 +229,9 @@ class CachedLM(PromptEncoder):
                 del row.ids[len(prompt) :]
             counted = 0 if first is None else len(prompt)  # a request counts what its hypotheses share once
             if first is None and prompt and sharing[prompt] > 1:
-                sisters[id(h.meter), prompt] = row
+                sisters[id(h.token_counter), prompt] = row
                 cached = min(len(row.ids), len(prompt))
-                h.meter.add(self.name, len(prompt), cached)
+                h.token_counter.add(self.name, len(prompt), cached)
                 counted = len(prompt)
                 if unread := list(prompt[cached:]):
                     list(self.model.feed([row], [unread], [0]))

@@ -209,7 +209,7 @@ class KVCache(Cache):
                     shared[kind][trunk, :, first:] = 0
 
     @torch.no_grad()
-    def give_back(self, own: Sequence[int], trunk: Sequence[int]) -> None:
+    def release_memory(self, own: Sequence[int], trunk: Sequence[int]) -> None:
         """Let the system have the pages behind the first ``own[i]`` positions of slot i and ``trunk[i]`` of trunk i.
 
         They read as zeros from then on, and are taken again when they are written. CPUs only: on a GPU the store keeps its size.

@@ -15,6 +15,7 @@ from ivg.models.cache_manager import common_length
 from ivg.models.chat_template import check_template, encode_rendered, is_chat, render
 from ivg.models.vocabulary import Vocabulary
 from ivg.types import Beam, Hypothesis, Prompt, new_key
+from ivg.types.messages import check_text
 
 
 class PromptEncoder:
@@ -70,6 +71,21 @@ class PromptEncoder:
         self.check_length(prompt, new_tokens)
         state = self.vocabulary.begin(self.prompt_ids(prompt))
         return Beam(new_key(), None, prompt, vocabulary=self.vocabulary, inherits=False, decoded=state)
+
+    def make_beam(self, prompt: Prompt, response: str) -> Beam:
+        """A beam for a response that was not generated here, in this model's tokens.
+
+        Raises:
+            PromptError: ``response`` is no Unicode text.
+        """
+        check_text(response, "the response")
+        prompt = self.own(prompt)
+        try:
+            before = self.prompt_ids(prompt)
+        except PromptError:  # chat messages, and a base without a chat template: a value may have one
+            before = ()
+        ids = tuple(self.vocabulary.response_ids(before, response))
+        return Beam(new_key(), None, prompt, ids, response, vocabulary=self.vocabulary, inherits=False)
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         if prompt.token_ids is not None and (self.reads_given_ids or self.template is None):

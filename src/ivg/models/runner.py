@@ -96,12 +96,12 @@ class ModelRunner:
         """Give its memory back; a trunk without rows stays until its place is needed, and may serve a later prompt."""
         self.rows.free(row)
 
-    def give_back(self) -> None:
+    def release_memory(self) -> None:
         """Let the system have the memory that no row holds: else a process keeps every page that any row ever touched.
 
         No output changes. CPUs only.
         """
-        self.rows.give_back()
+        self.rows.release_memory()
 
     # Passes
 
@@ -205,7 +205,9 @@ class ModelRunner:
                 f"{self.name} reads at most {self.max_positions} tokens{why}, got {longest}\n  shorten the prompt or the answer"
             )
         if self.cache.failed:
-            raise ModelError(f"{self.name}: memory ran out while its cache grew\n  forget() it, and ask for fewer beams or shorter texts")
+            raise ModelError(
+                f"{self.name}: memory ran out while its cache grew\n  call reset_caches(), then ask for fewer beams or shorter texts"
+            )
         self.rows.prepare(rows)
 
     def _block(self, left: int, keep: int) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from ivg.errors import ConfigError
-from ivg.search.request import Particles, Rejection, Search, demand
+from ivg.search.request import Particles, Rejection, Search, require
 from ivg.settings.rules import settle
 from ivg.types import TokenGuidance, Value
 
@@ -153,9 +153,9 @@ class Method:
         if self.decay != 1.0 or self.original:
             raise ConfigError(f"{self.name}: rule={self.rule} has no budgets and no copies\n  leave out decay and original")
         if self.rule == "reject":
-            demand("width · successors (W·K)", self.width * self.successors, self.width * self.successors == 1, "1 with rule=reject")
+            require("width · successors (W·K)", self.width * self.successors, self.width * self.successors == 1, "1 with rule=reject")
             longest = self.chunk_length
-            demand("segment_min", self.segment_min, longest is None or self.segment_min <= longest, f"at most chunk_length ({longest})")
+            require("segment_min", self.segment_min, longest is None or self.segment_min <= longest, f"at most chunk_length ({longest})")
 
     def search(self, values: Mapping[str, Value], combine: Combine | None = None) -> Search:
         """Settings for the loop, names replaced by objects.

@@ -43,7 +43,7 @@ def effective_size(weights: Sequence[float]) -> float:
 class ParticleRule:
     """N = W * K particles of one request."""
 
-    reads_prompt, weighs = False, True
+    reads_prompt, needs_log_ratio = False, True
     prompt_value = 0.0
 
     def __init__(self, request: Request) -> None:

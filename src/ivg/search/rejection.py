@@ -39,7 +39,7 @@ def acceptance(settings: Rejection, value: float, threshold: float) -> float:
 class RejectionRule:
     """One prefix, which is kept while segments behind it are tried."""
 
-    weighs = False
+    needs_log_ratio = False
 
     def __init__(self, request: Request) -> None:
         assert request.search.rejection is not None

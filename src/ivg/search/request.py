@@ -25,7 +25,7 @@ Scored = tuple[Beam, float]
 """A hypothesis and what the selecting value says of it (0 where there is none)."""
 
 
-def demand(name: str, got: object, fine: bool, expected: str) -> None:
+def require(name: str, got: object, fine: bool, expected: str) -> None:
     """Raise unless ``fine``.
 
     Raises:
@@ -146,7 +146,7 @@ class RequestState:
     rule: SelectionRule
     started: float
     kept: list[Scored]
-    meter: TokenCounter
+    token_counter: TokenCounter
     prompt_tokens: int
     growing: list[Beam] = field(default_factory=list)
     chunk: Chunk | None = None
@@ -161,7 +161,7 @@ class RequestState:
     overtaken: int = 0
     """Requests that came later and were let in before."""
     pending: set[int] = field(default_factory=set)
-    """Keys of beams whose orders are not done (engines that work on by themselves)."""
+    """Keys of beams that are still being extended (engines that work on by themselves)."""
     families: dict[int, list[Beam]] = field(default_factory=dict)
     """Children of the others, and how far those under way have come, by the key of their parent."""
     trace: list[Step] = field(default_factory=list)
@@ -172,12 +172,12 @@ class RequestState:
         return self.request.trace or self.request.record
 
 
-def asked(request: Request) -> set[str]:
-    """What ``request`` asks of an engine: names as in ``Engine.lacks``, and every setting of sampling that is not at its default."""
+def required_features(request: Request) -> set[str]:
+    """What ``request`` asks of an engine: names as in ``Engine.unsupported``, and every setting of sampling that is not at its default."""
     search, sampling = request.search, request.sampling
     wanted = {
         "pause": search.rejection is not None,
-        "weigh": search.particles is not None and search.guidance is not None,
+        "return_log_ratio": search.particles is not None and search.guidance is not None,
         "alternatives": request.alternatives is not None,
     }
     return {name for name, needed in wanted.items() if needed} | set(sampling.changed)
@@ -199,7 +199,7 @@ def check_search(search: Search) -> None:
         raise ConfigError("rejection and particles have their own rule\n  leave out decay, original and soft")
     if search.rejection is not None:
         draft = search.guidance.draft if search.guidance is not None else 0
-        demand("draft", draft, draft == 0, "0 with rule=reject, whose segments end where the base is in doubt")
-        demand("width · successors (W·K)", search.width * search.successors, search.width * search.successors == 1, "1 for rejection")
+        require("draft", draft, draft == 0, "0 with rule=reject, whose segments end where the base is in doubt")
+        require("width · successors (W·K)", search.width * search.successors, search.width * search.successors == 1, "1 for rejection")
         longest, least = search.chunk_length, search.rejection.segment_min
-        demand("segment_min", least, longest is None or least <= longest, f"at most chunk_length ({longest})")
+        require("segment_min", least, longest is None or least <= longest, f"at most chunk_length ({longest})")

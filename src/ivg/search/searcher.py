@@ -26,8 +26,8 @@ from ivg.search.request import (
     RequestState,
     Scored,
     Search,
-    asked,
     check_search,
+    required_features,
 )
 from ivg.search.selection import BeamRule, Selection, SelectionRule
 from ivg.types import AsyncEngine, Beam, Completion, Engine, ExpandRequest, Step, TraceNode, Usage, Value
@@ -51,8 +51,8 @@ def check_engine(engine: Engine, request: Request) -> None:
     Raises:
         ConfigError, VocabularyError: names it, and what to do instead.
     """
-    for name in sorted(asked(request) & set(engine.lacks)):
-        raise ConfigError(f"{name}: the engine {engine.name} cannot do that\n  {engine.lacks[name]}")
+    for name in sorted(required_features(request) & set(engine.unsupported)):
+        raise ConfigError(f"{name}: the engine {engine.name} cannot do that\n  {engine.unsupported[name]}")
     engine.check(request.search.guidance)
 
 
@@ -92,7 +92,7 @@ class Searcher:
             if value is not None:
                 value.check(root.prompt, length)
         prompt_tokens = self.engine.prompt_tokens(request.prompt)
-        live = RequestState(next(self._ids), request, _rule(request), time.perf_counter(), [(root, 0.0)], root.meter, prompt_tokens)
+        live = RequestState(next(self._ids), request, _rule(request), time.perf_counter(), [(root, 0.0)], root.token_counter, prompt_tokens)
         scheduling.queue(self._waiting, live)
         return live.id
 
@@ -103,7 +103,7 @@ class Searcher:
             if live is not None:
                 self._release_all(live)
             self._waiting = deque(w for w in self._waiting if w.id != request_id)
-            return {} if live is None else dict(live.meter.forward_tokens)
+            return {} if live is None else dict(live.token_counter.forward_tokens)
 
     @property
     def busy(self) -> bool:
@@ -243,7 +243,7 @@ class Searcher:
         r, chunk = live.request, live.chunk
         assert chunk is not None
         counts = {} if live.inside else {b.key: n for b, n in chunk.orders}
-        weigh = live.rule.weighs and r.search.guidance is not None
+        return_log_ratio = live.rule.needs_log_ratio and r.search.guidance is not None
         for beam in live.growing:
             if _grows(beam):
                 yield ExpandRequest(
@@ -254,12 +254,12 @@ class Searcher:
                     r.search.guidance,
                     r.draw_seed,
                     record=live.records,
-                    weigh=weigh,
+                    return_log_ratio=return_log_ratio,
                     first=0 if live.inside else chunk.first,
                     keep=chunk.keep and not live.inside,
                     pause=chunk.pause,
                     alternatives=r.alternatives,
-                    watch=r.stride < QUANTUM,
+                    stream=r.stride < QUANTUM,
                 )
 
     def _grow(self, live: RequestState, families: dict[int, list[Beam]]) -> None:
@@ -277,7 +277,7 @@ class Searcher:
             if keep:  # values fork from the hypothesis that the chunk began with
                 family = [replace(b, inherits=False) for b in family]
             if live.inside:  # values last saw the hypothesis that the chunk began with
-                family = [replace(b, origin=beam.origin or beam.parent) for b in family]
+                family = [replace(b, ancestor_key=beam.ancestor_key or beam.parent) for b in family]
             grown += family
             if live.inside or not keep:
                 self._pass_on(live, beam)
@@ -316,7 +316,7 @@ class Searcher:
     def _let_go(self, live: RequestState, choice: Selection) -> None:
         """Free what nothing will grow from: what the rule released, the finished, and ancestors whose children were read."""
         kept = {b.key for b, _ in choice.kept}
-        ancestors = {a for b in live.growing for a in (b.parent, b.origin) if a is not None}
+        ancestors = {a for b in live.growing for a in (b.parent, b.ancestor_key) if a is not None}
         gone = (ancestors | {b.key for b, _ in live.kept}) - kept
         finished = [b.key for b, _ in choice.kept if b.finished]
         self._release(live, [*(b.key for b in choice.released), *finished, *gone])
@@ -341,7 +341,7 @@ class Searcher:
     def _end(self, live: RequestState, best: Beam, score: float | None, error: str | None, step: Step | None = None) -> Step:
         """The completion; everything that is kept for the request is freed."""
         seconds = time.perf_counter() - live.started
-        read, cached = dict(live.meter.forward_tokens), dict(live.meter.cached_tokens)
+        read, cached = dict(live.token_counter.forward_tokens), dict(live.token_counter.cached_tokens)
         usage = Usage(read, live.prompt_tokens, len(best.token_ids), seconds, cached)
         completion = Completion(
             text=best.text,
@@ -353,7 +353,7 @@ class Searcher:
             trace=tuple(live.trace),
             guide_shift=best.guide_shift,
             details=best.details,
-            notes=tuple(live.meter.notes),
+            notes=tuple(live.token_counter.notes),
             sampling=live.request.sampling,
             generation_config=live.request.from_checkpoint,
         )
@@ -366,7 +366,7 @@ class Searcher:
     def _release_all(self, live: RequestState) -> None:
         """Also what values still hold for the hypotheses that a chunk in the middle of its growth began with."""
         beams = [*(b for b, _ in live.kept), *live.growing, *live.rule.spare, *(b for family in live.families.values() for b in family)]
-        self._release(live, list(dict.fromkeys(k for b in beams for k in (b.key, b.parent, b.origin) if k is not None)))
+        self._release(live, list(dict.fromkeys(k for b in beams for k in (b.key, b.parent, b.ancestor_key) if k is not None)))
 
     def _release(self, live: RequestState, keys: Sequence[int]) -> None:
         """Nobody needs these hypotheses any more."""
@@ -396,4 +396,4 @@ def _hold_back(text: str, stops: Sequence[str]) -> str:
 
 
 def _node(beam: Beam, score: float | None, *, kept: bool) -> TraceNode:
-    return TraceNode(beam.key, beam.origin or beam.parent, beam.text, beam.pieces, beam.guide_shift, score, kept, beam.finish)
+    return TraceNode(beam.key, beam.ancestor_key or beam.parent, beam.text, beam.pieces, beam.guide_shift, score, kept, beam.finish)

@@ -26,7 +26,7 @@ class Chunk:
         orders: beams and how many children each gets.
         tokens: length of the chunk at most.
         held: hypotheses that stay kept while others grow.
-        first: number of the first child of each beam (``draws.child_lineage``).
+        first: number of the first child of each beam (``draws.child_rng_path``).
         keep: the beams will be extended again.
         pause: where the chunk ends early.
     """
@@ -63,7 +63,7 @@ class SelectionRule(Protocol):
 
     reads_prompt: bool
     """Wants :attr:`prompt_value`, the value of the empty response, before its first chunk."""
-    weighs: bool
+    needs_log_ratio: bool
     """Wants ``Beam.log_ratio`` where the proposal is guided."""
     prompt_value: float
 
@@ -85,7 +85,7 @@ class SelectionRule(Protocol):
 class BeamRule:
     """CBS(W, K, L): the best W of all, or W drawn softly; with adaptive budgets where ``decay`` < 1."""
 
-    reads_prompt = weighs = False
+    reads_prompt = needs_log_ratio = False
     prompt_value = 0.0
 
     def __init__(self, request: Request) -> None:

@@ -147,7 +147,7 @@ class ServedModels:
         strategy = self._within(self.get_method(method, body.guidance.search if body.guidance else {}))
         seed = random.getrandbits(31) if body.seed is None else body.seed
         watched, wanted = body.watched, body.alternatives
-        if watched and "alternatives" not in self.model.engine.lacks:
+        if watched and "alternatives" not in self.model.engine.unsupported:
             wanted = max(wanted or 0, SHOWN)
         one = self.model.request("x", strategy, seed=seed, record=watched, alternatives=wanted, **self._sampling(body))
         one = replace(one, stride=_stride(one) if body.stream else QUANTUM)

@@ -270,7 +270,7 @@ class Worker:
         if time.monotonic() < self._mend_at:
             return False
         try:
-            self._died = self.model.forget()
+            self._died = self.model.reset_caches()
         except Exception:
             log.exception("a model could not begin anew; tried again every %g seconds", MEND_SECONDS)
             self._mend_at = time.monotonic() + MEND_SECONDS
@@ -375,7 +375,7 @@ class Worker:
         if now - self._trimmed > TRIM_SECONDS and not force:
             self._trimmed = now
             try:
-                self.model.give_back()
+                self.model.release_memory()
             except Exception:  # when memory is short even that may fail
                 log.exception("memory could not be given back")
         metrics, searcher = self.metrics, self.searcher

@@ -109,7 +109,7 @@ def _same_prompts(lines: Path, prompts: Sequence[Prompt], samples: int, rows: in
 def _answer(
     model: GuidedModel, prompts: Sequence[tuple[int, Prompt]], method: str, samples: int, seed: int, settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    model.forget()  # what earlier blocks left in the caches may change how sums are rounded
+    model.reset_caches()  # what earlier blocks left in the caches may change how sums are rounded
     searcher = model.searcher(max_beams=512)
     rows: list[dict[str, Any]] = []
     flying: dict[int, dict[str, Any]] = {}

@@ -65,7 +65,7 @@ class Hypothesis(Protocol):
         """Key of the hypothesis that this one extends."""
 
     @property
-    def origin(self) -> int | None:
+    def ancestor_key(self) -> int | None:
         """The last ancestor that was selected, when that is not the parent: values know that one."""
 
     @property
@@ -85,7 +85,7 @@ class Hypothesis(Protocol):
         """Why nothing will be added, or None."""
 
     @property
-    def meter(self) -> TokenCounter:
+    def token_counter(self) -> TokenCounter:
         """Counts tokens read for the request."""
 
     @property
@@ -137,11 +137,11 @@ class Beam:
     token_ids: tuple[int, ...] = ()
     text: str = ""
     finish: FinishReason | None = None
-    meter: TokenCounter = field(default_factory=TokenCounter)
+    token_counter: TokenCounter = field(default_factory=TokenCounter)
     vocabulary: Any = None
-    origin: int | None = None
+    ancestor_key: int | None = None
     inherits: bool = True
-    lineage: int = 0
+    rng_path: int = 0
     """Where in the search tree this beam hangs; seeds its draws. First children inherit it (see ``engine.sampling``)."""
     guide_shift: tuple[float, ...] = ()
     """Per token: log pi_guided - log pi_base, in nats (see :attr:`Completion.guide_shift`). Empty unless recorded."""
@@ -205,7 +205,7 @@ class EntropyStop:
 
 @dataclass(frozen=True, slots=True)
 class ExpandRequest:
-    """An order to an engine: make ``successors`` children of ``beam``, each up to ``tokens`` longer."""
+    """What an engine is asked for: ``successors`` children of ``beam``, each up to ``tokens`` longer."""
 
     beam: Beam
     successors: int
@@ -215,16 +215,16 @@ class ExpandRequest:
     seed: int
     record: bool = False
     """Fill ``guide_shift`` and ``pieces`` of the children."""
-    weigh: bool = False
+    return_log_ratio: bool = False
     """Add to ``log_ratio`` of the children."""
     first: int = 0
-    """Number of the first child: other numbers, other draws (``draws.child_lineage``)."""
+    """Number of the first child: other numbers, other draws (``draws.child_rng_path``)."""
     keep: bool = False
     """The beam will be extended again: its cache is not passed on, but copied."""
     pause: EntropyStop | None = None
     alternatives: int | None = None
     """Fill ``details`` of the children, each with so many alternatives."""
-    watch: bool = False
+    stream: bool = False
     """What has grown so far is wanted meanwhile, of engines that can tell (:class:`AsyncEngine`)."""
 
 
@@ -253,7 +253,7 @@ class Engine(Protocol):
         """What the base's token ids mean (``models.vocab.Vocabulary``)."""
 
     @property
-    def lacks(self) -> Mapping[str, str]:
+    def unsupported(self) -> Mapping[str, str]:
         """Fields of :class:`ExpandRequest` and :class:`SamplingParams` that this engine cannot honour, each with what to do instead."""
 
     def open(self, prompt: Prompt, sampling: SamplingParams) -> Beam:
@@ -265,8 +265,8 @@ class Engine(Protocol):
     def check(self, guidance: TokenGuidance | None) -> None:
         """Raise (ConfigError, VocabularyError) where token guidance does not fit the base."""
 
-    def extend(self, orders: Sequence[ExpandRequest]) -> list[list[Beam]]:
-        """The children of every order's beam, which passes its cache on to them unless told to keep it."""
+    def extend(self, requests: Sequence[ExpandRequest]) -> list[list[Beam]]:
+        """The children of every request's beam, which passes its cache on to them unless told to keep it."""
 
     def release(self, keys: Sequence[int]) -> None:
         """Free what is kept for these beams."""
@@ -274,7 +274,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ExpandOutput:
-    """Output of one order: the children of ``beam`` (its key), ``done`` or as far as they have come."""
+    """Output of one request: the children of ``beam`` (its key), ``done`` or as far as they have come."""
 
     beam: int
     children: list[Beam]
@@ -283,16 +283,16 @@ class ExpandOutput:
 
 @runtime_checkable
 class AsyncEngine(Engine, Protocol):
-    """An engine that works on by itself: every order ends at its own time, and no request waits for another's.
+    """An engine that works on by itself: every request ends at its own time, and no request waits for another's.
 
-    :meth:`release` of an order's beam gives the order up. A child that cannot be made has ``finish="error"``.
+    :meth:`release` of a request's beam aborts it. A child that cannot be made has ``finish="error"``.
     """
 
-    def submit(self, orders: Sequence[ExpandRequest]) -> None:
-        """Begin these orders; returns at once."""
+    def submit(self, requests: Sequence[ExpandRequest]) -> None:
+        """Begin these requests; returns at once."""
 
     def collect(self, beams: Collection[int] | None = None) -> list[ExpandOutput]:
-        """Output of the orders of ``beams`` (keys; None: of all). Waits a moment where there are none, and may come back empty.
+        """Output of the requests of ``beams`` (keys; None: of all). Waits a moment where there are none, and may come back empty.
 
         Output of others are kept for whoever asks for them.
         """

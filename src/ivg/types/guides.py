@@ -40,7 +40,7 @@ class DraftingValue(VocabularyValue, Protocol):
     def drafter(self, beta: float) -> Drafter:
         """For one stretch of tokens, guided with weight ``beta``."""
 
-    def rewind(self, hypotheses: Sequence[Hypothesis]) -> None:
+    def truncate(self, hypotheses: Sequence[Hypothesis]) -> None:
         """The last tokens of these were changed; what was read behind their last but one is forgotten."""
 
 

@@ -31,9 +31,9 @@ def uniform(*parts: int) -> float:
     return (mix(*parts) >> 11) * 2.0**-53
 
 
-def child_lineage(lineage: int, position: int, index: int) -> int:
-    """The lineage of child ``index`` of a beam of ``position`` tokens.
+def child_rng_path(rng_path: int, position: int, index: int) -> int:
+    """The rng_path of child ``index`` of a beam of ``position`` tokens.
 
     The first child inherits: so a search with W = K = 1 draws what plain sampling draws, whatever the chunk length.
     """
-    return lineage if index == 0 else mix(lineage, position, index)
+    return rng_path if index == 0 else mix(rng_path, position, index)

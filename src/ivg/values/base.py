@@ -92,12 +92,12 @@ class CompositeValue:
         for _, value in self.parts:
             value.check(prompt, new_tokens)
 
-    def follow(self, hypotheses: Sequence[Hypothesis]) -> None:
+    def inherit_cache(self, hypotheses: Sequence[Hypothesis]) -> None:
         """Hand caches on in every part that keeps one."""
         for _, value in self.parts:
-            follow = getattr(value, "follow", None)
-            if follow is not None:
-                follow(hypotheses)
+            inherit_cache = getattr(value, "inherit_cache", None)
+            if inherit_cache is not None:
+                inherit_cache(hypotheses)
 
     def release(self, keys: Sequence[int]) -> None:
         """Release them in every part."""

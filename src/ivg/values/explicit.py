@@ -112,9 +112,9 @@ class ExplicitValue:
         """Raise PromptError where prompt and answer outgrow the context."""
         self.model.check_length(prompt, new_tokens)
 
-    def follow(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """Hand caches on without reading (``CachedLM.follow``)."""
-        self.model.follow(hypotheses)
+    def inherit_cache(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """Hand caches on without reading (``CachedLM.inherit_cache``)."""
+        self.model.inherit_cache(hypotheses)
 
     def release(self, keys: Sequence[int]) -> None:
         """Free the rows."""

@@ -56,10 +56,10 @@ class ImplicitValue:
         """Drafts from the pair alone (see :class:`PairDrafter`)."""
         return PairDrafter(self, beta)
 
-    def rewind(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """The last tokens of these were changed (``CachedLM.rewind``)."""
-        self.tuned.rewind(hypotheses)
-        self.untuned.rewind(hypotheses)
+    def truncate(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """The last tokens of these were changed (``CachedLM.truncate``)."""
+        self.tuned.truncate(hypotheses)
+        self.untuned.truncate(hypotheses)
 
     def token_scores(self, hypotheses: Sequence[Hypothesis]) -> list[list[float]]:
         """The log-ratio of every response token, in nats; their sum is the score."""
@@ -75,10 +75,10 @@ class ImplicitValue:
         self.tuned.check_length(prompt, new_tokens)
         self.untuned.check_length(prompt, new_tokens)
 
-    def follow(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """Hand caches on without reading (``CachedLM.follow``)."""
-        self.tuned.follow(hypotheses)
-        self.untuned.follow(hypotheses)
+    def inherit_cache(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """Hand caches on without reading (``CachedLM.inherit_cache``)."""
+        self.tuned.inherit_cache(hypotheses)
+        self.untuned.inherit_cache(hypotheses)
 
     def release(self, keys: Sequence[int]) -> None:
         """Free the rows of both models."""
@@ -156,9 +156,9 @@ class AutoregressiveReward:
         """Raise PromptError where prompt and answer outgrow the context."""
         self.model.check_length(prompt, new_tokens)
 
-    def follow(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """Hand caches on without reading (``CachedLM.follow``)."""
-        self.model.follow(hypotheses)
+    def inherit_cache(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """Hand caches on without reading (``CachedLM.inherit_cache``)."""
+        self.model.inherit_cache(hypotheses)
 
     def release(self, keys: Sequence[int]) -> None:
         """Free the rows."""

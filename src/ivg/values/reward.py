@@ -223,9 +223,9 @@ class RewardModel:
         scores = self._scores(readings)
         for h, reading in zip(hypotheses, readings, strict=True):
             if isinstance(reading, Reading):
-                h.meter.add(self.name, len(reading.ids))
+                h.token_counter.add(self.name, len(reading.ids))
                 if reading.note:
-                    h.meter.note(reading.note)
+                    h.token_counter.note(reading.note)
         return every(scores)
 
     def _readings(self, pairs: Sequence[tuple[Prompt, str]]) -> list[Reading | ScoreFault]:

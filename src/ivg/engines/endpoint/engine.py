@@ -1,6 +1,6 @@
 """The base behind any OpenAI-compatible completions endpoint (vLLM, SGLang, llama.cpp): chunks of text over HTTP.
 
-Knows: one order is one request for so many continuations of prompt and response. Must not know sockets and threads
+Knows: one expand request is one HTTP request for so many continuations of prompt and response. Must not know sockets and threads
 (``engine.asking``), nor which beams are worth keeping (``search.searcher``). An endpoint gives text, no logits: nothing can guide its
 tokens, everything that selects chunks works. Every chunk is sent again as text, so the server should cache prefixes (vLLM and SGLang
 do), and its tokenizer may cut the border of two chunks otherwise than the base had drawn it. What is drawn is the server's affair: a
@@ -24,7 +24,7 @@ from ivg.engines.endpoint.text_vocabulary import END, FILLER, EndpointPromptEnco
 from ivg.errors import ConfigError
 from ivg.settings.sampling import OF_TRANSFORMERS
 from ivg.types import Beam, ExpandOutput, ExpandRequest, FinishReason, Prompt, SamplingParams, TokenGuidance, new_key
-from ivg.utils.rng import child_lineage, mix
+from ivg.utils.rng import child_rng_path, mix
 
 MOMENT = 0.05
 """Seconds that :meth:`EndpointEngine.collect` waits for news."""
@@ -57,10 +57,10 @@ class EndpointEngine:
         MissingDependencyError: no ``openai`` package.
     """
 
-    lacks: Mapping[str, str] = {
+    unsupported: Mapping[str, str] = {
         "pause": "an endpoint gives text, not the base's entropy; use a method that selects chunks (cbs-explicit, bon …)",
         "alternatives": "an endpoint gives text, not distributions; leave them out",
-        "weigh": "an endpoint gives text, not probabilities; leave token guidance out",
+        "return_log_ratio": "an endpoint gives text, not probabilities; leave token guidance out",
         **dict.fromkeys(
             ("min_new_tokens", "min_length", *OF_TRANSFORMERS),
             "endpoints share no field for it; set it on the server, or use the transformers engine",
@@ -119,35 +119,39 @@ class EndpointEngine:
                 "  use a method that selects chunks (cbs-explicit, bon …), or serve the composite of `ivg pack` with vLLM"
             )
 
-    def check_order(self, order: ExpandRequest) -> None:
-        """Raise where ``order`` asks for what a text does not tell.
+    def check_order(self, request: ExpandRequest) -> None:
+        """Raise where ``request`` asks for what a text does not tell.
 
         Raises:
-            ConfigError: token guidance, or something that this engine :attr:`lacks`.
+            ConfigError: token guidance, or something that this engine does not support.
         """
-        self.check(order.guidance)
-        asked = {"pause": order.pause is not None, "alternatives": order.alternatives is not None, "weigh": order.weigh}
+        self.check(request.guidance)
+        asked = {
+            "pause": request.pause is not None,
+            "alternatives": request.alternatives is not None,
+            "return_log_ratio": request.return_log_ratio,
+        }
         for name in (n for n, wanted in asked.items() if wanted):
-            raise ConfigError(f"{name}: the engine {self.name} cannot do that\n  {self.lacks[name]}")
+            raise ConfigError(f"{name}: the engine {self.name} cannot do that\n  {self.unsupported[name]}")
 
     # Orders
 
-    def submit(self, orders: Sequence[ExpandRequest]) -> None:
-        """Send one request for every order. An order that cannot be has children that say so, and harms no other.
+    def submit(self, requests: Sequence[ExpandRequest]) -> None:
+        """Send one HTTP request for each. Invalid requests return error beams, and affect no others.
 
         Raises:
             ModelError: the engine is closed.
         """
-        for order in orders:
+        for request in requests:
             future = None
             try:
-                self.check_order(order)
+                self.check_order(request)
             except ConfigError as e:
-                self._refused.append((order, str(e)))
+                self._refused.append((request, str(e)))
             else:
-                wanted = _answers(order)
-                future = self.asker.ask(order, self._body(order), [_seed(order, i) for i in range(wanted)])
-            self._running[order.beam.key] = (order, future)
+                wanted = _answers(request)
+                future = self.asker.ask(request, self._body(request), [_seed(request, i) for i in range(wanted)])
+            self._running[request.beam.key] = (request, future)
 
     def collect(self, beams: Collection[int] | None = None) -> list[ExpandOutput]:
         """Orders of ``beams`` that are done; waits up to :data:`MOMENT` seconds for one. Orders under way are not shown.
@@ -166,17 +170,17 @@ class EndpointEngine:
         self._kept_back = [g for g in self._kept_back if beams is not None and g.beam not in beams]
         return found
 
-    def extend(self, orders: Sequence[ExpandRequest]) -> list[list[Beam]]:
-        """The children of every order's beam; returns when all are done. Output of other orders is kept for :meth:`collect`.
+    def extend(self, requests: Sequence[ExpandRequest]) -> list[list[Beam]]:
+        """The children of every request's beam; returns when all are done. Output of other requests is kept for :meth:`collect`.
 
         Raises:
             ModelError: the engine is closed.
         """
-        self.submit(orders)
-        wanted, found = {o.beam.key for o in orders}, dict[int, list[Beam]]()
+        self.submit(requests)
+        wanted, found = {o.beam.key for o in requests}, dict[int, list[Beam]]()
         while wanted - set(found):
             found |= {growth.beam: growth.children for growth in self.collect(wanted)}
-        return [found[o.beam.key] for o in orders]
+        return [found[o.beam.key] for o in requests]
 
     def release(self, keys: Sequence[int]) -> None:
         """Give up the requests of these beams, where any run; nothing else is kept for a beam."""
@@ -187,8 +191,8 @@ class EndpointEngine:
         gone = set(keys)
         self._kept_back = [g for g in self._kept_back if g.beam not in gone]
 
-    def revive(self) -> None:
-        """Give all orders up: whoever asked for them is gone."""
+    def restart(self) -> None:
+        """Give up all requests: whoever sent them is gone."""
         self.release(list(self._running))
         self._refused.clear()
         self._kept_back.clear()
@@ -206,8 +210,8 @@ class EndpointEngine:
 
     # From beams to requests
 
-    def _body(self, order: ExpandRequest) -> dict[str, Any]:
-        beam, s = order.beam, order.sampling
+    def _body(self, request: ExpandRequest) -> dict[str, Any]:
+        beam, s = request.beam, request.sampling
         given = {
             "top_k": (s.top_k, s.top_k > 0),
             "min_p": (s.min_p, s.min_p > 0),
@@ -218,7 +222,7 @@ class EndpointEngine:
         body = {
             "model": self.model,
             "prompt": self.base.text(beam.prompt) + beam.text,
-            "max_tokens": _limit(order),
+            "max_tokens": _limit(request),
             "temperature": s.temperature,
             "top_p": s.top_p,
         }
@@ -229,32 +233,32 @@ class EndpointEngine:
     def _news(self) -> list[ExpandOutput]:
         refused, self._refused = self._refused, []
         out = []
-        for order, outcome in (*refused, *self.asker.outcomes(0.0 if refused else MOMENT)):
-            running = self._running.get(order.beam.key)
-            if running is not None and running[0] is order:  # nobody gave it up meanwhile
-                del self._running[order.beam.key]
-                out.append(ExpandOutput(order.beam.key, self._children(order, outcome)))
+        for request, outcome in (*refused, *self.asker.outcomes(0.0 if refused else MOMENT)):
+            running = self._running.get(request.beam.key)
+            if running is not None and running[0] is request:  # nobody gave it up meanwhile
+                del self._running[request.beam.key]
+                out.append(ExpandOutput(request.beam.key, self._children(request, outcome)))
         return out
 
-    def _children(self, order: ExpandRequest, outcome: list[Any] | str) -> list[Beam]:
+    def _children(self, request: ExpandRequest, outcome: list[Any] | str) -> list[Beam]:
         if isinstance(outcome, str):
-            return [self._beam(order, i, order.beam.token_ids, order.beam.text, "error", outcome) for i in range(order.successors)]
+            return [self._beam(request, i, request.beam.token_ids, request.beam.text, "error", outcome) for i in range(request.successors)]
         for reply in outcome:
-            order.beam.meter.add("base", sum(used(reply)), cached_of(reply))
-        answers = [answer for reply in outcome for answer in heard(reply, _limit(order))]
-        wanted = _answers(order)
-        return [self._child(order, i, answers[i % wanted]) for i in range(order.successors)]
+            request.beam.token_counter.add("base", sum(used(reply)), cached_of(reply))
+        answers = [answer for reply in outcome for answer in heard(reply, _limit(request))]
+        wanted = _answers(request)
+        return [self._child(request, i, answers[i % wanted]) for i in range(request.successors)]
 
-    def _child(self, order: ExpandRequest, index: int, answer: CompletionChoice) -> Beam:
-        before, text, stopped, ended = order.beam.text, order.beam.text + answer.text, answer.stopped, answer.ended
-        cut = stop_at(text, len(before), order.sampling.stop)  # the server saw the chunk alone, not what came before it
+    def _child(self, request: ExpandRequest, index: int, answer: CompletionChoice) -> Beam:
+        before, text, stopped, ended = request.beam.text, request.beam.text + answer.text, answer.stopped, answer.ended
+        cut = stop_at(text, len(before), request.sampling.stop)  # the server saw the chunk alone, not what came before it
         if cut is not None:
             text, stopped, ended = text[:cut], True, False
-        elif not stopped and len(order.beam.token_ids) + answer.tokens < order.sampling.max_new_tokens:
+        elif not stopped and len(request.beam.token_ids) + answer.tokens < request.sampling.max_new_tokens:
             text = before + answer.text.rstrip(_UNFINISHED)  # the bytes of half a character would come back as another one
-        ids = self._ids(order.beam, text, answer, ended=ended)
-        finish: FinishReason | None = "stop" if stopped else "length" if len(ids) >= order.sampling.max_new_tokens else None
-        return self._beam(order, index, ids, text, finish)
+        ids = self._ids(request.beam, text, answer, ended=ended)
+        finish: FinishReason | None = "stop" if stopped else "length" if len(ids) >= request.sampling.max_new_tokens else None
+        return self._beam(request, index, ids, text, finish)
 
     def _ids(self, beam: Beam, text: str, answer: CompletionChoice, *, ended: bool) -> tuple[int, ...]:
         """Numbers whose texts make up ``text``: one new piece or the server's tokens, and as many fillers as it has tokens more.
@@ -270,9 +274,9 @@ class EndpointEngine:
         return (*ids, END) if ended else tuple(ids)
 
     def _beam(
-        self, order: ExpandRequest, index: int, ids: tuple[int, ...], text: str, finish: FinishReason | None, error: str | None = None
+        self, request: ExpandRequest, index: int, ids: tuple[int, ...], text: str, finish: FinishReason | None, error: str | None = None
     ) -> Beam:
-        beam = order.beam
+        beam = request.beam
         return Beam(
             new_key(),
             beam.key,
@@ -280,13 +284,13 @@ class EndpointEngine:
             ids,
             text,
             finish,
-            beam.meter,
+            beam.token_counter,
             self.vocabulary,
-            inherits=not order.keep,
-            lineage=child_lineage(beam.lineage, len(beam.token_ids), order.first + index),
-            guide_shift=(0.0,) * len(ids) if order.record else (),  # nothing guides here
+            inherits=not request.keep,
+            rng_path=child_rng_path(beam.rng_path, len(beam.token_ids), request.first + index),
+            guide_shift=(0.0,) * len(ids) if request.record else (),  # nothing guides here
             log_ratio=beam.log_ratio,
-            pieces=tuple(self.vocabulary.decode([i]) for i in ids) if order.record else (),
+            pieces=tuple(self.vocabulary.decode([i]) for i in ids) if request.record else (),
             error=error,
         )
 
@@ -312,17 +316,17 @@ def load_endpoint(url: str, model: str, *, tokenizer: str | Path | None = None, 
     return EndpointEngine(url, model, tokenizer=load_tokenizer(tokenizer, LoadOptions(), f"the endpoint's {model}"), **settings)
 
 
-def _limit(order: ExpandRequest) -> int:
-    """Tokens to ask for: the order's, or what the response has left."""
-    return min(order.tokens, order.sampling.max_new_tokens - len(order.beam.token_ids))
+def _limit(request: ExpandRequest) -> int:
+    """Tokens to ask for: the request's, or what the response has left."""
+    return min(request.tokens, request.sampling.max_new_tokens - len(request.beam.token_ids))
 
 
-def _answers(order: ExpandRequest) -> int:
+def _answers(request: ExpandRequest) -> int:
     """How many answers to ask for: greedy ones would all be the same, and vLLM refuses to make several."""
-    return 1 if order.sampling.temperature == 0 else order.successors
+    return 1 if request.sampling.temperature == 0 else request.successors
 
 
-def _seed(order: ExpandRequest, index: int) -> int:
+def _seed(request: ExpandRequest, index: int) -> int:
     """31 bits, which every server takes."""
-    beam = order.beam
-    return mix(order.seed, beam.lineage, len(beam.token_ids), order.first, index) & 0x7FFFFFFF
+    beam = request.beam
+    return mix(request.seed, beam.rng_path, len(beam.token_ids), request.first, index) & 0x7FFFFFFF

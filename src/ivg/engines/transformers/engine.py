@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ivg.engines.sequences import TokenSequence, as_beams, decoded, newborn, push
-from ivg.engines.transformers.guidance import blame, check_guidance, guided, nothing_left
+from ivg.engines.sequences import TokenSequence, append_token, as_beams, decoded, fork
+from ivg.engines.transformers.guidance import check_guidance, guided, nan_error, nothing_left
 from ivg.engines.transformers.logprobs import details
 from ivg.engines.transformers.processors import exhausted_rows, processed
 from ivg.engines.transformers.sampling import broken_rows, drawn_logps, entropy, sample
@@ -28,13 +28,13 @@ class TransformersEngine:
     """Extends beams with a :class:`~ivg.models.cached_lm.CachedLM` of the base model."""
 
     name = "transformers"
-    lacks: Mapping[str, str] = {}
+    unsupported: Mapping[str, str] = {}
 
     def __init__(self, base: CachedLM) -> None:
         self.base = base
         base.reads_given_ids = True
         self.vocabulary = base.vocabulary
-        self.speculation = Speculator(base, push)
+        self.speculation = Speculator(base, append_token)
 
     def open(self, prompt: Prompt, sampling: SamplingParams) -> Beam:
         """The empty response to ``prompt``.
@@ -57,53 +57,53 @@ class TransformersEngine:
         """Free the base's rows of these beams."""
         self.base.release(keys)
 
-    def extend(self, orders: Sequence[ExpandRequest]) -> list[list[Beam]]:
-        """The children of every order's beam, each ``tokens`` longer, or finished, or paused.
+    def extend(self, requests: Sequence[ExpandRequest]) -> list[list[Beam]]:
+        """The children of every request's beam, each ``tokens`` longer, or finished, or paused.
 
         Children whose model gave NaN end with ``finish="error"``; the others go on.
         """
-        families = [newborn(order) for order in orders]
-        ahead = [self.speculation.takes(order) for order in orders]
-        self.speculation.grow([(o.beam, family) for o, family, drafted in zip(orders, families, ahead, strict=True) if drafted])
-        self._grow([(o, family) for o, family, drafted in zip(orders, families, ahead, strict=True) if not drafted])
+        families = [fork(request) for request in requests]
+        ahead = [self.speculation.takes(request) for request in requests]
+        self.speculation.grow([(o.beam, family) for o, family, drafted in zip(requests, families, ahead, strict=True) if drafted])
+        self._grow([(o, family) for o, family, drafted in zip(requests, families, ahead, strict=True) if not drafted])
         self._hand_on([d for family in families for d in family if d.finish is None and not d.paused])
-        return [as_beams(order.beam, family) for order, family in zip(orders, families, strict=True)]
+        return [as_beams(request.beam, family) for request, family in zip(requests, families, strict=True)]
 
     def _hand_on(self, drafts: Sequence[TokenSequence]) -> None:
         """Children that grew by one token have asked for nothing yet: they take their parents' caches before those are released."""
-        self.base.follow(drafts)
+        self.base.inherit_cache(drafts)
         guided: dict[TokenGuidance, list[TokenSequence]] = {}
         for d in drafts:
-            if d.order.guidance is not None:
-                guided.setdefault(d.order.guidance, []).append(d)
+            if d.request.guidance is not None:
+                guided.setdefault(d.request.guidance, []).append(d)
         for guidance, some in guided.items():
-            if (follow := getattr(guidance.value, "follow", None)) is not None:
-                follow(some)
+            if (inherit_cache := getattr(guidance.value, "inherit_cache", None)) is not None:
+                inherit_cache(some)
 
     def _grow(self, families: list[tuple[ExpandRequest, list[TokenSequence]]]) -> None:
         """Token after token, all in one batch."""
         if not families:
             return
         drafts = [d for _, family in families for d in family]
-        orders = [order for order, _ in families]
-        parents = [order.beam for order in orders]
+        requests = [request for request, _ in families]
+        parents = [request.beam for request in requests]
         row_of = [i for i, (_, family) in enumerate(families) for _ in family]
-        self._step(drafts, parents, [p.decoded for p in parents], orders, row_of)
+        self._step(drafts, parents, [p.decoded for p in parents], requests, row_of)
         while active := [d for d in drafts if d.finish is None and not d.paused and len(d.token_ids) < d.limit]:
-            self._step(active, active, [decoded(d) for d in active], [d.order for d in active], list(range(len(active))))
+            self._step(active, active, [decoded(d) for d in active], [d.request for d in active], list(range(len(active))))
 
     def _step(
         self,
         drafts: list[TokenSequence],
         nodes: Sequence[Beam | TokenSequence],
         places: list[DecodeState],
-        orders: list[ExpandRequest],
+        requests: list[ExpandRequest],
         row_of: list[int],
     ) -> None:
         """One token for every draft that does not pause; ``row_of[i]`` is the node whose distribution draft i draws from."""
         raw = self.base.outputs(nodes)
-        entropies = entropy(raw) if any(o.pause or (o.guidance is not None and o.guidance.gate > 0) for o in orders) else None
-        if entropies is not None and (paused := _pausing(entropies, nodes, orders)):
+        entropies = entropy(raw) if any(o.pause or (o.guidance is not None and o.guidance.gate > 0) for o in requests) else None
+        if entropies is not None and (paused := _pausing(entropies, nodes, requests)):
             for d, row in zip(drafts, row_of, strict=True):
                 d.paused = row in paused
             rows = [i for i in range(len(nodes)) if i not in paused]
@@ -111,16 +111,16 @@ class TransformersEngine:
             row_of = [new_place[row] for row in row_of if row in new_place]
             drafts = [d for d in drafts if not d.paused]
             raw, entropies = raw[rows], entropies[rows]
-            nodes, places, orders = [nodes[i] for i in rows], [places[i] for i in rows], [orders[i] for i in rows]
+            nodes, places, requests = [nodes[i] for i in rows], [places[i] for i in rows], [requests[i] for i in rows]
         if drafts:
-            self._draw(drafts, row_of, nodes, orders, *self._mix(raw, entropies, nodes, places, orders))
+            self._draw(drafts, row_of, nodes, requests, *self._mix(raw, entropies, nodes, places, requests))
 
     def _draw(
         self,
         drafts: list[TokenSequence],
         row_of: list[int],
         nodes: Sequence[Beam | TokenSequence],
-        orders: Sequence[ExpandRequest],
+        requests: Sequence[ExpandRequest],
         plain: Tensor,
         mixed: Tensor,
         faults: Mapping[int, ScoreFault],
@@ -134,35 +134,35 @@ class TransformersEngine:
             mixed[i] = 0.0
             for d, row in zip(drafts, row_of, strict=True):
                 if row == i:  # the two are one tensor where nothing guides, or where the base was seen to be sound
-                    sound = plain is mixed and d.order.guidance is not None and d.order.guidance.beta != 0
-                    d.finish, d.error = "error", faults.get(i) or blame(None if sound else base, len(d.token_ids))
-        draws = [uniform(d.order.seed, d.lineage, len(d.token_ids)) for d in drafts]
-        final = self._processed(mixed, nodes, orders)
+                    sound = plain is mixed and d.request.guidance is not None and d.request.guidance.beta != 0
+                    d.finish, d.error = "error", faults.get(i) or nan_error(None if sound else base, len(d.token_ids))
+        draws = [uniform(d.request.seed, d.rng_path, len(d.token_ids)) for d in drafts]
+        final = self._processed(mixed, nodes, requests)
         if final is not mixed and (left := set(exhausted_rows(final))):
             for d, row in zip(drafts, row_of, strict=True):
                 if row in left and d.finish is None:
                     d.finish, d.error = "error", nothing_left(len(d.token_ids))
             final[sorted(left)] = 0.0
-        tokens = sample(final, [d.order.sampling for d in drafts], draws, row_of)
+        tokens = sample(final, [d.request.sampling for d in drafts], draws, row_of)
         index = torch.tensor(row_of, device=mixed.device)
-        shifts = _moved_by(drafts, index, tokens, plain, mixed, [d.order.record for d in drafts], filters=False)
-        weighed = [d.order.weigh for d in drafts]
-        alone = plain if final is mixed or not any(weighed) else self._processed(plain, nodes, orders)
+        shifts = _moved_by(drafts, index, tokens, plain, mixed, [d.request.record for d in drafts], filters=False)
+        weighed = [d.request.return_log_ratio for d in drafts]
+        alone = plain if final is mixed or not any(weighed) else self._processed(plain, nodes, requests)
         ratios = _moved_by(drafts, index, tokens, alone, final, weighed, filters=True)
-        ids, params = tokens.tolist(), [d.order.sampling for d in drafts]
-        looks = details(ids, row_of, params, [d.order.alternatives for d in drafts], plain, mixed)
+        ids, params = tokens.tolist(), [d.request.sampling for d in drafts]
+        looks = details(ids, row_of, params, [d.request.alternatives for d in drafts], plain, mixed)
         for d, token, shift, ratio, look in zip(drafts, ids, shifts, ratios, looks, strict=True):
             if d.finish is None:
                 d.log_ratio -= ratio
-                push(d, token, shift, look)
+                append_token(d, token, shift, look)
 
-    def _processed(self, logits: Tensor, nodes: Sequence[Beam | TokenSequence], orders: Sequence[ExpandRequest]) -> Tensor:
-        """Logits [rows, vocabulary] of ``nodes`` as their orders' settings change them (``engine.processors``)."""
+    def _processed(self, logits: Tensor, nodes: Sequence[Beam | TokenSequence], requests: Sequence[ExpandRequest]) -> Tensor:
+        """Logits [rows, vocabulary] of ``nodes`` as their requests' settings change them (``engine.processors``)."""
 
         def context(row: int) -> tuple[Sequence[int], Sequence[int]]:
             return self.base.prompt_ids(nodes[row].prompt), nodes[row].token_ids
 
-        return processed(logits, [order.sampling for order in orders], context, self.vocabulary.eos_ids)
+        return processed(logits, [request.sampling for request in requests], context, self.vocabulary.eos_ids)
 
     def _mix(
         self,
@@ -170,7 +170,7 @@ class TransformersEngine:
         entropies: Tensor | None,
         nodes: Sequence[Beam | TokenSequence],
         places: list[DecodeState],
-        orders: list[ExpandRequest],
+        requests: list[ExpandRequest],
     ) -> tuple[Tensor, Tensor, dict[int, ScoreFault]]:
         """(base alone, with guidance, rows that the guide has no number for), forbidden end-of-sequence tokens out of both.
 
@@ -178,13 +178,13 @@ class TransformersEngine:
         ``raw`` is written over. The two are one tensor where nothing asks what guidance moved.
         """
         groups: dict[TokenGuidance, list[int]] = {}
-        for i, order in enumerate(orders):
-            if order.guidance is not None and order.guidance.beta != 0:
-                groups.setdefault(order.guidance, []).append(i)
-        silent = [i for i, order in enumerate(orders) if order.sampling.ignore_eos]
+        for i, request in enumerate(requests):
+            if request.guidance is not None and request.guidance.beta != 0:
+                groups.setdefault(request.guidance, []).append(i)
+        silent = [i for i, request in enumerate(requests) if request.sampling.ignore_eos]
         if silent and self.vocabulary.eos_ids:
             raw[torch.tensor(silent)[:, None], torch.tensor(sorted(self.vocabulary.eos_ids))] = -torch.inf
-        compared = any(o.record or o.weigh or o.alternatives is not None for o in orders) or bool(broken_rows(raw))
+        compared = any(o.record or o.return_log_ratio or o.alternatives is not None for o in requests) or bool(broken_rows(raw))
         plain = raw.clone() if groups and compared else raw
         faults: dict[int, ScoreFault] = {}
         for guidance, rows in groups.items():
@@ -201,14 +201,14 @@ class TransformersEngine:
         return plain, raw, faults
 
 
-def _pausing(entropies: Tensor, nodes: Sequence[Beam | TokenSequence], orders: Sequence[ExpandRequest]) -> set[int]:
+def _pausing(entropies: Tensor, nodes: Sequence[Beam | TokenSequence], requests: Sequence[ExpandRequest]) -> set[int]:
     """Rows whose chunk ends here."""
 
     def stops(pause: EntropyStop | None, length: int, nats: float) -> bool:
         return pause is not None and length >= pause.after and nats >= pause.entropy
 
     known = entropies.tolist()
-    return {i for i, (node, order) in enumerate(zip(nodes, orders, strict=True)) if stops(order.pause, len(node.token_ids), known[i])}
+    return {i for i, (node, request) in enumerate(zip(nodes, requests, strict=True)) if stops(request.pause, len(node.token_ids), known[i])}
 
 
 def _moved_by(
@@ -216,9 +216,9 @@ def _moved_by(
 ) -> list[float]:
     """Log pi_guided - log pi_base of the drawn tokens, for those that want it; 0 where nothing guides, at no cost."""
     out = [0.0] * len(drafts)
-    rows = [k for k, d in enumerate(drafts) if wanted[k] and d.order.guidance is not None]
+    rows = [k for k, d in enumerate(drafts) if wanted[k] and d.request.guidance is not None]
     if rows:
-        params = [drafts[k].order.sampling for k in rows]
+        params = [drafts[k].request.sampling for k in rows]
         guided_logps, base_logps = (drawn_logps(z[index[rows]], params, tokens[rows], filters=filters) for z in (mixed, plain))
         for k, shift in zip(rows, (guided_logps - base_logps).tolist(), strict=True):
             out[k] = shift

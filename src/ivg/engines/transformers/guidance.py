@@ -37,10 +37,10 @@ class _Candidate:
     prompt: Prompt
     token_ids: Sequence[int]
     text: str
-    meter: TokenCounter
+    token_counter: TokenCounter
     vocabulary: Vocabulary
     finish: FinishReason | None = None
-    origin: int | None = None
+    ancestor_key: int | None = None
     inherits: bool = False
 
 
@@ -107,9 +107,9 @@ def guided(
         return logits
     if guidance.gate == 0:
         return _moved(logits, hypotheses, decoded, guidance, in_place=in_place, faults=faults)
-    follow = getattr(guidance.value, "follow", None)
-    if follow is not None:
-        follow(hypotheses)  # all sisters at once: whoever comes last takes its parent's cache over
+    inherit_cache = getattr(guidance.value, "inherit_cache", None)
+    if inherit_cache is not None:
+        inherit_cache(hypotheses)  # all sisters at once: whoever comes last takes its parent's cache over
     open_rows = ((entropy(logits) if entropies is None else entropies) >= guidance.gate).nonzero()[:, 0].tolist()
     if not open_rows:
         return logits
@@ -122,7 +122,7 @@ def guided(
     return out
 
 
-def shifted(base: Tensor, deltas: Tensor, beta: float, size: int, *, in_place: bool = False) -> Tensor:
+def add_deltas(base: Tensor, deltas: Tensor, beta: float, size: int, *, in_place: bool = False) -> Tensor:
     """``base`` + beta * ``deltas`` [rows, vocabulary]; columns beyond the guide's vocabulary of ``size`` keep the base's logits."""
     width = min(base.shape[1], deltas.shape[1], size)
     out = base if in_place else base.clone()
@@ -130,7 +130,7 @@ def shifted(base: Tensor, deltas: Tensor, beta: float, size: int, *, in_place: b
     return out
 
 
-def blame(plain: Tensor | None, tokens: int) -> str:
+def nan_error(plain: Tensor | None, tokens: int) -> str:
     """What to say of a row whose guided logits are broken; ``plain`` are the base's own, [vocabulary]; None: known to be sound."""
     base = plain is not None and bool(plain.isnan().any() | (plain == torch.inf).any())
     source = "the base model" if base else "token guidance"
@@ -155,7 +155,7 @@ def _moved(
     value = guidance.value
     base = logits.log_softmax(-1) if guidance.normalise else logits
     if guidance.candidates == 0 and isinstance(value, VocabularyValue) and knows_vocabulary(value):
-        return shifted(base, value.deltas(hypotheses), guidance.beta, value.vocabulary.size, in_place=in_place)
+        return add_deltas(base, value.deltas(hypotheses), guidance.beta, value.vocabulary.size, in_place=in_place)
     top = base.topk(min(guidance.candidates or DEFAULT_CANDIDATES, base.shape[1]))
     scores = _known_scores(hypotheses, guidance, top.indices)
     if scores is None:
@@ -199,7 +199,7 @@ def _candidates(hypotheses: Sequence[Hypothesis], decoded: Sequence[DecodeState]
             tokens = [*h.token_ids, token]
             ends = token in vocabulary.eos_ids  # adds no text, but shows what was held back
             text = h.text + vocabulary.continue_text(h.token_ids if ends else tokens, state, final=ends)[0]
-            out.append(_Candidate(new_key(), h.key, h.prompt, tokens, text, h.meter, vocabulary))
+            out.append(_Candidate(new_key(), h.key, h.prompt, tokens, text, h.token_counter, vocabulary))
     return out
 
 

@@ -38,7 +38,7 @@ def keep_top_p(logits: Tensor, p: float, most: int = 0) -> Tensor:
     count = most if 0 < most < width else TOP_P_FIRST
     total = logits.logsumexp(-1, keepdim=True)
     while True:
-        values, order = logits.topk(count) if 4 * count <= width or count == most else logits.sort(descending=True)
+        values, request = logits.topk(count) if 4 * count <= width or count == most else logits.sort(descending=True)
         probabilities = (values - total).exp()
         reached = probabilities.cumsum(-1)
         if values.shape[1] == width or count == most or bool((reached[:, -1] >= p).all()):
@@ -47,7 +47,7 @@ def keep_top_p(logits: Tensor, p: float, most: int = 0) -> Tensor:
     beyond = reached - probabilities >= p  # what comes before it suffices already
     beyond[:, 0] = False
     kept = torch.full_like(logits, _NEVER)
-    return kept.scatter(1, order, values.masked_fill(beyond, _NEVER))
+    return kept.scatter(1, request, values.masked_fill(beyond, _NEVER))
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:

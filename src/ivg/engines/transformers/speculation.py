@@ -2,7 +2,7 @@
 
 p is the exact guided distribution, [pi_base * (pi_tuned / pi_untuned)^beta]^(1/T) after all filters; q is the draft's, after
 the same. Every token is drawn by the rule of ``engine.coupling`` from three numbers of the counter-based generator at its
-place, whether or not it was drafted. So it depends on prefix, seed and lineage alone: how many tokens are drafted ahead
+place, whether or not it was drafted. So it depends on prefix, seed and rng_path alone: how many tokens are drafted ahead
 changes only the speed. That is why timings may choose the number (``engine.pace``).
 
 The guide pair must read every token anyway. At beta = 1 the draft is the tuned model's, and untuned model and base read the
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ivg.engines.transformers.draft_length import DraftLength
-from ivg.engines.transformers.guidance import blame, nothing_left, shifted
+from ivg.engines.transformers.guidance import add_deltas, nan_error, nothing_left
 from ivg.engines.transformers.logprobs import details
 from ivg.engines.transformers.processors import Contexts, exhausted_rows, processed, processes
 from ivg.engines.transformers.rejection_sampling import accepts, propose, replacement
@@ -45,8 +45,8 @@ _PACES = 64
 class Growing(Hypothesis, Protocol):
     """A child while it grows: ``engine.transformers`` has them."""
 
-    order: ExpandRequest
-    lineage: int
+    request: ExpandRequest
+    rng_path: int
     limit: int
     token_ids: list[int]  # type: ignore[assignment]
     finish: FinishReason | None  # type: ignore[assignment]
@@ -122,23 +122,23 @@ class Speculator:
         ahead: draft always so many tokens, where there is room; None: as ``DraftLength`` finds best.
     """
 
-    def __init__(self, base: CachedLM, push: Push) -> None:
-        self.base, self.push = base, push
+    def __init__(self, base: CachedLM, append_token: Push) -> None:
+        self.base, self.append_token = base, append_token
         self.ahead: int | None = None
         self.counts = Counts()
         self._paces: dict[TokenGuidance, DraftLength] = {}
 
     @staticmethod
-    def takes(order: ExpandRequest) -> bool:
-        """Is this order's guidance one that drafts?
+    def takes(request: ExpandRequest) -> bool:
+        """Is this request's guidance one that drafts?
 
         Raises:
             ConfigError: it is, but chunks shall end where the base is in doubt.
         """
-        guidance = order.guidance
+        guidance = request.guidance
         if guidance is None or guidance.draft == 0 or guidance.beta == 0:
             return False
-        if order.pause is not None:
+        if request.pause is not None:
             raise ConfigError(f"draft={guidance.draft} cannot stop at a token of high entropy (rule=reject)\n  leave draft out")
         return True
 
@@ -161,7 +161,7 @@ class Speculator:
         """Every child up to its limit, or its end."""
         groups: dict[TokenGuidance, list[tuple[Beam, Sequence[Growing]]]] = {}
         for beam, family in families:
-            guidance = family[0].order.guidance
+            guidance = family[0].request.guidance
             assert guidance is not None
             groups.setdefault(guidance, []).append((beam, family))
         for guidance, group in groups.items():
@@ -209,21 +209,21 @@ class Speculator:
         stops, tokens = _verify(rows, places, final, broken | left)
         alone = plain if final is mixed else self._processed(plain, places.params, places.contexts.__getitem__)
         shifts, ratios = _moved_by(rows, places, tokens, (plain, mixed), (alone, final))
-        looks = details(tokens, range(len(tokens)), places.params, [rows[r].order.alternatives for r in places.row], plain, mixed)
+        looks = details(tokens, range(len(tokens)), places.params, [rows[r].request.alternatives for r in places.row], plain, mixed)
         for row, d in enumerate(rows):
             del d.token_ids[before[row] :]
             for k in range(places.start[row], stops[row]):
                 if d.finish is None:
                     d.log_ratio -= ratios[k]
-                    self.push(d, tokens[k], shifts[k], looks[k])
+                    self.append_token(d, tokens[k], shifts[k], looks[k])
             if d.finish is None and (stop := stops[row]) < places.start[row + 1] and stop in broken | left:
                 source = None if plain is mixed else plain[stop]
                 d.finish = "error"
-                d.error = nothing_left(len(d.token_ids)) if stop in left else blame(source, len(d.token_ids))
+                d.error = nothing_left(len(d.token_ids)) if stop in left else nan_error(source, len(d.token_ids))
             stops[row] = places.start[row] + len(d.token_ids) - before[row]
         if ahead:
-            self.base.rewind(rows)
-            batch.value.rewind(rows)
+            self.base.truncate(rows)
+            batch.value.truncate(rows)
         return self._count(pace, places, stops, tokens)
 
     def _count(self, pace: DraftLength, places: _Places, stops: list[int], tokens: list[int]) -> int:
@@ -252,7 +252,7 @@ class Speculator:
             if lost := broken_rows(q):  # p is broken there as well: `_verify` ends the row
                 q = q.clone()
                 q[lost] = 0.0
-            params = [d.order.sampling for d in now]
+            params = [d.request.sampling for d in now]
             q = self._processed(q, params, partial(self._context, now))
             if any(map(processes, distinct(params))) and (left := exhausted_rows(q)):
                 q[left] = 0.0  # so is p: `_round` ends the row
@@ -262,7 +262,7 @@ class Speculator:
             for k, (i, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
                 d = rows[i]
                 stretch[i].append((token, logps[k], q[k]))
-                ends = k in lost or (token in eos and not d.order.sampling.ignore_eos)
+                ends = k in lost or (token in eos and not d.request.sampling.ignore_eos)
                 if step < ahead and not ends and len(d.token_ids) + 1 < d.limit:
                     d.token_ids.append(token)
                     going.append(i)
@@ -285,7 +285,7 @@ class Speculator:
         if width < max(columns, logits.shape[1]):
             q = logits.new_full((len(logits), columns), -torch.inf)
             q[:, :width] = logits[:, :width]
-        return self._silenced(q, [d.order.sampling for d in rows]).to(self.base.model.device)
+        return self._silenced(q, [d.request.sampling for d in rows]).to(self.base.model.device)
 
     def _silenced(self, logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         """Without end-of-sequence tokens where the request ignores them."""
@@ -304,8 +304,10 @@ class Speculator:
             plain = torch.cat(self.base.recent_outputs(batch.rows, counts))
         deltas = batch.spread(drafter.deltas(batch.nodes))
         plain = self._silenced(plain, places.params)
-        kept = any(d.order.record or d.order.weigh or d.order.alternatives is not None for d in batch.rows) or bool(broken_rows(plain))
-        moved = shifted(plain.clone() if kept else plain, deltas, batch.guidance.beta, batch.value.vocabulary.size, in_place=True)
+        kept = any(d.request.record or d.request.return_log_ratio or d.request.alternatives is not None for d in batch.rows) or bool(
+            broken_rows(plain)
+        )
+        moved = add_deltas(plain.clone() if kept else plain, deltas, batch.guidance.beta, batch.value.vocabulary.size, in_place=True)
         return plain if kept else moved, moved
 
 
@@ -314,7 +316,7 @@ def _places(rows: Sequence[Growing], before: list[int], stretch: list[list[tuple
     start = [0, *accumulate(map(len, stretch))]
     row = [i for i, places in enumerate(stretch) for _ in places]
     position = [before[i] + k for i, places in enumerate(stretch) for k in range(len(places))]
-    params = [rows[i].order.sampling for i in row]
+    params = [rows[i].request.sampling for i in row]
     wanted = {id(p): processes(p) for p in params}
     nothing: tuple[Sequence[int], Sequence[int]] = ((), ())
     contexts = [
@@ -349,7 +351,7 @@ def _verify(rows: Sequence[Growing], places: _Places, mixed: Tensor, broken: set
 
 def _number(d: Growing, position: int, purpose: int) -> float:
     """The random number of a place for one purpose."""
-    return uniform(d.order.seed, d.lineage, position, _TAG, purpose)
+    return uniform(d.request.seed, d.rng_path, position, _TAG, purpose)
 
 
 def _moved_by(
@@ -362,7 +364,7 @@ def _moved_by(
     out = []
     for filters, (plain, mixed) in ((False, raw), (True, final)):
         moved = [0.0] * len(tokens)
-        wanted = [k for k, r in enumerate(places.row) if (rows[r].order.weigh if filters else rows[r].order.record)]
+        wanted = [k for k, r in enumerate(places.row) if (rows[r].request.return_log_ratio if filters else rows[r].request.record)]
         if wanted:
             params = [places.params[k] for k in wanted]
             picked = torch.tensor([tokens[k] for k in wanted], device=mixed.device)

@@ -72,7 +72,7 @@ class EngineOutput:
 
 
 @dataclass(frozen=True)
-class _Open:
+class _OpenRequest:
     """A request under way.
 
     Attributes:
@@ -105,7 +105,7 @@ class EngineClient:
         self.failure: str | None = None
         self._numbers = itertools.count()
         self._engine: Any = None
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, _OpenRequest] = {}
         self.start()
 
     def start(self) -> None:
@@ -164,7 +164,7 @@ class EngineClient:
         number = f"ivg-{next(self._numbers)}"
         try:
             inner = self._engine.add_request(number, {"prompt_token_ids": list(tokens)}, params)
-            self._open[number] = _Open(self._abortable(inner), self._states(inner, getattr(params, "n", 1)))
+            self._open[number] = _OpenRequest(self._abortable(inner), self._states(inner, getattr(params, "n", 1)))
         except (ValueError, TypeError, VLLMValidationError) as e:
             raise ValueError(str(e).strip()) from e
         except Exception as e:
@@ -175,7 +175,7 @@ class EngineClient:
         """What one pass brought.
 
         Raises:
-            ModelError: the engine died; :meth:`revive` begins anew.
+            ModelError: the engine died; :meth:`restart` begins anew.
         """
         self._demand_life()
         if not self.busy:
@@ -202,7 +202,7 @@ class EngineClient:
         except Exception as e:
             self._die(e)
 
-    def revive(self) -> bool:
+    def restart(self) -> bool:
         """Begin anew where the engine died, noticed or not (all requests are gone then). Had it?"""
         if self.failure is None and self._engine is not None and not _ended(self._engine.engine_core):
             return False

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ivg.engines.sequences import TokenSequence, as_beams, newborn, push
+from ivg.engines.sequences import TokenSequence, append_token, as_beams, fork
 from ivg.engines.vllm.client import EngineClient, EngineOutput
 from ivg.engines.vllm.config import KEY
 from ivg.engines.vllm.value import InnerValue
@@ -46,10 +46,10 @@ class PrefixStats:
 
 
 @dataclass
-class _Flight:
-    """An order on its way."""
+class _RunningRequest:
+    """A request inside vLLM."""
 
-    order: ExpandRequest
+    request: ExpandRequest
     family: list[TokenSequence]
     prompt: int
     again: bool
@@ -67,9 +67,9 @@ class VLLMEngine:
     """
 
     name = "vllm"
-    lacks: Mapping[str, str] = {
+    unsupported: Mapping[str, str] = {
         "pause": _ELSEWHERE,
-        "weigh": _ELSEWHERE,
+        "return_log_ratio": _ELSEWHERE,
         "alternatives": _ELSEWHERE,
         **dict.fromkeys(
             OF_TRANSFORMERS,
@@ -82,7 +82,7 @@ class VLLMEngine:
         base.reads_given_ids = True
         self.vocabulary: Vocabulary = base.vocabulary
         self.prefix = PrefixStats()
-        self._flights: dict[str, _Flight] = {}
+        self._running: dict[str, _RunningRequest] = {}
         self._news: list[ExpandOutput] = []
 
     # types.Engine
@@ -118,45 +118,45 @@ class VLLMEngine:
                     'name those that shall with [vllm] guides = ["implicit", …]'
                 )
 
-    def extend(self, orders: Sequence[ExpandRequest]) -> list[list[Beam]]:
-        """The children of every order's beam, all together."""
-        self.submit(orders)
-        wanted, found = {o.beam.key for o in orders}, dict[int, list[Beam]]()
+    def extend(self, requests: Sequence[ExpandRequest]) -> list[list[Beam]]:
+        """The children of every request's beam, all together."""
+        self.submit(requests)
+        wanted, found = {o.beam.key for o in requests}, dict[int, list[Beam]]()
         while len(found) < len(wanted):
             found |= {g.beam: g.children for g in self.collect(wanted) if g.done}
-        return [found[o.beam.key] for o in orders]
+        return [found[o.beam.key] for o in requests]
 
     def release(self, keys: Sequence[int]) -> None:
-        """Give up the orders of these beams; else nothing is kept for them."""
+        """Abort the requests of these beams; else nothing is kept for them."""
         gone = set(keys)
-        numbers = [number for number, flight in self._flights.items() if flight.order.beam.key in gone]
+        numbers = [number for number, running in self._running.items() if running.request.beam.key in gone]
         for number in numbers:
-            del self._flights[number]
+            del self._running[number]
         self._news = [growth for growth in self._news if growth.beam not in gone]
         self.core.abort(numbers)
 
     # types.AsyncEngine
 
-    def submit(self, orders: Sequence[ExpandRequest]) -> None:
+    def submit(self, requests: Sequence[ExpandRequest]) -> None:
         """Begin these chunks; one that vLLM refuses ends its children with an error."""
-        for order in orders:
-            beam, family = order.beam, newborn(order)
+        for request in requests:
+            beam, family = request.beam, fork(request)
             prompt = self.base.prompt_ids(beam.prompt)
-            copies = order.successors if order.sampling.temperature == 0 else 1  # greedy children are all the same
+            copies = request.successors if request.sampling.temperature == 0 else 1  # greedy children are all the same
             try:
-                number = self.core.add([*prompt, *beam.token_ids], self._params(order, family[0].limit - len(beam.token_ids), copies))
+                number = self.core.add([*prompt, *beam.token_ids], self._params(request, family[0].limit - len(beam.token_ids), copies))
             except ValueError as e:
                 for child in family:
                     child.finish, child.error = "error", f"vLLM refuses this: {str(e).strip().splitlines()[0]}"
                 self._news.append(ExpandOutput(beam.key, as_beams(beam, family)))
                 continue
             length = len(prompt) + len(beam.token_ids)
-            self._flights[number] = _Flight(order, family, length, bool(beam.token_ids), copies)
+            self._running[number] = _RunningRequest(request, family, length, bool(beam.token_ids), copies)
 
     def collect(self, beams: Collection[int] | None = None) -> list[ExpandOutput]:
         """Chunks of ``beams`` that are done, and what has grown of those that are watched."""
         until = time.monotonic() + NEWS_SECONDS
-        while self._flights and not any(beams is None or growth.beam in beams for growth in self._news):
+        while self._running and not any(beams is None or growth.beam in beams for growth in self._news):
             for news in self.core.step():
                 self._hear(news)
             if time.monotonic() > until:
@@ -165,13 +165,13 @@ class VLLMEngine:
         self._news = [growth for growth in self._news if beams is not None and growth.beam not in beams]
         return grown
 
-    def revive(self) -> bool:
-        """Forget all orders; where vLLM's engine died it begins anew. Had it died?"""
+    def restart(self) -> bool:
+        """Forget all requests; where vLLM's engine died it begins anew. Had it died?"""
         with suppress(ModelError):  # it may be dead without our knowing, and shall live again
-            self.core.abort(list(self._flights))
-        self._flights.clear()
+            self.core.abort(list(self._running))
+        self._running.clear()
         self._news.clear()
-        return self.core.revive()
+        return self.core.restart()
 
     def close(self) -> None:
         """Stop vLLM."""
@@ -179,14 +179,14 @@ class VLLMEngine:
 
     # Inside
 
-    def _params(self, order: ExpandRequest, tokens: int, copies: int) -> Any:
+    def _params(self, request: ExpandRequest, tokens: int, copies: int) -> Any:
         from vllm import SamplingParams as Params
         from vllm.sampling_params import RequestOutputKind
 
-        s, eos = order.sampling, sorted(self.vocabulary.eos_ids)
-        seed = mix(order.seed, order.beam.lineage, len(order.beam.token_ids), order.first) >> 2  # child i has seed + i
+        s, eos = request.sampling, sorted(self.vocabulary.eos_ids)
+        seed = mix(request.seed, request.beam.rng_path, len(request.beam.token_ids), request.first) >> 2  # child i has seed + i
         return Params(
-            n=order.successors // copies,
+            n=request.successors // copies,
             temperature=s.temperature,
             top_p=s.top_p,
             top_k=s.top_k,
@@ -194,22 +194,22 @@ class VLLMEngine:
             repetition_penalty=s.repetition_penalty,
             seed=None if s.temperature == 0 else seed,
             max_tokens=tokens,
-            min_tokens=tokens if s.ignore_eos else self._least(order, tokens),  # forbids the tokens that stop, for so long
+            min_tokens=tokens if s.ignore_eos else self._least(request, tokens),  # forbids the tokens that stop, for so long
             stop_token_ids=eos,
             ignore_eos=True,  # those of the model's files; ours are in stop_token_ids
             stop=list(s.stop) or None,
             detokenize=bool(s.stop),
             skip_special_tokens=True,
-            output_kind=RequestOutputKind.CUMULATIVE if order.watch else RequestOutputKind.FINAL_ONLY,
-            extra_args=self._weights(order.guidance),
+            output_kind=RequestOutputKind.CUMULATIVE if request.stream else RequestOutputKind.FINAL_ONLY,
+            extra_args=self._weights(request.guidance),
         )
 
-    def _least(self, order: ExpandRequest, tokens: int) -> int:
+    def _least(self, request: ExpandRequest, tokens: int) -> int:
         """Tokens of a chunk at least; a text that has fewer than it must does not end in it."""
-        s, already = order.sampling, len(order.beam.token_ids)
+        s, already = request.sampling, len(request.beam.token_ids)
         wanted = s.min_new_tokens - already
         if s.min_length:
-            wanted = max(wanted, s.min_length - already - len(self.base.prompt_ids(order.beam.prompt)))
+            wanted = max(wanted, s.min_length - already - len(self.base.prompt_ids(request.beam.prompt)))
         return min(max(wanted, 0), tokens)
 
     def _weights(self, guidance: TokenGuidance | None) -> dict[str, float] | None:
@@ -223,39 +223,39 @@ class VLLMEngine:
         return {f"{KEY}.{name}": weight for name, weight in found.items()}
 
     def _hear(self, news: EngineOutput) -> None:
-        """Let the children of an order grow by what vLLM says of them."""
+        """Let the children of a request grow by what vLLM says of them."""
         output = news.output
-        flight = self._flights.get(output.request_id)
-        if flight is None:
+        running = self._running.get(output.request_id)
+        if running is None:
             return
-        order, already = flight.order, len(flight.order.beam.token_ids)
+        request, already = running.request, len(running.request.beam.token_ids)
         for completion in output.outputs:
-            family = flight.family if flight.copies > 1 else flight.family[completion.index : completion.index + 1]
+            family = running.family if running.copies > 1 else running.family[completion.index : completion.index + 1]
             for child in family:
                 _grow(child, list(completion.token_ids)[len(child.token_ids) - already :])
                 if completion.finish_reason is not None:
                     _settle(child, str(completion.finish_reason), already)
         done = bool(output.finished)
         if done:
-            del self._flights[output.request_id]
-            self._count(flight, news.cached)
-        if done or order.watch:
-            self._news = [growth for growth in self._news if growth.beam != order.beam.key]
-            self._news.append(ExpandOutput(order.beam.key, as_beams(order.beam, flight.family), done))
+            del self._running[output.request_id]
+            self._count(running, news.cached)
+        if done or request.stream:
+            self._news = [growth for growth in self._news if growth.beam != request.beam.key]
+            self._news.append(ExpandOutput(request.beam.key, as_beams(request.beam, running.family), done))
 
-    def _count(self, flight: _Flight, cached: Sequence[int]) -> None:
+    def _count(self, running: _RunningRequest, cached: Sequence[int]) -> None:
         """Tokens that every part read: of the prompt what each child did not find in the cache, of the children all but the last.
 
         What all children of a request's first chunk found there came from other requests: it is asked for, and cached.
         """
-        children = flight.family[:: flight.copies]
-        grown = sum(len(child.token_ids) - len(flight.order.beam.token_ids) for child in children)
-        read = max(0, flight.prompt * len(children) - sum(cached) + grown - len(children))
-        spared = 0 if flight.again else min(cached, default=0)
+        children = running.family[:: running.copies]
+        grown = sum(len(child.token_ids) - len(running.request.beam.token_ids) for child in children)
+        read = max(0, running.prompt * len(children) - sum(cached) + grown - len(children))
+        spared = 0 if running.again else min(cached, default=0)
         for part in self.parts:
-            flight.order.beam.meter.add(part, read + spared, spared)
-        if flight.again:
-            self.prefix.submitted += flight.prompt * len(children)
+            running.request.beam.token_counter.add(part, read + spared, spared)
+        if running.again:
+            self.prefix.submitted += running.prompt * len(children)
             self.prefix.cached += sum(cached)
 
 
@@ -264,7 +264,7 @@ def _grow(child: TokenSequence, tokens: Iterable[int]) -> None:
     for token in tokens:
         if child.finish is not None:
             return
-        push(child, int(token))
+        append_token(child, int(token))
 
 
 def _settle(child: TokenSequence, reason: str, already: int) -> None:

@@ -25,7 +25,7 @@ class IVGModelState(DefaultModelState):
         """Read the weights of a request that enters the batch."""
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
-        weights = self.ivg.settings.recipe.weights_of(params.extra_args if params is not None else None)
+        weights = self.ivg.config.weights_of(params.extra_args if params is not None else None)
         self.table[req_index] = torch.tensor(weights or [0.0])
         self.changed = True
 

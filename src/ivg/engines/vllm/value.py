@@ -93,9 +93,9 @@ class PooledValue:
     def release(self, keys: Sequence[int]) -> None:
         """Nothing is kept for a hypothesis; vLLM's cache is by tokens."""
 
-    def revive(self) -> bool:
+    def restart(self) -> bool:
         """Begin anew where the engine died. Had it?"""
-        return self.core.revive()
+        return self.core.restart()
 
     def close(self) -> None:
         """Stop vLLM."""
@@ -134,7 +134,7 @@ class PooledValue:
                         continue
                     tokens = under_way.pop(output.request_id)
                     out[tokens] = _tensor(output.outputs)
-                    read.setdefault(wanted[tokens].meter, []).append((len(tokens), news.cached[0]))
+                    read.setdefault(wanted[tokens].token_counter, []).append((len(tokens), news.cached[0]))
         finally:
             self.core.abort(list(under_way))
             self._count(read)
@@ -145,10 +145,10 @@ class PooledValue:
 
         What all of a request's first texts found there came from other requests: it is asked for, and cached.
         """
-        for meter, texts in read.items():
+        for token_counter, texts in read.items():
             tokens, cached = sum(t for t, _ in texts), sum(c for _, c in texts)
-            spared = 0 if meter.forward_tokens[self.name] else min(c for _, c in texts)
-            meter.add(self.name, tokens - cached + spared, spared)
+            spared = 0 if token_counter.forward_tokens[self.name] else min(c for _, c in texts)
+            token_counter.add(self.name, tokens - cached + spared, spared)
             self.submitted += tokens
             self.cached += cached
 
