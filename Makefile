@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN = $(VENV)/bin
 
-.PHONY: help install demo test test-all test-long test-avx2 test-gpu lint types contract unit test-vllm docs clean
+.PHONY: help install demo test test-all test-long test-avx2 test-gpu lint types contract unit test-vllm docs reference site clean
 .PHONY: bench bench-targets reproduce-sentiment reproduce-values reproduce-objectives reproduce-summarization
 .DEFAULT_GOAL := help
 
@@ -30,7 +30,7 @@ demo: install ## steer the embedded film-review model
 	@$(RUN)/ivg generate "The movie was" --seed 1
 	@$(RUN)/ivg compare "The movie was" --seed 1
 
-test: lint types contract unit ## lint, types, import contract, and tests of every feature (minutes)
+test: lint types contract site unit ## lint, types, import contract, the documentation site, and tests of every feature (minutes)
 
 test-all: test test-long test-avx2 test-vllm ## also the long tests: killed runs, browser, Ray, a plain processor, real vLLM on the CPU
 
@@ -68,8 +68,13 @@ test-gpu: $(VENV)/.dev ## tests of the numerics with the tiny models on a GPU
 test-vllm: $(VLLM_VENV)/.ready ## the engine inside real vLLM, on the CPU
 	@OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm_engine
 
-docs: $(VENV)/.dev ## rewrite docs/reference/cli.md
+docs: reference site ## rewrite the generated reference pages and build the site into build/site
+
+reference: $(VENV)/.dev
 	@$(RUN)/python -m ivg.cli.reference > docs/reference/cli.md
+
+site: $(VENV)/.dev
+	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
 
 reproduce-sentiment: $(VENV)/.dev ## all methods on the embedded models, 200 prompts, 3 seeds, into docs/results/sentiment (needs ../shared/data/imdb)
 	@$(RUN)/ivg eval sentiment --recipe recipes/embedded-sentiment.toml --data ../shared/data/imdb \

@@ -79,7 +79,7 @@ def squared_error(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
 
 
 def cross_entropy(values: Tensor, outcomes: Tensor, mask: Tensor) -> Tensor:
-    """Mean binary cross-entropy of sigmoid(V) against outcomes in [0, 1] [rows]: V is the log-odds that the response succeeds."""
+    """Mean binary cross-entropy of sigmoid(V) against outcomes in [0, 1], shape [rows]: V is the log-odds that the response succeeds."""
     wanted = outcomes[:, None].expand_as(values)
     losses = torch.nn.functional.binary_cross_entropy_with_logits(values, wanted, reduction="none")
     return (losses * mask).sum() / mask.sum().clamp(min=1)
