@@ -375,13 +375,13 @@ def test_help_of_every_verb(ivg):
 def test_resuming_with_another_engine_is_refused(tmp_path):
     from ivg.errors import ConfigError
     from ivg.jobs.prompts import Job
-    from ivg.jobs.provenance import of_answers
+    from ivg.jobs.provenance import answer_provenance
     from ivg.jobs.store import open_rows
     from ivg.settings.recipe import Recipe
 
     recipes = [Recipe(), *(Recipe.parse({"run": {"engine": e}, "endpoint": {"model": m}}) for e, m in
                (("vllm", None), ("http://a/v1", "one"), ("http://a/v1", "two")))]  # fmt: skip
-    made, job = [of_answers(recipe, "cpu") for recipe in recipes], Job(1, "p")
+    made, job = [answer_provenance(recipe, "cpu") for recipe in recipes], Job(1, "p")
     for i, one in enumerate(made):
         file = tmp_path / f"{i}.jsonl"
         file.write_text(json.dumps({"id": 1, "prompt": "p", "index": 0, **one}) + "\n")
@@ -527,12 +527,14 @@ def test_a_reader_that_has_enough_ends_the_run_quietly(ivg, base, tmp_path, monk
 def test_a_score_that_is_no_number_fails_its_row(ivg, base, tmp_path, monkeypatch):
     from dataclasses import replace
 
-    from ivg.cli import generate
+    from ivg.jobs.runner import LocalBackend
 
-    real = generate.answers
-    monkeypatch.setattr(
-        generate, "answers", lambda *a, **k: ((j, i, replace(c, score=float("nan") if j.id == 1 else 1.0)) for j, i, c in real(*a, **k))
-    )
+    def scored(result):
+        score = float("nan") if result.task.source.id == 1 else 1.0
+        return replace(result, completion=replace(result.completion, score=score))
+
+    real = LocalBackend.run
+    monkeypatch.setattr(LocalBackend, "run", lambda self, tasks: map(scored, real(self, tasks)))
     write_rows(tmp_path / "in.jsonl", [{"id": i, "prompt": "One"} for i in range(3)])
     code, _, err = ivg("generate", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *base)
     assert code == 1

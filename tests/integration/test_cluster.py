@@ -8,21 +8,22 @@ import secrets
 import signal
 import sys
 import time
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 
 import ivg
-from ivg.cli import generate, main
+from ivg.cli import main
 from ivg.errors import ConfigError, MissingDependencyError, ModelError
-from ivg.jobs.ray import actor_pool as crew_module
-from ivg.jobs.ray import driver, task_queue
-from ivg.jobs.ray.settings import RayError, RaySettings, Size, fitted, portable, size
+from ivg.jobs import store
+from ivg.jobs.ray import actor_pool, driver, task_queue
+from ivg.jobs.ray.driver import RayBackend
+from ivg.jobs.ray.settings import RayError, RaySettings, Size, reconcile_gpus, size, with_absolute_paths
 from ivg.jobs.ray.task_queue import TaskQueue
-from ivg.jobs.ray.worker import Order, Report, Worker
+from ivg.jobs.ray.worker import Worker, WorkerReport
+from ivg.jobs.runner import Task, run_tasks
 from ivg.settings.recipe import Recipe
 from ivg.testing import byte_tokenizer, tiny_model, tiny_value
 from ivg.types import Completion, Usage
@@ -30,18 +31,9 @@ from ivg.types import Completion, Usage
 real_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'ivg[ray]'")
 
 
-@dataclass(frozen=True)
-class Job:
-    id: int
-    prompt: str
-
-    @property
-    def place(self):
-        return f"line {self.id}"
-
-
-def jobs(count, n=1):
-    return [(Job(i, f"Prompt {i}"), k) for i in range(count) for k in range(n)]
+def tasks_of(count, n=1):
+    """Tasks for so many prompts; each task's source is (number of the prompt, sample)."""
+    return [Task(f"Prompt {i}", 5, k, (i, k)) for i in range(count) for k in range(n)]
 
 
 # Settings and sizes
@@ -107,7 +99,7 @@ def test_paths_of_this_machine_are_made_absolute(tmp_path, monkeypatch):
     (tmp_path / "base").mkdir()
     (tmp_path / "rules.py").write_text("def score(prompt, response): return 0.0\n")
     models = {"base": "base", "tuned": "org/tuned", "untuned": "embedded:untuned", "reward": "rules.py:score"}
-    found = portable(Recipe.parse({"models": models, "values": {"more": {"value": "base"}}}))
+    found = with_absolute_paths(Recipe.parse({"models": models, "values": {"more": {"value": "base"}}}))
     paths = {role: ref.path for role, ref in found.models.given.items()}
     assert paths == models | {"base": str(tmp_path / "base"), "reward": f"{tmp_path / 'rules.py'}:score"}
     assert found.values["more"].given["value"].path == str(tmp_path / "base")
@@ -125,7 +117,7 @@ def test_the_base_of_an_endpoint_is_a_name_and_no_folder(tmp_path, monkeypatch):
     assert {role: ref.path for role, ref in loaded.models.given.items()} == {"base": "base", "value": "there/value"}
     assert loaded.endpoint.tokenizer == "there/words"
     monkeypatch.chdir(tmp_path / "there")
-    sent = portable(Recipe.load("recipe.toml"))
+    sent = with_absolute_paths(Recipe.load("recipe.toml"))
     assert sent.models.given["base"].path == "base" and sent.models.given["value"].path == str(tmp_path / "there" / "value")
     assert sent.endpoint.tokenizer == str(tmp_path / "there" / "words")
 
@@ -134,72 +126,72 @@ def test_gpus_of_a_worker_are_the_engines_tensor_parallelism():
     plain, whole, split = (
         Recipe.parse(r) for r in ({}, {"run": {"engine": "vllm"}}, {"run": {"engine": "vllm"}, "vllm": {"tensor_parallel_size": 4}})
     )
-    assert fitted(plain, RaySettings("auto")) == (plain, RaySettings("auto"))
-    assert fitted(split, RaySettings("auto")) == (split, RaySettings("auto", gpus=4))
-    recipe, settings = fitted(whole, RaySettings("auto", gpus=8))
+    assert reconcile_gpus(plain, RaySettings("auto")) == (plain, RaySettings("auto"))
+    assert reconcile_gpus(split, RaySettings("auto")) == (split, RaySettings("auto", gpus=4))
+    recipe, settings = reconcile_gpus(whole, RaySettings("auto", gpus=8))
     assert (recipe.vllm.tensor_parallel_size, settings.gpus) == (8, 8)
     with pytest.raises(ConfigError, match=r"--gpus-per-worker 2, but vllm.tensor_parallel_size is 4"):
-        fitted(split, RaySettings("auto", gpus=2))
+        reconcile_gpus(split, RaySettings("auto", gpus=2))
     with pytest.raises(ConfigError, match="the engine transformers uses one GPU"):
-        fitted(plain, RaySettings("auto", gpus=2))
+        reconcile_gpus(plain, RaySettings("auto", gpus=2))
 
 
-# The ledger
+# The queue
 
 
 def test_tasks_are_shared_out_evenly_and_topped_up():
-    book = TaskQueue(jobs(20), batch_size=8, workers=2)
-    first, second = book.hand(1), book.hand(2)
+    queue = TaskQueue(tasks_of(20), batch_size=8, workers=2)
+    first, second = queue.take(1), queue.take(2)
     assert [t.number for t in first] == list(range(10))
     assert [t.number for t in second] == list(range(10, 20))
-    book = TaskQueue(jobs(100), batch_size=8, workers=2)
-    assert len(book.hand(1)) == 10  # eight at once, two that wait there
-    assert book.hand(1) == []
-    assert book.settle(1, 3).number == 3
-    assert [t.number for t in book.hand(1)] == [10]
+    queue = TaskQueue(tasks_of(100), batch_size=8, workers=2)
+    assert len(queue.take(1)) == 10  # eight at once, two that wait there
+    assert queue.take(1) == []
+    assert queue.complete(1, 3).number == 3
+    assert [t.number for t in queue.take(1)] == [10]
 
 
 def test_only_who_has_a_task_settles_it_and_once():
-    book = TaskQueue(jobs(2), batch_size=1, workers=2)
-    (task,) = book.hand(1)
-    assert book.settle(2, task.number) is None
-    assert book.bury(1) == []
-    assert book.settle(1, task.number) is None  # the presumed dead speaks
-    (again,) = book.hand(2)
+    queue = TaskQueue(tasks_of(2), batch_size=1, workers=2)
+    (task,) = queue.take(1)
+    assert queue.complete(2, task.number) is None
+    assert queue.requeue(1) == []
+    assert queue.complete(1, task.number) is None  # the presumed dead speaks
+    (again,) = queue.take(2)
     assert again is task
-    assert book.settle(2, task.number) is task
-    assert book.settle(2, task.number) is None
+    assert queue.complete(2, task.number) is task
+    assert queue.complete(2, task.number) is None
 
 
 def test_a_task_that_kills_is_run_alone_and_given_up(monkeypatch):
     monkeypatch.setattr(task_queue, "SUSPECT", 2)
-    book, guilty, done, given_up, alone = TaskQueue(jobs(6), batch_size=3, workers=1), 2, [], [], []
+    queue, guilty, done, given_up, alone = TaskQueue(tasks_of(6), batch_size=3, workers=1), 2, [], [], []
     for worker in range(1, 10):
-        while tasks := book.hand(worker):
+        while tasks := queue.take(worker):
             numbers = [t.number for t in tasks]
             if guilty in numbers:
                 alone.append(numbers == [guilty])
-                given_up += [t.number for t in book.bury(worker)]
+                given_up += [t.number for t in queue.requeue(worker)]
                 break
-            done += [book.settle(worker, n).number for n in numbers]
-    assert not book
+            done += [queue.complete(worker, n).number for n in numbers]
+    assert not queue
     assert (given_up, sorted(done)) == ([guilty], [0, 1, 3, 4, 5])
     assert alone == [False, False, True]
 
 
 def test_a_suspect_has_its_worker_to_itself(monkeypatch):
     monkeypatch.setattr(task_queue, "SUSPECT", 1)
-    book = TaskQueue(jobs(2), batch_size=1, workers=2)
-    suspect, other = *book.hand(1), *book.hand(2)
-    book.bury(1)
-    assert book.hand(3) == [suspect]
+    queue = TaskQueue(tasks_of(2), batch_size=1, workers=2)
+    suspect, other = *queue.take(1), *queue.take(2)
+    queue.requeue(1)
+    assert queue.take(3) == [suspect]
     monkeypatch.setattr(task_queue, "SUSPECT", 3)
-    book.bury(2)
-    assert book.hand(3) == []  # though one waits
-    assert book.hand(4) == [other]
-    assert book.settle(3, suspect.number) is suspect
-    assert book.settle(4, other.number) is other
-    assert not book
+    queue.requeue(2)
+    assert queue.take(3) == []  # though one waits
+    assert queue.take(4) == [other]
+    assert queue.complete(3, suspect.number) is suspect
+    assert queue.complete(4, other.number) is other
+    assert not queue
 
 
 # The worker, in this process
@@ -245,29 +237,27 @@ def loaded(recipe):
     return worker
 
 
-def teller(errors):
-    return lambda job, why: errors.append(f"{job.place}: {why}")
-
-
-def told(recipe, todo):
-    """Local answers, and what was said of the others."""
-    errors = []
-    return {(job.id, k): done.text for job, k, done in generate.answers(recipe, todo, teller(errors), trace=False)}, errors
+def texts_and_errors(results):
+    """Texts by source, and errors by source; no source twice."""
+    texts, errors = {}, {}
+    for r in results:
+        assert r.task.source not in texts | errors
+        (errors if r.completion is None else texts)[r.task.source] = r.error or r.completion.text
+    return texts, errors
 
 
 def test_worker_answers_as_this_machine_does_and_says_which_prompts_it_cannot_read(hub):
     recipe = recipe_of(hub)
-    expected, _ = told(recipe, jobs(3, n=2))
+    expected, _ = texts_and_errors(run_tasks(recipe, tasks_of(3, n=2)))
     worker, done = loaded(recipe), {}
-    orders = [Order(n, job.prompt, k) for n, (job, k) in enumerate(jobs(3, n=2))]
-    report = worker.advance([*orders, Order(6, "", 0)])
-    while len(done) < 7:  # a report may bring nothing: a worker speaks after a second in any case
+    report = worker.advance([*(replace(task, source=n) for n, task in enumerate(tasks_of(3, n=2))), Task("", 5, 0, 6)])
+    while len(done) < 7:  # a report may bring nothing: a worker reports after a second in any case
         assert (report.error, report.crash) == (None, None)
         done |= dict(report.done)
         report = worker.advance([])
     assert report.done == []
     assert "empty prompt" in done.pop(6)
-    assert [done[n].text for n in range(6)] == list(expected.values())
+    assert [done[n].text for n in range(6)] == [expected[task.source] for task in tasks_of(3, n=2)]
 
 
 def raises(error):
@@ -279,18 +269,18 @@ def raises(error):
 
 def test_worker_reports_what_breaks_it(hub):
     worker = loaded(recipe_of(hub, "reward"))
-    report = worker.advance([Order(0, "an error", 0)], seconds=30)
+    report = worker.advance([Task("an error", 5, 0, 0)], seconds=30)
     assert (report.done, report.crash) == ([(0, "the value reward raised ValueError: no such prompt")], None)
-    worker.searcher.step = raises(ValueError("a fault in the code"))
-    assert worker.advance([Order(0, "One", 0)], seconds=30).crash == "ValueError: a fault in the code"
+    worker.backend.step = raises(ValueError("a fault in the code"))
+    assert worker.advance([Task("One", 5, 0, 0)], seconds=30).crash == "ValueError: a fault in the code"
     report = Worker().load(Recipe.parse({"models": {"base": "/no/such/model"}}).model_dump_json(), False)
     assert "cannot load" in str(report.error)
     worker = loaded(recipe_of(hub))
-    worker.searcher.step = raises(ModelError("the vLLM engine died"))
-    report = worker.advance([Order(0, "One", 0)])
+    worker.backend.step = raises(ModelError("the vLLM engine died"))
+    report = worker.advance([Task("One", 5, 0, 0)])
     assert (report.error, report.crash) == (None, "ModelError: the vLLM engine died")
     wrong = recipe_of(hub).override(search={"token": "nobody", "method": "custom"})
-    assert isinstance(loaded(wrong).advance([Order(0, "x", 0)]).error, ConfigError)
+    assert isinstance(loaded(wrong).advance([Task("x", 5, 0, 0)]).error, ConfigError)
 
 
 # The driver, over a Ray of lies
@@ -351,26 +341,26 @@ class Echo:
     version = ivg.__version__
 
     def __init__(self, number):
-        self.number, self.orders = number, []
+        self.number, self.tasks = number, []
 
     def hello(self):
         return f"node {self.number}", self.version
 
     def load(self, recipe, trace):
-        return Report()
+        return WorkerReport()
 
-    def advance(self, orders):
-        self.orders += orders
-        now, self.orders = self.orders[:2], self.orders[2:]
-        return Report([(o.number, self.answer(o)) for o in now])
+    def advance(self, tasks):
+        self.tasks += tasks
+        now, self.tasks = self.tasks[:2], self.tasks[2:]
+        return WorkerReport([(task.source, self.answer(task)) for task in now])
 
-    def answer(self, order):
-        return Completion(order.prompt, (), None, "stop", Usage({}, 0, 0, 0.0))
+    def answer(self, task):
+        return Completion(task.prompt, (), None, "stop", Usage({}, 0, 0, 0.0))
 
 
-def drive(monkeypatch, worker, todo, seed=0, batch_size=3, **settings):
-    """(answers, what was said of the others, the Ray)."""
-    fake, errors = FakeRay(worker, seed), []
+def drive(monkeypatch, worker, tasks, seed=0, batch_size=3, **settings):
+    """(numbers of the prompts that were answered, errors by number of the prompt, the Ray)."""
+    fake = FakeRay(worker, seed)
 
     class Connected:
         def __enter__(self):
@@ -381,8 +371,8 @@ def drive(monkeypatch, worker, todo, seed=0, batch_size=3, **settings):
 
     monkeypatch.setattr(driver, "connected", lambda _: Connected())
     recipe = Recipe.parse({"run": {"batch_size": batch_size}})
-    out = list(driver.answers(recipe, todo, teller(errors), RaySettings("auto", **settings)))
-    return [(job.id, k) for job, k, _ in out], errors, fake
+    texts, errors = texts_and_errors(RayBackend(recipe, RaySettings("auto", **settings)).run(tasks))
+    return sorted(i for i, _ in texts), {i: e for (i, _), e in errors.items()}, fake
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -390,60 +380,59 @@ def test_each_answer_once_whoever_dies(monkeypatch, seed):
     chance = random.Random(seed)
 
     class Frail(Echo):
-        def advance(self, orders):
+        def advance(self, tasks):
             if chance.random() < 0.08:
                 raise Gone("The actor is dead because its node has gone")
-            report = super().advance(orders)
-            return report if chance.random() > 0.1 else Report(report.done[:1], crash="OutOfMemoryError: CUDA out of memory")
+            report = super().advance(tasks)
+            return report if chance.random() > 0.1 else WorkerReport(report.done[:1], crash="OutOfMemoryError: CUDA out of memory")
 
-    done, errors, fake = drive(monkeypatch, Frail, jobs(80), seed)
-    given_up = [int(re.match(r"line (\d+): given up, since 4 workers", e)[1]) for e in errors]
-    assert Counter(i for i, _ in done) + Counter(given_up) == Counter(range(80))
-    assert len(given_up) <= 2
+    done, errors, fake = drive(monkeypatch, Frail, tasks_of(80), seed)
+    assert all(e.startswith("quarantined: 4 workers crashed") for e in errors.values())
+    assert sorted([*done, *errors]) == list(range(80))
+    assert len(errors) <= 2
     assert len(fake.actors) > 2
     assert all(actor.dead for actor in fake.actors), "something was left running"
 
 
 def test_poison_is_reported_and_the_others_are_done(monkeypatch):
     class Poisoned(Echo):
-        def answer(self, order):
-            if order.prompt == "Prompt 5":
+        def answer(self, task):
+            if task.prompt == "Prompt 5":
                 raise Gone("Worker exit type: SYSTEM_ERROR")
-            if order.prompt == "Prompt 7":
+            if task.prompt == "Prompt 7":
                 return "empty prompt"
-            return super().answer(order)
+            return super().answer(task)
 
-    done, errors, fake = drive(monkeypatch, Poisoned, jobs(20))
-    assert sorted(i for i, _ in done) == [i for i in range(20) if i not in (5, 7)]
-    assert sorted(e.partition(":")[0] for e in errors) == ["line 5", "line 7"]
-    (said,) = (e for e in errors if "line 5" in e)
-    assert "4 workers died with it, the last while it had nothing else" in said
-    assert "SYSTEM_ERROR" in said
+    done, errors, fake = drive(monkeypatch, Poisoned, tasks_of(20))
+    assert done == [i for i in range(20) if i not in (5, 7)]
+    assert sorted(errors) == [5, 7]
+    assert "4 workers crashed while running it, the last one while running nothing else" in errors[5]
+    assert "SYSTEM_ERROR" in errors[5]
     assert len(fake.actors) == 2 + 4
 
 
 @pytest.mark.parametrize(("deadly", "count", "batch_size", "cpus"), [((3, 25, 45), 100, 16, (1,)), ((0, 1, 2, 3), 60, 8, (1, 1))])
 def test_several_deadly_prompts_do_not_end_the_run(monkeypatch, deadly, count, batch_size, cpus):
     class Poisoned(Echo):
-        def advance(self, orders):
-            if any(o.prompt in {f"Prompt {i}" for i in deadly} for o in [*self.orders, *orders]):
+        def advance(self, tasks):
+            if any(task.prompt in {f"Prompt {i}" for i in deadly} for task in [*self.tasks, *tasks]):
                 raise Gone("Worker exit type: SYSTEM_ERROR")
-            return super().advance(orders)
+            return super().advance(tasks)
 
     made = FakeRay.__init__
     monkeypatch.setattr(FakeRay, "__init__", lambda self, worker, seed=0: made(self, worker, seed, cpus))
-    done, errors, _ = drive(monkeypatch, Poisoned, jobs(count), batch_size=batch_size)
-    assert sorted(i for i, _ in done) == [i for i in range(count) if i not in deadly]
-    assert len(errors) == len(deadly)
+    done, errors, _ = drive(monkeypatch, Poisoned, tasks_of(count), batch_size=batch_size)
+    assert done == [i for i in range(count) if i not in deadly]
+    assert sorted(errors) == list(deadly)
 
 
 class Stillborn(Echo):
     def load(self, recipe, trace):
-        return Report(crash="OutOfMemoryError: CUDA out of memory")
+        return WorkerReport(crash="OutOfMemoryError: CUDA out of memory")
 
 
 class Hopeless(Echo):
-    def advance(self, orders):
+    def advance(self, tasks):
         raise Gone("The actor is dead because its worker process has died.")
 
 
@@ -458,14 +447,14 @@ class Bare(Echo):
 
 class Blind(Echo):
     def load(self, recipe, trace):
-        return Report(error=ConfigError("cannot load base '/here'"))
+        return WorkerReport(error=ConfigError("cannot load base '/here'"))
 
 
 @pytest.mark.parametrize(
     "worker,words",
     [
-        (Stillborn, "3 workers in a row died as they started; the last: node .: OutOfMemoryError: CUDA out of memory"),
-        (Hopeless, "12 workers in a row died at work; the last: node .*: The actor is dead because its worker process has died"),
+        (Stillborn, "3 workers in a row crashed at start; the last: node .: OutOfMemoryError: CUDA out of memory"),
+        (Hopeless, "12 workers in a row crashed; the last: node .*: The actor is dead because its worker process has died"),
         (Older, f"node . has ivg 0.0.1, and this machine {re.escape(ivg.__version__)}"),
         (Bare, "a node has no ivg: a node: .*No module named 'ivg'"),
         (Blind, r"node .: cannot load base '/here'\n  the recipe's models and files must be there on every node"),
@@ -473,29 +462,29 @@ class Blind(Echo):
 )
 def test_what_is_wrong_everywhere_ends_the_run(monkeypatch, worker, words):
     with pytest.raises(RayError, match=words):
-        drive(monkeypatch, worker, jobs(40))
+        drive(monkeypatch, worker, tasks_of(40))
 
 
 def test_a_method_that_does_not_fit_ends_the_run_as_it_does_here(monkeypatch):
     class Unfit(Echo):
-        def advance(self, orders):
-            return Report(error=ConfigError("ivg needs the value explicit"))
+        def advance(self, tasks):
+            return WorkerReport(error=ConfigError("ivg needs the value explicit"))
 
     with pytest.raises(ConfigError, match="ivg needs the value explicit"):
-        drive(monkeypatch, Unfit, jobs(4))
+        drive(monkeypatch, Unfit, tasks_of(4))
 
 
 def test_workers_that_find_no_place(monkeypatch):
-    monkeypatch.setattr(crew_module, "PATIENCE", 0.0)
+    monkeypatch.setattr(actor_pool, "PLACEMENT_TIMEOUT", 0.0)
     monkeypatch.setattr(FakeRay, "wait", lambda self, calls, num_returns, timeout: ([], calls))
-    with pytest.raises(RayError, match="no worker found a place within 0 seconds; each asks for 1 CPUs and 0 GPUs"):
-        drive(monkeypatch, Echo, jobs(4))
+    with pytest.raises(RayError, match="no worker was placed within 0 seconds; each needs 1 CPUs and 0 GPUs"):
+        drive(monkeypatch, Echo, tasks_of(4))
 
 
 def test_without_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingDependencyError, match="needs the extra ray"):
-        list(driver.answers(Recipe(), jobs(1), print, RaySettings("auto")))
+        list(run_tasks(Recipe(), tasks_of(1), RaySettings("auto")))
 
 
 # A real Ray of two nodes
@@ -520,11 +509,11 @@ def cluster():
 
 
 @pytest.fixture
-def crews(monkeypatch):
-    """The crews that were made."""
+def pools(monkeypatch):
+    """The actor pools that were made."""
     made = []
 
-    class Watched(crew_module.ActorPool):
+    class Watched(actor_pool.ActorPool):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             made.append(self)
@@ -533,59 +522,54 @@ def crews(monkeypatch):
     return made
 
 
-def process(member):
-    return int(re.search(r"process (\d+)", member.where)[1])
+def process(actor):
+    return int(re.search(r"process (\d+)", actor.where)[1])
 
 
-def collect(recipe, todo, settings, errors, after=None):
-    """Answers by (id, index), each once; ``after`` is called when so many are there: (number, function)."""
-    out = {}
-    for job, k, completion in driver.answers(recipe, todo, teller(errors), settings):
-        assert (job.id, k) not in out
-        out[job.id, k] = completion.text
-        if after and len(out) == after[0]:
-            after[1]()
-    return out
+def after(results, count, action):
+    """The results; ``action`` is called when so many are there."""
+    for number, result in enumerate(results, 1):
+        yield result
+        if number == count:
+            action()
 
 
 @pytest.mark.long
 @real_ray
-def test_a_killed_worker_is_replaced_and_its_prompts_are_done_again(cluster, crews, hub):
-    recipe, todo, errors = recipe_of(hub), jobs(8, n=2), []
-    expected, _ = told(recipe, todo)
+def test_a_killed_worker_is_replaced_and_its_prompts_are_done_again(cluster, pools, hub):
+    recipe, tasks = recipe_of(hub), tasks_of(8, n=2)
+    expected = texts_and_errors(run_tasks(recipe, tasks))
 
     def kill():
-        os.kill(process(next(m for m in crews[0].members if m.call is not None and m.stage == "work")), signal.SIGKILL)
+        os.kill(process(next(a for a in pools[0].actors if a.call is not None and a.stage == "work")), signal.SIGKILL)
 
-    assert collect(recipe, todo, RaySettings(cluster.address), errors, (3, kill)) == expected
-    assert not errors
-    assert crews[0]._made == 3
+    assert texts_and_errors(after(run_tasks(recipe, tasks, RaySettings(cluster.address)), 3, kill)) == expected
+    assert pools[0].started == 3
 
 
 @pytest.mark.long
 @real_ray
-def test_a_node_may_leave(cluster, crews, hub):
-    recipe, todo, errors = recipe_of(hub), jobs(16), []
-    expected, _ = told(recipe, todo)
+def test_a_node_may_leave(cluster, hub):
+    recipe, tasks = recipe_of(hub), tasks_of(16)
+    expected = texts_and_errors(run_tasks(recipe, tasks))
 
     def leave():
         cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
 
-    assert collect(recipe, todo, RaySettings(cluster.address), errors, (3, leave)) == expected
-    assert not errors
+    assert texts_and_errors(after(run_tasks(recipe, tasks, RaySettings(cluster.address)), 3, leave)) == expected
     cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
 
 
 @pytest.mark.long
 @real_ray
-def test_a_prompt_that_kills_is_reported(cluster, crews, hub, monkeypatch):
+def test_a_prompt_that_crashes_workers_is_quarantined(cluster, hub, monkeypatch):
     monkeypatch.setattr(task_queue, "SUSPECT", 1)
-    todo = [(Job(i, "poison" if i == 3 else f"Prompt {i}"), 0) for i in range(6)]
-    expected, _ = told(recipe_of(hub, "reward"), [t for t in todo if t[0].id != 3])
-    errors = []
-    assert collect(recipe_of(hub, "reward"), todo, RaySettings(cluster.address), errors) == expected
-    (said,) = errors
-    assert said.startswith("line 3: given up, since 2 workers died with it")
+    tasks = [replace(task, prompt="poison") if task.source[0] == 3 else task for task in tasks_of(6)]
+    expected, _ = texts_and_errors(run_tasks(recipe_of(hub, "reward"), [t for t in tasks if t.prompt != "poison"]))
+    texts, errors = texts_and_errors(run_tasks(recipe_of(hub, "reward"), tasks, RaySettings(cluster.address)))
+    assert texts == expected
+    assert list(errors) == [(3, 0)]
+    assert errors[3, 0].startswith("quarantined: 2 workers crashed while running it")
 
 
 @pytest.mark.long
@@ -615,20 +599,20 @@ def test_command_line_goes_on_where_it_was_interrupted(cluster, hub, tmp_path, m
     ]
     command = ["ivg", "generate", "--input", str(source), "--output", str(sink), "--ray", cluster.address, *models, *sizes]
     monkeypatch.setattr(sys, "argv", command)
-    real, written = generate._write, []
+    real, written = store.ResumableRows.append, []
 
-    def interrupted(*arguments, **named):
+    def interrupted(self, row):
         if len(written) == 3:
             raise KeyboardInterrupt
-        written.append(real(*arguments, **named))
+        written.append(real(self, row))
 
-    monkeypatch.setattr(generate, "_write", interrupted)
+    monkeypatch.setattr(store.ResumableRows, "append", interrupted)
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 130
     first = sink.read_text().splitlines()
     assert len(first) == 3
-    monkeypatch.setattr(generate, "_write", real)
+    monkeypatch.setattr(store.ResumableRows, "append", real)
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 1
@@ -636,7 +620,7 @@ def test_command_line_goes_on_where_it_was_interrupted(cluster, hub, tmp_path, m
     rows = [json.loads(line) for line in sink.read_text().splitlines()]
     assert sink.read_text().splitlines()[:3] == first
     assert len(rows) == 8
-    expected, _ = told(recipe, jobs(8))
+    expected, _ = texts_and_errors(run_tasks(recipe, tasks_of(8)))
     assert {(r["id"], r["index"]): r["text"] for r in rows} == expected
 
 
@@ -646,5 +630,5 @@ def test_command_line_goes_on_where_it_was_interrupted(cluster, hub, tmp_path, m
 def test_nobody_at_the_address(address):
     started = time.monotonic()
     with pytest.raises(RayError, match=f"no Ray cluster at {address}: .*refused"):
-        list(driver.answers(Recipe(), jobs(1), print, RaySettings(address)))
+        list(run_tasks(Recipe(), tasks_of(1), RaySettings(address)))
     assert time.monotonic() - started < 200  # refused, not waited for

@@ -16,7 +16,7 @@ from ivg.jobs.failures import MOST, Failures
 from ivg.jobs.formats import SourceRow
 from ivg.jobs.imports import own_imports
 from ivg.jobs.prompts import Job, read_jobs
-from ivg.jobs.provenance import fingerprint, of_answers
+from ivg.jobs.provenance import answer_provenance, fingerprint
 from ivg.jobs.store import open_rows
 from ivg.settings.recipe import Recipe
 from ivg.utils import environment, jsonl
@@ -329,8 +329,8 @@ def test_everything_that_makes_an_answer_counts_and_nothing_else(tmp_path):
         (tmp_path / name / "config.json").write_text("{}")
     (tmp_path / "r.py").write_text("def f(prompt, response):\n    return 1\n")
     data = {"models": {"base": str(tmp_path / "a"), "reward": f"{tmp_path}/r.py:f"}}
-    first = of_answers(Recipe.parse(data), "cpu")
-    assert first == of_answers(
+    first = answer_provenance(Recipe.parse(data), "cpu")
+    assert first == answer_provenance(
         Recipe.parse(data | {"run": {"n": 3, "batch_size": 2}, "eval": {"seeds": 2}, "vllm": {"max_num_seqs": 3}}), "cpu"
     )
     for change, device in (
@@ -340,9 +340,9 @@ def test_everything_that_makes_an_answer_counts_and_nothing_else(tmp_path):
         ({"models": data["models"] | {"base": str(tmp_path / "b")}}, "cpu"),
         ({"values": {"more": {"reward": f"{tmp_path}/r.py:f"}}}, "cpu"),
     ):  # fmt: skip
-        assert of_answers(Recipe.parse(data | change), device) != first
+        assert answer_provenance(Recipe.parse(data | change), device) != first
     (tmp_path / "r.py").write_text("def f(prompt, response):\n    return 2\n")
-    assert differences(first, of_answers(Recipe.parse(data), "cpu"))[0].startswith("weights.reward: ")
+    assert differences(first, answer_provenance(Recipe.parse(data), "cpu"))[0].startswith("weights.reward: ")
     assert json.loads(jsonl.to_json(first)) == first
 
 

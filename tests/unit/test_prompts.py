@@ -340,18 +340,18 @@ def test_a_function_reads_text_alone():
 
 def test_one_refused_conversation_leaves_the_others_of_a_file(monkeypatch):
     """The command line: the row is reported, all others are answered."""
-    from ivg.cli.generate import answers
-    from ivg.jobs.prompts import Job
+    from ivg.jobs.runner import Task, run_tasks
 
     base = tiny_lm("base", tokenizer=templated(REFUSALS["two user turns"] + PLAIN))
     monkeypatch.setattr("ivg.factory.recipe.load_models", lambda recipe: GuidedModel(base))
     recipe = Recipe.model_validate({"search": {"method": "base"}, "sampling": {"max_new_tokens": 2}})
     fine = [{**USER, "role": "system"}, USER]
-    jobs = [(Job(i, messages), 0) for i, messages in enumerate([fine, [USER, USER], fine])]
-    failed = []
-    done = [job.id for job, _, _ in answers(recipe, jobs, lambda *told: failed.append(told), trace=False)]
-    assert done == [0, 2]
-    assert len(failed) == 1 and "refuses these messages (roles: user, user): Roles must alternate" in str(failed[0])
+    tasks = [Task(messages, 0, 0, i) for i, messages in enumerate([fine, [USER, USER], fine])]
+    results = list(run_tasks(recipe, tasks))
+    assert sorted(r.task.source for r in results if r.completion is not None) == [0, 2]
+    (failed,) = (r for r in results if r.completion is None)
+    assert failed.task.source == 1
+    assert "refuses these messages (roles: user, user): Roles must alternate" in failed.error
 
 
 @pytest.mark.parametrize("ids", [(5, 10**6), (-1, 5)])

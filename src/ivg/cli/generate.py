@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ivg.cli import options as o
-from ivg.errors import ConfigError, PromptError
+from ivg.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ivg.jobs.failures import Failures
     from ivg.jobs.prompts import Job
     from ivg.jobs.ray.settings import RaySettings
-    from ivg.jobs.store import Rows
     from ivg.settings.recipe import Recipe
     from ivg.types import Completion
 
@@ -133,9 +127,11 @@ def run(
     failed: Path | None = None,
 ) -> None:
     """Answer every prompt that is not answered yet; what cannot be answered is reported, the others are done."""
-    from ivg.cli.progress import report
+    from ivg.cli.printing import show
+    from ivg.cli.progress import progress, report
     from ivg.jobs.failures import Failures
     from ivg.jobs.formats import SourceRow, scan_rows
+    from ivg.jobs.generate import Callbacks, GenerateRun
     from ivg.jobs.prompts import read_jobs
 
     _check_files(source, output, failed)
@@ -148,15 +144,28 @@ def run(
     jobs = list(read_jobs(rows, failures))
     if not jobs and not failures.count:
         raise ConfigError(f"{source} holds no rows\n  expected rows with prompt or messages")
-    counts: Counter[str] = Counter(failed=failures.count)
+    work = GenerateRun(recipe, jobs, failures, cluster, trace=trace is not None)
+    traced: list[tuple[str, Completion]] = []
+
+    def on_answer(job: Job, completion: Completion) -> None:
+        if output is None:
+            show(_shown(job.prompt), completion, recipe.search.method, many=len(jobs) * recipe.run.n > 1)
+        if trace is not None:
+            traced.append((_shown(job.prompt), completion))
+
+    callbacks = Callbacks(on_answer, lambda total: progress(total, "answers"), lambda text: typer.echo(text, err=True))
     try:
-        _run(recipe, jobs, output, trace, cluster, failures, counts)
+        work.run(output, callbacks)
     finally:
+        if trace is not None and traced:
+            from ivg.cli.trace import write_trace
+
+            write_trace(trace, traced, recipe.search.method)
         failures.close()
-        if "skipped" in counts and (source is not None or output is not None):
-            typer.echo(", ".join(f"{name} {counts[name]}" for name in ("answered", "skipped", "failed", "already done")), err=True)
+        if "skipped" in work.counts and (source is not None or output is not None):
+            typer.echo(", ".join(f"{name} {work.counts[name]}" for name in ("answered", "skipped", "failed", "already done")), err=True)
     if failures.count:
-        raise typer.Exit(1 if counts["answered"] or counts["already done"] else 2)
+        raise typer.Exit(1 if work.counts["answered"] or work.counts["already done"] else 2)
 
 
 def _check_files(source: Path | None, output: Path | None, failed: Path | None) -> None:
@@ -175,101 +184,5 @@ def _check_files(source: Path | None, output: Path | None, failed: Path | None) 
         raise ConfigError(f"cannot read {source}: it is a folder\n  expected a file of rows")
 
 
-def _run(
-    recipe: Recipe,
-    jobs: Sequence[Job],
-    output: Path | None,
-    trace: Path | None,
-    cluster: RaySettings | None,
-    failures: Failures,
-    counts: Counter[str],
-) -> None:
-    from ivg.cli.progress import progress
-    from ivg.jobs.provenance import device_kind, of_answers
-    from ivg.jobs.store import open_rows
-
-    made = {} if output is None else of_answers(recipe, device_kind(recipe.run.device) if cluster is None or recipe.run.device else None)
-    kept: list[tuple[str, Completion]] = []
-
-    def fail(job: Job, why: str) -> None:
-        failures(job.place, why, job.row)
-        counts["failed"] += 1
-        counts["skipped"] -= 1
-
-    with ExitStack() as stack:
-        rows = None if output is None else stack.enter_context(open_rows(output, jobs, made, lambda text: typer.echo(text, err=True)))
-        wanted = [(job, k) for job in jobs for k in range(recipe.run.n)]
-        todo = [(job, k) for job, k in wanted if rows is None or not rows.done(job, k)]
-        counts["already done"], counts["skipped"] = len(wanted) - len(todo), len(todo)
-        try:
-            advance = stack.enter_context(progress(len(todo), "answers"))
-            for job, index, completion in _answers(recipe, todo, fail, cluster, trace=trace is not None):
-                if completion.score is not None and not math.isfinite(completion.score):
-                    fail(job, f"its score is {completion.score}")
-                    continue
-                _write(rows, recipe, made, job, index, completion, many=len(todo) > 1)
-                if trace is not None:
-                    kept.append((_shown(job.prompt), completion))
-                counts["answered"] += 1
-                counts["skipped"] -= 1
-                advance()
-        finally:
-            if trace is not None and kept:
-                from ivg.cli.trace import write_trace
-
-                write_trace(trace, kept, recipe.search.method)
-
-
-def _answers(
-    recipe: Recipe, todo: list[tuple[Job, int]], fail: Callable[[Job, str], None], cluster: RaySettings | None, *, trace: bool
-) -> Iterator[tuple[Job, int, Completion]]:
-    if cluster is None:
-        return answers(recipe, todo, fail, trace=trace)
-    from ivg.jobs.ray import driver
-
-    return driver.answers(recipe, todo, fail, cluster, trace=trace)
-
-
-def answers(
-    recipe: Recipe, todo: list[tuple[Job, int]], fail: Callable[[Job, str], None], *, trace: bool
-) -> Iterator[tuple[Job, int, Completion]]:
-    """(job, sample number, completion) as each is done; ``batch_size`` requests in flight at any time."""
-    from ivg.factory.recipe import load_models
-
-    if not todo:
-        return
-    model = load_models(recipe)
-    searcher = model.searcher(max_beams=1 << 30)
-    settings = {**recipe.search.settings(), **recipe.sampling.settings()}
-    flying: dict[int, tuple[Job, int]] = {}
-    queue = deque(todo)
-    while queue or flying:
-        while queue and len(flying) < recipe.run.batch_size:
-            job, index = queue.popleft()
-            try:
-                request = model.request(job.prompt, recipe.search.method, seed=recipe.run.seed, index=index, trace=trace, **settings)
-                flying[searcher.add(request)] = job, index
-            except PromptError as e:  # what is wrong with the method or the models is wrong for all
-                fail(job, str(e))
-        for step in searcher.step():
-            if step.completion is None:
-                continue
-            job, index = flying.pop(step.request)
-            if step.completion.error:
-                fail(job, step.completion.error)
-            else:
-                yield job, index, step.completion
-
-
 def _shown(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-
-
-def _write(rows: Rows | None, recipe: Recipe, made: Mapping[str, Any], job: Job, index: int, completion: Completion, *, many: bool) -> None:
-    if rows is None:
-        from ivg.cli.printing import show
-
-        show(_shown(job.prompt), completion, recipe.search.method, many=many)
-        return
-    ours = {"id": job.id, "prompt": job.prompt, "index": index, **completion.to_dict(), **made}
-    rows.append(ours | job.columns(ours))

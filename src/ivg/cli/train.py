@@ -130,13 +130,13 @@ def rollout(
     with extra():
         from ivg.cli.progress import progress
         from ivg.factory.recipe import load_models
-        from ivg.jobs.provenance import device_kind, of_answers
+        from ivg.jobs.provenance import answer_provenance, device_kind
         from ivg.training import rollout as r
         from ivg.training.data import read_prompts
 
         wanted = t.read(read_prompts, prompts, given)
         found = scorer(made)
-        about = of_answers(made, device_kind(made.run.device))
+        about = answer_provenance(made, device_kind(made.run.device))
         provenance = {k: v for k, v in about.items() if k not in ("method", "settings", "seed")}
         settings = {**made.search.settings(), **made.sampling.settings()}
         with progress(-(-len(wanted) // r.BLOCK), f"blocks of {r.BLOCK} prompts") as advance:

@@ -39,7 +39,7 @@ _IRRELEVANT = {
 """Settings that change no answer, or that rows name elsewhere. Every other one counts, new ones included."""
 
 
-def of_answers(recipe: Recipe, device: str | None) -> dict[str, Any]:
+def answer_provenance(recipe: Recipe, device: str | None) -> dict[str, Any]:
     """Everything that an answer depends on besides its prompt, as every row of answers says it.
 
     Args:

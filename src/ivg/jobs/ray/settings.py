@@ -116,7 +116,7 @@ def size(settings: RaySettings, nodes: Sequence[Mapping[str, float]], tasks: int
     return Size(max(1, min(wanted, tasks)), cpus, gpus)
 
 
-def fitted(recipe: Recipe, settings: RaySettings) -> tuple[Recipe, RaySettings]:
+def reconcile_gpus(recipe: Recipe, settings: RaySettings) -> tuple[Recipe, RaySettings]:
     """Both with one number for the GPUs of a worker and the engine's tensor parallelism, whichever of them was given.
 
     Raises:
@@ -137,7 +137,7 @@ def fitted(recipe: Recipe, settings: RaySettings) -> tuple[Recipe, RaySettings]:
     return recipe.model_copy(update={"vllm": recipe.vllm.model_copy(update={"tensor_parallel_size": max(1, int(settings.gpus))})}), settings
 
 
-def portable(recipe: Recipe) -> Recipe:
+def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with this machine's relative paths made absolute: workers run in other folders."""
     models = recipe.models.model_copy(update=_absolute(recipe.local_models))
     values: dict[str, NamedValue] = {name: v.model_copy(update=_absolute(v.given)) for name, v in recipe.values.items()}

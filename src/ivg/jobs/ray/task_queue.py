@@ -1,6 +1,6 @@
-"""Who has which task, and what is left: every task is settled once, whatever happens to workers.
+"""Which worker has which task, and what is left: every task gets one result, whatever happens to workers.
 
-A task whose workers keep dying is suspected, then run alone; if that worker dies too, it is given up. Knows neither Ray nor models.
+A task that several workers crashed with is run alone; if that worker crashes too, the task is quarantined. Knows neither Ray nor models.
 """
 
 from __future__ import annotations
@@ -9,53 +9,39 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
+
+from ivg.jobs.runner import Task
 
 SUSPECT = 3
-"""Workers that died with a task before it is run alone."""
+"""Workers that crashed with a task before it is run alone."""
 SPARE = 4
 """A worker gets one task in so many more than it runs at once, so that it need not wait for the next."""
 
 
-class Asked(Protocol):
-    """Something with a prompt."""
-
-    @property
-    def prompt(self) -> Any:
-        """Text, or messages."""
-
-    @property
-    def place(self) -> str:
-        """Where it came from, for error messages."""
-
-
-J = TypeVar("J", bound=Asked)
-
-
 @dataclass(slots=True)
-class Task(Generic[J]):
-    """One answer that is wanted; ``deaths`` counts workers that died while they had it."""
+class QueuedTask:
+    """A task, its number in the run, and how many workers crashed while they had it."""
 
     number: int
-    job: J
-    index: int
-    deaths: int = 0
+    task: Task[Any]
+    crashes: int = 0
 
 
-class TaskQueue(Generic[J]):
+class TaskQueue:
     """The tasks of one run.
 
     Args:
-        todo: (job, number of the sample), in order.
+        tasks: in order.
         batch_size: tasks that a worker runs at once.
         workers: over which the tasks are shared out.
     """
 
-    def __init__(self, todo: Sequence[tuple[J, int]], batch_size: int, workers: int) -> None:
-        self._queue = deque(Task(n, job, index) for n, (job, index) in enumerate(todo))
-        self._suspects: deque[Task[J]] = deque()
-        self._out: dict[int, dict[int, Task[J]]] = {}
-        self._alone: set[int] = set()
+    def __init__(self, tasks: Sequence[Task[Any]], batch_size: int, workers: int) -> None:
+        self._queue = deque(QueuedTask(n, task) for n, task in enumerate(tasks))
+        self._suspects: deque[QueuedTask] = deque()
+        self._taken: dict[int, dict[int, QueuedTask]] = {}
+        self._isolated: set[int] = set()
         self._capacity, self._workers = batch_size + math.ceil(batch_size / SPARE), workers
 
     @property
@@ -64,43 +50,43 @@ class TaskQueue(Generic[J]):
         return len(self._suspects)
 
     def __bool__(self) -> bool:
-        return bool(self._queue or self._suspects or any(self._out.values()))
+        return bool(self._queue or self._suspects or any(self._taken.values()))
 
     def busy(self, worker: int) -> bool:
         """Has this worker tasks?"""
-        return bool(self._out.get(worker))
+        return bool(self._taken.get(worker))
 
-    def hand(self, worker: int) -> list[Task[J]]:
-        """What this worker gets now, beside what it has; suspects go alone to one that has nothing."""
-        out = self._out.setdefault(worker, {})
-        if worker in self._alone:
-            if out:
+    def take(self, worker: int) -> list[QueuedTask]:
+        """Tasks for this worker, beside those that it has; a suspect goes alone to a worker that has none."""
+        taken = self._taken.setdefault(worker, {})
+        if worker in self._isolated:
+            if taken:
                 return []
-            self._alone.discard(worker)
-        if self._suspects and not out and not self._queue:
+            self._isolated.discard(worker)
+        if self._suspects and not taken and not self._queue:
             new = [self._suspects.popleft()]
-            self._alone.add(worker)
+            self._isolated.add(worker)
         else:
-            left = len(self._queue) + sum(map(len, self._out.values()))
-            share = min(self._capacity, math.ceil(left / self._workers))  # the last tasks do not all end up with one
-            new = [self._queue.popleft() for _ in range(min(share - len(out), len(self._queue)))]
-        out.update({task.number: task for task in new})
+            left = len(self._queue) + sum(map(len, self._taken.values()))
+            share = min(self._capacity, math.ceil(left / self._workers))  # the last tasks do not all end up with one worker
+            new = [self._queue.popleft() for _ in range(min(share - len(taken), len(self._queue)))]
+        taken.update({item.number: item for item in new})
         return new
 
-    def settle(self, worker: int, number: int) -> Task[J] | None:
-        """The worker is done with a task. None: it is not this worker's, which was given up for dead, or has answered already."""
-        return self._out.get(worker, {}).pop(number, None)
+    def complete(self, worker: int, number: int) -> QueuedTask | None:
+        """The worker is done with a task. None: it is not (or no longer) this worker's, or is done already."""
+        return self._taken.get(worker, {}).pop(number, None)
 
-    def bury(self, worker: int) -> list[Task[J]]:
-        """The worker is gone, and its tasks wait again; but for those that are given up, which come back."""
-        lost, alone = list(self._out.pop(worker, {}).values()), worker in self._alone
-        self._alone.discard(worker)
-        for task in reversed(lost):
-            task.deaths += 1
-            if alone:
+    def requeue(self, worker: int) -> list[QueuedTask]:
+        """The worker crashed, and its tasks wait again; those that are quarantined instead are returned."""
+        lost, isolated = list(self._taken.pop(worker, {}).values()), worker in self._isolated
+        self._isolated.discard(worker)
+        for item in reversed(lost):
+            item.crashes += 1
+            if isolated:
                 continue
-            if task.deaths >= SUSPECT:
-                self._suspects.append(task)
+            if item.crashes >= SUSPECT:
+                self._suspects.append(item)
             else:
-                self._queue.appendleft(task)
-        return lost if alone else []
+                self._queue.appendleft(item)
+        return lost if isolated else []
