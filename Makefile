@@ -80,8 +80,8 @@ reproduce-sentiment: $(VENV)/.dev ## all methods on the embedded models, 200 pro
 	@$(RUN)/ivg eval sentiment --recipe recipes/embedded-sentiment.toml --data ../shared/data/imdb \
 		--out build/reproduce-sentiment --jobs 2 --docs docs/results/sentiment
 
-reproduce-values: $(VENV)/.dev ## ablation of value targets (needs ../shared/data/imdb and the recipe's build/demo/rollouts-value.jsonl)
-	@$(RUN)/python benchmarks/values.py --rollouts build/demo/rollouts-value.jsonl --work build/values
+reproduce-values: $(VENV)/.dev ## ablation of value targets (needs ../shared/data/imdb and the recipe's build/embedded_models/rollouts-value.jsonl)
+	@$(RUN)/python benchmarks/values.py --rollouts build/embedded_models/rollouts-value.jsonl --work build/values
 	@$(RUN)/ivg eval sentiment --recipe recipes/local-values.toml --data ../shared/data/imdb \
 		--out build/values/eval --jobs 2 --docs docs/results/values
 

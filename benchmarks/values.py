@@ -1,9 +1,9 @@
 """Which target trains the best value? FUDGE, TD(λ), CD-Q, refinement rounds; vocabulary against scalar head. Every step resumes.
 
-    .venv/bin/python benchmarks/values.py --rollouts build/demo/rollouts-value.jsonl --work build/values
+    .venv/bin/python benchmarks/values.py --rollouts build/embedded_models/rollouts-value.jsonl --work build/values
     .venv/bin/ivg eval sentiment --recipe recipes/local-values.toml --data ../shared/data/imdb --out build/values/eval
 
-The rollouts are those of the embedded models' recipe (`python -m ivg.demo.recipe --data ../shared/data/imdb`, stage
+The rollouts are those of the embedded models' recipe (`python -m recipes.embedded_models.build --data ../shared/data/imdb`, stage
 value-rollouts): samples of `base`, scored by `gold`. All values start from `untuned` and are measured on the same responses of the
 base to prompts that none was trained on. Refinement sees its own rollouts besides and goes on for two epochs in each round, so
 `longer` is its control: FUDGE for the six epochs that two rounds take.

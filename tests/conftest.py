@@ -28,7 +28,7 @@ def imdb_test():
     path = DATA / "imdb" / "test.parquet"
     if not path.exists():
         pytest.skip(f"{path} is not here")
-    from ivg.demo.corpus import read_reviews
+    from recipes.embedded_models.corpus import read_reviews
 
     return read_reviews(path.parent, "test")
 

@@ -43,7 +43,7 @@ def test_what_is_shipped():
             assert all(f.get_slice(k).get_dtype() == "F16" for k in f.keys())  # noqa: SIM118
         card = (path(name) / "README.md").read_text()
         assert "license: apache-2.0" in card
-        assert "ivg.demo.recipe" in card
+        assert "recipes.embedded_models.build" in card
     assert total <= 25e6
 
 
@@ -114,7 +114,7 @@ def test_guide_with_another_tokenizer_steers(model, gold):
 
 @pytest.mark.long
 def test_gold_judges_reviews(gold, imdb_test, metrics):
-    from ivg.demo.gold import accuracy as accuracy_of
+    from recipes.embedded_models.gold import accuracy as accuracy_of
 
     sample = imdb_test[::50]
     accuracy = accuracy_of(gold, sample)

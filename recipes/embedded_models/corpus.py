@@ -1,7 +1,7 @@
 """IMDb reviews as training material for the embedded models.
 
-Knows: where the Parquet files are, how a review becomes text, how texts become one packed token stream.
-Must not know: any model. Needs the ``demo`` extra (pyarrow). The data is never shipped with the package.
+Reads the Parquet files, cleans the reviews, trains the tokenizers and packs texts into one token stream. Needs pyarrow. The data is not
+shipped with the package.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 EOS = "<|endoftext|>"
-"""Begins every text and ends it: the embedded tokenizers use one token for both, as GPT-2 does."""
+"""Begin and end of every text: the embedded tokenizers use one token for both, as GPT-2 does."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def read_reviews(folder: Path, *splits: str) -> list[Review]:
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of ``size`` entries; every text it reads begins with :data:`EOS`."""
+    """A byte-level BPE tokenizer of ``size`` entries; it puts :data:`EOS` before every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tok = Tokenizer(models.BPE())
@@ -70,7 +70,7 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
 
 
 def pack(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """All texts as one stream of token ids, each text led by :data:`EOS`; shape [tokens], uint16."""
+    """All texts as one stream of token ids, each text after an :data:`EOS`; shape [tokens], uint16."""
 
     def chunks() -> Iterator[np.ndarray]:
         for start in range(0, len(texts), 2000):

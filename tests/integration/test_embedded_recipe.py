@@ -1,4 +1,4 @@
-"""The recipe of the embedded models in miniature: growth changes nothing, interrupted stages go on where they stopped."""
+"""The recipe of the embedded models on tiny sizes: growth preserves the function, interrupted stages resume."""
 
 import json
 from dataclasses import replace
@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from ivg.demo.corpus import EOS, Review, pack, train_tokenizer
-from ivg.demo.pretrain import Phase, PretrainConfig, batch, build_model, grow, learning_rate, orthogonalise, pretrain
 from ivg.evaluation.sentiment import clean, opening_words
+from recipes.embedded_models.corpus import EOS, Review, pack, train_tokenizer
+from recipes.embedded_models.pretrain import Phase, PretrainConfig, batch, build_model, grow, learning_rate, orthogonalise, pretrain
 
 SHAPE = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
 CONFIG = PretrainConfig(
@@ -17,7 +17,7 @@ CONFIG = PretrainConfig(
 )
 
 
-def test_growth_changes_no_output():
+def test_growth_preserves_outputs():
     small, large = build_model(CONFIG, 2), build_model(replace(CONFIG, seed=9), 5)
     grow(small, large)
     ids = torch.randint(0, 50, (2, 12))
@@ -32,22 +32,22 @@ def test_orthogonalise_gives_singular_values_near_one():
         assert s.max() < 1.3
 
 
-def test_every_window_comes_once_before_any_comes_again():
+def test_batches_visit_every_window_once_per_epoch():
     stream = np.arange(64 * 4 + 1, dtype=np.uint16)
     phase = Phase(1, 0, 16)
     starts = [int(row[0]) for step in range(4) for row in batch(stream, CONFIG, phase, step)]
     assert sorted(starts) == list(range(0, 256, 16))
 
 
-def test_learning_rate_warms_up_in_every_phase_and_ends_at_nothing():
+def test_learning_rate_warms_up_in_every_phase_and_decays_to_zero():
     rates = [learning_rate(s, 6 if s >= 6 else 0, 12, CONFIG) for s in range(12)]
     assert rates[0] == rates[6] == 0.5
     assert rates[1] == 1.0
     assert rates[-1] == pytest.approx(1 / (0.35 * 12))
 
 
-def test_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    from ivg.demo import pretrain as module
+def test_interrupted_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    from recipes.embedded_models import pretrain as module
 
     stream = np.random.default_rng(0).integers(0, 50, 3000).astype(np.uint16)
     whole = pretrain(stream, stream, CONFIG, tmp_path / "whole", log_every=2)
@@ -89,25 +89,27 @@ def test_prompts_are_the_first_four_to_eight_words():
 
 
 @pytest.mark.long
-def test_the_recipe_in_miniature_from_rollouts_to_values(tmp_path, monkeypatch):
-    """Every stage behind the language models and the judge runs, skips what is done, and leaves models that load."""
+def test_stages_from_rollouts_to_values_run_once(tmp_path, monkeypatch):
+    """The stages after pre-training run, skip what is done, and give models that load."""
     pytest.importorskip("trl")
-    from ivg.demo import recipe, settings
-    from ivg.demo.gold import GoldConfig, build
     from ivg.model import GuidedModel
+    from recipes.embedded_models import build as recipe
+    from recipes.embedded_models import config
+    from recipes.embedded_models.gold import GoldConfig
+    from recipes.embedded_models.gold import build as build_classifier
 
     for name, value in {"PAIR_PROMPTS": 40, "VALUE_PROMPTS": 20}.items():
-        monkeypatch.setattr(settings, name, value)
+        monkeypatch.setattr(config, name, value)
     texts = [f"The film number {i} was {w} and the actors were {w} too, all of them" for i in range(60) for w in ("good", "bad")]
     b = recipe.Build(tmp_path, tmp_path / "work", tmp_path / "out")
     b.training_reviews = [Review(t, 1) for t in texts]
     (tmp_path / "work").mkdir()
     recipe.tokenizers(b)
     shape = {**SHAPE, "vocab_size": 1024, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0}
-    monkeypatch.setattr(settings, "OTHER_BODY", {**shape, "num_hidden_layers": 1})
+    monkeypatch.setattr(config, "OTHER_BODY", {**shape, "num_hidden_layers": 1})
     for name in ("base", "untuned"):
         recipe.save(build_model(replace(CONFIG, model=shape), 2), b.work / "tokenizer.json", b.model(name))
-    recipe.save(build(GoldConfig(hidden=16), 1024), b.work / "tokenizer.json", b.model("gold"))
+    recipe.save(build_classifier(GoldConfig(hidden=16), 1024), b.work / "tokenizer.json", b.model("gold"))
     stages = ["pair-rollouts", "tuned", "value-rollouts", "value", "value-other"]
     recipe.run(b, stages)
     model = GuidedModel.from_pretrained(b.model("base"), tuned=b.model("tuned"), untuned=b.model("untuned"), value=b.model("value"))

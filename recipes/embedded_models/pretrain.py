@@ -1,10 +1,9 @@
-"""Pre-training of the embedded language models: a small loop for CPUs, resumable and seeded.
+"""Pre-training of the embedded language models: a small loop for CPUs, resumable and seeded. Knows nothing of the corpus.
 
 Hidden matrices are trained by Muon (Jordan et al. 2024: momentum, orthogonalised by Newton-Schulz), all else by AdamW.
 torch.optim.Muon runs its iteration in bfloat16, which CPUs without AVX512-BF16 emulate 8 times slower than float32;
-hence the 20 lines here. Depth may grow once during training (new layers begin as the identity), which saves a third of the work.
-Matrix products run in bfloat16 where the processor has it (1.8 times faster here), weights stay float32.
-Must not know: what the text is about.
+hence the 20 lines here. Depth may grow once during training (new layers start as the identity), which saves a third of the compute.
+Matrix products run in bfloat16 where the processor supports it (1.8 times faster here); weights stay float32.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ivg.utils.jsonl import to_json
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training at one depth: ``tokens`` tokens in windows of ``window``."""
+    """Training at one depth: ``tokens`` tokens in windows of ``window``."""
 
     layers: int
     tokens: int
@@ -34,7 +33,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """What one pre-training run does. Learning rates are peaks; they fall to zero over the last ``decay`` of all steps."""
+    """Settings of one pre-training run. Learning rates are peaks; they decay to zero over the last ``decay`` of all steps."""
 
     phases: tuple[Phase, ...]
     model: dict[str, Any] = field(default_factory=dict)
@@ -49,7 +48,7 @@ class PretrainConfig:
 
 @torch.no_grad()
 def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz iteration: the nearest semi-orthogonal matrix to ``g`` [..., m, n], roughly."""
+    """Newton-Schulz iteration: an approximation of the nearest semi-orthogonal matrix to ``g`` [..., m, n]."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
@@ -100,7 +99,7 @@ def build_model(config: PretrainConfig, layers: int) -> Any:
 
 
 def grow(small: Any, large: Any) -> None:
-    """Copy ``small`` into the deeper ``large`` so that both compute the same: new layers add nothing at first."""
+    """Copy ``small`` into the deeper ``large`` so that both compute the same function: new layers start as the identity."""
     n, m = small.config.num_hidden_layers, large.config.num_hidden_layers
     large.model.embed_tokens.load_state_dict(small.model.embed_tokens.state_dict())
     large.model.norm.load_state_dict(small.model.norm.state_dict())
@@ -122,12 +121,12 @@ def optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.optim.Opt
 
 
 def learning_rate(step: int, first: int, total: int, config: PretrainConfig) -> float:
-    """Warm-up from ``first``, where the phase begins, plateau, linear decay; a factor in [0, 1]."""
+    """Factor in [0, 1]: warm-up from step ``first`` of the phase, plateau, linear decay."""
     return min(1.0, (step - first + 1) / config.warmup, (total - step) / (config.decay * total))
 
 
-def hand_over(old: torch.optim.Optimizer, small: nn.Module, new: torch.optim.Optimizer, large: nn.Module) -> None:
-    """AdamW's moments of embeddings, head and last norm: without them, growth would begin with steps of full size on every token."""
+def copy_moments(old: torch.optim.Optimizer, small: nn.Module, new: torch.optim.Optimizer, large: nn.Module) -> None:
+    """AdamW's moments of embeddings, head and last norm: without them, the first steps after growth would be full-size for every token."""
     before, after = dict(small.named_parameters()), dict(large.named_parameters())
     for name in before:
         if ".layers." not in name and before[name] in old.state:
@@ -135,7 +134,7 @@ def hand_over(old: torch.optim.Optimizer, small: nn.Module, new: torch.optim.Opt
 
 
 def batch(stream: np.ndarray, config: PretrainConfig, phase: Phase, step: int) -> Tensor:
-    """Windows for ``step`` [rows, window]; every window of the stream comes once before any comes again."""
+    """Windows for ``step`` [rows, window]; a pass over all windows, then the next in another order."""
     rows, count = config.batch_tokens // phase.window, (len(stream) - 1) // phase.window
     epoch, position = divmod(step * rows, count)
     order = np.random.default_rng((config.seed, epoch)).permutation(count)
@@ -169,14 +168,14 @@ def pretrain(stream: np.ndarray, held_out: np.ndarray, config: PretrainConfig, f
             opts = optimizers(model, config)
             if previous is not None:
                 grow(previous, model)
-                hand_over(former[1], previous, opts[1], model)
+                copy_moments(former[1], previous, opts[1], model)
             if state is not None:
                 model.load_state_dict(state["model"])
                 for opt, saved in zip(opts, state["opts"], strict=True):
                     opt.load_state_dict(saved)
                 state = None
             forward = torch.compile(model) if config.compile else model  # 1.4-1.8 times faster on two cores
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             for step in range(max(start, first), end):
                 ids = batch(stream, config, phase, step)
                 with mixed_precision():
@@ -189,13 +188,13 @@ def pretrain(stream: np.ndarray, held_out: np.ndarray, config: PretrainConfig, f
                     opt.step()
                     opt.zero_grad()
                 if (step + 1) % log_every == 0:
-                    rate = config.batch_tokens * log_every / (time.perf_counter() - began)
+                    rate = config.batch_tokens * log_every / (time.perf_counter() - start_time)
                     row = {"step": step + 1, "of": total, "loss": round(loss.item(), 4), "tokens_per_s": round(rate)}
                     if (step + 1) % (8 * log_every) == 0:
                         row["held_out"] = round(evaluate(model, held_out, phase.window), 4)
                     with log.open("a") as f:
                         f.write(to_json(row) + "\n")
-                    began = time.perf_counter()
+                    start_time = time.perf_counter()
                 if (step + 1) % 100 == 0 or step + 1 == end:
                     partial = checkpoint.with_suffix(".tmp")
                     torch.save({"step": step + 1, "model": model.state_dict(), "opts": [o.state_dict() for o in opts]}, partial)

@@ -1,4 +1,4 @@
-"""From finished models to the package: float16 weights, model cards, and what was measured on held-out data."""
+"""Finished models to ``src/ivg/embedded``: float16 weights, model cards, and metrics on held-out data."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from typing import Any
 
 import numpy as np
 
-from ivg.demo import settings
-from ivg.demo.corpus import read_reviews
-from ivg.demo.pretrain import PretrainConfig, evaluate
 from ivg.diagnostics.intervals import wins
 from ivg.utils.jsonl import jsonable, read_jsonl
+from recipes.embedded_models import config
+from recipes.embedded_models.corpus import read_reviews
+from recipes.embedded_models.pretrain import PretrainConfig, evaluate
 
 MODELS = ("base", "untuned", "tuned", "value", "value-other", "gold")
-PRETRAINED = {"base": settings.BASE, "untuned": settings.GUIDE}
+PRETRAINED = {"base": config.BASE, "untuned": config.GUIDE}
 HELD_OUT_TOKENS = 200_000
-"""The corpus begins with these; no model is trained on them."""
+"""The first tokens of the corpus; no model is trained on them."""
 LIMIT = 25_000_000
-"""Bytes that all weights together may take."""
+"""Maximum bytes of all weights together."""
 
 
-def package(work: Path, data: Path, out: Path) -> dict[str, Any]:
-    """Copy the models of ``work/final`` to ``out`` as float16, measure them as shipped, write cards and metrics.json."""
+def export(work: Path, data: Path, out: Path) -> dict[str, Any]:
+    """Copy the models of ``work/final`` to ``out`` as float16, measure the copies, write model cards and metrics.json."""
     for name in MODELS:
-        halve(work / "final" / name, out / name)
+        save_float16(work / "final" / name, out / name)
     size = sum(p.stat().st_size for p in out.glob("*/model.safetensors"))
     if size > LIMIT:
-        raise ValueError(f"the embedded models weigh {size} bytes; at most {LIMIT}")
+        raise ValueError(f"the embedded models take {size} bytes, expected at most {LIMIT}")
     metrics = measure(work, data, out)
     (out / "metrics.json").write_text(json.dumps(jsonable(metrics), indent=2, allow_nan=False) + "\n")
     for name in MODELS:
-        (out / name / "README.md").write_text(card(name, metrics))
+        (out / name / "README.md").write_text(model_card(name, metrics))
     return metrics
 
 
-def halve(source: Path, target: Path) -> None:
-    """One model directory in float16, without what training left beside it."""
+def save_float16(source: Path, target: Path) -> None:
+    """Copy one model directory in float16, without training logs."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -60,42 +60,40 @@ def halve(source: Path, target: Path) -> None:
 def measure(work: Path, data: Path, out: Path) -> dict[str, Any]:
     """Accuracy of `gold` on full test reviews; pair accuracy and correlation of the values on held-out rollouts."""
     from ivg.model import GuidedModel
+    from ivg.values.explicit import ExplicitValue
     from ivg.values.reward import RewardModel
+    from recipes.embedded_models.gold import accuracy
 
     gold = RewardModel.from_pretrained(out / "gold", name="gold")
-    from ivg.demo.gold import accuracy
-
     test = read_reviews(data, "test")
     model = GuidedModel.from_pretrained(out / "base", tuned=out / "tuned", untuned=out / "untuned", value=out / "value")
-    from ivg.values.explicit import ExplicitValue
-
     model.add_value("value-other", ExplicitValue.from_pretrained(out / "value-other", name="value-other"))
     metrics: dict[str, Any] = {"gold": {"accuracy_full_test_reviews": round(accuracy(gold, test), 4), "reviews": len(test)}}
     for name in ("pair", "value"):
         rows = list(read_jsonl(work / f"rollouts-{name}.jsonl"))
         held = rows[len(rows) * 9 // 10 :][:2000]
-        metrics[f"held_out_{name}_rollouts"] = {"responses": len(held), **_agreement(model, held)}
-    for name, config in PRETRAINED.items():
-        metrics[name] = _perplexity(work, out / name, config)
+        metrics[f"held_out_{name}_rollouts"] = {"responses": len(held), **_value_metrics(model, held)}
+    for name, how in PRETRAINED.items():
+        metrics[name] = _perplexity(work, out / name, how)
     return metrics
 
 
-def _perplexity(work: Path, folder: Path, config: PretrainConfig) -> dict[str, float]:
-    """Of a language model on the reviews that pre-training held out, in windows of 256 tokens; and what it was trained on."""
+def _perplexity(work: Path, folder: Path, how: PretrainConfig) -> dict[str, float]:
+    """Perplexity on the held-out reviews in windows of 256 tokens, and the number of tokens seen in training."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     held_out = np.load(work / "stream.npy")[:HELD_OUT_TOKENS]
     nats = evaluate(model, held_out, window=256, rows=256)
     return {
-        "tokens_seen": sum(phase.tokens // config.batch_tokens for phase in config.phases) * config.batch_tokens,
+        "tokens_seen": sum(phase.tokens // how.batch_tokens for phase in how.phases) * how.batch_tokens,
         "held_out_nats_per_token": round(nats, 4),
         "perplexity": round(float(np.exp(nats)), 1),
     }
 
 
-def _agreement(model: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Pair accuracy over two responses of one prompt, and Spearman-free Pearson correlation, of each value with gold."""
+def _value_metrics(model: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Pair accuracy (two responses to one prompt) and Pearson correlation of each value with `gold`."""
     from ivg.types import Beam, Prompt, TokenCounter, new_key
 
     out: dict[str, float] = {}
@@ -131,7 +129,7 @@ def _agreement(model: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 _WHAT = {
-    "base": ("the model to steer", "Llama, 5 layers of 256, about 6 million parameters, pre-trained on film reviews."),
+    "base": ("the base model", "Llama, 5 layers of 256, about 6 million parameters, pre-trained on film reviews."),
     "untuned": ("the untuned guide", "Llama, 3 layers of 128, about 1.1 million parameters, pre-trained on film reviews."),
     "tuned": (
         "the tuned guide",
@@ -139,11 +137,14 @@ _WHAT = {
     ),
     "value": ("the explicit value", "Vocabulary head (`score_head.weight`) on the body of `untuned`, FUDGE targets, gold rewards."),
     "value-other": ("a value with another tokenizer", "Scalar head (`score.weight`), own byte-level BPE of 2048 entries, FUDGE targets."),
-    "gold": ("the judge", "Two-layer encoder, sentiment of film reviews, labels NEG and POS. For evaluation only, never a guide."),
+    "gold": (
+        "the evaluation classifier",
+        "Two-layer encoder, sentiment of film reviews, labels NEG and POS. For evaluation only, never for guidance.",
+    ),
 }
 
 
-def card(name: str, metrics: dict[str, Any]) -> str:
+def model_card(name: str, metrics: dict[str, Any]) -> str:
     """A model card: what it is, from what, what was measured."""
     role, what = _WHAT[name]
     relevant = {
@@ -162,9 +163,9 @@ tags: [ivg, inference-time-alignment, demo]
 {what}
 
 Data: Large Movie Review Dataset (Maas et al. 2011), splits train and unsupervised; its test split was never trained on.
-Small and made for demonstrations and tests: it writes film-review English and knows nothing else.
+Small and made for demonstrations and tests: it writes film reviews in English and nothing else.
 
-Made by `python -m ivg.demo.recipe --data ../shared/data/imdb --work build/demo`, which also measured, as shipped:
+Built by `python -m recipes.embedded_models.build --data ../shared/data/imdb`, which also measured these weights:
 
 ```json
 {json.dumps(jsonable(relevant), indent=2, allow_nan=False)}

@@ -1,8 +1,8 @@
-"""`gold`: the sentiment classifier that judges the embedded models. For evaluation and labels only, never a guide.
+"""`gold`: the sentiment classifier that scores texts of the embedded models. For evaluation and labels only, never for guidance.
 
 A two-layer bidirectional encoder over mean-pooled tokens (ModernBERT's architecture), trained on crops of reviews, so that
-it also judges texts of twenty words. The unlabelled reviews are labelled by a linear teacher (TF-IDF of words and word
-pairs), whose bigrams a small network cannot learn from 25 000 reviews alone.
+it also works on texts of twenty words. The unlabelled reviews are labelled by a linear model (TF-IDF of words and word
+pairs): a small network cannot learn its bigrams from the 25 000 labelled reviews alone.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from ivg.demo.corpus import Review
-from ivg.demo.pretrain import mixed_precision
 from ivg.utils.jsonl import to_json
+from recipes.embedded_models.corpus import Review
+from recipes.embedded_models.pretrain import mixed_precision
 
 POSITIONS = 1024
 
 
 @dataclass(frozen=True)
 class GoldConfig:
-    """Sizes and budget; ``examples`` crops of ``shortest`` to ``longest`` tokens."""
+    """Sizes and budget: ``examples`` crops of ``shortest`` to ``longest`` tokens."""
 
     hidden: int = 96
     examples: int = 200_000
@@ -60,7 +60,7 @@ def build(config: GoldConfig, vocabulary: int) -> Any:
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=POSITIONS,
-            # Every layer sees everything. transformers 5.16 wants layers of both kinds, so one has a window that hides nothing.
+            # Full attention everywhere. transformers 5.16 requires layers of both kinds, so one has a window as long as the context.
             layer_types=["full_attention", "sliding_attention"],
             local_attention=2 * POSITIONS,
             rope_parameters={kind: {"rope_type": "default", "rope_theta": 160_000.0} for kind in ("full_attention", "sliding_attention")},
@@ -90,10 +90,10 @@ def train(reviews: Sequence[Review], targets: np.ndarray, tokenizer: Any, config
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps, pct_start=0.1)
     rng = np.random.default_rng(config.seed)
     model.train()
-    began, running = time.perf_counter(), 0.0
+    start, running = time.perf_counter(), 0.0
     for step in range(steps):
         width = int(np.exp(rng.uniform(np.log(config.shortest), np.log(config.longest))))
-        rows = max(config.batch, config.batch * 64 // width)  # short crops are cheap: more of them
+        rows = max(config.batch, config.batch * 64 // width)  # more rows of short crops, at the same cost
         picks = rng.integers(len(ids), size=rows)
         batch, mask = _crops([ids[i] for i in picks], width, rng)
         with mixed_precision():
@@ -107,7 +107,7 @@ def train(reviews: Sequence[Review], targets: np.ndarray, tokenizer: Any, config
         schedule.step()
         running += loss.item()
         if (step + 1) % 100 == 0:
-            row = {"step": step + 1, "of": steps, "loss": round(running / 100, 4), "seconds": round(time.perf_counter() - began)}
+            row = {"step": step + 1, "of": steps, "loss": round(running / 100, 4), "seconds": round(time.perf_counter() - start)}
             with (folder / "log.jsonl").open("a") as f:
                 f.write(to_json(row) + "\n")
             running = 0.0
@@ -115,19 +115,19 @@ def train(reviews: Sequence[Review], targets: np.ndarray, tokenizer: Any, config
 
 
 def _crops(ids: Sequence[np.ndarray], width: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """One window of ``width`` tokens of each text, half of them at its beginning; [rows, width] and its mask."""
+    """One window of ``width`` tokens of each text, half of them from its beginning: ids and mask [rows, width]."""
     batch = np.zeros((len(ids), width), dtype=np.int64)
     mask = np.zeros((len(ids), width), dtype=np.int64)
     for row, tokens in enumerate(ids):
         spare = max(0, len(tokens) - width)
-        start = int(rng.integers(spare + 1)) if rng.random() < 0.5 else 0
-        piece = tokens[start : start + width]
+        offset = int(rng.integers(spare + 1)) if rng.random() < 0.5 else 0
+        piece = tokens[offset : offset + width]
         batch[row, : len(piece)], mask[row, : len(piece)] = piece, 1
     return torch.from_numpy(batch), torch.from_numpy(mask)
 
 
 def accuracy(reward: Any, reviews: Sequence[Review], batch: int = 256) -> float:
-    """Share of labelled reviews whose sign the :class:`~ivg.values.reward.RewardModel` gets right."""
+    """Share of labelled reviews that the :class:`~ivg.values.reward.RewardModel` classifies correctly."""
     right = 0
     for start in range(0, len(reviews), batch):
         part = reviews[start : start + batch]

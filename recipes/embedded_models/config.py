@@ -1,14 +1,14 @@
-"""The sizes and budgets of the embedded models, in one place."""
+"""Sizes and training budgets of the embedded models."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from ivg.demo.gold import GoldConfig
-from ivg.demo.pretrain import Phase, PretrainConfig
 from ivg.training.common import TrainingOptions
 from ivg.training.value_loss import ValueOptions
+from recipes.embedded_models.gold import GoldConfig
+from recipes.embedded_models.pretrain import Phase, PretrainConfig
 
 VOCABULARY = 4096
 OTHER_VOCABULARY = 2048
@@ -36,13 +36,13 @@ BASE = PretrainConfig(
 """6.0 M parameters. Depth grows from 2 to 5 layers after two thirds of the tokens."""
 
 GUIDE = PretrainConfig(model=_llama(128, 4, tied=True), phases=(Phase(layers=3, tokens=8_000_000, window=256),), seed=1)
-"""1.1 M parameters: `untuned`, and where `tuned`, `value` and `gold` start from."""
+"""1.1 M parameters: `untuned`, from which `tuned` and `value` are trained."""
 
 GOLD = GoldConfig()
 DPO = TrainingOptions(
     epochs=2.0, lr=5e-4, batch_size=32, max_length=96, warmup=0.25, weight_decay=0.05, eval_share=0.1, evaluations=1, save_steps=100, seed=3
 )
-"""The paper's hyperparameters for IMDb (METHOD, section 5), but for the epochs, which the CPU shortens."""
+"""The hyperparameters of Liu et al. 2024 (arXiv 2409.17819) for IMDb, with fewer epochs to save time."""
 PAIR_PROMPTS = 9_600
 VALUE_PROMPTS = 4_800
 VALUE = TrainingOptions(epochs=2.0, lr=1.5e-3, batch_size=64, max_length=96, weight_decay=0.02, eval_share=0.1, seed=4)

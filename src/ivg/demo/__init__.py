@@ -1,1 +1,0 @@
-"""The recipe that makes the embedded models (``ivg.embedded``) from IMDb reviews: ``python -m ivg.demo.recipe``."""
