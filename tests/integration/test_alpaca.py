@@ -709,14 +709,14 @@ def test_the_command(tmp_path, capsys, monkeypatch, alpaca_eval):
 
 def test_all_stages(tmp_path, instructions):
     """Embedded models, a reward model as judge: files, figures in the report, and nothing judged twice."""
-    from ivg.evaluation.plan import plan
+    from ivg.evaluation.plan import make_plan
     from ivg.evaluation.runner import run
     from ivg.settings.recipe import Recipe
 
     settings = {"task": "alpaca", "data": str(instructions[0]), "prompts": 3, "seeds": 2, "methods": ["base", "eft"]}
     options = {"judge": "reward", "reward": "embedded:gold"}
     recipe = Recipe.parse({"eval": {**settings, "options": options}, "sampling": {"max_new_tokens": 6}, "run": {"batch_size": 2}})
-    run(plan(recipe, tmp_path / "out"))
+    run(make_plan(recipe, tmp_path / "out"))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["methods"]) == {"base", "eft"}
     for label, figures in results["methods"].items():
@@ -728,14 +728,14 @@ def test_all_stages(tmp_path, instructions):
         assert [w["output"] for w in written] == [r["output_2"] for r in rows[:3]]
     assert "judged win rate" in (tmp_path / "out" / "report.md").read_text()
     before = {p: p.read_bytes() for p in (tmp_path / "out" / "judgements").iterdir()}
-    run(plan(recipe, tmp_path / "out"), ["score"])
+    run(make_plan(recipe, tmp_path / "out"), ["score"])
     assert {p: p.read_bytes() for p in (tmp_path / "out" / "judgements").iterdir()} == before
 
 
 def test_without_gold_the_judge_s_win_rate_is_drawn(tmp_path, instructions):
     """Models are named, so there is no gold: methods are in the order of their win rates, which are the figures' heights."""
     from ivg.evaluation.figures import order
-    from ivg.evaluation.plan import plan
+    from ivg.evaluation.plan import make_plan
     from ivg.evaluation.runner import run
     from ivg.settings.recipe import Recipe
 
@@ -743,7 +743,7 @@ def test_without_gold_the_judge_s_win_rate_is_drawn(tmp_path, instructions):
     settings = {"task": "alpaca", "data": str(instructions[0]), "prompts": 4, "methods": ["base", "eft"], "options": options}
     models = {role: f"embedded:{role}" for role in ("base", "tuned", "untuned")}
     sampling = {"max_new_tokens": 8, "top_k": 0}
-    run(plan(Recipe.parse({"models": models, "eval": settings, "sampling": sampling}), tmp_path))
+    run(make_plan(Recipe.parse({"models": models, "eval": settings, "sampling": sampling}), tmp_path))
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["judges"] == []
     assert results["primary"] == "judged_win_rate"
@@ -754,11 +754,11 @@ def test_without_gold_the_judge_s_win_rate_is_drawn(tmp_path, instructions):
         assert m["primary"]["high"] == pytest.approx(m["task"]["judged_win_rate"] + half)
     assert {p.name for p in (tmp_path / "figures").iterdir()} >= {"reward-kl.svg", "reward-compute.svg"}
     assert "judged win rate" in (tmp_path / "figures" / "reward-kl.svg").read_text()
-    changed = plan(
+    changed = make_plan(
         Recipe.parse({"models": models, "eval": {**settings, "options": options | {"label": 1}}, "sampling": sampling}), tmp_path
     )
     with pytest.raises(ConfigError, match="figures of other settings of the task"):
         run(changed, ["report"])
-    silent = plan(Recipe.parse({"models": models, "eval": {**settings, "options": {}}, "sampling": sampling}), tmp_path)
+    silent = make_plan(Recipe.parse({"models": models, "eval": {**settings, "options": {}}, "sampling": sampling}), tmp_path)
     run(silent, ["score", "report"])
     assert not list((tmp_path / "scores").glob("*.task.json"))

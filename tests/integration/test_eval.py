@@ -14,11 +14,11 @@ import pytest
 from conftest import DATA
 from ivg.errors import ConfigError, IVGError, OutputError
 from ivg.evaluation import runner
-from ivg.evaluation.base_samples import Group
-from ivg.evaluation.methods import BANK
-from ivg.evaluation.plan import plan
+from ivg.evaluation.base_samples import SampleGroup
+from ivg.evaluation.methods import BASE_SAMPLES
+from ivg.evaluation.plan import make_plan
 from ivg.evaluation.report import markdown, publish, tables
-from ivg.evaluation.score import scored
+from ivg.evaluation.score import read_scored
 from ivg.evaluation.summary import summarise
 from ivg.settings.recipe import Recipe
 from ivg.testing import byte_tokenizer, tiny_model, tiny_value
@@ -58,7 +58,7 @@ def recipe(hub, **more):
                 "methods": METHODS,
                 "gold": str(hub / "gold"),
                 "judges": {"other": str(hub / "other")},
-                "bank": 4,
+                "base_samples": 4,
                 "threads": 1,
                 **more,
             },
@@ -69,7 +69,7 @@ def recipe(hub, **more):
 @pytest.fixture(scope="module")
 def done(hub, tmp_path_factory):
     """A finished run."""
-    p = plan(recipe(hub), tmp_path_factory.mktemp("run"))
+    p = make_plan(recipe(hub), tmp_path_factory.mktemp("run"))
     runner.run(p)
     return p
 
@@ -78,15 +78,15 @@ def copy(p, folder):
     import shutil
 
     shutil.copytree(p.out, folder)
-    return plan(p.recipe, folder)
+    return make_plan(p.recipe, folder)
 
 
 # Files
 
 
 def test_every_answer_has_a_row_and_every_row_scores(done):
-    for method in done.methods:
-        pairs = scored(done, method.label)
+    for method in done.method_rows:
+        pairs = read_scored(done, method.label)
         assert [(r["seed"], r["id"]) for r, _ in pairs] == [(seed, str(i)) for seed in (0, 1) for i in range(6)]
         for row, judged in pairs:
             assert ("error" in row) == (row["id"] == "3")
@@ -99,8 +99,8 @@ def test_every_answer_has_a_row_and_every_row_scores(done):
 
 
 def test_the_base_answers_are_the_bank_s_first(done):
-    base = list(read_jsonl(done.transcripts(done.base.label)))
-    bank = list(read_jsonl(done.transcripts(BANK)))
+    base = list(read_jsonl(done.transcripts(done.base_row.label)))
+    bank = list(read_jsonl(done.transcripts(BASE_SAMPLES)))
     good = [(a, b) for a, b in zip(base, bank, strict=True) if "error" not in a]
     assert len(good) == 10
     assert all(a["text"] == b["samples"][0]["text"] for a, b in good)
@@ -116,7 +116,7 @@ def test_scores_are_what_the_models_say(done):
     options = LoadOptions(device="cpu", dtype="float32")
     base = load_causal(done.recipe.models.given["base"].path, "base", options)
     gold = RewardModel.from_pretrained(done.config.gold.path, options=options)
-    for row, judged in scored(done, "eft")[:3]:
+    for row, judged in read_scored(done, "eft")[:3]:
         assert judged["gold"] == pytest.approx(gold.rewards([row["prompt"] + row["text"]])[0][0], abs=1e-4)
         ids = base.tokenizer(row["prompt"]).input_ids + row["token_ids"]
         logps = base.model.network(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -133,7 +133,7 @@ def test_the_shift_is_the_log_ratio_of_guided_and_base(done):
     places = {r: done.recipe.models.given[r].path for r in ("base", "tuned", "untuned")}
     nets = {r: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for r, path in places.items()}
     tokenizer = AutoTokenizer.from_pretrained(places["base"])
-    for row, _ in scored(done, "eft")[:3]:
+    for row, _ in read_scored(done, "eft")[:3]:
         prompt = tokenizer(row["prompt"]).input_ids
         ids = prompt + row["token_ids"]
         with torch.no_grad():
@@ -156,26 +156,26 @@ def test_results_add_up(done):
     assert base["win_rate"]["mean"] == 0.5
     assert not eft["kl"]["bound"]
     assert bon["kl"]["mean"] == pytest.approx(math.log(16) - 15 / 16, abs=1e-5)
-    rows = [r for r, _ in scored(done, "ivg|2") if "error" not in r]
+    rows = [r for r, _ in read_scored(done, "ivg|2") if "error" not in r]
     by_prompt = {}
     for r in rows:
         chunks = -(-len(r["token_ids"]) // 3)
         bound = math.log(4) + (chunks - 1) * math.log(2)
         by_prompt.setdefault(r["id"], []).append(r["shift"] + bound)
     assert ivg["kl"]["mean"] == pytest.approx(sum(sum(v) / 2 for v in by_prompt.values()) / 5, abs=1e-4)
-    pairs = [(r, s) for r, s in scored(done, "eft") if "error" not in r]
+    pairs = [(r, s) for r, s in read_scored(done, "eft") if "error" not in r]
     mean = sum(s["gold"] for _, s in pairs) / len(pairs)
     assert eft["gold"]["mean"] == pytest.approx(mean, abs=1e-5)
     read = sum(r["forward_tokens"]["base"] for r, _ in pairs) / len(pairs)
     assert eft["forward_tokens"]["base"] == pytest.approx(read, abs=0.01)
     assert eft["flops"] == pytest.approx(2 * sum(n * results["parameters"][k] for k, n in eft["forward_tokens"].items()), rel=1e-3)
     assert eft["best_of_n"]["flops"] <= eft["flops"] or eft["best_of_n"]["n"] == 1
-    assert set(results["clock"]) == {"base", "eft", "bon", "ivg|2", "bank"}
+    assert set(results["timings"]) == {"base", "eft", "bon", "ivg|2", "base_samples"}
 
 
 def test_the_rival_is_selected_by_the_value_never_by_gold(done):
-    bank = [(r, s) for r, s in scored(done, BANK) if "error" not in r]
-    curve = json.loads((done.out / "results.json").read_text())["bank"]["curve"]
+    bank = [(r, s) for r, s in read_scored(done, BASE_SAMPLES) if "error" not in r]
+    curve = json.loads((done.out / "results.json").read_text())["base_samples"]["curve"]
     for n in (1, 3):
         by_prompt = {}
         for r, s in bank:
@@ -190,7 +190,7 @@ def test_bank_costs_are_what_one_request_of_that_size_reads(done):
     from ivg.factory import recipe
 
     model = recipe.load_models(done.recipe)
-    row = next(r for r in read_jsonl(done.transcripts(BANK)) if r["id"] == "0")
+    row = next(r for r in read_jsonl(done.transcripts(BASE_SAMPLES)) if r["id"] == "0")
     sampling = {"max_new_tokens": 9, "temperature": 0.7, "seed": 0, "ignore_eos": True}
     c = model.generate("The movie was", "bon", successors=4, **sampling)
     prompt = len("The movie was")
@@ -235,8 +235,8 @@ def test_svg_is_whole_and_says_what_it_shows(done):
     for path in paths:
         root = ElementTree.fromstring(path.read_text())
         assert root.attrib["role"] == "img"
-        assert any(m.label in root.attrib["aria-label"] for m in done.methods)  # the best of them; random models make any the best
-        assert all(m.label in "".join(root.itertext()) for m in done.methods)
+        assert any(m.label in root.attrib["aria-label"] for m in done.method_rows)  # the best of them; random models make any the best
+        assert all(m.label in "".join(root.itertext()) for m in done.method_rows)
         assert "prefers-color-scheme:dark" in path.read_text()
 
 
@@ -251,9 +251,9 @@ def test_publish(done, tmp_path):
 
 
 def test_without_judges_there_is_still_a_report(hub, tmp_path):
-    data = recipe(hub, judges={}, bank=0).model_dump(exclude_none=True)
+    data = recipe(hub, judges={}, base_samples=0).model_dump(exclude_none=True)
     del data["eval"]["gold"]
-    p = plan(Recipe.parse(data).override(eval={"prompts": 2, "seeds": 1}), tmp_path)
+    p = make_plan(Recipe.parse(data).override(eval={"prompts": 2, "seeds": 1}), tmp_path)
     runner.run(p)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["judges"] == []
@@ -277,7 +277,7 @@ def test_scores_of_other_transcripts_are_refused(done, tmp_path):
 
 
 def test_stages_need_the_one_before(hub, tmp_path):
-    p = plan(recipe(hub), tmp_path)
+    p = make_plan(recipe(hub), tmp_path)
     with pytest.raises(ConfigError, match="run the stage generate"):
         runner.run(p, ["score"])
     with pytest.raises(ConfigError, match="run the stage generate"):
@@ -294,16 +294,16 @@ def test_half_a_transcript_is_not_scored(done, tmp_path):
 
 def test_another_run_s_folder_is_refused(done, tmp_path):
     p = copy(done, tmp_path / "run")
-    other = plan(p.recipe.override(sampling={"temperature": 0.5}), p.out)
+    other = make_plan(p.recipe.override(sampling={"temperature": 0.5}), p.out)
     with pytest.raises(ConfigError, match="other settings"):
         runner.run(other)
 
 
 def test_seeds_can_be_added(hub, tmp_path):
-    one = plan(recipe(hub, seeds=1, bank=0, methods=["eft"]), tmp_path)
+    one = make_plan(recipe(hub, seeds=1, base_samples=0, methods=["eft"]), tmp_path)
     runner.run(one)
     first = one.transcripts("eft").read_bytes()
-    two = plan(recipe(hub, seeds=2, bank=0, methods=["eft"]), tmp_path)
+    two = make_plan(recipe(hub, seeds=2, base_samples=0, methods=["eft"]), tmp_path)
     runner.run(two)
     assert two.transcripts("eft").read_bytes().startswith(first)
     assert json.loads((tmp_path / "results.json").read_text())["methods"]["eft"]["answers"] == 10
@@ -315,8 +315,8 @@ def test_seeds_can_be_added(hub, tmp_path):
     ("settings", "says"),
     [
         ({"methods": ["nonsense"]}, "unknown method"),
-        ({"methods": ["eft", "eft"]}, "eft is taken"),
-        ({"methods": [{"label": "bank", "method": "eft"}]}, "bank is taken"),
+        ({"methods": ["eft", "eft"]}, "label eft is used twice"),
+        ({"methods": [{"label": "base_samples", "method": "eft"}]}, "label base_samples is used twice or reserved"),
         ({"methods": [{"label": "a/b", "method": "eft"}]}, "names files"),
         ({"task": "poetry"}, "unknown task"),
         ({"judges": {"gold": "x"}}, "gold is taken"),
@@ -325,21 +325,23 @@ def test_seeds_can_be_added(hub, tmp_path):
 )
 def test_mistakes_are_told(hub, tmp_path, settings, says):
     with pytest.raises(IVGError, match=says):
-        runner.run(plan(recipe(hub, **settings), tmp_path), ["generate", "score"])
+        runner.run(make_plan(recipe(hub, **settings), tmp_path), ["generate", "score"])
 
 
 def test_combinations_are_nine(hub, tmp_path):
-    p = plan(recipe(hub, methods=["combinations"]).override(search={"width": 2, "successors": 3, "chunk_length": 7, "beta": 0.5}), tmp_path)
-    assert len(p.methods) == 9
-    assert p.base.label == "none×none"
-    ivg = p.method("implicit×explicit").strategy
+    p = make_plan(
+        recipe(hub, methods=["combinations"]).override(search={"width": 2, "successors": 3, "chunk_length": 7, "beta": 0.5}), tmp_path
+    )
+    assert len(p.method_rows) == 9
+    assert p.base_row.label == "none×none"
+    ivg = p.method_row("implicit×explicit").method
     assert (ivg.width, ivg.successors, ivg.chunk_length, ivg.beta) == (2, 3, 7, 0.5)
-    eft = p.method("implicit×none").strategy
+    eft = p.method_row("implicit×none").method
     assert (eft.width, eft.successors, eft.chunk_length, eft.beta) == (1, 1, None, 0.5)
 
 
 def test_a_group_without_gold_says_none():
-    assert Group("a", 0, (1.0, 2.0), (None, None), (1, 1), (1.0, 2.0)).best(2) == 1
+    assert SampleGroup("a", 0, (1.0, 2.0), (None, None), (1, 1), (1.0, 2.0)).best(2) == 1
 
 
 # Killed and resumed
@@ -349,7 +351,7 @@ def files(out):
     """What two runs must share: bytes of transcripts and scores, results but for clocks and command."""
     found = {str(p.relative_to(out)): p.read_bytes() for part in ("transcripts", "scores") for p in sorted((out / part).iterdir())}
     results = json.loads((out / "results.json").read_text())
-    del results["clock"], results["made"]
+    del results["timings"], results["made"]
     return found | {"models.json": (out / "models.json").read_bytes(), "results": results}
 
 
@@ -362,10 +364,10 @@ def start(hub, out, *more):
     settings.write_text(json.dumps(recipe(hub).model_dump(exclude_none=True)))
     code = (
         "import json, sys; from ivg.settings.recipe import Recipe\n"
-        "from ivg.evaluation.plan import plan; from ivg.evaluation import runner\n"
+        "from ivg.evaluation.plan import make_plan; from ivg.evaluation import runner\n"
         "if __name__ == '__main__':\n"
         "    data, out, jobs = sys.argv[1:]\n"
-        "    runner.run(plan(Recipe.parse(json.load(open(data))), out), jobs=int(jobs))\n"
+        "    runner.run(make_plan(Recipe.parse(json.load(open(data))), out), jobs=int(jobs))\n"
     )
     script = hub / "run.py"
     script.write_text(code)
@@ -399,7 +401,7 @@ def test_killed_at_any_moment_it_ends_the_same(hub, done, tmp_path, jobs, moment
 
 def test_half_a_line_is_cut_off(done, tmp_path):
     p = copy(done, tmp_path / "run")
-    for path in (p.transcripts("eft"), p.transcripts(BANK), p.scores("bon")):
+    for path in (p.transcripts("eft"), p.transcripts(BASE_SAMPLES), p.scores("bon")):
         raw = path.read_bytes()
         path.write_bytes(raw[: len(raw) * 2 // 3])
     (p.out / "results.json").unlink()
@@ -460,10 +462,10 @@ def test_shuffled_as_datasets_does(tmp_path):
 
 
 def test_every_task_has_a_name_and_settings_that_recipes_know():
-    from ivg.evaluation.task import TASKS, task
+    from ivg.evaluation.task import TASKS, load_task
 
     for name in TASKS:
-        found = task(name)
+        found = load_task(name)
         assert found.name == name
         Recipe.parse({k: dict(v) for k, v in found.defaults().items()})
 

@@ -12,14 +12,16 @@ from test_eval import copy, done, hub, recipe  # noqa: F401  (fixtures)
 from ivg.cli.eval import evaluate
 from ivg.errors import ConfigError, PromptError
 from ivg.evaluation import runner
-from ivg.evaluation.methods import BANK
-from ivg.evaluation.plan import plan
+from ivg.evaluation.methods import BASE_SAMPLES
+from ivg.evaluation.plan import make_plan
 from ivg.evaluation.report import report
-from ivg.evaluation.score import load_judges, measures, transcripts
+from ivg.evaluation.score import read_task_metrics
 from ivg.evaluation.sentiment import Sentiment
 from ivg.evaluation.summarization import Summarization
-from ivg.evaluation.summary import _kl, makers, summarise, truncated
+from ivg.evaluation.summary import _kl, run_metadata, summarise, truncated
+from ivg.evaluation.transcripts import read_transcripts
 from ivg.evaluation.winrate import read_judgements
+from ivg.evaluation.worker import Worker
 from ivg.jobs import provenance
 from ivg.search.methods import get_method
 from ivg.settings.recipe import EvalConfig, Recipe
@@ -44,15 +46,15 @@ def test_the_report_is_of_its_own_settings(done, tmp_path, change, says):  # noq
     p = copy(done, tmp_path / "run")
     before = {f: f.read_bytes() for f in p.out.rglob("*.jsonl*")}
     with pytest.raises(ConfigError, match=f"made with other settings: .*{says}"):
-        report(plan(p.recipe.override(**change), p.out))
+        report(make_plan(p.recipe.override(**change), p.out))
     assert {f: f.read_bytes() for f in p.out.rglob("*.jsonl*")} == before
 
 
 def test_other_methods_settings_are_not_reported(done, tmp_path):  # noqa: F811
     p = copy(done, tmp_path / "run")
     other = recipe_with(p, methods=["base", {"label": "ivg|2", "method": "ivg", "width": 2, "successors": 3, "chunk_length": 3}])
-    with pytest.raises(ConfigError, match=r"strategy\.successors: 2 there, 3 now"):
-        transcripts(plan(other, p.out), "ivg|2")
+    with pytest.raises(ConfigError, match=r"method\.successors: 2 there, 3 now"):
+        read_transcripts(make_plan(other, p.out), "ivg|2")
 
 
 def recipe_with(p, **settings):
@@ -70,19 +72,19 @@ def test_rows_are_of_the_plan_s_prompts(done, tmp_path):  # noqa: F811
 
 def test_weights_trained_anew_are_another_run_s(hub, tmp_path):  # noqa: F811
     shutil.copytree(hub / "value", tmp_path / "value")
-    data = recipe(hub, methods=["bon"], bank=0, seeds=1).model_dump(exclude_none=True)
+    data = recipe(hub, methods=["bon"], base_samples=0, seeds=1).model_dump(exclude_none=True)
     data["models"]["value"]["path"] = str(tmp_path / "value")
     made = Recipe.parse(data)
-    runner.run(plan(made, tmp_path / "run"), ["generate"])
-    assert len(transcripts(plan(made, tmp_path / "run"), "bon")) == 6
+    runner.run(make_plan(made, tmp_path / "run"), ["generate"])
+    assert len(read_transcripts(make_plan(made, tmp_path / "run"), "bon")) == 6
     (tmp_path / "value").rename(tmp_path / "elsewhere")  # a report needs no models
-    assert len(transcripts(plan(made, tmp_path / "run"), "bon")) == 6
+    assert len(read_transcripts(make_plan(made, tmp_path / "run"), "bon")) == 6
     (tmp_path / "elsewhere").rename(tmp_path / "value")
     tiny_value("vocabulary", seed=8).save_pretrained(tmp_path / "value")
     with pytest.raises(ConfigError, match="other settings: weights"):
-        transcripts(plan(made, tmp_path / "run"), "bon")
+        read_transcripts(make_plan(made, tmp_path / "run"), "bon")
     with pytest.raises(ConfigError, match="other settings: weights"):
-        runner.run(plan(made, tmp_path / "run"), ["generate"])
+        runner.run(make_plan(made, tmp_path / "run"), ["generate"])
 
 
 def test_fingerprints(tmp_path, monkeypatch):
@@ -137,14 +139,14 @@ def test_the_base_of_an_adapter_counts(tmp_path):
 
 def test_figures_of_a_task_are_those_of_its_settings(done, tmp_path):  # noqa: F811
     p = copy(done, tmp_path / "run")
-    rows = transcripts(p, "eft")
+    rows = read_transcripts(p, "eft")
     path = p.out / "scores" / "eft.task.json"
-    write_json(path, {"of": "other", "references": "", "settings": {}, "figures": {"rate": 1.0}})
-    with pytest.raises(ConfigError, match="figures of other answers, other references\n"):
-        measures(p, "eft", rows)
+    write_json(path, {"answers": "other", "references": "", "settings": {}, "metrics": {"rate": 1.0}})
+    with pytest.raises(ConfigError, match="metrics of other answers and references\n"):
+        read_task_metrics(p, "eft", rows)
     runner.run(p, ["score"])  # sentiment has no figures of its own
     assert not path.exists()
-    assert measures(p, "eft", rows) == {}
+    assert read_task_metrics(p, "eft", rows) == {}
 
 
 # Who computed
@@ -152,15 +154,15 @@ def test_figures_of_a_task_are_those_of_its_settings(done, tmp_path):  # noqa: F
 
 def test_who_computed_is_reported(done, tmp_path, monkeypatch):  # noqa: F811
     p = copy(done, tmp_path / "run")
-    (made,) = makers(p)
+    (made,) = run_metadata(p)
     monkeypatch.setattr(environment, "command", lambda: "ivg eval another day")
     runner.run(p, ["generate", "score", "report"])
-    assert makers(p) == [made]  # nothing was computed
+    assert run_metadata(p) == [made]  # nothing was computed
     assert "another day" not in (p.out / "report.md").read_text()
     for path in (p.transcripts("eft"), p.scores("eft")):
         path.unlink()
     runner.run(p, ["generate", "score", "report"])
-    assert [m["command"] for m in makers(p)] == [made["command"], "ivg eval another day"]
+    assert [m["command"] for m in run_metadata(p)] == [made["command"], "ivg eval another day"]
     text = (p.out / "report.md").read_text()
     assert made["command"] in text
     assert "another day" in text
@@ -186,44 +188,44 @@ def test_the_commit_is_that_of_tracked_code(tmp_path):
 
 def test_search_settings_that_no_row_has(hub, tmp_path):  # noqa: F811
     wide = recipe(hub, methods=["ivg"]).override(search={"width": 8})
-    with pytest.raises(ConfigError, match=r"search\.width = 8, but no row has it"):
-        plan(wide, tmp_path)
+    with pytest.raises(ConfigError, match=r"search\.width = 8 is used by no method"):
+        make_plan(wide, tmp_path)
     with pytest.raises(ConfigError, match=r"search\.beta"):
-        plan(recipe(hub, methods=["bon"]).override(search={"beta": 1.0}), tmp_path)
+        make_plan(recipe(hub, methods=["bon"]).override(search={"beta": 1.0}), tmp_path)
     with pytest.raises(ConfigError, match=r"search\.weights"):
-        plan(recipe(hub, methods=["combinations"]).override(search={"weights": {"implicit": 1.0}}), tmp_path)
-    assert plan(recipe(hub, methods=["ivg"]).override(search={"width": 4}), tmp_path).method("ivg").strategy.width == 4
-    both = plan(recipe(hub, methods=["ivg", "combinations"]).override(search={"width": 8}), tmp_path)
-    assert both.method("ivg").strategy.width == 4
-    assert both.method("implicit×explicit").strategy.width == 8
-    paper = plan(Recipe.parse({"eval": {"task": "alpaca", "methods": ["combinations"]}}), tmp_path)
-    assert paper.method("none×explicit").strategy.chunk_length == 30
-    assert plan(paper.recipe, tmp_path).methods == paper.methods
+        make_plan(recipe(hub, methods=["combinations"]).override(search={"weights": {"implicit": 1.0}}), tmp_path)
+    assert make_plan(recipe(hub, methods=["ivg"]).override(search={"width": 4}), tmp_path).method_row("ivg").method.width == 4
+    both = make_plan(recipe(hub, methods=["ivg", "combinations"]).override(search={"width": 8}), tmp_path)
+    assert both.method_row("ivg").method.width == 4
+    assert both.method_row("implicit×explicit").method.width == 8
+    paper = make_plan(Recipe.parse({"eval": {"task": "alpaca", "methods": ["combinations"]}}), tmp_path)
+    assert paper.method_row("none×explicit").method.chunk_length == 30
+    assert make_plan(paper.recipe, tmp_path).method_rows == paper.method_rows
 
 
 def test_the_reward_in_place_of_the_explicit_value_is_written_down(hub, tmp_path):  # noqa: F811
     data = recipe(hub, methods=["bon"]).model_dump(exclude_none=True)
     data["models"]["reward"] = data["models"].pop("value")
-    p = plan(Recipe.parse(data), tmp_path)
-    assert p.provenance("bon")["strategy"]["select"] == "reward"
+    p = make_plan(Recipe.parse(data), tmp_path)
+    assert p.provenance("bon")["method"]["select"] == "reward"
     data["eval"]["methods"] = ["combinations"]
-    with pytest.raises(ConfigError, match="none×explicit: needs the value explicit; the models make implicit, reward"):
-        plan(Recipe.parse(data), tmp_path)
+    with pytest.raises(ConfigError, match="none×explicit: needs the value explicit; the models provide implicit, reward"):
+        make_plan(Recipe.parse(data), tmp_path)
 
 
 def test_gold_steers_nothing(hub, tmp_path):  # noqa: F811
     data = recipe(hub, methods=[{"label": "cheat", "method": "bon", "select": "reward"}]).model_dump(exclude_none=True)
     data["models"]["reward"] = {"path": str(hub / ".." / hub.name / "gold")}
-    with pytest.raises(ConfigError, match="also the value reward, which steers cheat"):
-        plan(Recipe.parse(data), tmp_path)
+    with pytest.raises(ConfigError, match="also the value reward, used by cheat"):
+        make_plan(Recipe.parse(data), tmp_path)
     data["eval"]["methods"] = ["eft"]
-    plan(Recipe.parse(data), tmp_path)
+    make_plan(Recipe.parse(data), tmp_path)
     del data["models"]["value"]
-    with pytest.raises(ConfigError, match="steers bank"):
-        plan(Recipe.parse(data), tmp_path)
+    with pytest.raises(ConfigError, match="used by base_samples"):
+        make_plan(Recipe.parse(data), tmp_path)
     named = {"values": {"film": {"reward": "embedded:gold"}}, "eval": {"methods": [{"label": "x", "method": "bon", "select": "film"}]}}
-    with pytest.raises(ConfigError, match="also the value film, which steers x"):
-        plan(Recipe.parse(named), tmp_path)
+    with pytest.raises(ConfigError, match="also the value film, used by x"):
+        make_plan(Recipe.parse(named), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["length", "tokens", "id", "kl", "flops", "label", "repetition", "a/b", "a b", "a.b", "a:b", ""])
@@ -233,8 +235,8 @@ def test_names_of_judges(name):
 
 
 def test_a_prompt_too_long_for_the_value_is_a_row_with_an_error(hub, done, tmp_path):  # noqa: F811
-    p = plan(done.recipe, tmp_path)
-    worker = runner.Worker(p)
+    p = make_plan(done.recipe, tmp_path)
+    worker = Worker(p)
     value, known = worker.model.values["explicit"], type(worker.model.values["explicit"]).check
 
     def check(prompt, new_tokens):
@@ -243,8 +245,8 @@ def test_a_prompt_too_long_for_the_value_is_a_row_with_an_error(hub, done, tmp_p
         known(value, prompt, new_tokens)
 
     value.check = check
-    worker.work("generate", BANK, lambda label, rows: None)
-    rows, others = list(read_jsonl(p.transcripts(BANK))), list(read_jsonl(done.transcripts(BANK)))
+    runner.run_stage(worker, "generate", BASE_SAMPLES, lambda label, rows: None)
+    rows, others = list(read_jsonl(p.transcripts(BASE_SAMPLES))), list(read_jsonl(done.transcripts(BASE_SAMPLES)))
     assert [r["id"] for r in rows if r.get("error") == "too long shorten it"] == ["4", "4"]
     assert [r for r in rows if r["id"] != "4"] == [r for r in others if r["id"] != "4"]
 
@@ -253,7 +255,8 @@ def test_judges_have_nothing_of_the_base(hub, tmp_path, monkeypatch):  # noqa: F
     seen = []
     monkeypatch.setattr("ivg.values.reward.load_reward", lambda path, **more: seen.append(more["options"]))
     for dtype in ("auto", "bfloat16"):
-        load_judges(plan(recipe(hub).override(run={"dtype": dtype, "revision": "v2", "quantization": {"load_in_4bit": True}}), tmp_path))
+        run = {"run": {"dtype": dtype, "revision": "v2", "quantization": {"load_in_4bit": True}}}
+        assert set(Worker(make_plan(recipe(hub).override(**run), tmp_path)).judges) == {"gold", "other"}
     assert [o.dtype for o in seen] == ["float32", "float32", "bfloat16", "bfloat16"]
     assert all(o.revision is None and o.quantization is None for o in seen)
 
@@ -265,14 +268,14 @@ def test_no_divergence_where_distributions_are_cut(hub, tmp_path):  # noqa: F811
     rows = [({"id": "0", "token_ids": [1] * 9, "shift": 2.0}, {})]
     kinds = {"top-k": {"top_k": 50}, "top-p": {"top_p": 0.9}, "min-p": {"min_p": 0.1}, "greedy choice": {"temperature": 0.0}}
     for what, sampling in kinds.items():
-        p = plan(recipe(hub).override(sampling=sampling), tmp_path)
+        p = make_plan(recipe(hub).override(sampling=sampling), tmp_path)
         kl, note = _kl(p, get_method("eft"), rows)
         assert kl is None
         assert what in note
         assert _kl(p, get_method("bon"), rows)[0]["bound"]
     assert truncated(SamplingParams(repetition_penalty=1.2)) == "repetition penalty"
     assert truncated(SamplingParams(top_p=1.0)) is None
-    p = plan(recipe(hub), tmp_path)
+    p = make_plan(recipe(hub), tmp_path)
     assert _kl(p, get_method("eft"), rows)[0]["mean"] == 2.0
     assert _kl(p, get_method("cards"), rows) == (None, "no useful bound is known for the method")
 
@@ -281,7 +284,7 @@ def test_the_form_of_the_bound_is_the_method_s(hub, tmp_path):  # noqa: F811
     """One answer of one chunk: only where the settings make all answers one chunk is it a best-of-N."""
     import math
 
-    p = plan(recipe(hub), tmp_path)
+    p = make_plan(recipe(hub), tmp_path)
     rows = [({"id": "0", "token_ids": [1, 2], "shift": 0.0}, {})]
     many = get_method("cbs-explicit", width=2, successors=2)
     assert _kl(p, replace(many, chunk_length=3), rows)[0]["mean"] == pytest.approx(math.log(4), abs=1e-5)
@@ -308,7 +311,7 @@ def test_rows_without_a_text(tmp_path, task, row):
 @pytest.mark.parametrize("task", [Sentiment, Summarization])
 def test_fewer_prompts_than_asked_for(tmp_path, task):
     path = data(tmp_path, {"prompt": "x"}, {"prompt": "y"})
-    with pytest.raises(ConfigError, match="3 prompts were asked for, but only 2"):
+    with pytest.raises(ConfigError, match="has 2 prompts, expected 3"):
         task().examples(EvalConfig(data=path, prompts=3))
     assert len(task().examples(EvalConfig(data=path))) == 2
 
@@ -324,7 +327,7 @@ def test_sentiment_settings_that_nothing_reads(tmp_path):
 def test_reviews_are_as_many_as_there_are(tmp_path):
     path = data(tmp_path, *({"text": f"{i} " + "word " * 12} for i in range(3)), {"text": "short"})
     assert len(Sentiment().examples(EvalConfig(data=path))) == 3
-    with pytest.raises(ConfigError, match="4 prompts were asked for, but only 3"):
+    with pytest.raises(ConfigError, match="has 3 prompts, expected 4"):
         Sentiment().examples(EvalConfig(data=path, prompts=4))
     with pytest.raises(ConfigError, match="row 2: expected a text in text"):
         Sentiment().examples(EvalConfig(data=data(tmp_path, {"text": "x"}, {"text": None})))
@@ -357,7 +360,7 @@ def test_sizes_of_a_recipe_are_for_its_own_methods(tmp_path):
     absent = str(tmp_path / "absent.jsonl")
     with pytest.raises(ConfigError, match="no such file"):
         evaluate("sentiment", tmp_path / "out", recipe=path, data=absent, methods="base,bon")
-    with pytest.raises(ConfigError, match=r"search\.width = 5, but no row has it"):
+    with pytest.raises(ConfigError, match=r"search\.width = 5 is used by no method"):
         evaluate("sentiment", tmp_path / "out", recipe=path, data=absent, methods="base,bon", width=5)
 
 

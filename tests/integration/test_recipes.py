@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ivg.evaluation import runner
-from ivg.evaluation.plan import plan
+from ivg.evaluation.plan import make_plan
 from ivg.settings.recipe import Recipe
 from ivg.testing import byte_tokenizer, tiny_model, tiny_value
 from ivg.utils.jsonl import as_lines
@@ -100,8 +100,8 @@ def test_recipe(path, hub, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text(as_lines([DATA[task]]))
     small = {"sampling": {"max_new_tokens": 5}, "run": {"dtype": "float32", "device": "cpu"}}
-    recipe = moved(Recipe.load(path), hub).override(**small, eval={"data": str(data), "prompts": 1, "seeds": 1, "bank": 2})
-    p = plan(recipe, tmp_path / "out")
+    recipe = moved(Recipe.load(path), hub).override(**small, eval={"data": str(data), "prompts": 1, "seeds": 1, "base_samples": 2})
+    p = make_plan(recipe, tmp_path / "out")
     runner.run(p)
     results = json.loads((p.out / "results.json").read_text())
     assert all(m["answers"] == 1 and not m["errors"] for m in results["methods"].values())
@@ -110,7 +110,7 @@ def test_recipe(path, hub, tmp_path):
     assert {f"{t}×{s}" for t in ("none", "implicit", "explicit") for s in ("none", "implicit", "explicit")} <= set(p.labels)
     ivg = results["methods"]["implicit×explicit"]
     assert set(ivg["forward_tokens"]) == {"base", "tuned", "untuned", "explicit"}
-    assert {k: ivg["strategy"][k] for k in ("width", "successors", "chunk_length", "beta")} == {
+    assert {k: ivg["method"][k] for k in ("width", "successors", "chunk_length", "beta")} == {
         "sentiment": {"width": 4, "successors": 4, "chunk_length": 5, "beta": 1.0},
         "summarization": {"width": 4, "successors": 4, "chunk_length": 5, "beta": 1.0},
         "alpaca": {"width": 2, "successors": 2, "chunk_length": 30, "beta": 1.0},

@@ -8,9 +8,9 @@ import pytest
 
 from ivg.diagnostics.cost import flops, multiplied
 from ivg.evaluation import metrics
-from ivg.evaluation.base_samples import Group, group, prefix_maxima
+from ivg.evaluation.base_samples import SampleGroup, prefix_maxima, sample_group
 from ivg.evaluation.labels import best, overlap
-from ivg.evaluation.summary import _rival, draws, family
+from ivg.evaluation.summary import best_of_n_within, draws, family
 from ivg.search.methods import get_method
 from ivg.testing import tiny_model, tiny_value
 
@@ -179,24 +179,24 @@ SIZES = {"base": 10, "explicit": 1}
 
 
 def test_a_group_by_hand():
-    g = group(ROW, {0: -1.0, 2: 3.0}, SIZES)
+    g = sample_group(ROW, {0: -1.0, 2: 3.0}, SIZES)
     assert g.flops == (2 * 10 * 14, 220 + 180, 220 + 270, 220 + 360)  # one sample needs no value
     assert [g.best(n) for n in (1, 2, 3, 4)] == [0, 0, 2, 2]
     assert g.golds == (-1.0, None, 3.0, None)
-    read = group(ROW, {}, SIZES, prompt_tokens=7)  # three tokens of the prompt were another's in the same batch
+    read = sample_group(ROW, {}, SIZES, prompt_tokens=7)  # three tokens of the prompt were another's in the same batch
     assert read.flops == (2 * 10 * 11, 160 + 180, 160 + 270, 160 + 360)
 
 
 def test_only_prefix_maxima_are_ever_selected():
     values = np.random.default_rng(0).normal(size=40).round(1).tolist()
-    g = Group("a", 0, tuple(values), (), (), ())
+    g = SampleGroup("a", 0, tuple(values), (), (), ())
     assert {g.best(n) for n in range(1, 41)} == set(prefix_maxima(values))
 
 
 def test_the_rival_costs_no_more():
     curve = [{"n": n, "gold": None, "flops": 100.0 * n} for n in (1, 2, 3)]
-    assert [_rival(b, curve)["n"] for b in (50, 100, 299, 300, 399, 400)] == [1, 1, 2, 3, 3, 3]
-    assert [_rival(b, curve)["capped"] for b in (300, 399, 400)] == [False, False, True]
+    assert [best_of_n_within(b, curve)["n"] for b in (50, 100, 299, 300, 399, 400)] == [1, 1, 2, 3, 3, 3]
+    assert [best_of_n_within(b, curve)["capped"] for b in (300, 399, 400)] == [False, False, True]
 
 
 # Names of points

@@ -398,9 +398,9 @@ def test_a_fault_goes_to_other_processes_whole():
 def test_an_evaluation_leaves_out_what_a_judge_has_no_number_for(tmp_path):
     """The row says why, in its method and in the bank; all others are scored and reported."""
     from ivg.evaluation import runner
-    from ivg.evaluation.methods import BANK
-    from ivg.evaluation.plan import plan
-    from ivg.evaluation.score import scored
+    from ivg.evaluation.methods import BASE_SAMPLES
+    from ivg.evaluation.plan import make_plan
+    from ivg.evaluation.score import read_scored
     from ivg.evaluation.summary import summarise
     from ivg.settings.recipe import Recipe
     from ivg.utils.jsonl import read_jsonl
@@ -410,15 +410,21 @@ def test_an_evaluation_leaves_out_what_a_judge_has_no_number_for(tmp_path):
         "def judge(prompt, response):\n    return float('nan') if prompt == 'nan' else 1 / (prompt != 'bad') * len(response)\n"
     )
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("ok", "bad", "nan", "fine")))
-    settings = {"data": str(tmp_path / "prompts.jsonl"), "methods": ["base"], "gold": f"{tmp_path}/judge.py:judge", "threads": 1, "bank": 2}
+    settings = {
+        "data": str(tmp_path / "prompts.jsonl"),
+        "methods": ["base"],
+        "gold": f"{tmp_path}/judge.py:judge",
+        "threads": 1,
+        "base_samples": 2,
+    }
     models = {"base": str(tmp_path / "base"), "reward": f"{tmp_path}/mine.py:mine"}
     (tmp_path / "mine.py").write_text("def mine(prompt, response):\n    return 1 / (prompt != 'fine')\n")
     run = {"device": "cpu", "dtype": "float32"}
-    p = plan(Recipe.parse({"models": models, "sampling": {"max_new_tokens": 3}, "run": run, "eval": settings}), tmp_path / "out")
+    p = make_plan(Recipe.parse({"models": models, "sampling": {"max_new_tokens": 3}, "run": run, "eval": settings}), tmp_path / "out")
     runner.run(p, ("generate", "score"))
     raised, nan = "the value gold raised ZeroDivisionError: division by zero", "the value gold gave NaN: expected a finite number"
-    assert [r.get("error") for r, _ in scored(p, "base")] == [None, raised, nan, None]
-    assert [r.get("error") for r, _ in scored(p, BANK)] == [
+    assert [r.get("error") for r, _ in read_scored(p, "base")] == [None, raised, nan, None]
+    assert [r.get("error") for r, _ in read_scored(p, BASE_SAMPLES)] == [
         None,
         raised,
         nan,

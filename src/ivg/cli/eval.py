@@ -12,7 +12,7 @@ from ivg.cli import options as o
 from ivg.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from ivg.evaluation.plan import Plan
+    from ivg.evaluation.plan import EvalPlan
 
 HELP = """Compare methods on a task: sentiment, summarization or alpaca.
 
@@ -48,8 +48,14 @@ def evaluate(
     judge: Annotated[
         list[str] | None, typer.Option("--judge", help="A further reward: NAME=PATH; may be repeated.", rich_help_panel=_EVAL)
     ] = None,
-    bank: Annotated[
-        int | None, typer.Option("--bank", help="Base samples for best-of-N at equal compute; 0: none.", rich_help_panel=_EVAL)
+    base_samples: Annotated[
+        int | None,
+        typer.Option(
+            "--base-samples",
+            "--bank",
+            help="Base samples for best-of-N at equal compute; 0: none. (--bank: the old name, goes in 0.3)",
+            rich_help_panel=_EVAL,
+        ),
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", help="Setting of the task: NAME=VALUE; may be repeated.", rich_help_panel=_EVAL)
@@ -92,7 +98,7 @@ def evaluate(
     dtype: o.Dtype = None,
 ) -> None:
     """See HELP."""
-    from ivg.evaluation.plan import plan
+    from ivg.evaluation.plan import make_plan
     from ivg.evaluation.runner import STAGES
     from ivg.settings.recipe import Recipe, SearchConfig
 
@@ -108,7 +114,7 @@ def evaluate(
         raise ConfigError("--data - is standard input, which only one process can read\n  give --jobs 1, or a file")
     settings: dict[str, Any] = {
         "task": task, "data": data, "split": split, "format": format,
-        "prompts": prompts, "seeds": seeds, "shuffle": shuffle, "gold": gold, "bank": bank,
+        "prompts": prompts, "seeds": seeds, "shuffle": shuffle, "gold": gold, "base_samples": base_samples,
         "threads": threads, "methods": [m.strip() for m in methods.split(",")] if methods else None,
     }  # fmt: skip
     if methods is not None and "combinations" not in settings["methods"]:  # the recipe's sizes were for its own methods
@@ -116,28 +122,29 @@ def evaluate(
         given = given.model_copy(update={"search": SearchConfig()}).override(search=typed)
     judges = {k: ref.model_dump(exclude_none=True) for k, ref in given.eval.judges.items()} | _pairs(judge, "--judge")
     settings |= {"judges": judges, "options": {**given.eval.options, **_pairs(option, "--option")}}
-    run(plan(given.override(eval=settings), out), stage or STAGES, jobs, docs)
+    run(make_plan(given.override(eval=settings), out), stage or STAGES, jobs, docs)
 
 
-def run(plan: Plan, stages: Sequence[str], jobs: int, docs: Path | None) -> None:
+def run(plan: EvalPlan, stages: Sequence[str], jobs: int, docs: Path | None) -> None:
     """The stages with a bar for each, and where to look at the end."""
     from importlib.util import find_spec
 
     from ivg.cli.progress import progress
     from ivg.evaluation import runner
+    from ivg.evaluation.worker import Worker
 
     if "report" in stages and find_spec("matplotlib") is None:  # before hours of answers, not behind them
         raise MissingDependencyError("the report's figures need matplotlib\n  pip install 'ivg[eval]', or --stage generate --stage score")
-    worker = runner.Worker(plan)
+    worker = Worker(plan)
     for stage in (s for s in runner.STAGES if s in stages):
         total = 0 if stage == "report" else plan.total * len(plan.labels)
         with progress(total, stage) as advance:
 
-            def done(_: str, rows: int, advance: Any = advance) -> None:
+            def on_progress(_: str, rows: int, advance: Any = advance) -> None:
                 for _row in range(rows):
                     advance()
 
-            runner.run(plan, [stage], jobs, done, worker)
+            runner.run(plan, [stage], jobs, on_progress, worker)
     if "report" in stages:
         if docs is not None:
             from ivg.evaluation.report import publish
@@ -147,7 +154,7 @@ def run(plan: Plan, stages: Sequence[str], jobs: int, docs: Path | None) -> None
         typer.echo(f"{plan.out / 'report.html'}")
 
 
-def table(plan: Plan) -> str:
+def table(plan: EvalPlan) -> str:
     """The report's first table, as text."""
     import json
 

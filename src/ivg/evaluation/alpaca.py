@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ivg.errors import ConfigError, reason
 from ivg.evaluation.judges import AlpacaEvalJudge, ChatJudge, Judge, RewardJudge, judge_all
 from ivg.evaluation.length_control import length_controlled
-from ivg.evaluation.task import Answer, Example, Tables, Task, enough
+from ivg.evaluation.task import Answer, Example, Tables, Task, check_count
 from ivg.evaluation.winrate import averaged, win_rate
 from ivg.jobs.formats import read_rows
 from ivg.jobs.provenance import fingerprint
@@ -133,7 +133,7 @@ class Alpaca(Task):
             )
             for i, row in enumerate(rows)
         ]
-        enough(len(found), config, str(config.data or HUB))
+        check_count(len(found), config, str(config.data or HUB))
         if config.shuffle is not None:
             random.Random(config.shuffle).shuffle(found)
         return found[: config.prompts]

@@ -1,14 +1,12 @@
-"""A bank of base samples for every prompt and seed, and what best-of-N would have made of them for the same FLOPs.
+"""Base samples for every prompt and seed, and the best-of-N that they allow at the computation of each method.
 
-For every method the fair rival is plain best-of-N with as much computation: from the bank, the largest N, one for all prompts, that on
-average costs no more than the method's answer: N base samples behind one reading of the prompt and, from N = 2 on, N readings by the
-value; the best by the explicit value (else the reward model, else the implicit value). The gold reward never selects. Knows the bank's
-file; must not know how it is shown.
+Each method is compared with plain best-of-N at equal compute: the largest N, one for all prompts, whose mean FLOPs are at most the
+method's. Its cost is N base samples after one reading of the prompt and, from N = 2, N readings by the value that selects: the
+explicit value, else the reward model, else the implicit value. The gold reward never selects.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,84 +14,78 @@ from typing import TYPE_CHECKING, Any
 
 from ivg.diagnostics.cost import classifiers, flops
 from ivg.errors import PromptError, ScoreFault
-from ivg.evaluation.methods import BANK, SELECTORS, MethodRow
-from ivg.evaluation.plan import Plan
-from ivg.evaluation.runner import Report, Worker, note, request, together
+from ivg.evaluation.generate import make_request, run_batch
+from ivg.evaluation.methods import SELECTION_VALUES
+from ivg.evaluation.worker import Worker
 from ivg.model import cached_lms
 from ivg.types import Beam, Completion, Prompt, TokenCounter, new_key
 from ivg.types.scores import Scores, every, score_each
-from ivg.utils import environment
-from ivg.utils.jsonl import BlockFile
 
 if TYPE_CHECKING:
     from ivg.model import GuidedModel
     from ivg.types import Value
 
-STRIDE = 1 << 32
-"""Sample n of a prompt has draw index n * STRIDE + position: sample 0 is the very answer of the base method."""
+INDEX_STRIDE = 1 << 32
+"""Sample n of a prompt has request index n * INDEX_STRIDE + position, so sample 0 is the answer of the base method."""
 
 
-def fill(worker: Worker, done: Report) -> None:
-    """All samples of the bank that are not there yet; one row for each prompt and seed."""
-    p, path = worker.plan, worker.plan.transcripts(BANK)
-    with environment.alone(path):
-        file = BlockFile(path, p.block_of(BANK), p.total, p.provenance(BANK))
-        done(BANK, min(file.rows, p.total))
-        for positions in file.missing():
-            worker.model.reset_caches()
-            environment.reset_peak()
-            began = time.perf_counter()
-            rows = list(_samples(worker.model, p, positions))
-            timing = {"label": BANK, "start": positions.start, "rows": len(rows), "seconds": round(time.perf_counter() - began, 4)}
-            worker.sign("generate")
-            file.append(rows)
-            note(p.out / "timings.jsonl", {**timing, "peak_bytes": environment.peak_bytes()})
-            done(BANK, len(rows))
+def selection_value(model: GuidedModel) -> tuple[str, Value] | None:
+    """Name and value that best-of-N selects by."""
+    return next(((name, model.values[name]) for name in SELECTION_VALUES if name in model.values), None)
 
 
-def selector(model: GuidedModel) -> tuple[str, Value] | None:
-    """The value by which best-of-N selects: explicit, else reward, else implicit."""
-    return next(((name, model.values[name]) for name in SELECTORS if name in model.values), None)
+def sample_rows(worker: Worker, label: str, positions: range) -> Iterator[dict[str, Any]]:
+    """One row for each prompt and seed at ``positions``: all its base samples, with values and tokens read."""
+    plan, model = worker.plan, worker.model
+    size, items = plan.config.base_samples, list(plan.items(positions))
+    selected_by = selection_value(model)
+    max_new_tokens = plan.sampling.max_new_tokens
+    errors = [_length_error(selected_by[1], e.prompt, max_new_tokens) if selected_by else None for _, _, e in items]
+    valid = [item for item, error in zip(items, errors, strict=True) if error is None]
+    requests = [
+        make_request(model, plan, plan.base_row, seed, position, n * INDEX_STRIDE) for seed, position, _ in valid for n in range(size)
+    ]
+    outcomes = iter(run_batch(model, requests))
+    for (seed, _, example), error in zip(items, errors, strict=True):
+        row: dict[str, Any] = {"label": label, "seed": seed, "id": example.id, "prompt": example.prompt.plain}
+        yield row | (_samples(model, selected_by, example.prompt, list(islice(outcomes, size))) if error is None else _failed(error))
 
 
-def _samples(model: GuidedModel, p: Plan, positions: range) -> Iterator[dict[str, Any]]:
-    size, items = p.config.bank, list(p.items(positions))
-    chosen = selector(model)
-    method = MethodRow(BANK, p.base.strategy)
-    refused = [chosen and _too_long(chosen[1], example.prompt, p.sampling.max_new_tokens) for _, _, example in items]
-    asked = [item for item, reason in zip(items, refused, strict=True) if not reason]
-    requests = [request(model, p, method, seed, position, n * STRIDE) for seed, position, _ in asked for n in range(size)]
-    outcomes = iter(together(model, requests))
-    for (seed, _, example), reason in zip(items, refused, strict=True):
-        group = [] if reason else list(islice(outcomes, size))
-        row: dict[str, Any] = {"label": BANK, "seed": seed, "id": example.id, "prompt": example.prompt.plain}
-        failed = reason or next((o for o in group if not isinstance(o, Completion)), None)
-        if failed:
-            yield row | {"samples": [], "error": failed}
-            continue
-        samples = [c for c in group if isinstance(c, Completion)]
-        beams = [_beam(model, example.prompt, c) for c in samples]
-        values: Scores = score_each(chosen[1], beams) if chosen else [0.0] * size
-        if (fault := next((v for v in values if isinstance(v, ScoreFault)), None)) is not None:
-            yield row | {"samples": [], "error": " ".join(fault.split())}
-            continue
-        shared, own = _reading(model, chosen[1] if chosen else None, beams)
-        kept = [
-            {"text": c.text, "tokens": len(c.token_ids), "value": round(v, 6), "forward_tokens": n}
-            for c, v, n in zip(samples, every(values), own, strict=True)
-        ]
-        yield row | {"by": chosen[0] if chosen else None, "shared_tokens": shared, "samples": kept}
-        if chosen:
-            chosen[1].release([b.key for b in beams])
+def _failed(error: str) -> dict[str, Any]:
+    return {"samples": [], "error": " ".join(error.split())}
 
 
-def _too_long(value: Value, prompt: Prompt, new_tokens: int) -> str | None:
-    """Why the value cannot read this prompt and an answer to it; None: it can."""
+def _length_error(value: Value, prompt: Prompt, max_new_tokens: int) -> str | None:
+    """Why the value cannot read this prompt with an answer; None if it can."""
     try:
-        value.check(prompt, new_tokens)
+        value.check(prompt, max_new_tokens)
     except PromptError as e:
-        return " ".join(str(e).split())
+        return str(e)
     return None
+
+
+def _samples(
+    model: GuidedModel, selected_by: tuple[str, Value] | None, prompt: Prompt, outcomes: Sequence[Completion | str]
+) -> dict[str, Any]:
+    """The columns of one prompt's samples; of the first error where one failed."""
+    failed = next((o for o in outcomes if not isinstance(o, Completion)), None)
+    if failed is not None:
+        return _failed(failed)
+    completions = [c for c in outcomes if isinstance(c, Completion)]
+    name, value = selected_by if selected_by is not None else (None, None)
+    beams = [_beam(model, prompt, c) for c in completions]
+    scores: Scores = score_each(value, beams) if value is not None else [0.0] * len(beams)
+    fault = next((s for s in scores if isinstance(s, ScoreFault)), None)
+    if fault is not None:
+        return _failed(fault)
+    shared, own = _tokens_read(model, value, beams)
+    if value is not None:
+        value.release([b.key for b in beams])
+    samples = [
+        {"text": c.text, "tokens": len(c.token_ids), "value": round(score, 6), "forward_tokens": read}
+        for c, score, read in zip(completions, every(scores), own, strict=True)
+    ]
+    return {"selected_by": name, "shared_tokens": shared, "samples": samples}
 
 
 def _beam(model: GuidedModel, prompt: Prompt, c: Completion) -> Beam:
@@ -101,10 +93,10 @@ def _beam(model: GuidedModel, prompt: Prompt, c: Completion) -> Beam:
     return Beam(new_key(), None, prompt, c.token_ids, c.text, finish, TokenCounter(), model.base.vocabulary, inherits=False)
 
 
-def _reading(model: GuidedModel, value: Value | None, beams: Sequence[Beam]) -> tuple[dict[str, int], list[dict[str, int]]]:
-    """(tokens of the prompt, read once by each model; what each reads of every sample). A classifier reads the whole text anew.
+def _tokens_read(model: GuidedModel, value: Value | None, beams: Sequence[Beam]) -> tuple[dict[str, int], list[dict[str, int]]]:
+    """(prompt tokens, read once by each model; tokens that each model reads of every sample).
 
-    From the texts rather than from meters, which depend on what else happened to be in the caches.
+    Classifiers read the whole text for each sample. Computed from the texts: token counters also depend on what the caches held.
     """
     shared = {model.base.name: len(model.base.prompt_ids(beams[0].prompt))}
     own = [{model.base.name: max(0, len(b.token_ids) - 1)} for b in beams]
@@ -124,14 +116,14 @@ def _reading(model: GuidedModel, value: Value | None, beams: Sequence[Beam]) -> 
 
 
 @dataclass(frozen=True)
-class Group:
+class SampleGroup:
     """The samples of one prompt and seed.
 
     Attributes:
-        values: by which they are compared, [samples].
-        golds: rewards of those that are the best so far; None for the others, which no N selects.
-        tokens: of every sample.
-        flops: of the best of the first N, [samples]: N samples behind one prompt and, from N = 2 on, their readings.
+        values: what best-of-N selects by [samples].
+        golds: gold rewards of the samples that some N selects; None for the others [samples].
+        tokens: length of every sample [samples].
+        flops: cost of best-of-N for N = 1, 2, … [samples].
     """
 
     id: str
@@ -143,16 +135,16 @@ class Group:
 
     @property
     def size(self) -> int:
-        """Samples."""
+        """Number of samples."""
         return len(self.values)
 
     def best(self, n: int) -> int:
-        """Which of the first ``n`` is selected; the first among equals."""
+        """Index of the sample that best-of-``n`` selects; the first among equals."""
         return max(range(n), key=lambda i: (self.values[i], -i))
 
 
 def prefix_maxima(values: Sequence[float]) -> list[int]:
-    """Places of values that are greater than all before them: best-of-N selects among these for every N."""
+    """Indices of values that are greater than all before them; best-of-N selects one of these for every N."""
     out: list[int] = []
     for i, v in enumerate(values):
         if not out or v > values[out[-1]]:
@@ -160,15 +152,17 @@ def prefix_maxima(values: Sequence[float]) -> list[int]:
     return out
 
 
-def group(row: Mapping[str, Any], golds: Mapping[int, float], sizes: Mapping[str, int], prompt_tokens: int | None = None) -> Group:
-    """A bank row with the rewards of its :func:`prefix_maxima`, and what each N costs.
+def sample_group(
+    row: Mapping[str, Any], golds: Mapping[int, float], sizes: Mapping[str, int], prompt_tokens: int | None = None
+) -> SampleGroup:
+    """A row of base samples with the gold rewards of its :func:`prefix_maxima`, and the cost of each N.
 
     Args:
-        row: of the bank.
-        golds: by the sample's place.
+        row: of the file of base samples.
+        golds: gold rewards by index of the sample.
         sizes: parameters by model.
-        prompt_tokens: that the base read of the prompt in the batch of the base method, whose cost is so that of N = 1: what prompts
-            of a batch share is read once there, as in every method. None: all of it.
+        prompt_tokens: prompt tokens that the base read for the base method, which shares the start of prompts within a batch; with it
+            N = 1 costs exactly what the base method does. None: the whole prompt.
     """
     samples = row["samples"]
     base = next(iter(row["shared_tokens"]))  # the value's readers follow it
@@ -179,7 +173,7 @@ def group(row: Mapping[str, Any], golds: Mapping[int, float], sizes: Mapping[str
         costs.append(total)
     if samples:  # one sample needs no value
         costs[0] = flops({base: shared[base] + samples[0]["forward_tokens"][base]}, sizes)
-    return Group(
+    return SampleGroup(
         row["id"],
         row["seed"],
         tuple(s["value"] for s in samples),

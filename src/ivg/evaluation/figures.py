@@ -91,10 +91,10 @@ def _divergence(results: Results, judge: str, name: str) -> Figure:
 
 
 def _compute(results: Results, judge: str, name: str) -> Figure:
-    methods, bank = results["methods"], results["bank"]
+    methods, samples = results["methods"], results["base_samples"]
     fig, ax = _axes(f"{name} against computation", "FLOPs of an answer", f"{name}, mean over prompts")
     ax.set_xscale("log")
-    curve = [c for c in bank["curve"] if c["gold"]] if bank and judge == "gold" else []
+    curve = [c for c in samples["curve"] if c["gold"]] if samples and judge == "gold" else []
     if curve:
         x = [c["flops"] for c in curve]
         ax.plot(x, [c["gold"]["mean"] for c in curve], color=_LIGHT["muted"], lw=1.6, zorder=1.5)
@@ -111,7 +111,7 @@ def _compute(results: Results, judge: str, name: str) -> Figure:
                 fontsize=7.5,
             )
     marks = [_point(ax, k, m["family"], {"mean": m["flops"]}, m[judge]) for k, m in methods.items() if m["flops"]]
-    _legend(fig, ax, methods, f"grey line: best of N base samples by the {bank['by']} value, with 95 % interval" if curve else "")
+    _legend(fig, ax, methods, f"grey line: best-of-N by {samples['selected_by']}, with 95 % interval" if curve else "")
     place(ax, marks)
     listed = "; ".join(f"{k}: {m['flops']:.3g} FLOPs, {m[judge]['mean']:+.2f}" for k, m in methods.items())
     return _figure(fig, "reward-compute", f"{name} against computation, best-of-N beside", listed)

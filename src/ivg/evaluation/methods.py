@@ -1,12 +1,9 @@
-"""The rows of an evaluation: names and tables of methods become strategies with labels, checked before any model is loaded.
-
-Knows: the recipe, which values its models make. Must not know models nor files of a run; imports no torch.
-"""
+"""The methods of an evaluation: ``eval.methods`` of a recipe, resolved and checked before any model is loaded. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ivg.embedded import PREFIX
@@ -16,12 +13,12 @@ from ivg.search.methods import Method, get_method, parse_weights, resolve_fallba
 from ivg.settings.recipe import MethodConfig, ModelRef, Recipe
 
 COMBINATIONS = "combinations"
-"""Among methods: token guidance in {none, implicit, explicit} x selection in {none, implicit, explicit} (METHOD, section 4)."""
+"""Stands for nine methods: token guidance in {none, implicit, explicit} x selection in {none, implicit, explicit} (IVG, table 1)."""
 BASE = "base"
-BANK = "bank"
-"""Label of the base samples that best-of-N chooses from; no method may have it."""
-SELECTORS = ("explicit", "reward", "implicit")
-"""By what best-of-N selects from the bank: the first of these that is at hand."""
+BASE_SAMPLES = "base_samples"
+"""Label of the base samples that best-of-N selects from; no method may have it."""
+SELECTION_VALUES = ("explicit", "reward", "implicit")
+"""Best-of-N selects by the first of these values that the models have."""
 _VALUES = ("none", "implicit", "explicit")
 _SIZES = ("width", "successors", "chunk_length", "original")
 _GUIDING = ("beta", "candidates", "transform", "gate", "draft")
@@ -30,50 +27,50 @@ _EMBEDDED = {"implicit": ("tuned", "untuned"), "explicit": ("value",), "explicit
 
 @dataclass(frozen=True)
 class MethodRow:
-    """One row of the evaluation: its label, and the strategy with all settings."""
+    """One row of the report: a label, and a method with all its settings."""
 
     label: str
-    strategy: Method
+    method: Method
 
     @property
-    def plain(self) -> bool:
-        """Nothing steers: the base itself."""
-        s = self.strategy
-        return s.name in (BASE, "custom") and not (s.needs or s.width * s.successors > 1)
+    def is_base(self) -> bool:
+        """Plain sampling from the base: no guidance, no selection."""
+        m = self.method
+        return m.name in (BASE, "custom") and not (m.needs or m.width * m.successors > 1)
 
 
-def rows(recipe: Recipe, search: Mapping[str, Any]) -> tuple[MethodRow, ...]:
-    """All rows, the plain base among them.
+def method_rows(recipe: Recipe, search: Mapping[str, Any]) -> tuple[MethodRow, ...]:
+    """All methods; plain base sampling is added where the recipe leaves it out.
 
     Args:
-        recipe: whose ``eval.methods`` are asked for.
-        search: the task's own sizes, for ``combinations`` where the recipe's ``search`` table is silent.
+        recipe: with ``eval.methods``.
+        search: the task's default search settings for ``combinations``; the recipe's ``search`` table comes first.
 
     Raises:
-        ConfigError: unknown method, unusable settings, two rows with one label, a value that no model makes, a setting of the
-            ``search`` table that no row has.
+        ConfigError: unknown method, invalid settings, two methods with one label, a value that no model provides, a setting of the
+            ``search`` table that no method uses.
     """
-    values = values_of(recipe)
-    found = [m for given in recipe.eval.methods for m in _expanded(given, recipe, search, values)]
-    if not any(m.plain for m in found):
+    values = model_refs_by_value(recipe)
+    found = [m for given in recipe.eval.methods for m in _expand(given, recipe, search, values)]
+    if not any(m.is_base for m in found):
         found.insert(0, MethodRow(BASE, get_method(BASE)))
     labels = [m.label for m in found]
-    twice = sorted({x for x in labels if labels.count(x) > 1 or x == BANK})
+    twice = sorted({x for x in labels if labels.count(x) > 1 or x == BASE_SAMPLES})
     if twice:
-        raise ConfigError(f"methods: the label {', '.join(twice)} is taken\n  give each row a label of its own")
+        raise ConfigError(f"methods: the label {', '.join(twice)} is used twice or reserved\n  give each method its own label")
     for m in found:
-        missing = sorted(m.strategy.needs - set(values))
+        missing = sorted(m.method.needs - set(values))
         if missing:
             raise ConfigError(
-                f"{m.label}: needs the value {' and '.join(missing)}; the models make {', '.join(sorted(values)) or 'none'}\n"
-                "  give the models for it (e.g. --tuned and --untuned for implicit, --value for explicit), or leave the method out"
+                f"{m.label}: needs the value {' and '.join(missing)}; the models provide {', '.join(sorted(values)) or 'none'}\n"
+                "  give its models (e.g. --tuned and --untuned for implicit, --value for explicit), or leave the method out"
             )
-    _all_read(recipe.search.settings(), [m.strategy for m in found])
+    _check_search_is_used(recipe.search.settings(), [m.method for m in found])
     return tuple(found)
 
 
-def values_of(recipe: Recipe) -> dict[str, list[ModelRef]]:
-    """The values that the recipe's models make, by name, each with its models."""
+def model_refs_by_value(recipe: Recipe) -> dict[str, list[ModelRef]]:
+    """Each value that the recipe defines, by name, with the models behind it."""
     given = recipe.models.given
     if not given:
         found = {name: [ModelRef(path=f"{PREFIX}{part}") for part in parts] for name, parts in _EMBEDDED.items()}
@@ -83,35 +80,33 @@ def values_of(recipe: Recipe) -> dict[str, list[ModelRef]]:
     return found | {name: list(value.given.values()) for name, value in recipe.values.items()}
 
 
-def keep_from(gold: ModelRef | None, recipe: Recipe, methods: Sequence[MethodRow]) -> None:
-    """Check that no row is steered by what judges it.
+def check_no_leakage(gold: ModelRef | None, recipe: Recipe, methods: Sequence[MethodRow]) -> None:
+    """Check that no method uses the gold reward.
 
     Raises:
-        ConfigError: gold is a value of some row, or what best-of-N selects by.
+        ConfigError: the gold reward is also a value of some method, or best-of-N selects by it.
     """
     if gold is None:
         return
-    values = values_of(recipe)
-    users = {m.label: m.strategy.needs for m in methods}
-    if recipe.eval.bank:
-        users[BANK] = frozenset(next(([n] for n in SELECTORS if n in values), ()))
+    values = model_refs_by_value(recipe)
+    users = {m.label: m.method.needs for m in methods}
+    if recipe.eval.base_samples:
+        users[BASE_SAMPLES] = frozenset(next(([n] for n in SELECTION_VALUES if n in values), ()))
     for name, refs in values.items():
         used = [label for label, needs in users.items() if name in needs]
         if used and any(same(ref.path, gold.path) for ref in refs):
             raise ConfigError(
-                f"gold = {gold.path} is also the value {name}, which steers {', '.join(used)}\n"
-                "  what is optimised cannot judge: give another gold, or let these rows use another value"
+                f"the gold reward {gold.path} is also the value {name}, used by {', '.join(used)}\n"
+                "  a reward that a method optimises cannot judge it: give another gold reward, or another value"
             )
 
 
-def described(s: Method) -> dict[str, Any]:
-    """A strategy's settings, without its one-line summary."""
-    from dataclasses import asdict
-
-    return {k: v for k, v in asdict(s).items() if k != "summary"}
+def method_settings(method: Method) -> dict[str, Any]:
+    """A method's settings, without its one-line summary."""
+    return {k: v for k, v in asdict(method).items() if k != "summary"}
 
 
-def _expanded(given: MethodConfig, recipe: Recipe, search: Mapping[str, Any], values: Collection[str]) -> list[MethodRow]:
+def _expand(given: MethodConfig, recipe: Recipe, search: Mapping[str, Any], values: Collection[str]) -> list[MethodRow]:
     if given.method != COMBINATIONS:
         return [MethodRow(given.label, resolve_fallbacks(get_method(given.method, **given.settings()), values))]
     settings = {**search, **recipe.search.settings(), **given.settings()}
@@ -120,24 +115,25 @@ def _expanded(given: MethodConfig, recipe: Recipe, search: Mapping[str, Any], va
     found = []
     for token in _VALUES:
         for select in _VALUES:
+            # only a pair (tuned, untuned) can draft
             chosen: dict[str, Any] = {"token": token, "select": select}
-            chosen |= {k: v for k, v in guiding.items() if token != "none" and (k != "draft" or token == "implicit")}  # only a pair drafts
+            chosen |= {k: v for k, v in guiding.items() if token != "none" and (k != "draft" or token == "implicit")}
             chosen |= sizes if select != "none" else {}
             found.append(MethodRow(f"{token}×{select}", get_method("custom", **chosen)))
     return found
 
 
-def _all_read(search: Mapping[str, Any], strategies: Sequence[Method]) -> None:
-    """The ``search`` table is for ``combinations``; what it says beyond them must at least be true of some row."""
+def _check_search_is_used(search: Mapping[str, Any], all_methods: Sequence[Method]) -> None:
+    """The ``search`` table is for ``combinations``; every setting in it must be a setting of some method."""
     for key, value in search.items():
         wanted = value
         if key in ("weights", "select_weights"):
             wanted = tuple(parse_weights(value, key).items())
         elif value == "none":
             wanted = None
-        able = [s for s in strategies if (s.guides if key in _GUIDING else s.selectors if key in _SIZES else True)]
+        able = [s for s in all_methods if (s.guides if key in _GUIDING else s.selectors if key in _SIZES else True)]
         if not any(getattr(s, key) == wanted for s in able):
             raise ConfigError(
-                f"search.{key} = {value!r}, but no row has it: here the search table (and options like -W, --beta) is for the nine of "
-                f"'{COMBINATIONS}'\n  give it to a method: methods = [{{ method = \"ivg\", {key} = … }}], or leave it out"
+                f"search.{key} = {value!r} is used by no method: [search] (with -W, --beta, …) sets '{COMBINATIONS}' only\n"
+                f'  set it for a method: methods = [{{ method = "ivg", {key} = … }}], or leave it out'
             )

@@ -1,7 +1,4 @@
-"""What one evaluation consists of: which rows, which prompts, which file holds what. The same for all stages.
-
-Knows: the recipe, the task, the folder of the run. Must not know models; imports no torch.
-"""
+"""What one evaluation consists of: methods, prompts, judges, files. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,8 +10,8 @@ from typing import Any
 
 from ivg.errors import ConfigError
 from ivg.evaluation import methods
-from ivg.evaluation.methods import BANK, MethodRow, described
-from ivg.evaluation.task import Example, Task, digest, task
+from ivg.evaluation.methods import BASE_SAMPLES, MethodRow, method_settings
+from ivg.evaluation.task import Example, Task, digest, load_task
 from ivg.factory.recipe import default_sampling
 from ivg.jobs.provenance import device_kind, fingerprints, of_run, weights
 from ivg.settings.recipe import EvalConfig, Recipe, RewardRef
@@ -25,12 +22,12 @@ GOLD = "gold"
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvalPlan:
     """One evaluation.
 
     Args:
-        recipe: with the task's defaults filled in (:func:`plan`).
-        out: the folder of the run.
+        recipe: with the task's defaults filled in (:func:`make_plan`).
+        out: folder of all its files.
     """
 
     recipe: Recipe
@@ -44,7 +41,7 @@ class Plan:
     @cached_property
     def task(self) -> Task:
         """The task."""
-        return task(self.config.task)
+        return load_task(self.config.task)
 
     @cached_property
     def examples(self) -> list[Example]:
@@ -57,22 +54,27 @@ class Plan:
         return found
 
     @cached_property
-    def methods(self) -> tuple[MethodRow, ...]:
-        """The rows, the plain base among them.
+    def examples_by_id(self) -> dict[str, Example]:
+        """The prompts by id."""
+        return {e.id: e for e in self.examples}
+
+    @cached_property
+    def method_rows(self) -> tuple[MethodRow, ...]:
+        """The methods that are compared, plain base sampling among them.
 
         Raises:
-            ConfigError: see :func:`ivg.evaluation.methods.rows`.
+            ConfigError: see :func:`ivg.evaluation.methods.method_rows`.
         """
-        return methods.rows(self.recipe, self.task.defaults().get("search", {}))
+        return methods.method_rows(self.recipe, self.task.defaults().get("search", {}))
 
     @property
-    def base(self) -> MethodRow:
-        """The row that others are compared with."""
-        return next(m for m in self.methods if m.plain)
+    def base_row(self) -> MethodRow:
+        """Plain base sampling, which the others are compared with."""
+        return next(m for m in self.method_rows if m.is_base)
 
     @property
     def judges(self) -> dict[str, RewardRef]:
-        """Where gold and the further judges are, gold first; the package's own gold for the embedded models."""
+        """The gold reward and the further judges, gold first; the embedded models have an embedded gold reward."""
         gold = self.config.gold
         if gold is None and not self.recipe.models.given:
             gold = RewardRef(path="embedded:gold")
@@ -80,27 +82,22 @@ class Plan:
 
     @property
     def labels(self) -> list[str]:
-        """All labels with transcripts: the rows, and the bank where there is one."""
-        return [m.label for m in self.methods] + ([BANK] if self.config.bank else [])
+        """All labels with transcripts: the methods, and the base samples where the recipe asks for some."""
+        return [m.label for m in self.method_rows] + ([BASE_SAMPLES] if self.config.base_samples else [])
 
-    def method(self, label: str) -> MethodRow:
-        """The row called ``label``."""
-        return next(m for m in self.methods if m.label == label)
+    def method_row(self, label: str) -> MethodRow:
+        """The method called ``label``."""
+        return next(m for m in self.method_rows if m.label == label)
 
     @cached_property
     def sampling(self) -> SamplingParams:
-        """How every method draws; what the recipe leaves out is the default of the recipe's model (``GuidedModel.sampling``)."""
-        given = self.recipe.sampling.settings()
-        return replace(default_sampling(self.recipe), **given)
+        """Sampling settings of every method: the recipe's, else the defaults of the recipe's model."""
+        return replace(default_sampling(self.recipe), **self.recipe.sampling.settings())
 
-    @property
-    def block(self) -> int:
-        """Prompts for each block of a file: what is computed together and written together."""
-        return self.recipe.run.batch_size
-
-    def block_of(self, label: str) -> int:
-        """Rows of each block of a label's transcripts; a row of the bank holds many samples."""
-        return max(1, self.block * 4 // self.config.bank) if label == BANK else self.block
+    def block_size(self, label: str) -> int:
+        """Rows of each block of a label's transcripts; they are computed and written together."""
+        batch = self.recipe.run.batch_size
+        return max(1, batch * 4 // self.config.base_samples) if label == BASE_SAMPLES else batch
 
     @property
     def total(self) -> int:
@@ -108,25 +105,30 @@ class Plan:
         return self.config.seeds * len(self.examples)
 
     def items(self, positions: range) -> Iterator[tuple[int, int, Example]]:
-        """(seed, position of the example, example) of these rows: seed by seed, prompt by prompt."""
+        """(seed, position of the example, example) of these rows: all prompts with the first seed, then with the next."""
         for i in positions:
             seed, position = divmod(i, len(self.examples))
             yield self.recipe.run.seed + seed, position, self.examples[position]
 
     def transcripts(self, label: str) -> Path:
-        """File of a method's answers."""
+        """The file of a method's answers."""
         return self.out / "transcripts" / f"{label}.jsonl"
 
     def scores(self, label: str) -> Path:
-        """File of the judgements of a method's answers."""
+        """The file of the scores of a method's answers."""
         return self.out / "scores" / f"{label}.jsonl"
 
+    @property
+    def timings(self) -> Path:
+        """The log of seconds, memory and run metadata."""
+        return self.out / "timings.jsonl"
+
     def provenance(self, label: str) -> dict[str, Any]:
-        """Everything that a method's answers depend on; the number of seeds does not count, so that seeds can be added."""
+        """Everything that a method's answers depend on. The number of seeds is left out, so seeds can be added to a run."""
         run = self.recipe.run
         common: dict[str, Any] = {
             "ivg": VERSION,
-            "weights": self._weights,
+            "weights": self._model_fingerprints,
             "task": self.config.task,
             "prompts": len(self.examples),
             "examples": digest(self.examples),
@@ -140,32 +142,29 @@ class Plan:
         values = getattr(self.recipe, "values", None)
         if values:
             common["values"] = {k: v.model_dump(exclude_none=True) for k, v in values.items()}
-        if label == BANK:
-            return {**common, "bank": self.config.bank}
-        return {**common, "label": label, "strategy": described(self.method(label).strategy)}
+        if label == BASE_SAMPLES:
+            return {**common, "base_samples": self.config.base_samples}
+        return {**common, "label": label, "method": method_settings(self.method_row(label).method)}
 
     @cached_property
-    def _weights(self) -> dict[str, str]:
+    def _model_fingerprints(self) -> dict[str, str]:
         return weights(self.recipe)
 
     @cached_property
-    def judge_weights(self) -> dict[str, str]:
-        """Fingerprints of gold and judges, as far as they lie on this machine."""
+    def judge_fingerprints(self) -> dict[str, str]:
+        """Fingerprints of those judges that are on this machine."""
         return fingerprints(self.judges)
 
 
-def plan(recipe: Recipe, out: str | Path) -> Plan:
-    """The evaluation that ``recipe`` describes; the task's settings stand where the recipe is silent.
+def make_plan(recipe: Recipe, out: str | Path) -> EvalPlan:
+    """The evaluation that ``recipe`` describes, with the task's defaults where the recipe has none.
 
     Raises:
-        ConfigError: unknown task or method; a method without its value, or steered by gold; an engine whose base is not here.
+        ConfigError: unknown task or method; a method whose value is missing or is the gold reward; an engine other than transformers.
     """
-    if recipe.run.engine != "transformers":  # answers are scored by the base's own outputs
-        raise ConfigError(
-            f"an evaluation scores by the base's outputs, got run.engine = {recipe.run.engine!r}\n  leave engine out of [run]"
-        )
-    found = task(recipe.eval.task)
-    sampling = {**found.defaults().get("sampling", {}), **recipe.sampling.settings()}
-    made = Plan(recipe.override(sampling=sampling), Path(out))
-    methods.keep_from(made.judges.get(GOLD), recipe, made.methods)  # mistakes in methods are told before anything is loaded
-    return made
+    if recipe.run.engine != "transformers":  # the score stage needs the base's own log-probabilities
+        raise ConfigError(f"ivg eval needs the engine transformers, got run.engine = {recipe.run.engine!r}\n  leave engine out of [run]")
+    sampling = {**load_task(recipe.eval.task).defaults().get("sampling", {}), **recipe.sampling.settings()}
+    plan = EvalPlan(recipe.override(sampling=sampling), Path(out))
+    methods.check_no_leakage(plan.judges.get(GOLD), recipe, plan.method_rows)  # before any model is loaded
+    return plan

@@ -13,9 +13,9 @@ from typing import Any
 
 from ivg.evaluation.figures import Figure, draw, order
 from ivg.evaluation.html import page
-from ivg.evaluation.plan import Plan
+from ivg.evaluation.plan import EvalPlan
 from ivg.evaluation.samples import Sample, samples
-from ivg.evaluation.summary import makers, summarise
+from ivg.evaluation.summary import run_metadata, summarise
 from ivg.utils import environment
 from ivg.utils.jsonl import write_json, write_text
 
@@ -23,7 +23,7 @@ Results = dict[str, Any]
 Cell = Callable[[Results, Results], str]
 
 
-def report(p: Plan) -> Results:
+def report(p: EvalPlan) -> Results:
     """Write the report of a run whose other stages are finished; gives back what results.json holds.
 
     Raises:
@@ -33,7 +33,7 @@ def report(p: Plan) -> Results:
     results = summarise(p)
     results["made"] = {
         "recipe": p.recipe.model_dump(exclude_none=True, exclude_defaults=True),
-        "by": makers(p) or [environment.made()],
+        "by": run_metadata(p) or [environment.made()],
     }
     drawn = draw(results)
     shown = samples(p, order(results))
@@ -47,7 +47,7 @@ def report(p: Plan) -> Results:
     return results
 
 
-def publish(p: Plan, docs: Path) -> None:
+def publish(p: EvalPlan, docs: Path) -> None:
     """Copy what documentation may show: report.md without its samples (the prompts are the data's), results.json, SVG figures."""
     (docs / "figures").mkdir(parents=True, exist_ok=True)
     text = (p.out / "report.md").read_text(encoding="utf-8")
@@ -87,7 +87,7 @@ def tables(results: Results) -> list[Table]:
     if "gold" in judges:
         rewards.append(("wins against base", lambda m, r: "–" if m["label"] == r["base"] else percent(m["win_rate"])))
     rewards.append(("KL to base, nats", lambda m, r: divergence(m["kl"])))
-    if results["bank"]:
+    if results["base_samples"]:
         rewards.append(("best-of-N at equal compute", lambda m, r: rival(m["best_of_n"])))
     texts: list[tuple[str, Cell]] = [
         ("perplexity under base", lambda m, r: number(m["perplexity"], 1)),
@@ -100,8 +100,8 @@ def tables(results: Results) -> list[Table]:
     costs: list[tuple[str, Cell]] = [
         ("tokens read, by model", lambda m, r: ", ".join(f"{k} {v:,.0f}" for k, v in m["forward_tokens"].items())),
         ("GFLOPs", lambda m, r: f"{m['flops'] / 1e9:,.2f}"),
-        ("seconds", lambda m, r: number(r["clock"].get(m["label"], {}).get("seconds"), 3)),
-        ("peak memory, MiB", lambda m, r: mebibytes(r["clock"].get(m["label"], {}).get("peak_bytes"))),
+        ("seconds", lambda m, r: number(r["timings"].get(m["label"], {}).get("seconds"), 3)),
+        ("peak memory, MiB", lambda m, r: mebibytes(r["timings"].get(m["label"], {}).get("peak_bytes"))),
         ("failed", lambda m, r: str(m["errors"] or "–")),
     ]
     out = [
@@ -136,11 +136,11 @@ def _reward_note(results: Results) -> str:
         if m.get("kl_note"):
             reasons.setdefault(m["kl_note"], []).append(label)
     parts += [f"KL –: {reason} ({', '.join(labels)})." for reason, labels in reasons.items()]
-    if results["bank"]:
+    if results["base_samples"]:
         parts.append(
             "Best-of-N: as many base samples, the same number for all prompts, as on average cost no more FLOPs than the method's answer, "
-            f"the best by the {results['bank']['by']} value"
-            f" (+: the bank of {results['bank']['size']} samples holds no more)."
+            f"the best by the {results['base_samples']['selected_by']} value"
+            f" (+: limited by the {results['base_samples']['size']} base samples)."
         )
     return " ".join(parts)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ivg.evaluation.plan import GOLD, Plan
-from ivg.evaluation.score import scored
+from ivg.evaluation.plan import GOLD, EvalPlan
+from ivg.evaluation.score import read_scored
 from ivg.models.chat_template import prompt_text
 
 SHOWN = 8
@@ -42,13 +42,13 @@ class Sample:
         return "\n".join(lines)
 
 
-def samples(p: Plan, labels: Sequence[str]) -> list[Sample]:
+def samples(p: EvalPlan, labels: Sequence[str]) -> list[Sample]:
     """The first :data:`SHOWN` prompts, answered by every method with the first seed."""
     first = p.recipe.run.seed
     found: dict[str, list[Cell]] = {}
     gold = GOLD in p.judges
     for label in labels:
-        for row, judged in scored(p, label)[:SHOWN]:
+        for row, judged in read_scored(p, label)[:SHOWN]:
             if row["seed"] == first:
                 score = judged.get(GOLD) if gold else None
                 found.setdefault(row["id"], []).append(Cell(label, row["text"], score, row.get("error")))

@@ -12,7 +12,7 @@ from itertools import chain, islice
 import numpy as np
 
 from ivg.errors import ConfigError
-from ivg.evaluation.task import Example, Tables, Task, enough, text_of
+from ivg.evaluation.task import Example, Tables, Task, check_count, text_of
 from ivg.jobs.formats import read_rows
 from ivg.settings.recipe import EvalConfig
 from ivg.types import Prompt
@@ -56,7 +56,7 @@ class Sentiment(Task):
         found = [text_of(row, column, f"{source}, row {i}") for i, row in enumerate(islice(chain([first], rows), most), 1)]
         if column == "text":
             found = _openings([clean(text) for text in found], config, source)
-        enough(len(found), config, source)
+        check_count(len(found), config, source)
         return [Example(str(i), Prompt(text)) for i, text in enumerate(found)]
 
     def defaults(self) -> Tables:
@@ -70,7 +70,7 @@ class Sentiment(Task):
 def _openings(reviews: Sequence[str], config: EvalConfig, source: str) -> list[str]:
     """As many as are asked for; as the paper has, or as there are, where nobody asks."""
     usable = sum(len(r.split()) > LONGEST for r in reviews)
-    enough(usable, config, source)
+    check_count(usable, config, source)
     return opening_words(reviews, config.prompts or min(PROMPTS, usable), seed=config.shuffle or 0) if usable else []
 
 
@@ -84,7 +84,7 @@ def opening_words(texts: Sequence[str], count: int, seed: int, shortest: int = S
     """Prompts: the first 4 to 8 words of ``count`` texts, drawn without replacement.
 
     Raises:
-        ValueError: fewer than ``count`` texts are long enough.
+        ValueError: fewer than ``count`` texts are long check_count.
     """
     rng = np.random.default_rng(seed)
     out = []

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ivg.errors import ConfigError
-from ivg.evaluation.task import Example, Tables, Task, enough, text_of
+from ivg.evaluation.task import Example, Tables, Task, check_count, text_of
 from ivg.jobs.formats import read_rows
 from ivg.settings.recipe import EvalConfig
 from ivg.types import Prompt
@@ -62,7 +62,7 @@ class Summarization(Task):
                 found[text] = Example(str(row.get("id", i)), Prompt(text), first, {"references": all_references})
             if len(found) == (config.prompts or PROMPTS):
                 break
-        enough(len(found), config, source)
+        check_count(len(found), config, source)
         return _unique(found.values())
 
     def defaults(self) -> Tables:

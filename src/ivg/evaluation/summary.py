@@ -15,10 +15,10 @@ from typing import Any
 from ivg.diagnostics.cost import flops
 from ivg.errors import ConfigError
 from ivg.evaluation import metrics
-from ivg.evaluation.base_samples import Group, group
-from ivg.evaluation.methods import BANK, MethodRow, described
-from ivg.evaluation.plan import GOLD, Plan
-from ivg.evaluation.score import measures, scored
+from ivg.evaluation.base_samples import SampleGroup, sample_group
+from ivg.evaluation.methods import BASE_SAMPLES, MethodRow, method_settings
+from ivg.evaluation.plan import GOLD, EvalPlan
+from ivg.evaluation.score import read_scored, read_task_metrics
 from ivg.search.methods import Method
 from ivg.search.selection import budgets
 from ivg.settings.sampling import UNPROCESSED
@@ -30,33 +30,33 @@ Pair = tuple[Row, Row]
 Figures = dict[str, Any]
 
 
-def summarise(p: Plan) -> Figures:
-    """All figures of the run; ``clock`` (seconds, memory) is the one part that two runs do not share.
+def summarise(p: EvalPlan) -> Figures:
+    """All figures of the run; ``timings`` (seconds, memory) is the only part in which two runs differ.
 
     Raises:
         ConfigError: a stage that is not finished; a method without any answer.
     """
     sizes = _sizes(p)
     judges = list(p.judges)
-    base = scored(p, p.base.label)
-    bank = _bank(p, sizes, base) if p.config.bank else []
-    curve = _curve(bank) if bank else []
-    methods = [_method(p, m, base, judges, sizes, curve) for m in p.methods]
+    base = read_scored(p, p.base_row.label)
+    groups = _sample_groups(p, sizes, base) if p.config.base_samples else []
+    curve = _best_of_n_curve(groups) if groups else []
+    methods = [_method(p, m, base, judges, sizes, curve) for m in p.method_rows]
     return {
         "task": p.config.task,
         "prompts": len(p.examples),
         "seeds": p.config.seeds,
         "judges": judges,
         "primary": judges[0] if judges else _primary(p, methods),
-        "base": p.base.label,
+        "base": p.base_row.label,
         "parameters": sizes,
         "methods": {m["label"]: m for m in methods},
-        "bank": {"size": p.config.bank, "by": _by(p), "curve": curve} if bank else None,
-        "clock": _clock(p),
+        "base_samples": {"size": p.config.base_samples, "selected_by": _selected_by(p), "curve": curve} if groups else None,
+        "timings": _timings(p),
     }
 
 
-def _sizes(p: Plan) -> dict[str, int]:
+def _sizes(p: EvalPlan) -> dict[str, int]:
     path = p.out / "models.json"
     if not path.exists():
         raise ConfigError(f"{path} is not there\n  run the stage generate first")
@@ -64,9 +64,9 @@ def _sizes(p: Plan) -> dict[str, int]:
 
 
 def _method(
-    p: Plan, method: MethodRow, base: Sequence[Pair], judges: Sequence[str], sizes: dict[str, int], curve: Sequence[Row]
+    p: EvalPlan, method: MethodRow, base: Sequence[Pair], judges: Sequence[str], sizes: dict[str, int], curve: Sequence[Row]
 ) -> Figures:
-    pairs = scored(p, method.label)
+    pairs = read_scored(p, method.label)
     good = [(r, s) for r, s in pairs if "error" not in r]
     if not good:
         raise ConfigError(f"{method.label}: no answer succeeded; the first error: {pairs[0][0]['error']}")
@@ -74,24 +74,24 @@ def _method(
     read = {name: n / len(good) for name, n in tokens.items()}
     out: Figures = {
         "label": method.label,
-        "family": family(method.strategy),
-        "strategy": described(method.strategy),
+        "family": family(method.method),
+        "method": method_settings(method.method),
         "answers": len(good),
         "errors": len(pairs) - len(good),
     }
     out |= {judge: _over_prompts(good, partial(_said_by, judge)) for judge in judges}
     out["win_rate"] = _wins(good, base) if GOLD in judges else None
-    out["kl"], out["kl_note"] = _kl(p, method.strategy, good)
+    out["kl"], out["kl_note"] = _kl(p, method.method, good)
     out["surprisal"] = _over_prompts(good, lambda r, s: -s["base_logp"])
     out["perplexity"] = metrics.perplexity([s["base_logp"] for _, s in good], [s["tokens"] for _, s in good])
     out |= _texts(good)
     out |= {"forward_tokens": {k: round(v, 2) for k, v in read.items()}, "flops": flops(read, sizes)}
-    out["best_of_n"] = _rival(out["flops"], curve) if curve else None
-    out["task"] = measures(p, method.label, [r for r, _ in pairs])
+    out["best_of_n"] = best_of_n_within(out["flops"], curve) if curve else None
+    out["task"] = read_task_metrics(p, method.label, [r for r, _ in pairs])
     return out
 
 
-def _primary(p: Plan, methods: Sequence[Figures]) -> str | None:
+def _primary(p: EvalPlan, methods: Sequence[Figures]) -> str | None:
     """Without judges: the task's own first figure, if every method has it; ``primary`` of each method then holds it."""
     if p.task.primary is None:
         return None
@@ -129,45 +129,45 @@ def _texts(pairs: Sequence[Pair]) -> Figures:
     return {"length": sum(s["tokens"] for _, s in pairs) / len(pairs), **variety, "repetition": repeated}
 
 
-def family(strategy: Method) -> str:
+def family(method: Method) -> str:
     """What steers: ``base`` (nothing), ``token`` guidance, ``select``ion, ``both``, or ``other`` rules."""
-    if strategy.rule not in ("top", "soft"):
+    if method.rule not in ("top", "soft"):
         return "other"
-    guided, selected = bool(strategy.guides), bool(strategy.selectors)
+    guided, selected = bool(method.guides), bool(method.selectors)
     return "both" if guided and selected else "token" if guided else "select" if selected else "base"
 
 
 # Divergence
 
 
-def draws(strategy: Method, tokens: int, limit: int) -> list[int] | None:
+def draws(method: Method, tokens: int, limit: int) -> list[int] | None:
     """How many continuations of the answer's prefix each chunk drew, at most; None where the method's rule has no such bound."""
-    if strategy.rule not in ("top", "soft"):
+    if method.rule not in ("top", "soft"):
         return None
-    chunks = metrics.chunks_of(tokens, strategy.chunk_length)
-    decay, w, k = strategy.decay, strategy.width, strategy.successors
+    chunks = metrics.chunks_of(tokens, method.chunk_length)
+    decay, w, k = method.decay, method.width, method.successors
     if decay < 1.0:
-        length = strategy.chunk_length or limit
+        length = method.chunk_length or limit
         plan = budgets(-(-limit // length), w * k, decay, w)[:chunks]
         return [n if i == 0 else -(-n // w) for i, n in enumerate(plan)]
     return [w * k if i == 0 else k for i in range(chunks)]
 
 
-def _kl(p: Plan, strategy: Method, pairs: Sequence[Pair]) -> tuple[dict[str, Any] | None, str | None]:
+def _kl(p: EvalPlan, method: Method, pairs: Sequence[Pair]) -> tuple[dict[str, Any] | None, str | None]:
     """(KL(method || base) of an answer in nats, None); an upper bound where hypotheses are selected among. Or (None, why there is none)."""
-    selects, limit = bool(strategy.selectors), p.sampling.max_new_tokens
+    selects, limit = bool(method.selectors), p.sampling.max_new_tokens
     cut = truncated(p.sampling)
-    if strategy.guides and cut:
+    if method.guides and cut:
         return None, f"guidance is measured before {cut}, which {'changes' if ',' not in cut else 'change'} what is drawn"
-    one_chunk = strategy.chunk_length is None or strategy.chunk_length >= limit
+    one_chunk = method.chunk_length is None or method.chunk_length >= limit
     amounts = []
     for r, _ in pairs:
         added = 0.0
         if selects:
-            drawn = draws(strategy, len(r["token_ids"]), limit)
+            drawn = draws(method, len(r["token_ids"]), limit)
             if drawn is None:
                 return None, "no useful bound is known for the method"
-            added = metrics.selection_bound(drawn, alone=strategy.width == 1 or one_chunk, soft=strategy.rule == "soft")
+            added = metrics.selection_bound(drawn, alone=method.width == 1 or one_chunk, soft=method.rule == "soft")
         amounts.append((r["id"], r["shift"] + added))
     return {**metrics.interval(list(metrics.by_key(amounts).values())).to_dict(), "bound": selects}, None
 
@@ -186,13 +186,13 @@ def truncated(s: SamplingParams) -> str | None:
 # Best-of-N at equal compute
 
 
-def _bank(p: Plan, sizes: dict[str, int], base: Sequence[Pair]) -> list[Group]:
-    """The bank's rows; the base read of each prompt what it read of it in the base method's batch."""
+def _sample_groups(p: EvalPlan, sizes: dict[str, int], base: Sequence[Pair]) -> list[SampleGroup]:
+    """The rows of base samples; each prompt costs the base what it cost in the base method's batch."""
     read = {(r["id"], r["seed"]): _prompt_read(r) for r, _ in base if "error" not in r}
-    rows = [(r, s) for r, s in scored(p, BANK) if "error" not in r]
+    rows = [(r, s) for r, s in read_scored(p, BASE_SAMPLES) if "error" not in r]
     if not rows:
-        raise ConfigError(f"{BANK}: no answer succeeded\n  ask for shorter answers or prompts, or leave the bank out (--bank 0)")
-    return [group(r, {int(i): g for i, g in s[GOLD].items()}, sizes, read.get((r["id"], r["seed"]))) for r, s in rows]
+        raise ConfigError(f"{BASE_SAMPLES}: no answer succeeded\n  ask for shorter answers, or leave them out (--base-samples 0)")
+    return [sample_group(r, {int(i): g for i, g in s[GOLD].items()}, sizes, read.get((r["id"], r["seed"]))) for r, s in rows]
 
 
 def _prompt_read(row: Row) -> int:
@@ -200,23 +200,23 @@ def _prompt_read(row: Row) -> int:
     return sum(row["forward_tokens"].values()) - max(0, len(row["token_ids"]) - 1)
 
 
-def _by(p: Plan) -> str | None:
-    return next((r["by"] for r in read_jsonl(p.transcripts(BANK)) if "by" in r), None)
+def _selected_by(p: EvalPlan) -> str | None:
+    return next((r["selected_by"] for r in read_jsonl(p.transcripts(BASE_SAMPLES)) if "selected_by" in r), None)
 
 
-def _curve(bank: Sequence[Group]) -> list[Row]:
+def _best_of_n_curve(groups: Sequence[SampleGroup]) -> list[Row]:
     """Gold and mean FLOPs of best-of-N for every N; gold is None without a gold reward."""
     out = []
-    for n in range(1, min(g.size for g in bank) + 1):
-        golds = [(g.id, g.golds[g.best(n)]) for g in bank]
+    for n in range(1, min(g.size for g in groups) + 1):
+        golds = [(g.id, g.golds[g.best(n)]) for g in groups]
         known = [(i, x) for i, x in golds if x is not None]
         gold = metrics.interval(list(metrics.by_key(known).values()), 2000).to_dict() if known else None
-        out.append({"n": n, "gold": gold, "flops": sum(g.flops[n - 1] for g in bank) / len(bank)})
+        out.append({"n": n, "gold": gold, "flops": sum(g.flops[n - 1] for g in groups) / len(groups)})
     return out
 
 
-def _rival(budget: float, curve: Sequence[Row]) -> Row:
-    """The largest best-of-N that costs no more; ``capped``: the bank holds no more, but the budget would have allowed it."""
+def best_of_n_within(budget: float, curve: Sequence[Row]) -> Row:
+    """The largest best-of-N that costs no more; ``capped``: more samples would have been within the budget."""
     row = next((c for c in reversed(curve) if c["flops"] <= budget), curve[0])
     step = curve[-1]["flops"] - curve[-2]["flops"] if len(curve) > 1 else curve[-1]["flops"]
     return {**row, "capped": row is curve[-1] and curve[-1]["flops"] + step <= budget}
@@ -225,14 +225,14 @@ def _rival(budget: float, curve: Sequence[Row]) -> Row:
 # Clock, and who computed
 
 
-def makers(p: Plan) -> list[Row]:
+def run_metadata(p: EvalPlan) -> list[Row]:
     """Who made transcripts and scores: commit, command and machine of every process that computed some, each once, in order."""
     path = Path(p.out / "timings.jsonl")
     found = [row["made"] for row in read_jsonl(path) if "made" in row] if path.exists() else []
     return [made for i, made in enumerate(found) if made not in found[:i]]
 
 
-def _clock(p: Plan) -> dict[str, Row]:
+def _timings(p: EvalPlan) -> dict[str, Row]:
     """Seconds for an answer and peak memory of every method, as far as they were noted."""
     path = Path(p.out / "timings.jsonl")
     latest: dict[tuple[str, int], Row] = {}

@@ -85,7 +85,7 @@ class Task(Protocol):
         return {}
 
 
-def task(name: str) -> Task:
+def load_task(name: str) -> Task:
     """The task called ``name``.
 
     Raises:
@@ -128,11 +128,11 @@ def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
     return found
 
 
-def enough(found: int, config: EvalConfig, source: str) -> None:
-    """Check that as many prompts are there as were asked for.
+def check_count(found: int, config: EvalConfig, source: str) -> None:
+    """Check that there are as many prompts as ``config.prompts`` asks for.
 
     Raises:
         ConfigError: fewer.
     """
     if config.prompts is not None and found < config.prompts:
-        raise ConfigError(f"{source}: {config.prompts} prompts were asked for, but only {found} are there\n  ask for fewer (--prompts)")
+        raise ConfigError(f"{source}: has {found} prompts, expected {config.prompts}\n  ask for fewer (--prompts)")

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+import warnings
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -242,9 +243,9 @@ class MethodConfig(SearchConfig):
 
 
 TAKEN = frozenset({
-    "gold", "label", "family", "strategy", "answers", "errors", "win_rate", "kl",
+    "gold", "label", "family", "method", "answers", "errors", "win_rate", "kl",
     "kl_note", "surprisal", "perplexity", "length", "distinct_1", "distinct_2", "repetition", "forward_tokens",
-    "flops", "best_of_n", "task", "primary", "seed", "id", "of", "base_logp",
+    "flops", "best_of_n", "task", "primary", "seed", "id", "fingerprint", "base_logp",
     "tokens", "error",
 })  # fmt: skip
 """What rows of scores and results call their own; no judge may have these names."""
@@ -266,7 +267,7 @@ class EvalConfig(Strict):
             selection, with the sizes of the ``search`` table.
         gold: the reward that is reported; no method may use it.
         judges: further rewards by name: letters, digits, ``_`` and ``-``.
-        bank: base samples for each prompt and seed, for best-of-N at equal compute; 0: none.
+        base_samples: base samples for each prompt and seed, for best-of-N at equal compute; 0: none. ``bank`` until 0.1.
         threads: of PyTorch, in every process; None: its default. Another number rounds otherwise.
         options: settings of the task itself, which checks them.
     """
@@ -281,9 +282,17 @@ class EvalConfig(Strict):
     methods: list[MethodConfig] = Field(default_factory=lambda: [MethodConfig(method="combinations", label="combinations")])
     gold: RewardRef | None = None
     judges: dict[str, RewardRef] = Field(default_factory=dict)
-    bank: int = Field(0, ge=0)
+    base_samples: int = Field(0, ge=0)
     threads: int | None = Field(None, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "bank" in value:
+            warnings.warn("eval.bank is now eval.base_samples; the old name goes in 0.3", DeprecationWarning, stacklevel=2)
+            value = {"base_samples" if k == "bank" else k: v for k, v in value.items()}
+        return value
 
     @field_validator("gold", mode="before")
     @classmethod

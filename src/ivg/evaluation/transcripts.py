@@ -1,0 +1,80 @@
+"""Reading the files of answers: ``transcripts/<label>.jsonl``, one row for each prompt and seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ivg.errors import ConfigError
+from ivg.evaluation.plan import EvalPlan
+from ivg.evaluation.task import Answer
+from ivg.types import Prompt
+from ivg.utils.jsonl import demand_provenance, read_jsonl
+
+Row = dict[str, Any]
+
+
+def read_transcripts(plan: EvalPlan, label: str) -> list[Row]:
+    """The rows of one method's answers.
+
+    Raises:
+        ConfigError: the file is incomplete, or was made with other settings or for other prompts.
+    """
+    path = plan.transcripts(label)
+    if path.exists():
+        check_file_provenance(path, {**plan.provenance(label), "block": plan.block_size(label)})
+    rows = list(read_jsonl(path))[: plan.total] if path.exists() else []
+    if len(rows) < plan.total:
+        raise ConfigError(f"{path} has {len(rows)} of {plan.total} answers\n  run the stage generate to its end first")
+    for number, (row, (seed, _, example)) in enumerate(zip(rows, plan.items(range(plan.total)), strict=True), 1):
+        if (row.get("seed"), row.get("id")) != (seed, example.id):
+            raise ConfigError(
+                f"{path}, line {number}: seed {row.get('seed')} and prompt {row.get('id')!r}, expected {seed} and {example.id!r}\n"
+                "  remove the file and run the stage generate again"
+            )
+    return rows
+
+
+def read_answers(plan: EvalPlan, label: str) -> list[Answer]:
+    """One method's answers as tasks see them."""
+    examples = plan.examples_by_id
+    rows = list(read_jsonl(plan.transcripts(label)))[: plan.total]
+    return [Answer(examples[r["id"]], r["seed"], r["text"], r.get("error")) for r in rows]
+
+
+def prompt_of(row: Row) -> Prompt:
+    """The prompt of a transcript row."""
+    return Prompt.of(row["prompt"])
+
+
+def fingerprint(row: Mapping[str, Any]) -> str:
+    """A hash of the answer's text, or of all texts of a row of base samples."""
+    texts = [s["text"] for s in row["samples"]] if "samples" in row else [row["text"]]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def check_file_provenance(path: Path, wanted: Row) -> None:
+    """Check the settings that a file's rows were made with.
+
+    A model that is not on this machine has no fingerprint here (a report may be made elsewhere); the recorded one is accepted.
+
+    Raises:
+        ConfigError: other settings; names what differs.
+    """
+    meta = path.with_name(f"{path.name}.meta.json")
+    if meta.exists():
+        wanted = _with_recorded_fingerprints(wanted, json.loads(meta.read_text(encoding="utf-8")))
+    demand_provenance(path, wanted)
+
+
+def _with_recorded_fingerprints(wanted: Row, found: Row) -> Row:
+    out = dict(wanted)
+    for key in ("weights", "judge_weights"):
+        if key in out:
+            out[key] = {**found.get(key, {}), **out[key]}
+    if "transcripts" in out:
+        out["transcripts"] = _with_recorded_fingerprints(out["transcripts"], found.get("transcripts", {}))
+    return out
