@@ -47,3 +47,8 @@ def pytest_configure():
         return out
 
     testing.tiny_value = tiny_value
+
+
+def pytest_collection_modifyitems(items):
+    if DEVICE != "cpu":
+        items[:] = [item for item in items if "cpu" not in item.keywords]

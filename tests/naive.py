@@ -181,7 +181,7 @@ def outputs_of(model, ids):
 
 
 def compare(got, expected, tolerance):
-    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+    assert (got.cpu() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def wander(model, rng, tokens, tolerance):

@@ -53,7 +53,7 @@ def test_feed_gives_every_wanted_position_in_blocks(monkeypatch):
     for i, out in model.feed(rows, new, keep):
         got[i].append(out)
     for i in (0, 1):
-        assert torch.allclose(torch.cat(got[i]), naive.outputs(model.network, new[i])[-keep[i] :], atol=1e-3)
+        assert torch.allclose(torch.cat(got[i]).cpu(), naive.outputs(model.network, new[i])[-keep[i] :], atol=1e-3)
 
 
 def copied(model, monkeypatch):
@@ -165,6 +165,7 @@ def test_memory_is_used_again():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages go back to the system on Linux")
+@pytest.mark.cpu
 def test_memory_that_no_row_holds_goes_back_to_the_system():
     """A busy moment, then one short row: its pages stay, most others go, and it is read on as if nothing had happened."""
     model = ModelRunner(tiny_model("llama", seed=3), "tiny")
@@ -187,6 +188,7 @@ def test_memory_that_no_row_holds_goes_back_to_the_system():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages go back to the system on Linux")
+@pytest.mark.cpu
 def test_only_pages_behind_what_is_held_go_back():
     store = KVCache()
     store.slots, store.depth, store.trunks, store.capacity = 5, 64, 3, 128
@@ -342,7 +344,7 @@ def test_outputs_of_many_positions_come_in_small_passes(monkeypatch):
         got[i].append(out)
     assert max(sizes) <= 6
     for i, keep in ((0, 20), (1, 9)):
-        assert torch.allclose(torch.cat(got[i]), naive.outputs(model.network, new[i])[-keep:], atol=1e-3)
+        assert torch.allclose(torch.cat(got[i]).cpu(), naive.outputs(model.network, new[i])[-keep:], atol=1e-3)
 
 
 def test_networks_that_keep_something_else_are_read_in_the_general_way():

@@ -199,7 +199,7 @@ def test_chat_prompts():
 def test_guidance_over_the_vocabulary_is_the_formula():
     base, value = tiny_lm("base"), ImplicitValue(tiny_lm("tuned", seed=2), tiny_lm("untuned", seed=3))
     h = hypothesis("I", " am", base)
-    z, ids = base.outputs([h]), base.tokenizer("I am").input_ids
+    z, ids = base.outputs([h]).cpu(), base.tokenizer("I am").input_ids
     t, u = (naive.outputs(r.model.network, ids)[-1] for r in (value.tuned, value.untuned))
     assert torch.allclose(guided(z, [h], [DecodeState()], TokenGuidance(value, 0.5))[0], z[0] + 0.5 * (t - u), atol=1e-3)
     mixed = CompositeValue([(1.0, value), (-0.25, tiny_value())])
@@ -424,7 +424,7 @@ def test_readers_can_be_rewound():
     reader.outputs([grown[0]])
     reader.truncate([grown[1]])
     expected = naive.outputs(reader.model.network, [*reader.prompt_ids(text.prompt), *grown[2].token_ids])[-1]
-    assert torch.allclose(reader.outputs([grown[2]])[0], expected, atol=1e-3)
+    assert torch.allclose(reader.outputs([grown[2]])[0].cpu(), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("guided", [False, True])

@@ -17,7 +17,7 @@ from ivg.models.packed_linear import PackedLinear, can_pack, pack, packed_layers
 from ivg.models.runner import ModelRunner
 from ivg.testing import tiny_model
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.cpu]
 
 PROBES = (kernels.packs_linear, kernels.has_flash, kernels.multiplies_bfloat16)
 CPU = torch.device("cpu")

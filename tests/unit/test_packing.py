@@ -11,7 +11,7 @@ from ivg.models.loading import LoadOptions, load_causal, load_value
 from ivg.models.packed_linear import PackedLinear, can_pack, pack, packed_layers
 from ivg.testing import ARCHITECTURES, tiny_model, tiny_value
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.cpu]
 
 needs_onednn = pytest.mark.skipif(not can_pack(torch.nn.Linear(1, 1).to(torch.bfloat16)), reason="this PyTorch packs nothing on this CPU")
 
