@@ -6,7 +6,7 @@ neighbours), nor how requests share rounds (``search.searcher``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -82,7 +82,8 @@ class Search:
     """CBS(W, K, L), its token guidance and its selection; see ``search.methods`` for the named ones.
 
     ``decay`` < 1 spends the budget of W * K continuations for each chunk early (``search.selection.budgets``). ``rejection``
-    and ``particles`` replace the selection by another rule.
+    and ``particles`` replace the selection by another rule, ``make_rule`` by your own: it gets the request and returns a
+    :class:`~ivg.search.selection.SelectionRule` for it.
     """
 
     width: int = 1
@@ -96,6 +97,7 @@ class Search:
     decay: float = 1.0
     rejection: Rejection | None = None
     particles: Particles | None = None
+    make_rule: Callable[[Request], SelectionRule] | None = None
 
     def __post_init__(self) -> None:
         settle(self)

@@ -38,6 +38,9 @@ __all__ = ["QUANTUM", "Particles", "Rejection", "Request", "Search", "Searcher"]
 
 
 def _rule(request: Request) -> SelectionRule:
+    if request.search.make_rule is not None:
+        rule: SelectionRule = request.search.make_rule(request)
+        return rule
     if request.search.rejection is not None:
         return RejectionRule(request)
     if request.search.particles is not None:
