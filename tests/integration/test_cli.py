@@ -254,7 +254,7 @@ def test_guide_with_another_tokenizer(ivg, hub):
         (["generate", "x", "-K", "0"], "successors (K) must be at least 1, got 0"),
         (["generate", "x", "-L", "-2"], "chunk_length (L) must be at least 1, got -2"),
         (["generate", "x", "--method", "ivgg"], "unknown method 'ivgg'"),
-        (["generate", "x", "--n", "0"], "run.n: expected 1 or more, got 0"),
+        (["generate", "x", "--n", "0"], "run.n must be at least 1, got 0"),
         (["generate", "x", "--dtype", "int4"], "run.dtype"),
         (["generate", "x", "--base", "HUB/base", "--device", "nowhere"], "device 'nowhere' is not usable"),
         (["generate", "x", "--template", "base"], "expected ROLE=TEMPLATE"),

@@ -60,7 +60,7 @@ TABLE = [
     ("check --recipe bool.toml", "bool.toml: run.seed: expected a whole number, got True"),
     ("check --recipe list.toml", "list.toml: models: expected a table, got ['a']"),
     ("check --recipe choice.toml", "choice.toml: run.dtype: expected 'auto', 'float32', 'bfloat16' or 'float16', got 'float8'"),
-    ("check --recipe range.toml", "range.toml: run.batch_size: expected 1 or more, got 0"),
+    ("check --recipe range.toml", "range.toml: run.batch_size must be at least 1, got 0"),
     (
         "check --recipe judge.toml",
         "judge.toml: eval.judges: a judge cannot be called 'a b': expected letters, digits, _ and -, got {'a b': 'x'}",
@@ -206,7 +206,7 @@ TABLE = [
         "eval sentiment --out e --data pairs.jsonl --prompts 99",
         "pairs.jsonl: 99 prompts were asked for, but only 3 are there - ask for fewer (--prompts)",
     ),
-    ("eval sentiment --out e --data pairs.jsonl --prompts 0", "settings: eval.prompts: expected 1 or more, got 0"),
+    ("eval sentiment --out e --data pairs.jsonl --prompts 0", "settings: eval.prompts must be at least 1, got 0"),
     ("eval sentiment --out e --data pairs.jsonl --stage all", "unknown stage all - expected some of: generate, score, report"),
     ("eval sentiment --out e --data pairs.jsonl --jobs 0", "--jobs must be at least 1, got 0"),
     ("eval sentiment --out e --data pairs.jsonl --prompts 1 --methods ivgg", f"unknown method 'ivgg' - expected one of: {METHODS}"),

@@ -9,7 +9,7 @@ import pytest
 
 from ivg.errors import ConfigError, PromptError
 from ivg.search import ranking
-from ivg.search.methods import METHODS, get_method, parse_weights
+from ivg.search.methods import METHODS, get_method
 from ivg.search.particles import effective_size, normalised
 from ivg.search.rejection import acceptance, threshold
 from ivg.search.request import Particles, Rejection
@@ -287,9 +287,10 @@ def test_impossible_searches_are_told(search):
 
 @pytest.mark.parametrize("given", ["implicit", "a=1,a=2", "a=x", "=1", "a=nan", {}, "", 3, [("a",)]])
 def test_unusable_weights_are_told(given):
-    with pytest.raises(ConfigError, match="unusable select_weights"):
+    with pytest.raises(ConfigError, match="select_weights must be names and finite numbers, each name once"):
         get_method("ivg", select_weights=given)
-    assert parse_weights(" a = 1, b=-0.5") == parse_weights({"a": 1, "b": -0.5}) == {"a": 1.0, "b": -0.5}
+    for text in (" a = 1, b=-0.5", {"a": 1, "b": -0.5}):
+        assert get_method("ivg", select_weights=text).select_weights == (("a", 1.0), ("b", -0.5))
 
 
 def test_weights_need_their_values_and_a_way_to_combine():

@@ -11,11 +11,14 @@ from ivg.errors import ConfigError
 from ivg.search.methods import Method, get_method
 from ivg.search.request import Particles, Rejection, Request, Search
 from ivg.settings.recipe import Recipe, SamplingConfig, SearchConfig
-from ivg.settings.rules import RULES
+from ivg.settings.rules import WEIGHTS
+from ivg.settings.schema import rules_of
+from ivg.settings.search import RequestSettings, SearchSettings
 from ivg.types import Prompt, SamplingParams, TokenGuidance
 from ivg.utils.rng import as_seed, mix
 from ivg.values.base import FunctionValue
 
+RULES = rules_of(SamplingParams) | rules_of(SearchSettings) | rules_of(RequestSettings)
 VALUE = FunctionValue(lambda prompt, response: 0.0)
 NAN, INF = float("nan"), float("inf")
 BAD_COUNTS = [2.5, -1, 1 << 70, True, False, NAN, INF, "4", b"4", None, [4], {}, np.float64(3.0), np.bool_(True), 3j]
@@ -52,7 +55,7 @@ def bad_values(name):
         "a list of lists of token ids": [*BAD_LISTS, [1], [[]], [[-1]], [[2.5]], ["ab"]],
         "a list of (token ids, bias)": [1, "ab", [1], [[1, 2]], [[[1], NAN]], [[[1], "x"]], [[[-1], 1.0]], [[[], 1.0]], [[[1], True]]],
         "a pair (start, factor)": [1, [1], [1, 2, 3], [-1, 1.5], [1, NAN], [1, 0], [1.5, 2.0], "ab"],
-        "names and finite numbers": [1, "implicit", [("a", NAN)], [("a", True)], [(1, 1.0)], [("a",)]],
+        WEIGHTS.kind: [1, "implicit", {}, "a=1,a=2", [("a", NAN)], [("a", True)], [(1, 1.0)], [("a",)]],
     }[kind]
     allowed = [None] if name in OPTIONAL else []
     if name == "seed":
@@ -75,7 +78,8 @@ def test_bad_values_are_refused_by_name(made, name):
 
 def test_every_setting_has_a_rule():
     assert {f.name for f in fields(SamplingParams)} <= set(RULES)
-    assert {f.name for f in fields(Method)} <= set(RULES)
+    assert {f.name for f in fields(Method)} - {"name", "summary"} == set(rules_of(SearchSettings))
+    assert {f.name for f in fields(RequestSettings)} < {f.name for f in fields(Request)}
     assert {f.name for made in (Rejection, Particles) for f in fields(made)} <= set(RULES)
     assert set(SamplingConfig.model_fields) == {f.name for f in fields(SamplingParams)}
     assert set(SearchConfig.model_fields) - {"method"} <= {f.name for f in fields(Method)}

@@ -100,7 +100,16 @@ class Settings:
     def _check_naive(self) -> None:
         """Raise where the naive rival knows no such method."""
         s = self.resolved_method
-        plain = Method(s.name, s.summary, s.width, s.successors, s.chunk_length, s.token, s.select, beta=s.beta)
+        plain = Method(
+            s.name,
+            s.summary,
+            width=s.width,
+            successors=s.successors,
+            chunk_length=s.chunk_length,
+            token=s.token,
+            select=s.select,
+            beta=s.beta,
+        )
         if s != plain or s.token not in (None, "implicit") or s.select not in (None, "explicit"):
             left = ",".join(c for c in self.contestants if c != "naive") or "ours"
             raise ConfigError(

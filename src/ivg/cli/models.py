@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import re
 from typing import Any
 
 HELP = "List the embedded models, the methods, and the settings of methods."
@@ -41,15 +39,12 @@ def models() -> None:
 
 
 def setting_rows() -> list[tuple[str, str, str]]:
-    """(name, default, meaning) of every setting of a method, as :class:`~ivg.search.methods.Method` describes them."""
-    from dataclasses import fields
+    """(name, default, meaning) of every setting of a method."""
+    from ivg.settings.schema import settings_of
+    from ivg.settings.search import SearchSettings
 
-    from ivg.search.methods import Method
-
-    text = (inspect.getdoc(Method) or "").partition("Attributes:")[2]
-    entries = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", text, re.DOTALL | re.MULTILINE)
-    meanings = {name: " ".join(meaning.replace("``", "").split()) for name, meaning in entries}
-    return [(f.name, "-" if f.default in (None, ()) else str(f.default), meanings.get(f.name, "")) for f in fields(Method)[2:]]
+    rows = settings_of(SearchSettings).values()
+    return [(d.name, "-" if d.default in (None, ()) else str(d.default), d.setting.help) for d in rows]
 
 
 def _kind(config: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ from ivg.diagnostics.intervals import (
 from ivg.diagnostics.log_ratios import Shift, written
 from ivg.errors import ConfigError
 from ivg.model import GuidedModel
-from ivg.settings.sampling import UNPROCESSED
+from ivg.settings.sampling import PLAIN_SAMPLING
 from ivg.types import Beam, Prompt, SamplingParams, Value
 from ivg.types.scores import every, score_each
 
@@ -123,7 +123,7 @@ class Texts:
 def draw(model: GuidedModel, guide: str | None, prompts: Sequence[Prompt], plan: Plan) -> Texts:
     """Texts for every prompt, sample and weight; the same sample has the same random numbers at every weight."""
     params, base = plan.sampling, model.reader
-    sampling = replace(params, **UNPROCESSED)
+    sampling = replace(params, **PLAIN_SAMPLING)
     jobs = [(p, n, b) for b in (plan.draw_at or ()) for p in range(len(prompts)) for n in range(plan.samples)]
     requests = [
         model.request(prompts[p], "custom", token=guide if b else None, beta=b, seed=plan.seed, index=p * plan.samples + n)

@@ -9,8 +9,10 @@ from typing import Any
 from ivg.embedded import PREFIX
 from ivg.errors import ConfigError
 from ivg.jobs.provenance import same
-from ivg.search.methods import Method, get_method, parse_weights, resolve_fallbacks
+from ivg.search.methods import Method, get_method, resolve_fallbacks
 from ivg.settings.recipe import MethodConfig, ModelRef, Recipe
+from ivg.settings.schema import check
+from ivg.settings.search import SearchSettings
 
 COMBINATIONS = "combinations"
 """Stands for nine methods: token guidance in {none, implicit, explicit} x selection in {none, implicit, explicit} (IVG, table 1)."""
@@ -128,7 +130,7 @@ def _check_search_is_used(search: Mapping[str, Any], all_methods: Sequence[Metho
     for key, value in search.items():
         wanted = value
         if key in ("weights", "select_weights"):
-            wanted = tuple(parse_weights(value, key).items())
+            wanted = check(SearchSettings, key, value)
         elif value == "none":
             wanted = None
         able = [s for s in all_methods if (s.guides if key in _GUIDING else s.selectors if key in _SIZES else True)]

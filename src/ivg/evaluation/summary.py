@@ -21,7 +21,7 @@ from ivg.evaluation.plan import GOLD, EvalPlan
 from ivg.evaluation.score import read_scored, read_task_metrics
 from ivg.search.methods import Method
 from ivg.search.selection import budgets
-from ivg.settings.sampling import UNPROCESSED
+from ivg.settings.sampling import PLAIN_SAMPLING
 from ivg.types import SamplingParams
 from ivg.utils.jsonl import read_jsonl
 
@@ -179,7 +179,7 @@ def truncated(s: SamplingParams) -> str | None:
         "top-k": s.top_k > 0,
         "top-p": s.top_p < 1,
         "min-p": s.min_p > 0,
-    } | {name.replace("_", " "): True for name in s.changed if name in UNPROCESSED and name not in ("top_k", "top_p", "min_p")}
+    } | {name.replace("_", " "): True for name in s.changed if name in PLAIN_SAMPLING and name not in ("top_k", "top_p", "min_p")}
     return ", ".join(name for name, on in cuts.items() if on) or None
 
 

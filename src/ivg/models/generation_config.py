@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ivg.errors import ConfigError
-from ivg.settings.rules import check
+from ivg.settings.rules import choice
+from ivg.settings.sampling import SamplingParams
+from ivg.settings.schema import check
 
 GenerationConfigMode = Literal["auto", "ignore"]
 """``auto``: take the checkpoint's settings as defaults; ``ignore``: leave them out. Its end-of-sequence tokens are always taken."""
@@ -109,7 +111,7 @@ def defaults_of(config: Any, name: str, mode: str) -> GenerationDefaults:
     Raises:
         ConfigError: it sets what cannot be done, or ``mode`` is unknown.
     """
-    check("generation_config", mode)
+    choice("auto", "ignore").checked("generation_config", mode)
     if mode == "ignore":
         return GenerationDefaults()
     found = generation_defaults(config, name)
@@ -130,7 +132,7 @@ def generation_defaults(config: Any, name: str = "base") -> GenerationDefaults:
         if value is None:
             continue
         try:
-            settings[ours] = check(ours, value)
+            settings[ours] = check(SamplingParams, ours, value)
         except ConfigError as e:
             raise ConfigError(
                 f"generation_config.json of {name}: {e}\n  mend the file, or leave it out: --generation-config ignore"

@@ -6,89 +6,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 from ivg.errors import ConfigError
 from ivg.search.request import Particles, Rejection, Search, require
-from ivg.settings.rules import settle
+from ivg.settings.schema import settings_of
+from ivg.settings.search import SearchSettings, Weights
 from ivg.types import TokenGuidance, Value
 
-Transform = Literal["identity", "log-sigmoid", "centered"]
-Rule = Literal["top", "soft", "reject", "particles"]
-Weights = tuple[tuple[str, float], ...]
 Combine = Callable[[Sequence[tuple[float, Value]], str], Value]
 """Makes one value of (weight, value) pairs and a name: ``values.base.CompositeValue``, or something that remembers its work."""
 
 
 @dataclass(frozen=True)
-class Method:
-    """One method by its settings.
+class Method(SearchSettings):
+    """A named set of search settings.
 
     Attributes:
         name: as users type it.
         summary: one line, with the source.
-        width: beams kept (W).
-        successors: continuations of each kept beam (K).
-        chunk_length: tokens between selections (L); None: the whole response.
-        token: name of the value that steers every token, or None.
-        select: name of the value that ranks hypotheses, or None.
-        weights: {name: weight} of values whose weighted sum steers every token, in place of ``token``.
-        select_weights: the same in place of ``select``.
-        beta: token guidance weight.
-        candidates: base tokens that a value without vocabulary re-scores; 0: whole vocabulary, where the value knows it.
-        transform: of candidate values.
-        normalise: mix log-probabilities instead of logits.
-        gate: guide only where the base's next-token entropy is at least this many nats; 0: everywhere.
-        draft: tokens that the guiding pair drafts ahead of the base at most, how many being resolve_fallbacks by timing; 0: none. No number
-            of drafts changes a token, but from 1 on tokens are drawn by another rule than at 0, from the same distribution.
-        rule: ``top``: the best; ``soft``: drawn with probability proportional to exp(score / soft_scale); ``reject``: CARDS;
-            ``particles``: a particle filter of W·K particles.
-        soft_scale: in units of the score.
-        decay: factor of the budget W·K from chunk to chunk, the total unchanged; 1: every chunk the same.
-        original: treat finished hypotheses as the authors' code does (METHOD, section 3).
-        target: rule ``reject``: reward that a whole response should reach; None: from the prompt's value and ``tries``.
-        accept_scale: rule ``reject``: accept with min(1, exp((value - threshold) / accept_scale)).
-        threshold_start: rule ``reject``: share of the target in the first threshold.
-        tries: rule ``reject``: segments tried at most for one place.
-        segment_entropy: rule ``reject``: a segment ends where the base's entropy reaches this many nats.
-        segment_min: rule ``reject``: tokens of a segment at least; ``chunk_length`` at most.
-        particle_beta: rule ``particles``: weight of the value in the target distribution.
-        resample_below: rule ``particles``: resample below this share of effective particles.
     """
 
     name: str
     summary: str
-    width: int = 1
-    successors: int = 1
-    chunk_length: int | None = None
-    token: str | None = None
-    select: str | None = None
-    weights: Weights = ()
-    select_weights: Weights = ()
-    beta: float = 1.0
-    candidates: int = 0
-    transform: Transform = "identity"
-    normalise: bool = False
-    gate: float = 0.0
-    draft: int = 0
-    rule: Rule = "top"
-    soft_scale: float = 1.0
-    decay: float = 1.0
-    original: bool = False
-    target: float | None = None
-    accept_scale: float = 0.7
-    threshold_start: float = 0.5
-    tries: int = 20
-    segment_entropy: float = 3.0
-    segment_min: int = 4
-    particle_beta: float = 1.0
-    resample_below: float = 0.5
-
-    def __post_init__(self) -> None:
-        settle(self)
 
     @property
     def guides(self) -> Weights:
@@ -115,16 +57,13 @@ class Method:
         Raises:
             ConfigError: a setting that does not exist or is out of range.
         """
-        unknown = set(settings) - {f.name for f in fields(self)}
-        if unknown:
-            raise ConfigError(f"unknown setting {', '.join(sorted(unknown))}\n  expected: {', '.join(f.name for f in fields(self)[2:])}")
+        known = settings_of(SearchSettings)
+        if unknown := set(settings) - {*known, "name", "summary"}:
+            raise ConfigError(f"unknown setting {', '.join(sorted(unknown))}\n  expected: {', '.join(known)}")
         given = {k: v for k, v in settings.items() if v is not None}
         for role in ("token", "select"):
             if given.get(role) == "none":
                 given[role] = None
-        for role in ("weights", "select_weights"):
-            if role in given:
-                given[role] = tuple(parse_weights(given[role], role).items())
         return replace(self, **given).checked()
 
     def checked(self) -> Method:
@@ -206,26 +145,6 @@ class Method:
 def _settings(kind: Any, strategy: Method) -> Any:
     """The settings of a rule, from the strategy's fields of the same names."""
     return kind(**{f.name: getattr(strategy, f.name) for f in fields(kind)})
-
-
-def parse_weights(given: Any, role: str = "weights") -> dict[str, float]:
-    """``{name: weight}`` from a mapping, (name, weight) pairs, or text like ``"implicit=1.0,plain=0.5"``.
-
-    Raises:
-        ConfigError: no names, or a weight that is no finite number.
-    """
-    form = 'expected names and numbers: {implicit = 1.0, plain = 0.5}, or "implicit=1.0,plain=0.5"'
-    try:
-        if isinstance(given, str):
-            parts = [part.split("=") for part in given.split(",")]
-            pairs = [(name.strip(), float(weight)) for name, weight in parts]
-        else:
-            pairs = [(str(name), float(weight)) for name, weight in dict(given).items()]
-    except (TypeError, ValueError):
-        raise ConfigError(f"unusable {role} {given!r}\n  {form}") from None
-    if not pairs or len(dict(pairs)) < len(pairs) or not all(name and math.isfinite(weight) for name, weight in pairs):
-        raise ConfigError(f"unusable {role} {given!r}\n  {form}")
-    return dict(pairs)
 
 
 _CHUNKED: dict[str, Any] = {"width": 4, "successors": 4, "chunk_length": 5}

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ivg.errors import ConfigError
-from ivg.settings.rules import settle
+from ivg.settings.schema import validate
+from ivg.settings.search import RequestSettings, SearchSettings
 from ivg.types import Beam, Prompt, SamplingParams, Step, TokenCounter, TokenGuidance, Value
 from ivg.utils.rng import mix
 
@@ -58,7 +59,7 @@ class Rejection:
     segment_min: int = 4
 
     def __post_init__(self) -> None:
-        settle(self)
+        validate(self, SearchSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Particles:
     resample_below: float = 0.5
 
     def __post_init__(self) -> None:
-        settle(self)
+        validate(self, SearchSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ class Search:
     make_rule: Callable[[Request], SelectionRule] | None = None
 
     def __post_init__(self) -> None:
-        settle(self)
+        validate(self, SearchSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,7 @@ class Request:
     from_checkpoint: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        settle(self)
+        validate(self, RequestSettings)
 
     @property
     def draw_seed(self) -> int:

@@ -192,7 +192,7 @@ def explain(errors: Any, known: Mapping[str, Any]) -> ServeError:
     message = one_line(first["msg"].removeprefix("Value error, "))
     if isinstance(
         first.get("ctx", {}).get("error"), ConfigError
-    ):  # a rule of ``ivg.settings.rules``, which names the last part of the path
+    ):  # a rule of ``ivg.settings.schema``, which names the last part of the path
         parent = path_of(first["loc"][:-1])
         return ServeError(f"{parent}.{message}" if parent else message, 400, "invalid_value", path)
     named = re.match(r"[A-Za-z_]\w*(?:\.\w+|\[\d+\])*", message)

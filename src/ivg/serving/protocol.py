@@ -62,7 +62,6 @@ class Guidance(SearchConfig):
     model_config = ConfigDict(allow_inf_nan=False)
 
     method: str | None = None  # type: ignore[assignment]
-    beta: float | None = Field(None, ge=-1000, le=1000, validation_alias=SearchConfig.model_fields["beta"].validation_alias)
     top_k: int | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, lt=1)
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)

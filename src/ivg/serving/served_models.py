@@ -21,7 +21,7 @@ from ivg.serving.lengths import check, check_chats, check_size, reads_chats, roo
 from ivg.serving.protocol import ChatRequest, CompletionRequest, Guidance
 from ivg.serving.settings import ServeSettings
 from ivg.settings.recipe import Recipe
-from ivg.settings.rules import COOLEST
+from ivg.settings.rules import MIN_TEMPERATURE
 from ivg.types import Message, Prompt
 
 SHOWN = 5
@@ -175,8 +175,10 @@ class ServedModels:
         return replace(one, sampling=replace(one.sampling, max_new_tokens=wanted), from_checkpoint=own)
 
     def _sampling(self, body: ChatRequest | CompletionRequest) -> dict[str, Any]:
-        if body.temperature is not None and 0 < body.temperature < COOLEST:
-            raise ServeError(f"temperature must be 0 or at least {COOLEST}, got {body.temperature}", 400, "invalid_value", "temperature")
+        if body.temperature is not None and 0 < body.temperature < MIN_TEMPERATURE:
+            raise ServeError(
+                f"temperature must be 0 or at least {MIN_TEMPERATURE}, got {body.temperature}", 400, "invalid_value", "temperature"
+            )
         if body.limit is not None and self.settings.max_tokens is not None:
             field = "max_tokens" if body.max_tokens is not None or isinstance(body, CompletionRequest) else "max_completion_tokens"
             self._at_most(field, body.limit, self.settings.max_tokens)

@@ -36,7 +36,7 @@ def explain(error: Any, recipe: type[BaseModel]) -> str:
         return f"unknown setting {where}" + (f"; did you mean {near[0]}?" if near else "")
     if isinstance(
         raised := error.get("ctx", {}).get("error"), ConfigError
-    ):  # a rule of ``ivg.settings.rules``, which names the setting itself
+    ):  # a rule of ``ivg.settings.schema``, which names the setting itself
         return ".".join([*map(str, error["loc"][:-1]), str(raised)])
     words = next((text for kind, text in _EXPECTED.items() if error["type"].startswith(kind)), None)
     if words is not None:

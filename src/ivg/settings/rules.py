@@ -1,6 +1,7 @@
-"""What every setting may be: one table of types and ranges for the library, recipes, the command line and the server.
+"""Types and ranges of single settings, with the errors that name them. Standard library only.
 
-Knows names, types and ranges of single settings. Must not know which settings go together (``decoding``). Standard library only.
+A :class:`Rule` converts and checks one value. The functions at the end of this file make the usual rules; :mod:`ivg.settings.schema`
+attaches a rule to a setting.
 """
 
 from __future__ import annotations
@@ -9,31 +10,32 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from ivg.errors import ConfigError
 
 MOST_TOKENS = 1 << 40
-"""No count of tokens is larger."""
-MOST_HYPOTHESES = 1 << 16
-"""Of W and of K, each."""
-COOLEST = 1e-3
-"""Lower temperatures than this, but 0, would divide logits beyond float32."""
+"""Largest number of tokens."""
+MOST_BEAMS = 1 << 16
+"""Largest width, and largest number of successors."""
+MIN_TEMPERATURE = 1e-3
+"""The lowest temperature besides 0: logits divided by less leave the range of float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What one setting may be.
+    """Type and range of one setting.
 
     Attributes:
-        kind: in words, for a value of the wrong type.
+        kind: the type in words.
         convert: the value in the type that is kept; raises TypeError, ValueError or OverflowError for another type.
-        expected: in words, for a value of the right type that is out of range.
+        expected: the range in words.
         fine: is a converted value in range?
-        optional: None is a value, too.
-        label: how errors call the setting; default: its name.
-        most: larger numbers are named so in the error.
+        optional: is None allowed?
+        label: the setting's name in errors; default: its name.
+        most: upper bound of a number.
+        bounds: the range in words of JSON Schema.
     """
 
     kind: str
@@ -43,12 +45,13 @@ class Rule:
     optional: bool = False
     label: str = ""
     most: float = math.inf
+    bounds: Mapping[str, float] = field(default_factory=dict)
 
     def checked(self, name: str, value: Any) -> Any:
         """``value`` in the type that is kept.
 
         Raises:
-            ConfigError: names the setting, what it may be and what it got.
+            ConfigError: another type, or out of range; says what was expected and what was given.
         """
         label = self.label or name
         if value is None and self.optional:
@@ -63,30 +66,6 @@ class Rule:
         if not self.fine(got):
             raise ConfigError(f"{label} must be {self.expected}, got {got!r}")
         return got
-
-
-def check(name: str, value: Any) -> Any:
-    """``value`` of the setting ``name`` in the type that is kept; settings that are not in :data:`RULES` pass as they are.
-
-    Raises:
-        ConfigError: names the setting, what it may be and what it got.
-    """
-    rule = RULES.get(name)
-    return value if rule is None else rule.checked(name, value)
-
-
-def settle(instance: Any) -> None:
-    """Check every field of a frozen dataclass that has a rule, and keep what :func:`check` gives (``__post_init__``).
-
-    Raises:
-        ConfigError: as :func:`check`.
-    """
-    for f in fields(instance):
-        if f.name in RULES:
-            value = getattr(instance, f.name)
-            kept = check(f.name, value)
-            if kept is not value:
-                object.__setattr__(instance, f.name, kept)
 
 
 def whole(value: Any) -> int:
@@ -161,92 +140,77 @@ def _decay(value: Any) -> tuple[int, float]:
 
 
 def _weights(value: Any) -> tuple[tuple[str, float], ...]:
-    out = []
-    for pair in _items(value):
-        name, weight = pair
-        out.append((_text(name), real(weight)))
-    return tuple(out)
+    if value in ("", {}, []):
+        raise ValueError
+    if isinstance(value, str):
+        pairs = [(name.strip(), float(weight)) for name, weight in (part.split("=") for part in value.split(","))]
+    else:
+        pairs = [(name, weight) for name, weight in (value.items() if isinstance(value, Mapping) else _items(value))]
+    if not all(name for name, _ in pairs) or len(dict(pairs)) < len(pairs):
+        raise ValueError
+    return tuple((_text(name), float(real(weight))) for name, weight in pairs)
 
 
 def _not_negative(ids: Sequence[int]) -> bool:
     return all(i >= 0 for i in ids)
 
 
-def _count(expected: str, least: int, most: int = MOST_TOKENS, *, optional: bool = False, label: str = "") -> Rule:
-    return Rule("a whole number", whole, expected, lambda v: v >= least, optional, label, most)
+def count(least: int, note: str = "", *, most: int = MOST_TOKENS, optional: bool = False, label: str = "") -> Rule:
+    """A whole number of ``least`` or more; ``note``: the range in other words."""
+    expected = note or (f"at least {least}" if least else "0 or more")
+    return Rule("a whole number", whole, expected, lambda v: v >= least, optional, label, most, {"minimum": least, "maximum": most})
 
 
-def _number(expected: str, fine: Callable[[Any], bool], most: float = math.inf, *, optional: bool = False) -> Rule:
-    return Rule("a finite number", real, expected, fine, optional, most=most)
+def number(
+    expected: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+    most: float = math.inf,
+    optional: bool = False,
+) -> Rule:
+    """A finite number between ``low`` and ``high``; a number beyond ``most`` gets an error of its own.
+
+    Args:
+        expected: the range in words.
+        low: smallest number.
+        high: largest number.
+        open_low: ``low`` itself is out of range.
+        open_high: ``high`` itself is out of range.
+        most: largest number, said as "at most".
+        optional: is None allowed?
+    """
+    bounds = {"exclusiveMinimum" if open_low else "minimum": low, "exclusiveMaximum" if open_high else "maximum": min(high, most)}
+
+    def fine(value: float) -> bool:
+        return (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
+
+    known = {name: bound for name, bound in bounds.items() if math.isfinite(bound)}
+    return Rule("a finite number", real, expected, fine, optional, most=most, bounds=known)
 
 
-def _choice(*names: str, optional: bool = False) -> Rule:
+def choice(*names: str, optional: bool = False) -> Rule:
+    """One of some names."""
     listed = ", ".join(names[:-1]) + f" or {names[-1]}"
     return Rule("a name", _text, listed, lambda v: v in names, optional)
 
 
-_FLAG = Rule("true or false", _truth)
-_NAME = Rule("a text", _text)
+FLAG = Rule("true or false", _truth)
+TEXT = Rule("a text", _text)
+VALUE_NAME = Rule("the name of a value", _text, "no empty text", bool, optional=True)
+WEIGHTS = Rule('names and finite numbers, each name once, e.g. {implicit = 1.0, plain = 0.5} or "implicit=1.0,plain=0.5"', _weights)
+POSITIVE = number("positive", 0, open_low=True)
+SHARE = number("in [0, 1]", 0, 1)
+STOPS = Rule("a list of texts", _texts, "texts that are not empty", lambda v: all(v))
 _IDS = "token ids, 0 or more"
-
-RULES: dict[str, Rule] = {
-    # How tokens are drawn and when a response ends (types.SamplingParams)
-    "temperature": _number(f"0 (greedy), or {COOLEST:g} or more", lambda v: v == 0 or v >= COOLEST, 1000),
-    "top_k": _count("0 (off) or more", 0),
-    "top_p": _number("in (0, 1]", lambda v: 0 < v <= 1),
-    "min_p": _number("in [0, 1)", lambda v: 0 <= v < 1),
-    "repetition_penalty": _number("positive", lambda v: v > 0, 1000),
-    "max_new_tokens": _count("at least 1", 1),
-    "stop": Rule("a list of texts", _texts, "texts that are not empty", lambda v: all(v)),
-    "ignore_eos": _FLAG,
-    "min_new_tokens": _count("0 (off) or more", 0),
-    "min_length": _count("0 (off) or more", 0),
-    "no_repeat_ngram_size": _count("0 (off) or more", 0),
-    "suppress_tokens": Rule("a list of token ids", _ids, _IDS, _not_negative),
-    "begin_suppress_tokens": Rule("a list of token ids", _ids, _IDS, _not_negative),
-    "bad_words_ids": Rule("a list of lists of token ids", _sequences, _IDS, lambda v: all(s and _not_negative(s) for s in v)),
-    "sequence_bias": Rule("a list of (token ids, bias)", _biases, _IDS, lambda v: all(s and _not_negative(s) for s, _ in v)),
-    "forced_bos_token_id": _count("a token id, 0 or more", 0, optional=True),
-    "forced_eos_token_id": Rule("a token id or a list of them", _one_or_more_ids, _IDS, _not_negative),
-    "exponential_decay_length_penalty": Rule(
-        "a pair (start, factor)", _decay, "a start of 0 or more and a positive factor", lambda v: v[0] >= 0 and v[1] > 0, optional=True
-    ),
-    # The search and its rules (search.methods.Method and what it becomes)
-    "name": _NAME,
-    "summary": _NAME,
-    "width": _count("at least 1", 1, MOST_HYPOTHESES, label="width (W)"),
-    "successors": _count("at least 1", 1, MOST_HYPOTHESES, label="successors (K)"),
-    "chunk_length": _count("at least 1", 1, optional=True, label="chunk_length (L)"),
-    "token": Rule("the name of a value", _text, "no empty text", bool, optional=True),
-    "select": Rule("the name of a value", _text, "no empty text", bool, optional=True),
-    "weights": Rule("names and finite numbers", _weights),
-    "select_weights": Rule("names and finite numbers", _weights),
-    "beta": _number("within 1000 of 0", lambda v: -1000 <= v <= 1000),
-    "candidates": _count("0 (whole vocabulary) or more", 0),
-    "transform": _choice("identity", "log-sigmoid", "centered"),
-    "normalise": _FLAG,
-    "gate": _number("0 (guide everywhere) or more nats", lambda v: v >= 0),
-    "draft": _count("0 (off) or more tokens", 0, MOST_HYPOTHESES),
-    "rule": _choice("top", "soft", "reject", "particles"),
-    "soft_scale": _number("positive", lambda v: v > 0),
-    "decay": _number("in (0, 1]", lambda v: 0 < v <= 1),
-    "original": _FLAG,
-    "target": _number("a finite reward, within 1e9 of 0", lambda v: abs(v) <= 1e9, optional=True),
-    "accept_scale": _number("positive", lambda v: v > 0),
-    "threshold_start": _number("in [0, 1]", lambda v: 0 <= v <= 1),
-    "tries": _count("at least 1", 1),
-    "segment_entropy": _number("positive (nats)", lambda v: v > 0),
-    "segment_min": _count("at least 1 token", 1),
-    "particle_beta": _number("within 1000 of 0", lambda v: -1000 <= v <= 1000),
-    "resample_below": _number("in [0, 1]", lambda v: 0 <= v <= 1),
-    # How a model is set up (steered.GuidedModel)
-    "generation_config": _choice("auto", "ignore"),
-    # A request (search.request.Request)
-    "seed": Rule("a whole number", whole, "in [-2**63, 2**63 - 1]", lambda v: -(1 << 63) <= v < 1 << 63),
-    "index": _count("0 or more", 0, 1 << 62),
-    "trace": _FLAG,
-    "record": _FLAG,
-    "alternatives": _count("0 or more tokens", 0, optional=True),
-    "stride": _count("at least 1 token", 1),
-}
-"""By name. A name means the same setting wherever it stands."""
+TOKEN_ID = count(0, "a token id, 0 or more", optional=True)
+TOKEN_IDS = Rule("a list of token ids", _ids, _IDS, _not_negative)
+ONE_OR_MORE_IDS = Rule("a token id or a list of them", _one_or_more_ids, _IDS, _not_negative)
+ID_SEQUENCES = Rule("a list of lists of token ids", _sequences, _IDS, lambda v: all(s and _not_negative(s) for s in v))
+BIASES = Rule("a list of (token ids, bias)", _biases, _IDS, lambda v: all(s and _not_negative(s) for s, _ in v))
+LENGTH_DECAY = Rule(
+    "a pair (start, factor)", _decay, "a start of 0 or more and a positive factor", lambda v: v[0] >= 0 and v[1] > 0, optional=True
+)
+SEED = Rule("a whole number", whole, "in [-2**63, 2**63 - 1]", lambda v: -(1 << 63) <= v < 1 << 63)

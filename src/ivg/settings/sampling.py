@@ -1,13 +1,14 @@
-"""How tokens are drawn and when a response ends. Standard library only; ``ivg.types`` has it too."""
+"""How tokens are drawn and when a response ends. Standard library only; ``ivg.types`` has the class too."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any
 
-from ivg.settings.rules import settle
+from ivg.settings import rules as r
+from ivg.settings.schema import Setting, validate
 
-OF_TRANSFORMERS = (
+ONLY_TRANSFORMERS = (
     "no_repeat_ngram_size",
     "suppress_tokens",
     "begin_suppress_tokens",
@@ -19,61 +20,110 @@ OF_TRANSFORMERS = (
 )
 """Settings of ``generate`` that neither vLLM nor endpoints have a field for."""
 
+_OFF = r.count(0, "0 (off) or more")
+_TEMPERATURE = replace(
+    r.number(f"0 (greedy), or {r.MIN_TEMPERATURE:g} or more", 0, most=1000), fine=lambda v: v == 0 or v >= r.MIN_TEMPERATURE
+)
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are drawn and when a response ends. Names and meanings are those of transformers' ``GenerationConfig``.
 
-    What changes logits acts in this order, after guidance has been mixed in: ``sequence_bias``, ``repetition_penalty``,
-    ``no_repeat_ngram_size``, ``bad_words_ids``, ``min_length``, ``min_new_tokens``, ``forced_bos_token_id``, ``forced_eos_token_id``,
+    Token guidance acts on the logits first. Then, in this order: ``sequence_bias``, ``repetition_penalty``, ``no_repeat_ngram_size``,
+    ``bad_words_ids``, ``min_length``, ``min_new_tokens``, ``forced_bos_token_id``, ``forced_eos_token_id``,
     ``exponential_decay_length_penalty``, ``suppress_tokens``, ``begin_suppress_tokens``; then temperature, top-k, top-p, min-p.
-    Where they look back, they look at prompt and response.
-
-    Attributes:
-        temperature: acts after guidance has been mixed in (METHOD, section 2); 0 is greedy.
-        top_k: keep the k likeliest tokens; 0 is off.
-        top_p: keep the smallest set of tokens whose probability reaches p; 1 is off.
-        min_p: keep tokens at least ``min_p`` times as likely as the likeliest; 0 is off.
-        repetition_penalty: of tokens that prompt or response have already (Keskar et al. 2019); 1 is off.
-        max_new_tokens: response length at most, in base tokens.
-        stop: strings that end the response; not part of the text.
-        ignore_eos: never end at an end-of-sequence token, never draw one.
-        min_new_tokens: no end-of-sequence token before the response has so many tokens; 0 is off.
-        min_length: no end-of-sequence token before prompt and response have so many tokens; 0 is off.
-        no_repeat_ngram_size: no sequence of so many tokens twice; 0 is off.
-        suppress_tokens: ids that are never drawn.
-        begin_suppress_tokens: ids that are not drawn first.
-        bad_words_ids: sequences of ids that are never completed.
-        sequence_bias: (sequence of ids, number that is added to the logit of its last token where the others stand before it).
-        forced_bos_token_id: drawn first where the prompt has one token.
-        forced_eos_token_id: drawn as the last of ``max_new_tokens``.
-        exponential_decay_length_penalty: (start, factor): raises the logits of end-of-sequence tokens beyond ``start`` new tokens.
+    Settings that look back look at the prompt and the response. docs/settings.md describes each.
 
     Raises:
-        ConfigError: a field of the wrong type or out of range (``ivg.settings.rules``).
+        ConfigError: a field of the wrong type or out of range.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    max_new_tokens: int = 50
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    min_new_tokens: int = 0
-    min_length: int = 0
-    no_repeat_ngram_size: int = 0
-    suppress_tokens: tuple[int, ...] = ()
-    begin_suppress_tokens: tuple[int, ...] = ()
-    bad_words_ids: tuple[tuple[int, ...], ...] = ()
-    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
-    forced_bos_token_id: int | None = None
-    forced_eos_token_id: tuple[int, ...] = ()
-    exponential_decay_length_penalty: tuple[int, float] | None = None
+    temperature: Annotated[
+        float,
+        Setting(
+            "Sampling temperature, applied after guidance; 0 is greedy.",
+            _TEMPERATURE,
+            flags=("--temperature", "-t"),
+        ),
+    ] = 1.0
+    top_k: Annotated[int, Setting("Keep the k likeliest tokens; 0 is off.", _OFF, flags=("--top-k",))] = 0
+    top_p: Annotated[
+        float,
+        Setting(
+            "Keep the smallest set of tokens whose probability reaches p; 1 is off.",
+            r.number("in (0, 1]", 0, 1, open_low=True),
+            flags=("--top-p",),
+        ),
+    ] = 1.0
+    min_p: Annotated[
+        float,
+        Setting(
+            "Keep tokens at least this many times as likely as the likeliest; 0 is off.",
+            r.number("in [0, 1)", 0, 1, open_high=True),
+            flags=("--min-p",),
+        ),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        Setting(
+            "Penalty on tokens that the prompt or the response has already (Keskar et al. 2019); 1 is off.",
+            r.number("positive", 0, open_low=True, most=1000),
+            flags=("--repetition-penalty",),
+        ),
+    ] = 1.0
+    max_new_tokens: Annotated[
+        int,
+        Setting("Largest number of tokens in a response.", r.count(1), aliases=("max_tokens",), flags=("--max-new-tokens",)),
+    ] = 50
+    stop: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Text that ends the response and is not part of it (\\n: a line break); may be repeated.",
+            r.STOPS,
+            flags=("--stop",),
+            accepts=list[str],
+        ),
+    ] = ()
+    ignore_eos: Annotated[bool, Setting("Never draw an end-of-sequence token.", r.FLAG, flags=("--ignore-eos",))] = False
+    min_new_tokens: Annotated[
+        int, Setting("No end-of-sequence token before the response has this many tokens; 0 is off.", _OFF, flags=("--min-new-tokens",))
+    ] = 0
+    min_length: Annotated[int, Setting("The same for prompt and response together; 0 is off.", _OFF)] = 0
+    no_repeat_ngram_size: Annotated[int, Setting("Draw no sequence of this many tokens twice; 0 is off.", _OFF)] = 0
+    suppress_tokens: Annotated[tuple[int, ...], Setting("Token ids that are never drawn.", r.TOKEN_IDS, accepts=list[int])] = ()
+    begin_suppress_tokens: Annotated[tuple[int, ...], Setting("Token ids that are not drawn first.", r.TOKEN_IDS, accepts=list[int])] = ()
+    bad_words_ids: Annotated[
+        tuple[tuple[int, ...], ...],
+        Setting("Sequences of token ids that are never completed.", r.ID_SEQUENCES, accepts=list[list[int]]),
+    ] = ()
+    sequence_bias: Annotated[
+        tuple[tuple[tuple[int, ...], float], ...],
+        Setting(
+            "Pairs of a sequence of token ids and a number, which is added to the logit of its last token after the others.",
+            r.BIASES,
+            accepts=list[Any],
+        ),
+    ] = ()
+    forced_bos_token_id: Annotated[
+        int | None, Setting("Token id that is drawn first where the prompt has one token.", r.TOKEN_ID, unset="off")
+    ] = None
+    forced_eos_token_id: Annotated[
+        tuple[int, ...],
+        Setting("Token ids that are drawn as the last of max_new_tokens.", r.ONE_OR_MORE_IDS, accepts=int | list[int]),
+    ] = ()
+    exponential_decay_length_penalty: Annotated[
+        tuple[int, float] | None,
+        Setting(
+            "Pair (start, factor): raises the logits of end-of-sequence tokens beyond start new tokens.",
+            r.LENGTH_DECAY,
+            accepts=list[Any],
+            unset="off",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
-        settle(self)
+        validate(self)
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -81,7 +131,7 @@ class SamplingParams:
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
 
-UNPROCESSED: dict[str, Any] = {
+PLAIN_SAMPLING: dict[str, Any] = {
     f.name: f.default for f in fields(SamplingParams) if f.name not in ("temperature", "max_new_tokens", "stop", "ignore_eos")
 }
 """Settings with which tokens are drawn from the softmax at the request's temperature and from nothing else."""

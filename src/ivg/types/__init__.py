@@ -13,8 +13,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from ivg.settings.rules import settle
 from ivg.settings.sampling import SamplingParams as SamplingParams
+from ivg.settings.schema import validate
+from ivg.settings.search import SearchSettings
 from ivg.types.messages import Message as Message  # nouns, too: whoever wants them finds them here
 from ivg.types.messages import Prompt as Prompt
 
@@ -188,7 +189,7 @@ class TokenGuidance:
     draft: int = 0
 
     def __post_init__(self) -> None:
-        settle(self)
+        validate(self, SearchSettings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from ivg.engines.endpoint.choices import CompletionChoice, cached_of, heard, spe
 from ivg.engines.endpoint.client import CompletionClient, api_url
 from ivg.engines.endpoint.text_vocabulary import END, FILLER, EndpointPromptEncoder, TextVocabulary
 from ivg.errors import ConfigError
-from ivg.settings.sampling import OF_TRANSFORMERS
+from ivg.settings.sampling import ONLY_TRANSFORMERS
 from ivg.types import Beam, ExpandOutput, ExpandRequest, FinishReason, Prompt, SamplingParams, TokenGuidance, new_key
 from ivg.utils.rng import child_rng_path, mix
 
@@ -62,7 +62,7 @@ class EndpointEngine:
         "alternatives": "an endpoint gives text, not distributions; leave them out",
         "return_log_ratio": "an endpoint gives text, not probabilities; leave token guidance out",
         **dict.fromkeys(
-            ("min_new_tokens", "min_length", *OF_TRANSFORMERS),
+            ("min_new_tokens", "min_length", *ONLY_TRANSFORMERS),
             "endpoints share no field for it; set it on the server, or use the transformers engine",
         ),
     }

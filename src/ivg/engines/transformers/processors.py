@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ivg.settings.sampling import OF_TRANSFORMERS
+from ivg.settings.sampling import ONLY_TRANSFORMERS
 from ivg.types import SamplingParams
 
 _NEVER = float("-inf")
-_PROCESSED = ("repetition_penalty", "min_length", "min_new_tokens", *OF_TRANSFORMERS)
+_PROCESSED = ("repetition_penalty", "min_length", "min_new_tokens", *ONLY_TRANSFORMERS)
 _OFF = SamplingParams()
 
 Ids = Sequence[int]

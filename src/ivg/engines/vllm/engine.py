@@ -22,7 +22,7 @@ from ivg.engines.vllm.value import InnerValue
 from ivg.errors import ConfigError, ModelError
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.vocabulary import Vocabulary
-from ivg.settings.sampling import OF_TRANSFORMERS
+from ivg.settings.sampling import ONLY_TRANSFORMERS
 from ivg.types import Beam, ExpandOutput, ExpandRequest, Prompt, SamplingParams, TokenGuidance, Value
 from ivg.utils.rng import mix
 
@@ -72,7 +72,7 @@ class VLLMEngine:
         "return_log_ratio": _ELSEWHERE,
         "alternatives": _ELSEWHERE,
         **dict.fromkeys(
-            OF_TRANSFORMERS,
+            ONLY_TRANSFORMERS,
             f"{_ELSEWHERE}; where the base's generation_config.json sets it: --generation-config ignore",
         ),
     }

@@ -1,0 +1,84 @@
+"""The settings of ``ivg eval``: a task, its prompts, the methods, the judges."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from ivg.settings import rules as r
+from ivg.settings.models import RewardRef
+from ivg.settings.requests import MethodConfig
+from ivg.settings.schema import Setting
+from ivg.settings.tables import Table
+
+RESERVED_NAMES = frozenset({
+    "gold", "label", "family", "method", "answers", "errors", "win_rate", "kl",
+    "kl_note", "surprisal", "perplexity", "length", "distinct_1", "distinct_2", "repetition", "forward_tokens",
+    "flops", "best_of_n", "task", "primary", "seed", "id", "fingerprint", "base_logp",
+    "tokens", "error",
+})  # fmt: skip
+"""Columns of scores and results; no judge may have these names."""
+
+
+class EvalConfig(Table):
+    """One evaluation."""
+
+    task: Annotated[str, Setting("sentiment, summarization or alpaca.")] = "sentiment"
+    data: Annotated[
+        str | None,
+        Setting("Rows (docs/reference/data.md): a file, -, a folder, or the id of a data set.", flags=("--data",), unset="the task's own"),
+    ] = None
+    split: Annotated[str | None, Setting("Split of a folder or data set.", flags=("--split",), unset="the task's")] = None
+    format: Annotated[
+        Literal["jsonl", "json", "csv", "parquet", "text"] | None,
+        Setting("Format of the file: jsonl, json, csv, parquet or text.", flags=("--format",), unset="by the file's name or content"),
+    ] = None
+    prompts: Annotated[
+        int | None,
+        Setting("Number of prompts, from the first; fewer are an error.", r.count(1), flags=("--prompts",), unset="as in the task's paper"),
+    ] = None
+    seeds: Annotated[int, Setting("Answers to each prompt by each method.", r.count(1), flags=("--seeds",))] = 1
+    shuffle: Annotated[int | None, Setting("Seed of the order of prompts.", flags=("--shuffle",), unset="the task's own")] = None
+    methods: Annotated[
+        list[MethodConfig],
+        Setting("Names, or tables of a method and its settings; combinations: the nine of token guidance and selection."),
+    ] = Field(default_factory=lambda: [MethodConfig(method="combinations", label="combinations")])
+    gold: Annotated[RewardRef | None, Setting("Reward model that is reported; no method may use it.", flags=("--gold",), unset="none")] = (
+        None
+    )
+    judges: Annotated[dict[str, RewardRef], Setting("Further rewards by name.")] = Field(default_factory=dict)
+    base_samples: Annotated[
+        int,
+        Setting(
+            "Base samples for each prompt and seed, for best-of-N at equal compute; 0: none.",
+            r.count(0),
+            flags=("--base-samples",),
+            deprecated=("bank",),
+        ),
+    ] = 0
+    threads: Annotated[
+        int | None, Setting("PyTorch's threads in each process.", r.count(1), flags=("--threads",), unset="PyTorch's default")
+    ] = None
+    options: Annotated[dict[str, Any], Setting("Settings of the task itself, which checks them.")] = Field(default_factory=dict)
+
+    @field_validator("gold", mode="before")
+    @classmethod
+    def _bare_gold(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("judges", mode="before")
+    @classmethod
+    def _bare_judges(cls, value: Any) -> Any:
+        return {k: {"path": v} if isinstance(v, str) else v for k, v in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("judges")
+    @classmethod
+    def _are_columns(cls, value: dict[str, RewardRef]) -> dict[str, RewardRef]:
+        for name in value:
+            if not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(f"a judge cannot be called {name!r}: expected letters, digits, _ and -")
+            if name in RESERVED_NAMES:
+                raise ValueError(f"the name {name} is taken; give the judge another (what is reported is eval.gold)")
+        return value

@@ -1,0 +1,75 @@
+"""Which models a recipe names, and how each reads a prompt."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import field_validator, model_validator
+
+from ivg.settings.schema import Setting
+from ivg.settings.tables import Table
+
+ROLES = ("base", "tuned", "untuned", "value", "reward", "arm")
+"""What a model can be for."""
+
+
+class ModelRef(Table):
+    """One model. A bare string is the path."""
+
+    path: Annotated[str, Setting("Hub id or directory.")]
+    template: Annotated[
+        str | None,
+        Setting('How the model reads a prompt: chat, or a text such as "Q: {prompt}\\nA:".', unset="the prompt as it is"),
+    ] = None
+
+
+class RewardRef(ModelRef):
+    """A reward model that judges; its template may have ``{prompt}`` and ``{response}``."""
+
+    label: Annotated[int | None, Setting("Which logit is the reward.", unset="the only one")] = None
+
+
+class _Guides(Table):
+    tuned: Annotated[
+        ModelRef | None,
+        Setting("Small tuned guide; with untuned: the implicit value.", aliases=("expert", "tune_r", "model"), flags=("--tuned",)),
+    ] = None
+    untuned: Annotated[
+        ModelRef | None,
+        Setting("What the guide was tuned from.", aliases=("antiexpert", "base_r", "ref_model"), flags=("--untuned",)),
+    ] = None
+    value: Annotated[ModelRef | None, Setting("Trained value network: the explicit value.", aliases=("explicit",), flags=("--value",))] = (
+        None
+    )
+    reward: Annotated[
+        ModelRef | None,
+        Setting("Sequence classifier, or a Python function of prompt and response (file.py:function).", flags=("--reward",)),
+    ] = None
+    arm: Annotated[ModelRef | None, Setting("Autoregressive reward model (GenARM).", flags=("--arm",))] = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _bare(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @property
+    def given(self) -> dict[str, ModelRef]:
+        """The roles that are filled."""
+        return {role: ref for role in ROLES if role in type(self).model_fields and (ref := getattr(self, role)) is not None}
+
+
+class ModelsConfig(_Guides):
+    """The models. None given: the embedded ones."""
+
+    base: Annotated[ModelRef | None, Setting("Frozen model to guide: hub id or directory.", flags=("--base",))] = None
+
+
+class NamedValue(_Guides):
+    """A further value: a pair ``tuned`` and ``untuned``, or one of ``value``, ``reward`` and ``arm``."""
+
+    @model_validator(mode="after")
+    def _one_value(self) -> NamedValue:
+        if set(self.given) not in ({"tuned", "untuned"}, {"value"}, {"reward"}, {"arm"}):
+            got = ", ".join(self.given) or "nothing"
+            raise ValueError(f"a named value is tuned and untuned, or value, or reward, or arm; got {got}")
+        return self

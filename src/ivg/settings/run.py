@@ -1,0 +1,72 @@
+"""How and where to run: the process, vLLM, and endpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ivg.settings import rules as r
+from ivg.settings.schema import Setting
+from ivg.settings.tables import Table
+
+_COUNT = r.count(1)
+_SHARE = r.number("in (0, 1]", 0, 1, open_low=True)
+
+
+class RunConfig(Table):
+    """How and where to run."""
+
+    engine: Annotated[
+        str, Setting("transformers, vllm, or the URL of an OpenAI-compatible endpoint (http://…/v1).", flags=("--engine",))
+    ] = "transformers"
+    seed: Annotated[int, Setting("Random seed.", r.SEED, flags=("--seed",))] = 0
+    n: Annotated[int, Setting("Responses for each prompt.", _COUNT, flags=("--n",))] = 1
+    batch_size: Annotated[int, Setting("Prompts at once.", _COUNT, flags=("--batch-size",))] = 16
+    device: Annotated[str | None, Setting("cpu, cuda, cuda:1 …", flags=("--device",), unset="the best available")] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], Setting("auto, float32, bfloat16 or float16.", flags=("--dtype",))
+    ] = "auto"
+    revision: Annotated[str | None, Setting("Branch, tag or commit of models on the hub.", unset="main")] = None
+    trust_remote_code: Annotated[bool, Setting("Run Python code from the models' repositories.")] = False
+    quantization: Annotated[
+        dict[str, Any] | None, Setting("transformers' quantization settings for all models that are loaded here.", unset="none")
+    ] = None
+    generation_config: Annotated[
+        Literal["auto", "ignore"],
+        Setting(
+            "auto: sampling settings in the base's generation_config.json are the defaults here; ignore: they are left out.",
+            r.choice("auto", "ignore"),
+            flags=("--generation-config",),
+        ),
+    ] = "auto"
+
+
+class VLLMConfig(Table):
+    """The engine ``vllm`` (docs/how-to/vllm.md); what is left out is vLLM's default."""
+
+    guides: Annotated[list[str] | None, Setting("Values that guide inside the composite model.", unset="those of the method")] = None
+    value: Annotated[Literal["pooling", "transformers"], Setting("What reads the explicit value: pooling (vLLM) or transformers.")] = (
+        "pooling"
+    )
+    max_model_len: Annotated[int | None, Setting("Largest number of tokens of prompt and response.", _COUNT, unset="vLLM's")] = None
+    max_num_seqs: Annotated[int | None, Setting("Largest number of sequences at once.", _COUNT, unset="vLLM's")] = None
+    gpu_memory_utilization: Annotated[float | None, Setting("Share of a GPU's memory for the composite model.", _SHARE, unset="vLLM's")] = (
+        None
+    )
+    value_memory: Annotated[float | None, Setting("Share of a GPU's memory for the pooling engine.", _SHARE, unset="what is left")] = None
+    tensor_parallel_size: Annotated[int | None, Setting("GPUs that share one model.", _COUNT, unset="1")] = None
+    enforce_eager: Annotated[bool | None, Setting("Run without CUDA graphs.", unset="vLLM's")] = None
+    cache: Annotated[str | None, Setting("Folder for the small directories of composite models.", unset="the user's cache")] = None
+    arguments: Annotated[dict[str, Any], Setting("Any other of vLLM's engine arguments.")] = Field(default_factory=dict)
+
+
+class EndpointConfig(Table):
+    """An OpenAI-compatible completions endpoint as base (``run.engine`` is its URL)."""
+
+    model: Annotated[str | None, Setting("The model's name there.", unset="the path of the base")] = None
+    api_key_env: Annotated[str, Setting("Environment variable that holds the API key.")] = "OPENAI_API_KEY"
+    tokenizer: Annotated[str | None, Setting("Directory or hub id, to render chats with.", unset="prompts are sent as text")] = None
+    timeout: Annotated[float, Setting("Seconds for one request.", r.POSITIVE)] = 120.0
+    concurrency: Annotated[int, Setting("Requests at once.", _COUNT)] = 64
+    token_pieces: Annotated[bool, Setting("Ask for the text of every token.")] = False

@@ -1,0 +1,194 @@
+"""The settings of a search: token guidance, beams, selection. Standard library only.
+
+``ivg.search.methods`` has the named combinations. Sources: IVG, Liu et al. 2024 (arXiv 2409.17819); EFT, Mitchell et al. 2023; FUDGE,
+Yang & Klein 2021; VAS, Han et al. 2024; GenARM, Xu et al. 2024; CARDS, Li et al. 2024 (arXiv 2406.16306).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from ivg.settings import rules as r
+from ivg.settings.schema import Setting, validate
+
+Transform = Literal["identity", "log-sigmoid", "centered"]
+SelectionName = Literal["top", "soft", "reject", "particles"]
+Weights = tuple[tuple[str, float], ...]
+"""(name, weight) of values."""
+
+_WITHIN_1000 = r.number("within 1000 of 0", -1000, 1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """Every setting of a search, with its default; docs/settings.md describes each.
+
+    Raises:
+        ConfigError: a field of the wrong type or out of range.
+    """
+
+    width: Annotated[
+        int,
+        Setting(
+            "Beams kept (W).",
+            r.count(1, most=r.MOST_BEAMS, label="width (W)"),
+            aliases=("w", "W", "num_beams", "beam_width"),
+            flags=("-W", "--width"),
+        ),
+    ] = 1
+    successors: Annotated[
+        int,
+        Setting(
+            "Continuations of each beam (K).",
+            r.count(1, most=r.MOST_BEAMS, label="successors (K)"),
+            aliases=("k", "K", "num_candidates"),
+            flags=("-K", "--successors"),
+        ),
+    ] = 1
+    chunk_length: Annotated[
+        int | None,
+        Setting(
+            "Tokens between selections (L).",
+            r.count(1, optional=True, label="chunk_length (L)"),
+            aliases=("l", "L", "block_len"),
+            flags=("-L", "--chunk-length"),
+            unset="the whole response",
+        ),
+    ] = None
+    token: Annotated[
+        str | None,
+        Setting(
+            "Value that guides every token: none, implicit, explicit, reward, arm, or the name of your own.",
+            r.VALUE_NAME,
+            aliases=("token_value",),
+            flags=("--token",),
+            unset="none",
+        ),
+    ] = None
+    select: Annotated[
+        str | None,
+        Setting(
+            "Value that selects beams: none, implicit, explicit, reward, or the name of your own.",
+            r.VALUE_NAME,
+            aliases=("select_value",),
+            flags=("--select",),
+            unset="none",
+        ),
+    ] = None
+    weights: Annotated[
+        Weights,
+        Setting(
+            "Several values guide tokens by their weighted sum, instead of token: NAME=WEIGHT,NAME=WEIGHT.",
+            r.WEIGHTS,
+            flags=("--weights",),
+            accepts=dict[str, float] | str,
+        ),
+    ] = ()
+    select_weights: Annotated[
+        Weights,
+        Setting(
+            "Several values select by their weighted sum, instead of select: NAME=WEIGHT,NAME=WEIGHT.",
+            r.WEIGHTS,
+            flags=("--select-weights",),
+            accepts=dict[str, float] | str,
+        ),
+    ] = ()
+    beta: Annotated[float, Setting("Weight of token guidance.", _WITHIN_1000, aliases=("alpha", "guidance_weight"), flags=("--beta",))] = (
+        1.0
+    )
+    candidates: Annotated[
+        int,
+        Setting(
+            "Tokens of the base that a value without vocabulary head re-scores; 0: the whole vocabulary, where the value knows it.",
+            r.count(0, "0 (whole vocabulary) or more"),
+            flags=("--guide-candidates",),
+        ),
+    ] = 0
+    transform: Annotated[
+        Transform,
+        Setting("Transform of the candidates' values: identity, log-sigmoid or centered.", r.choice("identity", "log-sigmoid", "centered")),
+    ] = "identity"
+    normalise: Annotated[bool, Setting("Mix log-probabilities instead of logits (GenARM).", r.FLAG)] = False
+    gate: Annotated[
+        float,
+        Setting(
+            "Guide only tokens whose next-token entropy under the base is at least this many nats; 0: all.",
+            r.number("0 (guide everywhere) or more nats", 0),
+            flags=("--gate",),
+        ),
+    ] = 0.0
+    draft: Annotated[
+        int,
+        Setting(
+            "Speculative decoding: the guiding pair drafts up to this many tokens ahead of the base; 0: off. Exact in distribution.",
+            r.count(0, "0 (off) or more tokens", most=r.MOST_BEAMS),
+            aliases=("num_speculative_tokens",),
+            flags=("--draft",),
+        ),
+    ] = 0
+    rule: Annotated[
+        SelectionName,
+        Setting(
+            "Selection rule. top: the best; soft: drawn with probability proportional to exp(score / soft_scale); reject: CARDS; "
+            "particles: a particle filter of W*K particles.",
+            r.choice("top", "soft", "reject", "particles"),
+        ),
+    ] = "top"
+    soft_scale: Annotated[float, Setting("Scale of rule soft, in units of the score.", r.POSITIVE)] = 1.0
+    decay: Annotated[
+        float,
+        Setting(
+            "Factor of W*K from chunk to chunk, the total unchanged; 1: constant.",
+            r.number("in (0, 1]", 0, 1, open_low=True),
+            flags=("--decay",),
+        ),
+    ] = 1.0
+    original: Annotated[
+        bool,
+        Setting("As in the authors' code, a finished beam that is kept competes with K copies of itself.", r.FLAG),
+    ] = False
+    target: Annotated[
+        float | None,
+        Setting(
+            "Rule reject: the reward that a whole response should reach.",
+            r.number("a finite reward, within 1e9 of 0", -1e9, 1e9, optional=True),
+            unset="from the prompt's value and tries",
+        ),
+    ] = None
+    accept_scale: Annotated[
+        float, Setting("Rule reject: accept with probability min(1, exp((value - threshold) / accept_scale)).", r.POSITIVE)
+    ] = 0.7
+    threshold_start: Annotated[float, Setting("Rule reject: share of the target in the first threshold.", r.SHARE)] = 0.5
+    tries: Annotated[int, Setting("Rule reject: largest number of segments tried for one place.", r.count(1))] = 20
+    segment_entropy: Annotated[
+        float,
+        Setting(
+            "Rule reject: a segment ends where the base's entropy reaches this many nats.", r.number("positive (nats)", 0, open_low=True)
+        ),
+    ] = 3.0
+    segment_min: Annotated[
+        int, Setting("Rule reject: smallest number of tokens of a segment; chunk_length is the largest.", r.count(1, "at least 1 token"))
+    ] = 4
+    particle_beta: Annotated[float, Setting("Rule particles: weight of the value in the target distribution.", _WITHIN_1000)] = 1.0
+    resample_below: Annotated[float, Setting("Rule particles: resample below this share of effective particles.", r.SHARE)] = 0.5
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestSettings:
+    """Settings of one request, besides those of search and sampling (``ivg.search.request.Request``)."""
+
+    seed: Annotated[int, Setting("Random seed.", r.SEED)] = 0
+    index: Annotated[int, Setting("Number of the response to this prompt; part of the seed of its draws.", r.count(0, most=1 << 62))] = 0
+    trace: Annotated[bool, Setting("Keep the tree of beams.", r.FLAG)] = False
+    record: Annotated[bool, Setting("Keep the shift by guidance of every token.", r.FLAG)] = False
+    alternatives: Annotated[
+        int | None, Setting("Likeliest tokens to keep at each place.", r.count(0, "0 or more tokens", optional=True), unset="none")
+    ] = None
+    stride: Annotated[int, Setting("Largest number of tokens in one round; changes no result.", r.count(1, "at least 1 token"))] = 16
+
+    def __post_init__(self) -> None:
+        validate(self)
