@@ -248,17 +248,17 @@ def test_pack_says_what_vllm_s_server_drops(checkpoint, tmp_path):
 
 def test_the_server_goes_by_the_same_rule(checkpoint):
     from ivg.serving.protocol import CompletionRequest
-    from ivg.serving.responses import ResponseBuilder, Texts, whole
+    from ivg.serving.responses import ResponseBuilder, TokenText
     from ivg.serving.served_models import ServedModels
     from ivg.serving.settings import ServeSettings
 
     folder = checkpoint({"temperature": 0.25, "top_k": 5, "max_new_tokens": 7, "suppress_tokens": [4]})
     recipe = Recipe.parse({"models": {"base": str(folder)}, "search": {"method": "base"}, "sampling": {"top_k": 3}})
-    presets = ServedModels(GuidedModel.from_pretrained(folder), recipe, ServeSettings(name="tiny"))
-    assert presets.defaults.items() >= {"temperature": 0.25, "top_k": 3, "max_new_tokens": 7}.items()
+    served = ServedModels(GuidedModel.from_pretrained(folder), recipe, ServeSettings(name="tiny"))
+    assert served.defaults.items() >= {"temperature": 0.25, "top_k": 3, "max_new_tokens": 7}.items()
 
     def asked(**body):
-        (request,) = presets.order(CompletionRequest(model="tiny", prompt="abc", seed=1, **body)).requests
+        (request,) = served.prepare(CompletionRequest(model="tiny", prompt="abc", seed=1, **body)).requests
         return request
 
     s = asked().sampling
@@ -266,7 +266,7 @@ def test_the_server_goes_by_the_same_rule(checkpoint):
     assert asked().from_checkpoint == {"temperature": 0.25, "max_new_tokens": 7, "suppress_tokens": (4,)}
     over = asked(temperature=1.0, max_tokens=9)
     assert (over.sampling.temperature, over.sampling.max_new_tokens, over.from_checkpoint) == (1.0, 9, {"suppress_tokens": (4,)})
-    order = presets.order(CompletionRequest(model="tiny", prompt="abc", seed=1, temperature=1.0, max_tokens=2))
-    done = [c for _, c in presets.model.run(order.requests)]
-    reply = whole(ResponseBuilder(False, "tiny", order, None, Texts(presets.model.base.vocabulary)), done)
+    batch = served.prepare(CompletionRequest(model="tiny", prompt="abc", seed=1, temperature=1.0, max_tokens=2))
+    done = [c for _, c in served.model.run(batch.requests)]
+    reply = ResponseBuilder(False, "tiny", batch, None, TokenText(served.model.base.vocabulary)).build_response(done)
     assert reply["ivg"]["generation_config"] == {"suppress_tokens": (4,)}

@@ -35,8 +35,8 @@ class Running:
 
     def __init__(self, model, recipe=None, **settings):
         settings = ServeSettings(**{"port": 0, "name": "tiny", "drain": 5.0, **settings})
-        self.presets = ServedModels(model, recipe or Recipe(), settings)
-        self.server = make_server(self.presets)
+        self.served = ServedModels(model, recipe or Recipe(), settings)
+        self.server = make_server(self.served)
         self.worker = self.server.worker
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -56,7 +56,7 @@ class Running:
         while time.monotonic() < until and (self.worker.searcher.busy or self.worker.waiting):
             time.sleep(0.01)
         time.sleep(0.05)
-        return sum(r.model.live_rows for r in readers(self.presets.model))
+        return sum(r.model.live_rows for r in readers(self.served.model))
 
     def stop(self):
         self.server.handle_exit(15, None)

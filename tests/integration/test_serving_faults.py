@@ -18,12 +18,13 @@ import pytest
 import torch
 from test_serving import SAMPLING, Running, expected, numbers, tiny
 
-from ivg.errors import ConfigError, ModelError
-from ivg.serving.app import EventStream
+from ivg.errors import ConfigError, ModelError, ServeError
+from ivg.serving.completions import EventStream
+from ivg.serving.errors import one_line
 from ivg.serving.metrics import Metrics
 from ivg.serving.protocol import CompletionRequest
 from ivg.serving.requests import Progress, RequestHandle
-from ivg.serving.served_models import ServedModels, one_line
+from ivg.serving.served_models import ServedModels
 from ivg.serving.settings import ServeSettings, read_keys
 from ivg.serving.worker import Worker
 from ivg.settings.recipe import Recipe
@@ -238,10 +239,10 @@ def test_an_empty_prompt_is_told_in_one_line(running):
 
 
 def test_long_prompts_are_refused_and_not_remembered(running):
-    before = running.presets.model.base.prompt_ids.cache_info().currsize
+    before = running.served.model.base.prompt_ids.cache_info().currsize
     for prompt in ("x" * 1500, "x" * 500_000, [5] * 300):
         well_formed(running.post(GOOD | {"prompt": prompt}), 400, "prompt", "context_length_exceeded")
-    assert running.presets.model.base.prompt_ids.cache_info().currsize == before
+    assert running.served.model.base.prompt_ids.cache_info().currsize == before
 
 
 def test_large_bodies(running):
@@ -339,17 +340,17 @@ def test_a_client_that_goes_away_frees_its_rows(running, stream):
     body = {"model": "tiny", "prompt": "Long", "max_tokens": 200, "stream": stream, "guidance": SLOW}
     raw = json.dumps(body).encode()
     host, port = running.url.removeprefix("http://").split(":")
-    before = running.presets.model.values["slow"].calls
+    before = running.served.model.values["slow"].calls
     with socket.create_connection((host, int(port))) as s:
         head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
         s.sendall(head.encode() + raw)
         until = time.monotonic() + 200
-        while running.presets.model.values["slow"].calls < before + 3 and time.monotonic() < until:
+        while running.served.model.values["slow"].calls < before + 3 and time.monotonic() < until:
             time.sleep(0.005)
         assert running.worker.searcher.live_requests == 1
     assert running.idle() == 0
     assert running.worker.searcher.live_requests == 0
-    assert running.presets.model.values["slow"].calls - before < 200  # rounds of a whole answer
+    assert running.served.model.values["slow"].calls - before < 200  # rounds of a whole answer
 
 
 def test_a_long_answer_does_not_starve_short_ones(running):
@@ -418,10 +419,13 @@ def test_what_is_not_finished_in_time_is_told_so():
         well_formed(whole.result(), 503, code="unavailable")
 
 
-def test_a_dead_worker_is_no_secret():
+def test_a_dead_worker_is_reported(monkeypatch):
+    def step():
+        raise SystemExit("the thread ends")
+
     server = Running(tiny())
+    monkeypatch.setattr(server.worker.searcher, "step", step)
     try:
-        server.worker._round = None  # type: ignore[assignment]  # the thread breaks when it next has something to do
         well_formed(server.post({"model": "tiny:base", "prompt": "x", "max_tokens": 2}), 503)
         assert httpx.get(f"{server.url}/health").json() == {"status": "dead"}
         well_formed(server.post({"model": "tiny:base", "prompt": "x", "max_tokens": 2}), 503)
@@ -508,7 +512,7 @@ def test_models_that_cannot_begin_anew_at_once_are_tried_again(monkeypatch):
 
     model = tiny(bomb=FunctionValue(bomb, "bomb"))
     server, again, reset_caches, memory = Running(model), [], model.reset_caches, threading.Event()
-    monkeypatch.setattr("ivg.serving.worker.MEND_SECONDS", 1.0)
+    monkeypatch.setattr("ivg.serving.worker.RESTART_SECONDS", 1.0)
 
     def hard():
         again.append(time.monotonic())
@@ -600,7 +604,7 @@ def test_memory_is_given_back_now_and_then(monkeypatch):
     model = tiny()
     given = []
     monkeypatch.setattr(model, "release_memory", lambda: given.append(len(model.readers)))
-    monkeypatch.setattr("ivg.serving.worker.TRIM_SECONDS", 0.0)
+    monkeypatch.setattr("ivg.serving.worker.RELEASE_SECONDS", 0.0)
     server = Running(model)
     try:
         assert server.post(GOOD | {"max_tokens": 4}).status_code == 200
@@ -610,65 +614,55 @@ def test_memory_is_given_back_now_and_then(monkeypatch):
     assert given
 
 
-def test_who_comes_while_a_broken_round_is_looked_into_is_not_left_behind():
-    """Until the last suspects have ended nobody joins: else, where load never pauses, those who wait would be overtaken for ever."""
-    broken = []
+def test_new_requests_wait_while_a_failed_step_is_bisected():
+    """Else, under constant load, the suspects would never run alone."""
+    scored, handles = [], {}
 
-    def once(prompt, response):
-        if not broken:
-            broken.append(response)
+    def value(prompt, response):
+        if not scored or scored[-1] != prompt:
+            scored.append(prompt)
+        if prompt == "b" and "failed" not in scored:
+            scored.append("failed")
+            worker.submit(handles["c"])
             raise ModelError("the engine died")
+        if prompt == "b" and "d" in handles:
+            worker.submit(handles.pop("d"))
         return len(response)
 
-    presets = ServedModels(tiny(once=FunctionValue(once, "once")), Recipe(), ServeSettings(name="tiny"))
-    worker = Worker(presets.model, presets.settings)
-
-    def flying():
-        return [f.ticket for f in worker._state.flights.values()]
-
-    def submit(ticket):
-        worker._submitted += 1
-        worker._inbox.put(("add", ticket))
-
-    def turn():
-        worker._take()
-        worker._next_suspects()
-        if worker.searcher.busy:
-            worker._round()
+    served = ServedModels(tiny(mine=FunctionValue(value, "mine")), Recipe(), ServeSettings(name="tiny"))
+    worker = Worker(served)
 
     async def serve():
-        guidance = {"method": "custom", "select_value": "once", "successors": 2, "chunk_length": 4}
-        body = CompletionRequest.model_validate({"model": "tiny", "prompt": "x", "max_tokens": 12, "guidance": guidance})
-        a, b, c, d, e = (RequestHandle(lambda: presets.order(body), 1, 60.0) for _ in range(5))
-        submit(a)
-        submit(b)
-        while not broken:
-            turn()
-        submit(c)
-        turn()
-        assert flying() == [a]
-        while flying() != [b]:
-            turn()
-            assert set(flying()) <= {a, b}
-        submit(d)
-        while b in flying():
-            turn()
-            assert set(flying()) <= {b}  # neither c, which waits, nor d, which came when no suspects were left to be started
-        submit(e)
-        turn()
-        assert flying() == [c, d, e]
+        guidance = {"method": "custom", "select_value": "mine", "successors": 2, "chunk_length": 4}
+        body = {"model": "tiny", "max_tokens": 12, "guidance": guidance, "ignore_eos": True}
+        for p in "abcd":
+            handles[p] = RequestHandle(CompletionRequest.model_validate(body | {"prompt": p}), 1, 200.0)
+        waiting = list(handles.values())
+        worker.submit(handles["a"])
+        worker.submit(handles["b"])
+        worker.start()
+        for handle in waiting:
+            event = await handle.events.get()
+            while not (isinstance(event, Progress) and event.completion):
+                assert not isinstance(event, ServeError), event
+                event = await handle.events.get()
+        worker.drain()
+        worker.thread.join(200)
 
     asyncio.run(serve())
+    again = scored[scored.index("failed") + 1 :]
+    assert scored[:3] == ["a", "b", "failed"] and again[:2] == ["a", "b"]  # each alone
+    assert again[2:] == ["c", "d"] * 3  # then both together, a chunk of 4 tokens at a time
 
 
 def test_a_client_that_goes_as_its_next_event_comes_is_let_go():
     """Leaving and news in one turn of the loop: whoever writes the stream must not take the news and wait for more, for ever."""
 
     async def leave():
-        ticket, left = RequestHandle(None, 1, 60.0), asyncio.Event()
+        handle, left = RequestHandle(None, 1, 60.0), asyncio.Event()
         worker = SimpleNamespace(thread=threading.current_thread(), seconds_left=60.0, metrics=Metrics())
-        worker.cancel = lambda ticket: ticket.deliver([Progress(0, "", (), (), (), None)])  # just before the writer is cancelled
-        stream = SimpleNamespace(over=False, opening=list, take=lambda progress: [])
+        worker.cancel = lambda handle: handle.deliver([Progress(0, "", (), (), (), None)])  # just before the writer is cancelled
+        stream = SimpleNamespace(finished=False, start=list, update=lambda progress: [])
 
         async def receive():
             await left.wait()
@@ -677,7 +671,7 @@ def test_a_client_that_goes_as_its_next_event_comes_is_let_go():
         async def send(message):
             pass
 
-        writing = asyncio.ensure_future(EventStream(stream, ticket, worker)({}, receive, send))
+        writing = asyncio.ensure_future(EventStream(stream, handle, worker)({}, receive, send))
         await asyncio.sleep(0.05)
         left.set()
         done, _ = await asyncio.wait({writing}, timeout=200)

@@ -237,7 +237,7 @@ def test_two_hundred_requests_with_all_kinds_of_trouble_and_the_signal_to_stop()
         code, log = server.end()
     assert code == 0 and trouble.counts.total() == 200
     assert log[-1]["event"] == "stopped" and log[-1]["cache_rows"] == 0
-    told = ("a round of", "the value mine raised ZeroDivisionError")
+    told = ("a step of", "the value mine raised ZeroDivisionError")
     broken = [e for e in log if e["level"] in ("error", "critical") and not e["event"].startswith(told)]
     assert not broken, broken
     assert not [e for e in log if e["event"] == "request" and e["status"] == 500 and e["path"] != "/v1/completions"]
@@ -284,7 +284,7 @@ def test_a_round_that_does_not_end_is_left():
         server.reader.join(60)
     assert json.loads(said[-2].removeprefix("data: "))["error"]["code"] == "unavailable" and said[-1] == "data: [DONE]"
     assert code == 128 + signal.SIGTERM
-    assert json.loads(server.lines[-1])["inside_a_round"] is True
+    assert json.loads(server.lines[-1])["inside_a_step"] is True
 
 
 # The command

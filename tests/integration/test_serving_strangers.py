@@ -25,10 +25,11 @@ from test_serving_process import SCRIPT, Process
 from ivg.errors import ConfigError, ModelError, ServeError
 from ivg.model import GuidedModel
 from ivg.serving import parsing
-from ivg.serving.connections import Limits, fitting, protocol, quiet_accepts
-from ivg.serving.lengths import reads_chats
+from ivg.serving.connections import Limits, connection_limits, limited_protocol, throttle_accept_errors
+from ivg.serving.errors import client_error, redact
+from ivg.serving.lengths import has_chat_template
 from ivg.serving.protocol import ChatRequest, CompletionRequest
-from ivg.serving.served_models import ServedModels, fault, public
+from ivg.serving.served_models import ServedModels
 from ivg.serving.settings import ServeSettings
 from ivg.settings.recipe import Recipe
 from ivg.testing import byte_tokenizer, tiny_lm, tiny_value
@@ -103,8 +104,8 @@ def test_too_long_is_said_as_openai_says_it(running, path, body, param):
     well_formed(running.post(without, path), 400, param, "context_length_exceeded")
     kind = CompletionRequest if param == "prompt" else ChatRequest
     for limit, got in ((252, 252), (None, 252)):
-        order = running.presets.order(kind.model_validate(body | {"max_tokens": limit}))
-        assert order.requests[0].sampling.max_new_tokens == got
+        batch = running.served.prepare(kind.model_validate(body | {"max_tokens": limit}))
+        assert batch.requests[0].sampling.max_new_tokens == got
 
 
 def test_models_say_their_context(running):
@@ -115,14 +116,14 @@ def test_models_say_their_context(running):
 def test_the_context_is_the_shortest_of_all_models():
     tokens = byte_tokenizer()
     pair = ImplicitValue(*(tiny_lm(n, seed=c, tokenizer=tokens, context=c) for n, c in (("tuned", 64), ("untuned", 96))))
-    presets = ServedModels(GuidedModel(tiny_lm(tokenizer=tokens), {"implicit": pair}), Recipe.model_validate({"search": {"method": "eft"}}),
+    served = ServedModels(GuidedModel(tiny_lm(tokenizer=tokens), {"implicit": pair}), Recipe.model_validate({"search": {"method": "eft"}}),
                       ServeSettings(name="tiny"))  # fmt: skip
-    assert {e["id"]: e["max_model_len"] for e in presets.listing()}["tiny:eft"] == 64
-    assert {e["id"]: e["max_model_len"] for e in presets.listing()}["tiny:base"] == CONTEXT
-    order = presets.order(CompletionRequest(model="tiny", prompt="x" * 60))
-    assert order.requests[0].sampling.max_new_tokens == 4
+    assert {e["id"]: e["max_model_len"] for e in served.listing()}["tiny:eft"] == 64
+    assert {e["id"]: e["max_model_len"] for e in served.listing()}["tiny:base"] == CONTEXT
+    batch = served.prepare(CompletionRequest(model="tiny", prompt="x" * 60))
+    assert batch.requests[0].sampling.max_new_tokens == 4
     with pytest.raises(ServeError, match=r"maximum context length is 64 .* that of tuned") as e:
-        presets.order(CompletionRequest(model="tiny", prompt="x" * 60, max_tokens=5))
+        served.prepare(CompletionRequest(model="tiny", prompt="x" * 60, max_tokens=5))
     assert e.value.code == "context_length_exceeded"
 
 
@@ -133,36 +134,36 @@ def test_a_guide_without_template_beside_a_chat_base_is_found_at_start():
     chat, plain = byte_tokenizer(chat=True), byte_tokenizer()
     base = tiny_lm("base", tokenizer=chat)
     pair = ImplicitValue(tiny_lm("tuned", seed=1, tokenizer=chat), tiny_lm("untuned", seed=2, tokenizer=plain))
-    assert reads_chats(base)
+    assert has_chat_template(base)
     with pytest.raises(ConfigError, match=r"untuned has no chat template[\s\S]*--template 'untuned=\{prompt\}'"):
         ServedModels(GuidedModel(base, {"implicit": pair}), Recipe(), ServeSettings(name="tiny"))
     pair.untuned.template = "{prompt}"
     pair.untuned.prompt_ids.cache_clear()
     with pytest.raises(ConfigError, match="explicit has no chat template"):
         ServedModels(GuidedModel(base, {"implicit": pair, "explicit": tiny_value(tokenizer=plain)}), Recipe(), ServeSettings(name="tiny"))
-    presets = ServedModels(
+    served = ServedModels(
         GuidedModel(base, {"implicit": pair}), Recipe.model_validate({"search": {"method": "eft"}}), ServeSettings(name="tiny")
     )
-    assert presets.order(ChatRequest(model="tiny", messages=[{"role": "user", "content": "x"}])).requests
+    assert served.prepare(ChatRequest(model="tiny", messages=[{"role": "user", "content": "x"}])).requests
 
 
 def test_no_paths_of_this_machine_in_messages():
-    told = fault(ModelError("/home/me/models/tuned/model.safetensors is broken\n  look at ~/.cache/huggingface/hub/x"))
+    told = client_error(ModelError("/home/me/models/tuned/model.safetensors is broken\n  look at ~/.cache/huggingface/hub/x"))
     assert str(told) == "model.safetensors is broken; look at x"
-    assert public("use /v1/completions, 1/2 or a/b") == "use /v1/completions, 1/2 or a/b"
+    assert redact("use /v1/completions, 1/2 or a/b") == "use /v1/completions, 1/2 or a/b"
 
 
 def test_token_ids_reach_every_model_of_the_vocabulary_as_they_are(running, library):
     """Also where the text that they spell would be tokenised otherwise: here into a token for both letters."""
     tokens = byte_tokenizer(merges=[("F", "i")])
     pair = ImplicitValue(*(tiny_lm(n, seed=s, tokenizer=tokens) for s, n in enumerate(("tuned", "untuned"), 1)))
-    presets = ServedModels(GuidedModel(tiny_lm(tokenizer=tokens), {"implicit": pair}), Recipe.model_validate({"search": {"method": "eft"}}),
+    served = ServedModels(GuidedModel(tiny_lm(tokenizer=tokens), {"implicit": pair}), Recipe.model_validate({"search": {"method": "eft"}}),
                       ServeSettings(name="tiny"))  # fmt: skip
     ids = tokens.convert_tokens_to_ids(["F", "i", "l"])
     assert tokens("Fil").input_ids != ids
-    (one,) = presets.order(CompletionRequest(model="tiny", prompt=ids, max_tokens=3)).requests
-    root = presets.model.engine.open(one.prompt, one.sampling)
-    assert [list(r.prompt_ids(root.prompt)) for r in presets.model.readers] == [ids] * 3
+    (one,) = served.prepare(CompletionRequest(model="tiny", prompt=ids, max_tokens=3)).requests
+    root = served.model.engine.open(one.prompt, one.sampling)
+    assert [list(r.prompt_ids(root.prompt)) for r in served.model.readers] == [ids] * 3
     body = GOOD | {"model": "tiny:ivg", "max_tokens": 6}
     same = [running.post(body | {"prompt": p}).json()["choices"] for p in ("Film", library.base.tokenizer("Film").input_ids)]
     assert same[0] == same[1]
@@ -190,15 +191,15 @@ PLAIN = [
     ({}, b"[1]", "the body must be a JSON object, got a list", None),
     ({}, b'{"model": "tiny",\n oops}', "the body is not JSON: Expecting property name enclosed in double quotes (line 2, column 2)", None),
     ({}, '{"prompt": "é"}'.encode("latin-1"), "the body is not UTF-8: byte 0xe9 at position 12", None),
-    ({}, b'{"temperature": NaN}', "the body is not JSON: NaN is no number of JSON", None),
-    ({}, b"[" * 100_000, "the body is nested deeper than this server reads", None),
-    ({}, b'{"a":' * 100_000, "the body is nested deeper than this server reads", None),
+    ({}, b'{"temperature": NaN}', "the body is not JSON: NaN is not a JSON number", None),
+    ({}, b"[" * 100_000, "the body is nested too deeply", None),
+    ({}, b'{"a":' * 100_000, "the body is nested too deeply", None),
     ({"content-type": ""}, b"{}", "the body has no content type; send the header Content-Type: application/json", None),
     ({"content-type": "text/plain"}, b"{}",
      "the body has the content type text/plain; send the header Content-Type: application/json", None),
-    ({"content-type": "application/json; charset=latin-1"}, b"{}", "the body is said to be latin-1; JSON is sent as UTF-8", None),
+    ({"content-type": "application/json; charset=latin-1"}, b"{}", "the body has the charset latin-1; send it as UTF-8", None),
     ({"content-encoding": "gzip"}, gzip.compress(b"{}"),
-     "the body has Content-Encoding: gzip; this server reads bodies that are not compressed", None),
+     "the body has Content-Encoding: gzip; send it uncompressed", None),
     ({}, {"model": "tiny"}, "prompt is missing", "prompt"),
     ({}, {"model": 5, "prompt": "x"}, "model must be text, got 5", "model"),
     ({}, {"max_tokens": "many"}, "max_tokens must be an integer, got 'many'", "max_tokens"),
@@ -207,7 +208,7 @@ PLAIN = [
     ({}, {"top_p": 0}, "top_p must be more than 0, got 0", "top_p"),
     ({}, {"stream": "yes"}, "stream must be true or false, got 'yes'", "stream"),
     ({}, {"stop": ["a", ""]},
-     "stop[1] must not be empty: an empty text would end every answer before its first token; leave it out", "stop[1]"),
+     "stop[1] must not be empty; leave it out", "stop[1]"),
     ({}, {"stop": 5}, "stop must be text or a list of texts, got 5", "stop"),
     ({}, {"stop": [5]}, "stop[0] is 5; expected text", "stop[0]"),
     ({}, {"prompt": ["a", 5]}, "prompt[1] is 5; expected text", "prompt[1]"),
@@ -233,7 +234,7 @@ def test_bodies_are_refused_in_plain_words(headers, body, message, param):
     if isinstance(body, dict):
         body = json.dumps(body if "model" in body else {"model": "tiny", "prompt": "x", **body}).encode()
     with pytest.raises(ServeError) as e:
-        parsing.read(body, JSON | headers, CompletionRequest)
+        parsing.parse_body(body, JSON | headers, CompletionRequest)
     assert (str(e.value), e.value.param) == (message, param)
     assert e.value.status == (415 if headers else 400)
 
@@ -252,7 +253,7 @@ def test_whatever_a_body_holds_it_is_read_or_refused(change, strict, good):
     """By a message without the names of our insides."""
     kind = CompletionRequest if good is GOOD else ChatRequest
     try:
-        body = parsing.read(json.dumps(good | change).encode(), JSON, kind, strict=strict)
+        body = parsing.parse_body(json.dumps(good | change).encode(), JSON, kind, strict=strict)
     except ServeError as e:
         assert e.status == 400 and not re.search(r"function-|pydantic|\bdict\b|_type\b|Traceback|validat", str(e))
     else:
@@ -274,7 +275,7 @@ CHATS = [
 def test_messages_are_refused_by_their_place(change, message, param):
     body = {"model": "tiny", "messages": [{"role": "user", "content": "x", **change}]}
     with pytest.raises(ServeError) as e:
-        parsing.read(json.dumps(body).encode(), JSON, ChatRequest)
+        parsing.parse_body(json.dumps(body).encode(), JSON, ChatRequest)
     assert (str(e.value), e.value.param) == (message, param)
 
 
@@ -299,11 +300,11 @@ NEW_MESSAGE = {"messages": [{"role": "user", "content": "Film", "name": "me", "r
 @pytest.mark.parametrize("change", [{k: v} for k, v in HARMLESS.items()] + [TOOLS, {"tool_choice": "auto"}, NEW_MESSAGE])
 def test_what_changes_no_answer_is_ignored_and_by_strict_servers_refused(change):
     body = json.dumps(CHAT | change).encode()
-    assert parsing.read(body, JSON, ChatRequest) == parsing.read(json.dumps(CHAT).encode(), JSON, ChatRequest)
+    assert parsing.parse_body(body, JSON, ChatRequest) == parsing.parse_body(json.dumps(CHAT).encode(), JSON, ChatRequest)
     welcome = set(change) & {"user", "safety_identifier", "prompt_cache_key", "response_format", "parallel_tool_calls"}
     if not welcome:
         with pytest.raises(ServeError):
-            parsing.read(body, JSON, ChatRequest, strict=True)
+            parsing.parse_body(body, JSON, ChatRequest, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +312,7 @@ def test_what_changes_no_answer_is_ignored_and_by_strict_servers_refused(change)
 )
 def test_what_changes_an_answer_is_refused_by_name(change):
     with pytest.raises(ServeError) as e:
-        parsing.read(json.dumps(CHAT | change).encode(), JSON, ChatRequest)
+        parsing.parse_body(json.dumps(CHAT | change).encode(), JSON, ChatRequest)
     assert e.value.param == next(iter(change))
 
 
@@ -331,7 +332,7 @@ def test_vllms_names_at_the_top_level_are_ours(running, library):
     assert want != expected(library, "Film", "eft", 4).text
     for change in (more, {"guidance": more}, {"extra_body": more}, {"extra_body": {"guidance": more}}):
         assert running.post(body | change).json()["choices"][0]["text"] == want
-    (one,) = running.presets.order(CompletionRequest.model_validate(body | {"min_tokens": 5})).requests
+    (one,) = running.served.prepare(CompletionRequest.model_validate(body | {"min_tokens": 5})).requests
     assert one.sampling.min_new_tokens == 5
     assert running.post(body | {"top_k": -1}).json()["choices"][0]["text"] == expected(library, "Film", "eft", 4).text
 
@@ -413,7 +414,7 @@ def test_what_is_no_http_is_refused_in_the_same_shape(running):
         line.sendall(b"\x16\x03\x01 hello\r\n\r\n")
         answer = b"".join(iter(lambda: line.recv(4096), b""))
     assert answer.startswith(b"HTTP/1.1 400 ")
-    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] == "the request is no valid HTTP/1.1"
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] == "the request is not valid HTTP/1.1"
 
 
 # Connections
@@ -448,14 +449,14 @@ def test_a_client_that_is_gone_is_told_from_one_that_is_half_closed(running, str
 
 
 def limited(monkeypatch, **limits):
-    chosen = Limits(**{"most": 8, "head": 20.0, "rest": 20.0, "stall": 20.0, **limits})
-    monkeypatch.setattr("ivg.serving.server.fitting", lambda wanted, rest: chosen)
+    chosen = Limits(**{"max_connections": 8, "header_timeout": 20.0, "idle_timeout": 20.0, "write_timeout": 20.0, **limits})
+    monkeypatch.setattr("ivg.serving.server.connection_limits", lambda max_connections, idle_timeout: chosen)
     return Running(tiny(slow=Slow()))
 
 
 def test_idle_and_half_sent_connections_end(monkeypatch):
-    monkeypatch.setattr("ivg.serving.middleware.BODY_SECONDS", 0.4)
-    server = limited(monkeypatch, head=0.4, rest=0.6)
+    monkeypatch.setattr("ivg.serving.middleware.BODY_TIMEOUT", 0.4)
+    server = limited(monkeypatch, header_timeout=0.4, idle_timeout=0.6)
     try:
         silent, dripping, half = (connect(server) for _ in range(3))
         dripping.sendall(b"GET /health HT")
@@ -471,7 +472,7 @@ def test_idle_and_half_sent_connections_end(monkeypatch):
 
 
 def test_a_head_that_drips_does_not_last(monkeypatch):
-    server = limited(monkeypatch, head=0.5, rest=600.0)
+    server = limited(monkeypatch, header_timeout=0.5, idle_timeout=600.0)
     try:
         with connect(server) as line:
             line.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n")
@@ -484,7 +485,7 @@ def test_a_head_that_drips_does_not_last(monkeypatch):
 
 
 def test_who_comes_takes_the_place_of_who_rests(monkeypatch):
-    server = limited(monkeypatch, most=6)
+    server = limited(monkeypatch, max_connections=6)
     try:
         lines = [connect(server) for _ in range(20)]
         lines[-1].sendall(b"GET /hea")
@@ -499,7 +500,7 @@ def test_who_comes_takes_the_place_of_who_rests(monkeypatch):
 
 
 def test_connections_that_are_answered_are_not_closed_for_others(monkeypatch):
-    server = limited(monkeypatch, most=3)
+    server = limited(monkeypatch, max_connections=3)
     body = GOOD | {"model": "tiny", "max_tokens": 40, "guidance": SLOW}
     try:
         lines = [connect(server) for _ in range(3)]
@@ -526,7 +527,11 @@ def test_a_client_that_does_not_read_is_cut_off():
             if not server.server_state.connections:
                 ended.append(scope["path"])
 
-    server = uvicorn.Server(uvicorn.Config(endless, port=0, http=protocol(Limits(most=4, stall=0.2)), lifespan="off", log_config=None))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            endless, port=0, http=limited_protocol(Limits(max_connections=4, write_timeout=0.2)), lifespan="off", log_config=None
+        )
+    )
 
     async def serve():
         task = asyncio.ensure_future(server.serve())
@@ -550,15 +555,15 @@ def test_limits_leave_room_for_files(monkeypatch):
     import resource
 
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, 256))
-    limits = fitting(None, 75.0)
+    limits = connection_limits(None, 75.0)
     open_files = len(list(Path("/proc/self/fd").iterdir()))
-    assert limits.most + limits.backlog + open_files < 256 and limits.most >= 4
-    assert fitting(5, 75.0).most == 5
+    assert limits.max_connections + limits.backlog + open_files < 256 and limits.max_connections >= 4
+    assert connection_limits(5, 75.0).max_connections == 5
 
 
 def test_a_full_table_of_descriptors_is_one_line(caplog):
     loop = asyncio.new_event_loop()
-    quiet_accepts(loop)
+    throttle_accept_errors(loop)
     error = OSError(24, "Too many open files")
     with caplog.at_level(logging.ERROR):
         for _ in range(1000):
@@ -595,9 +600,9 @@ def test_a_server_that_stops_says_so_while_it_finishes():
 
 def test_warnings_are_lines_of_json():
     code = (
-        "import logging, warnings; from ivg.serving.logs import say, to_standard_error; to_standard_error();"
+        "import logging, warnings; from ivg.serving.logs import configure_logging, log_event; configure_logging();"
         "warnings.warn('old\\nthing'); logging.getLogger('transformers.x').warning('hm'); logging.getLogger('other').error('oh');"
-        "import transformers.utils.logging as t; t.get_logger('transformers.models').warning('really'); say('done')"
+        "import transformers.utils.logging as t; t.get_logger('transformers.models').warning('really'); log_event('done')"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     lines = [json.loads(line) for line in run.stderr.splitlines()]

@@ -182,9 +182,9 @@ def test_a_template_that_refuses_fails_its_own_row(why):
     searcher.add(Request(Prompt("a"), sampling=SamplingParams(max_new_tokens=2)))
     while searcher.busy:
         searcher.step()
-    presets = ServedModels(GuidedModel(base), Recipe.model_validate({"search": {"method": "base"}}), ServeSettings(name="m"))
+    served = ServedModels(GuidedModel(base), Recipe.model_validate({"search": {"method": "base"}}), ServeSettings(name="m"))
     with pytest.raises(ServeError, match=line) as caught:
-        presets.order(ChatRequest.model_validate({"model": "m", "messages": messages}))
+        served.prepare(ChatRequest.model_validate({"model": "m", "messages": messages}))
     assert caught.value.status == 400 and "/" not in str(caught.value).replace("{prompt}", "")
 
 

@@ -437,9 +437,9 @@ def test_an_evaluation_leaves_out_what_a_judge_has_no_number_for(tmp_path):
 
 
 def test_what_the_server_says_of_scores():
-    from ivg.serving.served_models import failed
+    from ivg.serving.errors import completion_error
 
-    user = failed(score_each(FunctionValue(shout, "mine"), [hypothesis("bad", "x", tiny_lm("base"))])[0])
+    user = completion_error(score_each(FunctionValue(shout, "mine"), [hypothesis("bad", "x", tiny_lm("base"))])[0])
     assert (user.status, user.code, str(user)) == (500, "model_error", "the value mine failed on this response")
-    long = failed(ScoreFault("too long\n  shorten it", prompt=True))
+    long = completion_error(ScoreFault("too long\n  shorten it", prompt=True))
     assert (long.status, str(long)) == (400, "too long; shorten it")

@@ -14,7 +14,7 @@ from ivg.engines.transformers.guidance import guided
 from ivg.errors import PromptError
 from ivg.models.vocabulary import Vocabulary
 from ivg.search.searcher import Request, Search, Searcher
-from ivg.serving.responses import Texts as ServerTexts
+from ivg.serving.responses import TokenText
 from ivg.testing import byte_tokenizer, tiny_lm
 from ivg.training import encoding
 from ivg.training.data import RatedResponse
@@ -282,7 +282,7 @@ def test_training_reads_rollouts_by_their_very_tokens(name):
 def test_server_names_tokens_as_they_stand_in_a_text():
     for name in ("unigram-first", "bpe-always", "bytes", "wordpiece"):
         v = vocabulary(name)
-        texts_of = ServerTexts(v)
+        token_text = TokenText(v)
         ids = v.tokenizer("a the", add_special_tokens=False).input_ids
-        shown = [texts_of.of(i) for i in ids]
-        assert "".join(shown).strip() == "a the" and texts_of.of(v.tokenizer.eos_token_id) == v.tokenizer.eos_token
+        shown = [token_text.decode(i) for i in ids]
+        assert "".join(shown).strip() == "a the" and token_text.decode(v.tokenizer.eos_token_id) == v.tokenizer.eos_token

@@ -4,6 +4,7 @@ import pytest
 
 from ivg import GuidedModel
 from ivg.serving.responses import ResponseBuilder
+from ivg.serving.served_models import RequestBatch
 from ivg.testing import byte_tokenizer, tiny_lm, tiny_value
 from ivg.types import SamplingParams
 from ivg.values.implicit import ImplicitValue
@@ -75,13 +76,11 @@ def test_company_changes_nothing(model):
 
 
 def test_the_server_says_what_was_cached(model):
-    from types import SimpleNamespace
-
     model.reset_caches()
     first, second = (model.generate(PROMPT, "ivg") for _ in range(2))
     request = model.request(PROMPT, "ivg")
-    form = ResponseBuilder(False, "m", SimpleNamespace(requests=[request], each=1, prompt_tokens=first.usage.prompt_tokens), None, None)
-    cold, warm = form.usage([first]), form.usage([second])
+    builder = ResponseBuilder(False, "m", RequestBatch([request], "ivg", 0, first.usage.prompt_tokens, 1), None, None)
+    cold, warm = builder.usage([first]), builder.usage([second])
     assert cold["prompt_tokens_details"] == {"cached_tokens": 0}
     assert warm["prompt_tokens_details"] == {"cached_tokens": warm["prompt_tokens"] - 1}
     assert {k: v for k, v in cold.items() if k != "prompt_tokens_details"} == {

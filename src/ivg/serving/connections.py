@@ -1,7 +1,7 @@
-"""Connections of strangers: how many, and for how long each may say nothing.
+"""Limits for connections: how many, and how long each may stay silent.
 
-Uvicorn has a limit for the time between two requests; this adds the others: for a head that does not come to its end, for a client that
-does not read, for connections at once. Knows HTTP/1.1 and no requests; bodies that do not come are ``serving.gate``'s to end.
+uvicorn has a timeout between two requests. This adds timeouts for request headers that do not arrive and for clients that do not read,
+and a maximum number of connections. Bodies that do not arrive are handled by ``serving.middleware``.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ivg.errors import ServeError
-from ivg.serving.logs import say
-from ivg.serving.responses import error_body
+from ivg.serving.errors import error_body
+from ivg.serving.logs import log_event
 
-EVENTS = "events"
-"""In the state of a scope: the response is a stream of events, and may have comments in it."""
-SPARE = 32
-"""Descriptors that are left for files and for connections of our own."""
-ACCEPT_LINE_SECONDS = 60.0
-"""That no descriptor was left is logged this often."""
+EVENT_STREAM = "event_stream"
+"""Key in the state of an ASGI scope: the response consists of server-sent events, so comments may be inserted."""
+RESERVED_FILES = 32
+"""File descriptors kept free for files and for outgoing connections."""
+ACCEPT_LOG_SECONDS = 60.0
+"""Failures to accept a connection are logged this often."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of connections.
+    """Limits for connections.
 
     Attributes:
-        most: open at once.
-        backlog: that the system accepts before the loop looks at any of them.
-        head: seconds from the first byte of a request to the end of its head.
-        rest: seconds without a request.
-        stall: seconds that a client may leave what was sent unread.
-        probe: seconds between two looks whether a client that sends no more still listens.
+        max_connections: open at once.
+        backlog: connections that the system accepts before the event loop sees them.
+        header_timeout: seconds from the first byte of a request to the end of its headers.
+        idle_timeout: seconds without a request.
+        write_timeout: seconds that a client may leave sent data unread.
+        probe_interval: seconds between checks of a half-closed connection.
     """
 
-    most: int
+    max_connections: int
     backlog: int = 128
-    head: float = 30.0
-    rest: float = 75.0
-    stall: float = 60.0
-    probe: float = 0.1
+    header_timeout: float = 30.0
+    idle_timeout: float = 75.0
+    write_timeout: float = 60.0
+    probe_interval: float = 0.1
 
 
-def fitting(wanted: int | None, rest: float) -> Limits:
-    """Limits that the process's limit of open files has room for.
+def connection_limits(max_connections: int | None, idle_timeout: float) -> Limits:
+    """Limits that fit into the process's limit of open files.
 
-    All that arrive at once are accepted before the first can be closed, so that their number is kept free, too.
+    The backlog is subtracted, because all connections in it may be accepted before the first one can be closed.
     """
     try:
         import resource
@@ -64,76 +64,76 @@ def fitting(wanted: int | None, rest: float) -> Limits:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     except (ImportError, OSError):  # no such limit on this system
         files = 1024
-    free = max(8, min(files, 1 << 20) - _open_files() - SPARE)
+    free = max(8, min(files, 1 << 20) - _open_files() - RESERVED_FILES)
     backlog = max(2, min(128, free // 4))
     most = max(4, free - backlog)
-    return Limits(most if wanted is None else min(wanted, most), backlog, rest=rest)
+    return Limits(most if max_connections is None else min(max_connections, most), backlog, idle_timeout=idle_timeout)
 
 
 def _open_files() -> int:
-    for place in ("/proc/self/fd", "/dev/fd"):
+    for folder in ("/proc/self/fd", "/dev/fd"):
         with suppress(OSError):
-            return len(list(Path(place).iterdir()))
+            return len(list(Path(folder).iterdir()))
     return 64
 
 
-class Connection(H11Protocol):
-    """Uvicorn's protocol with limits. Whoever comes when there are too many takes the place of the one that rests longest."""
+class LimitedProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1 protocol with :class:`Limits`. With too many connections a new one replaces the one idle for longest."""
 
     limits: Limits
     _timer: asyncio.TimerHandle | None = None
-    _stalled: asyncio.TimerHandle | None = None
-    _looking: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+    _probe_timer: asyncio.TimerHandle | None = None
     _since = 0.0
-    _resting = True
-    """No byte of the next head has come."""
+    _idle = True
+    """No byte of the next request has arrived."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for a request, if there is room."""
+        """Wait for a request, or refuse the connection."""
         super().connection_made(transport)
         self._since = self.loop.time()
-        if len(self.connections) > self.limits.most and not self._make_room():
-            self._refuse(ServeError("this server has as many connections as it takes; try again later", 503, "too_many_connections"))
+        if len(self.connections) > self.limits.max_connections and not self._close_idle():
+            self._refuse(ServeError("too many open connections; try again later", 503, "too_many_connections"))
             return
-        self._wait(self.limits.rest)
+        self._close_after(self.limits.idle_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is waited for any more."""
-        for timer in (self._timer, self._stalled, self._looking):
+        """Cancel all timers."""
+        for timer in (self._timer, self._write_timer, self._probe_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """The head of a request has a time to be whole in, however slowly it drips."""
-        first = self._resting and not self.answering
+        """Start the header timeout with the first byte of a request; later bytes do not extend it."""
+        first = self._idle and not self.answering
         super().data_received(data)
         if self.answering or self.transport.is_closing():
-            self._wait(None)
+            self._close_after(None)
         elif first:
-            self._since, self._resting = self.loop.time(), False
-            self._wait(self.limits.head)
+            self._since, self._idle = self.loop.time(), False
+            self._close_after(self.limits.header_timeout)
 
     def on_response_complete(self) -> None:
-        """Rest until the next request; one that came half meanwhile has its own time."""
-        self._since, self._resting = self.loop.time(), True
+        """Wait for the next request; pipelined requests restart the timers themselves."""
+        self._since, self._idle = self.loop.time(), True
         super().on_response_complete()
-        if self._looking is not None:
-            self._looking.cancel()
+        if self._probe_timer is not None:
+            self._probe_timer.cancel()
 
     @property
     def answering(self) -> bool:
-        """Is a request on its way?"""
+        """Is a request being answered?"""
         return self.cycle is not None and not self.cycle.response_complete
 
-    # Too many
+    # Number of connections
 
-    def _make_room(self) -> bool:
-        """Close a connection that nobody waits at: one at rest, else one whose request does not come to its end."""
-        others = [c for c in self.connections if isinstance(c, Connection) and c is not self]
-        for places in ([c for c in others if not c.answering], [c for c in others if c.answering and c.cycle.more_body]):
-            if places:
-                oldest = min(places, key=lambda c: c._since)
+    def _close_idle(self) -> bool:
+        """Close the oldest idle connection, else the oldest whose request body has not arrived."""
+        others = [c for c in self.connections if isinstance(c, LimitedProtocol) and c is not self]
+        for group in ([c for c in others if not c.answering], [c for c in others if c.answering and c.cycle.more_body]):
+            if group:
+                oldest = min(group, key=lambda c: c._since)
                 self.connections.discard(oldest)
                 oldest.transport.abort()
                 return True
@@ -144,44 +144,44 @@ class Connection(H11Protocol):
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         if error.status == 503:
             headers.append(("retry-after", "1"))
-        with suppress(h11.LocalProtocolError):  # in the middle of an answer there is nothing to say
+        with suppress(h11.LocalProtocolError):  # in the middle of a response
             for event in (h11.Response(status_code=error.status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP, in the shape of all errors."""
-        self._refuse(ServeError("the request is no valid HTTP/1.1", 400, "invalid_request"))
+        """OpenAI's error object for what is not HTTP."""
+        self._refuse(ServeError("the request is not valid HTTP/1.1", 400, "invalid_request"))
 
-    # Too slow
+    # Timeouts
 
-    def _wait(self, seconds: float | None) -> None:
+    def _close_after(self, seconds: float | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if seconds is None else self.loop.call_later(seconds, self._end)
+        self._timer = None if seconds is None else self.loop.call_later(seconds, self._on_timeout)
 
-    def _end(self) -> None:
+    def _on_timeout(self) -> None:
         if not self.answering:
             self.transport.close()
 
     def pause_writing(self) -> None:
-        """The client reads more slowly than we write."""
+        """The client reads more slowly than the server writes: start the write timeout."""
         super().pause_writing()
-        self._stalled = self.loop.call_later(self.limits.stall, self.transport.abort)
+        self._write_timer = self.loop.call_later(self.limits.write_timeout, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """It reads again."""
+        """The client reads again: stop the write timeout."""
         super().resume_writing()
-        if self._stalled is not None:
-            self._stalled.cancel()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
 
-    # Half closed
+    # Half-closed connections
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        """A client that sends no more may still listen (``shutdown(SHUT_WR)``), or be gone: the system says the same of both.
+        """A client that closed its sending side may still read (``shutdown(SHUT_WR)``), or be gone; the system reports the same for both.
 
-        What is sent to one that is gone comes back as an error. So something is sent that clients skip: an interim response, or a comment
-        in a stream of events.
+        Writing to a client that is gone causes a socket error. So send something that clients ignore: an interim response (100), or
+        a comment between server-sent events.
         """
         if not self.answering or self.cycle.more_body:
             return False
@@ -189,37 +189,38 @@ class Connection(H11Protocol):
         self._probe(0)
         return True
 
-    def _probe(self, looked: int) -> None:
+    def _probe(self, count: int) -> None:
         if self.transport.is_closing() or not self.answering:
             return
-        line: Any = self.transport.get_extra_info("socket")
-        if line is not None and line.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        sock: Any = self.transport.get_extra_info("socket")
+        if sock is not None and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.transport.abort()
             return
-        if looked % 50 == 0 and self.scope["http_version"] == "1.1":
+        if count % 50 == 0 and self.scope["http_version"] == "1.1":
             if not self.cycle.response_started:
                 self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            elif self.scope["state"].get(EVENTS):
+            elif self.scope["state"].get(EVENT_STREAM):
                 with suppress(h11.LocalProtocolError):
                     self.transport.write(self.conn.send(h11.Data(data=b":\n\n")) or b"")
-        self._looking = self.loop.call_later(self.limits.probe, self._probe, looked + 1)
+        self._probe_timer = self.loop.call_later(self.limits.probe_interval, self._probe, count + 1)
 
 
-def protocol(limits: Limits) -> type[Connection]:
-    """The protocol with these limits: uvicorn makes its objects itself."""
-    return type("Connection", (Connection,), {"limits": limits})
+def limited_protocol(limits: Limits) -> type[LimitedProtocol]:
+    """The protocol class with these limits; uvicorn creates its instances."""
+    return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits})
 
 
-def quiet_accepts(loop: asyncio.AbstractEventLoop) -> None:
-    """Log once a minute that no descriptor is left: asyncio logs it for every connection that waits, with a trace."""
-    told = -ACCEPT_LINE_SECONDS
+def throttle_accept_errors(loop: asyncio.AbstractEventLoop) -> None:
+    """Log once a minute that no file descriptor is free; asyncio logs a traceback for every waiting connection."""
+    last = -ACCEPT_LOG_SECONDS
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        nonlocal told
+        nonlocal last
         if "accept" not in context.get("message", ""):
             loop.default_exception_handler(context)
-        elif time.monotonic() - told >= ACCEPT_LINE_SECONDS:
-            told = time.monotonic()
-            say("no connection can be accepted", logging.ERROR, error=os.strerror(getattr(context.get("exception"), "errno", 0) or 0))
+        elif time.monotonic() - last >= ACCEPT_LOG_SECONDS:
+            last = time.monotonic()
+            error = os.strerror(getattr(context.get("exception"), "errno", 0) or 0)
+            log_event("cannot accept connections", logging.ERROR, error=error)
 
     loop.set_exception_handler(handle)

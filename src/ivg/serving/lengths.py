@@ -1,4 +1,4 @@
-"""How long prompts and answers may be: the contexts of base and values, as far as each has one. Knows no HTTP."""
+"""Length limits: the context windows of the base and of the values. Knows no HTTP."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from ivg.search.request import Request
 from ivg.settings.recipe import ROLES
 from ivg.types import Message, Prompt
 
-ANY = 1 << 40
+UNLIMITED = 1 << 40
 """More tokens than any context has."""
 
 
-def room(model: GuidedModel, request: Request) -> int | None:
-    """New tokens that every model of ``request`` can read behind its prompt, at most; None where none has a limit.
+def max_new_tokens(model: GuidedModel, request: Request) -> int | None:
+    """How many new tokens every model of ``request`` can read after its prompt; None where no model has a limit.
 
     Raises:
         ContextLengthError: not even one.
         PromptError: a prompt that cannot be read.
     """
-    tokens = ANY
+    tokens = UNLIMITED
     while True:
         try:
-            check(model, request, tokens)
+            check_lengths(model, request, tokens)
         except ContextLengthError as e:
             if e.length >= e.limit or tokens <= 1:
                 raise
             tokens = min(tokens - 1, e.limit - e.length)
         else:
-            return None if tokens == ANY else tokens
+            return None if tokens == UNLIMITED else tokens
 
 
-def check(model: GuidedModel, request: Request, tokens: int) -> None:
-    """Raise PromptError unless every model of ``request`` can read its prompt and so many new tokens."""
+def check_lengths(model: GuidedModel, request: Request, tokens: int) -> None:
+    """Raise PromptError unless every model of ``request`` can read its prompt and ``tokens`` new tokens."""
     search = request.search
     prompt = model.engine.open(request.prompt, replace(request.sampling, max_new_tokens=tokens)).prompt
     for value in (search.guidance.value if search.guidance else None, search.value):
@@ -44,8 +44,8 @@ def check(model: GuidedModel, request: Request, tokens: int) -> None:
             value.check(prompt, tokens)
 
 
-def check_size(base: PromptEncoder, prompt: Prompt) -> None:
-    """Refuse what is far too long before anything reads or remembers it: readers keep the tokens of the prompts that they saw.
+def check_prompt_length(base: PromptEncoder, prompt: Prompt) -> None:
+    """Refuse a prompt that is far too long before it is tokenized by every model: token ids of prompts are cached.
 
     Raises:
         ContextLengthError: more tokens than the base has positions.
@@ -66,18 +66,18 @@ def check_size(base: PromptEncoder, prompt: Prompt) -> None:
         raise ContextLengthError(message, model=base.name, length=tokens, new_tokens=1, limit=limit)
 
 
-def reads_chats(base: PromptEncoder) -> bool:
-    """Has the base a form for messages?"""
+def has_chat_template(base: PromptEncoder) -> bool:
+    """Can the base read messages?"""
     return base.template is not None or bool(getattr(base.tokenizer, "chat_template", None))
 
 
-def check_chats(model: GuidedModel) -> None:
-    """Raise unless all values can read messages, if the base can: known at start, and not at every request.
+def check_chat_templates(model: GuidedModel) -> None:
+    """Check at start that every value can read messages, if the base can.
 
     Raises:
         ConfigError: names the models that cannot.
     """
-    if not reads_chats(model.base):
+    if not has_chat_template(model.base):
         return
     refusals: list[str] = []
     for value in model.values.values():
@@ -89,18 +89,26 @@ def check_chats(model: GuidedModel) -> None:
         role = refusals[0].partition(" ")[0].replace("explicit", "value")
         hint = f"--template '{role}={{prompt}}'" if role in ROLES else 'template = "{prompt}" in the recipe'
         raise ConfigError(
-            f"the base reads chats, and no conversation could be answered: {'; '.join(refusals)}\n"
-            f"  give every model a form of its own, for example {hint}"
+            f"the base has a chat template, but no chat could be answered: {'; '.join(refusals)}\n"
+            f"  give every model a template, for example {hint}"
         )
 
 
-def too_long(error: ContextLengthError, param: str) -> ServeError:
-    """In OpenAI's words, which clients look for, and under its code."""
-    asked = f"{error.length} in the {param}" + (f", {error.new_tokens} in the completion" if error.new_tokens < ANY else "")
-    total = error.length + (error.new_tokens if error.new_tokens < ANY else 1)
-    whose = "" if error.model == "base" else f" The context is that of {error.model}."
-    message = (
-        f"This model's maximum context length is {error.limit} tokens. However, you requested {total} tokens ({asked})."
-        f" Please reduce the length of the {param} or completion.{whose}"
-    )
+def context_length_error(error: ContextLengthError, param: str, max_tokens: int | None) -> ServeError:
+    """OpenAI's error, in the words and with the code that clients look for.
+
+    Args:
+        error: what does not fit.
+        param: the field of the prompt: ``messages`` or ``prompt``.
+        max_tokens: completion tokens that the client asked for.
+    """
+    if max_tokens is None:
+        got = f"your {param} resulted in {error.length} tokens. Please reduce the length of the {param}."
+    else:
+        got = (
+            f"you requested {error.length + max_tokens} tokens ({error.length} in the {param}, {max_tokens} in the completion)."
+            f" Please reduce the length of the {param} or completion."
+        )
+    model = "" if error.model == "base" else f" The context is that of {error.model}."
+    message = f"This model's maximum context length is {error.limit} tokens. However, {got}{model}"
     return ServeError(message, 400, "context_length_exceeded", param)

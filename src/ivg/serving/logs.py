@@ -1,4 +1,4 @@
-"""Logs as JSON, one object a line. Prompts and answers are not among what is logged, unless the settings say so."""
+"""Logs as JSON, one object a line. Prompts and completions are not logged, unless ``log_prompts`` is set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 log = logging.getLogger("ivg.serve")
 
 
-class JsonFormatter(logging.Formatter):
+class JSONFormatter(logging.Formatter):
     """Time, level, message, and the fields given as ``extra={"fields": {...}}``."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -27,13 +27,13 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(out, default=str)
 
 
-def to_standard_error() -> None:
-    """What ``ivg serve`` does with its log: every line is JSON, warnings of libraries and of Python too, and no bar moves between them."""
+def configure_logging() -> None:
+    """Send all logs and Python warnings to standard error as JSON; turn progress bars off."""
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(JSONFormatter())
     for name, level in (("", logging.WARNING), ("ivg.serve", logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
@@ -46,6 +46,6 @@ def to_standard_error() -> None:
     disable_progress_bars()
 
 
-def say(event: str, level: int = logging.INFO, **fields: Any) -> None:
+def log_event(event: str, level: int = logging.INFO, **fields: Any) -> None:
     """Log ``event`` with fields."""
     log.log(level, event, extra={"fields": fields})

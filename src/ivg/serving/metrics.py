@@ -1,4 +1,4 @@
-"""Numbers for Prometheus, in a registry of their own. Knows their names and units; who counts is ``worker`` and ``app``."""
+"""Prometheus metrics, in a registry of their own."""
 
 from __future__ import annotations
 
@@ -6,34 +6,46 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from ivg.model import GuidedModel
+from ivg.search.searcher import Searcher
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-_LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
 class Metrics:
-    """Everything that is counted."""
+    """All metrics of one server."""
 
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()
-        self.requests = Counter("ivg_requests", "Requests answered", ["endpoint", "status"], registry=r)
-        self.queue = Gauge("ivg_queue_length", "Answers that wait for their turn", registry=r)
-        self.live = Gauge("ivg_live_requests", "Answers being written", registry=r)
-        self.beams = Gauge("ivg_live_beams", "Hypotheses of the answers being written, at most", registry=r)
-        self.read = Counter("ivg_tokens_read", "Tokens that a model read", ["model"], registry=r)
-        self.written = Counter("ivg_tokens_written", "Tokens of finished answers", registry=r)
-        self.step = Histogram("ivg_step_seconds", "One round of the search", buckets=_SHORT, registry=r)
-        self.first = Histogram("ivg_first_text_seconds", "From request to its first text", buckets=_LONG, registry=r)
-        self.total = Histogram("ivg_request_seconds", "From request to the end of its answer", buckets=_LONG, registry=r)
-        self.rows = Gauge("ivg_cache_rows", "Cache rows in use", ["model"], registry=r)
-        self.bytes = Gauge("ivg_cache_bytes", "Keys and values in use", ["model"], registry=r)
-        self.failures = Counter("ivg_model_failures", "Rounds that a model or value broke off", registry=r)
+        self.requests = Counter("ivg_requests", "HTTP requests", ["endpoint", "status"], registry=r)
+        self.queue_length = Gauge("ivg_queue_length", "Completions waiting to be scheduled", registry=r)
+        self.live_requests = Gauge("ivg_live_requests", "Completions being generated", registry=r)
+        self.live_beams = Gauge("ivg_live_beams", "Maximum number of beams of the completions being generated", registry=r)
+        self.tokens_read = Counter("ivg_tokens_read", "Tokens read by each model (prompt and completion)", ["model"], registry=r)
+        self.tokens_written = Counter("ivg_tokens_written", "Tokens of finished completions", registry=r)
+        self.step_seconds = Histogram("ivg_step_seconds", "Duration of one step of the search", buckets=_STEP_BUCKETS, registry=r)
+        self.first_text = Histogram("ivg_first_text_seconds", "Time to first text", buckets=_REQUEST_BUCKETS, registry=r)
+        self.request_seconds = Histogram("ivg_request_seconds", "Time from request to last token", buckets=_REQUEST_BUCKETS, registry=r)
+        self.cache_rows = Gauge("ivg_cache_rows", "Rows of the key-value cache in use", ["model"], registry=r)
+        self.cache_bytes = Gauge("ivg_cache_bytes", "Bytes of keys and values in use", ["model"], registry=r)
+        self.failures = Counter("ivg_model_failures", "Errors raised by a model or a value", registry=r)
 
-    def spent(self, tokens: Mapping[str, int]) -> None:
-        """Models have read so many tokens."""
+    def count_tokens_read(self, tokens: Mapping[str, int]) -> None:
+        """Add tokens read, by model."""
         for model, count in tokens.items():
-            self.read.labels(model).inc(count)
+            self.tokens_read.labels(model).inc(count)
+
+    def set_gauges(self, model: GuidedModel, searcher: Searcher, waiting: int) -> None:
+        """Set every gauge to its value now."""
+        self.queue_length.set(waiting)
+        self.live_requests.set(searcher.live_requests)
+        self.live_beams.set(searcher.live_beams)
+        for reader in model.readers:
+            self.cache_rows.labels(reader.name).set(reader.model.live_rows)
+            self.cache_bytes.labels(reader.name).set(reader.model.rows.held_bytes)
 
     def text(self) -> bytes:
-        """As Prometheus reads it."""
+        """In Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,6 +1,6 @@
-"""What every HTTP request passes through: its id, its key, the size of its body, one line in the log, one more in the counts.
+"""ASGI middleware for every request: request id, API key, body limits, security headers, access log and metrics.
 
-Plain ASGI, so that streams and disconnects pass unchanged. Knows no bodies.
+Plain ASGI rather than ``BaseHTTPMiddleware``, so that streams and disconnects pass unchanged.
 """
 
 from __future__ import annotations
@@ -14,40 +14,40 @@ import re
 import time
 import uuid
 from contextlib import suppress
-from typing import Any
 
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ivg.errors import ServeError
-from ivg.serving.logs import log, say
+from ivg.serving.errors import error_body, error_headers
+from ivg.serving.logs import log, log_event
 from ivg.serving.metrics import Metrics
-from ivg.serving.responses import error_body
 from ivg.serving.settings import ServeSettings
 
-GUARDED = ("/v1/", "/metrics", "/openapi.json")
-"""Where a key is asked for, if there are keys."""
-BODY_SECONDS = 30.0
-"""A body that takes longer than this to arrive is not waited for."""
-SKIPPED_BYTES, SKIP_SECONDS = 64 << 20, 10.0
-"""Of a body that is refused, so much is read and thrown away."""
-HEADERS = (
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (
-        b"content-security-policy",
-        b"default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'",
+PROTECTED = ("/v1/", "/metrics", "/openapi.json")
+"""Paths that need an API key, if there are keys."""
+BODY_TIMEOUT = 30.0
+"""Seconds for a request body to arrive."""
+DISCARD_BYTES, DISCARD_TIMEOUT = 64 << 20, 10.0
+"""Up to this much of a refused body is read and discarded."""
+SECURITY_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "content-security-policy": (
+        "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'"
     ),
-)
+}
 
 
-class GuardMiddleware:
-    """ASGI middleware.
+class RequestMiddleware:
+    """Checks every request before the application sees it, logs and counts it.
 
     Args:
-        app: what is behind it.
-        settings: keys and the body's limit.
+        app: the application.
+        settings: API keys and the limit of the body.
         metrics: counts requests by path and status.
-        paths: that are counted under their own names.
+        paths: paths that are counted under their own names.
     """
 
     def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, paths: frozenset[str]) -> None:
@@ -55,94 +55,96 @@ class GuardMiddleware:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, or whatever else ASGI has."""
+        """Handle one request; a trailing slash is removed, and HEAD is answered as GET without a body."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = {k.lower(): v for k, v in scope["headers"]}
-        method, path = scope["method"], scope["path"]
-        scope = {**scope, "path": path.rstrip("/") or "/", "method": "GET" if method == "HEAD" else method}
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        identity = given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = identity
-        pipe = _Pipe(send, identity, body=method != "HEAD")
-        started = time.monotonic()
+        headers = Headers(scope=scope)
+        method, path = scope["method"], scope["path"].rstrip("/") or "/"
+        scope = {**scope, "path": path, "method": "GET" if method == "HEAD" else method}
+        given = headers.get("x-request-id", "")
+        request_id = given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        status, started = 499, time.monotonic()  # 499: the client disconnected before a response began
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).update({"x-request-id": request_id, **SECURITY_HEADERS})
+            elif method == "HEAD" and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
         try:
-            await self._pass(scope, headers, receive, pipe)
-        except asyncio.CancelledError:
-            pipe.status = pipe.status or 499
-            raise
+            await self._handle(scope, headers, receive, send_with_headers)
         except Exception:
-            log.exception("request failed", extra={"fields": {"request_id": identity}})
-            if not pipe.status:
-                await refuse(pipe, ServeError("something went wrong in the server; its log has this request's id", 500, "server_error"))
+            log.exception("request failed", extra={"fields": {"request_id": request_id}})
+            if status == 499:
+                await error_response(internal_error())(scope, receive, send_with_headers)
         finally:
-            path = scope["path"]
-            self.metrics.requests.labels(path if path in self.paths else "other", pipe.status or 499).inc()
+            self.metrics.requests.labels(path if path in self.paths else "other", status).inc()
             level = logging.DEBUG if path in ("/health", "/ready", "/metrics") else logging.INFO
             seconds = round(time.monotonic() - started, 4)
-            say("request", level, request_id=identity, method=method, path=path, status=pipe.status or 499, seconds=seconds)
+            log_event("request", level, request_id=request_id, method=method, path=path, status=status, seconds=seconds)
 
-    async def _pass(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
-        if b"transfer-encoding" in headers and b"content-length" in headers:  # whoever stands between may take the other one for true
-            message = "the request has both Content-Length and Transfer-Encoding; send one of them"
-            await refuse(send, ServeError(message, 400, "invalid_request"), close=True)
-            return
+    async def _handle(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+        app: ASGIApp = self.app
         try:
-            try:
-                self._admit(scope, headers)
-            except ServeError:
-                await _skip(headers, receive)
-                raise
-            async with asyncio.timeout(BODY_SECONDS):
-                body = await self._body(headers, receive)
+            if "transfer-encoding" in headers and "content-length" in headers:
+                error = ServeError("the request has both Content-Length and Transfer-Encoding; send one of them", 400, "invalid_request")
+                app = error_response(error, close=True)  # a proxy may read another length than this server (request smuggling)
+            else:
+                await self._check_key(scope, headers, receive)
+                async with asyncio.timeout(BODY_TIMEOUT):
+                    receive = _replay(await self._read_body(headers, receive), receive)
         except TimeoutError:
-            await refuse(send, ServeError(f"no whole body within {BODY_SECONDS:g} seconds", 408, "timeout"), close=True)
+            error = ServeError(f"the body did not arrive within {BODY_TIMEOUT:g} seconds", 408, "timeout")
+            app = error_response(error, close=True)
         except ServeError as e:
-            await refuse(send, e)
-        else:
-            await self.app(scope, _Again(body, receive), send)
+            app = error_response(e)
+        await app(scope, receive, send)
 
-    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        """Raise unless the request has a key, where one is needed."""
-        if not self._digests or not scope["path"].startswith(GUARDED) or scope["method"] == "OPTIONS":
+    async def _check_key(self, scope: Scope, headers: Headers, receive: Receive) -> None:
+        if not self._digests or not scope["path"].startswith(PROTECTED) or scope["method"] == "OPTIONS":
             return
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        known = [hmac.compare_digest(digest, other) for other in self._digests]  # all of them: time says nothing
-        if scheme.lower() != b"bearer" or not any(known):
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
+        matches = [hmac.compare_digest(digest, other) for other in self._digests]  # all of them: constant time
+        if scheme.lower() != "bearer" or not any(matches):
+            await _discard_body(headers, receive)
             raise ServeError("no valid API key; send the header Authorization: Bearer KEY", 401, "invalid_api_key")
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+    async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
         limit = self.settings.max_body_bytes
-        too_large = ServeError(f"the body is larger than the {limit} bytes that this server takes", 413, "body_too_large")
-        if int(headers.get(b"content-length", b"0") or 0) > limit:
-            await _skip(headers, receive)
+        too_large = ServeError(f"the body is larger than the limit of {limit} bytes", 413, "body_too_large")
+        if int(headers.get("content-length") or 0) > limit:
+            await _discard_body(headers, receive)
             raise too_large
         body = bytearray()
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise ServeError("the client went away", 499, "disconnected")
+                raise ServeError("the client disconnected", 499, "disconnected")
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > limit:
                 if more:
-                    await _skip({}, receive)  # it was told to go on already
+                    await _discard_body(Headers(), receive)  # 100 Continue was sent already
                 raise too_large
             if not more:
                 return bytes(body)
 
 
-async def _skip(headers: dict[bytes, bytes], receive: Receive) -> None:
-    """Read what is still to come of a body that nobody wants.
+async def _discard_body(headers: Headers, receive: Receive) -> None:
+    """Read the rest of a refused body.
 
-    Whoever is sending it (nginx, most clients) reads no answer before the end, and takes a closed connection for a broken server.
-    A client that asked first (``Expect: 100-continue``) sends nothing more when it is refused.
+    nginx and most clients read the response only after sending the whole body, and take a closed connection for a broken server. A client
+    that sent ``Expect: 100-continue`` sends no body when it is refused.
     """
-    left = 0 if b"expect" in headers else SKIPPED_BYTES
+    left = 0 if "expect" in headers else DISCARD_BYTES
     with suppress(TimeoutError):
-        async with asyncio.timeout(SKIP_SECONDS):
+        async with asyncio.timeout(DISCARD_TIMEOUT):
             while left > 0:
                 message = await receive()
                 left -= len(message.get("body", b""))
@@ -150,51 +152,23 @@ async def _skip(headers: dict[bytes, bytes], receive: Receive) -> None:
                     return
 
 
-class _Again:
-    """Gives the body that was read already, then whatever comes."""
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A ``receive`` that gives the body, which was read already, and then the messages of ``receive``."""
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    def __init__(self, body: bytes, receive: Receive) -> None:
-        self.body: bytes | None = body
-        self.receive = receive
+    async def replay() -> Message:
+        return first.pop() if first else await receive()
 
-    async def __call__(self) -> Message:
-        if self.body is None:
-            return await self.receive()
-        body, self.body = self.body, None
-        return {"type": "http.request", "body": body, "more_body": False}
+    return replay
 
 
-class _Pipe:
-    """Sends, adds headers, and remembers the status; without bodies, where only the head was asked for."""
-
-    def __init__(self, send: Send, identity: str, *, body: bool = True) -> None:
-        self.send, self.status, self.body = send, 0, body
-        self.headers = [(b"x-request-id", identity.encode()), *HEADERS]
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            message = {**message, "headers": [*message.get("headers", ()), *self.headers]}
-        elif not self.body and message["type"] == "http.response.body":
-            message = {**message, "body": b""}
-        await self.send(message)
+def error_response(error: ServeError, *, close: bool = False) -> Response:
+    """An error as a response; with ``close`` the connection is closed afterwards."""
+    headers = error_headers(error) | ({"connection": "close"} if close else {})
+    body = json.dumps(error_body(error))  # ASCII: text of the client may contain lone surrogates
+    return Response(body, error.status, headers, "application/json")
 
 
-async def refuse(send: Send, error: ServeError, *, close: bool = False) -> None:
-    """An error as a whole response; with ``close`` nothing more is read from this client."""
-    body, headers = json.dumps(error_body(error)).encode(), error_headers(error)
-    if close:
-        headers |= {"connection": "close"}
-    raw = [(k.encode(), v.encode()) for k, v in headers.items()]
-    start: dict[str, Any] = {"type": "http.response.start", "status": error.status}
-    await send({**start, "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *raw]})
-    await send({"type": "http.response.body", "body": body})
-
-
-def error_headers(error: ServeError) -> dict[str, str]:
-    """When to try again; and not at all where it would be the same again."""
-    if error.status == 429 or error.code in ("unavailable", "upstream_unavailable"):
-        return {"retry-after": "1"}
-    if error.status == 401:
-        return {"www-authenticate": "Bearer"}
-    return {"x-should-retry": "false"} if error.code in ("model_error", "deadline_exceeded", "upstream_refused") else {}
+def internal_error() -> ServeError:
+    """The error for exceptions that nothing else handles."""
+    return ServeError("internal server error; the server's log has details under this request's id", 500, "server_error")

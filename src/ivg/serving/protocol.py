@@ -1,8 +1,7 @@
-"""What clients may ask: OpenAI's fields, vLLM's names for sampling settings, and ``guidance``. Knows no models; unknown fields are
-errors that name them (``serving.bodies`` has taken away before what changes no answer).
+"""Request bodies: OpenAI's fields, vLLM's names for further sampling settings, and ``guidance``. Knows no models.
 
-Fields that OpenAI's clients may send and that nothing here can honour (tools, penalties, audio …) are accepted at the value that
-asks for nothing, and refused by name otherwise.
+Unknown fields are errors (``serving.parsing`` has removed those that do not change the response). Fields of OpenAI's protocol that are
+not supported (tools, penalties, audio …) are accepted at their neutral value and refused otherwise.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ MAX_MESSAGES = 1024
 MAX_STOPS = 16
 ROLES = ("system", "developer", "user", "assistant")
 SAMPLING = ("top_k", "min_p", "repetition_penalty", "ignore_eos")
-"""Fields of ``guidance`` that are taken from the body's top level too, where vLLM has them."""
+"""Fields of ``guidance`` that are also accepted at the body's top level, where vLLM has them."""
 
 
 class MustBe:
-    """Marks a field that may only ask for nothing, by one of these values or None."""
+    """Marks a field that is not supported: it must be None or one of these neutral values."""
 
     def __init__(self, *neutral: Any) -> None:
         self.neutral = neutral
 
     def check(self, value: Any) -> Any:
-        """``value``, if it is one of them; 0 is not False."""
-        if not any(value == fine and isinstance(value, bool) == isinstance(fine, bool) for fine in (None, *self.neutral)):
+        """``value``, if it is neutral; ValueError otherwise."""
+        if not is_one_of(value, (None, *self.neutral)):
             raise ValueError(f"is not supported; leave it out{f' or give {self.neutral[0]!r}' if self.neutral else ''}")
         return value
 
@@ -52,12 +51,17 @@ class MustBe:
         return {"enum": [None, *self.neutral]}
 
 
-class _Body(BaseModel):
+def is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
+    """Is a JSON value among ``choices``? Unlike in Python, 0 is not false."""
+    return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)
+
+
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Guidance(SearchConfig):
-    """Method and settings of the search (``ivg models`` lists them), and sampling settings that OpenAI's protocol lacks."""
+    """Method and settings of the search (see ``ivg models``), and sampling settings that OpenAI's protocol lacks."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -69,20 +73,22 @@ class Guidance(SearchConfig):
 
     @property
     def search(self) -> dict[str, Any]:
-        """Settings of the search that were given, but for the method."""
+        """Settings of the search that were given, without the method."""
         return {k: v for k, v in self.settings().items() if k in SearchConfig.model_fields}
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Settings of sampling that were given."""
+        """Sampling settings that were given."""
         return {k: v for k, v in self.settings().items() if k not in SearchConfig.model_fields}
 
 
-class StreamOptions(_Body):
-    """What a stream carries besides text.
+class StreamOptions(_Strict):
+    """What a stream contains besides text.
 
-    With ``include_usage``, ``continuous_usage_stats`` (vLLM's) adds usage so far to every chunk. ``include_beams`` (ours) sends the search
-    tree and every token's alternatives.
+    Attributes:
+        include_usage: end with a chunk of usage.
+        continuous_usage_stats: with ``include_usage``, add the usage so far to every chunk (as vLLM does).
+        include_beams: send the search tree and the alternatives of every token (ours).
     """
 
     include_usage: bool | None = None
@@ -92,24 +98,24 @@ class StreamOptions(_Body):
 
 
 def _stop(value: Any) -> str | list[str] | None:
-    """One text or several, none of them empty; errors name the place."""
+    """One text or several, none of them empty; errors name the path."""
     if value is None:
         return None
     if not isinstance(value, str | list):
-        raise PromptError(f"stop must be text or a list of texts, got {shown(value)}")
+        raise PromptError(f"stop must be text or a list of texts, got {show_json(value)}")
     if isinstance(value, list) and len(value) > MAX_STOPS:
         raise PromptError(f"stop must have at most {MAX_STOPS} texts, got {len(value)}")
     for where, text in [("stop", value)] if isinstance(value, str) else [(f"stop[{i}]", text) for i, text in enumerate(value)]:
         check_text(text, where)
         if not text:
-            raise PromptError(f"{where} must not be empty: an empty text would end every answer before its first token; leave it out")
+            raise PromptError(f"{where} must not be empty; leave it out")
     return value
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
-    """The turns of a conversation, by the one parser of prompts; tools have no turn here."""
+    """The messages of a chat; roles for tools are not supported."""
     if not isinstance(value, list):
-        raise PromptError(f"messages must be a list of messages, got {shown(value)}")
+        raise PromptError(f"messages must be a list of messages, got {show_json(value)}")
     if not 1 <= len(value) <= MAX_MESSAGES:
         raise PromptError(f"messages must have 1 to {MAX_MESSAGES} messages, got {len(value)}")
     turns: Any = Prompt.of(value).content
@@ -120,37 +126,37 @@ def _messages(value: Any) -> tuple[Message, ...]:
 
 
 def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
-    """A text, several texts, token ids, or several lists of them; errors name the place."""
+    """A text, several texts, token ids, or several lists of token ids; errors name the path."""
     if isinstance(value, str):
         check_text(value, "prompt")
         return value
     if not isinstance(value, list) or not value:
-        got = "an empty list" if value == [] else shown(value)
+        got = "an empty list" if value == [] else show_json(value)
         raise PromptError(f"prompt must be text, a list of texts, token ids, or a list of lists of token ids; got {got}")
-    if _is_id(value[0]):
-        return _ids(value, "prompt")
+    if _is_token_id(value[0]):
+        return _token_ids(value, "prompt")
     if isinstance(value[0], list):
-        return [_ids(ids, f"prompt[{i}]") for i, ids in enumerate(value)]
+        return [_token_ids(ids, f"prompt[{i}]") for i, ids in enumerate(value)]
     for i, text in enumerate(value):
         check_text(text, f"prompt[{i}]")
     return value
 
 
-def _ids(value: Any, where: str) -> list[int]:
+def _token_ids(value: Any, where: str) -> list[int]:
     if not isinstance(value, list) or not value:
-        raise PromptError(f"{where} must be a list of token ids, got {'an empty list' if value == [] else shown(value)}")
+        raise PromptError(f"{where} must be a list of token ids, got {'an empty list' if value == [] else show_json(value)}")
     for i, token in enumerate(value):
-        if not _is_id(token) or token < 0:
-            raise PromptError(f"{where}[{i}] must be a token id (an integer of 0 or more), got {shown(token)}")
+        if not _is_token_id(token) or token < 0:
+            raise PromptError(f"{where}[{i}] must be a token id (an integer of 0 or more), got {show_json(token)}")
     return value
 
 
-def _is_id(value: Any) -> bool:
+def _is_token_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def shown(value: Any) -> str:
-    """A value of JSON in an error: its kind, and what it is where that is short."""
+def show_json(value: Any) -> str:
+    """A JSON value in an error message: the value if it is short, else its type."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -185,7 +191,7 @@ Messages = Annotated[tuple[Message, ...], PlainValidator(_messages), WithJsonSch
 Prompts = Annotated[Any, PlainValidator(_prompt), WithJsonSchema({"anyOf": [_TEXT, _list_of(_TEXT), _IDS, _list_of(_IDS)]})]
 
 
-class _Common(_Body):
+class _Request(_Strict):
     model: str
     n: int | None = Field(None, ge=1)
     stop: Stop = None
@@ -213,37 +219,42 @@ class _Common(_Body):
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Settings of sampling that OpenAI's protocol lacks and that were given, here or in ``guidance``."""
+        """Sampling settings that OpenAI's protocol lacks and that were given, here or in ``guidance``."""
         own = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
-        if own.get("top_k") == -1:  # vLLM's word for off
+        if own.get("top_k") == -1:  # off, in vLLM
             own["top_k"] = 0
         if self.min_tokens is not None:
             own["min_new_tokens"] = self.min_tokens
         return own | (self.guidance.sampling if self.guidance else {})
 
     @property
-    def watched(self) -> bool:
-        """Does the client want to see beams?"""
+    def include_beams(self) -> bool:
+        """Stream the search tree?"""
         return bool(self.stream and self.stream_options and self.stream_options.include_beams)
 
     @property
-    def alternatives(self) -> int | None:
-        """How many likely tokens are to be shown at each place; None: not even the drawn ones' log-probabilities."""
+    def n_logprobs(self) -> int | None:
+        """Alternatives for each token; None: no log-probabilities."""
         return None
 
     @property
     def limit(self) -> int | None:
-        """Tokens of the answer."""
+        """Maximum number of completion tokens."""
         return self.max_tokens
 
+    @property
+    def limit_field(self) -> str:
+        """The field that gives :attr:`limit`."""
+        return "max_tokens"
+
     @model_validator(mode="after")
-    def _streams(self) -> _Common:
+    def _check_stream_options(self) -> _Request:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options goes with stream=true")
+            raise ValueError("stream_options needs stream=true")
         return self
 
     @model_validator(mode="after")
-    def _once(self) -> _Common:
+    def _check_given_once(self) -> _Request:
         given = self.guidance.sampling if self.guidance else {}
         for name in SAMPLING:
             own = getattr(self, name)
@@ -252,7 +263,7 @@ class _Common(_Body):
         return self
 
 
-class ChatRequest(_Common):
+class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
     messages: Messages
@@ -279,24 +290,29 @@ class ChatRequest(_Common):
 
     @property
     def limit(self) -> int | None:
-        """Tokens of the answer, by either name."""
+        """Maximum number of completion tokens, by either name."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
-    def alternatives(self) -> int | None:
-        """As many as ``top_logprobs`` says."""
+    def limit_field(self) -> str:
+        """The field that gives :attr:`limit`."""
+        return "max_tokens" if self.max_tokens is not None else "max_completion_tokens"
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """Alternatives for each token; None: no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
-    def _agrees(self) -> ChatRequest:
+    def _check_pairs(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs goes with logprobs=true")
+            raise ValueError("top_logprobs needs logprobs=true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
         return self
 
 
-class CompletionRequest(_Common):
+class CompletionRequest(_Request):
     """POST /v1/completions."""
 
     prompt: Prompts
@@ -306,8 +322,8 @@ class CompletionRequest(_Common):
     suffix: Annotated[Any, MustBe("")] = None
 
     @property
-    def alternatives(self) -> int | None:
-        """As many as ``logprobs`` says."""
+    def n_logprobs(self) -> int | None:
+        """Alternatives for each token; None: no log-probabilities."""
         return self.logprobs
 
     @property
@@ -319,5 +335,9 @@ class CompletionRequest(_Common):
     @model_validator(mode="after")
     def _no_best_of(self) -> CompletionRequest:
         if self.best_of not in (None, self.n or 1):
-            raise ValueError('best_of is not supported; guidance={"method": "bon", "successors": N} picks the best of N by a value')
+            raise ValueError('best_of is not supported; guidance={"method": "bon", "successors": N} selects the best of N by a value')
         return self
+
+
+Body = ChatRequest | CompletionRequest
+"""A parsed request body."""

@@ -1,25 +1,34 @@
-"""What passes between clients and the thread that owns the models: a ticket one way, events the other; and what has become of each.
+"""What passes between an HTTP request and the worker thread: a :class:`RequestHandle` one way, events the other.
 
-Knows no models, no HTTP.
+Knows no models and no HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ivg.errors import ServeError
 from ivg.search.request import Request
-from ivg.serving.served_models import Order
+from ivg.serving.protocol import Body
+from ivg.serving.served_models import RequestBatch
 from ivg.types import Completion, TokenLogprobs, TraceNode
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a round brought for one answer; ``index`` counts the answers of the ticket."""
+    """What one step of the search added to one completion.
+
+    Attributes:
+        index: which of the request's completions.
+        committed: text that all live beams share; it only grows.
+        kept: beams that a selection kept.
+        dropped: beams that it dropped.
+        details: log-probabilities of the tokens so far.
+        completion: set when it is finished.
+        tokens: length of ``committed`` in tokens.
+    """
 
     index: int
     committed: str
@@ -28,68 +37,62 @@ class Progress:
     details: tuple[TokenLogprobs, ...]
     completion: Completion | None = None
     tokens: int = 0
-    """That all live hypotheses share."""
 
 
-Event = Order | Progress | ServeError
-"""An order comes first, when it is accepted; an error last, and nothing behind it."""
+Event = RequestBatch | Progress | ServeError
+"""A :class:`RequestBatch` comes first, when the request is accepted; an error comes last."""
 
 
 class RequestHandle:
-    """One client's request: what to make of it, and where its events go.
+    """One HTTP request on its way through the worker, and the queue of its events.
 
     Args:
-        make: gives the order; called where the models are.
-        size: answers that it asks for.
-        seconds: until it is too late.
+        body: the parsed body.
+        count: completions that it asks for.
+        timeout: seconds until the request fails.
     """
 
-    def __init__(self, make: Callable[[], Order], size: int, seconds: float) -> None:
-        self.make, self.size = make, size
+    def __init__(self, body: Body, count: int, timeout: float) -> None:
+        self.body, self.count, self.timeout = body, count, timeout
         self.started = time.monotonic()
-        self.deadline = self.started + seconds
+        self.deadline = self.started + timeout
         self.loop = asyncio.get_running_loop()
         self.events: asyncio.Queue[Event] = asyncio.Queue()
-        self.over = False
-        """Nothing will be sent any more."""
+        self.closed = False
+        """No more events will be sent."""
 
     def deliver(self, events: list[Event]) -> None:
-        """Called in the client's loop."""
+        """Queue events; called in the event loop of the HTTP request."""
         for event in events:
             self.events.put_nowait(event)
 
 
-def deliver(parcels: list[tuple[RequestHandle, list[Event]]]) -> None:
-    """Hand over events of several tickets; called in their clients' loop."""
-    for ticket, events in parcels:
-        ticket.deliver(events)
+def deliver_all(batches: list[tuple[RequestHandle, list[Event]]]) -> None:
+    """Queue the events of several requests; called in their event loop."""
+    for handle, events in batches:
+        handle.deliver(events)
 
 
 @dataclass(slots=True, eq=False)
 class RunningRequest:
-    """One answer on its way, and what its client has had of it."""
+    """One completion in the search, and what its client has received.
 
-    ticket: RequestHandle
+    Attributes:
+        handle: the HTTP request it belongs to.
+        index: which of that request's completions.
+        request: the search request.
+        number: its number in the searcher.
+        committed: text sent so far.
+        selections_sent: steps with a selection that were sent.
+        selections_seen: steps with a selection since the last restart; those up to ``selections_sent`` are not sent again.
+        retried: it was the only one in a failed step of an engine that died, and has been run again.
+    """
+
+    handle: RequestHandle
     index: int
     request: Request
     number: int = -1
     committed: str = ""
-    boards: int = 0
-    """Rounds with selections that were sent."""
-    seen: int = 0
-    """… that came since the last start."""
-    spared: bool = False
-    """It was alone when an engine died, which need not be its fault: once it is tried again."""
-
-
-@dataclass(slots=True)
-class State:
-    """All answers on their way."""
-
-    flights: dict[int, RunningRequest] = field(default_factory=dict)
-    suspects: deque[list[RunningRequest]] = field(default_factory=deque)
-    """To be run again, one group after the other."""
-    probing: bool = False
-    """Suspects are being run; whoever comes meanwhile waits, else under steady load the searcher would never be free for the next."""
-    later: deque[RequestHandle] = field(default_factory=deque)
-    """Came while those run."""
+    selections_sent: int = 0
+    selections_seen: int = 0
+    retried: bool = False

@@ -1,4 +1,4 @@
-"""What goes back: OpenAI's objects and errors as plain dictionaries, with one of ours called ``ivg``. Knows no HTTP, no threads."""
+"""Response bodies: OpenAI's objects as dictionaries, with one more field called ``ivg``. Knows no HTTP and no threads."""
 
 from __future__ import annotations
 
@@ -11,180 +11,183 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from ivg.errors import ServeError
 from ivg.models.vocabulary import Vocabulary
-from ivg.serving.served_models import Order
+from ivg.serving.served_models import RequestBatch
 from ivg.types import Completion, TokenLogprobs
 
-NEVER = -9999.0
-"""OpenAI's number for the logarithm of nothing."""
+MIN_LOGPROB = -9999.0
+"""OpenAI's number for log 0."""
 
 
-class Texts:
-    """Tokens by themselves as text."""
+class TokenText:
+    """Text of single tokens, cached."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self.of = lru_cache(maxsize=65536)(self._of)
-        self._before = vocabulary.tokenizer("a", add_special_tokens=False).input_ids
+        self._context = vocabulary.tokenizer("a", add_special_tokens=False).input_ids
+        self.decode = lru_cache(maxsize=65536)(self._decode)
 
-    def _of(self, token: int) -> str:
-        """Behind other text, because some tokenizers drop a leading space; a special token by its name."""
-        return self._vocabulary.response_text(self._before, [token]) or self._vocabulary.pieces.get(token, "")
+    def _decode(self, token: int) -> str:
+        """Decoded after other text, because some tokenizers drop a leading space; a special token by its name."""
+        return self._vocabulary.response_text(self._context, [token]) or self._vocabulary.pieces.get(token, "")
 
 
 @dataclass
-class Answer:
-    """One answer as far as its client has it."""
+class ChoiceState:
+    """One choice of a response, as far as it has been sent.
+
+    Attributes:
+        index: of the choice.
+        text: sent so far.
+        tokens: number of tokens whose log-probabilities were sent.
+        characters: length of the text of those tokens.
+        length: tokens of the committed text.
+        selections: number of ``ivg.beams`` events sent.
+        beam_numbers: small numbers for beam keys, in order of appearance.
+        completion: set when it is finished.
+    """
 
     index: int
     text: str = ""
     tokens: int = 0
-    covered: int = 0
-    """Characters that the tokens sent make up."""
-    numbers: dict[int, int] = field(default_factory=dict)
-    """Beams by their keys, counted as they appear."""
+    characters: int = 0
+    length: int = 0
+    selections: int = 0
+    beam_numbers: dict[int, int] = field(default_factory=dict)
     completion: Completion | None = None
 
-    def take(self, details: Sequence[TokenLogprobs], limit: int, *, final: bool) -> list[TokenLogprobs]:
-        """Tokens not sent yet whose text lies within the first ``limit`` characters; at the end, what a stop string cut is left out."""
+    def take_tokens(self, details: Sequence[TokenLogprobs], limit: int, *, final: bool) -> list[TokenLogprobs]:
+        """Tokens not sent yet that lie within the first ``limit`` characters; at the end without what a stop string cut off."""
         out = []
         for detail in details[self.tokens :]:
-            end = self.covered + len(detail.text)
-            if final and self.covered < limit < end:  # a stop string begins inside this token
-                detail, end = replace(detail, text=detail.text[: limit - self.covered]), limit
-            if end > limit or (not detail.text and final and self.covered >= limit) or (not detail.text and not final and end == limit):
-                break  # without text: a part of a character, which the next token completes, or the end
+            end = self.characters + len(detail.text)
+            if final and self.characters < limit < end:  # a stop string begins inside this token
+                detail, end = replace(detail, text=detail.text[: limit - self.characters]), limit
+            if end > limit or (not detail.text and final and self.characters >= limit) or (not detail.text and not final and end == limit):
+                break  # without text: part of a character that the next token completes, or the end
             out.append(detail)
-            self.covered = end
+            self.characters = end
         self.tokens += len(out)
         return out
 
 
 class ResponseBuilder:
-    """Chat or plain completions: how the objects of one response look.
+    """Builds the JSON objects of one response.
 
     Args:
-        chat: which of the two.
-        model: as the client called it.
-        order: what is answered.
-        alternatives: to every token, as the client asked; None: no log-probabilities.
-        texts: of tokens.
+        chat: chat completions or completions.
+        model: as the client named it.
+        batch: what is answered.
+        top_logprobs: alternatives for each token; None: no log-probabilities.
+        token_text: text of tokens.
     """
 
-    def __init__(self, chat: bool, model: str, order: Order, alternatives: int | None, texts: Texts) -> None:
-        self.chat, self.model, self.order, self.alternatives, self.texts = chat, model, order, alternatives, texts
+    def __init__(self, chat: bool, model: str, batch: RequestBatch, top_logprobs: int | None, token_text: TokenText) -> None:
+        self.chat, self.model, self.batch, self.top_logprobs, self.token_text = chat, model, batch, top_logprobs, token_text
         self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
         self.created = int(time.time())
 
     def envelope(self, choices: list[dict[str, Any]], *, stream: bool = False) -> dict[str, Any]:
-        """What stands around ``choices``."""
+        """The object around ``choices``."""
         kind = ("chat.completion.chunk" if stream else "chat.completion") if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
-    def choice(self, answer: Answer, completion: Completion) -> dict[str, Any]:
-        """A whole answer."""
-        tokens = answer.take(completion.details, len(completion.text), final=True)
-        out: dict[str, Any] = {"index": answer.index, "finish_reason": completion.finish_reason, "logprobs": self.logprobs(tokens, 0)}
+    def choice(self, state: ChoiceState, completion: Completion) -> dict[str, Any]:
+        """A whole choice."""
+        tokens = state.take_tokens(completion.details, len(completion.text), final=True)
+        out: dict[str, Any] = {"index": state.index, "finish_reason": completion.finish_reason, "logprobs": self.logprobs(tokens, 0)}
         if self.chat:
             return out | {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
         return out | {"text": completion.text}
 
     def delta(self, index: int, text: str, tokens: Sequence[TokenLogprobs], offset: int, finish: str | None = None) -> dict[str, Any]:
-        """A piece of an answer; its tokens begin ``offset`` characters behind the answer's beginning."""
+        """A piece of a choice; its tokens begin ``offset`` characters after the beginning of the choice."""
         out: dict[str, Any] = {"index": index, "finish_reason": finish, "logprobs": self.logprobs(tokens, offset) if tokens else None}
         if self.chat:
             return out | {"delta": {"content": text} if text or finish is None else {}}
         return out | {"text": text}
 
     def logprobs(self, tokens: Sequence[TokenLogprobs], offset: int) -> dict[str, Any] | None:
-        """Of the guided distribution, in OpenAI's form for this kind of response."""
-        if self.alternatives is None:
+        """Log-probabilities under the guided distribution, in OpenAI's format for this endpoint."""
+        if self.top_logprobs is None:
             return None
-        n = self.alternatives
+        n = self.top_logprobs
         if self.chat:
             return {"content": [self._chat_token(t, n) for t in tokens], "refusal": None}
         offsets = [offset + sum(len(t.text) for t in tokens[:i]) for i in range(len(tokens))]
         return {
             "tokens": [t.text for t in tokens],
-            "token_logprobs": [finite(t.logprob) for t in tokens],
-            "top_logprobs": [{self.texts.of(i): finite(p) for i, p in t.top[:n]} for t in tokens] if n else None,
+            "token_logprobs": [clamp(t.logprob) for t in tokens],
+            "top_logprobs": [{self.token_text.decode(i): clamp(p) for i, p in t.top[:n]} for t in tokens] if n else None,
             "text_offset": offsets,
         }
 
     def _chat_token(self, t: TokenLogprobs, n: int) -> dict[str, Any]:
-        top = [{**_named(self.texts.of(i)), "logprob": finite(p)} for i, p in t.top[:n]]
-        return {**_named(t.text), "logprob": finite(t.logprob), "top_logprobs": top}
+        top = [{**_token_object(self.token_text.decode(i)), "logprob": clamp(p)} for i, p in t.top[:n]]
+        return {**_token_object(t.text), "logprob": clamp(t.logprob), "top_logprobs": top}
 
-    def looks(self, tokens: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
-        """Tokens with what guidance did to them and to their rivals, for whoever watches."""
+    def guided_tokens(self, tokens: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
+        """Tokens with their log-probabilities before and after guidance, for the event ``ivg.tokens``."""
         return [
             {
                 "text": t.text,
-                "shift": finite(t.logprob - t.base_logprob),
-                "logprob": finite(t.logprob),
-                "base_logprob": finite(t.base_logprob),
-                "top": [{"text": self.texts.of(i), "logprob": finite(p)} for i, p in t.top],
-                "top_base": [{"text": self.texts.of(i), "logprob": finite(p)} for i, p in t.top_base],
+                "shift": clamp(t.logprob - t.base_logprob),
+                "logprob": clamp(t.logprob),
+                "base_logprob": clamp(t.base_logprob),
+                "top": [{"text": self.token_text.decode(i), "logprob": clamp(p)} for i, p in t.top],
+                "top_base": [{"text": self.token_text.decode(i), "logprob": clamp(p)} for i, p in t.top_base],
             }
             for t in tokens
         ]
 
     def usage(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        """OpenAI's: tokens of prompts, each once, those of them that the base had in its cache, and tokens of answers."""
-        first = completions[:: self.order.each]
+        """OpenAI's usage: prompt tokens (each prompt once), how many of them the base had cached, completion tokens."""
+        first = completions[:: self.batch.n]
         cached = sum(min(c.usage.prompt_tokens, c.usage.cached_tokens.get("base", 0)) for c in first)
-        counts = self.counts(sum(c.usage.completion_tokens for c in completions))
-        return counts | {"prompt_tokens_details": {"cached_tokens": cached}}
+        usage = self.usage_so_far(sum(c.usage.completion_tokens for c in completions))
+        return usage | {"prompt_tokens_details": {"cached_tokens": cached}}
 
-    def counts(self, written: int) -> dict[str, int]:
-        """Usage with so many tokens of answers."""
-        prompt = self.order.prompt_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+    def usage_so_far(self, completion_tokens: int) -> dict[str, int]:
+        """Usage while the response is being streamed."""
+        prompt = self.batch.prompt_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": completion_tokens, "total_tokens": prompt + completion_tokens}
 
-    def ours(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        """The object ``ivg``: method, seed, score, what it cost (tokens read by each model, all together, seconds); if there are any,
-        notes, and settings that neither client nor recipe gave but the checkpoint.
+    def ivg_object(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        """The field ``ivg``: method, seed, score, tokens read by each model and in all, seconds.
+
+        If there are any, also notes, and the settings that came from the checkpoint's ``generation_config.json``.
         """
-        own = completions[0].generation_config
+        from_checkpoint = completions[0].generation_config
         read: Counter[str] = Counter()
         for c in completions:
             read.update(c.usage.forward_tokens)
         return {
-            "method": self.order.method,
-            "seed": self.order.seed,
-            "score": known(completions[0].score),
+            "method": self.batch.method,
+            "seed": self.batch.seed,
+            "score": finite_or_none(completions[0].score),
             "usage": dict(read),
             "tokens_read": sum(read.values()),
             "seconds": round(max(c.usage.seconds for c in completions), 4),
             **({"notes": notes} if (notes := list(dict.fromkeys(note for c in completions for note in c.notes))) else {}),
-            **({"generation_config": dict(own)} if own else {}),
+            **({"generation_config": dict(from_checkpoint)} if from_checkpoint else {}),
         }
 
-
-def whole(form: ResponseBuilder, completions: Sequence[Completion]) -> dict[str, Any]:
-    """A response that is not streamed."""
-    choices = [form.choice(Answer(i), c) for i, c in enumerate(completions)]
-    ours = form.ours(completions) | {"choices": [form.ours([c]) | {"index": i} for i, c in enumerate(completions)]}
-    return form.envelope(choices) | {"usage": form.usage(completions), "ivg": ours}
-
-
-def error_body(error: ServeError) -> dict[str, Any]:
-    """OpenAI's shape."""
-    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
-    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+    def build_response(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        """The body of a response that is not streamed."""
+        choices = [self.choice(ChoiceState(i), c) for i, c in enumerate(completions)]
+        ivg = self.ivg_object(completions) | {"choices": [self.ivg_object([c]) | {"index": i} for i, c in enumerate(completions)]}
+        return self.envelope(choices) | {"usage": self.usage(completions), "ivg": ivg}
 
 
-def finite(number: float) -> float:
+def clamp(number: float) -> float:
     """JSON has no infinity."""
-    return max(NEVER, min(-NEVER, number))
+    return max(MIN_LOGPROB, min(-MIN_LOGPROB, number))
 
 
-def known(score: float | None) -> float | None:
-    """A score that JSON can carry."""
+def finite_or_none(score: float | None) -> float | None:
+    """A score that JSON can hold."""
     return score if score is not None and math.isfinite(score) else None
 
 
-def _named(text: str) -> dict[str, Any]:
+def _token_object(text: str) -> dict[str, Any]:
     return {"token": text, "bytes": None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())}

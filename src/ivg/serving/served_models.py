@@ -1,82 +1,92 @@
-"""What clients call a model, and what they get for it: the base's name, and ``NAME:METHOD`` for every method at hand.
+"""The models as clients see them: the base's name, and ``NAME:METHOD`` for every method whose values are loaded.
 
-Turns bodies into requests of the search, within the server's ceilings. Runs where the models are (``serving.worker``); knows no HTTP.
+Turns request bodies into search requests, within the server's limits. Runs in the worker thread; knows no HTTP.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ivg.errors import ConfigError, ContextLengthError, PromptError, ScoreFault, ServeError, UpstreamError
+from ivg.errors import ContextLengthError, PromptError, ServeError
 from ivg.model import GuidedModel
 from ivg.search.methods import METHODS, Method
 from ivg.search.request import QUANTUM, Request
 from ivg.search.searcher import check_engine
-from ivg.serving.lengths import check, check_chats, check_size, reads_chats, room, too_long
-from ivg.serving.protocol import ChatRequest, CompletionRequest, Guidance
+from ivg.serving.errors import client_error
+from ivg.serving.lengths import (
+    check_chat_templates,
+    check_lengths,
+    check_prompt_length,
+    context_length_error,
+    has_chat_template,
+    max_new_tokens,
+)
+from ivg.serving.protocol import Body, ChatRequest, Guidance
 from ivg.serving.settings import ServeSettings
 from ivg.settings.recipe import Recipe
 from ivg.settings.rules import MIN_TEMPERATURE
 from ivg.types import Message, Prompt
 
-SHOWN = 5
-"""Alternatives to each token where a client watches the beams."""
-DEFAULT_TOKENS = 2048
-"""Of an answer whose length neither client nor server says, where no model has a limit."""
+PLAYGROUND_TOP_LOGPROBS = 5
+"""Alternatives for each token with ``include_beams``."""
+DEFAULT_MAX_TOKENS = 2048
+"""Where neither client, server nor checkpoint sets a length, and no model has a limit."""
 LONG_CHUNK = 8
-"""Chunks of so many tokens are shown as they grow."""
+"""Chunks of at least this many tokens are streamed while they grow."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """What a body asks for, as requests: for every prompt in turn its ``n`` answers."""
+class RequestBatch:
+    """The search requests of one HTTP request.
+
+    Attributes:
+        requests: ``n`` for every prompt, in order.
+        method: name of the method.
+        seed: of all requests.
+        prompt_tokens: of all prompts, each counted once.
+        n: completions for every prompt.
+    """
 
     requests: list[Request]
     method: str
     seed: int
-    vocabulary: Any
     prompt_tokens: int
-    """Of all prompts, each once."""
-    each: int
-    """Answers to every prompt."""
+    n: int
 
 
-@dataclass
 class ServedModels:
-    """The models as clients see them.
+    """A model, the defaults of its requests, and the server's limits.
 
     Args:
         model: base and values.
-        recipe: gives defaults: its method, that method's settings, sampling.
-        settings: ceilings.
+        recipe: defaults: method, that method's settings, sampling.
+        settings: limits.
+
+    Attributes:
+        name: of the base.
+        names: every model name that clients may use, with its method.
+
+    Raises:
+        ConfigError: the recipe's method cannot run, or a value has no chat template although the base has one.
     """
 
-    model: GuidedModel
-    recipe: Recipe
-    settings: ServeSettings
-    names: dict[str, str] = field(init=False)
-    """The method of every name."""
-
-    def __post_init__(self) -> None:
-        base = self.recipe.models.given.get("base")
-        self.name = self.settings.name or ("embedded" if base is None else base.path.rstrip("/").rpartition("/")[2].replace(":", "-"))
-        self.names = {self.name: self.recipe.search.method} | {f"{self.name}:{m}": m for m in self.model.methods}
-        check_chats(self.model)
-        self.sampling = {**asdict(self.model.sampling), **self.recipe.sampling.settings()}
-        one = self.model.request(
-            "x", self.get_method(self.recipe.search.method, {}), **self.sampling
-        )  # an error now, not at the first request
-        check_engine(self.model.engine, one)
+    def __init__(self, model: GuidedModel, recipe: Recipe, settings: ServeSettings) -> None:
+        self.model, self.recipe, self.settings = model, recipe, settings
+        base = recipe.models.given.get("base")
+        self.name = settings.name or ("embedded" if base is None else base.path.rstrip("/").rpartition("/")[2].replace(":", "-"))
+        self.names = {self.name: recipe.search.method} | {f"{self.name}:{m}": m for m in model.methods}
+        check_chat_templates(model)
+        self.sampling = {**asdict(model.sampling), **recipe.sampling.settings()}
+        check_engine(model.engine, model.request("x", self.get_method(recipe.search.method, {}), **self.sampling))
 
     # Methods
 
     def get_method(self, method: str, given: dict[str, Any]) -> Method:
-        """A method with the recipe's settings, where it is the recipe's method, and what a request gives over them."""
+        """A method with the settings of a request; for the recipe's method, the recipe's settings are the defaults."""
         defaults = self.recipe.search.settings() if method == self.recipe.search.method else {}
         if {"weights", "token"} & set(given):
             defaults = {k: v for k, v in defaults.items() if k not in ("weights", "token")}
@@ -84,14 +94,16 @@ class ServedModels:
             defaults = {k: v for k, v in defaults.items() if k not in ("select_weights", "select")}
         return self.model.get_method(method, **{**defaults, **given})
 
-    def method(self, name: str, guidance: Guidance | None) -> str:
-        """The method that a request means.
+    def resolve_method(self, name: str, guidance: Guidance | None) -> str:
+        """The method of a request, from its model name and its ``guidance.method``.
 
         Raises:
-            ServeError: 404 for a model that is not here; 400 for two methods at once, or one that does not exist.
+            ServeError: 404 for an unknown model; 400 for an unknown method, or one that contradicts the model name.
         """
         if name not in self.names:
-            raise ServeError(f"no model {name!r} here; expected one of: {', '.join(self.names)}", 404, "model_not_found", "model")
+            raise ServeError(
+                f"the model {name!r} does not exist; expected one of: {', '.join(self.names)}", 404, "model_not_found", "model"
+            )
         wanted = guidance.method if guidance else None
         if wanted is None:
             return self.names[name]
@@ -99,222 +111,166 @@ class ServedModels:
             known = ", ".join([*METHODS, "custom"])
             raise ServeError(f"unknown method {wanted!r}; expected one of: {known}", 400, "invalid_value", "guidance.method")
         if name != self.name and wanted != self.names[name]:
-            message = f"model {name!r} means the method {self.names[name]}, but guidance.method is {wanted!r}; give one of them"
+            message = f"model {name!r} has the method {self.names[name]}, but guidance.method is {wanted!r}; give one of them"
             raise ServeError(message, 400, "invalid_value", "guidance.method")
         return wanted
 
     def listing(self) -> list[dict[str, Any]]:
-        """Name, method and sizes of every preset."""
+        """Name, context length and method settings of every model name."""
         out = []
-        for name, method in self.names.items():
-            strategy = self.get_method(method, {})
-            length = self._context(strategy)
-            out.append({"id": name, **({} if length is None else {"max_model_len": length}), "ivg": described(strategy)})
+        for name, method_name in self.names.items():
+            method = self.get_method(method_name, {})
+            length = self._context_length(method)
+            out.append({"id": name, **({} if length is None else {"max_model_len": length}), "ivg": describe_method(method)})
         return out
 
-    def _context(self, strategy: Method) -> int | None:
-        """Tokens of prompt and answer together that all models of a method can read, as the base counts them."""
-        one = self.model.request("x", strategy, **self.sampling)
-        left = room(self.model, one)
-        return None if left is None else left + len(self.model.base.prompt_ids(one.prompt))
+    def _context_length(self, method: Method) -> int | None:
+        """Tokens of prompt and completion together that all models of a method can read, as the base counts them."""
+        request = self.model.request("x", method, **self.sampling)
+        left = max_new_tokens(self.model, request)
+        return None if left is None else left + len(self.model.base.prompt_ids(request.prompt))
 
     @property
     def max_tokens(self) -> int | None:
-        """Of one answer, as far as it can be known without its prompt."""
+        """Upper limit of ``max_tokens``, as far as it is known without the prompt."""
         return self.model.base.max_positions if self.settings.max_tokens is None else self.settings.max_tokens
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """What holds where a request does not say otherwise; ``max_new_tokens`` is None where the context decides."""
-        return self.sampling | {"max_new_tokens": self._length, "method": self.names[self.name]}
+        """Settings of a request that gives none; ``max_new_tokens`` is None where the context decides."""
+        return self.sampling | {"max_new_tokens": self._default_max_tokens, "method": self.names[self.name]}
 
     @property
-    def _length(self) -> int | None:
-        """Tokens of an answer that nobody limits: the recipe's, else the checkpoint's; None: as the context allows."""
+    def _default_max_tokens(self) -> int | None:
+        """The recipe's, else the checkpoint's; None: as the context allows."""
         given = self.recipe.sampling.max_new_tokens
         return self.model.generation_config.get("max_new_tokens") if given is None else given
 
     # Requests
 
-    def order(self, body: ChatRequest | CompletionRequest) -> Order:
-        """The requests that ``body`` asks for.
+    def prepare(self, body: Body) -> RequestBatch:
+        """The search requests for ``body``.
 
         Raises:
-            ServeError: over a ceiling, no such model; ``param`` names the field.
-            ConfigError, PromptError: settings or prompts that cannot be.
+            ServeError: over a limit, unknown model, prompt too long; ``param`` names the field.
+            ConfigError: unusable settings.
         """
-        method = self.method(body.model, body.guidance)
-        strategy = self._within(self.get_method(method, body.guidance.search if body.guidance else {}))
+        name = self.resolve_method(body.model, body.guidance)
+        method = self._check_limits(self.get_method(name, body.guidance.search if body.guidance else {}))
         seed = random.getrandbits(31) if body.seed is None else body.seed
-        watched, wanted = body.watched, body.alternatives
-        if watched and "alternatives" not in self.model.engine.unsupported:
-            wanted = max(wanted or 0, SHOWN)
-        one = self.model.request("x", strategy, seed=seed, record=watched, alternatives=wanted, **self._sampling(body))
-        one = replace(one, stride=_stride(one) if body.stream else QUANTUM)
+        top_logprobs = body.n_logprobs
+        if body.include_beams and "alternatives" not in self.model.engine.unsupported:
+            top_logprobs = max(top_logprobs or 0, PLAYGROUND_TOP_LOGPROBS)
+        sampling = self._sampling(body)
+        template = self.model.request("x", method, seed=seed, record=body.include_beams, alternatives=top_logprobs, **sampling)
+        template = replace(template, stride=_stride(template) if body.stream else QUANTUM)
         param = "messages" if isinstance(body, ChatRequest) else "prompt"
         try:
-            ones = [self._fitting(replace(one, prompt=prompt), body.limit) for prompt in self._prompts(body)]
+            firsts = [self._with_max_tokens(replace(template, prompt=prompt), body.limit) for prompt in self._prompts(body)]
         except ContextLengthError as e:
-            raise too_long(e, param) from None
+            raise context_length_error(e, param, body.limit) from None
         except PromptError as e:
-            raise fault(e, param) from None
-        requests = [replace(one, index=i) for one in ones for i in range(body.n or 1)]
-        engine = self.model.engine
-        tokens = sum(engine.prompt_tokens(one.prompt) for one in ones)
-        return Order(requests, strategy.name, seed, engine.vocabulary, tokens, body.n or 1)
+            raise client_error(e, param) from None
+        n = body.n or 1
+        prompt_tokens = sum(self.model.engine.prompt_tokens(first.prompt) for first in firsts)
+        return RequestBatch([replace(first, index=i) for first in firsts for i in range(n)], method.name, seed, prompt_tokens, n)
 
-    def _fitting(self, one: Request, wanted: int | None) -> Request:
-        """The request with as many tokens as were asked for; without a wish: as the server says, and as models can read."""
-        left = room(self.model, one)
+    def _with_max_tokens(self, request: Request, wanted: int | None) -> Request:
+        """The request with its number of new tokens: as asked for, else as the settings say and all models can read."""
+        left = max_new_tokens(self.model, request)
         if wanted is None:
-            limits = (self._length, self.settings.max_tokens, left)
-            wanted = min((n for n in limits if n is not None), default=DEFAULT_TOKENS)
+            limits = (self._default_max_tokens, self.settings.max_tokens, left)
+            wanted = min((n for n in limits if n is not None), default=DEFAULT_MAX_TOKENS)
         elif left is not None and wanted > left:
-            check(self.model, one, wanted)
-        own = {k: v for k, v in one.from_checkpoint.items() if (k, v) == ("max_new_tokens", wanted) or k != "max_new_tokens"}
-        return replace(one, sampling=replace(one.sampling, max_new_tokens=wanted), from_checkpoint=own)
+            check_lengths(self.model, request, wanted)
+        own = {k: v for k, v in request.from_checkpoint.items() if (k, v) == ("max_new_tokens", wanted) or k != "max_new_tokens"}
+        return replace(request, sampling=replace(request.sampling, max_new_tokens=wanted), from_checkpoint=own)
 
-    def _sampling(self, body: ChatRequest | CompletionRequest) -> dict[str, Any]:
+    def _sampling(self, body: Body) -> dict[str, Any]:
         if body.temperature is not None and 0 < body.temperature < MIN_TEMPERATURE:
             raise ServeError(
                 f"temperature must be 0 or at least {MIN_TEMPERATURE}, got {body.temperature}", 400, "invalid_value", "temperature"
             )
         if body.limit is not None and self.settings.max_tokens is not None:
-            field = "max_tokens" if body.max_tokens is not None or isinstance(body, CompletionRequest) else "max_completion_tokens"
-            self._at_most(field, body.limit, self.settings.max_tokens)
+            self._at_most(body.limit_field, body.limit, self.settings.max_tokens)
         given = {"temperature": body.temperature, "top_p": body.top_p, "stop": body.stops, **body.sampling}
         return self.recipe.sampling.settings() | {k: v for k, v in given.items() if v is not None}
 
-    def _within(self, strategy: Method) -> Method:
-        ceiling = self.settings.max_hypotheses
-        if strategy.width * strategy.successors > ceiling:
-            message = f"width · successors is {strategy.width * strategy.successors}, this server allows {ceiling}"
-            raise ServeError(message, 400, "over_limit", "guidance.successors" if strategy.successors > 1 else "guidance.width")
-        self._at_most("guidance.chunk_length", strategy.chunk_length or 1, self.settings.max_chunk_length)
-        self._at_most("guidance.candidates", strategy.candidates, self.settings.max_candidates)
-        self._at_most("guidance.tries", strategy.tries, ceiling)
-        self._at_most("guidance.draft", strategy.draft, QUANTUM)
+    def _check_limits(self, method: Method) -> Method:
+        limit = self.settings.max_hypotheses
+        if method.width * method.successors > limit:
+            message = f"width · successors is {method.width * method.successors}, this server allows {limit}"
+            raise ServeError(message, 400, "over_limit", "guidance.successors" if method.successors > 1 else "guidance.width")
+        self._at_most("guidance.chunk_length", method.chunk_length or 1, self.settings.max_chunk_length)
+        self._at_most("guidance.candidates", method.candidates, self.settings.max_candidates)
+        self._at_most("guidance.tries", method.tries, limit)
+        self._at_most("guidance.draft", method.draft, QUANTUM)
         for name in ("weights", "select_weights"):
-            if any(abs(weight) > 1000 for _, weight in getattr(strategy, name)):
+            if any(abs(weight) > 1000 for _, weight in getattr(method, name)):
                 raise ServeError(f"{name} must be within 1000 of 0", 400, "invalid_value", f"guidance.{name}")
-        return strategy
+        return method
 
     @staticmethod
-    def _at_most(field: str, got: int, ceiling: int) -> None:
-        if got > ceiling:
-            raise ServeError(f"{field} is {got}, this server allows at most {ceiling}", 400, "over_limit", field)
+    def _at_most(field: str, got: int, limit: int) -> None:
+        if got > limit:
+            raise ServeError(f"{field} is {got}, this server allows at most {limit}", 400, "over_limit", field)
 
-    # Prompts
-
-    def _prompts(self, body: ChatRequest | CompletionRequest) -> list[Prompt]:
-        if isinstance(body, ChatRequest):
-            return [self._conversation(body.messages)]
-        return [self._text(p) for p in body.prompts]
-
-    def _text(self, prompt: str | Sequence[int]) -> Prompt:
-        if isinstance(prompt, str):
-            made = Prompt(prompt)
-            check_size(self.model.base, made)
-            return made
-        if not self.model.base.reads_given_ids:
-            raise ServeError("this model is sent text and reads no token ids; give the prompt as text", 400, "invalid_value", "prompt")
-        check_size(self.model.base, Prompt("", tuple(prompt)))
-        beyond = [i for i in prompt if i >= self.model.base.vocab_size]
-        if beyond:
-            message = f"token id {beyond[0]} is beyond the vocabulary ({self.model.base.vocab_size})"
-            raise ServeError(message, 400, "invalid_value", "prompt")
-        return Prompt(self.model.engine.vocabulary.whole(prompt), tuple(prompt))
-
-    def _conversation(self, messages: Sequence[Message]) -> Prompt:
-        """The messages, where the base has a template for them; a plain model continues their texts, one line each, none left out."""
-        if reads_chats(self.model.base):
-            prompt = Prompt(tuple(Message("system" if m.role == "developer" else m.role, m.content) for m in messages))
-        else:
-            prompt = Prompt("\n".join(m.content for m in messages))
-        check_size(self.model.base, prompt)
-        return prompt
-
-    def size(self, body: ChatRequest | CompletionRequest) -> int:
-        """How many answers ``body`` asks for.
+    def count_completions(self, body: Body) -> int:
+        """How many completions ``body`` asks for.
 
         Raises:
-            ServeError: more than this server gives at once.
+            ServeError: more than the server allows in one request.
         """
         count = (body.n or 1) * (1 if isinstance(body, ChatRequest) else len(body.prompts))
         field = "n" if (body.n or 1) > 1 else "prompt"
         if count > self.settings.max_n:
-            raise ServeError(f"{count} answers asked for, this server gives at most {self.settings.max_n}", 400, "over_limit", field)
+            raise ServeError(f"{count} completions requested, this server allows at most {self.settings.max_n}", 400, "over_limit", field)
         return count
 
+    # Prompts
 
-def described(strategy: Method) -> dict[str, Any]:
-    """A method in plain values."""
-    return {
-        "method": strategy.name,
-        "summary": strategy.summary,
-        "token": strategy.token,
-        "select": strategy.select,
-        "weights": dict(strategy.weights),
-        "select_weights": dict(strategy.select_weights),
-        "width": strategy.width,
-        "successors": strategy.successors,
-        "chunk_length": strategy.chunk_length,
-        "beta": strategy.beta,
-        "rule": strategy.rule,
-    }
+    def _prompts(self, body: Body) -> list[Prompt]:
+        if isinstance(body, ChatRequest):
+            return [self._chat_prompt(body.messages)]
+        return [self._text_prompt(p) for p in body.prompts]
+
+    def _text_prompt(self, given: str | Sequence[int]) -> Prompt:
+        base = self.model.base
+        if isinstance(given, str):
+            prompt = Prompt(given)
+            check_prompt_length(base, prompt)
+            return prompt
+        if not base.reads_given_ids:
+            raise ServeError("this model does not accept token ids; send the prompt as text", 400, "invalid_value", "prompt")
+        check_prompt_length(base, Prompt("", tuple(given)))
+        beyond = [i for i in given if i >= base.vocab_size]
+        if beyond:
+            message = f"token id {beyond[0]} is outside the vocabulary ({base.vocab_size} tokens)"
+            raise ServeError(message, 400, "invalid_value", "prompt")
+        return Prompt(self.model.engine.vocabulary.whole(given), tuple(given))
+
+    def _chat_prompt(self, messages: Sequence[Message]) -> Prompt:
+        """The messages, if the base has a chat template; else their texts, one a line."""
+        if has_chat_template(self.model.base):
+            prompt = Prompt(tuple(Message("system" if m.role == "developer" else m.role, m.content) for m in messages))
+        else:
+            prompt = Prompt("\n".join(m.content for m in messages))
+        check_prompt_length(self.model.base, prompt)
+        return prompt
+
+
+def describe_method(method: Method) -> dict[str, Any]:
+    """A method as JSON values."""
+    names = ("summary", "token", "select", "width", "successors", "chunk_length", "beta", "rule")
+    weights = {"weights": dict(method.weights), "select_weights": dict(method.select_weights)}
+    return {"method": method.name, **{name: getattr(method, name) for name in names}, **weights}
 
 
 def _stride(request: Request) -> int:
-    """Tokens for each round: one where a single hypothesis grows or chunks are long; drafts need room to be verified in."""
+    """Tokens of each step: 1 where a single beam grows, few where chunks are long; speculative decoding needs room for its drafts."""
     search = request.search
     if search.guidance is not None and search.guidance.draft:
         return QUANTUM
-    alone = search.width * search.successors == 1
-    long = (search.chunk_length or math.inf) >= LONG_CHUNK
-    return 1 if alone else 4 if long else QUANTUM
-
-
-def fault(error: Exception, param: str = "prompt") -> ServeError:
-    """What a client is told of an error that ivg raised on purpose; ``param`` is where prompts stand in its body."""
-    if isinstance(error, ServeError):
-        return error
-    message = public(str(error))
-    if isinstance(error, PromptError):
-        place = re.match(r"messages(?:\.\w+|\[\d+\])*", message)
-        return ServeError(message, 400, "invalid_prompt", place[0] if place else param)
-    if isinstance(error, ConfigError | ValueError):
-        first = message.partition(" ")[0]
-        named = first in Guidance.model_fields
-        return ServeError(message, 400, "invalid_value", f"guidance.{first}" if named else "guidance")
-    return ServeError(message, 500, "model_error")
-
-
-def failed(error: str) -> ServeError:
-    """What a client is told of an answer that a model broke off. Where another server did, its address is nobody's business."""
-    if isinstance(error, ScoreFault):
-        return fault(PromptError(error)) if error.prompt else ServeError(public(error.said), 500, "model_error")
-    if not isinstance(error, UpstreamError):
-        return ServeError(public(error), 500, "model_error")
-    if error.status in (400, 413, 422):  # the request's own fault: too long, mostly
-        return ServeError(public(error.said), 400, "invalid_request")
-    if error.status is None or error.status in (408, 409, 429) or error.status >= 500:
-        return ServeError("the engine behind this server is busy or away; try again later", 503, "upstream_unavailable")
-    return ServeError("the engine behind this server refuses it; the log says why", 502, "upstream_refused")
-
-
-def torn() -> ServeError:
-    """What a client is told while a model that failed cannot begin anew."""
-    return ServeError("a model failed and could not begin anew; try again later", 503, "unavailable")
-
-
-def one_line(message: str) -> str:
-    """A message of several lines (what was got, what was expected, what to do) as one, its parts divided by semicolons."""
-    out = ""
-    for line in filter(None, map(str.strip, message.splitlines())):
-        out += f"{' ' if out[-1] in ':;,.' else '; '}{line}" if out else line
-    return out
-
-
-def public(message: str) -> str:
-    """A message for strangers: one line, and of files of this machine the last part of their paths at most."""
-    return re.sub(r"(?<![\w.:/~])~?/(?!v1/)(?:[\w.+@-]+/)+([\w.+@-]*)", r"\1", one_line(message))
+    if search.width * search.successors == 1:
+        return 1
+    return 4 if (search.chunk_length or math.inf) >= LONG_CHUNK else QUANTUM

@@ -1,4 +1,4 @@
-"""From a recipe to a running server."""
+"""Starts and stops the server."""
 
 from __future__ import annotations
 
@@ -15,74 +15,73 @@ from ivg.errors import ConfigError
 from ivg.factory.recipe import load_models
 from ivg.model import GuidedModel
 from ivg.serving.app import create_app
-from ivg.serving.connections import fitting, protocol, quiet_accepts
-from ivg.serving.logs import say, to_standard_error
+from ivg.serving.connections import connection_limits, limited_protocol, throttle_accept_errors
+from ivg.serving.logs import configure_logging, log_event
 from ivg.serving.served_models import ServedModels
 from ivg.serving.settings import ServeSettings
 from ivg.serving.worker import Worker
 from ivg.settings.recipe import Recipe
 
-LAST_SECONDS = 2.0
-"""After a second signal: time to tell clients; connections that are still open then are cut off."""
+ABORT_SECONDS = 2.0
+"""After a second signal connections are closed after this time."""
 
 
 class Server(uvicorn.Server):
-    """Uvicorn that tells the worker of the first signal, so that nothing new is taken while answers are finished.
+    """uvicorn with a two-stage shutdown.
 
-    A second signal ends what runs: its clients are told so, and those that do not listen are cut off. Uvicorn's own way for that
-    (``force_exit``) tears the loop down around the application; this one only shortens the orderly way.
+    After the first signal new requests are refused and running ones may finish. A second signal aborts them: their clients receive an
+    error, then their connections are closed. uvicorn's own ``force_exit`` would stop the event loop without any response.
     """
 
     def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
         super().__init__(config)
         self.worker = worker
-        self.hurried_by: int | None = None
-        """The signal that came second."""
+        self.second_signal: int | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain; a second signal stops at once. Uvicorn's own would raise the signal again when all is done, and exit with it."""
+        """Drain; a second signal aborts. uvicorn's own handler would raise the signal again after the shutdown."""
         if self.worker.draining:
-            self.hurried_by = sig
+            self.second_signal = sig
         self.worker.drain(0 if self.worker.draining else None)
 
     async def on_tick(self, counter: int) -> bool:
-        """While answers are finished, whoever asks whether the server is ready is told that it is not, and new requests that it stops."""
+        """Keep serving while the worker drains, so that ``/ready`` and new requests are answered (with 503)."""
         ended = self.worker.seconds_left <= 0 or (self.worker.draining and not self.worker.thread.is_alive())
-        if ended or self.hurried_by is not None:
+        if ended or self.second_signal is not None:
             self.should_exit = True
         return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen."""
-        quiet_accepts(asyncio.get_running_loop())
+        throttle_accept_errors(asyncio.get_running_loop())
         await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let what runs finish, as long as it may."""
-        hurry = asyncio.ensure_future(self._hurry())
+        """Wait for running requests, until a second signal."""
+        aborting = asyncio.ensure_future(self._abort_connections())
         try:
             await super().shutdown(sockets)
         finally:
-            hurry.cancel()
+            aborting.cancel()
 
-    async def _hurry(self) -> None:
-        while self.hurried_by is None:
+    async def _abort_connections(self) -> None:
+        while self.second_signal is None:
             await asyncio.sleep(0.05)
-        await asyncio.sleep(LAST_SECONDS)
+        await asyncio.sleep(ABORT_SECONDS)
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
 
-def make_server(presets: ServedModels) -> Server:
-    """A server around models that are loaded already."""
-    settings = presets.settings
-    worker = Worker(presets.model, settings)
-    limits = fitting(settings.max_connections, settings.keep_alive)
+def make_server(served: ServedModels) -> Server:
+    """A server for loaded models."""
+    settings = served.settings
+    worker = Worker(served)
+    limits = connection_limits(settings.max_connections, settings.keep_alive)
     config = uvicorn.Config(
-        create_app(worker, presets),
+        create_app(worker),
         host=settings.host,
         port=settings.port,
-        http=protocol(limits),
+        http=limited_protocol(limits),
         ws="none",
         backlog=limits.backlog,
         timeout_keep_alive=settings.keep_alive,
@@ -95,41 +94,41 @@ def make_server(presets: ServedModels) -> Server:
     return Server(config, worker)
 
 
-def _with_every_guide(recipe: Recipe) -> GuidedModel:
+def _load_all(recipe: Recipe) -> GuidedModel:
     return load_models(recipe, every_guide=True)  # clients choose the method
 
 
-def serve(recipe: Recipe, settings: ServeSettings, load: Callable[[Recipe], GuidedModel] = _with_every_guide) -> None:
-    """Load the models and answer until a signal comes.
+def serve(recipe: Recipe, settings: ServeSettings, load: Callable[[Recipe], GuidedModel] = _load_all) -> None:
+    """Load the models and serve until a signal arrives.
 
     Args:
-        recipe: which models, and the defaults of requests.
-        settings: address, keys, ceilings.
-        load: makes the models; whoever has values of their own gives their own.
+        recipe: the models, and the defaults of requests.
+        settings: address, keys, limits.
+        load: loads the models; give your own function to serve values of your own.
 
     Raises:
-        ConfigError: the address is taken, or not of this machine.
-        ModelError: a model that cannot be loaded.
-        SystemExit: a second signal came: 128 and its number, as shells have it.
+        ConfigError: the address is in use, or not of this machine.
+        ModelError: a model cannot be loaded.
+        SystemExit: after a second signal, with the code 128 + signal.
     """
-    to_standard_error()
-    with _listening(settings) as listener:  # before models are loaded: an address that is taken is known at once
-        presets = ServedModels(load(recipe), recipe, settings)
-        server = make_server(presets)
+    configure_logging()
+    with _listen(settings) as listener:  # before the models are loaded: an address in use is reported at once
+        served = ServedModels(load(recipe), recipe, settings)
+        server = make_server(served)
         host, port = listener.getsockname()[:2]
-        say("serving", url=f"http://{host}:{port}", model=presets.name, methods=len(presets.names) - 1, keys=len(settings.api_keys))
+        log_event("serving", url=f"http://{host}:{port}", model=served.name, methods=len(served.names) - 1, keys=len(settings.api_keys))
         server.run(sockets=[listener])
         stuck = server.worker.thread.is_alive()
-        rows = sum(reader.model.live_rows for reader in presets.model.readers)
-        say("stopped", cache_rows=rows, inside_a_round=stuck, signal=server.hurried_by)
-    code = 0 if server.hurried_by is None else 128 + server.hurried_by
+        rows = sum(reader.model.live_rows for reader in served.model.readers)
+        log_event("stopped", cache_rows=rows, inside_a_step=stuck, signal=server.second_signal)
+    code = 0 if server.second_signal is None else 128 + server.second_signal
     if stuck:
-        os._exit(code)  # the interpreter would abort: it cannot be taken down around a thread that computes
+        os._exit(code)  # at a normal exit the interpreter would abort around the thread that computes
     if code:
         sys.exit(code)
 
 
-def _listening(settings: ServeSettings) -> socket.socket:
+def _listen(settings: ServeSettings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -137,5 +136,5 @@ def _listening(settings: ServeSettings) -> socket.socket:
         listener.bind((settings.host, settings.port))
     except OSError as e:
         listener.close()
-        raise ConfigError(f"cannot listen at {settings.host}:{settings.port}: {e.strerror}\n  give another --host or --port") from None
+        raise ConfigError(f"cannot listen on {settings.host}:{settings.port}: {e.strerror}\n  give another --host or --port") from None
     return listener

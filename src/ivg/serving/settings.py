@@ -1,4 +1,4 @@
-"""What a server allows: address, keys, ceilings. Knows nothing of HTTP frameworks; the recipe's table ``[serve]`` has these fields."""
+"""Settings of the server: address, API keys, limits; the table ``[serve]`` of a recipe. Needs no web framework."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ class ServeSettings(BaseModel):
     """Settings of ``ivg serve``.
 
     Attributes:
-        host: address to listen at; the default is reached from this machine only.
-        port: 0: any free one.
-        name: how clients call the base model; None: ``embedded``, or the last part of the base's path.
-        api_keys: any of these opens the server; none: no key is asked for.
-        max_beams: hypotheses in flight at most, over all requests.
-        max_hypotheses: W·K of one request at most.
-        max_chunk_length: L at most, where one is given.
-        max_candidates: tokens that a value re-scores at each place, at most.
-        max_tokens: of one answer; None: as many as the context has room for. How many an answer has whose client does not say is
-            ``max_new_tokens`` of the recipe's sampling, and without that, as many again.
-        max_n: answers of one request, over all its prompts.
-        max_body_bytes: of one request.
-        queue_limit: answers that may wait for their turn.
-        deadline: seconds that one request may take.
-        drain: seconds that requests on their way get when the server is told to stop.
-        strict: refuse fields of bodies that change no answer, instead of ignoring them.
-        keep_alive: seconds of idle time between the requests of a connection; longer than proxies before this server keep theirs.
-        max_connections: open at once, at most; None: as many as the limit of open files leaves room for.
-        cors_origins: web origins that may ask from a browser; none by default.
-        log_prompts: write prompts to the log. Off: no text of anybody is written anywhere.
+        host: address to listen on.
+        port: port to listen on; 0: any free one.
+        name: model name of the base; None: ``embedded``, or the last part of the base's path.
+        api_keys: accepted API keys; none: no key is required.
+        max_beams: maximum number of beams of all running requests together.
+        max_hypotheses: upper limit of W·K of one request.
+        max_chunk_length: upper limit of ``chunk_length``.
+        max_candidates: upper limit of ``candidates``.
+        max_tokens: upper limit of ``max_tokens``; None: the context length. The default where a client gives none is
+            ``max_new_tokens`` of the recipe's sampling.
+        max_n: maximum number of completions of one request, over all its prompts.
+        max_body_bytes: maximum size of a request body.
+        queue_limit: maximum number of completions waiting to be scheduled.
+        deadline: seconds until a request fails.
+        drain: seconds that running requests get to finish after SIGTERM.
+        strict: refuse fields that do not change the response, instead of ignoring them.
+        keep_alive: seconds an idle connection is kept open; more than a load balancer in front keeps its own.
+        max_connections: maximum number of open connections; None: as the limit of open files allows.
+        cors_origins: web origins that may send requests from a browser.
+        log_prompts: write prompts to the log.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,14 +64,14 @@ class ServeSettings(BaseModel):
 
     @field_validator("api_keys")
     @classmethod
-    def _usable(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
         if any(len(k) < 8 or not k.isascii() or any(c.isspace() for c in k) for k in keys):
             raise ValueError("an API key has at least 8 ASCII characters and no white space")
         return keys
 
     @classmethod
     def of(cls, table: dict[str, Any], **given: Any) -> ServeSettings:
-        """A recipe's table with what else was given (not None) over it.
+        """A recipe's table, with ``given`` (where not None) in place of its values.
 
         Raises:
             ConfigError: unknown keys or unusable values.
@@ -79,12 +79,12 @@ class ServeSettings(BaseModel):
         try:
             return cls.model_validate(table | {k: v for k, v in given.items() if v is not None})
         except ValidationError as e:
-            shown = "; ".join(map(_explain, e.errors()))
+            shown = "; ".join(map(_message, e.errors()))
             raise ConfigError(f"serve: {shown}\n  expected some of: {', '.join(cls.model_fields)}") from None
 
 
-def _explain(error: Any) -> str:
-    """Without what was got: it may be a key."""
+def _message(error: Any) -> str:
+    """Without the value: it may be an API key."""
     where = ".".join(map(str, error["loc"]))
     return f"unknown setting {where}" if error["type"] == "extra_forbidden" else f"{where}: {error['msg'].lower()}"
 

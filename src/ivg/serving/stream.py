@@ -1,7 +1,6 @@
-"""Server-sent events: text as soon as all live beams share it, never taken back; beams and tokens for whoever watches.
+"""Server-sent events. Text is sent as soon as all live beams share it, and never taken back.
 
-What is committed only grows (``search.searcher``); stop strings and halves of characters are held back there. Knows the wire, not
-HTTP.
+Committed text only grows (``search.searcher``), which also holds back partial stop strings and partial characters. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -11,99 +10,99 @@ from collections.abc import Iterator
 from typing import Any
 
 from ivg.errors import ServeError
+from ivg.serving.errors import error_body
 from ivg.serving.requests import Progress
-from ivg.serving.responses import Answer, ResponseBuilder, error_body, finite, known
+from ivg.serving.responses import ChoiceState, ResponseBuilder, clamp, finite_or_none
 from ivg.types import TraceNode
 
 DONE = b"data: [DONE]\n\n"
 
 
-class Stream:
-    """The events of one response.
+class StreamEncoder:
+    """Encodes one response as server-sent events.
 
     Args:
-        form: how its objects look.
+        builder: builds the JSON objects.
         usage: end with a chunk of usage.
-        counts: usage so far in every chunk.
-        beams: send ``ivg.beams`` and ``ivg.tokens`` too.
+        beams: send the events ``ivg.beams`` and ``ivg.tokens``.
+        continuous_usage: add the usage so far to every chunk.
     """
 
-    def __init__(self, form: ResponseBuilder, *, usage: bool, beams: bool, counts: bool = False) -> None:
-        self.form, self.with_usage, self.beams, self.counts = form, usage, beams, counts
-        self.answers = [Answer(i) for i in range(len(form.order.requests))]
-        self._steps = [0] * len(self.answers)
-        self._tokens = [0] * len(self.answers)
+    def __init__(self, builder: ResponseBuilder, *, usage: bool, beams: bool, continuous_usage: bool = False) -> None:
+        self.builder, self.with_usage, self.beams, self.continuous_usage = builder, usage, beams, continuous_usage
+        self.choices = [ChoiceState(i) for i in range(len(builder.batch.requests))]
 
     @property
-    def over(self) -> bool:
-        """Has every answer ended?"""
-        return all(a.completion is not None for a in self.answers)
+    def finished(self) -> bool:
+        """Is every choice finished?"""
+        return all(c.completion is not None for c in self.choices)
 
-    def opening(self) -> Iterator[bytes]:
-        """Before any text: in a chat, who speaks."""
-        if self.form.chat:
-            for a in self.answers:
-                choice = {"index": a.index, "finish_reason": None, "logprobs": None, "delta": {"role": "assistant", "content": ""}}
-                yield event(self._chunk([choice]))
+    def start(self) -> Iterator[bytes]:
+        """Before any text: the role, for chats."""
+        if self.builder.chat:
+            for c in self.choices:
+                choice = {"index": c.index, "finish_reason": None, "logprobs": None, "delta": {"role": "assistant", "content": ""}}
+                yield encode_event(self._chunk([choice]))
 
-    def take(self, progress: Progress) -> Iterator[bytes]:
-        """The events that ``progress`` makes."""
-        answer, completion = self.answers[progress.index], progress.completion
+    def update(self, progress: Progress) -> Iterator[bytes]:
+        """The events for ``progress``."""
+        state, completion, builder = self.choices[progress.index], progress.completion, self.builder
         if self.beams and (progress.kept or progress.dropped):
-            yield event(self._board(answer, progress), "ivg.beams")
+            yield encode_event(self._beams(state, progress), "ivg.beams")
         text = progress.committed
-        assert text.startswith(answer.text), "committed text was taken back"
-        new, offset = text[len(answer.text) :], answer.covered
-        self._tokens[progress.index] = progress.tokens if completion is None else completion.usage.completion_tokens
-        tokens = answer.take(progress.details, len(text), final=completion is not None)
-        answer.text = text
+        assert text.startswith(state.text), "committed text was taken back"
+        new, offset = text[len(state.text) :], state.characters
+        state.length = progress.tokens if completion is None else completion.usage.completion_tokens
+        tokens = state.take_tokens(progress.details, len(text), final=completion is not None)
+        state.text = text
         if self.beams and tokens:
-            yield event({"index": answer.index, "tokens": self.form.looks(tokens)}, "ivg.tokens")
-        if new or (tokens and self.form.alternatives is not None):
-            yield event(self._chunk([self.form.delta(answer.index, new, tokens, offset)]))
+            yield encode_event({"index": state.index, "tokens": builder.guided_tokens(tokens)}, "ivg.tokens")
+        if new or (tokens and builder.top_logprobs is not None):
+            yield encode_event(self._chunk([builder.delta(state.index, new, tokens, offset)]))
         if completion is not None:
-            answer.completion = completion
-            last = self.form.delta(answer.index, "", (), offset, completion.finish_reason)
-            yield event(self._chunk([last]) | {"ivg": self.form.ours([completion]) | {"index": answer.index}})
+            state.completion = completion
+            last = builder.delta(state.index, "", (), offset, completion.finish_reason)
+            yield encode_event(self._chunk([last]) | {"ivg": builder.ivg_object([completion]) | {"index": state.index}})
+
+    def finish(self) -> Iterator[bytes]:
+        """After the last choice."""
+        if self.with_usage:
+            usage = self.builder.usage([c.completion for c in self.choices if c.completion is not None])
+            yield encode_event(self.builder.envelope([], stream=True) | {"usage": usage})
+        yield DONE
+
+    @staticmethod
+    def fail(error: ServeError) -> Iterator[bytes]:
+        """An error in the middle of the stream, and its end."""
+        yield encode_event(error_body(error))
+        yield DONE
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        usage = {"usage": self.form.counts(sum(self._tokens))} if self.counts else {}
-        return self.form.envelope(choices, stream=True) | usage
-
-    def closing(self) -> Iterator[bytes]:
-        """Behind the last answer."""
-        if self.with_usage:
-            usage = self.form.usage([a.completion for a in self.answers if a.completion is not None])
-            yield event(self.form.envelope([], stream=True) | {"usage": usage})
-        yield DONE
+        usage = {"usage": self.builder.usage_so_far(sum(c.length for c in self.choices))} if self.continuous_usage else {}
+        return self.builder.envelope(choices, stream=True) | usage
 
     @staticmethod
-    def failure(error: ServeError) -> Iterator[bytes]:
-        """An error in the middle: its object, and the end."""
-        yield event(error_body(error))
-        yield DONE
-
-    def _board(self, answer: Answer, progress: Progress) -> dict[str, Any]:
-        step = self._steps[answer.index]
-        self._steps[answer.index] += 1
-        kept, dropped = ([self._node(answer, n) for n in nodes] for nodes in (progress.kept, progress.dropped))
-        return {"index": answer.index, "step": step, "committed": progress.committed, "kept": kept, "dropped": dropped}
-
-    @staticmethod
-    def _node(answer: Answer, node: TraceNode) -> dict[str, Any]:
-        """Beams are numbered as they appear; one whose parent is the prompt has none."""
-        return {
-            "key": answer.numbers.setdefault(node.key, len(answer.numbers)),
-            "parent": None if node.parent is None else answer.numbers.get(node.parent),
-            "text": node.text,
-            "tokens": list(node.tokens),
-            "shift": [finite(s) for s in node.guide_shift],
-            "score": known(node.score),
-            "finish": node.finish,
-        }
+    def _beams(state: ChoiceState, progress: Progress) -> dict[str, Any]:
+        step = state.selections
+        state.selections += 1
+        kept, dropped = ([_beam(state, n) for n in nodes] for nodes in (progress.kept, progress.dropped))
+        return {"index": state.index, "step": step, "committed": progress.committed, "kept": kept, "dropped": dropped}
 
 
-def event(data: dict[str, Any], name: str | None = None) -> bytes:
+def _beam(state: ChoiceState, node: TraceNode) -> dict[str, Any]:
+    """``parent`` is None where it is the prompt."""
+    return {
+        "key": state.beam_numbers.setdefault(node.key, len(state.beam_numbers)),
+        "parent": None if node.parent is None else state.beam_numbers.get(node.parent),
+        "text": node.text,
+        "tokens": list(node.tokens),
+        "shift": [clamp(s) for s in node.guide_shift],
+        "score": finite_or_none(node.score),
+        "finish": node.finish,
+    }
+
+
+def encode_event(data: dict[str, Any], name: str | None = None) -> bytes:
     """One server-sent event."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()

@@ -1,387 +1,385 @@
-"""One thread owns the models and runs the one loop, ``Searcher.step()``, fed from a queue.
+"""The worker thread: owns the models and runs ``Searcher.step()`` for all requests together.
 
-Requests with any settings share each round; new ones join, and cancelled ones free their rows, between two rounds. A model or
-value that raises breaks off a round of everybody: the requests in it then run again from their beginnings, one half after the
-other, halves that break in halves again, so that only the guilty one fails. Draws are counted, not remembered, so that they repeat
-themselves: clients are sent what is new.
+New requests join and cancelled ones leave between two steps. When a model or a value raises, the step fails for every request in it;
+they are then run again from the beginning (``serving.isolation``) until the request that causes the error is found. Random draws depend
+on seed and position only, so a request that is run again gives the same text, and its client receives only what is new.
 
-Knows tickets, deadlines and the search. Must not know HTTP.
+Knows requests, deadlines and the search; must not know HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import math
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 
 from ivg.errors import IVGError, ScoreFault, ServeError, UpstreamError
-from ivg.model import GuidedModel
 from ivg.search.searcher import Searcher
+from ivg.serving.errors import client_error, completion_error, unavailable
+from ivg.serving.isolation import FailureIsolation
 from ivg.serving.metrics import Metrics
-from ivg.serving.requests import Event, Progress, RequestHandle, RunningRequest, State, deliver
-from ivg.serving.served_models import failed, fault, torn
-from ivg.serving.settings import ServeSettings
-from ivg.types import Step
+from ivg.serving.requests import Event, Progress, RequestHandle, RunningRequest, deliver_all
+from ivg.serving.served_models import ServedModels
+from ivg.types import Completion, Step
 
 log = logging.getLogger("ivg.serve")
 GAUGE_SECONDS = 0.25
-"""Gauges of the caches are set this often while something runs."""
-TRIM_SECONDS = 30.0
-"""Memory that nothing needs is given back this often; else the process keeps whatever its busiest moments touched."""
-
-MEND_SECONDS = 5.0
-"""Models that could not begin anew are tried again this often; who asks meanwhile is told so at once."""
+"""Gauges are updated this often while requests run."""
+RELEASE_SECONDS = 30.0
+"""Unused memory is returned to the system this often."""
+RESTART_SECONDS = 5.0
+"""Time between attempts to restart models that failed; requests are refused meanwhile."""
 
 
 class Worker:
-    """The thread and its queue.
+    """The worker thread and its queue.
 
     Args:
-        model: base and values; nobody else may use them while the thread runs.
-        settings: limits.
-        metrics: counts.
+        served: the models and the server's settings; nothing else may use the models while the thread runs.
+        metrics: counts requests, tokens and failures.
+
+    Attributes:
+        restarting: a model failed and could not be restarted yet.
+        failure: the error that ended the thread, if any.
     """
 
-    def __init__(self, model: GuidedModel, settings: ServeSettings, metrics: Metrics | None = None) -> None:
-        self.model, self.settings, self.metrics = model, settings, metrics or Metrics()
+    def __init__(self, served: ServedModels, metrics: Metrics | None = None) -> None:
+        self.served, self.model, self.settings = served, served.model, served.settings
+        self.metrics = metrics or Metrics()
+        self.searcher = self._new_searcher()
+        self.restarting = False
+        self.failure: str | None = None
+        self.thread = threading.Thread(target=self._run, name="ivg-worker", daemon=True)
         self._inbox: queue.SimpleQueue[tuple[str, RequestHandle | None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._submitted = 0
-        self._state = State()
+        """Completions in the inbox."""
+        self._running: dict[int, RunningRequest] = {}
+        """By their number in the searcher."""
+        self._isolation = FailureIsolation()
         self._outbox: dict[RequestHandle, list[Event]] = {}
-        self._stop_at: float | None = None
-        self._gauged = 0.0
-        self._trimmed = time.monotonic()
-        self.torn = False
-        """Models could not begin anew, and nothing can be asked of them before they have."""
-        self._died = False  # one had died when they last began anew
-        self._mend_at = 0.0
-        self.searcher = self._fresh()
-        self.failure: str | None = None
-        self.thread = threading.Thread(target=self._run, name="ivg-worker", daemon=True)
+        self._stop_at = math.inf
+        self._gauged_at = 0.0
+        self._released_at = time.monotonic()
+        self._restart_at = 0.0
+        self._engine_died = False
+        """At the last restart an engine had died: the failure need not be the request's fault."""
 
-    # From other threads
+    # Called from other threads
 
     def start(self) -> Worker:
-        """Begin; returns itself."""
+        """Start the thread; returns itself."""
         self.thread.start()
         return self
 
     @property
     def alive(self) -> bool:
-        """Is the thread running, and has nothing broken it?"""
-        return self.thread.is_alive() and self.failure is None
+        """Has the thread neither failed nor ended?"""
+        return self.failure is None and (self.thread.ident is None or self.thread.is_alive())
 
     @property
     def draining(self) -> bool:
-        """Is it to stop?"""
-        return self._stop_at is not None
+        """Is the worker stopping?"""
+        return self._stop_at < math.inf
 
     @property
     def seconds_left(self) -> float:
-        """Until what runs is broken off; below 0: since."""
-        return math.inf if self._stop_at is None else self._stop_at - time.monotonic()
+        """Seconds until running requests are aborted; negative afterwards."""
+        return self._stop_at - time.monotonic()
 
     @property
     def waiting(self) -> int:
-        """Answers that were submitted and are not being written yet."""
-        later = list(self._state.later)  # in one go: the thread may change it
-        return self._submitted + self.searcher.waiting_requests + sum(t.size for t in later)
+        """Completions that are not being generated yet."""
+        deferred = list(self._isolation.deferred)  # one operation: the worker may change it
+        return self._submitted + self.searcher.waiting_requests + sum(handle.count for handle in deferred)
 
-    def submit(self, ticket: RequestHandle) -> None:
-        """Queue it.
+    def submit(self, handle: RequestHandle) -> None:
+        """Queue a request.
 
         Raises:
-            ServeError: 429 when too many wait, 503 when the server stops or is broken.
+            ServeError: 429 when the queue is full, 503 when the server is stopping or broken.
         """
         if self.draining or not self.alive:
             raise ServeError("the server is shutting down" if self.draining else "the server is broken; see its log", 503, "unavailable")
         with self._lock:
             waiting = self.waiting
-            if waiting and waiting + ticket.size > self.settings.queue_limit:
-                raise ServeError(f"{waiting} answers are waiting already; try again later", 429, "queue_full")
-            self._submitted += ticket.size
-        self._inbox.put(("add", ticket))
+            if waiting and waiting + handle.count > self.settings.queue_limit:
+                raise ServeError(f"the queue is full ({waiting} completions are waiting); try again later", 429, "queue_full")
+            self._submitted += handle.count
+        self._inbox.put(("add", handle))
 
-    def cancel(self, ticket: RequestHandle) -> None:
-        """Nobody wants it any more; what is kept for it is freed before the next round."""
-        self._inbox.put(("cancel", ticket))
+    def cancel(self, handle: RequestHandle) -> None:
+        """Drop a request before the next step."""
+        self._inbox.put(("cancel", handle))
 
     def drain(self, seconds: float | None = None) -> None:
-        """Take nothing new; finish what is there within ``seconds`` (None: the settings'), then stop. Again: no later than before."""
-        stop = time.monotonic() + (self.settings.drain if seconds is None else seconds)
-        self._stop_at = stop if self._stop_at is None else min(stop, self._stop_at)
-        self._inbox.put(("wake", None))
+        """Accept no new requests, finish running ones within ``seconds`` (default: the settings'), then stop.
 
-    def join(self, seconds: float | None = None) -> None:
-        """Wait for the thread's end."""
-        self.thread.join(seconds)
+        A second call may shorten the time, and never extends it.
+        """
+        self._stop_at = min(self._stop_at, time.monotonic() + (self.settings.drain if seconds is None else seconds))
+        self._inbox.put(("wake", None))
 
     # The thread
 
     def _run(self) -> None:
         try:
             while not (self.draining and not self._busy and self._inbox.empty()):
-                self._take()
-                if self.torn:
-                    self._mend()
+                self._read_inbox()
+                if self.restarting:
+                    self._restart_models()
                 self._expire()
-                self._next_suspects()
-                self._send()  # before the round: what was accepted or refused is known now
+                self._continue_isolation()
+                self._send()  # before the step, so that clients learn at once whether they were accepted
                 if self.searcher.busy:
-                    self._round()
-                self._gauge()
+                    self._step()
+                self._housekeeping()
                 self._send()
         except BaseException as e:
             self.failure = f"{type(e).__name__}: {e}"
-            log.exception("worker died")
+            log.exception("the worker thread failed")
         finally:
-            gone = ServeError("the server is shutting down" if self.failure is None else "the server is broken", 503, "unavailable")
-            self._abandon(gone)
-            self._gauge(force=True)
+            message = "the server is shutting down" if self.failure is None else "the server is broken"
+            self._abort_all(ServeError(message, 503, "unavailable"))
+            if self.failure is None:
+                self._update_gauges()
             self._send()
 
     @property
     def _busy(self) -> bool:
-        return self.searcher.busy or bool(self._state.suspects or self._state.later)
+        return self.searcher.busy or self._isolation.busy
 
-    def _fresh(self) -> Searcher:
+    def _new_searcher(self) -> Searcher:
         return self.model.searcher(self.settings.max_beams)
 
-    def _take(self) -> None:
-        """Whatever lies in the inbox; waits where there is nothing to do."""
+    def _read_inbox(self) -> None:
+        """Handle the messages in the inbox; wait for one if there is nothing else to do."""
         block = not self._busy and not self.draining
-        for _ in range(max(1, self._inbox.qsize())):  # no more than that: answers are not kept back by who keeps coming
+        for _ in range(max(1, self._inbox.qsize())):  # no more: a stream of new requests must not delay the step
             try:
-                word, ticket = self._inbox.get(block=block, timeout=MEND_SECONDS if self.torn else None)
+                action, handle = self._inbox.get(block=block, timeout=RESTART_SECONDS if self.restarting else None)
             except queue.Empty:
                 return
             block = False
-            if ticket is None:
+            if handle is None:
                 continue
-            if word == "cancel":
-                self._drop(ticket)
+            if action == "cancel":
+                self._drop(handle)
                 continue
             with self._lock:
-                self._submitted -= ticket.size
-                if self._state.probing:
-                    self._state.later.append(ticket)
-            if not self._state.probing:
-                self._admit(ticket)
+                self._submitted -= handle.count
+                if self._isolation.active:
+                    self._isolation.deferred.append(handle)
+            if not self._isolation.active:
+                self._admit(handle)
 
-    def _admit(self, ticket: RequestHandle) -> None:
-        """Make its requests and add them; what is wrong with them is the client's to know."""
-        if ticket.over:
+    def _admit(self, handle: RequestHandle) -> None:
+        """Add a request to the search; errors in it are sent to its client."""
+        if handle.closed:
             return
-        if self.torn:
-            self._fail(ticket, torn())
+        if self.restarting:
+            self._fail(handle, unavailable())
             return
-        flights: list[RunningRequest] = []
+        added: list[RunningRequest] = []
         try:
-            order = ticket.make()
-            for i, request in enumerate(order.requests):
-                flights.append(RunningRequest(ticket, i, request))
-                flights[-1].number = self.searcher.add(request)
+            batch = self.served.prepare(handle.body)
+            for i, request in enumerate(batch.requests):
+                added.append(RunningRequest(handle, i, request))
+                added[-1].number = self.searcher.add(request)
         except Exception as e:
             if not isinstance(e, IVGError):
-                log.exception("a request could not be made")
-            for flight in flights:
-                self.searcher.cancel(flight.number)
-            self._fail(ticket, fault(e) if isinstance(e, IVGError) else ServeError("the request could not be made", 500, "server_error"))
+                log.exception("a request could not be prepared")
+            for running in added:
+                self.searcher.cancel(running.number)
+            error = client_error(e) if isinstance(e, IVGError) else ServeError("internal server error", 500, "server_error")
+            self._fail(handle, error)
             return
-        self._state.flights |= {f.number: f for f in flights}
-        self._post(ticket, order)
+        self._running |= {r.number: r for r in added}
+        self._post(handle, batch)
 
-    def _round(self) -> None:
-        """One step for all; a broken one is looked into."""
+    def _step(self) -> None:
+        """One step of the search for all requests."""
         started = time.perf_counter()
         try:
             steps = self.searcher.step()
         except Exception as e:
             self._recover(e)
             return
-        self.metrics.step.observe(time.perf_counter() - started)
+        self.metrics.step_seconds.observe(time.perf_counter() - started)
         for step in steps:
-            flight = self._state.flights.get(step.request)
-            if flight is not None:
-                self._report(flight, step)
+            running = self._running.get(step.request)
+            if running is None:
+                continue
+            if step.completion is not None:
+                self._count_completion(running, step.completion)
+            if step.completion is not None and step.completion.error is not None:
+                self._fail(running.handle, completion_error(step.completion.error))
+            else:
+                self._report(running, step)
 
-    def _report(self, flight: RunningRequest, step: Step) -> None:
-        """Send what the client has not had yet."""
+    def _count_completion(self, running: RunningRequest, completion: Completion) -> None:
+        """Forget a finished completion; count its tokens, log its error."""
+        del self._running[running.number]
+        self.metrics.count_tokens_read(completion.usage.forward_tokens)
+        self.metrics.tokens_written.inc(completion.usage.completion_tokens)
+        error = completion.error
+        if isinstance(error, UpstreamError):
+            log.error("upstream: %s", error)
+        if isinstance(error, ScoreFault) and not error.prompt:
+            self.metrics.failures.inc()
+            log.error("%s", error)
+
+    def _report(self, running: RunningRequest, step: Step) -> None:
+        """Send what the client has not received yet."""
         completion = step.completion
-        if completion is not None:
-            del self._state.flights[step.request]
-            self.metrics.spent(completion.usage.forward_tokens)
-            self.metrics.written.inc(completion.usage.completion_tokens)
-            if completion.error is not None:
-                if isinstance(completion.error, UpstreamError):
-                    log.error("upstream: %s", completion.error)
-                if isinstance(completion.error, ScoreFault) and not completion.error.prompt:
-                    self.metrics.failures.inc()
-                    log.error("%s", completion.error)
-                self._fail(flight.ticket, failed(completion.error))
-                return
         committed = step.committed if completion is None else completion.text
-        if not (committed.startswith(flight.committed) or flight.committed.startswith(committed)):
-            self._fail(flight.ticket, ServeError("the answer could not be repeated after a failure of another", 500, "server_error"))
+        if not (committed.startswith(running.committed) or running.committed.startswith(committed)):
+            error = ServeError("the completion changed when it was run again after a failure", 500, "server_error")
+            self._fail(running.handle, error)
             return
-        board = bool(step.kept or step.dropped)
-        flight.seen += board
-        again = board and flight.seen <= flight.boards
-        flight.boards = max(flight.boards, flight.seen)
-        new = len(committed) > len(flight.committed)
-        flight.committed = committed if new else flight.committed
-        shown = board and not again and flight.request.record
-        if new or shown or completion is not None:
-            kept, dropped = (step.kept, step.dropped) if shown else ((), ())
+        selection = bool(step.kept or step.dropped)
+        running.selections_seen += selection
+        is_new = selection and running.selections_seen > running.selections_sent
+        running.selections_sent = max(running.selections_sent, running.selections_seen)
+        longer = len(committed) > len(running.committed)
+        running.committed = committed if longer else running.committed
+        beams = is_new and running.request.record
+        if longer or beams or completion is not None:
+            kept, dropped = (step.kept, step.dropped) if beams else ((), ())
             details = step.details if completion is None else completion.details
-            self._post(flight.ticket, Progress(flight.index, flight.committed, kept, dropped, details, completion, step.tokens))
+            self._post(running.handle, Progress(running.index, running.committed, kept, dropped, details, completion, step.tokens))
+
+    # Failures
 
     def _recover(self, error: Exception) -> None:
-        """A round was broken off: begin afresh, and find out with whom it breaks."""
+        """A step failed: restart the models, then find the request that causes the error."""
         self.metrics.failures.inc()
-        suspects = list(self._state.flights.values())
-        log.error("a round of %d answers failed: %s", len(suspects), type(error).__name__, exc_info=error)
-        self._state.flights.clear()
-        self.searcher = self._fresh()
-        if not self._mend():
-            for flight in suspects:
-                self._fail(flight.ticket, torn())
-            return
-        if len(suspects) == 1:
-            (only,) = suspects
-            if only.spared or not self._died:
-                told = fault(error) if isinstance(error, IVGError) else ServeError("a model failed on this request", 500, "model_error")
-                self._fail(only.ticket, told)
-                return
-            only.spared = True
-        half = len(suspects) // 2
-        self._state.suspects.extendleft((suspects[half:], suspects[:half]))
-        self._state.probing = True
+        suspects = list(self._running.values())
+        log.error("a step of %d completions failed: %s", len(suspects), type(error).__name__, exc_info=error)
+        self._running.clear()
+        self.searcher = self._new_searcher()
+        if not self._restart_models():
+            for running in suspects:
+                self._fail(running.handle, unavailable())
+        elif failed := self._isolation.split(suspects, self._engine_died):
+            message = "a model failed on this request"
+            self._fail(failed.handle, client_error(error) if isinstance(error, IVGError) else ServeError(message, 500, "model_error"))
 
-    def _mend(self) -> bool:
-        """Let all models begin anew; where one cannot (memory that is not free yet, say), wait before the next try."""
-        if time.monotonic() < self._mend_at:
+    def _restart_models(self) -> bool:
+        """Restart all models; False where that failed (no free memory, say): then it is tried again later."""
+        if time.monotonic() < self._restart_at:
             return False
         try:
-            self._died = self.model.reset_caches()
+            self._engine_died = self.model.reset_caches()
         except Exception:
-            log.exception("a model could not begin anew; tried again every %g seconds", MEND_SECONDS)
-            self._mend_at = time.monotonic() + MEND_SECONDS
-            self.torn = True
+            log.exception("a model could not be restarted; next attempt in %g seconds", RESTART_SECONDS)
+            self._restart_at = time.monotonic() + RESTART_SECONDS
+            self.restarting = True
         else:
-            self.torn = False
-        return not self.torn
+            self.restarting = False
+        return not self.restarting
 
-    def _next_suspects(self) -> None:
-        """Run the next group by itself; when there is none left, let in who came meanwhile."""
-        state = self._state
-        while state.suspects and not self.searcher.busy:
-            for flight in state.suspects.popleft():
-                self._restart(flight)
-        if not state.suspects and not self.searcher.busy:
-            state.probing = False
-            while state.later:
-                self._admit(state.later.popleft())
+    def _continue_isolation(self) -> None:
+        """Run the next group of suspects; when none is left, admit the requests that arrived meanwhile."""
+        while not self.searcher.busy and (group := self._isolation.next_group()):
+            for running in group:
+                self._run_again(running)
+        if not self.searcher.busy:
+            for handle in self._isolation.end():
+                self._admit(handle)
 
-    def _restart(self, flight: RunningRequest) -> None:
-        if flight.ticket.over:
+    def _run_again(self, running: RunningRequest) -> None:
+        if running.handle.closed:
             return
-        if self.torn:
-            self._fail(flight.ticket, torn())
+        if self.restarting:
+            self._fail(running.handle, unavailable())
             return
-        flight.seen = 0
+        running.selections_seen = 0
         try:
-            flight.number = self.searcher.add(flight.request)
+            running.number = self.searcher.add(running.request)
         except IVGError as e:
-            self._fail(flight.ticket, fault(e))
+            self._fail(running.handle, client_error(e))
         else:
-            self._state.flights[flight.number] = flight
+            self._running[running.number] = running
 
-    # Ends
+    # Ends of requests
 
     def _expire(self) -> None:
-        """Those whose time is over, and all when the server's is."""
+        """Fail requests past their deadline, and all when the time to drain is over."""
         now = time.monotonic()
-        if self._stop_at is not None and now > self._stop_at:
-            self._abandon(ServeError("the server is shutting down", 503, "unavailable"))
-        for ticket in {t for t in self._tickets() if t.deadline < now}:
-            self._fail(ticket, ServeError(f"no answer within {ticket.deadline - ticket.started:g} seconds", 504, "deadline_exceeded"))
+        if now > self._stop_at:
+            self._abort_all(ServeError("the server is shutting down", 503, "unavailable"))
+        for handle in {h for h in self._handles() if h.deadline < now}:
+            self._fail(handle, ServeError(f"no response within the deadline of {handle.timeout:g} seconds", 504, "deadline_exceeded"))
 
-    def _tickets(self) -> Iterator[RequestHandle]:
-        state = self._state
-        yield from (f.ticket for f in (*state.flights.values(), *itertools.chain(*state.suspects)))
-        yield from state.later
+    def _handles(self) -> Iterator[RequestHandle]:
+        yield from (r.handle for r in self._running.values())
+        yield from self._isolation.handles()
 
-    def _abandon(self, error: ServeError) -> None:
-        """Everybody is told ``error``."""
+    def _abort_all(self, error: ServeError) -> None:
+        """Fail every request with ``error``."""
         while not self._inbox.empty():
-            word, ticket = self._inbox.get()
-            if word == "add" and ticket is not None:
-                self._fail(ticket, error)
-        for ticket in set(self._tickets()):
-            self._fail(ticket, error)
+            action, handle = self._inbox.get()
+            if action == "add" and handle is not None:
+                self._fail(handle, error)
+        for handle in set(self._handles()):
+            self._fail(handle, error)
 
-    def _fail(self, ticket: RequestHandle, error: ServeError) -> None:
-        if not ticket.over:
-            self._post(ticket, error)
-        self._drop(ticket)
+    def _fail(self, handle: RequestHandle, error: ServeError) -> None:
+        if not handle.closed:
+            self._post(handle, error)
+        self._drop(handle)
 
-    def _drop(self, ticket: RequestHandle) -> None:
-        """Free what is kept for it, and forget it."""
-        ticket.over = True
-        state, broken = self._state, None
-        for flight in [f for f in state.flights.values() if f.ticket is ticket]:
-            del state.flights[flight.number]
+    def _drop(self, handle: RequestHandle) -> None:
+        """Forget a request and free its cache rows."""
+        handle.closed = True
+        failure = None
+        for running in [r for r in self._running.values() if r.handle is handle]:
+            del self._running[running.number]
             try:
-                self.metrics.spent(self.searcher.cancel(flight.number))
-            except Exception as e:  # an engine that died before anybody asked it for more
-                broken = e
-        state.suspects = deque(left for group in state.suspects if (left := [f for f in group if f.ticket is not ticket]))
-        state.later = deque(t for t in state.later if t is not ticket)
-        self._gauged = 0.0
-        if broken is not None:
-            self._recover(broken)
+                self.metrics.count_tokens_read(self.searcher.cancel(running.number))
+            except Exception as e:  # an engine that died while no step ran
+                failure = e
+        self._isolation.drop(handle)
+        self._gauged_at = 0.0
+        if failure is not None:
+            self._recover(failure)
 
-    # Out
+    # Output
 
-    def _post(self, ticket: RequestHandle, event: Event) -> None:
-        self._outbox.setdefault(ticket, []).append(event)
+    def _post(self, handle: RequestHandle, event: Event) -> None:
+        self._outbox.setdefault(handle, []).append(event)
 
     def _send(self) -> None:
-        """Hand over what the round brought, with one call for each loop."""
+        """Deliver all events, with one call for each event loop."""
         loops: dict[asyncio.AbstractEventLoop, list[tuple[RequestHandle, list[Event]]]] = {}
-        for ticket, events in self._outbox.items():
-            loops.setdefault(ticket.loop, []).append((ticket, events))
+        for handle, events in self._outbox.items():
+            loops.setdefault(handle.loop, []).append((handle, events))
         self._outbox = {}
-        for loop, parcels in loops.items():
+        for loop, batches in loops.items():
             try:
-                loop.call_soon_threadsafe(deliver, parcels)
-            except RuntimeError:  # the loop is closed: nobody listens
-                for ticket, _ in parcels:
-                    self._drop(ticket)
+                loop.call_soon_threadsafe(deliver_all, batches)
+            except RuntimeError:  # the loop is closed
+                for handle, _ in batches:
+                    self._drop(handle)
 
-    def _gauge(self, *, force: bool = False) -> None:
+    def _housekeeping(self) -> None:
+        """Update gauges and return unused memory, each now and then."""
         now = time.monotonic()
-        if self._busy and now - self._gauged < GAUGE_SECONDS and not force:
+        if self._busy and now - self._gauged_at < GAUGE_SECONDS:
             return
-        self._gauged = now
-        if now - self._trimmed > TRIM_SECONDS and not force:
-            self._trimmed = now
+        self._gauged_at = now
+        if now - self._released_at > RELEASE_SECONDS:
+            self._released_at = now
             try:
                 self.model.release_memory()
-            except Exception:  # when memory is short even that may fail
-                log.exception("memory could not be given back")
-        metrics, searcher = self.metrics, self.searcher
-        metrics.queue.set(self.waiting)
-        metrics.live.set(searcher.live_requests)
-        metrics.beams.set(searcher.live_beams)
-        for reader in self.model.readers:
-            metrics.rows.labels(reader.name).set(reader.model.live_rows)
-            metrics.bytes.labels(reader.name).set(reader.model.rows.held_bytes)
+            except Exception:  # may itself fail for lack of memory
+                log.exception("unused memory could not be returned")
+        self._update_gauges()
+
+    def _update_gauges(self) -> None:
+        self.metrics.set_gauges(self.model, self.searcher, self.waiting)
