@@ -76,3 +76,17 @@ def test_readme_starts_with_two_commands():
     first = "\n".join((ROOT / "README.md").read_text().splitlines()[:30])
     assert "make demo" in first
     assert "make test" in first
+
+
+def test_version_is_the_same_everywhere():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    dated = re.search(r"^## (\S+) \((\d{4}-\d\d-\d\d)\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    citation = dict(re.findall(r"^(version|date-released): (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE))
+    assert dated.groups() == (version, citation["date-released"])
+    assert citation["version"] == version
+
+
+def test_workflow_tests_every_python_that_is_declared():
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    declared = {c.rpartition(" ")[2] for c in classifiers if re.search(r":: 3\.\d+$", c)}
+    assert declared == set(re.findall(r'"(3\.\d+)"', (ROOT / ".github/workflows/test.yml").read_text()))
