@@ -12,15 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ivg.errors import ConfigError, OutputError
+from ivg.jobs.blocks import ResumableJsonl
 from ivg.jobs.failures import MOST, Failures
 from ivg.jobs.formats import SourceRow
 from ivg.jobs.imports import own_imports
 from ivg.jobs.prompts import Job, read_jobs
-from ivg.jobs.provenance import answer_provenance, fingerprint
+from ivg.jobs.provenance import answer_provenance, differences, fingerprint
 from ivg.jobs.store import open_rows
 from ivg.settings.recipe import Recipe
 from ivg.utils import environment, jsonl
-from ivg.utils.jsonl import BlockFile, append_lines, as_lines, differences, read_jsonl, write_json
+from ivg.utils.jsonl import append_lines, as_lines, read_jsonl, write_json
 
 MADE = {
     "method": "ivg",
@@ -204,13 +205,13 @@ def test_a_full_disk_leaves_whole_rows_and_the_run_goes_on(tmp_path, monkeypatch
 
 
 def test_blocks_go_on_behind_a_full_disk(tmp_path, monkeypatch):
-    file = BlockFile(tmp_path / "r.jsonl", 2, 4, {"seed": 1})
+    file = ResumableJsonl(tmp_path / "r.jsonl", 2, 4, {"seed": 1})
     file.append([{"i": 0}, {"i": 1}])
     with monkeypatch.context() as m:
         full(m, 5)
         with pytest.raises(OutputError, match="No space left"):
             file.append([{"i": 2}, {"i": 3}])
-    again = BlockFile(tmp_path / "r.jsonl", 2, 4, {"seed": 1})
+    again = ResumableJsonl(tmp_path / "r.jsonl", 2, 4, {"seed": 1})
     assert [list(s) for s in again.missing()] == [[2, 3]]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ivg.errors import ConfigError, ModelError
+from ivg.jobs.blocks import ResumableJsonl
 from ivg.models.training_rows import FILE, read_training_rows, row_hash, seen, write_training_rows
 from ivg.testing import byte_tokenizer
 from ivg.training import encoding
@@ -22,7 +23,7 @@ from ivg.training.data import (
     read_sft_examples,
 )
 from ivg.types import Message, Prompt
-from ivg.utils.jsonl import BlockFile, as_lines
+from ivg.utils.jsonl import as_lines
 
 
 def write(path, rows):
@@ -206,21 +207,21 @@ def test_fingerprints_know_a_row_again_and_hold_no_text(tmp_path):
 
 
 def test_block_files_drop_half_blocks_and_refuse_other_settings(tmp_path):
-    file = BlockFile(tmp_path / "r.jsonl", 2, 5, {"seed": 1})
+    file = ResumableJsonl(tmp_path / "r.jsonl", 2, 5, {"seed": 1})
     for span in file.missing():
         file.append([{"i": i} for i in span])
     assert file.complete
     whole = file.path.read_bytes()
     for cut in range(len(whole)):
         file.path.write_bytes(whole[:cut])
-        again = BlockFile(file.path, 2, 5, {"seed": 1})
+        again = ResumableJsonl(file.path, 2, 5, {"seed": 1})
         assert again.rows % 2 == 0
         for span in again.missing():
             again.append([{"i": i} for i in span])
         assert file.path.read_bytes() == whole
     with pytest.raises(ConfigError, match="seed: 1 there, 2 now"):
-        BlockFile(file.path, 2, 5, {"seed": 2})
-    longer = BlockFile(file.path, 2, 7, {"seed": 1})
+        ResumableJsonl(file.path, 2, 5, {"seed": 2})
+    longer = ResumableJsonl(file.path, 2, 7, {"seed": 1})
     assert [list(s) for s in longer.missing()] == [[4, 5], [6]]
 
 

@@ -15,8 +15,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ivg.bench.settings import Settings
+from ivg.jobs.blocks import open_blocks
 from ivg.utils import environment
-from ivg.utils.jsonl import BlockFile, read_jsonl
+from ivg.utils.jsonl import read_jsonl
 
 Row = Mapping[str, Any]
 """One measurement; see :func:`measure`."""
@@ -57,13 +58,12 @@ def run(
     """
     wanted = entries(settings) if wanted is None else list(wanted)
     made_by = {**settings.provenance, "entries": [asdict(e) for e in wanted], "machine": environment.facts()}
-    with _place(out) as path, environment.alone(path):
-        file = BlockFile(path, 1, settings.rounds * len(wanted), made_by)
+    with _place(out) as path, open_blocks(path, 1, settings.rounds * len(wanted), made_by) as file:
         if not file.complete:
             bench = Bench(settings)
             bench.warm_up(wanted)
-            for position, *_ in file.missing():
-                number, place = divmod(position, len(wanted))
+            for positions in file.missing():
+                number, place = divmod(positions.start, len(wanted))
                 row = bench.measure(wanted[place], number)
                 file.append([row])
                 done(row)

@@ -16,8 +16,9 @@ from ivg.bench import memory, report, runner, slot_utilization
 from ivg.bench.runner import Entry
 from ivg.bench.settings import Settings
 from ivg.errors import ConfigError
+from ivg.jobs.blocks import check_provenance
 from ivg.utils import environment
-from ivg.utils.jsonl import demand_provenance, write_json
+from ivg.utils.jsonl import write_json
 
 Row = Mapping[str, Any]
 
@@ -183,7 +184,7 @@ def _once(path: Path, wanted: Plan, make: Callable[[Plan], dict[str, Any]]) -> d
     if not path.exists():
         write_json(path.with_name(path.name + ".meta.json"), provenance)
         write_json(path, make(wanted))
-    demand_provenance(path, provenance)
+    check_provenance(path, provenance)
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from ivg.diagnostics.cost import classifiers, flops
 from ivg.errors import PromptError, ScoreFault
-from ivg.evaluation.generate import make_request, run_batch
+from ivg.evaluation.generate import run_batch
 from ivg.evaluation.methods import SELECTION_VALUES
 from ivg.evaluation.worker import Worker
+from ivg.jobs.runner import Result
 from ivg.model import cached_lms
 from ivg.types import Beam, Completion, Prompt, TokenCounter, new_key
 from ivg.types.scores import Scores, every, score_each
@@ -42,13 +43,11 @@ def sample_rows(worker: Worker, label: str, positions: range) -> Iterator[dict[s
     max_new_tokens = plan.sampling.max_new_tokens
     errors = [_length_error(selected_by[1], e.prompt, max_new_tokens) if selected_by else None for _, _, e in items]
     valid = [item for item, error in zip(items, errors, strict=True) if error is None]
-    requests = [
-        make_request(model, plan, plan.base_row, seed, position, n * INDEX_STRIDE) for seed, position, _ in valid for n in range(size)
-    ]
-    outcomes = iter(run_batch(model, requests))
+    requests = [(e.prompt, seed, position + n * INDEX_STRIDE) for seed, position, e in valid for n in range(size)]
+    results = iter(run_batch(model, plan, plan.base_row, requests))
     for (seed, _, example), error in zip(items, errors, strict=True):
         row: dict[str, Any] = {"label": label, "seed": seed, "id": example.id, "prompt": example.prompt.plain}
-        yield row | (_samples(model, selected_by, example.prompt, list(islice(outcomes, size))) if error is None else _failed(error))
+        yield row | (_samples(model, selected_by, example.prompt, list(islice(results, size))) if error is None else _failed(error))
 
 
 def _failed(error: str) -> dict[str, Any]:
@@ -64,14 +63,11 @@ def _length_error(value: Value, prompt: Prompt, max_new_tokens: int) -> str | No
     return None
 
 
-def _samples(
-    model: GuidedModel, selected_by: tuple[str, Value] | None, prompt: Prompt, outcomes: Sequence[Completion | str]
-) -> dict[str, Any]:
+def _samples(model: GuidedModel, selected_by: tuple[str, Value] | None, prompt: Prompt, results: Sequence[Result[int]]) -> dict[str, Any]:
     """The columns of one prompt's samples; of the first error where one failed."""
-    failed = next((o for o in outcomes if not isinstance(o, Completion)), None)
-    if failed is not None:
-        return _failed(failed)
-    completions = [c for c in outcomes if isinstance(c, Completion)]
+    completions = [r.completion for r in results if r.completion is not None]
+    if len(completions) < len(results):
+        return _failed(next(r.error or "" for r in results if r.completion is None))
     name, value = selected_by if selected_by is not None else (None, None)
     beams = [_beam(model, prompt, c) for c in completions]
     scores: Scores = score_each(value, beams) if value is not None else [0.0] * len(beams)

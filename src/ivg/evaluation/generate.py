@@ -1,6 +1,6 @@
 """Stage 1 of an evaluation: every method answers every prompt.
 
-Each label has one :class:`~ivg.utils.jsonl.BlockFile`. A block is computed with empty caches from its own seeds, so a resumed run
+Each label has one :class:`~ivg.jobs.blocks.ResumableJsonl`. A block is computed with empty caches from its own seeds, so a resumed run
 writes the same bytes as an uninterrupted one. Seconds and memory go to ``timings.jsonl`` only.
 """
 
@@ -11,17 +11,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ivg.errors import PromptError
 from ivg.evaluation.methods import MethodRow
 from ivg.evaluation.plan import EvalPlan
 from ivg.evaluation.worker import OnProgress, Worker, append_log
-from ivg.types import Completion
+from ivg.jobs.blocks import open_blocks
+from ivg.jobs.runner import LocalBackend, RequestSettings, Result, Task
+from ivg.types import Completion, Prompt
 from ivg.utils import environment
-from ivg.utils.jsonl import BlockFile
 
 if TYPE_CHECKING:
     from ivg.model import GuidedModel
-    from ivg.search.searcher import Request
 
 Row = dict[str, Any]
 MakeRows = Callable[[Worker, str, range], Iterable[Row]]
@@ -30,9 +29,8 @@ MakeRows = Callable[[Worker, str, range], Iterable[Row]]
 
 def generate(worker: Worker, label: str, make_rows: MakeRows, on_progress: OnProgress) -> None:
     """Write all rows of one label that are missing."""
-    plan, path = worker.plan, worker.plan.transcripts(label)
-    with environment.alone(path):
-        file = BlockFile(path, plan.block_size(label), plan.total, plan.provenance(label))
+    plan = worker.plan
+    with open_blocks(plan.transcripts(label), plan.block_size(label), plan.total, plan.provenance(label)) as file:
         on_progress(label, min(file.rows, plan.total))
         for positions in file.missing():
             worker.model.reset_caches()
@@ -49,35 +47,23 @@ def generate(worker: Worker, label: str, make_rows: MakeRows, on_progress: OnPro
 
 def answer_rows(worker: Worker, label: str, positions: range) -> Iterator[Row]:
     """One method's answers to the prompts at ``positions``."""
-    plan, model, method = worker.plan, worker.model, worker.plan.method_row(label)
+    plan, method = worker.plan, worker.plan.method_row(label)
     items = list(plan.items(positions))
-    requests = [make_request(model, plan, method, seed, position) for seed, position, _ in items]
-    for (seed, _, example), outcome in zip(items, run_batch(model, requests), strict=True):
+    results = run_batch(worker.model, plan, method, [(example.prompt, seed, position) for seed, position, example in items])
+    for (seed, _, example), result in zip(items, results, strict=True):
         row = {"label": label, "seed": seed, "id": example.id, "prompt": example.prompt.plain}
-        yield row | (_completion_row(outcome) if isinstance(outcome, Completion) else {"text": "", "token_ids": [], "error": outcome})
+        if result.completion is not None:
+            yield row | _completion_row(result.completion)
+        else:
+            yield row | {"text": "", "token_ids": [], "error": " ".join(str(result.error).split())}
 
 
-def make_request(model: GuidedModel, plan: EvalPlan, method: MethodRow, seed: int, position: int, offset: int = 0) -> Request:
-    """The request for one example; its random numbers depend on the seed, the example's position and ``offset`` alone."""
+def run_batch(model: GuidedModel, plan: EvalPlan, method: MethodRow, requests: Sequence[tuple[Prompt, int, int]]) -> list[Result[int]]:
+    """Answer all (prompt, seed, index) in one batch; gives the results in their order."""
     sampling = {f.name: getattr(plan.sampling, f.name) for f in fields(plan.sampling)}
-    return model.request(plan.examples[position].prompt, method.method, seed=seed, index=position + offset, record=True, **sampling)
-
-
-def run_batch(model: GuidedModel, requests: Sequence[Request]) -> list[Completion | str]:
-    """Run requests in one batch; gives each one's completion, or its error message."""
-    searcher = model.searcher()
-    out: list[Completion | str] = [""] * len(requests)
-    index_of = {}
-    for i, request in enumerate(requests):
-        try:
-            index_of[searcher.add(request)] = i
-        except PromptError as e:  # other errors concern the method, so all its requests, and are raised
-            out[i] = " ".join(str(e).split())
-    while searcher.busy:
-        for step in searcher.step():
-            if step.completion is not None:
-                out[index_of[step.request]] = step.completion if step.completion.error is None else step.completion.error
-    return out
+    backend = LocalBackend(model, RequestSettings(method.method, {"record": True, **sampling}))
+    results = backend.run([Task(*request, i) for i, request in enumerate(requests)])
+    return sorted(results, key=lambda result: result.task.source)
 
 
 def _completion_row(completion: Completion) -> Row:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from zlib import crc32
 
 from ivg.errors import ConfigError, JudgeError, MissingDependencyError, ScoreFault
+from ivg.jobs.blocks import ResumableJsonl
 from ivg.types import Prompt
 from ivg.types.scores import judge_each
-from ivg.utils.jsonl import BlockFile, read_jsonl
+from ivg.utils.jsonl import read_jsonl
 from ivg.utils.rng import uniform
 
 if TYPE_CHECKING:
@@ -319,7 +320,7 @@ def judge_all(judge: Judge, rows: Sequence[Mapping[str, Any]], path: Path, block
         JudgeError: the judge cannot be asked; what was judged is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = BlockFile(path, block, len(rows), judge.settings())
+    file = ResumableJsonl(path, block, len(rows), judge.settings())
     for number, (row, judged) in enumerate(zip(rows, read_jsonl(path) if file.rows else (), strict=False), 1):
         if any(judged.get(k) != v for k, v in row.items()):
             raise ConfigError(f"{path}, line {number}: a judgement of another answer than there is now\n  remove this file and judge again")

@@ -18,10 +18,10 @@ from ivg.evaluation.methods import BASE_SAMPLES
 from ivg.evaluation.plan import GOLD, EvalPlan
 from ivg.evaluation.transcripts import check_file_provenance, fingerprint, prompt_of, read_answers, read_transcripts
 from ivg.evaluation.worker import OnProgress, Worker
+from ivg.jobs.blocks import open_blocks
 from ivg.types import Beam, TokenCounter, new_key
 from ivg.types.scores import every, judge_each, note_of
-from ivg.utils import environment
-from ivg.utils.jsonl import BlockFile, read_jsonl, write_json
+from ivg.utils.jsonl import read_jsonl, write_json
 
 if TYPE_CHECKING:
     from ivg.model import GuidedModel
@@ -37,8 +37,7 @@ def score(worker: Worker, label: str, on_progress: OnProgress) -> None:
     """
     p = worker.plan
     rows = read_transcripts(p, label)
-    with environment.alone(p.scores(label)):
-        file = BlockFile(p.scores(label), _block_size(p), len(rows), _provenance(p, label))
+    with open_blocks(p.scores(label), _block_size(p), len(rows), _provenance(p, label)) as file:
         _check_scores_match(p, label, rows, list(read_jsonl(p.scores(label))) if file.rows else [])
         on_progress(label, min(file.rows, len(rows)))
         for positions in file.missing():

@@ -11,8 +11,9 @@ from typing import Any
 from ivg.errors import ConfigError
 from ivg.evaluation.plan import EvalPlan
 from ivg.evaluation.task import Answer
+from ivg.jobs.blocks import check_provenance
 from ivg.types import Prompt
-from ivg.utils.jsonl import demand_provenance, read_jsonl
+from ivg.utils.jsonl import read_jsonl
 
 Row = dict[str, Any]
 
@@ -67,7 +68,7 @@ def check_file_provenance(path: Path, wanted: Row) -> None:
     meta = path.with_name(f"{path.name}.meta.json")
     if meta.exists():
         wanted = _with_recorded_fingerprints(wanted, json.loads(meta.read_text(encoding="utf-8")))
-    demand_provenance(path, wanted)
+    check_provenance(path, wanted)
 
 
 def _with_recorded_fingerprints(wanted: Row, found: Row) -> Row:

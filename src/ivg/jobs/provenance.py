@@ -20,6 +20,7 @@ from typing import Any
 from ivg.embedded import PREFIX, locate, names
 from ivg.jobs.imports import own_imports
 from ivg.settings.recipe import ModelRef, Recipe
+from ivg.utils.jsonl import to_json
 
 REMEMBER = 64 << 20
 """Bytes from which the digest of a file is remembered (in ``$XDG_CACHE_HOME/ivg``), by path, size, time of change and inode."""
@@ -202,3 +203,21 @@ def _digest(path: Path) -> str:
 
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivg" / "digests"
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs, each ``name: there, now``; a device that is not known differs from none."""
+    out: list[str] = []
+    for key in sorted({*found, *wanted}):
+        there, now = found.get(key), wanted.get(key)
+        if there == now or (key == "device" and None in (there, now)):
+            continue
+        if isinstance(there, dict) and isinstance(now, dict):
+            out += differences(there, now, "" if key == "provenance" else f"{prefix}{key}.")
+        else:
+            out.append(f"{prefix}{key}: {_said(there)} there, {_said(now)} now")
+    return out
+
+
+def _said(value: Any) -> str:
+    return "not given" if value is None else to_json(value)

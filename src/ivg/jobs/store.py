@@ -16,8 +16,9 @@ from typing import Any, BinaryIO, Protocol
 
 from ivg.errors import ConfigError, OutputError
 from ivg.jobs.prompts import Job, id_key, prompt_key
+from ivg.jobs.provenance import differences
 from ivg.utils.environment import alone
-from ivg.utils.jsonl import RowError, append_lines, differences, parse_row, to_json
+from ivg.utils.jsonl import RowError, append_lines, parse_row, to_json
 
 MADE = ("method", "seed", "settings", "models", "engine", "endpoint", "values", "provenance")
 """Columns of a row that say what made it."""

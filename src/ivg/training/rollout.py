@@ -13,12 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivg.errors import ConfigError, PromptError, ScoreFault
+from ivg.errors import ConfigError, ScoreFault
+from ivg.jobs.blocks import open_blocks
+from ivg.jobs.runner import LocalBackend, RequestSettings, Result, Task
 from ivg.training.common import require_single_process
-from ivg.types import Completion, Prompt
+from ivg.types import Prompt
 from ivg.types.scores import judge_each, note_of
-from ivg.utils import environment
-from ivg.utils.jsonl import BlockFile, read_jsonl
+from ivg.utils.jsonl import read_jsonl
 from ivg.utils.rng import as_seed, mix
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ def rollout(
     lines = out.with_suffix(".jsonl")
     sampling = {k: v for k, v in asdict(model.sampling).items() if k not in settings}
     about = {"method": method, "settings": settings, "sampling": sampling, "samples": samples, "seed": seed, **(provenance or {})}
-    with environment.alone(lines):
-        file = BlockFile(lines, block * samples, len(prompts) * samples, about)
+    with open_blocks(lines, block * samples, len(prompts) * samples, about) as file:
         _same_prompts(lines, prompts, samples, file.rows)
         for _ in range(0, file.rows, block * samples):
             on_progress()
@@ -109,28 +109,22 @@ def _same_prompts(lines: Path, prompts: Sequence[Prompt], samples: int, rows: in
 def _answer(
     model: GuidedModel, prompts: Sequence[tuple[int, Prompt]], method: str, samples: int, seed: int, settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
+    """Rows without scores, prompt by prompt."""
     model.reset_caches()  # what earlier blocks left in the caches may change how sums are rounded
-    searcher = model.searcher(max_beams=512)
-    rows: list[dict[str, Any]] = []
-    flying: dict[int, dict[str, Any]] = {}
-    for number, prompt in prompts:
-        for index in range(samples):
-            row: dict[str, Any] = {"prompt": prompt.plain, "index": index}
-            rows.append(row)
-            try:
-                flying[searcher.add(model.request(prompt, method, seed=as_seed(mix(seed, number)), index=index, **settings))] = row
-            except PromptError as e:
-                row["error"] = str(e).splitlines()[0]
-    while searcher.busy:
-        for step in searcher.step():
-            if step.completion is not None:
-                flying[step.request].update(_found(step.completion, model.base.vocabulary.eos_ids))
-    return rows
+    tasks = [
+        Task(prompt, as_seed(mix(seed, number)), index, {"prompt": prompt.plain, "index": index})
+        for number, prompt in prompts
+        for index in range(samples)
+    ]
+    for result in LocalBackend(model, RequestSettings(method, settings, max_beams=512)).run(tasks):
+        result.task.source.update(_columns(result, model.base.vocabulary.eos_ids))
+    return [task.source for task in tasks]
 
 
-def _found(completion: Completion, eos: Collection[int]) -> dict[str, Any]:
-    if completion.error:
-        return {"error": completion.error}
+def _columns(result: Result[Any], eos: Collection[int]) -> dict[str, Any]:
+    completion = result.completion
+    if completion is None:
+        return {"error": (result.error or "").split("\n")[0]}
     ids = list(completion.token_ids)
     ended = completion.finish_reason == "stop" and bool(ids) and ids[-1] in eos  # rather than by a stop string
     notes = {"notes": list(completion.notes)} if completion.notes else {}

@@ -1,8 +1,4 @@
-"""Rows in JSONL files that survive a kill: written in whole blocks, cut back to whole blocks, never mixed with another run's.
-
-Knows: files. Must not know what a row means. Whoever makes rows in fixed blocks, each from its own seed, and resumes with
-:class:`BlockFile`, gets the same bytes whether or not the run was interrupted. Standard library only.
-"""
+"""JSON lines: strict parsing, values that are always valid JSON, files that are written whole or not at all. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
@@ -206,95 +202,6 @@ def append_lines(path: Path, text: str, *, sync: bool = False) -> None:
                 raise
     except OSError as e:
         raise OutputError(f"cannot write {path}: {e.strerror}\n  what is there is whole; the same command goes on from it") from None
-
-
-class BlockFile:
-    """A JSONL file that grows by whole blocks of rows.
-
-    Args:
-        path: the file; ``<path>.meta.json`` beside it holds what its rows depend on.
-        block: rows of each block; the last may be shorter.
-        total: rows when it is finished; a file with more (of a longer run) is left as it is.
-        provenance: what every row depends on (models, method, seeds …); a file made with another is refused.
-
-    Raises:
-        ConfigError: the file was made with another ``provenance``; names what differs.
-    """
-
-    def __init__(self, path: str | Path, block: int, total: int, provenance: Mapping[str, Any]) -> None:
-        self.path, self.block, self.total = Path(path), block, total
-        self._claim({**json.loads(to_json(provenance)), "block": block})
-        self.rows = self._cut()
-
-    @property
-    def complete(self) -> bool:
-        """Nothing is left to do."""
-        return self.rows >= self.total
-
-    def missing(self) -> Iterator[range]:
-        """Positions of the rows of every block that is to be made, in order."""
-        for start in range(self.rows, self.total, self.block):
-            yield range(start, min(start + self.block, self.total))
-
-    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """One block, on the disk when this returns."""
-        append_lines(self.path, as_lines(rows), sync=True)
-        self.rows += len(rows)
-
-    def _claim(self, provenance: dict[str, Any]) -> None:
-        if not _meta(self.path).exists() and not (self.path.exists() and self.path.stat().st_size):
-            write_json(_meta(self.path), provenance)
-        demand_provenance(self.path, provenance)
-
-    def _cut(self) -> int:
-        """Rows of whole blocks; what an interrupted run left behind them is cut off."""
-        if not self.path.exists():
-            return 0
-        with self.path.open("rb") as lines:
-            whole = [line for line in lines if line.endswith(b"\n")]
-        keep = len(whole) if len(whole) >= self.total else len(whole) // self.block * self.block
-        with self.path.open("r+b") as file:
-            file.truncate(sum(map(len, whole[:keep])))
-        return keep
-
-
-def demand_provenance(path: str | Path, provenance: Mapping[str, Any]) -> None:
-    """Check, and change nothing, that the rows of a :class:`BlockFile` were made with ``provenance`` (``block`` is part of it).
-
-    Raises:
-        ConfigError: they were made with another, which is named where it differs; nothing says what made them.
-    """
-    path, beside = Path(path), _meta(path)
-    if not beside.exists():
-        raise ConfigError(f"{path} is there, but not what made it ({beside.name})\n  give another place for the results")
-    found, wanted = json.loads(beside.read_text(encoding="utf-8")), json.loads(to_json(provenance))
-    different = differences(found, wanted)
-    if different:
-        raise ConfigError(
-            f"{path} was made with other settings: {'; '.join(different)}\n  give another place for the results, or remove it"
-        )
-
-
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs, each ``name: there, now``; a device that is not known differs from none."""
-    out: list[str] = []
-    for key in sorted({*found, *wanted}):
-        there, now = found.get(key), wanted.get(key)
-        if there == now or (key == "device" and None in (there, now)):
-            continue
-        if isinstance(there, dict) and isinstance(now, dict):
-            out += differences(there, now, "" if key == "provenance" else f"{prefix}{key}.")
-        else:
-            out.append(f"{prefix}{key}: {_said(there)} there, {_said(now)} now")
-    return out
-
-
-def _said(value: Any) -> str:
-    return "not given" if value is None else to_json(value)
-
-
-def _meta(path: str | Path) -> Path:
-    return Path(path).with_name(f"{Path(path).name}.meta.json")
 
 
 def as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
