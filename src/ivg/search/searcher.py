@@ -38,14 +38,8 @@ __all__ = ["QUANTUM", "Particles", "Rejection", "Request", "Search", "Searcher"]
 
 
 def _rule(request: Request) -> SelectionRule:
-    if request.search.make_rule is not None:
-        rule: SelectionRule = request.search.make_rule(request)
-        return rule
-    if request.search.rejection is not None:
-        return RejectionRule(request)
-    if request.search.particles is not None:
-        return ParticleRule(request)
-    return BeamRule(request)
+    search = request.search
+    return (search.make_rule or (RejectionRule if search.rejection else ParticleRule if search.particles else BeamRule))(request)
 
 
 def check_engine(engine: Engine, request: Request) -> None:
