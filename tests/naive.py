@@ -191,7 +191,7 @@ def wander(model, rng, tokens, tolerance):
         return [rng.randrange(1, tokens + 1) for _ in range(rng.randrange(least, most))]
 
     for _ in range(40):
-        action = rng.choice(["open", "open unread", "fork", "fork", "feed", "feed", "cut", "cut all", "free", "free", "give back"])
+        action = rng.choice(["open", "open unread", "fork", "fork", "feed", "feed", "cut", "cut all", "free", "free", "release memory"])
         if action.startswith("open") or not rows:
             ids = rng.choice(prompts)[: rng.randrange(1, 25)] + some(0, 4)
             row = model.open(ids)
@@ -199,23 +199,23 @@ def wander(model, rng, tokens, tolerance):
             assert len(row.ids) < len(ids)
             rows.append(row)
             if action == "open":
-                compare(model.last([row], [ids[len(row.ids) :]])[0], outputs_of(model, row.ids), tolerance)
+                compare(model.last_outputs([row], [ids[len(row.ids) :]])[0], outputs_of(model, row.ids), tolerance)
         elif action == "fork":
             rows.append(model.fork(rng.choice(rows)))
         elif action == "cut":
             row = rng.choice(rows)
-            del row.ids[rng.randrange(0, len(row.ids) + 1) :]
+            model.truncate(row, rng.randrange(0, len(row.ids) + 1))
         elif action == "cut all":
-            family, length = rng.choice(rows).family, rng.randrange(0, 24)
-            for row in (r for r in rows if r.family is family):
-                del row.ids[length:]
-        elif action == "give back":
+            group, length = rng.choice(rows).group, rng.randrange(0, 24)
+            for row in (r for r in rows if r.group is group):
+                model.truncate(row, length)
+        elif action == "release memory":
             model.release_memory()
         elif action == "free" and len(rows) > 1:
             model.free(rows.pop(rng.randrange(len(rows))))
         else:
             chosen, piece = rng.sample(rows, rng.randrange(1, len(rows) + 1)), some(1, 7)
             new = [piece if rng.random() < 0.4 else some(1, 7) for _ in chosen]
-            for row, out in zip(chosen, model.last(chosen, new), strict=True):
+            for row, out in zip(chosen, model.last_outputs(chosen, new), strict=True):
                 compare(out, outputs_of(model, row.ids), tolerance)
         assert model.live_rows == len(rows)

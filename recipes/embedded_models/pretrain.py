@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ivg.models.kernels import multiplies_bfloat16
+from ivg.models.kernels import has_native_bfloat16
 from ivg.utils.jsonl import to_json
 
 
@@ -87,7 +87,7 @@ class Muon(torch.optim.Optimizer):
 
 def mixed_precision() -> Any:
     """Autocast to bfloat16 where the processor has it; elsewhere nothing."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=multiplies_bfloat16())
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_native_bfloat16())
 
 
 def build_model(config: PretrainConfig, layers: int) -> Any:

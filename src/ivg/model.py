@@ -303,7 +303,7 @@ class GuidedModel:
         died = False
         with self.lock:
             for reader in self.readers:
-                reader.clear()
+                reader.reset_cache()
             for part in (self.engine, *self.values.values()):
                 if (restart := getattr(part, "restart", None)) is not None:
                     try:

@@ -11,6 +11,7 @@ import naive
 from architectures import NAMES, VARIANTS, tiny
 from ivg.engines.transformers.engine import TransformersEngine
 from ivg.errors import ModelError, PromptError
+from ivg.models.cache import PassLimits
 from ivg.models.cached_lm import CachedLM
 from ivg.models.loading import LoadOptions, load_causal
 from ivg.models.runner import ModelRunner
@@ -66,7 +67,7 @@ FAST = ("afmoe", "roberta", "xmod", "bert", "falcon", "gpt_neo+global", "gpt_oss
 def check(name, steps=1, **more):
     model = ModelRunner(tiny(name, **more), name)
     for seed in range(steps):
-        model.clear()
+        model.reset_cache()
         wander(model, random.Random(f"{name} {seed}"), 256, 2e-3)
     return model
 
@@ -126,10 +127,10 @@ def test_networks_are_exact_up_to_where_they_go_by_the_batch(name, limit, reason
     rows, g = [model.open([1]), model.open([2])], torch.Generator().manual_seed(0)
     for sizes in ((1, limit - 2), (1, 1)):
         new = [torch.randint(1, 257, (n,), generator=g).tolist() for n in sizes]
-        for row, out in zip(rows, model.last(rows, new), strict=True):
+        for row, out in zip(rows, model.last_outputs(rows, new), strict=True):
             compare(out, outputs_of(model, row.ids), 1e-3)
     with pytest.raises(PromptError, match=f"at most {limit} tokens .*{reason}"):
-        model.last(rows[:1], [[5] * limit])
+        model.last_outputs(rows[:1], [[5] * limit])
     reader = CachedLM(ModelRunner(model.network, "base"), byte_tokenizer())
     with pytest.raises(PromptError, match=rf"context of base \({limit}: beyond, .*{reason}"):
         reader.check_length(Prompt("x" * 40), 1)
@@ -141,7 +142,7 @@ def test_tokens_of_padding_have_no_position():
     assert model.max_positions == 256 - 4
     rows = [model.open([5]), model.open([5])]
     for new in ([[5, 3, 7, 3], [3]], [[8], [9, 3, 3, 4]], [[3], [10]]):
-        for row, out in zip(rows, model.last(rows, new), strict=True):
+        for row, out in zip(rows, model.last_outputs(rows, new), strict=True):
             compare(out, outputs_of(model, row.ids), 1e-3)
 
 
@@ -160,42 +161,36 @@ def longrope(name, seed=1, **more):
 
 
 @pytest.mark.parametrize("name", ["phi3", "phimoe", "minicpm3", "llama"])
-def test_rows_on_both_sides_of_the_border(name, monkeypatch):
-    """Short rows beside long ones, prompts in blocks, rows that grow over the border or are cut below it."""
-    from ivg.models import runner
-
+def test_rows_on_both_sides_of_the_limit(name):
+    """Short rows beside long ones, prompts in pieces, rows that grow over the limit or are cut below it."""
     network = longrope(name)
-    for seed, block in ((0, 5), (1, 2048)):
-        monkeypatch.setattr(runner, "BLOCK_TOKENS", block)
-        wander(ModelRunner(network, name), random.Random(seed), 256, 2e-3)
+    for seed, row_tokens in ((0, 5), (1, 2048)):
+        wander(ModelRunner(network, name, PassLimits(row_tokens=row_tokens)), random.Random(seed), 256, 2e-3)
 
 
-def test_every_position_has_the_factors_of_its_own_prefix(monkeypatch):
-    from ivg.models import runner
-
-    monkeypatch.setattr(runner, "BLOCK_TOKENS", 5)
-    model = ModelRunner(longrope("phi3"), "phi3")
+def test_every_position_has_the_factors_of_its_own_prefix():
+    model = ModelRunner(longrope("phi3"), "phi3", PassLimits(row_tokens=5))
     plain = naive.PrefixByPrefix(model.network)
     ids = [list(range(1, 31)), list(range(40, 49))]
     rows = [model.open(ids[0][:1]), model.open(ids[1][:1])]
     got = {0: [], 1: []}
-    for i, out in model.feed(rows, ids, [30, 9]):
+    for i, out in model.forward(rows, ids, [30, 9]):
         got[i].append(out)
     for i in (0, 1):
         compare(torch.cat(got[i]), naive.outputs(plain, ids[i]), 1e-3)
 
 
-def test_beams_that_cross_the_border_together_share_their_trunk():
+def test_beams_that_cross_the_limit_together_share_their_prefix(monkeypatch):
     model = ModelRunner(longrope("phi3"), "phi3")
     root = model.open(list(range(1, 10)))
-    model.last([root], [list(range(1, 10))])
+    model.last_outputs([root], [list(range(1, 10))])
     rows = [root, *(model.fork(root) for _ in range(3))]
-    model.last(rows, [[50 + i, 60 + i] for i in range(4)])
-    read, run_pass = [], model._pass
-    model._pass = lambda rows, pieces, keep: read.append(sum(map(len, pieces))) or run_pass(rows, pieces, keep)
-    for row, out in zip(rows, model.last(rows, [[70, 71 + i] for i in range(4)]), strict=True):
+    model.last_outputs(rows, [[50 + i, 60 + i] for i in range(4)])
+    read, forward = [], model.cache.forward
+    monkeypatch.setattr(model.cache, "forward", lambda rows, new, keep: read.append(sum(map(len, new))) or forward(rows, new, keep))
+    for row, out in zip(rows, model.last_outputs(rows, [[70, 71 + i] for i in range(4)]), strict=True):
         compare(out, outputs_of(model, row.ids), 1e-3)
-    assert len({row.family for row in rows}) == 1
+    assert len({row.group for row in rows}) == 1
     assert sum(read) == 9 + 4 * 4  # what they share once, the rest for each
 
 
@@ -236,7 +231,7 @@ def test_a_network_whose_factors_cannot_be_held_ends_at_the_border(monkeypatch):
     model = ModelRunner(longrope("phi3"), "base")
     assert model.max_positions == BORDER
     with pytest.raises(PromptError, match=f"at most {BORDER} tokens .*LongRoPE"):
-        model.last([model.open([1])], [[1] * 13])
+        model.last_outputs([model.open([1])], [[1] * 13])
 
 
 def test_the_network_is_left_as_it_was():
@@ -244,7 +239,7 @@ def test_the_network_is_left_as_it_was():
     short, long = list(range(1, 9)), list(range(1, 20))
     before = [naive.outputs(network, ids) for ids in (short, long)]
     model = ModelRunner(network, "phi3")
-    model.last([model.open(short), model.open(long)], [short, long])
+    model.last_outputs([model.open(short), model.open(long)], [short, long])
     assert all(torch.equal(naive.outputs(network, ids), b) for ids, b in zip((short, long), before, strict=True))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
 
@@ -260,16 +255,16 @@ def test_a_row_of_nan_changes_no_other(name):
         network.get_input_embeddings().weight[9] = torch.nan
     model = ModelRunner(network, name)
     first = model.open(list(range(20, 28)))
-    model.last([first], [list(range(20, 28))])
+    model.last_outputs([first], [list(range(20, 28))])
     rows = [first, model.fork(first), model.fork(first)]
     for new in ([[30], [9], [31]], [[40, 41], [42, 43], [44]], [[50] * 3, [51], [52] * 4]):
-        out = model.last(rows, new)
+        out = model.last_outputs(rows, new)
         assert out[1].isnan().any()
         for k in (0, 2):
             compare(out[k], outputs_of(model, rows[k].ids), 1e-3)
     model.free(rows[1])
     again = model.fork(rows[0])
-    compare(model.last([again], [[60]])[0], outputs_of(model, again.ids), 1e-3)
+    compare(model.last_outputs([again], [[60]])[0], outputs_of(model, again.ids), 1e-3)
 
 
 def test_the_lists_of_refusals_name_types_that_there_are():
@@ -362,7 +357,7 @@ def test_networks_of_others_are_tried_when_they_are_loaded(kind, change, message
     if message is None:
         model = load_causal(tmp_path, "base", options).model
         assert model.live_rows == 0
-        compare(model.last([model.open([1, 2])], [[1, 2]])[0], outputs_of(model, [1, 2]), 1e-3)
+        compare(model.last_outputs([model.open([1, 2])], [[1, 2]])[0], outputs_of(model, [1, 2]), 1e-3)
     else:
         with pytest.raises(ModelError, match=message):
             load_causal(tmp_path, "base", options)

@@ -392,7 +392,7 @@ def test_short_rounds_read_nothing_twice(method):
     read, tokens = [], []
     for stride in (16, 1):
         for reader in (base, *pair, values["explicit"].model):
-            reader.clear()
+            reader.reset_cache()
         done = dict(Searcher(TransformersEngine(base)).run([dataclasses.replace(r, stride=stride) for r in requests]))
         tokens.append([done[i].token_ids for i in (0, 1)])
         read.append({name: sum(done[i].usage.forward_tokens.get(name, 0) for i in (0, 1)) for name in ("base", "tuned", "explicit")})

@@ -19,7 +19,7 @@ from ivg.testing import tiny_model
 
 pytestmark = [pytest.mark.numerics, pytest.mark.cpu]
 
-PROBES = (kernels.packs_linear, kernels.has_flash, kernels.multiplies_bfloat16)
+PROBES = (kernels.has_packed_linear, kernels.has_flash_attention, kernels.has_native_bfloat16)
 CPU = torch.device("cpu")
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
@@ -74,23 +74,23 @@ def test_flash_attention_that_does_not_work_is_not_used(fault, anew, monkeypatch
         monkeypatch.setattr(torch.ops, "aten", Lacks())
     else:
         monkeypatch.setattr(kernels, "flash_attention", lambda q, keys, values, mask, scaling: real(q, keys, values, None, scaling))
-    assert not any(kernels.has_flash(dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert not any(kernels.has_flash_attention(dtype) for dtype in (torch.float32, torch.bfloat16))
     model = ModelRunner(tiny_model("llama", seed=3), "tiny")
     naive.wander(model, random.Random(0), 256, 2e-3)
-    assert model._by_families
+    assert model.cache.network.groups_prefixes
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-3), (torch.bfloat16, 0.5)], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("flash", [True, False])
 def test_attention_with_and_without_flash(dtype, tolerance, flash, monkeypatch):
-    monkeypatch.setattr(kernels, "has_flash", lambda _: flash)
+    monkeypatch.setattr(kernels, "has_flash_attention", lambda _: flash)
     for architecture in ("mistral", "gpt2"):
         naive.wander(ModelRunner(tiny_model(architecture, seed=3).to(dtype), "tiny"), random.Random(1), 256, tolerance)
 
 
 def test_probes_draw_no_random_numbers(anew):
     state = torch.random.get_rng_state()
-    kernels.packs_linear(), [kernels.has_flash(d) for d in (torch.float32, torch.bfloat16, torch.float16)]
+    kernels.has_packed_linear(), [kernels.has_flash_attention(d) for d in (torch.float32, torch.bfloat16, torch.float16)]
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -140,12 +140,12 @@ def test_a_processor_with_avx2_alone():
 import torch
 from ivg.models import kernels
 from ivg.models.packed_linear import PackedLinear, pack
-assert not kernels.multiplies_bfloat16()
+assert not kernels.has_native_bfloat16()
 network = torch.nn.Sequential(torch.nn.Linear(16, 8)).to(torch.bfloat16)
 layer, x = PackedLinear(network[0].weight, network[0].bias), torch.ones(2, 16, dtype=torch.bfloat16)
-assert torch.equal(layer(x), network(x)) or kernels.packs_linear()
+assert torch.equal(layer(x), network(x)) or kernels.has_packed_linear()
 assert torch.allclose(pack(network)(x).float(), layer(x).float(), atol=0.05)
-print(kernels.packs_linear(), kernels.has_flash(torch.bfloat16))
+print(kernels.has_packed_linear(), kernels.has_flash_attention(torch.bfloat16))
 """
     assert run(["-c", code], **AVX2).split()[0] in ("True", "False")
 

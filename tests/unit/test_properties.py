@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivg.engines.transformers.sampling import draw, keep_top_p
-from ivg.models.cache_manager import common_length
+from ivg.models.cache import common_length
 from ivg.models.vocabulary import Vocabulary
 from ivg.search import ranking
 from ivg.search.particles import normalised

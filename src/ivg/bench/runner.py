@@ -138,7 +138,7 @@ class Bench:
         seconds = time.perf_counter() - begin
         peak, others = environment.peak_bytes(self.device), environment.others(clock)
         models = [reader.model for reader in readers(self.model).values()]
-        caches, held = sum(m.needed_peak for m in models), sum(m.held_peak for m in models)
+        caches, held = sum(m.unshared_peak_bytes for m in models), sum(m.peak_bytes for m in models)
         self.model.reset_caches()
         return {
             **asdict(entry),

@@ -52,10 +52,10 @@ def response_logits(reader: CachedLM, beam: Beam, block: int = BLOCK) -> Iterato
     row = reader.model.open(ids[:border])
     try:
         if unread := ids[len(row.ids) : border - 1]:
-            list(reader.model.feed([row], [unread], [0]))
+            list(reader.model.forward([row], [unread], [0]))
         for start in range(border - 1, len(ids) - 1, block):
             new = ids[start : min(start + block, len(ids) - 1)]
-            yield torch.cat([piece for _, piece in reader.model.feed([row], [new], [len(new)])]).float()
+            yield torch.cat([piece for _, piece in reader.model.forward([row], [new], [len(new)])]).float()
     finally:
         reader.model.free(row)
 

@@ -1,11 +1,11 @@
-"""Attention over rows that share beginnings: each trunk is multiplied with all queries of its family at once.
+"""Attention over rows that share prefixes: each prefix is multiplied with all queries of its group at once.
 
-For rows of one family (the beams of a request) softmax(q K^T) V is computed in two parts, over the trunk that they share and
-over what each has of its own, under one softmax. The trunk's keys and values are read once for the family instead of once for
-each row, as a product of matrices (cf. Hydragen, Juravsky et al. 2024, arXiv 2402.05099): what a beam adds to the cost of
-attention is its own part, whatever the length of the answer.
+For rows of one prefix group (the beams of a request) softmax(q K^T) V is computed in two parts, over the prefix that they share and
+over each row's suffix, under one softmax. The prefix's keys and values are read once for the group instead of once for each row, as a
+product of matrices (cf. Hydragen, Juravsky et al. 2024, arXiv 2402.05099; cascade attention in vLLM): what a beam adds to the cost of
+attention is its suffix, whatever the length of the answer.
 
-Registered with transformers as the attention implementation ``ivg``; only a pass of ``models.cached`` selects it.
+Registered with transformers as the attention implementation ``ivg``; only a pass of ``models.slot_cache`` selects it.
 """
 
 from __future__ import annotations
@@ -21,33 +21,34 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ivg.models import kernels
-from ivg.models.kv_cache import AttentionMasks, Branch, ForwardMetadata, KVCache, Pair
+from ivg.models.forward_metadata import AttentionMasks, ForwardMetadata, Pair, PrefixBatch
+from ivg.models.kv_cache import KVCache
 
 NAME = "ivg"
 _LOWEST = torch.finfo(torch.float32).min
-_FOREIGN = ("s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices")
-_here = threading.local()
+_UNSUPPORTED = ("s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices")
+_thread = threading.local()
 _patched: dict[int, list[Any]] = {}  # id of a config -> [the implementation it had, how many passes run]
 _lock = threading.Lock()
 
 
 class UnsupportedAttentionError(Exception):
-    """The network wants something of its attention that is not done here; the caller reads the rows in the general way."""
+    """The network needs something of its attention that is not done here; the caller concatenates keys and values instead."""
 
 
 @contextmanager
-def by_families(config: Any, store: KVCache) -> Iterator[None]:
-    """Within, networks with this ``config`` attend by families over ``store``; in several threads at once, if it must be."""
+def grouped_attention(config: Any, cache: KVCache) -> Iterator[None]:
+    """Within, networks with this ``config`` attend by prefix groups over ``cache``; several threads may do so at once."""
     with _lock:
         known = _patched.setdefault(id(config), [config._attn_implementation_internal, 0])
         known[1] += 1
         config._attn_implementation_internal = NAME
-    stores = _here.__dict__.setdefault("stores", [])
-    stores.append(store)
+    caches = _thread.__dict__.setdefault("caches", [])
+    caches.append(cache)
     try:
         yield
     finally:
-        stores.pop()
+        caches.pop()
         with _lock:
             known[1] -= 1
             if known[1] == 0:
@@ -67,146 +68,161 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention of ``query`` [rows, heads, columns, size] over everything that its rows hold; [rows, columns, heads, size].
 
-    Keys and values of the new tokens are in the store already. ``attention_mask`` only marks the kind of layer.
+    Keys and values of the new tokens are in the cache already. ``attention_mask`` only marks the kind of layer.
     """
-    stores: list[KVCache] = getattr(_here, "stores", [])
-    if not stores:  # somebody's own pass, while another thread has this network
+    caches: list[KVCache] = getattr(_thread, "caches", [])
+    if not caches:  # a pass of the user's own, while another thread uses this network
         if softcap is not None:
-            raise UnsupportedAttentionError("another thread is using this network through ivg; its scores cannot be squeezed meanwhile")
+            raise UnsupportedAttentionError("another thread is using this network through ivg; soft-capped attention must wait for it")
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **other)
-    store = stores[-1]
-    plan, layer = store.plan, int(module.layer_idx)  # type: ignore[arg-type]
-    if plan is None or plan.given is None or key is not plan.given[0] or value is not plan.given[1]:
-        raise UnsupportedAttentionError  # networks that keep something else than what they attend to
-    if plan.touched != layer or attention_mask is None or any(other.get(name) is not None for name in _FOREIGN):
-        raise UnsupportedAttentionError
-    sight = plan.sights.get(attention_mask.data_ptr())
-    if sight is None:
-        raise UnsupportedAttentionError
-    plan.touched = None
+    cache = caches[-1]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    metadata, masks = _checked(cache.metadata, layer, key, value, attention_mask, other)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows, heads, columns, size = query.shape
-    groups = key.shape[1]  # heads of keys and values; each serves heads / groups heads of queries
-    q = query.reshape(rows, groups, -1, size)
+    kv_heads = key.shape[1]  # each serves heads / kv_heads heads of queries
+    q = query.reshape(rows, kv_heads, -1, size)
     if q.dtype == torch.float16 and softcap is None:
         q, scaling = q * scaling, 1.0  # its products would overflow
-    part = _over_trunks(q, store.trunk[layer], plan, sight, columns, scaling, softcap)
-    if plan.slots is not None:
-        part = _joined(part, _over_own(q, store.own[layer], plan, sight, scaling, softcap))
-    out = part.sums / part.norm
+    part = _prefix_attention(q, cache.prefixes[layer], metadata, masks, columns, scaling, softcap)
+    if metadata.suffix_slots is not None:
+        part = _merge(part, _suffix_attention(q, cache.suffixes[layer], metadata, masks, scaling, softcap))
+    out = part.weighted / part.normaliser
     return out.to(value.dtype).reshape(rows, heads, columns, -1).transpose(1, 2).contiguous(), None
 
 
-class _Part(NamedTuple):
-    """Attention over some of the positions: exp(score - top) V [rows, groups, queries, size], the top score and the norm, [..., 1]."""
+def _checked(
+    metadata: ForwardMetadata | None, layer: int, key: Tensor, value: Tensor, marker: Tensor | None, other: dict[str, Any]
+) -> tuple[ForwardMetadata, AttentionMasks]:
+    """The metadata of the pass and the masks of this kind of layer.
 
-    sums: Tensor
-    top: Tensor
-    norm: Tensor
-
-
-def _joined(a: _Part, b: _Part) -> _Part:
-    """Over the positions of both; what sees nothing in one of them has the lowest top there, and norm 0."""
-    top = torch.maximum(a.top, b.top)
-    mine, other = (a.top - top).exp(), (b.top - top).exp()
-    return _Part(a.sums * mine + b.sums * other, top, a.norm * mine + b.norm * other)
-
-
-def _mass(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(exp(score - top), top, norm) of ``scores`` [..., positions], float32."""
-    top = scores.amax(-1, keepdim=True).clamp_(min=_LOWEST)
-    mass = (scores - top).exp_()
-    return mass, top, mass.sum(-1, keepdim=True)
+    Raises:
+        UnsupportedAttentionError: attention is called otherwise than after the cache with the same tensors, or with more arguments.
+    """
+    if metadata is None or metadata.new is None or key is not metadata.new[0] or value is not metadata.new[1]:
+        raise UnsupportedAttentionError  # networks that cache something else than what they attend to
+    if metadata.pending_layer != layer or marker is None or any(other.get(name) is not None for name in _UNSUPPORTED):
+        raise UnsupportedAttentionError
+    masks = metadata.masks.get(marker.data_ptr())
+    if masks is None:
+        raise UnsupportedAttentionError
+    metadata.pending_layer = None
+    return metadata, masks
 
 
-def _over_trunks(
-    q: Tensor, trunk: Pair, plan: ForwardMetadata, sight: AttentionMasks, columns: int, scaling: float, softcap: float | None
-) -> _Part:
-    """Over the trunks alone."""
-    if not sight.branches:
-        sight.branches = [_branch_mask(sight.trunk, b, q.shape[2] // columns) for b in plan.branches]
-    groups, queries = q.shape[1:3]
-    out: _Part | None = None
-    for branch, mask in zip(plan.branches, sight.branches, strict=True):
-        families, width = branch.families, branch.width
-        chosen = q if branch.rows is None else q.index_select(0, branch.rows)
-        together = chosen.view(families, width, groups, queries, -1).transpose(1, 2).reshape(families, groups, width * queries, -1)
-        found = _attention(together, _trunks(trunk[0], branch), _trunks(trunk[1], branch), mask, scaling, softcap)
-        apart = _Part(*(t.view(families, groups, width, queries, -1).transpose(1, 2).flatten(0, 1) for t in found))
-        if branch.rows is None:
+class _PartialAttention(NamedTuple):
+    """Attention over some of the positions: exp(score - peak) V [rows, kv_heads, queries, size], the peak and the normaliser [..., 1]."""
+
+    weighted: Tensor
+    peak: Tensor
+    normaliser: Tensor
+
+
+def _merge(a: _PartialAttention, b: _PartialAttention) -> _PartialAttention:
+    """Over the positions of both; what sees nothing in one of them has the lowest peak there, and normaliser 0."""
+    peak = torch.maximum(a.peak, b.peak)
+    of_a, of_b = (a.peak - peak).exp(), (b.peak - peak).exp()
+    return _PartialAttention(a.weighted * of_a + b.weighted * of_b, peak, a.normaliser * of_a + b.normaliser * of_b)
+
+
+def _exponentials(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(exp(score - peak), peak, normaliser) of ``scores`` [..., positions], float32."""
+    peak = scores.amax(-1, keepdim=True).clamp_(min=_LOWEST)
+    weights = (scores - peak).exp_()
+    return weights, peak, weights.sum(-1, keepdim=True)
+
+
+def _prefix_attention(
+    q: Tensor, prefixes: Pair, metadata: ForwardMetadata, masks: AttentionMasks, columns: int, scaling: float, softcap: float | None
+) -> _PartialAttention:
+    if not masks.batches:
+        masks.batches = [_batch_mask(masks.prefix, b, q.shape[2] // columns) for b in metadata.prefix_batches]
+    kv_heads, queries = q.shape[1:3]
+    out: _PartialAttention | None = None
+    for batch, mask in zip(metadata.prefix_batches, masks.batches, strict=True):
+        groups, width = batch.groups, batch.width
+        chosen = q if batch.rows is None else q.index_select(0, batch.rows)
+        together = chosen.view(groups, width, kv_heads, queries, -1).transpose(1, 2).reshape(groups, kv_heads, width * queries, -1)
+        keys, values = (_batch_prefixes(t, batch) for t in prefixes)
+        found = _attention(together, keys, values, mask, scaling, softcap)
+        apart = _PartialAttention(*(t.view(groups, kv_heads, width, queries, -1).transpose(1, 2).flatten(0, 1) for t in found))
+        if batch.rows is None:
             return apart
         if out is None:
-            out = _Part(*(t.new_empty(len(q), *t.shape[1:]) for t in apart))
+            out = _PartialAttention(*(t.new_empty(len(q), *t.shape[1:]) for t in apart))
         for all_rows, some in zip(out, apart, strict=True):
-            all_rows[branch.members] = some[branch.places]
+            all_rows[batch.members] = some[batch.places]
     assert out is not None
     return out
 
 
-def _attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> _Part:
-    """Queries [families, groups, queries, size] over keys and values [families, groups, length, size].
+def _attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> _PartialAttention:
+    """Queries [groups, kv_heads, queries, size] over keys and values [groups, kv_heads, length, size].
 
-    On a CPU by PyTorch's flash kernel where that works: it takes keys where they lie and writes no scores (dev/LOG.md). Elsewhere keys
-    times queries, not the other way round: so it is the few queries that are turned, not the many keys.
+    On a CPU by PyTorch's flash kernel where that works: it reads keys where they lie and writes no scores (dev/LOG.md). Elsewhere
+    keys times queries, not the other way round: so it is the few queries that are transposed, not the many keys.
     """
-    if softcap is None and q.device.type == "cpu" and q.shape[-1] == values.shape[-1] and kernels.has_flash(q.dtype):
+    if softcap is None and q.device.type == "cpu" and q.shape[-1] == values.shape[-1] and kernels.has_flash_attention(q.dtype):
         out, norms = kernels.flash_attention(q, keys, values, mask, scaling)
-        if mask is not None:  # what it gives where nothing is seen is not said
+        if mask is not None:  # what the kernel returns where nothing is seen is undefined
             blind = (mask.amax(-1, keepdim=True) == -torch.inf).expand(*norms.shape, 1)
             out, norms = out.masked_fill(blind, 0.0), norms.masked_fill(blind[..., 0], _LOWEST)
-        return _Part(out.float(), norms.float()[..., None], torch.ones_like(norms, dtype=torch.float32)[..., None])
-    scores = _capped((keys @ q.transpose(-1, -2)).transpose(-1, -2).contiguous(), scaling, softcap)
-    mass, top, norm = _mass(scores if mask is None else scores.add_(mask))
-    return _Part((mass.to(values.dtype) @ values).float(), top, norm)
+        return _PartialAttention(out.float(), norms.float()[..., None], torch.ones_like(norms, dtype=torch.float32)[..., None])
+    scores = _scaled((keys @ q.transpose(-1, -2)).transpose(-1, -2).contiguous(), scaling, softcap)
+    weights, peak, normaliser = _exponentials(scores if mask is None else scores.add_(mask))
+    return _PartialAttention((weights.to(values.dtype) @ values).float(), peak, normaliser)
 
 
-def _capped(scores: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """float32, scaled; squeezed where the network does so (Gemma 2)."""
+def _scaled(scores: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """float32, scaled; soft-capped where the network does so (Gemma 2)."""
     scores = scores.float().mul_(scaling)
     return scores if softcap is None else (scores / softcap).tanh() * softcap
 
 
-def _branch_mask(seen: Tensor, branch: Branch, times: int) -> Tensor | None:
-    """[families, 1, width * times * columns, length]; None where everything is seen."""
-    chosen = seen if branch.rows is None else seen.index_select(0, branch.rows)
-    chosen = chosen[..., : branch.length]
+def _batch_mask(mask: Tensor, batch: PrefixBatch, times: int) -> Tensor | None:
+    """[groups, 1, width * times * columns, length]; None where everything is seen."""
+    chosen = mask if batch.rows is None else mask.index_select(0, batch.rows)
+    chosen = chosen[..., : batch.length]
     if chosen.device.type == "cpu" and not bool(chosen.any()):
         return None
     columns = chosen.shape[1]
-    each = chosen.view(branch.families, branch.width, 1, columns, -1).expand(-1, -1, times, -1, -1)
-    return each.reshape(branch.families, 1, branch.width * times * columns, -1)
+    each = chosen.view(batch.groups, batch.width, 1, columns, -1).expand(-1, -1, times, -1, -1)
+    return each.reshape(batch.groups, 1, batch.width * times * columns, -1)
 
 
-def _over_own(q: Tensor, own: Pair, plan: ForwardMetadata, sight: AttentionMasks, scaling: float, softcap: float | None) -> _Part:
-    """Over the own parts alone, some rows at a time."""
-    groups, columns = q.shape[1], sight.own.shape[2]
+def _batch_prefixes(prefixes: Tensor, batch: PrefixBatch) -> Tensor:
+    """[groups, kv_heads, length, size]."""
+    seen = prefixes[:, :, : batch.length]
+    return seen[batch.slots] if isinstance(batch.slots, slice) else seen.index_select(0, batch.slots)
+
+
+def _suffix_attention(
+    q: Tensor, suffixes: Pair, metadata: ForwardMetadata, masks: AttentionMasks, scaling: float, softcap: float | None
+) -> _PartialAttention:
+    """Some rows at a time."""
+    kv_heads, columns = q.shape[1], masks.suffix.shape[2]
     parts = []
-    for first, end, length in plan.blocks:
-        scores = _capped(_own_scores(q[first:end], _own(own[0], plan, first, end, length)), scaling, softcap)
-        each = scores.view(end - first, groups, -1, columns, length) + sight.own[first:end, :, None, :, :length]
-        mass, top, norm = _mass(each.view(scores.shape))
-        sums = mass.to(q.dtype) @ _own(own[1], plan, first, end, length).transpose(1, 2)
-        parts.append(_Part(sums.float(), top, norm))
-    return parts[0] if len(parts) == 1 else _Part(*(torch.cat(t) for t in zip(*parts, strict=True)))
+    for first, end, length in metadata.suffix_blocks:
+        keys = _block_suffixes(suffixes[0], metadata.suffix_slots, first, end, length)
+        scores = _scaled(_suffix_scores(q[first:end], keys), scaling, softcap)
+        each = scores.view(end - first, kv_heads, -1, columns, length) + masks.suffix[first:end, :, None, :, :length]
+        weights, peak, normaliser = _exponentials(each.view(scores.shape))
+        values = _block_suffixes(suffixes[1], metadata.suffix_slots, first, end, length)
+        parts.append(_PartialAttention((weights.to(q.dtype) @ values.transpose(1, 2)).float(), peak, normaliser))
+    return parts[0] if len(parts) == 1 else _PartialAttention(*(torch.cat(t) for t in zip(*parts, strict=True)))
 
 
-def _own(store: Tensor, plan: ForwardMetadata, first: int, end: int, length: int) -> Tensor:
-    """[rows, length, heads, size] of some rows."""
-    seen, slots = store[:, :length], plan.slots
+def _block_suffixes(suffixes: Tensor, slots: slice | Tensor | None, first: int, end: int, length: int) -> Tensor:
+    """[rows, length, kv_heads, size] of some rows."""
+    seen = suffixes[:, :length]
     if isinstance(slots, slice):
         return seen[slots.start + first : slots.start + end]
     assert slots is not None
     return seen.index_select(0, slots[first:end])
 
 
-def _trunks(store: Tensor, branch: Branch) -> Tensor:
-    """[families, heads, length, size]."""
-    seen = store[:, :, : branch.length]
-    return seen[branch.trunks] if isinstance(branch.trunks, slice) else seen.index_select(0, branch.trunks)
-
-
-def _own_scores(q: Tensor, keys: Tensor) -> Tensor:
-    """Q K^T [rows, groups, queries, length], float32; a single query is cheaper by elements than as a product of matrices."""
+def _suffix_scores(q: Tensor, keys: Tensor) -> Tensor:
+    """Q K^T [rows, kv_heads, queries, length], float32; a single query is cheaper elementwise than as a product of matrices."""
     if q.shape[2] == 1:
         return (keys * q.transpose(1, 2)).sum(-1, dtype=torch.float32).transpose(1, 2)[:, :, None]
     return (q @ keys.permute(0, 2, 3, 1)).float()

@@ -1,20 +1,20 @@
-"""A model that follows hypotheses: it reads, in its own tokens and behind its own prompt, only what is new of each.
+"""A language model or value network that reads hypotheses: in its own tokens, behind its own prompt, and only what is new of each.
 
-Knows: which row holds which hypothesis. Must not know what its outputs mean (``values``), nor
-how beams are chosen. Nothing of a request is kept but its cache rows, which :meth:`CachedLM.release` frees.
+Knows which cache row holds which hypothesis. Must not know what its outputs mean (``values``), nor how beams are chosen. Nothing of a
+request is kept but its cache rows, which :meth:`CachedLM.release` frees.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ivg.models.cache_manager import Row, common_length
+from ivg.models.cache import CacheRow, common_length
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.runner import ModelRunner
 from ivg.types import Hypothesis
@@ -22,27 +22,36 @@ from ivg.types import Hypothesis
 
 @dataclass(slots=True)
 class _Entry:
-    """What is kept for one hypothesis: its row, its prompt's length, its response tokens so far scored and their scores.
+    """What is kept for one hypothesis.
 
-    ``follows``: the base's very tokens are read, so the row holds a beginning of them, and a hypothesis that grows only adds.
-    ``counted``: leading tokens of the row that the request's meter has; what the row holds beyond came from the cache.
+    Attributes:
+        row: its cache row.
+        prompt_length: leading tokens of the row that are prompt.
+        same_tokens: the base's very tokens are read, so the row holds a beginning of them, and a hypothesis that grows only adds.
+        counted: leading tokens of the row that the request's token counter has; what the row holds beyond came from the cache.
+        scored: response tokens whose log-probability is known.
+        logps: their log-probabilities.
     """
 
-    row: Row
-    border: int
-    follows: bool
+    row: CacheRow
+    prompt_length: int
+    same_tokens: bool
     counted: int = 0
     scored: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
 
+    def fork(self, row: CacheRow) -> _Entry:
+        """The same for another hypothesis, whose row is ``row``."""
+        return replace(self, row=row, scored=list(self.scored), logps=list(self.logps))
+
 
 class CachedLM(PromptEncoder):
-    """A cached model with its tokenizer and template.
+    """A model with its cache, tokenizer and template.
 
     Args:
         model: the network and its cache.
         tokenizer: its own.
-        template: ``"chat"``, a format string with ``{prompt}``, or None (see ``models.chat``).
+        template: ``"chat"``, a format string with ``{prompt}``, or None (see ``models.chat_template``).
         eos_ids: ids that end a response; default: the tokenizer's.
     """
 
@@ -54,7 +63,7 @@ class CachedLM(PromptEncoder):
             eos_ids,
             vocab_size=model.config.vocab_size,
             max_positions=model.max_positions,
-            limit_reason=model.reading.limit_reason,
+            limit_reason=model.support.limit_reason,
         )
         self.model = model
         self._entries: dict[int, _Entry] = {}
@@ -66,66 +75,61 @@ class CachedLM(PromptEncoder):
             if entry is not None:
                 self.model.free(entry.row)
 
-    def clear(self) -> None:
-        """Forget every hypothesis, and whatever the cache holds (see ``ModelRunner.clear``)."""
+    def reset_cache(self) -> None:
+        """Forget every hypothesis and everything in the cache (see ``ModelRunner.reset_cache``)."""
         self._entries.clear()
-        self.model.clear()
+        self.model.reset_cache()
 
     def inherit_cache(self, hypotheses: Sequence[Hypothesis]) -> None:
         """Give hypotheses the rows of their ancestors without reading anything: what is not read now can be read later.
 
-        For whoever reads only some of them (gated guidance). Hypotheses without an ancestor here get nothing.
+        For callers that read only some of them (guidance above an entropy threshold). Hypotheses without an ancestor here get nothing.
         """
-        new = [h for h in hypotheses if h.key not in self._entries and (h.parent in self._entries or h.ancestor_key in self._entries)]
-        self._claim(new)
+        self._get_entries([h for h in hypotheses if h.key not in self._entries and self._known_ancestor(h) is not None])
 
     # Reading
 
     def outputs(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
-        """What the network puts out behind the last token, float32 [hypotheses, vocabulary or 1]."""
+        """The network's output behind the last token, float32 [hypotheses, vocabulary or 1]."""
         return self.logits(hypotheses).float()
 
     def logits(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
-        """As :meth:`outputs`, in the network's own type."""
+        """As :meth:`outputs`, in the network's own dtype."""
         entries, new = self._to_read(hypotheses, [1] * len(hypotheses))
-        return self.model.last([e.row for e in entries], new)
+        return self.model.last_outputs([e.row for e in entries], new)
 
     def last_token_outputs(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
         """The output one token earlier, at the entry of the last token: Q(s_t, y_t) = V(x, y_<=t); float32 [hypotheses]."""
         lasts = [self.last_id(h) for h in hypotheses]
         entries, new = self._to_read(hypotheses, [1] * len(hypotheses), drop=1)
-        out = self.model.last([e.row for e in entries], new)
+        out = self.model.last_outputs([e.row for e in entries], new)
         return out.gather(1, torch.tensor(lasts, device=out.device)[:, None])[:, 0].float()
 
     def recent_outputs(self, hypotheses: Sequence[Hypothesis], counts: Sequence[int]) -> list[Tensor]:
-        """What the network puts out behind each of the last ``counts[i]`` tokens, in order; float32 [counts[i], vocabulary or 1].
+        """The network's outputs behind each of the last ``counts[i]`` tokens, in order; float32 [counts[i], vocabulary or 1].
 
         One pass where nothing of them has been read before. Prompt tokens count: behind the last of them stands the first token
         of the response.
         """
         entries, new = self._to_read(hypotheses, counts)
         out: list[list[Tensor]] = [[] for _ in hypotheses]
-        for i, output in self.model.feed([e.row for e in entries], new, counts):
+        for i, output in self.model.forward([e.row for e in entries], new, counts):
             out[i].append(output.float())
         return [torch.cat(pieces) for pieces in out]
 
     def token_logps(self, hypotheses: Sequence[Hypothesis]) -> list[list[float]]:
         """Log-probability of every response token, in nats; only those not yet known are computed."""
-        entries = self._claim(hypotheses, drop=1)
-        rows, new, keep, order, wanted = [], [], [], [], []
-        for i, (h, entry) in enumerate(zip(hypotheses, entries, strict=True)):
-            tokens = self._unscored(h, entry)
-            if not tokens:
-                continue
-            rows.append(entry.row)
-            new.append(self._unread(h, entry, 1, len(tokens)))
-            keep.append(len(tokens))
-            order.append(i)
-            wanted.append(tokens)
-            self._count(h, entry, len(new[-1]))
-        for k, output in self.model.feed(rows, new, keep):
-            entry, tokens = entries[order[k]], wanted[k][: len(output)]
-            del wanted[k][: len(output)]
+        entries = self._get_entries(hypotheses, drop=1)
+        unscored = [self._unscored(h, entry) for h, entry in zip(hypotheses, entries, strict=True)]
+        some = [i for i, tokens in enumerate(unscored) if tokens]
+        new = []
+        for i in some:
+            new.append(self._unread(hypotheses[i], entries[i], 1, len(unscored[i])))
+            self._count(hypotheses[i], entries[i], len(new[-1]))
+        for k, output in self.model.forward([entries[i].row for i in some], new, [len(unscored[i]) for i in some]):
+            entry, left = entries[some[k]], unscored[some[k]]
+            tokens = left[: len(output)]
+            del left[: len(output)]
             output = output.float()
             logps = output.gather(1, torch.tensor(tokens, device=output.device)[:, None])[:, 0] - output.logsumexp(1)
             entry.logps += logps.tolist()
@@ -141,14 +145,14 @@ class CachedLM(PromptEncoder):
             entry = self._entries.get(h.key)
             if entry is not None:
                 keep = max(0, len(h.token_ids) - 1)
-                del entry.row.ids[entry.border + keep :]
+                self.model.truncate(entry.row, entry.prompt_length + keep)
                 del entry.scored[keep:], entry.logps[keep:]
 
     # What is still to be read
 
     def _to_read(self, hypotheses: Sequence[Hypothesis], counts: Sequence[int], drop: int = 0) -> tuple[list[_Entry], list[list[int]]]:
         """Entries, and the tokens to read so that outputs come behind each of the last ``counts[i]``, ``drop`` left out at the end."""
-        entries = self._claim(hypotheses, drop)
+        entries = self._get_entries(hypotheses, drop)
         new = []
         for h, entry, count in zip(hypotheses, entries, counts, strict=True):
             new.append(self._unread(h, entry, drop, count))
@@ -156,7 +160,7 @@ class CachedLM(PromptEncoder):
         return entries, new
 
     def _count(self, h: Hypothesis, entry: _Entry, new: int) -> None:
-        """Tell the request's meter of ``new`` tokens that its row is about to read, and of those that the cache spared it before."""
+        """Count ``new`` tokens that the row is about to read, and those that the cache held before."""
         held = len(entry.row.ids)
         cached = max(0, held - entry.counted)
         h.token_counter.add(self.name, cached + new, cached)
@@ -164,75 +168,73 @@ class CachedLM(PromptEncoder):
 
     def _unread(self, h: Hypothesis, entry: _Entry, drop: int, count: int) -> list[int]:
         """Tokens that the row lacks, at least the last ``count`` but for ``drop``; the row is cut to what lies before them."""
-        held = entry.row.sound if entry.row.broken else len(entry.row.ids)
-        if entry.follows:  # then the row holds a beginning of this hypothesis: its cost does not grow with the text
-            keep = min(held, entry.border + len(h.token_ids) - drop - count)
-            if keep >= entry.border:
-                del entry.row.ids[keep:]
-                return self.own_ids(h.token_ids[keep - entry.border : len(h.token_ids) - drop])
-        ids, border = self.ids(h)
-        del entry.row.ids[max(0, min(held, common_length(entry.row.ids, ids), len(ids) - drop - count)) :]
-        entry.border = border
-        return ids[len(entry.row.ids) : len(ids) - drop]
+        row = entry.row
+        held = row.finite_length if row.nonfinite else len(row.ids)
+        if entry.same_tokens:  # then the row holds a beginning of this hypothesis: its cost does not grow with the text
+            self.model.truncate(row, max(0, min(held, entry.prompt_length + len(h.token_ids) - drop - count)))
+            if len(row.ids) >= entry.prompt_length:
+                return self.own_ids(h.token_ids[len(row.ids) - entry.prompt_length : len(h.token_ids) - drop])
+        ids, entry.prompt_length = self.ids(h)
+        self.model.truncate(row, max(0, min(held, common_length(row.ids, ids), len(ids) - drop - count)))
+        return ids[len(row.ids) : len(ids) - drop]
 
     def _unscored(self, h: Hypothesis, entry: _Entry) -> list[int]:
         """Response tokens whose log-probability is not known."""
-        if entry.follows:
+        if entry.same_tokens:
             return self.own_ids(h.token_ids[len(entry.logps) :])
-        ids, border = self.ids(h)
-        same = common_length(entry.scored, ids[border:]) if border == entry.border else 0
+        ids, prompt_length = self.ids(h)
+        same = common_length(entry.scored, ids[prompt_length:]) if prompt_length == entry.prompt_length else 0
         del entry.scored[same:], entry.logps[same:]
-        entry.border = border
-        return ids[border + same :]
+        entry.prompt_length = prompt_length
+        return ids[prompt_length + same :]
 
-    def _claim(self, hypotheses: Sequence[Hypothesis], drop: int = 0) -> list[_Entry]:
-        """The entry of every hypothesis: its own, a fork of its parent's (the last heir takes that over), or a new one."""
-        heirs: dict[int, list[Hypothesis]] = {}
-        fresh: list[Hypothesis] = []
+    def _known_ancestor(self, h: Hypothesis) -> int | None:
+        return next((a for a in (h.parent, h.ancestor_key) if a is not None and a in self._entries), None)
+
+    def _get_entries(self, hypotheses: Sequence[Hypothesis], drop: int = 0) -> list[_Entry]:
+        """The entry of every hypothesis: its own, a fork of its ancestor's (the last child takes that over), or a new one."""
+        children: dict[int, list[Hypothesis]] = {}
+        roots: list[Hypothesis] = []
         for h in hypotheses:
             if h.key in self._entries:
                 continue
-            known = next((a for a in (h.parent, h.ancestor_key) if a is not None and a in self._entries), None)
-            if known is not None:
-                heirs.setdefault(known, []).append(h)
+            ancestor = self._known_ancestor(h)
+            if ancestor is not None:
+                children.setdefault(ancestor, []).append(h)
             else:
-                fresh.append(h)
-        if fresh:
-            self._open(fresh, drop)
-        for parent, children in heirs.items():
-            for i, child in enumerate(children):
-                entry = self._entries[parent]
-                if i == len(children) - 1 and child.inherits:
-                    self._entries[child.key] = self._entries.pop(parent)
-                else:
-                    copy = _Entry(
-                        self.model.fork(entry.row), entry.border, entry.follows, entry.counted, list(entry.scored), list(entry.logps)
-                    )
-                    self._entries[child.key] = copy
+                roots.append(h)
+        if roots:
+            self._open(roots, drop)
+        for ancestor, some in children.items():
+            entry = self._entries[ancestor]
+            for child in some[:-1] if some[-1].inherits else some:
+                self._entries[child.key] = entry.fork(self.model.fork(entry.row))
+            if some[-1].inherits:
+                self._entries[some[-1].key] = self._entries.pop(ancestor)
         return [self._entries[h.key] for h in hypotheses]
 
-    def _open(self, fresh: Sequence[Hypothesis], drop: int) -> None:
+    def _open(self, roots: Sequence[Hypothesis], drop: int) -> None:
         """Rows for hypotheses without ancestors here. A prompt that several share is read once.
 
-        Those of one request become one family; those of others copy the prompt, because their texts go their own ways.
+        Those of one request become one prefix group; those of others copy the prompt, because their texts diverge.
         """
-        targets = [self.ids(h) for h in fresh]
-        prompts = [tuple(ids[: border - 1]) for ids, border in targets]
+        targets = [self.ids(h) for h in roots]
+        prompts = [tuple(ids[: length - 1]) for ids, length in targets]
         sharing = Counter(prompts)
-        sisters: dict[tuple[int, tuple[int, ...]], Row] = {}
-        for h, (ids, border), prompt in zip(fresh, targets, prompts, strict=True):
-            first = sisters.get((id(h.token_counter), prompt)) if prompt else None
+        first_rows: dict[tuple[int, tuple[int, ...]], CacheRow] = {}
+        for h, (ids, prompt_length), prompt in zip(roots, targets, prompts, strict=True):
+            first = first_rows.get((id(h.token_counter), prompt)) if prompt else None
             if first is None:
                 row = self.model.open(ids[: len(ids) - drop])
             else:
                 row = self.model.fork(first)
-                del row.ids[len(prompt) :]
+                self.model.truncate(row, len(prompt))
             counted = 0 if first is None else len(prompt)  # a request counts what its hypotheses share once
             if first is None and prompt and sharing[prompt] > 1:
-                sisters[id(h.token_counter), prompt] = row
+                first_rows[id(h.token_counter), prompt] = row
                 cached = min(len(row.ids), len(prompt))
                 h.token_counter.add(self.name, len(prompt), cached)
                 counted = len(prompt)
                 if unread := list(prompt[cached:]):
-                    list(self.model.feed([row], [unread], [0]))
-            self._entries[h.key] = _Entry(row, border, self.vocabulary.same_as(h.vocabulary), counted)
+                    list(self.model.forward([row], [unread], [0]))
+            self._entries[h.key] = _Entry(row, prompt_length, self.vocabulary.same_as(h.vocabulary), counted)

@@ -22,7 +22,7 @@ _EMULATED = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", 
 
 
 @cache
-def packs_linear() -> bool:
+def has_packed_linear() -> bool:
     """OneDNN's packed linear layers in bfloat16 multiply right, and give their weights back."""
     try:
         return _packed_products_agree()
@@ -31,7 +31,7 @@ def packs_linear() -> bool:
 
 
 @cache
-def has_flash(dtype: torch.dtype) -> bool:
+def has_flash_attention(dtype: torch.dtype) -> bool:
     """PyTorch's flash attention for CPUs attends right in ``dtype``, with and without a mask."""
     try:
         return _flash_agrees(dtype)
@@ -40,7 +40,7 @@ def has_flash(dtype: torch.dtype) -> bool:
 
 
 @cache
-def multiplies_bfloat16() -> bool:
+def has_native_bfloat16() -> bool:
     """The CPU has instructions for products in bfloat16, and oneDNN uses them.
 
     By itself oneDNN also says yes where it emulates them, 8 times slower than float32.

@@ -42,7 +42,7 @@ def _try(model: ModelRunner) -> None:
         said = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
         raise ModelError(f"{what} cannot be read row by row: {said}\n{expected}") from e
     finally:
-        model.clear()
+        model.reset_cache()
     apart = max(_apart(got.float(), plain.float()) for got, plain in pairs)
     if not apart <= TOLERANCE.get(pairs[0][0].dtype, _ROUNDED):  # NaN is refused, too
         raise ModelError(f"{what} gives other outputs when rows are read in pieces beside others ({apart:.1g} of their spread)\n{expected}")
@@ -54,10 +54,10 @@ def _outputs(model: ModelRunner) -> list[tuple[Tensor, Tensor]]:
     size = int(model.config.vocab_size)
     long, short = ([token % size for token in tokens] for tokens in (_LONG, _SHORT))
     rows = [model.open(long), model.open(short)]
-    model.last(rows[:1], [long[:4]])
-    got = [*model.last(rows, [long[4:], short])]
+    model.last_outputs(rows[:1], [long[:4]])
+    got = [*model.last_outputs(rows, [long[4:], short])]
     rows.append(model.fork(rows[0]))
-    got += [*model.last(rows, [[1], [2], [0]])]
+    got += [*model.last_outputs(rows, [[1], [2], [0]])]
     texts = [long, short, [*long, 1], [*short, 2], [*long, 0]]
     network = cast("Any", model.network)
     plain = [network(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1] for ids in texts]

@@ -85,7 +85,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = device.type == "cpu" and kernels.multiplies_bfloat16()
+        native = device.type == "cpu" and kernels.has_native_bfloat16()
     return torch.bfloat16 if native else torch.float32
 
 

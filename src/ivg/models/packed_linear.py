@@ -33,7 +33,7 @@ class PackedLinear(nn.Module):
 
     def _pack(self, weight: Tensor) -> None:
         """In the plain order where nothing can be packed: the layer may come from a pickle of another machine."""
-        self.packed = kernels.pack_weight(weight) if kernels.packs_linear() else weight.detach().contiguous()
+        self.packed = kernels.pack_weight(weight) if kernels.has_packed_linear() else weight.detach().contiguous()
 
     @property
     def weight(self) -> Tensor:
@@ -83,7 +83,7 @@ class PackedLinear(nn.Module):
 def can_pack(network: nn.Module) -> bool:
     """On a CPU, in bfloat16, where oneDNN's packed layers work."""
     first = next(network.parameters(), None)
-    return first is not None and first.device.type == "cpu" and first.dtype == torch.bfloat16 and kernels.packs_linear()
+    return first is not None and first.device.type == "cpu" and first.dtype == torch.bfloat16 and kernels.has_packed_linear()
 
 
 def pack(network: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from ivg.errors import ContextLengthError, PromptError
-from ivg.models.cache_manager import common_length
+from ivg.models.cache import common_length
 from ivg.models.chat_template import check_template, encode_rendered, is_chat, render
 from ivg.models.vocabulary import Vocabulary
 from ivg.types import Beam, Hypothesis, Prompt, new_key

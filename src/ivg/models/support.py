@@ -1,10 +1,10 @@
 """Which networks can be read row by row, how, and why others cannot.
 
 Rows of different lengths share a pass, each row in pieces and with forks, and every output must be that of a pass over the row's
-tokens alone. Most decoders give that. Some need to be told more than positions (:class:`Reading`); some stay right up to a length;
+tokens alone. Most decoders give that. Some need more than positions (:class:`NetworkSupport`); some are exact up to a length;
 the others are refused when they are loaded. Every type of transformers was measured (``tests/integration/test_architectures.py``).
 
-Knows transformers' configurations and what its networks do with them. Must not know rows, nor caches.
+Knows transformers' configurations and what its networks do with them. Must not know rows or caches.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Any, cast
 from torch import nn
 
 from ivg.errors import ModelError
-from ivg.models.rotary import borders_of, rotary_kinds, rotary_modules
+from ivg.models.rotary import rope_limits, rope_types, rotary_modules
 
-_STATE = "keep a running state instead of keys and values per token"
-_BESIDE = "keep a running state beside keys and values"
-_CHOSEN = "choose what they attend to by an index of their own, kept beside keys and values"
-_POOLED = "keep one key and value for several tokens"
+_RECURRENT = "keep a running state instead of keys and values per token"
+_HYBRID = "keep a running state beside keys and values"
+_INDEXED = "choose what they attend to by an index of their own, kept beside keys and values"
+_COMPRESSED = "keep one key and value for several tokens"
 _REASONS = {
-    "linear_attention": _STATE,
-    "conv": _STATE,
-    "hybrid": _BESIDE,
-    "hybrid_sliding": _BESIDE,
-    "indexed_attention": _CHOSEN,
-    "minimax_m3_sparse": _CHOSEN,
-    "compressed_sparse_attention": _POOLED,
-    "heavily_compressed_attention": _POOLED,
+    "linear_attention": _RECURRENT,
+    "conv": _RECURRENT,
+    "hybrid": _HYBRID,
+    "hybrid_sliding": _HYBRID,
+    "indexed_attention": _INDEXED,
+    "minimax_m3_sparse": _INDEXED,
+    "compressed_sparse_attention": _COMPRESSED,
+    "heavily_compressed_attention": _COMPRESSED,
     "chunked_attention": "attend within chunks, not within a window",
     "reference_sliding_attention": "see all of the prompt but a window of the answer",
     "moe": "hold no attention, so that layers with keys and values are not numbered one after another",
@@ -40,25 +40,25 @@ _REASONS = {
 
 
 @dataclass(frozen=True)
-class Reading:
+class NetworkSupport:
     """How a network is read.
 
     Attributes:
         windows: kinds of its attention layers and how far each sees; None: everything.
         max_positions: tokens that a row may have; None: any number.
-        limit_reason: what ends there, where it is not simply the model's context; for errors.
-        borders: lengths beyond which its rotary factors change (LongRoPE), ascending.
+        limit_reason: why no more, where it is not simply the model's context; for errors.
+        rope_limits: lengths beyond which its rotary factors change (LongRoPE), ascending.
         pad: id that has no position of its own: the others count from ``pad`` + 1 on (RoBERTa); None: positions count from 0.
     """
 
     windows: dict[str, int | None]
     max_positions: int | None = None
     limit_reason: str = ""
-    borders: tuple[int, ...] = ()
+    rope_limits: tuple[int, ...] = ()
     pad: int | None = None
 
 
-def reading_of(network: nn.Module, name: str) -> Reading:
+def check_support(network: nn.Module, name: str) -> NetworkSupport:
     """How ``network`` is read; ``name`` is for errors.
 
     Raises:
@@ -66,12 +66,12 @@ def reading_of(network: nn.Module, name: str) -> Reading:
     """
     config = cast("Any", network).config.get_text_config()
     body = body_of(network)
-    if reason := _unreadable(body, config):
+    if reason := _unsupported(body, config):
         raise ModelError(
             f"{name}: {type(body).__name__} {reason}\n  expected a decoder that reads each row by positions and caches every token"
         )
-    limit, why = _longest(network, config)
-    return Reading(_windows(config), limit, why, borders_of(config), _padding_id(network))
+    limit, why = _max_positions(network, config)
+    return NetworkSupport(_windows(config), limit, why, rope_limits(config), _padding_id(network))
 
 
 def context_of(network: nn.Module) -> int | None:
@@ -88,7 +88,7 @@ def body_of(network: nn.Module) -> nn.Module:
     return cast("nn.Module", network.backbone) if hasattr(network, "kind") else network
 
 
-def _unreadable(body: nn.Module, config: Any) -> str | None:
+def _unsupported(body: nn.Module, config: Any) -> str | None:
     """Why rows of different lengths in one pass, or rows in pieces, would be read wrongly; None: they are not."""
     arguments = _arguments(body)
     if _has_alibi(config):
@@ -102,7 +102,7 @@ def _unreadable(body: nn.Module, config: Any) -> str | None:
     if config.model_type == "minimax":
         return "takes no other cache than its own"
     if config.model_type == "blt":
-        return "cuts its text into patches by a model of its own, so that rows in pieces would be cut otherwise"
+        return "cuts its text into patches by a model of its own, which would cut a row in pieces otherwise"
     if config.model_type == "gpt_neo" and "local" in getattr(config, "attention_layers", ()):
         return "cuts its local layers by columns of the batch, not by positions"
     if getattr(config, "attn_temperature_tuning", False) and config.model_type == "llama4_text":
@@ -124,17 +124,17 @@ def _has_alibi(config: Any) -> bool:
     )
 
 
-def _longest(network: nn.Module, config: Any) -> tuple[int | None, str]:
-    """(tokens that a row may have, what ends there)."""
+def _max_positions(network: nn.Module, config: Any) -> tuple[int | None, str]:
+    """(tokens that a row may have, why no more)."""
     ends = [] if (limit := context_of(network)) is None else [(limit, "")]
-    if "dynamic" in rotary_kinds(network):
-        ends.append((config.max_position_embeddings, "beyond, dynamic RoPE turns every token anew with each that is added"))
+    if "dynamic" in rope_types(network):
+        ends.append((config.max_position_embeddings, "beyond, dynamic RoPE rotates every token anew with each that is added"))
     if config.model_type == "doge":
         ends.append((config.keep_window_size, "beyond, Doge drops tokens by columns of the batch (keep_window_size)"))
     if config.model_type == "moshi" and config.sliding_window is not None:
-        ends.append((config.sliding_window, "beyond, transformers itself reads Moshi with its window or without, as it comes"))
-    if (borders := borders_of(config)) and not rotary_modules(network):
-        ends.append((borders[0], "beyond, its LongRoPE factors change, which ivg cannot hold fixed in this network"))
+        ends.append((config.sliding_window, "beyond, transformers applies its window in some passes only"))
+    if (limits := rope_limits(config)) and not rotary_modules(network):
+        ends.append((limits[0], "beyond, its LongRoPE factors change, which ivg cannot control in this network"))
     if not ends:
         return None, ""
     least = min(length for length, _ in ends)

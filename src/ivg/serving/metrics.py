@@ -44,7 +44,7 @@ class Metrics:
         self.live_beams.set(searcher.live_beams)
         for reader in model.readers:
             self.cache_rows.labels(reader.name).set(reader.model.live_rows)
-            self.cache_bytes.labels(reader.name).set(reader.model.rows.held_bytes)
+            self.cache_bytes.labels(reader.name).set(reader.model.cache.used_bytes)
 
     def text(self) -> bytes:
         """In Prometheus' text format."""

@@ -20,7 +20,7 @@ from ivg.embedded import PREFIX
 from ivg.errors import ConfigError, ModelError, PromptError, ScoreFault
 from ivg.models.chat_template import apply_chat_template, is_chat, render, text_ids, turns
 from ivg.models.loading import LoadOptions, load_config, load_network, load_tokenizer
-from ivg.models.rotary import batches, borders_of
+from ivg.models.rotary import length_batches, rope_limits
 from ivg.models.support import context_of
 from ivg.models.weights import WeightsError
 from ivg.types import Hypothesis, Prompt
@@ -183,7 +183,7 @@ class RewardModel:
     def logits(self, ids: Sequence[Sequence[int]]) -> list[float]:
         """The reward of every text, given as token ids; texts of like length share a pass."""
         out = [0.0] * len(ids)
-        for chosen in batches([len(i) for i in ids], self.batch_size, borders_of(self._config)):
+        for chosen in length_batches([len(i) for i in ids], self.batch_size, rope_limits(self._config)):
             with torch.no_grad():
                 logits = self.network(**self._batch([ids[i] for i in chosen])).logits.float()
             if self.label is not None:

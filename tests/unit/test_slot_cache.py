@@ -1,4 +1,4 @@
-"""The slot cache against the plain model, under random operations; what forks copy, what is freed and reused."""
+"""The slot cache against plain forward passes, under random operations; what forks copy, what is freed and reused."""
 
 import dataclasses
 import mmap
@@ -13,8 +13,10 @@ import torch
 import naive
 from ivg.engines.transformers.engine import TransformersEngine
 from ivg.errors import PromptError
-from ivg.models.cache_manager import common_length
-from ivg.models.kv_cache import KVCache, zeros
+from ivg.models import mapped_memory
+from ivg.models.cache import PassLimits, common_length
+from ivg.models.kv_cache import KVCache
+from ivg.models.mapped_memory import zeros
 from ivg.models.runner import ModelRunner
 from ivg.search.searcher import Request, Search, Searcher
 from ivg.testing import ARCHITECTURES, tiny_lm, tiny_model
@@ -27,107 +29,101 @@ pytestmark = pytest.mark.numerics
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-3), (torch.bfloat16, 0.5)], ids=["float32", "bfloat16"])
 def test_random_operations_equal_plain_forward(architecture, dtype, tolerance, monkeypatch):
-    """Open, fork, cut, free, give back and feed ragged pieces at random; every output equals a forward pass over the row's tokens.
+    """Open, fork, cut, free, release memory and read ragged pieces at random; every output equals a forward pass over the row's tokens.
 
-    Few different tokens, so that rows often agree; rows that are forked before anything was read; cuts of whole families.
+    Few different tokens, so that rows often agree; rows that are forked before anything was read; cuts of whole groups.
     """
-    from ivg.models import kv_cache, runner
-
     network = tiny_model(architecture, seed=3).to(dtype)
     for seed in range(6 if dtype is torch.float32 else 1):
         rng = random.Random(f"{architecture} {seed}")
-        monkeypatch.setattr(runner, "FAMILY_COLUMNS", rng.choice([1, 4, 64]))
-        monkeypatch.setattr(runner, "BLOCK_TOKENS", rng.choice([5, 2048]))
-        monkeypatch.setattr(kv_cache, "MAPPED_BYTES", rng.choice([1, 1 << 16]))
-        wander(ModelRunner(network, "tiny"), rng, rng.choice([2, 256]), tolerance)
+        limits = PassLimits(grouped_columns=rng.choice([1, 4, 64]), row_tokens=rng.choice([5, 2048]))
+        monkeypatch.setattr(mapped_memory, "MAPPED_BYTES", rng.choice([1, 1 << 16]))
+        wander(ModelRunner(network, "tiny", limits), rng, rng.choice([2, 256]), tolerance)
 
 
-def test_feed_gives_every_wanted_position_in_blocks(monkeypatch):
-    from ivg.models import runner
-
-    monkeypatch.setattr(runner, "BLOCK_TOKENS", 5)
-    model = ModelRunner(tiny_model("llama"), "tiny")
+def test_forward_returns_every_wanted_position_in_pieces():
+    model = ModelRunner(tiny_model("llama"), "tiny", PassLimits(row_tokens=5))
     rows, new, keep = [model.open([1] * 20), model.open([2] * 3)], [list(range(1, 20)), [7, 8, 9]], [12, 3]
-    rows[1].ids.clear()
+    model.truncate(rows[1], 0)
     got = {0: [], 1: []}
-    for i, out in model.feed(rows, new, keep):
+    for i, out in model.forward(rows, new, keep):
         got[i].append(out)
     for i in (0, 1):
         assert torch.allclose(torch.cat(got[i]).cpu(), naive.outputs(model.network, new[i])[-keep[i] :], atol=1e-3)
 
 
 def copied(model, monkeypatch):
-    """Every copy of own parts from now on: (source slot, first position, target slot, count)."""
+    """Every copy of suffixes from now on: (source slot, first position, target slot, count)."""
     moves = []
-    real = model.cache.copy_own
-    monkeypatch.setattr(model.cache, "copy_own", lambda m, device: (moves.extend(m), real(m, device)))
+    real = model.cache.memory.copy_suffixes
+    monkeypatch.setattr(model.cache.memory, "copy_suffixes", lambda m, device: (moves.extend(m), real(m, device)))
     return moves
 
 
 def test_forks_copy_only_what_is_not_shared(monkeypatch):
     model = ModelRunner(tiny_model("llama"), "tiny")
     root = model.open(list(range(1, 41)))
-    model.last([root], [list(range(1, 41))])
+    model.last_outputs([root], [list(range(1, 41))])
     moves = copied(model, monkeypatch)
     first = model.fork(root)
-    model.last([root, first], [[50, 51], [60, 61]])
+    model.last_outputs([root, first], [[50, 51], [60, 61]])
     assert moves == []
-    assert root.family is first.family
-    assert [root.start, first.start] == [40, 40]
+    assert root.group is first.group
+    assert [root.prefix_length, first.prefix_length] == [40, 40]
     second = model.fork(first)
     third = model.fork(second)
-    compare(model.last([second, third], [[5], [6]])[1], outputs_of(model, third.ids), 1e-3)
+    compare(model.last_outputs([second, third], [[5], [6]])[1], outputs_of(model, third.ids), 1e-3)
     assert [m[3] for m in moves] == [2, 2]
 
 
-def test_trunks_take_what_all_live_rows_share(monkeypatch):
+def test_prefixes_grow_by_what_all_live_rows_share(monkeypatch):
     model = ModelRunner(tiny_model("llama"), "tiny")
     root = model.open([1, 2, 3])
-    model.last([root], [[1, 2, 3]])
+    model.last_outputs([root], [[1, 2, 3]])
     other = model.fork(root)
-    model.last([root, other], [list(range(50, 60)), list(range(50, 57)) + [90, 91, 92]])
+    model.last_outputs([root, other], [list(range(50, 60)), list(range(50, 57)) + [90, 91, 92]])
     rows = [root, other, model.fork(other)]
-    model.last(rows, [[7], [8], [9]])
-    assert [r.start for r in rows] == [3, 3, 3]  # nothing was freed: not looked at
+    model.last_outputs(rows, [[7], [8], [9]])
+    assert [r.prefix_length for r in rows] == [3, 3, 3]  # nothing was freed: not looked at
     model.free(root)
-    out = model.last(rows[1:], [[10], [11]])
-    assert [r.start for r in rows[1:]] == [13, 13]
+    out = model.last_outputs(rows[1:], [[10], [11]])
+    assert [r.prefix_length for r in rows[1:]] == [13, 13]
     for row, got in zip(rows[1:], out, strict=True):
         compare(got, outputs_of(model, row.ids), 1e-3)
     model.free(other)
-    compare(model.last([rows[2]], [[12]])[0], outputs_of(model, rows[2].ids), 1e-3)
-    assert rows[2].own == 0  # alone: everything lies in the trunk
+    compare(model.last_outputs([rows[2]], [[12]])[0], outputs_of(model, rows[2].ids), 1e-3)
+    assert rows[2].suffix_length == 0  # alone: everything lies in the prefix slot
 
 
-def test_a_trunk_that_all_rows_were_cut_from_is_forgotten():
+def test_a_prefix_that_all_rows_were_cut_from_is_forgotten():
     model = ModelRunner(tiny_model("llama"), "tiny")
     root = model.open([1, 2, 3])
-    model.last([root], [list(range(1, 11))])
+    model.last_outputs([root], [list(range(1, 11))])
     rows = [root, model.fork(root)]
     spare = model.fork(root)
     for row in rows:
-        del row.ids[4:]
+        model.truncate(row, 4)
     model.free(spare)
-    model.last(rows, [list(range(50, 62))] * 2)
+    model.last_outputs(rows, [list(range(50, 62))] * 2)
     model.free(model.fork(root))
-    for row, out in zip(rows, model.last(rows, [[7], [8]]), strict=True):
+    for row, out in zip(rows, model.last_outputs(rows, [[7], [8]]), strict=True):
         compare(out, outputs_of(model, row.ids), 1e-3)
 
 
-def test_a_fork_of_a_broken_row_is_cut_and_read_on():
+def test_a_fork_of_a_nonfinite_row_is_cut_and_read_on():
     """Keys and values of the tokens that broke it were copied too, and must not reach what is read behind the cut."""
     network = tiny_model("llama", seed=3)
     network.model.embed_tokens.weight.data[9] = torch.nan
     model = ModelRunner(network, "tiny")
     root = model.open([1, 2, 3])
-    model.last([root], [[1, 2, 3]])
+    model.last_outputs([root], [[1, 2, 3]])
     broken, other = model.fork(root), model.fork(root)
-    model.last([broken, other], [[5, 4], [6, 6]])
-    model.last([broken, other], [[9, 7, 8], [6, 6, 6]])
+    model.last_outputs([broken, other], [[5, 4], [6, 6]])
+    model.last_outputs([broken, other], [[9, 7, 8], [6, 6, 6]])
     fork = model.fork(broken)
-    del fork.ids[fork.sound :]
+    model.truncate(fork, fork.finite_length)
     assert fork.ids == [1, 2, 3, 5, 4]
-    for row, out in zip((fork, other), model.last([fork, other], [[11], [12]]), strict=True):  # beside a longer one
+    for row, out in zip((fork, other), model.last_outputs([fork, other], [[11], [12]]), strict=True):  # beside a longer one
         compare(out, outputs_of(model, row.ids), 1e-3)
 
 
@@ -136,32 +132,32 @@ def test_a_fork_that_waits_keeps_what_its_broken_parent_had():
     network.model.embed_tokens.weight.data[9] = torch.nan
     model = ModelRunner(network, "tiny")
     root = model.open([1, 2, 3])
-    model.last([root], [[1, 2, 3]])
+    model.last_outputs([root], [[1, 2, 3]])
     parent = model.fork(root)
-    model.last([root, parent], [[5, 6], [6, 7]])
-    model.last([parent], [[9]])
-    assert parent.broken
-    del parent.ids[parent.sound :]
+    model.last_outputs([root, parent], [[5, 6], [6, 7]])
+    model.last_outputs([parent], [[9]])
+    assert parent.nonfinite
+    model.truncate(parent, parent.finite_length)
     child = model.fork(parent)
     model.free(parent)
-    compare(model.last([child], [[8]])[0], outputs_of(model, child.ids), 1e-3)
+    compare(model.last_outputs([child], [[8]])[0], outputs_of(model, child.ids), 1e-3)
 
 
 def test_memory_is_used_again():
     model = ModelRunner(tiny_model("gpt2"), "tiny")
     for _ in range(3):
         rows = [model.open([i, i]) for i in range(1, 10)]
-        model.last(rows, [[i, i][len(r.ids) :] for i, r in enumerate(rows, 1)])
+        model.last_outputs(rows, [[i, i][len(r.ids) :] for i, r in enumerate(rows, 1)])
         rows += [model.fork(r) for r in rows]
-        model.last(rows, [[5]] * 18)
+        model.last_outputs(rows, [[5]] * 18)
         for row in rows:
             model.free(row)
-        assert (model.cache.trunks, model.cache.slots) == (16, 18)
+        assert (model.cache.memory.prefix_slots, model.cache.memory.suffix_slots) == (16, 18)
     for i in range(100):
         row = model.open([200, i])
-        model.last([row], [[200, i][len(row.ids) :]])
+        model.last_outputs([row], [[200, i][len(row.ids) :]])
         model.free(row)
-    assert (model.cache.trunks, model.live_rows) == (16, 0)
+    assert (model.cache.memory.prefix_slots, model.live_rows) == (16, 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages go back to the system on Linux")
@@ -170,49 +166,50 @@ def test_memory_that_no_row_holds_goes_back_to_the_system():
     """A busy moment, then one short row: its pages stay, most others go, and it is read on as if nothing had happened."""
     model = ModelRunner(tiny_model("llama", seed=3), "tiny")
     short, others = model.open([1, 2, 3]), [model.open([5 + i]) for i in range(40)]
-    model.last([short], [[1, 2, 3]])
+    model.last_outputs([short], [[1, 2, 3]])
     forks = [model.fork(row) for row in others for _ in range(3)]
     for start in range(4):
-        model.last(forks, [[1 + (7 * i + start + j) % 250 for j in range(40)] for i in range(len(forks))])
-    model.last(others, [[9] * 200] * len(others))
-    busy = resident(model.cache)
+        model.last_outputs(forks, [[1 + (7 * i + start + j) % 250 for j in range(40)] for i in range(len(forks))])
+    model.last_outputs(others, [[9] * 200] * len(others))
+    busy = resident(model.cache.memory)
     for row in (*forks, *others):
         model.free(row)
-    assert resident(model.cache) == busy  # freed for other rows only
+    assert resident(model.cache.memory) == busy  # freed for other rows only
     model.release_memory()
-    kept = sum(len(f.ids) for f in model.rows._idle) + len(short.ids)  # trunks that may serve later prompts
-    heads = sum(t.shape[1] for pair in model.cache.trunk for t in pair)
-    assert resident(model.cache) <= kept * model.cache.token_bytes + 2 * mmap.PAGESIZE * heads * model.cache.trunks
-    assert resident(model.cache) < busy / 3
-    compare(model.last([short], [[4, 5]])[0], outputs_of(model, [1, 2, 3, 4, 5]), 2e-3)
+    memory = model.cache.memory
+    kept = sum(len(g.prefix) for g in model.cache.idle_groups) + len(short.ids)  # prefixes that may serve later prompts
+    heads = sum(t.shape[1] for pair in memory.prefixes for t in pair)
+    assert resident(memory) <= kept * memory.token_bytes + 2 * mmap.PAGESIZE * heads * memory.prefix_slots
+    assert resident(model.cache.memory) < busy / 3
+    compare(model.last_outputs([short], [[4, 5]])[0], outputs_of(model, [1, 2, 3, 4, 5]), 2e-3)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages go back to the system on Linux")
 @pytest.mark.cpu
 def test_only_pages_behind_what_is_held_go_back():
-    store = KVCache()
-    store.slots, store.depth, store.trunks, store.capacity = 5, 64, 3, 128
-    shapes = {"own": (5, 64, 3, 40), "trunk": (3, 2, 128, 40)}
+    memory = KVCache()
+    memory.suffix_slots, memory.suffix_capacity, memory.prefix_slots, memory.prefix_capacity = 5, 64, 3, 128
+    shapes = {"suffixes": (5, 64, 3, 40), "prefixes": (3, 2, 128, 40)}
     for name, shape in shapes.items():
         tensors = [zeros(shape, torch.empty(0)).fill_(1) for _ in range(4)]
-        setattr(store, name, [(tensors[0], tensors[1]), (tensors[2], tensors[3])])
-    own, trunk = [10, 0, 0, 64, 33], [100, 0, 31]
-    store.release_memory(own, trunk)
-    for tensor in (t for pair in store.own for t in pair):
-        assert all(bool((tensor[i, :n] == 1).all()) for i, n in enumerate(own))
-        left = sum(int((tensor[i, n:] == 1).sum()) for i, n in enumerate(own)) * 4
+        setattr(memory, name, [(tensors[0], tensors[1]), (tensors[2], tensors[3])])
+    suffixes, prefixes = [10, 0, 0, 64, 33], [100, 0, 31]
+    memory.release_memory(suffixes, prefixes)
+    for tensor in (t for pair in memory.suffixes for t in pair):
+        assert all(bool((tensor[i, :n] == 1).all()) for i, n in enumerate(suffixes))
+        left = sum(int((tensor[i, n:] == 1).sum()) for i, n in enumerate(suffixes)) * 4
         assert left <= 2 * 3 * mmap.PAGESIZE  # three gaps, a part of a page at either end
-    for tensor in (t for pair in store.trunk for t in pair):
-        assert all(bool((tensor[i, :, :n] == 1).all()) for i, n in enumerate(trunk))
-        left = sum(int((tensor[i, :, n:] == 1).sum()) for i, n in enumerate(trunk)) * 4
+    for tensor in (t for pair in memory.prefixes for t in pair):
+        assert all(bool((tensor[i, :, :n] == 1).all()) for i, n in enumerate(prefixes))
+        left = sum(int((tensor[i, :, n:] == 1).sum()) for i, n in enumerate(prefixes)) * 4
         assert left <= 2 * 5 * mmap.PAGESIZE
 
 
-def resident(store):
-    """Bytes of the store's pages that are in memory."""
+def resident(memory):
+    """Bytes of the cache's pages that are in memory."""
     count = 0
     with Path("/proc/self/pagemap").open("rb") as pages:
-        for tensor in (t for pair in (*store.own, *store.trunk) for t in pair):
+        for tensor in (t for pair in (*memory.suffixes, *memory.prefixes) for t in pair):
             pages.seek(tensor.data_ptr() // mmap.PAGESIZE * 8)
             found = pages.read(-(-tensor.nbytes // mmap.PAGESIZE) * 8)
             count += sum(entry >> 63 for (entry,) in struct.iter_unpack("=Q", found))
@@ -223,20 +220,20 @@ def test_a_prompt_read_before_is_not_read_again():
     model = ModelRunner(tiny_model("llama"), "tiny")
     prompt = list(range(1, 31))
     first = model.open(prompt)
-    model.last([first], [prompt])
+    model.last_outputs([first], [prompt])
     beside = model.open([*prompt, 77])
     assert len(beside.ids) == 30
     model.free(first)
     again = model.open(prompt)
     assert len(again.ids) == 29
-    compare(model.last([again, beside], [[30], [77]])[1], outputs_of(model, beside.ids), 1e-3)
+    compare(model.last_outputs([again, beside], [[30], [77]])[1], outputs_of(model, beside.ids), 1e-3)
 
 
 def test_a_long_prompt_outlives_others_that_begin_alike():
     model = ModelRunner(tiny_model("llama"), "tiny")
     for prompt in (list(range(1, 31)), [1, 99, 98], [1, 97]):
         row = model.open(prompt)
-        model.last([row], [prompt[len(row.ids) :]])
+        model.last_outputs([row], [prompt[len(row.ids) :]])
         model.free(row)
     assert len(model.open(list(range(1, 31))).ids) == 29
 
@@ -246,51 +243,48 @@ def test_nan_stays_with_the_row_that_has_it():
     network.model.embed_tokens.weight.data[9] = torch.nan
     model = ModelRunner(network, "tiny")
     root = model.open([1, 2, 3])
-    model.last([root], [[1, 2, 3]])
+    model.last_outputs([root], [[1, 2, 3]])
     rows = [root, *(model.fork(root) for _ in range(3))]
-    out = model.last(rows, [[9, 9, 9, 9], [4, 5, 6, 7], [5, 5, 5, 5], [9, 6, 7, 8]])
+    out = model.last_outputs(rows, [[9, 9, 9, 9], [4, 5, 6, 7], [5, 5, 5, 5], [9, 6, 7, 8]])
     assert out.isnan().any(-1).tolist() == [True, False, False, True]
     model.free(rows[0])
     model.free(rows[3])
     fresh = [model.fork(rows[1]), model.fork(rows[1]), model.open([7, 7])]
-    out = model.last([*rows[1:3], *fresh], [[11], [12], [13], [14], [7, 7]])
+    out = model.last_outputs([*rows[1:3], *fresh], [[11], [12], [13], [14], [7, 7]])
     for row, got in zip([*rows[1:3], *fresh], out, strict=True):
         compare(got, outputs_of(model, row.ids), 1e-3)
-    del rows[1].ids[5:]
-    assert model.last([rows[1]], [[9]]).isnan().any()
-    del rows[1].ids[5:]  # a draft that was taken back
-    compare(model.last([rows[1]], [[6]])[0], outputs_of(model, rows[1].ids), 1e-3)
+    model.truncate(rows[1], 5)
+    assert model.last_outputs([rows[1]], [[9]]).isnan().any()
+    model.truncate(rows[1], 5)  # a draft that was taken back
+    compare(model.last_outputs([rows[1]], [[6]])[0], outputs_of(model, rows[1].ids), 1e-3)
     alone = model.open([50, 51])
-    model.last([alone], [[50]])
-    assert model.last([alone], [[9]]).isnan().any()
-    del alone.ids[1:]
-    compare(model.last([alone], [[51]])[0], outputs_of(model, alone.ids), 1e-3)
-    assert model.last([alone], [[9]]).isnan().any()
+    model.last_outputs([alone], [[50]])
+    assert model.last_outputs([alone], [[9]]).isnan().any()
+    model.truncate(alone, 1)
+    compare(model.last_outputs([alone], [[51]])[0], outputs_of(model, alone.ids), 1e-3)
+    assert model.last_outputs([alone], [[9]]).isnan().any()
     model.free(alone)
     again = model.open([50, 51, 52])
     assert again.ids == []
-    compare(model.last([again], [[50, 51, 52]])[0], outputs_of(model, again.ids), 1e-3)
+    compare(model.last_outputs([again], [[50, 51, 52]])[0], outputs_of(model, again.ids), 1e-3)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_attention_by_families_equals_the_general_way(architecture, monkeypatch):
+def test_grouped_attention_equals_dense_attention(architecture):
     """The same rows and pieces read both ways."""
-    from ivg.models import runner
-
     outputs = []
     for columns in (64, 0):
-        monkeypatch.setattr(runner, "FAMILY_COLUMNS", columns)
-        model = ModelRunner(tiny_model(architecture, seed=3), "tiny")
+        model = ModelRunner(tiny_model(architecture, seed=3), "tiny", PassLimits(grouped_columns=columns))
         roots = [model.open([i] * (4 * i)) for i in (1, 2, 3, 5)]
-        model.last(roots, [[i] * (4 * i) for i in (1, 2, 3, 5)])
+        model.last_outputs(roots, [[i] * (4 * i) for i in (1, 2, 3, 5)])
         rows = [*roots, *(model.fork(roots[i]) for i in (0, 0, 0, 2, 1, 1))]
-        seen = [model.last(rows, [[40 + i] for i in range(10)])]
-        seen.append(model.last(rows[2:8], [[60 + i] * (1 + i % 3) for i in range(6)]))
+        seen = [model.last_outputs(rows, [[40 + i] for i in range(10)])]
+        seen.append(model.last_outputs(rows[2:8], [[60 + i] * (1 + i % 3) for i in range(6)]))
         for row in (rows[0], rows[5]):
             model.free(row)
-        seen.append(model.last([rows[4], rows[6], rows[9], rows[1]], [[70 + i] for i in range(4)]))
+        seen.append(model.last_outputs([rows[4], rows[6], rows[9], rows[1]], [[70 + i] for i in range(4)]))
         outputs.append(torch.cat(seen))
-        assert model._by_families
+        assert model.cache.network.groups_prefixes
     assert torch.allclose(*outputs, atol=2e-3, rtol=1e-3)
 
 
@@ -306,48 +300,45 @@ def test_common_length():
         assert common_length(a, b) == n == common_length(b, a) == common_length(tuple(a), b)
 
 
-def test_context_limit_is_told():
+def test_context_limit_is_reported():
     model = ModelRunner(tiny_model("llama", context=32), "tiny")
     row = model.open([1] * 40)
     with pytest.raises(PromptError, match="at most 32"):
-        model.last([row], [[1] * 40])
+        model.last_outputs([row], [[1] * 40])
 
 
-def test_sisters_that_are_new_to_a_value_share_their_prompt():
+def test_siblings_that_are_new_to_a_value_share_their_prompt():
     from ivg.testing import hypothesis, tiny_value
 
     value = tiny_value("scalar")
-    sisters = [hypothesis("The movie was", f" {i} good", value.model) for i in range(4)]
-    token_counter = sisters[0].token_counter
-    sisters = [dataclasses.replace(h, token_counter=token_counter) for h in sisters]
-    scores = value.score(sisters)
-    assert value.model.model.held_peak < 0.7 * value.model.model.needed_peak
-    value.release([h.key for h in sisters])
-    for h, expected in zip(sisters, scores, strict=True):
-        value.model.clear()
+    siblings = [hypothesis("The movie was", f" {i} good", value.model) for i in range(4)]
+    token_counter = siblings[0].token_counter
+    siblings = [dataclasses.replace(h, token_counter=token_counter) for h in siblings]
+    scores = value.score(siblings)
+    assert value.model.model.peak_bytes < 0.7 * value.model.model.unshared_peak_bytes
+    value.release([h.key for h in siblings])
+    for h, expected in zip(siblings, scores, strict=True):
+        value.model.reset_cache()
         assert value.score([h]) == pytest.approx([expected], abs=1e-4)
         value.release([h.key])
 
 
 def test_outputs_of_many_positions_come_in_small_passes(monkeypatch):
-    from ivg.models import runner
-
-    monkeypatch.setattr(runner, "PASS_OUTPUTS", 257 * 6)
-    model = ModelRunner(tiny_model("llama"), "tiny")
-    sizes, run_pass = [], model._pass
-    monkeypatch.setattr(model, "_pass", lambda rows, pieces, keep: sizes.append(len(rows) * keep) or run_pass(rows, pieces, keep))
+    model = ModelRunner(tiny_model("llama"), "tiny", PassLimits(outputs=257 * 6))
+    sizes, forward = [], model.cache.forward
+    monkeypatch.setattr(model.cache, "forward", lambda rows, pieces, keep: sizes.append(len(rows) * keep) or forward(rows, pieces, keep))
     rows, new = [model.open([5] * 30), model.open([6] * 9)], [list(range(1, 31)), list(range(2, 11))]
     for row in rows:
-        row.ids.clear()
+        model.truncate(row, 0)
     got = {0: [], 1: []}
-    for i, out in model.feed(rows, new, [20, 9]):
+    for i, out in model.forward(rows, new, [20, 9]):
         got[i].append(out)
     assert max(sizes) <= 6
     for i, keep in ((0, 20), (1, 9)):
         assert torch.allclose(torch.cat(got[i]).cpu(), naive.outputs(model.network, new[i])[-keep:], atol=1e-3)
 
 
-def test_networks_that_keep_something_else_are_read_in_the_general_way():
+def test_networks_that_cache_something_else_attend_densely():
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     torch.manual_seed(0)
@@ -358,14 +349,14 @@ def test_networks_that_keep_something_else_are_read_in_the_general_way():
     )  # fmt: skip
     model = ModelRunner(DeepseekV3ForCausalLM(config).eval(), "deepseek")
     row = model.open([1, 2, 3, 4])
-    model.last([row], [[1, 2, 3, 4]])
+    model.last_outputs([row], [[1, 2, 3, 4]])
     other = model.fork(row)
-    for r, out in zip((row, other), model.last([row, other], [[5], [6]]), strict=True):
+    for r, out in zip((row, other), model.last_outputs([row, other], [[5], [6]]), strict=True):
         compare(out, outputs_of(model, r.ids), 1e-3)
 
 
-def test_networks_that_squeeze_their_scores():
-    """Gemma 2, which transformers runs eagerly; here by families, and not by the flash kernel."""
+def test_networks_with_softcapped_scores():
+    """Gemma 2, which transformers runs eagerly; here by prefix groups, and not by the flash kernel."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
@@ -375,7 +366,7 @@ def test_networks_that_squeeze_their_scores():
     )  # fmt: skip
     model = ModelRunner(Gemma2ForCausalLM(config).eval(), "gemma2")
     wander(model, random.Random(0), 256, 2e-3)
-    assert model._by_families
+    assert model.cache.network.groups_prefixes
 
 
 def test_two_threads_and_the_users_own_passes():
@@ -389,10 +380,10 @@ def test_two_threads_and_the_users_own_passes():
         model = ModelRunner(network, "tiny")
         row = model.open([1, token])
         for i in range(1, 30):
-            out = model.last([row], [[1, token][len(row.ids) :] if i == 1 else [i]])
+            out = model.last_outputs([row], [[1, token][len(row.ids) :] if i == 1 else [i]])
             if not torch.allclose(out[0], outputs_of(model, row.ids), atol=2e-3):
                 failures.append(i)
-        failures.extend([] if model._by_families else ["general"])
+        failures.extend([] if model.cache.network.groups_prefixes else ["dense"])
 
     threads = [threading.Thread(target=work, args=(t,)) for t in (4, 5)]
     for t in threads:

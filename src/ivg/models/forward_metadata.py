@@ -1,0 +1,242 @@
+"""What one forward pass over rows with shared prefixes writes, and what each of its tokens sees.
+
+Made before the pass from where the rows lie (:class:`RowLayout`); used by the cache (``models.kv_cache``) and by attention
+(``models.attention``). Must not know how slots are assigned, nor the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+SUFFIX_ROWS = 32
+"""Rows whose suffixes are read together: what is made of them stays in a core's cache."""
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowLayout:
+    """Where a row lies in one pass.
+
+    Attributes:
+        length: tokens that it holds before the pass.
+        new: tokens that it reads.
+        prefix_length: so many of ``length`` lie in the prefix slot.
+        prefix_slot: of its group.
+        suffix_slot: its own; None: the row writes to the prefix slot.
+    """
+
+    length: int
+    new: int
+    prefix_length: int
+    prefix_slot: int
+    suffix_slot: int | None
+
+
+@dataclass(slots=True)
+class PrefixBatch:
+    """Groups of rows whose prefixes are read in one matrix product: G groups of ``width`` rows each (short ones repeat a row).
+
+    Attributes:
+        slots: prefix slots: a slice where they lie side by side, else indices [G].
+        groups: G.
+        width: rows of each group.
+        length: positions of the prefixes that are read.
+        rows: which rows of the pass these are, group by group [G * width]; None: all rows, in their order.
+        members: the rows without repetitions [m].
+        places: where each of ``members`` stands in ``rows`` [m].
+    """
+
+    slots: slice | Tensor
+    groups: int
+    width: int
+    length: int
+    rows: Tensor | None
+    members: Tensor
+    places: Tensor
+
+
+@dataclass(slots=True)
+class AttentionMasks:
+    """What the tokens of a pass see in layers of one kind, 0 or -inf.
+
+    Attributes:
+        prefix: [R, C, prefix_length].
+        suffix: [R, 1, C, suffix_length].
+        batches: ``prefix`` as each prefix batch needs it, made by the first layer that needs it; None: everything is seen.
+    """
+
+    prefix: Tensor
+    suffix: Tensor
+    batches: list[Tensor | None] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class ForwardMetadata:
+    """One forward pass of R rows and C columns.
+
+    Attributes:
+        prefix_length: positions of the longest prefix that is seen.
+        suffix_length: positions of the longest suffix that is seen.
+        prefix_writes: (row, column, slot, position) of every token that is written to a prefix slot.
+        suffix_writes: (token, place): token counts rows times columns (None: all of them), place counts slots times their capacity.
+        suffix_slots: of the rows: a slice where they lie side by side, else indices [R]; None: no row has a suffix.
+        prefix_batches: for attention by prefix groups; empty: keys and values are concatenated for each row instead (``dense``).
+        suffix_blocks: (first row, end, longest suffix among them): suffixes are read so many rows at a time.
+        masks: by the address of the marker that stands for the kind of layer.
+        dense: prefix slots [R], then (row, position, place) of every suffix token.
+        pending_layer: the layer that has stored its keys and values and whose attention is still to be called.
+        new: the keys and values that it stored; attention must be called with the same tensors.
+    """
+
+    prefix_length: int
+    suffix_length: int
+    prefix_writes: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    suffix_writes: tuple[Tensor | None, Tensor] | None = None
+    suffix_slots: slice | Tensor | None = None
+    prefix_batches: list[PrefixBatch] = field(default_factory=list)
+    suffix_blocks: list[tuple[int, int, int]] = field(default_factory=list)
+    masks: dict[int, AttentionMasks] = field(default_factory=dict)
+    dense: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    pending_layer: int | None = None
+    new: Pair | None = None
+
+
+class PassLayout:
+    """All rows of one pass as tensors [R] on the CPU.
+
+    Attributes:
+        positions: of every token [R, C]; pieces are aligned at their ends; padding has position 0.
+        is_token: False at padding [R, C].
+    """
+
+    def __init__(self, rows: Sequence[RowLayout]) -> None:
+        self.rows = rows
+        self.lengths = torch.tensor([r.length for r in rows])
+        self.prefix_lengths = torch.tensor([r.prefix_length for r in rows])
+        self.prefix_slots = torch.tensor([r.prefix_slot for r in rows])
+        self.suffix_slots = torch.tensor([-1 if r.suffix_slot is None else r.suffix_slot for r in rows])
+        self.in_prefix = torch.tensor([r.suffix_slot is None for r in rows])
+        counts = torch.tensor([r.new for r in rows])
+        width = int(counts.max())
+        column = torch.arange(width)[None] - (width - counts)[:, None]
+        self.is_token = column >= 0
+        self.positions = (self.lengths[:, None] + column) * self.is_token
+        after = self.lengths + counts
+        self.seen_prefixes = torch.where(self.in_prefix, after, self.prefix_lengths)
+        self.seen_suffixes = torch.where(self.in_prefix, torch.zeros_like(after), after - self.prefix_lengths)
+
+
+def build_metadata(
+    layout: PassLayout, suffix_capacity: int, markers: Mapping[str, Tensor], windows: Mapping[str, int | None], *, grouped: bool
+) -> ForwardMetadata:
+    """The metadata of one pass.
+
+    Args:
+        layout: the rows.
+        suffix_capacity: positions of one suffix slot.
+        markers: for each kind of layer the tensor that stands for its mask, on the device of the cache.
+        windows: for each kind of layer how far it sees; None: everything.
+        grouped: attention goes by prefix groups; otherwise keys and values are concatenated for each row.
+    """
+    device = next(iter(markers.values())).device
+    metadata = ForwardMetadata(max(1, int(layout.seen_prefixes.max())), int(layout.seen_suffixes.max()))
+    if not bool(layout.in_prefix.all()):
+        metadata.suffix_slots = _as_slice(layout.suffix_slots.clamp(min=0), device)
+    _add_writes(metadata, layout, suffix_capacity, device)
+    if grouped:
+        metadata.prefix_batches = _prefix_batches([r.prefix_slot for r in layout.rows], layout.seen_prefixes.tolist(), device)
+        metadata.masks = {marker.data_ptr(): _masks(metadata, layout, windows[kind], device) for kind, marker in markers.items()}
+        metadata.suffix_blocks = _suffix_blocks(layout.seen_suffixes.tolist())
+    else:
+        metadata.dense = _dense_places(layout, suffix_capacity, device)
+    return metadata
+
+
+def _as_slice(indices: Tensor, device: torch.device) -> slice | Tensor:
+    """Consecutive indices as a slice: no gather is needed."""
+    first, count = int(indices[0]), len(indices)
+    return slice(first, first + count) if bool((indices == torch.arange(first, first + count)).all()) else indices.to(device)
+
+
+def _add_writes(metadata: ForwardMetadata, layout: PassLayout, suffix_capacity: int, device: torch.device) -> None:
+    suffix, prefix = layout.is_token & ~layout.in_prefix[:, None], layout.is_token & layout.in_prefix[:, None]
+    if bool(suffix.any()):
+        place = layout.suffix_slots[:, None] * suffix_capacity + layout.positions - layout.prefix_lengths[:, None]
+        everything = bool(suffix.all())
+        token = None if everything else suffix.flatten().nonzero()[:, 0].to(device)
+        metadata.suffix_writes = (token, place.flatten().to(device) if everything else place[suffix].to(device))
+    if bool(prefix.any()):
+        row, column = prefix.nonzero(as_tuple=True)
+        slot, position = layout.prefix_slots[row], layout.positions[row, column]
+        metadata.prefix_writes = (row.to(device), column.to(device), slot.to(device), position.to(device))
+
+
+def _masks(metadata: ForwardMetadata, layout: PassLayout, window: int | None, device: torch.device) -> AttentionMasks:
+    """What every token sees. Padding has position 0 and sees the row's first token: nothing of it is stored, and it stays finite."""
+    here = layout.positions[:, :, None]
+    in_prefix = torch.arange(metadata.prefix_length)[None, None]
+    in_suffix = layout.prefix_lengths[:, None, None] + torch.arange(metadata.suffix_length)[None, None]
+    prefix = (in_prefix <= here) & (in_prefix < layout.seen_prefixes[:, None, None])
+    suffix = (in_suffix <= here) & ~layout.in_prefix[:, None, None]
+    if window is not None:
+        prefix &= in_prefix > here - window
+        suffix &= in_suffix > here - window
+    masks = [torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf).to(device) for seen in (prefix, suffix)]
+    return AttentionMasks(masks[0], masks[1][:, None])
+
+
+def _suffix_blocks(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Rows side by side have the same group and like lengths; a block is as long as its longest."""
+    size = SUFFIX_ROWS if len(lengths) > 2 * SUFFIX_ROWS else len(lengths)
+    cuts = [(first, min(first + size, len(lengths))) for first in range(0, len(lengths), size)]
+    return [(first, end, max(1, *lengths[first:end], 1)) for first, end in cuts]
+
+
+def _dense_places(layout: PassLayout, suffix_capacity: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lengths = layout.seen_suffixes
+    row = torch.arange(len(lengths)).repeat_interleave(lengths)
+    behind = torch.arange(len(row)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    place = layout.suffix_slots[row] * suffix_capacity + behind
+    return layout.prefix_slots.to(device), row.to(device), (layout.prefix_lengths[row] + behind).to(device), place.to(device)
+
+
+def _prefix_batches(slots: Sequence[int], seen: Sequence[int], device: torch.device) -> list[PrefixBatch]:
+    """Groups of like size and length together."""
+    groups: dict[int, list[int]] = {}
+    for row, slot in enumerate(slots):
+        groups.setdefault(slot, []).append(row)
+    lengths = {slot: max(1, *(seen[r] for r in rows)) for slot, rows in groups.items()}
+    out = []
+    for batch in _like_groups(groups, lengths):
+        width = max(len(groups[s]) for s in batch)
+        flat = [row for s in batch for row in groups[s] + groups[s][:1] * (width - len(groups[s]))]
+        places = [k * width + i for k, s in enumerate(batch) for i in range(len(groups[s]))]
+        out.append(
+            PrefixBatch(
+                slots=_as_slice(torch.tensor(batch), device),
+                groups=len(batch),
+                width=width,
+                length=max(lengths[s] for s in batch),
+                rows=None if flat == list(range(len(slots))) else torch.tensor(flat, device=device),
+                members=torch.tensor([flat[p] for p in places], device=device),
+                places=torch.tensor(places, device=device),
+            )
+        )
+    return out
+
+
+def _like_groups(groups: Mapping[int, list[int]], lengths: Mapping[int, int]) -> list[list[int]]:
+    """Prefix slots by size of group and length; all in one product where that wastes less than half of it: each costs by itself."""
+    needed = sum(len(rows) * lengths[slot] for slot, rows in groups.items())
+    if len(groups) * max(map(len, groups.values())) * max(lengths.values()) <= 2 * needed:
+        return [list(groups)]
+    buckets: dict[tuple[int, int], list[int]] = {}
+    for slot, rows in groups.items():
+        buckets.setdefault(((len(rows) - 1).bit_length(), max(5, (lengths[slot] - 1).bit_length())), []).append(slot)
+    return list(buckets.values())

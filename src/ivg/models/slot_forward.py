@@ -1,0 +1,113 @@
+"""A forward pass of a transformers network over the slots of ``models.kv_cache``.
+
+Attention goes by prefix groups (``models.attention``) where the network looks its attention up by name and nothing else stands against
+it; otherwise keys and values are concatenated for each row. Knows transformers' forward signature. Must not know how slots are assigned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ivg.models.attention import UnsupportedAttentionError, grouped_attention
+from ivg.models.cache import PassLimits
+from ivg.models.forward_metadata import PassLayout, RowLayout, build_metadata
+from ivg.models.kv_cache import KVCache
+from ivg.models.support import NetworkSupport, body_of
+
+
+class SlotForward:
+    """Runs passes of one network.
+
+    Args:
+        network: takes ``input_ids, position_ids, attention_mask, past_key_values, use_cache, logits_to_keep``.
+        support: how it is read.
+        limits: of one pass.
+
+    Attributes:
+        groups_prefixes: attention goes by prefix groups, where a pass is not wider than ``limits.grouped_columns``.
+        heads: of its attention.
+    """
+
+    def __init__(self, network: nn.Module, support: NetworkSupport, limits: PassLimits) -> None:
+        self.network, self.support, self.limits = network, support, limits
+        self.device = next(network.parameters()).device
+        self.config = cast("Any", network).config.get_text_config()
+        self.heads = int(getattr(self.config, "num_attention_heads", 1) or 1)
+        self.groups_prefixes = bool(getattr(body_of(network), "_supports_attention_backend", False))
+        self._eager = getattr(self.config, "_attn_implementation", "sdpa") == "eager"
+        self._markers = {kind: torch.zeros(1, 1, 1, 1, device=self.device) for kind in support.windows}
+
+    def run(
+        self,
+        memory: KVCache,
+        rows: Sequence[RowLayout],
+        pieces: Sequence[Sequence[int]],
+        held: Sequence[Sequence[int]],
+        keep: int,
+    ) -> Tensor:
+        """Outputs of the last ``keep`` columns [rows, keep, vocabulary or 1].
+
+        Args:
+            memory: receives keys and values of the new tokens; has room for them.
+            rows: where they lie.
+            pieces: new tokens of each.
+            held: tokens that each holds.
+            keep: columns.
+        """
+        layout = PassLayout(rows)
+        width = layout.positions.shape[1]
+        ids = torch.tensor([[0] * (width - len(piece)) + list(piece) for piece in pieces])
+        pad = self.support.pad
+        positions = layout.positions if pad is None else _positions_without(pad, ids, layout.is_token, held)
+        inputs = {"input_ids": ids.to(self.device), "position_ids": positions.to(self.device), "logits_to_keep": keep}
+        if self.groups_prefixes and width <= self.limits.grouped_columns:
+            try:
+                return self._call(memory, layout, inputs, grouped=True)
+            except UnsupportedAttentionError:
+                self.groups_prefixes = False
+        return self._call(memory, layout, inputs, grouped=False)
+
+    def _call(self, memory: KVCache, layout: PassLayout, inputs: dict[str, Any], *, grouped: bool) -> Tensor:
+        memory.metadata = build_metadata(layout, memory.suffix_capacity, self._markers, self.support.windows, grouped=grouped)
+        masks = self._markers if grouped else self._dense_masks(layout.positions.to(self.device), int(layout.positions.max()) + 1)
+        try:
+            with grouped_attention(self.config, memory) if grouped else nullcontext():
+                logits: Tensor = self.network(
+                    **inputs,
+                    attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+                    past_key_values=memory,
+                    use_cache=True,
+                ).logits
+            if grouped and memory.metadata.pending_layer is not None:
+                raise UnsupportedAttentionError  # the network never called it
+        finally:
+            memory.metadata = None
+        return logits
+
+    def _dense_masks(self, positions: Tensor, length: int) -> dict[str, Tensor]:
+        """What every token may see [rows, 1, columns, length]; for each kind of layer.
+
+        Padding is given position 0 and sees the row's first token: nothing of it is stored, and it stays finite.
+        """
+        keys = torch.arange(length, device=self.device)
+        causal = keys <= positions[:, None, :, None]
+        masks = {}
+        for kind, window in self.support.windows.items():
+            seen = causal if window is None else causal & (keys > positions[:, None, :, None] - window)
+            if self._eager:
+                dtype = next(self.network.parameters()).dtype
+                seen = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill(~seen, torch.finfo(dtype).min)
+            masks[kind] = seen
+        return masks
+
+
+def _positions_without(pad: int, ids: Tensor, is_token: Tensor, held: Sequence[Sequence[int]]) -> Tensor:
+    """Positions [R, C] as RoBERTa counts them: from ``pad`` + 1 on, tokens ``pad`` left out; those are at ``pad`` itself."""
+    before = torch.tensor([len(tokens) - tokens.count(pad) for tokens in held])
+    counted = is_token & (ids != pad)
+    return (counted.cumsum(1) + before[:, None]) * counted + pad
