@@ -94,11 +94,11 @@ reproduce-summarization: $(VENV)/.dev ## e-mail -> subject line, everything trai
 	@$(RUN)/ivg eval summarization --recipe recipes/local-summarization.toml \
 		--out build/summarization/eval --jobs 2 --docs docs/results/summarization
 
-bench: $(VENV)/.dev ## time and memory beside plain sampling and the naive way (minutes, on a quiet machine)
-	@$(RUN)/ivg bench
+bench: $(VENV)/.dev ## time and memory beside plain sampling and a naive implementation (minutes, on an idle machine)
+	@$(RUN)/python -m benchmarks.compare_naive
 
-bench-targets: $(VENV)/.dev ## the table of targets into docs/reference/benchmarks.md (hours, on a quiet machine; goes on where it stopped)
-	@$(RUN)/ivg bench --targets --out build/bench-targets --docs docs/reference/benchmarks.md
+bench-targets: $(VENV)/.dev ## the table of targets into docs/reference/benchmarks.md (hours, on an idle machine; resumes)
+	@$(RUN)/python -m benchmarks.targets --out build/bench-targets --docs docs/reference/benchmarks.md
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,12 +1,12 @@
-"""Integrated Value Guidance the way released codes of the method family do it: the rival that ivg is measured against.
+"""Integrated Value Guidance (Liu et al. 2024, arXiv 2409.17819) the way released codes of this family implement it: a baseline.
 
     python benchmarks/naive.py --new-tokens 20
 
-Self-contained (torch and transformers; nothing of ivg), written from METHOD, sections 3, 4 and 7. One prompt at a time. The prompt is
-tiled W·K times and read by base, tuned and untuned, each with an ordinary DynamicCache and full logits in float32. Each token is drawn
-from softmax((z_base + beta·(z_tuned − z_untuned)) / T). After every chunk the value network reads the whole text of all hypotheses again,
-full float32 logits, and its entry for the last token is the score. The best W hypotheses are tiled K times; all three caches are copied
-whole. Hypotheses that have ended go on being stepped, compete with their own copies, and are padded with the end-of-sequence token.
+Self-contained: needs torch and transformers, nothing of ivg. One prompt at a time. The prompt is repeated W·K times and read by base,
+tuned and untuned, each with an ordinary DynamicCache and full logits in float32. Each token is sampled from
+softmax((z_base + beta·(z_tuned − z_untuned)) / T). After every chunk the value network reads the whole text of all beams again, with full
+float32 logits; its entry for the last token is the score. The best W beams are repeated K times; all three caches are copied in full.
+Finished beams are still stepped, compete with their own copies, and are padded with the end-of-sequence token.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 Draw = Callable[[tuple[int, ...], int], float]
-"""A number in [0, 1) for the hypothesis with this path (number of the child at every chunk) at this position."""
+"""A number in [0, 1) for the beam with this path (index of the child at every chunk) at this position."""
 
 
 @dataclass
 class Models:
-    """No ``tuned`` and ``untuned``: nothing guides tokens. No ``value``: no selection. All put out ``.logits``."""
+    """Without ``tuned`` and ``untuned`` tokens are not guided; without ``value`` there is no selection. All return ``.logits``."""
 
     base: Any
     tuned: Any = None
@@ -37,7 +37,7 @@ class Models:
 
 @dataclass
 class Answer:
-    """One answer: its tokens, its score, tokens that each model read, seconds until it was there."""
+    """One answer: its tokens, its score, tokens read by each model, seconds."""
 
     token_ids: list[int]
     score: float
@@ -46,20 +46,20 @@ class Answer:
 
 
 class _Cached:
-    """A causal model with its DynamicCache; None in, nothing out."""
+    """A causal model with its DynamicCache."""
 
     def __init__(self, network: Any, name: str, counts: Counter) -> None:
         self.network, self.name, self.counts = network, name, counts
         self.cache = DynamicCache()
 
     def read(self, ids: Tensor) -> Tensor:
-        """Float32 logits behind the last of ``ids`` [rows, tokens]; those of all tokens are computed."""
+        """Float32 logits after the last of ``ids`` [rows, tokens]; the logits of all tokens are computed."""
         self.counts[self.name] += ids.numel()
         logits = self.network(input_ids=ids, past_key_values=self.cache, use_cache=True).logits.float()
         return logits[:, -1]
 
     def reorder(self, rows: Tensor) -> None:
-        """Copy the whole cache of ``rows``."""
+        """Copy the cache in the order of ``rows``."""
         self.cache.reorder_cache(rows)
 
 
@@ -77,19 +77,19 @@ def answer(
     eos: int | None = None,
     draw: Draw | None = None,
 ) -> Answer:
-    """The best of CBS(width, successors, chunk) behind ``prompt``.
+    """The best beam of chunk-level beam search (width, successors, chunk) after ``prompt``.
 
     Args:
         models: all on one device, one vocabulary.
         prompt: token ids.
-        width: hypotheses kept (W).
+        width: beams kept (W).
         successors: continuations of each (K).
         chunk: tokens between selections (L); None: one chunk.
-        new_tokens: length of the answer at most.
-        beta: weight of the guides.
+        new_tokens: maximum length of the answer.
+        beta: weight of token guidance.
         temperature: 0 is greedy.
-        eos: token that ends a hypothesis; None: none does.
-        draw: random numbers, for comparisons; None: torch.multinomial.
+        eos: end-of-sequence token; None: none.
+        draw: random numbers, for tests; None: torch.multinomial.
     """
     begin, counts = time.perf_counter(), Counter()
     device, rows = next(models.base.parameters()).device, width * successors
@@ -191,7 +191,7 @@ def main() -> None:
         seconds.append(answer(models, prompt, new_tokens=args.new_tokens).seconds)
         print(f"{args.new_tokens} tokens in {seconds[-1]:.2f} s")
     rate = len(seconds) / sum(seconds)
-    print(json.dumps({"contestant": "naive", "answers_per_second": rate, "tokens_per_second": rate * args.new_tokens, "seconds": seconds}))
+    print(json.dumps({"system": "naive", "answers_per_second": rate, "tokens_per_second": rate * args.new_tokens, "seconds": seconds}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Does it pay to let the guide pair draft? Acceptance and base passes per token on the embedded models; speed on models of size.
 
-    .venv/bin/python benchmarks/speculative.py --docs docs/explanation/speculation.md
-    .venv/bin/python benchmarks/speculative.py --quick
+    .venv/bin/python -m benchmarks.speculative --docs docs/explanation/speculation.md
+    .venv/bin/python -m benchmarks.speculative --quick
 
 Speed needs a base that costs more than its guides. Such models are made here, with random weights: a base of 98 M parameters and
 guides of 17 M, 16 384 tokens. How often guide and base agree is **built in, not learnt**: all have tied embeddings so large that
@@ -22,8 +22,8 @@ from statistics import fmean, median
 
 import torch
 
-from ivg.bench.report import publish
-from ivg.bench.shapes import build, networks, prompts
+from benchmarks.docs_page import update_page
+from ivg.bench.shapes import build_model, make_prompts, networks
 from ivg.model import GuidedModel
 from ivg.models.cached_lm import CachedLM
 from ivg.models.packed_linear import pack
@@ -45,7 +45,7 @@ SIDES = {1: 1, 4: 2, 16: 4}
 
 def crafted(shape, dtype, spread, *, agree, seed=0):
     """A base, its guides and a value with agreement by construction; see the head of this file."""
-    plain = build(shape, dtype=dtype, packed=False, seed=seed)
+    plain = build_model(shape, dtype=dtype, packed=False, seed=seed)
     nets, tokenizer = networks(plain), plain.base.tokenizer
     size = nets["untuned"].config.n_embd
     copies = nets["base"].config.n_embd // size
@@ -117,7 +117,7 @@ def embedded(arguments):
 
 def speed(model, pair, arguments):
     """Seconds of each way to write, in turn, for each W·K."""
-    texts = prompts(model.base.tokenizer, arguments.rounds + 1, arguments.prompt_tokens)
+    texts = make_prompts(model.base.tokenizer, arguments.rounds + 1, arguments.prompt_tokens)
     known = character(model, texts[0], arguments.new_tokens)
     rows = []
     for count, side in SIDES.items():
@@ -219,7 +219,7 @@ def main():
     text = shown(found)
     print(text)
     if arguments.docs is not None:
-        publish(arguments.docs, "speculative", text)
+        update_page(arguments.docs, "speculative", text)
     print(json.dumps(found))
 
 

@@ -1,6 +1,6 @@
 """The transformers engine and the vLLM engine side by side: the same search, the same networks, the same type of numbers.
 
-    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_engine.py --docs docs/reference/benchmarks.md
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_engine --docs docs/reference/benchmarks.md
 
 Needs vLLM (make test-vllm sets up .venv-vllm with its CPU build). Both engines live in this process and run in turn, one round
 after the other; nothing ends before its last token. Prints a table, then one JSON line.
@@ -17,8 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ivg.bench.report import markdown, publish
-from ivg.bench.shapes import build, networks, prompts
+from benchmarks.docs_page import markdown_table, update_page
+from ivg.bench.shapes import build_model, make_prompts, networks
 from ivg.embedded import path
 from ivg.factory.recipe import load_models
 from ivg.settings.recipe import Recipe
@@ -31,7 +31,7 @@ def saved(shape: str, folder: Path) -> dict[str, str]:
     """Directories of the shape's networks, by role."""
     if shape == "embedded":
         return {role: str(path(role)) for role in ("base", "tuned", "untuned", "value")}
-    model = build(shape, dtype="float32", packed=False)
+    model = build_model(shape, dtype="float32", packed=False)
     for role, network in networks(model).items():
         network.save_pretrained(folder / role)
         model.base.tokenizer.save_pretrained(folder / role)
@@ -74,7 +74,7 @@ def main() -> None:
                 Recipe.parse({"models": models, "run": run | {"engine": "vllm"}, "vllm": {"max_num_seqs": 256, "enforce_eager": True}})
             ),
         }
-        texts = prompts(engines["transformers"].base.tokenizer, max(counts), PROMPT_TOKENS)
+        texts = make_prompts(engines["transformers"].base.tokenizer, max(counts), PROMPT_TOKENS)
         for model in engines.values():
             once(model, texts[:4], 6, 0)
         rows = [
@@ -105,7 +105,7 @@ def report(o: argparse.Namespace, counts: list[int], rows: list[dict[str, Any]],
         table[-1].append(f"{ratios[count]:.2f}")
         table[-2].append("1")
     head = ["prompts", "engine", "seconds", "answers/s", "tokens/s", "first text (s)", "time over transformers"]
-    text = markdown(head, table)
+    text = markdown_table(head, table)
     made = environment.made()
     others = max((r["others"] or 0.0) for r in rows)
     threads = os.environ.get("OMP_NUM_THREADS", "all")
@@ -117,7 +117,7 @@ def report(o: argparse.Namespace, counts: list[int], rows: list[dict[str, Any]],
     )
     print(text + "\n\n" + notes)
     if o.docs:
-        publish(o.docs, f"vllm-{o.shape}", f"{text}\n\n{notes}\n")
+        update_page(o.docs, f"vllm-{o.shape}", f"{text}\n\n{notes}\n")
     print(
         json.dumps(
             {"benchmark": "vllm-engine", "settings": {k: str(v) for k, v in vars(o).items()}, "ratios": ratios, "rows": rows, "made": made}

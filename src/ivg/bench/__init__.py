@@ -1,1 +1,1 @@
-"""Benchmarks as a product: the floor, the naive way and ours, in turn in one process (``ivg bench``)."""
+"""``ivg bench``: what a method costs on this machine, beside plain sampling of the base model."""

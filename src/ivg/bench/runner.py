@@ -1,6 +1,6 @@
-"""Rounds of all contestants in turn, in one process; every measurement is on the disk when it is made, and is not made again.
+"""Rounds of measurements: each round runs every system once, in turn, in one process. Measurements are saved and resumed.
 
-Knows: order, warm-up, clocks, memory, files. Must not know how a contestant works, nor what is made of the figures (``bench.report``).
+Each measurement is one row: what was run, seconds, memory in bytes, tokens read by each model, FLOPs (:meth:`Session.measure`).
 """
 
 from __future__ import annotations
@@ -14,64 +14,72 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ivg.bench.settings import Settings
+import torch
+from transformers.utils import logging
+
+from ivg.bench.settings import METHOD, BenchSettings
+from ivg.bench.shapes import build_model, make_prompts
+from ivg.bench.systems import SYSTEMS, System, Systems
+from ivg.diagnostics.cost import flops, parameters, readers
 from ivg.jobs.blocks import open_blocks
+from ivg.models.packed_linear import can_pack
 from ivg.utils import environment
 from ivg.utils.jsonl import read_jsonl
 
 Row = Mapping[str, Any]
-"""One measurement; see :func:`measure`."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One thing that each round measures: a contestant on so many prompts and tokens; ``label`` tells entries apart."""
+class Case:
+    """What each round measures once: a system on some number of prompts and tokens. ``label`` is unique in a benchmark."""
 
     label: str
-    contestant: str
+    system: str
     prompts: int
     new_tokens: int
 
 
-def entries(settings: Settings) -> list[Entry]:
-    """One for each contestant."""
-    s = settings
-    return [Entry(name, name, s.for_naive if name == "naive" else s.prompts, s.new_tokens) for name in s.contestants]
+def cases(settings: BenchSettings) -> list[Case]:
+    """The baselines and the method."""
+    return [Case(name, name, settings.prompts, settings.new_tokens) for name in (*settings.baselines, METHOD)]
 
 
 def run(
-    settings: Settings,
+    settings: BenchSettings,
     out: Path | None = None,
-    wanted: Sequence[Entry] | None = None,
-    done: Callable[[Row], None] = lambda _: None,
+    wanted: Sequence[Case] | None = None,
+    *,
+    systems: Systems = SYSTEMS,
+    on_progress: Callable[[Row], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """All measurements, those that ``out`` holds already included; ``done`` hears of each new one.
+    """Run all rounds; return all measurements, including those that ``out`` holds already.
 
     Args:
         settings: what is measured.
-        out: JSONL file to keep and to resume from; None: nowhere.
-        wanted: default: :func:`entries` of ``settings``.
-        done: called with each new row.
+        out: JSONL file to write, and to resume from; None: none.
+        wanted: default: :func:`cases` of ``settings``.
+        systems: constructors by name.
+        on_progress: called with each new row.
 
     Raises:
         ConfigError: ``out`` was made with other settings, or on another machine.
     """
-    wanted = entries(settings) if wanted is None else list(wanted)
-    made_by = {**settings.provenance, "entries": [asdict(e) for e in wanted], "machine": environment.facts()}
-    with _place(out) as path, open_blocks(path, 1, settings.rounds * len(wanted), made_by) as file:
+    wanted = cases(settings) if wanted is None else list(wanted)
+    provenance = {**settings.provenance, "cases": [asdict(c) for c in wanted], "machine": environment.facts()}
+    with _output_path(out) as path, open_blocks(path, 1, settings.rounds * len(wanted), provenance) as file:
         if not file.complete:
-            bench = Bench(settings)
-            bench.warm_up(wanted)
+            session = Session(settings, {c.system for c in wanted}, systems)
+            session.warm_up(wanted)
             for positions in file.missing():
                 number, place = divmod(positions.start, len(wanted))
-                row = bench.measure(wanted[place], number)
+                row = session.measure(wanted[place], number)
                 file.append([row])
-                done(row)
+                on_progress(row)
         return list(read_jsonl(path))[: file.total]
 
 
 @contextmanager
-def _place(out: Path | None) -> Iterator[Path]:
+def _output_path(out: Path | None) -> Iterator[Path]:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         yield out
@@ -80,80 +88,76 @@ def _place(out: Path | None) -> Iterator[Path]:
         yield Path(folder) / "measurements.jsonl"
 
 
-class Bench:
-    """Models, prompts and contestants of one process, made when they are first needed."""
+class Session:
+    """Models, prompts and systems of one process.
 
-    def __init__(self, settings: Settings) -> None:
-        import torch
-        from transformers.utils import logging
+    Args:
+        settings: what is measured.
+        names: the systems that will be measured.
+        systems: constructors by name; called when a system is first used.
+    """
 
-        from ivg.bench.shapes import build
-        from ivg.diagnostics.cost import parameters
-        from ivg.models.packed_linear import can_pack
-
+    def __init__(self, settings: BenchSettings, names: set[str], systems: Systems = SYSTEMS) -> None:
         logging.set_verbosity_error()  # transformers warns of padding wherever token 0 is drawn
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        self.settings, self.threads = settings, torch.get_num_threads()
+        self.settings, self.threads, self.constructors = settings, torch.get_num_threads(), systems
         shape: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "seed": settings.seed}
-        rivals = set(settings.contestants) - {"ours"}
-        self.model = build(settings.shape, settings.guide, **shape, packed=not rivals)
+        baselines = names - {METHOD}
+        self.model = build_model(settings.shape, settings.guide, **shape, packed=not baselines)
         network = self.model.reader.model.network
-        # rivals get the networks as transformers loads them, ours as ivg does: the same weights, made twice where that differs
-        self.plain = self.model
-        if rivals and can_pack(network):
-            self.model = build(settings.shape, settings.guide, **shape)
+        # baselines get the networks as transformers loads them, the method as ivg does: the same weights, made twice where that differs
+        self.unpacked_model = self.model
+        if baselines and can_pack(network):
+            self.model = build_model(settings.shape, settings.guide, **shape)
         self.device, self.dtype = str(self.model.reader.model.device), str(next(network.parameters()).dtype).removeprefix("torch.")
         self.sizes, self.commit = parameters(self.model), environment.commit()
-        self._contestants: dict[str, Any] = {}
+        self._systems: dict[str, System] = {}
         self._prompts: list[Any] = []
 
-    def warm_up(self, wanted: Sequence[Entry]) -> None:
-        """Every contestant once, on its prompts and the tokens of one chunk and a little."""
+    def warm_up(self, wanted: Sequence[Case]) -> None:
+        """Run every system once, on the tokens of one chunk and one more."""
         few = (self.settings.resolved_method.chunk_length or 5) + 1
-        for contestant in dict.fromkeys(e.contestant for e in wanted):
-            prompts = max(e.prompts for e in wanted if e.contestant == contestant)
-            tokens = min(few, max(e.new_tokens for e in wanted if e.contestant == contestant))
-            self.measure(Entry(contestant, contestant, 1 if contestant == "naive" else prompts, tokens), 0)
+        for name in dict.fromkeys(c.system for c in wanted):
+            own = [c for c in wanted if c.system == name]
+            self.measure(Case(name, name, max(c.prompts for c in own), min(few, max(c.new_tokens for c in own))), 0)
 
-    def measure(self, entry: Entry, number: int) -> dict[str, Any]:
-        """One row: what was asked and delivered, seconds, memory in bytes, tokens read by each model, FLOPs.
+    def measure(self, case: Case, number: int) -> dict[str, Any]:
+        """One row of round ``number``.
 
-        ``before`` is memory in use before the run (all models are loaded), ``peak`` the most during it; ``caches`` what the caches of
-        ``ours`` needed at the busiest moment, each row by itself, ``held`` the same with what rows share counted once;
-        ``others`` the share of the processors that other processes took; None where it is not known.
+        ``before`` is memory in use before the run (all models are loaded), ``peak`` the maximum during it; ``caches`` the maximum that
+        the method's caches needed if rows shared nothing, ``held`` what they held; ``others`` the share of the processors that other
+        processes took; None where it is not known.
         """
-        from ivg.diagnostics.cost import flops, readers
-
-        contestant, prompts = self._contestant(entry.contestant), self._texts(entry.prompts)
+        system, prompts = self._system(case.system), self._first_prompts(case.prompts)
         self.model.reset_caches()
         environment.trim()
         environment.reset_peak()
-        before, clock, begin = environment.resident_bytes(self.device), environment.clock(), time.perf_counter()
+        before, clock, start = environment.resident_bytes(self.device), environment.clock(), time.perf_counter()
         gc.disable()
         try:
-            outcome = contestant.run(prompts, entry.new_tokens, self.settings.seed + number)
+            output = system.run(prompts, case.new_tokens, self.settings.seed + number)
         finally:
             gc.enable()
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - start
         peak, others = environment.peak_bytes(self.device), environment.others(clock)
         models = [reader.model for reader in readers(self.model).values()]
         caches, held = sum(m.unshared_peak_bytes for m in models), sum(m.peak_bytes for m in models)
         self.model.reset_caches()
         return {
-            **asdict(entry),
+            **asdict(case),
             "round": number,
             "seconds": seconds,
-            "first": outcome.first,
-            "answers": outcome.answers,
-            "tokens": outcome.tokens,
+            "first_text_seconds": output.first_text_seconds,
+            "answers": output.answers,
+            "tokens": output.tokens,
             "peak": peak,
             "before": before,
             "caches": caches,
             "held": held,
             "others": others,
-            "forward_tokens": dict(outcome.forward_tokens),
-            "flops": flops(outcome.forward_tokens, self.sizes),
+            "forward_tokens": dict(output.forward_tokens),
+            "flops": flops(output.forward_tokens, self.sizes),
             "sizes": self.sizes,
             "dtype": self.dtype,
             "device": self.device,
@@ -161,17 +165,13 @@ class Bench:
             "commit": self.commit,
         }
 
-    def _contestant(self, name: str) -> Any:
-        from ivg.bench.baselines import contestant
+    def _system(self, name: str) -> System:
+        if name not in self._systems:
+            self._systems[name] = self.constructors[name](self.settings, self.model if name == METHOD else self.unpacked_model)
+        return self._systems[name]
 
-        if name not in self._contestants:
-            self._contestants[name] = contestant(name, self.settings, self.model if name == "ours" else self.plain)
-        return self._contestants[name]
-
-    def _texts(self, count: int) -> list[Any]:
-        """The first ``count`` prompts; more are made when they are asked for, the first stay the same."""
-        from ivg.bench.shapes import prompts
-
+    def _first_prompts(self, count: int) -> list[Any]:
+        """The first ``count`` prompts; the first stay the same when more are needed."""
         if len(self._prompts) < count:
-            self._prompts = prompts(self.model.base.tokenizer, count, self.settings.prompt_tokens, self.settings.seed)
+            self._prompts = make_prompts(self.model.base.tokenizer, count, self.settings.prompt_tokens, self.settings.seed)
         return self._prompts[:count]

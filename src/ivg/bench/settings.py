@@ -1,4 +1,4 @@
-"""What is measured: one benchmark's settings, checked. Imports no torch."""
+"""Settings of one benchmark. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,33 +9,38 @@ from typing import Any
 from ivg.errors import ConfigError
 from ivg.search.methods import Method, get_method
 
-CONTESTANTS = ("floor", "naive", "ours", "vllm")
-"""Who can be measured; ``vllm`` only where it is installed."""
+BASELINES = ("transformers", "vllm")
+"""Plain sampling of the base model by transformers' ``generate``, and by vLLM where it is installed."""
+
+METHOD = "ivg"
+"""Label of the method under test, beside the baselines."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """One benchmark.
 
     Attributes:
-        shape: of the base (``bench.shapes``).
+        shape: shape of the base model (:data:`ivg.bench.shapes.SHAPES`).
         guide: shape of guides and value; None: the usual one for the base.
-        method: a named method, for ``ours``; the floor samples as many sequences as it has hypotheses.
-        width: W; None: the method's.
-        successors: K; None: the method's.
-        chunk_length: L; None: the method's.
-        prompts: how many.
-        prompt_tokens: length of each.
-        new_tokens: length of each answer; none ends earlier.
-        temperature: of all contestants.
-        dtype: ``auto``, ``float32``, ``bfloat16``, ``float16``.
-        device: None: the best at hand.
-        threads: of PyTorch; None: its own number.
-        rounds: how often each contestant is measured.
-        contestants: in the order of each round.
-        naive_prompts: prompts for ``naive``, which takes one at a time; None: two at most.
-        max_beams: hypotheses in flight at most, for ``ours``.
-        seed: of weights, prompts and draws.
+        method: name of the method to measure.
+        width: beams W; None: the method's default.
+        successors: successors of each beam K; None: the method's default.
+        chunk_length: tokens between selections L; None: the method's default.
+        prompts: number of prompts.
+        prompt_tokens: tokens of each prompt.
+        new_tokens: tokens of each answer; none ends earlier.
+        temperature: of the method and the baselines.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        device: None: the best available.
+        threads: PyTorch threads; None: PyTorch's default.
+        rounds: measurements of the method and of each baseline.
+        baselines: some of :data:`BASELINES`, in the order in which each round runs them.
+        max_beams: beams of all requests that run at once.
+        seed: random seed of weights, prompts and sampling.
+
+    Raises:
+        ConfigError: a value out of range, an unknown baseline.
     """
 
     shape: str = "gpt2-small-16k"
@@ -52,75 +57,49 @@ class Settings:
     device: str | None = None
     threads: int | None = None
     rounds: int = 5
-    contestants: tuple[str, ...] = ("floor", "naive", "ours")
-    naive_prompts: int | None = None
+    baselines: tuple[str, ...] = ("transformers",)
     max_beams: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "prompt_tokens", "new_tokens", "rounds", "max_beams", "threads", "naive_prompts"):
+        for name in ("prompts", "prompt_tokens", "new_tokens", "rounds", "max_beams", "threads"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ConfigError(f"{name} must be at least 1, got {number}")
-        unknown = [c for c in self.contestants if c not in CONTESTANTS]
-        if unknown or not self.contestants or len(set(self.contestants)) < len(self.contestants):
-            raise ConfigError(
-                f"contestants {', '.join(self.contestants) or 'none'}\n  expected some of {', '.join(CONTESTANTS)}, each once"
-            )
-        if "naive" in self.contestants:
-            self._check_naive()
+        if set(self.baselines) - set(BASELINES) or len(set(self.baselines)) < len(self.baselines):
+            raise ConfigError(f"baselines {', '.join(self.baselines)}\n  expected some of {', '.join(BASELINES)}, each once")
 
     @property
     def resolved_method(self) -> Method:
-        """The method with its sizes."""
+        """The method with its sizes.
+
+        Raises:
+            ConfigError: unknown method, or sizes that it does not take.
+        """
         return get_method(self.method, width=self.width, successors=self.successors, chunk_length=self.chunk_length)
 
     @property
-    def hypotheses(self) -> int:
-        """W * K: what the floor samples for each prompt."""
+    def samples(self) -> int:
+        """W·K: the beams that the method expands for each prompt, and the samples that each baseline draws for it."""
         return self.resolved_method.width * self.resolved_method.successors
 
     @property
-    def for_naive(self) -> int:
-        """Prompts for ``naive``."""
-        return min(self.prompts, self.naive_prompts or 2)
-
-    @property
     def provenance(self) -> dict[str, Any]:
-        """All that a measurement depends on; the number of rounds is none of it."""
+        """All settings that a measurement depends on; the number of rounds is none of them."""
         return {k: v for k, v in asdict(self).items() if k != "rounds"}
 
     @property
     def title(self) -> str:
-        """In a few words."""
-        s = self.resolved_method
-        sizes = f"W={s.width} K={s.successors} L={s.chunk_length or 'all'}"
+        """Heading of the result table."""
+        m = self.resolved_method
+        sizes = f"W={m.width} K={m.successors} L={m.chunk_length or 'all'}"
         return f"{self.shape}, {self.method} {sizes}, {self.prompts} prompts × {self.new_tokens} new tokens"
 
-    def _check_naive(self) -> None:
-        """Raise where the naive rival knows no such method."""
-        s = self.resolved_method
-        plain = Method(
-            s.name,
-            s.summary,
-            width=s.width,
-            successors=s.successors,
-            chunk_length=s.chunk_length,
-            token=s.token,
-            select=s.select,
-            beta=s.beta,
-        )
-        if s != plain or s.token not in (None, "implicit") or s.select not in (None, "explicit"):
-            left = ",".join(c for c in self.contestants if c != "naive") or "ours"
-            raise ConfigError(
-                f"the naive rival guides tokens by the implicit value and selects by the explicit one, or leaves either out; got "
-                f"{s.name}\n  measure without it: --contestants {left}"
-            )
 
+def from_mapping(given: Mapping[str, Any]) -> BenchSettings:
+    """Settings from options; those that are None keep their default.
 
-def from_mapping(given: Mapping[str, Any]) -> Settings:
-    """Settings from options; those that are None keep their default."""
-    known = {k: v for k, v in given.items() if v is not None}
-    if "contestants" in known:
-        known["contestants"] = tuple(known["contestants"])
-    return Settings(**known)
+    Raises:
+        ConfigError: see :class:`BenchSettings`.
+    """
+    return BenchSettings(**{k: v for k, v in given.items() if v is not None})

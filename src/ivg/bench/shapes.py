@@ -1,7 +1,6 @@
-"""Models of named shapes with random weights, to measure time and memory with: no download, any device, any dtype.
+"""Models of named shapes with random weights, to measure time and memory: no download, any device, any dtype.
 
-Knows: sizes of published models, a tokenizer for any number of tokens. Must not know what is measured. Random weights give nearly flat
-next-token distributions and texts without sense; what a pass costs does not depend on either.
+Random weights give nearly flat next-token distributions and meaningless texts; the cost of a forward pass does not depend on either.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ from ivg.values.explicit import ExplicitValue
 from ivg.values.implicit import ImplicitValue
 
 EMBEDDED = "embedded"
-"""The shape that is no shape: the real models that come with the package, in their own sizes."""
+"""Name for the trained models that come with the package, in their own sizes."""
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _BYTES = 257
-"""Tokens of the byte tokenizer without merges: 256 bytes and the end of the text."""
+"""Tokens of the byte tokenizer without merges: 256 bytes and the end-of-sequence token."""
 _WORDS = "the of and to in is that for it was on are as with they be at this have from or one had by word but not what all we".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder; ``guide`` names the shape of its guides and value where none is asked for."""
+    """Sizes of a decoder; ``guide`` is the default shape of its guides and value."""
 
     architecture: Literal["gpt2", "llama"]
     vocabulary: int
@@ -77,18 +76,18 @@ def shape(name: str) -> Shape:
     return SHAPES[name]
 
 
-def build(
+def build_model(
     base: str, guide: str | None = None, *, dtype: str = "auto", device: str | None = None, seed: int = 0, packed: bool = True
 ) -> GuidedModel:
-    """A base with the values ``implicit`` (two guides) and ``explicit`` (a vocabulary head), straight in ``dtype`` on ``device``.
+    """A base with the values ``implicit`` (two guides) and ``explicit`` (a vocabulary head), created in ``dtype`` on ``device``.
 
     Args:
         base: name of a shape, or ``embedded``.
         guide: shape of the guides and of the value's body, which take the base's vocabulary; None: the base's usual one.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        device: None: the best at hand.
+        device: None: the best available.
         seed: of the weights.
-        packed: for inference as ivg loads models (``models.packing``); else as transformers does.
+        packed: pack linear layers as ivg does at load time (:mod:`ivg.models.packed_linear`); False: as transformers loads models.
 
     Raises:
         ConfigError: unknown shape, dtype or device.
@@ -102,7 +101,7 @@ def build(
     large, small = shape(base), shape(guide or shape(base).guide)
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
-    tokenizer = tokenizer_of(large.vocabulary)
+    tokenizer = tokenizer_of_size(large.vocabulary)
 
     def reader(what: Shape, name: str, number: int) -> CachedLM:
         network = _causal(what, large.vocabulary, kind, where, seed + number)
@@ -115,7 +114,7 @@ def build(
 
 
 def networks(model: GuidedModel) -> dict[str, nn.Module]:
-    """``base``, ``tuned``, ``untuned`` and ``value``, for contestants that use nothing else of ivg."""
+    """``base``, ``tuned``, ``untuned`` and ``value``, as plain networks."""
     implicit, explicit = model.values["implicit"], model.values["explicit"]
     assert isinstance(implicit, ImplicitValue)
     assert isinstance(explicit, ExplicitValue)
@@ -127,7 +126,8 @@ def networks(model: GuidedModel) -> dict[str, nn.Module]:
     }
 
 
-def _config(what: Shape, vocabulary: int) -> Any:
+def model_config(what: Shape, vocabulary: int) -> Any:
+    """The configuration of a shape with ``vocabulary`` tokens."""
     from transformers import AutoConfig
 
     common = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -151,12 +151,12 @@ def _causal(what: Shape, vocabulary: int, dtype: torch.dtype, device: torch.devi
 
     torch.manual_seed(seed)
     with device:
-        network = AutoModelForCausalLM.from_config(_config(what, vocabulary), dtype=dtype, attn_implementation="sdpa").eval()
+        network = AutoModelForCausalLM.from_config(model_config(what, vocabulary), dtype=dtype, attn_implementation="sdpa").eval()
     return _never_ends(network)
 
 
 def _never_ends(network: Any) -> Any:
-    """For transformers' own generate: all answers are of the same length. Readers know their end-of-sequence token already."""
+    """Make transformers' ``generate`` ignore the end-of-sequence token, so that all answers have the same length."""
     network.generation_config.eos_token_id = None
     network.generation_config.pad_token_id = 0
     return network
@@ -167,13 +167,13 @@ def _value(what: Shape, vocabulary: int, dtype: torch.dtype, device: torch.devic
 
     torch.manual_seed(seed)
     with device:
-        network = ValueModel(AutoModel.from_config(_config(what, vocabulary), dtype=dtype, attn_implementation="sdpa"), "vocabulary")
+        network = ValueModel(AutoModel.from_config(model_config(what, vocabulary), dtype=dtype, attn_implementation="sdpa"), "vocabulary")
         nn.init.normal_(network.head.weight, std=0.02)
     return network.eval()
 
 
-def tokenizer_of(size: int) -> Any:
-    """A byte-level BPE tokenizer of exactly ``size`` tokens: bytes, all pairs of letters, then triples … as far as they go.
+def tokenizer_of_size(size: int) -> Any:
+    """A byte-level BPE tokenizer of exactly ``size`` tokens: bytes, then pairs of letters, then triples, and so on.
 
     Raises:
         ConfigError: fewer tokens than bytes.
@@ -190,7 +190,7 @@ def _merges() -> Iterator[tuple[str, str]]:
         level = ["".join(pair) for pair in itertools.product(level, _LETTERS)]
 
 
-def prompts(tokenizer: Any, count: int, tokens: int, seed: int = 0) -> list[Prompt]:
+def make_prompts(tokenizer: Any, count: int, tokens: int, seed: int = 0) -> list[Prompt]:
     """``count`` different texts of exactly ``tokens`` tokens each.
 
     Raises:
