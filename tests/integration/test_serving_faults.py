@@ -222,7 +222,8 @@ def test_malformed_bodies(running, raw):
 def test_unknown_things(running):
     well_formed(running.post(GOOD | {"model": "gpt-4"}), 404, "model", "model_not_found")
     well_formed(httpx.get(f"{running.url}/v1/models/gpt-4"), 404, "model")
-    well_formed(httpx.get(f"{running.url}/v1/nothing"), 404)
+    message = well_formed(httpx.get(f"{running.url}/v1/nothing"), 404)["message"]
+    assert message.startswith("no path '/v1/nothing'; expected one of: /v1/chat/completions, /v1/completions, ")
     well_formed(httpx.get(f"{running.url}/v1/completions"), 405)
     with pytest.raises(openai.NotFoundError):
         running.client().completions.create(model="gpt-4", prompt="x")

@@ -338,6 +338,13 @@ def test_a_typo_in_the_recipe_is_told(tmp_path, table, told):
     assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("port", ["99999", "-1"])
+def test_a_wrong_port_is_one_clear_line(port):
+    done = run("serve", "--port", port)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "serve: port" in done.stderr and f"got {port}" in done.stderr and "max_body_bytes" not in done.stderr
+
+
 def test_others_leave_the_servers_table_alone(tmp_path):
     """A recipe may be shared: only ``ivg serve`` knows what its table may hold."""
     (tmp_path / "recipe.toml").write_text("[search]\nmethod = 'eft'\n[serve]\nprot = 1")

@@ -100,8 +100,11 @@ def test_too_long_is_said_as_openai_says_it(running, path, body, param):
     assert error["type"] == "invalid_request_error"
     assert "maximum context length is 256 tokens" in error["message"] and f"4 in the {param}, 253 in the completion" in error["message"]
     long = {"prompt": "x" * 300} if param == "prompt" else {"messages": [{"role": "user", "content": "x" * 300}]}
+    error = well_formed(running.post(body | long | {"max_tokens": 8}, path), 400, param, "context_length_exceeded")
+    assert f"you requested 308 tokens (300 in the {param}, 8 in the completion)" in error["message"]
     without = {k: v for k, v in body.items() if k != "max_tokens"} | long
-    well_formed(running.post(without, path), 400, param, "context_length_exceeded")
+    error = well_formed(running.post(without, path), 400, param, "context_length_exceeded")
+    assert f"your {param} resulted in 300 tokens" in error["message"]
     kind = CompletionRequest if param == "prompt" else ChatRequest
     for limit, got in ((252, 252), (None, 252)):
         batch = running.served.prepare(kind.model_validate(body | {"max_tokens": limit}))
@@ -202,10 +205,10 @@ PLAIN = [
      "the body has Content-Encoding: gzip; send it uncompressed", None),
     ({}, {"model": "tiny"}, "prompt is missing", "prompt"),
     ({}, {"model": 5, "prompt": "x"}, "model must be text, got 5", "model"),
-    ({}, {"max_tokens": "many"}, "max_tokens must be an integer, got 'many'", "max_tokens"),
-    ({}, {"max_tokens": 2.5}, "max_tokens must be an integer, got 2.5", "max_tokens"),
-    ({}, {"temperature": 3}, "temperature must be at most 2, got 3", "temperature"),
-    ({}, {"top_p": 0}, "top_p must be more than 0, got 0", "top_p"),
+    ({}, {"max_tokens": "many"}, "max_tokens must be a whole number, at least 1, got 'many'", "max_tokens"),
+    ({}, {"max_tokens": 2.5}, "max_tokens must be a whole number, at least 1, got 2.5", "max_tokens"),
+    ({}, {"temperature": 3000}, "temperature must be at most 1000, got 3000.0", "temperature"),
+    ({}, {"top_p": 0}, "top_p must be in (0, 1], got 0.0", "top_p"),
     ({}, {"stream": "yes"}, "stream must be true or false, got 'yes'", "stream"),
     ({}, {"stop": ["a", ""]},
      "stop[1] must not be empty; leave it out", "stop[1]"),
@@ -216,8 +219,13 @@ PLAIN = [
     ({}, {"prompt": [[1], [2, -3]]}, "prompt[1][1] must be a token id (an integer of 0 or more), got -3", "prompt[1][1]"),
     ({}, {"prompt": {}}, "prompt must be text, a list of texts, token ids, or a list of lists of token ids; got an object", "prompt"),
     ({}, {"guidance": {"weights": {"implicit": "x"}}},
-     "guidance.weights must be an object with numbers, or text, got 'x'", "guidance.weights"),
-    ({}, {"guidance": {"width": "x"}}, "guidance.width must be an integer, got 'x'", "guidance.width"),
+     "guidance.weights must be names and finite numbers, each name once, e.g. {implicit = 1.0, plain = 0.5} or"
+     " \"implicit=1.0,plain=0.5\", got 'x'", "guidance.weights"),
+    ({}, {"guidance": {"width": "x"}}, "guidance.width must be a whole number, at least 1, got 'x'", "guidance.width"),
+    ({}, {"guidance": {"width": 2, "W": 3}}, "guidance.width and W are the same setting; give one of them", "guidance.width"),
+    ({}, {"guidance": {"forced_eos_token_id": "x"}},
+     "guidance.forced_eos_token_id must be a token id or a list of them, token ids, 0 or more, got 'x'", "guidance.forced_eos_token_id"),
+    ({}, {"top_k": -2}, "top_k must be 0 (off) or more, got -2", "top_k"),
     ({}, {"guidance": 5}, "guidance must be an object, got 5", "guidance"),
     ({}, {"frequency_penalty": 0.5}, "frequency_penalty is not supported; leave it out or give 0", "frequency_penalty"),
     ({}, {"logit_bias": {"1": 5}}, "logit_bias is not supported; leave it out or give {}", "logit_bias"),
@@ -332,8 +340,9 @@ def test_vllms_names_at_the_top_level_are_ours(running, library):
     assert want != expected(library, "Film", "eft", 4).text
     for change in (more, {"guidance": more}, {"extra_body": more}, {"extra_body": {"guidance": more}}):
         assert running.post(body | change).json()["choices"][0]["text"] == want
-    (one,) = running.served.prepare(CompletionRequest.model_validate(body | {"min_tokens": 5})).requests
-    assert one.sampling.min_new_tokens == 5
+    for change in ({"min_tokens": 5}, {"min_new_tokens": 5}, {"guidance": {"min_new_tokens": 5}}):
+        (one,) = running.served.prepare(CompletionRequest.model_validate(body | change)).requests
+        assert one.sampling.min_new_tokens == 5
     assert running.post(body | {"top_k": -1}).json()["choices"][0]["text"] == expected(library, "Film", "eft", 4).text
 
 

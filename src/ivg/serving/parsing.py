@@ -16,7 +16,9 @@ from pydantic import ValidationError
 
 from ivg.errors import ConfigError, ServeError
 from ivg.serving.errors import one_line
-from ivg.serving.protocol import ChatRequest, CompletionRequest, is_one_of, show_json
+from ivg.serving.fields import is_one_of, show_json
+from ivg.serving.protocol import Body, ChatRequest, CompletionRequest, Guidance
+from ivg.settings.schema import rules_of
 
 B = TypeVar("B", ChatRequest, CompletionRequest)
 
@@ -70,7 +72,7 @@ def parse_body(raw: bytes, headers: Mapping[str, str], kind: type[B], *, strict:
             _check_messages(data["messages"])
         return kind.model_validate(data)
     except ValidationError as e:
-        raise validation_error(e.errors(include_url=False), known=kind.model_fields) from None
+        raise validation_error(e.errors(include_url=False), kind) from None
     except RecursionError:
         raise ServeError("the body is nested too deeply", 400, "invalid_json") from None
 
@@ -166,13 +168,8 @@ def _check_messages(messages: list[Any]) -> None:
 # Errors
 
 
-def validation_error(errors: Any, known: Mapping[str, Any]) -> ServeError:
-    """The HTTP error for the first of pydantic's errors.
-
-    Args:
-        errors: pydantic's.
-        known: fields of the body; our own messages begin with one of them.
-    """
+def validation_error(errors: Any, body: type[Body]) -> ServeError:
+    """The HTTP error for the first of pydantic's errors in a body."""
     first = errors[0]
     kind, path = first["type"], json_path(first["loc"])
     if kind == "extra_forbidden":
@@ -180,13 +177,17 @@ def validation_error(errors: Any, known: Mapping[str, Any]) -> ServeError:
     if kind == "missing":
         return ServeError(f"{path} is missing", 400, "missing_field", path)
     if kind != "value_error":
-        return ServeError(f"{path or 'the body'} {_expected(first)}, got {show_json(first['input'])}", 400, "invalid_value", path or None)
+        return ServeError(
+            f"{path or 'the body'} {_expected(first, body)}, got {show_json(first['input'])}", 400, "invalid_value", path or None
+        )
     message = one_line(first["msg"].removeprefix("Value error, "))
     if isinstance(first.get("ctx", {}).get("error"), ConfigError):  # of ``ivg.settings``, which names the last part of the path
         parent = json_path(first["loc"][:-1])
         return ServeError(f"{parent}.{message}" if parent else message, 400, "invalid_value", path)
     named = re.match(r"[A-Za-z_]\w*(?:\.\w+|\[\d+\])*", message)
-    if named and re.split(r"[.\[]", named[0])[0] in known:  # ours, with the whole path
+    if path == "guidance" and named and named[0] in Guidance.model_fields:
+        return ServeError(f"guidance.{message}", 400, "invalid_value", f"guidance.{named[0]}")
+    if named and re.split(r"[.\[]", named[0])[0] in body.model_fields:  # ours, with the whole path
         return ServeError(message, 400, "invalid_value", named[0])
     return ServeError(f"{path} {message}" if path else message, 400, "invalid_value", path or None)
 
@@ -204,11 +205,15 @@ def json_path(where: tuple[int | str, ...]) -> str:
     return out
 
 
-def _expected(error: Any) -> str:
-    """What a field must be, by the type of pydantic's error."""
-    kind, context = error["type"], error.get("ctx", {})
-    if any(isinstance(part, str) and ("[" in part or part == "str") for part in error["loc"]):
-        return "must be an object with numbers, or text"  # weights: the one field that may be either
+def _expected(error: Any, body: type[Body]) -> str:
+    """What a field must be: by its rule in ``ivg.settings``, else by the type of pydantic's error."""
+    kind, context, location = error["type"], error.get("ctx", {}), error["loc"]
+    table: Any = body
+    if location[:1] == ("guidance",) and len(location) > 1:
+        table, location = Guidance, location[1:]
+    rule = rules_of(table).get(str(location[0])) if location else None
+    if rule is not None and not any(isinstance(part, int) for part in location):
+        return f"must be {rule.kind}, {rule.expected}" if rule.expected else f"must be {rule.kind}"
     if kind in _KINDS:
         return f"must be {_KINDS[kind]}"
     if kind in _BOUNDS:

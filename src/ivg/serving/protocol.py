@@ -1,75 +1,44 @@
-"""Request bodies: OpenAI's fields, vLLM's names for further sampling settings, and ``guidance``. Knows no models.
+"""Request bodies: OpenAI's fields, the settings of ``ivg.settings``, and ``guidance``. Knows no models.
 
-Unknown fields are errors (``serving.parsing`` has removed those that do not change the response). Fields of OpenAI's protocol that are
-not supported (tools, penalties, audio …) are accepted at their neutral value and refused otherwise.
+Settings of search and sampling have the names, aliases and ranges of :mod:`ivg.settings`: all of them in ``guidance``, those of sampling
+at the top level too, as in vLLM. Unknown fields are errors (``serving.parsing`` has removed those that do not change the response).
+Fields of OpenAI's protocol that are not supported (tools, penalties, audio …) are accepted at their neutral value and refused otherwise.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    PlainValidator,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic_core import CoreSchema
-from pydantic_core.core_schema import no_info_after_validator_function
+from pydantic import Field, model_validator
 
-from ivg.errors import PromptError
-from ivg.settings.recipe import SearchConfig
-from ivg.types.messages import Message, Prompt, check_text
+from ivg.serving.fields import Messages, MustBe, Prompts, Stop
+from ivg.settings.requests import SearchConfig
+from ivg.settings.sampling import SamplingParams
+from ivg.settings.schema import Setting, settings_of
+from ivg.settings.search import RequestSettings
+from ivg.settings.tables import Table, table_of
 
-MAX_MESSAGES = 1024
-MAX_STOPS = 16
-ROLES = ("system", "developer", "user", "assistant")
-SAMPLING = ("top_k", "min_p", "repetition_penalty", "ignore_eos")
-"""Fields of ``guidance`` that are also accepted at the body's top level, where vLLM has them."""
+_OPENAI_NAMES = ("max_new_tokens", "stop")
+"""Settings of sampling that OpenAI calls otherwise, or writes in another form."""
 
 
-class MustBe:
-    """Marks a field that is not supported: it must be None or one of these neutral values."""
-
-    def __init__(self, *neutral: Any) -> None:
-        self.neutral = neutral
-
-    def check(self, value: Any) -> Any:
-        """``value``, if it is neutral; ValueError otherwise."""
-        if not is_one_of(value, (None, *self.neutral)):
-            raise ValueError(f"is not supported; leave it out{f' or give {self.neutral[0]!r}' if self.neutral else ''}")
-        return value
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return no_info_after_validator_function(self.check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"enum": [None, *self.neutral]}
+def _renamed(name: str) -> tuple[Setting, Any]:
+    """A setting of sampling for a field of another name, and that field."""
+    setting = replace(settings_of(SamplingParams)[name].setting, aliases=())
+    return setting, Field(description=setting.help, json_schema_extra=dict(setting.rule.bounds) if setting.rule else {})
 
 
-def is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
-    """Is a JSON value among ``choices``? Unlike in Python, 0 is not false."""
-    return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)
+_MAX_TOKENS, _MAX_TOKENS_FIELD = _renamed("max_new_tokens")
+_MIN_TOKENS, _MIN_TOKENS_FIELD = _renamed("min_new_tokens")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
+@table_of(SamplingParams, without=("temperature", "top_p", *_OPENAI_NAMES))
 class Guidance(SearchConfig):
     """Method and settings of the search (see ``ivg models``), and sampling settings that OpenAI's protocol lacks."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
-
     method: str | None = None  # type: ignore[assignment]
-    top_k: int | None = Field(None, ge=0)
-    min_p: float | None = Field(None, ge=0, lt=1)
-    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
-    ignore_eos: bool | None = None
 
     @property
     def search(self) -> dict[str, Any]:
@@ -82,7 +51,7 @@ class Guidance(SearchConfig):
         return {k: v for k, v in self.settings().items() if k not in SearchConfig.model_fields}
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Table):
     """What a stream contains besides text.
 
     Attributes:
@@ -97,132 +66,31 @@ class StreamOptions(_Strict):
     include_obfuscation: Annotated[Any, MustBe(False)] = None
 
 
-def _stop(value: Any) -> str | list[str] | None:
-    """One text or several, none of them empty; errors name the path."""
-    if value is None:
-        return None
-    if not isinstance(value, str | list):
-        raise PromptError(f"stop must be text or a list of texts, got {show_json(value)}")
-    if isinstance(value, list) and len(value) > MAX_STOPS:
-        raise PromptError(f"stop must have at most {MAX_STOPS} texts, got {len(value)}")
-    for where, text in [("stop", value)] if isinstance(value, str) else [(f"stop[{i}]", text) for i, text in enumerate(value)]:
-        check_text(text, where)
-        if not text:
-            raise PromptError(f"{where} must not be empty; leave it out")
-    return value
-
-
-def _messages(value: Any) -> tuple[Message, ...]:
-    """The messages of a chat; roles for tools are not supported."""
-    if not isinstance(value, list):
-        raise PromptError(f"messages must be a list of messages, got {show_json(value)}")
-    if not 1 <= len(value) <= MAX_MESSAGES:
-        raise PromptError(f"messages must have 1 to {MAX_MESSAGES} messages, got {len(value)}")
-    turns: Any = Prompt.of(value).content
-    for i, turn in enumerate(turns):
-        if turn.role not in ROLES:
-            raise PromptError(f"messages[{i}].role must be one of {', '.join(ROLES)}, got {turn.role!r}")
-    return tuple(turns)
-
-
-def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
-    """A text, several texts, token ids, or several lists of token ids; errors name the path."""
-    if isinstance(value, str):
-        check_text(value, "prompt")
-        return value
-    if not isinstance(value, list) or not value:
-        got = "an empty list" if value == [] else show_json(value)
-        raise PromptError(f"prompt must be text, a list of texts, token ids, or a list of lists of token ids; got {got}")
-    if _is_token_id(value[0]):
-        return _token_ids(value, "prompt")
-    if isinstance(value[0], list):
-        return [_token_ids(ids, f"prompt[{i}]") for i, ids in enumerate(value)]
-    for i, text in enumerate(value):
-        check_text(text, f"prompt[{i}]")
-    return value
-
-
-def _token_ids(value: Any, where: str) -> list[int]:
-    if not isinstance(value, list) or not value:
-        raise PromptError(f"{where} must be a list of token ids, got {'an empty list' if value == [] else show_json(value)}")
-    for i, token in enumerate(value):
-        if not _is_token_id(token) or token < 0:
-            raise PromptError(f"{where}[{i}] must be a token id (an integer of 0 or more), got {show_json(token)}")
-    return value
-
-
-def _is_token_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def show_json(value: Any) -> str:
-    """A JSON value in an error message: the value if it is short, else its type."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return str(value) if abs(value) < 1e20 else "a very large number"
-    if isinstance(value, str):
-        return repr(value) if len(value) <= 40 else f"text of {len(value)} characters"
-    return "an object" if isinstance(value, dict) else "a list"
-
-
-_TEXT: dict[str, Any] = {"type": "string"}
-_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-
-
-def _list_of(items: dict[str, Any], most: int | None = None) -> dict[str, Any]:
-    return {"type": "array", "items": items, "minItems": 1} | ({} if most is None else {"maxItems": most})
-
-
-_PART = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": _TEXT}}
-_MESSAGE = {
-    "type": "object",
-    "required": ["role", "content"],
-    "properties": {"role": {"enum": list(ROLES)}, "content": {"anyOf": [_TEXT, _list_of(_PART)]}},
-}
-Stop = Annotated[
-    Any,
-    PlainValidator(_stop),
-    WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": MAX_STOPS}, {"type": "null"}]}),
-]
-Messages = Annotated[tuple[Message, ...], PlainValidator(_messages), WithJsonSchema(_list_of(_MESSAGE, MAX_MESSAGES))]
-Prompts = Annotated[Any, PlainValidator(_prompt), WithJsonSchema({"anyOf": [_TEXT, _list_of(_TEXT), _IDS, _list_of(_IDS)]})]
-
-
-class _Request(_Strict):
+@table_of(SamplingParams, without=_OPENAI_NAMES)
+@table_of(RequestSettings, only=("seed",))
+class _Request(Table):
     model: str
     n: int | None = Field(None, ge=1)
     stop: Stop = None
-    seed: int | None = Field(None, ge=-(1 << 63), le=(1 << 63) - 1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: Annotated[int | None, _MAX_TOKENS, _MAX_TOKENS_FIELD] = None
+    min_tokens: Annotated[int | None, _MIN_TOKENS, _MIN_TOKENS_FIELD] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
     guidance: Guidance | None = None
-    top_k: int | None = Field(None, ge=-1)
-    min_p: float | None = Field(None, ge=0, lt=1)
-    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
-    ignore_eos: bool | None = None
-    min_tokens: int | None = Field(None, ge=0)
     presence_penalty: Annotated[Any, MustBe(0)] = None
     frequency_penalty: Annotated[Any, MustBe(0)] = None
     logit_bias: Annotated[Any, MustBe({})] = None
 
-    @property
-    def stops(self) -> list[str] | None:
-        """Stop strings, always as a list."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop
+    if TYPE_CHECKING:
+        seed: int | None = None
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Sampling settings that OpenAI's protocol lacks and that were given, here or in ``guidance``."""
-        own = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
-        if own.get("top_k") == -1:  # off, in vLLM
-            own["top_k"] = 0
+        """Sampling settings that were given, here or in ``guidance``; without the maximum length."""
+        own = {name: value for name in settings_of(SamplingParams) if (value := getattr(self, name, None)) is not None}
+        if isinstance(self.stop, str):
+            own["stop"] = [self.stop]
         if self.min_tokens is not None:
             own["min_new_tokens"] = self.min_tokens
         return own | (self.guidance.sampling if self.guidance else {})
@@ -247,6 +115,12 @@ class _Request(_Strict):
         """The field that gives :attr:`limit`."""
         return "max_tokens"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _top_k_off(cls, data: Any) -> Any:
+        """VLLM's -1 is 0 here."""
+        return {**data, "top_k": 0} if isinstance(data, Mapping) and data.get("top_k") == -1 else data
+
     @model_validator(mode="after")
     def _check_stream_options(self) -> _Request:
         if self.stream_options is not None and not self.stream:
@@ -255,11 +129,10 @@ class _Request(_Strict):
 
     @model_validator(mode="after")
     def _check_given_once(self) -> _Request:
-        given = self.guidance.sampling if self.guidance else {}
-        for name in SAMPLING:
+        for name, inner in (self.guidance.sampling if self.guidance else {}).items():
             own = getattr(self, name)
-            if None not in (own, given.get(name)) and own != given[name]:
-                raise ValueError(f"{name} is {own} and guidance.{name} is {given[name]}; give one of them")
+            if own is not None and own != inner:
+                raise ValueError(f"{name} is {own} and guidance.{name} is {inner}; give one of them")
         return self
 
 
@@ -267,7 +140,7 @@ class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
     messages: Messages
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: Annotated[int | None, _MAX_TOKENS, _MAX_TOKENS_FIELD] = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: Annotated[Any, MustBe({"type": "text"})] = None

@@ -28,7 +28,6 @@ from ivg.serving.lengths import (
 from ivg.serving.protocol import Body, ChatRequest, Guidance
 from ivg.serving.settings import ServeSettings
 from ivg.settings.recipe import Recipe
-from ivg.settings.rules import MIN_TEMPERATURE
 from ivg.types import Message, Prompt
 
 PLAYGROUND_TOP_LOGPROBS = 5
@@ -187,14 +186,9 @@ class ServedModels:
         return replace(request, sampling=replace(request.sampling, max_new_tokens=wanted), from_checkpoint=own)
 
     def _sampling(self, body: Body) -> dict[str, Any]:
-        if body.temperature is not None and 0 < body.temperature < MIN_TEMPERATURE:
-            raise ServeError(
-                f"temperature must be 0 or at least {MIN_TEMPERATURE}, got {body.temperature}", 400, "invalid_value", "temperature"
-            )
         if body.limit is not None and self.settings.max_tokens is not None:
             self._at_most(body.limit_field, body.limit, self.settings.max_tokens)
-        given = {"temperature": body.temperature, "top_p": body.top_p, "stop": body.stops, **body.sampling}
-        return self.recipe.sampling.settings() | {k: v for k, v in given.items() if v is not None}
+        return self.recipe.sampling.settings() | body.sampling
 
     def _check_limits(self, method: Method) -> Method:
         limit = self.settings.max_hypotheses

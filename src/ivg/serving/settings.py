@@ -79,14 +79,21 @@ class ServeSettings(BaseModel):
         try:
             return cls.model_validate(table | {k: v for k, v in given.items() if v is not None})
         except ValidationError as e:
-            shown = "; ".join(map(_message, e.errors()))
-            raise ConfigError(f"serve: {shown}\n  expected some of: {', '.join(cls.model_fields)}") from None
+            errors = e.errors()
+            unknown = any(error["type"] == "extra_forbidden" for error in errors)
+            hint = f"\n  expected some of: {', '.join(cls.model_fields)}" if unknown else ""
+            raise ConfigError(f"serve: {'; '.join(map(_message, errors))}{hint}") from None
 
 
 def _message(error: Any) -> str:
-    """Without the value: it may be an API key."""
-    where = ".".join(map(str, error["loc"]))
-    return f"unknown setting {where}" if error["type"] == "extra_forbidden" else f"{where}: {error['msg'].lower()}"
+    """One of pydantic's errors in words; API keys are not shown."""
+    field, message = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        return f"unknown setting {field}"
+    if message.startswith(field):  # by a rule of ``ivg.settings``, which says what it got
+        return message
+    got = "" if field.startswith("api_keys") else f", got {error['input']!r}"
+    return f"{field}: {message[:1].lower()}{message[1:]}{got}"
 
 
 def read_keys(file: Path | None, environment: bool = True) -> tuple[str, ...] | None:

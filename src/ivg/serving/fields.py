@@ -1,0 +1,134 @@
+"""Types of the fields of request bodies that OpenAI defines: stop, messages, prompt, and fields that are not supported."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, PlainValidator, WithJsonSchema
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_after_validator_function
+
+from ivg.errors import PromptError
+from ivg.types.messages import Message, Prompt, check_text
+
+MAX_MESSAGES = 1024
+MAX_STOPS = 16
+ROLES = ("system", "developer", "user", "assistant")
+
+
+class MustBe:
+    """Marks a field that is not supported: it must be None or one of these neutral values."""
+
+    def __init__(self, *neutral: Any) -> None:
+        self.neutral = neutral
+
+    def check(self, value: Any) -> Any:
+        """``value``, if it is neutral; ValueError otherwise."""
+        if not is_one_of(value, (None, *self.neutral)):
+            raise ValueError(f"is not supported; leave it out{f' or give {self.neutral[0]!r}' if self.neutral else ''}")
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": [None, *self.neutral]}
+
+
+def is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
+    """Is a JSON value among ``choices``? Unlike in Python, 0 is not false."""
+    return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)
+
+
+def _stop(value: Any) -> str | list[str] | None:
+    """One text or several, none of them empty; errors name the path."""
+    if value is None:
+        return None
+    if not isinstance(value, str | list):
+        raise PromptError(f"stop must be text or a list of texts, got {show_json(value)}")
+    if isinstance(value, list) and len(value) > MAX_STOPS:
+        raise PromptError(f"stop must have at most {MAX_STOPS} texts, got {len(value)}")
+    for where, text in [("stop", value)] if isinstance(value, str) else [(f"stop[{i}]", text) for i, text in enumerate(value)]:
+        check_text(text, where)
+        if not text:
+            raise PromptError(f"{where} must not be empty; leave it out")
+    return value
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    """The messages of a chat; roles for tools are not supported."""
+    if not isinstance(value, list):
+        raise PromptError(f"messages must be a list of messages, got {show_json(value)}")
+    if not 1 <= len(value) <= MAX_MESSAGES:
+        raise PromptError(f"messages must have 1 to {MAX_MESSAGES} messages, got {len(value)}")
+    turns: Any = Prompt.of(value).content
+    for i, turn in enumerate(turns):
+        if turn.role not in ROLES:
+            raise PromptError(f"messages[{i}].role must be one of {', '.join(ROLES)}, got {turn.role!r}")
+    return tuple(turns)
+
+
+def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
+    """A text, several texts, token ids, or several lists of token ids; errors name the path."""
+    if isinstance(value, str):
+        check_text(value, "prompt")
+        return value
+    if not isinstance(value, list) or not value:
+        got = "an empty list" if value == [] else show_json(value)
+        raise PromptError(f"prompt must be text, a list of texts, token ids, or a list of lists of token ids; got {got}")
+    if _is_token_id(value[0]):
+        return _token_ids(value, "prompt")
+    if isinstance(value[0], list):
+        return [_token_ids(ids, f"prompt[{i}]") for i, ids in enumerate(value)]
+    for i, text in enumerate(value):
+        check_text(text, f"prompt[{i}]")
+    return value
+
+
+def _token_ids(value: Any, where: str) -> list[int]:
+    if not isinstance(value, list) or not value:
+        raise PromptError(f"{where} must be a list of token ids, got {'an empty list' if value == [] else show_json(value)}")
+    for i, token in enumerate(value):
+        if not _is_token_id(token) or token < 0:
+            raise PromptError(f"{where}[{i}] must be a token id (an integer of 0 or more), got {show_json(token)}")
+    return value
+
+
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def show_json(value: Any) -> str:
+    """A JSON value in an error message: the value if it is short, else its type."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return str(value) if abs(value) < 1e20 else "a very large number"
+    if isinstance(value, str):
+        return repr(value) if len(value) <= 40 else f"text of {len(value)} characters"
+    return "an object" if isinstance(value, dict) else "a list"
+
+
+_TEXT: dict[str, Any] = {"type": "string"}
+_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+
+
+def _list_of(items: dict[str, Any], most: int | None = None) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": 1} | ({} if most is None else {"maxItems": most})
+
+
+_PART = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": _TEXT}}
+_MESSAGE = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {"role": {"enum": list(ROLES)}, "content": {"anyOf": [_TEXT, _list_of(_PART)]}},
+}
+Stop = Annotated[
+    Any,
+    PlainValidator(_stop),
+    WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": MAX_STOPS}, {"type": "null"}]}),
+]
+Messages = Annotated[tuple[Message, ...], PlainValidator(_messages), WithJsonSchema(_list_of(_MESSAGE, MAX_MESSAGES))]
+Prompts = Annotated[Any, PlainValidator(_prompt), WithJsonSchema({"anyOf": [_TEXT, _list_of(_TEXT), _IDS, _list_of(_IDS)]})]
