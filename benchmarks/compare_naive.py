@@ -111,7 +111,7 @@ def main() -> None:
     settings = from_mapping(options)
     check_method(settings.resolved_method)
     rows = runner.run(settings, out, cases(settings), systems=ALL_SYSTEMS, on_progress=lambda row: print_progress(row, settings.rounds))
-    found = report.summary(settings, rows, environment.made())
+    found = report.summary(settings, rows, environment.run_metadata())
     ratio = throughput_over_naive(rows)
     lines = [f"answers/s over naive: {ratio:.2f}", *report.notes(found)]
     found["ratios"]["throughput_over_naive"] = ratio

@@ -44,7 +44,7 @@ def measure_here(settings: BenchSettings) -> dict[str, Any]:
     tiny = "tiny-llama" if "llama" in settings.shape else "tiny"
     small = replace(settings, shape=tiny, guide=None, prompts=2, prompt_tokens=8, new_tokens=12)
     Session(small, {METHOD}).measure(replace(case, prompts=2, new_tokens=12), 0)
-    environment.trim()
+    environment.malloc_trim()
     before = environment.resident_bytes(settings.device)
     session = Session(settings, {METHOD})
     row = session.measure(case, 0)

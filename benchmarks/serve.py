@@ -29,7 +29,7 @@ from pathlib import Path
 
 import httpx
 
-from ivg.utils.environment import facts
+from ivg.utils.environment import machine
 
 PROMPTS = (
     "The movie was",
@@ -114,7 +114,7 @@ def load(args: argparse.Namespace) -> None:
     for message, count in Counter(a[4] for _, answers in runs.values() for a in answers if a[4]).items():
         print(f"error, {count} times: {message}")
     settings = {k: v for k, v in vars(args).items() if k not in ("soak", "seed")}
-    print(json.dumps({"benchmark": "serve", **settings, "rows": rows, "ratio_8_to_1": ratio, "machine": facts()}))
+    print(json.dumps({"benchmark": "serve", **settings, "rows": rows, "ratio_8_to_1": ratio, "machine": machine()}))
 
 
 async def run(url: str, jobs: list, clients: int, args: argparse.Namespace) -> tuple[float, list]:
@@ -214,7 +214,7 @@ def soak(args: argparse.Namespace) -> None:
         "last_mib": memory[-1][1],
     }
     figures |= {"left": left, "requests": dict(counts), "memory": [[round(s, 1), round(m, 1)] for s, m in memory]}
-    print(json.dumps({"benchmark": "serve-soak", "seconds": args.soak, "seed": args.seed, **figures, "machine": facts()}))
+    print(json.dumps({"benchmark": "serve-soak", "seconds": args.soak, "seed": args.seed, **figures, "machine": machine()}))
 
 
 async def traffic(url: str, process: int, args: argparse.Namespace) -> tuple[Counter, list[tuple[float, float]]]:

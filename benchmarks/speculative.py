@@ -29,7 +29,7 @@ from ivg.models.cached_lm import CachedLM
 from ivg.models.packed_linear import pack
 from ivg.models.runner import ModelRunner
 from ivg.types import Beam, new_key
-from ivg.utils.environment import command, commit, facts
+from ivg.utils.environment import command, commit, machine
 from ivg.values.explicit import ExplicitValue
 from ivg.values.implicit import ImplicitValue
 
@@ -214,7 +214,7 @@ def main():
             model = crafted(arguments.shape, arguments.dtype, arguments.spread, agree=agree)
             found["dtype"] = str(next(model.base.model.network.parameters()).dtype).removeprefix("torch.")
             found["speed"] += speed(model, pair, arguments)
-    found |= {"machine": facts(), "threads": torch.get_num_threads(), "commit": commit(Path(__file__)), "command": command()}
+    found |= {"machine": machine(), "threads": torch.get_num_threads(), "commit": commit(Path(__file__)), "command": command()}
     found["settings"] = {k: v for k, v in vars(arguments).items() if k != "docs"}
     text = shown(found)
     print(text)

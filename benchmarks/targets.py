@@ -145,7 +145,7 @@ def run(plan: Plan, folder: Path, on_progress: Callable[[str, Row], None] = lamb
         "memory": memory,
         "slots": idle,
         "groups": {name: {label: report.figures(g) for label, g in report.by_label(group).items()} for name, group in rows.items()},
-        "made": environment.made(),
+        "made": environment.run_metadata(),
     }
 
 
@@ -196,7 +196,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
 def _measure_once(path: Path, plan: Plan, measure: Callable[[Plan], dict[str, Any]]) -> dict[str, Any]:
     """The figures in ``path``, measured now if they are not there; refused if they were made with other settings."""
     settings = {k: v for k, v in asdict(plan).items() if k != "settings"} | plan.settings.provenance
-    provenance = json.loads(json.dumps(settings | {"machine": environment.facts()}))
+    provenance = json.loads(json.dumps(settings | {"machine": environment.machine()}))
     if not path.exists():
         write_json(path.with_name(path.name + ".meta.json"), provenance)
         write_json(path, measure(plan))

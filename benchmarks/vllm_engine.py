@@ -41,7 +41,7 @@ def saved(shape: str, folder: Path) -> dict[str, str]:
 def once(model: Any, texts: list[Any], new_tokens: int, seed: int) -> dict[str, Any]:
     """Seconds for all answers, and when the first text of a prompt was sure, the median over prompts."""
     model.reset_caches()
-    begin, clock, first, tokens = time.perf_counter(), environment.clock(), {}, 0
+    begin, clock, first, tokens = time.perf_counter(), environment.cpu_clock(), {}, 0
     searcher = model.searcher()
     for text in texts:
         searcher.add(model.request(text, "ivg", seed=seed, max_new_tokens=new_tokens, ignore_eos=True))
@@ -52,7 +52,7 @@ def once(model: Any, texts: list[Any], new_tokens: int, seed: int) -> dict[str, 
             if step.completion:
                 tokens += len(step.completion.token_ids)
     assert tokens == len(texts) * new_tokens, f"{tokens} tokens"
-    return {"seconds": time.perf_counter() - begin, "first": statistics.median(first.values()), "others": environment.others(clock)}
+    return {"seconds": time.perf_counter() - begin, "first": statistics.median(first.values()), "others": environment.cpu_contention(clock)}
 
 
 def main() -> None:
@@ -106,7 +106,7 @@ def report(o: argparse.Namespace, counts: list[int], rows: list[dict[str, Any]],
         table[-2].append("1")
     head = ["prompts", "engine", "seconds", "answers/s", "tokens/s", "first text (s)", "time over transformers"]
     text = markdown_table(head, table)
-    made = environment.made()
+    made = environment.run_metadata()
     others = max((r["others"] or 0.0) for r in rows)
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     notes = (

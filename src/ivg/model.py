@@ -319,7 +319,7 @@ class GuidedModel:
         with self.lock:
             for reader in self.readers:
                 reader.model.release_memory()
-        environment.trim()
+        environment.malloc_trim()
 
     def forget(self) -> bool:
         """Deprecated name of :meth:`reset_caches`."""

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from conftest import DATA
-from ivg.errors import ConfigError, IVGError, OutputError
+from ivg.errors import ConfigError, IVGError
 from ivg.evaluation import runner
 from ivg.evaluation.base_samples import SampleGroup
 from ivg.evaluation.methods import BASE_SAMPLES
@@ -468,16 +468,6 @@ def test_every_task_has_a_name_and_settings_that_recipes_know():
         found = load_task(name)
         assert found.name == name
         Recipe.parse({k: dict(v) for k, v in found.defaults().items()})
-
-
-def test_two_runs_do_not_write_one_file(tmp_path):
-    from ivg.utils import environment
-
-    path = tmp_path / "x.jsonl"
-    with environment.alone(path), pytest.raises(OutputError, match="another run writes"), environment.alone(path):
-        pass
-    with environment.alone(path):
-        pass
 
 
 def test_a_missing_package_is_told_before_anything_is_generated(done, monkeypatch):

@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,9 @@ from ivg.jobs.prompts import Job, read_jobs
 from ivg.jobs.provenance import answer_provenance, differences, fingerprint
 from ivg.jobs.store import open_rows
 from ivg.settings.recipe import Recipe
-from ivg.utils import environment, jsonl
+from ivg.utils import jsonl, locks
 from ivg.utils.jsonl import append_lines, as_lines, read_jsonl, write_json
+from ivg.utils.locks import lock_file
 
 MADE = {
     "method": "ivg",
@@ -235,8 +238,8 @@ def test_files_written_whole_are_there_or_not(tmp_path, monkeypatch):
 HOLD = """
 import sys
 from pathlib import Path
-from ivg.utils.environment import alone
-with alone(Path(sys.argv[1])):
+from ivg.utils.locks import lock_file
+with lock_file(Path(sys.argv[1])):
     print("mine", flush=True)
     sys.stdin.readline()
 """
@@ -249,13 +252,13 @@ def holder(path):
 
 
 def test_a_second_run_is_refused_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(environment, "PATIENCE", 1e9)  # it is not waited for
+    monkeypatch.setattr(locks, "LOCK_TIMEOUT", 1e9)  # it is not waited for
     path = tmp_path / "out.jsonl"
     process = holder(path)
     with pytest.raises(OutputError) as e:
         notes(path, [])
-    assert str(e.value).startswith(f"another run writes {path} (process {process.pid} on ")
-    assert str(e.value).endswith("\n  wait until it ends, or give another place")
+    assert str(e.value).startswith(f"another run is writing {path} (process {process.pid} on ")
+    assert str(e.value).endswith("\n  wait until it ends, or write to another path")
     process.communicate("\n")
     assert notes(path, []) == ([], [])
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
@@ -266,7 +269,7 @@ def test_a_link_to_a_file_is_the_file(tmp_path):
     path.parent.mkdir()
     link.symlink_to(path)
     with open_rows(link, jobs, MADE, print) as store:
-        with pytest.raises(OutputError, match="another run writes"):
+        with pytest.raises(OutputError, match="another run is writing"):
             notes(path, jobs)
         for job in jobs:
             answer(store, job)
@@ -288,19 +291,19 @@ def test_helpers_of_a_killed_run_are_waited_for(tmp_path, monkeypatch):
     gone.wait()
     waited = []
     path = tmp_path / "out.jsonl"
-    with environment.alone(path):
+    with lock_file(path):
         lock = tmp_path / ".out.jsonl.lock"
-        lock.write_text(f"{gone.pid} {environment.platform.node()}\n")
-        monkeypatch.setattr(environment, "sleep", lambda seconds: waited.append(seconds) or (len(waited) == 3 and lock.unlink()))
-        with environment.alone(path):  # the helper went, and with it the lock
+        lock.write_text(f"{gone.pid} {platform.node()}\n")
+        monkeypatch.setattr(time, "sleep", lambda seconds: waited.append(seconds) or (len(waited) == 3 and lock.unlink()))
+        with lock_file(path):  # the helper went, and with it the lock
             assert len(waited) == 3
     lock.unlink(missing_ok=True)
 
 
 def test_processes_of_one_run_may_wait_for_each_other(tmp_path, monkeypatch):
     process, path = holder(tmp_path / "x.json"), tmp_path / "x.json"
-    monkeypatch.setattr(environment, "sleep", lambda _: process.poll() is None and process.communicate("\n"))
-    with environment.alone(path, wait=True):
+    monkeypatch.setattr(time, "sleep", lambda _: process.poll() is None and process.communicate("\n"))
+    with lock_file(path, wait=True):
         assert process.poll() == 0
 
 
@@ -375,7 +378,7 @@ def test_runs_of_training_write_one_folder_at_a_time(tmp_path):
     from ivg.cli.train import extra
 
     with extra(tmp_path / "run"):
-        with pytest.raises(OutputError, match=r"another run writes .*/run "), extra(tmp_path / "run"):
+        with pytest.raises(OutputError, match=r"another run is writing .*/run "), extra(tmp_path / "run"):
             pass
         with extra(tmp_path / "other"):
             pass
@@ -423,6 +426,5 @@ def test_a_lock_that_its_owner_removed_meanwhile_is_none(tmp_path, monkeypatch):
         return real(file, how)
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with environment.alone(path), pytest.raises(OutputError, match="another run writes"), environment.alone(path):
+    with lock_file(path), pytest.raises(OutputError, match="another run is writing"), lock_file(path):
         pass
-    assert len(calls) == 3

@@ -65,7 +65,7 @@ def run(
         ConfigError: ``out`` was made with other settings, or on another machine.
     """
     wanted = cases(settings) if wanted is None else list(wanted)
-    provenance = {**settings.provenance, "cases": [asdict(c) for c in wanted], "machine": environment.facts()}
+    provenance = {**settings.provenance, "cases": [asdict(c) for c in wanted], "machine": environment.machine()}
     with _output_path(out) as path, open_blocks(path, 1, settings.rounds * len(wanted), provenance) as file:
         if not file.complete:
             session = Session(settings, {c.system for c in wanted}, systems)
@@ -131,16 +131,16 @@ class Session:
         """
         system, prompts = self._system(case.system), self._first_prompts(case.prompts)
         self.model.reset_caches()
-        environment.trim()
+        environment.malloc_trim()
         environment.reset_peak()
-        before, clock, start = environment.resident_bytes(self.device), environment.clock(), time.perf_counter()
+        before, clock, start = environment.resident_bytes(self.device), environment.cpu_clock(), time.perf_counter()
         gc.disable()
         try:
             output = system.run(prompts, case.new_tokens, self.settings.seed + number)
         finally:
             gc.enable()
         seconds = time.perf_counter() - start
-        peak, others = environment.peak_bytes(self.device), environment.others(clock)
+        peak, others = environment.peak_bytes(self.device), environment.cpu_contention(clock)
         models = [reader.model for reader in readers(self.model).values()]
         caches, held = sum(m.unshared_peak_bytes for m in models), sum(m.peak_bytes for m in models)
         self.model.reset_caches()

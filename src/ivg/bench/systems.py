@@ -19,8 +19,9 @@ import torch
 from ivg.bench.settings import METHOD, BenchSettings
 from ivg.bench.shapes import networks
 from ivg.errors import MissingDependencyError, ModelError
+from ivg.jobs.runner import LocalBackend, RequestSettings, Task
 from ivg.model import GuidedModel
-from ivg.types import Prompt
+from ivg.types import Prompt, Step
 
 
 @dataclass(frozen=True)
@@ -56,24 +57,21 @@ class GuidedSearch:
     def run(self, prompts: Sequence[Prompt], new_tokens: int, seed: int) -> RunOutput:
         """See :class:`System`. The first final text of a prompt is what all its beams have in common."""
         start, s = time.perf_counter(), self.settings
-        searcher = self.model.searcher(s.max_beams)
-        for prompt in prompts:
-            request = self.model.request(
-                prompt, s.resolved_method, seed=seed, temperature=s.temperature, max_new_tokens=new_tokens, ignore_eos=True
-            )
-            searcher.add(request)
         first: dict[int, float] = {}
+
+        def on_step(task: Task[int], step: Step) -> None:
+            if step.committed or step.completion:
+                first.setdefault(task.source, time.perf_counter() - start)
+
+        sampling = {"temperature": s.temperature, "max_new_tokens": new_tokens, "ignore_eos": True}
+        backend = LocalBackend(self.model, RequestSettings(s.resolved_method, sampling, max_beams=s.max_beams), on_step)
         read: Counter[str] = Counter()
         tokens = 0
-        while searcher.busy:
-            for step in searcher.step():
-                if step.committed or step.completion:
-                    first.setdefault(step.request, time.perf_counter() - start)
-                if step.completion is not None:
-                    if step.completion.error:
-                        raise ModelError(f"{s.method} failed: {step.completion.error}")
-                    read.update(step.completion.usage.forward_tokens)
-                    tokens += len(step.completion.token_ids)
+        for result in backend.run([Task(prompt, seed, 0, i) for i, prompt in enumerate(prompts)]):
+            if result.completion is None:
+                raise ModelError(f"{s.method} failed: {result.error}")
+            read.update(result.completion.usage.forward_tokens)
+            tokens += len(result.completion.token_ids)
         return RunOutput(len(prompts), tokens, statistics.median(first.values()), dict(read))
 
 

@@ -63,7 +63,7 @@ def bench(
         typer.echo(f"round {row['round'] + 1}/{settings.rounds}  {row['label']}  {row['seconds']:.2f} s", err=True)
 
     rows = runner.run(settings, out, on_progress=on_progress)
-    found = report.summary(settings, rows, environment.made())
+    found = report.summary(settings, rows, environment.run_metadata())
     title = f"{settings.title} ({found['device']}, {found['dtype']})"
     report.print_table(title, report.COLUMNS, report.cells(found), report.notes(found))
     typer.echo(to_json(found))

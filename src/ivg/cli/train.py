@@ -26,10 +26,10 @@ app = typer.Typer(name="train", help=HELP, no_args_is_help=True)
 @contextmanager
 def extra(folder: Path | None = None) -> Iterator[None]:
     """A missing package of the extra in plain words; ``folder``: of the run, which no other process may write meanwhile."""
-    from ivg.utils.environment import alone
+    from ivg.utils.locks import lock_file
 
     try:
-        with alone(folder) if folder is not None and int(os.environ.get("RANK", "0")) == 0 else nullcontext():
+        with lock_file(folder) if folder is not None and int(os.environ.get("RANK", "0")) == 0 else nullcontext():
             yield
     except ModuleNotFoundError as e:
         if e.name not in ("trl", "peft", "accelerate", "datasets", "pyarrow"):

@@ -26,8 +26,8 @@ from ivg.jobs.formats import read_rows
 from ivg.jobs.provenance import fingerprint
 from ivg.settings.recipe import EvalConfig
 from ivg.types import Prompt
-from ivg.utils.environment import alone
 from ivg.utils.jsonl import write_json
+from ivg.utils.locks import lock_file
 
 HUB = "tatsu-lab/alpaca_eval"
 FILE = "alpaca_eval_gpt4_baseline.json"
@@ -157,7 +157,7 @@ class Alpaca(Task):
             write_json(out / "model_outputs" / f"{name}.json", rows)
         references = [_output(a.example, a.example.reference, a.example.extra["generator"]) for a in answers if a.seed == seeds[0]]
         if all(r["output"] is not None for r in references):
-            with alone(out / "reference_outputs.json", wait=True):  # processes of one run come here together
+            with lock_file(out / "reference_outputs.json", wait=True):  # processes of one run come here together
                 write_json(out / "reference_outputs.json", references)
 
     def measure(self, config: EvalConfig, out: Path, label: str, answers: Sequence[Answer]) -> Mapping[str, Any]:

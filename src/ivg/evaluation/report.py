@@ -33,7 +33,7 @@ def report(p: EvalPlan) -> Results:
     results = summarise(p)
     results["made"] = {
         "recipe": p.recipe.model_dump(exclude_none=True, exclude_defaults=True),
-        "by": run_metadata(p) or [environment.made()],
+        "by": run_metadata(p) or [environment.run_metadata()],
     }
     drawn = draw(results)
     shown = samples(p, order(results))

@@ -69,7 +69,7 @@ class Worker:
         """Write commit, command and machine of this process to ``timings.jsonl``, once for each stage."""
         if stage not in self._recorded:
             self._recorded.add(stage)
-            append_log(self.plan.timings, {"stage": stage, "made": environment.made()})
+            append_log(self.plan.timings, {"stage": stage, "made": environment.run_metadata()})
 
 
 def append_log(path: Path, row: Mapping[str, Any]) -> None:

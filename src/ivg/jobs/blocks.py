@@ -13,8 +13,8 @@ from typing import Any
 
 from ivg.errors import ConfigError
 from ivg.jobs.provenance import differences
-from ivg.utils.environment import alone
 from ivg.utils.jsonl import append_lines, as_lines, to_json, write_json
+from ivg.utils.locks import lock_file
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def open_blocks(path: str | Path, block: int, total: int, provenance: Mapping[st
         OutputError: another run is writing it.
         ConfigError: it was made with another ``provenance``.
     """
-    with alone(Path(path)):
+    with lock_file(Path(path)):
         yield ResumableJsonl(path, block, total, provenance)
 
 

@@ -7,7 +7,7 @@ prompt is that task's result; what is wrong with the method or the models is rai
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ivg.model import GuidedModel
     from ivg.search.methods import Method
     from ivg.settings.recipe import Recipe
-    from ivg.types import Completion
+    from ivg.types import Completion, Step
 
 T = TypeVar("T")
 
@@ -81,10 +81,16 @@ class RequestSettings:
 
 
 class LocalBackend:
-    """Runs tasks on the models of this process; new ones join as others are done."""
+    """Runs tasks on the models of this process; new ones join as others are done.
 
-    def __init__(self, model: GuidedModel, settings: RequestSettings) -> None:
-        self.model, self.settings = model, settings
+    Args:
+        model: base and values.
+        settings: of all tasks.
+        on_step: called with every step of every task's search.
+    """
+
+    def __init__(self, model: GuidedModel, settings: RequestSettings, on_step: Callable[[Task[Any], Step], None] | None = None) -> None:
+        self.model, self.settings, self.on_step = model, settings, on_step
         self.searcher = model.searcher(settings.max_beams)
         self._waiting: deque[Task[Any]] = deque()
         self._running: dict[int, Task[Any]] = {}
@@ -106,6 +112,8 @@ class LocalBackend:
         """
         out = list(self._admit())
         for step in self.searcher.step():
+            if self.on_step is not None:
+                self.on_step(self._running[step.request], step)
             if step.completion is not None:
                 error = step.completion.error
                 out.append(Result(self._running.pop(step.request), None if error else step.completion, error))

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO, Protocol
 from ivg.errors import ConfigError, OutputError
 from ivg.jobs.prompts import Job, id_key, prompt_key
 from ivg.jobs.provenance import differences
-from ivg.utils.environment import alone
 from ivg.utils.jsonl import RowError, append_lines, parse_row, to_json
+from ivg.utils.locks import lock_file
 
 MADE = ("method", "seed", "settings", "models", "engine", "endpoint", "values", "provenance")
 """Columns of a row that say what made it."""
@@ -58,7 +58,7 @@ def open_rows(path: str | Path, jobs: Iterable[Job], made: Mapping[str, Any], no
         raise OutputError(f"cannot write {path}: it is a folder\n  expected a JSONL file")
     if path.name.endswith(_NO_ROWS):
         raise OutputError(f"cannot write {path}: rows are written as JSONL\n  give a name that ends in .jsonl")
-    with alone(path):
+    with lock_file(path):
         rows = ResumableRows(path, made)
         rows.supersede(jobs, note)
         yield rows

@@ -1,22 +1,36 @@
-"""Threads that share models take turns, first come first served.
+"""Two locks: threads that share models take turns, and one process at a time writes a file.
 
-A :class:`FairLock` is held for one call at a time (a round of the search, a score), never while a generator is suspended: so a loop
-that was left in the middle keeps nobody waiting, and two loops in one thread take turns, too. Standard library only.
+A :class:`FairLock` is held for one call at a time (a step of the search, a score), never while a generator is suspended: so a loop
+that was left in the middle blocks no one, and two loops in one thread take turns, too.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
+import multiprocessing
+import os
+import platform
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
+
+from ivg.errors import OutputError
+
+LOCK_TIMEOUT = 10.0
+"""Seconds to wait for a file that the child processes of a killed run still hold: they end soon after it."""
 
 log = logging.getLogger("ivg")
 
 
 class FairLock:
-    """A reentrant lock that waiting threads get in the order in which they asked for it."""
+    """A reentrant lock that waiting threads get in the order in which they asked for it.
+
+    With a ``threading.Lock`` a thread that loops over steps gets the lock again before any waiting thread wakes up.
+    """
 
     def __init__(self) -> None:
         self._guard = threading.RLock()  # a finaliser may call `later` while its thread is in here
@@ -92,3 +106,69 @@ class FairLock:
                 work()
             except Exception:
                 log.exception("cleaning up failed")
+
+
+@contextmanager
+def lock_file(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Be the only process that writes ``path``; the lock ends with the process, however that ends.
+
+    Args:
+        path: of the file. ``.<name>.lock`` beside it exists meanwhile; links to the file are the file.
+        wait: for a run that is alive, too, rather than for what a killed one left behind only; both for :data:`LOCK_TIMEOUT` seconds.
+
+    Raises:
+        OutputError: another run is writing the file; no lock can be made there.
+    """
+    from filelock import FileLock, Timeout
+
+    there = path.resolve()  # one file may have several names
+    lock = there.parent / f".{there.name}.lock"
+    held = FileLock(lock)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire(LOCK_TIMEOUT, poll_interval=0.05, cancel_check=lambda: not wait and _alive(_owner(lock)))
+    except Timeout:
+        owner = _owner(lock)
+        who = f" (process {owner[0]} on {owner[1]})" if owner is not None else ""
+        raise OutputError(f"another run is writing {path}{who}\n  wait until it ends, or write to another path") from None
+    except OSError as e:
+        if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):  # a file system without locks
+            raise OutputError(f"cannot write {path}: {e.strerror}\n  write to a folder of yours") from None
+    try:
+        with suppress(OSError):
+            lock.write_text(f"{_run_process()} {platform.node()}\n")
+        yield
+    finally:
+        with suppress(OSError):
+            lock.unlink()  # while it is still ours
+        held.release()
+
+
+def _owner(lock: Path) -> tuple[int, str] | None:
+    """(process, machine) that wrote its name into a lock; None: it has not yet."""
+    with suppress(OSError):
+        number, _, host = lock.read_text().strip().partition(" ")
+        return (int(number), host) if number.isdigit() and host else None
+    return None
+
+
+def _run_process() -> int:
+    """The process that stands for this run: its child processes end soon after it."""
+    parent = multiprocessing.parent_process()
+    return os.getpid() if parent is None or parent.pid is None else parent.pid
+
+
+def _alive(owner: tuple[int, str] | None) -> bool:
+    """Is the run alive? That of another machine is believed to be."""
+    import psutil
+
+    if owner is None:
+        return False
+    if owner[1] != platform.node():
+        return True
+    try:
+        return psutil.Process(owner[0]).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True
