@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ivg.training.common import TrainingOptions
-from ivg.training.value_loss import ValueOptions
+from ivg.settings.train import TrainSettings, ValueSettings
 from recipes.embedded_models.gold import GoldConfig
 from recipes.embedded_models.pretrain import Phase, PretrainConfig
 
@@ -39,15 +38,15 @@ GUIDE = PretrainConfig(model=_llama(128, 4, tied=True), phases=(Phase(layers=3, 
 """1.1 M parameters: `untuned`, from which `tuned` and `value` are trained."""
 
 GOLD = GoldConfig()
-DPO = TrainingOptions(
+DPO = TrainSettings(
     epochs=2.0, lr=5e-4, batch_size=32, max_length=96, warmup=0.25, weight_decay=0.05, eval_share=0.1, evaluations=1, save_steps=100, seed=3
 )
 """The hyperparameters of Liu et al. 2024 (arXiv 2409.17819) for IMDb, with fewer epochs to save time."""
 PAIR_PROMPTS = 9_600
 VALUE_PROMPTS = 4_800
-VALUE = TrainingOptions(epochs=2.0, lr=1.5e-3, batch_size=64, max_length=96, weight_decay=0.02, eval_share=0.1, seed=4)
+VALUE = TrainSettings(epochs=2.0, lr=1.5e-3, batch_size=64, max_length=96, weight_decay=0.02, eval_share=0.1, seed=4)
 VALUE_OTHER = replace(VALUE, lr=2e-3, seed=5)
-SCALAR = ValueOptions(head="scalar")
+SCALAR = ValueSettings(head="scalar")
 OTHER_BODY: dict[str, Any] = {
     "vocab_size": OTHER_VOCABULARY,
     "hidden_size": 96,

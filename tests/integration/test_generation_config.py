@@ -250,7 +250,7 @@ def test_the_server_goes_by_the_same_rule(checkpoint):
     from ivg.serving.protocol import CompletionRequest
     from ivg.serving.responses import ResponseBuilder, TokenText
     from ivg.serving.served_models import ServedModels
-    from ivg.serving.settings import ServeSettings
+    from ivg.settings.serve import ServeSettings
 
     folder = checkpoint({"temperature": 0.25, "top_k": 5, "max_new_tokens": 7, "suppress_tokens": [4]})
     recipe = Recipe.parse({"models": {"base": str(folder)}, "search": {"method": "base"}, "sampling": {"top_k": 3}})

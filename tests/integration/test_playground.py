@@ -32,8 +32,8 @@ def embedded():
 def url():
     from ivg.serving.served_models import ServedModels
     from ivg.serving.server import make_server
-    from ivg.serving.settings import ServeSettings
     from ivg.settings.recipe import Recipe
+    from ivg.settings.serve import ServeSettings
 
     server = make_server(ServedModels(embedded(), Recipe(), ServeSettings()))
     with socket.socket() as listener:

@@ -12,8 +12,8 @@ import pytest
 from ivg.model import GuidedModel
 from ivg.serving.served_models import ServedModels
 from ivg.serving.server import make_server
-from ivg.serving.settings import ServeSettings
 from ivg.settings.recipe import Recipe
+from ivg.settings.serve import ServeSettings
 from ivg.testing import tiny_lm, tiny_value
 from ivg.types import SamplingParams
 from ivg.values.base import FunctionValue

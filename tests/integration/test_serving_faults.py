@@ -21,13 +21,14 @@ from test_serving import SAMPLING, Running, expected, numbers, tiny
 from ivg.errors import ConfigError, ModelError, ServeError
 from ivg.serving.completions import EventStream
 from ivg.serving.errors import one_line
+from ivg.serving.keys import read_keys
 from ivg.serving.metrics import Metrics
 from ivg.serving.protocol import CompletionRequest
 from ivg.serving.requests import Progress, RequestHandle
 from ivg.serving.served_models import ServedModels
-from ivg.serving.settings import ServeSettings, read_keys
 from ivg.serving.worker import Worker
 from ivg.settings.recipe import Recipe
+from ivg.settings.serve import ServeSettings
 from ivg.values.base import FunctionValue
 
 
@@ -495,12 +496,12 @@ def test_settings(tmp_path, monkeypatch):
     file.write_text("# none\n")
     with pytest.raises(ConfigError, match="no key"):
         read_keys(file)
-    assert ServeSettings.of({"port": 1}, port=2, host=None).port == 2
-    with pytest.raises(ConfigError, match="prot"):
-        ServeSettings.of({"prot": 1})
-    with pytest.raises(ConfigError) as e:
-        ServeSettings.of({"api_keys": ["short"]})
-    assert "short" not in str(e.value).replace("shorten", "")
+    assert Recipe.parse({"serve": {"port": 1}}).override(serve={"port": 2, "host": None}).serve == ServeSettings(port=2)
+    with pytest.raises(ConfigError, match=r"unknown setting serve\.prot; did you mean port\?"):
+        Recipe.parse({"serve": {"prot": 1}})
+    with pytest.raises(ConfigError, match=r"serve\.api_keys: an API key has at least 8 ASCII characters") as e:
+        Recipe.parse({"serve": {"api_keys": ["short"]}})
+    assert "short" not in str(e.value)
 
 
 def test_models_that_cannot_begin_anew_at_once_are_tried_again(monkeypatch):

@@ -20,7 +20,6 @@ from test_serving import expected, tiny
 from test_serving_faults import SLOW, well_formed
 
 from ivg.errors import ConfigError
-from ivg.serving.settings import ServeSettings
 from ivg.settings.recipe import Recipe
 
 KEY = {"authorization": "Bearer right-key-1"}
@@ -30,11 +29,11 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from ivg.settings.recipe import Recipe
 from ivg.serving.server import serve
-from ivg.serving.settings import ServeSettings
+from ivg.settings.serve import ServeSettings
 from test_serving import tiny
 from test_serving_faults import values
 torch.set_num_threads(1)
-serve(Recipe(), ServeSettings.of(json.loads(sys.argv[2])), load=lambda recipe: tiny(**values()))
+serve(Recipe(), ServeSettings(**json.loads(sys.argv[2])), load=lambda recipe: tiny(**values()))
 """
 
 
@@ -330,7 +329,11 @@ def test_a_taken_address_is_said_before_models_are_loaded():
 
 @pytest.mark.parametrize(
     "table, told",
-    [("[serve]\nprot = 1", "unknown setting prot"), ("[serve]\nport = 'x'", "port: "), ("[serv]\nport = 1", "unknown setting serv")],
+    [
+        ("[serve]\nprot = 1", "unknown setting serve.prot; did you mean port"),
+        ("[serve]\nport = 'x'", "port: "),
+        ("[serv]\nport = 1", "unknown setting serv"),
+    ],
 )
 def test_a_typo_in_the_recipe_is_told(tmp_path, table, told):
     (tmp_path / "recipe.toml").write_text(table)
@@ -342,13 +345,14 @@ def test_a_typo_in_the_recipe_is_told(tmp_path, table, told):
 def test_a_wrong_port_is_one_clear_line(port):
     done = run("serve", "--port", port)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "serve: port" in done.stderr and f"got {port}" in done.stderr and "max_body_bytes" not in done.stderr
+    assert (
+        "settings: serve.port must be in [0, 65535], " in done.stderr
+        and f"got {port}" in done.stderr
+        and "max_body_bytes" not in done.stderr
+    )
 
 
-def test_others_leave_the_servers_table_alone(tmp_path):
-    """A recipe may be shared: only ``ivg serve`` knows what its table may hold."""
+def test_every_verb_checks_the_servers_table(tmp_path):
     (tmp_path / "recipe.toml").write_text("[search]\nmethod = 'eft'\n[serve]\nprot = 1")
-    recipe = Recipe.load(tmp_path / "recipe.toml")
-    assert recipe.override(run={"seed": 3}).search.method == "eft"
-    with pytest.raises(ConfigError, match="unknown setting prot"):
-        ServeSettings.of(recipe.serve)
+    with pytest.raises(ConfigError, match=r"unknown setting serve\.prot; did you mean port\?"):
+        Recipe.load(tmp_path / "recipe.toml")

@@ -30,8 +30,8 @@ from ivg.serving.errors import client_error, redact
 from ivg.serving.lengths import has_chat_template
 from ivg.serving.protocol import ChatRequest, CompletionRequest
 from ivg.serving.served_models import ServedModels
-from ivg.serving.settings import ServeSettings
 from ivg.settings.recipe import Recipe
+from ivg.settings.serve import ServeSettings
 from ivg.testing import byte_tokenizer, tiny_lm, tiny_value
 from ivg.values.implicit import ImplicitValue
 

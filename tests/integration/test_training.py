@@ -14,7 +14,7 @@ from ivg import testing
 from ivg.errors import ConfigError, ModelError
 from ivg.models.loading import LoadOptions
 from ivg.models.training_rows import read_training_rows, row_hashes, seen
-from ivg.training.common import TrainingOptions
+from ivg.settings.train import TrainSettings
 from ivg.training.data import Preference, RatedResponse, SFTExample
 from ivg.types import Prompt
 from ivg.utils.jsonl import as_lines
@@ -24,7 +24,7 @@ from ivg.values.explicit import ExplicitValue
 
 pytest.importorskip("trl")
 FLOAT32 = LoadOptions(device="cpu", dtype="float32")
-FAST = TrainingOptions(epochs=4, lr=3e-3, batch_size=16, eval_share=0.2, evaluations=1, extra={"bf16": False})
+FAST = TrainSettings(epochs=4, lr=3e-3, batch_size=16, eval_share=0.2, evaluations=1, extra={"bf16": False})
 
 
 def save_model(folder, seed=0, permute=False):
@@ -61,13 +61,13 @@ def model(tmp_path_factory):
     ],
 )
 def test_a_value_learns_its_rewards_and_loads(model, tmp_path, value, mode, least):
+    from ivg.settings.train import ValueSettings
     from ivg.training.value import train_value
-    from ivg.training.value_loss import ValueOptions
 
     torch.manual_seed(0)
-    options = FAST if mode == "full" else TrainingOptions(**{**FAST.__dict__, "mode": mode, "epochs": 8, "lr": 1e-2})
+    options = FAST if mode == "full" else TrainSettings(**{**FAST.__dict__, "mode": mode, "epochs": 8, "lr": 1e-2})
     base = str(model) if value["target"] == "cd-q" else None
-    metrics = train_value(model, letters(800), tmp_path / "v", options, ValueOptions(**value, base=base), sources=["letters"])
+    metrics = train_value(model, letters(800), tmp_path / "v", options, ValueSettings(**value, base=base), sources=["letters"])
     assert metrics["pair_accuracy_100"] >= least
     assert metrics["rows"] == 640
     loaded = ExplicitValue.from_pretrained(tmp_path / "v", options=FLOAT32)
@@ -84,12 +84,13 @@ def test_a_value_learns_its_rewards_and_loads(model, tmp_path, value, mode, leas
 
 
 def test_the_finished_head_says_what_the_network_in_training_said(model):
+    from ivg.settings.train import ValueSettings
     from ivg.training import encoding
     from ivg.training.value import _body
-    from ivg.training.value_loss import ValueCollator, ValueModelWithLoss, ValueOptions
+    from ivg.training.value_loss import ValueCollator, ValueModelWithLoss
 
-    options = ValueOptions()
-    network, tokenizer = _body(model, options, TrainingOptions())
+    options = ValueSettings()
+    network, tokenizer = _body(model, options, TrainSettings())
     training_model = ValueModelWithLoss(network, options)
     with torch.no_grad():
         for parameter in training_model.factors.parameters():
@@ -109,8 +110,8 @@ def test_cd_q_in_blocks_is_the_expectation_over_the_whole_vocabulary(model, monk
     from ivg.training.value import _body
 
     monkeypatch.setattr(value_loss, "BLOCK", 7)
-    options = value_loss.ValueOptions(target="cd-q", base=str(model))
-    network, tokenizer = _body(model, options, TrainingOptions())
+    options = value_loss.ValueSettings(target="cd-q", base=str(model))
+    network, tokenizer = _body(model, options, TrainSettings())
     torch.nn.init.normal_(network.head.weight)
     policy = AutoModelForCausalLM.from_pretrained(model).eval()
     made = encoding.encode_rated(letters(5), tokenizer, None, 99, (tokenizer, "Say: {prompt}"))
@@ -134,7 +135,7 @@ def test_a_value_goes_on_from_a_value(model, tmp_path):
     rows = letters(200)
     train_value(model, rows, tmp_path / "a", FAST)
     first = ExplicitValue.from_pretrained(tmp_path / "a", options=FLOAT32)
-    tiny = TrainingOptions(**{**FAST.__dict__, "lr": 1e-9, "epochs": 1})
+    tiny = TrainSettings(**{**FAST.__dict__, "lr": 1e-9, "epochs": 1})
     train_value(tmp_path / "a", rows, tmp_path / "b", tiny)
     second = ExplicitValue.from_pretrained(tmp_path / "b", options=FLOAT32)
     h = testing.hypothesis("p1", "abab", testing.tiny_lm())
@@ -142,12 +143,12 @@ def test_a_value_goes_on_from_a_value(model, tmp_path):
 
 
 def test_refinement_samples_from_the_guided_policy(model, tmp_path):
+    from ivg.settings.train import ValueSettings
     from ivg.training.data import read_rated
     from ivg.training.refine import refine
-    from ivg.training.value_loss import ValueOptions
 
     found = refine(
-        model, letters(120), tmp_path / "r", FAST, ValueOptions(), base=model, reward=FunctionValue(lambda _, r: float(r.count("a"))),
+        model, letters(120), tmp_path / "r", FAST, ValueSettings(), base=model, reward=FunctionValue(lambda _, r: float(r.count("a"))),
         rounds=1, samples=3, load=FLOAT32, method="cbs-explicit", max_new_tokens=6, temperature=1.0,
     )  # fmt: skip
     assert len(found["rounds"]) == 2
@@ -163,7 +164,7 @@ def test_the_pair_comes_from_sft_and_dpo(tmp_path, model, mode):
     from ivg.training import tune
     from ivg.values.implicit import ImplicitValue
 
-    options = TrainingOptions(**{**FAST.__dict__, "mode": mode, "lr": 3e-3 if mode == "full" else 2e-2})
+    options = TrainSettings(**{**FAST.__dict__, "mode": mode, "lr": 3e-3 if mode == "full" else 2e-2})
     rows = [SFTExample(Prompt(f"p{i}"), "abab") for i in range(40)]
     said = tune.sft(model, rows, tmp_path / "untuned", options, sources=["demos"])
     assert said["held_out"]["eval_loss"] < 4.0  # from log(257) = 5.5
@@ -178,7 +179,7 @@ def test_the_pair_comes_from_sft_and_dpo(tmp_path, model, mode):
     assert np.array_equal(read_training_rows(tmp_path / "tuned"), row_hashes(trained))
     assert tune.sft(model, rows, tmp_path / "untuned", options, sources=["demos"]) == said  # done already
     with pytest.raises(ConfigError, match="other settings: epochs"):
-        tune.sft(model, rows, tmp_path / "untuned", TrainingOptions(**{**options.__dict__, "epochs": 5}), sources=["demos"])
+        tune.sft(model, rows, tmp_path / "untuned", TrainSettings(**{**options.__dict__, "epochs": 5}), sources=["demos"])
 
 
 def test_dpo_teaches_no_end_that_the_response_did_not_have(tmp_path, model, monkeypatch):
@@ -190,7 +191,7 @@ def test_dpo_teaches_no_end_that_the_response_did_not_have(tmp_path, model, monk
     monkeypatch.setattr(trl.DPOTrainer, "train", lambda self, **_: seen.append(self.train_dataset[0]) or 1 / 0)
     cut = [Preference(Prompt("p"), "aa", "bb", None, False, False)]
     with pytest.raises(ZeroDivisionError):
-        tune.dpo(model, cut, tmp_path / "t", TrainingOptions(eval_share=0))
+        tune.dpo(model, cut, tmp_path / "t", TrainSettings(eval_share=0))
     assert len(seen[0]["chosen_ids"]) == 2
 
 
@@ -271,7 +272,7 @@ def test_other_data_is_not_taken_for_the_same_run(tmp_path, model):
 def test_a_value_reads_prompts_as_it_was_trained(tmp_path, model):
     from ivg.training.value import measure, train_value
 
-    options = TrainingOptions(**{**FAST.__dict__, "template": "<{prompt}>"})
+    options = TrainSettings(**{**FAST.__dict__, "template": "<{prompt}>"})
     metrics = train_value(model, letters(100), tmp_path / "v", options)
     assert ExplicitValue.from_pretrained(tmp_path / "v", options=FLOAT32).model.template == "<{prompt}>"
     held = [r for r in letters(100) if int(r.prompt.content[1:]) >= 20]  # the last fifth of 25 prompts
@@ -281,26 +282,26 @@ def test_a_value_reads_prompts_as_it_was_trained(tmp_path, model):
 
 
 def test_words_for_what_cannot_be_trained(tmp_path, model):
+    from ivg.settings.train import ValueSettings
     from ivg.training import tune
     from ivg.training.value import train_value
-    from ivg.training.value_loss import ValueOptions
 
     with pytest.raises(ConfigError, match=r"none of the 4 rows is left to train on .at most 3 tokens"):
-        train_value(model, letters(4), tmp_path / "a", TrainingOptions(max_length=3, eval_share=0))
+        train_value(model, letters(4), tmp_path / "a", TrainSettings(max_length=3, eval_share=0))
     with pytest.raises(ConfigError, match=r"outcomes in \[0, 1\]"):
-        train_value(model, [RatedResponse(Prompt("p"), "r", 3.0)], tmp_path / "b", TrainingOptions(), ValueOptions(target="binary"))
+        train_value(model, [RatedResponse(Prompt("p"), "r", 3.0)], tmp_path / "b", TrainSettings(), ValueSettings(target="binary"))
     with pytest.raises(ConfigError, match="mode head trains the head of a value"):
-        tune.sft(model, [SFTExample(Prompt("p"), "r")], tmp_path / "c", TrainingOptions(mode="head"))
+        tune.sft(model, [SFTExample(Prompt("p"), "r")], tmp_path / "c", TrainSettings(mode="head"))
     with pytest.raises(ConfigError, match="has no field colour"):
-        tune.sft(model, [SFTExample(Prompt("p"), "r")], tmp_path / "d", TrainingOptions(extra={"colour": 1}))
+        tune.sft(model, [SFTExample(Prompt("p"), "r")], tmp_path / "d", TrainSettings(extra={"colour": 1}))
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds a model already"):
-        tune.sft(model, [SFTExample(Prompt("p"), "r")], tmp_path / "e", TrainingOptions())
+        tune.sft(model, [SFTExample(Prompt("p"), "r")], tmp_path / "e", TrainSettings())
     testing.tiny_value().network.save_pretrained(tmp_path / "f")
     testing.byte_tokenizer().save_pretrained(tmp_path / "f")
     with pytest.raises(ModelError, match="has a vocabulary head, got head=scalar"):
-        train_value(tmp_path / "f", letters(8), tmp_path / "g", FAST, ValueOptions(head="scalar"))
+        train_value(tmp_path / "f", letters(8), tmp_path / "g", FAST, ValueSettings(head="scalar"))
     for train in (tune.dpo, tune.reward):
         with pytest.raises(ConfigError, match="in all 2 pairs chosen and rejected are the same text"):
-            train(model, 2 * [Preference(Prompt("p"), "r", "r")], tmp_path / train.__name__, TrainingOptions())
+            train(model, 2 * [Preference(Prompt("p"), "r", "r")], tmp_path / train.__name__, TrainSettings())

@@ -14,8 +14,8 @@ from ivg.models.chat_template import encode, render, text_ids
 from ivg.search.searcher import Request, Search, Searcher
 from ivg.serving.protocol import ChatRequest
 from ivg.serving.served_models import ServedModels
-from ivg.serving.settings import ServeSettings
 from ivg.settings.recipe import Recipe
+from ivg.settings.serve import ServeSettings
 from ivg.testing import EOS, byte_tokenizer, tiny_lm, tiny_value
 from ivg.types import Beam, SamplingParams, TokenGuidance, new_key
 from ivg.types.messages import Message, Prompt, content_text, read_prompts

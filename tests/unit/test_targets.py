@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ivg.errors import ConfigError
+from ivg.settings.train import ValueSettings
 from ivg.training import targets
 from ivg.training.value import part_metrics
-from ivg.training.value_loss import ValueOptions
 
 MASK = torch.tensor([[0.0, 1, 1, 1, 0], [0, 0, 1, 1, 1]])
 REWARDS = torch.tensor([2.0, -1.0])
@@ -74,14 +74,14 @@ def test_part_metrics_by_hand():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"target": "sarsa"}, "expected one of fudge, td, cd-q, binary"),
+        ({"target": "sarsa"}, "target must be fudge, td, cd-q or binary, got 'sarsa'"),
         ({"head": "two"}, "vocabulary or scalar"),
         ({"lam": 1.5}, "lambda must be in"),
-        ({"scale": math.nan}, "scale must be finite, got nan"),
+        ({"scale": math.nan}, "scale must be a finite number, got nan"),
         ({"target": "cd-q"}, "a base model"),
         ({"target": "cd-q", "head": "scalar", "base": "x"}, "head=vocabulary"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, words):
     with pytest.raises(ConfigError, match=words):
-        ValueOptions(**settings).checked()
+        ValueSettings(**settings)

@@ -65,14 +65,14 @@ def serve(
     dtype: o.Dtype = None,
 ) -> None:
     """See HELP."""
-    from ivg.serving.settings import ServeSettings, read_keys
+    from ivg.serving.keys import read_keys
+    from ivg.settings.serve import ServeSettings
 
     given = locals()
     found = o.recipe_of(recipe, template, given)
     flags = {f: given.get(f) for f in ServeSettings.model_fields if f not in ("api_keys", "cors_origins")}
-    settings = ServeSettings.of(
-        found.serve, **flags, api_keys=read_keys(api_key_file), cors_origins=tuple(cors_origin) if cors_origin else None
-    )
+    flags |= {"api_keys": read_keys(api_key_file), "cors_origins": cors_origin or None}
+    settings = found.override(serve=flags).serve
     try:
         from ivg.serving.server import serve as run
     except ImportError as e:

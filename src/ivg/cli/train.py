@@ -216,12 +216,12 @@ def value(
     """See the command's help."""
     given = dict(locals())
     with extra(out):
+        from ivg.settings.train import ValueSettings
         from ivg.training.data import read_rated
         from ivg.training.value import train_value
-        from ivg.training.value_loss import ValueOptions
 
         rows, options = t.read(read_rated, data, given), t.options_of(given, lr=1e-5)
-        wanted = ValueOptions(head, target, lam, scale, factored, base, base_template).checked()  # type: ignore[arg-type]
+        wanted = ValueSettings(head, target, lam, scale, factored, base, base_template)  # type: ignore[arg-type]
         if rounds == 0:
             metrics = train_value(model, rows, out, options, wanted, sources=data)
         else:

@@ -12,7 +12,7 @@ import typer
 from ivg.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ivg.training.common import TrainingOptions
+    from ivg.settings.train import TrainSettings
     from ivg.training.data import ColumnMapping
 
 _DATA, _HOW = "Data", "Training"
@@ -71,7 +71,7 @@ PushTo = Annotated[str | None, typer.Option("--push-to", help="Upload the finish
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.", rich_help_panel=_HOW)]
 
 
-def options_of(given: Mapping[str, Any], lr: float) -> TrainingOptions:
+def options_of(given: Mapping[str, Any], lr: float) -> TrainSettings:
     """Training settings from a verb's arguments; ``lr``: its learning rate where all weights are trained.
 
     Raises:
@@ -79,13 +79,13 @@ def options_of(given: Mapping[str, Any], lr: float) -> TrainingOptions:
     """
     from dataclasses import fields
 
-    from ivg.training.common import TrainingOptions
+    from ivg.settings.train import TrainSettings
 
-    names = {f.name for f in fields(TrainingOptions)} - {"extra"}
+    names = {f.name for f in fields(TrainSettings)} - {"extra"}
     settings = {k: v for k, v in given.items() if k in names}
     if settings["lr"] is None:
         settings["lr"] = lr if settings["mode"] == "full" else 10 * lr  # few weights bear, and need, larger steps
-    return TrainingOptions(**settings, extra=assignments(given.get("set") or ())).checked()
+    return TrainSettings(**settings, extra=assignments(given.get("set") or ()))
 
 
 def column_mapping(given: Mapping[str, Any]) -> ColumnMapping:

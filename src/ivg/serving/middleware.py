@@ -23,7 +23,7 @@ from ivg.errors import ServeError
 from ivg.serving.errors import error_body, error_headers
 from ivg.serving.logs import log, log_event
 from ivg.serving.metrics import Metrics
-from ivg.serving.settings import ServeSettings
+from ivg.settings.serve import ServeSettings
 
 PROTECTED = ("/v1/", "/metrics", "/openapi.json")
 """Paths that need an API key, if there are keys."""

@@ -26,8 +26,8 @@ from ivg.serving.lengths import (
     max_new_tokens,
 )
 from ivg.serving.protocol import Body, ChatRequest, Guidance
-from ivg.serving.settings import ServeSettings
 from ivg.settings.recipe import Recipe
+from ivg.settings.serve import ServeSettings
 from ivg.types import Message, Prompt
 
 PLAYGROUND_TOP_LOGPROBS = 5

@@ -18,9 +18,9 @@ from ivg.serving.app import create_app
 from ivg.serving.connections import connection_limits, limited_protocol, throttle_accept_errors
 from ivg.serving.logs import configure_logging, log_event
 from ivg.serving.served_models import ServedModels
-from ivg.serving.settings import ServeSettings
 from ivg.serving.worker import Worker
 from ivg.settings.recipe import Recipe
+from ivg.settings.serve import ServeSettings
 
 ABORT_SECONDS = 2.0
 """After a second signal connections are closed after this time."""

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from ivg.errors import ConfigError
+from ivg.settings.schema import Setting
 
 _EXPECTED = {
     "int_": "a whole number",
@@ -38,6 +39,8 @@ def explain(error: Any, recipe: type[BaseModel]) -> str:
         raised := error.get("ctx", {}).get("error"), ConfigError
     ):  # a rule of ``ivg.settings.schema``, which names the setting itself
         return ".".join([*map(str, error["loc"][:-1]), str(raised)])
+    if _is_secret(recipe, error["loc"]):
+        return f"{where}: {error['msg'].removeprefix('Value error, ')}"
     words = next((text for kind, text in _EXPECTED.items() if error["type"].startswith(kind)), None)
     if words is not None:
         words = "expected " + words.format(**error.get("ctx", {}))
@@ -48,5 +51,21 @@ def _names(kind: Any, place: Sequence[str | int]) -> list[str]:
     """The settings of the table at ``place``; [] where that is no table with fixed names."""
     for name in place:
         field = getattr(kind, "model_fields", {}).get(name)
-        kind = next((k for k in (field.annotation, *get_args(field.annotation)) if hasattr(k, "model_fields")), None) if field else None
+        kind = _table(field)
     return list(getattr(kind, "model_fields", {}))
+
+
+def _table(field: Any) -> Any:
+    """The table that a field holds, if any."""
+    kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()
+    return next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
+
+
+def _is_secret(kind: Any, place: Sequence[str | int]) -> bool:
+    """Is the setting at ``place`` one whose value is never shown?"""
+    for name in place:
+        field = getattr(kind, "model_fields", {}).get(name)
+        if field is not None and any(isinstance(m, Setting) and m.secret for m in field.metadata):
+            return True
+        kind = _table(field)
+    return False

@@ -44,6 +44,7 @@ from ivg.settings.run import EndpointConfig as EndpointConfig
 from ivg.settings.run import RunConfig as RunConfig
 from ivg.settings.run import VLLMConfig as VLLMConfig
 from ivg.settings.schema import Setting
+from ivg.settings.serve import ServeSettings as ServeSettings
 from ivg.settings.tables import Table
 
 _Ref = TypeVar("_Ref", bound=ModelRef)
@@ -60,8 +61,7 @@ class Recipe(Table):
     vllm: Annotated[VLLMConfig, Setting("vLLM")] = VLLMConfig()
     endpoint: Annotated[EndpointConfig, Setting("Endpoint")] = EndpointConfig()
     eval: Annotated[EvalConfig, Setting("Evaluation")] = EvalConfig()
-    serve: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the server, which checks them (``serving.settings``)."""
+    serve: Annotated[ServeSettings, Setting("Server")] = ServeSettings()
 
     @classmethod
     def parse(cls, data: dict[str, Any], source: str = "settings") -> Recipe:

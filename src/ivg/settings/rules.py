@@ -170,6 +170,7 @@ def number(
     open_high: bool = False,
     most: float = math.inf,
     optional: bool = False,
+    label: str = "",
 ) -> Rule:
     """A finite number between ``low`` and ``high``; a number beyond ``most`` gets an error of its own.
 
@@ -181,6 +182,7 @@ def number(
         open_high: ``high`` itself is out of range.
         most: largest number, said as "at most".
         optional: is None allowed?
+        label: the setting's name in errors.
     """
     bounds = {"exclusiveMinimum" if open_low else "minimum": low, "exclusiveMaximum" if open_high else "maximum": min(high, most)}
 
@@ -188,7 +190,7 @@ def number(
         return (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
 
     known = {name: bound for name, bound in bounds.items() if math.isfinite(bound)}
-    return Rule("a finite number", real, expected, fine, optional, most=most, bounds=known)
+    return Rule("a finite number", real, expected, fine, optional, label, most, known)
 
 
 def choice(*names: str, optional: bool = False) -> Rule:
@@ -203,6 +205,9 @@ VALUE_NAME = Rule("the name of a value", _text, "no empty text", bool, optional=
 WEIGHTS = Rule('names and finite numbers, each name once, e.g. {implicit = 1.0, plain = 0.5} or "implicit=1.0,plain=0.5"', _weights)
 POSITIVE = number("positive", 0, open_low=True)
 SHARE = number("in [0, 1]", 0, 1)
+TEMPLATE = Rule(
+    "a text", _text, '"chat", or a text with {prompt} where the prompt goes', lambda v: v == "chat" or "{prompt}" in v, optional=True
+)
 STOPS = Rule("a list of texts", _texts, "texts that are not empty", lambda v: all(v))
 _IDS = "token ids, 0 or more"
 TOKEN_ID = count(0, "a token id, 0 or more", optional=True)

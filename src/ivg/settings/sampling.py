@@ -83,6 +83,7 @@ class SamplingParams:
             r.STOPS,
             flags=("--stop",),
             accepts=list[str],
+            escapes=True,
         ),
     ] = ()
     ignore_eos: Annotated[bool, Setting("Never draw an end-of-sequence token.", r.FLAG, flags=("--ignore-eos",))] = False

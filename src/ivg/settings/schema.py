@@ -32,6 +32,8 @@ class Setting:
         accepts: the type in recipes and HTTP bodies, where it differs from the one that is kept.
         unset: what None stands for, in words, for help texts and pages.
         secret: never shown in errors.
+        escapes: on the command line, a backslash and an n are a line break.
+        group: of a search, what must be on for the setting to have an effect: guidance, selection, soft, reject or particles.
     """
 
     help: str
@@ -42,6 +44,8 @@ class Setting:
     unset: str = ""
     secret: bool = False
     deprecated: tuple[str, ...] = ()
+    escapes: bool = False
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)

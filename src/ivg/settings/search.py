@@ -94,28 +94,34 @@ class SearchSettings:
             accepts=dict[str, float] | str,
         ),
     ] = ()
-    beta: Annotated[float, Setting("Weight of token guidance.", _WITHIN_1000, aliases=("alpha", "guidance_weight"), flags=("--beta",))] = (
-        1.0
-    )
+    beta: Annotated[
+        float, Setting("Weight of token guidance.", _WITHIN_1000, aliases=("alpha", "guidance_weight"), flags=("--beta",), group="guidance")
+    ] = 1.0
     candidates: Annotated[
         int,
         Setting(
             "Tokens of the base that a value without vocabulary head re-scores; 0: the whole vocabulary, where the value knows it.",
             r.count(0, "0 (whole vocabulary) or more"),
             flags=("--guide-candidates",),
+            group="guidance",
         ),
     ] = 0
     transform: Annotated[
         Transform,
-        Setting("Transform of the candidates' values: identity, log-sigmoid or centered.", r.choice("identity", "log-sigmoid", "centered")),
+        Setting(
+            "Transform of the candidates' values: identity, log-sigmoid or centered.",
+            r.choice("identity", "log-sigmoid", "centered"),
+            group="guidance",
+        ),
     ] = "identity"
-    normalise: Annotated[bool, Setting("Mix log-probabilities instead of logits (GenARM).", r.FLAG)] = False
+    normalise: Annotated[bool, Setting("Mix log-probabilities instead of logits (GenARM).", r.FLAG, group="guidance")] = False
     gate: Annotated[
         float,
         Setting(
             "Guide only tokens whose next-token entropy under the base is at least this many nats; 0: all.",
             r.number("0 (guide everywhere) or more nats", 0),
             flags=("--gate",),
+            group="guidance",
         ),
     ] = 0.0
     draft: Annotated[
@@ -135,18 +141,19 @@ class SearchSettings:
             r.choice("top", "soft", "reject", "particles"),
         ),
     ] = "top"
-    soft_scale: Annotated[float, Setting("Scale of rule soft, in units of the score.", r.POSITIVE)] = 1.0
+    soft_scale: Annotated[float, Setting("Scale of rule soft, in units of the score.", r.POSITIVE, group="soft")] = 1.0
     decay: Annotated[
         float,
         Setting(
             "Factor of W*K from chunk to chunk, the total unchanged; 1: constant.",
             r.number("in (0, 1]", 0, 1, open_low=True),
             flags=("--decay",),
+            group="selection",
         ),
     ] = 1.0
     original: Annotated[
         bool,
-        Setting("As in the authors' code, a finished beam that is kept competes with K copies of itself.", r.FLAG),
+        Setting("As in the authors' code, a finished beam that is kept competes with K copies of itself.", r.FLAG, group="selection"),
     ] = False
     target: Annotated[
         float | None,
@@ -154,24 +161,36 @@ class SearchSettings:
             "Rule reject: the reward that a whole response should reach.",
             r.number("a finite reward, within 1e9 of 0", -1e9, 1e9, optional=True),
             unset="from the prompt's value and tries",
+            group="reject",
         ),
     ] = None
     accept_scale: Annotated[
-        float, Setting("Rule reject: accept with probability min(1, exp((value - threshold) / accept_scale)).", r.POSITIVE)
+        float, Setting("Rule reject: accept with probability min(1, exp((value - threshold) / accept_scale)).", r.POSITIVE, group="reject")
     ] = 0.7
-    threshold_start: Annotated[float, Setting("Rule reject: share of the target in the first threshold.", r.SHARE)] = 0.5
-    tries: Annotated[int, Setting("Rule reject: largest number of segments tried for one place.", r.count(1))] = 20
+    threshold_start: Annotated[float, Setting("Rule reject: share of the target in the first threshold.", r.SHARE, group="reject")] = 0.5
+    tries: Annotated[int, Setting("Rule reject: largest number of segments tried for one place.", r.count(1), group="reject")] = 20
     segment_entropy: Annotated[
         float,
         Setting(
-            "Rule reject: a segment ends where the base's entropy reaches this many nats.", r.number("positive (nats)", 0, open_low=True)
+            "Rule reject: a segment ends where the base's entropy reaches this many nats.",
+            r.number("positive (nats)", 0, open_low=True),
+            group="reject",
         ),
     ] = 3.0
     segment_min: Annotated[
-        int, Setting("Rule reject: smallest number of tokens of a segment; chunk_length is the largest.", r.count(1, "at least 1 token"))
+        int,
+        Setting(
+            "Rule reject: smallest number of tokens of a segment; chunk_length is the largest.",
+            r.count(1, "at least 1 token"),
+            group="reject",
+        ),
     ] = 4
-    particle_beta: Annotated[float, Setting("Rule particles: weight of the value in the target distribution.", _WITHIN_1000)] = 1.0
-    resample_below: Annotated[float, Setting("Rule particles: resample below this share of effective particles.", r.SHARE)] = 0.5
+    particle_beta: Annotated[
+        float, Setting("Rule particles: weight of the value in the target distribution.", _WITHIN_1000, group="particles")
+    ] = 1.0
+    resample_below: Annotated[
+        float, Setting("Rule particles: resample below this share of effective particles.", r.SHARE, group="particles")
+    ] = 0.5
 
     def __post_init__(self) -> None:
         validate(self)

@@ -10,96 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ivg.errors import ConfigError, ModelError
 from ivg.jobs.provenance import fingerprint
-from ivg.models.chat_template import check_template
 from ivg.models.training_rows import write_training_rows
+from ivg.settings.train import Mode, TrainSettings
 from ivg.training.data import Preference, RatedResponse, SFTExample, answers
 from ivg.utils.jsonl import jsonable, write_json, write_text
 
-Mode = Literal["full", "lora", "head"]
 PARTS = (25, 50, 75, 100)
 """Percentages of the response at which values are measured."""
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """Settings that all trainers share; transformers' ``TrainingArguments`` under the names of this project.
-
-    Attributes:
-        epochs: passes over the data.
-        lr: peak learning rate; warm-up, then cosine to zero.
-        batch_size: rows for each step and device.
-        accumulate: steps whose gradients are added up.
-        max_length: tokens of a row (prompt and response) at most; longer rows are left out, and counted.
-        warmup: share of the steps.
-        weight_decay: of AdamW.
-        mode: ``full``; ``lora`` (PEFT, merged at the end); ``head`` (values only: the body stays as it is).
-        lora_rank: rank of LoRA; alpha is twice that, on all linear layers.
-        eval_share: the last part of the data, held out and measured.
-        evaluations: how often during training, at equal distances.
-        save_steps: steps between checkpoints.
-        seed: of data order and new weights.
-        template: how the model reads a prompt: ``chat``, a text with ``{prompt}``, or None.
-        report_to: tracker (``wandb``, ``tensorboard`` …) or ``none``.
-        trust_remote_code: run code from the model's repository.
-        extra: any other field of the trainer's arguments, as it stands.
-    """
-
-    epochs: float = 1.0
-    lr: float = 1e-4
-    batch_size: int = 32
-    accumulate: int = 1
-    max_length: int = 1024
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    mode: Mode = "full"
-    lora_rank: int = 16
-    eval_share: float = 0.05
-    evaluations: int = 4
-    save_steps: int = 200
-    seed: int = 0
-    template: str | None = None
-    report_to: str = "none"
-    trust_remote_code: bool = False
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    def checked(self) -> TrainingOptions:
-        """Itself, or an error.
-
-        Raises:
-            ConfigError: a setting out of range; names it.
-        """
-        rules = (
-            ("epochs", 0 < self.epochs < math.inf, "positive and finite"),
-            ("lr", 0 < self.lr < math.inf, "positive and finite"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("accumulate", self.accumulate >= 1, "at least 1"),
-            ("max_length", self.max_length >= 2, "at least 2"),
-            ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite"),
-            ("lora_rank", self.lora_rank >= 1, "at least 1"),
-            ("save_steps", self.save_steps >= 1, "at least 1"),
-            ("seed", 0 <= self.seed < 2**32, "in [0, 2**32 - 1]"),
-            ("eval_share", 0 <= self.eval_share < 1, "in [0, 1)"),
-            ("evaluations", self.evaluations >= 1, "at least 1"),
-            ("mode", self.mode in ("full", "lora", "head"), "full, lora or head"),
-        )
-        for name, fine, expected in rules:
-            if not fine:
-                raise ConfigError(f"{name} must be {expected}, got {getattr(self, name)}")
-        check_template(self.template)
-        return self
 
 
 def first_process() -> bool:
@@ -198,7 +126,7 @@ class RunDir:
         return dict(metrics)
 
 
-def arguments(kind: Any, options: TrainingOptions, run: RunDir, *, evaluate: bool, **fixed: Any) -> Any:
+def arguments(kind: Any, options: TrainSettings, run: RunDir, *, evaluate: bool, **fixed: Any) -> Any:
     """``kind`` (TrainingArguments or a child) from our settings; ``options.extra`` has the last word.
 
     Raises:
@@ -245,7 +173,7 @@ def arguments(kind: Any, options: TrainingOptions, run: RunDir, *, evaluate: boo
 
 
 def build_request(
-    what: str, model: str | Path, data: Sequence[str | Path], rows: Sequence[Any], options: TrainingOptions, **more: Any
+    what: str, model: str | Path, data: Sequence[str | Path], rows: Sequence[Any], options: TrainSettings, **more: Any
 ) -> dict[str, Any]:
     """What a run depends on, for :class:`RunDir`: settings and the very rows; trackers and checkpoint distances do not count."""
     settings = {k: v for k, v in asdict(options).items() if k not in ("report_to", "save_steps")}
@@ -295,7 +223,7 @@ def load_for_training(
     return network, tokenizer
 
 
-def no_rows_error(count: int, options: TrainingOptions) -> ConfigError:
+def no_rows_error(count: int, options: TrainSettings) -> ConfigError:
     """There is nothing to train on: why."""
     return ConfigError(
         f"none of the {count} rows is left to train on (at most {options.max_length} tokens; {options.eval_share:.0%} of the prompts"
@@ -303,7 +231,7 @@ def no_rows_error(count: int, options: TrainingOptions) -> ConfigError:
     )
 
 
-def lora(options: TrainingOptions, task: str) -> Any:
+def lora(options: TrainSettings, task: str) -> Any:
     """PEFT's LoRA configuration for ``options``, None unless the mode is ``lora``.
 
     Raises:

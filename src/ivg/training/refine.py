@@ -15,11 +15,11 @@ from ivg.errors import ConfigError
 from ivg.jobs.provenance import fingerprints
 from ivg.model import GuidedModel
 from ivg.models.loading import LoadOptions, load_causal
-from ivg.training.common import RunDir, TrainingOptions, build_request, digest, require_single_process
+from ivg.settings.train import TrainSettings, ValueSettings
+from ivg.training.common import RunDir, build_request, digest, require_single_process
 from ivg.training.data import RatedResponse, read_rated
 from ivg.training.rollout import rollout
 from ivg.training.value import train_value
-from ivg.training.value_loss import ValueOptions
 from ivg.types import Prompt
 from ivg.utils.jsonl import write_json
 from ivg.values.explicit import ExplicitValue
@@ -30,8 +30,8 @@ def refine(
     model: str | Path,
     rows: Sequence[RatedResponse],
     out: str | Path,
-    options: TrainingOptions,
-    value: ValueOptions,
+    options: TrainSettings,
+    value: ValueSettings,
     *,
     base: str | Path,
     reward: Reward,
@@ -76,7 +76,7 @@ def refine(
     judge = reward_name or reward.name
     weights = fingerprints({"base": str(base), "reward": judge})
     about = {"value": asdict(value), "base": str(base), "reward": judge, "rounds": rounds, "rollouts": how, "made_from": weights}
-    run = RunDir(out, build_request("value", model, names, rows, options.checked(), **about))
+    run = RunDir(out, build_request("value", model, names, rows, options, **about))
     start: str | Path = model
     for number in range(rounds + 1):
         folder = run.out / f"round-{number}"
@@ -96,7 +96,7 @@ def refine(
     return _publish(run, start, found)
 
 
-def _guided(base: str | Path, folder: Path, value: ValueOptions, options: TrainingOptions, load: LoadOptions | None) -> GuidedModel:
+def _guided(base: str | Path, folder: Path, value: ValueSettings, options: TrainSettings, load: LoadOptions | None) -> GuidedModel:
     """The policy, and the value in ``folder`` to guide it."""
     explicit = ExplicitValue.from_pretrained(folder, template=options.template, options=load)
     return GuidedModel(load_causal(base, "base", load, value.base_template), {"explicit": explicit})

@@ -14,10 +14,10 @@ from typing import Any
 
 from ivg.diagnostics.pairs import is_tie
 from ivg.errors import ConfigError
+from ivg.settings.train import TrainSettings
 from ivg.training import encoding
 from ivg.training.common import (
     RunDir,
-    TrainingOptions,
     arguments,
     build_request,
     drop_timing_metrics,
@@ -37,7 +37,7 @@ def sft(
     model: str | Path,
     rows: Sequence[SFTExample],
     out: str | Path,
-    options: TrainingOptions,
+    options: TrainSettings,
     *,
     sources: Sources = (),
     loss: str = "response",
@@ -59,7 +59,7 @@ def sft(
 
     if loss not in ("response", "all"):
         raise ConfigError(f"loss must be response or all, got {loss!r}")
-    run = RunDir(out, build_request("sft", model, sources, rows, options.checked(), loss=loss))
+    run = RunDir(out, build_request("sft", model, sources, rows, options, loss=loss))
     if run.metrics is not None:
         return run.metrics
     set_seed(options.seed)
@@ -80,7 +80,7 @@ def sft(
 
 
 def dpo(
-    model: str | Path, rows: Sequence[Preference], out: str | Path, options: TrainingOptions, *, sources: Sources = (), beta: float = 0.1
+    model: str | Path, rows: Sequence[Preference], out: str | Path, options: TrainSettings, *, sources: Sources = (), beta: float = 0.1
 ) -> dict[str, Any]:
     """Direct preference optimisation (Rafailov et al. 2023; TRL's DPOTrainer): the tuned guide of ``model``, the untuned one.
 
@@ -104,7 +104,7 @@ def dpo(
 
     if not 0 < beta < math.inf:
         raise ConfigError(f"beta of DPO must be positive and finite, got {beta}")
-    run = RunDir(out, build_request("dpo", model, sources, rows, options.checked(), beta=beta))
+    run = RunDir(out, build_request("dpo", model, sources, rows, options, beta=beta))
     if run.metrics is not None:
         return run.metrics
     rows, ties = without_ties(rows)
@@ -137,7 +137,7 @@ def dpo(
 
 
 def reward(
-    model: str | Path, rows: Sequence[Preference], out: str | Path, options: TrainingOptions, *, sources: Sources = ()
+    model: str | Path, rows: Sequence[Preference], out: str | Path, options: TrainSettings, *, sources: Sources = ()
 ) -> dict[str, Any]:
     """A reward model by Bradley and Terry (TRL's RewardTrainer): one label, whose logit is the reward of prompt + response.
 
@@ -154,7 +154,7 @@ def reward(
 
     from ivg.values.reward import RewardModel
 
-    run = RunDir(out, build_request("reward", model, sources, rows, options.checked(), template=options.template))
+    run = RunDir(out, build_request("reward", model, sources, rows, options, template=options.template))
     if run.metrics is not None:
         return run.metrics
     rows, ties = without_ties(rows)
@@ -208,7 +208,7 @@ def _plain_loss(trainer: Any) -> Any:
 
 
 def _encoded(
-    rows: Sequence[Any], options: TrainingOptions, encode: Callable[[Sequence[Any]], list[Any]]
+    rows: Sequence[Any], options: TrainSettings, encode: Callable[[Sequence[Any]], list[Any]]
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """(training rows in tokens, evaluation rows in tokens, the training rows as they came).
 

@@ -17,11 +17,11 @@ from ivg.errors import ConfigError, ModelError
 from ivg.models.loading import LoadOptions, load_config
 from ivg.models.value_head import ValueModel
 from ivg.models.vocabulary import Vocabulary
+from ivg.settings.train import TrainSettings, ValueSettings
 from ivg.training import encoding
 from ivg.training.common import (
     PARTS,
     RunDir,
-    TrainingOptions,
     arguments,
     build_request,
     drop_timing_metrics,
@@ -33,15 +33,15 @@ from ivg.training.common import (
 )
 from ivg.training.data import RatedResponse, held_out
 from ivg.training.encoding import Encoded
-from ivg.training.value_loss import ValueCollator, ValueModelWithLoss, ValueOptions
+from ivg.training.value_loss import ValueCollator, ValueModelWithLoss
 
 
 def train_value(
     model: str | Path,
     rows: Sequence[RatedResponse],
     out: str | Path,
-    options: TrainingOptions,
-    value: ValueOptions | None = None,
+    options: TrainSettings,
+    value: ValueSettings | None = None,
     *,
     sources: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
@@ -62,8 +62,8 @@ def train_value(
         ConfigError: settings that do not go together, no usable row.
         ModelError: a model that cannot be loaded.
     """
-    value = (value or ValueOptions()).checked()
-    run = RunDir(out, build_request("value", model, sources, rows, options.checked(), value=asdict(value)))
+    value = value or ValueSettings()
+    run = RunDir(out, build_request("value", model, sources, rows, options, value=asdict(value)))
     if run.metrics is not None:
         return run.metrics
     _check_scores(rows, value)
@@ -93,7 +93,7 @@ def _fit(
     train: Sequence[Encoded],
     test: Sequence[Encoded],
     collator: ValueCollator,
-    options: TrainingOptions,
+    options: TrainSettings,
     run: RunDir,
 ) -> dict[str, float]:
     from transformers import Trainer, TrainingArguments
@@ -154,7 +154,7 @@ def _pairs(groups: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def _check_scores(rows: Sequence[RatedResponse], value: ValueOptions) -> None:
+def _check_scores(rows: Sequence[RatedResponse], value: ValueSettings) -> None:
     """Raise where the scores do not fit the target.
 
     Raises:
@@ -164,7 +164,7 @@ def _check_scores(rows: Sequence[RatedResponse], value: ValueOptions) -> None:
         raise ConfigError(f"target binary needs outcomes in [0, 1], got a score of {bad}\n  0 is failure, 1 success; or take target fudge")
 
 
-def _body(model: str | Path, value: ValueOptions, options: TrainingOptions) -> tuple[ValueModel, Any]:
+def _body(model: str | Path, value: ValueSettings, options: TrainSettings) -> tuple[ValueModel, Any]:
     """(network to train in float32, tokenizer): a fresh head on a causal model, or a value of ours to go on with.
 
     Raises:
@@ -189,7 +189,7 @@ def _body(model: str | Path, value: ValueOptions, options: TrainingOptions) -> t
     return network.train(), tokenizer
 
 
-def _policy(value: ValueOptions, tokenizer: Any, options: TrainingOptions) -> tuple[Any, Any]:
+def _policy(value: ValueSettings, tokenizer: Any, options: TrainSettings) -> tuple[Any, Any]:
     """(network, tokenizer) of CD-Q's policy; (None, None) for other targets.
 
     Raises:
@@ -220,7 +220,7 @@ def measure(
     found = encoding.encode_rated(rows, tokenizer, template or network.notes.get("template"), max_length)
     scale, target = network.notes.get("scale", 1.0), network.notes.get("target", "fudge")
     training_model = ValueModelWithLoss(
-        network.eval(), ValueOptions(network.kind, "binary" if target == "binary" else "fudge", factored=False)
+        network.eval(), ValueSettings(network.kind, "binary" if target == "binary" else "fudge", factored=False)
     )
     collator = ValueCollator(tokenizer.pad_token_id, scale)
     parts, rewards, groups = [], [], []

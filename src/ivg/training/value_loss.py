@@ -10,7 +10,6 @@ are trained as start + shared + embedding·map + own, and added up at the end in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,55 +17,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ivg.errors import ConfigError
-from ivg.models.value_head import HeadKind, ValueModel
+from ivg.models.value_head import ValueModel
+from ivg.settings.train import ValueSettings
 from ivg.training import targets
 from ivg.training.common import PARTS
 from ivg.training.encoding import Encoded
 
 BLOCK = 512
 """Positions whose whole vocabulary is looked at together (CD-Q)."""
-
-
-@dataclass(frozen=True)
-class ValueOptions:
-    """What is trained, to what.
-
-    Attributes:
-        head: ``vocabulary`` (can guide every token) or ``scalar``.
-        target: ``fudge``, ``td``, ``cd-q`` (vocabulary head and a base with the same tokens) or ``binary`` (scores in [0, 1]).
-        lam: λ of TD(λ).
-        scale: rewards are multiplied by it: the strength of token guidance at beta 1.
-        factored: train a vocabulary head in parts (see the module).
-        base: directory or hub id of the policy whose next-token distribution CD-Q averages over.
-        base_template: how that policy reads prompts.
-    """
-
-    head: HeadKind = "vocabulary"
-    target: targets.Target = "fudge"
-    lam: float = 0.95
-    scale: float = 1.0
-    factored: bool = True
-    base: str | None = None
-    base_template: str | None = None
-
-    def checked(self) -> ValueOptions:
-        """Itself, or an error.
-
-        Raises:
-            ConfigError: settings that do not go together.
-        """
-        if self.target not in targets.TARGETS:
-            raise ConfigError(f"unknown target {self.target!r}\n  expected one of {', '.join(targets.TARGETS)}")
-        if self.head not in ("vocabulary", "scalar"):
-            raise ConfigError(f"unknown head {self.head!r}\n  expected vocabulary or scalar")
-        if not 0 <= self.lam <= 1:
-            raise ConfigError(f"lambda must be in [0, 1], got {self.lam}")
-        if not math.isfinite(self.scale):
-            raise ConfigError(f"scale must be finite, got {self.scale}")
-        if self.target == "cd-q" and (self.head != "vocabulary" or self.base is None):
-            raise ConfigError("cd-q averages over the base's next tokens\n  it needs head=vocabulary and a base model (--base)")
-        return self
 
 
 class FactoredHead(nn.Module):
@@ -97,7 +55,7 @@ class ValueModelWithLoss(nn.Module):
         base: the policy of CD-Q; frozen, and no part of the checkpoints.
     """
 
-    def __init__(self, model: ValueModel, options: ValueOptions, base: Any = None) -> None:
+    def __init__(self, model: ValueModel, options: ValueSettings, base: Any = None) -> None:
         super().__init__()
         self.model, self.options = model, options
         self.factors: FactoredHead | None = None

@@ -6,71 +6,19 @@ are as many of them as fit (data parallelism goes over the nodes).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ivg.errors import ConfigError, IVGError
+from ivg.settings.ray import AUTO as AUTO
+from ivg.settings.ray import LOCAL as LOCAL
+from ivg.settings.ray import RaySettings as RaySettings
 from ivg.settings.recipe import ModelRef, NamedValue, Recipe
-
-LOCAL, AUTO = "local", "auto"
-_ADDRESS = re.compile(r"(?:ray://)?(?P<host>\[[^\]]+\]|[^\s:/]+):(?P<port>\d+)")
 
 
 class RayError(IVGError, RuntimeError):
     """A cluster that cannot do the work: not reached, no room, nodes that differ, workers that die again and again."""
-
-
-@dataclass(frozen=True, slots=True)
-class RaySettings:
-    """Which cluster, and what a worker takes of it.
-
-    Attributes:
-        address: ``local`` (Ray is started on this machine, for this run), ``auto`` (the cluster that this machine belongs to),
-            ``HOST:PORT`` of its head, ``ray://HOST:PORT`` from outside it.
-        workers: copies of the models; None: as many as there is room for.
-        gpus: of each worker; None: one, where the cluster has GPUs and the models may use them. Several: only with an engine that
-            splits models over them.
-        cpus: of each worker; None: one beside a GPU, else all of a node's.
-
-    Raises:
-        ConfigError: an address of another form, sizes that cannot be.
-    """
-
-    address: str
-    workers: int | None = None
-    gpus: float | None = None
-    cpus: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.address not in (LOCAL, AUTO) and not _ADDRESS.fullmatch(self.address):
-            raise ConfigError(f"no Ray address: {self.address!r}\n  expected local, auto, HOST:PORT or ray://HOST:PORT")
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"--workers must be at least 1, got {self.workers}")
-        if self.gpus is not None and (self.gpus < 0 or (self.gpus > 1 and self.gpus % 1 != 0)):
-            raise ConfigError(f"--gpus-per-worker must be a whole number, or a share of one GPU (0.5), got {self.gpus:g}")
-        if self.cpus is not None and not self.cpus > 0:
-            raise ConfigError(f"--cpus-per-worker must be more than 0, got {self.cpus:g}")
-
-    @classmethod
-    def of(cls, address: str | None, workers: int | None, gpus: float | None, cpus: float | None) -> RaySettings | None:
-        """From options; None where no cluster is wanted.
-
-        Raises:
-            ConfigError: sizes of workers, but no cluster.
-        """
-        if address is None:
-            if (workers, gpus, cpus) != (None, None, None):
-                raise ConfigError("--workers, --gpus-per-worker and --cpus-per-worker are of a cluster\n  give --ray ADDRESS with them")
-            return None
-        return cls(address, workers, gpus, cpus)
-
-    @property
-    def endpoint(self) -> tuple[str, int] | None:
-        """Host and port, where the address names them."""
-        found = _ADDRESS.fullmatch(self.address)
-        return None if found is None else (found["host"].strip("[]"), int(found["port"]))
 
 
 @dataclass(frozen=True, slots=True)

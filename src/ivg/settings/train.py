@@ -1,0 +1,173 @@
+"""The settings of ``ivg train``: data, trainers, values. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from ivg.errors import ConfigError
+from ivg.settings import rules as r
+from ivg.settings.schema import Setting, validate
+
+Mode = Literal["full", "lora", "head"]
+HeadKind = Literal["vocabulary", "scalar"]
+Target = Literal["fudge", "td", "cd-q", "binary"]
+
+_COUNT = r.count(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which rows are read, and how their columns are called (docs/reference/data.md)."""
+
+    split: Annotated[str, Setting("Split of a folder or data set.", flags=("--split",))] = "train"
+    limit: Annotated[int | None, Setting("Number of rows, from the first.", r.count(1, optional=True), flags=("--limit",), unset="all")] = (
+        None
+    )
+    format: Annotated[
+        str | None, Setting("jsonl, json, csv, parquet or text.", flags=("--format",), unset="by the file's name or content")
+    ] = None
+    failed: Annotated[
+        Path | None, Setting("JSONL file for the rows that cannot be used, each with the reason.", flags=("--failed",), unset="none")
+    ] = None
+    columns: Annotated[
+        str | None,
+        Setting("Other column names: OURS=THEIRS,… e.g. prompt=email,response=subject.", flags=("--columns",), unset="ours"),
+    ] = None
+    prompt_format: Annotated[
+        str | None,
+        Setting('Format of prompts, e.g. "{prompt}\\n\\nTL;DR:".', flags=("--prompt-format",), unset="as they are", escapes=True),
+    ] = None
+    response_format: Annotated[
+        str | None,
+        Setting('Format of responses, e.g. " {response}".', flags=("--response-format",), unset="as they are", escapes=True),
+    ] = None
+
+    def __post_init__(self) -> None:
+        validate(self)
+        for name in ("prompt", "response"):
+            text = getattr(self, f"{name}_format")
+            if text is not None and f"{{{name}}}" not in text:
+                raise ConfigError(f"--{name}-format {text!r}\n  expected a text with {{{name}}} where the {name} goes")
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """Our column names and those of the data.
+
+        Raises:
+            ConfigError: ``columns`` of another form.
+        """
+        out = {}
+        for part in (self.columns or "").split(",") if self.columns else ():
+            ours, sign, theirs = part.strip().partition("=")
+            if not sign:
+                raise ConfigError(f"--columns {self.columns!r}\n  expected OURS=THEIRS,… e.g. prompt=email,response=subject")
+            out[ours] = theirs
+        return out
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings that all trainers share; transformers' ``TrainingArguments`` under the names of this project.
+
+    Raises:
+        ConfigError: a setting of the wrong type or out of range.
+    """
+
+    epochs: Annotated[float, Setting("Passes over the data.", r.POSITIVE, flags=("--epochs",))] = 1.0
+    lr: Annotated[float, Setting("Peak learning rate; warm-up, then cosine to zero.", r.POSITIVE, flags=("--lr",))] = 1e-4
+    batch_size: Annotated[int, Setting("Rows for each step and device.", _COUNT, flags=("--batch-size",))] = 32
+    accumulate: Annotated[int, Setting("Gradient accumulation steps.", _COUNT, flags=("--accumulate",))] = 1
+    max_length: Annotated[
+        int,
+        Setting("Largest number of tokens of a row; longer rows are left out, and counted.", r.count(2), flags=("--max-length",)),
+    ] = 1024
+    warmup: Annotated[
+        float, Setting("Share of the steps for warm-up.", r.number("in [0, 1)", 0, 1, open_high=True), flags=("--warmup",))
+    ] = 0.1
+    weight_decay: Annotated[float, Setting("Weight decay of AdamW.", r.number("0 or more", 0), flags=("--weight-decay",))] = 0.0
+    mode: Annotated[
+        Mode,
+        Setting(
+            "full; lora (PEFT, merged at the end); head (values only: the body is frozen).",
+            r.choice("full", "lora", "head"),
+            flags=("--mode",),
+        ),
+    ] = "full"
+    lora_rank: Annotated[int, Setting("Rank of LoRA; alpha is twice that.", _COUNT, flags=("--lora-rank",))] = 16
+    eval_share: Annotated[
+        float,
+        Setting(
+            "Share of the prompts that is held out and measured.", r.number("in [0, 1)", 0, 1, open_high=True), flags=("--eval-share",)
+        ),
+    ] = 0.05
+    evaluations: Annotated[int, Setting("Evaluations, the one at the end included.", _COUNT, flags=("--evaluations",))] = 4
+    save_steps: Annotated[int, Setting("Steps between checkpoints.", _COUNT, flags=("--save-steps",))] = 200
+    seed: Annotated[
+        int,
+        Setting(
+            "Random seed of data order and new weights.",
+            r.Rule("a whole number", r.whole, "in [0, 2**32 - 1]", lambda v: 0 <= v < 2**32),
+            flags=("--seed",),
+        ),
+    ] = 0
+    template: Annotated[
+        str | None,
+        Setting(
+            'How the model reads a prompt: chat, or a text such as "Q: {prompt}\\nA:".',
+            r.TEMPLATE,
+            flags=("--template",),
+            unset="the prompt as it is",
+            escapes=True,
+        ),
+    ] = None
+    report_to: Annotated[str, Setting("Experiment tracker: wandb, tensorboard, … or none.", flags=("--report-to",))] = "none"
+    trust_remote_code: Annotated[bool, Setting("Run Python code from the model's repository.", flags=("--trust-remote-code",))] = False
+    extra: Annotated[
+        Mapping[str, Any],
+        Setting("Any field of the trainer's arguments, NAME=VALUE (JSON); may be repeated.", flags=("--set",)),
+    ] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+@dataclass(frozen=True)
+class ValueSettings:
+    """What value is trained, and on what targets.
+
+    Raises:
+        ConfigError: a setting out of range, or settings that do not go together.
+    """
+
+    head: Annotated[
+        HeadKind,
+        Setting("vocabulary (guides every token too) or scalar.", r.choice("vocabulary", "scalar"), flags=("--head",)),
+    ] = "vocabulary"
+    target: Annotated[
+        Target,
+        Setting(
+            "Training target: fudge, td, cd-q (needs --base) or binary (scores in [0, 1]).",
+            r.choice("fudge", "td", "cd-q", "binary"),
+            flags=("--target",),
+        ),
+    ] = "fudge"
+    lam: Annotated[
+        float, Setting("Lambda of TD(lambda).", r.number("in [0, 1]", 0, 1, label="lambda"), flags=("--lambda",), aliases=("lambda",))
+    ] = 0.95
+    scale: Annotated[
+        float, Setting("Factor of the rewards: the strength of token guidance at beta 1.", r.number(""), flags=("--scale",))
+    ] = 1.0
+    factored: Annotated[bool, Setting("Train a vocabulary head in shared parts.", r.FLAG, flags=("--factored/--plain",))] = True
+    base: Annotated[str | None, Setting("The policy of cd-q and of --rounds: hub id or directory.", flags=("--base",), unset="none")] = None
+    base_template: Annotated[
+        str | None,
+        Setting("How that policy reads a prompt.", r.TEMPLATE, flags=("--base-template",), unset="the prompt as it is", escapes=True),
+    ] = None
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.target == "cd-q" and (self.head != "vocabulary" or self.base is None):
+            raise ConfigError("cd-q averages over the base's next tokens\n  it needs head=vocabulary and a base model (--base)")
