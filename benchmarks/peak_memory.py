@@ -17,7 +17,7 @@ from typing import Any
 
 from ivg.bench.runner import Session, cases
 from ivg.bench.settings import METHOD, BenchSettings, from_mapping
-from ivg.diagnostics.cost import readers
+from ivg.diagnostics.cost import language_models
 from ivg.errors import ModelError
 from ivg.models.packed_linear import packed_layers
 from ivg.utils import environment
@@ -50,7 +50,7 @@ def measure_here(settings: BenchSettings) -> dict[str, Any]:
     row = session.measure(case, 0)
     if before is None or row["peak"] is None:
         raise ModelError("this operating system does not report the peak memory of a process")
-    networks = {id(r.model): r.model.network for r in readers(session.model).values()}
+    networks = {id(r.model): r.model.network for r in language_models(session.model).values()}
     weights = sum(_size(n) for n in networks.values())
     caches, peak = row["caches"], row["peak"] - before
     common = {k: row[k] for k in ("dtype", "device", "threads", "commit", "others")}

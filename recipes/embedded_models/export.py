@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ivg.diagnostics.intervals import wins
+from ivg.diagnostics.stats import wins
 from ivg.utils.jsonl import jsonable, read_jsonl
 from recipes.embedded_models import config
 from recipes.embedded_models.corpus import read_reviews

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from ivg.cli import main
-from ivg.diagnostics import intervals, length, pairs, report, verdict
-from ivg.diagnostics.divergence import Disagreement, agreement
-from ivg.diagnostics.intervals import Mean, Share
-from ivg.diagnostics.length import LengthControl, length_control
-from ivg.diagnostics.log_ratios import Shift, response_logits, written
-from ivg.diagnostics.pairs import OnPairs
-from ivg.diagnostics.report import Judge, foresee
-from ivg.diagnostics.sweep import Plan, Row, Selection, Texts, draw, follow, rows, sweep
+from ivg.diagnostics import length_bias, pairs, stats, verdict
+from ivg.diagnostics.divergence import PairDivergence, pair_divergence
+from ivg.diagnostics.length_bias import LengthControl, length_control
+from ivg.diagnostics.logits import GuidanceLogits, response_beam, response_logits
+from ivg.diagnostics.pairs import PairAccuracy
+from ivg.diagnostics.preference_check import CheckSettings, Judge, check_preferences
+from ivg.diagnostics.stats import Estimate, Proportion
+from ivg.diagnostics.sweep import BestOfGain, SampledTexts, SweepRow, SweepSettings, sample_texts, sweep, sweep_rows, text_logps_and_kls
 from ivg.errors import ConfigError
 from ivg.model import GuidedModel
 from ivg.models.training_rows import write_training_rows
@@ -49,72 +49,72 @@ def implicit(tokenizer=None):
 
 def test_wilson_interval():
     hits = np.array([1.0] * 8 + [0.0] * 2)
-    s = intervals.share(hits, np.arange(10))
+    s = stats.wilson(hits, np.arange(10))
     assert (s.n, s.rate) == (10, 0.8)
     assert (s.low, s.high) == (pytest.approx(0.4902, abs=1e-3), pytest.approx(0.9433, abs=1e-3))
 
 
-def test_pairs_of_one_prompt_are_no_independent_witnesses():
+def test_pairs_of_one_prompt_are_not_independent():
     hits = np.repeat([1.0, 0.0, 1.0, 1.0, 0.0, 1.0], 10)  # ten pairs of each of six prompts agree with each other
-    alone = intervals.share(hits, np.arange(60))
-    together = intervals.share(hits, np.repeat(np.arange(6), 10))
+    alone = stats.wilson(hits, np.arange(60))
+    together = stats.wilson(hits, np.repeat(np.arange(6), 10))
     assert together.rate == alone.rate
     assert together.high - together.low > 2.4 * (alone.high - alone.low)
-    assert intervals.share(np.ones(60), np.repeat(np.arange(6), 10)).low < 0.65  # six witnesses, not sixty
+    assert stats.wilson(np.ones(60), np.repeat(np.arange(6), 10)).low < 0.65  # six observations, not sixty
 
 
 def test_ties_count_half():
-    assert intervals.wins(np.array([1.0, 0.0, 2.0]), np.array([0.0, 1.0, 2.0 + 1e-6])).tolist() == [1, 0, 0.5]
+    assert stats.wins(np.array([1.0, 0.0, 2.0]), np.array([0.0, 1.0, 2.0 + 1e-6])).tolist() == [1, 0, 0.5]
 
 
 def test_slope_finds_bradley_terry():
     rng = np.random.default_rng(0)
     x = rng.normal(size=20000)
     chosen_first = rng.random(20000) < 1 / (1 + np.exp(-0.7 * x))
-    s, loss = intervals.slope(np.where(chosen_first, x, -x))
+    s, loss = stats.bradley_terry_slope(np.where(chosen_first, x, -x))
     assert s == pytest.approx(0.7, abs=0.05)
     p = 1 / (1 + np.exp(-0.7 * x))
     assert loss == pytest.approx(float(-(p * np.log(p) + (1 - p) * np.log(1 - p)).mean()), abs=0.01)
-    assert intervals.slope(np.zeros(3)) == (0.0, math.log(2))
-    assert intervals.slope(np.array([1.0, 2.0]))[1] < 0.01  # separable: finite, and sure
+    assert stats.bradley_terry_slope(np.zeros(3)) == (0.0, math.log(2))
+    assert stats.bradley_terry_slope(np.array([1.0, 2.0]))[1] < 0.01  # separable: finite, and sure
 
 
 def test_rank_correlation():
-    assert intervals.rank_correlation(np.array([1.0, 2.0, 9.0]), np.array([0.1, 0.2, 0.3])) == pytest.approx(1.0)
-    assert intervals.rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([1.0, 1.0, 1.0])) is None
+    assert stats.spearman(np.array([1.0, 2.0, 9.0]), np.array([0.1, 0.2, 0.3])) == pytest.approx(1.0)
+    assert stats.spearman(np.array([1.0, 2.0, 3.0]), np.array([1.0, 1.0, 1.0])) is None
 
 
 def test_best_of_n_is_the_mean_over_all_choices():
     by, judged = np.array([0.3, -1.0, 2.0, 0.5, 0.1]), np.array([5.0, 1.0, 2.0, 8.0, 3.0])
     chosen = [judged[max(c, key=lambda i: by[i])] for c in itertools.combinations(range(5), 3)]
-    assert intervals.best_of(3, by, judged) == pytest.approx(np.mean(chosen))
+    assert stats.expected_best_of(3, by, judged) == pytest.approx(np.mean(chosen))
 
 
 def test_weights_from_the_base_alone_are_plain_importance_weights():
     logps = np.log(np.array([[0.5, 0.2], [0.3, 0.3], [0.2, 0.5]]))
-    w = intervals.mixture_weights(logps, np.zeros(3, dtype=int))
+    w = stats.mixture_weights(logps, np.zeros(3, dtype=int))
     assert w[:, 1] / w[:, 1].sum() == pytest.approx(np.array([0.4, 1.0, 2.5]) / 3.9)
     assert w[:, 0].tolist() == [1, 1, 1]
-    assert intervals.effective_size(w)[1] == pytest.approx(3.9**2 / (0.16 + 1 + 6.25))
+    assert stats.effective_size(w)[1] == pytest.approx(3.9**2 / (0.16 + 1 + 6.25))
 
 
 def test_weights_of_policies_that_share_nothing_are_zero_and_one():
     logps = np.array([[-1.0, -900.0], [-2.0, -900.0], [-900.0, -3.0]])
-    w = intervals.mixture_weights(logps, np.array([0, 0, 1]))
+    w = stats.mixture_weights(logps, np.array([0, 0, 1]))
     assert w == pytest.approx(np.array([[1, 0], [1, 0], [0, 1]]))
 
 
 def test_baselines_leave_a_text_out_of_its_own():
     scores, prompts = np.array([1.0, 3.0, 5.0, 10.0, 20.0]), np.array([0, 0, 0, 1, 1])
     own = np.array([True, True, False, True, True])
-    assert intervals.baselines(scores, prompts, own).tolist() == [3.0, 1.0, 2.0, 20.0, 10.0]
+    assert stats.leave_one_out_baselines(scores, prompts, own).tolist() == [3.0, 1.0, 2.0, 20.0, 10.0]
 
 
 # A vocabulary so small that all texts can be listed
 
 WORDS = ["<eos>", "good", "bad", "so", "not"]
 LIMIT = 3
-PLAN = Plan((0.0, 0.5, 1.5), samples=300, sampling=SamplingParams(temperature=0.8, max_new_tokens=LIMIT), batch=600)
+SETTINGS = SweepSettings((0.0, 0.5, 1.5), samples=300, sampling=SamplingParams(temperature=0.8, max_new_tokens=LIMIT), batch=600)
 PROMPTS = [Prompt("so good"), Prompt("not")]
 
 
@@ -180,7 +180,7 @@ def slow_logp(model, prompt, y, beta, temperature):
 def listed(small):
     """Every text of every prompt: (texts, exact log pi [texts, betas] per prompt)."""
     ys = all_texts()
-    exact = [np.array([[slow_logp(small, p, y, b, 0.8) for b in PLAN.betas] for y in ys]) for p in PROMPTS]
+    exact = [np.array([[slow_logp(small, p, y, b, 0.8) for b in SETTINGS.betas] for y in ys]) for p in PROMPTS]
     return ys, exact
 
 
@@ -198,11 +198,11 @@ def exact_numbers(listed):
     return reward - reward[0], kl
 
 
-def test_one_reading_gives_every_policy_exactly(small, listed):
+def test_one_pass_gives_every_policy_exactly(small, listed):
     ys, exact = listed
-    shift = Shift.of(small.values["implicit"], small.base)
+    shift = GuidanceLogits.from_value(small.values["implicit"], small.base)
     for p, e in zip(PROMPTS, exact, strict=True):
-        read = [follow(small, shift, written(small.base, p, "", y), PLAN) for y in ys]
+        read = [text_logps_and_kls(small, shift, response_beam(small.base, p, "", y), SETTINGS) for y in ys]
         logps, kls = np.stack([r[0] for r in read]), np.stack([r[1] for r in read])
         assert logps == pytest.approx(e, abs=1e-4)
         assert np.exp(logps).sum(0) == pytest.approx(np.ones(3), abs=1e-4)
@@ -212,24 +212,24 @@ def test_one_reading_gives_every_policy_exactly(small, listed):
         assert kls[:, 2].max() > 0.5
 
 
-@pytest.mark.parametrize("drawn_at", [(0,), (0, 1, 2)], ids=["from the base", "from every beta"])
-def test_estimates_converge_to_enumeration(small, listed, drawn_at):
+@pytest.mark.parametrize("sampled_at", [(0,), (0, 1, 2)], ids=["from the base", "from every beta"])
+def test_estimates_converge_to_enumeration(small, listed, sampled_at):
     """Texts drawn from the listed distributions: the error shrinks as their number grows."""
     ys, exact = listed
     gain, kl = exact_numbers(listed)
-    shift = Shift.of(small.values["implicit"], small.base)
-    kls = [np.stack([follow(small, shift, written(small.base, p, "", y), PLAN)[1] for y in ys]) for p in PROMPTS]
+    shift = GuidanceLogits.from_value(small.values["implicit"], small.base)
+    kls = [np.stack([text_logps_and_kls(small, shift, response_beam(small.base, p, "", y), SETTINGS)[1] for y in ys]) for p in PROMPTS]
     scores = worth(ys)
-    beams = [written(small.base, PROMPTS[0], "", y) for y in ys]
+    beams = [response_beam(small.base, PROMPTS[0], "", y) for y in ys]
 
     def errors(n):
         rng = np.random.default_rng(n)
         chances = [np.exp(e) / np.exp(e).sum(0) for e in exact]
-        jobs = [(p, k, i) for p in range(2) for k in drawn_at for i in rng.choice(len(ys), n, p=chances[p][:, k])]
-        texts = Texts([beams[i] for _, _, i in jobs], np.array([p for p, _, _ in jobs]), np.array([k for _, k, _ in jobs]))
+        jobs = [(p, k, i) for p in range(2) for k in sampled_at for i in rng.choice(len(ys), n, p=chances[p][:, k])]
+        texts = SampledTexts([beams[i] for _, _, i in jobs], np.array([p for p, _, _ in jobs]), np.array([k for _, k, _ in jobs]))
         logps, summed = np.stack([exact[p][i] for p, _, i in jobs]), np.stack([kls[p][i] for p, _, i in jobs])
-        got = rows(PLAN.betas, texts, logps, summed, np.array([scores[i] for _, _, i in jobs]))
-        return [abs(r.gain.value - g) + abs(r.kl.value - k) for r, g, k in zip(got, gain, kl, strict=True)][1:]
+        got = sweep_rows(SETTINGS.betas, texts, logps, summed, np.array([scores[i] for _, _, i in jobs]))
+        return [abs(r.gain.mean - g) + abs(r.kl.mean - k) for r, g, k in zip(got, gain, kl, strict=True)][1:]
 
     assert max(errors(20000)) < 0.06
     assert np.mean(errors(20000)) < 0.5 * np.mean([errors(n) for n in range(60, 70)])
@@ -238,39 +238,39 @@ def test_estimates_converge_to_enumeration(small, listed, drawn_at):
 
 def test_drawn_sweep_agrees_with_enumeration(small, listed):
     gain, kl = exact_numbers(listed)
-    texts = draw(small, "implicit", PROMPTS, PLAN)
+    texts = sample_texts(small, "implicit", PROMPTS, SETTINGS)
     assert len(texts.beams) == 2 * 300 * 3
-    assert np.bincount(texts.drawn).tolist() == [600] * 3
+    assert np.bincount(texts.sampled_at).tolist() == [600] * 3
     scores = np.array(Words().score(texts.beams))
-    got = sweep(small, "implicit", texts, scores, PLAN)
+    got = sweep(small, "implicit", texts, scores, SETTINGS)
     for r, g, k in zip(got, gain, kl, strict=True):
-        assert r.gain.value == pytest.approx(g, abs=0.2)
-        assert r.kl.value == pytest.approx(k, rel=0.1, abs=1e-6)
-        assert r.effective >= 590
+        assert r.gain.mean == pytest.approx(g, abs=0.2)
+        assert r.kl.mean == pytest.approx(k, rel=0.1, abs=1e-6)
+        assert r.effective_size >= 590
     assert small.base.model.live_rows == 0
 
 
 def test_effective_size_warns_where_the_base_alone_says_nothing(small):
-    far = Plan((0.0, 8.0), (0.0,), samples=50, sampling=PLAN.sampling)
-    texts = draw(small, "implicit", PROMPTS, far)
-    assert set(texts.drawn) == {0}
+    far = SweepSettings((0.0, 8.0), (0.0,), samples=50, sampling=SETTINGS.sampling)
+    texts = sample_texts(small, "implicit", PROMPTS, far)
+    assert set(texts.sampled_at) == {0}
     got = sweep(small, "implicit", texts, None, far)
-    assert got[0].effective == pytest.approx(100)
-    assert got[1].effective < 40
+    assert got[0].effective_size == pytest.approx(100)
+    assert got[1].effective_size < 40
     assert got[1].gain is None
 
 
-def test_plans_that_cannot_be():
+def test_invalid_sweep_settings():
     with pytest.raises(ConfigError, match="0 among them"):
-        Plan((0.0, 1.0), (1.0,))
-    with pytest.raises(ConfigError, match="2 or more samples"):
-        Plan(samples=1)
+        SweepSettings((0.0, 1.0), (1.0,))
+    with pytest.raises(ConfigError, match="at least 2 samples"):
+        SweepSettings(samples=1)
     with pytest.raises(ConfigError, match="temperature"):
-        Plan(sampling=SamplingParams(temperature=0))
-    assert Plan((2, 0.5)).betas == (0.0, 0.5, 2.0)
+        SweepSettings(sampling=SamplingParams(temperature=0))
+    assert SweepSettings((2, 0.5)).betas == (0.0, 0.5, 2.0)
 
 
-# Readings
+# Logits
 
 
 def test_blocks_are_the_logits_of_one_pass():
@@ -286,27 +286,27 @@ def test_blocks_are_the_logits_of_one_pass():
     assert reader.model.live_rows == 0
 
 
-def test_shift_of_every_value_that_knows_the_vocabulary():
+def test_guidance_logits_of_every_value_that_knows_the_vocabulary():
     base = tiny_lm()
     head, arm = tiny_value("vocabulary"), AutoregressiveReward(tiny_lm("arm", seed=5))
     both = CompositeValue([(2.0, head), (-1.0, CompositeValue([(0.5, arm)]))])
     beam = hypothesis("a prompt", "xyz", base)
     for value in (implicit(), head, arm, both):
-        ((logits, shift),) = Shift.of(value, base).blocks(base, beam)
+        ((logits, shift),) = GuidanceLogits.from_value(value, base).blocks(base, beam)
         wanted = value.deltas([hypothesis("a prompt", "xyz"[:n], base) for n in range(3)])
         assert logits.shape == shift.shape == (3, 257)
         constant = (shift - wanted).mean(1, keepdim=True)  # shifts of all tokens alike change nothing
         assert torch.allclose(shift - constant, wanted, atol=1e-4)
     other = byte_tokenizer(permute=True)
-    assert Shift.of(implicit(other), base) is None
-    assert Shift.of(tiny_value("scalar"), base) is None
-    assert Shift.of(FunctionValue(lambda p, y: 0.0), base) is None
+    assert GuidanceLogits.from_value(implicit(other), base) is None
+    assert GuidanceLogits.from_value(tiny_value("scalar"), base) is None
+    assert GuidanceLogits.from_value(FunctionValue(lambda p, y: 0.0), base) is None
 
 
 def test_agreement_by_hand():
     base, pair = tiny_lm(), implicit()
     beams = [hypothesis("a prompt", "first", base), hypothesis("another", "text", base)]
-    got = agreement(base, pair, beams, beta=0.5)
+    got = pair_divergence(base, pair, beams, beta=0.5)
     rows_, outside = [], []
     for beam in beams:
         z, t, u = (torch.cat(list(response_logits(r, beam))).double() for r in (base, pair.tuned, pair.untuned))
@@ -317,9 +317,9 @@ def test_agreement_by_hand():
         outside.append(float((1 - g.gather(1, likely).sum(1)).sum()))
     n = 9
     assert got.tokens == n
-    found = [got.base_tuned, got.base_untuned, got.tuned_untuned, got.moved, got.outside]
+    found = [got.base_tuned, got.base_untuned, got.tuned_untuned, got.guided_base, got.outside]
     assert found == pytest.approx([*(np.sum(rows_, 0) / n), sum(outside) / n], rel=1e-4)
-    assert agreement(base, implicit(byte_tokenizer(permute=True)), beams) is None
+    assert pair_divergence(base, implicit(byte_tokenizer(permute=True)), beams) is None
 
 
 # Pairs
@@ -344,9 +344,9 @@ def test_scores_of_prefixes_are_those_of_texts_read_anew(kind):
             for k, fraction in enumerate((0.25, 0.5, 0.75)):
                 cut = raw[: math.ceil(fraction * len(raw))]
                 ids = base.tokenizer(text, add_special_tokens=False).input_ids[: len(cut)]
-                beam = written(base, pair.prompt, cut.decode(errors="ignore"), ids)
+                beam = response_beam(base, pair.prompt, cut.decode(errors="ignore"), ids)
                 assert got[i, k, side] == pytest.approx(value.score([beam])[0], abs=1e-3), (pair, fraction)
-            assert got[i, 3, side] == pytest.approx(value.score([written(base, pair.prompt, text, ends=ends)])[0], abs=1e-3)
+            assert got[i, 3, side] == pytest.approx(value.score([response_beam(base, pair.prompt, text, ends=ends)])[0], abs=1e-3)
 
 
 def test_rows_are_freed_and_ends_can_be_left_out():
@@ -361,11 +361,11 @@ def test_rows_are_freed_and_ends_can_be_left_out():
 def test_what_no_context_can_hold_is_left_out():
     base, pair = tiny_lm(), ImplicitValue(tiny_lm("tuned", seed=1, context=40), tiny_lm("untuned", seed=2, context=40))
     long = Pair(Prompt("Say:"), "x" * 60, "y")
-    kept, reasons = pairs.fitting(base, {"implicit": pair}, [*PAIRS, long])
+    kept, reasons = pairs.readable_pairs(base, {"implicit": pair}, [*PAIRS, long])
     assert kept == PAIRS
     assert reasons == ["prompt and response of 65 tokens > context of tuned (40)"]
     with pytest.raises(ConfigError, match="no pair that all models can read: prompt and response of 65"):
-        foresee(GuidedModel(base, {"implicit": pair}), [long])
+        check_preferences(GuidedModel(base, {"implicit": pair}), [long])
 
 
 def test_pairs_that_a_value_has_no_number_for_are_left_out_and_named():
@@ -378,12 +378,12 @@ def test_pairs_that_a_value_has_no_number_for_are_left_out_and_named():
 
     base, values = tiny_lm(), {"picky": FunctionValue(picky, "picky"), "fine": FunctionValue(lambda p, r: 1.0, "fine")}
     made = [Pair(Prompt("a"), "xx", "x"), Pair(Prompt("b"), "x", "y"), Pair(Prompt("c"), "z", "x"), Pair(Prompt("d"), "xxx", "x")]
-    kept, tables, why = report._scored(base, values, made, Plan(batch=4), True)
-    assert kept == [made[0], made[3]]
-    assert tables["picky"][:, 3].tolist() == [[2, 1], [3, 1]] and tables["fine"].shape == (2, 4, 2)
-    assert why == ["the value picky raised KeyError: 'secret'", "the value picky gave NaN: expected a finite number"]
+    found = check_preferences(GuidedModel(base, values), made, CheckSettings(SweepSettings(batch=4), prompts=0))
+    assert found.pairs == 2
+    assert [(v.name, v.whole.n, v.whole.rate) for v in found.values[1:]] == [("picky", 2, 1.0), ("fine", 2, 0.5)]
+    assert list(found.skipped) == ["the value picky raised KeyError: 'secret'", "the value picky gave NaN: expected a finite number"]
     with pytest.raises(ConfigError, match=r"no pair that all models can read: the value picky raised KeyError: 'secret'"):
-        foresee(GuidedModel(base, values), made[1:3])
+        check_preferences(GuidedModel(base, values), made[1:3])
 
 
 def test_balanced_accuracy_sees_through_length():
@@ -391,11 +391,13 @@ def test_balanced_accuracy_sees_through_length():
     made = [Pair(Prompt(f"{i}"), "x" * (9 if i % 4 else 3), "x" * (3 if i % 4 else 9), margin=float(i)) for i in range(100)]
     assert pairs.longer_wins(base, made).mean() == 0.75
     value = FunctionValue(lambda p, y: float(len(y)))
-    found = pairs.summary("length", pairs.score_pairs(base, value, made)[0], made, pairs.pair_lengths(base, value, made))
+    found = pairs.pair_accuracy("length", pairs.score_pairs(base, value, made)[0], made, pairs.pair_lengths(base, value, made))
     assert found.whole.rate == 0.75
-    assert [s.rate for s in (found.length.alone, found.length.balanced, found.length.residual)] == pytest.approx([0.75, 0.5, 0.5])
-    assert abs(found.margin) < 0.2
-    assert verdict.standing(found) == "length"
+    assert [s.rate for s in (found.length_control.alone, found.length_control.balanced, found.length_control.residual)] == pytest.approx(
+        [0.75, 0.5, 0.5]
+    )
+    assert abs(found.margin_correlation) < 0.2
+    assert verdict.classify(found) == "length"
 
 
 def simulated(preference, value, seed, count=150):
@@ -455,11 +457,11 @@ def test_a_quality_that_no_pair_tells_from_length_does_not_pass():
 
 
 def test_weights_balance_the_sides():
-    assert intervals.share(np.array([1.0, 0.0, 1.0]), np.arange(3), np.array([1.0, 1.0, 2.0])).rate == 0.75
-    equal, weighted = (intervals.share(np.array([1.0, 0.0] * 10), np.arange(20), w) for w in (None, np.array([1.0, 1.0] * 10)))
+    assert stats.wilson(np.array([1.0, 0.0, 1.0]), np.arange(3), np.array([1.0, 1.0, 2.0])).rate == 0.75
+    equal, weighted = (stats.wilson(np.array([1.0, 0.0] * 10), np.arange(20), w) for w in (None, np.array([1.0, 1.0] * 10)))
     assert equal == weighted
-    assert length.balancing_weights(np.array([1.0, 1.0, 0.0, 0.5, 1.0])).tolist() == [1 / 3, 1 / 3, 1, 1, 1 / 3]
-    assert length.balancing_weights(np.array([1.0, 0.5])).tolist() == [0, 1]
+    assert length_bias.balancing_weights(np.array([1.0, 1.0, 0.0, 0.5, 1.0])).tolist() == [1 / 3, 1 / 3, 1, 1, 1 / 3]
+    assert length_bias.balancing_weights(np.array([1.0, 0.5])).tolist() == [0, 1]
 
 
 # Verdicts
@@ -467,56 +469,56 @@ def test_weights_balance_the_sides():
 
 def on_pairs(rate, half=0.04, name="implicit", balanced=None, n=400, residual=0.7, seen=0):
     def around(x):
-        return Share(n, x, x - half, x + half)
+        return Proportion(n, x, x - half, x + half)
 
     control = LengthControl("tokens", "longer", around(0.7), None if balanced is None else around(balanced), around(residual))
-    plain = OnPairs(name, (around(rate),) * 4, 1.0, 0.6, None, seen=seen, on_training_data=bool(seen))
-    return plain if balanced is None and residual == 0.7 else replace(plain, length=control)
+    plain = PairAccuracy(name, (around(rate),) * 4, 1.0, 0.6, None, trained_pairs=seen, on_training_data=bool(seen))
+    return plain if balanced is None and residual == 0.7 else replace(plain, length_control=control)
 
 
-def own(base_untuned=0.4, outside=0.3, tuned_untuned=0.3):
-    return Disagreement(100, 0.5, base_untuned, tuned_untuned, 0.3, 0.6, outside, 0.28)
+def divergence(base_untuned=0.4, outside=0.3, tuned_untuned=0.3):
+    return PairDivergence(100, 0.5, base_untuned, tuned_untuned, 0.3, 0.6, outside, 0.28)
 
 
-def row(beta, gain, kl, effective=64.0, half=0.2, length=50):
-    return Row(beta, None if gain is None else Mean(gain, gain - half, gain + half), Mean(kl, kl, kl), length, effective)
+def row(beta, gain, kl, effective_size=64.0, half=0.2, length=50):
+    return SweepRow(beta, None if gain is None else Estimate(gain, gain - half, gain + half), Estimate(kl, kl, kl), length, effective_size)
 
 
 GOLD = on_pairs(0.8, name="gold")
 GOOD = (row(0, 0, 0), row(0.25, 1.5, 1.8), row(0.5, 2.5, 6.6), row(1, 3.6, 23), row(2, 3.8, 75))
 
 
-def decide(values, guide="implicit", fits=True, **rest):
-    return verdict.decide(verdict.Evidence({v.name: v for v in values}, guide, fits, **rest))
+def decide(values, guide="implicit", shares_vocabulary=True, **rest):
+    return verdict.decide(verdict.Evidence({v.name: v for v in values}, guide, shares_vocabulary, **rest))
 
 
 @pytest.mark.parametrize(
-    ("value", "standing", "words"),
+    ("value", "ranking", "words"),
     [
         (on_pairs(0.52, 0.05), "chance", "no better than chance (0.52, interval 0.47–0.57): guidance by it will not help"),
-        (on_pairs(0.31), "opposed", "prefers what you reject"),
+        (on_pairs(0.31), "opposed", "prefers the rejected responses"),
         (on_pairs(0.52, 0.01), "weak", "hardly better than chance"),
-        (on_pairs(0.6, 0.2, n=20), "unclear", "cannot be told from chance by 20 pairs"),
+        (on_pairs(0.6, 0.2, n=20), "inconclusive", "cannot be told from chance with 20 pairs"),
         (
             on_pairs(0.7, balanced=0.51),
             "length",
-            "(0.70, interval 0.66–0.74), but length explains it: the longer response (tokens) is chosen as often (0.70, interval "
-            "0.66–0.74); accuracy where longer and shorter are chosen alike 0.51, interval 0.47–0.55",
+            "(0.70, interval 0.66–0.74), but length explains it: choosing the longer response (tokens) is as accurate (0.70, interval "
+            "0.66–0.74); accuracy with longer and shorter balanced 0.51, interval 0.47–0.55",
         ),
-        (on_pairs(0.7, balanced=0.7, residual=0.52), "length", "by what length does not predict 0.52, interval 0.48–0.56"),
+        (on_pairs(0.7, balanced=0.7, residual=0.52), "length", "of what length does not predict 0.52, interval 0.48–0.56"),
         (
             on_pairs(0.9, 0.12, balanced=0.9, residual=0.6, n=60),
-            "unclear",
-            "60 pairs of so few different lengths (tokens) cannot tell it from",
+            "inconclusive",
+            "60 pairs with so few different lengths (tokens) cannot rule out",
         ),
-        (on_pairs(0.9, residual=0.8), "length", "and in no pair the shorter one; give pairs that length does not decide"),
+        (on_pairs(0.9, residual=0.8), "length", "and no pair has the shorter one chosen; give pairs where length does not decide"),
         (on_pairs(0.9, seen=380), "trained", "was trained on 380 of these pairs, and too few others are left"),
     ],
 )
-def test_a_pair_that_will_not_help(value, standing, words):
-    assert verdict.standing(value) == standing
-    v = decide([value], own=own(), rows=GOOD, judge=GOLD)
-    assert v.outcome == ("unclear" if standing in ("unclear", "trained") else "no")
+def test_a_pair_that_will_not_help(value, ranking, words):
+    assert verdict.classify(value) == ranking
+    v = decide([value], divergence=divergence(), sweep=GOOD, judge=GOLD)
+    assert v.outcome == ("unclear" if ranking in ("inconclusive", "trained") else "no")
     assert v.exit_code == 1
     assert (v.beta, v.token, v.select) == (None, None, ())
     assert words in v.reasons[0]
@@ -527,77 +529,77 @@ def test_a_pair_that_will_not_help(value, standing, words):
 
 
 def test_a_pair_that_is_right_beyond_length_helps():
-    assert decide([on_pairs(0.74, balanced=0.7)], own=own(), rows=GOOD, judge=GOLD).outcome == "helps"
+    assert decide([on_pairs(0.74, balanced=0.7)], divergence=divergence(), sweep=GOOD, judge=GOLD).outcome == "helps"
 
 
 def test_a_judge_that_only_counts_or_was_trained_on_the_pairs_is_not_heard():
     for judge in (on_pairs(0.8, name="gold", balanced=0.5), on_pairs(0.9, name="gold", seen=400)):
-        v = decide([on_pairs(0.74)], own=own(), rows=(row(0, 0, 0), row(0.5, -1, 4)), judge=judge)
+        v = decide([on_pairs(0.74)], divergence=divergence(), sweep=(row(0, 0, 0), row(0.5, -1, 4)), judge=judge)
         assert v.outcome == "helps"
-        assert any("the judge (gold)" in r and "left out" in r for r in v.reasons)
+        assert any("the judge (gold)" in r and "are not used" in r for r in v.reasons)
 
 
 def test_a_good_pair_with_a_judge():
-    v = decide([on_pairs(0.74)], own=own(), rows=GOOD, judge=GOLD)
+    v = decide([on_pairs(0.74)], divergence=divergence(), sweep=GOOD, judge=GOLD)
     assert (v.outcome, v.exit_code, v.beta, v.token) == ("helps", 0, 0.5, "implicit")
     assert "suggested beta 0.5: +2.50 by the judge at 6.6 nats from the base; beyond it KL grows faster than reward" in v.reasons[0]
-    v = decide([on_pairs(0.74)], own=own(), rows=GOOD[:3], judge=GOLD)
+    v = decide([on_pairs(0.74)], divergence=divergence(), sweep=GOOD[:3], judge=GOLD)
     assert v.beta == 0.5
-    assert "larger ones may buy more" in v.reasons[0]
+    assert "a larger one may gain more" in v.reasons[0]
 
 
 def test_frontier_of_rows_on_the_law():
     """gain = d (2 - 0.1 d): three quarters of the slope are left at d = 0.25 * 2 / 0.1."""
     on_law = [row(b, d * (2 - 0.1 * d), d * d, half=0.1 * b) for b, d in ((0.5, 1.0), (1, 4.0), (2, 7.0))]
-    assert verdict.frontier(on_law) == pytest.approx(5.0)
-    assert verdict.frontier([row(b, 2.0 * d, d * d) for b, d in ((0.5, 1.0), (1, 4.0))]) == pytest.approx(math.inf)
+    assert verdict.max_efficient_distance(on_law) == pytest.approx(5.0)
+    assert verdict.max_efficient_distance([row(b, 2.0 * d, d * d) for b, d in ((0.5, 1.0), (1, 4.0))]) == pytest.approx(math.inf)
 
 
 def test_a_right_pair_that_makes_the_base_worse():
     """The field's best-known complaint: the pair knows what is good, but guided by it the base writes worse."""
     bad = (row(0, 0, 0), row(0.5, -0.4, 4), row(1, -1.5, 20))
-    v = decide([on_pairs(0.74)], own=own(base_untuned=4.2), rows=bad, judge=GOLD)
+    v = decide([on_pairs(0.74)], divergence=divergence(base_untuned=4.2), sweep=bad, judge=GOLD)
     assert (v.outcome, v.token, v.select) == ("mixed", None, ("implicit",))
-    assert "far from the base, but guided by it the judge sees worse texts" in v.reasons[0]
-    assert "select chunks rather than to guide tokens" in v.reasons[1]
-    lost = Selection("implicit", Mean(-0.5, -0.9, -0.1))
-    v = decide([on_pairs(0.74)], own=own(), rows=bad, judge=GOLD, selection=(lost,))
+    assert "far from the base, but the judge scores the guided texts lower" in v.reasons[0]
+    assert "chunk selection rather than token guidance" in v.reasons[1]
+    lost = BestOfGain("implicit", Estimate(-0.5, -0.9, -0.1))
+    v = decide([on_pairs(0.74)], divergence=divergence(), sweep=bad, judge=GOLD, best_of=(lost,))
     assert (v.outcome, v.exit_code, v.select) == ("no", 1, ())
-    assert any("worse than a random one" in r for r in v.reasons)
+    assert any("below a random one" in r for r in v.reasons)
 
 
 def test_without_a_judge_agreement_decides():
-    plain = tuple(row(r.beta, None, r.kl.value) for r in GOOD)
-    v = decide([on_pairs(0.74)], own=own(), rows=plain)
+    plain = tuple(row(r.beta, None, r.kl.mean) for r in GOOD)
+    v = decide([on_pairs(0.74)], divergence=divergence(), sweep=plain)
     assert (v.outcome, v.beta) == ("helps", 1)  # 0.46 nats per token; 2 has 1.5
     assert "no judge" in v.reasons[0]
-    v = decide([on_pairs(0.74)], own=own(), rows=plain[-1:])
+    v = decide([on_pairs(0.74)], divergence=divergence(), sweep=plain[-1:])
     assert (v.outcome, v.beta) == ("helps", None)
     assert "start with a smaller one" in v.reasons[0]
-    v = decide([on_pairs(0.74)], own=own(), rows=(row(0.5, None, 4, effective=3.0),))
+    v = decide([on_pairs(0.74)], divergence=divergence(), sweep=(row(0.5, None, 4, effective_size=3.0),))
     assert "not from the base alone" in v.reasons[0]
-    for far in (own(base_untuned=4.2), own(outside=0.7)):
-        v = decide([on_pairs(0.74)], own=far, rows=plain)
+    for far in (divergence(base_untuned=4.2), divergence(outside=0.7)):
+        v = decide([on_pairs(0.74)], divergence=far, sweep=plain)
         assert (v.outcome, v.token, v.select) == ("mixed", None, ("implicit",))
         assert "(0.74, interval 0.70–0.78) but far from the base" in v.reasons[0]
-    assert decide([on_pairs(0.74)], own=own(tuned_untuned=0.001)).outcome == "mixed"
+    assert decide([on_pairs(0.74)], divergence=divergence(tuned_untuned=0.001)).outcome == "mixed"
 
 
 def test_a_judge_that_disagrees_with_the_preferences_is_not_heard():
-    v = decide([on_pairs(0.74)], own=own(), rows=(row(0, 0, 0), row(0.5, -1, 4)), judge=on_pairs(0.5, name="gold"))
+    v = decide([on_pairs(0.74)], divergence=divergence(), sweep=(row(0, 0, 0), row(0.5, -1, 4)), judge=on_pairs(0.5, name="gold"))
     assert v.outcome == "helps"
-    assert any("the judge (gold)" in r and "left out" in r for r in v.reasons)
+    assert any("the judge (gold)" in r and "are not used" in r for r in v.reasons)
 
 
 def test_estimates_that_rest_on_few_texts_are_not_heard():
-    thin = (row(0, 0, 0), row(0.5, 3, 4, effective=3.0))
-    v = decide([on_pairs(0.74)], own=own(), rows=thin, judge=GOLD)
+    thin = (row(0, 0, 0), row(0.5, 3, 4, effective_size=3.0))
+    v = decide([on_pairs(0.74)], divergence=divergence(), sweep=thin, judge=GOLD)
     assert (v.outcome, v.beta) == ("mixed", None)
     assert "too small" in v.reasons[0]
 
 
 def test_other_tokens_leave_text():
-    v = decide([on_pairs(0.74)], fits=False)
+    v = decide([on_pairs(0.74)], shares_vocabulary=False)
     assert (v.outcome, v.exit_code, v.token, v.select) == ("mixed", 0, None, ("implicit",))
     assert "other tokens than the base" in v.reasons[0]
 
@@ -607,12 +609,14 @@ def test_other_tokens_leave_text():
 
 def test_pair_without_the_base_vocabulary_is_measured_by_text():
     model = GuidedModel(tiny_lm(), {"implicit": implicit(byte_tokenizer([("t", "h")]))})
-    found = foresee(
-        model, PAIRS * 8, Plan(samples=4, sampling=SamplingParams(max_new_tokens=5)), judge=Judge("words", FunctionValue(characters))
+    found = check_preferences(
+        model,
+        PAIRS * 8,
+        CheckSettings(SweepSettings(sampling=SamplingParams(max_new_tokens=5)), judge=Judge("words", FunctionValue(characters))),
     )
-    assert found.chosen is None
+    assert found.divergence_on_chosen is None
     assert found.sweep == ()
-    assert [s.value for s in found.selection] == ["implicit"]
+    assert [s.value for s in found.best_of] == ["implicit"]
     assert [v.name for v in found.values] == ["base", "implicit", "words"]
     assert found.pairs == 24
 
@@ -622,11 +626,12 @@ def characters(prompt, text):
 
 
 def test_a_guide_is_not_its_own_judge(small):
-    found = foresee(small, PAIRS, Plan(samples=2, sampling=PLAN.sampling), judge=Judge("implicit", small.values["implicit"]))
+    settings = CheckSettings(SweepSettings(samples=2, sampling=SETTINGS.sampling), judge=Judge("implicit", small.values["implicit"]))
+    found = check_preferences(small, PAIRS, settings)
     assert found.judge is None
     assert all(r.gain is None for r in found.sweep)
     with pytest.raises(ConfigError, match="no value called 'nothing'"):
-        foresee(small, PAIRS, guide="nothing")
+        check_preferences(small, PAIRS, CheckSettings(guide="nothing"))
 
 
 def vowels(prompt, text):
@@ -646,14 +651,14 @@ def word_pairs(count, longer=False):
 
 def test_a_value_that_is_right_only_where_length_is_does_not_help():
     base = GuidedModel(tiny_lm(), {"mine": FunctionValue(characters)})
-    found = foresee(base, word_pairs(60, longer=True), prompts=0)
-    assert found.longer.rate == 1.0
+    found = check_preferences(base, word_pairs(60, longer=True), CheckSettings(prompts=0))
+    assert found.longer_wins.rate == 1.0
     assert found.values[1].whole.rate == 1.0
     assert (found.verdict.outcome, found.verdict.exit_code) == ("no", 1)
-    assert "but length explains it: the longer response" in found.verdict.reasons[0]
+    assert "but length explains it: choosing the longer response" in found.verdict.reasons[0]
     base.add_value("mine", vowels)
-    assert foresee(base, word_pairs(60), prompts=0).verdict.outcome == "mixed"  # it can select
-    assert foresee(base, word_pairs(60), prompts=0).verdict.select == ("mine",)
+    assert check_preferences(base, word_pairs(60), CheckSettings(prompts=0)).verdict.outcome == "mixed"  # it can select
+    assert check_preferences(base, word_pairs(60), CheckSettings(prompts=0)).verdict.select == ("mine",)
 
 
 def test_a_value_is_not_measured_on_its_training_data(tmp_path):
@@ -662,15 +667,15 @@ def test_a_value_is_not_measured_on_its_training_data(tmp_path):
     value.score = lambda beams: [vowels("", b.text) for b in beams]  # right about all of them
     value.network.config._name_or_path = str(tmp_path)
     model = GuidedModel(tiny_lm(), {"mine": value})
-    found = foresee(model, made, prompts=0)
-    assert (found.unknown, found.values[1].seen) == (("explicit",), 0)
+    found = check_preferences(model, made, CheckSettings(prompts=0))
+    assert (found.unknown_training_data, found.values[1].trained_pairs) == (("explicit",), 0)
     write_training_rows(tmp_path, [(p.prompt, p.chosen) for p in made[:30]])
-    found = foresee(model, made, prompts=0)
-    assert (found.unknown, found.verdict.outcome) == ((), "mixed")
-    assert (found.values[0].whole.n, found.values[1].whole.n, found.values[1].seen) == (60, 30, 30)
+    found = check_preferences(model, made, CheckSettings(prompts=0))
+    assert (found.unknown_training_data, found.verdict.outcome) == ((), "mixed")
+    assert (found.values[0].whole.n, found.values[1].whole.n, found.values[1].trained_pairs) == (60, 30, 30)
     write_training_rows(tmp_path, [(p.prompt, p.rejected) for p in made[:50]])
-    found = foresee(model, made, prompts=0)
-    assert (found.values[1].on_training_data, found.values[1].seen) == (True, 50)
+    found = check_preferences(model, made, CheckSettings(prompts=0))
+    assert (found.values[1].on_training_data, found.values[1].trained_pairs) == (True, 50)
     assert (found.verdict.outcome, found.verdict.exit_code, found.verdict.select) == ("unclear", 1, ())
     assert "was trained on 50 of these pairs, and too few others are left" in found.verdict.reasons[0]
 
@@ -679,10 +684,10 @@ def test_pairs_of_one_text_are_counted_and_left_out():
     ties = [Pair(Prompt("p"), "same", "same"), Pair(Prompt("q"), "", "")]
     ends = Pair(Prompt("p"), "same", "same", rejected_ends=False)  # one was cut: the end is the difference
     base = GuidedModel(tiny_lm(), {"mine": FunctionValue(vowels)})
-    found = foresee(base, [*ties, *word_pairs(30), ends], prompts=0)
+    found = check_preferences(base, [*ties, *word_pairs(30), ends], CheckSettings(prompts=0))
     assert (found.pairs, found.ties) == (31, 2)
     with pytest.raises(ConfigError, match="in all 2 pairs chosen and rejected are the same text"):
-        foresee(base, ties, prompts=0)
+        check_preferences(base, ties, CheckSettings(prompts=0))
 
 
 @pytest.fixture(scope="module")
@@ -731,20 +736,21 @@ def test_good_pair_helps(check, preferences, tmp_path):
     code, out, _ = check("--preferences", preferences / "good.jsonl", "--sweep", 5, "--betas", "0.5,1", "--json", tmp_path / "out.json")
     assert code == 0, out
     assert "verdict: helps" in out
-    assert "not known whether these pairs were trained on by: tuned, untuned, explicit, explicit-other, gold" in out
-    assert "with length taken out" in out
+    assert "unknown training data (no fingerprints beside the weights): tuned, untuned, explicit, explicit-other, gold" in out
+    assert "with length controlled" in out
     assert "accuracy is good" in out
     assert "judged by gold" in out
     data = json.loads((tmp_path / "out.json").read_text())
     assert data["verdict"]["outcome"] == "helps"
     assert data["verdict"]["beta"] in (0.5, 1)
     assert [r["beta"] for r in data["sweep"]] == [0, 0.5, 1]
-    assert data["sweep"][0]["kl"]["value"] == 0
-    assert 0 < data["sweep"][1]["kl"]["value"] < data["sweep"][2]["kl"]["value"]
+    assert data["sweep"][0]["kl"]["mean"] == 0
+    assert 0 < data["sweep"][1]["kl"]["mean"] < data["sweep"][2]["kl"]["mean"]
     assert data["sweep"][2]["gain"]["low"] > 0
     assert {v["name"] for v in data["values"]} == {"base", "implicit", "explicit", "explicit-other", "gold"}
-    assert all(len(v["at"]) == 4 for v in data["values"])
-    assert data["chosen"]["tokens"] > 0
+    assert all(len(v["accuracy"]) == 4 for v in data["values"])
+    assert data["divergence_on_chosen"]["tokens"] > 0
+    assert data["chosen"] == data["divergence_on_chosen"]  # the name of 0.1
     assert data["made_with"]["models"] == "embedded"
 
 
@@ -760,7 +766,7 @@ def test_where_the_longer_response_always_wins_nothing_helps(check, preferences,
     assert code == 1
     assert "longer.jsonl, line 1: chosen and rejected are the same text" in err
     assert "verdict: no" in out
-    assert "but length explains it: the longer response (characters) is chosen as often (1.00" in out
+    assert "but length explains it: choosing the longer response (characters) is as accurate (1.00" in out
 
 
 def test_opposed_pair_is_caught(check, preferences):
@@ -770,7 +776,7 @@ def test_opposed_pair_is_caught(check, preferences):
     code, out, _ = check("--preferences", preferences / "good.jsonl", *models, "--sweep", 3, "--samples", 2, "--betas", "1")
     assert code == 1
     assert "verdict: no" in out
-    assert "prefers what you reject" in out
+    assert "prefers the rejected responses" in out
     assert "no judge" in out
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from ivg.diagnostics.cost import flops, multiplied
+from ivg.diagnostics.cost import active_parameters, flops
 from ivg.evaluation import metrics
 from ivg.evaluation.base_samples import SampleGroup, prefix_maxima, sample_group
 from ivg.evaluation.labels import best, overlap
@@ -138,32 +138,32 @@ def test_flops_by_hand():
 def test_parameters_that_are_multiplied():
     network = tiny_model("llama")
     whole = sum(p.numel() for p in network.parameters())
-    assert multiplied(network) == whole - 257 * 32  # the input embedding is looked up
+    assert active_parameters(network) == whole - 257 * 32  # the input embedding is looked up
     tied = tiny_model("gpt2")  # its table is the output layer as well; positions are looked up, and too few to matter
-    assert multiplied(tied) == sum(p.numel() for p in tied.parameters())
+    assert active_parameters(tied) == sum(p.numel() for p in tied.parameters())
     value = tiny_value("vocabulary").network
-    assert multiplied(value) == sum(p.numel() for p in value.parameters()) - 257 * 32
+    assert active_parameters(value) == sum(p.numel() for p in value.parameters()) - 257 * 32
 
 
 def test_packed_weights_are_counted_as_they_were():
     """bitsandbytes keeps two 4-bit weights in a byte, and may call eight bytes one number."""
     import torch
 
-    from ivg.diagnostics.cost import count
+    from ivg.diagnostics.cost import num_weights
 
     class Params4bit(torch.nn.Parameter):
         bnb_quantized = True
 
-    assert count(Params4bit(torch.zeros(50, 1, dtype=torch.uint8), requires_grad=False)) == 100
-    assert count(Params4bit(torch.zeros(25, 1, dtype=torch.bfloat16), requires_grad=False)) == 100
-    assert count(torch.nn.Parameter(torch.zeros(10, 10))) == 100
+    assert num_weights(Params4bit(torch.zeros(50, 1, dtype=torch.uint8), requires_grad=False)) == 100
+    assert num_weights(Params4bit(torch.zeros(25, 1, dtype=torch.bfloat16), requires_grad=False)) == 100
+    assert num_weights(torch.nn.Parameter(torch.zeros(10, 10))) == 100
 
 
 def test_of_experts_the_active_count():
     network = tiny_model("mixtral")
     experts = sum(p.numel() for n, p in network.named_parameters() if "experts" in n)
     rest = sum(p.numel() for n, p in network.named_parameters() if "experts" not in n and "embed_tokens" not in n)
-    assert multiplied(network) == rest + experts * 2 / 4
+    assert active_parameters(network) == rest + experts * 2 / 4
 
 
 # Best-of-N at equal compute

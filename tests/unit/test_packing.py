@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from ivg.diagnostics.cost import multiplied
+from ivg.diagnostics.cost import active_parameters
 from ivg.embedded import path
 from ivg.models.loading import LoadOptions, load_causal, load_value
 from ivg.models.packed_linear import PackedLinear, can_pack, pack, packed_layers
@@ -20,10 +20,10 @@ needs_onednn = pytest.mark.skipif(not can_pack(torch.nn.Linear(1, 1).to(torch.bf
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_packed_networks_give_the_same_outputs(architecture):
     plain, packed = (tiny_model(architecture, seed=3).to(torch.bfloat16) for _ in range(2))
-    size = multiplied(packed)
+    size = active_parameters(packed)
     assert pack(packed) is packed
     assert packed_layers(packed)
-    assert multiplied(packed) == size
+    assert active_parameters(packed) == size
     ids = torch.arange(1, 25).view(2, 12)
     with torch.no_grad():
         a, b = plain(ids).logits.float(), packed(ids).logits.float()

@@ -22,10 +22,10 @@ vocabulary is impossible.
 
     ivg check --preferences pairs.jsonl
 
-Will guidance help? Accuracy of every value on preference pairs (prompt, chosen, rejected), agreement of pair and base, reward
-and KL at several betas, and a verdict. Exit code 1 when it will not help, or when the pairs are too few to tell."""
+Will guidance help? Accuracy of every value on preference pairs (prompt, chosen, rejected), divergence of pair and base,
+reward and KL at several betas, and a verdict. Exit code 1 when it will not help, or when the pairs are too few to tell."""
 
-_FORESEE = "Will it help? (with --preferences)"
+_PREFERENCES = "Will it help? (with --preferences)"
 PROMPTS = ("The movie was", "I have to say that", "In the end,", "What I like most is")
 
 
@@ -44,31 +44,36 @@ def check(
     dtype: o.Dtype = None,
     preferences: Annotated[
         Path | None,
-        typer.Option("--preferences", help="Pairs (rows of docs/reference/data.md): prompt, chosen, rejected.", rich_help_panel=_FORESEE),
+        typer.Option(
+            "--preferences", help="Pairs (rows of docs/reference/data.md): prompt, chosen, rejected.", rich_help_panel=_PREFERENCES
+        ),
     ] = None,
     format: Annotated[
-        str | None, typer.Option("--format", help="jsonl, json, csv or parquet. (default: by the file's name)", rich_help_panel=_FORESEE)
+        str | None,
+        typer.Option("--format", help="jsonl, json, csv or parquet. (default: by the file's name)", rich_help_panel=_PREFERENCES),
     ] = None,
-    pairs: Annotated[int | None, typer.Option("--pairs", help="The first so many. (default: 400)", min=1, rich_help_panel=_FORESEE)] = None,
+    pairs: Annotated[
+        int | None, typer.Option("--pairs", help="The first so many. (default: 400)", min=1, rich_help_panel=_PREFERENCES)
+    ] = None,
     sweep: Annotated[
         int | None,
-        typer.Option("--sweep", help="Prompts that texts are drawn for; 0: none. (default: 16)", min=0, rich_help_panel=_FORESEE),
+        typer.Option("--sweep", help="Prompts that texts are drawn for; 0: none. (default: 16)", min=0, rich_help_panel=_PREFERENCES),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option("--samples", help="Texts for each prompt and beta. (default: 4)", min=2, rich_help_panel=_FORESEE)
+        int | None, typer.Option("--samples", help="Texts for each prompt and beta. (default: 4)", min=2, rich_help_panel=_PREFERENCES)
     ] = None,
     betas: Annotated[
-        str | None, typer.Option("--betas", help="Guidance weights to try. (default: 0.25,0.5,1,2)", rich_help_panel=_FORESEE)
+        str | None, typer.Option("--betas", help="Guidance weights to try. (default: 0.25,0.5,1,2)", rich_help_panel=_PREFERENCES)
     ] = None,
     from_base: Annotated[
         bool | None,
-        typer.Option("--from-base", help="Draw from the base only and weigh: cheaper, good for small betas.", rich_help_panel=_FORESEE),
+        typer.Option("--from-base", help="Draw from the base only and weigh: cheaper, good for small betas.", rich_help_panel=_PREFERENCES),
     ] = None,
     judge: Annotated[
         str | None,
-        typer.Option("--judge", help="Who scores drawn texts: reward, explicit, gold (of the recipe), none.", rich_help_panel=_FORESEE),
+        typer.Option("--judge", help="Who scores drawn texts: reward, explicit, gold (of the recipe), none.", rich_help_panel=_PREFERENCES),
     ] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.", rich_help_panel=_FORESEE)] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.", rich_help_panel=_PREFERENCES)] = None,
     token: o.Token = None,
     temperature: o.Temperature = None,
     max_new_tokens: o.MaxNewTokens = None,
@@ -96,10 +101,10 @@ def check(
     fits = _table(out, model)
     _generation_config(out, model)
     if preferences is not None:
-        from ivg.cli.preference_check import Order, run
+        from ivg.cli.preference_check import CheckOptions, run
 
-        raise typer.Exit(run(out, model, given, Order(preferences, **extra)))  # type: ignore[arg-type]
-    _disagreement(out, model, prompts or list(PROMPTS), 1.0 if given.search.beta is None else given.search.beta)
+        raise typer.Exit(run(out, model, given, CheckOptions(preferences, **extra)))  # type: ignore[arg-type]
+    _divergence(out, model, prompts or list(PROMPTS), 1.0 if given.search.beta is None else given.search.beta)
     out.print(f"\nmethods that these models allow: {', '.join(model.methods)}", soft_wrap=True)
     if not fits:
         raise typer.Exit(1)
@@ -110,7 +115,7 @@ def _table(out: Console, model: GuidedModel) -> bool:
     from rich.table import Table
     from rich.text import Text
 
-    from ivg.diagnostics.compatibility import fit, readers, vocabulary_lines
+    from ivg.diagnostics.compatibility import compare_vocabularies, models_of
     from ivg.types.guides import knows_vocabulary
 
     table = Table("model", "tokens", "context", "chat template", "vocabulary", box=None, pad_edge=False)
@@ -118,13 +123,12 @@ def _table(out: Console, model: GuidedModel) -> bool:
     table.add_row("base", str(len(base.vocabulary.pieces)), str(base.max_positions), _yes(base.tokenizer.chat_template), "")
     guides = {r for v in model.values.values() if knows_vocabulary(v) for a in ("tuned", "untuned", "model") if (r := getattr(v, a, None))}
     fine, notes = True, []
-    for reader in readers(model.values).values():
-        f = fit(base, reader)
-        words = "same as base" if f.same else f"{f.different} ids differ: guides by text (--guide-candidates), selects by text"
-        table.add_row(f.name, str(f.tokens), str(f.context), _yes(f.chat_template), words)
-        if not f.same:
-            notes += vocabulary_lines(base.vocabulary, f)
-            fine = fine and reader not in guides
+    for lm in models_of(model.values).values():
+        c = compare_vocabularies(base, lm)
+        words = "same as base" if c.same_vocabulary else f"{c.different} ids differ: guides by text (--guide-candidates), selects by text"
+        table.add_row(c.name, str(c.tokens), str(c.context), _yes(c.chat_template), words)
+        notes += [f"id {i}: {ours!r} in {base.vocabulary.owner}, {theirs!r} in {c.name}" for i, ours, theirs in c.examples]
+        fine = fine and (c.same_vocabulary or lm not in guides)
     out.print(table)
     for note in notes:
         out.print(Text(f"  {note}", style="dim"), soft_wrap=True)
@@ -140,10 +144,10 @@ def _generation_config(out: Console, model: GuidedModel) -> None:
         out.print(f"generation_config.json of the base: {name} does not apply ({why})", soft_wrap=True, markup=False)
 
 
-def _disagreement(out: Console, model: GuidedModel, prompts: list[str], beta: float) -> None:
-    from ivg.diagnostics.divergence import disagreement, in_words
+def _divergence(out: Console, model: GuidedModel, prompts: list[str], beta: float) -> None:
+    from ivg.diagnostics.divergence import divergence_on_samples
 
-    d = disagreement(model, prompts, beta=beta)
+    d = divergence_on_samples(model, prompts, beta=beta)
     if d is None:
         return
     out.print(f"\nover {d.tokens} tokens of the base's own texts, per token:")
@@ -151,8 +155,11 @@ def _disagreement(out: Console, model: GuidedModel, prompts: list[str], beta: fl
         f"  KL(base‖tuned) {d.base_tuned:.3f}   KL(base‖untuned) {d.base_untuned:.3f}   KL(tuned‖untuned) {d.tuned_untuned:.3f} nats",
         soft_wrap=True,
     )
-    out.print(f"  guidance at beta {beta:g}: KL(guided‖base) {d.moved:.3f} nats, likeliest token unchanged at {d.top1:.0%}", soft_wrap=True)
-    out.print(f"  {in_words(d)}", soft_wrap=True)
+    out.print(
+        f"  guidance at beta {beta:g}: KL(guided‖base) {d.guided_base:.3f} nats, likeliest token unchanged at {d.top1_kept:.0%}",
+        soft_wrap=True,
+    )
+    out.print(f"  {d.describe()}", soft_wrap=True)
 
 
 def _yes(value: object) -> str:

@@ -1,7 +1,6 @@
-"""Which of two responses is the better one? How often each value says what people said, at each stage of the response.
+"""Pair accuracy: how often a value scores the chosen response of a preference pair higher, at several prefixes of both responses.
 
-Knows: values and preference pairs (any objects with the fields of :class:`Pair`). Must not know files, nor how results are
-shown. A guide sees prefixes, so accuracy on prefixes matters more to it than that on whole responses.
+Token guidance and chunk selection score prefixes, so accuracy on prefixes matters to them more than that on whole responses.
 """
 
 from __future__ import annotations
@@ -14,27 +13,27 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ivg.diagnostics.compatibility import readers
-from ivg.diagnostics.intervals import Numbers, Share, rank_correlation, share, slope, wins
-from ivg.diagnostics.length import LengthControl, length_control
-from ivg.diagnostics.log_ratios import written
+from ivg.diagnostics.compatibility import models_of
+from ivg.diagnostics.length_bias import LengthControl, length_control
+from ivg.diagnostics.logits import response_beam
+from ivg.diagnostics.stats import Floats, Proportion, bradley_terry_slope, spearman, wilson, wins
 from ivg.errors import PromptError, ScoreFault
 from ivg.models.cached_lm import CachedLM
 from ivg.types import Beam, Prompt, Value, new_key
 from ivg.types.scores import score_each
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
-"""Of the response's tokens."""
-ENOUGH = 20
-"""Pairs that a value was not trained on, to measure it on them: with fewer the standard error of an accuracy is beyond 0.1."""
+"""Prefixes, as fractions of the response's tokens."""
+MIN_UNSEEN = 20
+"""Pairs outside a value's training data that measuring it needs; with fewer the standard error of an accuracy is above 0.1."""
 
 
 class Pair(Protocol):
-    """Two responses to one prompt, the better one first (``training.data.Preference`` is one)."""
+    """A preference pair; ``ivg.training.data.Preference`` is one."""
 
     @property
     def prompt(self) -> Prompt:
-        """What was answered."""
+        """The prompt of both responses."""
 
     @property
     def chosen(self) -> str:
@@ -42,58 +41,58 @@ class Pair(Protocol):
 
     @property
     def rejected(self) -> str:
-        """The worse one."""
+        """The worse response."""
 
     @property
     def margin(self) -> float | None:
-        """By how much, where that is known."""
+        """Difference of rewards, if known."""
 
     @property
     def chosen_ends(self) -> bool:
-        """The better response is whole: an end-of-sequence token belongs behind it."""
+        """The better response is complete, so an end-of-sequence token follows it."""
 
     @property
     def rejected_ends(self) -> bool:
-        """The worse one is whole."""
+        """The worse response is complete."""
 
 
 @dataclass(frozen=True)
-class OnPairs:
+class PairAccuracy:
     """How one value ranks the pairs.
 
     Attributes:
         name: of the value.
-        at: accuracy at each of :data:`FRACTIONS` of both responses.
-        slope: s of P(chosen) = sigmoid(s * difference of values), fitted here; 1 / s is the difference that means something.
-        loss: mean loss of that, in nats; a coin has 0.693.
-        margin: rank correlation of the difference with the pairs' margins, where they have some.
-        length: the same with length taken out; None where it was not measured.
-        seen: pairs of the file that the value was trained on; they are left out of all numbers above, unless ``on_training_data``.
-        on_training_data: fewer than :data:`ENOUGH` others were left, so the numbers are of all pairs and say little.
+        accuracy: at each of :data:`FRACTIONS` of both responses.
+        slope: maximum-likelihood s of P(chosen) = sigmoid(s * difference of values); 1 / s is a meaningful difference.
+        loss: mean loss of that fit in nats; a random ranking has 0.693.
+        margin_correlation: rank correlation of the difference with the pairs' margins, if all have one.
+        length_control: accuracy with length controlled; None: not measured.
+        trained_pairs: number of pairs that the value was trained on. The numbers above leave them out, unless ``on_training_data``.
+        on_training_data: fewer than :data:`MIN_UNSEEN` other pairs were left, so the numbers are of all pairs.
     """
 
     name: str
-    at: tuple[Share, ...]
+    accuracy: tuple[Proportion, ...]
     slope: float
     loss: float
-    margin: float | None
-    length: LengthControl | None = None
-    seen: int = 0
+    margin_correlation: float | None
+    length_control: LengthControl | None = None
+    trained_pairs: int = 0
     on_training_data: bool = False
 
     @property
-    def whole(self) -> Share:
+    def whole(self) -> Proportion:
         """Accuracy on whole responses."""
-        return self.at[-1]
+        return self.accuracy[-1]
 
 
 def is_tie(pair: Pair) -> bool:
-    """Both responses are the same text, so neither is the better one."""
+    """Both responses are the same text."""
     return pair.chosen == pair.rejected and pair.chosen_ends == pair.rejected_ends
 
 
-def fitting(base: CachedLM, values: Mapping[str, Value], pairs: Sequence[Pair], ends: bool = True) -> tuple[list[Pair], list[str]]:
-    """(the pairs that every model can read whole, why the others cannot be read)."""
+def readable_pairs(base: CachedLM, values: Mapping[str, Value], pairs: Sequence[Pair], ends: bool = True) -> tuple[list[Pair], list[str]]:
+    """(the pairs that every model can read whole, a reason for each of the others)."""
     kept, reasons = [], []
     for pair in pairs:
         try:
@@ -105,19 +104,19 @@ def fitting(base: CachedLM, values: Mapping[str, Value], pairs: Sequence[Pair], 
 
 
 def _check(base: CachedLM, values: Mapping[str, Value], pair: Pair, ends: bool) -> None:
-    for reader in (base, *readers(values).values()):
-        limit = reader.max_positions
+    for lm in (base, *models_of(values).values()):
+        limit = lm.max_positions
         for text in (pair.chosen, pair.rejected):
-            length = len(reader.ids(written(base, pair.prompt, text, ends=ends))[0])
+            length = len(lm.ids(response_beam(base, pair.prompt, text, ends=ends))[0])
             if limit is not None and length > limit:
-                raise PromptError(f"prompt and response of {length} tokens > context of {reader.name} ({limit})")
+                raise PromptError(f"prompt and response of {length} tokens > context of {lm.name} ({limit})")
     for value in values.values():
         value.check(pair.prompt, 0)
 
 
 def prefixes(base: CachedLM, prompt: Prompt, response: str, ends: bool) -> list[Beam]:
-    """The response at each of :data:`FRACTIONS`, each the child of the one before, so that caches read every token once."""
-    whole = written(base, prompt, response, ends=ends)
+    """The response at each of :data:`FRACTIONS`; each is a child of the one before, so that caches read every token once."""
+    whole = response_beam(base, prompt, response, ends=ends)
     count = len(whole.token_ids) - ends * bool(base.vocabulary.eos_ids)
     state, part = base.vocabulary.begin(base.prompt_ids(prompt)), ""
     out: list[Beam] = []
@@ -125,11 +124,11 @@ def prefixes(base: CachedLM, prompt: Prompt, response: str, ends: bool) -> list[
         ids = whole.token_ids[: math.ceil(fraction * count)]
         new, state = base.vocabulary.continue_text(ids, state)
         part += new
-        out.append(_child(out, prompt, ids, part, whole))
-    return [*out, _child(out, prompt, whole.token_ids, response, whole, last=True)]
+        out.append(_prefix(out, prompt, ids, part, whole))
+    return [*out, _prefix(out, prompt, whole.token_ids, response, whole, last=True)]
 
 
-def _child(line: list[Beam], prompt: Prompt, ids: tuple[int, ...], text: str, whole: Beam, last: bool = False) -> Beam:
+def _prefix(line: list[Beam], prompt: Prompt, ids: tuple[int, ...], text: str, whole: Beam, last: bool = False) -> Beam:
     parent = line[-1].key if line else None
     finish = whole.finish if last else None
     return Beam(new_key(), parent, prompt, ids, text, finish, whole.token_counter, whole.vocabulary, inherits=bool(line))
@@ -137,17 +136,17 @@ def _child(line: list[Beam], prompt: Prompt, ids: tuple[int, ...], text: str, wh
 
 def score_pairs(
     base: CachedLM, value: Value, pairs: Sequence[Pair], *, batch: int = 16, ends: bool = True
-) -> tuple[Numbers, dict[int, ScoreFault]]:
-    """What ``value`` says of both responses at each of :data:`FRACTIONS`: [pairs, fractions, (chosen, rejected)].
+) -> tuple[Floats, dict[int, ScoreFault]]:
+    """Scores of both responses at each of :data:`FRACTIONS`: [pairs, fractions, (chosen, rejected)].
 
-    Pairs that it has no number for hold NaN there, and stand in the second result, by place, with the first reason.
+    Pairs that the value fails on hold NaN; the second result has the first error of each, by index.
 
     Args:
-        base: whose tokens are counted.
-        value: any.
-        pairs: that it can read (:func:`fitting`).
-        batch: pairs in flight.
-        ends: whole responses that end get an end-of-sequence token.
+        base: its tokens define the fractions.
+        value: any value.
+        pairs: that it can read (:func:`readable_pairs`).
+        batch: pairs that are scored together.
+        ends: append an end-of-sequence token to complete responses.
     """
     out, faults = np.zeros((len(pairs), len(FRACTIONS), 2)), dict[int, ScoreFault]()
     for start in range(0, len(pairs), batch):
@@ -165,52 +164,52 @@ def score_pairs(
     return out, faults
 
 
-def summary(
-    name: str, scores: Numbers, pairs: Sequence[Pair], lengths: Mapping[str, Numbers], trained: NDArray[np.bool_] | None = None
-) -> OnPairs:
+def pair_accuracy(
+    name: str, scores: Floats, pairs: Sequence[Pair], lengths: Mapping[str, Floats], trained: NDArray[np.bool_] | None = None
+) -> PairAccuracy:
     """Accuracies from scores [pairs, fractions, 2].
 
     Args:
         name: of the value.
-        scores: as :func:`score_pairs` gives them.
+        scores: of :func:`score_pairs`.
         pairs: in the same order.
         lengths: :func:`pair_lengths` of the pairs.
-        trained: True for each pair that the value was trained on [pairs]; None: for none.
+        trained: True for each pair that the value was trained on [pairs]; None: no pair.
     """
     seen = np.zeros(len(pairs), dtype=bool) if trained is None else trained
     count = int(seen.sum())
-    on_training_data = count > 0 and len(pairs) - count < ENOUGH
+    on_training_data = count > 0 and len(pairs) - count < MIN_UNSEEN
     kept = np.ones(len(pairs), dtype=bool) if on_training_data else ~seen
     pairs, scores = [p for p, k in zip(pairs, kept, strict=True) if k], scores[kept]
     groups = prompt_groups(pairs)
     hits = [wins(scores[:, k, 0], scores[:, k, 1]) for k in range(scores.shape[1])]
     difference = scores[:, -1, 0] - scores[:, -1, 1]
-    s, loss = slope(difference)
+    slope, loss = bradley_terry_slope(difference)
     margins = [p.margin for p in pairs]
     known = np.array([m for m in margins if m is not None])
-    margin = rank_correlation(difference, known) if len(known) == len(pairs) else None
+    margin = spearman(difference, known) if len(known) == len(pairs) else None
     control = length_control(scores[:, -1], {unit: table[kept] for unit, table in lengths.items()}, groups)
-    return OnPairs(name, tuple(share(h, groups) for h in hits), s, loss, margin, control, count, on_training_data)
+    return PairAccuracy(name, tuple(wilson(h, groups) for h in hits), slope, loss, margin, control, count, on_training_data)
 
 
-def pair_lengths(base: CachedLM, value: Value | None, pairs: Sequence[Pair]) -> dict[str, Numbers]:
-    """Lengths of both responses in every unit that a value may count in: [pairs, (chosen, rejected)] each.
+def pair_lengths(base: CachedLM, value: Value | None, pairs: Sequence[Pair]) -> dict[str, Floats]:
+    """Lengths of both responses in several units: [pairs, (chosen, rejected)] each.
 
-    ``tokens`` of the base, ``characters``, ``words``, and ``own tokens`` of the value's readers with other vocabularies.
+    ``tokens`` of the base, ``characters``, ``words``, and ``own tokens`` of the value's models with other vocabularies.
     """
 
-    def table(count: Callable[[str], int]) -> Numbers:
+    def table(count: Callable[[str], int]) -> Floats:
         return np.array([[float(count(text)) for text in (p.chosen, p.rejected)] for p in pairs])
 
-    def tokens(reader: CachedLM) -> Callable[[str], int]:
-        return lambda text: len(reader.tokenizer(text, add_special_tokens=False).input_ids)
+    def tokens(lm: CachedLM) -> Callable[[str], int]:
+        return lambda text: len(lm.tokenizer(text, add_special_tokens=False).input_ids)
 
     out = {"tokens": table(tokens(base)), "characters": table(len), "words": table(lambda text: len(text.split()))}
-    others = [r for r in readers({"": value}).values() if not r.vocabulary.same_as(base.vocabulary)] if value is not None else []
-    return out | {("own tokens" if len(others) == 1 else f"tokens of {r.name}"): table(tokens(r)) for r in others}
+    others = [lm for lm in models_of({"": value}).values() if not lm.vocabulary.same_as(base.vocabulary)] if value is not None else []
+    return out | {("own tokens" if len(others) == 1 else f"tokens of {lm.name}"): table(tokens(lm)) for lm in others}
 
 
-def longer_wins(base: CachedLM, pairs: Sequence[Pair]) -> Numbers:
+def longer_wins(base: CachedLM, pairs: Sequence[Pair]) -> Floats:
     """1 where the chosen response has more base tokens, 0 where fewer, 0.5 where as many [pairs]."""
     table = pair_lengths(base, None, pairs)["tokens"]
     return wins(table[:, 0], table[:, 1])

@@ -1,17 +1,13 @@
-"""What would guidance buy, and at what distance from the base? Reward and KL at several guidance weights, on few prompts.
+"""What would guidance gain, and at what KL from the base? Reward and KL at several guidance weights (beta), on few prompts.
 
-Knows: guided policies along given texts, a judge. Must not know preferences, nor how results are shown.
+Texts are sampled from the guided policy at every beta (with the same seeds), then read once by base and guide. Since guided logits are
+linear in beta, one pass gives log pi_beta(text) for every beta, and every text informs the estimate for all of them
+(:func:`~ivg.diagnostics.stats.mixture_weights`). Sampling from the base alone (``sample_at=(0,)``) is cheaper, but its effective sample
+size is about N exp(-KL), and 50 tokens at beta 1 are easily 10 nats from the base; the effective sample sizes show where it fails.
 
-Texts are drawn from the guided policy at every weight of the sweep (same seeds, so that the weights compare like with like),
-and then read once by base and guide: from the logits of one reading follows log pi_beta(text) for *every* beta, since the
-guided logits are linear in beta. So each text, whoever wrote it, speaks for all weights (``estimate.mixture_weights``). Why
-not from the base's texts alone, which would be cheaper: ordinary importance weights have an effective sample size of about
-N exp(-KL), and 50 tokens at beta 1 are easily 10 nats away, so the estimate would rest on one text. ``draw_at=(0,)`` does just
-that all the same, and the effective sample sizes show where it ends.
-
-KL(pi_beta || pi_base) of whole responses is the mean over pi_beta of the summed KL of every position's distributions; that
-mean of exact terms varies much less than that of log-ratios. Temperature acts after the mixing, on both policies; top-k, top-p
-and min-p are left out, because they make the KL infinite.
+KL(pi_beta || pi_base) of whole responses is the mean over pi_beta of the summed KL of each position's distributions, which varies less
+than the mean of log-ratios. Temperature is applied to both policies after guidance; top-k, top-p and min-p are left out, because they
+make the KL infinite.
 """
 
 from __future__ import annotations
@@ -24,42 +20,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ivg.diagnostics.intervals import (
-    Mean,
-    Numbers,
-    baselines,
-    best_of,
+from ivg.diagnostics.logits import GuidanceLogits, response_beam
+from ivg.diagnostics.stats import (
+    Estimate,
+    Floats,
     bootstrap_mean,
     effective_size,
+    expected_best_of,
+    leave_one_out_baselines,
     mixture_weights,
     weighted_means,
 )
-from ivg.diagnostics.log_ratios import Shift, written
 from ivg.errors import ConfigError
 from ivg.model import GuidedModel
 from ivg.settings.sampling import PLAIN_SAMPLING
 from ivg.types import Beam, Prompt, SamplingParams, Value
 from ivg.types.scores import every, score_each
 
-CHOICES = 4
-"""Whole responses that a selecting value is tried on; log 4 - 3/4 = 0.64 nats from the base at most."""
+BEST_OF = 4
+"""N of the best-of-N that values are tried on; at most log 4 - 3/4 = 0.64 nats from the base."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is drawn.
+class SweepSettings:
+    """What a sweep samples.
 
     Attributes:
-        betas: guidance weights; 0 is added, first.
-        draw_at: weights that texts are drawn at; None: all of them.
+        betas: guidance weights; 0 is put first.
+        sample_at: weights that texts are sampled at; None: all.
         samples: texts for each prompt and weight.
-        sampling: temperature, length, ends.
-        seed: of all draws.
-        batch: texts in flight.
+        sampling: temperature, length, stop.
+        seed: random seed.
+        batch: texts that are generated or scored together.
     """
 
     betas: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0)
-    draw_at: tuple[float, ...] | None = None
+    sample_at: tuple[float, ...] | None = None
     samples: int = 4
     sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
@@ -67,158 +63,159 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(dict.fromkeys((0.0, *sorted(map(float, self.betas))))))
-        drawn = self.betas if self.draw_at is None else tuple(map(float, self.draw_at))
-        object.__setattr__(self, "draw_at", drawn)
+        sample_at = self.betas if self.sample_at is None else tuple(map(float, self.sample_at))
+        object.__setattr__(self, "sample_at", sample_at)
         if not all(0 <= b < math.inf for b in self.betas):
-            raise ConfigError(f"guidance weights must be finite and 0 or more, got {', '.join(f'{b:g}' for b in self.betas[1:])}")
-        if not set(drawn) <= set(self.betas) or 0.0 not in drawn:
-            raise ConfigError(f"texts are drawn at beta {drawn}\n  expected some of {self.betas}, 0 among them")
+            raise ConfigError(f"betas must be finite and at least 0, got {', '.join(f'{b:g}' for b in self.betas[1:])}")
+        if not set(sample_at) <= set(self.betas) or 0.0 not in sample_at:
+            raise ConfigError(f"sample_at is {sample_at}\n  expected some of {self.betas}, 0 among them")
         if self.samples < 2:
-            raise ConfigError(f"a sweep needs 2 or more samples for each prompt, got {self.samples}")
+            raise ConfigError(f"a sweep needs at least 2 samples for each prompt, got {self.samples}")
         if self.sampling.temperature <= 0:
-            raise ConfigError("a sweep draws texts, so its temperature must be above 0\n  give one, e.g. --temperature 0.7")
+            raise ConfigError("a sweep samples texts, so its temperature must be above 0\n  give e.g. --temperature 0.7")
 
 
 @dataclass(frozen=True)
-class Row:
+class SweepRow:
     """One guidance weight.
 
     Attributes:
         beta: the weight.
-        gain: judge's score above the base's; None without a judge.
-        kl: KL(guided || base) of a whole response, in nats.
-        length: tokens of a response.
-        effective: sample size that the estimates are worth.
+        gain: the judge's score minus the base's; None without a judge.
+        kl: KL(guided || base) of a whole response in nats.
+        length: mean tokens of a response.
+        effective_size: effective sample size of the estimates, in texts.
     """
 
     beta: float
-    gain: Mean | None
-    kl: Mean
+    gain: Estimate | None
+    kl: Estimate
     length: float
-    effective: float
+    effective_size: float
 
     @property
-    def per_token(self) -> float:
-        """KL for each token of the response."""
-        return self.kl.value / max(1.0, self.length)
+    def kl_per_token(self) -> float:
+        """KL for each token of the response, in nats."""
+        return self.kl.mean / max(1.0, self.length)
 
 
 @dataclass(frozen=True)
-class Selection:
-    """What choosing the best of :data:`CHOICES` whole base responses by one value is worth to the judge."""
+class BestOfGain:
+    """The judge's score of the best of :data:`BEST_OF` base responses by one value, minus that of a random one."""
 
     value: str
-    gain: Mean
+    gain: Estimate
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Drawn texts, side by side with which prompt they answer and which of ``Plan.betas`` wrote them (indices)."""
+class SampledTexts:
+    """Texts, with the index of the prompt that each answers and of the beta that it was sampled at [texts]."""
 
     beams: list[Beam]
     prompts: np.ndarray
-    drawn: np.ndarray
+    sampled_at: np.ndarray
 
 
-def draw(model: GuidedModel, guide: str | None, prompts: Sequence[Prompt], plan: Plan) -> Texts:
-    """Texts for every prompt, sample and weight; the same sample has the same random numbers at every weight."""
-    params, base = plan.sampling, model.reader
-    sampling = replace(params, **PLAIN_SAMPLING)
-    jobs = [(p, n, b) for b in (plan.draw_at or ()) for p in range(len(prompts)) for n in range(plan.samples)]
+def sample_texts(model: GuidedModel, guide: str | None, prompts: Sequence[Prompt], settings: SweepSettings) -> SampledTexts:
+    """Texts for every prompt, sample and weight; a sample has the same random numbers at every weight."""
+    sampling = replace(settings.sampling, **PLAIN_SAMPLING)
+    tasks = [(p, n, b) for b in (settings.sample_at or ()) for p in range(len(prompts)) for n in range(settings.samples)]
     requests = [
-        model.request(prompts[p], "custom", token=guide if b else None, beta=b, seed=plan.seed, index=p * plan.samples + n)
-        for p, n, b in jobs
+        model.request(prompts[p], "custom", token=guide if b else None, beta=b, seed=settings.seed, index=p * settings.samples + n)
+        for p, n, b in tasks
     ]
     requests = [replace(r, sampling=sampling, from_checkpoint={}) for r in requests]
-    done = dict(model.run(requests, max_beams=plan.batch))
-    beams = [written(base, prompts[p], done[i].text, done[i].token_ids) for i, (p, _, _) in enumerate(jobs)]
-    return Texts(beams, np.array([p for p, _, _ in jobs]), np.array([plan.betas.index(b) for _, _, b in jobs]))
+    done = dict(model.run(requests, max_beams=settings.batch))
+    beams = [response_beam(model.reader, prompts[p], done[i].text, done[i].token_ids) for i, (p, _, _) in enumerate(tasks)]
+    return SampledTexts(beams, np.array([p for p, _, _ in tasks]), np.array([settings.betas.index(b) for _, _, b in tasks]))
 
 
-def follow(model: GuidedModel, shift: Shift, beam: Beam, plan: Plan) -> tuple[Numbers, Numbers]:
+def text_logps_and_kls(model: GuidedModel, guidance: GuidanceLogits, beam: Beam, settings: SweepSettings) -> tuple[Floats, Floats]:
     """(log pi_beta(text), summed KL(pi_beta || pi_base) of its positions), each [betas], float64."""
     base = model.reader
     ids = torch.tensor(beam.token_ids)
-    logps, kls = torch.zeros(len(plan.betas), dtype=torch.float64), torch.zeros(len(plan.betas), dtype=torch.float64)
-    silent = sorted(base.vocabulary.eos_ids) if plan.sampling.ignore_eos else []
+    logps, kls = torch.zeros(len(settings.betas), dtype=torch.float64), torch.zeros(len(settings.betas), dtype=torch.float64)
+    excluded = sorted(base.vocabulary.eos_ids) if settings.sampling.ignore_eos else []
     start = 0
-    for logits, delta in shift.blocks(base, beam):
-        logits[:, silent] = -torch.inf
+    for logits, delta in guidance.blocks(base, beam):
+        logits[:, excluded] = -torch.inf
         wanted = ids[start : start + len(logits)].to(logits.device)[:, None]
         start += len(logits)
-        plain = (logits / plan.sampling.temperature).log_softmax(-1)
-        for k, beta in enumerate(plan.betas):
-            guided = ((logits + beta * delta) / plan.sampling.temperature).log_softmax(-1)
+        plain = (logits / settings.sampling.temperature).log_softmax(-1)
+        for k, beta in enumerate(settings.betas):
+            guided = ((logits + beta * delta) / settings.sampling.temperature).log_softmax(-1)
             logps[k] += guided.gather(1, wanted).double().sum().cpu()
             kls[k] += _kl(guided, plain).double().sum().cpu()
     return logps.numpy(), kls.numpy()
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL of each row; tokens that neither can write add nothing."""
+    """KL of each row; tokens with probability 0 under both add nothing."""
     return (log_p.exp() * (log_p - log_q).masked_fill(log_q == -torch.inf, 0.0)).sum(-1)
 
 
-def judged(judge: Value, beams: Sequence[Beam], batch: int) -> Numbers:
-    """The judge's score of every text [texts]."""
+def score_texts(value: Value, beams: Sequence[Beam], batch: int) -> Floats:
+    """A value's (or a judge's) score of every text [texts]."""
     out: list[float] = []
     for start in range(0, len(beams), batch):
         part = beams[start : start + batch]
-        out += every(score_each(judge, part))
-        judge.release([b.key for b in part])
+        out += every(score_each(value, part))
+        value.release([b.key for b in part])
     return np.array(out)
 
 
-def sweep(model: GuidedModel, guide: str, texts: Texts, scores: Numbers | None, plan: Plan) -> tuple[Row, ...]:
-    """The rows of every weight.
+def sweep(model: GuidedModel, guide: str, texts: SampledTexts, scores: Floats | None, settings: SweepSettings) -> tuple[SweepRow, ...]:
+    """Gain and KL at every beta.
 
     Args:
-        model: with the value called ``guide``, which must be able to shift the base's whole vocabulary.
-        guide: name of the value that guides.
-        texts: as :func:`draw` gives them.
-        scores: the judge's [texts], or None.
-        plan: as they were drawn.
+        model: base and values.
+        guide: name of the value that guides tokens.
+        texts: of :func:`sample_texts`.
+        scores: the judge's scores [texts], or None.
+        settings: that the texts were sampled with.
 
     Raises:
-        ConfigError: a guide that cannot be followed along a text.
+        ConfigError: the value cannot guide over the base's whole vocabulary.
     """
-    shift = Shift.of(model.values[guide], model.reader)
-    if shift is None:
-        raise ConfigError(f"{guide} cannot shift the base's whole vocabulary, so there is no beta to sweep")
-    known: dict[tuple[int, tuple[int, ...]], tuple[Numbers, Numbers]] = {}
+    guidance = GuidanceLogits.from_value(model.values[guide], model.reader)
+    if guidance is None:
+        raise ConfigError(f"{guide} cannot guide over the base's whole vocabulary, which a sweep of beta needs")
+    known: dict[tuple[int, tuple[int, ...]], tuple[Floats, Floats]] = {}
     for p, beam in zip(texts.prompts.tolist(), texts.beams, strict=True):
-        if (p, beam.token_ids) not in known:  # many weights often write the same text
-            known[p, beam.token_ids] = follow(model, shift, beam, plan)
+        if (p, beam.token_ids) not in known:  # several betas often give the same text
+            known[p, beam.token_ids] = text_logps_and_kls(model, guidance, beam, settings)
     read = [known[p, beam.token_ids] for p, beam in zip(texts.prompts.tolist(), texts.beams, strict=True)]
     logps, kls = np.stack([r[0] for r in read]), np.stack([r[1] for r in read])
-    return rows(plan.betas, texts, logps, kls, scores, plan.seed)
+    return sweep_rows(settings.betas, texts, logps, kls, scores, settings.seed)
 
 
-def rows(betas: Sequence[float], texts: Texts, logps: Numbers, kls: Numbers, scores: Numbers | None, seed: int = 0) -> tuple[Row, ...]:
-    """Estimates for every weight from log pi_beta [texts, betas], summed KL [texts, betas] and the judge's scores [texts]."""
-    weights = mixture_weights(logps, texts.drawn)
-    effective = effective_size(weights)
+def sweep_rows(
+    betas: Sequence[float], texts: SampledTexts, logps: Floats, kls: Floats, scores: Floats | None, seed: int = 0
+) -> tuple[SweepRow, ...]:
+    """Estimates for every beta from log pi_beta [texts, betas], summed KL [texts, betas] and the judge's scores [texts]."""
+    weights = mixture_weights(logps, texts.sampled_at)
+    sizes = effective_size(weights)
     lengths = np.array([len(b.token_ids) for b in texts.beams], dtype=np.float64)
     kl = weighted_means(kls, weights, texts.prompts, seed)
-    gains: Sequence[Mean | None] = [None] * len(betas)
+    gains: Sequence[Estimate | None] = [None] * len(betas)
     if scores is not None:
-        above = scores - baselines(scores, texts.prompts, texts.drawn == 0)
+        above = scores - leave_one_out_baselines(scores, texts.prompts, texts.sampled_at == 0)
         gains = weighted_means(above[:, None], weights, texts.prompts, seed)
     length = (weights.T @ lengths) / weights.sum(0)
-    return tuple(Row(b, g, k, float(n), float(e)) for b, g, k, n, e in zip(betas, gains, kl, length, effective, strict=True))
+    return tuple(SweepRow(b, g, k, float(n), float(e)) for b, g, k, n, e in zip(betas, gains, kl, length, sizes, strict=True))
 
 
-def selections(values: Mapping[str, Value], texts: Texts, scores: Numbers, plan: Plan) -> tuple[Selection, ...]:
-    """Best of :data:`CHOICES` of the base's own texts by each value; () where a prompt has too few of them."""
-    if plan.samples < CHOICES:
+def best_of_gains(values: Mapping[str, Value], texts: SampledTexts, scores: Floats, settings: SweepSettings) -> tuple[BestOfGain, ...]:
+    """Best-of-:data:`BEST_OF` of the base's texts by each value; () if there are fewer samples for each prompt."""
+    if settings.samples < BEST_OF:
         return ()
-    own = np.flatnonzero(texts.drawn == 0)
-    beams, groups = [texts.beams[i] for i in own], texts.prompts[own]
+    from_base = np.flatnonzero(texts.sampled_at == 0)
+    beams, prompts, scores = [texts.beams[i] for i in from_base], texts.prompts[from_base], scores[from_base]
     out = []
     for name, value in values.items():
-        by, gains = judged(value, beams, plan.batch), []
-        for p in np.unique(groups):
-            mine = groups == p
-            gains.append(best_of(CHOICES, by[mine], scores[own][mine]) - scores[own][mine].mean())
-        out.append(Selection(name, bootstrap_mean(np.array(gains), plan.seed)))
+        by = score_texts(value, beams, settings.batch)
+        gains = [
+            expected_best_of(BEST_OF, by[prompts == p], scores[prompts == p]) - scores[prompts == p].mean() for p in np.unique(prompts)
+        ]
+        out.append(BestOfGain(name, bootstrap_mean(gains, seed=settings.seed)))
     return tuple(out)

@@ -1,7 +1,4 @@
-"""Which of the given pairs was a value trained on? By the fingerprints beside the weights (``models.training_rows``).
-
-Knows: values and the networks in them. Must not know what is measured, nor how results are shown.
-"""
+"""Which of the given pairs was a value trained on? By the fingerprints of training rows beside the weights."""
 
 from __future__ import annotations
 
@@ -19,20 +16,20 @@ from ivg.types import Value
 
 
 @dataclass(frozen=True)
-class TrainedOn:
+class TrainingOverlap:
     """What is known of a value's training data.
 
     Attributes:
-        seen: True for each pair of which it was trained on a response [pairs].
-        unknown: its networks that have no fingerprints beside them.
+        seen: True for each pair with a response that the value was trained on [pairs].
+        unknown: names of its networks that have no fingerprints beside the weights.
     """
 
     seen: NDArray[np.bool_]
     unknown: tuple[str, ...]
 
 
-def trained_on(value: Value, pairs: Sequence[Pair]) -> TrainedOn:
-    """Ask every network of a value; Python functions and networks made in memory have no training data that could be known.
+def training_overlap(value: Value, pairs: Sequence[Pair]) -> TrainingOverlap:
+    """The overlap of pairs with the training data of every network of a value (a Python function has none).
 
     Raises:
         ModelError: a damaged file of fingerprints.
@@ -45,14 +42,14 @@ def trained_on(value: Value, pairs: Sequence[Pair]) -> TrainedOn:
             unknown.append(name)
         elif len(rows):
             found |= [seen(rows, p.prompt, p.chosen) or seen(rows, p.prompt, p.rejected) for p in pairs]
-    return TrainedOn(found, tuple(dict.fromkeys(unknown)))
+    return TrainingOverlap(found, tuple(dict.fromkeys(unknown)))
 
 
 def _networks(value: Any) -> Iterator[tuple[str, Any]]:
-    """(name, network) of all that a value reads with."""
+    """(name, network) of every model inside a value."""
     own = list(cached_lms(value))
-    for reader in own:
-        yield reader.name, reader.model.network
+    for lm in own:
+        yield lm.name, lm.model.network
     for _, part in getattr(value, "parts", ()):
         if not list(cached_lms(part)):
             yield from _networks(part)

@@ -1,7 +1,4 @@
-"""Will guidance help? From numbers to a sentence that names its reason. Thresholds are here, each with why.
-
-Knows: the numbers of a :class:`Evidence`. Must not know models, nor how results are shown. Pure.
-"""
+"""The verdict of ``ivg check --preferences``: from numbers to an outcome and its reasons. Every threshold is here, with its reason."""
 
 from __future__ import annotations
 
@@ -10,52 +7,51 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ivg.diagnostics.divergence import SILENT, Disagreement
-from ivg.diagnostics.intervals import Share
-from ivg.diagnostics.length import LengthControl
-from ivg.diagnostics.pairs import OnPairs
-from ivg.diagnostics.sweep import CHOICES, Row, Selection
+from ivg.diagnostics.divergence import MIN_PAIR_KL, PairDivergence
+from ivg.diagnostics.length_bias import LengthControl
+from ivg.diagnostics.pairs import PairAccuracy
+from ivg.diagnostics.sweep import BEST_OF, BestOfGain, SweepRow
 
-USEFUL = 0.55
-"""Pair accuracy that is worth its compute. Choosing the better of two responses with probability a yields 2a - 1 of what a
-perfect judge's choice yields: at 0.55 a tenth."""
-UNDECIDED = 0.1
-"""Half-width of an interval that says too little: it leaves room from 'useless' to 'useful' on both sides."""
-EFFECTIVE = 20.0
-"""Effective sample size that an estimate needs; a mean of 20 texts has an error of about a quarter of their spread."""
-EFFICIENCY = 0.75
-"""Of the first gain per square root of KL, what the suggested beta must keep. With reward = d (a - b d), d = sqrt(KL) (Gao,
-Schulman, Hilton 2023), three quarters of the first slope a are left where three quarters of the largest reward are reached at
-a quarter of its KL; beyond, KL grows faster than reward."""
-GENTLE = 0.5
-"""Without a judge: nats per token that guidance may move the base. Guided tokens are then on average 1.6 times less likely to
-the base, about what a base of half the size would lose."""
+USEFUL_ACCURACY = 0.55
+"""Pair accuracy that is worth its compute. Choosing the better of two responses with probability a gains 2a - 1 of what a perfect
+choice gains: a tenth at 0.55."""
+MAX_HALF_WIDTH = 0.1
+"""Half-width above which an interval around 0.5 is inconclusive: it includes useless and useful accuracies."""
+MIN_EFFECTIVE_SIZE = 20.0
+"""Effective sample size that an estimate needs; the standard error of a mean of 20 texts is about a quarter of their deviation."""
+MIN_EFFICIENCY = 0.75
+"""Fraction of the initial gain per sqrt(KL) that the suggested beta must keep. With reward = d (a - b d) and d = sqrt(KL) (Gao et al.
+2023, arXiv 2210.10760), gain / d is three quarters of a where three quarters of the largest reward are reached at a quarter of its KL;
+beyond, KL grows faster than reward."""
+MAX_KL_WITHOUT_JUDGE = 0.5
+"""Nats per token that guidance may move the base if no judge scores the texts. Guided tokens are then on average 1.6 times less likely
+under the base, about the loss of a base of half the size."""
 
 Outcome = Literal["helps", "mixed", "unclear", "no"]
-Standing = Literal["right", "weak", "length", "chance", "opposed", "unclear", "trained"]
+Ranking = Literal["good", "weak", "length", "chance", "opposed", "inconclusive", "trained"]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the verdict rests on.
+    """The measurements that the verdict uses.
 
     Attributes:
-        values: each guide candidate on the pairs; no baselines, no judge.
-        guide: value that would guide tokens, or None.
-        fits: it can shift the base's whole vocabulary.
-        own: disagreement of pair and base on the base's own texts.
-        rows: of the sweep.
-        selection: best-of-n by each value.
-        judge: the judge on the pairs, or None without one.
+        values: each value on the pairs, without baselines and judge.
+        guide: name of the value that would guide tokens, or None.
+        shares_vocabulary: the guide works over the base's whole vocabulary.
+        divergence: of pair and base on the base's own texts.
+        sweep: gain and KL at each beta.
+        best_of: gain of best-of-N by each value.
+        judge: the judge on the pairs, or None.
     """
 
-    values: Mapping[str, OnPairs]
+    values: Mapping[str, PairAccuracy]
     guide: str | None
-    fits: bool
-    own: Disagreement | None = None
-    rows: tuple[Row, ...] = ()
-    selection: tuple[Selection, ...] = ()
-    judge: OnPairs | None = None
+    shares_vocabulary: bool
+    divergence: PairDivergence | None = None
+    sweep: tuple[SweepRow, ...] = ()
+    best_of: tuple[BestOfGain, ...] = ()
+    judge: PairAccuracy | None = None
 
 
 @dataclass(frozen=True)
@@ -63,11 +59,11 @@ class Verdict:
     """The answer.
 
     Attributes:
-        outcome: ``helps``; ``mixed``: some use of these values helps; ``unclear``: too few pairs, or the values' own training data;
-            ``no``.
-        beta: suggested weight of token guidance, where that helps.
-        token: name of the value to guide tokens by, or None.
-        select: names of the values that are good enough to select by, best first.
+        outcome: ``helps``: token guidance helps; ``mixed``: some other use of the values helps; ``unclear``: too few pairs, or only pairs
+            of the values' training data; ``no``.
+        beta: suggested weight of token guidance, where it helps.
+        token: name of the value to guide tokens with, or None.
+        select: names of the values that are good enough to select with, best first.
         reasons: sentences, the most important first.
     """
 
@@ -79,204 +75,187 @@ class Verdict:
 
     @property
     def exit_code(self) -> int:
-        """0: helps or mixed. 1: it will not, or nothing shows that it will."""
+        """0 for ``helps`` and ``mixed``, else 1."""
         return 0 if self.outcome in ("helps", "mixed") else 1
 
 
-def standing(v: OnPairs) -> Standing:
+def classify(value: PairAccuracy) -> Ranking:
     """What a value's accuracy on whole responses says about it."""
-    if v.on_training_data:
+    if value.on_training_data:
         return "trained"
-    whole = v.whole
+    whole, control = value.whole, value.length_control
     if whole.high < 0.5:
         return "opposed"
     if whole.low <= 0.5:
-        return "unclear" if whole.high - whole.low > 2 * UNDECIDED else "chance"
-    if whole.rate < USEFUL:
+        return "inconclusive" if whole.high - whole.low > 2 * MAX_HALF_WIDTH else "chance"
+    if whole.rate < USEFUL_ACCURACY:
         return "weak"
-    if v.length is None or _beyond(v.length):
-        return "right"
-    return "unclear" if _undecided(v.length) else "length"
+    if control is None or _useful_beyond_length(control):
+        return "good"
+    return "inconclusive" if _length_inconclusive(control) else "length"
 
 
-def _undecided(c: LengthControl) -> bool:
-    """Right where longer and shorter are chosen alike, but too few different lengths to tell it from another function of length."""
-    passed = c.balanced is not None and c.balanced.low > 0.5 and c.balanced.rate >= USEFUL
-    return passed and c.residual.low <= 0.5 <= USEFUL < c.residual.high and c.residual.high - c.residual.low > 2 * UNDECIDED
+def _useful_beyond_length(c: LengthControl) -> bool:
+    return c.passed and c.balanced is not None and min(c.balanced.rate, c.residual.rate) >= USEFUL_ACCURACY
 
 
-def _beyond(c: LengthControl) -> bool:
-    """More than length is left, by more than sampling error, and enough of it to be useful."""
-    return c.passed and c.balanced is not None and min(c.balanced.rate, c.residual.rate) >= USEFUL
+def _length_inconclusive(c: LengthControl) -> bool:
+    """Accurate with both sides balanced, but too few different lengths to rule out another function of length."""
+    balanced = c.balanced is not None and c.balanced.low > 0.5 and c.balanced.rate >= USEFUL_ACCURACY
+    wide = c.residual.high - c.residual.low > 2 * MAX_HALF_WIDTH
+    return balanced and wide and c.residual.low <= 0.5 <= USEFUL_ACCURACY < c.residual.high
 
 
-def _explained(c: LengthControl, whole: Share) -> str:
-    """Length as the reason of an accuracy, with the numbers."""
+def describe(value: PairAccuracy, subject: str) -> str:
+    """One sentence on a value's accuracy; ``subject`` is how to call it."""
+    whole = value.whole
+    match classify(value):
+        case "opposed":
+            swapped = "are tuned and untuned, or chosen and rejected, swapped?"
+            return f"{subject} prefers the rejected responses ({whole}): guidance by it makes texts worse; {swapped}"
+        case "chance":
+            return f"{subject} ranks the pairs no better than chance ({whole}): guidance by it will not help"
+        case "weak":
+            return f"{subject} ranks the pairs hardly better than chance ({whole}): guidance by it is not worth its compute"
+        case "trained":
+            return f"{subject} was trained on {value.trained_pairs} of these pairs, and too few others are left: give unseen pairs"
+        case "length":
+            return f"{subject} {_explained_by_length(value)}"
+        case "inconclusive":
+            return f"{subject} {_too_few_pairs(value)}"
+    return f"{subject} ranks the pairs well ({whole})"
+
+
+def _explained_by_length(value: PairAccuracy) -> str:
+    whole, c = value.whole, value.length_control
+    assert c is not None
     other = "shorter" if c.rule == "longer" else "longer"
-    first = f"is right ({whole}), but length explains it: the {c.rule} response ({c.unit}) is chosen as often ({c.alone})"
+    first = f"is accurate ({whole}), but length explains it: choosing the {c.rule} response ({c.unit}) is as accurate ({c.alone})"
     if c.balanced is None:
-        return f"{first}, and in no pair the {other} one; give pairs that length does not decide"
+        return f"{first}, and no pair has the {other} one chosen; give pairs where length does not decide"
     return (
-        f"{first}; accuracy where {c.rule} and {other} are chosen alike {c.balanced}, by what length does not predict {c.residual}; "
-        "guidance by it would make texts longer or shorter rather than better, or the pairs are too few to tell"
+        f"{first}; accuracy with {c.rule} and {other} balanced {c.balanced}, of what length does not predict {c.residual}; guidance by it "
+        "would change the length of texts rather than their quality, or the pairs are too few to tell"
     )
 
 
-def _too_few(v: OnPairs) -> str:
-    whole, c = v.whole, v.length
+def _too_few_pairs(value: PairAccuracy) -> str:
+    whole, c = value.whole, value.length_control
     if whole.low <= 0.5 or c is None:
-        return f"cannot be told from chance by {whole.n} pairs ({whole}): give more pairs"
+        return f"cannot be told from chance with {whole.n} pairs ({whole}): give more pairs"
     return (
-        f"is right ({whole}), but {whole.n} pairs of so few different lengths ({c.unit}) cannot tell it from a function of length: "
-        f"accuracy by what length does not predict {c.residual}; give more pairs, of more lengths"
+        f"is accurate ({whole}), but {whole.n} pairs with so few different lengths ({c.unit}) cannot rule out a function of length: "
+        f"accuracy of what length does not predict {c.residual}; give more pairs, with more lengths"
     )
-
-
-def about(v: OnPairs, subject: str) -> str:
-    """One sentence on a value's accuracy; ``subject`` is what to call it."""
-    found, whole = standing(v), v.whole
-    words = {
-        "opposed": f"{subject} prefers what you reject ({whole}): guidance by it makes things worse; are tuned and untuned (or chosen "
-        "and rejected) exchanged, or was it trained for something else?",
-        "chance": f"{subject} ranks your preferences no better than chance ({whole}): guidance by it will not help",
-        "unclear": f"{subject} {_too_few(v)}",
-        "weak": f"{subject} ranks your preferences hardly better than chance ({whole}): guidance by it is not worth its compute",
-        "length": f"{subject} {_explained(v.length, whole) if v.length else ''}",
-        "trained": f"{subject} was trained on {v.seen} of these pairs, and too few others are left: give pairs that it has not seen",
-        "right": f"{subject} ranks your preferences well ({whole})",
-    }
-    return words[found]
 
 
 def decide(e: Evidence) -> Verdict:
     """The verdict and its reasons."""
-    good = {n: v for n, v in e.values.items() if standing(v) == "right"}
-    trusted = e.judge is not None and standing(e.judge) in ("right", "weak")
-    losing = {s.value for s in e.selection if trusted and s.gain.high < 0}
-    select = tuple(sorted((n for n in good if n not in losing), key=lambda n: -good[n].whole.rate))
+    good = {name: value for name, value in e.values.items() if classify(value) == "good"}
+    trusted = e.judge is not None and classify(e.judge) in ("good", "weak")
+    harmful = {s.value for s in e.best_of if trusted and s.gain.high < 0}
+    select = tuple(sorted((name for name in good if name not in harmful), key=lambda name: -good[name].whole.rate))
     notes = []
     if e.judge is not None and not trusted:
-        notes.append(about(e.judge, f"the judge ({e.judge.name})") + "; its scores are left out of this verdict")
-    notes += [f"by the judge, the best of {CHOICES} by {n} is worse than a random one: do not select by it" for n in good if n in losing]
+        notes.append(f"{describe(e.judge, f'the judge ({e.judge.name})')}; its scores are not used in this verdict")
+    notes += [
+        f"the judge scores the best of {BEST_OF} by {name} below a random one: do not select by it" for name in good if name in harmful
+    ]
     if e.guide is None or e.guide not in good:
         return _without_guide(e, select, notes)
     outcome, beta, reason = _token_level(e, good[e.guide], trusted)
     if outcome == "helps":
         rest = [f"select by {_listed(select, e)}"] if select else []
     elif select:
-        rest = [f"use it to select chunks rather than to guide tokens: select by {_listed(select, e)}"]
+        rest = [f"use it for chunk selection rather than token guidance: select by {_listed(select, e)}"]
     else:
         outcome, rest = "no", []
     return Verdict(outcome, beta, e.guide if outcome == "helps" else None, select, (reason, *rest, *notes))
 
 
 def _without_guide(e: Evidence, select: tuple[str, ...], notes: list[str]) -> Verdict:
-    """The guide is none or no good: what is left is selection."""
-    bad = [about(v, _called(n)) for n, v in e.values.items() if n not in select and standing(v) != "right"]
+    """No value can guide tokens; selection remains."""
+    bad = [describe(v, _called(name)) for name, v in e.values.items() if name not in select and classify(v) != "good"]
     if select:
-        first = f"select chunks or whole responses by {_listed(select, e)}"
-        return Verdict("mixed", None, None, select, (*bad, first, *notes))
-    unclear = any(standing(v) in ("unclear", "trained") for v in e.values.values())
-    return Verdict("unclear" if unclear else "no", None, None, (), (*(bad or ["no value is at hand that could guide"]), *notes))
+        return Verdict("mixed", None, None, select, (*bad, f"select chunks or whole responses by {_listed(select, e)}", *notes))
+    unclear = any(classify(v) in ("inconclusive", "trained") for v in e.values.values())
+    return Verdict("unclear" if unclear else "no", None, None, (), (*(bad or ["the models provide no value that could guide"]), *notes))
 
 
-def _token_level(e: Evidence, guide: OnPairs, trusted: bool) -> tuple[Outcome, float | None, str]:
-    """Of a guide that ranks well: may it move tokens, and how strongly?"""
-    called, whole = _called(guide.name), guide.whole
-    if not e.fits:
-        return (
-            "mixed",
-            None,
-            (
-                f"{called} is right ({whole}) but has other tokens than the base: it can compare texts (selection, or candidates by "
-                "--guide-candidates), not shift the vocabulary"
-            ),
+def _token_level(e: Evidence, guide: PairAccuracy, trusted: bool) -> tuple[Outcome, float | None, str]:
+    """Should a value that ranks well guide tokens, and at which beta?"""
+    accurate, d = f"{_called(guide.name)} is accurate ({guide.whole})", e.divergence
+    if not e.shares_vocabulary:
+        hint = "it can score texts (selection, or candidates by --guide-candidates), not guide over the vocabulary"
+        return "mixed", None, f"{accurate} but has other tokens than the base: {hint}"
+    if d is not None and d.tuned_untuned < MIN_PAIR_KL:
+        return "mixed", None, f"{accurate} but tuned and untuned hardly differ: token guidance has almost no effect"
+    if trusted and e.sweep:
+        return _beta_by_judge(e, guide)
+    if d is not None and d.too_far:
+        numbers = (
+            f"KL(base‖untuned) {d.base_untuned:.2f} nats per token, {d.outside:.0%} of the guided mass outside the base's likeliest tokens"
         )
-    if e.own is not None and e.own.tuned_untuned < SILENT:
-        return "mixed", None, f"{called} is right ({whole}) but tuned and untuned hardly differ: it does next to nothing at token level"
-    far = e.own is not None and e.own.far
-    if trusted and e.rows:
-        return _by_judge(e, guide, far)
-    if far and e.own is not None:
-        return (
-            "mixed",
-            None,
-            (
-                f"{called} is right ({whole}) but far from the base (KL(base‖untuned) {e.own.base_untuned:.2f} nats per token, "
-                f"{e.own.outside:.0%} of the guided mass outside the base's likeliest tokens)"
-            ),
-        )
-    beta, words = _gentle(e.rows)
-    return "helps", beta, f"accuracy is good ({whole}); {words}"
+        return "mixed", None, f"{accurate} but far from the base ({numbers})"
+    beta, reason = _beta_without_judge(e.sweep)
+    return "helps", beta, f"accuracy is good ({guide.whole}); {reason}"
 
 
-def _gentle(rows: Sequence[Row]) -> tuple[float | None, str]:
-    """The largest weight that leaves the base its language, and what to say of it."""
-    known = [r for r in rows if r.beta > 0 and r.effective >= EFFECTIVE]
-    beta = max((r.beta for r in known if r.per_token <= GENTLE), default=None)
+def _beta_without_judge(sweep: Sequence[SweepRow]) -> tuple[float | None, str]:
+    """The largest beta that stays close to the base, and the reason."""
+    known = [r for r in sweep if r.beta > 0 and r.effective_size >= MIN_EFFECTIVE_SIZE]
+    limit = MAX_KL_WITHOUT_JUDGE
+    beta = max((r.beta for r in known if r.kl_per_token <= limit), default=None)
     if beta is not None:
-        return beta, f"suggested beta {beta:g}: the largest within {GENTLE} nats per token of the base (no judge says what it buys)"
+        return beta, f"suggested beta {beta:g}: the largest within {limit} nats per token of the base (no judge measures its gain)"
     if known:
-        return None, f"every beta of the sweep moves the base more than {GENTLE} nats per token: start with a smaller one"
-    return None, "too few texts say anything about any beta: draw more, and not from the base alone" if rows else "no beta was tried"
+        return None, f"every beta of the sweep moves the base more than {limit} nats per token: start with a smaller one"
+    return None, "too few effective texts at every beta: sample more, and not from the base alone" if sweep else "no beta was tried"
 
 
-def _by_judge(e: Evidence, guide: OnPairs, far: bool) -> tuple[Outcome, float | None, str]:
-    """A judge saw the texts of every weight."""
-    called, whole = _called(guide.name), guide.whole
-    shown = [r for r in e.rows if r.beta > 0 and r.effective >= EFFECTIVE and r.gain is not None]
-    gaining = [r for r in shown if r.gain is not None and r.gain.low > 0]
-    if not shown:
-        return (
-            "mixed",
-            None,
-            f"{called} is right ({whole}) but the sweep is too small to tell a beta: more prompts or samples",
-        )
+def _beta_by_judge(e: Evidence, guide: PairAccuracy) -> tuple[Outcome, float | None, str]:
+    """The judge scored the texts of every beta."""
+    accurate, far = f"{_called(guide.name)} is accurate ({guide.whole})", e.divergence is not None and e.divergence.too_far
+    known = [(r, r.gain) for r in e.sweep if r.beta > 0 and r.effective_size >= MIN_EFFECTIVE_SIZE and r.gain is not None]
+    gaining = [r for r, gain in known if gain.low > 0]
+    if not known:
+        return "mixed", None, f"{accurate} but the sweep is too small to choose a beta: more prompts or samples"
     if not gaining:
-        worst = any(r.gain is not None and r.gain.high < 0 for r in shown)
-        why = " and far from the base" if far else ""
-        found = "the judge sees worse texts" if worst else "the judge sees no better texts at any beta of the sweep"
-        return "mixed", None, f"{called} is right ({whole}){why}, but guided by it {found}"
-    limit = frontier(shown)
-    chosen = max((r for r in gaining if r.kl.value**0.5 <= limit), key=lambda r: r.beta, default=gaining[0])
-    gain = chosen.gain.value if chosen.gain else 0.0
-    beyond = any(r.beta > chosen.beta for r in e.rows)
-    tail = "beyond it KL grows faster than reward" if beyond else "the largest that was tried; larger ones may buy more"
-    warning = " (although its language is far from the base's: read some texts)" if far else ""
-    return (
-        "helps",
-        chosen.beta,
-        (
-            f"accuracy is good ({whole}), suggested beta {chosen.beta:g}: {gain:+.2f} by the judge at {chosen.kl.value:.1f} nats from the "
-            f"base; {tail}{warning}"
-        ),
-    )
+        worse = any(gain.high < 0 for _, gain in known)
+        found = "the judge scores the guided texts lower" if worse else "the judge scores no beta of the sweep higher than the base"
+        return "mixed", None, f"{accurate}{' and far from the base' if far else ''}, but {found}"
+    limit = max_efficient_distance([r for r, _ in known])
+    chosen = max((r for r in gaining if r.kl.mean**0.5 <= limit), key=lambda r: r.beta, default=gaining[0])
+    gain = chosen.gain.mean if chosen.gain else 0.0
+    larger = any(r.beta > chosen.beta for r in e.sweep)
+    tail = "beyond it KL grows faster than reward" if larger else "the largest that was tried; a larger one may gain more"
+    warning = " (the pair is far from the base: read some texts)" if far else ""
+    numbers = f"{gain:+.2f} by the judge at {chosen.kl.mean:.1f} nats from the base"
+    return "helps", chosen.beta, f"accuracy is good ({guide.whole}), suggested beta {chosen.beta:g}: {numbers}; {tail}{warning}"
 
 
-def frontier(rows: Sequence[Row]) -> float:
-    """The distance sqrt(KL) up to which :data:`EFFICIENCY` of the first slope is left; infinite where gains do not flatten.
+def max_efficient_distance(rows: Sequence[SweepRow]) -> float:
+    """The distance d = sqrt(KL) up to which gain / d keeps :data:`MIN_EFFICIENCY` of its initial value; infinite if it does not fall.
 
-    Gain / d = a - b d is fitted to all rows, each weighted by the inverse variance of its gain / d: single rows are too noisy
-    to be compared with each other.
+    gain / d = a - b d is fitted to all rows, weighted by inverse variance, since single rows are too noisy to compare.
     """
     points = []
     for r in rows:
-        if r.gain is not None and r.kl.value > 0:
-            d = r.kl.value**0.5
+        if r.gain is not None and r.kl.mean > 0:
+            d = r.kl.mean**0.5
             error = max((r.gain.high - r.gain.low) / 3.92, 1e-6) / d
-            points.append((d, r.gain.value / d, error**-2))
+            points.append((d, r.gain.mean / d, error**-2))
     total = sum(w for _, _, w in points)
     mean_d, mean_y = (sum(w * p[i] for p in points for w in p[2:]) / total for i in (0, 1))
-    spread = sum(w * (d - mean_d) ** 2 for d, _, w in points)
-    b = -sum(w * (d - mean_d) * (y - mean_y) for d, y, w in points) / spread if spread else 0.0
-    return (1 - EFFICIENCY) * (mean_y + b * mean_d) / b if b > 0 else math.inf
+    variance = sum(w * (d - mean_d) ** 2 for d, _, w in points)
+    b = -sum(w * (d - mean_d) * (y - mean_y) for d, y, w in points) / variance if variance else 0.0
+    return (1 - MIN_EFFICIENCY) * (mean_y + b * mean_d) / b if b > 0 else math.inf
 
 
 def _listed(names: tuple[str, ...], e: Evidence) -> str:
-    gains = {s.value: s.gain.value for s in e.selection} if e.judge is not None else {}
-    return ", ".join(
-        f"{n} ({e.values[n].whole.rate:.2f}" + (f"; best of {CHOICES}: {gains[n]:+.2f} by the judge)" if n in gains else ")") for n in names
-    )
+    gains = {s.value: s.gain.mean for s in e.best_of} if e.judge is not None else {}
+    judged = {n: f"; best of {BEST_OF}: {gains[n]:+.2f} by the judge" if n in gains else "" for n in names}
+    return ", ".join(f"{n} ({e.values[n].whole.rate:.2f}{judged[n]})" for n in names)
 
 
 def _called(name: str) -> str:

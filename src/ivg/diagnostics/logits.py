@@ -1,0 +1,105 @@
+"""Logits of given texts under several models side by side, a block of response tokens at a time.
+
+At most :data:`BLOCK` x vocabulary logits exist at a time for each model, whatever the length of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ivg.models.cached_lm import CachedLM
+from ivg.types import Beam, Prompt, Value, new_key
+from ivg.types.guides import VocabularyValue
+from ivg.values.base import CompositeValue
+from ivg.values.explicit import ExplicitValue
+from ivg.values.implicit import AutoregressiveReward, ImplicitValue
+
+BLOCK = 64
+"""Response tokens whose logits exist at the same time."""
+
+
+def response_beam(base: CachedLM, prompt: Prompt, text: str, token_ids: Sequence[int] | None = None, *, ends: bool = False) -> Beam:
+    """A given response as a hypothesis in the base's tokens.
+
+    Args:
+        base: its tokenizer is used.
+        prompt: that is answered.
+        text: the response.
+        token_ids: of the response, if known.
+        ends: append the end-of-sequence token.
+    """
+    prompt = base.own(prompt)
+    ids = tuple(base.vocabulary.response_ids(base.prompt_ids(prompt), text) if token_ids is None else token_ids)
+    if ends and base.vocabulary.eos_ids:
+        ids += (_eos_id(base),)
+    return Beam(new_key(), None, prompt, ids, text, "stop" if ends else None, vocabulary=base.vocabulary, inherits=False)
+
+
+def _eos_id(base: CachedLM) -> int:
+    """The end-of-sequence id; the tokenizer's own if the model has several."""
+    own = base.tokenizer.eos_token_id
+    return own if own in base.vocabulary.eos_ids else min(base.vocabulary.eos_ids)
+
+
+def response_logits(lm: CachedLM, beam: Beam, block: int = BLOCK) -> Iterator[Tensor]:
+    """Logits that predict each response token, in order, in pieces float32 [<= block, vocabulary]."""
+    ids, border = lm.ids(beam)
+    row = lm.model.open(ids[:border])
+    try:
+        if unread := ids[len(row.ids) : border - 1]:
+            list(lm.model.forward([row], [unread], [0]))
+        for start in range(border - 1, len(ids) - 1, block):
+            new = ids[start : min(start + block, len(ids) - 1)]
+            yield torch.cat([piece for _, piece in lm.model.forward([row], [new], [len(new)])]).float()
+    finally:
+        lm.model.free(row)
+
+
+@dataclass(frozen=True)
+class GuidanceLogits:
+    """What token guidance by a value adds to the base's logits: a sum of ``weight * logits`` of models.
+
+    Amounts that are equal for all tokens are left out, since they change no distribution.
+    """
+
+    parts: tuple[tuple[float, CachedLM], ...]
+    width: int
+
+    @classmethod
+    def from_value(cls, value: Value | None, base: CachedLM) -> GuidanceLogits | None:
+        """None if the value cannot guide over the base's whole vocabulary, or is of an unknown class."""
+        parts = _parts(value)
+        if parts is None or not isinstance(value, VocabularyValue) or any(not lm.vocabulary.same_as(base.vocabulary) for _, lm in parts):
+            return None
+        return cls(tuple(parts), value.vocabulary.size)
+
+    def blocks(self, base: CachedLM, beam: Beam) -> Iterator[tuple[Tensor, Tensor]]:
+        """(base's logits, what guidance adds at weight 1), float32 [<= BLOCK, base's vocabulary] each, on the base's device."""
+        streams = [response_logits(lm, beam) for _, lm in self.parts]
+        for logits in response_logits(base, beam):
+            pieces = [(weight, next(stream).to(logits.device)) for (weight, _), stream in zip(self.parts, streams, strict=True)]
+            width = min(self.width, logits.shape[1], *(p.shape[1] for _, p in pieces))
+            delta = torch.zeros_like(logits)  # columns outside the guide's vocabulary keep the base's logits
+            for weight, piece in pieces:
+                delta[:, :width] += weight * piece[:, :width]
+            yield logits, delta
+
+
+def _parts(value: Value | None) -> list[tuple[float, CachedLM]] | None:
+    if isinstance(value, CompositeValue):
+        out: list[tuple[float, CachedLM]] = []
+        for weight, part in value.parts:
+            inner = _parts(part)
+            if inner is None:
+                return None
+            out += [(weight * w, lm) for w, lm in inner]
+        return out
+    if isinstance(value, ImplicitValue):
+        return [(1.0, value.tuned), (-1.0, value.untuned)]
+    if isinstance(value, AutoregressiveReward) or (isinstance(value, ExplicitValue) and value.full_vocabulary()):
+        return [(1.0, value.model)]
+    return None
