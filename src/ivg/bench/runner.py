@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ivg.bench.settings import METHOD, BenchSettings
 from ivg.bench.shapes import build_model, make_prompts
 from ivg.bench.systems import SYSTEMS, System, Systems
-from ivg.diagnostics.cost import flops, parameters, readers
+from ivg.diagnostics.cost import flops, language_models, parameters
 from ivg.jobs.blocks import open_blocks
 from ivg.models.packed_linear import can_pack
 from ivg.utils import environment
@@ -141,7 +141,7 @@ class Session:
             gc.enable()
         seconds = time.perf_counter() - start
         peak, others = environment.peak_bytes(self.device), environment.cpu_contention(clock)
-        models = [reader.model for reader in readers(self.model).values()]
+        models = [reader.model for reader in language_models(self.model).values()]
         caches, held = sum(m.unshared_peak_bytes for m in models), sum(m.peak_bytes for m in models)
         self.model.reset_caches()
         return {
