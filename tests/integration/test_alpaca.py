@@ -757,7 +757,7 @@ def test_without_gold_the_judge_s_win_rate_is_drawn(tmp_path, instructions):
     changed = make_plan(
         Recipe.parse({"models": models, "eval": {**settings, "options": options | {"label": 1}}, "sampling": sampling}), tmp_path
     )
-    with pytest.raises(ConfigError, match="figures of other settings of the task"):
+    with pytest.raises(ConfigError, match="metrics of other settings"):
         run(changed, ["report"])
     silent = make_plan(Recipe.parse({"models": models, "eval": {**settings, "options": {}}, "sampling": sampling}), tmp_path)
     run(silent, ["score", "report"])
