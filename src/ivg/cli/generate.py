@@ -12,7 +12,7 @@ from ivg.errors import ConfigError
 
 if TYPE_CHECKING:
     from ivg.jobs.prompts import Job
-    from ivg.jobs.ray.settings import RaySettings
+    from ivg.settings.ray import RaySettings
     from ivg.settings.recipe import Recipe
     from ivg.types import Completion
 
@@ -95,7 +95,7 @@ def generate(
     cpus_per_worker: Cpus = None,
 ) -> None:
     """See HELP."""
-    from ivg.jobs.ray.settings import RaySettings
+    from ivg.settings.ray import RaySettings
 
     given = o.recipe_of(recipe, template, locals())
     cluster = RaySettings.of(ray, workers, gpus_per_worker, cpus_per_worker)

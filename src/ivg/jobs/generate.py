@@ -13,9 +13,9 @@ from typing import Any
 from ivg.jobs.failures import Failures
 from ivg.jobs.prompts import Job
 from ivg.jobs.provenance import answer_provenance, device_kind
-from ivg.jobs.ray.settings import RaySettings
 from ivg.jobs.runner import Task, run_tasks
 from ivg.jobs.store import open_rows
+from ivg.settings.ray import RaySettings
 from ivg.settings.recipe import Recipe
 from ivg.types import Completion
 
@@ -88,6 +88,6 @@ class GenerateRun:
 
 
 def answer_row(job: Job, index: int, completion: Completion, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the output (docs/data.md): the answer, what made it, and the further columns of the input."""
+    """A row of the output (docs/reference/data.md): the answer, what made it, and the further columns of the input."""
     row = {"id": job.id, "prompt": job.prompt, "index": index, **completion.to_dict(), **provenance}
     return row | job.columns(row)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from ivg.errors import PromptError
 
 if TYPE_CHECKING:
-    from ivg.jobs.ray.settings import RaySettings
     from ivg.model import GuidedModel
     from ivg.search.methods import Method
+    from ivg.settings.ray import RaySettings
     from ivg.settings.recipe import Recipe
     from ivg.types import Completion, Step
 

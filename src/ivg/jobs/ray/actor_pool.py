@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ivg.errors import MissingDependencyError, shortened
-from ivg.jobs.ray.settings import LOCAL, RayError, RaySettings, Size
+from ivg.jobs.ray.resources import RayError, WorkerPlan
 from ivg.jobs.ray.worker import Worker, WorkerReport
 from ivg.jobs.runner import Task
+from ivg.settings.ray import LOCAL, RaySettings
 
 PLACEMENT_TIMEOUT = 600.0
 """Seconds in which at least one worker must find a place."""
@@ -107,17 +108,17 @@ class ActorPool:
 
     Args:
         ray: connected.
-        size: how many, and what each takes.
+        plan: number and resources of the workers.
         recipe: as JSON.
         trace: completions keep the tree of beams.
     """
 
-    def __init__(self, ray: Any, size: Size, recipe: str, *, trace: bool) -> None:
-        self.ray, self.size, self.recipe, self.trace = ray, size, recipe, trace
+    def __init__(self, ray: Any, plan: WorkerPlan, recipe: str, *, trace: bool) -> None:
+        self.ray, self.plan, self.recipe, self.trace = ray, plan, recipe, trace
         self.started = self._crashes = self._start_crashes = self._excused = 0
         self._unplaced_since = time.monotonic()
-        self._kind = ray.remote(num_cpus=size.cpus, num_gpus=size.gpus, max_restarts=0, scheduling_strategy="SPREAD")(Worker)
-        self.actors = [self._start() for _ in range(size.workers)]
+        self._kind = ray.remote(num_cpus=plan.cpus, num_gpus=plan.gpus, max_restarts=0, scheduling_strategy="SPREAD")(Worker)
+        self.actors = [self._start() for _ in range(plan.workers)]
 
     def _start(self) -> Actor:
         handle = self._kind.remote()
@@ -198,8 +199,8 @@ class ActorPool:
             raise RayError(f"a node has no ivg: {why}\n  install the same version on every node, for the Python that Ray runs there")
         self._crashes += 1
         self._start_crashes += actor.stage != "work"
-        starting = self._start_crashes >= max(STARTS, self.size.workers)
-        if starting or self._crashes > TRIES * self.size.workers + STARTS:
+        starting = self._start_crashes >= max(STARTS, self.plan.workers)
+        if starting or self._crashes > TRIES * self.plan.workers + STARTS:
             what = f"{self._start_crashes} workers in a row crashed at start" if starting else f"{self._crashes} workers in a row crashed"
             raise RayError(f"{what}; the last: {why}\n  check memory and Ray's logs on that node")
         with suppress(Exception):  # mostly it is dead already
@@ -210,7 +211,7 @@ class ActorPool:
         if any(a.stage != "hello" for a in self.actors):
             self._unplaced_since = time.monotonic()
         elif time.monotonic() - self._unplaced_since > PLACEMENT_TIMEOUT:
-            each = f"{self.size.cpus:g} CPUs and {self.size.gpus:g} GPUs"
+            each = f"{self.plan.cpus:g} CPUs and {self.plan.gpus:g} GPUs"
             raise RayError(f"no worker was placed within {PLACEMENT_TIMEOUT:g} seconds; each needs {each}\n  check: ray status")
 
     def kill(self) -> None:

@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from ivg.jobs.ray.actor_pool import Actor, ActorFailure, ActorPool, connected, nodes
-from ivg.jobs.ray.settings import RaySettings, reconcile_gpus, size, with_absolute_paths
+from ivg.jobs.ray.resources import plan_workers, reconcile_gpus, with_absolute_paths
 from ivg.jobs.ray.task_queue import QueuedTask, TaskQueue
 from ivg.jobs.ray.worker import WorkerReport
 from ivg.jobs.runner import Result, T, Task
+from ivg.settings.ray import RaySettings
 from ivg.settings.recipe import Recipe
 
 
@@ -42,7 +43,7 @@ class RayBackend:
             ConfigError, VocabularyError: a method that does not fit the models.
         """
         with connected(self.settings) as ray:
-            plan = size(self.settings, nodes(ray), len(tasks), self.recipe.run.device)
+            plan = plan_workers(self.settings, nodes(ray), len(tasks), self.recipe.run.device)
             queue = TaskQueue(tasks, self.recipe.run.batch_size, plan.workers)
             pool = ActorPool(ray, plan, with_absolute_paths(self.recipe).model_dump_json(), trace=self.trace)
             try:

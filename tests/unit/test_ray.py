@@ -1,42 +1,30 @@
-"""Prompts shared out over a cluster: the bookkeeping on its own, the driver over a Ray of lies, and a real Ray of several nodes."""
+"""The Ray backend without Ray: dividing nodes into workers, the task queue, the worker, and the driver over a fake Ray."""
 
-import json
-import os
 import random
 import re
-import secrets
-import signal
 import sys
-import time
 from dataclasses import replace
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import pytest
 
 import ivg
-from ivg.cli import main
 from ivg.errors import ConfigError, MissingDependencyError, ModelError
-from ivg.jobs import store
-from ivg.jobs.ray import actor_pool, driver, task_queue
+from ivg.jobs.ray import actor_pool, task_queue
 from ivg.jobs.ray.driver import RayBackend
-from ivg.jobs.ray.settings import RayError, RaySettings, Size, reconcile_gpus, size, with_absolute_paths
+from ivg.jobs.ray.resources import RayError, WorkerPlan, plan_workers, reconcile_gpus, with_absolute_paths
 from ivg.jobs.ray.task_queue import TaskQueue
 from ivg.jobs.ray.worker import Worker, WorkerReport
 from ivg.jobs.runner import Task, run_tasks
+from ivg.settings.ray import RaySettings
 from ivg.settings.recipe import Recipe
-from ivg.testing import byte_tokenizer, tiny_model, tiny_value
 from ivg.types import Completion, Usage
+from job_helpers import FakeRay, Gone, connect, make_models, recipe_of, tasks_of, texts_and_errors
 
 real_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'ivg[ray]'")
 
 
-def tasks_of(count, n=1):
-    """Tasks for so many prompts; each task's source is (number of the prompt, sample)."""
-    return [Task(f"Prompt {i}", 5, k, (i, k)) for i in range(count) for k in range(n)]
-
-
-# Settings and sizes
+# Settings and workers
 
 
 @pytest.mark.parametrize(
@@ -67,31 +55,31 @@ def test_settings_from_options():
 @pytest.mark.parametrize(
     "settings,nodes,device,expected",
     [
-        ({}, [(8, 0), (8, 0)], None, Size(2, 8, 0)),  # one on each node, all of its CPUs
-        ({}, [(0, 0), (8, 0), (4, 0)], None, Size(2, 4, 0)),  # a head that computes nothing
-        ({}, [(8, 4), (8, 4)], None, Size(8, 1, 1)),
-        ({}, [(8, 4)], "cpu", Size(1, 8, 0)),
-        ({"gpus": 4}, [(8, 8), (8, 8), (8, 2)], None, Size(4, 1, 4)),
-        ({"gpus": 0.5}, [(8, 1)], None, Size(2, 1, 0.5)),
-        ({"workers": 2}, [(8, 0)], None, Size(2, 4, 0)),
-        ({"workers": 1}, [(8, 8)], None, Size(1, 1, 1)),
-        ({"cpus": 3}, [(8, 0), (4, 0)], None, Size(3, 3, 0)),
+        ({}, [(8, 0), (8, 0)], None, WorkerPlan(2, 8, 0)),  # one on each node, all of its CPUs
+        ({}, [(0, 0), (8, 0), (4, 0)], None, WorkerPlan(2, 4, 0)),  # a head that computes nothing
+        ({}, [(8, 4), (8, 4)], None, WorkerPlan(8, 1, 1)),
+        ({}, [(8, 4)], "cpu", WorkerPlan(1, 8, 0)),
+        ({"gpus": 4}, [(8, 8), (8, 8), (8, 2)], None, WorkerPlan(4, 1, 4)),
+        ({"gpus": 0.5}, [(8, 1)], None, WorkerPlan(2, 1, 0.5)),
+        ({"workers": 2}, [(8, 0)], None, WorkerPlan(2, 4, 0)),
+        ({"workers": 1}, [(8, 8)], None, WorkerPlan(1, 1, 1)),
+        ({"cpus": 3}, [(8, 0), (4, 0)], None, WorkerPlan(3, 3, 0)),
     ],
 )
 def test_nodes_are_cut_into_workers(settings, nodes, device, expected):
     resources = [{"CPU": cpus, **({"GPU": gpus} if gpus else {})} for cpus, gpus in nodes]
-    assert size(RaySettings("auto", **settings), resources, 100, device) == expected
+    assert plan_workers(RaySettings("auto", **settings), resources, 100, device) == expected
 
 
 def test_never_more_workers_than_tasks():
-    assert size(RaySettings("auto", cpus=1), [{"CPU": 8}], 3).workers == 3
+    assert plan_workers(RaySettings("auto", cpus=1), [{"CPU": 8}], 3).workers == 3
 
 
 def test_no_room():
     with pytest.raises(RayError, match="no node has room for a worker of 1 CPUs and 4 GPUs; the nodes have: 8 CPUs and 2 GPUs"):
-        size(RaySettings("auto", gpus=4), [{"CPU": 8, "GPU": 2}], 10)
+        plan_workers(RaySettings("auto", gpus=4), [{"CPU": 8, "GPU": 2}], 10)
     with pytest.raises(RayError, match="have: none"):
-        size(RaySettings("auto"), [], 10)
+        plan_workers(RaySettings("auto"), [], 10)
 
 
 def test_paths_of_this_machine_are_made_absolute(tmp_path, monkeypatch):
@@ -199,35 +187,7 @@ def test_a_suspect_has_its_worker_to_itself(monkeypatch):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """Tiny models of all roles, and a reward that ends its process at the word poison."""
-    folder = tmp_path_factory.mktemp("hub")
-    for seed, role in enumerate(("base", "tuned", "untuned")):
-        tiny_model("llama", seed).save_pretrained(folder / role)
-        byte_tokenizer().save_pretrained(folder / role)
-    tiny_value("vocabulary", seed=7).save_pretrained(folder / "value")
-    (folder / "deadly.py").write_text(
-        "import os\n"
-        "def score(prompt, response):\n"
-        "    if 'poison' in prompt: os._exit(7)\n"
-        "    if 'error' in prompt: raise ValueError('no such prompt')\n"
-        "    return float(len(set(response)))\n"
-    )
-    return folder
-
-
-def recipe_of(hub, method="ivg", **run):
-    models = {"base": hub / "base", "tuned": hub / "tuned", "untuned": hub / "untuned", "value": hub / "value"}
-    if method == "reward":
-        models = {"base": hub / "base", "reward": f"{hub / 'deadly.py'}:score"}
-    search = {"method": "custom", "select": "reward"} if method == "reward" else {"method": method}
-    return Recipe.parse(
-        {
-            "models": {role: str(path) for role, path in models.items()},
-            "search": {**search, "width": 2, "successors": 2, "chunk_length": 4},
-            "sampling": {"max_new_tokens": 12},
-            "run": {"seed": 5, "dtype": "float32", "device": "cpu", "batch_size": 2, **run},
-        }
-    )
+    return make_models(tmp_path_factory.mktemp("hub"))
 
 
 def loaded(recipe):
@@ -235,15 +195,6 @@ def loaded(recipe):
     report = worker.load(recipe.model_dump_json(), False)
     assert (report.error, report.crash) == (None, None)
     return worker
-
-
-def texts_and_errors(results):
-    """Texts by source, and errors by source; no source twice."""
-    texts, errors = {}, {}
-    for r in results:
-        assert r.task.source not in texts | errors
-        (errors if r.completion is None else texts)[r.task.source] = r.error or r.completion.text
-    return texts, errors
 
 
 def test_worker_answers_as_this_machine_does_and_says_which_prompts_it_cannot_read(hub):
@@ -283,56 +234,7 @@ def test_worker_reports_what_breaks_it(hub):
     assert isinstance(loaded(wrong).advance([Task("x", 5, 0, 0)]).error, ConfigError)
 
 
-# The driver, over a Ray of lies
-
-
-class Gone(Exception):
-    """What Ray raises where an actor died."""
-
-
-class FakeRay:
-    """Actors that work when they are asked for the result; calls end in any order."""
-
-    exceptions = SimpleNamespace(RayError=Gone)
-
-    def __init__(self, worker, seed=0, cpus=(1, 1)):
-        self.worker, self.cpus, self.random, self.actors = worker, cpus, random.Random(seed), []
-
-    def nodes(self):
-        return [{"Alive": True, "Resources": {"CPU": n}} for n in self.cpus] + [{"Alive": False, "Resources": {"CPU": 64}}]
-
-    def remote(self, **options):
-        def make():
-            self.actors.append(FakeActor(self.worker(len(self.actors))))
-            return self.actors[-1]
-
-        return lambda kind: SimpleNamespace(remote=make)
-
-    def wait(self, calls, num_returns, timeout):
-        calls = self.random.sample(calls, len(calls))
-        number = min(num_returns, self.random.randint(0, len(calls)))
-        return calls[:number], calls[number:]
-
-    def get(self, call):
-        actor, name, arguments = call
-        assert not actor.dead, "a dead actor was asked"
-        return getattr(actor.worker, name)(*arguments)
-
-    def kill(self, actor, no_restart):
-        actor.dead = True
-
-
-class FakeActor:
-    def __init__(self, worker):
-        self.worker, self.dead = worker, False
-
-    def __getattr__(self, name):
-        return SimpleNamespace(remote=lambda *arguments: Call((self, name, arguments)))
-
-
-class Call(tuple):
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
+# The driver, over a fake Ray
 
 
 class Echo:
@@ -360,16 +262,7 @@ class Echo:
 
 def drive(monkeypatch, worker, tasks, seed=0, batch_size=3, **settings):
     """(numbers of the prompts that were answered, errors by number of the prompt, the Ray)."""
-    fake = FakeRay(worker, seed)
-
-    class Connected:
-        def __enter__(self):
-            return fake
-
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setattr(driver, "connected", lambda _: Connected())
+    fake = connect(monkeypatch, FakeRay(worker, seed))
     recipe = Recipe.parse({"run": {"batch_size": batch_size}})
     texts, errors = texts_and_errors(RayBackend(recipe, RaySettings("auto", **settings)).run(tasks))
     return sorted(i for i, _ in texts), {i: e for (i, _), e in errors.items()}, fake
@@ -485,150 +378,3 @@ def test_without_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingDependencyError, match="needs the extra ray"):
         list(run_tasks(Recipe(), tasks_of(1), RaySettings("auto")))
-
-
-# A real Ray of two nodes
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """Asks for a token of its own: Ray then neither needs nor makes one in this user's home."""
-    own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    own["RAY_worker_niceness"] = "0"  # by default 15: beside busy processes workers then get 3 % of a core
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)  # before Ray is imported, which reads them once
-    from ray.cluster_utils import Cluster
-
-    node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
-    made = Cluster(initialize_head=True, head_node_args=node)
-    made.add_node(num_cpus=1, object_store_memory=100 << 20)
-    yield made
-    made.shutdown()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@pytest.fixture
-def pools(monkeypatch):
-    """The actor pools that were made."""
-    made = []
-
-    class Watched(actor_pool.ActorPool):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            made.append(self)
-
-    monkeypatch.setattr(driver, "ActorPool", Watched)
-    return made
-
-
-def process(actor):
-    return int(re.search(r"process (\d+)", actor.where)[1])
-
-
-def after(results, count, action):
-    """The results; ``action`` is called when so many are there."""
-    for number, result in enumerate(results, 1):
-        yield result
-        if number == count:
-            action()
-
-
-@pytest.mark.long
-@real_ray
-def test_a_killed_worker_is_replaced_and_its_prompts_are_done_again(cluster, pools, hub):
-    recipe, tasks = recipe_of(hub), tasks_of(8, n=2)
-    expected = texts_and_errors(run_tasks(recipe, tasks))
-
-    def kill():
-        os.kill(process(next(a for a in pools[0].actors if a.call is not None and a.stage == "work")), signal.SIGKILL)
-
-    assert texts_and_errors(after(run_tasks(recipe, tasks, RaySettings(cluster.address)), 3, kill)) == expected
-    assert pools[0].started == 3
-
-
-@pytest.mark.long
-@real_ray
-def test_a_node_may_leave(cluster, hub):
-    recipe, tasks = recipe_of(hub), tasks_of(16)
-    expected = texts_and_errors(run_tasks(recipe, tasks))
-
-    def leave():
-        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-
-    assert texts_and_errors(after(run_tasks(recipe, tasks, RaySettings(cluster.address)), 3, leave)) == expected
-    cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
-
-
-@pytest.mark.long
-@real_ray
-def test_a_prompt_that_crashes_workers_is_quarantined(cluster, hub, monkeypatch):
-    monkeypatch.setattr(task_queue, "SUSPECT", 1)
-    tasks = [replace(task, prompt="poison") if task.source[0] == 3 else task for task in tasks_of(6)]
-    expected, _ = texts_and_errors(run_tasks(recipe_of(hub, "reward"), [t for t in tasks if t.prompt != "poison"]))
-    texts, errors = texts_and_errors(run_tasks(recipe_of(hub, "reward"), tasks, RaySettings(cluster.address)))
-    assert texts == expected
-    assert list(errors) == [(3, 0)]
-    assert errors[3, 0].startswith("quarantined: 2 workers crashed while running it")
-
-
-@pytest.mark.long
-@real_ray
-def test_command_line_goes_on_where_it_was_interrupted(cluster, hub, tmp_path, monkeypatch, capsys):
-    source, sink = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("".join(json.dumps({"id": i, "prompt": f"Prompt {i}"}) + "\n" for i in range(8)) + '{"id": 9, "prompt": ""}\n')
-    recipe = recipe_of(hub)
-    models = [x for role in ("base", "tuned", "untuned", "value") for x in (f"--{role}", str(hub / role))]
-    sizes = [
-        "-W",
-        "2",
-        "-K",
-        "2",
-        "-L",
-        "4",
-        "--max-new-tokens",
-        "12",
-        "--seed",
-        "5",
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-        "--batch-size",
-        "2",
-    ]
-    command = ["ivg", "generate", "--input", str(source), "--output", str(sink), "--ray", cluster.address, *models, *sizes]
-    monkeypatch.setattr(sys, "argv", command)
-    real, written = store.ResumableRows.append, []
-
-    def interrupted(self, row):
-        if len(written) == 3:
-            raise KeyboardInterrupt
-        written.append(real(self, row))
-
-    monkeypatch.setattr(store.ResumableRows, "append", interrupted)
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 130
-    first = sink.read_text().splitlines()
-    assert len(first) == 3
-    monkeypatch.setattr(store.ResumableRows, "append", real)
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 1
-    assert "line 9: empty prompt" in capsys.readouterr().err
-    rows = [json.loads(line) for line in sink.read_text().splitlines()]
-    assert sink.read_text().splitlines()[:3] == first
-    assert len(rows) == 8
-    expected, _ = texts_and_errors(run_tasks(recipe, tasks_of(8)))
-    assert {(r["id"], r["index"]): r["text"] for r in rows} == expected
-
-
-@pytest.mark.long
-@real_ray
-@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9"])
-def test_nobody_at_the_address(address):
-    started = time.monotonic()
-    with pytest.raises(RayError, match=f"no Ray cluster at {address}: .*refused"):
-        list(run_tasks(Recipe(), tasks_of(1), RaySettings(address)))
-    assert time.monotonic() - started < 200  # refused, not waited for

@@ -1,4 +1,4 @@
-"""Where the cluster is, and how its machines are cut into workers. Knows no Ray.
+"""How the nodes of a cluster are divided into workers, and what of a recipe depends on that. Knows no Ray.
 
 A worker is one copy of all models: it may have several GPUs of its node (tensor parallelism stays inside a node), and there
 are as many of them as fit (data parallelism goes over the nodes).
@@ -11,32 +11,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ivg.errors import ConfigError, IVGError
-from ivg.settings.ray import AUTO as AUTO
-from ivg.settings.ray import LOCAL as LOCAL
-from ivg.settings.ray import RaySettings as RaySettings
+from ivg.settings.ray import RaySettings
 from ivg.settings.recipe import ModelRef, NamedValue, Recipe
 
 
 class RayError(IVGError, RuntimeError):
-    """A cluster that cannot do the work: not reached, no room, nodes that differ, workers that die again and again."""
+    """A cluster that cannot do the work: not reached, no room, nodes that differ, workers that crash again and again."""
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
-    """How many workers, and what each asks Ray for."""
+class WorkerPlan:
+    """Number of workers, and the CPUs and GPUs that each asks Ray for."""
 
     workers: int
     cpus: float
     gpus: float
 
 
-def size(settings: RaySettings, nodes: Sequence[Mapping[str, float]], tasks: int, device: str | None = None) -> Size:
-    """Cut the nodes into workers; never more workers than tasks.
+def plan_workers(settings: RaySettings, nodes: Sequence[Mapping[str, float]], tasks: int, device: str | None = None) -> WorkerPlan:
+    """Divide the nodes into workers; never more workers than tasks.
 
     Args:
-        settings: what was asked for.
+        settings: of the cluster.
         nodes: resources of each, by Ray's names (``CPU``, ``GPU``).
-        tasks: answers that are wanted.
+        tasks: number of tasks.
         device: where the recipe puts its models; None: the best there is.
 
     Raises:
@@ -61,7 +59,7 @@ def size(settings: RaySettings, nodes: Sequence[Mapping[str, float]], tasks: int
             "\n  give --cpus-per-worker and --gpus-per-worker that fit"
         )
     wanted = settings.workers if settings.workers is not None else len(cpus_of) if whole else room
-    return Size(max(1, min(wanted, tasks)), cpus, gpus)
+    return WorkerPlan(max(1, min(wanted, tasks)), cpus, gpus)
 
 
 def reconcile_gpus(recipe: Recipe, settings: RaySettings) -> tuple[Recipe, RaySettings]:
