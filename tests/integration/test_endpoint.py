@@ -439,7 +439,7 @@ def test_vocabulary_is_nobody_elses():
 
 def test_our_server_as_base_of_a_search():
     pytest.importorskip("fastapi")
-    from test_serving import Running
+    from serving_tools import Running
 
     exact = LoadOptions(dtype="float32")  # in bfloat16 a chunk read by itself may round otherwise
     library = GuidedModel.embedded(exact)
@@ -475,7 +475,7 @@ def test_our_server_as_base_of_a_search():
 def test_what_our_clients_learn_of_a_server_behind(serve, caplog, status, shown, code, headers):
     """Whether to try again, and what of it is their own fault; never the other server's address, which stands in the log."""
     pytest.importorskip("fastapi")
-    from test_serving import Running
+    from serving_tools import Running
 
     _, engine = serve(status={"bad": status})
     recipe = Recipe.model_validate({"search": {"method": "base"}})

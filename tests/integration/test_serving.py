@@ -1,73 +1,13 @@
-"""The server over a real socket, with OpenAI's own client: what it answers is what the library answers, whatever happens around it."""
+"""The server over a real socket, with OpenAI's own client: it answers what the library answers."""
 
 import asyncio
 import json
-import threading
-import time
 
 import httpx
 import openai
 import pytest
 
-from ivg.model import GuidedModel
-from ivg.serving.served_models import ServedModels
-from ivg.serving.server import make_server
-from ivg.settings.recipe import Recipe
-from ivg.settings.serve import ServeSettings
-from ivg.testing import tiny_lm, tiny_value
-from ivg.types import SamplingParams
-from ivg.values.base import FunctionValue
-from ivg.values.implicit import ImplicitValue
-
-SAMPLING = {"temperature": 0.9, "max_tokens": 16}
-
-
-def tiny(**more):
-    """A small model with every kind of value; ``more`` are further values."""
-    tokens = tiny_lm("base").tokenizer
-    pair = ImplicitValue(tiny_lm("tuned", seed=1, tokenizer=tokens), tiny_lm("untuned", seed=2, tokenizer=tokens))
-    values = {"implicit": pair, "explicit": tiny_value(seed=3, tokenizer=tokens), "length": FunctionValue(lambda p, r: len(r), "length")}
-    return GuidedModel(tiny_lm("base", tokenizer=tokens), values | more, SamplingParams(temperature=0.9, max_new_tokens=16))
-
-
-class Running:
-    """A server in a thread."""
-
-    def __init__(self, model, recipe=None, **settings):
-        settings = ServeSettings(**{"port": 0, "name": "tiny", "drain": 5.0, **settings})
-        self.served = ServedModels(model, recipe or Recipe(), settings)
-        self.server = make_server(self.served)
-        self.worker = self.server.worker
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
-
-    def client(self, key="none", **settings):
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **settings)
-
-    def post(self, body, path="/v1/completions", **settings):
-        return httpx.post(self.url + path, json=body, timeout=300, **settings)
-
-    def idle(self, seconds=200.0):
-        """Wait until nothing runs; rows in use then."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and (self.worker.searcher.busy or self.worker.waiting):
-            time.sleep(0.01)
-        time.sleep(0.05)
-        return sum(r.model.live_rows for r in readers(self.served.model))
-
-    def stop(self):
-        self.server.handle_exit(15, None)
-        self.thread.join(200)
-        assert not self.thread.is_alive()
-
-
-def readers(model):
-    from ivg.model import cached_lms
-
-    return [model.base, *(r for v in model.values.values() for r in cached_lms(v))]
+from serving_tools import SAMPLING, Running, events, expected, numbers, tiny
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +22,8 @@ def library():
     return tiny()
 
 
-def expected(library, prompt, method, seed, index=0, **settings):
-    settings = {"temperature": 0.9, "max_new_tokens": 16, **settings}
-    return next(library.run([library.request(prompt, method, seed=seed, index=index, **settings)]))[1]
-
-
-# What is answered
-
-
 @pytest.mark.parametrize("method", ["base", "eft", "ivg", "bon", "cbs-implicit", "smc", "token-explicit"])
-def test_completion_is_the_librarys(running, library, method):
+def test_completion_equals_the_librarys(running, library, method):
     got = running.client().completions.create(model=f"tiny:{method}", prompt="The movie", seed=7, **SAMPLING)
     want = expected(library, "The movie", method, 7)
     assert got.choices[0].text == want.text
@@ -197,9 +129,6 @@ def test_utf8_is_never_cut(running, library):
         assert shown == want
 
 
-# Log-probabilities
-
-
 def test_logprobs_of_completions(running, library):
     got = running.client().completions.create(model="tiny:eft", prompt="Film", seed=6, logprobs=3, **SAMPLING).choices[0]
     want = expected(library, "Film", "eft", 6, alternatives=3)
@@ -212,6 +141,31 @@ def test_logprobs_of_completions(running, library):
     pieces = [c.choices[0].logprobs for c in stream if c.choices and c.choices[0].logprobs]
     assert len(pieces) > 1
     assert [o for p in pieces for o in p.text_offset] == got.logprobs.text_offset  # from the answer's beginning, not the piece's
+
+
+CHAT_TYPES = (openai.types.chat.ChatCompletion, openai.types.chat.ChatCompletionChunk)
+
+
+@pytest.mark.parametrize(
+    ("path", "types", "logprobs"),
+    [
+        ("/v1/chat/completions", CHAT_TYPES, {"logprobs": True, "top_logprobs": 2}),
+        ("/v1/completions", (openai.types.Completion, openai.types.Completion), {"logprobs": 2}),
+    ],
+)
+def test_responses_fit_openais_types(running, path, types, logprobs):
+    """By validation; OpenAI's client itself does not validate."""
+    content = {"messages": [{"role": "user", "content": "Film"}]} if "chat" in path else {"prompt": "Film"}
+    body = {"model": "tiny:eft", "seed": 1, "n": 2, **content, **logprobs, **SAMPLING}
+    types[0].model_validate(running.post(body, path).json())
+    lines = running.post(body | {"stream": True, "stream_options": {"include_usage": True}}, path).text.splitlines()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    for chunk in chunks:
+        for choice in chunk["choices"] if "chat" not in path else ():
+            choice["finish_reason"] = choice["finish_reason"] or "stop"  # null in a stream, although OpenAI's type has no null
+        types[1].model_validate(chunk)
+    for model in httpx.get(f"{running.url}/v1/models").json()["data"]:
+        openai.types.Model.model_validate(model)
 
 
 @pytest.mark.parametrize("method", ["eft", "ivg"])
@@ -229,56 +183,36 @@ def test_logprobs_of_chats(running, library, method):
     assert [t.logprob for t in tokens] == pytest.approx([d.logprob for d in want], abs=1e-4)
 
 
-# For the playground
-
-
-def events(running, **body):
-    """(name, data) of every event; [DONE] is the last."""
-    out, name = [], None
-    with httpx.stream("POST", f"{running.url}/v1/completions", json={"stream": True, **body}, timeout=60) as response:
-        assert response.status_code == 200, response.read()
-        for line in response.iter_lines():
-            if line.startswith("event: "):
-                name = line.removeprefix("event: ")
-            elif line.startswith("data: "):
-                data = line.removeprefix("data: ")
-                out.append((name, data if data == "[DONE]" else json.loads(data)))
-                name = None
-    assert out.pop() == (None, "[DONE]")
-    return out
-
-
-def test_beams_make_a_tree(running, library):
+def test_beam_events_form_a_tree(running, library):
     got = events(running, model="tiny:ivg", prompt="Film", seed=2, stream_options={"include_beams": True}, max_tokens=15, temperature=0.9)
-    boards = [data for name, data in got if name == "ivg.beams"]
-    assert [b["step"] for b in boards] == list(range(len(boards))) and len(boards) == 3
+    selections = [data for name, data in got if name == "ivg.beams"]
+    assert [b["step"] for b in selections] == list(range(len(selections))) and len(selections) == 3
     known = set()
-    for i, board in enumerate(boards):
-        nodes = board["kept"] + board["dropped"]
-        assert len(board["kept"]) == 4 and len(nodes) == 16
+    for i, selection in enumerate(selections):
+        nodes = selection["kept"] + selection["dropped"]
+        assert len(selection["kept"]) == 4 and len(nodes) == 16
         assert all((n["parent"] is None) if i == 0 else (n["parent"] in known) for n in nodes)
         assert all(len(n["tokens"]) == len(n["shift"]) for n in nodes)
-        assert all(n["text"].startswith(board["committed"]) for n in board["kept"]) or board is boards[-1]  # then it is the answer
-        assert min(n["score"] for n in board["kept"]) >= max(n["score"] for n in board["dropped"])
+        assert (
+            all(n["text"].startswith(selection["committed"]) for n in selection["kept"]) or selection is selections[-1]
+        )  # then it is the answer
+        assert min(n["score"] for n in selection["kept"]) >= max(n["score"] for n in selection["dropped"])
         known |= {n["key"] for n in nodes}
     text = "".join(d["choices"][0]["text"] for n, d in got if n is None)
     assert text == expected(library, "Film", "ivg", 2, max_new_tokens=15).text
     tokens = [t for n, d in got if n == "ivg.tokens" for t in d["tokens"]]
     assert "".join(t["text"] for t in tokens) == text
-    assert got[-1][1]["ivg"]["score"] == pytest.approx(max(n["score"] for n in boards[-1]["kept"]), abs=1e-4)
+    assert got[-1][1]["ivg"]["score"] == pytest.approx(max(n["score"] for n in selections[-1]["kept"]), abs=1e-4)
 
 
-def test_tokens_come_as_they_are_written(running):
+def test_token_events_are_streamed(running):
     got = events(running, model="tiny:eft", prompt="Film", seed=2, stream_options={"include_beams": True}, max_tokens=12, temperature=0.9)
-    looks = [d["tokens"] for n, d in got if n == "ivg.tokens"]
-    assert len(looks) > 3
-    for t in (t for look in looks for t in look):
+    updates = [d["tokens"] for n, d in got if n == "ivg.tokens"]
+    assert len(updates) > 3
+    for t in (t for update in updates for t in update):
         assert t["shift"] == pytest.approx(t["logprob"] - t["base_logprob"], abs=1e-6)
         assert len(t["top"]) == len(t["top_base"]) == 5
         assert t["top"][0]["logprob"] >= t["top"][1]["logprob"]
-
-
-# What is there
 
 
 def test_models(running):
@@ -310,11 +244,6 @@ def test_health_and_metrics(running):
     assert after["ivg_step_seconds_count"] > before["ivg_step_seconds_count"]
     assert after["ivg_first_text_seconds_count"] - before["ivg_first_text_seconds_count"] == 1
     assert after['ivg_cache_rows{model="base"}'] == after["ivg_queue_length"] == after["ivg_live_beams"] == 0
-
-
-def numbers(running):
-    text = httpx.get(f"{running.url}/metrics").text
-    return {k: float(v) for k, v in (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))}
 
 
 def test_playground_is_served(running):

@@ -1,89 +1,27 @@
-"""The server as a process of its own: all kinds of trouble at once, signals, and the command that starts it."""
+"""The server in a process of its own: many clients at once, signals, and the command that starts it."""
 
 import asyncio
 import json
-import os
 import random
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from test_serving import expected, tiny
-from test_serving_faults import SLOW, well_formed
 
 from ivg.errors import ConfigError
 from ivg.settings.recipe import Recipe
+from serving_tools import SLOW, Process, expected, tiny, well_formed
 
 KEY = {"authorization": "Bearer right-key-1"}
-SCRIPT = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-from ivg.settings.recipe import Recipe
-from ivg.serving.server import serve
-from ivg.settings.serve import ServeSettings
-from test_serving import tiny
-from test_serving_faults import values
-torch.set_num_threads(1)
-serve(Recipe(), ServeSettings(**json.loads(sys.argv[2])), load=lambda recipe: tiny(**values()))
-"""
 
 
-class Process:
-    """A server in a process, and its log."""
-
-    def __init__(self, *command):
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=env)
-        self.lines = []
-        self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
-        self.reader.start()
-        until = time.monotonic() + 900
-        while not (serving := [line for line in self.lines if '"event": "serving"' in line]):
-            assert self.process.poll() is None and time.monotonic() < until, "".join(self.lines)
-            time.sleep(0.05)
-        self.url = json.loads(serving[0])["url"]
-        while True:
-            try:
-                assert httpx.get(f"{self.url}/ready").status_code == 200
-                break
-            except httpx.TransportError:
-                time.sleep(0.05)
-
-    @classmethod
-    def tiny(cls, **settings):
-        """The tiny model with the values of ``test_serving_faults``, by the function that the command calls."""
-        settings = {"port": 0, "name": "tiny", **settings}
-        return cls("-c", SCRIPT, str(Path(__file__).parents[1]), json.dumps(settings))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.wait()
-
-    def connect(self):
-        """A connection by hand."""
-        host, port = self.url.removeprefix("http://").split(":")
-        return socket.create_connection((host, int(port)), timeout=200)
-
-    def end(self, seconds=300):
-        """(exit code, the log), when it ends."""
-        code = self.process.wait(seconds)
-        self.reader.join(60)
-        return code, [json.loads(line) for line in self.lines]
-
-
-def raw(body, *, sent=1.0, **headers):
+def raw_part(body, *, sent=1.0, **headers):
     """The bytes of a request, or their first part."""
     content = json.dumps(body).encode()
     head = {"host": "x", "content-type": "application/json", "content-length": len(content), **headers}
@@ -91,16 +29,22 @@ def raw(body, *, sent=1.0, **headers):
     return f"POST /v1/completions HTTP/1.1\r\n{lines}\r\n".encode() + content[: int(len(content) * sent)]
 
 
-# All kinds of trouble at once
-
 KINDS = ("whole", "whole", "stream", "stream", "gone", "gone", "half", "nan", "nan stream", "raises")
+
+
 KINDS += ("malformed", "long", "large", "key", "model")
+
+
 PREFIX = "Film"
+
+
 METHODS = ("base", "eft", "ivg", "bon", "cbs-explicit", "smc")
+
+
 LENGTH = 10
 
 
-class Trouble:
+class MixedClients:
     """Clients of all kinds; what they got, counted."""
 
     def __init__(self, server, wanted):
@@ -141,12 +85,12 @@ class Trouble:
             answer = await self.post(http, good)
             assert answer is None or answer.json()["choices"][0]["text"] == self.wanted[case], case
         elif kind == "stream":
-            self.told(await self.stream(http, good), (self.wanted[case], None))
+            self.check(await self.stream(http, good), (self.wanted[case], None))
         elif kind == "nan":
             await self.post(http, bad | {"prompt": f"poison {i}", "guidance": {"method": "custom", "token": "nan"}}, 500, "model_error")
         elif kind == "nan stream":
             text, error = await self.stream(http, bad | {"prompt": f"poison {i}", "guidance": {"method": "custom", "token": "nan"}})
-            self.told((text, error), ("", "model_error"))
+            self.check((text, error), ("", "model_error"))
         elif kind == "raises":
             guidance = {"method": "custom", "select": "mine", "successors": 2, "chunk_length": 5}
             await self.post(http, bad | {"prompt": f"dynamite {i}", "guidance": guidance}, 500, "model_error")
@@ -196,14 +140,14 @@ class Trouble:
         assert ended
         return text, error
 
-    def told(self, got, want):
+    def check(self, got, want):
         assert got == want or (self.signalled and got[1] == "unavailable" and want[0].startswith(got[0]))
 
     def go_away(self, kind, i):
         """Before the body is there, at once behind it, or in the middle of a stream."""
         body = {"model": "tiny:eft", "prompt": PREFIX, "stream": True, "max_tokens": 200, "guidance": {"ignore_eos": True}}
         with self.server.connect() as s:
-            s.sendall(raw(body, sent=0.5 if kind == "half" else 1.0, **KEY))
+            s.sendall(raw_part(body, sent=0.5 if kind == "half" else 1.0, **KEY))
             if kind == "gone" and i % 2:
                 assert s.recv(4096)
 
@@ -216,7 +160,7 @@ def gauges(server):
 
 
 @pytest.mark.long
-def test_two_hundred_requests_with_all_kinds_of_trouble_and_the_signal_to_stop():
+def test_two_hundred_mixed_requests_and_sigterm():
     """Good answers are the library's, errors well-formed, nothing hangs, nothing is left."""
     library = tiny()
     cases = [(method, f"{PREFIX} {i}", i) for i, method in enumerate(METHODS * 2)]
@@ -224,32 +168,29 @@ def test_two_hundred_requests_with_all_kinds_of_trouble_and_the_signal_to_stop()
     order = list(range(200))
     random.Random(5).shuffle(order)
     with Process.tiny(api_keys=["right-key-1"], max_beams=64, queue_limit=512, drain=20) as server:
-        trouble = Trouble(server, wanted)
-        asyncio.run(trouble.all(order[:150], at_once=16))
-        assert trouble.counts["whole"] + trouble.counts["stream"] > 30 and set(trouble.counts) == set(KINDS)
+        clients = MixedClients(server, wanted)
+        asyncio.run(clients.all(order[:150], at_once=16))
+        assert clients.counts["whole"] + clients.counts["stream"] > 30 and set(clients.counts) == set(KINDS)
         until = time.monotonic() + 200
         while any(gauges(server).values()) and time.monotonic() < until:
             time.sleep(0.05)
         left = gauges(server)
         assert len(left) >= 6 and not any(left.values()), left
-        asyncio.run(trouble.all(order[150:], at_once=50, signal_after=3))
+        asyncio.run(clients.all(order[150:], at_once=50, signal_after=3))
         code, log = server.end()
-    assert code == 0 and trouble.counts.total() == 200
+    assert code == 0 and clients.counts.total() == 200
     assert log[-1]["event"] == "stopped" and log[-1]["cache_rows"] == 0
-    told = ("a step of", "the value mine raised ZeroDivisionError")
-    broken = [e for e in log if e["level"] in ("error", "critical") and not e["event"].startswith(told)]
+    known = ("a step of", "the value mine raised ZeroDivisionError")
+    broken = [e for e in log if e["level"] in ("error", "critical") and not e["event"].startswith(known)]
     assert not broken, broken
     assert not [e for e in log if e["event"] == "request" and e["status"] == 500 and e["path"] != "/v1/completions"]
 
 
-# Signals
-
-
 @pytest.mark.long
-def test_a_second_signal_ends_it_quietly():
-    """Who waits is told so, who does not listen is cut off, and the code is the shell's for that signal."""
+def test_second_signal():
+    """Waiting clients receive an error, silent ones are disconnected; the exit code is 128 + signal."""
     with Process.tiny(drain=60) as server, server.connect() as idle:
-        idle.sendall(raw({"model": "tiny", "prompt": "half"}, sent=0.5))
+        idle.sendall(raw_part({"model": "tiny", "prompt": "half"}, sent=0.5))
         body = {"model": "tiny", "prompt": "Long", "max_tokens": 200, "stream": True, "guidance": SLOW}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as response:
             lines = response.iter_lines()
@@ -258,17 +199,17 @@ def test_a_second_signal_ends_it_quietly():
             time.sleep(0.5)
             assert server.process.poll() is None
             server.process.send_signal(signal.SIGINT)
-            said = [line for line in (first, *lines) if line]
+            lines_left = [line for line in (first, *lines) if line]
         code, log = server.end()
     assert code == 128 + signal.SIGINT
-    assert json.loads(said[-2].removeprefix("data: "))["error"]["code"] == "unavailable" and said[-1] == "data: [DONE]"
+    assert json.loads(lines_left[-2].removeprefix("data: "))["error"]["code"] == "unavailable" and lines_left[-1] == "data: [DONE]"
     assert log[-1]["event"] == "stopped" and log[-1]["signal"] == signal.SIGINT and log[-1]["cache_rows"] == 0
     assert not [e for e in log if "trace" in e or e["level"] == "error"]
 
 
 @pytest.mark.long
-def test_a_round_that_does_not_end_is_left():
-    """Its clients are told so, and the process goes without a word from C++."""
+def test_an_endless_step_is_abandoned():
+    """Its clients receive an error, and the process exits without an abort from C++."""
     with Process.tiny(drain=60) as server:
         guidance = {"method": "custom", "select": "endless", "successors": 2, "chunk_length": 1}
         body = {"model": "tiny", "prompt": "Long", "stream": True, "guidance": guidance}
@@ -278,15 +219,12 @@ def test_a_round_that_does_not_end_is_left():
             server.process.send_signal(signal.SIGTERM)
             time.sleep(0.3)
             server.process.send_signal(signal.SIGTERM)
-            said = [line for line in response.iter_lines() if line]
+            lines_left = [line for line in response.iter_lines() if line]
         code = server.process.wait(300)
         server.reader.join(60)
-    assert json.loads(said[-2].removeprefix("data: "))["error"]["code"] == "unavailable" and said[-1] == "data: [DONE]"
+    assert json.loads(lines_left[-2].removeprefix("data: "))["error"]["code"] == "unavailable" and lines_left[-1] == "data: [DONE]"
     assert code == 128 + signal.SIGTERM
     assert json.loads(server.lines[-1])["inside_a_step"] is True
-
-
-# The command
 
 
 def test_the_command_serves_and_drains():
@@ -312,14 +250,14 @@ def run(*arguments):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
-def test_the_extra_is_asked_for_by_name():
+def test_missing_extra():
     code = "import sys; sys.modules['uvicorn'] = None; sys.argv = ['ivg', 'serve']; from ivg.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and "ivg[serve]" in done.stderr
 
 
 @pytest.mark.long
-def test_a_taken_address_is_said_before_models_are_loaded():
+def test_address_in_use():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         s.listen()
@@ -328,31 +266,27 @@ def test_a_taken_address_is_said_before_models_are_loaded():
 
 
 @pytest.mark.parametrize(
-    "table, told",
+    "table, message",
     [
         ("[serve]\nprot = 1", "unknown setting serve.prot; did you mean port"),
         ("[serve]\nport = 'x'", "port: "),
         ("[serv]\nport = 1", "unknown setting serv"),
     ],
 )
-def test_a_typo_in_the_recipe_is_told(tmp_path, table, told):
+def test_unknown_setting_in_the_recipe(tmp_path, table, message):
     (tmp_path / "recipe.toml").write_text(table)
     done = run("serve", "--recipe", str(tmp_path / "recipe.toml"))
-    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("port", ["99999", "-1"])
 def test_a_wrong_port_is_one_clear_line(port):
     done = run("serve", "--port", port)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert (
-        "settings: serve.port must be in [0, 65535], " in done.stderr
-        and f"got {port}" in done.stderr
-        and "max_body_bytes" not in done.stderr
-    )
+    assert "serve.port must be in [0, 65535]" in done.stderr and f"got {port}" in done.stderr and "max_body_bytes" not in done.stderr
 
 
-def test_every_verb_checks_the_servers_table(tmp_path):
+def test_every_verb_checks_the_serve_table(tmp_path):
     (tmp_path / "recipe.toml").write_text("[search]\nmethod = 'eft'\n[serve]\nprot = 1")
     with pytest.raises(ConfigError, match=r"unknown setting serve\.prot; did you mean port\?"):
         Recipe.load(tmp_path / "recipe.toml")

@@ -1,0 +1,167 @@
+"""Context lengths, chat templates, token ids, sampling settings and usage."""
+
+import json
+
+import httpx
+import pytest
+
+from ivg.errors import ConfigError, ServeError
+from ivg.model import GuidedModel
+from ivg.serving.lengths import has_chat_template
+from ivg.serving.protocol import ChatRequest, CompletionRequest
+from ivg.serving.served_models import ServedModels
+from ivg.settings.recipe import Recipe
+from ivg.settings.serve import ServeSettings
+from ivg.testing import byte_tokenizer, tiny_lm, tiny_value
+from ivg.values.implicit import ImplicitValue
+from serving_tools import CHAT, GOOD, SAMPLING, Running, Slow, expected, tiny, well_formed
+
+
+@pytest.fixture(scope="module")
+def running():
+    server = Running(tiny(slow=Slow()))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def library():
+    return tiny()
+
+
+CONTEXT = 256
+
+
+def test_default_max_tokens_fills_the_context(running, library):
+    body = {k: v for k, v in GOOD.items() if k != "max_tokens"} | {"ignore_eos": True}
+    for prompt, left in (("x" * 200, 56), ("x" * (CONTEXT - 1), 1)):
+        answer = running.post(body | {"prompt": prompt}).json()
+        assert answer["usage"]["completion_tokens"] == left, prompt[:5]
+        assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_default_max_tokens_of_the_recipe():
+    server = Running(tiny(), Recipe.model_validate({"sampling": {"max_new_tokens": 9}}))
+    try:
+        body = {k: v for k, v in GOOD.items() if k != "max_tokens"} | {"ignore_eos": True}
+        assert server.post(body).json()["usage"]["completion_tokens"] == 9
+        assert server.post(body | {"prompt": "x" * 250}).json()["usage"]["completion_tokens"] == 6  # never too long by itself
+        assert server.post(body | {"max_tokens": 20}).json()["usage"]["completion_tokens"] == 20
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(("path", "body", "param"), [("/v1/completions", GOOD, "prompt"), ("/v1/chat/completions", CHAT, "messages")])
+def test_context_length_error(running, path, body, param):
+    error = well_formed(running.post(body | {"max_tokens": 253}, path), 400, param, "context_length_exceeded")
+    assert error["type"] == "invalid_request_error"
+    assert "maximum context length is 256 tokens" in error["message"] and f"4 in the {param}, 253 in the completion" in error["message"]
+    long = {"prompt": "x" * 300} if param == "prompt" else {"messages": [{"role": "user", "content": "x" * 300}]}
+    error = well_formed(running.post(body | long | {"max_tokens": 8}, path), 400, param, "context_length_exceeded")
+    assert f"you requested 308 tokens (300 in the {param}, 8 in the completion)" in error["message"]
+    without = {k: v for k, v in body.items() if k != "max_tokens"} | long
+    error = well_formed(running.post(without, path), 400, param, "context_length_exceeded")
+    assert f"your {param} resulted in 300 tokens" in error["message"]
+    kind = CompletionRequest if param == "prompt" else ChatRequest
+    for limit, got in ((252, 252), (None, 252)):
+        batch = running.served.prepare(kind.model_validate(body | {"max_tokens": limit}))
+        assert batch.requests[0].sampling.max_new_tokens == got
+
+
+def test_models_list_their_context_length(running):
+    data = httpx.get(f"{running.url}/v1/models").json()["data"]
+    assert {m["max_model_len"] for m in data} == {CONTEXT}
+
+
+def test_context_length_is_the_smallest_of_all_models():
+    tokens = byte_tokenizer()
+    pair = ImplicitValue(*(tiny_lm(n, seed=c, tokenizer=tokens, context=c) for n, c in (("tuned", 64), ("untuned", 96))))
+    served = ServedModels(GuidedModel(tiny_lm(tokenizer=tokens), {"implicit": pair}), Recipe.model_validate({"search": {"method": "eft"}}),
+                      ServeSettings(name="tiny"))  # fmt: skip
+    assert {e["id"]: e["max_model_len"] for e in served.listing()}["tiny:eft"] == 64
+    assert {e["id"]: e["max_model_len"] for e in served.listing()}["tiny:base"] == CONTEXT
+    batch = served.prepare(CompletionRequest(model="tiny", prompt="x" * 60))
+    assert batch.requests[0].sampling.max_new_tokens == 4
+    with pytest.raises(ServeError, match=r"maximum context length is 64 .* that of tuned") as e:
+        served.prepare(CompletionRequest(model="tiny", prompt="x" * 60, max_tokens=5))
+    assert e.value.code == "context_length_exceeded"
+
+
+def test_a_missing_chat_template_is_found_at_start():
+    chat, plain = byte_tokenizer(chat=True), byte_tokenizer()
+    base = tiny_lm("base", tokenizer=chat)
+    pair = ImplicitValue(tiny_lm("tuned", seed=1, tokenizer=chat), tiny_lm("untuned", seed=2, tokenizer=plain))
+    assert has_chat_template(base)
+    with pytest.raises(ConfigError, match=r"untuned has no chat template[\s\S]*--template 'untuned=\{prompt\}'"):
+        ServedModels(GuidedModel(base, {"implicit": pair}), Recipe(), ServeSettings(name="tiny"))
+    pair.untuned.template = "{prompt}"
+    pair.untuned.prompt_ids.cache_clear()
+    with pytest.raises(ConfigError, match="explicit has no chat template"):
+        ServedModels(GuidedModel(base, {"implicit": pair, "explicit": tiny_value(tokenizer=plain)}), Recipe(), ServeSettings(name="tiny"))
+    served = ServedModels(
+        GuidedModel(base, {"implicit": pair}), Recipe.model_validate({"search": {"method": "eft"}}), ServeSettings(name="tiny")
+    )
+    assert served.prepare(ChatRequest(model="tiny", messages=[{"role": "user", "content": "x"}])).requests
+
+
+def test_token_ids_reach_every_model_of_the_vocabulary_as_they_are(running, library):
+    """Also where the text that they spell would be tokenised otherwise: here into a token for both letters."""
+    tokens = byte_tokenizer(merges=[("F", "i")])
+    pair = ImplicitValue(*(tiny_lm(n, seed=s, tokenizer=tokens) for s, n in enumerate(("tuned", "untuned"), 1)))
+    served = ServedModels(GuidedModel(tiny_lm(tokenizer=tokens), {"implicit": pair}), Recipe.model_validate({"search": {"method": "eft"}}),
+                      ServeSettings(name="tiny"))  # fmt: skip
+    ids = tokens.convert_tokens_to_ids(["F", "i", "l"])
+    assert tokens("Fil").input_ids != ids
+    (one,) = served.prepare(CompletionRequest(model="tiny", prompt=ids, max_tokens=3)).requests
+    root = served.model.engine.open(one.prompt, one.sampling)
+    assert [list(r.prompt_ids(root.prompt)) for r in served.model.readers] == [ids] * 3
+    body = GOOD | {"model": "tiny:ivg", "max_tokens": 6}
+    same = [running.post(body | {"prompt": p}).json()["choices"] for p in ("Film", library.base.tokenizer("Film").input_ids)]
+    assert same[0] == same[1]
+
+
+def test_error_raised_by_a_chat_template():
+    """And no 500, which clients try again."""
+    chat = byte_tokenizer(chat=True)
+    chat.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}{{ messages[0].content }}"
+    server = Running(GuidedModel(tiny_lm("base", tokenizer=chat)), Recipe.model_validate({"search": {"method": "base"}}))
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Film"}]
+    try:
+        error = well_formed(server.post(CHAT | {"messages": turns}, "/v1/chat/completions"), 400, "messages", "invalid_prompt")
+        assert "no system turn" in error["message"]
+        assert server.post(CHAT, "/v1/chat/completions").status_code == 200
+    finally:
+        server.stop()
+
+
+def test_vllm_names_at_the_top_level(running, library):
+    more = {"top_k": 3, "min_p": 0.05, "repetition_penalty": 1.3, "ignore_eos": True}
+    body = {"model": "tiny:eft", "prompt": "Film", "seed": 4, **SAMPLING}
+    want = expected(library, "Film", "eft", 4, **more).text
+    assert want != expected(library, "Film", "eft", 4).text
+    for change in (more, {"guidance": more}, {"extra_body": more}, {"extra_body": {"guidance": more}}):
+        assert running.post(body | change).json()["choices"][0]["text"] == want
+    for change in ({"min_tokens": 5}, {"min_new_tokens": 5}, {"guidance": {"min_new_tokens": 5}}):
+        (one,) = running.served.prepare(CompletionRequest.model_validate(body | change)).requests
+        assert one.sampling.min_new_tokens == 5
+    assert running.post(body | {"top_k": -1}).json()["choices"][0]["text"] == expected(library, "Film", "eft", 4).text
+
+
+@pytest.mark.parametrize("method", ["base", "ivg"])
+def test_continuous_usage_stats(running, method):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = GOOD | {"model": f"tiny:{method}", "stream": True, "max_tokens": 12, "ignore_eos": True}
+    lines = running.post(body | {"stream_options": options}).text.splitlines()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    counts = [c["usage"]["completion_tokens"] for c in chunks]
+    assert counts == sorted(counts) and counts[-1] == counts[-2] == 12
+    assert {c["usage"]["prompt_tokens"] for c in chunks} == {4}
+    if method == "base":
+        assert len(set(counts)) > 4
+    plain = running.post(body | {"stream_options": {"include_usage": True}}).text
+    assert plain.count('"usage":{"prompt_tokens"') == 1
+
+
+def test_usage_counts_every_prompt_once(running):
+    body = GOOD | {"prompt": ["One", "One", "Three"], "n": 2}
+    assert running.post(body).json()["usage"]["prompt_tokens"] == 11
