@@ -159,10 +159,10 @@ class RequestState:
     """The current chunk has had a round already."""
     round: int = 0
     """Tokens of the round that is under way."""
-    clock: float = 0.0
-    """What its rounds have cost (``search.scheduling``)."""
-    overtaken: int = 0
-    """Requests that came later and were let in before."""
+    virtual_time: float = 0.0
+    """Cost of its steps so far (``search.scheduling``)."""
+    bypassed: int = 0
+    """Later requests that were admitted before it."""
     pending: set[int] = field(default_factory=set)
     """Keys of beams that are still being extended (engines that work on by themselves)."""
     families: dict[int, list[Beam]] = field(default_factory=dict)

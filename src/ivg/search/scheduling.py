@@ -1,8 +1,8 @@
-"""Which live requests take part in a round, so that the cheap do not wait for the expensive.
+"""Fair scheduling: which requests take part in a step, so that cheap requests do not wait for expensive ones.
 
-Stride scheduling (Waldspurger and Weihl 1995): every request has a clock, which a round of t tokens moves by t times the request's cost
-for each token. Who is behind goes first. A request costs as many hypotheses as it may have in flight; the measure is nominal, so that
-requests of one kind stay together and share every round, as if there were no clocks. Knows no engines; changes no result.
+Stride scheduling (Waldspurger and Weihl 1995): a step of t tokens advances the virtual time of a request by t times the request's cost
+per token. Requests that are behind run first. The cost is the maximum number of beams of a request, not the current one, so requests of
+the same shape run in every step together. Knows no engines; changes no result.
 """
 
 from __future__ import annotations
@@ -11,61 +11,61 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-LARGEST_RATIO = 8.0
-"""However cheap others are, they get at most so many tokens for each token of this request: passes of few rows are not that much cheaper
-than passes of many, and nobody is to starve."""
+MAX_COST_RATIO = 8.0
+"""Upper limit for the cost of one request relative to the cheapest: small batches are not proportionally cheaper than large ones, and
+expensive requests must not starve."""
 
 
-class _Sized(Protocol):
+class _Rule(Protocol):
     @property
     def rows(self) -> int: ...
 
 
-class Clocked(Protocol):
-    """A request as this file sees it."""
+class Schedulable(Protocol):
+    """What the scheduler needs of a request."""
 
-    clock: float
-    overtaken: int
+    virtual_time: float
+    bypassed: int
 
     @property
-    def rule(self) -> _Sized:
-        """How many hypotheses it may have in flight."""
+    def rule(self) -> _Rule:
+        """Its ``rows`` are the request's maximum number of beams."""
 
 
-C = TypeVar("C", bound=Clocked)
+S = TypeVar("S", bound=Schedulable)
 
 
-def costs(lives: Sequence[Clocked]) -> list[float]:
-    """Cost of one token of each request, in tokens of the cheapest among them."""
-    least = min(live.rule.rows for live in lives)
-    return [min(live.rule.rows / least, LARGEST_RATIO) for live in lives]
+def costs(requests: Sequence[Schedulable]) -> list[float]:
+    """Cost per token of each request, relative to the cheapest."""
+    least = min(request.rule.rows for request in requests)
+    return [min(request.rule.rows / least, MAX_COST_RATIO) for request in requests]
 
 
-def runnable(lives: Sequence[Clocked]) -> list[int]:
-    """Places of those that take part in the next round: who is less than one token's cost ahead of the last. At least one, in order."""
-    last = min(live.clock for live in lives)
-    return [i for i, (live, cost) in enumerate(zip(lives, costs(lives), strict=True)) if live.clock - last < cost]
+def select(requests: Sequence[Schedulable]) -> list[int]:
+    """Indices of the requests of the next step, at least one: those less than the cost of one token ahead of the last."""
+    last = min(request.virtual_time for request in requests)
+    return [i for i, (request, cost) in enumerate(zip(requests, costs(requests), strict=True)) if request.virtual_time - last < cost]
 
 
-def charge(lives: Sequence[Clocked], ran: Sequence[int], tokens: int) -> None:
-    """Move the clocks of those that took part in a round of so many tokens."""
-    for i, cost in enumerate(costs(lives)):
-        if i in ran:
-            lives[i].clock += tokens * cost
+def advance(requests: Sequence[Schedulable], selected: Sequence[int], tokens: int) -> None:
+    """Advance the virtual time of the selected requests after a step of ``tokens`` tokens."""
+    for i, cost in enumerate(costs(requests)):
+        if i in selected:
+            requests[i].virtual_time += tokens * cost
 
 
-def newcomer(lives: Sequence[Clocked]) -> float:
-    """The clock to begin with among ``lives``: that of the last, so that nobody has claims from before."""
-    return min((live.clock for live in lives), default=0.0)
+def initial_virtual_time(requests: Sequence[Schedulable]) -> float:
+    """Virtual time of a request that joins ``requests``: that of the last, so it can neither claim nor lose past steps."""
+    return min((request.virtual_time for request in requests), default=0.0)
 
 
-def queue(waiting: deque[C], live: C) -> None:
-    """Put ``live`` into the queue: at its end, but before those at the end that cost ``LARGEST_RATIO`` times as much or more.
+def enqueue(waiting: deque[S], request: S) -> None:
+    """Add ``request`` at the end of the queue, but before those at the end that cost at least ``MAX_COST_RATIO`` times as much.
 
-    Each of them lets as many go before, and no more.
+    Each of them is bypassed at most ``MAX_COST_RATIO`` times.
     """
     place = len(waiting)
-    while place and waiting[place - 1].rule.rows >= LARGEST_RATIO * live.rule.rows and waiting[place - 1].overtaken < LARGEST_RATIO:
+    while place and waiting[place - 1].rule.rows >= MAX_COST_RATIO * request.rule.rows and waiting[place - 1].bypassed < MAX_COST_RATIO:
         place -= 1
-        waiting[place].overtaken += 1
-    waiting.insert(place, live)
+        waiting[place].bypassed += 1
+    waiting.insert(place, request)

@@ -90,7 +90,7 @@ class Searcher:
                 value.check(root.prompt, length)
         prompt_tokens = self.engine.prompt_tokens(request.prompt)
         live = RequestState(next(self._ids), request, _rule(request), time.perf_counter(), [(root, 0.0)], root.token_counter, prompt_tokens)
-        scheduling.queue(self._waiting, live)
+        scheduling.enqueue(self._waiting, live)
         return live.id
 
     def cancel(self, request_id: int) -> dict[str, int]:
@@ -163,7 +163,7 @@ class Searcher:
 
     def _together(self, everybody: Sequence[RequestState]) -> Sequence[RequestState]:
         """One round of equal length, in one call, for all whose turn it is; those whose orders are done: the same."""
-        turns = scheduling.runnable(everybody)
+        turns = scheduling.select(everybody)
         lives = [everybody[i] for i in turns]
         self._begin(lives)
         quantum = min(QUANTUM, *(min(live.left, live.request.stride) for live in lives))
@@ -174,7 +174,7 @@ class Searcher:
         found = {order.beam.key: family for order, family in zip(orders, self.engine.extend(orders), strict=True)}
         for live in lives:
             live.families = found
-        scheduling.charge(everybody, turns, quantum)
+        scheduling.advance(everybody, turns, quantum)
         return lives
 
     def _pace(self, engine: AsyncEngine, lives: Sequence[RequestState]) -> tuple[list[RequestState], list[RequestState]]:
@@ -210,7 +210,7 @@ class Searcher:
             if self._live and rows > self.max_beams:
                 break
             live = self._waiting.popleft()
-            live.clock = scheduling.newcomer([*self._live.values()])
+            live.virtual_time = scheduling.initial_virtual_time([*self._live.values()])
             self._live[live.id] = live
             if live.rule.reads_prompt and (error := self._read_prompt(live)) is not None:
                 failed.append(self._end(live, live.kept[0][0], None, error))

@@ -1,4 +1,4 @@
-"""Rounds are shared by cost, counted in orders and tokens and never in seconds; who shares them changes no result."""
+"""Fair scheduling, measured in tokens, never in seconds."""
 
 import pytest
 from hypothesis import given, settings
@@ -15,17 +15,17 @@ WIDE = Search(width=4, successors=4, chunk_length=5, value=COUNT_A)
 
 
 class Counting(FakeEngine):
-    """Counts what each seed was given: rows times tokens."""
+    """Counts beams times tokens of each seed, for every step."""
 
     def __init__(self):
         super().__init__()
-        self.rounds = []
+        self.steps = []
 
     def extend(self, orders):
         work = {}
         for o in orders:
             work[o.seed] = work.get(o.seed, 0) + o.successors * o.tokens
-        self.rounds.append(work)
+        self.steps.append(work)
         return super().extend(orders)
 
 
@@ -34,7 +34,7 @@ def request(search, seed, tokens=50):
 
 
 def run_until(searcher, number):
-    """The completion of one request; what else goes on is left."""
+    """The completion of one request."""
     while searcher.busy:
         for step in searcher.step():
             if step.request == number and step.completion is not None:
@@ -43,22 +43,22 @@ def run_until(searcher, number):
 
 
 def test_a_cheap_request_does_not_wait_for_expensive_ones():
-    """Beside four of 16 hypotheses, 50 tokens of one hypothesis cost about what 50 tokens of 8 do, not 50 of 65."""
+    """Beside four requests of 16 beams, a request of one beam waits as if there were 8 beams, not 64."""
     engine = Counting()
     searcher = Searcher(engine)
     for seed in range(4):
         searcher.add(request(WIDE, seed))
     searcher.step()
-    engine.rounds.clear()
+    engine.steps.clear()
     cheap = request(Search(), 9)
     done = run_until(searcher, searcher.add(cheap))
-    others = sum(n for work in engine.rounds for seed, n in work.items() if seed != cheap.draw_seed)
-    assert others <= 4 * 16 * (50 / scheduling.LARGEST_RATIO + 10)  # a chunk on either side; in step with them it would be 3200
+    others = sum(n for work in engine.steps for seed, n in work.items() if seed != cheap.draw_seed)
+    assert others <= 4 * 16 * (50 / scheduling.MAX_COST_RATIO + 10)  # a chunk on either side; without fair scheduling: 3200
     alone = Searcher(FakeEngine())
     assert done.text == run_until(alone, alone.add(cheap)).text
 
 
-def test_expensive_requests_are_not_starved_by_cheap_ones_that_keep_coming():
+def test_expensive_requests_do_not_starve():
     engine = Counting()
     searcher = Searcher(engine)
     wide = request(WIDE, 1)
@@ -72,13 +72,13 @@ def test_expensive_requests_are_not_starved_by_cheap_ones_that_keep_coming():
         if number in ended:
             break
         cheap -= ended
-    given = sum(work.get(wide.draw_seed, 0) > 0 for work in engine.rounds)
+    given = sum(work.get(wide.draw_seed, 0) > 0 for work in engine.steps)
     # 5 tokens of a chunk in one round, up to 8 of the others for each
-    assert len(engine.rounds) <= given * (scheduling.LARGEST_RATIO + 1) * 5
+    assert len(engine.steps) <= given * (scheduling.MAX_COST_RATIO + 1) * 5
 
 
 @pytest.mark.parametrize("search", [Search(), WIDE])
-def test_requests_of_one_kind_share_every_round(search):
+def test_requests_of_the_same_shape_share_every_step(search):
     engine = Counting()
     searcher = Searcher(engine)
     requests = [request(search, seed) for seed in range(6)]
@@ -90,14 +90,14 @@ def test_requests_of_one_kind_share_every_round(search):
     while searcher.busy:
         searcher.step()
     first, late = ({r.draw_seed for r in group} for group in (requests[:4], requests[4:]))
-    together = [set(work) for work in engine.rounds]
+    together = [set(work) for work in engine.steps]
     shared = together.count(first | late)
     assert together == [first] + [first | late] * shared + [late] * (len(together) - 1 - shared)
     assert len(together) == (10 + 1 if search is WIDE else 4 + 1)  # 50 tokens, 5 or 16 a round; the late ones' last
 
 
 def test_a_cheap_request_does_not_wait_behind_a_queue_of_expensive_ones():
-    """It is let in next, before those of eight times its size, each of which is overtaken a bounded number of times."""
+    """It bypasses requests of eight times its size, each of them a limited number of times."""
     searcher = Searcher(FakeEngine(), max_beams=16)
     wide = [searcher.add(request(WIDE, seed)) for seed in range(4)]
     cheap = [searcher.add(request(Search(), seed)) for seed in range(10, 30)]
@@ -115,7 +115,7 @@ def test_a_cheap_request_does_not_wait_behind_a_queue_of_expensive_ones():
 
 class Fake:
     def __init__(self, rows):
-        self.clock, self.rows, self.tokens, self.overtaken = 0.0, rows, 0, 0
+        self.virtual_time, self.rows, self.tokens, self.bypassed = 0.0, rows, 0, 0
 
     @property
     def rule(self):
@@ -125,12 +125,12 @@ class Fake:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=8), st.integers(1, 16))
 def test_every_request_gets_tokens_in_inverse_proportion_to_its_cost(rows, quantum):
-    lives = [Fake(r) for r in rows]
+    requests = [Fake(r) for r in rows]
     for _ in range(400):
-        turns = scheduling.runnable(lives)
+        turns = scheduling.select(requests)
         assert turns
-        scheduling.charge(lives, turns, quantum)
+        scheduling.advance(requests, turns, quantum)
         for i in turns:
-            lives[i].tokens += quantum
-    spent = [live.tokens * cost for live, cost in zip(lives, scheduling.costs(lives), strict=True)]
-    assert max(spent) - min(spent) <= scheduling.LARGEST_RATIO * (quantum + 1)
+            requests[i].tokens += quantum
+    spent = [request.tokens * cost for request, cost in zip(requests, scheduling.costs(requests), strict=True)]
+    assert max(spent) - min(spent) <= scheduling.MAX_COST_RATIO * (quantum + 1)
