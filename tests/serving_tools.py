@@ -20,8 +20,8 @@ from ivg.serving.server import make_server
 from ivg.settings.recipe import Recipe
 from ivg.settings.serve import ServeSettings
 from ivg.testing import tiny_lm, tiny_value
-from ivg.types import SamplingParams
-from ivg.values.base import FunctionValue
+from ivg.types import SamplingParams, Value
+from ivg.values.base import CompositeValue, FunctionValue
 from ivg.values.implicit import ImplicitValue
 
 SAMPLING = {"temperature": 0.9, "max_tokens": 16}
@@ -82,9 +82,7 @@ class Running:
 
 
 def readers(model):
-    from ivg.model import cached_lms
-
-    return [model.base, *(r for v in model.values.values() for r in cached_lms(v))]
+    return [model.base, *(r for v in model.values.values() for r in v.cached_lms())]
 
 
 def expected(library, prompt, method, seed, index=0, **settings):
@@ -113,36 +111,18 @@ def numbers(running):
     return {k: float(v) for k, v in (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))}
 
 
-class NaNGuide:
+class NaNGuide(CompositeValue):
     """Guides tokens like another value, but gives NaN where the prompt says so."""
 
-    name = "nan"
-
     def __init__(self, inner):
-        self.inner = inner
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    @property
-    def vocabulary(self):
-        return self.inner.vocabulary
+        super().__init__([(1.0, inner)], "nan")
 
     def deltas(self, hypotheses):
-        out = self.inner.deltas(hypotheses)
+        out = super().deltas(hypotheses)
         for i, h in enumerate(hypotheses):
             if "poison" in str(h.prompt.content):
                 out[i] = float("nan")
         return out
-
-    def score(self, hypotheses):
-        return self.inner.score(hypotheses)
-
-    def check(self, prompt, new_tokens):
-        self.inner.check(prompt, new_tokens)
-
-    def release(self, keys):
-        self.inner.release(keys)
 
 
 def explode(prompt, response):
@@ -151,7 +131,7 @@ def explode(prompt, response):
     return len(response)
 
 
-class Slow:
+class Slow(Value):
     """A value that takes its time, so that there is something to interrupt."""
 
     name = "slow"
@@ -164,14 +144,8 @@ class Slow:
         time.sleep(self.seconds)
         return [float(len(h.token_ids)) for h in hypotheses]
 
-    def check(self, prompt, new_tokens):
-        pass
 
-    def release(self, keys):
-        pass
-
-
-class Endless:
+class Endless(Value):
     """A value that computes for ten minutes, inside PyTorch."""
 
     name = "endless"
@@ -182,12 +156,6 @@ class Endless:
         while time.monotonic() < until:
             torch.ones(64, 64) @ torch.ones(64, 64)
         return [0.0 for _ in hypotheses]
-
-    def check(self, prompt, new_tokens):
-        pass
-
-    def release(self, keys):
-        pass
 
 
 def values():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ivg.models.runner import ModelRunner
     from ivg.search.methods import METHODS, Method, get_method
     from ivg.search.searcher import Request, Search, Searcher
-    from ivg.types import Beam, Completion, Message, Prompt, SamplingParams, Step, TokenGuidance, Usage
+    from ivg.types import AsyncEngine, Beam, Completion, Engine, Message, Prompt, Reward, SamplingParams, Step, TokenGuidance, Usage, Value
     from ivg.values.base import CompositeValue, FunctionValue
     from ivg.values.explicit import ExplicitValue
     from ivg.values.implicit import AutoregressiveReward, ImplicitValue
@@ -37,7 +37,20 @@ _HOME = {
     "ivg.models.loading": ("LoadOptions",),
     "ivg.models.cached_lm": ("CachedLM",),
     "ivg.model": ("GuidedModel",),
-    "ivg.types": ("Beam", "Completion", "Message", "Prompt", "SamplingParams", "Step", "TokenGuidance", "Usage"),
+    "ivg.types": (
+        "AsyncEngine",
+        "Beam",
+        "Completion",
+        "Engine",
+        "Message",
+        "Prompt",
+        "Reward",
+        "SamplingParams",
+        "Step",
+        "TokenGuidance",
+        "Usage",
+        "Value",
+    ),
     "ivg.values.base": ("CompositeValue", "FunctionValue"),
     "ivg.values.explicit": ("ExplicitValue",),
     "ivg.values.implicit": ("AutoregressiveReward", "ImplicitValue"),
@@ -47,11 +60,13 @@ _WHERE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "METHODS",
+    "AsyncEngine",
     "AutoregressiveReward",
     "Beam",
     "CachedLM",
     "Completion",
     "CompositeValue",
+    "Engine",
     "ExplicitValue",
     "FunctionValue",
     "GuidanceLogitsProcessor",
@@ -64,6 +79,7 @@ __all__ = [
     "ModelRunner",
     "Prompt",
     "Request",
+    "Reward",
     "RewardModel",
     "SamplingParams",
     "Search",
@@ -72,6 +88,7 @@ __all__ = [
     "TokenGuidance",
     "TransformersEngine",
     "Usage",
+    "Value",
     "__version__",
     "get_method",
 ]

@@ -1,12 +1,12 @@
-"""A frozen base model with the values that can steer it: the object that users hold.
+"""A frozen base model with the values that can guide it: the object that users hold.
 
-Knows: which methods its values allow, how settings become requests. The search itself is ``search.searcher``.
+It knows which methods its values allow and turns settings into requests; the search itself is :mod:`ivg.search.searcher`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, overload
@@ -23,44 +23,48 @@ from ivg.search.searcher import Request, Searcher, check_engine
 from ivg.settings.recipe import ROLES
 from ivg.types import Completion, Engine, Prompt, SamplingParams, TokenGuidance, Value
 from ivg.types.messages import Conversation, PromptLike, read_prompts
-from ivg.types.scores import every, score_each
+from ivg.types.scores import require_scores, score_each
 from ivg.utils import environment
 from ivg.utils.locks import FairLock
-from ivg.values.base import CompositeValue, FunctionValue
+from ivg.values.base import CompositeValue, as_value
 from ivg.values.explicit import ExplicitValue
 from ivg.values.implicit import AutoregressiveReward, ImplicitValue
 from ivg.values.reward import load_reward
 
 _SAMPLING = frozenset(f.name for f in fields(SamplingParams))
 DEFAULT_SAMPLING = SamplingParams(temperature=0.7, max_new_tokens=50)
-"""The paper's for sentiment (METHOD, section 5)."""
+"""As in the sentiment experiments of the IVG paper (arXiv 2409.17819)."""
 
 _COMPOSITES = 256
-"""Sums of values that are remembered: a server may see any number of weights."""
+"""Weighted sums of values that are cached: a server may see any number of weights."""
 
 
 class GuidedModel:
     """A base model and named values.
 
+    >>> from ivg import GuidedModel
     >>> model = GuidedModel.embedded()
-    >>> model.generate("The movie was", method="ivg", seed=1).text
+    >>> print(model.generate("The movie was", method="ivg", seed=1).text)
+    >>> model.add_value("short", lambda prompt, response: -len(response))
+    >>> best = model.generate("The movie was", "bon", select="short", successors=8)
+    >>> print(best.text, best.score)
 
-    Several threads may use one model: they take turns, a round of the search or a call of :meth:`score` at a time, and every answer is
-    that of a single thread. No turn is held between rounds, so loops over :meth:`run` may be interleaved and left in the middle. A
-    value that is a Python function must not wait for another thread that uses the model. Two models that share readers are two locks:
-    use them from one thread.
+    Several threads may use one model: they take turns, one round of the search or one call of :meth:`score` at a time, and every answer is
+    the same as from a single thread. The lock is not held between rounds, so iterations over :meth:`run` may be interleaved or abandoned.
+    A value that is a Python function must not wait for another thread that uses the model. Two models that share language models have two
+    locks: use them from one thread.
 
     Args:
         base: the frozen model that writes; a :class:`~ivg.models.cached_lm.CachedLM`, unless ``engine`` runs it.
-        values: by name; methods ask for ``implicit``, ``explicit``, ``reward`` and ``arm``, custom ones for any.
+        values: by name; methods use ``implicit``, ``explicit``, ``reward`` and ``arm``, settings can name any.
         sampling: defaults of every request; None: :data:`DEFAULT_SAMPLING` with what the base's checkpoint sets.
         max_beams: hypotheses in flight at most.
-        engine: what makes beams longer; default: the transformers engine over ``base``.
-        generation_config: ``auto``: the base's ``generation_config.json`` gives defaults of drawing; ``ignore``: it does not (its
-            end-of-sequence tokens are taken in any case).
+        engine: makes beams longer; default: the transformers engine over ``base``.
+        generation_config: ``auto``: the base's ``generation_config.json`` gives defaults of sampling; ``ignore``: only its
+            end-of-sequence tokens are used.
 
     Raises:
-        ConfigError: the checkpoint sets something that changes its texts and that cannot be done here.
+        ConfigError: the checkpoint sets something that changes its texts and is not supported here.
 
     Attributes:
         sampling: the defaults of every request, all filled in.
@@ -77,7 +81,8 @@ class GuidedModel:
         engine: Engine | None = None,
         generation_config: GenerationConfigMode = "auto",
     ) -> None:
-        self.base, self.values, self.max_beams = base, dict(values or {}), max_beams
+        self.base, self.max_beams = base, max_beams
+        self.values = {name: as_value(value, name) for name, value in (values or {}).items()}
         defaults = defaults_of(base.generation_config, base.name, generation_config) if sampling is None else GenerationDefaults()
         own = {name: value for name, value in defaults.settings.items() if value != getattr(DEFAULT_SAMPLING, name)}
         self.generation_config: dict[str, Any] = own
@@ -104,15 +109,15 @@ class GuidedModel:
         """Load everything from directories or the hub.
 
         Args:
-            base: the model to steer.
-            tuned: small tuned guide; with ``untuned`` makes the value ``implicit``.
+            base: the model to guide.
+            tuned: small tuned guide; makes the value ``implicit`` together with ``untuned``.
             untuned: what ``tuned`` was tuned from.
             value: value network (any layout of ``models.value_head``): ``explicit``.
             reward: sequence classifier, or a Python function (``file.py:function``): ``reward``.
             arm: autoregressive reward model: ``arm``.
             templates: how each role reads a prompt: ``{"base": "chat", "tuned": "{prompt}", ...}``; ``untuned`` follows ``tuned``.
             options: device, dtype, revision and the like.
-            generation_config: ``auto`` or ``ignore`` what the base's checkpoint sets of drawing.
+            generation_config: ``auto``, or ``ignore`` what the base's checkpoint sets for sampling.
         """
         if (tuned is None) != (untuned is None):
             missing = "untuned" if untuned is None else "tuned"
@@ -137,36 +142,43 @@ class GuidedModel:
 
     @classmethod
     def embedded(cls, options: LoadOptions | None = None) -> GuidedModel:
-        """The small film-review models that come with the package."""
+        """The small movie-review models that come with the package."""
         model = cls.from_pretrained(path("base"), tuned=path("tuned"), untuned=path("untuned"), value=path("value"), options=options)
         other = ExplicitValue.from_pretrained(path("value-other"), options=options, name="explicit-other")
         model.values["explicit-other"] = other
         return model
 
-    # What it can do
+    def add_value(self, name: str, value: Value | Callable[[str, str], float] | Mapping[str, float], *, replace: bool = False) -> None:
+        """Give a value a name, by which methods and settings refer to it.
 
-    def add_value(self, name: str, value: Value | Mapping[str, float]) -> None:
-        """Give a value a name: any object with ``score``, or weights of values known already (a composite)."""
+        Args:
+            name: e.g. ``explicit``, which many methods select by, or any other.
+            value: a :class:`~ivg.Value`, a function of (prompt text, response text), or weights of known values: their weighted sum.
+            replace: replace a value of that name without a warning.
+
+        Raises:
+            ConfigError: something else, or an unknown value among the weights.
+        """
         if isinstance(value, Mapping):
             missing = set(value) - set(self.values)
             if missing:
                 raise ConfigError(f"no value called {', '.join(sorted(missing))}\n  expected some of: {', '.join(self.values) or 'none'}")
             value = CompositeValue([(w, self.values[n]) for n, w in value.items()], name)
-        elif callable(value) and not hasattr(value, "score"):
-            value = FunctionValue(value, name)
-        self.values[name] = value
+        if name in self.values and not replace:
+            warnings.warn(f"add_value replaces the value {name!r}; pass replace=True if that is intended", stacklevel=2)
+        self.values[name] = as_value(value, name)
 
     def _combined(self, parts: Sequence[tuple[float, Value]], name: str) -> Value:
-        """The same object for the same values and weights, so that requests which share it are scored together."""
+        """The same object for the same values and weights, so that requests with equal weights are scored together."""
         key = tuple((weight, id(value)) for weight, value in parts)
         with self.lock:
             while key not in self._composites and len(self._composites) >= _COMPOSITES:
                 del self._composites[next(iter(self._composites))]
-            return self._composites.setdefault(key, CompositeValue(parts, name))  # holds its parts: no id is used again
+            return self._composites.setdefault(key, CompositeValue(parts, name))  # it holds its parts, so no id is reused
 
     @property
     def methods(self) -> list[str]:
-        """Named methods for which all values are at hand, and which the engine can do."""
+        """Named methods whose values the model has and which the engine supports."""
         return [name for name in METHODS if self._allows(name)]
 
     def _allows(self, method: str) -> bool:
@@ -179,10 +191,8 @@ class GuidedModel:
             return False
         return True
 
-    # Requests
-
     def get_method(self, method: str | Method = "ivg", **settings: Any) -> Method:
-        """A method with settings; best-of-N falls back on the reward model where there is no explicit value."""
+        """A method with settings; the reward model takes the place of the explicit value where there is none."""
         chosen = method.with_settings(**settings) if isinstance(method, Method) else get_method(method, **settings)
         return resolve_fallbacks(chosen, self.values)
 
@@ -200,11 +210,11 @@ class GuidedModel:
     ) -> Request:
         """One request. ``settings`` are those of :class:`SamplingParams` and :class:`~ivg.search.methods.Method`.
 
-        ``record`` fills ``Completion.guide_shift``; ``trace`` keeps the tree of beams besides; ``alternatives`` fills
-        ``Completion.details`` with so many of the likeliest tokens at each place, guided and not.
+        ``record`` fills ``Completion.guide_shift``; ``trace`` also keeps the tree of beams; ``alternatives`` fills
+        ``Completion.details`` with so many of the likeliest tokens at each position, guided and not.
 
         Raises:
-            ConfigError: unknown or unusable settings; a value that the method needs is missing.
+            ConfigError: unknown or invalid settings; a value that the method needs is missing.
         """
         given = {k: v for k, v in settings.items() if k in _SAMPLING and v is not None}
         if isinstance(given.get("stop"), str):
@@ -217,52 +227,73 @@ class GuidedModel:
         return Request(wanted, search, sampling, seed, index, trace, record, alternatives, from_checkpoint=own)
 
     def _sampling(self, prompt: Prompt, given: Mapping[str, Any]) -> SamplingParams:
-        """The model's defaults with what a request gives over them; a length that nobody asked for is cut to what the context has left."""
+        """The request's settings over the model's defaults; a default length is cut to what the context has left."""
         more: dict[str, Any] = {}
         if "max_new_tokens" not in given and (limit := self.base.max_positions) is not None:
             try:
                 with self.lock:
                     left = limit - len(self.base.prompt_ids(prompt))
             except PromptError:
-                left = 0  # the search refuses it with the others
+                left = 0  # the search refuses it
             if 0 < left < self.sampling.max_new_tokens:
                 more["max_new_tokens"] = left
         if "min_new_tokens" in given and "min_length" not in given:
-            more["min_length"] = 0  # as in transformers: one takes the other's place
+            more["min_length"] = 0  # as in transformers: one replaces the other
         return replace(self.sampling, **{**more, **given})
 
     def searcher(self, max_beams: int | None = None) -> Searcher:
-        """A fresh loop over this model's engine, which takes turns with the model's other loops."""
+        """A new search loop over this model's engine, which takes turns with the model's other loops."""
         return Searcher(self.engine, max_beams or self.max_beams, self.lock)
 
     def run(self, requests: Iterable[Request], max_beams: int | None = None) -> Iterator[tuple[int, Completion]]:
-        """Run requests together; yields (position, completion) as each is done. A loop that is left gives its requests up."""
+        """Run requests together; yields (position, completion) as each is done. Abandoning the iteration cancels the rest."""
         return self.searcher(max_beams).run(requests)
 
     @overload
-    def generate(self, prompts: PromptLike, method: str | Method = "ivg", **settings: Any) -> Completion: ...
+    def generate(self, prompts: PromptLike, method: str | Method = "ivg", *, n: None = None, **settings: Any) -> Completion: ...
     @overload
-    def generate(self, prompts: Sequence[Conversation], method: str | Method = "ivg", **settings: Any) -> list[Completion]: ...
     def generate(
-        self, prompts: PromptLike | Sequence[Conversation], method: str | Method = "ivg", **settings: Any
-    ) -> Completion | list[Completion]:
+        self, prompts: Sequence[Conversation], method: str | Method = "ivg", *, n: None = None, **settings: Any
+    ) -> list[Completion]: ...
+    @overload
+    def generate(self, prompts: PromptLike, method: str | Method = "ivg", *, n: int, **settings: Any) -> list[Completion]: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[Conversation], method: str | Method = "ivg", *, n: int, **settings: Any
+    ) -> list[list[Completion]]: ...
+    def generate(
+        self, prompts: PromptLike | Sequence[Conversation], method: str | Method = "ivg", *, n: int | None = None, **settings: Any
+    ) -> Completion | list[Completion] | list[list[Completion]]:
         """Answer one prompt (text, one message, or the messages of one conversation), or a list of them in one batch.
 
-        ``settings``: see :meth:`request`. A list of prompts gives a list of completions in the same order.
+        Args:
+            prompts: one prompt, or a list of prompts.
+            method: a name of :attr:`methods`, ``custom``, or a :class:`~ivg.Method`.
+            n: samples for each prompt; None: one. Sample i has index i of :meth:`request`, so sample 0 is that of a single answer.
+            settings: see :meth:`request`.
+
+        Returns:
+            A completion for one prompt, a list in the same order for a list; with ``n``, a list of n completions in place of each.
         """
         items, single = read_prompts(prompts)
-        requests = [self.request(p, method, **settings) for p in items]
+        if n is not None and n < 1:
+            raise ConfigError(f"n must be at least 1 sample, got {n}")
+        first = settings.pop("index", 0)
+        requests = [self.request(p, method, index=first + i, **settings) for p in items for i in range(n or 1)]
         done = dict(self.run(requests))
-        out = [done[i] for i in range(len(requests))]
-        return out[0] if single else out
+        if n is None:
+            out = [done[i] for i in range(len(items))]
+            return out[0] if single else out
+        samples = [[done[i] for i in range(start, start + n)] for start in range(0, len(requests), n)]
+        return samples[0] if single else samples
 
     def score(self, prompt: PromptLike, responses: Sequence[str], value: str = "explicit") -> list[float]:
-        """What the named value says of given responses.
+        """Scores of given responses by the named value.
 
         Raises:
             ConfigError: no such value.
-            PromptError: a response that is no text, or one text in place of a list, whose characters would be scored.
-            ScoreError: it has no finite number for some of them; has the scores of all others.
+            PromptError: a response that is no text, or a text in place of a list.
+            ScoreError: some have no finite score; has the scores of all others.
         """
         if value not in self.values:
             raise ConfigError(f"no value called {value!r}\n  expected one of: {', '.join(self.values) or 'none'}")
@@ -272,13 +303,13 @@ class GuidedModel:
         with self.lock:
             hypotheses = [self.base.make_beam(Prompt.of(prompt), text) for text in responses]
             try:
-                return every(score_each(found, hypotheses))
+                return require_scores(score_each(found, hypotheses))
             finally:
                 found.release([h.key for h in hypotheses])
 
     @property
     def reader(self) -> CachedLM:
-        """The base as a model that runs here.
+        """The base as a model that runs in this process.
 
         Raises:
             ConfigError: another engine runs it.
@@ -287,38 +318,40 @@ class GuidedModel:
 
     @property
     def readers(self) -> list[CachedLM]:
-        """All models that run here, the base first."""
+        """All language models that run in this process, the base first."""
         own = [self.base] if isinstance(self.base, CachedLM) else []
-        return list(dict.fromkeys([*own, *(r for value in self.values.values() for r in cached_lms(value))]))
+        return list(dict.fromkeys([*own, *(model for value in self.values.values() for model in value.cached_lms())]))
+
+    @property
+    def _components(self) -> list[Engine | Value]:
+        return [self.engine, *self.values.values()]
 
     def reset_caches(self) -> bool:
-        """Empty all caches, so that what comes next does not depend on what came before, to the last bit.
+        """Empty all caches, so that later results do not depend on earlier calls, to the last bit.
 
-        What runs elsewhere and died begins anew (``restart``). True where something had died.
+        What runs in another process and died is started again. True if something had died.
 
         Raises:
-            ModelError: it cannot; all others have begun anew.
+            ModelError: it does not start; all others have been reset.
         """
         failed: Exception | None = None
         died = False
         with self.lock:
-            for reader in self.readers:
-                reader.reset_cache()
-            for part in (self.engine, *self.values.values()):
-                if (restart := getattr(part, "restart", None)) is not None:
-                    try:
-                        died = bool(restart()) or died
-                    except Exception as e:
-                        failed = failed or e
+            for component in self._components:
+                try:
+                    component.reset_caches()
+                    died = component.restart() or died
+                except Exception as e:
+                    failed = failed or e
         if failed is not None:
-            raise failed if isinstance(failed, IVGError) else ModelError(f"a model cannot begin anew: {failed}") from failed
+            raise failed if isinstance(failed, IVGError) else ModelError(f"a model cannot be restarted: {failed}") from failed
         return died
 
     def release_memory(self) -> None:
-        """Give memory that nothing needs now back to the system; for processes that live long. Nothing is computed otherwise."""
+        """Give memory that is not needed now back to the system; results do not change. For long-lived processes."""
         with self.lock:
-            for reader in self.readers:
-                reader.model.release_memory()
+            for component in self._components:
+                component.release_memory()
         environment.malloc_trim()
 
     def forget(self) -> bool:
@@ -326,26 +359,19 @@ class GuidedModel:
         warnings.warn("GuidedModel.forget is now reset_caches; the old name goes with version 0.3", DeprecationWarning, stacklevel=2)
         return self.reset_caches()
 
+    def give_back(self) -> None:
+        """Deprecated name of :meth:`release_memory`."""
+        warnings.warn("GuidedModel.give_back is now release_memory; the old name goes with version 0.3", DeprecationWarning, stacklevel=2)
+        self.release_memory()
+
     def close(self) -> None:
-        """Stop what runs elsewhere; nothing can be asked of this model any more."""
-        for part in (self.engine, *self.values.values()):
-            if (close := getattr(part, "close", None)) is not None:
-                close()
+        """Stop what runs in other processes; the model cannot be used afterwards."""
+        for component in self._components:
+            component.close()
 
     def guidance(self, value: str, beta: float = 1.0, candidates: int = 0, gate: float = 0.0) -> TokenGuidance:
         """Token guidance by the named value, for the pieces in ``ivg.integrations.transformers``."""
         return TokenGuidance(self.values[value], beta, candidates, gate=gate)
-
-
-def cached_lms(value: Any) -> Iterator[CachedLM]:
-    """The cached models that a value reads with; of a composite, those of its parts."""
-    inner = getattr(value, "loaded", None)  # the same value outside of the engine that guides by it
-    for part in (*(part for _, part in getattr(value, "parts", ())), *(() if inner is None else (inner,))):
-        yield from cached_lms(part)
-    for name in ("tuned", "untuned", "model"):
-        reader = getattr(value, name, None)
-        if isinstance(reader, CachedLM):
-            yield reader
 
 
 def _reader(base: PromptEncoder) -> CachedLM:

@@ -21,6 +21,7 @@ from ivg.evaluation.length_control import GLM_COLUMNS, length_controlled
 from ivg.evaluation.task import Answer
 from ivg.evaluation.winrate import averaged, read_judgements, win_rate
 from ivg.settings.recipe import EvalConfig
+from ivg.types import Reward
 from ivg.utils.jsonl import read_jsonl
 from ivg.utils.rng import uniform
 
@@ -426,7 +427,7 @@ def test_alpaca_evals_annotators(endpoint, monkeypatch):
         AlpacaEvalJudge("no_such_annotators")
 
 
-class Lengths:
+class Lengths(Reward):
     """A reward model that likes length."""
 
     name, template, label = "length", None, None

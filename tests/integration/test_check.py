@@ -25,7 +25,7 @@ from ivg.errors import ConfigError
 from ivg.model import GuidedModel
 from ivg.models.training_rows import write_training_rows
 from ivg.testing import byte_tokenizer, hypothesis, tiny_lm, tiny_value
-from ivg.types import Prompt, SamplingParams
+from ivg.types import Prompt, SamplingParams, Value
 from ivg.values.base import CompositeValue, FunctionValue
 from ivg.values.implicit import AutoregressiveReward, ImplicitValue
 
@@ -127,7 +127,7 @@ def word_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<eos>", pad_token="<eos>")
 
 
-class Words:
+class Words(Value):
     """A judge that reads tokens, so that no text hides from it."""
 
     name = "words"
@@ -135,12 +135,6 @@ class Words:
 
     def score(self, hypotheses):
         return [sum(self.worth[t] for t in h.token_ids) * (1 + 0.3 * len(h.token_ids)) for h in hypotheses]
-
-    def check(self, prompt, new_tokens):
-        pass
-
-    def release(self, keys):
-        pass
 
 
 def all_texts():

@@ -13,14 +13,14 @@ import pytest
 from fake_endpoint import Server, written
 from ivg.cli.trace import _node as shown
 from ivg.embedded import path
-from ivg.engines.endpoint.choices import heard, spelled, used
+from ivg.engines.endpoint.choices import read_choices, split_tokens, used_tokens
 from ivg.engines.endpoint.engine import EndpointEngine, load_endpoint
 from ivg.engines.endpoint.text_vocabulary import END, FILLER, TextVocabulary
 from ivg.errors import ConfigError, MissingDependencyError, ModelError, PromptError, UpstreamError
 from ivg.model import GuidedModel
 from ivg.models.loading import LoadOptions, load_tokenizer
 from ivg.search.searcher import Particles, Rejection, Request, Search, Searcher
-from ivg.search.selection import _merged
+from ivg.search.selection import unique
 from ivg.settings.recipe import Recipe
 from ivg.testing import byte_tokenizer, tiny_lm
 from ivg.types import AsyncEngine, Beam, ExpandRequest, Prompt, SamplingParams, TokenCounter, TokenGuidance, new_key
@@ -164,7 +164,7 @@ def test_ends_and_counts(serve):
             [b.text for b in family_of_four] == [engine.vocabulary.decode(b.token_ids) for b in family_of_four] == ["", "ab", "ab", "abcd"]
         )
         assert [len(b.token_ids) for b in family_of_four] == ([1, 3, 2, 4] if pieces else [2, 2, 2, 4])  # 10 tokens - 4, in three
-        assert len(_merged([(b, 0.0) for b in family_of_four])) == 4
+        assert len(unique([(b, 0.0) for b in family_of_four])) == 4
         assert family_of_four[0].token_counter.forward_tokens == {"base": 17}
         assert server.asked[0].get("logprobs") == (0 if pieces else None)
 
@@ -186,7 +186,7 @@ def test_equal_texts_are_one_hypothesis(serve):
     assert len({b.key for b in children}) == 6 and all(b.inherits for b in children)
     assert not any(b.inherits for b in family(engine, 2, 2, keep=True))
     grandchildren = [c for b in children[:2] for c in family(engine, 2, 2, beam=b)]
-    assert len(_merged([(b, 0.0) for b in grandchildren])) == 1
+    assert len(unique([(b, 0.0) for b in grandchildren])) == 1
     assert grandchildren[0].token_ids[:2] == children[0].token_ids
     _, engine = serve(text=lambda i: ("ab", "stop", None, ["a"] * (3 + i)))  # equal texts of different lengths
     assert len({b.token_ids for b in family(engine, 4, 9)}) == 1
@@ -246,18 +246,18 @@ def test_servers_that_make_one_answer_at_a_time(serve, mood):
 
 
 def test_spelling():
-    assert spelled("ab c", ["ab", " c", "</s>"]) == ["ab", " c"]
-    assert spelled("ab", ["a", "", "bc"]) == ["a", "b"]
-    assert spelled("ab", ["▁a", "b"]) == ["ab"] and spelled("ab", []) == ["ab"] and spelled("", ["</s>"]) == []
+    assert split_tokens("ab c", ["ab", " c", "</s>"]) == ["ab", " c"]
+    assert split_tokens("ab", ["a", "", "bc"]) == ["a", "b"]
+    assert split_tokens("ab", ["▁a", "b"]) == ["ab"] and split_tokens("ab", []) == ["ab"] and split_tokens("", ["</s>"]) == []
     reply = SimpleNamespace(choices=[SimpleNamespace(index=0, text="a", finish_reason="length")], usage=None)
-    assert heard(reply, 5)[0].tokens == 5
+    assert read_choices(reply, 5)[0].tokens == 5
     reply.usage, reply.choices[0].index = SimpleNamespace(prompt_tokens="7", completion_tokens=None), None
-    assert heard(reply, 5)[0].tokens == 5 and used(reply) == (0, 0)
+    assert read_choices(reply, 5)[0].tokens == 5 and used_tokens(reply) == (0, 0)
     reply.usage.completion_tokens = 99  # more than were asked for
-    assert heard(reply, 5)[0].tokens == 5
+    assert read_choices(reply, 5)[0].tokens == 5
     reply.choices.append(SimpleNamespace(index=1, text="b", finish_reason="stop"))
     reply.usage.completion_tokens = 3  # fewer than one answer has
-    assert [h.tokens for h in heard(reply, 5)] == [5, 1]
+    assert [h.tokens for h in read_choices(reply, 5)] == [5, 1]
 
 
 # What goes wrong
@@ -282,9 +282,9 @@ def test_words_of_another_server_need_be_no_text(serve, says):
 
 def test_an_error_that_cannot_be_told_still_ends_its_order(serve, monkeypatch):
     _, engine = serve(status={"p": 400})
-    monkeypatch.setattr(engine.asker, "_said", lambda e: 1 / 0)
+    monkeypatch.setattr(engine.client, "_error", lambda e: 1 / 0)
     (got,) = answers(engine, [Request(Prompt("p"), Search(), SamplingParams(max_new_tokens=4))])
-    assert "failed: BadRequestError, and that cannot be told: ZeroDivisionError" in got.error
+    assert "failed: BadRequestError (ZeroDivisionError while reading that error)" in got.error
 
 
 def test_retries_are_counted(serve):
@@ -294,9 +294,9 @@ def test_retries_are_counted(serve):
 
 
 @pytest.mark.parametrize(("moods", "said"), [
-    ({"page": "<html>hello</html>"}, "answered no completion"), ({"finish": "abort"}, "broke an answer off .*'abort'"),
-    ({"text": lambda i: (None, "stop", None, [])}, "answered no completion"), ({"url": "http://127.0.0.1:9"}, "cannot be reached"),
-    ({"delay": 30.0, "timeout": 0.2}, "was silent for 0.2 s, in 1 tries"),
+    ({"page": "<html>hello</html>"}, "expected a completion"), ({"finish": "abort"}, "stopped with finish_reason 'abort'"),
+    ({"text": lambda i: (None, "stop", None, [])}, "expected a completion"), ({"url": "http://127.0.0.1:9"}, "cannot be reached"),
+    ({"delay": 30.0, "timeout": 0.2}, "timed out after 1 attempts of 0.2 s; check the server"),
 ])  # fmt: skip
 def test_what_no_server_should_do(serve, moods, said):
     _, engine = serve(**moods)
@@ -384,7 +384,7 @@ def test_old_news_of_a_beam_is_not_taken_for_new(serve):
     server, engine = serve()
     first = order(engine, 1, 3, ignore_eos=True)
     engine.submit([first])
-    while not engine.asker._done.qsize():
+    while not engine.client._done.qsize():
         time.sleep(0.01)
     engine.release([first.beam.key])
     second = replace(first, successors=2)
@@ -396,7 +396,7 @@ def test_extend_keeps_news_of_others(serve):
     _, engine = serve()
     early, dropped = order(engine, prompt="early"), order(engine, prompt="dropped")
     engine.submit([early, dropped])
-    while engine.asker._done.qsize() < 2:
+    while engine.client._done.qsize() < 2:
         time.sleep(0.01)
     engine.extend([order(engine, prompt="now")])
     engine.release([dropped.beam.key])
@@ -410,7 +410,7 @@ def test_closing_gives_everything_up(serve):
         time.sleep(0.01)
     engine.close()
     engine.close()
-    assert not engine.asker._thread.is_alive()
+    assert not engine.client._thread.is_alive()
     while server.now:
         time.sleep(0.01)
     assert server.gone == 1
@@ -534,7 +534,7 @@ def test_an_upstream_fault_is_text_that_can_be_sent():
 def test_a_revived_engine_forgets_who_asked_before(serve):
     _, engine = serve()
     engine.submit([order(engine, prompt=f"p{i}") for i in range(4)])
-    engine.restart()
+    engine.reset_caches()
     (done,) = answers(engine, [Request(Prompt("p"), Search(), SamplingParams(max_new_tokens=4))])
     assert done.error is None
     assert engine.collect() == []

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from ivg.embedded import path
-from ivg.engines.vllm.value import InnerValue
+from ivg.engines.vllm.value import VLLMGuide
 from ivg.errors import ConfigError, ModelError
 from ivg.factory import engines
 from ivg.model import GuidedModel
@@ -89,7 +89,7 @@ def test_what_vllm_would_ignore_is_refused(cores):
 def test_a_value_that_guides_inside_and_selects_outside_is_emptied_with_the_others():
     """Its models run here once they are asked for: caches that only it has would never be emptied, nor counted."""
     outside = tiny_value()
-    inner = InnerValue("explicit", outside.vocabulary, lambda: outside)
+    inner = VLLMGuide("explicit", lambda: outside)
     model = GuidedModel(tiny_lm(), {"explicit": inner}, engine=FakeEngine())
     assert model.readers == [model.base]
     inner.score([model.base.make_beam(Prompt("a"), "bc")])

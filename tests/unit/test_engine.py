@@ -16,7 +16,7 @@ from ivg.models.runner import ModelRunner
 from ivg.search.methods import get_method
 from ivg.search.searcher import Request, Search, Searcher
 from ivg.testing import byte_tokenizer, hypothesis, tiny_lm, tiny_model, tiny_value
-from ivg.types import DecodeState, Prompt, SamplingParams, TokenGuidance
+from ivg.types import DecodeState, Prompt, SamplingParams, TokenGuidance, Value
 from ivg.values.base import CompositeValue, FunctionValue
 from ivg.values.implicit import ImplicitValue
 
@@ -366,11 +366,17 @@ def test_candidates_of_a_composite_with_two_vocabularies():
         (-0.5, tiny_value("vocabulary", seed=5, tokenizer=byte_tokenizer(OTHER), name="other")),
     ]
 
-    class ScoresOnly:
+    class ScoresOnly(Value):
         name = "plain"
 
         def __init__(self, value):
-            self.score, self.check, self.release = value.score, value.check, value.release
+            self.value = value
+
+        def score(self, hypotheses):
+            return self.value.score(hypotheses)
+
+        def release(self, keys):
+            self.value.release(keys)
 
     sampling, prompts = SamplingParams(max_new_tokens=8, ignore_eos=True), ("The answer", "It is")
     texts = []

@@ -16,7 +16,7 @@ from ivg.search.request import Particles, Rejection
 from ivg.search.searcher import Request, Search, Searcher
 from ivg.search.selection import budgets
 from ivg.testing import FakeEngine
-from ivg.types import Prompt, SamplingParams, TokenGuidance
+from ivg.types import Prompt, SamplingParams, TokenGuidance, Value
 from ivg.values.base import FunctionValue
 
 pytestmark = pytest.mark.numerics
@@ -145,19 +145,13 @@ def test_acceptance_rate_is_the_formula():
 
 
 def test_value_of_the_prompt_is_read_only_where_needed():
-    class Unreadable:
+    class Unreadable(Value):
         name = "picky"
 
         def score(self, hypotheses):
             if any(not h.text for h in hypotheses):
                 raise PromptError("picky: nothing to read")
             return [0.0] * len(hypotheses)
-
-        def check(self, prompt, new_tokens):
-            pass
-
-        def release(self, keys):
-            pass
 
     engine = FakeEngine()
     searches = [Search(value=Unreadable(), rejection=Rejection(target=t, threshold_start=a)) for t, a in ((1.0, 0.5), (1.0, 1.0))]
@@ -281,7 +275,7 @@ def test_impossible_settings_are_told(method, bad):
     {"rejection": Rejection(segment_min=9), "value": COUNT_A, "chunk_length": 8},
 ], ids=lambda s: "+".join(s))  # fmt: skip
 def test_impossible_searches_are_told(search):
-    with pytest.raises(ConfigError, match=r"must be|one rule|need a value|own rule"):
+    with pytest.raises(ConfigError, match=r"must be|one selection rule|need a value|own rule"):
         Searcher(FakeEngine()).add(Request(Prompt("p"), Search(**search)))
 
 

@@ -78,13 +78,14 @@ def test_a_loop_that_was_left_in_the_middle_harms_no_later_one():
     engine = AsyncFakeEngine()
     search = Search(width=3, successors=3, chunk_length=4, value=COUNT_A)
     abandoned = Searcher(engine)
-    for s in range(4):
-        abandoned.add(request(search, s, max_new_tokens=40, ignore_eos=True))
+    numbers = [abandoned.add(request(search, s, max_new_tokens=40, ignore_eos=True)) for s in range(4)]
     abandoned.step()
-    left = set(engine.held)
     wanted = [request(search, s, max_new_tokens=20) for s in range(3)]
     assert answers(engine, wanted) == answers(FakeEngine(), wanted)
-    assert engine.held <= left  # what came of the orders of the first loop meanwhile is freed at once
+    for number in numbers:
+        abandoned.cancel(number)
+    assert not engine.held  # what came of the first loop's requests meanwhile, too
+    assert not engine.running and engine.collect() == []
 
 
 def test_what_an_engine_lacks_is_told_before_anything_runs():

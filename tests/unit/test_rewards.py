@@ -16,8 +16,8 @@ from ivg.models.loading import LoadOptions
 from ivg.search.searcher import Request, Search, Searcher
 from ivg.testing import FakeEngine, byte_tokenizer, hypothesis, tiny_lm, tiny_model, tiny_value
 from ivg.training.rollout import rollout
-from ivg.types import Message, Prompt, SamplingParams, TokenGuidance
-from ivg.types.scores import each, every, score_each
+from ivg.types import Message, Prompt, SamplingParams, TokenGuidance, Value
+from ivg.types.scores import checked_scores, require_scores, score_each
 from ivg.values.base import CompositeValue, FunctionValue
 from ivg.values.fitting import fit, without_beginning
 from ivg.values.reward import RewardModel
@@ -216,7 +216,7 @@ WRONG = {
 }
 
 
-class Whole:
+class Whole(Value):
     """A value that breaks off altogether where one hypothesis is bad, as users write them."""
 
     name = "whole"
@@ -227,12 +227,6 @@ class Whole:
     def score(self, hypotheses):
         self.calls += 1
         return torch.tensor([float(shout(str(h.prompt.content), h.text)) for h in hypotheses])
-
-    def check(self, prompt, new_tokens):
-        pass
-
-    def release(self, keys):
-        pass
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -252,12 +246,12 @@ def test_numbers_of_any_kind_and_in_any_container():
     import numpy as np
 
     answers = [torch.tensor(1.5), np.float32(2.5), 3, True, torch.tensor([4.0])]
-    found = each("mine", lambda items: [answers[i] for i in items], range(5))
+    found = checked_scores("mine", lambda items: [answers[i] for i in items], range(5))
     assert found == [1.5, 2.5, 3.0, 1.0, 4.0] and all(type(x) is float for x in found)
     json.dumps(found, allow_nan=False)
     assert (
-        each("mine", lambda items: np.array([1.0, 2.0]), "ab")
-        == each("mine", lambda items: torch.tensor([[1.0], [2.0]]), "ab")
+        checked_scores("mine", lambda items: np.array([1.0, 2.0]), "ab")
+        == checked_scores("mine", lambda items: torch.tensor([[1.0], [2.0]]), "ab")
         == [1.0, 2.0]
     )
 
@@ -273,9 +267,9 @@ def test_numbers_of_any_kind_and_in_any_container():
     ],
 )
 def test_a_wrong_number_of_scores(ask, said):
-    assert each("mine", ask, "abc") == [said] * 3
+    assert checked_scores("mine", ask, "abc") == [said] * 3
     with pytest.raises(ScoreError, match="response 1 of 3: mine gave"):
-        every(each("mine", ask, "abc"))
+        require_scores(checked_scores("mine", ask, "abc"))
 
 
 @given(st.sets(st.integers(0, 15)), st.integers(1, 16))
@@ -288,7 +282,7 @@ def test_every_other_item_keeps_its_score(bad, count):
             raise KeyError("x")
         return [float(i) for i in items]
 
-    found = each("mine", ask, range(count))
+    found = checked_scores("mine", ask, range(count))
     assert [isinstance(s, ScoreFault) for s in found] == [i in bad for i in range(count)]
     assert [s for s in found if not isinstance(s, ScoreFault)] == [float(i) for i in range(count) if i not in bad]
     assert len(calls) <= 1 + 2 * len(bad) * math.ceil(math.log2(count) if count > 1 else 0)
@@ -299,7 +293,7 @@ def test_a_model_that_cannot_be_used_is_no_matter_of_one_response():
         raise ModelError("the engine died")
 
     with pytest.raises(ModelError, match="died"):
-        each("mine", dead, "ab")
+        checked_scores("mine", dead, "ab")
 
 
 def test_functions_are_asked_once_for_each_response():
@@ -340,13 +334,13 @@ def test_a_function_that_ends_the_process_fails_for_its_row_alone():
             raise SystemExit(0)
         return [float(i) for i in items]
 
-    assert each("mine", leaves, [1, 2, 3]) == [1.0, "mine raised SystemExit: 0", 3.0]
+    assert checked_scores("mine", leaves, [1, 2, 3]) == [1.0, "mine raised SystemExit: 0", 3.0]
 
 
 def test_one_number_is_a_score_in_whatever_it_is_wrapped():
     ones = [1, 1.0, True, np.float32(1), np.array([1.0]), np.array(1.0), torch.tensor(1.0), torch.tensor([[1.0]])]
-    assert each("mine", list, ones) == [1.0] * len(ones)
-    assert all(isinstance(s, ScoreFault) for s in each("mine", list, [np.array([1.0, 2.0]), torch.ones(2), None, "x", [1.0], 1j]))
+    assert checked_scores("mine", list, ones) == [1.0] * len(ones)
+    assert all(isinstance(s, ScoreFault) for s in checked_scores("mine", list, [np.array([1.0, 2.0]), torch.ones(2), None, "x", [1.0], 1j]))
 
 
 def test_one_response_in_place_of_a_list_is_told():

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ivg import model
 from ivg.diagnostics.pairs import prefixes
 from ivg.engines.transformers.engine import TransformersEngine
 from ivg.engines.transformers.guidance import guided
@@ -258,13 +257,13 @@ def test_given_responses_are_the_same_hypotheses():
     for name in ("unigram-first", "bpe-always", "bpe-legacy", "bytes"):
         reader = tiny_lm("base", tokenizer=MAKERS[name]())
         for text in (" the movie", "the movie", "\nis", "日"):
-            h = model.given(reader, Prompt("a film is"), text)
+            h = reader.make_beam(Prompt("a film is"), text)
             assert reader.vocabulary.response_text(reader.prompt_ids(h.prompt), h.token_ids) == h.text == text
             (end,) = prefixes(reader, h.prompt, text, ends=False)[-1:]
             assert end.token_ids == h.token_ids and end.text == text
             assert all(text.startswith(beam.text) for beam in prefixes(reader, h.prompt, text, ends=False))
     with pytest.raises(PromptError, match="half of a surrogate pair"):
-        model.given(reader, Prompt("a"), "\ud83d")
+        reader.make_beam(Prompt("a"), "\ud83d")
 
 
 @pytest.mark.parametrize("name", ["unigram-first", "bpe-legacy", "bytes"])

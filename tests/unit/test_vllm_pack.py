@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from ivg.cli.app import app
 from ivg.embedded import path
 from ivg.engines.vllm.config import IVGConfig, betas_of
-from ivg.engines.vllm.export import Guide, head_kind, pack, pack_value, packed, pair
+from ivg.engines.vllm.export import Guide, export_composite, export_to_cache, export_value, head_kind, pair
 from ivg.errors import ConfigError, MissingDependencyError, ModelError
 from ivg.models.loading import LoadOptions, load_tokenizer
 from ivg.models.vocabulary import Vocabulary
@@ -20,12 +20,12 @@ BASE, TUNED, UNTUNED, VALUE = (str(path(name)) for name in ("base", "tuned", "un
 
 
 def test_a_composite_names_its_parts_and_copies_no_weights(tmp_path):
-    folder = pack(BASE, [pair(TUNED, UNTUNED), Guide("explicit", (("explicit", VALUE, 1.0),), "vocabulary")], tmp_path / "c")
+    folder = export_composite(BASE, [pair(TUNED, UNTUNED), Guide("explicit", (("explicit", VALUE, 1.0),), "vocabulary")], tmp_path / "c")
     config = IVGConfig.from_pretrained(folder)
-    assert [part.name for part in config.part_list] == ["base", "tuned", "untuned", "explicit"]
+    assert [part.name for part in config.submodels] == ["base", "tuned", "untuned", "explicit"]
     assert config.groups == ["implicit", "explicit"] and config.default_betas == [1.0, 0.0]
     assert config.get_text_config().hidden_size == json.loads((path("base") / "config.json").read_text())["hidden_size"]
-    assert config.part_list[1].weights == str(path("tuned").resolve())
+    assert config.submodels[1].weights == str(path("tuned").resolve())
     assert sum(f.stat().st_size for f in folder.iterdir() if f.suffix == ".safetensors") < 1000
     assert (folder / "generation_config.json").read_bytes() == (path("base") / "generation_config.json").read_bytes()
     again = IVGConfig.from_pretrained(folder)
@@ -33,8 +33,8 @@ def test_a_composite_names_its_parts_and_copies_no_weights(tmp_path):
 
 
 def test_the_same_content_has_the_same_place(tmp_path):
-    one, two = (packed(lambda place: pack(BASE, [pair(TUNED, UNTUNED)], place), tmp_path) for _ in range(2))
-    other = packed(lambda place: pack(BASE, [pair(UNTUNED, TUNED)], place), tmp_path)
+    one, two = (export_to_cache(lambda place: export_composite(BASE, [pair(TUNED, UNTUNED)], place), tmp_path) for _ in range(2))
+    other = export_to_cache(lambda place: export_composite(BASE, [pair(UNTUNED, TUNED)], place), tmp_path)
     assert one == two != other
     assert sorted(tmp_path.iterdir()) == sorted([one, other])
 
@@ -42,10 +42,10 @@ def test_the_same_content_has_the_same_place(tmp_path):
 def test_changed_files_have_another_place(tmp_path):
     base = tmp_path / "base"
     shutil.copytree(BASE, base)
-    seen = [packed(lambda place: pack(str(base), [pair(TUNED, UNTUNED)], place), tmp_path / "cache")]
+    seen = [export_to_cache(lambda place: export_composite(str(base), [pair(TUNED, UNTUNED)], place), tmp_path / "cache")]
     for name, change in (("generation_config.json", {"eos_token_id": [0, 5]}), ("tokenizer_config.json", {"model_max_length": 77})):
         (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | change))
-        seen.append(packed(lambda place: pack(str(base), [pair(TUNED, UNTUNED)], place), tmp_path / "cache"))
+        seen.append(export_to_cache(lambda place: export_composite(str(base), [pair(TUNED, UNTUNED)], place), tmp_path / "cache"))
         for key, value in change.items():
             assert json.loads((seen[-1] / name).read_text())[key] == value
     assert len(set(seen)) == 3
@@ -57,7 +57,7 @@ def test_nothing_is_left_of_what_could_not_be_written(tmp_path):
         raise ModelError("no such model")
 
     with pytest.raises(ModelError, match="no such model"):
-        packed(fails, tmp_path)
+        export_to_cache(fails, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -70,7 +70,7 @@ def test_a_group_moves_the_columns_that_its_models_and_its_tokenizer_have(tmp_pa
         (wide[name] / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + rows}))
     known = Vocabulary(load_tokenizer(BASE, LoadOptions(), "base")).size
     guides = [pair(str(wide["tuned"]), str(wide["untuned"])), pair(TUNED, UNTUNED, "plain")]
-    config = IVGConfig.from_pretrained(pack(str(wide["base"]), guides, tmp_path / "c"))
+    config = IVGConfig.from_pretrained(export_composite(str(wide["base"]), guides, tmp_path / "c"))
     assert config.group_columns == [known, known]
     config.columns = {}  # as earlier versions wrote it
     assert config.group_columns == [known + 32, known]
@@ -91,7 +91,7 @@ def test_weights_of_requests():
 def test_what_a_front_end_lets_pass_harms_no_other_composite(tmp_path):
     from ivg.engines.vllm.config import check_betas
 
-    config = IVGConfig.from_pretrained(pack(BASE, [pair(TUNED, UNTUNED)], tmp_path / "one"))
+    config = IVGConfig.from_pretrained(export_composite(BASE, [pair(TUNED, UNTUNED)], tmp_path / "one"))
     check_betas({"ivg_beta.implicit": 0.5, "ivg_beta": 1})
     with pytest.raises(ConfigError, match="no guide 'nowhere'"):
         check_betas({"ivg_beta.nowhere": 1.0})
@@ -102,7 +102,7 @@ def test_what_a_front_end_lets_pass_harms_no_other_composite(tmp_path):
 
 def test_heads_of_value_checkpoints(tmp_path):
     assert head_kind(VALUE, LoadOptions()) == "vocabulary"
-    assert pack_value(VALUE, tmp_path / "v")[1] == "vocabulary"
+    assert export_value(VALUE, tmp_path / "v")[1] == "vocabulary"
     with pytest.raises(ModelError, match="no value head"):
         head_kind(BASE, LoadOptions())
 
@@ -110,14 +110,14 @@ def test_heads_of_value_checkpoints(tmp_path):
 def test_other_models_are_left_alone(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ConfigError, match="another model"):
-        pack(BASE, [pair(TUNED, UNTUNED)], tmp_path)
+        export_composite(BASE, [pair(TUNED, UNTUNED)], tmp_path)
     assert (tmp_path / "config.json").read_text() == '{"model_type": "llama"}'
     with pytest.raises(ConfigError, match="one name"):
-        pack(BASE, [pair(TUNED, UNTUNED), pair(TUNED, UNTUNED)], tmp_path / "x")
+        export_composite(BASE, [pair(TUNED, UNTUNED), pair(TUNED, UNTUNED)], tmp_path / "x")
     with pytest.raises(ConfigError, match="weight for taste"):
-        pack(BASE, [pair(TUNED, UNTUNED)], tmp_path / "x", betas={"taste": 1.0})
+        export_composite(BASE, [pair(TUNED, UNTUNED)], tmp_path / "x", betas={"taste": 1.0})
     with pytest.raises(ConfigError, match="no causal language model"):
-        pack(str(path("gold")), [], tmp_path / "y")
+        export_composite(str(path("gold")), [], tmp_path / "y")
 
 
 def test_the_verb(tmp_path):

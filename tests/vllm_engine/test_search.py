@@ -116,15 +116,15 @@ def test_cancelling_frees_everything(embedded):
         searcher.cancel(number)
     assert not searcher.busy and not embedded.engine._running
     embedded.generate("The movie was", "eft", max_new_tokens=2)  # vLLM frees aborted requests with its next pass
-    assert held_blocks(embedded.engine.core) == 0 == held_blocks(embedded.values["explicit"].core)
-    for core in (embedded.engine.core, embedded.values["explicit"].core):
+    assert held_blocks(embedded.engine.client) == 0 == held_blocks(embedded.values["explicit"].client)
+    for core in (embedded.engine.client, embedded.values["explicit"].client):
         known = core._engine.output_processor
         assert not (known.request_states or known.parent_requests or known.external_req_ids or core._open)
 
 
 @pytest.mark.parametrize(("method", "sizes"), [("bon", {"successors": 8}), ("bon", {"successors": 3, "temperature": 0}), ("ivg", CHUNKED)])
 def test_forward_tokens_are_those_that_vllm_scheduled(embedded, monkeypatch, method, sizes):
-    runner, passes = embedded.engine.core._engine.model_executor.driver_worker.worker.model_runner, []
+    runner, passes = embedded.engine.client._engine.model_executor.driver_worker.worker.model_runner, []
     executes = runner.execute_model
 
     def spy(scheduled, *args, **kwargs):
@@ -147,7 +147,7 @@ def test_forward_tokens_are_those_that_vllm_scheduled(embedded, monkeypatch, met
 
 @pytest.mark.parametrize("reason", ["error", "abort", "stop"])
 def test_what_vllm_breaks_off_ends_with_an_error(embedded, monkeypatch, reason):
-    engine = embedded.engine.core._engine
+    engine = embedded.engine.client._engine
     steps = engine.step
 
     def broken():
@@ -163,7 +163,7 @@ def test_what_vllm_breaks_off_ends_with_an_error(embedded, monkeypatch, reason):
         found += [s.completion for s in searcher.step() if s.completion] if searcher.busy else []
     searcher.cancel(number)
     assert [c.finish_reason for c in found] == ["error"]
-    assert found[0].error == f"vLLM broke this off: {reason}"
+    assert found[0].error == f"vLLM stopped this request: {reason}"
 
 
 def test_the_value_tells_a_text_that_does_not_fit(embedded):
@@ -173,15 +173,15 @@ def test_the_value_tells_a_text_that_does_not_fit(embedded):
     def text(tokens):
         return Beam(new_key(), None, Prompt("a", token_ids=(5,)), (5,) * tokens, "", vocabulary=words, inherits=False)
 
-    most = 512 + 1 - len(value.texts.prompt_ids(text(0).prompt))  # a vocabulary head: the last token is not read
+    most = 512 + 1 - len(value.encoder.prompt_ids(text(0).prompt))  # a vocabulary head: the last token is not read
     assert len(value.score([text(most)])) == 1
     with pytest.raises(PromptError, match=r"explicit reads at most 512 tokens, got 513\n  shorten"):
         value.score([text(2), text(most + 1)])
-    assert not value.core.busy
+    assert not value.client.busy
 
 
 def test_an_abort_that_fails_prevents_no_revival(embedded, monkeypatch):
-    core, revived = embedded.engine.core, []
+    core, revived = embedded.engine.client, []
     searcher = embedded.searcher()
     number = searcher.add(embedded.request("The movie was", "eft", seed=1, max_new_tokens=40))
     searcher.step()
@@ -213,14 +213,14 @@ def test_a_process_that_was_killed_is_told():
     Timer(0.7, client.outputs_queue.put, [[]]).start()
     assert core.step() == []
     Timer(0.2, os.close, [alive]).start()
-    with pytest.raises(ModelError, match=r"engine died: RuntimeError: its process was killed"):
+    with pytest.raises(ModelError, match=r"engine died: RuntimeError: the engine process exited"):
         core.step()  # told by the end of the process: the queue, which gives nothing for 1000 s, would raise Empty
     os.close(end)
     client.outputs_queue.put([])
     client.resources = SimpleNamespace(engine_dead=True)
     core.failure = None
     assert core.step() == []  # what it sent before its end counts
-    with pytest.raises(ModelError, match="its process was killed"):
+    with pytest.raises(ModelError, match="the engine process exited"):
         core.step()
 
 
@@ -240,7 +240,7 @@ def test_arguments_that_vllm_does_not_take(folder):
 def test_an_engine_that_dies_is_told_and_revived(folder):
     with models("vllm", models=trio(folder, "llama"), search={"method": "eft"}) as model:
         before = model.generate(prompts(3), "eft", seed=1, max_new_tokens=8)
-        core = model.engine.core
+        core = model.engine.client
         runner = core._engine.model_executor
 
         def dies(*_, **__):

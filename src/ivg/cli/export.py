@@ -36,7 +36,7 @@ def pack(
     beta: Annotated[float, typer.Option("--beta", help="Weight of the first guide where a request names none.")] = 1.0,
 ) -> None:
     """See HELP."""
-    from ivg.engines.vllm.export import pack as write
+    from ivg.engines.vllm.export import export_composite as write
     from ivg.factory.engines import inner_guides
     from ivg.factory.recipe import load_options
 

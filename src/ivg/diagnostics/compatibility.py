@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ivg.model import cached_lms
 from ivg.models.cached_lm import CachedLM
 from ivg.types import Value
 
@@ -51,4 +50,4 @@ def compare_vocabularies(base: CachedLM, other: CachedLM) -> Compatibility:
 
 def models_of(values: Mapping[str, Value]) -> dict[str, CachedLM]:
     """Every language model behind the values, by its name."""
-    return {lm.name: lm for value in values.values() for lm in cached_lms(value)}
+    return {lm.name: lm for value in values.values() for lm in value.cached_lms()}

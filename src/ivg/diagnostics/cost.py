@@ -6,12 +6,13 @@ The forward pass of a token costs 2 FLOPs for each active parameter (Kaplan et a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from ivg.model import GuidedModel, cached_lms
+from ivg.model import GuidedModel
 from ivg.models.cached_lm import CachedLM
 from ivg.models.packed_linear import packed_layers
+from ivg.types import Value
 
 
 def language_models(model: GuidedModel) -> dict[str, CachedLM]:
@@ -26,8 +27,9 @@ def parameters(model: GuidedModel) -> dict[str, int]:
     """Active parameters by the names in ``Usage.forward_tokens``."""
     out = {name: active_parameters(lm.model.network) for name, lm in language_models(model).items()}
     for value in model.values.values():
-        for classifier in classifiers(value):
-            out.setdefault(classifier.name, active_parameters(classifier.network))
+        for name, network in value.networks():
+            if name not in out:
+                out[name] = active_parameters(network)
     return dict(sorted(out.items()))
 
 
@@ -61,9 +63,7 @@ def num_weights(parameter: Any) -> int:
     return int(parameter.numel())
 
 
-def classifiers(value: Any) -> Iterator[Any]:
-    """The classifiers inside a value (reward models that read whole texts)."""
-    for part in getattr(value, "parts", ()):
-        yield from classifiers(part[1])
-    if hasattr(value, "network") and not any(True for _ in cached_lms(value)):
-        yield value
+def classifier_names(value: Value) -> list[str]:
+    """Names in usage of the classifiers that a value reads with, which have no cache."""
+    cached = {model.name for model in value.cached_lms()}
+    return [name for name, _ in value.networks() if name not in cached]

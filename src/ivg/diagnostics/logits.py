@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ivg.models.cached_lm import CachedLM
 from ivg.types import Beam, Prompt, Value, new_key
-from ivg.types.guides import VocabularyValue
 from ivg.values.base import CompositeValue
 from ivg.values.explicit import ExplicitValue
 from ivg.values.implicit import AutoregressiveReward, ImplicitValue
@@ -73,7 +72,9 @@ class GuidanceLogits:
     def from_value(cls, value: Value | None, base: CachedLM) -> GuidanceLogits | None:
         """None if the value cannot guide over the base's whole vocabulary, or is of an unknown class."""
         parts = _parts(value)
-        if parts is None or not isinstance(value, VocabularyValue) or any(not lm.vocabulary.same_as(base.vocabulary) for _, lm in parts):
+        if value is None or parts is None or not value.full_vocabulary():
+            return None
+        if any(not lm.vocabulary.same_as(base.vocabulary) for _, lm in parts):
             return None
         return cls(tuple(parts), value.vocabulary.size)
 

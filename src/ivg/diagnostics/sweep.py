@@ -35,7 +35,7 @@ from ivg.errors import ConfigError
 from ivg.model import GuidedModel
 from ivg.settings.sampling import PLAIN_SAMPLING
 from ivg.types import Beam, Prompt, SamplingParams, Value
-from ivg.types.scores import every, score_each
+from ivg.types.scores import require_scores, score_each
 
 BEST_OF = 4
 """N of the best-of-N that values are tried on; at most log 4 - 3/4 = 0.64 nats from the base."""
@@ -159,7 +159,7 @@ def score_texts(value: Value, beams: Sequence[Beam], batch: int) -> Floats:
     out: list[float] = []
     for start in range(0, len(beams), batch):
         part = beams[start : start + batch]
-        out += every(score_each(value, part))
+        out += require_scores(score_each(value, part))
         value.release([b.key for b in part])
     return np.array(out)
 

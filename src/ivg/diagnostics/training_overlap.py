@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ivg.diagnostics.pairs import Pair
-from ivg.model import cached_lms
 from ivg.models.training_rows import read_training_rows, seen, source_of
 from ivg.types import Value
 
@@ -35,7 +33,7 @@ def training_overlap(value: Value, pairs: Sequence[Pair]) -> TrainingOverlap:
         ModelError: a damaged file of fingerprints.
     """
     found, unknown = np.zeros(len(pairs), dtype=bool), []
-    for name, network in _networks(value):
+    for name, network in value.networks():
         source = source_of(network)
         rows = None if source is None else read_training_rows(source)
         if rows is None:
@@ -43,15 +41,3 @@ def training_overlap(value: Value, pairs: Sequence[Pair]) -> TrainingOverlap:
         elif len(rows):
             found |= [seen(rows, p.prompt, p.chosen) or seen(rows, p.prompt, p.rejected) for p in pairs]
     return TrainingOverlap(found, tuple(dict.fromkeys(unknown)))
-
-
-def _networks(value: Any) -> Iterator[tuple[str, Any]]:
-    """(name, network) of every model inside a value."""
-    own = list(cached_lms(value))
-    for lm in own:
-        yield lm.name, lm.model.network
-    for _, part in getattr(value, "parts", ()):
-        if not list(cached_lms(part)):
-            yield from _networks(part)
-    if not own and (network := getattr(value, "network", None)) is not None:
-        yield value.name, network

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ivg.diagnostics.cost import classifiers, flops
+from ivg.diagnostics.cost import classifier_names, flops
 from ivg.errors import PromptError, ScoreFault
 from ivg.evaluation.generate import run_batch
 from ivg.evaluation.methods import SELECTION_VALUES
 from ivg.evaluation.worker import Worker
 from ivg.jobs.runner import Result
-from ivg.model import cached_lms
 from ivg.types import Beam, Completion, Prompt, TokenCounter, new_key
-from ivg.types.scores import Scores, every, score_each
+from ivg.types.scores import Scores, require_scores, score_each
+from ivg.values.explicit import ExplicitValue
 
 if TYPE_CHECKING:
     from ivg.model import GuidedModel
@@ -79,7 +79,7 @@ def _samples(model: GuidedModel, selected_by: tuple[str, Value] | None, prompt: 
         value.release([b.key for b in beams])
     samples = [
         {"text": c.text, "tokens": len(c.token_ids), "value": round(score, 6), "forward_tokens": read}
-        for c, score, read in zip(completions, every(scores), own, strict=True)
+        for c, score, read in zip(completions, require_scores(scores), own, strict=True)
     ]
     return {"selected_by": name, "shared_tokens": shared, "samples": samples}
 
@@ -96,15 +96,17 @@ def _tokens_read(model: GuidedModel, value: Value | None, beams: Sequence[Beam])
     """
     shared = {model.base.name: len(model.base.prompt_ids(beams[0].prompt))}
     own = [{model.base.name: max(0, len(b.token_ids) - 1)} for b in beams]
-    for reader in cached_lms(value):
-        last = 0 if getattr(value, "head", None) == "scalar" else 1  # the others read up to the last token but one
+    if value is None:
+        return shared, own
+    for reader in value.cached_lms():
+        last = 0 if isinstance(value, ExplicitValue) and value.head == "scalar" else 1  # the others read up to the last token but one
         for beam, counts in zip(beams, own, strict=True):
             ids, border = reader.ids(beam)
             shared[reader.name] = min(border, shared.get(reader.name, border))
             counts[reader.name] = len(ids) - last - border
-    for classifier in classifiers(value):
+    for name in classifier_names(value):
         for beam, counts in zip(beams, own, strict=True):
-            counts[classifier.name] = beam.token_counter.forward_tokens[classifier.name]
+            counts[name] = beam.token_counter.forward_tokens[name]
     return shared, own
 
 

@@ -20,7 +20,7 @@ from ivg.evaluation.transcripts import check_file_provenance, fingerprint, promp
 from ivg.evaluation.worker import OnProgress, Worker
 from ivg.jobs.blocks import open_blocks
 from ivg.types import Beam, TokenCounter, new_key
-from ivg.types.scores import every, judge_each, note_of
+from ivg.types.scores import judge_each, require_scores
 from ivg.utils.jsonl import read_jsonl, write_json
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _score_answers(worker: Worker, rows: Sequence[Row]) -> Iterator[Row]:
             i = at[id(row)]
             out |= _scores_or_error({name: values[i] for name, values in rewards.items()})
             out |= {"base_logp": round(logps[i], 4), "tokens": len(row["token_ids"])}
-            if notes := [note for judge in worker.judges.values() if (note := note_of(judge, *pairs[i]))]:
+            if notes := [note for judge in worker.judges.values() if (note := judge.note(*pairs[i]))]:
                 out["notes"] = notes
         yield out
 
@@ -109,7 +109,7 @@ def _score_answers(worker: Worker, rows: Sequence[Row]) -> Iterator[Row]:
 def _scores_or_error(rewards: Mapping[str, float | ScoreFault]) -> Row:
     """The scores of one answer, or the first judge's error."""
     try:
-        return {name: round(score, 6) for name, score in zip(rewards, every(list(rewards.values())), strict=True)}
+        return {name: round(score, 6) for name, score in zip(rewards, require_scores(list(rewards.values())), strict=True)}
     except ScoreError:
         return {"error": next(" ".join(score.split()) for score in rewards.values() if isinstance(score, ScoreFault))}
 

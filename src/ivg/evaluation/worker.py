@@ -13,7 +13,7 @@ from ivg.utils.jsonl import append_lines, to_json, write_json
 
 if TYPE_CHECKING:
     from ivg.model import GuidedModel
-    from ivg.values.reward import Reward
+    from ivg.types import Reward
 
 OnProgress = Callable[[str, int], None]
 """Called with a label and the number of its rows that were finished."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -42,8 +43,8 @@ def vllm_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker, *, 
     """
     from ivg.engines.vllm.client import EngineClient
     from ivg.engines.vllm.engine import VLLMEngine
-    from ivg.engines.vllm.export import default_cache, pack, packed
-    from ivg.engines.vllm.value import InnerValue
+    from ivg.engines.vllm.export import default_cache, export_composite, export_to_cache
+    from ivg.engines.vllm.value import VLLMGuide
     from ivg.engines.vllm.versions import check_vllm
 
     check_vllm()
@@ -59,15 +60,15 @@ def vllm_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker, *, 
     tokenizer = load_tokenizer(base.path, options, "base")
     cache = Path(settings.cache) if settings.cache else default_cache()
     folder = (
-        packed(lambda place: pack(base.path, guides, place, options=options), cache)
+        export_to_cache(lambda place: export_composite(base.path, guides, place, options=options), cache)
         if guides
         else Path(find_model(base.path, "base", options.hub()))
     )
     pooled = settings.value == "pooling" and "explicit" in named and "value" in named["explicit"].given
-    core = EngineClient(folder, _core_options(settings, options, shared=pooled), guided=bool(guides))
-    with _closed_on_error(core):  # else a value that does not load would leave its processes and memory behind
-        texts = _texts("base", base, tokenizer, options, core.max_model_len)
-        inner = {name: InnerValue(name, texts.vocabulary, lambda n=name: make_value(n, named[n], options)) for name in names}  # type: ignore[misc]
+    client = EngineClient(folder, _client_options(settings, options, shared=pooled), guided=bool(guides))
+    with _closed_on_error(client):  # else a value that does not load would leave its processes and memory behind
+        encoder = _prompt_encoder("base", base, tokenizer, options, client.max_model_len)
+        inner = {name: VLLMGuide(name, partial(make_value, name, named[name], options)) for name in names}
         values: dict[str, Value] = dict(inner)
         others = {name: value for name, value in named.items() if name not in inner}
         for name, value in sorted(others.items(), key=lambda item: pooled and item[0] == "explicit"):  # another engine last
@@ -75,17 +76,17 @@ def vllm_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker, *, 
                 values[name] = _pooled_value(value.given["value"], cache, settings, options)
             else:
                 values[name] = make_value(name, value, options)
-        parts = ["base", *(part for guide in guides for part, _, _ in guide.parts)]
-        engine = VLLMEngine(core, texts, parts, inner)
-        return GuidedModel(texts, {name: values[name] for name in named}, engine=engine, generation_config=recipe.run.generation_config)
+        submodels = ["base", *(part for guide in guides for part, _, _ in guide.parts)]
+        engine = VLLMEngine(client, encoder, submodels, inner)
+        return GuidedModel(encoder, {name: values[name] for name in named}, engine=engine, generation_config=recipe.run.generation_config)
 
 
 @contextmanager
-def _closed_on_error(core: EngineClient) -> Iterator[None]:
+def _closed_on_error(client: EngineClient) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        core.close()
+        client.close()
         raise
 
 
@@ -193,7 +194,7 @@ def _guide(name: str, value: NamedValue, base: ModelRef, options: LoadOptions) -
     )
 
 
-def _core_options(settings: VLLMConfig, options: LoadOptions, *, shared: bool, value: bool = False) -> EngineClientOptions:
+def _client_options(settings: VLLMConfig, options: LoadOptions, *, shared: bool, value: bool = False) -> EngineClientOptions:
     """Of the composite, or of the pooling engine; where both share a GPU, seven tenths and two of its memory unless told."""
     from ivg.engines.vllm.client import EngineClientOptions
 
@@ -215,7 +216,7 @@ def _core_options(settings: VLLMConfig, options: LoadOptions, *, shared: bool, v
     )
 
 
-def _texts(name: str, ref: ModelRef, tokenizer: Any, options: LoadOptions, longest: int) -> PromptEncoder:
+def _prompt_encoder(name: str, ref: ModelRef, tokenizer: Any, options: LoadOptions, longest: int) -> PromptEncoder:
     """How a model that runs elsewhere reads prompts."""
     from transformers import GenerationConfig
 
@@ -227,9 +228,9 @@ def _texts(name: str, ref: ModelRef, tokenizer: Any, options: LoadOptions, longe
         generation = None
     ends = eos_ids(SimpleNamespace(generation_config=generation, config=config), tokenizer)
     text = config.get_text_config()
-    texts = PromptEncoder(name, tokenizer, _template(ref, options), ends, vocab_size=text.vocab_size, max_positions=longest)
-    texts.generation_config = generation
-    return texts
+    encoder = PromptEncoder(name, tokenizer, _template(ref, options), ends, vocab_size=text.vocab_size, max_positions=longest)
+    encoder.generation_config = generation
+    return encoder
 
 
 def _template(ref: ModelRef, options: LoadOptions) -> str | None:
@@ -244,13 +245,13 @@ def _template(ref: ModelRef, options: LoadOptions) -> str | None:
 def _pooled_value(ref: ModelRef, cache: Path, settings: VLLMConfig, options: LoadOptions) -> Value:
     """The explicit value in vLLM's pooling engine."""
     from ivg.engines.vllm.client import EngineClient
-    from ivg.engines.vllm.export import pack_value, packed
+    from ivg.engines.vllm.export import export_to_cache, export_value
     from ivg.engines.vllm.value import PooledValue
     from ivg.models.value_head import read_head
 
     weight, bias = read_head(find_model(ref.path, "explicit", options.hub()), options.hub())
     tokenizer = load_tokenizer(ref.path, options, "explicit")
-    folder = packed(lambda place: pack_value(ref.path, place, options=options), cache)
-    core: EngineClient = EngineClient(folder, _core_options(settings, options, shared=True, value=True), pooling=True)
-    with _closed_on_error(core):
-        return PooledValue(core, _texts("explicit", ref, tokenizer, options, core.max_model_len), weight, bias)
+    folder = export_to_cache(lambda place: export_value(ref.path, place, options=options), cache)
+    client: EngineClient = EngineClient(folder, _client_options(settings, options, shared=True, value=True), pooling=True)
+    with _closed_on_error(client):
+        return PooledValue(client, _prompt_encoder("explicit", ref, tokenizer, options, client.max_model_len), weight, bias)

@@ -48,7 +48,7 @@ def load_models(recipe: Recipe, *, every_guide: bool = False) -> GuidedModel:
         raise ConfigError(f"unknown engine {recipe.run.engine!r}\n  expected transformers, vllm, or the URL of an endpoint (http://…/v1)")
     model = _models(recipe, options)
     for name, value in recipe.values.items():
-        model.add_value(name, named_value(name, value, options))
+        model.add_value(name, named_value(name, value, options), replace=True)
     return model
 
 

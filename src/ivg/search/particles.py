@@ -1,4 +1,4 @@
-"""A particle filter: draws from pi_base * exp(beta * V) / Z by weighted hypotheses (METHOD, section 6).
+"""A particle filter: draws from pi_base * exp(beta * V) / Z by weighted hypotheses (Zhao et al. 2024, arXiv 2404.17546).
 
 N particles grow by chunks. With V_t the value after a chunk, a particle's weight is multiplied by
 
@@ -19,9 +19,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ivg.search import ranking
-from ivg.search.request import Request, Scored
-from ivg.search.selection import Chunk, Selection
-from ivg.types import Beam
+from ivg.search.request import Request
+from ivg.search.rule import Chunk, Scored, Selection, SelectionRule
 from ivg.utils.rng import uniform
 
 _RESAMPLE, _ANSWER = 0x5E5A, 0xA25
@@ -40,11 +39,10 @@ def effective_size(weights: Sequence[float]) -> float:
     return sum(weights) ** 2 / sum(w * w for w in weights)
 
 
-class ParticleRule:
+class ParticleRule(SelectionRule):
     """N = W * K particles of one request."""
 
-    reads_prompt, needs_log_ratio = False, True
-    prompt_value = 0.0
+    needs_log_ratio = True
 
     def __init__(self, request: Request) -> None:
         assert request.search.particles is not None
@@ -61,13 +59,8 @@ class ParticleRule:
         """All particles."""
         return self.count
 
-    @property
-    def spare(self) -> list[Beam]:
-        """None."""
-        return []
-
     def begin(self, kept: list[Scored]) -> Chunk:
-        """One child for each particle; particles that share a beam are sisters."""
+        """One child for each particle; particles that share a beam are siblings."""
         self.chunks += 1
         tokens = self.request.search.chunk_length or self.request.sampling.max_new_tokens
         if self.chunks == 1:
@@ -79,7 +72,7 @@ class ParticleRule:
         return Chunk([(b, times[key]) for key, (b, _) in growing.items()], tokens, [(b, s) for b, s in kept if b.finished])
 
     def choose(self, held: list[Scored], grown: list[Scored]) -> Selection:
-        """Weigh, and resample when few particles carry the weight."""
+        """Update the weights, and resample when few particles have most of the weight."""
         taken = {key: iter(weights) for key, weights in self.log_weights.items()}
         log_weights = [next(taken[b.key]) for b, _ in held]
         for (beam, value), (weight, before, ratio) in zip(grown, self._before, strict=True):

@@ -1,4 +1,4 @@
-"""Selections: numbers in, positions out. Pure functions on lists; no tensors, no models."""
+"""Selection by scores: numbers in, positions out. Pure functions on lists."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 
 
 def top(scores: Sequence[float], width: int) -> list[int]:
-    """Positions of the ``width`` best scores, best first; among equals the earlier one (METHOD, section 3)."""
+    """Positions of the ``width`` best scores, best first; among equals the earlier one."""
     return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:width]
 
 
 def soft(scores: Sequence[float], width: int, scale: float, uniform: Callable[[int], float]) -> list[int]:
     """``width`` positions drawn without replacement with probability proportional to exp(score / scale).
 
-    ``uniform(i)`` gives the i-th number in [0, 1). Soft best-of-N is this with width 1 (METHOD, section 6).
+    ``uniform(i)`` gives the i-th number in [0, 1). Soft best-of-N is this with width 1.
     """
     remaining, chosen = list(range(len(scores))), []
     for draw in range(min(width, len(scores))):

@@ -1,6 +1,6 @@
-"""CARDS: a response grows by segments, each proposed until one is accepted (Li et al. 2024, arXiv 2406.16306; METHOD, section 6).
+"""CARDS: a response grows by segments, each proposed until one is accepted (Li et al. 2024, arXiv 2406.16306).
 
-A segment ends where the base is uncertain of the next token: there meaning begins anew, and values judge what is whole. With
+A segment ends where the base is uncertain about the next token, so that values score units of meaning. With
 t the tokens of the response up to the segment's end and n the most it may have, the segment is accepted with probability
 
     min(1, exp((V - threshold(t)) / accept_scale)),   threshold(t) = r0 + min(1, t / n) * (r* - r0),   r0 = (1 - a) * V(prompt) + a * r*.
@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 
-from ivg.search.request import Rejection, Request, Scored
-from ivg.search.selection import Chunk, Selection
+from ivg.search.request import Rejection, Request
+from ivg.search.rule import Chunk, Scored, Selection, SelectionRule
 from ivg.types import Beam, EntropyStop
 from ivg.utils.rng import uniform
 
@@ -36,17 +36,14 @@ def acceptance(settings: Rejection, value: float, threshold: float) -> float:
     return math.exp(min(0.0, (value - threshold) / settings.accept_scale))
 
 
-class RejectionRule:
+class RejectionRule(SelectionRule):
     """One prefix, which is kept while segments behind it are tried."""
-
-    needs_log_ratio = False
 
     def __init__(self, request: Request) -> None:
         assert request.search.rejection is not None
         self.request, self.settings = request, request.search.rejection
         self.reads_prompt = self.settings.target is None or self.settings.threshold_start < 1
         self.limit = request.sampling.max_new_tokens
-        self.prompt_value = 0.0
         self.tried = 0
         self.best: Scored | None = None
 
@@ -56,7 +53,7 @@ class RejectionRule:
         return 3
 
     @property
-    def spare(self) -> list[Beam]:
+    def retained(self) -> list[Beam]:
         """The best of the rejected."""
         return [] if self.best is None else [self.best[0]]
 
@@ -73,7 +70,7 @@ class RejectionRule:
         self.tried += 1
         wanted = threshold(self.settings, self.prompt_value, len(tried[0].token_ids), self.limit)
         if uniform(self.request.draw_seed, length, number, _ACCEPT) < acceptance(self.settings, tried[1], wanted):
-            return self._settle(tried, self.spare, [])
+            return self._accept(tried, self.retained, [])
         loser = self.best
         if loser is None or tried[1] > loser[1]:
             self.best = tried
@@ -82,10 +79,10 @@ class RejectionRule:
         released = [] if loser is None else [loser[0]]
         if self.tried == self.settings.tries:
             assert self.best is not None
-            return self._settle(self.best, released, [] if self.best is tried else [tried])
+            return self._accept(self.best, released, [] if self.best is tried else [tried])
         return Selection([prefix], [tried], released)
 
-    def _settle(self, winner: Scored, released: list[Beam], dropped: list[Scored]) -> Selection:
+    def _accept(self, winner: Scored, released: list[Beam], dropped: list[Scored]) -> Selection:
         """``winner`` is the next prefix."""
         self.tried, self.best = 0, None
         return Selection([winner], dropped, released, winner if winner[0].finished else None)

@@ -1,29 +1,20 @@
-"""What a request asks for, and what is kept for it while it runs.
-
-Knows: the settings of a search and where they end. Must not know how beams are chosen (``search.selection`` and its
-neighbours), nor how requests share rounds (``search.searcher``).
-"""
+"""What is asked for: a request, its search, and the settings of the selection rules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ivg.errors import ConfigError
+from ivg.search.rule import SelectionRule
 from ivg.settings.schema import validate
 from ivg.settings.search import RequestSettings, SearchSettings
-from ivg.types import Beam, Prompt, SamplingParams, Step, TokenCounter, TokenGuidance, Value
+from ivg.types import Prompt, SamplingParams, TokenGuidance, Value
 from ivg.utils.rng import mix
 
-if TYPE_CHECKING:
-    from ivg.search.selection import Chunk, SelectionRule
-
 QUANTUM = 16
-"""Tokens for each round at most, so that long chunks do not keep others waiting. Changes no result."""
-
-Scored = tuple[Beam, float]
-"""A hypothesis and what the selecting value says of it (0 where there is none)."""
+"""Tokens of one round at most, so that long chunks do not keep other requests waiting. Changes no result."""
 
 
 def require(name: str, got: object, fine: bool, expected: str) -> None:
@@ -38,12 +29,12 @@ def require(name: str, got: object, fine: bool, expected: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """Settings of CARDS' segment rejection (Li et al. 2024, arXiv 2406.16306; METHOD, section 6); see ``search.rejection``.
+    """Settings of CARDS' segment rejection (Li et al. 2024, arXiv 2406.16306); see :mod:`ivg.search.rejection`.
 
     Attributes:
         target: r*, the reward that a whole response should reach, in units of the value. None: V(prompt) +
             accept_scale * log(tries), the highest target for which a response no better than its prompt is still accepted
-            once in ``tries`` attempts; whoever knows the rewards of good responses gives a number.
+            once in ``tries`` attempts. Where the rewards of good responses are known, give a high quantile of them.
         accept_scale: beta of the acceptance probability min(1, exp((r - threshold) / accept_scale)).
         threshold_start: share a of r* in the first threshold, (1 - a) * V(prompt) + a * r*.
         tries: segments tried at most for one place; after the last the best of them is taken.
@@ -64,7 +55,7 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class Particles:
-    """Settings of the particle filter (METHOD, section 6); see ``search.particles``.
+    """Settings of the particle filter; see :mod:`ivg.search.particles`.
 
     Attributes:
         particle_beta: weight of the value in the target pi_base * exp(particle_beta * V).
@@ -80,11 +71,23 @@ class Particles:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """CBS(W, K, L), its token guidance and its selection; see ``search.methods`` for the named ones.
+    """How to search: chunk-level beam search of width W with K successors and chunks of L tokens, its guidance and its selection.
 
-    ``decay`` < 1 spends the budget of W * K continuations for each chunk early (``search.selection.budgets``). ``rejection``
-    and ``particles`` replace the selection by another rule, ``make_rule`` by your own: it gets the request and returns a
-    :class:`~ivg.search.selection.SelectionRule` for it.
+    :mod:`ivg.search.methods` has the named ones.
+
+    Attributes:
+        width: beams kept (W).
+        successors: continuations of each kept beam (K).
+        chunk_length: tokens between selections (L); None: the whole response.
+        guidance: guides every token.
+        value: ranks hypotheses.
+        rule: ``top``: keep the best; ``soft``: draw with probability proportional to exp(score / soft_scale).
+        soft_scale: in units of the score.
+        original: treat finished hypotheses as the code of the IVG paper does: K copies of each compete.
+        decay: < 1 spends the budget of W * K continuations for each chunk early (:func:`ivg.search.selection.budgets`).
+        rejection: select by rejection of segments (CARDS).
+        particles: select by a particle filter.
+        make_rule: makes your own :class:`~ivg.search.selection.SelectionRule` for a request.
     """
 
     width: int = 1
@@ -106,7 +109,7 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One response that is wanted.
+    """One response to generate.
 
     Attributes:
         prompt: what to answer.
@@ -115,8 +118,8 @@ class Request:
         seed: with ``index`` (number of the sample for this prompt) decides every draw; 64 bits with their sign.
         trace: keep the tree of beams in the completion.
         record: fill ``Completion.guide_shift`` (a trace does so too).
-        alternatives: fill ``Completion.details``, with so many of the likeliest tokens at each place; None: do not.
-        stride: tokens for each round at most, for whoever wants to see text sooner. Changes no result.
+        alternatives: fill ``Completion.details``, with so many of the likeliest tokens at each position; None: do not.
+        stride: tokens of one round at most, to see text sooner. Changes no result.
         from_checkpoint: those settings of ``sampling`` that are the checkpoint's own; for the record alone.
     """
 
@@ -140,69 +143,35 @@ class Request:
         return mix(self.seed, self.index)
 
 
-@dataclass(slots=True)
-class RequestState:
-    """A request on its way: ``kept`` were selected (at first the empty response), ``growing`` belong to the current chunk."""
-
-    id: int
-    request: Request
-    rule: SelectionRule
-    started: float
-    kept: list[Scored]
-    token_counter: TokenCounter
-    prompt_tokens: int
-    growing: list[Beam] = field(default_factory=list)
-    chunk: Chunk | None = None
-    left: int = 0
-    """Tokens that the current chunk may still grow."""
-    inside: bool = False
-    """The current chunk has had a round already."""
-    round: int = 0
-    """Tokens of the round that is under way."""
-    virtual_time: float = 0.0
-    """Cost of its steps so far (``search.scheduling``)."""
-    bypassed: int = 0
-    """Later requests that were admitted before it."""
-    pending: set[int] = field(default_factory=set)
-    """Keys of beams that are still being extended (engines that work on by themselves)."""
-    families: dict[int, list[Beam]] = field(default_factory=dict)
-    """Children of the others, and how far those under way have come, by the key of their parent."""
-    trace: list[Step] = field(default_factory=list)
-
-    @property
-    def records(self) -> bool:
-        """Are shifts and pieces of text wanted for every token?"""
-        return self.request.trace or self.request.record
-
-
 def required_features(request: Request) -> set[str]:
-    """What ``request`` asks of an engine: names as in ``Engine.unsupported``, and every setting of sampling that is not at its default."""
+    """What ``request`` needs of an engine: names as in :attr:`Engine.unsupported`, and all sampling settings not at their defaults."""
     search, sampling = request.search, request.sampling
-    wanted = {
+    needed = {
         "pause": search.rejection is not None,
         "return_log_ratio": search.particles is not None and search.guidance is not None,
         "alternatives": request.alternatives is not None,
     }
-    return {name for name, needed in wanted.items() if needed} | set(sampling.changed)
+    return {name for name, needs in needed.items() if needs} | set(sampling.changed)
 
 
 def check_search(search: Search) -> None:
-    """Raise for searches that cannot be.
+    """Raise for settings that contradict each other.
 
     Raises:
-        ConfigError: two rules at once, or a rule without the value that it needs.
+        ConfigError: two selection rules at once, or a rule without the value that it needs.
     """
+    rules = {"rejection": search.rejection, "particles": search.particles, "make_rule": search.make_rule}
+    if len(given := [name for name, settings in rules.items() if settings is not None]) > 1:
+        raise ConfigError(f"got {' and '.join(given)}\n  a search has one selection rule; leave one of them out")
     if search.rejection is None and search.particles is None:
         return
-    if search.rejection is not None and search.particles is not None:
-        raise ConfigError("got settings of rejection and of particles\n  a search has one rule; leave one of them out")
     if search.value is None:
         raise ConfigError("rejection and particles need a value to select by\n  name one (select=explicit, reward …)")
     if search.decay != 1.0 or search.original or search.rule == "soft":
         raise ConfigError("rejection and particles have their own rule\n  leave out decay, original and soft")
     if search.rejection is not None:
         draft = search.guidance.draft if search.guidance is not None else 0
-        require("draft", draft, draft == 0, "0 with rule=reject, whose segments end where the base is in doubt")
+        require("draft", draft, draft == 0, "0 with rule=reject, whose segments end where the base is uncertain")
         require("width · successors (W·K)", search.width * search.successors, search.width * search.successors == 1, "1 for rejection")
         longest, least = search.chunk_length, search.rejection.segment_min
         require("segment_min", least, longest is None or least <= longest, f"at most chunk_length ({longest})")

@@ -1,8 +1,7 @@
-"""The one loop: beams in, longer beams, numbers, fewer beams (DESIGN, section 3; METHOD, sections 3 and 4).
+"""The loop: beams in, longer beams, scores, fewer beams (docs/concepts.md).
 
-Knows: requests, rounds, who is finished, which caches are still needed. Must not know: tensors, models, how a request
-chooses (``search.selection``); it sees an Engine and Values through their protocols. Requests with different methods and
-settings share each round; new ones join between rounds.
+Knows requests, rounds, and which caches are still needed; not tensors, models, or how a request selects
+(:mod:`ivg.search.selection`). Requests with different methods and settings share each round; new ones join between rounds.
 """
 
 from __future__ import annotations
@@ -14,24 +13,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-from ivg.errors import ConfigError, ScoreFault
+from ivg.errors import ModelError, ScoreFault
 from ivg.search import ranking, scheduling
 from ivg.search.particles import ParticleRule
 from ivg.search.rejection import RejectionRule
-from ivg.search.request import (
-    QUANTUM,
-    Particles,
-    Rejection,
-    Request,
-    RequestState,
-    Scored,
-    Search,
-    check_search,
-    required_features,
-)
-from ivg.search.selection import BeamRule, Selection, SelectionRule
+from ivg.search.request import QUANTUM, Particles, Rejection, Request, Search, check_search, required_features
+from ivg.search.rule import Scored, Selection, SelectionRule
+from ivg.search.selection import BeamRule
+from ivg.search.state import RequestState
 from ivg.types import AsyncEngine, Beam, Completion, Engine, ExpandRequest, Step, TraceNode, Usage, Value
-from ivg.types.scores import Scores, every, score_each
+from ivg.types.scores import Scores, require_scores, score_each
 from ivg.utils.locks import FairLock
 
 __all__ = ["QUANTUM", "Particles", "Rejection", "Request", "Search", "Searcher"]
@@ -43,39 +34,36 @@ def _rule(request: Request) -> SelectionRule:
 
 
 def check_engine(engine: Engine, request: Request) -> None:
-    """Raise for what ``engine`` cannot do.
+    """Raise where ``request`` needs what ``engine`` cannot do.
 
     Raises:
         ConfigError, VocabularyError: names it, and what to do instead.
     """
-    for name in sorted(required_features(request) & set(engine.unsupported)):
-        raise ConfigError(f"{name}: the engine {engine.name} cannot do that\n  {engine.unsupported[name]}")
+    engine.check_features(required_features(request))
     engine.check(request.search.guidance)
 
 
 class Searcher:
-    """Runs many requests, each at its own pace, over one engine.
+    """Runs many requests over one engine.
 
     Args:
         engine: makes beams longer.
-        max_beams: hypotheses in flight at most (at least one request always runs); others wait.
-        lock: shared by the loops over one engine, in any thread; each call here is a turn. Default: its own.
+        max_beams: hypotheses in flight at most (at least one request always runs); other requests wait.
+        lock: shared by all loops over one engine, in any thread, and held for one call at a time. Default: its own.
     """
 
     def __init__(self, engine: Engine, max_beams: int = 256, lock: FairLock | None = None) -> None:
         self.engine, self.max_beams, self.lock = engine, max_beams, lock or FairLock()
         self._waiting: deque[RequestState] = deque()
-        self._live: dict[int, RequestState] = {}
+        self._running: dict[int, RequestState] = {}
         self._ids = itertools.count()
 
-    # Requests
-
     def add(self, request: Request) -> int:
-        """Queue a request; its number.
+        """Queue a request; returns its number.
 
         Raises:
             PromptError: a prompt that the base cannot read (empty, too long).
-            ConfigError, VocabularyError: a method that does not fit the models.
+            ConfigError, VocabularyError: a method that does not fit the engine or the models.
         """
         with self.lock:
             return self._add(request)
@@ -89,33 +77,35 @@ class Searcher:
             if value is not None:
                 value.check(root.prompt, length)
         prompt_tokens = self.engine.prompt_tokens(request.prompt)
-        live = RequestState(next(self._ids), request, _rule(request), time.perf_counter(), [(root, 0.0)], root.token_counter, prompt_tokens)
-        scheduling.enqueue(self._waiting, live)
-        return live.id
+        state = RequestState(
+            next(self._ids), request, _rule(request), time.perf_counter(), [(root, 0.0)], root.token_counter, prompt_tokens
+        )
+        scheduling.enqueue(self._waiting, state)
+        return state.id
 
     def cancel(self, request_id: int) -> dict[str, int]:
-        """Forget a request and free what is kept for it; unknown numbers are ignored. Tokens that each model had read for it."""
+        """Drop a request and free what is kept for it; returns the tokens that each model has read for it. Unknown numbers are ignored."""
         with self.lock:
-            live = self._live.pop(request_id, None)
-            if live is not None:
-                self._release_all(live)
+            state = self._running.pop(request_id, None)
+            if state is not None:
+                self._release_all(state)
             self._waiting = deque(w for w in self._waiting if w.id != request_id)
-            return {} if live is None else dict(live.token_counter.forward_tokens)
+            return {} if state is None else dict(state.token_counter.forward_tokens)
 
     @property
     def busy(self) -> bool:
-        """Is there anything left to do?"""
-        return bool(self._waiting or self._live)
+        """Are there requests that are not done?"""
+        return bool(self._waiting or self._running)
 
     @property
     def live_requests(self) -> int:
         """Requests in flight."""
-        return len(self._live)
+        return len(self._running)
 
     @property
     def live_beams(self) -> int:
         """Hypotheses of the requests in flight, at most."""
-        return sum(live.rule.rows for live in self._live.values())
+        return sum(state.rule.rows for state in self._running.values())
 
     @property
     def waiting_requests(self) -> int:
@@ -123,9 +113,9 @@ class Searcher:
         return len(self._waiting)
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
-        """Run requests to their ends; yields (position in ``requests``, completion) as each is done.
+        """Run requests to completion; yields (position in ``requests``, completion) as each is done.
 
-        Those that are not done when the loop is left, or when one of ``requests`` is refused, are cancelled.
+        When the iteration is abandoned, or one of ``requests`` is refused, the rest are cancelled.
         """
         position: dict[int, int] = {}
         try:
@@ -139,131 +129,135 @@ class Searcher:
             for number in position:
                 self.lock.later(partial(self.cancel, number))
 
-    # The loop
-
     def step(self) -> list[Step]:
-        """One round: extend, and where a chunk is complete, score and select. Who takes part: ``search.scheduling``."""
+        """One round: extend, and where a chunk is complete, score and select; :mod:`ivg.search.scheduling` says who takes part."""
         with self.lock:
             return self._step()
 
     def _step(self) -> list[Step]:
         steps = self._admit()
-        lives = list(self._live.values())
-        if not lives:
+        states = list(self._running.values())
+        if not states:
             return steps
-        done, shown = self._pace(self.engine, lives) if isinstance(self.engine, AsyncEngine) else (self._together(lives), [])
-        for live in done:
-            self._grow(live, live.families)
-            live.left, live.inside, live.families = live.left - live.round, True, {}
-        ready = [live for live in done if live.left <= 0 or not any(_grows(b) for b in live.growing)]
+        if isinstance(self.engine, AsyncEngine):
+            done, streamed = self._collect(self.engine, states)
+        else:
+            done, streamed = list(self._extend(states)), []
+        for state in done:
+            self._grow(state, state.families)
+            state.left, state.inside, state.families = state.left - state.round, True, {}
+        ready = [state for state in done if state.left <= 0 or not any(_grows(b) for b in state.growing)]
         scores = self._score(ready)
-        steps += [self._select(live, scores[live.id]) for live in ready]
-        steps += [self._step_of(live, [], []) for live in [*done, *shown] if live.id not in scores]  # some text may be common to all
+        steps += [self._select(state, scores[state.id]) for state in ready]
+        steps += [self._step_of(state, [], []) for state in [*done, *streamed] if state.id not in scores]  # beams may share new text
         return steps
 
-    def _together(self, everybody: Sequence[RequestState]) -> Sequence[RequestState]:
-        """One round of equal length, in one call, for all whose turn it is; those whose orders are done: the same."""
-        turns = scheduling.select(everybody)
-        lives = [everybody[i] for i in turns]
-        self._begin(lives)
-        quantum = min(QUANTUM, *(min(live.left, live.request.stride) for live in lives))
-        orders: list[ExpandRequest] = []
-        for live in lives:
-            live.round = quantum
-            orders += self._orders(live)
-        found = {order.beam.key: family for order, family in zip(orders, self.engine.extend(orders), strict=True)}
-        for live in lives:
-            live.families = found
-        scheduling.advance(everybody, turns, quantum)
-        return lives
+    def _extend(self, running: Sequence[RequestState]) -> Sequence[RequestState]:
+        """One round of equal length, in one call, for all requests whose turn it is; returns these."""
+        turns = scheduling.select(running)
+        states = [running[i] for i in turns]
+        self._begin(states)
+        quantum = min(QUANTUM, *(min(state.left, state.request.stride) for state in states))
+        requests: list[ExpandRequest] = []
+        for state in states:
+            state.round = quantum
+            requests += self._expand_requests(state)
+        found = {r.beam.key: family for r, family in zip(requests, self.engine.extend(requests), strict=True)}
+        for state in states:
+            state.families = found
+        scheduling.advance(running, turns, quantum)
+        return states
 
-    def _pace(self, engine: AsyncEngine, lives: Sequence[RequestState]) -> tuple[list[RequestState], list[RequestState]]:
-        """Whole chunks, each request at its own pace: (those whose orders are done, others of which there is news)."""
-        free = [live for live in lives if not live.pending]
+    def _collect(self, engine: AsyncEngine, states: Sequence[RequestState]) -> tuple[list[RequestState], list[RequestState]]:
+        """Submit whole chunks and collect outputs: (requests whose chunk is complete, others with new text to stream)."""
+        free = [state for state in states if not state.pending]
         self._begin(free)
-        for live in free:
-            live.round = live.left
-            orders = list(self._orders(live))
-            live.pending = {o.beam.key for o in orders}
-            engine.submit(orders)
-        owner = {key: live for live in lives for key in live.pending}
-        news: dict[int, RequestState] = {}
-        for growth in engine.collect(owner):
-            live = owner[growth.beam]
-            live.families[growth.beam] = growth.children
-            live.pending -= {growth.beam} if growth.done else set()
-            news[live.id] = live
-        done = [live for live in lives if not live.pending]
-        return done, [live for live in news.values() if live.pending]
+        for state in free:
+            state.round = state.left
+            requests = list(self._expand_requests(state))
+            state.pending = {r.beam.key for r in requests}
+            engine.submit(requests)
+        owner = {key: state for state in states for key in state.pending}
+        changed: dict[int, RequestState] = {}
+        outputs = engine.collect(owner)
+        if owner and not outputs and not engine.running:
+            raise ModelError(f"{len(owner)} requests to the engine {engine.name} were aborted while they ran\n  send them again")
+        for output in outputs:
+            state = owner[output.beam]
+            state.families[output.beam] = output.children
+            state.pending -= {output.beam} if output.done else set()
+            changed[state.id] = state
+        done = [state for state in states if not state.pending]
+        return done, [state for state in changed.values() if state.pending]
 
-    def _begin(self, lives: Sequence[RequestState]) -> None:
-        for live in lives:
-            if live.left <= 0:
-                self._begin_chunk(live)
+    def _begin(self, states: Sequence[RequestState]) -> None:
+        for state in states:
+            if state.left <= 0:
+                self._begin_chunk(state)
 
     def _admit(self) -> list[Step]:
-        """Let waiting requests in where there is room; those whose prompt the value cannot read end at once."""
+        """Start waiting requests where there is room; those whose prompt the value cannot read end at once."""
         rows = self.live_beams
         failed: list[Step] = []
         while self._waiting:
             rows += self._waiting[0].rule.rows
-            if self._live and rows > self.max_beams:
+            if self._running and rows > self.max_beams:
                 break
-            live = self._waiting.popleft()
-            live.virtual_time = scheduling.initial_virtual_time([*self._live.values()])
-            self._live[live.id] = live
-            if live.rule.reads_prompt and (error := self._read_prompt(live)) is not None:
-                failed.append(self._end(live, live.kept[0][0], None, error))
+            state = self._waiting.popleft()
+            state.virtual_time = scheduling.initial_virtual_time([*self._running.values()])
+            self._running[state.id] = state
+            if state.rule.reads_prompt and (error := self._read_prompt(state)) is not None:
+                failed.append(self._end(state, state.kept[0][0], None, error))
         return failed
 
     @staticmethod
-    def _read_prompt(live: RequestState) -> str | None:
-        """Give the rule the value of the empty response; what went wrong, or None. Each alone: one may be unreadable."""
-        value = live.request.search.value
+    def _read_prompt(state: RequestState) -> str | None:
+        """Give the rule the value of the empty response; returns the error, if any. One call each: a prompt may be unreadable."""
+        value = state.request.search.value
         assert value is not None
-        (found,) = score_each(value, [live.kept[0][0]])
+        (found,) = score_each(value, [state.kept[0][0]])
         if not isinstance(found, ScoreFault):
-            live.rule.prompt_value = found
+            state.rule.prompt_value = found
             return None
-        advice = "cards starts from the value of the prompt; target=… with threshold_start=1 does without"
+        advice = "cards starts from the value of the prompt; target=… with threshold_start=1 needs none"
         return ScoreFault(f"{found}\n  {advice}", said=f"{found.said}\n  {advice}", prompt=found.prompt)
 
     @staticmethod
-    def _begin_chunk(live: RequestState) -> None:
-        chunk = live.rule.begin(live.kept)
-        live.chunk, live.kept, live.left, live.inside = chunk, chunk.held, chunk.tokens, False
-        live.growing = [replace(b, paused=False) if b.paused else b for b, _ in chunk.orders]
+    def _begin_chunk(state: RequestState) -> None:
+        chunk = state.rule.begin(state.kept)
+        state.chunk, state.kept, state.left, state.inside = chunk, chunk.held, chunk.tokens, False
+        state.growing = [replace(b, paused=False) if b.paused else b for b, _ in chunk.expansions]
 
     @staticmethod
-    def _orders(live: RequestState) -> Iterator[ExpandRequest]:
-        """Children that each growing beam gets this round: several at the start of a chunk, one within it."""
-        r, chunk = live.request, live.chunk
+    def _expand_requests(state: RequestState) -> Iterator[ExpandRequest]:
+        """What each growing beam gets this round: several children at the start of a chunk, one within it."""
+        r, chunk = state.request, state.chunk
         assert chunk is not None
-        counts = {} if live.inside else {b.key: n for b, n in chunk.orders}
-        return_log_ratio = live.rule.needs_log_ratio and r.search.guidance is not None
-        for beam in live.growing:
+        counts = {} if state.inside else {b.key: n for b, n in chunk.expansions}
+        return_log_ratio = state.rule.needs_log_ratio and r.search.guidance is not None
+        for beam in state.growing:
             if _grows(beam):
                 yield ExpandRequest(
                     beam,
                     counts.get(beam.key, 1),
-                    live.round,
+                    state.round,
                     r.sampling,
                     r.search.guidance,
                     r.draw_seed,
-                    record=live.records,
+                    record=state.records,
                     return_log_ratio=return_log_ratio,
-                    first=0 if live.inside else chunk.first,
-                    keep=chunk.keep and not live.inside,
+                    first=0 if state.inside else chunk.first,
+                    keep=chunk.keep and not state.inside,
                     pause=chunk.pause,
                     alternatives=r.alternatives,
                     stream=r.stride < QUANTUM,
                 )
 
-    def _grow(self, live: RequestState, families: dict[int, list[Beam]]) -> None:
-        """Put children in their parents' places, so that no order depends on how chunks were cut into rounds."""
-        keep = live.chunk is not None and live.chunk.keep
+    def _grow(self, state: RequestState, families: dict[int, list[Beam]]) -> None:
+        """Put children in their parents' places, so that their order does not depend on how chunks were cut into rounds."""
+        keep = state.chunk is not None and state.chunk.keep
         grown: list[Beam] = []
-        for beam in live.growing:
+        for beam in state.growing:
             family = families.get(beam.key)
             if family is None:
                 grown.append(beam)
@@ -271,75 +265,75 @@ class Searcher:
             if family[0].key == beam.key:  # paused before its first token
                 grown += family
                 continue
-            if keep:  # values fork from the hypothesis that the chunk began with
+            if keep:  # values fork from the hypothesis at the start of the chunk
                 family = [replace(b, inherits=False) for b in family]
-            if live.inside:  # values last saw the hypothesis that the chunk began with
+            if state.inside:  # values last scored the hypothesis at the start of the chunk
                 family = [replace(b, ancestor_key=beam.ancestor_key or beam.parent) for b in family]
             grown += family
-            if live.inside or not keep:
-                self._pass_on(live, beam)
-        live.growing = grown
+            if state.inside or not keep:
+                self._release_parent(state, beam)
+        state.growing = grown
 
     def _score(self, ready: Sequence[RequestState]) -> dict[int, Scores]:
-        """Values of all hypotheses that completed a chunk, or why there is none; one call for each value, over all requests."""
+        """Scores of all hypotheses that completed a chunk, or faults; one call for each value, over all requests."""
         groups: dict[int, tuple[Value, list[Beam]]] = {}
-        for live in ready:
-            value = live.request.search.value
-            if value is not None and not any(b.error for b in live.growing):
-                groups.setdefault(id(value), (value, []))[1].extend(live.growing)
+        for state in ready:
+            value = state.request.search.value
+            if value is not None and not any(b.error for b in state.growing):
+                groups.setdefault(id(value), (value, []))[1].extend(state.growing)
         known: dict[int, float | ScoreFault] = {}
         for value, beams in groups.values():
             known |= {b.key: s for b, s in zip(beams, score_each(value, beams), strict=True)}
-        return {live.id: [known.get(b.key, 0.0) for b in live.growing] for live in ready}
+        return {state.id: [known.get(b.key, 0.0) for b in state.growing] for state in ready}
 
-    def _select(self, live: RequestState, found: Scores) -> Step:
-        """Let the rule choose, free what it leaves; end the request when nothing can grow."""
-        search = live.request.search
-        error = next((b.error for b in live.growing if b.error), None) or next((s for s in found if isinstance(s, ScoreFault)), None)
+    def _select(self, state: RequestState, found: Scores) -> Step:
+        """Let the rule select, free the rest; end the request when nothing can grow."""
+        search = state.request.search
+        error = next((b.error for b in state.growing if b.error), None) or next((s for s in found if isinstance(s, ScoreFault)), None)
         if error is not None:
-            return self._end(live, live.growing[0], None, error)
-        scores = every(found)
-        choice = live.rule.choose(live.kept, list(zip(live.growing, scores, strict=True)))
-        if choice.error is not None:
-            return self._end(live, live.growing[0], None, choice.error)
-        self._let_go(live, choice)
-        live.kept, live.growing, live.left = choice.kept, [], 0
-        step = self._step_of(live, choice.kept, choice.dropped)
-        if choice.answer is not None:
-            best, score = choice.answer
-            return self._end(live, best, score if search.value is not None else None, None, step)
+            return self._end(state, state.growing[0], None, error)
+        scores = require_scores(found)
+        selection = state.rule.choose(state.kept, list(zip(state.growing, scores, strict=True)))
+        if selection.error is not None:
+            return self._end(state, state.growing[0], None, selection.error)
+        self._release_unselected(state, selection)
+        state.kept, state.growing, state.left = selection.kept, [], 0
+        step = self._step_of(state, selection.kept, selection.dropped)
+        if selection.answer is not None:
+            best, score = selection.answer
+            return self._end(state, best, score if search.value is not None else None, None, step)
         return step
 
-    def _let_go(self, live: RequestState, choice: Selection) -> None:
-        """Free what nothing will grow from: what the rule released, the finished, and ancestors whose children were read."""
-        kept = {b.key for b, _ in choice.kept}
-        ancestors = {a for b in live.growing for a in (b.parent, b.ancestor_key) if a is not None}
-        gone = (ancestors | {b.key for b, _ in live.kept}) - kept
-        finished = [b.key for b, _ in choice.kept if b.finished]
-        self._release(live, [*(b.key for b in choice.released), *finished, *gone])
+    def _release_unselected(self, state: RequestState, selection: Selection) -> None:
+        """Free what nothing grows from: what the rule released, finished beams, and ancestors whose children were scored."""
+        kept = {b.key for b, _ in selection.kept}
+        ancestors = {a for b in state.growing for a in (b.parent, b.ancestor_key) if a is not None}
+        gone = (ancestors | {b.key for b, _ in state.kept}) - kept
+        finished = [b.key for b, _ in selection.kept if b.finished]
+        self._release(state, [*(b.key for b in selection.released), *finished, *gone])
 
-    def _step_of(self, live: RequestState, kept: Sequence[Scored], dropped: Sequence[Scored]) -> Step:
-        scored = live.request.search.value is not None
+    def _step_of(self, state: RequestState, kept: Sequence[Scored], dropped: Sequence[Scored]) -> Step:
+        scored = state.request.search.value is not None
         nodes = [
             tuple({b.key: _node(b, s if scored else None, kept=mark) for b, s in pairs}.values())
             for pairs, mark in ((kept, True), (dropped, False))
         ]
-        growing = [b for beam in live.growing for b in live.families.get(beam.key, [beam])]
-        beams = list({b.key: b for b in (*(b for b, _ in live.kept), *growing)}.values())
-        ended = all(b.finished for b, _ in live.kept) and not live.growing
+        growing = [b for beam in state.growing for b in state.families.get(beam.key, [beam])]
+        beams = list({b.key: b for b in (*(b for b, _ in state.kept), *growing)}.values())
+        ended = all(b.finished for b, _ in state.kept) and not state.growing
         committed = ranking.common_prefix([b.text for b in beams])
-        shown = committed if ended else _hold_back(committed, live.request.sampling.stop)
+        shown = committed if ended else _hold_back(committed, state.request.sampling.stop)
         details = beams[0].details if len(beams) == 1 else ()
-        step = Step(live.id, nodes[0], nodes[1], shown, details=details, tokens=ranking.common_length([b.token_ids for b in beams]))
-        if live.request.trace and (kept or dropped):
-            live.trace.append(step)
+        step = Step(state.id, nodes[0], nodes[1], shown, details=details, tokens=ranking.common_length([b.token_ids for b in beams]))
+        if state.request.trace and (kept or dropped):
+            state.trace.append(step)
         return step
 
-    def _end(self, live: RequestState, best: Beam, score: float | None, error: str | None, step: Step | None = None) -> Step:
-        """The completion; everything that is kept for the request is freed."""
-        seconds = time.perf_counter() - live.started
-        read, cached = dict(live.token_counter.forward_tokens), dict(live.token_counter.cached_tokens)
-        usage = Usage(read, live.prompt_tokens, len(best.token_ids), seconds, cached)
+    def _end(self, state: RequestState, best: Beam, score: float | None, error: str | None, step: Step | None = None) -> Step:
+        """The step with the completion; frees everything that is kept for the request."""
+        seconds = time.perf_counter() - state.started
+        read, cached = dict(state.token_counter.forward_tokens), dict(state.token_counter.cached_tokens)
+        usage = Usage(read, state.prompt_tokens, len(best.token_ids), seconds, cached)
         completion = Completion(
             text=best.text,
             token_ids=best.token_ids,
@@ -347,37 +341,40 @@ class Searcher:
             finish_reason="error" if error else best.finish or "length",
             usage=usage,
             error=error,
-            trace=tuple(live.trace),
+            trace=tuple(state.trace),
             guide_shift=best.guide_shift,
             details=best.details,
-            notes=tuple(live.token_counter.notes),
-            sampling=live.request.sampling,
-            generation_config=live.request.from_checkpoint,
+            notes=tuple(state.token_counter.notes),
+            sampling=state.request.sampling,
+            generation_config=state.request.from_checkpoint,
         )
-        self._release_all(live)
-        del self._live[live.id]
-        return replace(step or Step(live.id, (), (), ""), completion=completion)
+        self._release_all(state)
+        del self._running[state.id]
+        return replace(step or Step(state.id, (), (), ""), completion=completion)
 
-    # Caches
+    def _release_all(self, state: RequestState) -> None:
+        """Free all beams of a request, and what values still hold for those at the start of an unfinished chunk."""
+        beams = [
+            *(b for b, _ in state.kept),
+            *state.growing,
+            *state.rule.retained,
+            *(b for family in state.families.values() for b in family),
+        ]
+        self._release(state, list(dict.fromkeys(k for b in beams for k in (b.key, b.parent, b.ancestor_key) if k is not None)))
 
-    def _release_all(self, live: RequestState) -> None:
-        """Also what values still hold for the hypotheses that a chunk in the middle of its growth began with."""
-        beams = [*(b for b, _ in live.kept), *live.growing, *live.rule.spare, *(b for family in live.families.values() for b in family)]
-        self._release(live, list(dict.fromkeys(k for b in beams for k in (b.key, b.parent, b.ancestor_key) if k is not None)))
-
-    def _release(self, live: RequestState, keys: Sequence[int]) -> None:
-        """Nobody needs these hypotheses any more."""
+    def _release(self, state: RequestState, keys: Sequence[int]) -> None:
+        """Free these hypotheses in the engine and in all values."""
         self.engine.release(keys)
-        search = live.request.search
+        search = state.request.search
         if search.value is not None:
             search.value.release(keys)
         if search.guidance is not None:
             search.guidance.value.release(keys)
 
-    def _pass_on(self, live: RequestState, parent: Beam) -> None:
-        """The parent's children have its rows; what is left of it goes, except where a value is still to read on from it."""
+    def _release_parent(self, state: RequestState, parent: Beam) -> None:
+        """Free a parent whose children have inherited its cache, except where a value will read on from it."""
         self.engine.release([parent.key])
-        search = live.request.search
+        search = state.request.search
         if search.guidance is not None and search.value is None:
             search.guidance.value.release([parent.key])
 

@@ -1,92 +1,20 @@
-"""Which beams grow next, and which of the grown are kept: the rule of a request, and the rule of beam search.
-
-A rule sees hypotheses and their scores, never engines, values or other requests. One object serves one request, from its
-first chunk to its last, and may remember what it likes between chunks; it draws from counters, so that nothing depends on
-how chunks are cut into rounds (METHOD, sections 3, 4 and 6).
-"""
+"""The selection rule of chunk-level beam search. Your own rules derive from :class:`SelectionRule` (``Search.make_rule``)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from ivg.search import ranking
-from ivg.search.request import Request, Scored
-from ivg.types import Beam, EntropyStop
+from ivg.search.request import Request
+from ivg.search.rule import Chunk, Scored, Selection, SelectionRule
 from ivg.utils.rng import uniform
 
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """What grows next.
-
-    Attributes:
-        orders: beams and how many children each gets.
-        tokens: length of the chunk at most.
-        held: hypotheses that stay kept while others grow.
-        first: number of the first child of each beam (``draws.child_rng_path``).
-        keep: the beams will be extended again.
-        pause: where the chunk ends early.
-    """
-
-    orders: list[tuple[Beam, int]]
-    tokens: int
-    held: list[Scored] = field(default_factory=list)
-    first: int = 0
-    keep: bool = False
-    pause: EntropyStop | None = None
+__all__ = ["BeamRule", "Chunk", "Scored", "Selection", "SelectionRule", "budgets", "unique"]
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """What a rule made of a grown chunk.
-
-    Attributes:
-        kept: the next ``kept``; may name a hypothesis several times.
-        dropped: hypotheses that lost, to be shown.
-        released: hypotheses that nobody needs any more.
-        answer: the response, when nothing is left to grow.
-        error: why there can be none.
-    """
-
-    kept: list[Scored]
-    dropped: list[Scored]
-    released: list[Beam]
-    answer: Scored | None = None
-    error: str | None = None
-
-
-class SelectionRule(Protocol):
-    """How one request chooses."""
-
-    reads_prompt: bool
-    """Wants :attr:`prompt_value`, the value of the empty response, before its first chunk."""
-    needs_log_ratio: bool
-    """Wants ``Beam.log_ratio`` where the proposal is guided."""
-    prompt_value: float
-
-    @property
-    def rows(self) -> int:
-        """Hypotheses in flight at most."""
-
-    @property
-    def spare(self) -> list[Beam]:
-        """Hypotheses that the rule keeps besides ``kept``."""
-
-    def begin(self, kept: list[Scored]) -> Chunk:
-        """The next chunk; ``kept`` has at least one beam that is not finished."""
-
-    def choose(self, held: list[Scored], grown: list[Scored]) -> Selection:
-        """Among the hypotheses that were ``held`` and those that have ``grown``, in the order of the chunk's orders."""
-
-
-class BeamRule:
+class BeamRule(SelectionRule):
     """CBS(W, K, L): the best W of all, or W drawn softly; with adaptive budgets where ``decay`` < 1."""
-
-    reads_prompt = needs_log_ratio = False
-    prompt_value = 0.0
 
     def __init__(self, request: Request) -> None:
         self.request, self.search = request, request.search
@@ -101,11 +29,6 @@ class BeamRule:
         """Those of the largest budget, which is the first."""
         return self.budgets[0]
 
-    @property
-    def spare(self) -> list[Beam]:
-        """None."""
-        return []
-
     def begin(self, kept: list[Scored]) -> Chunk:
         """At first all continuations of the prompt; then those of every kept beam, the best having the odd ones."""
         budget = self.budgets[min(self.chunks, len(self.budgets) - 1)]
@@ -113,15 +36,15 @@ class BeamRule:
         if self.chunks == 1:
             return Chunk([(kept[0][0], budget)], self.tokens)
         each, odd = divmod(budget, self.search.width)
-        orders = [(b, each + (place < odd)) for place, (b, _) in enumerate(kept) if not b.finished]
-        return Chunk(orders, self.tokens, [(b, s) for b, s in kept if b.finished])
+        expansions = [(b, each + (place < odd)) for place, (b, _) in enumerate(kept) if not b.finished]
+        return Chunk(expansions, self.tokens, [(b, s) for b, s in kept if b.finished])
 
     def choose(self, held: list[Scored], grown: list[Scored]) -> Selection:
         """Keep W of the finished hypotheses kept before and the new ones."""
         search = self.search
         pool = [pair for pair in held for _ in range(search.successors if search.original else 1)] + grown
         if not search.original and search.rule == "top":
-            pool = _merged(pool)
+            pool = unique(pool)
         scores = [s for _, s in pool]
         if search.rule == "soft":
             seed, position = self.request.draw_seed, max(len(b.token_ids) for b, _ in pool)
@@ -137,8 +60,8 @@ class BeamRule:
         return Selection(kept, dropped, [b for b, _ in dropped], answer)
 
 
-def _merged(pool: Sequence[Scored]) -> list[Scored]:
-    """One of each: identical hypotheses would otherwise fill several places."""
+def unique(pool: Sequence[Scored]) -> list[Scored]:
+    """The first of each: identical hypotheses would otherwise fill several places."""
     seen: dict[tuple[int, ...], Scored] = {}
     for beam, score in pool:
         seen.setdefault(beam.token_ids, (beam, score))

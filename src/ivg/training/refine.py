@@ -20,10 +20,9 @@ from ivg.training.common import RunDir, build_request, digest, require_single_pr
 from ivg.training.data import RatedResponse, read_rated
 from ivg.training.rollout import rollout
 from ivg.training.value import train_value
-from ivg.types import Prompt
+from ivg.types import Prompt, Reward
 from ivg.utils.jsonl import write_json
 from ivg.values.explicit import ExplicitValue
-from ivg.values.reward import Reward
 
 
 def refine(

@@ -18,13 +18,13 @@ from ivg.jobs.blocks import open_blocks
 from ivg.jobs.runner import LocalBackend, RequestSettings, Result, Task
 from ivg.training.common import require_single_process
 from ivg.types import Prompt
-from ivg.types.scores import judge_each, note_of
+from ivg.types.scores import judge_each
 from ivg.utils.jsonl import read_jsonl
 from ivg.utils.rng import as_seed, mix
 
 if TYPE_CHECKING:
     from ivg.model import GuidedModel
-    from ivg.values.reward import Reward
+    from ivg.types import Reward
 
 
 BLOCK = 64
@@ -83,7 +83,7 @@ def rollout(
             pairs = [(Prompt.of(row["prompt"]), row["response"]) for row in good]
             for row, pair, score in zip(good, pairs, judge_each(reward, pairs), strict=True):
                 row |= {"error": " ".join(score.split())} if isinstance(score, ScoreFault) else {"score": round(score, 4)}
-                if note := note_of(reward, *pair):
+                if note := reward.note(*pair):
                     row["notes"] = [*row.get("notes", []), note]
             file.append(rows)
             on_progress()

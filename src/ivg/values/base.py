@@ -1,25 +1,27 @@
-"""Values made of functions and of other values."""
+"""Values made of functions, of other values, and of cached language models."""
 
 from __future__ import annotations
 
 import math
+import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ivg.errors import ConfigError, IVGError, ScoreFault
 from ivg.models.chat_template import prompt_text
-from ivg.types import Hypothesis, Prompt, Value
-from ivg.types.guides import VocabularyValue, knows_vocabulary
-from ivg.types.scores import Scores, every, number, raised, score_each
+from ivg.types import Hypothesis, Prompt, Reward, Value
+from ivg.types.scores import Scores, exception_fault, finite_score, require_scores, score_each
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ivg.models.cached_lm import CachedLM
     from ivg.models.vocabulary import Vocabulary
 
 
-class FunctionValue:
-    """A value from a Python function of (prompt text, response text); nothing is cached.
+class FunctionValue(Reward):
+    """A value from a Python function of (prompt text, response text).
 
     Args:
         function: higher is better; called once for each hypothesis.
@@ -29,35 +31,25 @@ class FunctionValue:
     def __init__(self, function: Callable[[str, str], float], name: str = "function") -> None:
         self.function, self.name = function, name
 
-    def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
-        """The function's number for each hypothesis; raises as :meth:`judge`."""
-        return self.judge([(h.prompt, h.text) for h in hypotheses])
-
     def judge(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
-        """The function's number for each (prompt, response); every pair is asked for once, whatever the others do.
+        """The function's number for each (prompt, response); every pair is scored once, whatever the others do.
 
         Raises:
             ScoreError: some raise, or have no finite number; has the scores of all others.
         """
-        return every([self._ask(prompt, response) for prompt, response in pairs])
+        return require_scores([self._call(prompt, response) for prompt, response in pairs])
 
-    def _ask(self, prompt: Prompt, response: str) -> float | ScoreFault:
+    def _call(self, prompt: Prompt, response: str) -> float | ScoreFault:
         name = f"the value {self.name}"
         try:
-            return number(name, self.function(prompt_text(prompt), response))
+            return finite_score(name, self.function(prompt_text(prompt), response))
         except IVGError:
             raise
         except Exception as e:  # whatever a user's function raises
-            return raised(name, e)
-
-    def check(self, prompt: Prompt, new_tokens: int) -> None:
-        """Any text will do."""
-
-    def release(self, keys: Sequence[int]) -> None:
-        """Nothing is kept."""
+            return exception_fault(name, e)
 
 
-class CompositeValue:
+class CompositeValue(Value):
     """A weighted sum of values: linear in its parts, weights of either sign.
 
     Args:
@@ -85,28 +77,11 @@ class CompositeValue:
             for i, (total, score) in enumerate(zip(totals, score_each(value, hypotheses), strict=True)):
                 if not isinstance(total, ScoreFault):
                     totals[i] = score if isinstance(score, ScoreFault) else total + weight * score
-        return every(totals)
-
-    def check(self, prompt: Prompt, new_tokens: int) -> None:
-        """Every part must be able to read them."""
-        for _, value in self.parts:
-            value.check(prompt, new_tokens)
-
-    def inherit_cache(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """Hand caches on in every part that keeps one."""
-        for _, value in self.parts:
-            inherit_cache = getattr(value, "inherit_cache", None)
-            if inherit_cache is not None:
-                inherit_cache(hypotheses)
-
-    def release(self, keys: Sequence[int]) -> None:
-        """Release them in every part."""
-        for _, value in self.parts:
-            value.release(keys)
+        return require_scores(totals)
 
     def full_vocabulary(self) -> bool:
         """True when every part has a number for every next token."""
-        return all(knows_vocabulary(value) for _, value in self.parts)
+        return bool(self.parts) and all(value.full_vocabulary() for _, value in self.parts)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -115,13 +90,101 @@ class CompositeValue:
         Raises:
             VocabularyError: when they do not share one.
         """
-        first, *others = (value.vocabulary for _, value in self.parts if isinstance(value, VocabularyValue))
+        first, *others = (value.vocabulary for _, value in self.parts if value.full_vocabulary())
         for other in others:
             first.require_same(other, "give the composite candidates to re-score (--guide-candidates 20)")
         return first
 
     def deltas(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
         """sum_i w_i * deltas_i, float32 [hypotheses, smallest vocabulary of the parts]."""
-        shifts = [weight * value.deltas(hypotheses) for weight, value in self.parts if isinstance(value, VocabularyValue)]
+        if not self.full_vocabulary():
+            return super().deltas(hypotheses)
+        shifts = [weight * value.deltas(hypotheses) for weight, value in self.parts]
         width = min(s.shape[1] for s in shifts)
         return sum((s[:, :width] for s in shifts[1:]), shifts[0][:, :width])
+
+
+class CachedLMValue(Value):
+    """A value that reads with language models of this process, each of which caches what it has read."""
+
+    @abstractmethod
+    def cached_lms(self) -> list[CachedLM]:
+        """The models; the first one's vocabulary is the value's."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary of the first model; :meth:`deltas` has its columns."""
+        return self.cached_lms()[0].vocabulary
+
+    def full_vocabulary(self) -> bool:
+        """Yes: a language model has a number for every next token."""
+        return True
+
+    def check(self, prompt: Prompt, new_tokens: int) -> None:
+        """Raise PromptError where prompt and response exceed a model's context."""
+        for model in self.cached_lms():
+            model.check_length(prompt, new_tokens)
+
+    def inherit_cache(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """See :meth:`CachedLM.inherit_cache`."""
+        for model in self.cached_lms():
+            model.inherit_cache(hypotheses)
+
+    def truncate(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """See :meth:`CachedLM.truncate`."""
+        for model in self.cached_lms():
+            model.truncate(hypotheses)
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Free the cache rows."""
+        for model in self.cached_lms():
+            model.release(keys)
+
+    def reset_caches(self) -> None:
+        """Empty the caches of the models."""
+        for model in self.cached_lms():
+            model.reset_cache()
+
+    def release_memory(self) -> None:
+        """Give cache memory that holds nothing back to the system."""
+        for model in self.cached_lms():
+            model.model.release_memory()
+
+    def networks(self) -> list[tuple[str, Any]]:
+        """Their networks."""
+        return [(model.name, model.model.network) for model in self.cached_lms()]
+
+
+class _ForeignValue(Value):
+    """An object that scores hypotheses and does not derive from :class:`Value`, as version 0.1 allowed."""
+
+    def __init__(self, value: Any, name: str) -> None:
+        self.value, self.name = value, getattr(value, "name", name)
+
+    def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
+        return self.value.score(hypotheses)
+
+    def check(self, prompt: Prompt, new_tokens: int) -> None:
+        self.value.check(prompt, new_tokens)
+
+    def release(self, keys: Sequence[int]) -> None:
+        self.value.release(keys)
+
+
+def as_value(value: Any, name: str) -> Value:
+    """``value`` as a :class:`Value`: itself, or a function of (prompt text, response text).
+
+    An object with ``score``, ``check`` and ``release`` that does not derive from :class:`Value` is taken until version 0.3.
+
+    Raises:
+        ConfigError: none of these.
+    """
+    if isinstance(value, Value):
+        return value
+    if callable(getattr(value, "score", None)):
+        kind = type(value).__name__
+        warnings.warn(f"{kind} should derive from ivg.Value; version 0.3 will take no other objects", DeprecationWarning, stacklevel=3)
+        return _ForeignValue(value, name)
+    if callable(value):
+        return FunctionValue(value, name)
+    raise ConfigError(f"{name} is a {type(value).__name__}\n  expected an ivg.Value, or a function of (prompt text, response text)")

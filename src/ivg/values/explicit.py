@@ -1,4 +1,5 @@
-"""Explicit values: a small network that was trained to predict the final reward from any prefix (METHOD, section 1).
+"""Explicit values: a small network that was trained to predict the final reward from any prefix
+(IVG: Liu et al. 2024, arXiv 2409.17819; FUDGE: Yang and Klein 2021; controlled decoding: Mudgal et al. 2024).
 
 Vocabulary head: head(h_{t-1})[y_t] = Q(s_t, y_t) = V(x, y_<=t), read at the position before the last token; one pass
 gives the value of every next token, so it can shift the whole vocabulary. Scalar head: V(x, y_<=t) at the last token.
@@ -15,15 +16,14 @@ from ivg.models.cached_lm import CachedLM
 from ivg.models.loading import LoadOptions, load_value
 from ivg.models.training_rows import copy_training_rows, source_of
 from ivg.models.value_head import HeadKind, ValueModel
-from ivg.types import Hypothesis, Prompt
+from ivg.types import Hypothesis
+from ivg.values.base import CachedLMValue
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ivg.models.vocabulary import Vocabulary
 
-
-class ExplicitValue:
+class ExplicitValue(CachedLMValue):
     """A trained value network.
 
     Args:
@@ -89,33 +89,24 @@ class ExplicitValue:
         """``vocabulary`` or ``scalar``."""
         return self.network.kind
 
+    def cached_lms(self) -> list[CachedLM]:
+        """The network with its cache."""
+        return [self.model]
+
     def full_vocabulary(self) -> bool:
         """Only a vocabulary head knows all next tokens at once."""
         return self.head == "vocabulary"
 
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """What the columns of :meth:`deltas` mean."""
-        return self.model.vocabulary
-
     def deltas(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
         """Q(s_t, .), float32 [hypotheses, vocabulary]; of a vocabulary head only."""
+        if self.head == "scalar":
+            return super().deltas(hypotheses)
         return self.model.outputs(hypotheses)
 
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
         """V(x, y_<=t) for each hypothesis, in units of the reward that the network was trained on."""
+        if not hypotheses:
+            return []
         if self.head == "vocabulary":
             return self.model.last_token_outputs(hypotheses).tolist()
         return self.model.outputs(hypotheses)[:, 0].tolist()
-
-    def check(self, prompt: Prompt, new_tokens: int) -> None:
-        """Raise PromptError where prompt and answer outgrow the context."""
-        self.model.check_length(prompt, new_tokens)
-
-    def inherit_cache(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """Hand caches on without reading (``CachedLM.inherit_cache``)."""
-        self.model.inherit_cache(hypotheses)
-
-    def release(self, keys: Sequence[int]) -> None:
-        """Free the rows."""
-        self.model.release(keys)

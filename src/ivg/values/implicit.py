@@ -1,7 +1,8 @@
 """Implicit values: what a pair of language models, or one autoregressive reward model, prefers.
 
 V(x, y_<=t) = sum_i log pi_tuned(y_i | .) - log pi_untuned(y_i | .), response tokens only, EOS counted once the response
-has ended, no length normalisation (METHOD, section 1; IVG paper, section 3; Weak-to-Strong Search).
+has ended, no length normalisation (IVG: Liu et al. 2024, arXiv 2409.17819, section 3; weak-to-strong search: Zhou et al. 2024,
+arXiv 2405.19262).
 """
 
 from __future__ import annotations
@@ -12,15 +13,14 @@ from typing import TYPE_CHECKING
 
 from ivg.models.cached_lm import CachedLM
 from ivg.models.loading import LoadOptions, load_causal
-from ivg.types import Hypothesis, Prompt
+from ivg.types import Hypothesis
+from ivg.values.base import CachedLMValue
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ivg.models.vocabulary import Vocabulary
 
-
-class ImplicitValue:
+class ImplicitValue(CachedLMValue):
     """The log-ratio of a small tuned and the untuned model that it was tuned from.
 
     Args:
@@ -43,23 +43,17 @@ class ImplicitValue:
         """Load both from directories or the hub."""
         return cls(load_causal(tuned, "tuned", options, template), load_causal(untuned, "untuned", options, template))
 
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The pair's vocabulary."""
-        return self.tuned.vocabulary
-
     def deltas(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
-        """z_tuned - z_untuned on raw logits (EFT; METHOD, section 2), float32 [hypotheses, vocabulary]."""
+        """z_tuned - z_untuned on raw logits (EFT: Mitchell et al. 2023, arXiv 2310.12962), float32 [hypotheses, vocabulary]."""
         return _difference(self.tuned.outputs(hypotheses), self.untuned.logits(hypotheses))
+
+    def cached_lms(self) -> list[CachedLM]:
+        """The tuned and the untuned model."""
+        return [self.tuned, self.untuned]
 
     def drafter(self, beta: float) -> PairDrafter:
         """Drafts from the pair alone (see :class:`PairDrafter`)."""
         return PairDrafter(self, beta)
-
-    def truncate(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """The last tokens of these were changed (``CachedLM.truncate``)."""
-        self.tuned.truncate(hypotheses)
-        self.untuned.truncate(hypotheses)
 
     def token_scores(self, hypotheses: Sequence[Hypothesis]) -> list[list[float]]:
         """The log-ratio of every response token, in nats; their sum is the score."""
@@ -69,21 +63,6 @@ class ImplicitValue:
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
         """Sum of log-ratios over the response, in nats."""
         return [sum(scores) for scores in self.token_scores(hypotheses)]
-
-    def check(self, prompt: Prompt, new_tokens: int) -> None:
-        """Raise PromptError where prompt and answer outgrow the context."""
-        self.tuned.check_length(prompt, new_tokens)
-        self.untuned.check_length(prompt, new_tokens)
-
-    def inherit_cache(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """Hand caches on without reading (``CachedLM.inherit_cache``)."""
-        self.tuned.inherit_cache(hypotheses)
-        self.untuned.inherit_cache(hypotheses)
-
-    def release(self, keys: Sequence[int]) -> None:
-        """Free the rows of both models."""
-        self.tuned.release(keys)
-        self.untuned.release(keys)
 
 
 class PairDrafter:
@@ -125,11 +104,11 @@ class PairDrafter:
 def _difference(tuned: Tensor, untuned: Tensor) -> Tensor:
     """Over the columns that both have; ``tuned``, float32, is written over."""
     width = min(tuned.shape[1], untuned.shape[1])
-    return tuned[:, :width].sub_(untuned[:, :width].float())  # types mixed in one operation take several times as long
+    return tuned[:, :width].sub_(untuned[:, :width].float())  # mixed dtypes in one operation take several times as long
 
 
-class AutoregressiveReward:
-    """A language model whose log-probability is the reward (GenARM's ARM; METHOD, section 6).
+class AutoregressiveReward(CachedLMValue):
+    """A language model whose log-probability is the reward (GenARM: Xu et al. 2024, arXiv 2410.08193).
 
     Args:
         model: trained so that log pi_arm(y | x) ranks responses.
@@ -139,11 +118,6 @@ class AutoregressiveReward:
     def __init__(self, model: CachedLM, name: str = "arm") -> None:
         self.model, self.name = model, name
 
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The model's vocabulary."""
-        return self.model.vocabulary
-
     def deltas(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
         """Log pi_arm(. | prefix), float32 [hypotheses, vocabulary]."""
         return self.model.outputs(hypotheses).log_softmax(-1)
@@ -152,14 +126,6 @@ class AutoregressiveReward:
         """Log pi_arm(response), in nats."""
         return [sum(logps) for logps in self.model.token_logps(hypotheses)]
 
-    def check(self, prompt: Prompt, new_tokens: int) -> None:
-        """Raise PromptError where prompt and answer outgrow the context."""
-        self.model.check_length(prompt, new_tokens)
-
-    def inherit_cache(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """Hand caches on without reading (``CachedLM.inherit_cache``)."""
-        self.model.inherit_cache(hypotheses)
-
-    def release(self, keys: Sequence[int]) -> None:
-        """Free the rows."""
-        self.model.release(keys)
+    def cached_lms(self) -> list[CachedLM]:
+        """The model."""
+        return [self.model]

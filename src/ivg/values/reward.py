@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -23,20 +23,10 @@ from ivg.models.loading import LoadOptions, load_config, load_network, load_toke
 from ivg.models.rotary import length_batches, rope_limits
 from ivg.models.support import context_of
 from ivg.models.weights import WeightsError
-from ivg.types import Hypothesis, Prompt
-from ivg.types.scores import Scores, every, number
+from ivg.types import Hypothesis, Prompt, Reward
+from ivg.types.scores import Scores, finite_score, require_scores
 from ivg.values.base import FunctionValue
 from ivg.values.fitting import fit
-
-
-class Reward(Protocol):
-    """What scores whole responses: a :class:`RewardModel`, a :class:`~ivg.values.base.FunctionValue`, or your own."""
-
-    name: str
-
-    def judge(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
-        """The reward of each (prompt, response)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +37,7 @@ class Reading:
     note: str | None = None
 
 
-class RewardModel:
+class RewardModel(Reward):
     """A sequence classifier as a value of prompt + response.
 
     One label: its logit. Two labels: logit of label 1 minus logit of label 0 (METHOD, section 5: POS - NEG). More: name
@@ -215,7 +205,7 @@ class RewardModel:
         Raises:
             ScoreError: some cannot be read; has the scores of all others.
         """
-        return every(self._scores(self._readings(pairs)))
+        return require_scores(self._scores(self._readings(pairs)))
 
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
         """The reward of prompt + response for each hypothesis; raises as :meth:`judge`."""
@@ -226,7 +216,7 @@ class RewardModel:
                 h.token_counter.add(self.name, len(reading.ids))
                 if reading.note:
                     h.token_counter.note(reading.note)
-        return every(scores)
+        return require_scores(scores)
 
     def _readings(self, pairs: Sequence[tuple[Prompt, str]]) -> list[Reading | ScoreFault]:
         out: list[Reading | ScoreFault] = []
@@ -239,14 +229,15 @@ class RewardModel:
 
     def _scores(self, readings: Sequence[Reading | ScoreFault]) -> Scores:
         rewards = iter(self.logits([r.ids for r in readings if isinstance(r, Reading)]))
-        return [number(f"the value {self.name}", next(rewards)) if isinstance(r, Reading) else r for r in readings]
+        return [finite_score(f"the value {self.name}", next(rewards)) if isinstance(r, Reading) else r for r in readings]
 
     def check(self, prompt: Prompt, new_tokens: int) -> None:
         """Raise PromptError where the template refuses the prompt. One of any length is read: see :meth:`read`."""
         self.text(prompt, "x")
 
-    def release(self, keys: Sequence[int]) -> None:
-        """Nothing is kept."""
+    def networks(self) -> list[tuple[str, Any]]:
+        """The classifier."""
+        return [(self.name, self.network)]
 
 
 def _longest(network: Any, tokenizer: Any) -> int | None:

@@ -1,8 +1,8 @@
-"""What a completions endpoint answered: texts, ends, numbers of tokens. Pure functions over the client's objects; no HTTP.
+"""Reads replies of a completions endpoint: texts, finish reasons, numbers of tokens. Pure functions over the client's objects.
 
-A server tells the tokens of all answers together (``usage``). Where it made several and does not spell their tokens, those cut for
-their length have as many as were asked for, and those that ended share the rest evenly: they will not grow, so the number only
-counts what was written. Answers of one reply that end with the same text get the same number: equal texts stay equal tokens.
+A server reports the tokens of all choices together (``usage``). Where a reply has several choices without the text of their tokens,
+those cut at the limit have as many tokens as requested, and the finished ones share the rest evenly: they will not grow, so the number
+is only reported.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from ivg.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class CompletionChoice:
-    """One answer: its text, and whether the model stopped by itself.
+    """One continuation: its text, and whether the model stopped by itself.
 
     Attributes:
-        text: as the server gives it, stop strings cut.
+        text: from the server, without a stop string.
         stopped: the response is complete.
-        ended: by the model's own end-of-sequence token, as far as one can tell. Servers name a stop string that they found
-            (vLLM ``stop_reason``, SGLang ``matched_stop``); where one says nothing, the end is taken to be the model's.
-        tokens: of the answer, such an end included: at least one, so that every chunk makes headway, at most as many as asked.
-        names: of the tokens, where the server spells them.
+        ended: by the model's own end-of-sequence token. Servers name a stop string that they found (vLLM ``stop_reason``, SGLang
+            ``matched_stop``); without one, an end-of-sequence token is assumed.
+        tokens: their number, end-of-sequence included: at least one, so that every chunk makes progress, at most as many as requested.
+        names: texts of the tokens, where the server reports them.
     """
 
     text: str
@@ -35,23 +35,23 @@ class CompletionChoice:
 
 
 def check_reply(reply: Any) -> None:
-    """Raise unless ``reply`` has answers that ended as answers do.
+    """Raise unless ``reply`` is a completion whose choices ended normally.
 
     Raises:
-        ModelError: not a completion (a web page, no choices), or an answer that was broken off.
+        ModelError: not a completion (a web page, no choices), or an unknown finish reason.
     """
     choices = getattr(reply, "choices", None)
     if not isinstance(choices, list) or not choices or not all(isinstance(getattr(c, "text", None), str) for c in choices):
-        raise ModelError(f"answered no completion but {str(reply)[:80]!r}; expected an OpenAI-compatible server at this address")
+        raise ModelError(f"returned {str(reply)[:80]!r}; expected a completion: is this an OpenAI-compatible server?")
     for c in choices:
         if c.finish_reason not in ("stop", "length"):
-            raise ModelError(f"broke an answer off (finish_reason {c.finish_reason!r}); its log says why")
+            raise ModelError(f"stopped with finish_reason {c.finish_reason!r}; expected stop or length: see the server's log")
 
 
-def heard(reply: Any, limit: int) -> list[CompletionChoice]:
-    """The answers of a checked reply, in order; ``limit`` tokens were asked for."""
+def read_choices(reply: Any, limit: int) -> list[CompletionChoice]:
+    """The choices of a checked reply, in order; ``limit`` tokens were requested."""
     choices = sorted(reply.choices, key=lambda c: _number(c, "index"))
-    total = used(reply)[1]
+    total = used_tokens(reply)[1]
     cut = sum(c.finish_reason == "length" for c in choices)
     rest = (total - limit * cut) // max(1, len(choices) - cut)
     out = []
@@ -64,28 +64,28 @@ def heard(reply: Any, limit: int) -> list[CompletionChoice]:
     return out
 
 
-def used(reply: Any) -> tuple[int, int]:
-    """(tokens of the prompt, tokens of all answers) as the server counted them; zeros where it does not say."""
+def used_tokens(reply: Any) -> tuple[int, int]:
+    """(prompt tokens, completion tokens) as the server reports them; zeros where it does not."""
     usage = getattr(reply, "usage", None)
     return _number(usage, "prompt_tokens"), _number(usage, "completion_tokens")
 
 
-def cached_of(reply: Any) -> int:
-    """Tokens of the prompt that the server had in its cache, where it says so."""
+def cached_tokens(reply: Any) -> int:
+    """Prompt tokens from the server's cache, where it reports them."""
     details = getattr(getattr(reply, "usage", None), "prompt_tokens_details", None)
-    return min(_number(details, "cached_tokens"), used(reply)[0])
+    return min(_number(details, "cached_tokens"), used_tokens(reply)[0])
 
 
 def _number(thing: Any, name: str) -> int:
-    """A field of something that a server sent, which may be anything; 0 where it is no count."""
+    """A count from a reply, which may hold anything; 0 where there is none."""
     found = getattr(thing, name, None)
     return max(found, 0) if isinstance(found, int) else 0
 
 
-def spelled(text: str, names: Sequence[str]) -> list[str]:
-    """``text`` cut into the pieces that ``names`` begin with; uncut where they do not spell it (bytes, a dropped space).
+def split_tokens(text: str, names: Sequence[str]) -> list[str]:
+    """``text`` split into the texts of its tokens, ``names``; unsplit where they do not add up to it (bytes, a dropped space).
 
-    What follows the text (an end, a stop string) is left out; a token in the middle of which the text ends gives its first part.
+    Tokens after the text (an end-of-sequence token, a stop string) are left out; of a token in which the text ends, the first part.
     """
     out: list[str] = []
     rest = text
@@ -102,6 +102,6 @@ def spelled(text: str, names: Sequence[str]) -> list[str]:
 
 
 def stop_at(text: str, before: int, stops: Sequence[str]) -> int | None:
-    """Where the first stop string begins that the text beyond ``before`` completes; it may have begun sooner."""
+    """Where the first stop string begins that the text beyond ``before`` completes; it may start earlier."""
     found = [text.find(s, max(0, before - len(s) + 1)) for s in stops if s]
     return min((f for f in found if f >= 0), default=None)

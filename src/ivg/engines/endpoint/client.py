@@ -1,7 +1,4 @@
-"""Asking a completions endpoint: many requests at once, in one event loop in a thread of its own.
-
-Knows: the client, its tries and its errors. Must not know beams, nor what answers mean (``engine.endpoint``, ``engine.replies``).
-"""
+"""An HTTP client of a completions endpoint: many requests at once, in one event loop in a thread of its own."""
 
 from __future__ import annotations
 
@@ -17,17 +14,17 @@ from ivg.engines.endpoint.choices import check_reply
 from ivg.errors import ConfigError, MissingDependencyError, ModelError, UpstreamError, shortened
 
 PAUSE = 8.0
-"""Seconds that the client waits at most, of its own accord, before it tries again."""
+"""Longest delay in seconds before the openai client retries."""
 
 
 class CompletionClient:
-    """Sends requests and collects what came of each: replies, or one line that says what went wrong.
+    """Sends requests and collects their outcomes: replies, or an error of one line.
 
     Args:
         url: of the API (see :func:`api_url`).
-        api_key: where the server wants one.
-        timeout: seconds that the server may be silent; a request that is slower in all its tries together than that allows ends too.
-        retries: further tries where the server is busy, silent or away.
+        api_key: where the server needs one.
+        timeout: seconds without an answer after which a request is tried again; all attempts together are bounded accordingly.
+        retries: further attempts where the server is busy, does not answer or cannot be reached.
         concurrency: requests at once.
 
     Raises:
@@ -41,7 +38,7 @@ class CompletionClient:
         openai = _openai()
         self._client = openai.AsyncOpenAI(base_url=self.url, api_key=api_key or "none", timeout=timeout, max_retries=retries)
         self._refusals: tuple[type[Exception], ...] = (openai.BadRequestError, openai.UnprocessableEntityError)
-        self._several = True  # until the server is seen to make one answer at a time
+        self._several = True  # until the server turns out to return one choice at a time
         self._slots = asyncio.Semaphore(concurrency)
         self._done: queue.SimpleQueue[tuple[Any, list[Any] | str]] = queue.SimpleQueue()
         self._closed = False
@@ -49,24 +46,24 @@ class CompletionClient:
         self._thread = threading.Thread(target=self._loop.run_forever, name="ivg-endpoint", daemon=True)
         self._thread.start()
 
-    def ask(self, ticket: Any, body: Mapping[str, Any], seeds: Sequence[int]) -> Future[None]:
-        """Begin to ask for as many answers as there are seeds; the first seed serves where one request gives them all.
+    def send(self, key: Any, body: Mapping[str, Any], seeds: Sequence[int]) -> Future[None]:
+        """Begin a request for as many choices as there are seeds; the first seed is used where one HTTP request returns them all.
 
-        Cancelling what is returned closes the connection, and nothing will come of ``ticket``.
+        Cancelling the returned future closes the connection; ``key`` then has no outcome.
 
         Raises:
             ModelError: closed.
         """
-        self._check_open()
-        return asyncio.run_coroutine_threadsafe(self._work(ticket, body, seeds), self._loop)
+        self.check_open()
+        return asyncio.run_coroutine_threadsafe(self._run(key, body, seeds), self._loop)
 
     def outcomes(self, wait: float) -> list[tuple[Any, list[Any] | str]]:
-        """(ticket, its checked replies or what went wrong) of all that is done; waits so many seconds for the first.
+        """(key, checked replies or the error) of all requests that are done; waits up to ``wait`` seconds for the first.
 
         Raises:
             ModelError: closed.
         """
-        self._check_open()
+        self.check_open()
         out = []
         try:
             out.append(self._done.get(timeout=wait) if wait > 0 else self._done.get_nowait())
@@ -76,43 +73,44 @@ class CompletionClient:
             return out
 
     def close(self) -> None:
-        """Give up everything that runs and end the thread."""
+        """Abort everything and end the thread."""
         if self._closed:
             return
         self._closed = True
-        asyncio.run_coroutine_threadsafe(self._leave(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._shutdown(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise ModelError after :meth:`close`."""
         if self._closed:
-            raise ModelError(f"the engine of {self.url} is closed\n  make another")
+            raise ModelError(f"the engine of {self.url} is closed\n  create a new one")
 
     # In the thread of the loop
 
-    async def _leave(self) -> None:
+    async def _shutdown(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await self._client.close()
 
-    async def _work(self, ticket: Any, body: Mapping[str, Any], seeds: Sequence[int]) -> None:
+    async def _run(self, key: Any, body: Mapping[str, Any], seeds: Sequence[int]) -> None:
         outcome: list[Any] | str
         try:
             outcome = await self._replies(body, seeds)
-        except Exception as e:  # whatever the client or the server do: this ticket fails, others go on
+        except Exception as e:  # whatever the client or the server do: this request fails, others go on
             try:
-                outcome = self._said(e)
-            except Exception as worse:  # a ticket that nothing comes of would be waited for for ever
-                outcome = UpstreamError(f"{self.url} failed: {type(e).__name__}, and that cannot be told: {type(worse).__name__}")
-        self._done.put((ticket, outcome))
+                outcome = self._error(e)
+            except Exception as worse:  # a request without an outcome would be waited for forever
+                outcome = UpstreamError(f"{self.url} failed: {type(e).__name__} ({type(worse).__name__} while reading that error)")
+        self._done.put((key, outcome))
 
     async def _replies(self, body: Mapping[str, Any], seeds: Sequence[int]) -> list[Any]:
-        """One reply with all answers, or several from a server that makes one at a time.
+        """One reply with all choices, or several from a server that returns one choice at a time.
 
-        Some of those refuse to make more (llama.cpp), others ignore that they were asked to (llama-cpp-python).
+        Some of those refuse ``n`` > 1 (llama.cpp), others ignore it (llama-cpp-python).
         """
         replies = []
         if len(seeds) == 1 or self._several:
@@ -124,7 +122,7 @@ class CompletionClient:
         had = sum(len(reply.choices) for reply in replies)
         if had < len(seeds):
             replies += await _all([self._post(body, 1, seed) for seed in seeds[had:]])
-            self._several = False  # one at a time is what it answers
+            self._several = False  # one choice at a time
         return replies
 
     async def _post(self, body: Mapping[str, Any], n: int, seed: int) -> Any:
@@ -133,15 +131,15 @@ class CompletionClient:
         check_reply(reply)
         return reply
 
-    def _said(self, e: Exception) -> UpstreamError:
-        """What went wrong, in one line that names the server."""
+    def _error(self, e: Exception) -> UpstreamError:
+        """The error in one line that names the server."""
         openai, status, told = _openai(), None, ""
         if isinstance(e, openai.APIStatusError):
             message = e.body.get("message") if isinstance(e.body, dict) else None  # some send a list or an object
             status, told = e.status_code, str(message or e.message)
             said = f"answered {status}: {told}"
         elif isinstance(e, openai.APITimeoutError | TimeoutError):
-            said = f"was silent for {self.timeout:g} s, in {self.retries + 1} tries; give it more time, or look whether it lives"
+            said = f"timed out after {self.retries + 1} attempts of {self.timeout:g} s; check the server, or raise the timeout"
         elif isinstance(e, openai.APIConnectionError):
             said = f"cannot be reached ({e.__cause__ or e}); is the server running?"
         elif isinstance(e, ModelError):
@@ -183,12 +181,12 @@ def _openai() -> Any:
     try:
         import openai
     except ImportError:
-        raise MissingDependencyError("asking an endpoint needs openai\n  pip install 'ivg[endpoint]'") from None
+        raise MissingDependencyError("an endpoint needs the package openai\n  pip install 'ivg[endpoint]'") from None
     return openai
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """All results in order; where one fails the others are given up."""
+    """All results in order; where one fails the others are cancelled."""
     tasks = [asyncio.ensure_future(w) for w in work]
     try:
         return await asyncio.gather(*tasks)

@@ -1,14 +1,13 @@
 """The base behind any OpenAI-compatible completions endpoint (vLLM, SGLang, llama.cpp): chunks of text over HTTP.
 
-Knows: one expand request is one HTTP request for so many continuations of prompt and response. Must not know sockets and threads
-(``engine.asking``), nor which beams are worth keeping (``search.searcher``). An endpoint gives text, no logits: nothing can guide its
-tokens, everything that selects chunks works. Every chunk is sent again as text, so the server should cache prefixes (vLLM and SGLang
-do), and its tokenizer may cut the border of two chunks otherwise than the base had drawn it. What is drawn is the server's affair: a
-seed goes along with every request, and whether it reproduces the answer depends on the server.
+One expand request is one HTTP request for several continuations of prompt and response. An endpoint returns text, no logits: nothing can
+guide its tokens, every method that selects chunks works. Each chunk sends prompt and response again as text, so the server should cache
+prefixes (vLLM and SGLang do), and its tokenizer may split the text at the end of a chunk in another way than it was sampled. A seed is
+sent with every request; whether it reproduces the answer depends on the server.
 
-Settings that a request leaves at "off" (top-k, min-p, repetition penalty) are not sent, because strict servers refuse fields of others;
+Settings that a request leaves at "off" (top-k, min-p, repetition penalty) are not sent, because strict servers refuse unknown fields;
 vLLM then takes the model's own defaults (its ``generation_config.json``) unless it was started with ``--generation-config vllm``. With
-``explicit`` they are sent all the same: then the server's defaults apply to nothing. ``extra`` says more.
+``explicit`` they are always sent.
 """
 
 from __future__ import annotations
@@ -18,39 +17,36 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from ivg.engines.endpoint.choices import CompletionChoice, cached_of, heard, spelled, stop_at, used
+from ivg.engines.endpoint.choices import CompletionChoice, cached_tokens, read_choices, split_tokens, stop_at, used_tokens
 from ivg.engines.endpoint.client import CompletionClient, api_url
 from ivg.engines.endpoint.text_vocabulary import END, FILLER, EndpointPromptEncoder, TextVocabulary
-from ivg.errors import ConfigError
+from ivg.errors import IVGError
 from ivg.settings.sampling import ONLY_TRANSFORMERS
-from ivg.types import Beam, ExpandOutput, ExpandRequest, FinishReason, Prompt, SamplingParams, TokenGuidance, new_key
+from ivg.types import AsyncEngine, Beam, ExpandOutput, ExpandRequest, FinishReason, Prompt, SamplingParams, new_key
 from ivg.utils.rng import child_rng_path, mix
 
-MOMENT = 0.05
-"""Seconds that :meth:`EndpointEngine.collect` waits for news."""
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
-class EndpointEngine:
-    """Extends beams by asking a server; a :class:`~ivg.types.AsyncEngine`.
+class EndpointEngine(AsyncEngine):
+    """Extends beams by requests to a server.
 
-    All requests run at once in one event loop, in a thread of their own. A beam that is released while its request runs gives the
-    request up: the connection is closed, which tells the server to stop.
+    All requests run at once in one event loop, in a thread of its own. Releasing a beam while its request runs closes the connection,
+    which makes the server stop.
 
     Args:
         url: of the server or of its API: ``http://localhost:8000`` or ``http://localhost:8000/v1``.
         model: as the server calls it.
-        api_key: where the server wants one.
-        tokenizer: the base's own (an object), to render chat messages;
-            see ``EndpointPromptEncoder``.
-        template: how the base reads a prompt (see ``models.chat``).
-        timeout: seconds that the server may be silent; a request that is slower in all its tries together than that allows ends too.
-        retries: further tries where the server is busy, silent or away.
+        api_key: where the server needs one.
+        tokenizer: the base's own (an object), to render chat messages; see :class:`EndpointPromptEncoder`.
+        template: how the base reads a prompt (see :mod:`ivg.models.chat_template`).
+        timeout: seconds without an answer after which a request is tried again.
+        retries: further attempts where the server is busy, does not answer or cannot be reached.
         concurrency: requests at once.
         name: in errors.
-        token_pieces: ask the server to spell the tokens (``logprobs``), so that lengths are exact and traces show tokens.
+        token_pieces: request the text of each token (``logprobs``), so that lengths are exact and traces show tokens.
         extra: further fields of every request.
-        explicit: send what is off, too, so that no default of the server's takes its place (vLLM, SGLang).
+        explicit: also send settings that are off, so that the server's own defaults never apply (vLLM, SGLang).
 
     Raises:
         ConfigError: unusable settings.
@@ -83,19 +79,16 @@ class EndpointEngine:
         extra: Mapping[str, Any] | None = None,
         explicit: bool = False,
     ) -> None:
+        super().__init__()
         self.explicit = explicit
         self.url, self.model, self.name, self.token_pieces, self.extra = api_url(url), model, name, token_pieces, dict(extra or {})
         self.vocabulary = TextVocabulary(f"{model} at {self.url}", getattr(tokenizer, "chat_template", None))
         self.base = EndpointPromptEncoder(self.vocabulary, tokenizer, template)
-        self.asker = CompletionClient(self.url, api_key=api_key, timeout=timeout, retries=retries, concurrency=concurrency)
-        self._running: dict[int, tuple[ExpandRequest, Future[None] | None]] = {}
-        self._refused: list[tuple[ExpandRequest, str]] = []
-        self._kept_back: list[ExpandOutput] = []
-
-    # What it can do
+        self.client = CompletionClient(self.url, api_key=api_key, timeout=timeout, retries=retries, concurrency=concurrency)
+        self._running: dict[int, tuple[ExpandRequest, Future[None]]] = {}
 
     def open(self, prompt: Prompt, sampling: SamplingParams) -> Beam:
-        """The empty response to ``prompt``. How long a context the server has, only the server knows.
+        """The empty response to ``prompt``. Its length is not checked: only the server knows its context.
 
         Raises:
             PromptError: empty, or messages that cannot be rendered here.
@@ -107,35 +100,6 @@ class EndpointEngine:
         """Length of the prompt: in tokens where there is a tokenizer, else in words."""
         return len(self.base.prompt_ids(prompt))
 
-    def check(self, guidance: TokenGuidance | None) -> None:
-        """Raise where tokens are to be guided.
-
-        Raises:
-            ConfigError: always, but for None.
-        """
-        if guidance is not None:
-            raise ConfigError(
-                f"token guidance by {guidance.value.name} needs the base's logits, and {self.url} gives text\n"
-                "  use a method that selects chunks (cbs-explicit, bon …), or serve the composite of `ivg pack` with vLLM"
-            )
-
-    def check_order(self, request: ExpandRequest) -> None:
-        """Raise where ``request`` asks for what a text does not tell.
-
-        Raises:
-            ConfigError: token guidance, or something that this engine does not support.
-        """
-        self.check(request.guidance)
-        asked = {
-            "pause": request.pause is not None,
-            "alternatives": request.alternatives is not None,
-            "return_log_ratio": request.return_log_ratio,
-        }
-        for name in (n for n, wanted in asked.items() if wanted):
-            raise ConfigError(f"{name}: the engine {self.name} cannot do that\n  {self.unsupported[name]}")
-
-    # Orders
-
     def submit(self, requests: Sequence[ExpandRequest]) -> None:
         """Send one HTTP request for each. Invalid requests return error beams, and affect no others.
 
@@ -143,72 +107,49 @@ class EndpointEngine:
             ModelError: the engine is closed.
         """
         for request in requests:
-            future = None
             try:
-                self.check_order(request)
-            except ConfigError as e:
-                self._refused.append((request, str(e)))
+                self.check_request(request)
+            except IVGError as e:
+                self.keep([ExpandOutput(request.beam.key, self._children(request, str(e)))])
             else:
-                wanted = _answers(request)
-                future = self.asker.ask(request, self._body(request), [_seed(request, i) for i in range(wanted)])
-            self._running[request.beam.key] = (request, future)
+                seeds = [_seed(request, i) for i in range(_answers(request))]
+                self._running[request.beam.key] = (request, self.client.send(request, self._body(request), seeds))
 
     def collect(self, beams: Collection[int] | None = None) -> list[ExpandOutput]:
-        """Orders of ``beams`` that are done; waits up to :data:`MOMENT` seconds for one. Orders under way are not shown.
+        """Outputs of ``beams``, see :meth:`AsyncEngine.collect`.
 
         Raises:
             ModelError: the engine is closed.
         """
-        if not (found := self._taken(beams)):
-            self._kept_back += self._news()
-            found = self._taken(beams)
-        return found
+        self.client.check_open()
+        return super().collect(beams)
 
-    def _taken(self, beams: Collection[int] | None) -> list[ExpandOutput]:
-        """Output that was kept back, of ``beams``; it is not kept any longer."""
-        found = [g for g in self._kept_back if beams is None or g.beam in beams]
-        self._kept_back = [g for g in self._kept_back if beams is not None and g.beam not in beams]
-        return found
+    def poll(self, seconds: float) -> list[ExpandOutput]:
+        """Requests that are done; unfinished ones are not shown."""
+        out = []
+        for request, outcome in self.client.outcomes(seconds):
+            running = self._running.get(request.beam.key)
+            if running is not None and running[0] is request:  # it was not aborted meanwhile
+                del self._running[request.beam.key]
+                out.append(ExpandOutput(request.beam.key, self._children(request, outcome)))
+        return out
 
-    def extend(self, requests: Sequence[ExpandRequest]) -> list[list[Beam]]:
-        """The children of every request's beam; returns when all are done. Output of other requests is kept for :meth:`collect`.
+    @property
+    def running(self) -> bool:
+        """Does any request run?"""
+        return bool(self._running)
 
-        Raises:
-            ModelError: the engine is closed.
-        """
-        self.submit(requests)
-        wanted, found = {o.beam.key for o in requests}, dict[int, list[Beam]]()
-        while wanted - set(found):
-            found |= {growth.beam: growth.children for growth in self.collect(wanted)}
-        return [found[o.beam.key] for o in requests]
-
-    def release(self, keys: Sequence[int]) -> None:
-        """Give up the requests of these beams, where any run; nothing else is kept for a beam."""
-        for key in keys:
-            _, future = self._running.pop(key, (None, None))
-            if future is not None:
+    def abort(self, beams: Collection[int] | None = None) -> None:
+        """Close the connections of these beams' requests (None: of all)."""
+        for key in list(self._running) if beams is None else beams:
+            if key in self._running:
+                _, future = self._running.pop(key)
                 future.cancel()
-        gone = set(keys)
-        self._kept_back = [g for g in self._kept_back if g.beam not in gone]
-
-    def restart(self) -> None:
-        """Give up all requests: whoever sent them is gone."""
-        self.release(list(self._running))
-        self._refused.clear()
-        self._kept_back.clear()
 
     def close(self) -> None:
-        """Give up everything that runs and end the thread; the engine is of no use afterwards."""
+        """Abort everything and end the thread; the engine cannot be used afterwards."""
         self._running.clear()
-        self.asker.close()
-
-    def __enter__(self) -> EndpointEngine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    # From beams to requests
+        self.client.close()
 
     def _body(self, request: ExpandRequest) -> dict[str, Any]:
         beam, s = request.beam, request.sampling
@@ -228,24 +169,12 @@ class EndpointEngine:
         }
         return body | ({"stop": list(s.stop)} if s.stop else {}) | ({"logprobs": 0} if self.token_pieces else {}) | {"extra_body": extra}
 
-    # From replies to beams
-
-    def _news(self) -> list[ExpandOutput]:
-        refused, self._refused = self._refused, []
-        out = []
-        for request, outcome in (*refused, *self.asker.outcomes(0.0 if refused else MOMENT)):
-            running = self._running.get(request.beam.key)
-            if running is not None and running[0] is request:  # nobody gave it up meanwhile
-                del self._running[request.beam.key]
-                out.append(ExpandOutput(request.beam.key, self._children(request, outcome)))
-        return out
-
     def _children(self, request: ExpandRequest, outcome: list[Any] | str) -> list[Beam]:
         if isinstance(outcome, str):
             return [self._beam(request, i, request.beam.token_ids, request.beam.text, "error", outcome) for i in range(request.successors)]
         for reply in outcome:
-            request.beam.token_counter.add("base", sum(used(reply)), cached_of(reply))
-        answers = [answer for reply in outcome for answer in heard(reply, _limit(request))]
+            request.beam.token_counter.add("base", sum(used_tokens(reply)), cached_tokens(reply))
+        answers = [answer for reply in outcome for answer in read_choices(reply, _limit(request))]
         wanted = _answers(request)
         return [self._child(request, i, answers[i % wanted]) for i in range(request.successors)]
 
@@ -269,7 +198,7 @@ class EndpointEngine:
             ids, new = list(beam.token_ids), text[len(beam.text) :]
         else:
             ids, new = [], text
-        ids += [self.vocabulary.intern(piece) for piece in spelled(new, answer.names)]
+        ids += [self.vocabulary.intern(piece) for piece in split_tokens(new, answer.names)]
         ids += [FILLER] * (len(beam.token_ids) + answer.tokens - ended - len(ids))
         return (*ids, END) if ended else tuple(ids)
 

@@ -20,15 +20,14 @@ from ivg.engines.transformers.sampling import broken_rows, drawn_logps, entropy,
 from ivg.engines.transformers.speculation import Speculator
 from ivg.errors import ScoreFault
 from ivg.models.cached_lm import CachedLM
-from ivg.types import Beam, DecodeState, EntropyStop, ExpandRequest, Prompt, SamplingParams, TokenGuidance
+from ivg.types import Beam, DecodeState, Engine, EntropyStop, ExpandRequest, Prompt, SamplingParams, TokenGuidance
 from ivg.utils.rng import uniform
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Extends beams with a :class:`~ivg.models.cached_lm.CachedLM` of the base model."""
 
     name = "transformers"
-    unsupported: Mapping[str, str] = {}
 
     def __init__(self, base: CachedLM) -> None:
         self.base = base
@@ -57,6 +56,14 @@ class TransformersEngine:
         """Free the base's rows of these beams."""
         self.base.release(keys)
 
+    def reset_caches(self) -> None:
+        """Empty the base's cache."""
+        self.base.reset_cache()
+
+    def release_memory(self) -> None:
+        """Give memory of the base's cache that holds nothing back to the system."""
+        self.base.model.release_memory()
+
     def extend(self, requests: Sequence[ExpandRequest]) -> list[list[Beam]]:
         """The children of every request's beam, each ``tokens`` longer, or finished, or paused.
 
@@ -77,8 +84,7 @@ class TransformersEngine:
             if d.request.guidance is not None:
                 guided.setdefault(d.request.guidance, []).append(d)
         for guidance, some in guided.items():
-            if (inherit_cache := getattr(guidance.value, "inherit_cache", None)) is not None:
-                inherit_cache(some)
+            guidance.value.inherit_cache(some)
 
     def _grow(self, families: list[tuple[ExpandRequest, list[TokenSequence]]]) -> None:
         """Token after token, all in one batch."""

@@ -22,8 +22,7 @@ from ivg.engines.transformers.sampling import entropy
 from ivg.errors import ConfigError, ScoreFault
 from ivg.models.vocabulary import Vocabulary
 from ivg.types import DecodeState, FinishReason, Hypothesis, Prompt, TokenCounter, TokenGuidance, Value, new_key
-from ivg.types.guides import DraftingValue, VocabularyValue, knows_vocabulary
-from ivg.types.scores import every, score_each
+from ivg.types.scores import require_scores, score_each
 
 DEFAULT_CANDIDATES = 20
 
@@ -52,7 +51,7 @@ def check_guidance(guidance: TokenGuidance, base: Vocabulary) -> None:
         ConfigError: drafts of a guidance that cannot draft.
     """
     value = guidance.value
-    if guidance.candidates == 0 and isinstance(value, VocabularyValue) and knows_vocabulary(value):
+    if guidance.candidates == 0 and value.full_vocabulary():
         base.require_same(
             value.vocabulary,
             f"a guide with another vocabulary can compare candidates as text: candidates={DEFAULT_CANDIDATES} "
@@ -72,7 +71,7 @@ def check_draft(guidance: TokenGuidance) -> None:
     for name in ("candidates", "normalise", "gate"):
         if got := getattr(guidance, name):
             raise ConfigError(f"draft={guidance.draft} verifies z_base + beta * delta at every token, got {name}={got}\n  leave one out")
-    if not isinstance(guidance.value, DraftingValue):
+    if guidance.value.drafter(guidance.beta) is None:
         raise ConfigError(
             f"draft={guidance.draft} needs a value that can draft tokens: a pair of tuned and untuned (implicit)\n"
             f"  got {guidance.value.name} ({type(guidance.value).__name__}), which cannot; leave draft out"
@@ -107,9 +106,7 @@ def guided(
         return logits
     if guidance.gate == 0:
         return _moved(logits, hypotheses, decoded, guidance, in_place=in_place, faults=faults)
-    inherit_cache = getattr(guidance.value, "inherit_cache", None)
-    if inherit_cache is not None:
-        inherit_cache(hypotheses)  # all sisters at once: whoever comes last takes its parent's cache over
+    guidance.value.inherit_cache(hypotheses)  # all sisters at once: whoever comes last takes its parent's cache over
     open_rows = ((entropy(logits) if entropies is None else entropies) >= guidance.gate).nonzero()[:, 0].tolist()
     if not open_rows:
         return logits
@@ -154,14 +151,14 @@ def _moved(
     """As :func:`guided`, every row."""
     value = guidance.value
     base = logits.log_softmax(-1) if guidance.normalise else logits
-    if guidance.candidates == 0 and isinstance(value, VocabularyValue) and knows_vocabulary(value):
+    if guidance.candidates == 0 and value.full_vocabulary():
         return add_deltas(base, value.deltas(hypotheses), guidance.beta, value.vocabulary.size, in_place=in_place)
     top = base.topk(min(guidance.candidates or DEFAULT_CANDIDATES, base.shape[1]))
     scores = _known_scores(hypotheses, guidance, top.indices)
     if scores is None:
         candidates = _candidates(hypotheses, decoded, top.indices)
         found = score_each(value, candidates)
-        numbers = every(found) if faults is None else [math.nan if isinstance(s, ScoreFault) else s for s in found]
+        numbers = require_scores(found) if faults is None else [math.nan if isinstance(s, ScoreFault) else s for s in found]
         if faults is not None:
             faults.update({i // top.indices.shape[1]: s for i, s in enumerate(found) if isinstance(s, ScoreFault)})
         scores = torch.tensor(numbers, dtype=torch.float32).view(top.indices.shape)
@@ -178,17 +175,15 @@ def _known_scores(hypotheses: Sequence[Hypothesis], guidance: TokenGuidance, ids
     value = guidance.value
     if guidance.transform == "log-sigmoid" or not _shares_tokens(value, hypotheses[0].vocabulary):
         return None
-    assert isinstance(value, VocabularyValue)
     deltas = value.deltas(hypotheses).to(ids.device)
     return deltas.gather(1, ids) if int(ids.max()) < deltas.shape[1] else None
 
 
 def _shares_tokens(value: Value, vocabulary: Vocabulary) -> bool:
     """Has ``value``, with all its parts, a number for every next token of ``vocabulary``?"""
-    parts = getattr(value, "parts", None)
-    if parts is not None:  # first: a composite of two vocabularies has none to be asked for
-        return all(_shares_tokens(part, vocabulary) for _, part in parts)
-    return isinstance(value, VocabularyValue) and knows_vocabulary(value) and value.vocabulary.same_as(vocabulary)
+    if value.parts:  # first: a composite of two vocabularies has none of its own
+        return all(_shares_tokens(part, vocabulary) for _, part in value.parts)
+    return value.full_vocabulary() and value.vocabulary.same_as(vocabulary)
 
 
 def _candidates(hypotheses: Sequence[Hypothesis], decoded: Sequence[DecodeState], ids: Tensor) -> list[_Candidate]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,8 +31,7 @@ from ivg.engines.transformers.rejection_sampling import accepts, propose, replac
 from ivg.engines.transformers.sampling import broken_rows, distinct, drawn_logps
 from ivg.errors import ConfigError
 from ivg.models.cached_lm import CachedLM
-from ivg.types import Beam, ExpandRequest, FinishReason, Hypothesis, SamplingParams, TokenGuidance, TokenLogprobs
-from ivg.types.guides import Drafter, DraftingValue
+from ivg.types import Beam, Drafter, ExpandRequest, FinishReason, Hypothesis, SamplingParams, TokenGuidance, TokenLogprobs, Value
 from ivg.utils.rng import uniform
 
 NUMBERS = 1 << 24
@@ -85,9 +84,9 @@ class _Batch:
         return len(self.nodes) < len(self.rows)
 
     @property
-    def value(self) -> DraftingValue:
+    def value(self) -> Value:
         """What drafts."""
-        return cast("DraftingValue", self.guidance.value)
+        return self.guidance.value
 
     def spread(self, of_nodes: Tensor) -> Tensor:
         """What belongs to nodes, for every row."""
@@ -196,6 +195,7 @@ class Speculator:
     def _round(self, batch: _Batch, pace: DraftLength, ahead: int) -> int:
         """One pass of the base; every row grows by 1 to ``ahead`` + 1 tokens. How many tokens were drafted ahead at most."""
         rows, drafter = batch.rows, batch.value.drafter(batch.guidance.beta)
+        assert drafter is not None  # check_draft refused other values
         before = [len(d.token_ids) for d in rows]
         places = self._propose(batch, drafter, ahead)
         plain, mixed = self._targets(batch, drafter, places)

@@ -1,7 +1,7 @@
-"""vLLM's engine core behind a small door: requests in, results out, one thread, death and revival.
+"""A client of vLLM's ``LLMEngine``: requests in, outputs out, restart when it dies. One thread.
 
-``LLMEngine`` runs in this process or drives a process of its own (``VLLM_ENABLE_V1_MULTIPROCESSING``); either way a call of
-:meth:`EngineClient.step` brings what is new. Knows: engine arguments. Must not know beams or values.
+``LLMEngine`` runs in this process or in one of its own (``VLLM_ENABLE_V1_MULTIPROCESSING``); either way a call of
+:meth:`EngineClient.step` returns what is new.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from ivg.errors import ConfigError, ModelError, shortened
 
 PROCESSOR = "ivg.engines.vllm.processor:IVGBeta"
 
-LIFE_SECONDS = 0.5
-"""How often a wait for the engine's process looks whether it still lives."""
+ALIVE_CHECK_SECONDS = 0.5
+"""How often the client checks that the engine's process is alive while it waits."""
 
 
 @dataclass(frozen=True)
 class EngineClientOptions:
-    """How vLLM runs a model; what is None is vLLM's default.
+    """How vLLM runs a model; None is vLLM's default.
 
     Attributes:
-        dtype: of all parts.
+        dtype: of all submodels.
         max_model_len: tokens of prompt and answer at most.
         max_num_seqs: hypotheses in one pass at most; the largest W * K of all requests together should fit.
         gpu_memory_utilization: share of a GPU's memory for weights and cache of this engine.
@@ -60,11 +60,11 @@ class EngineClientOptions:
 
 @dataclass(frozen=True)
 class EngineOutput:
-    """What a pass brought of one request.
+    """What one step returned for a request.
 
     Attributes:
-        output: vLLM's.
-        cached: of a finished request: tokens of the prompt that the cache held, for each of its samples.
+        output: vLLM's own.
+        cached: of a finished request: prompt tokens that were cached, for each of its samples.
     """
 
     output: Any
@@ -73,11 +73,11 @@ class EngineOutput:
 
 @dataclass(frozen=True)
 class _OpenRequest:
-    """A request under way.
+    """A running request.
 
     Attributes:
-        inner: vLLM's own name of it, where vLLM can abort by that.
-        states: what vLLM knows of each sample, which outlives its list of them; None where this vLLM keeps that elsewhere.
+        inner: vLLM's internal id, where vLLM can abort by that.
+        states: vLLM's state of each sample, which outlives its own list of them; None where this vLLM keeps it elsewhere.
     """
 
     inner: str | None
@@ -88,13 +88,13 @@ class EngineClient:
     """One running engine.
 
     Args:
-        folder: of a composite or value network (``vllm.pack``), or any model that vLLM loads.
-        options: see there.
-        pooling: it scores instead of writing.
+        folder: of a composite or value network (:mod:`ivg.engines.vllm.export`), or any model that vLLM loads.
+        options: engine arguments.
+        pooling: run it as a pooling model.
         guided: it is a composite.
 
     Raises:
-        MissingDependencyError: no vLLM that fits.
+        MissingDependencyError: no supported vLLM.
         ConfigError: arguments that vLLM does not take.
         ModelError: an engine that does not start.
     """
@@ -110,30 +110,30 @@ class EngineClient:
 
     def start(self) -> None:
         """Load and warm up; seconds to minutes."""
-        _settle_process_mode(self.options)
+        _set_process_mode(self.options)
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
         given = {"enable_prefix_caching": True, "disable_log_stats": True, "use_tqdm_on_load": False, **self.options.arguments()}
-        if _on_cpu():  # there it is a share of the machine's memory that must be free, not what is taken (VLLM_CPU_KVCACHE_SPACE)
+        if _on_cpu():  # there it is the share of memory that must be free; VLLM_CPU_KVCACHE_SPACE sets the cache
             given.setdefault("gpu_memory_utilization", 0.3)
-            given.setdefault("block_size", 32)  # the smallest there: what lies behind the last whole block is read again
-            given.setdefault("enable_chunked_prefill", False)  # vLLM 0.32 dies of seeded requests whose prompt it cuts
+            given.setdefault("block_size", 32)  # the smallest there: tokens after the last whole block are read again
+            given.setdefault("enable_chunked_prefill", False)  # vLLM 0.32 crashes on seeded requests whose prompt it splits
         if self.pooling:
             given["runner"] = "pooling"
         if self.guided:
             given["logits_processors"] = [PROCESSOR]
         try:
             args = EngineArgs(model=self.folder, **given)
-        except (TypeError, ValueError) as e:  # the latter are pydantic's, too
-            told = str(e) if isinstance(e, TypeError) else _told(e)
+        except (TypeError, ValueError) as e:  # pydantic's are ValueErrors
+            message = str(e) if isinstance(e, TypeError) else _cause(e)
             raise ConfigError(
-                f"vLLM does not take these engine arguments: {told}\n  see docs/how-to/vllm.md for the table [vllm]"
+                f"vLLM does not take these engine arguments: {message}\n  see docs/how-to/vllm.md for the table [vllm]"
             ) from None
         try:
             self._engine = LLMEngine.from_engine_args(args)
         except Exception as e:
-            raise ModelError(f"vLLM cannot run {self.folder}: {_told(e)}\n  its log above says more") from e
+            raise ModelError(f"vLLM cannot run {self.folder}: {_cause(e)}\n  see its log above") from e
         self.failure = None
 
     @property
@@ -148,19 +148,19 @@ class EngineClient:
 
     @property
     def busy(self) -> bool:
-        """Are requests under way?"""
+        """Are requests running?"""
         return self._engine is not None and bool(self._engine.has_unfinished_requests())
 
     def add(self, tokens: Sequence[int], params: Any) -> str:
-        """Begin a request; its number.
+        """Begin a request; returns its id.
 
         Raises:
-            ValueError: vLLM refuses it; nothing has begun.
+            ValueError: vLLM refuses it.
             ModelError: the engine is dead.
         """
         from vllm.exceptions import VLLMValidationError
 
-        self._demand_life()
+        self._check_alive()
         number = f"ivg-{next(self._numbers)}"
         try:
             inner = self._engine.add_request(number, {"prompt_token_ids": list(tokens)}, params)
@@ -168,50 +168,50 @@ class EngineClient:
         except (ValueError, TypeError, VLLMValidationError) as e:
             raise ValueError(str(e).strip()) from e
         except Exception as e:
-            self._die(e)
+            self._fail(e)
         return number
 
     def step(self) -> list[EngineOutput]:
-        """What one pass brought.
+        """The outputs of one step.
 
         Raises:
-            ModelError: the engine died; :meth:`restart` begins anew.
+            ModelError: the engine died; see :meth:`restart`.
         """
-        self._demand_life()
+        self._check_alive()
         if not self.busy:
             return []
         try:
-            _await_word(self._engine.engine_core)
+            _wait_for_output(self._engine.engine_core)
             return [EngineOutput(output, self._finish(output)) for output in self._engine.step()]
         except Exception as e:
-            self._die(e)
+            self._fail(e)
             raise AssertionError from e  # not reached
 
     def abort(self, numbers: Sequence[str]) -> None:
-        """Give requests up; their cache blocks are free with the next pass."""
+        """Abort requests; their cache blocks are freed in the next step."""
         gone = {number: self._open.pop(number) for number in numbers if number in self._open}
         if not gone or self.failure is not None:
             return
         inner = [request.inner for request in gone.values() if request.inner is not None]
         outer = [number for number, request in gone.items() if request.inner is None]
         try:
-            if inner:  # by the other name vLLM 0.32 would forget the samples, but not what they belong to
+            if inner:  # by the external id vLLM 0.32 would drop the samples, but not their parent request
                 self._engine.abort_request(inner, internal=True)
             if outer:
                 self._engine.abort_request(outer)
         except Exception as e:
-            self._die(e)
+            self._fail(e)
 
     def restart(self) -> bool:
-        """Begin anew where the engine died, noticed or not (all requests are gone then). Had it?"""
-        if self.failure is None and self._engine is not None and not _ended(self._engine.engine_core):
+        """Start the engine again if it died, noticed or not (all requests are gone then). True if it had."""
+        if self.failure is None and self._engine is not None and not _exited(self._engine.engine_core):
             return False
         self.close()
         self.start()
         return True
 
     def close(self) -> None:
-        """Stop it and free what it holds."""
+        """Stop the engine and free its memory; a second call does nothing."""
         engine, self._engine = self._engine, None
         self._open.clear()
         if engine is None:
@@ -230,12 +230,12 @@ class EngineClient:
         return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
 
     def _abortable(self, inner: Any) -> str | None:
-        """The name, if this vLLM gives one and takes it back."""
+        """The internal id, where this vLLM returns it and can abort by it."""
         taken = inspect.signature(self._engine.abort_request).parameters
         return inner if isinstance(inner, str) and "internal" in taken else None
 
     def _states(self, inner: Any, samples: int) -> Sequence[Any]:
-        """Of each sample of a request that has just begun: an output tells the cached tokens of the sample that ended last."""
+        """VLLM's state of each sample of a new request: an output has the cached tokens of the last sample only."""
         processor = getattr(self._engine, "output_processor", None)
         states, parents = getattr(processor, "request_states", {}), getattr(processor, "parent_requests", {})
         names = [inner] if samples == 1 else getattr(parents.get(inner), "child_requests", ())
@@ -246,24 +246,24 @@ class EngineClient:
         """Cached tokens of each sample of a request that is finished."""
         if not output.finished:
             return ()
-        told, request = output.num_cached_tokens or 0, self._open.pop(output.request_id, None)
+        reported, request = output.num_cached_tokens or 0, self._open.pop(output.request_id, None)
         known = [getattr(state, "num_cached_tokens", None) for state in request.states] if request else [None]
-        return tuple(told if count is None else int(count) for count in known)
+        return tuple(reported if count is None else int(count) for count in known)
 
-    def _demand_life(self) -> None:
+    def _check_alive(self) -> None:
         if self.failure is not None or self._engine is None:
-            raise ModelError(f"the vLLM engine died: {self.failure or 'it was closed'}\n  start again; its log says more")
+            raise ModelError(f"the vLLM engine died: {self.failure or 'it was closed'}\n  restart; see its log")
 
-    def _die(self, error: Exception) -> None:
-        self.failure = _told(error)
-        raise ModelError(f"the vLLM engine died: {self.failure}\n  its log above says more") from error
+    def _fail(self, error: Exception) -> None:
+        self.failure = _cause(error)
+        raise ModelError(f"the vLLM engine died: {self.failure}\n  see its log above") from error
 
 
-def _settle_process_mode(options: EngineClientOptions) -> None:
-    """On a CPU one process is faster than two that share its cores; whoever set vLLM's variables knows better."""
+def _set_process_mode(options: EngineClientOptions) -> None:
+    """On a CPU one process is faster than two that share its cores; vLLM's environment variables take precedence."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if _on_cpu():
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB for each engine; vLLM would take what is left of its share
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB for each engine; vLLM would use all that is free
         if (options.tensor_parallel_size or 1) == 1:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
@@ -274,13 +274,13 @@ def _on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
-def _await_word(client: Any) -> None:
-    """Wait until the engine's process has sent something; vLLM by itself waits for ever for one that was killed.
+def _wait_for_output(client: Any) -> None:
+    """Wait until the engine's process has sent something; vLLM itself would wait forever for one that was killed.
 
-    Nothing to wait for where the engine runs in this process, or where another vLLM keeps its queue elsewhere.
+    Does not wait where the engine runs in this process, or where this vLLM keeps its queue elsewhere.
 
     Raises:
-        RuntimeError: the process is gone, and has sent nothing that is not read.
+        RuntimeError: the process has exited, and everything that it sent is read.
     """
     queue = getattr(client, "outputs_queue", None)
     if not isinstance(queue, Queue):
@@ -288,27 +288,27 @@ def _await_word(client: Any) -> None:
     ended = False
     while True:
         with queue.not_empty:
-            if queue.not_empty.wait_for(lambda: bool(queue.queue), 0 if ended else LIFE_SECONDS):
+            if queue.not_empty.wait_for(lambda: bool(queue.queue), 0 if ended else ALIVE_CHECK_SECONDS):
                 return
         if ended:
-            raise RuntimeError("its process was killed or ended without a word; by the system, perhaps, for want of memory")
-        ended = _ended(client)  # once more round: its last words may have come meanwhile
+            raise RuntimeError("the engine process exited (out of memory?)")
+        ended = _exited(client)  # check the queue once more: it may have sent its last output meanwhile
 
 
-def _ended(client: Any) -> bool:
-    """Is a process of the engine gone? False where it has none, or where that cannot be seen."""
+def _exited(client: Any) -> bool:
+    """Has a process of the engine exited? False where it has none, or where that cannot be seen."""
     resources = getattr(client, "resources", None)
     if getattr(resources, "engine_dead", False):
         return True
     sentinels = getattr(getattr(resources, "engine_manager", None), "sentinels", None)
     try:
         return callable(sentinels) and bool(wait(sentinels(), 0))
-    except (OSError, TypeError, ValueError):  # they are closed just now, or of another kind
+    except (OSError, TypeError, ValueError):  # just closed, or of another kind
         return False
 
 
-def _told(error: BaseException) -> str:
-    """The first cause in a line, or what pydantic found in three at most."""
+def _cause(error: BaseException) -> str:
+    """The root cause in one line, or the first three errors of pydantic."""
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, ValidationError):

@@ -1,8 +1,8 @@
-"""What a composite model is, as it stands in its config.json. transformers only; vLLM's processes read it too.
+"""The config.json of a composite model. Needs transformers only; vLLM's processes read it too.
 
-A composite has *parts*: the base, and guides over the same token ids. Guides belong to *groups*, one for each value that can
-guide tokens; the logits of a group are the sum of its parts' times their signs (tuned +1, untuned -1; an autoregressive reward
-or a vocabulary head +1), and a request's logits are
+A composite has *submodels*: the base, and guides over the same token ids. Guides belong to *groups*, one for each value that can
+guide tokens; the logits of a group are the sum of its submodels' logits times their signs (tuned +1, untuned -1; an autoregressive
+reward or a vocabulary head +1), and a request's logits are
 
     z_base + sum over groups of beta_group * z_group.
 """
@@ -20,10 +20,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from ivg.errors import ConfigError
 
 KEY = "ivg_beta"
-"""Of the first group's weight in ``SamplingParams.extra_args``; ``ivg_beta.NAME`` is that of the group NAME."""
+"""Key of the first group's weight in ``SamplingParams.extra_args``; ``ivg_beta.NAME`` is that of the group NAME."""
 
 _seen: set[str] = set()
-"""Groups of all composites that this process has read the configuration of; vLLM's front end reads its model's."""
+"""Groups of all composites whose config this process has read; vLLM's front end reads that of its model."""
 
 HeadKind = Literal["language", "vocabulary", "scalar"]
 
@@ -84,20 +84,20 @@ class IVGConfig(PreTrainedConfig):
         self._base: PreTrainedConfig | None = None
         if self.parts:
             _seen.update(self.groups)
-            self._base = self.part_list[0].network_config()
+            self._base = self.submodels[0].network_config()
             for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype"):
                 kwargs.setdefault(name, getattr(self._base, name, None))
         super().__init__(**kwargs)
 
     @property
-    def part_list(self) -> list[Submodel]:
-        """The parts, the base first."""
+    def submodels(self) -> list[Submodel]:
+        """The submodels, the base first."""
         return [Submodel(**part) for part in self.parts]
 
     @property
     def groups(self) -> list[str]:
         """Names of the values that can guide, the default one first."""
-        return list(dict.fromkeys(part.group for part in self.part_list if part.group))
+        return list(dict.fromkeys(part.group for part in self.submodels if part.group))
 
     @property
     def default_betas(self) -> list[float]:
@@ -106,9 +106,9 @@ class IVGConfig(PreTrainedConfig):
 
     @property
     def group_columns(self) -> list[int]:
-        """How many columns of logits each group moves: those that all its parts have and its tokenizer knows."""
-        smallest = {g: min(part.vocab_size for part in self.part_list if part.group == g) for g in self.groups}
-        return [min(self.columns.get(g, n), n) for g, n in smallest.items()]  # none given: a composite of an earlier version
+        """How many columns of logits each group shifts: those that all its submodels have and its tokenizer knows."""
+        smallest = {g: min(part.vocab_size for part in self.submodels if part.group == g) for g in self.groups}
+        return [min(self.columns.get(g, n), n) for g, n in smallest.items()]  # none given: exported by an earlier version
 
     def get_text_config(self, decoder: Any = None, encoder: Any = None) -> PreTrainedConfig:
         """The base's: vLLM sizes itself by it."""
@@ -121,14 +121,14 @@ class IVGConfig(PreTrainedConfig):
     def weights_of(self, extra_args: Mapping[str, Any] | None) -> list[float]:
         """Guidance weight of every group for a request that the front end has checked (:func:`check_betas`).
 
-        Groups of other composites, which one front end may have let pass, are left out: an error here would end the engine.
+        Groups of other composites, which the front end may have accepted, are left out: an error here would end the engine.
         """
         own = {k: v for k, v in (extra_args or {}).items() if k.removeprefix(f"{KEY}.") in (*self.groups, KEY)}
         return betas_of(self.groups, self.default_betas, own)
 
 
 class IVGValueConfig(PreTrainedConfig):
-    """config.json of a value network for the pooling engine: one part, whose head stays outside."""
+    """config.json of a value network for the pooling engine: one submodel, whose head is applied outside of vLLM."""
 
     model_type = "ivg_value"
 
@@ -136,12 +136,12 @@ class IVGValueConfig(PreTrainedConfig):
         self.part = dict(part or {})
         self._network: PreTrainedConfig | None = None
         if self.part:
-            self._network = self.value_part.network_config()
+            self._network = self.submodel.network_config()
             kwargs.setdefault("dtype", getattr(self._network, "dtype", None))
         super().__init__(**kwargs)
 
     @property
-    def value_part(self) -> Submodel:
+    def submodel(self) -> Submodel:
         """The network."""
         return Submodel(**self.part)
 
@@ -174,7 +174,7 @@ def betas_of(groups: list[str], defaults: list[float], extra_args: Mapping[str, 
 
 
 def check_betas(extra_args: Mapping[str, Any] | None) -> None:
-    """Raise for weights that no composite of this process takes.
+    """Raise for weights of groups that no composite of this process has.
 
     Raises:
         ConfigError: as :func:`betas_of`.

@@ -1,15 +1,14 @@
-"""The engine over vLLM: whole chunks of all beams, each request at its own pace (``types.AsyncEngine``).
+"""The engine over vLLM: whole chunks of all beams; every request ends at its own time (:class:`~ivg.types.AsyncEngine`).
 
-A chunk is one request of vLLM's, its K children drawn side by side; what the beams share is in vLLM's prefix cache, so a chunk
-reads what is new and the last unfinished block. Nothing of a beam is kept here: tokens go in, tokens come out.
+A chunk is one request to vLLM, its K children sampled side by side. What the beams share is in vLLM's prefix cache, so a chunk reads
+what is new and the last unfinished block. Nothing of a beam is kept here: tokens go in, tokens come out.
 
-Draws are vLLM's own, seeded by request, place in the search tree and position: a seed reproduces an answer, but it is another
-answer than the transformers engine's, of the same distribution.
+Draws are vLLM's own, seeded by request, place in the search tree and position: a seed reproduces an answer, but another one than the
+transformers engine's, from the same distribution.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,16 +17,13 @@ from typing import Any
 from ivg.engines.sequences import TokenSequence, append_token, as_beams, fork
 from ivg.engines.vllm.client import EngineClient, EngineOutput
 from ivg.engines.vllm.config import KEY
-from ivg.engines.vllm.value import InnerValue
+from ivg.engines.vllm.value import VLLMGuide
 from ivg.errors import ConfigError, ModelError
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.vocabulary import Vocabulary
 from ivg.settings.sampling import ONLY_TRANSFORMERS
-from ivg.types import Beam, ExpandOutput, ExpandRequest, Prompt, SamplingParams, TokenGuidance, Value
+from ivg.types import AsyncEngine, Beam, ExpandOutput, ExpandRequest, Prompt, SamplingParams, TokenGuidance, Value
 from ivg.utils.rng import mix
-
-NEWS_SECONDS = 0.05
-"""How long :meth:`VLLMEngine.collect` waits for news."""
 
 _ELSEWHERE = "leave --engine out: the transformers engine can"
 
@@ -47,22 +43,33 @@ class PrefixStats:
 
 @dataclass
 class _RunningRequest:
-    """A request inside vLLM."""
+    """A request inside vLLM.
+
+    Attributes:
+        request: ours.
+        family: its children.
+        length: tokens submitted: prompt and response so far.
+        copies: equal children that vLLM samples once (greedy).
+    """
 
     request: ExpandRequest
     family: list[TokenSequence]
-    prompt: int
-    again: bool
+    length: int
     copies: int = 1
 
+    @property
+    def first(self) -> bool:
+        """Is it a request's first chunk?"""
+        return not self.request.beam.token_ids
 
-class VLLMEngine:
+
+class VLLMEngine(AsyncEngine):
     """Extends beams with a composite (or plain) model inside vLLM.
 
     Args:
-        core: runs it.
+        client: runs it.
         base: how the base reads prompts.
-        parts: names of all models inside, for usage: each reads the same tokens.
+        submodels: names of all models inside, for usage: each reads the same tokens.
         guides: the values that guide inside, by group.
     """
 
@@ -77,15 +84,13 @@ class VLLMEngine:
         ),
     }
 
-    def __init__(self, core: EngineClient, base: PromptEncoder, parts: Sequence[str], guides: Mapping[str, InnerValue]) -> None:
-        self.core, self.base, self.parts, self.guides = core, base, tuple(parts), dict(guides)
+    def __init__(self, client: EngineClient, base: PromptEncoder, submodels: Sequence[str], guides: Mapping[str, VLLMGuide]) -> None:
+        super().__init__()
+        self.client, self.base, self.submodels, self.guides = client, base, tuple(submodels), dict(guides)
         base.reads_given_ids = True
         self.vocabulary: Vocabulary = base.vocabulary
         self.prefix = PrefixStats()
         self._running: dict[str, _RunningRequest] = {}
-        self._news: list[ExpandOutput] = []
-
-    # types.Engine
 
     def open(self, prompt: Prompt, sampling: SamplingParams) -> Beam:
         """The empty response to ``prompt``.
@@ -107,77 +112,63 @@ class VLLMEngine:
         """
         if guidance is None:
             return
-        for name in ("candidates", "gate", "draft"):
-            if got := getattr(guidance, name):
-                raise ConfigError(f"{name}={got}: the engine vllm adds up whole logits at every token\n  {_ELSEWHERE}")
-        for _, value in _parts_of(guidance.value, 1.0):
-            if not isinstance(value, InnerValue) or self.guides.get(value.name) is not value:
+        for name, got in (("candidates", guidance.candidates), ("gate", guidance.gate), ("draft", guidance.draft)):
+            if got:
+                raise ConfigError(f"{name}={got}: the engine vllm adds whole logits at every token\n  {_ELSEWHERE}")
+        for _, value in _weighted_guides(guidance.value, 1.0):
+            if self.guides.get(value.name) is not value:
                 have = ", ".join(self.guides) or "none"
                 raise ConfigError(
-                    f"{getattr(value, 'name', value)} does not guide inside this engine\n  got guides: {have}; "
-                    'name those that shall with [vllm] guides = ["implicit", …]'
+                    f'{value.name} does not guide inside this engine\n  got guides: {have}; set [vllm] guides = ["{value.name}", …]'
                 )
 
-    def extend(self, requests: Sequence[ExpandRequest]) -> list[list[Beam]]:
-        """The children of every request's beam, all together."""
-        self.submit(requests)
-        wanted, found = {o.beam.key for o in requests}, dict[int, list[Beam]]()
-        while len(found) < len(wanted):
-            found |= {g.beam: g.children for g in self.collect(wanted) if g.done}
-        return [found[o.beam.key] for o in requests]
-
-    def release(self, keys: Sequence[int]) -> None:
-        """Abort the requests of these beams; else nothing is kept for them."""
-        gone = set(keys)
-        numbers = [number for number, running in self._running.items() if running.request.beam.key in gone]
-        for number in numbers:
-            del self._running[number]
-        self._news = [growth for growth in self._news if growth.beam not in gone]
-        self.core.abort(numbers)
-
-    # types.AsyncEngine
-
     def submit(self, requests: Sequence[ExpandRequest]) -> None:
-        """Begin these chunks; one that vLLM refuses ends its children with an error."""
+        """Begin these chunks; a request that vLLM refuses returns error beams."""
         for request in requests:
             beam, family = request.beam, fork(request)
             prompt = self.base.prompt_ids(beam.prompt)
-            copies = request.successors if request.sampling.temperature == 0 else 1  # greedy children are all the same
+            copies = request.successors if request.sampling.temperature == 0 else 1  # greedy children are equal
             try:
-                number = self.core.add([*prompt, *beam.token_ids], self._params(request, family[0].limit - len(beam.token_ids), copies))
+                number = self.client.add([*prompt, *beam.token_ids], self._params(request, family[0].limit - len(beam.token_ids), copies))
             except ValueError as e:
                 for child in family:
-                    child.finish, child.error = "error", f"vLLM refuses this: {str(e).strip().splitlines()[0]}"
-                self._news.append(ExpandOutput(beam.key, as_beams(beam, family)))
+                    child.finish, child.error = "error", f"vLLM refuses this request: {str(e).strip().splitlines()[0]}"
+                self.keep([ExpandOutput(beam.key, as_beams(beam, family))])
                 continue
-            length = len(prompt) + len(beam.token_ids)
-            self._running[number] = _RunningRequest(request, family, length, bool(beam.token_ids), copies)
+            self._running[number] = _RunningRequest(request, family, len(prompt) + len(beam.token_ids), copies)
 
-    def collect(self, beams: Collection[int] | None = None) -> list[ExpandOutput]:
-        """Chunks of ``beams`` that are done, and what has grown of those that are watched."""
-        until = time.monotonic() + NEWS_SECONDS
-        while self._running and not any(beams is None or growth.beam in beams for growth in self._news):
-            for news in self.core.step():
-                self._hear(news)
-            if time.monotonic() > until:
-                break
-        grown = [growth for growth in self._news if beams is None or growth.beam in beams]
-        self._news = [growth for growth in self._news if beams is not None and growth.beam not in beams]
-        return grown
+    def poll(self, seconds: float) -> list[ExpandOutput]:
+        """The outputs of one step of vLLM; it takes as long as it takes."""
+        return [output for result in self.client.step() if (output := self._read(result)) is not None]
+
+    @property
+    def running(self) -> bool:
+        """Does any request run?"""
+        return bool(self._running)
+
+    def abort(self, beams: Collection[int] | None = None) -> None:
+        """Abort the requests of these beams (None: of all) in vLLM.
+
+        Raises:
+            ModelError: vLLM died.
+        """
+        numbers = [number for number, running in self._running.items() if beams is None or running.request.beam.key in beams]
+        for number in numbers:
+            del self._running[number]
+        self.client.abort(numbers)
+
+    def reset_caches(self) -> None:
+        """Abort all requests and drop their outputs."""
+        with suppress(ModelError):  # vLLM may be dead; restart() follows
+            super().reset_caches()
 
     def restart(self) -> bool:
-        """Forget all requests; where vLLM's engine died it begins anew. Had it died?"""
-        with suppress(ModelError):  # it may be dead without our knowing, and shall live again
-            self.core.abort(list(self._running))
-        self._running.clear()
-        self._news.clear()
-        return self.core.restart()
+        """Start vLLM again if it died. True if it had."""
+        return self.client.restart()
 
     def close(self) -> None:
         """Stop vLLM."""
-        self.core.close()
-
-    # Inside
+        self.client.close()
 
     def _params(self, request: ExpandRequest, tokens: int, copies: int) -> Any:
         from vllm import SamplingParams as Params
@@ -205,7 +196,7 @@ class VLLMEngine:
         )
 
     def _least(self, request: ExpandRequest, tokens: int) -> int:
-        """Tokens of a chunk at least; a text that has fewer than it must does not end in it."""
+        """Least number of tokens of a chunk, so that the response does not end before its own minimum."""
         s, already = request.sampling, len(request.beam.token_ids)
         wanted = s.min_new_tokens - already
         if s.min_length:
@@ -213,71 +204,69 @@ class VLLMEngine:
         return min(max(wanted, 0), tokens)
 
     def _weights(self, guidance: TokenGuidance | None) -> dict[str, float] | None:
-        """Of every group: what is not named guides nothing."""
+        """The guidance weight of every group: 0 for those that do not guide this request."""
         if not self.guides:
             return None
         found = dict.fromkeys(self.guides, 0.0)
         if guidance is not None:
-            for weight, value in _parts_of(guidance.value, guidance.beta):
+            for weight, value in _weighted_guides(guidance.value, guidance.beta):
                 found[value.name] += weight
         return {f"{KEY}.{name}": weight for name, weight in found.items()}
 
-    def _hear(self, news: EngineOutput) -> None:
-        """Let the children of a request grow by what vLLM says of them."""
-        output = news.output
+    def _read(self, result: EngineOutput) -> ExpandOutput | None:
+        """Append what vLLM sampled to the children of a request; their output, if they are complete or streamed."""
+        output = result.output
         running = self._running.get(output.request_id)
-        if running is None:
-            return
+        if running is None:  # aborted meanwhile
+            return None
         request, already = running.request, len(running.request.beam.token_ids)
         for completion in output.outputs:
             family = running.family if running.copies > 1 else running.family[completion.index : completion.index + 1]
             for child in family:
-                _grow(child, list(completion.token_ids)[len(child.token_ids) - already :])
+                _append_tokens(child, list(completion.token_ids)[len(child.token_ids) - already :])
                 if completion.finish_reason is not None:
-                    _settle(child, str(completion.finish_reason), already)
+                    _check_finished(child, str(completion.finish_reason), already)
         done = bool(output.finished)
         if done:
             del self._running[output.request_id]
-            self._count(running, news.cached)
-        if done or request.stream:
-            self._news = [growth for growth in self._news if growth.beam != request.beam.key]
-            self._news.append(ExpandOutput(request.beam.key, as_beams(request.beam, running.family), done))
+            self._count(running, result.cached)
+        return ExpandOutput(request.beam.key, as_beams(request.beam, running.family), done) if done or request.stream else None
 
     def _count(self, running: _RunningRequest, cached: Sequence[int]) -> None:
-        """Tokens that every part read: of the prompt what each child did not find in the cache, of the children all but the last.
+        """Count the tokens that every submodel read: those of the prompt that were not cached, for each child, and the children's own.
 
-        What all children of a request's first chunk found there came from other requests: it is asked for, and cached.
+        What all children of a request's first chunk found in the cache came from other requests: it counts as forward and as cached
+        tokens. The last token of a child is not read.
         """
-        children = running.family[:: running.copies]
+        children, counter = running.family[:: running.copies], running.request.beam.token_counter
         grown = sum(len(child.token_ids) - len(running.request.beam.token_ids) for child in children)
-        read = max(0, running.prompt * len(children) - sum(cached) + grown - len(children))
-        spared = 0 if running.again else min(cached, default=0)
-        for part in self.parts:
-            running.request.beam.token_counter.add(part, read + spared, spared)
-        if running.again:
-            self.prefix.submitted += running.prompt * len(children)
+        read = max(0, running.length * len(children) - sum(cached) + grown - len(children))
+        spared = min(cached, default=0) if running.first else 0
+        for submodel in self.submodels:
+            counter.add(submodel, read + spared, spared)
+        if not running.first:
+            self.prefix.submitted += running.length * len(children)
             self.prefix.cached += sum(cached)
 
 
-def _grow(child: TokenSequence, tokens: Iterable[int]) -> None:
-    """One token after the other, until one ends the response."""
+def _append_tokens(child: TokenSequence, tokens: Iterable[int]) -> None:
+    """Append tokens until one ends the response."""
     for token in tokens:
         if child.finish is not None:
             return
         append_token(child, int(token))
 
 
-def _settle(child: TokenSequence, reason: str, already: int) -> None:
-    """End a child that vLLM broke off, or that got nothing: asked for again it might go on like that for ever."""
+def _check_finished(child: TokenSequence, reason: str, already: int) -> None:
+    """Set an error where vLLM stopped without a result, or without a token: the same request might repeat forever."""
     if child.finish is None and (reason in ("error", "abort") or len(child.token_ids) == already):
-        child.finish, child.error = "error", f"vLLM broke this off: {reason}"
+        child.finish, child.error = "error", f"vLLM stopped this request: {reason}"
 
 
-def _parts_of(value: Value, weight: float) -> Iterable[tuple[float, Value]]:
-    """(weight, value) of what a composite value is made of."""
-    parts = getattr(value, "parts", None)
-    if parts is None:
+def _weighted_guides(value: Value, weight: float) -> Iterable[tuple[float, Value]]:
+    """(weight, value) of the guides that ``value`` is made of."""
+    if isinstance(value, VLLMGuide) or not value.parts:
         yield weight, value
         return
-    for share, part in parts:
-        yield from _parts_of(part, weight * share)
+    for share, part in value.parts:
+        yield from _weighted_guides(part, weight * share)

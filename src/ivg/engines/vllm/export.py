@@ -1,6 +1,6 @@
-"""The directory of a composite: config.json, tokenizer, one tensor. Weights stay where they are, by reference.
+"""Exports a composite for vLLM: a directory with config.json, tokenizer and one tensor. Weights stay where they are, by reference.
 
-Knows: config.json files, heads of value checkpoints. Reads no weights but the names of a value network's tensors, and needs no vLLM.
+Reads no weights but the names of a value network's tensors, and needs no vLLM.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from ivg.models.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Guide:
-    """A value that guides tokens inside the composite: a pair, or one model.
+    """A value that guides tokens inside the composite: a pair of models, or one.
 
     Attributes:
         name: of the group: ``implicit``, ``arm``, ``explicit`` …
         parts: (name in usage, path, sign) of its models.
-        head: ``vocabulary`` where the one model is a value network.
+        head: ``vocabulary`` if the model is a value network.
     """
 
     name: str
@@ -46,15 +46,15 @@ def pair(tuned: str, untuned: str, name: str = "implicit") -> Guide:
     return Guide(name, ((f"{own}tuned", tuned, 1.0), (f"{own}untuned", untuned, -1.0)))
 
 
-def pack(
+def export_composite(
     base: str, guides: Sequence[Guide], folder: str | Path, *, betas: Mapping[str, float] | None = None, options: LoadOptions | None = None
 ) -> Path:
-    """Write the directory of a composite; it is loaded with vLLM like any model, where this package is installed.
+    """Write the directory of a composite; vLLM loads it like any model, where this package is installed.
 
     Args:
         base: directory or hub id.
         guides: the first is the one that ``ivg_beta`` weighs.
-        folder: a directory of its own, made if need be; one that holds another kind of model is left alone.
+        folder: a directory of its own, created if necessary; one with another kind of model is refused.
         betas: default weights by the guides' names; default: 1 for the first, 0 for the others.
         options: revision, trust_remote_code.
 
@@ -77,9 +77,9 @@ def pack(
     for guide in guides:
         for name, path, sign in guide.parts:
             own = Vocabulary(load_tokenizer(path, options, name), owner=name)
-            vocabulary.require_same(own, "inside vLLM a guide reads the base's very tokens; use the transformers engine for this pair")
+            vocabulary.require_same(own, "inside vLLM guides read the base's token ids; use the transformers engine for this pair")
             parts.append(_part(name, path, options, guide.name, sign, guide.head))
-            # rows that only pad have logits, too; the tokenizer of a pair is the tuned one's, as in the transformers engine
+            # padding rows have logits, too; the tokenizer of a pair is the tuned model's, as in the transformers engine
             columns[guide.name] = min(columns.get(guide.name, own.size), parts[-1].vocab_size)
     chosen = {name: 1.0 if i == 0 else 0.0 for i, name in enumerate(names)} | dict(betas or {})
     config = IVGConfig([part.to_dict() for part in parts], chosen, columns, architectures=["IVGForCausalLM"])
@@ -87,7 +87,7 @@ def pack(
     return folder
 
 
-def pack_value(path: str, folder: str | Path, *, options: LoadOptions | None = None) -> tuple[Path, HeadKind]:
+def export_value(path: str, folder: str | Path, *, options: LoadOptions | None = None) -> tuple[Path, HeadKind]:
     """Write the directory of a value network for the pooling engine; its kind of head.
 
     Raises:
@@ -108,10 +108,10 @@ def head_kind(path: str, options: LoadOptions) -> HeadKind:
     return find_head(find_model(path, "value", options.hub()), options.hub())
 
 
-def packed(write: Callable[[Path], Any], cache: Path) -> Path:
+def export_to_cache(write: Callable[[Path], Any], cache: Path) -> Path:
     """A directory below ``cache`` that ``write`` fills, named by a digest of its files; the same one for the same content.
 
-    vLLM keeps compiled graphs by a model's path, so other parts must have another one. Safe where several processes do it at once.
+    vLLM keeps compiled graphs by a model's path, so other submodels must have another one. Safe with several processes at once.
     """
     cache.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=cache, prefix=".new-"))
@@ -124,7 +124,7 @@ def packed(write: Callable[[Path], Any], cache: Path) -> Path:
             if not place.is_dir():
                 raise
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)  # writing failed, or the place was there already
+        shutil.rmtree(fresh, ignore_errors=True)  # writing failed, or the same content was there already
     return place
 
 
@@ -147,25 +147,25 @@ def _part(name: str, path: str, options: LoadOptions, group: str = "", sign: flo
     config = load_config(path, options, name)
     local = Path(found).is_dir()
     part = Submodel(name, config.to_dict(), str(Path(found).resolve()) if local else str(found), options.revision, group, sign, head)
-    part.network_config()  # says so here where it is no causal language model
+    part.network_config()  # raises for other than causal language models
     return part
 
 
 def _write(folder: Path, config: Any, tokenizer_of: str, tensors: dict[str, torch.Tensor], options: LoadOptions) -> None:
-    """The files; a composite that was there before is written over."""
+    """Write the files; an earlier composite is overwritten."""
     existing = folder / "config.json"
     if existing.exists() and json.loads(existing.read_text()).get("model_type") not in ("ivg", "ivg_value"):
-        raise ConfigError(f"{folder} holds another model\n  give a directory of its own to the composite")
+        raise ConfigError(f"{folder} holds another model\n  give the composite a directory of its own")
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     load_tokenizer(tokenizer_of, options, "base").save_pretrained(folder)
     found = find_model(tokenizer_of, "base", options.hub())
     generation = Path(found) / "generation_config.json"
-    if generation.is_file():  # it says which tokens end an answer
+    if generation.is_file():  # it names the tokens that end an answer
         shutil.copyfile(generation, folder / "generation_config.json")
     elif not Path(found).is_dir():
         _hub_generation_config(str(found), folder, options)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})  # vLLM's loader wants weights in the model's own place
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})  # vLLM's loader needs a weights file in the directory
 
 
 def _hub_generation_config(name: str, folder: Path, options: LoadOptions) -> None:

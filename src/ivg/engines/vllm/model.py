@@ -1,4 +1,4 @@
-"""The composite: base and guides as vLLM's own networks over the same tokens, logits mixed at the end (METHOD, section 2).
+"""The composite: base and guides as vLLM's own networks over the same tokens, logits mixed at the end (docs/vllm.md).
 
 Log-probabilities, grammars, penalties and sampling of vLLM all see guided logits. Keys and values do not depend on the
 weights, so cached prefixes serve requests of any guidance.
@@ -13,62 +13,65 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 
-from ivg.engines.vllm.batch_betas import rows_of
+from ivg.engines.vllm.batch_betas import batch_betas
 from ivg.engines.vllm.config import IVGConfig, Submodel
-from ivg.engines.vllm.submodels import build_part, renamed, source_of
+from ivg.engines.vllm.submodels import build_submodel, renamed, source_of
 from ivg.errors import ConfigError
 
 
 class IVGForCausalLM(nn.Module):
-    """See the module. Pipeline parallelism is not declared: the parts have different depths."""
+    """See the module. Pipeline parallelism is not declared: the submodels have different depths."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config: IVGConfig = vllm_config.model_config.hf_config
         self.config, self.vllm_config = config, vllm_config
-        self.part_list = config.part_list
+        self.submodels = config.submodels
         self.secondary_weights = []
-        for part in self.part_list:
-            self.add_module(part.name, build_part(part, vllm_config, prefix))
+        for part in self.submodels:
+            self.add_module(part.name, build_submodel(part, vllm_config, prefix))
             self.secondary_weights.append(source_of(part))
-        self.groups, self.columns, self.row_weights = config.groups, config.group_columns, rows_of(vllm_config)
-        self.widths: list[int] = []  # of the parts' hidden states; configurations do not say it alike (OPT projects them)
-        self.vocabularies = [(part.vocab_size, _end(part)) for part in self.part_list]
-        self.biases = nn.ParameterDict({part.name: _zeros(part.vocab_size) for part in self.part_list if part.head == "vocabulary"})
+        self.groups, self.columns, self.batch_betas = config.groups, config.group_columns, batch_betas(vllm_config)
+        self.widths: list[int] = []  # of the submodels' hidden states; configurations do not name it alike (OPT projects them)
+        self.vocabularies = [(part.vocab_size, _end(part)) for part in self.submodels]
+        self.biases = nn.ParameterDict({part.name: _zeros(part.vocab_size) for part in self.submodels if part.head == "vocabulary"})
         self.ivg_beta = nn.Parameter(torch.tensor(config.default_betas or [0.0], dtype=torch.float32), requires_grad=False)
+
+    def _network(self, name: str) -> Any:
+        return self.get_submodule(name)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """The base's; vLLM asks for it where prompts are given as embeddings."""
-        return getattr(self, self.part_list[0].name).embed_input_ids(input_ids)
+        return self._network(self.submodels[0].name).embed_input_ids(input_ids)
 
     def forward(
         self, input_ids: Tensor | None, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Tensor | None = None
     ) -> Tensor:
-        """Hidden states of all parts side by side, [tokens, sum of widths]."""
+        """Hidden states of all submodels side by side, [tokens, sum of widths]."""
         if input_ids is None:
             raise ConfigError("prompts as embeddings cannot be guided: guides have embeddings of their own\n  give tokens or text")
-        hidden = [getattr(self, part.name)(self._known(input_ids, i), positions) for i, part in enumerate(self.part_list)]
+        hidden = [self._network(part.name)(self._known(input_ids, i), positions) for i, part in enumerate(self.submodels)]
         self.widths = [h.shape[-1] for h in hidden]
         return torch.cat(hidden, -1)
 
     def _known(self, input_ids: Tensor, part: int) -> Tensor:
-        """Tokens that the base alone has are read as an end by guides (as ``models.texts`` does)."""
+        """Tokens that only the base has are end-of-sequence tokens to guides (as in :mod:`ivg.models.prompt_encoder`)."""
         size, end = self.vocabularies[part]
         return input_ids if size >= self.vocabularies[0][0] else torch.where(input_ids < size, input_ids, end)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Guided logits [rows, the base's vocabulary], float32; None on ranks that have none."""
         logits = [
-            getattr(self, part.name).compute_logits(hidden.contiguous())
-            for part, hidden in zip(self.part_list, hidden_states.split(self.widths, -1), strict=True)
+            self._network(part.name).compute_logits(hidden.contiguous())
+            for part, hidden in zip(self.submodels, hidden_states.split(self.widths, -1), strict=True)
         ]
-        armed = self.row_weights.take(len(hidden_states))
+        given = self.batch_betas.pop(len(hidden_states))
         if logits[0] is None:
             return None
         mixed = logits[0].float()
-        weights = self.ivg_beta.expand(len(mixed), -1) if armed is None else armed.to(mixed.device)
+        weights = self.ivg_beta.expand(len(mixed), -1) if given is None else given.to(mixed.device)
         for group, (name, columns) in enumerate(zip(self.groups, self.columns, strict=True)):
-            members = [(part, z) for part, z in zip(self.part_list, logits, strict=True) if part.group == name]
+            members = [(part, z) for part, z in zip(self.submodels, logits, strict=True) if part.group == name]
             width = min(columns, mixed.shape[1])  # columns behind keep the base's logits
             for part, z in members:
                 if len(members) == 1 and part.head == "language" and width < mixed.shape[1]:
@@ -80,15 +83,15 @@ class IVGForCausalLM(nn.Module):
         return z + self.biases[part.name][: z.shape[1]] if part.name in self.biases else z
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Each part by its own loader; vLLM's loader gives the parts one after the other."""
+        """Each submodel by its own loader; vLLM's loader yields the weights of one after the other."""
         loaded: set[str] = set()
-        parts = {part.name: part for part in self.part_list}
+        parts = {part.name: part for part in self.submodels}
         for name, group in _by_owner(weights):
             if name == "ivg_beta":
                 self.ivg_beta.data.copy_(next(iter(group))[1].float().to(self.ivg_beta.device))
                 loaded.add("ivg_beta")
                 continue
-            found = getattr(self, name).load_weights(self._without_bias(parts[name], group))
+            found = self._network(name).load_weights(self._without_bias(parts[name], group))
             loaded |= {f"{name}.{key}" for key in found or ()}
         return loaded | {f"biases.{name}" for name in self.biases}  # most heads have none, and stay at 0
 
@@ -119,7 +122,7 @@ def _zeros(size: int) -> nn.Parameter:
 
 
 def _by_owner(weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Iterable[tuple[str, Tensor]]]]:
-    """(part, its weights under their own names), consecutive ones together and one tensor at a time."""
+    """(submodel, its weights under their own names), consecutive ones together and one tensor at a time."""
     from itertools import groupby
 
     for owner, group in groupby(weights, key=lambda pair: pair[0].partition(".")[0]):

@@ -1,4 +1,4 @@
-"""Model runner V2: weights of requests by slot, armed row by row before every pass."""
+"""Model runner V2: weights of requests by slot, set row by row before every pass."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ class IVGModelState(DefaultModelState):
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
         """Before the pass: one row of weights for each row of logits."""
-        self.ivg.row_weights.arm(self.on_device[input_batch.expanded_idx_mapping.long()])
+        self.ivg.batch_betas.set(self.on_device[input_batch.expanded_idx_mapping.long()])
         return super().prepare_inputs(input_batch, req_states)

@@ -12,7 +12,7 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirection
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
-from ivg.engines.vllm.batch_betas import rows_of
+from ivg.engines.vllm.batch_betas import batch_betas
 from ivg.engines.vllm.config import KEY, IVGConfig, check_betas
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class IVGBeta(V1LogitsProcessor, V2LogitsProcessor):
         import torch
 
         self.config: IVGConfig = vllm_config.model_config.hf_config
-        self.row_weights = rows_of(vllm_config)
+        self.batch_betas = batch_betas(vllm_config)
         self.v2 = len(runner) == 1
         self.device = None if self.v2 else runner[0]
         most = vllm_config.scheduler_config.max_num_seqs
@@ -63,7 +63,7 @@ class IVGBeta(V1LogitsProcessor, V2LogitsProcessor):
                 self.table[two] = self.table[one]
                 if way == MoveDirectionality.SWAP:
                     self.table[one] = held
-        self.row_weights.arm(self.table[: self.rows].clone())
+        self.batch_betas.set(self.table[: self.rows].clone())
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Model runner V2 asks ``runner_v2``; nothing to do in the sampler."""

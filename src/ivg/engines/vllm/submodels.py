@@ -1,4 +1,4 @@
-"""One network of vLLM's as a part of ours: its own configuration inside the engine's, its weights beside the primary ones."""
+"""Builds the submodels of a composite from vLLM's own networks: each has its own configuration inside the engine's."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ivg.engines.vllm.config import Submodel
 from ivg.errors import ConfigError
 
 HEADS = ("score_head.", "score.", "v_head.")
-"""Beginnings of the names that value heads have in checkpoints (``models.value_head``), with what wraps the backbone cut off."""
+"""Prefixes of the names of value heads in checkpoints (:mod:`ivg.models.value_head`), without what wraps the backbone."""
 
 _WRAPPERS = ("pretrained_model.", "backbone.")
 
 
-def build_part(part: Submodel, vllm_config: VllmConfig, prefix: str) -> nn.Module:
+def build_submodel(part: Submodel, vllm_config: VllmConfig, prefix: str) -> nn.Module:
     """The network of ``part``, without weights.
 
     Raises:
@@ -30,7 +30,7 @@ def build_part(part: Submodel, vllm_config: VllmConfig, prefix: str) -> nn.Modul
     config = part.network_config()
     _check(part, config, vllm_config)
     own = vllm_config.with_hf_config(config, architectures=config.architectures)
-    # Attention layers fall back on the engine's window, which is the base's: a guide without one would silently be given it.
+    # Attention layers fall back on the engine's window, which is the base's: a guide without one would silently get it.
     own.cache_config = copy.copy(vllm_config.cache_config)
     own.cache_config.sliding_window = _window(config)
     network = initialize_model(vllm_config=own, prefix=maybe_prefix(prefix, part.name))
@@ -41,14 +41,14 @@ def build_part(part: Submodel, vllm_config: VllmConfig, prefix: str) -> nn.Modul
 
 
 def source_of(part: Submodel) -> DefaultModelLoader.Source:
-    """Where vLLM's loader finds the weights; their names begin with the part's."""
+    """Where vLLM's loader finds the weights; their names begin with the submodel's."""
     return DefaultModelLoader.Source(model_or_path=part.weights, revision=part.revision, prefix=f"{part.name}.")
 
 
 def renamed(part: Submodel, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The part's weights as a causal language model names them: a vocabulary head in place of the language model's, others left out.
+    """The weights under the names of a causal language model: a vocabulary head in place of the language model's, others left out.
 
-    A vocabulary head's bias is ``lm_head.bias``: few networks of vLLM's have one, so it is kept beside them.
+    A vocabulary head's bias is ``lm_head.bias``: few of vLLM's networks have one, so the composite keeps it.
     """
     for name, tensor in weights:
         for wrapper in _WRAPPERS:
@@ -78,7 +78,7 @@ def _check(part: Submodel, config: Any, vllm_config: VllmConfig) -> None:
 
 
 def _window(config: Any) -> int | None:
-    """The window of a network all of whose layers have it; others say so layer by layer."""
+    """The sliding window of a network all of whose layers have it; others set it layer by layer."""
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())
     if kinds and kinds != {"sliding_attention"}:

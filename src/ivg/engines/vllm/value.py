@@ -1,7 +1,7 @@
-"""Values beside vLLM: those that guide inside the composite, and the explicit value that a pooling engine reads.
+"""Values that run in vLLM: guides inside the composite, and the explicit value in a pooling engine.
 
-:class:`PooledValue` gives the numbers of ``values.explicit.ExplicitValue`` from vLLM's hidden states: prefixes stay in its cache, so
-scoring a chunk reads the chunk and the last unfinished block.
+:class:`PooledValue` computes the scores of :class:`~ivg.values.explicit.ExplicitValue` from vLLM's hidden states. Prefixes stay in
+vLLM's cache, so scoring a chunk reads the chunk and the last unfinished block.
 """
 
 from __future__ import annotations
@@ -15,56 +15,47 @@ from torch import Tensor
 from ivg.engines.vllm.client import EngineClient
 from ivg.errors import PromptError
 from ivg.models.prompt_encoder import PromptEncoder
-from ivg.models.vocabulary import Vocabulary
 from ivg.types import Hypothesis, Prompt, TokenCounter, Value
 
 
-class InnerValue:
-    """A value whose models run inside the composite, where they guide tokens.
+class VLLMGuide(Value):
+    """A value that guides tokens inside the composite. To score hypotheses, the same value is loaded in this process as well.
 
     Args:
-        name: of its group there.
-        vocabulary: the base's, which its models share.
-        load: makes the same value outside, to select by it; asked for when it first scores.
+        name: of its group in the composite.
+        load: loads the value in this process; called when it first scores.
+
+    Attributes:
+        parts: the value in this process, once it is loaded.
     """
 
-    def __init__(self, name: str, vocabulary: Vocabulary, load: Callable[[], Value]) -> None:
-        self.name, self.vocabulary, self._load = name, vocabulary, load
-        self.loaded: Value | None = None
-
-    @property
-    def outer(self) -> Value:
-        """The value outside."""
-        if self.loaded is None:
-            self.loaded = self._load()
-        return self.loaded
+    def __init__(self, name: str, load: Callable[[], Value]) -> None:
+        self.name, self._load = name, load
+        self.parts = ()
 
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
-        """Of the value outside."""
-        return self.outer.score(hypotheses)
+        """The scores of the value in this process."""
+        if not self.parts:
+            self.parts = ((1.0, self._load()),)
+        return self.parts[0][1].score(hypotheses)
 
     def check(self, prompt: Prompt, new_tokens: int) -> None:
-        """The engine has checked the length: all parts of a composite read the same tokens."""
-
-    def release(self, keys: Sequence[int]) -> None:
-        """What is kept outside."""
-        if self.loaded is not None:
-            self.loaded.release(keys)
+        """The engine has checked the length: all submodels of a composite read the same tokens."""
 
 
-class PooledValue:
+class PooledValue(Value):
     """An explicit value whose backbone runs in vLLM's pooling engine.
 
     Args:
-        core: of ``vllm.value_model``.
-        texts: how the network reads prompts, in its own tokens.
+        client: of an engine with :mod:`ivg.engines.vllm.value_model`.
+        encoder: how the network reads prompts, in its own tokens.
         weight: of its head, [vocabulary or 1, hidden].
         bias: of its head, or None.
         name: in usage and traces.
     """
 
-    def __init__(self, core: EngineClient, texts: PromptEncoder, weight: Tensor, bias: Tensor | None, name: str = "explicit") -> None:
-        self.core, self.texts, self.name = core, texts, name
+    def __init__(self, client: EngineClient, encoder: PromptEncoder, weight: Tensor, bias: Tensor | None, name: str = "explicit") -> None:
+        self.client, self.encoder, self.name = client, encoder, name
         self.weight, self.bias = weight.float(), None if bias is None else bias.float()
         self.head = "scalar" if len(weight) == 1 else "vocabulary"
         self.submitted = self.cached = 0
@@ -88,23 +79,20 @@ class PooledValue:
 
     def check(self, prompt: Prompt, new_tokens: int) -> None:
         """Raise PromptError where prompt and answer outgrow the context."""
-        self.texts.check_length(prompt, new_tokens)
-
-    def release(self, keys: Sequence[int]) -> None:
-        """Nothing is kept for a hypothesis; vLLM's cache is by tokens."""
+        self.encoder.check_length(prompt, new_tokens)
 
     def restart(self) -> bool:
-        """Begin anew where the engine died. Had it?"""
-        return self.core.restart()
+        """Start the engine again if it died. True if it had."""
+        return self.client.restart()
 
     def close(self) -> None:
         """Stop vLLM."""
-        self.core.close()
+        self.client.close()
 
     def _read(self, h: Hypothesis) -> tuple[tuple[int, ...], int]:
         """(tokens to read, row of the head): a vocabulary head has the value of a prefix at the place before its last token."""
-        tokens, _ = self.texts.ids(h)
-        column, limit = 0, self.texts.max_positions
+        tokens, _ = self.encoder.ids(h)
+        column, limit = 0, self.encoder.max_positions
         if self.head != "scalar":
             if len(tokens) < 2:
                 raise PromptError(f"{self.name}: a vocabulary head gives no value for a text of one token")
@@ -123,27 +111,27 @@ class PooledValue:
         try:
             for tokens in wanted:
                 try:
-                    number = self.core.add(tokens, PoolingParams(task="embed", use_activation=False))
+                    number = self.client.add(tokens, PoolingParams(task="embed", use_activation=False))
                 except ValueError as e:
                     raise PromptError(f"{self.name}: vLLM refuses this: {str(e).strip().splitlines()[0]}") from e
                 under_way[number] = tokens
             while under_way:
-                for news in self.core.step():
-                    output = news.output
-                    if output.request_id not in under_way:  # of a call that was broken off
+                for result in self.client.step():
+                    output = result.output
+                    if output.request_id not in under_way:  # of a call that was interrupted
                         continue
                     tokens = under_way.pop(output.request_id)
                     out[tokens] = _tensor(output.outputs)
-                    read.setdefault(wanted[tokens].token_counter, []).append((len(tokens), news.cached[0]))
+                    read.setdefault(wanted[tokens].token_counter, []).append((len(tokens), result.cached[0]))
         finally:
-            self.core.abort(list(under_way))
+            self.client.abort(list(under_way))
             self._count(read)
         return out
 
     def _count(self, read: Mapping[TokenCounter, Sequence[tuple[int, int]]]) -> None:
-        """Tell the meters of (tokens, those that the cache held) of their texts.
+        """Add (tokens, those that the cache held) of the texts to their requests' counters.
 
-        What all of a request's first texts found there came from other requests: it is asked for, and cached.
+        What all of a request's first texts found in the cache came from other requests: it counts as forward and as cached tokens.
         """
         for token_counter, texts in read.items():
             tokens, cached = sum(t for t, _ in texts), sum(c for _, c in texts)

@@ -1,6 +1,6 @@
-"""A value network's backbone for vLLM's pooling engine: the hidden state behind the last token. Its head is applied outside.
+"""A value network's backbone for vLLM's pooling engine: the hidden state of the last token. The head is applied outside of vLLM.
 
-So one network serves vocabulary heads, of which one column is wanted, and scalar heads alike (``models.value_head``), and
+So one network serves vocabulary heads, of which one column is needed, and scalar heads alike (:mod:`ivg.models.value_head`), and
 prefixes stay cached: only the last token of a text is read again.
 """
 
@@ -18,7 +18,7 @@ from vllm.model_executor.models.interfaces_base import default_pooling_type
 from vllm.model_executor.models.utils import StageMissingLayer, no_init_weights
 
 from ivg.engines.vllm.config import IVGValueConfig
-from ivg.engines.vllm.submodels import build_part, renamed, source_of
+from ivg.engines.vllm.submodels import build_submodel, renamed, source_of
 
 
 @default_pooling_type(seq_pooling_type="LAST")
@@ -30,16 +30,16 @@ class IVGForValue(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config: IVGValueConfig = vllm_config.model_config.hf_config
-        self.part = config.value_part
+        self.part = config.submodel
         with no_init_weights(self, lambda module: StageMissingLayer("output", module), targets=(LogitsProcessor, ParallelLMHead)):
-            self.add_module(self.part.name, build_part(self.part, vllm_config, prefix))
+            self.add_module(self.part.name, build_submodel(self.part, vllm_config, prefix))
         self.secondary_weights = [source_of(self.part)]
         self.pooler = DispatchPooler.for_embedding(vllm_config.model_config.pooler_config)
 
     @property
     def network(self) -> Any:
         """The causal language model whose head is left out."""
-        return getattr(self, self.part.name)
+        return self.get_submodule(self.part.name)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Of the network."""

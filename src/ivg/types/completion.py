@@ -1,0 +1,106 @@
+"""What comes back for a request: completion, usage, and the steps of the search. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ivg.settings.sampling import SamplingParams
+from ivg.types.beam import FinishReason, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a completion cost.
+
+    Attributes:
+        forward_tokens: by model, the tokens that it reads for this request, prompt included, when its cache is empty at first. The
+            same for the same request, whatever was cached; ``ivg bench``, ``ivg eval`` and FLOPs are computed from these.
+        prompt_tokens: length of the prompt in base tokens.
+        completion_tokens: length of the response in base tokens.
+        seconds: from the request to its end.
+        cached_tokens: by model, those of ``forward_tokens`` that were not computed, because other requests had cached them.
+            Models without any are left out. What was computed for this request is ``forward_tokens`` less these.
+    """
+
+    forward_tokens: Mapping[str, int]
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float = field(compare=False)
+    cached_tokens: Mapping[str, int] = field(default_factory=dict, compare=False)
+
+    @property
+    def total_forward_tokens(self) -> int:
+        """Tokens read by all models together."""
+        return sum(self.forward_tokens.values())
+
+
+@dataclass(frozen=True, slots=True)
+class TraceNode:
+    """One hypothesis of the search tree, as it was at the end of its chunk."""
+
+    key: int
+    parent: int | None
+    text: str
+    tokens: tuple[str, ...]
+    guide_shift: tuple[float, ...]
+    score: float | None
+    kept: bool
+    finish: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one round of the search did for one request; ``committed`` is the text that all live beams share."""
+
+    request: int
+    kept: tuple[TraceNode, ...]
+    dropped: tuple[TraceNode, ...]
+    committed: str
+    completion: Completion | None = None
+    details: tuple[TokenLogprobs, ...] = ()
+    """Of the live hypothesis, where there is only one."""
+    tokens: int = 0
+    """Number of tokens that all live beams share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to one request. ``trace`` and ``details`` are empty unless requested.
+
+    ``sampling`` is how it was drawn, with all defaults filled in; ``generation_config`` are those of its settings that neither
+    request nor recipe gave and that the checkpoint's ``generation_config.json`` did.
+
+    ``guide_shift``, empty unless recorded or traced, has for each token y_t what guidance made of its log-probability:
+    log pi_guided(y_t) - log pi_base(y_t) in nats, both softmaxes at the request's temperature (greedy requests: at 1) over
+    the tokens that may be drawn, before all that :class:`SamplingParams` does to logits but temperature. Over texts drawn from
+    pi_guided the mean of its sum is KL(pi_guided || pi_base).
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    score: float | None
+    finish_reason: FinishReason
+    usage: Usage
+    error: str | None = None
+    trace: tuple[Step, ...] = ()
+    guide_shift: tuple[float, ...] = ()
+    details: tuple[TokenLogprobs, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What to know of how it was made: a prompt that a reward model could not read whole, say."""
+    sampling: SamplingParams | None = None
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, without the trace."""
+        out: dict[str, Any] = {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "score": self.score,
+            "finish_reason": self.finish_reason,
+            "usage": asdict(self.usage) | {"seconds": round(self.usage.seconds, 4)},
+        }
+        if self.generation_config:
+            out["generation_config"] = dict(self.generation_config)
+        return out | ({"notes": list(self.notes)} if self.notes else {}) | ({"error": self.error} if self.error else {})
