@@ -1,4 +1,4 @@
-"""The playground as a person meets it: real Chromium, the real server, the embedded models."""
+"""The playground in Chromium, with the real server and the embedded models."""
 
 import itertools
 import json
@@ -85,7 +85,7 @@ def until(check, seconds=PATIENCE / 1000):
     """Wait till ``check()`` is true; what it gave."""
     end = time.monotonic() + seconds
     while not (found := check()):
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.05)
     return found
 
@@ -109,7 +109,7 @@ def answer(page, side):
     """The text of an answer, without the prompt before it."""
     return page.evaluate(
         """side => { const copy = document.querySelector(`#${side} .answer`).cloneNode(true);
-          copy.querySelector(".asked")?.remove(); return copy.textContent }""",
+          copy.querySelector(".prompt")?.remove(); return copy.textContent }""",
         side,
     )
 
@@ -138,7 +138,7 @@ IVG = "#m=ivg&p=The+movie+was&b=1&w=2&k=3&l=5&t=0.7&n=20&s=1"
 # Answers
 
 
-def test_both_sides_are_the_librarys_answers_and_cost_is_told(visit, model):
+def test_both_answers_equal_the_librarys_and_show_their_cost(visit, model):
     page = visit(IVG)
     run(page)
     settings = {"seed": 1, "max_new_tokens": 20, "temperature": 0.7}
@@ -156,7 +156,7 @@ def test_both_sides_are_the_librarys_answers_and_cost_is_told(visit, model):
     assert visit.complaints == []
 
 
-def test_text_streams_and_is_never_taken_back(visit):
+def test_text_is_streamed_and_never_taken_back(visit):
     page = visit(EFT)
     ready(page)
     page.evaluate("""() => {
@@ -175,7 +175,7 @@ def test_text_streams_and_is_never_taken_back(visit):
     assert growing[-1] == whole
 
 
-def test_solid_text_of_a_search_is_never_taken_back(visit):
+def test_committed_text_of_a_search_is_never_taken_back(visit):
     page = visit(IVG.replace("n=20", "n=40").replace("w=2", "w=4"))
     ready(page)
     page.evaluate("""() => {
@@ -194,7 +194,7 @@ def test_solid_text_of_a_search_is_never_taken_back(visit):
     assert seen[-1] == (page.locator("#guided .answer").text_content(), 0)
 
 
-def test_beta_moves_the_answer(visit):
+def test_beta_changes_the_answer(visit):
     page = visit(EFT.replace("b=1", "b=0"))
     run(page)
     assert answer(page, "guided") == answer(page, "base")
@@ -209,7 +209,7 @@ def test_beta_moves_the_answer(visit):
     assert page.locator("#base .tok.up, #base .tok.down").count() == 0
 
 
-def test_a_mix_of_guides_is_sent(visit):
+def test_weights_are_sent(visit):
     bodies = []
     page = visit("#m=eft&n=4&x=implicit:1,explicit:0.5,explicit-other:0", keep(bodies))
     run(page)
@@ -220,27 +220,27 @@ def test_a_mix_of_guides_is_sent(visit):
 # The tree
 
 
-def test_tree_has_what_the_server_sent(visit):
+def test_tree_shows_all_beam_events(visit):
     bodies = []
     page = visit(IVG, keep(bodies))
     run(page)
     (body,) = [body for asked, body in bodies if asked["guidance"]["method"] == "ivg"]
-    boards = events(body, "ivg.beams")
-    assert len(boards) > 1
-    assert page.locator("#tree-scroll .node.kept").count() == sum(len(b["kept"]) for b in boards)
-    assert page.locator("#tree-scroll .node.dropped").count() == sum(len(b["dropped"]) for b in boards) > 0
-    assert page.locator("#tree-scroll .column-title").count() == len(boards)
+    selections = events(body, "ivg.beams")
+    assert len(selections) > 1
+    assert page.locator("#tree-scroll .node.kept").count() == sum(len(b["kept"]) for b in selections)
+    assert page.locator("#tree-scroll .node.dropped").count() == sum(len(b["dropped"]) for b in selections) > 0
+    assert page.locator("#tree-scroll .column-title").count() == len(selections)
     shown = page.locator("#tree-scroll .node .score").all_text_contents()
-    scores = [n["score"] for b in boards for n in (*b["kept"], *b["dropped"])]
+    scores = [n["score"] for b in selections for n in (*b["kept"], *b["dropped"])]
     assert sorted(shown) == sorted(f"{s:.2f}".replace("-", "−") for s in scores)
-    assert page.locator("#tree-scroll .node.won").count() == len(boards)
+    assert page.locator("#tree-scroll .node.won").count() == len(selections)
     labels = page.locator("#tree-scroll .node.won").evaluate_all("all => all.map(n => n.getAttribute('aria-label'))")
     assert all("kept" in label for label in labels)
-    assert f"{len(boards)} chunks, {len(scores)} drafts tried" in page.inner_text("#tree-words")
-    assert page.locator("#tree-scroll .edge.won").count() == len(boards) - 1
+    assert f"{len(selections)} chunks, {len(scores)} drafts tried" in page.inner_text("#tree-summary")
+    assert page.locator("#tree-scroll .edge.won").count() == len(selections) - 1
 
 
-def test_tree_by_keyboard_tells_a_chunks_text(visit):
+def test_tree_by_keyboard(visit):
     page = visit(IVG)
     run(page)
     page.focus("#tree-scroll .node[tabindex='0']")
@@ -283,7 +283,7 @@ def test_popover_by_keyboard_shows_alternatives(visit):
     assert page.locator("#guided .tok[tabindex='0']").count() == 1
 
 
-def test_colours_say_which_way_and_how_far(visit):
+def test_colours_show_direction_and_strength(visit):
     bodies = []
     page = visit(EFT.replace("b=1", "b=3"), keep(bodies))
     run(page)
@@ -298,7 +298,7 @@ def test_colours_say_which_way_and_how_far(visit):
 # What can go wrong
 
 
-def test_a_refusal_is_shown_as_words_at_its_field(visit):
+def test_an_error_marks_its_field(visit):
     page = visit("#m=ivg&w=16&k=16&n=10")
     ready(page)
     assert "This server allows 64" in page.inner_text("#successors-help")
@@ -306,7 +306,7 @@ def test_a_refusal_is_shown_as_words_at_its_field(visit):
     words = page.inner_text("#error")
     assert "256" in words
     assert "64" in words
-    assert "Continuations of each K" in words
+    assert "Continuations per draft K" in words
     assert page.get_attribute("#successors", "aria-invalid") == "true"
     page.fill("#prompt", "")
     page.click("#run")
@@ -321,7 +321,7 @@ def test_a_refusal_is_shown_as_words_at_its_field(visit):
 
 STREAM = {"content_type": "text/event-stream"}
 CHUNK = 'data: {"choices": [{"index": 0, "text": " <img src=x onerror=alert(1)> fine", "finish_reason": null}]}\n\n'
-BUSY = json.dumps({"error": {"message": "too many wait", "type": "rate_limit_error", "param": None, "code": "queue_full"}})
+BUSY = json.dumps({"error": {"message": "the queue is full", "type": "rate_limit_error", "param": None, "code": "queue_full"}})
 BROKEN = (
     'data: {"error": {"message": "the value explicit gave NaN", "type": "server_error", "param": null, "code": null}}\n\ndata: [DONE]\n\n'
 )
@@ -330,7 +330,7 @@ BROKEN = (
 @pytest.mark.parametrize(
     ("reply", "expected"),
     [
-        ({"status": 429, "headers": {"retry-after": "3"}, "body": BUSY}, ["too many wait", "Try again in 3 s"]),
+        ({"status": 429, "headers": {"retry-after": "3"}, "body": BUSY}, ["the queue is full", "Try again in 3 s"]),
         ({"status": 502, "body": "<html>bad gateway</html>"}, ["502"]),
         ({**STREAM, "body": CHUNK + BROKEN}, ["the value explicit gave NaN"]),
         ({**STREAM, "body": CHUNK}, ["closed before the answer was complete"]),
@@ -339,7 +339,7 @@ BROKEN = (
     ],
     ids=["busy", "gateway", "breaks", "cut", "nonsense", "gone"],
 )
-def test_trouble_is_told_in_words(visit, reply, expected):
+def test_errors_are_shown(visit, reply, expected):
     page = visit("#m=eft", [("**/v1/completions", lambda route: route.abort() if reply is None else route.fulfill(**reply))])
     run(page)
     for words in expected:
@@ -350,7 +350,7 @@ def test_trouble_is_told_in_words(visit, reply, expected):
     assert page.is_enabled("#run")
 
 
-def test_a_key_is_asked_for_and_sent(visit):
+def test_api_key(visit):
     keys = []
 
     def guard(route):
@@ -401,7 +401,7 @@ def test_ctrl_enter_runs_from_the_prompt(visit):
     page.press("#prompt", "Control+Enter")
     until(lambda: page.locator("#guided .tok").count() > 0)
     finished(page)
-    assert page.inner_text("#guided .asked") == "I went to"
+    assert page.inner_text("#guided .prompt") == "I went to"
 
 
 def test_examples_run(visit):
@@ -412,7 +412,7 @@ def test_examples_run(visit):
     text = page.inner_text("#examples button >> nth=1")
     until(lambda: page.locator("#guided .tok").count() > 0)
     finished(page)
-    assert page.input_value("#prompt") == text == page.inner_text("#guided .asked")
+    assert page.input_value("#prompt") == text == page.inner_text("#guided .prompt")
 
 
 FIELDS = ("prompt", "method", "beta", "width", "successors", "chunk_length", "temperature", "max_tokens", "seed", "weight-explicit")
@@ -446,7 +446,7 @@ def test_the_link_restores_all_settings(visit):
     until(lambda: {f: other.input_value(f"#{f}") for f in FIELDS} == first)
 
 
-def test_method_brings_its_own_settings(visit):
+def test_method_sets_its_defaults(visit):
     page = visit()
     ready(page)
     assert (page.input_value("#method"), page.input_value("#width"), page.input_value("#chunk_length")) == ("ivg", "4", "5")
@@ -493,7 +493,7 @@ CONTRAST = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast_is_enough(visit, scheme):
+def test_contrast(visit, scheme):
     page = visit("#m=ivg&w=2&k=3&l=5&n=15&s=1&b=3", color_scheme=scheme)
     run(page)
     page.locator("#guided .tok").nth(1).focus()
@@ -525,7 +525,7 @@ DANGLING = """() => [...document.querySelectorAll("[aria-describedby], [aria-lab
   .filter(id => id && !document.getElementById(id))"""
 
 
-def test_everything_has_a_name_and_a_place_in_the_order(visit):
+def test_names_and_tab_order(visit):
     page = visit(IVG)
     run(page)
     assert page.evaluate(NAMELESS) == []
@@ -549,27 +549,27 @@ def test_everything_has_a_name_and_a_place_in_the_order(visit):
     assert [p for p in dict.fromkeys(order) if p in wanted] == wanted
 
 
-def test_live_regions_do_not_chatter(visit):
+def test_live_regions_are_updated_rarely(visit):
     page = visit(IVG)
     ready(page)
-    page.evaluate("""() => { window.said = [];
-      new MutationObserver(() => window.said.push(document.getElementById("status").textContent))
+    page.evaluate("""() => { window.messages = [];
+      new MutationObserver(() => window.messages.push(document.getElementById("status").textContent))
         .observe(document.getElementById("status"), {childList: true, subtree: true, characterData: true}); }""")
     run(page)
-    said = page.evaluate("window.said")
-    assert 2 <= len(said) <= 4
-    assert "done" in said[-1]
+    messages = page.evaluate("window.messages")
+    assert 2 <= len(messages) <= 4
+    assert "done" in messages[-1]
     live = page.locator("[aria-live], [role=status], [role=alert]").evaluate_all("all => all.map(e => e.id)")
     assert sorted(live) == ["error", "status"]
 
 
-def test_motion_is_reduced(visit):
+def test_reduced_motion(visit):
     page = visit(reduced_motion="reduce")
     page.evaluate("document.querySelector('#base .answer').setAttribute('aria-busy', 'true')")
     assert page.evaluate("getComputedStyle(document.querySelector('#base .answer'), '::after').animationName") == "none"
 
 
-def test_page_is_in_the_package_and_asks_nobody_else(visit):
+def test_page_loads_nothing_from_elsewhere(visit):
     asked = []
     page = visit("#m=eft&n=4", [("**/*", lambda route: (asked.append(route.request.url), route.continue_()))])
     run(page)

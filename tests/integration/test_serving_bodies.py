@@ -202,8 +202,10 @@ def test_strict_server():
 
 def test_two_lengths_of_one_body_are_refused(running):
     with connect(running) as line:
-        line.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n")
-        line.sendall(b"0\r\n\r\nGET / HTTP/1.1\r\n\r\n")
+        line.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n"
+            b"0\r\n\r\nGET / HTTP/1.1\r\n\r\n"
+        )
         head = read_head(line)
         assert head.startswith("HTTP/1.1 400 ") and "connection: close" in head.lower()
         assert line.recv(100) == b""  # what came behind it is not answered

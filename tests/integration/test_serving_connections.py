@@ -201,7 +201,7 @@ def test_limits_leave_room_for_files(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, 256))
     limits = connection_limits(None, 75.0)
     open_files = len(list(Path("/proc/self/fd").iterdir()))
-    assert limits.max_connections + limits.backlog + open_files < 256 and limits.max_connections >= 4
+    assert limits.max_connections + 3 * limits.backlog + open_files < 256 and limits.max_connections >= 4
     assert connection_limits(5, 75.0).max_connections == 5
 
 

@@ -56,7 +56,8 @@ class Limits:
 def connection_limits(max_connections: int | None, idle_timeout: float) -> Limits:
     """Limits that fit into the process's limit of open files.
 
-    The backlog is subtracted, because all connections in it may be accepted before the first one can be closed.
+    Three times the backlog is subtracted: asyncio accepts a whole backlog in one iteration of its loop, and a connection that is too many
+    is closed in the third iteration after it was accepted.
     """
     try:
         import resource
@@ -65,8 +66,8 @@ def connection_limits(max_connections: int | None, idle_timeout: float) -> Limit
     except (ImportError, OSError):  # no such limit on this system
         files = 1024
     free = max(8, min(files, 1 << 20) - _open_files() - RESERVED_FILES)
-    backlog = max(2, min(128, free // 4))
-    most = max(4, free - backlog)
+    backlog = max(2, min(128, free // 8))
+    most = max(4, free - 3 * backlog)
     return Limits(most if max_connections is None else min(max_connections, most), backlog, idle_timeout=idle_timeout)
 
 

@@ -1,18 +1,18 @@
-// The page: start, run, stop, share, light and dark. What is said to whom is in wire.js; what is shown where in answer.js and tree.js.
+// The page: start, run, stop, share, theme. api.js talks to the server; pane.js and tree.js show the answers.
 
-import { Answer } from "./answer.js";
-import { byId, figure, make } from "./dom.js";
-import { close } from "./pop.js";
+import { Pane } from "./pane.js";
+import { byId, formatNumber, make } from "./dom.js";
+import { close } from "./popover.js";
 import { Settings } from "./settings.js";
 import { Tree } from "./tree.js";
-import { ServerError, complete, models } from "./wire.js";
+import { ServerError, complete, models } from "./api.js";
 
 const FILMS = ["The movie was", "I went to see this film with", "The acting in this picture"];
 const GENERAL = ["Plan a weekend in Lisbon.", "Explain why the sky is blue.", "Write a polite reply to a late customer."];
 const THEMES = ["auto", "light", "dark"];
 
-const base = new Answer(byId("base")), guided = new Answer(byId("guided"));
-const tree = new Tree({ scroll: byId("tree-scroll"), words: byId("tree-words"), legend: byId("tree-legend") });
+const base = new Pane(byId("base")), guided = new Pane(byId("guided"));
+const tree = new Tree({ scroll: byId("tree-scroll"), summaryText: byId("tree-summary"), legend: byId("tree-legend") });
 let settings = null;
 let running = null;
 
@@ -21,42 +21,42 @@ let running = null;
 async function run() {
   if (!settings && !(await start())) return;
   stop();
-  fault(null);
+  showError(null);
   const control = new AbortController();
   running = control;
-  busy(true);
+  setRunning(true);
   history.replaceState(null, "", settings.hash);
-  const prompt = byId("prompt").value, plainBody = settings.plain, guidedBody = settings.guided;
-  const terms = { judge: settings.judge, scorer: settings.scorer, onlyJudged: settings.onlyJudged };
+  const prompt = byId("prompt").value, unguidedBody = settings.unguided, guidedBody = settings.guided;
+  const scoring = { scorer: settings.scorer, guidedScorer: settings.guidedScorer, scoredOnly: settings.scoredOnly };
   tree.clear();
-  byId("tree-words").textContent = "Waiting for the first chunk.";
-  say("Both answers are being written.");
-  const work = [answer(base, plainBody, prompt, control, null), answer(guided, guidedBody, prompt, control, tree)];
+  byId("tree-summary").textContent = "Waiting for the first chunk.";
+  announce("Both answers are being generated.");
+  const work = [generate(base, unguidedBody, prompt, control, null), generate(guided, guidedBody, prompt, control, tree)];
   const ends = await Promise.all(work);
   if (running !== control) return;
   running = null;
-  busy(false);
-  if (!tree.nodes.length) byId("tree-words").textContent = "No chunk was completed.";
+  setRunning(false);
+  if (!tree.nodes.length) byId("tree-summary").textContent = "No chunk was completed.";
   const errors = ends.filter(Boolean);
-  account(terms, control.signal.aborted ? "stopped by you" : errors.length ? "by an error, see the message" : null);
-  if (errors.length) fault(errors[0]);
-  say(errors.length ? "" : control.signal.aborted ? "Stopped." : verdict());
+  showCosts(scoring, control.signal.aborted ? "stopped by you" : errors.length ? "by an error, see the message" : null);
+  if (errors.length) showError(errors[0]);
+  announce(errors.length ? "" : control.signal.aborted ? "Stopped." : summary());
 }
 
-/** Write one answer; what went wrong, or null. */
-async function answer(pane, body, prompt, control, board) {
+/** Generate one answer; returns an error or null. */
+async function generate(pane, body, prompt, control, tree) {
   pane.begin(prompt);
   try {
     for await (const event of complete(body, { key: key(), signal: control.signal })) {
       if (control.signal.aborted) break;
-      pane.take(event);
-      if (event.type === "beams") board?.take(event.data);
+      pane.update(event);
+      if (event.type === "beams") tree?.update(event.data);
     }
-    if (!control.signal.aborted) board?.finish(pane.committed);
+    if (!control.signal.aborted) tree?.finish(pane.committed);
   } catch (error) {
     if (!control.signal.aborted) return error;
   } finally {
-    if (running === control) pane.finish(); // else the next run has begun in this pane
+    if (running === control) pane.finish(); // else another run has started in this pane
   }
   return null;
 }
@@ -65,39 +65,39 @@ function stop() {
   running?.abort();
 }
 
-function busy(on) {
+function setRunning(on) {
   byId("stop").disabled = !on;
   byId("run").textContent = on ? "Run again" : "Run ";
   if (!on) byId("run").append(make("kbd", {}, "Ctrl ⏎"));
 }
 
-/** Costs of both sides, next to what plain sampling read: the base's own tokens, without the judge who only looked on. */
-function account(terms, note) {
+/** Show the cost of both answers relative to plain sampling; a value that only scores an answer is not counted. */
+function showCosts(scoring, note) {
   const total = (end, without) => Object.entries(end?.usage ?? {}).filter(([name]) => name !== without);
   const sum = (parts) => parts.reduce((n, [, tokens]) => n + tokens, 0);
-  const left = total(base.end, terms.judge), right = total(guided.end, terms.onlyJudged ? terms.judge : null);
+  const left = total(base.end, scoring.scorer), right = total(guided.end, scoring.scoredOnly ? scoring.scorer : null);
   const plain = sum(left), most = Math.max(plain, sum(right), 1);
-  const cost = (pane, parts, judge) => pane.end?.usage ? {
-    score: pane.end.score, judge, read: sum(parts), ratio: plain ? sum(parts) / plain : null, share: sum(parts) / most, usage: Object.fromEntries(parts),
+  const cost = (pane, parts, scorer) => pane.end?.usage ? {
+    score: pane.end.score, scorer, read: sum(parts), ratio: plain ? sum(parts) / plain : null, share: sum(parts) / most, usage: Object.fromEntries(parts),
   } : null;
-  base.account(cost(base, left, terms.judge), base.end ? null : note);
-  guided.account(cost(guided, right, terms.scorer), guided.end ? null : note);
+  base.showCost(cost(base, left, scoring.scorer), base.end ? null : note);
+  guided.showCost(cost(guided, right, scoring.guidedScorer), guided.end ? null : note);
 }
 
-function verdict() {
+function summary() {
   const [a, b] = [base.end?.score, guided.end?.score];
-  const scores = typeof a === "number" && typeof b === "number" ? ` Scores: unguided ${figure(a)}, guided ${figure(b)}.` : "";
+  const scores = typeof a === "number" && typeof b === "number" ? ` Scores: unguided ${formatNumber(a)}, guided ${formatNumber(b)}.` : "";
   return `Both answers are done.${scores}`;
 }
 
-// Words for people
+// Messages
 
-function say(words) {
-  byId("status").textContent = words;
+function announce(text) {
+  byId("status").textContent = text;
 }
 
-/** Show an error as words at the top of the form, and mark the field that it is about. */
-function fault(error) {
+/** Show an error at the top of the form, and mark its field. */
+function showError(error) {
   for (const marked of document.querySelectorAll("[aria-invalid]")) marked.removeAttribute("aria-invalid");
   const box = byId("error");
   box.hidden = !error;
@@ -106,11 +106,11 @@ function fault(error) {
   const control = error.param ? Settings.control(error.param) : null;
   const field = control ? `Setting: ${Settings.label(control)}` : error.param ? `Field: ${error.param}` : "";
   const wait = error.retry ? ` Try again in ${error.retry} s.` : "";
-  box.append(make("b", {}, error.status ? "The server did not accept this." : "Something went wrong."), make("span", {}, error.message, wait), make("em", {}, field));
+  box.append(make("b", {}, error.status ? "The server refused the request." : "Something went wrong."), make("span", {}, error.message, wait), make("em", {}, field));
   control?.setAttribute("aria-invalid", "true");
   if (error.status === 401) byId("key-box").hidden = false;
   if (error.status === 401) byId("key").focus();
-  if (error instanceof Error && !(error instanceof ServerError)) console.error(error); // a mistake of this page
+  if (error instanceof Error && !(error instanceof ServerError)) console.error(error); // a bug of this page
 }
 
 // Start
@@ -123,27 +123,27 @@ async function start() {
   try {
     settings = new Settings(await models(key()));
   } catch (error) {
-    fault(error);
+    showError(error);
     return false;
   }
-  fault(null);
-  remember("ivg.key", key(), sessionStorage);
+  showError(null);
+  store("ivg.key", key(), sessionStorage);
   examples();
   const missing = settings.restore(location.hash);
-  if (missing) fault({ message: missing, param: "method" });
+  if (missing) showError({ message: missing, param: "method" });
   return true;
 }
 
 function examples() {
   const films = settings.model === "embedded";
   byId("about").textContent = films
-    ? "These are the models that come with ivg: a small writer that has read film reviews only, and guides that like good reviews."
+    ? "The embedded models: a small language model trained on film reviews, and values that prefer positive reviews."
     : `The model is ${settings.model}.`;
   const pick = (text) => {
     const button = make("button", { type: "button" }, text);
     button.addEventListener("click", () => {
       byId("prompt").value = text;
-      changed();
+      onChange();
       run();
     });
     return button;
@@ -152,7 +152,7 @@ function examples() {
   if (!films && byId("prompt").value === FILMS[0]) byId("prompt").value = GENERAL[0];
 }
 
-function changed() {
+function onChange() {
   settings?.refresh();
   if (settings) history.replaceState(null, "", settings.hash);
 }
@@ -164,23 +164,23 @@ async function share() {
   try {
     await navigator.clipboard.writeText(location.href);
   } catch {
-    copied = false; // not allowed, or no secure page: the address bar has the link
+    copied = false; // not allowed, or not a secure context
   }
   const words = copied ? "Link copied" : "Link is in the address bar";
   byId("share").textContent = words;
-  say(`${words}.`);
+  announce(`${words}.`);
   setTimeout(() => (byId("share").textContent = "Copy link"), 2000);
 }
 
-function remember(name, value, where = localStorage) {
+function store(name, value, where = localStorage) {
   try {
     where.setItem(name, value);
   } catch {
-    // a browser that keeps nothing
+    // storage is disabled
   }
 }
 
-function recall(name, where = localStorage) {
+function load(name, where = localStorage) {
   try {
     return where.getItem(name);
   } catch {
@@ -188,45 +188,45 @@ function recall(name, where = localStorage) {
   }
 }
 
-function theme(name) {
+function setTheme(name) {
   if (name === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = name;
-  byId("theme").textContent = `Theme: ${{ auto: "as the system", light: "light", dark: "dark" }[name]}`;
+  byId("theme").textContent = `Theme: ${{ auto: "system", light: "light", dark: "dark" }[name]}`;
   byId("theme").dataset.now = name;
 }
 
 function nextTheme() {
   const name = THEMES[(THEMES.indexOf(byId("theme").dataset.now) + 1) % THEMES.length];
-  theme(name);
-  remember("ivg.theme", name);
+  setTheme(name);
+  store("ivg.theme", name);
 }
 
-function keys(event) {
+function onKey(event) {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
     run();
   } else if (event.key === "Escape" && !close()) stop();
 }
 
-function wire() {
+function addListeners() {
   byId("form").addEventListener("submit", (e) => (e.preventDefault(), run()));
-  byId("form").addEventListener("input", (e) => e.target.id !== "key" && changed());
-  byId("method").addEventListener("change", () => (settings?.toMethod(), changed()));
+  byId("form").addEventListener("input", (e) => e.target.id !== "key" && onChange());
+  byId("method").addEventListener("change", () => (settings?.resetMethod(), onChange()));
   byId("key").addEventListener("change", () => start());
   byId("stop").addEventListener("click", stop);
   byId("share").addEventListener("click", share);
   byId("theme").addEventListener("click", nextTheme);
-  byId("defaults").addEventListener("click", () => (settings?.toDefaults(), changed()));
+  byId("defaults").addEventListener("click", () => (settings?.resetAll(), onChange()));
   byId("dice").addEventListener("click", () => {
     byId("seed").value = Math.floor(Math.random() * 100000);
-    changed();
+    onChange();
   });
-  document.addEventListener("keydown", keys);
+  document.addEventListener("keydown", onKey);
   addEventListener("hashchange", () => settings?.restore(location.hash));
 }
 
-theme(THEMES.includes(recall("ivg.theme")) ? recall("ivg.theme") : "auto");
-byId("key").value = recall("ivg.key", sessionStorage) ?? "";
+setTheme(THEMES.includes(load("ivg.theme")) ? load("ivg.theme") : "auto");
+byId("key").value = load("ivg.key", sessionStorage) ?? "";
 byId("settings").open = matchMedia("(min-width: 761px)").matches;
-wire();
+addListeners();
 start();

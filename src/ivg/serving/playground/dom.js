@@ -1,4 +1,4 @@
-// Small helpers. Text only ever goes in as text.
+// Helpers for the DOM. Text is only inserted as text, never as HTML.
 
 export const byId = (id) => document.getElementById(id);
 
@@ -18,15 +18,15 @@ function fill(element, attributes, children) {
   return element;
 }
 
-/** A number for people: a real minus sign, a fixed number of decimals. */
-export const figure = (x, decimals = 2) => x.toFixed(decimals).replace("-", "−");
-export const signed = (x, decimals = 2) => (x > 0 ? "+" : "") + figure(x, decimals);
+/** A number with a fixed number of decimals and a typographic minus sign. */
+export const formatNumber = (x, decimals = 2) => x.toFixed(decimals).replace("-", "−");
+export const signed = (x, decimals = 2) => (x > 0 ? "+" : "") + formatNumber(x, decimals);
 export const count = (n, word, plural = `${word}s`) => `${n.toLocaleString("en")} ${n === 1 ? word : plural}`;
 
-/** White space made visible, where it is all there is. */
-export const shown = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ +$/g, (s) => "␣".repeat(s.length)) || "(end)";
+/** White space made visible. */
+export const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ +$/g, (s) => "␣".repeat(s.length)) || "(end)";
 
-/** Arrow keys move among `items()`; one of them is in the tab order. `step(key, from, items)` may say where to. */
+/** Roving tabindex: arrow keys move the focus among `items()`; `step(key, from, items)` gives the next index or null. */
 export function roving(container, items, step) {
   container.addEventListener("keydown", (e) => {
     const all = items(), at = all.indexOf(document.activeElement);
@@ -40,7 +40,7 @@ export function roving(container, items, step) {
   });
 }
 
-/** In a line of items. */
+/** `step` for a line of items. */
 export function along(key, at, all) {
   return { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: all.length - 1 }[key] ?? null;
 }

@@ -1,14 +1,14 @@
-// The tree of drafts as SVG: one column per chunk, best on top. Knows events of the wire.
+// The search tree as SVG: one column per chunk, best draft on top.
 
-import { count, draw, figure, roving, shown } from "./dom.js";
-import { aboutDraft, explains } from "./pop.js";
+import { count, draw, formatNumber, roving, visible } from "./dom.js";
+import { draftContent, attachPopover } from "./popover.js";
 
-const [WIDE, HIGH, GAP, ACROSS, TOP] = [170, 24, 5, 40, 24];
-const LETTERS = 18;
+const [WIDTH, HEIGHT, GAP, COLUMN_GAP, TOP] = [170, 24, 5, 40, 24];
+const MAX_CHARACTERS = 18;
 
 /** The growing tree. */
 export class Tree {
-  /** @param {{scroll: HTMLElement, words: HTMLElement, legend: HTMLElement}} parts */
+  /** @param {{scroll: HTMLElement, summaryText: HTMLElement, legend: HTMLElement}} parts */
   constructor(parts) {
     Object.assign(this, parts);
     roving(this.scroll, () => this.nodes.map((n) => n.element), (key, at) => this.next(key, at));
@@ -24,8 +24,8 @@ export class Tree {
     this.scroll.hidden = this.legend.hidden = true;
   }
 
-  /** One more column. */
-  take({ kept, dropped }) {
+  /** Add a column. */
+  update({ kept, dropped }) {
     const column = this.columns.length;
     const drafts = [...kept.map((n) => ({ ...n, kept: true })), ...dropped.map((n) => ({ ...n, kept: false }))]
       .sort((a, b) => (b.score ?? 0) - (a.score ?? 0) || b.kept - a.kept);
@@ -39,49 +39,49 @@ export class Tree {
     this.title(column, nodes);
     this.resize();
     const best = drafts.find((d) => d.score !== null)?.score;
-    const about = best === undefined ? "" : `; best score ${figure(best)}`;
-    this.words.textContent = `Chunk ${column + 1}: ${kept.length} kept, ${dropped.length} dropped${about}.`;
+    const about = best === undefined ? "" : `; best score ${formatNumber(best)}`;
+    this.summaryText.textContent = `Chunk ${column + 1}: ${kept.length} kept, ${dropped.length} dropped${about}.`;
   }
 
   node(draft, column, row, parent) {
     const begin = parent && draft.text.startsWith(parent.text) ? parent.text.length : 0;
     const node = { ...draft, column, row, parent, chunk: draft.text.slice(begin), won: false };
-    node.x = column * (WIDE + ACROSS) + 2;
-    node.y = TOP + row * (HIGH + GAP);
-    const label = shown(node.chunk.trim()), short = label.length > LETTERS ? `${label.slice(0, LETTERS - 1)}…` : label;
-    const score = node.score === null ? "" : figure(node.score);
+    node.x = column * (WIDTH + COLUMN_GAP) + 2;
+    node.y = TOP + row * (HEIGHT + GAP);
+    const label = visible(node.chunk.trim()), short = label.length > MAX_CHARACTERS ? `${label.slice(0, MAX_CHARACTERS - 1)}…` : label;
+    const score = node.score === null ? "" : formatNumber(node.score);
     node.element = draw("g", { class: `node ${node.kept ? "kept" : "dropped"}`, tabindex: "-1", role: "button", transform: `translate(${node.x} ${node.y})`,
       "aria-label": `Chunk ${column + 1}, ${node.kept ? "kept" : "dropped"}${score && `, score ${score}`}: ${node.chunk}` },
-      draw("rect", { width: WIDE, height: HIGH, rx: 5 }),
+      draw("rect", { width: WIDTH, height: HEIGHT, rx: 5 }),
       draw("text", { class: "score", x: 8, y: 16 }, score),
-      draw("svg", { x: score ? 54 : 8, width: WIDE - (score ? 60 : 14), height: HIGH }, draw("text", { y: 16 }, short)));
-    explains(node.element, () => aboutDraft(node));
+      draw("svg", { x: score ? 54 : 8, width: WIDTH - (score ? 60 : 14), height: HEIGHT }, draw("text", { y: 16 }, short)));
+    attachPopover(node.element, () => draftContent(node));
     this.marks.append(node.element);
     if (parent) this.connect(node);
     return node;
   }
 
   connect(node) {
-    const [x, y, u, v] = [node.parent.x + WIDE, node.parent.y + HIGH / 2, node.x, node.y + HIGH / 2];
-    node.edge = draw("path", { class: `edge ${node.kept ? "kept" : ""}`, d: `M${x} ${y}C${x + ACROSS / 2} ${y} ${u - ACROSS / 2} ${v} ${u} ${v}` });
+    const [x, y, u, v] = [node.parent.x + WIDTH, node.parent.y + HEIGHT / 2, node.x, node.y + HEIGHT / 2];
+    node.edge = draw("path", { class: `edge ${node.kept ? "kept" : ""}`, d: `M${x} ${y}C${x + COLUMN_GAP / 2} ${y} ${u - COLUMN_GAP / 2} ${v} ${u} ${v}` });
     this.edges.append(node.edge);
   }
 
   title(column, nodes) {
     const kept = nodes.filter((n) => n.kept).length;
-    this.marks.append(draw("text", { class: "column-title", x: column * (WIDE + ACROSS) + 2, y: 14 }, `chunk ${column + 1}: ${kept} of ${nodes.length} kept`));
+    this.marks.append(draw("text", { class: "column-title", x: column * (WIDTH + COLUMN_GAP) + 2, y: 14 }, `chunk ${column + 1}: ${kept} of ${nodes.length} kept`));
   }
 
   resize() {
-    const following = this.scroll.scrollLeft + this.scroll.clientWidth >= this.scroll.scrollWidth - WIDE;
-    this.height = Math.max(this.height, TOP + this.columns.at(-1).length * (HIGH + GAP));
-    this.svg.setAttribute("width", this.columns.length * (WIDE + ACROSS) - ACROSS + 4);
+    const following = this.scroll.scrollLeft + this.scroll.clientWidth >= this.scroll.scrollWidth - WIDTH;
+    this.height = Math.max(this.height, TOP + this.columns.at(-1).length * (HEIGHT + GAP));
+    this.svg.setAttribute("width", this.columns.length * (WIDTH + COLUMN_GAP) - COLUMN_GAP + 4);
     this.svg.setAttribute("height", this.height + 2);
     this.scroll.hidden = this.legend.hidden = false;
     if (following) this.scroll.scrollLeft = this.scroll.scrollWidth;
   }
 
-  /** The search is over and `text` is its answer: show the way to it. */
+  /** The search has ended: highlight the path to its answer `text`. */
   finish(text) {
     const last = this.columns.at(-1) ?? [];
     let node = last.find((n) => n.kept && n.text === text) ?? last.find((n) => n.kept);
@@ -94,18 +94,18 @@ export class Tree {
         this.edges.append(node.edge);
       }
     }
-    this.words.textContent = this.summary();
+    this.summaryText.textContent = this.summary();
   }
 
   summary() {
     const drafts = this.nodes.length, kept = this.nodes.filter((n) => n.kept).length;
     if (!drafts) return "";
-    if (this.columns.every((c) => c.length === 1)) return "This method writes one draft only, so there is nothing to choose from: the tree is a line.";
+    if (this.columns.every((c) => c.length === 1)) return "This method writes a single draft, so the tree is a line.";
     return `${count(this.columns.length, "chunk")}, ${count(drafts, "draft")} tried, ${kept} kept. ` +
-      "Each column is one chunk, best on top; lines lead from a draft to its continuations.";
+      "Each column is one chunk, best on top; lines connect a draft with its continuations.";
   }
 
-  /** Arrow keys: up and down in a column, left to where a draft comes from, right to its best continuation. */
+  /** Arrow keys: up and down in a column, left to the parent, right to the best continuation. */
   next(key, at) {
     const node = this.nodes[at], column = this.columns[node.column];
     const to = {

@@ -1,6 +1,6 @@
-// The server's protocol: the list of models, one streamed answer, errors. Knows no page.
+// The HTTP API: list of models, streamed completions, errors.
 
-/** What the server, or the way to it, says went wrong. `param`: the field, as the server names it. */
+/** An error of the server or of the connection. `param`: the field that the server names. */
 export class ServerError extends Error {
   constructor(message, { param = null, status = 0, retry = null } = {}) {
     super(message);
@@ -12,7 +12,7 @@ const headers = (key) => ({ "content-type": "application/json", ...(key ? { auth
 
 /** GET v1/models. */
 export async function models(key) {
-  return (await ask("v1/models", { headers: headers(key) })).json();
+  return (await request("v1/models", { headers: headers(key) })).json();
 }
 
 /**
@@ -23,37 +23,37 @@ export async function models(key) {
  */
 export async function* complete(body, { key, signal }) {
   const wanted = { ...body, stream: true, stream_options: { include_usage: true, include_beams: true } };
-  const response = await ask("v1/completions", { method: "POST", headers: headers(key), body: JSON.stringify(wanted), signal });
+  const response = await request("v1/completions", { method: "POST", headers: headers(key), body: JSON.stringify(wanted), signal });
   let done = false;
   for await (const { event, data } of events(response.body)) {
     if (data === "[DONE]") {
       done = true;
       break;
     }
-    const found = parsed(data);
+    const found = parseJSON(data);
     if (found.error) throw new ServerError(found.error.message, { param: found.error.param });
     if (event === "ivg.beams") yield { type: "beams", data: found };
     else if (event === "ivg.tokens") yield { type: "tokens", data: found.tokens };
-    else yield* ofChunk(found);
+    else yield* chunkEvents(found);
   }
   if (!done) throw new ServerError("The connection closed before the answer was complete.");
 }
 
-function* ofChunk(chunk) {
+function* chunkEvents(chunk) {
   const choice = chunk.choices?.[0];
   if (choice?.text) yield { type: "text", data: choice.text };
   if (chunk.ivg || choice?.finish_reason) yield { type: "end", data: { finish: choice?.finish_reason, ...chunk.ivg } };
 }
 
-function parsed(data) {
+function parseJSON(data) {
   try {
     return JSON.parse(data);
   } catch {
-    throw new ServerError("The server sent something that this page cannot read.");
+    throw new ServerError("The server sent a response that this page cannot read.");
   }
 }
 
-async function ask(path, options) {
+async function request(path, options) {
   let response;
   try {
     response = await fetch(path, options);
@@ -67,7 +67,7 @@ async function ask(path, options) {
   throw new ServerError(message ?? `The server answered ${response.status} ${response.statusText}.`, { param, status: response.status, retry });
 }
 
-/** Server-sent events of a body, in order. */
+/** The server-sent events of a response body. */
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";

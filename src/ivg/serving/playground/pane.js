@@ -1,10 +1,10 @@
-// One pane: an answer as it grows, token by token, and what it cost. Knows events of the wire, not how they are asked for.
+// One pane: an answer as it is streamed, and its cost.
 
-import { along, count, figure, make, roving } from "./dom.js";
-import { aboutToken, close, explains } from "./pop.js";
+import { along, count, formatNumber, make, roving } from "./dom.js";
+import { tokenContent, close, attachPopover } from "./popover.js";
 
-/** An answer on the page. */
-export class Answer {
+/** A pane with an answer. */
+export class Pane {
   /** @param {HTMLElement} section with `.answer` and `.facts` */
   constructor(section) {
     this.text = section.querySelector(".answer");
@@ -17,30 +17,30 @@ export class Answer {
     Object.assign(this, { committed: "", details: [], draft: [], spans: [], started: performance.now(), first: null, end: null });
   }
 
-  /** A new answer to `prompt` begins. */
+  /** Start a new answer to `prompt`. */
   begin(prompt) {
     this.clear();
     close();
     this.text.classList.remove("empty");
     this.text.setAttribute("aria-busy", "true");
     this.tail = document.createTextNode("");
-    this.text.replaceChildren(make("span", { class: "asked" }, prompt), this.tail);
+    this.text.replaceChildren(make("span", { class: "prompt" }, prompt), this.tail);
     this.facts.replaceChildren();
   }
 
-  /** Take one event of the wire. */
-  take({ type, data }) {
+  /** Handle one event of the API. */
+  update({ type, data }) {
     if (type === "text") {
       this.first ??= (performance.now() - this.started) / 1000;
       this.committed += data;
     } else if (type === "tokens") this.details.push(...data);
-    else if (type === "beams") this.draft = best(data.kept);
+    else if (type === "beams") this.draft = bestDraft(data.kept);
     else this.end = { ...this.end, ...data };
     this.render();
-    this.account(null);
+    this.showCost(null);
   }
 
-  /** Nothing more will come. What was a draft only goes, except where the server never came to commit it. */
+  /** The stream has ended. Text that is only a draft is removed if the answer is complete. */
   finish() {
     this.text.setAttribute("aria-busy", "false");
     if (this.end) this.draft = [];
@@ -50,24 +50,24 @@ export class Answer {
     this.text.replaceChildren("No answer.");
   }
 
-  /** Tokens to be shown: those that are settled, in detail, then those of the best draft. */
+  /** Tokens to show: the committed ones with details, then those of the best draft. */
   get tokens() {
-    const settled = this.details.map((t) => ({ ...t, tentative: false }));
+    const tokens = this.details.map((t) => ({ ...t, tentative: false }));
     let at = this.details.reduce((n, t) => n + t.text.length, 0), seen = 0;
     for (const t of this.draft) {
       seen += t.text.length;
-      if (seen > at) settled.push({ ...t, tentative: seen > this.committed.length });
+      if (seen > at) tokens.push({ ...t, tentative: seen > this.committed.length });
     }
-    return settled.filter((t) => t.text);
+    return tokens.filter((t) => t.text);
   }
 
-  /** Spans stay where they are as long as they can, so that focus does not get lost. */
+  /** Reuses the spans, so that the focus is not lost. */
   render() {
     const tokens = this.tokens;
     tokens.forEach((token, i) => {
       const span = this.spans[i] ?? this.add();
       if (span.firstChild?.data !== token.text) span.textContent = token.text;
-      span.className = `tok ${look(token)}${span.classList.contains("open") ? " open" : ""}`;
+      span.className = `tok ${tokenClass(token)}${span.classList.contains("open") ? " open" : ""}`;
       span.token = token;
     });
     for (const span of this.spans.splice(tokens.length)) span.remove();
@@ -76,51 +76,51 @@ export class Answer {
 
   add() {
     const span = make("span", { role: "button", tabindex: this.spans.length ? "-1" : "0" });
-    explains(span, () => aboutToken(span.token));
+    attachPopover(span, () => tokenContent(span.token));
     this.spans.push(span);
     this.tail.before(span);
     return span;
   }
 
   /**
-   * What it cost, as far as that is known.
-   * @param {{score: number|null, judge: string|null, read: number, ratio: number|null, share: number, usage: object}|null} cost
-   * @param {string|null} note why it ended, if not by itself
+   * Show the cost, as far as it is known.
+   * @param {{score: number|null, scorer: string|null, read: number, ratio: number|null, share: number, usage: object}|null} cost
+   * @param {string|null} note why the answer is incomplete
    */
-  account(cost, note = null) {
+  showCost(cost, note = null) {
     const rows = [];
     const row = (name, value) => rows.push(make("dt", {}, name), make("dd", {}, ...[value].flat()));
     const score = cost?.score ?? null;
-    if (score !== null) row("Score", [make("span", { class: "big" }, figure(score)), make("span", { class: "sub" }, ` by the value “${cost.judge}”; higher is better`)]);
-    if (!cost) row("Written", this.words);
+    if (score !== null) row("Score", [make("span", { class: "big" }, formatNumber(score)), make("span", { class: "sub" }, ` by the value “${cost.scorer}”; higher is better`)]);
+    if (!cost) row("Length", this.length);
     if (cost) {
       const bar = make("i");
       bar.style.width = `${Math.max(1, 100 * cost.share)}%`;
       const parts = Object.entries(cost.usage).map(([name, n]) => `${name} ${n.toLocaleString("en")}`).join(" · ");
-      row("Cost", [cost.ratio === null ? "" : `${figure(cost.ratio, cost.ratio < 10 ? 1 : 0)} × plain sampling`, make("span", { class: "cost", "aria-hidden": "true" }, bar)]);
+      row("Cost", [cost.ratio === null ? "" : `${formatNumber(cost.ratio, cost.ratio < 10 ? 1 : 0)} × plain sampling`, make("span", { class: "cost", "aria-hidden": "true" }, bar)]);
       row("Tokens read", `${cost.read.toLocaleString("en")} (${parts})`);
     }
-    if (this.first !== null) row("First text", `${figure(this.first)} s`);
-    if (this.end?.seconds !== undefined) row("Whole answer", `${figure(this.end.seconds)} s`);
-    const why = { stop: "the text ended", length: "longest length reached" }[this.end?.finish];
+    if (this.first !== null) row("First text", `${formatNumber(this.first)} s`);
+    if (this.end?.seconds !== undefined) row("Total time", `${formatNumber(this.end.seconds)} s`);
+    const why = { stop: "end of text", length: "maximum length" }[this.end?.finish];
     if (note ?? why) row("Ended", note ?? why);
     this.facts.replaceChildren(...rows);
   }
 
-  /** How much there is. */
-  get words() {
+  /** Number of committed tokens, in words. */
+  get length() {
     return count(this.tokens.filter((t) => !t.tentative).length, "token");
   }
 }
 
-/** Tokens of the best kept draft, as far as the server tells them. */
-function best(kept) {
+/** Tokens of the best kept draft. */
+function bestDraft(kept) {
   const first = kept.reduce((a, b) => (!a || (b.score ?? 0) > (a.score ?? 0) ? b : a), null);
   return first ? first.tokens.map((text, i) => ({ text, shift: first.shift[i] ?? 0 })) : [];
 }
 
-/** Classes of a token: direction, and strength in four steps; below 0.1 nats none. */
-export function look({ shift, tentative }) {
+/** CSS classes of a token: direction and strength of its shift; none below 0.1 nats. */
+export function tokenClass({ shift, tentative }) {
   if (tentative) return "tentative";
   const size = Math.abs(shift);
   if (size < 0.1) return "";

@@ -1,12 +1,12 @@
-// The one popover: what guidance did to a token, or what a draft of the tree says. Opens by pointer, focus or tap; Escape closes it.
+// The popover: alternatives of a token, or the text of a draft. Opens by pointer, focus or tap; Escape closes it.
 
-import { byId, figure, make, shown, signed } from "./dom.js";
+import { byId, formatNumber, make, visible, signed } from "./dom.js";
 
 const pop = byId("pop");
 let owner = null;
 
 /** `element` opens the popover; `content()` gives its children, or null for none. */
-export function explains(element, content) {
+export function attachPopover(element, content) {
   const show = () => open(element, content);
   element.addEventListener("pointerenter", (e) => e.pointerType === "mouse" && show());
   element.addEventListener("pointerleave", (e) => e.pointerType === "mouse" && document.activeElement !== element && close(element));
@@ -36,7 +36,7 @@ function open(element, content) {
   pop.style.top = `${window.scrollY + (below ? at.bottom + 8 : at.top - size.height - 8)}px`;
 }
 
-/** Close it, if `element` (or anything) has it open; was there anything to close? */
+/** Close the popover if `element` (default: any element) has it open; returns whether it was open. */
 export function close(element = owner) {
   if (!owner || element !== owner) return false;
   owner.classList.remove("open");
@@ -46,26 +46,26 @@ export function close(element = owner) {
   return true;
 }
 
-/** In words: how far guidance moved a token. */
-export function moved(shift) {
-  if (Math.abs(shift) < 0.05) return "Guidance left its chance as it was.";
+/** How far guidance changed the probability of a token, in words. */
+export function describeShift(shift) {
+  if (Math.abs(shift) < 0.05) return "Guidance did not change its probability.";
   const factor = Math.exp(Math.abs(shift));
-  const times = factor >= 1000 ? "more than 1000 times" : `${figure(factor, factor < 10 ? 1 : 0)} times`;
+  const times = factor >= 1000 ? "more than 1000 times" : `${formatNumber(factor, factor < 10 ? 1 : 0)} times`;
   return `Guidance made it ${times} ${shift > 0 ? "likelier" : "less likely"}.`;
 }
 
-/** For a token: words, and its rivals before and after guidance as bars. */
-export function aboutToken(token) {
-  const head = [make("h3", {}, `“${shown(token.text)}”`), make("div", {}, `${moved(token.shift)} (${signed(token.shift)} nats)`)];
+/** Content for a token: its shift, and its alternatives before and after guidance. */
+export function tokenContent(token) {
+  const head = [make("h3", {}, `“${visible(token.text)}”`), make("div", {}, `${describeShift(token.shift)} (${signed(token.shift)} nats)`)];
   if (!token.top) return head;
-  return [...head, bars(rivals(token), token)];
+  return [...head, alternativesTable(alternatives(token), token)];
 }
 
 /**
- * The likeliest tokens of both distributions and the drawn one: text, probability before and after. Where a side does not list a
- * token, it is null: less than the least that is listed.
+ * The likeliest tokens of both distributions and the drawn one, with their probabilities before and after guidance; null where a
+ * distribution does not list the token.
  */
-export function rivals(token) {
+export function alternatives(token) {
   const rows = new Map();
   const add = (list, side) => list.forEach(({ text, logprob }) => {
     if (!rows.has(text)) rows.set(text, { text, before: null, after: null });
@@ -76,12 +76,12 @@ export function rivals(token) {
   return [...rows.values()].sort((a, b) => (b.after ?? 0) - (a.after ?? 0) || (b.before ?? 0) - (a.before ?? 0));
 }
 
-function bars(rows, token) {
+function alternativesTable(rows, token) {
   const drawn = token.text, least = (list) => Math.exp(Math.min(...list.map((t) => t.logprob)));
-  const head = make("tr", {}, make("th", { scope: "col" }, "could be"), make("th", { scope: "col" }, "model alone"), make("th", { scope: "col" }, "guided"));
+  const head = make("tr", {}, make("th", { scope: "col" }, "token"), make("th", { scope: "col" }, "model alone"), make("th", { scope: "col" }, "guided"));
   const body = rows.map((r) =>
     make("tr", r.text === drawn ? { class: "drawn" } : {},
-      make("td", {}, shown(r.text), ...(r.text === drawn ? [make("span", { class: "visually-hidden" }, " (was drawn)")] : [])),
+      make("td", {}, visible(r.text), ...(r.text === drawn ? [make("span", { class: "visually-hidden" }, " (was drawn)")] : [])),
       make("td", {}, meter(r.before, "before", least(token.top_base))), make("td", {}, meter(r.after, "after", least(token.top)))));
   return make("table", {}, make("thead", {}, head), make("tbody", {}, ...body));
 }
@@ -94,10 +94,10 @@ function meter(p, side, least) {
 
 const percent = (p) => `${Math.round(100 * p)} %`;
 
-/** For a draft of the tree. */
-export function aboutDraft(node) {
-  const fate = node.won ? "Became the answer." : node.kept ? "Kept." : "Dropped.";
-  const end = { stop: " It ended here.", length: " It reached the longest length." }[node.finish] ?? "";
-  const score = node.score === null ? "" : ` Score ${figure(node.score)}.`;
-  return [make("h3", {}, `Chunk ${node.column + 1}`), make("div", {}, fate + score + end), make("div", { class: "text" }, node.chunk || "(nothing more)")];
+/** Content for a draft of the tree. */
+export function draftContent(node) {
+  const status = node.won ? "Became the answer." : node.kept ? "Kept." : "Dropped.";
+  const end = { stop: " The text ended here.", length: " Maximum length reached." }[node.finish] ?? "";
+  const score = node.score === null ? "" : ` Score ${formatNumber(node.score)}.`;
+  return [make("h3", {}, `Chunk ${node.column + 1}`), make("div", {}, status + score + end), make("div", { class: "text" }, node.chunk || "(no text)")];
 }
