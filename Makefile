@@ -71,7 +71,7 @@ test-vllm: $(VLLM_VENV)/.ready ## the engine inside real vLLM, on the CPU
 docs: reference site ## rewrite the generated reference pages and build the site into build/site
 
 reference: $(VENV)/.dev
-	@$(RUN)/python -m ivg.cli.reference > docs/reference/cli.md
+	@$(RUN)/python -m ivg.cli.reference docs/reference
 
 site: $(VENV)/.dev
 	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet

@@ -20,7 +20,8 @@ from ivg.models.loading import LoadOptions, load_causal
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.search.methods import METHODS, Method, get_method, resolve_fallbacks
 from ivg.search.searcher import Request, Searcher, check_engine
-from ivg.settings.recipe import ROLES
+from ivg.settings.models import ROLES
+from ivg.settings.sampling import DEFAULT_SAMPLING as DEFAULT_SAMPLING
 from ivg.types import Completion, Engine, Prompt, SamplingParams, TokenGuidance, Value
 from ivg.types.messages import Conversation, PromptLike, read_prompts
 from ivg.types.scores import require_scores, score_each
@@ -32,8 +33,6 @@ from ivg.values.implicit import AutoregressiveReward, ImplicitValue
 from ivg.values.reward import load_reward
 
 _SAMPLING = frozenset(f.name for f in fields(SamplingParams))
-DEFAULT_SAMPLING = SamplingParams(temperature=0.7, max_new_tokens=50)
-"""As in the sentiment experiments of the IVG paper (arXiv 2409.17819)."""
 
 _COMPOSITES = 256
 """Weighted sums of values that are cached: a server may see any number of weights."""

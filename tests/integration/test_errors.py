@@ -99,7 +99,11 @@ TABLE = [
         "cannot load the function 'wrong.py:score': SyntaxError: invalid syntax (wrong.py, line 1) - expected module:function or "
         "file.py:function",
     ),
-    ("check --template nobody=chat", "--template 'nobody=chat' - expected ROLE=TEMPLATE for a model that is given, e.g. base=chat"),
+    (
+        "check --template nobody=chat",
+        "--template 'nobody=chat' - expected ROLE=TEMPLATE with ROLE one of base, tuned, untuned, value, reward, arm",
+    ),
+    ("check --template base=chat", "--template 'base=chat', but no model is given for base - give --base MODEL with it"),
     # check
     ("check --preferences none.jsonl", f"no such file: none.jsonl{FILE}"),
     ("check --preferences empty.jsonl", "empty.jsonl is empty"),
@@ -114,21 +118,21 @@ TABLE = [
         TIES,
     ),
     ("check --preferences pairs.jsonl --betas a,b", "--betas 'a,b' - expected numbers with commas between them, e.g. 0.25,0.5,1,2"),
-    ("check --preferences pairs.jsonl --betas 1,nan", "guidance weights must be finite and 0 or more, got 1, nan"),
-    ("check --preferences pairs.jsonl --betas -1", "guidance weights must be finite and 0 or more, got -1"),
+    ("check --preferences pairs.jsonl --betas 1,nan", "betas must be finite and at least 0, got 1, nan"),
+    ("check --preferences pairs.jsonl --betas -1", "betas must be finite and at least 0, got -1"),
     (
         "check --preferences pairs.jsonl --temperature 0",
-        "a sweep draws texts, so its temperature must be above 0 - give one, e.g. --temperature 0.7",
+        "a sweep samples texts, so its temperature must be above 0 - give e.g. --temperature 0.7",
     ),
     (
         "check --preferences pairs.jsonl --judge nobody",
-        "no value called 'nobody' to judge by - expected one of: implicit, explicit, explicit-other, gold, none",
+        "no value called 'nobody' for --judge - expected one of: implicit, explicit, explicit-other, gold, none",
     ),
     (
         "check --preferences pairs.jsonl --token nobody",
         "no value called 'nobody' - expected one of: implicit, explicit, explicit-other",
     ),
-    ("check --json x.json", "--json is about preferences - give --preferences FILE too"),
+    ("check --json x.json", "--json needs preferences - give --preferences FILE too"),
     ("check words --preferences pairs.jsonl", "got prompts and --preferences - the prompts are taken from the file; leave the others out"),
     ("check --beta nan", "settings: search.beta: expected a finite number, got nan"),
     # train
@@ -231,15 +235,15 @@ TABLE = [
         "unjudged.jsonl, judgement 1: no output_1, output_2, preference - got instruction; expected instruction, output_1, output_2, "
         "preference",
     ),
-    # pack
+    # export
     (
         "pack --out p --base embedded:base",
         "got no model that guides - give --tuned and --untuned, or --arm, or --value with --guides explicit",
     ),
-    ("pack --out p --guides nobody", "vllm.guides: no value called nobody - expected some of: implicit, explicit, explicit-other"),
-    ("pack --out model", "model holds another model - give a directory of its own to the composite"),
-    ("pack --out rewards.py", "File exists: rewards.py - expected a folder, and a file has that name"),
-    ("pack --out p --beta nan", "beta must be finite, got nan"),
+    ("export --out p --guides nobody", "vllm.guides: no value called nobody - expected some of: implicit, explicit, explicit-other"),
+    ("export --out model", "model holds another model - give a directory of its own to the composite"),
+    ("export --out rewards.py", "File exists: rewards.py - expected a folder, and a file has that name"),
+    ("export --out p --beta nan", "beta must be finite, got nan"),
 ]
 TYPED = [
     ("nothing", "Error: No such command 'nothing'."),
@@ -247,7 +251,7 @@ TYPED = [
     ("check --nothing", "Error: No such option: --nothing"),
     ("train nothing", "Error: No such command 'nothing'."),
     ("train dpo", "Error: Missing option '--model'."),
-    ("pack", "Error: Missing option '--out' / '-o'."),
+    ("export", "Error: Missing option '--out' / '-o'."),
     ("eval", "Error: Missing argument 'task'."),
 ]
 """What click itself says, behind its two lines on usage."""

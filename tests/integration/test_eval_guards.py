@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 from test_eval import copy, done, hub, recipe  # noqa: F401  (fixtures)
 
-from ivg.cli.eval import evaluate
 from ivg.errors import ConfigError, PromptError
 from ivg.evaluation import runner
 from ivg.evaluation.methods import BASE_SAMPLES
@@ -295,6 +294,14 @@ def test_the_form_of_the_bound_is_the_method_s(hub, tmp_path):  # noqa: F811
 # Input
 
 
+def evaluate(task, out, **options):
+    """``ivg eval`` in this process."""
+    from ivg.cli.app import app
+
+    words = [f"--{name}={value}" for name, value in options.items()]
+    app(["eval", task, "--out", str(out), *words], standalone_mode=False)
+
+
 def data(tmp_path, *rows):
     path = tmp_path / "data.jsonl"
     path.write_text(as_lines(rows))
@@ -380,7 +387,7 @@ def test_gold_of_a_check_is_the_recipe_s(monkeypatch):
     _gold(Recipe())
     _gold(Recipe.parse({"models": {"base": "someone/model"}, "eval": {"gold": "someone/reward"}}))
     assert seen == ["embedded:gold", "someone/reward"]
-    with pytest.raises(ConfigError, match="--judge gold, but which"):
+    with pytest.raises(ConfigError, match="--judge gold needs a gold reward"):
         _gold(Recipe.parse({"models": {"base": "someone/model"}}))
 
 

@@ -375,12 +375,12 @@ def test_what_a_function_imports_from_beside_it_counts(tmp_path, monkeypatch):
 
 
 def test_runs_of_training_write_one_folder_at_a_time(tmp_path):
-    from ivg.cli.train import extra
+    from ivg.cli.train_run import train_extra
 
-    with extra(tmp_path / "run"):
-        with pytest.raises(OutputError, match=r"another run is writing .*/run "), extra(tmp_path / "run"):
+    with train_extra(tmp_path / "run"):
+        with pytest.raises(OutputError, match=r"another run is writing .*/run "), train_extra(tmp_path / "run"):
             pass
-        with extra(tmp_path / "other"):
+        with train_extra(tmp_path / "other"):
             pass
     assert not list(tmp_path.iterdir())
 

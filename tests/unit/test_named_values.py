@@ -8,7 +8,7 @@ import pytest
 
 from ivg import GuidedModel
 from ivg.cli import main
-from ivg.cli.options import recipe_of
+from ivg.cli.recipe_options import RecipeOptions
 from ivg.errors import ConfigError
 from ivg.factory.recipe import load_models
 from ivg.search.methods import METHODS, Method
@@ -146,7 +146,7 @@ def test_every_setting_can_be_given_at_the_edge():
     texts = {"weights": "a=1,b=2", "select_weights": "a=1", "token": "none", "select": "explicit", "transform": "centered", "rule": "top"}
     texts["chunk_length"] = "4"
     given = [f"{name}={texts.get(name, {bool: 'false', int: '4', float: '0.5'}.get(type(f.default), '0.5'))}" for name, f in _fields()]
-    read = recipe_of(None, None, {"method": "custom", "settings": given})
+    read = RecipeOptions("search").build({"search_method": "custom", "set": given})
     assert set(read.search.settings()) == settings
     made = METHODS["cbs-explicit"].with_settings(**read.search.settings())
     assert (made.weights, made.gate, made.tries, made.original) == ((("a", 1.0), ("b", 2.0)), 0.5, 4, False)

@@ -298,13 +298,6 @@ def test_weights_need_their_values_and_a_way_to_combine():
     assert get_method("eft", weights="a=1,b=2", beta=0).search({}).guidance is None
 
 
-def test_every_setting_is_described():
-    from ivg.cli.models import setting_rows
-
-    assert all(meaning for _, _, meaning in setting_rows())
-    assert {"gate", "weights", "decay", "tries"} <= {name for name, _, _ in setting_rows()}
-
-
 @pytest.mark.parametrize("name", ["cards", "smc", "adaptive", "eft-gated"])
 def test_rows_of_the_table(name):
     assert METHODS[name].checked() is METHODS[name]

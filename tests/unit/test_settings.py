@@ -4,13 +4,16 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ivg.cli.options import command
+from ivg.cli.recipe_options import RecipeOptions
 from ivg.errors import ConfigError
 from ivg.search.methods import Method, get_method
 from ivg.search.request import Particles, Rejection, Request, Search
-from ivg.settings.recipe import Recipe, SamplingConfig, SearchConfig
+from ivg.settings.recipe import ModelRef, Recipe, SamplingConfig, SearchConfig
 from ivg.settings.rules import WEIGHTS
 from ivg.settings.schema import rules_of
 from ivg.settings.search import RequestSettings, SearchSettings
@@ -132,40 +135,81 @@ def test_seeds_are_64_bits(seed):
     assert all(mix(as_seed(n)) == mix(n) and -(1 << 63) <= as_seed(n) < 1 << 63 for n in (0, 1 << 63, (1 << 64) - 1))
 
 
-def test_options_of_the_command_line(monkeypatch):
-    from ivg.cli.options import recipe_of
+def typed(*words, tables=("models", "search", "sampling", "run"), **how):
+    """The recipe that a verb with these tables gets."""
+    found = []
 
-    assert recipe_of(None, None, {"settings": ["width=3", "beta=.5", "original=true", "rule=soft"]}).search.settings() == {
-        "width": 3,
-        "beta": 0.5,
-        "original": True,
-        "rule": "soft",
-    }
-    for wrong in ("width=2.5", "width=true", "beta=nan", "beta=inf", "original=1", "rule=best", "gate=-1"):
-        with pytest.raises(ConfigError, match=wrong.partition("=")[0]):
-            recipe_of(None, None, {"settings": [wrong]})
+    @command(recipe=RecipeOptions(*tables, **how))
+    def verb(*, recipe: Recipe) -> None:
+        found.append(recipe)
+
+    app = typer.Typer()
+    app.command()(verb)
+    app(list(words), standalone_mode=False)
+    return found[0]
+
+
+def test_options_of_the_command_line():
+    further = [word for text in ("width=3", "beta=.5", "original=true", "rule=soft", "run.batch_size=3") for word in ("--set", text)]
+    recipe = typed(*further, "--stop", "a\\n", "--stop", "b")
+    assert recipe.search.settings() == {"width": 3, "beta": 0.5, "original": True, "rule": "soft"}
+    assert recipe.run.batch_size == 3 and recipe.sampling.settings() == {"stop": ["a\n", "b"]}
+    for wrong in ("width=2.5", "width=true", "beta=nan", "beta=inf", "original=1", "rule=best", "gate=-1", "run.n=0", "eval.seeds=x"):
+        with pytest.raises(ConfigError, match=wrong.partition("=")[0].replace(".", r"\.")):
+            typed("--set", wrong)
+    for wrong in ("colour=1", "width", "colour.red=1"):
+        with pytest.raises(ConfigError, match=r"expected KEY=VALUE with KEY one of .*, or TABLE\.KEY=VALUE with TABLE one of models"):
+            typed("--set", wrong)
     with pytest.raises(ConfigError, match=r"run.seed.*2\*\*63"):
-        recipe_of(None, None, {"seed": 1 << 64})
+        typed("--seed", str(1 << 64))
+
+
+def test_templates_of_the_command_line(tmp_path):
+    assert typed("--base", "b", "--template", "base=chat").models.base == ModelRef(path="b", template="chat")
+    with pytest.raises(ConfigError, match="no model is given for base\n  give --base MODEL with it"):
+        typed("--template", "base=chat")
+    with pytest.raises(ConfigError, match="expected ROLE=TEMPLATE with ROLE one of base, tuned"):
+        typed("--template", "chat")
+    file = tmp_path / "recipe.toml"
+    file.write_text("[models]\nbase = { path = 'a', template = 'chat' }\n")
+    assert typed("--recipe", str(file), "--base", "b").models.base == ModelRef(path="b", template="chat")
 
 
 def test_guides_alone_choose_their_method():
-    from ivg.cli.options import recipe_of, without_sizes
+    def method(*words, **how):
+        return typed(*words, **how).search.method
 
-    def method(**given):
-        return recipe_of(None, None, given).search.method
+    pair = ("--tuned", "t", "--untuned", "u")
+    assert method() == method("--base", "b") == "ivg"
+    assert method("--reward", "r") == method("--base", "b", "--value", "v") == "cbs-explicit"
+    assert method(*pair) == "eft"
+    assert method(*pair, "--value", "v") == method(*pair, "--token", "explicit") == "ivg"
+    assert method("--reward", "r", "--method", "bon") == "bon"
+    assert method("--arm", "a") == "genarm"
+    assert method("--arm", "a", method="base") == "base"
 
-    assert method() == method(base="b") == "ivg"
-    assert method(reward="r") == method(base="b", value="v") == "cbs-explicit"
-    assert method(tuned="t", untuned="u") == "eft"
-    assert method(tuned="t", untuned="u", value="v") == "ivg"
-    assert method(reward="r", method="bon") == "bon"
-    assert method(arm="a") == "genarm"
-    for settings in ({"width": 4}, {"width": 4, "successors": 2}):
-        kept, note = without_sizes(recipe_of(None, None, {"method": "base", **settings}))
-        assert kept.search.settings() == {} and note.startswith("note: width=4")
-    for options in ({"method": "base"}, {"method": "ivg", "width": 4}, {"method": "base", "width": 4, "select": "explicit"}):
-        found = recipe_of(None, None, options)
-        assert without_sizes(found) == (found, None)
+
+@pytest.mark.parametrize(
+    "line, note",
+    [
+        ("--method base -W 4", "note: width=4 ignored: the method base selects among nothing (--select VALUE makes it a search)"),
+        (
+            "--method bon --beta 2 --gate 1",
+            "note: beta=2.0, gate=1.0 ignored: the method bon guides no tokens (--token VALUE makes it do so)",
+        ),
+        ("--method ivg --set tries=3", "note: tries=3 ignored: it belongs to rule=reject"),
+        ("--method ivg -W 2 --beta 2 --gate 1", ""),
+        ("--method bon --token implicit --beta 2", ""),
+        ("--method cards --set tries=3", ""),
+        ("--method base -W 1", ""),
+        ("--method base -W 4 --select explicit", ""),
+    ],
+)
+def test_settings_without_effect_are_said(line, note, capsys):
+    recipe = typed(*line.split(), check_method=True)
+    assert capsys.readouterr().err.strip() == note
+    if note:
+        assert recipe.search.settings() == {}
 
 
 def test_a_reward_alone_steers_the_embedded_base(tmp_path):

@@ -6,68 +6,26 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ivg.errors import ConfigError
 from ivg.search.methods import Method, get_method
-
-BASELINES = ("transformers", "vllm")
-"""Plain sampling of the base model by transformers' ``generate``, and by vLLM where it is installed."""
+from ivg.settings.bench import BASELINES as BASELINES
+from ivg.settings.bench import BenchOptions
 
 METHOD = "ivg"
 """Label of the method under test, beside the baselines."""
 
 
-@dataclass(frozen=True)
-class BenchSettings:
-    """One benchmark.
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings(BenchOptions):
+    """One benchmark: what is measured, and by which method; ``width``, ``successors`` and ``chunk_length``: None is the method's."""
 
-    Attributes:
-        shape: shape of the base model (:data:`ivg.bench.shapes.SHAPES`).
-        guide: shape of guides and value; None: the usual one for the base.
-        method: name of the method to measure.
-        width: beams W; None: the method's default.
-        successors: successors of each beam K; None: the method's default.
-        chunk_length: tokens between selections L; None: the method's default.
-        prompts: number of prompts.
-        prompt_tokens: tokens of each prompt.
-        new_tokens: tokens of each answer; none ends earlier.
-        temperature: of the method and the baselines.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        device: None: the best available.
-        threads: PyTorch threads; None: PyTorch's default.
-        rounds: measurements of the method and of each baseline.
-        baselines: some of :data:`BASELINES`, in the order in which each round runs them.
-        max_beams: beams of all requests that run at once.
-        seed: random seed of weights, prompts and sampling.
-
-    Raises:
-        ConfigError: a value out of range, an unknown baseline.
-    """
-
-    shape: str = "gpt2-small-16k"
-    guide: str | None = None
     method: str = "ivg"
     width: int | None = None
     successors: int | None = None
     chunk_length: int | None = None
-    prompts: int = 8
-    prompt_tokens: int = 32
-    new_tokens: int = 50
     temperature: float = 0.7
     dtype: str = "auto"
     device: str | None = None
-    threads: int | None = None
-    rounds: int = 5
-    baselines: tuple[str, ...] = ("transformers",)
-    max_beams: int = 256
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("prompts", "prompt_tokens", "new_tokens", "rounds", "max_beams", "threads"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ConfigError(f"{name} must be at least 1, got {number}")
-        if set(self.baselines) - set(BASELINES) or len(set(self.baselines)) < len(self.baselines):
-            raise ConfigError(f"baselines {', '.join(self.baselines)}\n  expected some of {', '.join(BASELINES)}, each once")
 
     @property
     def resolved_method(self) -> Method:

@@ -1,29 +1,73 @@
-"""The Typer application: names of the verbs, their help, and nothing else."""
+"""The Typer application: names of the verbs and their help. A verb's module is imported when it is called, so that --help is instant."""
 
 from __future__ import annotations
 
-import typer
+from importlib import import_module
+from typing import Any
 
-from ivg.cli import bench, check, compare, eval, export, generate, models, serve, train, winrate
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+VERBS: dict[str, tuple[str, str, str]] = {
+    "generate": ("generate", "generate", "Answer prompts by a frozen model with value guidance."),
+    "compare": ("compare", "compare", "Answer one prompt by several methods, with scores, tokens spent and seconds."),
+    "models": ("models", "models", "List the embedded models, the methods, and the settings of methods."),
+    "train": ("train", "app", "Train a guide pair (sft, dpo), a reward model, and values from rollouts."),
+    "check": ("check", "check", "Do these models fit together, and will guidance help?"),
+    "eval": ("eval", "evaluate", "Compare methods on a task: sentiment, summarization or alpaca."),
+    "winrate": ("winrate", "winrate", "Win rates from judgements."),
+    "serve": ("serve", "serve", "Serve the models: OpenAI's protocol at /v1, a playground at /."),
+    "export": ("export", "export", "Write a composite model for vLLM: base and guides, weights by reference."),
+    "bench": ("bench", "bench", "Measure time and memory of a method, beside plain sampling."),
+}
+"""Module, function and first line of help, by the verb's name."""
+DEPRECATED = {"pack": "export"}
+"""Old names of verbs; they go in 0.3."""
+
+
+class LazyCommand(TyperCommand):
+    """A verb's name and first line of help; the rest is loaded when it is called."""
+
+    def load(self) -> Any:
+        """The whole command."""
+        name = DEPRECATED.get(str(self.name), str(self.name))
+        module = import_module(f"ivg.cli.{VERBS[name][0]}")
+        found = getattr(module, VERBS[name][1])
+        if not isinstance(found, typer.Typer):
+            verb, found = found, typer.Typer(add_completion=False)
+            found.command(name, help=module.HELP)(verb)
+        loaded: Any = typer.main.get_command(found)
+        loaded.name = self.name
+        return loaded
+
+
+class LazyGroup(TyperGroup):
+    """All verbs, none of them imported."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more)
+        for name, (_, _, text) in VERBS.items():
+            self.commands[name] = LazyCommand(name, help=text)
+        for name in DEPRECATED:
+            self.commands[name] = LazyCommand(name, hidden=True)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that ``args`` name, loaded."""
+        name, found, rest = super().resolve_command(ctx, args)
+        if name in DEPRECATED:
+            typer.echo(f"note: ivg {name} is now ivg {DEPRECATED[name]}; the old name goes in 0.3", err=True)
+        return name, found.load() if isinstance(found, LazyCommand) else found, rest
+
 
 app = typer.Typer(
     name="ivg",
-    help="Steer any causal language model, frozen, with small value functions (Integrated Value Guidance).",
+    help="Align any causal language model, frozen, with small value functions (Integrated Value Guidance).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    cls=LazyGroup,
 )
-app.command("generate", help=generate.HELP)(generate.generate)
-app.command("compare", help=compare.HELP)(compare.compare)
-app.command("models", help=models.HELP)(models.models)
-app.add_typer(train.app)
-app.command("check", help=check.HELP)(check.check)
-app.command("eval", help=eval.HELP)(eval.evaluate)
-app.command("winrate", help=winrate.HELP)(winrate.winrate)
-app.command("serve", help=serve.HELP)(serve.serve)
-app.command("pack", help=export.HELP)(export.pack)
-app.command("bench", help=bench.HELP)(bench.bench)
 
 
 @app.callback(invoke_without_command=True)

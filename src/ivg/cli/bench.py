@@ -7,8 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ivg.cli import options as o
+from ivg.cli.options import Options, command
+from ivg.cli.recipe_options import RecipeOptions
 from ivg.errors import ConfigError
+from ivg.settings.bench import BenchOptions
+from ivg.settings.recipe import Recipe
 
 HELP = """Measure time and memory of a method on random models of a named shape, beside plain sampling.
 
@@ -16,44 +19,32 @@ Baselines, each with W*K samples of the base model for every prompt: transformer
 
 Prints a table, then one JSON line. The columns are explained in docs/reference/benchmarks.md."""
 
-_BENCH = "Benchmark"
+_OFFERED = {
+    "search": ("method", "width", "successors", "chunk_length"),
+    "sampling": ("temperature",),
+    "run": ("device", "dtype", "seed"),
+}
 
 
-def _option(name: str, help: str, **more: Any) -> Any:
-    return typer.Option(name, help=help, rich_help_panel=_BENCH, **more)
-
-
+@command(given=Options(BenchOptions, "Benchmark", make=dict), recipe=RecipeOptions(*_OFFERED, only=_OFFERED, bare=True))
 def bench(
-    shape: Annotated[str | None, _option("--shape", "Base: gpt2-small, gpt2-large, gpt2-small-16k, llama-1b, llama-7b, embedded …")] = None,
-    guide: Annotated[str | None, _option("--guide", "Shape of guides and value: guide-17m … (default: the usual one for the base)")] = None,
-    prompts: Annotated[int | None, _option("--prompts", "Number of prompts. (default: 8)")] = None,
-    prompt_tokens: Annotated[int | None, _option("--prompt-tokens", "Tokens of each prompt. (default: 32)")] = None,
-    new_tokens: Annotated[int | None, _option("--new-tokens", "Tokens of each answer. (default: 50)")] = None,
-    method: o.Method = None,
-    width: o.Width = None,
-    successors: o.Successors = None,
-    chunk_length: o.ChunkLength = None,
-    temperature: o.Temperature = None,
-    rounds: Annotated[int | None, _option("--rounds", "Measurements of the method and of each baseline. (default: 5)")] = None,
-    baselines: Annotated[
-        str | None, _option("--baselines", "Comma-separated: transformers, vllm; or none. (default: transformers)")
-    ] = None,
-    contestants: Annotated[str | None, _option("--contestants", "Deprecated: use --baselines.", hidden=True)] = None,
-    max_beams: Annotated[int | None, _option("--max-beams", "Beams of all requests that run at once. (default: 256)")] = None,
-    threads: Annotated[int | None, _option("--threads", "PyTorch threads. (default: PyTorch's)")] = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    seed: o.Seed = None,
-    out: Annotated[Path | None, _option("--out", "JSONL file for the measurements; the same command again resumes.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="JSONL file for the measurements; the same command again resumes.")] = None,
+    contestants: Annotated[str | None, typer.Option("--contestants", help="Deprecated: use --baselines.", hidden=True)] = None,
+    *,
+    given: dict[str, Any],
+    recipe: Recipe,
 ) -> None:
     """See HELP."""
-    given = {k: v for k, v in locals().items() if k not in ("out", "contestants", "baselines")}
-    from ivg.bench.settings import from_mapping
+    from ivg.bench.settings import BenchSettings
 
     if contestants is not None:
         typer.echo("--contestants is deprecated: use --baselines", err=True)
-        baselines = _renamed(contestants)
-    settings = from_mapping(given | {"baselines": None if baselines is None else _names(baselines)})
+        given["baselines"] = _renamed(contestants)
+    if "baselines" in given:
+        given["baselines"] = _names(given["baselines"])
+    search, run = recipe.search, recipe.run
+    given |= {**search.settings(), **recipe.sampling.settings(), "method": search.method}
+    settings = BenchSettings(**given, device=run.device, dtype=run.dtype, seed=run.seed)
 
     from ivg.bench import report, runner
     from ivg.utils import environment

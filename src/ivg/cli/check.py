@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ivg.cli import options as o
+from ivg.cli.options import Options, command
+from ivg.cli.recipe_options import RecipeOptions
 from ivg.errors import ConfigError
+from ivg.settings.check import PreferenceSettings
+from ivg.settings.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,89 +27,50 @@ vocabulary is impossible.
 Will guidance help? Accuracy of every value on preference pairs (prompt, chosen, rejected), divergence of pair and base,
 reward and KL at several betas, and a verdict. Exit code 1 when it will not help, or when the pairs are too few to tell."""
 
-_PREFERENCES = "Will it help? (with --preferences)"
 PROMPTS = ("The movie was", "I have to say that", "In the end,", "What I like most is")
 
 
+_OFFERED = {
+    "search": ("token", "beta"),
+    "sampling": ("temperature", "max_new_tokens", "stop", "ignore_eos"),
+    "run": ("generation_config", "seed", "batch_size", "device", "dtype"),
+}
+
+
+@command(
+    recipe=RecipeOptions("models", *_OFFERED, only=_OFFERED),
+    preferences=Options(PreferenceSettings, "Will it help? (with --preferences)", make=PreferenceSettings.of),
+)
 def check(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts to try. (default: four openings)", metavar="PROMPT...")] = None,
-    recipe: o.RecipeFile = None,
-    base: o.Base = None,
-    tuned: o.Tuned = None,
-    untuned: o.Untuned = None,
-    value: o.ValuePath = None,
-    reward: o.Reward = None,
-    arm: o.Arm = None,
-    template: o.Template = None,
-    beta: o.Beta = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    preferences: Annotated[
-        Path | None,
-        typer.Option(
-            "--preferences", help="Pairs (rows of docs/reference/data.md): prompt, chosen, rejected.", rich_help_panel=_PREFERENCES
-        ),
-    ] = None,
-    format: Annotated[
-        str | None,
-        typer.Option("--format", help="jsonl, json, csv or parquet. (default: by the file's name)", rich_help_panel=_PREFERENCES),
-    ] = None,
-    pairs: Annotated[
-        int | None, typer.Option("--pairs", help="The first so many. (default: 400)", min=1, rich_help_panel=_PREFERENCES)
-    ] = None,
-    sweep: Annotated[
-        int | None,
-        typer.Option("--sweep", help="Prompts that texts are drawn for; 0: none. (default: 16)", min=0, rich_help_panel=_PREFERENCES),
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option("--samples", help="Texts for each prompt and beta. (default: 4)", min=2, rich_help_panel=_PREFERENCES)
-    ] = None,
-    betas: Annotated[
-        str | None, typer.Option("--betas", help="Guidance weights to try. (default: 0.25,0.5,1,2)", rich_help_panel=_PREFERENCES)
-    ] = None,
-    from_base: Annotated[
-        bool | None,
-        typer.Option("--from-base", help="Draw from the base only and weigh: cheaper, good for small betas.", rich_help_panel=_PREFERENCES),
-    ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option("--judge", help="Who scores drawn texts: reward, explicit, gold (of the recipe), none.", rich_help_panel=_PREFERENCES),
-    ] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.", rich_help_panel=_PREFERENCES)] = None,
-    token: o.Token = None,
-    temperature: o.Temperature = None,
-    max_new_tokens: o.MaxNewTokens = None,
-    stop: o.Stop = None,
-    ignore_eos: o.IgnoreEos = None,
-    generation_config: o.GenerationConfig = None,
-    seed: o.Seed = None,
-    batch_size: o.BatchSize = None,
+    *,
+    recipe: Recipe,
+    preferences: PreferenceSettings,
 ) -> None:
     """See HELP."""
-    given = o.recipe_of(recipe, template, locals())
-    extra = {"pairs": pairs, "sweep": sweep, "samples": samples, "betas": betas, "from_base": from_base, "judge": judge, "json": json}
-    extra["format"] = format
-    if preferences is None and any(v is not None for v in extra.values()):
-        names = ", ".join(f"--{k.replace('_', '-')}" for k, v in extra.items() if v is not None)
-        raise ConfigError(f"{names} is about preferences\n  give --preferences FILE too")
-    if preferences is not None and prompts:
-        raise ConfigError("got prompts and --preferences\n  the prompts are taken from the file; leave the others out")
     from rich.console import Console
 
     from ivg.factory.recipe import load_models
 
-    out = Console(highlight=False)
-    model = load_models(given)
-    fits = _table(out, model)
-    _generation_config(out, model)
-    if preferences is not None:
-        from ivg.cli.preference_check import CheckOptions, run
+    if preferences.preferences is not None:
+        from ivg.cli.preference_check import run
 
-        raise typer.Exit(run(out, model, given, CheckOptions(preferences, **extra)))  # type: ignore[arg-type]
-    _divergence(out, model, prompts or list(PROMPTS), 1.0 if given.search.beta is None else given.search.beta)
+        if prompts:
+            raise ConfigError("got prompts and --preferences\n  the prompts are taken from the file; leave the others out")
+        raise typer.Exit(run(Console(highlight=False), recipe, preferences))
+    out, model = Console(highlight=False), load_models(recipe)
+    fits = show_models(out, model)
+    _divergence(out, model, prompts or list(PROMPTS), 1.0 if recipe.search.beta is None else recipe.search.beta)
     out.print(f"\nmethods that these models allow: {', '.join(model.methods)}", soft_wrap=True)
     if not fits:
         raise typer.Exit(1)
+
+
+def show_models(out: Console, model: GuidedModel) -> bool:
+    """Print how the models fit together; True when all that guide over the whole vocabulary do."""
+    fits = _table(out, model)
+    _generation_config(out, model)
+    return fits
 
 
 def _table(out: Console, model: GuidedModel) -> bool:

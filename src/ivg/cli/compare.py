@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ivg.cli import options as o
+from ivg.cli.options import command
+from ivg.cli.recipe_options import RecipeOptions
 from ivg.errors import ScoreError
+from ivg.settings.recipe import Recipe
 
 if TYPE_CHECKING:
     from ivg.model import GuidedModel
-    from ivg.settings.recipe import Recipe
     from ivg.values.reward import RewardModel
 
 HELP = """Answer one prompt by several methods, with scores, tokens spent and seconds.
@@ -25,32 +26,17 @@ FAILED = "(failed)"
 DEFAULT = ("base", "bon", "eft", "token-explicit", "cbs-implicit", "cbs-explicit", "ivg")
 
 
+_RUN = ("engine", "seed", "device", "dtype", "generation_config")
+
+
+@command(recipe=RecipeOptions("models", "search", "sampling", "run", only={"run": _RUN}))
 def compare(
     prompt: Annotated[str, typer.Argument(help="What to answer.")],
     methods: Annotated[str | None, typer.Option("--methods", help="Comma-separated. (default: those that the models allow)")] = None,
-    recipe: o.RecipeFile = None,
-    base: o.Base = None,
-    tuned: o.Tuned = None,
-    untuned: o.Untuned = None,
-    value: o.ValuePath = None,
-    reward: o.Reward = None,
-    arm: o.Arm = None,
-    template: o.Template = None,
-    beta: o.Beta = None,
-    draft: o.Draft = None,
-    settings: o.Settings = None,
-    temperature: o.Temperature = None,
-    top_k: o.TopK = None,
-    top_p: o.TopP = None,
-    max_new_tokens: o.MaxNewTokens = None,
-    ignore_eos: o.IgnoreEos = None,
-    generation_config: o.GenerationConfig = None,
-    seed: o.Seed = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
+    *,
+    recipe: Recipe,
 ) -> None:
     """See HELP."""
-    given = o.recipe_of(recipe, template, locals())
     from ivg.cli.progress import progress, report
     from ivg.factory.recipe import load_models
     from ivg.search.methods import get_method
@@ -59,16 +45,16 @@ def compare(
     for name in wanted:
         get_method(name)
     with progress(len(wanted), "methods") as advance:
-        model = load_models(given, every_guide=True)
+        model = load_models(recipe, every_guide=True)
         if methods is None:
             wanted = [m for m in DEFAULT if m in model.methods]
         judge = next((v for v in ("explicit", "reward", "implicit") if v in model.values), None)
-        gold = _gold() if not given.models.given and given.endpoint.model is None else None
+        gold = _gold() if not recipe.models.given and recipe.endpoint.model is None else None
         rows, problems = [], list[str]()
-        for note in _ignored(given, wanted):
+        for note in _ignored(recipe, wanted):
             typer.echo(note, err=True)
         for name in wanted:
-            rows.append(_row(model, prompt, name, given, judge, gold, problems))
+            rows.append(_row(model, prompt, name, recipe, judge, gold, problems))
             advance()
     _print(prompt, rows, judge, gold is not None)
     for problem in problems:

@@ -1,4 +1,4 @@
-"""``ivg pack``: base and guides as one directory that vLLM loads."""
+"""``ivg export``: base and guides as one directory that vLLM loads."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Annotated
 
 import typer
 
-from ivg.cli import options as o
+from ivg.cli.options import command
+from ivg.cli.recipe_options import RecipeOptions
 from ivg.errors import ConfigError
+from ivg.settings.recipe import Recipe
 
 HELP = """Write a composite model for vLLM: base and guides, weights by reference.
 
-    ivg pack --base meta-llama/Llama-3.1-8B --tuned PATH --untuned PATH --out composite
+    ivg export --base meta-llama/Llama-3.1-8B --tuned PATH --untuned PATH --out composite
 
     vllm serve composite --logits-processors ivg.engines.vllm.processor:IVGBeta
 
@@ -21,19 +23,16 @@ Requests then say how much they are guided: {"vllm_xargs": {"ivg_beta": 0.5}}. W
 See docs/how-to/vllm.md."""
 
 
-def pack(
+@command(recipe=RecipeOptions("models", only={"models": ("base", "tuned", "untuned", "value", "arm")}))
+def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; one that holds another model is left alone.")],
-    recipe: o.RecipeFile = None,
-    base: o.Base = None,
-    tuned: o.Tuned = None,
-    untuned: o.Untuned = None,
-    value: o.ValuePath = None,
-    arm: o.Arm = None,
     guides: Annotated[
         str | None,
         typer.Option("--guides", help="Values that guide inside, NAME,NAME … (default: all pairs and arms; ivg_beta is the first's)"),
     ] = None,
     beta: Annotated[float, typer.Option("--beta", help="Weight of the first guide where a request names none.")] = 1.0,
+    *,
+    recipe: Recipe,
 ) -> None:
     """See HELP."""
     from ivg.engines.vllm.export import export_composite as write
@@ -42,13 +41,12 @@ def pack(
 
     if not math.isfinite(beta):
         raise ConfigError(f"beta must be finite, got {beta}")
-    found = o.recipe_of(recipe, None, locals())
     if guides is not None:
-        found = found.override(vllm={"guides": [name.strip() for name in guides.split(",")]})
-    reference, chosen = inner_guides(found, load_options(found), every_guide=True)
+        recipe = recipe.override(vllm={"guides": [name.strip() for name in guides.split(",")]})
+    reference, chosen = inner_guides(recipe, load_options(recipe), every_guide=True)
     if not chosen:
         raise ConfigError("got no model that guides\n  give --tuned and --untuned, or --arm, or --value with --guides explicit")
-    write(reference.path, chosen, out, betas={chosen[0].name: beta}, options=load_options(found))
+    write(reference.path, chosen, out, betas={chosen[0].name: beta}, options=load_options(recipe))
     names = ", ".join(f"{guide.name} ({' - '.join(part for part, _, _ in guide.parts)})" for guide in chosen)
     for note in _dropped(out):
         typer.echo(note, err=True)

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ivg.cli import options as o
+from ivg.cli.options import Options, command
+from ivg.cli.recipe_options import RecipeOptions
 from ivg.errors import ConfigError
+from ivg.settings.ray import RaySettings
+from ivg.settings.recipe import Recipe
+from ivg.settings.train import parse_columns
 
 if TYPE_CHECKING:
+    from ivg.jobs.formats import SourceRow
     from ivg.jobs.prompts import Job
-    from ivg.settings.ray import RaySettings
-    from ivg.settings.recipe import Recipe
     from ivg.types import Completion
 
-_CLUSTER = "Many machines (docs/how-to/scaling.md)"
-Ray = Annotated[
-    str | None,
-    typer.Option("--ray", help="Share prompts out over Ray: local, auto, HOST:PORT or ray://HOST:PORT.", rich_help_panel=_CLUSTER),
-]
-Workers = Annotated[
-    int | None, typer.Option("--workers", help="Copies of the models. (default: as many as there is room for)", rich_help_panel=_CLUSTER)
-]
-Gpus = Annotated[
-    float | None,
-    typer.Option("--gpus-per-worker", help="vllm splits its models over them. (default: 1 if there are any)", rich_help_panel=_CLUSTER),
-]
-Cpus = Annotated[
-    float | None, typer.Option("--cpus-per-worker", help="(default: 1 beside GPUs, else all of a node's)", rich_help_panel=_CLUSTER)
-]
-
-HELP = """Answer prompts, steered.
+HELP = """Answer prompts by a frozen model with value guidance.
 
     ivg generate "The movie was"
 
@@ -42,127 +31,87 @@ Input rows are {"id", "prompt"} or {"id", "messages"}; other columns are copied 
 appended as they are done; the same command again goes on where it stopped."""
 
 
+@command(
+    recipe=RecipeOptions("models", "search", "sampling", "run", check_method=True),
+    cluster=Options(RaySettings, "Many machines (docs/how-to/scaling.md)", make=RaySettings.of),
+)
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, each one argument.", metavar="PROMPT...")] = None,
     input: Annotated[
         Path | None,
         typer.Option("--input", "-i", help="Rows with prompts: JSONL, JSON, CSV, Parquet, gzipped or not; - is standard input."),
     ] = None,
-    format: o.Format = None,
+    format: Annotated[
+        str | None, typer.Option("--format", help="jsonl, json, csv, parquet or text. (default: by the file's name or content)")
+    ] = None,
+    columns: Annotated[str | None, typer.Option("--columns", help="Other column names: OURS=THEIRS,… e.g. prompt=question.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSONL file to append answers to; - is standard output.")] = None,
-    failed: Annotated[Path | None, typer.Option("--failed", help="JSONL file that takes the rows that failed, each with why.")] = None,
+    failed: Annotated[Path | None, typer.Option("--failed", help="JSONL file for the rows that failed, each with the reason.")] = None,
     trace: Annotated[Path | None, typer.Option("--trace", help="Write the search as one HTML page.")] = None,
-    recipe: o.RecipeFile = None,
-    method: o.Method = None,
-    base: o.Base = None,
-    tuned: o.Tuned = None,
-    untuned: o.Untuned = None,
-    value: o.ValuePath = None,
-    reward: o.Reward = None,
-    arm: o.Arm = None,
-    template: o.Template = None,
-    width: o.Width = None,
-    successors: o.Successors = None,
-    chunk_length: o.ChunkLength = None,
-    beta: o.Beta = None,
-    token: o.Token = None,
-    select: o.Select = None,
-    candidates: o.Candidates = None,
-    gate: o.GuardMiddleware = None,
-    draft: o.Draft = None,
-    weights: o.Weights = None,
-    select_weights: o.SelectWeights = None,
-    decay: o.Decay = None,
-    settings: o.Settings = None,
-    temperature: o.Temperature = None,
-    top_k: o.TopK = None,
-    top_p: o.TopP = None,
-    min_p: o.MinP = None,
-    repetition_penalty: o.RepetitionPenalty = None,
-    max_new_tokens: o.MaxNewTokens = None,
-    stop: o.Stop = None,
-    ignore_eos: o.IgnoreEos = None,
-    generation_config: o.GenerationConfig = None,
-    seed: o.Seed = None,
-    n: o.Number = None,
-    batch_size: o.BatchSize = None,
-    engine: o.Engine = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    ray: Ray = None,
-    workers: Workers = None,
-    gpus_per_worker: Gpus = None,
-    cpus_per_worker: Cpus = None,
+    *,
+    recipe: Recipe,
+    cluster: RaySettings | None,
 ) -> None:
     """See HELP."""
-    from ivg.settings.ray import RaySettings
-
-    given = o.recipe_of(recipe, template, locals())
-    cluster = RaySettings.of(ray, workers, gpus_per_worker, cpus_per_worker)
     if bool(prompts) == bool(input):
         raise ConfigError("give prompts, or --input FILE (exactly one of the two)")
-    given, note = o.without_sizes(given)
-    if note is not None:
-        typer.echo(note, err=True)
-    _check_method(given)
-    run(given, prompts or [], input, output, trace, cluster, format=format, failed=failed)
+    _check_files(input, output, failed)
+    rows = _rows(prompts or [], input, format, parse_columns(columns))
+    run(recipe, rows, input, Outputs(output, failed, trace), cluster)
 
 
-def _check_method(recipe: Recipe) -> None:
-    """Before any model is loaded: does the method exist, are its settings possible?"""
-    from ivg.search.methods import get_method
+@dataclass(frozen=True)
+class Outputs:
+    """Files that a run writes."""
 
-    get_method(recipe.search.method, **recipe.search.settings())
+    answers: Path | None = None
+    failed: Path | None = None
+    trace: Path | None = None
 
 
-def run(
-    recipe: Recipe,
-    prompts: list[str],
-    source: Path | None,
-    output: Path | None,
-    trace: Path | None,
-    cluster: RaySettings | None = None,
-    *,
-    format: str | None = None,
-    failed: Path | None = None,
-) -> None:
+def _rows(prompts: list[str], source: Path | None, format: str | None, columns: Mapping[str, str]) -> Iterator[SourceRow]:
+    from ivg.jobs.formats import SourceRow, scan_rows
+
+    if source is None:
+        yield from (SourceRow(f"prompt {i}", {"prompt": p}) for i, p in enumerate(prompts))
+        return
+    for row in scan_rows(source, format=format, hub=False):
+        if row.data is not None and (missing := [theirs for theirs in columns.values() if theirs not in row.data]):
+            raise ConfigError(f"{source}: no column {', '.join(missing)}\n  got {', '.join(row.data)}")
+        yield row if row.data is None else replace(row, data={**row.data, **{ours: row.data[theirs] for ours, theirs in columns.items()}})
+
+
+def run(recipe: Recipe, rows: Iterable[SourceRow], source: Path | None, outputs: Outputs, cluster: RaySettings | None = None) -> None:
     """Answer every prompt that is not answered yet; what cannot be answered is reported, the others are done."""
     from ivg.cli.printing import show
     from ivg.cli.progress import progress, report
     from ivg.jobs.failures import Failures
-    from ivg.jobs.formats import SourceRow, scan_rows
     from ivg.jobs.generate import Callbacks, GenerateRun
     from ivg.jobs.prompts import read_jobs
 
-    _check_files(source, output, failed)
-    failures = Failures(report, failed)
-    rows = (
-        (SourceRow(f"prompt {i}", {"prompt": p}) for i, p in enumerate(prompts))
-        if source is None
-        else scan_rows(source, format=format, hub=False)
-    )
+    failures = Failures(report, outputs.failed)
     jobs = list(read_jobs(rows, failures))
     if not jobs and not failures.count:
         raise ConfigError(f"{source} holds no rows\n  expected rows with prompt or messages")
-    work = GenerateRun(recipe, jobs, failures, cluster, trace=trace is not None)
+    work = GenerateRun(recipe, jobs, failures, cluster, trace=outputs.trace is not None)
     traced: list[tuple[str, Completion]] = []
 
     def on_answer(job: Job, completion: Completion) -> None:
-        if output is None:
+        if outputs.answers is None:
             show(_shown(job.prompt), completion, recipe.search.method, many=len(jobs) * recipe.run.n > 1)
-        if trace is not None:
+        if outputs.trace is not None:
             traced.append((_shown(job.prompt), completion))
 
     callbacks = Callbacks(on_answer, lambda total: progress(total, "answers"), lambda text: typer.echo(text, err=True))
     try:
-        work.run(output, callbacks)
+        work.run(outputs.answers, callbacks)
     finally:
-        if trace is not None and traced:
+        if outputs.trace is not None and traced:
             from ivg.cli.trace import write_trace
 
-            write_trace(trace, traced, recipe.search.method)
+            write_trace(outputs.trace, traced, recipe.search.method)
         failures.close()
-        if "skipped" in work.counts and (source is not None or output is not None):
+        if "skipped" in work.counts and (source is not None or outputs.answers is not None):
             typer.echo(", ".join(f"{name} {work.counts[name]}" for name in ("answered", "skipped", "failed", "already done")), err=True)
     if failures.count:
         raise typer.Exit(1 if work.counts["answered"] or work.counts["already done"] else 2)

@@ -1,50 +1,65 @@
-"""``ivg models``: what is embedded, which methods there are, what can be set."""
+"""``ivg models``: which models are embedded, which methods there are, what can be set."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
 
 HELP = "List the embedded models, the methods, and the settings of methods."
 
 
-def models() -> None:
+def models(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False) -> None:
     """See HELP."""
-    from rich.console import Console
-    from rich.table import Table
+    found = listing()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    _table("Embedded models", found["models"], {"name": "model", "directory": "directory"})
+    columns = {"name": "method", "width": "W", "successors": "K", "chunk_length": "L", "token": "token guide", "select": "selected by"}
+    _table("\nMethods", found["methods"], {**columns, "summary": "what"})
+    title = "\nSettings of methods (--set KEY=VALUE; in recipes the table search)"
+    _table(title, found["settings"], {"name": "setting", "help": "what"}, without=("aliases", "options"))
 
+
+def listing() -> dict[str, list[dict[str, Any]]]:
+    """The embedded ``models``, the ``methods`` with all their settings, and what is known of each setting (``settings``)."""
     from ivg.embedded import names, path
     from ivg.search.methods import METHODS
-
-    out = Console(highlight=False)
-    table = Table("model", "kind", "parameters", "MB", "directory", title="Embedded models", title_justify="left", box=None, pad_edge=False)
-    for name in names():
-        folder = path(name)
-        config = json.loads((folder / "config.json").read_text())
-        weights = folder / "model.safetensors"
-        table.add_row(name, _kind(config), f"{_parameters(weights):,}", f"{weights.stat().st_size / 1e6:.1f}", str(folder))
-    out.print(table)
-    rows = Table(
-        "method", "W", "K", "L", "token guide", "selected by", "what", title="\nMethods", title_justify="left", box=None, pad_edge=False
-    )
-    for s in METHODS.values():
-        length = "-" if s.chunk_length is None else str(s.chunk_length)
-        rows.add_row(s.name, str(s.width), str(s.successors), length, s.token or "-", s.select or "-", s.summary)
-    out.print(rows)
-    title = "\nSettings of methods (--set KEY=VALUE; in recipes the table search)"
-    settings = Table("setting", "default", "what", title=title, title_justify="left", box=None, pad_edge=False)
-    for name, default, meaning in setting_rows():
-        settings.add_row(name, default, meaning)
-    out.print(settings)
-
-
-def setting_rows() -> list[tuple[str, str, str]]:
-    """(name, default, meaning) of every setting of a method."""
     from ivg.settings.schema import settings_of
     from ivg.settings.search import SearchSettings
 
-    rows = settings_of(SearchSettings).values()
-    return [(d.name, "-" if d.default in (None, ()) else str(d.default), d.setting.help) for d in rows]
+    embedded = []
+    for name in names():
+        folder = path(name)
+        config, weights = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
+        size = {"parameters": _parameters(weights), "MB": round(weights.stat().st_size / 1e6, 1)}
+        embedded.append({"name": name, "kind": _kind(config), **size, "directory": str(folder)})
+    methods = [{"name": m.name, "summary": m.summary, **asdict(m)} for m in METHODS.values()]
+    settings = [
+        {"name": d.name, "default": d.default, "help": d.setting.help, "aliases": d.setting.aliases, "options": d.setting.flags}
+        for d in settings_of(SearchSettings).values()
+    ]
+    return {"models": embedded, "methods": methods, "settings": settings}
+
+
+def _table(title: str, rows: list[dict[str, Any]], names: dict[str, str], without: tuple[str, ...] = ()) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = [name for name in rows[0] if name not in without] if len(names) < 3 else list(names)
+    table = Table(*(names.get(name, name) for name in columns), title=title, title_justify="left", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(_cell(row[name]) for name in columns))
+    Console(highlight=False).print(table)
+
+
+def _cell(value: Any) -> str:
+    if value in (None, ()):
+        return "-"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _kind(config: dict[str, Any]) -> str:

@@ -1,211 +1,183 @@
-"""Options that several verbs share, and how they become a recipe."""
+"""Options of the command line, made from the settings that :mod:`ivg.settings` declares.
+
+A verb names the settings that it offers; :func:`command` gives its function a signature with one option for each, and calls it with the
+frozen objects that they make::
+
+    @command(recipe=RecipeOptions("models", "search"), cluster=Options(RaySettings, "Many machines", make=RaySettings.of))
+    def generate(prompts: ..., *, recipe: Recipe, cluster: RaySettings | None) -> None: ...
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import inspect
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
 
 import typer
 
 from ivg.errors import ConfigError
+from ivg.settings.schema import Declared, settings_of
 
-if TYPE_CHECKING:
-    from ivg.settings.recipe import Recipe
-
-_MODELS, _SEARCH, _SAMPLING, _RUN = "Models (none: the embedded ones)", "Search", "Sampling", "Run"
-
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML file with models and settings; options override it.")]
-Format = Annotated[
-    str | None, typer.Option("--format", help="jsonl, json, csv, parquet or text. (default: by the file's name, or what stands in it)")
-]
-Base = Annotated[str | None, typer.Option("--base", help="Frozen model to steer: hub id or directory.", rich_help_panel=_MODELS)]
-Tuned = Annotated[
-    str | None, typer.Option("--tuned", help="Small tuned guide (with --untuned: the implicit value).", rich_help_panel=_MODELS)
-]
-Untuned = Annotated[str | None, typer.Option("--untuned", help="What the guide was tuned from.", rich_help_panel=_MODELS)]
-ValuePath = Annotated[str | None, typer.Option("--value", help="Trained value network: the explicit value.", rich_help_panel=_MODELS)]
-Reward = Annotated[
-    str | None,
-    typer.Option(
-        "--reward", help="Sequence classifier, or Python function of prompt and response (file.py:function).", rich_help_panel=_MODELS
-    ),
-]
-Arm = Annotated[str | None, typer.Option("--arm", help="Autoregressive reward model (GenARM).", rich_help_panel=_MODELS)]
-Template = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--template", help='How a model reads prompts: ROLE=chat or ROLE="... {prompt} ..."; may be repeated.', rich_help_panel=_MODELS
-    ),
-]
-Method = Annotated[str | None, typer.Option("--method", "-m", help="Named method, or custom (see ivg models).", rich_help_panel=_SEARCH)]
-Width = Annotated[int | None, typer.Option("-W", "--width", help="Beams kept.", rich_help_panel=_SEARCH)]
-Successors = Annotated[int | None, typer.Option("-K", "--successors", help="Continuations of each beam.", rich_help_panel=_SEARCH)]
-ChunkLength = Annotated[int | None, typer.Option("-L", "--chunk-length", help="Tokens between selections.", rich_help_panel=_SEARCH)]
-Beta = Annotated[float | None, typer.Option("--beta", help="Token guidance weight.", rich_help_panel=_SEARCH)]
-Token = Annotated[
-    str | None, typer.Option("--token", help="Value that guides tokens: none, implicit, explicit, reward, arm ….", rich_help_panel=_SEARCH)
-]
-Select = Annotated[
-    str | None, typer.Option("--select", help="Value that selects chunks: none, implicit, explicit, reward ….", rich_help_panel=_SEARCH)
-]
-Candidates = Annotated[
-    int | None,
-    typer.Option("--guide-candidates", help="Re-score this many likely tokens (0: whole vocabulary where known).", rich_help_panel=_SEARCH),
-]
-GuardMiddleware = Annotated[
-    float | None,
-    typer.Option("--gate", help="Guide only tokens whose base entropy is at least this many nats (0: all).", rich_help_panel=_SEARCH),
-]
-Draft = Annotated[
-    int | None,
-    typer.Option(
-        "--draft",
-        help="Let the guiding pair draft up to this many tokens ahead of the base: exact, and faster where it pays.",
-        rich_help_panel=_SEARCH,
-    ),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option("--weights", help="Several values guide tokens: NAME=WEIGHT,NAME=WEIGHT (instead of --token).", rich_help_panel=_SEARCH),
-]
-SelectWeights = Annotated[
-    str | None,
-    typer.Option("--select-weights", help="Several values select: NAME=WEIGHT,… (instead of --select).", rich_help_panel=_SEARCH),
-]
-Decay = Annotated[
-    float | None,
-    typer.Option("--decay", help="Factor of W*K from chunk to chunk, the total unchanged (1: constant).", rich_help_panel=_SEARCH),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Any other setting of the method, KEY=VALUE (see ivg models); may be repeated.", rich_help_panel=_SEARCH),
-]
-Temperature = Annotated[float | None, typer.Option("--temperature", "-t", help="0 is greedy. (default: 0.7)", rich_help_panel=_SAMPLING)]
-TopK = Annotated[int | None, typer.Option("--top-k", help="0 is off. (default: 0)", rich_help_panel=_SAMPLING)]
-TopP = Annotated[float | None, typer.Option("--top-p", help="1 is off. (default: 1)", rich_help_panel=_SAMPLING)]
-MinP = Annotated[float | None, typer.Option("--min-p", help="0 is off. (default: 0)", rich_help_panel=_SAMPLING)]
-MaxNewTokens = Annotated[
-    int | None, typer.Option("--max-new-tokens", help="Tokens of an answer at most (default: 50)", rich_help_panel=_SAMPLING)
-]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option("--stop", help="Text that ends a response (\\n: a line break); may be repeated.", rich_help_panel=_SAMPLING),
-]
-IgnoreEos = Annotated[bool | None, typer.Option("--ignore-eos", help="Never end before --max-new-tokens.", rich_help_panel=_SAMPLING)]
-RepetitionPenalty = Annotated[
-    float | None,
-    typer.Option("--repetition-penalty", help="Of tokens of prompt and answer; 1 is off. (default: 1)", rich_help_panel=_SAMPLING),
-]
-GenerationConfig = Annotated[
-    str | None,
-    typer.Option(
-        "--generation-config",
-        help="auto: what the base's generation_config.json sets are the defaults here; ignore: it is left out. (default: auto)",
-        rich_help_panel=_SAMPLING,
-    ),
-]
-Seed = Annotated[int | None, typer.Option("--seed", help="Random seed. (default: 0)", rich_help_panel=_RUN)]
-Number = Annotated[int | None, typer.Option("--n", help="Responses for each prompt. (default: 1)", rich_help_panel=_RUN)]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Prompts at once. (default: 16)", rich_help_panel=_RUN)]
-Engine = Annotated[
-    str | None,
-    typer.Option(
-        "--engine", help="transformers, vllm, or the URL of an OpenAI-compatible endpoint. (default: transformers)", rich_help_panel=_RUN
-    ),
-]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 … (default: the best here)", rich_help_panel=_RUN)]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16. (default: auto)", rich_help_panel=_RUN)]
+F = TypeVar("F", bound=Callable[..., None])
 
 
-def recipe_of(file: Path | None, templates: Sequence[str] | None, given: Mapping[str, Any]) -> Recipe:
-    """The recipe file with the given options over it; each option goes to the table that has a field of its name.
+class OptionGroup(Protocol):
+    """Options that make one argument of a verb."""
+
+    def parameters(self) -> Iterator[inspect.Parameter]:
+        """One parameter for each option, as typer reads them."""
+        ...
+
+    def build(self, given: Mapping[str, Any]) -> Any:
+        """The argument, from the values of the parameters; an option that was not typed is None or []."""
+        ...
+
+
+def command(**groups: OptionGroup) -> Callable[[F], F]:
+    """Decorator of a verb's function: its keyword arguments named in ``groups`` are made from options."""
+
+    def decorate(function: F) -> F:
+        own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name not in groups]
+        options = {name: [p.replace(name=f"{name}_{p.name}") for p in group.parameters()] for name, group in groups.items()}
+
+        def run(**given: Any) -> None:
+            made = {
+                name: group.build({p.name.removeprefix(f"{name}_"): given[p.name] for p in options[name]}) for name, group in groups.items()
+            }
+            function(**{p.name: given[p.name] for p in own}, **made)
+
+        parameters = [*own, *(p for some in options.values() for p in some)]
+        run.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters])  # type: ignore[attr-defined]
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        return run  # type: ignore[return-value]
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Options:
+    """All settings of one class that have a spelling on the command line.
+
+    Attributes:
+        kind: declares them.
+        panel: their title in the help.
+        make: called with what was typed, by name; default: ``kind``.
+        defaults: defaults of this verb, where they differ.
+        unset: what a setting is that is not typed, in words, where its default does not say it.
+    """
+
+    kind: type
+    panel: str
+    make: Callable[..., Any] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    unset: Mapping[str, str] = field(default_factory=dict)
+
+    def parameters(self) -> Iterator[inspect.Parameter]:
+        """See :class:`OptionGroup`."""
+        for declared in settings_of(self.kind).values():
+            if declared.setting.flags:
+                text = self.unset.get(declared.name) or default_text(declared, self.defaults.get(declared.name, declared.default))
+                yield option(declared, self.panel, text)
+
+    def build(self, given: Mapping[str, Any]) -> Any:
+        """See :class:`OptionGroup`.
+
+        Raises:
+            ConfigError: unusable settings.
+        """
+        return (self.make or self.kind)(**{**self.defaults, **typed(self.kind, given)})
+
+
+def typed(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was typed, in the form in which a recipe has it.
 
     Raises:
-        ConfigError: unusable settings, or a template for a model that is not given.
+        ConfigError: not of the form NAME=VALUE where that is expected.
     """
-    from ivg.settings.recipe import ROLES, Recipe, RunConfig, SamplingConfig, SearchConfig
-
-    recipe = Recipe.load(file) if file is not None else Recipe()
-    method_given = given.get("method") is not None or "method" in recipe.search.model_fields_set
-    kept = {role: ref.template for role, ref in recipe.models.given.items()}
-    models = {role: given.get(role) for role in ROLES}
-    named: dict[str, Any] = {role: {"path": path, "template": kept.get(role)} for role, path in models.items() if path is not None}
-    for text in templates or ():
-        role, sign, template = text.partition("=")
-        ref = named.get(role) or (recipe.models.given[role].model_dump() if role in recipe.models.given else None)
-        if not sign or ref is None:
-            raise ConfigError(f"--template {text!r}\n  expected ROLE=TEMPLATE for a model that is given, e.g. base=chat")
-        named[role] = {**ref, "template": template}
-    further = dict(_pair(text, set(SearchConfig.model_fields) - {"method"}) for text in given.get("settings") or ())
-    settings = {
-        "search": {f: given.get(f) for f in SearchConfig.model_fields} | further,
-        "sampling": {f: given.get(f) for f in SamplingConfig.model_fields if given.get(f) != []} | _stops(given.get("stop")),
-        "run": {f: given.get(f) for f in RunConfig.model_fields},
-    }
-    recipe = recipe.override(models=named, **settings)
-    return recipe if method_given else recipe.override(search={"method": default_method(recipe)})
+    return {name: _converted(settings_of(kind)[name], value) for name, value in given.items() if value is not None and value != []}
 
 
-def default_method(recipe: Recipe) -> str:
-    """The method where none is named: ``ivg``, or, of guides that do not allow it, what they do allow."""
-    roles = set(recipe.models.given) - {"base"}
-    token, select = "tuned" in roles, bool({"value", "reward"} & roles)
-    if not roles or (token and select) or recipe.search.method != "ivg" or _names_values(recipe):
-        return recipe.search.method
-    return "eft" if token else "cbs-explicit" if select else "genarm"
+def option(declared: Declared, panel: str, default: str = "", name: str | None = None) -> inspect.Parameter:
+    """A setting as a parameter of a verb; ``default``: in words."""
+    setting = declared.setting
+    text = setting.help + (f" (default: {default})" if default else "")
+    old = tuple(f"--{name.replace('_', '-')}" for name in setting.deprecated)
+    if old:
+        text += f" ({', '.join(old)}: the old name, goes in 0.3)"
+    kind: Any = cli_type(declared)
+    annotation = Annotated[kind | None, typer.Option(*setting.flags, *old, help=text, rich_help_panel=panel)]
+    return inspect.Parameter(name or declared.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _names_values(recipe: Recipe) -> bool:
-    """Do settings of the search name values themselves?"""
-    s = recipe.search
-    return any(value is not None for value in (s.token, s.select, s.weights, s.select_weights))
+def default_text(declared: Declared, default: Any) -> str:
+    """A default in words; nothing for a switch that is off."""
+    if default is None:
+        return declared.setting.unset
+    if isinstance(default, bool) or default == () or default == {}:
+        return ""
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
-def without_sizes(recipe: Recipe) -> tuple[Recipe, str | None]:
-    """The recipe without sizes of a search where its method has none to search among, and a note that says so.
-
-    Several methods may be given the same options (``-W 4`` beside ``--method base``).
-    """
-    from ivg.search.methods import METHODS
-
-    row, search = METHODS.get(recipe.search.method), recipe.search
-    idle = {name: got for name in ("width", "successors") if (got := getattr(search, name)) is not None and got > 1}
-    if row is None or row.selectors or row.width * row.successors > 1 or not idle or _names_selector(recipe):
-        return recipe, None
-    kept = search.model_copy(update=dict.fromkeys(idle))
-    listed = ", ".join(f"{name}={got}" for name, got in idle.items())
-    note = f"note: {listed} ignored: the method {row.name} selects among nothing (--select VALUE makes it a search)"
-    return recipe.model_copy(update={"search": kept}), note
+def cli_type(declared: Declared) -> Any:
+    """The type that typer reads: a number, a switch, a text or several of them."""
+    kinds = _without_none(declared.setting.accepts or declared.type)
+    for kind in kinds:
+        if kind in (bool, int, float, Path):
+            return kind
+        if _is_mapping(kind) and len(kinds) == 1:
+            return list[str]
+        if get_origin(kind) in (list, tuple) and get_args(kind)[0] is str:
+            return list[str]
+    return str
 
 
-def _names_selector(recipe: Recipe) -> bool:
-    return recipe.search.select not in (None, "none") or recipe.search.select_weights is not None
+def _without_none(kind: Any) -> list[Any]:
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return [part for part in parts if part is not NoneType and get_origin(part) is not Literal]
 
 
-def _stops(given: Sequence[str] | None) -> dict[str, Any]:
-    """A backslash and an n, as typed in a shell, are a line break."""
-    return {"stop": [text.replace("\\n", "\n") for text in given]} if given else {}
+def _is_mapping(kind: Any) -> bool:
+    origin = get_origin(kind)
+    return isinstance(origin, type) and issubclass(origin, Mapping)
 
 
-def _pair(text: str, known: Collection[str]) -> tuple[str, Any]:
-    """``KEY=VALUE`` of ``--set``; what reads as a number, or as true or false, is one.
+def _converted(declared: Declared, value: Any) -> Any:
+    kinds, setting = _without_none(declared.setting.accepts or declared.type), declared.setting
+    if setting.escapes:
+        value = [text.replace("\\n", "\n") for text in value] if isinstance(value, list) else value.replace("\\n", "\n")
+    if len(kinds) == 1 and _is_mapping(kinds[0]):
+        return assignments(value, setting.flags[0])
+    if len(kinds) == 1 and get_origin(kinds[0]) is list and isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return value
+
+
+def assignments(texts: Collection[str], flag: str) -> dict[str, Any]:
+    """``NAME=VALUE`` pairs, each value as JSON where it is JSON, else as text.
 
     Raises:
-        ConfigError: no such setting, or no value.
+        ConfigError: no name, or no equals sign.
     """
-    key, sign, value = text.partition("=")
-    if not sign or key.strip() not in known:
-        raise ConfigError(f"--set {text!r}\n  expected KEY=VALUE with KEY one of {', '.join(sorted(known))}")
-    return key.strip(), _plain(value.strip())
+    out: dict[str, Any] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name.strip():
+            raise ConfigError(f"{flag} {text!r}\n  expected NAME=VALUE")
+        out[name.strip()] = plain_value(value.strip())
+    return out
 
 
-def _plain(text: str) -> Any:
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def plain_value(text: str) -> Any:
+    """A number, true, false, null, a list or an object where ``text`` is one, else the text."""
+    try:
+        return json.loads(text, parse_constant=str)
+    except ValueError:
+        pass
+    try:
+        return float(text) if text[:1] in "+-.0123456789" else text
+    except ValueError:
+        return text

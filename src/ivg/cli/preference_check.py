@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ivg.errors import ConfigError
+from ivg.settings.train import parse_columns
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,47 +18,30 @@ if TYPE_CHECKING:
     from ivg.diagnostics.stats import Estimate, Proportion
     from ivg.diagnostics.sweep import SweepSettings
     from ivg.model import GuidedModel
+    from ivg.settings.check import PreferenceSettings
     from ivg.settings.recipe import Recipe
+    from ivg.training.data import Preference
     from ivg.values.base import FunctionValue
     from ivg.values.reward import RewardModel
 
 MAX_REASONS = 4
 """Printed reasons for pairs that were left out."""
-BETAS = "0.25,0.5,1,2"
 
 
-@dataclass(frozen=True)
-class CheckOptions:
-    """The options that need ``--preferences``; None: not given."""
-
-    file: Path
-    format: str | None = None
-    pairs: int | None = None
-    sweep: int | None = None
-    samples: int | None = None
-    betas: str | None = None
-    from_base: bool | None = None
-    judge: str | None = None
-    json: Path | None = None
-
-
-def run(out: Console, model: GuidedModel, recipe: Recipe, options: CheckOptions) -> int:
-    """Measure, print, write; the exit code."""
-    from ivg.cli.progress import report as print_error
+def run(out: Console, recipe: Recipe, options: PreferenceSettings) -> int:
+    """Read the pairs, load the models, measure, print, write; the exit code."""
+    from ivg.cli.check import show_models
     from ivg.diagnostics.preference_check import CheckSettings, check_preferences
-    from ivg.jobs.failures import Failures
-    from ivg.training.data import read_preferences
+    from ivg.factory.recipe import load_models
     from ivg.utils.jsonl import write_json
 
-    failures = Failures(print_error)
-    pairs = read_preferences(
-        options.file, 400 if options.pairs is None else options.pairs, format=options.format, on_bad=failures.of_source
-    )
-    failures.close()
-    sweep = _sweep_settings(model, recipe, options)
+    pairs, betas = _read(options), _betas(options.betas)
+    model = load_models(recipe)
+    show_models(out, model)
+    sweep = _sweep_settings(model, recipe, options, betas)
     settings = CheckSettings(
         sweep,
-        prompts=16 if options.sweep is None else options.sweep,
+        prompts=options.sweep,
         guide=recipe.search.token,
         judge=pick_judge(model, recipe, options.judge),
         beta=1.0 if recipe.search.beta is None else recipe.search.beta,
@@ -68,31 +51,41 @@ def run(out: Console, model: GuidedModel, recipe: Recipe, options: CheckOptions)
     show(out, report, settings.beta)
     if options.json is not None:
         sampling = {"temperature": sweep.sampling.temperature, "max_new_tokens": sweep.sampling.max_new_tokens, "seed": sweep.seed}
-        made_with = {"preferences": str(options.file), "models": _names(recipe), "samples": sweep.samples, **sampling}
+        made_with = {"preferences": str(options.preferences), "models": _names(recipe), "samples": sweep.samples, **sampling}
         write_json(options.json, {"made_with": made_with, **report.to_dict()})
     return report.verdict.exit_code
+
+
+def _read(options: PreferenceSettings) -> list[Preference]:
+    from ivg.cli.progress import report as print_error
+    from ivg.jobs.failures import Failures
+    from ivg.training.data import ColumnMapping, read_preferences
+
+    assert options.preferences is not None
+    failures, mapping = Failures(print_error), ColumnMapping(parse_columns(options.columns) or None)
+    pairs = read_preferences(options.preferences, options.pairs, mapping=mapping, format=options.format, on_bad=failures.of_source)
+    failures.close()
+    return pairs
+
+
+def _betas(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(b) for b in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--betas {text!r}\n  expected numbers with commas between them, e.g. 0.25,0.5,1,2") from None
 
 
 def _names(recipe: Recipe) -> dict[str, str] | str:
     return {role: ref.path for role, ref in recipe.models.given.items()} or "embedded"
 
 
-def _sweep_settings(model: GuidedModel, recipe: Recipe, options: CheckOptions) -> SweepSettings:
-    from dataclasses import replace
-
+def _sweep_settings(model: GuidedModel, recipe: Recipe, options: PreferenceSettings, betas: tuple[float, ...]) -> SweepSettings:
     from ivg.diagnostics.sweep import SweepSettings
 
-    text = BETAS if options.betas is None else options.betas
-    try:
-        betas = tuple(float(b) for b in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--betas {text!r}\n  expected numbers with commas between them, e.g. {BETAS}") from None
     given, known = recipe.sampling.settings(), ("temperature", "max_new_tokens", "ignore_eos")
     sampling = replace(model.sampling, **{k: given[k] for k in known if k in given}, stop=tuple(given.get("stop", model.sampling.stop)))
     sample_at = (0.0,) if options.from_base else None
-    return SweepSettings(
-        betas, sample_at, 4 if options.samples is None else options.samples, sampling, recipe.run.seed, 4 * recipe.run.batch_size
-    )
+    return SweepSettings(betas, sample_at, options.samples, sampling, recipe.run.seed, 4 * recipe.run.batch_size)
 
 
 def pick_judge(model: GuidedModel, recipe: Recipe, name: str | None) -> Judge | None:
@@ -119,8 +112,6 @@ def pick_judge(model: GuidedModel, recipe: Recipe, name: str | None) -> Judge | 
 
 
 def _gold(recipe: Recipe) -> RewardModel | FunctionValue:
-    from dataclasses import replace
-
     from ivg.factory.recipe import load_options
     from ivg.jobs.provenance import same
     from ivg.settings.recipe import RewardRef

@@ -1,34 +1,112 @@
-"""The reference of the command line as Markdown, from the commands themselves: ``make docs`` writes docs/reference/cli.md with it."""
+"""The pages docs/reference/cli.md and docs/reference/settings.md, from the commands and the declared settings: ``make docs``.
+
+``python -m ivg.cli.reference FOLDER`` writes both.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
 
 import typer
 
+from ivg.cli.app import LazyCommand
+from ivg.cli.options import default_text
+from ivg.settings.bench import BenchOptions
+from ivg.settings.check import PreferenceSettings
+from ivg.settings.ray import RaySettings
+from ivg.settings.recipe import Recipe
+from ivg.settings.sampling import DEFAULT_SAMPLING, SamplingParams
+from ivg.settings.schema import Declared, Setting, settings_of
+from ivg.settings.search import SearchSettings
+from ivg.settings.train import DataSettings, TrainSettings, ValueSettings
 
-def reference() -> str:
+NOTE = "Written by `make docs`; do not edit by hand."
+OTHERS = {
+    "Ray (`ivg generate`)": RaySettings,
+    "Preferences (`ivg check`)": PreferenceSettings,
+    "Rows (`ivg train`)": DataSettings,
+    "Trainers (`ivg train`)": TrainSettings,
+    "Values (`ivg train value`)": ValueSettings,
+    "Benchmarks (`ivg bench`)": BenchOptions,
+}
+"""Settings that are not tables of a recipe."""
+
+
+def command_line() -> str:
     """One section for each verb, those of ``ivg train`` included: its help, its arguments and options."""
     from ivg.cli.app import app
 
     group: Any = typer.main.get_command(app)
-    parts = ["# Command line", "", group.help or "", "", "Written by `make docs`; do not edit by hand.", ""]
+    parts = ["# Command line", "", group.help or "", "", NOTE, ""]
     for name, command in verbs(group):
         parts += [f"## `ivg {name}`", "", _text(command.help or ""), ""]
-        if command.params:
+        shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
+        if shown:
             parts += ["| option | meaning |", "|---|---|"]
-            parts += [f"| `{_names(parameter)}` | {_meaning(parameter)} |" for parameter in command.params]
+            parts += [f"| `{_names(parameter)}` | {_meaning(parameter)} |" for parameter in shown]
             parts.append("")
     return "\n".join(parts).rstrip() + "\n"
 
 
 def verbs(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, command) of all commands of a group and of the groups in it, in order."""
-    for name, command in group.commands.items():
+    """(name, command) of all commands of a group and of the groups in it, in order; without hidden ones."""
+    for name, found in group.commands.items():
+        if found.hidden:
+            continue
+        command = found.load() if isinstance(found, LazyCommand) else found
         yield before + name, command
         if hasattr(command, "commands"):
             yield from verbs(command, f"{before}{name} ")
+
+
+def settings() -> str:
+    """One section for each table of a recipe, then those of single verbs."""
+    parts = ["# Settings", "", NOTE, ""]
+    parts += ["A recipe (TOML, `--recipe`) has these tables; each may be left out, and options of the command line override it.", ""]
+    for table, declared in settings_of(Recipe).items():
+        kind = next((k for k in (declared.type, *get_args(declared.type)) if hasattr(k, "model_fields")), None)
+        shown = f"[{table}.NAME]" if table == "values" else f"[{table}]"
+        parts += [f"## `{shown}`", "", (kind.__doc__ or "").splitlines()[0].replace("``", "`"), "", *_rows(kind, table), ""]
+    parts += [
+        "## Settings of single verbs",
+        "",
+        "These are options of the command line and arguments in Python; a recipe has no table for them.",
+        "",
+    ]
+    for title, other in OTHERS.items():
+        parts += [f"### {title}", "", *_rows(other), ""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _rows(kind: Any, table: str = "") -> list[str]:
+    defaults = {"search": settings_of(SearchSettings), "sampling": settings_of(SamplingParams)}.get(table, {})
+    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    for name, declared in settings_of(kind).items():
+        setting = replace(declared.setting, flags=()) if table == "values" else declared.setting
+        default = getattr(DEFAULT_SAMPLING, name) if table == "sampling" else defaults.get(name, declared).default
+        rows.append(f"| `{name}` | {_default(declared, default)} | {_cell(setting)} |")
+    return rows
+
+
+def _default(declared: Declared, default: Any) -> str:
+    text = default_text(declared, default)
+    return (f"`{text}`" if default is not None and text else text) or ("off" if default is False else "on" if default is True else "none")
+
+
+def _cell(setting: Setting) -> str:
+    more = []
+    if setting.flags:
+        more.append("options " + ", ".join(f"`{flag}`" for flag in setting.flags))
+    if setting.aliases:
+        more.append("also called " + ", ".join(f"`{name}`" for name in setting.aliases))
+    if setting.deprecated:
+        more.append("old name " + ", ".join(f"`{name}`" for name in setting.deprecated))
+    text = setting.help.replace("|", "\\|")
+    return f"{text} ({'; '.join(more)})" if more else text
 
 
 def _names(parameter: Any) -> str:
@@ -55,4 +133,6 @@ def _text(help: str) -> str:
 
 
 if __name__ == "__main__":
-    typer.echo(reference(), nl=False)
+    folder = Path(sys.argv[1])
+    (folder / "cli.md").write_text(command_line(), encoding="utf-8")
+    (folder / "settings.md").write_text(settings(), encoding="utf-8")

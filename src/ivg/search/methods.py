@@ -217,6 +217,25 @@ def get_method(name: str, **settings: Any) -> Method:
     return METHODS[name].with_settings(**settings)
 
 
+def unused_settings(method: str, given: Mapping[str, Any]) -> dict[str, str]:
+    """Those of the given settings that have no effect on a method, each with the reason."""
+    row = METHODS.get(method, Method("custom", ""))
+    guided = given.get("token", row.token) not in (None, "none") or bool(given.get("weights", row.weights))
+    selects = given.get("select", row.select) not in (None, "none") or bool(given.get("select_weights", row.select_weights))
+    selects |= row.name == "custom"  # beams without a value to select by are an error there
+    active = {"": True, "guidance": guided, "selection": selects, given.get("rule", row.rule): True}
+    reasons = {
+        "guidance": f"the method {method} guides no tokens (--token VALUE makes it do so)",
+        "selection": f"the method {method} selects among nothing (--select VALUE makes it a search)",
+    }
+    out = {}
+    for name, value in given.items():
+        group = settings_of(SearchSettings)[name].setting.group
+        if not active.get(group, False) and value != getattr(row, name):
+            out[name] = reasons.get(group, f"it belongs to rule={group}")
+    return out
+
+
 def resolve_fallbacks(chosen: Method, values: Collection[str]) -> Method:
     """``chosen`` with the reward model in place of the explicit value, where of the two only that one is among ``values``."""
     for role in ("token", "select"):

@@ -12,7 +12,7 @@ from ivg.settings.schema import Setting, validate
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckSettings:
+class PreferenceSettings:
     """Which preference pairs are read, and what is measured on them."""
 
     preferences: Annotated[
@@ -45,7 +45,7 @@ class CheckSettings:
         validate(self)
 
     @classmethod
-    def of(cls, **given: object) -> CheckSettings:
+    def of(cls, **given: object) -> PreferenceSettings:
         """From options.
 
         Raises:

@@ -43,12 +43,19 @@ class EvalConfig(Table):
     shuffle: Annotated[int | None, Setting("Seed of the order of prompts.", flags=("--shuffle",), unset="the task's own")] = None
     methods: Annotated[
         list[MethodConfig],
-        Setting("Names, or tables of a method and its settings; combinations: the nine of token guidance and selection."),
+        Setting(
+            "Methods, with commas between them; combinations: the nine of token guidance and selection. In recipes also tables of a "
+            "method and its settings.",
+            flags=("--methods",),
+            unset="combinations",
+        ),
     ] = Field(default_factory=lambda: [MethodConfig(method="combinations", label="combinations")])
     gold: Annotated[RewardRef | None, Setting("Reward model that is reported; no method may use it.", flags=("--gold",), unset="none")] = (
         None
     )
-    judges: Annotated[dict[str, RewardRef], Setting("Further rewards by name.")] = Field(default_factory=dict)
+    judges: Annotated[dict[str, RewardRef], Setting("A further reward, NAME=PATH; may be repeated.", flags=("--judge",))] = Field(
+        default_factory=dict
+    )
     base_samples: Annotated[
         int,
         Setting(
@@ -61,7 +68,9 @@ class EvalConfig(Table):
     threads: Annotated[
         int | None, Setting("PyTorch's threads in each process.", r.count(1), flags=("--threads",), unset="PyTorch's default")
     ] = None
-    options: Annotated[dict[str, Any], Setting("Settings of the task itself, which checks them.")] = Field(default_factory=dict)
+    options: Annotated[dict[str, Any], Setting("Setting of the task, NAME=VALUE; may be repeated.", flags=("--option",))] = Field(
+        default_factory=dict
+    )
 
     @field_validator("gold", mode="before")
     @classmethod

@@ -123,7 +123,7 @@ class Recipe(Table):
         Raises:
             ConfigError: as :meth:`parse`.
         """
-        data = self.model_dump(exclude_none=True)
+        data = self.model_dump(exclude_none=True, exclude_unset=True)
         for table, settings in tables.items():
             data.setdefault(table, {}).update({k: v for k, v in settings.items() if v is not None})
         return type(self).parse(data)

@@ -132,6 +132,9 @@ class SamplingParams:
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
 
+DEFAULT_SAMPLING = SamplingParams(temperature=0.7, max_new_tokens=50)
+"""Where nothing is said: as for sentiment in Liu et al. 2024 (arXiv 2409.17819)."""
+
 PLAIN_SAMPLING: dict[str, Any] = {
     f.name: f.default for f in fields(SamplingParams) if f.name not in ("temperature", "max_new_tokens", "stop", "ignore_eos")
 }

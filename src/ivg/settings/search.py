@@ -35,6 +35,7 @@ class SearchSettings:
             r.count(1, most=r.MOST_BEAMS, label="width (W)"),
             aliases=("w", "W", "num_beams", "beam_width"),
             flags=("-W", "--width"),
+            group="selection",
         ),
     ] = 1
     successors: Annotated[
@@ -44,6 +45,7 @@ class SearchSettings:
             r.count(1, most=r.MOST_BEAMS, label="successors (K)"),
             aliases=("k", "K", "num_candidates"),
             flags=("-K", "--successors"),
+            group="selection",
         ),
     ] = 1
     chunk_length: Annotated[
@@ -53,6 +55,7 @@ class SearchSettings:
             r.count(1, optional=True, label="chunk_length (L)"),
             aliases=("l", "L", "block_len"),
             flags=("-L", "--chunk-length"),
+            group="selection",
             unset="the whole response",
         ),
     ] = None

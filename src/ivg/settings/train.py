@@ -59,13 +59,22 @@ class DataSettings:
         Raises:
             ConfigError: ``columns`` of another form.
         """
-        out = {}
-        for part in (self.columns or "").split(",") if self.columns else ():
-            ours, sign, theirs = part.strip().partition("=")
-            if not sign:
-                raise ConfigError(f"--columns {self.columns!r}\n  expected OURS=THEIRS,… e.g. prompt=email,response=subject")
-            out[ours] = theirs
-        return out
+        return parse_columns(self.columns)
+
+
+def parse_columns(text: str | None) -> dict[str, str]:
+    """``OURS=THEIRS,…`` as a mapping.
+
+    Raises:
+        ConfigError: text of another form.
+    """
+    out = {}
+    for part in text.split(",") if text else ():
+        ours, sign, theirs = part.strip().partition("=")
+        if not sign:
+            raise ConfigError(f"--columns {text!r}\n  expected OURS=THEIRS,… e.g. prompt=email,response=subject")
+        out[ours] = theirs
+    return out
 
 
 @dataclass(frozen=True)

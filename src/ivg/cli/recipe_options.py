@@ -1,0 +1,182 @@
+"""Options that make a recipe: its file, the options of its tables, ``--template`` and ``--set``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ivg.cli.options import default_text, option, plain_value, typed
+from ivg.errors import ConfigError
+from ivg.search.methods import get_method, unused_settings
+from ivg.settings.models import ROLES
+from ivg.settings.recipe import Recipe
+from ivg.settings.sampling import DEFAULT_SAMPLING
+from ivg.settings.schema import Declared, settings_of
+from ivg.settings.search import SearchSettings
+
+Tables = dict[str, dict[str, Any]]
+"""Settings by table and name."""
+
+
+class RecipeOptions:
+    """A recipe from its file and the options over it.
+
+    Args:
+        tables: the tables whose settings are options.
+        only: of some tables, the names of the settings that are.
+        method: the method where none is named; None: the one that the models allow.
+        check_method: one method runs with all these settings: they are checked, and those without effect are said.
+        adjust: called with the recipe of the file and what was typed; gives both back.
+        unset: what some settings are that are not typed, in words.
+        bare: without ``--recipe``, ``--template`` and ``--set``.
+    """
+
+    def __init__(
+        self,
+        *tables: str,
+        only: Mapping[str, Collection[str]] | None = None,
+        method: str | None = None,
+        check_method: bool = False,
+        adjust: Callable[[Recipe, Tables], tuple[Recipe, Tables]] | None = None,
+        unset: Mapping[str, str] | None = None,
+        bare: bool = False,
+    ) -> None:
+        self.unset = unset or {}
+        self.tables, self.only, self.method, self.check_method, self.adjust = tables, only or {}, method, check_method, adjust
+        self.bare = bare
+
+    def parameters(self) -> Iterator[inspect.Parameter]:
+        """See :class:`ivg.cli.options.OptionGroup`."""
+        if not self.bare:
+            yield _parameter("file", Path, "--recipe", help="TOML file with settings (docs/reference/settings.md); options override it.")
+        for table, declared in self._options():
+            yield option(declared, _title(table), self._default(table, declared), name=f"{table}_{declared.name}")
+        if "models" in self.tables and not self.bare:
+            text = 'How a model reads prompts: ROLE=chat or ROLE="... {prompt} ..."; may be repeated.'
+            yield _parameter("template", list[str], "--template", help=text, rich_help_panel=_title("models"))
+        if not self.bare:
+            text = "Any other setting: KEY=VALUE of the search, or TABLE.KEY=VALUE (docs/reference/settings.md); may be repeated."
+            yield _parameter("set", list[str], "--set", help=text)
+
+    def build(self, given: Mapping[str, Any]) -> Recipe:
+        """See :class:`ivg.cli.options.OptionGroup`.
+
+        Raises:
+            ConfigError: unusable settings.
+        """
+        file, templates, further = given.get("file"), given.get("template"), given.get("set")
+        found: Tables = {}
+        for table in self.tables:
+            kind = _kind(table)
+            names = {name: f"{table}_{name}" for name in settings_of(kind)}
+            found[table] = typed(kind, {name: given[key] for name, key in names.items() if key in given})
+        for table, name, value in map(_assignment, further or ()):
+            found.setdefault(table, {})[name] = value
+        recipe = Recipe.load(file) if file is not None else Recipe()
+        if self.adjust is not None:
+            recipe, found = self.adjust(recipe, found)
+        recipe = build_recipe(recipe, found, templates or (), self.method)
+        return resolve_search(recipe) if self.check_method else recipe
+
+    def _options(self) -> Iterator[tuple[str, Declared]]:
+        for table in self.tables:
+            settings = settings_of(_kind(table))
+            for name in ROLES if table == "models" else settings:
+                if settings[name].setting.flags and name in self.only.get(table, (name,)):
+                    yield table, settings[name]
+
+    def _default(self, table: str, declared: Declared) -> str:
+        if declared.name in self.unset:
+            return self.unset[declared.name]
+        if table == "search":
+            if declared.name == "method":
+                return self.method or "ivg, or what the models allow"
+            return "the method's"
+        if table == "sampling":
+            return default_text(declared, getattr(DEFAULT_SAMPLING, declared.name))
+        return "" if table == "models" else default_text(declared, declared.default)
+
+
+_EMPTY = Recipe()
+
+
+def _kind(table: str) -> Any:
+    return type(getattr(_EMPTY, table))
+
+
+def _title(table: str) -> str:
+    return settings_of(Recipe)[table].setting.help
+
+
+def _parameter(name: str, kind: Any, *flags: str, **more: Any) -> inspect.Parameter:
+    annotation = Annotated[kind | None, typer.Option(*flags, **more)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def build_recipe(recipe: Recipe, found: Tables, templates: Collection[str] = (), method: str | None = None) -> Recipe:
+    """``recipe`` with the settings ``found`` over it, and a method if neither names one.
+
+    Raises:
+        ConfigError: unusable settings, or a template for a model that is not given.
+    """
+    method_given = "method" in recipe.search.model_fields_set or "method" in found.get("search", {})
+    old, models = recipe.models.given, found.get("models", {})
+    named: dict[str, Any] = {role: {"path": path, "template": old[role].template if role in old else None} for role, path in models.items()}
+    for text in templates:
+        role, sign, template = text.partition("=")
+        if not sign or role not in ROLES:
+            raise ConfigError(f"--template {text!r}\n  expected ROLE=TEMPLATE with ROLE one of {', '.join(ROLES)}")
+        ref = named.get(role) or (old[role].model_dump() if role in old else None)
+        if ref is None:
+            raise ConfigError(f"--template {text!r}, but no model is given for {role}\n  give --{role} MODEL with it")
+        named[role] = {**ref, "template": template}
+    tables = {**found, "models": named}
+    for table, name in (("eval", "judges"), ("eval", "options")):  # those of the recipe stay
+        if name in found.get(table, {}):
+            kept = recipe.model_dump(exclude_none=True)[table][name]
+            tables[table] = {**tables[table], name: {**kept, **found[table][name]}}
+    recipe = recipe.override(**tables)
+    return recipe if method_given else recipe.override(search={"method": method or default_method(recipe)})
+
+
+def default_method(recipe: Recipe) -> str:
+    """The method where none is named: ``ivg``, or, of guides that do not allow it, what they do allow."""
+    roles, s = set(recipe.models.given) - {"base"}, recipe.search
+    token, select = "tuned" in roles, bool({"value", "reward"} & roles)
+    names_values = any(value is not None for value in (s.token, s.select, s.weights, s.select_weights))
+    if not roles or (token and select) or names_values:
+        return str(s.method)
+    return "eft" if token else "cbs-explicit" if select else "genarm"
+
+
+def resolve_search(recipe: Recipe) -> Recipe:
+    """The recipe without settings that have no effect on its method; each is said on standard error.
+
+    Raises:
+        ConfigError: an unknown method, or settings that do not go together.
+    """
+    search = recipe.search
+    unused = unused_settings(search.method, search.settings())
+    for reason in dict.fromkeys(unused.values()):
+        listed = ", ".join(f"{name}={getattr(search, name)}" for name, why in unused.items() if why == reason)
+        typer.echo(f"note: {listed} ignored: {reason}", err=True)
+    if unused:
+        search = search.model_copy(update=dict.fromkeys(unused))
+        recipe = recipe.model_copy(update={"search": search})
+    get_method(search.method, **search.settings())
+    return recipe
+
+
+def _assignment(text: str) -> tuple[str, str, Any]:
+    """(table, setting, value) of ``--set``."""
+    key, sign, value = text.partition("=")
+    table, dot, name = key.strip().rpartition(".")
+    known = settings_of(SearchSettings)
+    if not sign or (not dot and name not in known) or (dot and table not in Recipe.model_fields):
+        listed, tables = ", ".join(sorted(known)), ", ".join(Recipe.model_fields)
+        raise ConfigError(f"--set {text!r}\n  expected KEY=VALUE with KEY one of {listed}, or TABLE.KEY=VALUE with TABLE one of {tables}")
+    return table or "search", name, plain_value(value.strip())

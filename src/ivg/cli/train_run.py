@@ -1,0 +1,77 @@
+"""What the verbs of ``ivg train`` share around the training itself: rows in, the finished model out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ivg.errors import ConfigError
+from ivg.settings.train import DataSettings, TrainSettings
+
+
+@contextmanager
+def train_extra(folder: Path | None = None) -> Iterator[None]:
+    """A missing package of the extra in plain words; ``folder``: of the run, which no other process may write meanwhile."""
+    from ivg.utils.locks import lock_file
+
+    try:
+        with lock_file(folder) if folder is not None and int(os.environ.get("RANK", "0")) == 0 else nullcontext():
+            yield
+    except ModuleNotFoundError as e:
+        if e.name not in ("trl", "peft", "accelerate", "datasets", "pyarrow"):
+            raise
+        raise ConfigError(f"training needs {e.name}\n  pip install 'ivg[train]'") from None
+
+
+def train_settings(lr: float) -> Callable[..., TrainSettings]:
+    """Makes the settings of a verb whose learning rate is ``lr`` for all weights, and ten times that for ``lora`` and ``head``."""
+
+    def make(**given: Any) -> TrainSettings:
+        given.setdefault("lr", lr if given.get("mode", "full") == "full" else 10 * lr)  # few weights need larger steps
+        return TrainSettings(**given)
+
+    return make
+
+
+def read_rows(reader: Callable[..., list[Any]], sources: Sequence[str], settings: DataSettings, **more: Any) -> list[Any]:
+    """Rows of all sources together, at most ``limit``; those that cannot be used are reported, counted and left out."""
+    from ivg.cli.progress import report
+    from ivg.jobs.failures import Failures
+    from ivg.training.data import ColumnMapping
+
+    mapping = ColumnMapping(settings.column_names or None, settings.prompt_format, settings.response_format)
+    failures = Failures(report, settings.failed)
+    how = {"split": settings.split, "format": settings.format, "mapping": mapping, "on_bad": failures.of_source}
+    rows = [row for source in sources for row in reader(source, **how, **more)]
+    failures.close()
+    if failures.count:
+        typer.echo(f"read {len(rows)}, left out {failures.count}", err=True)
+    return rows[: settings.limit]
+
+
+def finish(out: Path, metrics: Mapping[str, Any], push_to: str | None) -> None:
+    """Say what came out, and upload it where that was asked for."""
+    from ivg.training.common import first_process
+    from ivg.utils.jsonl import jsonable
+
+    if not first_process():
+        return
+    typer.echo(json.dumps(jsonable(metrics), indent=2, allow_nan=False))
+    if ties := metrics.get("ties_left_out"):
+        typer.echo(f"{ties} pairs were left out: chosen and rejected are the same text", err=True)
+    typer.echo(f"done: {out}", err=True)
+    if push_to:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(push_to, exist_ok=True)
+        api.upload_folder(
+            repo_id=push_to, folder_path=out, ignore_patterns=["checkpoints/*", "rollouts-*", "round-*/*", "run.json", "log.json"]
+        )
+        typer.echo(f"uploaded to {push_to}", err=True)
