@@ -61,7 +61,7 @@ def measure_here(settings: BenchSettings) -> dict[str, Any]:
 def _size(network: Any) -> int:
     """Bytes of weights and buffers; tied weights count once, packed weights in their packed form."""
     held = {t.data_ptr(): t.nbytes for t in (*network.parameters(), *network.buffers())}
-    return sum(held.values()) + sum(layer.elements * layer.packed.element_size() for layer in packed_layers(network))
+    return sum(held.values()) + sum(layer.num_weights * layer.packed.element_size() for layer in packed_layers(network))
 
 
 def main(given: Mapping[str, Any]) -> None:

@@ -109,13 +109,13 @@ WEIGHTS = {
     "a layer more": (
         lambda f: configure(f, num_hidden_layers=3),
         "base '{place}' lacks 9 weights (model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight, "
-        "model.layers.2.mlp.gate_proj.weight …) of LlamaForCausalLM: random numbers would stand in their places\n"
+        "model.layers.2.mlp.gate_proj.weight …) of LlamaForCausalLM, which would be random\n"
         "  expected the weights of a LlamaForCausalLM",
     ),
     "a layer less": (
         lambda f: configure(f, num_hidden_layers=1),
         "base '{place}' holds 9 weights (model.layers.1.input_layernorm.weight, model.layers.1.mlp.down_proj.weight, "
-        "model.layers.1.mlp.gate_proj.weight …) that LlamaForCausalLM does not use: its outputs would be other ones\n"
+        "model.layers.1.mlp.gate_proj.weight …) that LlamaForCausalLM does not use\n"
         "  expected the weights of a LlamaForCausalLM",
     ),
 }

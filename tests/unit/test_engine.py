@@ -220,7 +220,7 @@ def test_guide_with_another_tokenizer_equals_rescoring_text(kind):
     value, beta, k, prompt = make(), 1.5, 6, "The man in"
     sampling = SamplingParams(temperature=0, max_new_tokens=14, ignore_eos=True)
     got = run(base, [Request(Prompt(prompt), Search(guidance=TokenGuidance(value, beta, k)), sampling)])[0]
-    ids, text, state = [], "", base.vocabulary.begin(base.tokenizer(prompt).input_ids)
+    ids, text, state = [], "", base.vocabulary.start_decoding(base.tokenizer(prompt).input_ids)
     for _ in range(14):
         z = naive.outputs(base.model.network, base.tokenizer(prompt).input_ids + ids)[-1]
         z[0] = -torch.inf

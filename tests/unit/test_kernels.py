@@ -114,7 +114,7 @@ def test_auto_is_bfloat16_where_onednn_multiplies_in_it(limit, flags, mkldnn, ex
         monkeypatch.delenv(name, raising=False)
     if limit:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    monkeypatch.setattr(kernels, "_onednn_has_bfloat16", lambda: mkldnn)
+    monkeypatch.setattr(kernels, "onednn_has_bfloat16", lambda: mkldnn)
     assert pick_dtype("auto", CPU) is expected
 
 

@@ -285,7 +285,7 @@ def test_models_of_one_vocabulary_read_the_very_tokens():
     base, guide = tiny_lm("base", tokenizer=tokenizer), tiny_lm("tuned", tokenizer=byte_tokenizer([("t", "h")]))
     engine = TransformersEngine(base)
     ids = (0, *tokenizer("t").input_ids, *tokenizer("he").input_ids, 0)  # special tokens, and a cut that the tokenizer would not make
-    root = engine.open(Prompt(base.vocabulary.whole(ids), ids), SamplingParams())
+    root = engine.open(Prompt(base.vocabulary.prompt_text(ids), ids), SamplingParams())
     assert root.prompt.content == "the"
     assert base.prompt_ids(root.prompt) == guide.prompt_ids(root.prompt) == ids
     h = Beam(new_key(), None, root.prompt, (5, 6), "xy", vocabulary=base.vocabulary)
@@ -305,9 +305,9 @@ def test_a_template_of_ones_own_reads_the_text_of_tokens_and_refuses_rendered_on
         guide.template = template
         guide.prompt_ids.cache_clear(), guide._rendered.cache_clear()
         for ids in (plain, (0, *plain)):  # as if it had been given as text
-            root = engine.open(Prompt(base.vocabulary.whole(ids), ids), SamplingParams())
+            root = engine.open(Prompt(base.vocabulary.prompt_text(ids), ids), SamplingParams())
             assert tokenizer.decode(guide.prompt_ids(root.prompt)) == expected
-        root = engine.open(Prompt(base.vocabulary.whole(chat), chat), SamplingParams())
+        root = engine.open(Prompt(base.vocabulary.prompt_text(chat), chat), SamplingParams())
         with pytest.raises(PromptError, match=rf"rendered already \(they hold '{EOS}'\), and tuned has a template of its own"):
             guide.prompt_ids(root.prompt)
 
@@ -317,7 +317,7 @@ def test_other_vocabularies_read_the_text_with_the_special_tokens_that_they_know
     base = tiny_lm("base", tokenizer=tokenizer)
     text = "<s>[INST] the film</s> a"
     ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
-    root = TransformersEngine(base).open(Prompt(base.vocabulary.whole(ids), ids), SamplingParams())
+    root = TransformersEngine(base).open(Prompt(base.vocabulary.prompt_text(ids), ids), SamplingParams())
     assert root.prompt.content == "the film a"
     guide = tiny_lm("tuned", tokenizer=other)
     assert other.decode(guide.prompt_ids(root.prompt)) == "the film a"

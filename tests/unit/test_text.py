@@ -47,7 +47,7 @@ cuts = st.lists(st.integers(0, 60), max_size=4)
 
 def grown(v: Vocabulary, prompt: list[int], ids: list[int], where: list[int]) -> str:
     """The text in steps that end at ``where``; nothing is taken back, and each step adds to the one before."""
-    state, out = v.begin(prompt), ""
+    state, out = v.start_decoding(prompt), ""
     for end in [*sorted(min(w, len(ids)) for w in where), len(ids)]:
         new, state = v.continue_text(ids[:end], state)
         out += new
@@ -66,7 +66,7 @@ def test_prompt_and_response_are_the_whole_text(name, text, special, cut, where)
     if not response:
         return
     answer = v.response_text(prompt, response)
-    assert v.whole(prompt) + answer == whole
+    assert v.prompt_text(prompt) + answer == whole
     assert grown(v, prompt, response, where) == answer
     assert grown(v, prompt, response, list(range(len(response)))) == answer
 
@@ -81,7 +81,7 @@ def test_any_tokens_give_the_same_text_in_any_steps(name, ids, cut, where):
     if response:
         answer = v.response_text(prompt, response)
         assert grown(v, prompt, response, where) == grown(v, prompt, response, list(range(len(response)))) == answer
-        assert v.whole(prompt) + answer == v.decode(ids)
+        assert v.prompt_text(prompt) + answer == v.decode(ids)
 
 
 @settings(deadline=None)
@@ -93,7 +93,7 @@ def test_bytes_are_read_as_utf8_by_every_tokenizer(found, cut):
         v = vocabulary(name)
         ids = [v.tokenizer.get_vocab()[p] for p in pieces]
         assert v.decode(ids) == expected
-        assert v.whole(ids[:cut]) + v.response_text(ids[:cut], ids[cut:]) == expected or cut >= len(ids)
+        assert v.prompt_text(ids[:cut]) + v.response_text(ids[:cut], ids[cut:]) == expected or cut >= len(ids)
 
 
 def _byte_level(found: list[int]) -> list[str]:
@@ -106,7 +106,7 @@ def _byte_level(found: list[int]) -> list[str]:
 def test_a_character_that_is_cut_is_held_back_and_shown_once_at_the_end(name):
     v = vocabulary(name)
     ids = [*v.response_ids([], "a"), *_ids_of_bytes(v, "🙂".encode())]
-    state, seen = v.begin([]), []
+    state, seen = v.start_decoding([]), []
     for end in range(1, len(ids)):
         new, state = v.continue_text(ids[:end], state)
         seen.append(new)
@@ -115,8 +115,8 @@ def test_a_character_that_is_cut_is_held_back_and_shown_once_at_the_end(name):
     assert v.continue_text(ids[:-1], state, final=True)[0] == REPLACEMENT  # no more: what decode() says, once
     assert v.continue_text(ids[:-1], v.continue_text(ids[:-1], state, final=True)[1], final=True)[0] == ""
     real = _ids_of_bytes(v, REPLACEMENT.encode())
-    assert v.continue_text(real, v.begin([]))[0] == REPLACEMENT  # the character itself lacks nothing
-    assert v.begin(real).shown == 1 and v.whole(real) == REPLACEMENT
+    assert v.continue_text(real, v.start_decoding([]))[0] == REPLACEMENT  # the character itself lacks nothing
+    assert v.start_decoding(real).shown == 1 and v.prompt_text(real) == REPLACEMENT
 
 
 def _ids_of_bytes(v: Vocabulary, data: bytes) -> list[int]:
@@ -136,7 +136,7 @@ def test_the_first_word_keeps_its_space(kind, prefix, prompt, before):
     the = v.tokenizer("a the", add_special_tokens=False).input_ids[-_width(v) :]
     first = not v.decode(ids) and prefix != "never"
     assert v.response_text(ids, the) == ("the" if first else " the")
-    assert v.continue_text(the, v.begin(ids))[0] == v.response_text(ids, the)
+    assert v.continue_text(the, v.start_decoding(ids))[0] == v.response_text(ids, the)
     assert v.decode([*ids, *the]) == v.decode(ids) + v.response_text(ids, the)
 
 
@@ -156,7 +156,7 @@ def test_a_given_response_gets_the_tokens_that_spell_it(name, prompt, response):
 
 def test_nothing_is_decoded_without_a_context():
     v = vocabulary("unigram-first")
-    assert v.begin([]) == DecodeState() and v.continue_text([], DecodeState(), final=True) == ("", DecodeState())
+    assert v.start_decoding([]) == DecodeState() and v.continue_text([], DecodeState(), final=True) == ("", DecodeState())
 
 
 # In the engine
@@ -242,7 +242,7 @@ def test_an_end_as_candidate_is_the_text_that_would_end_there(name):
     """What was held back is in the text of a response that ends, and not in that of one that goes on."""
     v = vocabulary(name)
     first, second, *_ = _ids_of_bytes(v, "日".encode())
-    text, state = v.continue_text([first], v.begin([]))
+    text, state = v.continue_text([first], v.start_decoding([]))
     h = Beam(new_key(), None, Prompt("p"), (first,), text, vocabulary=v, decoded=state)
     seen = []
     value = FunctionValue(lambda p, r: seen.append(r) or 0.0)

@@ -49,7 +49,7 @@ def active_parameters(network: Any) -> int:
     lookup = getattr(table, "weight", None)
     if head is not None and lookup is getattr(head, "weight", None):
         lookup = None
-    total = float(sum(layer.elements for layer in packed_layers(network)))
+    total = float(sum(layer.num_weights for layer in packed_layers(network)))
     for name, parameter in network.named_parameters():
         if parameter is not lookup:
             total += num_weights(parameter) * (active if "experts" in name else 1.0)

@@ -118,7 +118,7 @@ def prefixes(base: CachedLM, prompt: Prompt, response: str, ends: bool) -> list[
     """The response at each of :data:`FRACTIONS`; each is a child of the one before, so that caches read every token once."""
     whole = response_beam(base, prompt, response, ends=ends)
     count = len(whole.token_ids) - ends * bool(base.vocabulary.eos_ids)
-    state, part = base.vocabulary.begin(base.prompt_ids(prompt)), ""
+    state, part = base.vocabulary.start_decoding(base.prompt_ids(prompt)), ""
     out: list[Beam] = []
     for fraction in FRACTIONS[:-1]:
         ids = whole.token_ids[: math.ceil(fraction * count)]

@@ -110,13 +110,13 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             padding = [n - min(padding) for n in padding]
         for row, skipped in zip(rows, padding, strict=True):
             ids = row[int(skipped) :]
-            self._prompts[row] = Prompt(self.vocabulary.whole(ids), ids, self.vocabulary)
+            self._prompts[row] = Prompt(self.vocabulary.prompt_text(ids), ids, self.vocabulary)
 
     def _beam(self, ids: tuple[int, ...]) -> Beam:
         parent, tokens = self._seen.get(ids[:-1]), ids[self._start :]
         prompt = self._prompts[ids[: self._start]]
         self.guidance.value.check(prompt, len(tokens) + 1)
-        before, state = ("", self.vocabulary.begin(prompt.token_ids or ())) if parent is None else (parent.text, parent.decoded)
+        before, state = ("", self.vocabulary.start_decoding(prompt.token_ids or ())) if parent is None else (parent.text, parent.decoded)
         text, state = self.vocabulary.continue_text(tokens, state)
         key = None if parent is None else parent.key
         return Beam(new_key(), key, prompt, tokens, before + text, vocabulary=self.vocabulary, inherits=False, decoded=state)
@@ -191,7 +191,7 @@ class GuidedGenerate:
         for row, (ids, seen) in enumerate(zip(input_ids, mask.bool(), strict=True)):
             tokens = tuple(ids[seen].tolist())
             padded[tokens] = ids.tolist()
-            prompt = Prompt(base.vocabulary.whole(tokens), tokens)
+            prompt = Prompt(base.vocabulary.prompt_text(tokens), tokens)
             requests.append(Request(prompt, self.search, sampling, self.seed, row))
         done = dict(Searcher(_Processed(base, processors, padded)).run(requests))
         failed = next((f"row {row}: {c.error}" for row, c in sorted(done.items()) if c.error), None)

@@ -1,6 +1,6 @@
 """How one model reads a prompt: its tokenizer's chat template, a format string, or the plain text.
 
-Base, guides and values may each have a template of their own; only the response is shared (METHOD, section 2).
+Base, guides and values may each have a template of their own; only the response is shared. Why: docs/explanation/concepts.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ivg.errors import ConfigError, PromptError
 from ivg.types.messages import Prompt, check_text
 
 CHAT = "chat"
-"""Template name: use the tokenizer's chat template, a plain text being one user message."""
+"""Template name: use the tokenizer's chat template; a plain text becomes one user message."""
 
 
 def check_template(template: str | None) -> None:
@@ -52,7 +52,7 @@ def render(prompt: Prompt, tokenizer: Any, template: str | None, name: str = "th
     text = prompt_text(prompt)
     if prompt.token_ids is not None and prompt.vocabulary is not None:
         if template is not None:
-            _not_rendered_yet(prompt, template, name)
+            _check_not_rendered(prompt, template, name)
         elif isinstance(prompt.content, str):
             text = prompt.vocabulary.text_for(prompt.token_ids, tokenizer)
     if not text.strip():
@@ -78,14 +78,14 @@ def turns(prompt: Prompt) -> list[dict[str, str]]:
 
 
 def apply_chat_template(messages: Sequence[Mapping[str, str]], tokenizer: Any, name: str, **settings: Any) -> str:
-    """What the tokenizer's chat template makes of ``messages``.
+    """The text that the tokenizer's chat template renders ``messages`` to.
 
-    Templates of models that see images often read lists of parts alone, and leave a text out without a word, or fail. Where no content
-    is found in what was rendered, the messages are rendered with their contents as one text part each.
+    Templates of multimodal models often read lists of content parts alone, and leave a plain text out silently, or fail. Where no content
+    is found in the rendered text, the messages are rendered with their contents as one text part each.
 
     Raises:
-        PromptError: there is none, or it fails: it refuses these messages (a system turn, two user turns in a row), or needs what is
-            not there. Names the model and the roles, and says the template's own words.
+        PromptError: there is no template, or it fails: it refuses these messages (a system turn, two user turns in a row), or needs what
+            is not there. Names the model and the roles, and quotes the template's own message.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise PromptError(
@@ -93,18 +93,18 @@ def apply_chat_template(messages: Sequence[Mapping[str, str]], tokenizer: Any, n
             '  give a text, or a template for this model such as "{prompt}"'
         )
     plain, problem = _rendered(messages, tokenizer, settings)
-    if plain is not None and _tells(plain, messages):
+    if plain is not None and _has_content(plain, messages):
         return plain
     parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     other, _ = _rendered(parts, tokenizer, settings)
-    if other is not None and _tells(other, messages) and not _prints_parts(other):
+    if other is not None and _has_content(other, messages) and not _shows_parts(other):
         return other
     if plain is not None:
-        return plain  # it writes the contents in another way, which is its own business
-    words = " ".join(str(problem).split()) or type(problem).__name__
+        return plain  # the template changes the contents itself
+    message = " ".join(str(problem).split()) or type(problem).__name__
     roles = ", ".join(m["role"] for m in messages)
     raise PromptError(
-        f"the chat template of {name} refuses these messages (roles: {roles}): {words}\n"
+        f"the chat template of {name} refuses these messages (roles: {roles}): {message}\n"
         f'  give other messages, or a template for this model such as "{{prompt}}"'
     )
 
@@ -113,43 +113,43 @@ def _rendered(messages: Sequence[Mapping[str, Any]], tokenizer: Any, settings: M
     """(the text, why there is none)."""
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **settings)), None
-    except Exception as e:  # a template is a program of the checkpoint's; whatever it raises is about these messages
+    except Exception as e:  # a template is code of the checkpoint and may raise anything
         return None, e
 
 
-def _tells(text: str, messages: Sequence[Mapping[str, str]]) -> bool:
-    """Stands anything that was said in ``text``?"""
+def _has_content(text: str, messages: Sequence[Mapping[str, str]]) -> bool:
+    """Does ``text`` hold the content of any message?"""
     contents = [m["content"].strip() for m in messages]
     return any(content and content in text for content in contents)
 
 
-def _prints_parts(text: str) -> bool:
-    """Has a template that wants texts written a list as it is?"""
+def _shows_parts(text: str) -> bool:
+    """Did a template that expects plain text print the list of parts?"""
     return "'type': 'text'" in text or '"type": "text"' in text
 
 
 def text_ids(text: str, tokenizer: Any, *, special: bool = True, **settings: Any) -> list[int]:
-    """Token ids of a rendered text. A beginning-of-sequence token stands there once, even where a template wrote it already.
+    """Token ids of a rendered text. A beginning-of-sequence token that a template wrote is not doubled.
 
     Args:
         text: with the special tokens that a template wrote.
         tokenizer: its own.
-        special: the tokenizer adds those that it puts around a text.
-        settings: others of the tokenizer.
+        special: the tokenizer adds its own special tokens.
+        settings: other arguments of the tokenizer.
     """
     ids: list[int] = list(tokenizer(text, add_special_tokens=special, **settings).input_ids)
-    return ids[1:] if special and _begun_twice(ids, tokenizer) else ids
+    return ids[1:] if special and _has_two_bos(ids, tokenizer) else ids
 
 
-def once_begun(text: str, tokenizer: Any) -> str:
-    """``text`` without the beginning-of-sequence token of its template, where servers, like the tokenizer, add another."""
+def without_bos(text: str, tokenizer: Any) -> str:
+    """``text`` without the beginning-of-sequence token of its template, where the tokenizer (or a server) adds another."""
     word = getattr(tokenizer, "bos_token", None)
-    if word and text.startswith(word) and _begun_twice(tokenizer(text).input_ids, tokenizer):
+    if word and text.startswith(word) and _has_two_bos(tokenizer(text).input_ids, tokenizer):
         return text.removeprefix(word)
     return text
 
 
-def _begun_twice(ids: Sequence[int], tokenizer: Any) -> bool:
+def _has_two_bos(ids: Sequence[int], tokenizer: Any) -> bool:
     bos = getattr(tokenizer, "bos_token_id", None)
     return bos is not None and list(ids[:2]) == [bos, bos]
 
@@ -161,20 +161,20 @@ def encode(prompt: Prompt, tokenizer: Any, template: str | None, response: str |
 
 
 def encode_rendered(text: str, tokenizer: Any, response: str = "", *, chat: bool) -> list[int]:
-    """As :func:`encode`, of a prompt that is rendered.
+    """As :func:`encode`, of a prompt that is rendered already.
 
     A chat template writes its own special tokens; otherwise the tokenizer adds those it puts before a text.
     """
     ids = text_ids(text + response, tokenizer, special=not chat)
     if not chat and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token or "\0"):
-        ids = ids[:-1]  # some tokenizers close every text; a prompt goes on
+        ids = ids[:-1]  # some tokenizers end every text; a prompt continues
     if not ids:
         raise PromptError(f"the prompt {text!r} has no tokens\n  expected: some text")
     return ids
 
 
-def _not_rendered_yet(prompt: Prompt, template: str, name: str) -> None:
-    """Raise where ``template`` would be put around tokens that a chat template made.
+def _check_not_rendered(prompt: Prompt, template: str, name: str) -> None:
+    """Raise where ``template`` would be applied to tokens that a chat template made.
 
     Raises:
         PromptError: names a special token.

@@ -1,8 +1,8 @@
-"""What a checkpoint's ``generation_config.json`` says of drawing tokens, as defaults of our settings.
+"""Sampling settings in a checkpoint's ``generation_config.json``, as defaults of our settings.
 
-Honoured as transformers' ``generate`` and vLLM's server honour it: below what a request or a recipe says, above our own defaults. What
-changes the text of ``generate`` and cannot be done here is refused by name; what only says how ``generate`` searches or stores is left
-out, and listed. Knows names of settings; must not know models.
+Honoured as transformers' ``generate`` and vLLM's server honour it: below what a request or a recipe sets, above our own defaults. What
+changes the text of ``generate`` and is not supported here is refused by name; what only sets how ``generate`` searches or stores is
+ignored, and listed. Knows names of settings; must not know models.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ivg.settings.sampling import SamplingParams
 from ivg.settings.schema import check
 
 GenerationConfigMode = Literal["auto", "ignore"]
-"""``auto``: take the checkpoint's settings as defaults; ``ignore``: leave them out. Its end-of-sequence tokens are always taken."""
+"""``auto``: the checkpoint's settings are defaults; ``ignore``: they are not. Its end-of-sequence tokens are always used."""
 
-_TAKEN = {
+_OUR_NAMES = {
     "temperature": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
@@ -38,10 +38,10 @@ _TAKEN = {
     "forced_eos_token_id": "forced_eos_token_id",
     "exponential_decay_length_penalty": "exponential_decay_length_penalty",
 }
-"""Their names for ours."""
+"""transformers' names and ours."""
 
 SERVED_BY_VLLM = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens"})
-"""Our names of what vLLM's own server takes from the file (``ModelConfig.get_diff_sampling_param``)."""
+"""Our names of what vLLM's own server reads from the file (``ModelConfig.get_diff_sampling_param``)."""
 
 _REFUSED: Mapping[str, Any] = {
     "guidance_scale": 1,
@@ -54,37 +54,37 @@ _REFUSED: Mapping[str, Any] = {
     "top_h": None,
     "token_healing": False,
 }
-"""What changes the text and is not done here, each with the value that is off."""
+"""What changes the text and is not supported, each with the value that switches it off."""
 
-_LEFT_OUT: Mapping[str, tuple[Any, str]] = {
+_IGNORED: Mapping[str, tuple[Any, str]] = {
     "do_sample": (None, "temperature decides: 0 is greedy"),
     "max_length": (20, "max_new_tokens decides"),
-    "num_beams": (1, "the method decides how is searched"),
-    "num_beam_groups": (1, "the method decides how is searched"),
-    "diversity_penalty": (0, "the method decides how is searched"),
-    "length_penalty": (1, "the method decides how is searched"),
-    "early_stopping": (False, "the method decides how is searched"),
-    "penalty_alpha": (None, "the method decides how is searched"),
-    "dola_layers": (None, "the method decides how is searched"),
-    "constraints": (None, "the method decides how is searched"),
-    "force_words_ids": (None, "the method decides how is searched"),
+    "num_beams": (1, "the method decides how to search"),
+    "num_beam_groups": (1, "the method decides how to search"),
+    "diversity_penalty": (0, "the method decides how to search"),
+    "length_penalty": (1, "the method decides how to search"),
+    "early_stopping": (False, "the method decides how to search"),
+    "penalty_alpha": (None, "the method decides how to search"),
+    "dola_layers": (None, "the method decides how to search"),
+    "constraints": (None, "the method decides how to search"),
+    "force_words_ids": (None, "the method decides how to search"),
     "num_return_sequences": (1, "n decides"),
-    "max_time": (None, "nothing ends an answer by the clock"),
+    "max_time": (None, "answers have no time limit"),
     "remove_invalid_values": (False, "NaN and infinity end an answer with an error"),
     "presence_penalty": (0, "transformers does not know it; vLLM's own server applies it"),
     "frequency_penalty": (0, "transformers does not know it; vLLM's own server applies it"),
 }
-"""What does not apply here, each with the value that is off and the reason."""
+"""What does not apply here, each with the value that switches it off and the reason."""
 
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What a checkpoint sets.
+    """Sampling settings of a checkpoint.
 
     Attributes:
         settings: fields of :class:`~ivg.types.SamplingParams` that the file sets.
         left_out: other settings of the file that do not apply here, each with the reason.
-        refused: settings that change the text and that cannot be done, with their values.
+        refused: settings that change the text and are not supported, with their values.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class GenerationDefaults:
     refused: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self, name: str) -> None:
-        """Raise for what cannot be done; ``name`` is the model's.
+        """Raise for unsupported settings; ``name`` is the model's.
 
         Raises:
             ConfigError: names the settings and what to do.
@@ -106,10 +106,10 @@ class GenerationDefaults:
 
 
 def defaults_of(config: Any, name: str, mode: str) -> GenerationDefaults:
-    """What applies of a checkpoint's ``config`` in ``mode`` (:data:`GenerationConfigMode`); ``name`` is the model's.
+    """The settings that apply of a checkpoint's ``config`` in ``mode`` (:data:`GenerationConfigMode`); ``name`` is the model's.
 
     Raises:
-        ConfigError: it sets what cannot be done, or ``mode`` is unknown.
+        ConfigError: it sets something unsupported, or ``mode`` is unknown.
     """
     choice("auto", "ignore").checked("generation_config", mode)
     if mode == "ignore":
@@ -127,7 +127,7 @@ def generation_defaults(config: Any, name: str = "base") -> GenerationDefaults:
     """
     found = _as_mapping(config)
     settings: dict[str, Any] = {}
-    for theirs, ours in _TAKEN.items():
+    for theirs, ours in _OUR_NAMES.items():
         value = _usable(theirs, found.get(theirs))
         if value is None:
             continue
@@ -135,11 +135,11 @@ def generation_defaults(config: Any, name: str = "base") -> GenerationDefaults:
             settings[ours] = check(SamplingParams, ours, value)
         except ConfigError as e:
             raise ConfigError(
-                f"generation_config.json of {name}: {e}\n  mend the file, or leave it out: --generation-config ignore"
+                f"generation_config.json of {name}: {e}\n  correct the file, or ignore it: --generation-config ignore"
             ) from None
     if found.get("min_new_tokens") is not None:  # takes precedence, as in `generate`
         settings.pop("min_length", None)
-    left_out = {key: why for key, (off, why) in _LEFT_OUT.items() if found.get(key) is not None and found[key] != off}
+    left_out = {key: why for key, (off, why) in _IGNORED.items() if found.get(key) is not None and found[key] != off}
     refused = {key: found[key] for key, off in _REFUSED.items() if found.get(key) is not None and found[key] != off}
     return GenerationDefaults(settings, left_out, refused)
 
@@ -151,7 +151,7 @@ def _as_mapping(config: Any) -> Mapping[str, Any]:
 
 
 def _usable(name: str, value: Any) -> Any:
-    """``value`` in our notation; None where it asks for nothing."""
+    """``value`` in our notation; None where it switches the setting off."""
     if value is None:
         return None
     if name == "top_k" and value == -1:  # vLLM's "off"

@@ -1,7 +1,7 @@
-"""Where a model lies: an embedded one, a directory here, the hub's cache, or the hub. What is not there is told at once.
+"""Finds a model by name: embedded, in a local directory, in the hub's cache, or on the hub. Fails at once where it is in none.
 
-transformers asks the hub for whatever is no directory, and tries again for a minute where nobody answers. Knows names and files;
-must not know what a model is for.
+transformers asks the hub for every name that is no directory, and retries for a minute where it cannot be reached. Knows names and
+files; must not know what a model is for.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _ADAPTER = "adapter_config.json"
 
 
 def find_model(name: str | Path, what: str, hub: Mapping[str, Any] | None = None, *, weights: bool = True) -> str | Path:
-    """The directory of a model, or the hub id where the hub is to be asked.
+    """The directory of a model, or its hub id.
 
     Args:
         name: directory, hub id, or ``embedded:NAME``.
         what: the model's role, for errors.
         hub: ``revision`` and ``cache_dir``, where given.
-        weights: a whole model is wanted, rather than its tokenizer.
+        weights: True: a whole model; False: its tokenizer.
 
     Raises:
-        ModelError: neither a directory nor a hub id; the hub cannot be reached and its cache has not got it; an adapter.
+        ModelError: neither a directory nor a hub id; not in the hub's cache while the hub cannot be reached; an adapter.
     """
     if str(name).startswith(PREFIX):
         return locate(name)
@@ -60,7 +60,7 @@ def find_model(name: str | Path, what: str, hub: Mapping[str, Any] | None = None
 
 
 def _check_directory(place: Path, what: str, *, weights: bool) -> None:
-    """Raise for directories that hold something else.
+    """Raise for directories without a model.
 
     Raises:
         ModelError: an adapter without its model; no configuration.
@@ -73,7 +73,7 @@ def _check_directory(place: Path, what: str, *, weights: bool) -> None:
 
 
 def _adapter_error(title: str, file: Path, *, whole: bool) -> ModelError:
-    """Why an adapter is not loaded. transformers would, but only where PEFT is installed, and else leave it out without a word."""
+    """Adapters are not loaded: transformers would, but only where PEFT is installed, and silently ignores them elsewhere."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -100,7 +100,7 @@ def _snapshot(name: str, hub: Mapping[str, Any]) -> Path | None:
 
 
 def _file(name: str, file: str, hub: Mapping[str, Any]) -> Path | None:
-    """A small file of a model on the hub, downloaded if need be; None: it has no such file, or is none, which transformers tells."""
+    """A small file of a model on the hub, downloaded if need be; None: no such file or model."""
     from transformers.utils import cached_file
 
     options = {k: v for k, v in hub.items() if k in ("revision", "cache_dir", "token")}

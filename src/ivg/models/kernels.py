@@ -1,8 +1,8 @@
-"""Which of PyTorch's private kernels work here. Each is tried once for a process, on small tensors, against the plain product.
+"""Which of PyTorch's private CPU kernels work here. Each is tried once per process, on small tensors, against a plain product.
 
-They are private: another PyTorch may lack them or call them otherwise, and a processor may not have their instructions (a CPU with
-AVX2 alone packs no weights in bfloat16). What fails, or gives other numbers, is not used; callers then compute in the plain way.
-Must not know networks.
+They are private: another PyTorch may lack them or change their signature, and a processor may not have their instructions (a CPU with
+AVX2 alone packs no weights in bfloat16). A kernel that fails, or computes something else, is not used; callers then use public
+operations. Must not know networks.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 PACKED_ROWS = 256
-"""For so many rows oneDNN picks the order of packed weights; measured to be as good as any for 1 to 256."""
+"""The number of rows that oneDNN optimises the packed layout for; measured to be as good as any for 1 to 256."""
 CPU_INFO = Path("/proc/cpuinfo")
 _EMULATED = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni")
-"""Values of ``ONEDNN_MAX_CPU_ISA`` under which oneDNN has no products in bfloat16, or emulates them."""
+"""Values of ``ONEDNN_MAX_CPU_ISA`` under which oneDNN has no bfloat16 products, or emulates them."""
 
 
 @cache
 def has_packed_linear() -> bool:
-    """OneDNN's packed linear layers in bfloat16 multiply right, and give their weights back."""
+    """Do oneDNN's packed linear layers in bfloat16 compute the right products, and return their weights unchanged?"""
     try:
         return _packed_products_agree()
     except Exception:  # a kernel that is not there may raise anything
@@ -32,7 +32,7 @@ def has_packed_linear() -> bool:
 
 @cache
 def has_flash_attention(dtype: torch.dtype) -> bool:
-    """PyTorch's flash attention for CPUs attends right in ``dtype``, with and without a mask."""
+    """Does PyTorch's flash attention for CPUs compute the right attention in ``dtype``, with and without a mask?"""
     try:
         return _flash_agrees(dtype)
     except Exception:  # as above
@@ -41,21 +41,21 @@ def has_flash_attention(dtype: torch.dtype) -> bool:
 
 @cache
 def has_native_bfloat16() -> bool:
-    """The CPU has instructions for products in bfloat16, and oneDNN uses them.
+    """Does the CPU have instructions for bfloat16 products, and does oneDNN use them?
 
-    By itself oneDNN also says yes where it emulates them, 8 times slower than float32.
+    oneDNN's own check also says yes where it emulates them, 8 times slower than float32.
     """
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "default"
     if limit.lower() in _EMULATED:
         return False
     try:
-        return _onednn_has_bfloat16() and _cpu_has_bfloat16()
+        return onednn_has_bfloat16() and _cpu_has_bfloat16()
     except Exception:  # as above
         return False
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """[outputs, inputs], bfloat16 on the CPU, in the order in which oneDNN multiplies."""
+    """``weight`` [outputs, inputs], bfloat16 on the CPU, in oneDNN's packed layout."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACKED_ROWS)
     return packed
 
@@ -76,41 +76,42 @@ def flash_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
 def _packed_products_agree() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
-    weight, bias = _numbers(24, 40).bfloat16(), _numbers(24).bfloat16()
+    weight, bias = _test_values(24, 40).bfloat16(), _test_values(24).bfloat16()
     packed = pack_weight(weight)
     if not torch.equal(packed.to_dense(), weight):
         return False
-    for x in (_numbers(1, 40), _numbers(2, 3, 40)):
+    for x in (_test_values(1, 40), _test_values(2, 3, 40)):
         for b in (None, bias):
             plain = x.bfloat16().double() @ weight.double().t() + (0.0 if b is None else b.double())
-            if not _same(packed_linear(x.bfloat16(), packed, b), plain, torch.bfloat16):
+            if not _close(packed_linear(x.bfloat16(), packed, b), plain, torch.bfloat16):
                 return False
     return True
 
 
 def _flash_agrees(dtype: torch.dtype) -> bool:
-    q, keys, values = (_numbers(2, 2, n, 8, shift=n).to(dtype) for n in (3, 5, 5))
-    mask = torch.zeros_like(_numbers(2, 1, 3, 5)).masked_fill(_numbers(2, 1, 3, 5) > 0.5, float("-inf"))
+    q, keys, values = (_test_values(2, 2, n, 8, shift=n).to(dtype) for n in (3, 5, 5))
+    mask = torch.zeros_like(_test_values(2, 1, 3, 5)).masked_fill(_test_values(2, 1, 3, 5) > 0.5, float("-inf"))
     for seen in (None, mask):
         scores = (q.double() @ keys.double().transpose(-1, -2)) * 0.5 + (0.0 if seen is None else seen)
         out, norms = flash_attention(q, keys, values, seen, 0.5)
-        if not _same(out, scores.softmax(-1) @ values.double(), dtype) or not _same(norms, scores.logsumexp(-1), dtype):
+        if not _close(out, scores.softmax(-1) @ values.double(), dtype) or not _close(norms, scores.logsumexp(-1), dtype):
             return False
     return True
 
 
-def _numbers(*shape: int, shift: int = 0) -> Tensor:
-    """Numbers between -1 and 1 that nobody else draws: PyTorch's random state stays as it is."""
+def _test_values(*shape: int, shift: int = 0) -> Tensor:
+    """Numbers between -1 and 1 that leave PyTorch's random state as it is."""
     count = int(torch.Size(shape).numel())
     return torch.sin(torch.arange(shift, count + shift, dtype=torch.float32, device="cpu") * 7.3).view(shape)
 
 
-def _same(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+def _close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     near = 4 * torch.finfo(dtype).eps * max(1.0, float(expected.abs().max()))
     return got.shape == expected.shape and bool(((got.double() - expected).abs() <= near).all())
 
 
-def _onednn_has_bfloat16() -> bool:
+def onednn_has_bfloat16() -> bool:
+    """What oneDNN says, emulation included."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

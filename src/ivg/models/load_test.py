@@ -1,7 +1,7 @@
-"""Networks whose code comes with the checkpoint: read a little when they are loaded, row by row and plainly.
+"""A test at load time for networks whose code comes with the checkpoint (``trust_remote_code``): are outputs through the cache exact?
 
-``models.support`` knows transformers' own networks. What others do with positions, masks and caches cannot be told from their
-configuration, but it can be seen: rows in pieces, of different lengths, with a fork, must give what a pass over each alone gives.
+``models.support`` knows transformers' own networks. What others do with positions, masks and caches cannot be read from their
+configuration, so it is tried: rows in pieces, of different lengths, with a fork, must give the outputs of a pass over each alone.
 """
 
 from __future__ import annotations
@@ -16,36 +16,37 @@ from ivg.models.runner import ModelRunner
 from ivg.models.support import body_of
 
 TOLERANCE = {torch.float32: 0.02}
-"""How far outputs may be from plain ones, as a part of their spread; rounding grows it in other types, and switches experts."""
-_ROUNDED = 0.3
+"""Root mean square of the error allowed, in units of the outputs' standard deviation."""
+_LOW_PRECISION_TOLERANCE = 0.3
+"""In other dtypes: rounding is larger, and may switch experts."""
 _LONG, _SHORT = (1, 4, 2, 5, 3, 7, 6), (6, 2)
 
 
-def cached(network: nn.Module, name: str) -> ModelRunner:
-    """``network`` with a cache; one whose code is not transformers' is tried first.
+def make_runner(network: nn.Module, name: str) -> ModelRunner:
+    """A runner for ``network``; one whose code is not transformers' is tested first.
 
     Raises:
         ModelError: it cannot be read row by row.
     """
     model = ModelRunner(network, name)
     if not type(body_of(network)).__module__.startswith("transformers."):
-        _try(model)
+        _test(model)
     return model
 
 
-def _try(model: ModelRunner) -> None:
-    what = f"{model.name}: {type(body_of(model.network)).__name__}"
+def _test(model: ModelRunner) -> None:
+    title = f"{model.name}: {type(body_of(model.network)).__name__}"
     expected = "  expected a decoder that reads each row by positions and caches every token"
     try:
         pairs = _outputs(model)
-    except Exception as e:  # whatever somebody's code raises
-        said = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
-        raise ModelError(f"{what} cannot be read row by row: {said}\n{expected}") from e
+    except Exception as e:  # code of the checkpoint may raise anything
+        message = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
+        raise ModelError(f"{title} cannot be read row by row: {message}\n{expected}") from e
     finally:
         model.reset_cache()
-    apart = max(_apart(got.float(), plain.float()) for got, plain in pairs)
-    if not apart <= TOLERANCE.get(pairs[0][0].dtype, _ROUNDED):  # NaN is refused, too
-        raise ModelError(f"{what} gives other outputs when rows are read in pieces beside others ({apart:.1g} of their spread)\n{expected}")
+    error = max(_error(got.float(), plain.float()) for got, plain in pairs)
+    if not error <= TOLERANCE.get(pairs[0][0].dtype, _LOW_PRECISION_TOLERANCE):  # NaN fails, too
+        raise ModelError(f"{title} gives other outputs when rows share a batch (error {error:.1g} standard deviations)\n{expected}")
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def _outputs(model: ModelRunner) -> list[tuple[Tensor, Tensor]]:
     return list(zip(got, plain, strict=True))
 
 
-def _apart(got: Tensor, plain: Tensor) -> float:
-    """Root mean square of the difference, in units of the outputs' own spread (of the output, where there is one)."""
-    spread = plain.std() if plain.numel() > 1 else plain.abs().amax()
-    return float((got - plain).square().mean().sqrt() / spread.clamp(min=1e-6))
+def _error(got: Tensor, plain: Tensor) -> float:
+    """Root mean square of the difference, in units of the outputs' standard deviation (of the output itself, where there is one)."""
+    scale = plain.std() if plain.numel() > 1 else plain.abs().amax()
+    return float((got - plain).square().mean().sqrt() / scale.clamp(min=1e-6))

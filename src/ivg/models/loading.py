@@ -15,7 +15,7 @@ from ivg.errors import ConfigError, IVGError, ModelError, reason
 from ivg.models import kernels
 from ivg.models.cached_lm import CachedLM
 from ivg.models.hub import find_model
-from ivg.models.load_test import cached
+from ivg.models.load_test import make_runner
 from ivg.models.packed_linear import pack
 from ivg.models.weights import OTHER_HEADS, check_weights
 
@@ -35,7 +35,7 @@ class LoadOptions:
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code from the model's repository.
         quantization: passed as ``quantization_config`` (a transformers config, or its dictionary).
-        pack: reorder weights for inference where that helps (``models.packing``: CPUs in bfloat16); such a network is not to be trained.
+        pack: use oneDNN's packed linear layers where they help (``models.packed_linear``: CPUs in bfloat16); not for training.
     """
 
     device: str | None = None
@@ -47,13 +47,13 @@ class LoadOptions:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def hub(self) -> dict[str, Any]:
-        """Arguments that say where weights come from."""
+        """Keyword arguments of ``from_pretrained`` that say where weights come from."""
         out: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, **self.extra}
         return out | ({"revision": self.revision} if self.revision else {})
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The named device, or the best at hand.
+    """The named device; None: CUDA if there is one, else the CPU.
 
     Raises:
         ConfigError: no such device here.
@@ -90,7 +90,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_network(name: str | Path, auto_class: Any, options: LoadOptions, what: str, *, new_head: bool = False) -> Any:
-    """``auto_class.from_pretrained``, on the device, for inference; errors in one line.
+    """``auto_class.from_pretrained``, on the device, for inference.
 
     Args:
         name: directory, hub id, or ``embedded:NAME``.
@@ -115,7 +115,7 @@ def load_network(name: str | Path, auto_class: Any, options: LoadOptions, what: 
             network, info = auto_class.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     except IVGError:
         raise
-    except Exception as e:  # files may be broken in any way, packages may be missing, remote code may raise anything
+    except Exception as e:  # broken files, missing packages, remote code: anything may be raised
         raise ModelError(
             f"cannot load {what} {str(name)!r}: {reason(e)}\n  {_advice(e, 'a directory with config.json and weights')}"
         ) from e
@@ -163,16 +163,16 @@ def load_tokenizer(name: str | Path, options: LoadOptions, what: str) -> Any:
 
 
 def load_causal(name: str | Path, what: str, options: LoadOptions | None = None, template: str | None = None) -> CachedLM:
-    """A causal language model that can be read with a cache; ``what`` is its name in usage and errors."""
+    """A causal language model with a cache; ``what`` is its name in usage and errors."""
     from transformers import AutoModelForCausalLM
 
     options = options or LoadOptions()
-    load_config(name, options, what)  # first: what is wrong with the whole is not told of its tokenizer
+    load_config(name, options, what)  # first: an error of the whole model should not name its tokenizer
     tokenizer = load_tokenizer(name, options, what)
     network = _for_inference(load_network(name, AutoModelForCausalLM, options, what), options)
-    reader = CachedLM(cached(network, what), tokenizer, template, eos_ids(network, tokenizer))
-    reader.generation_config = getattr(network, "generation_config", None)
-    return reader
+    lm = CachedLM(make_runner(network, what), tokenizer, template, eos_ids(network, tokenizer))
+    lm.generation_config = getattr(network, "generation_config", None)
+    return lm
 
 
 def load_value(
@@ -180,7 +180,7 @@ def load_value(
 ) -> CachedLM:
     """A value network (any layout of ``models.value_head``); ``tokenizer`` where the checkpoint has none of its own.
 
-    ``template``: None takes the one that it was trained with, where the checkpoint says so.
+    ``template``: None: the one that it was trained with, where the checkpoint has it.
     """
     from ivg.models.value_head import ValueModel
 
@@ -189,7 +189,7 @@ def load_value(
     if tokenizer is None:
         tokenizer = load_tokenizer(name, options, what)
     network = _for_inference(load_network(name, ValueModel, options, what), options)
-    return CachedLM(cached(network, what), tokenizer, network.notes.get("template") if template is None else template)
+    return CachedLM(make_runner(network, what), tokenizer, network.notes.get("template") if template is None else template)
 
 
 def _for_inference(network: Any, options: LoadOptions) -> Any:
@@ -213,7 +213,7 @@ def _advice(e: BaseException, expected: str) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' table of missing weights: what is wrong with them is an error here."""
+    """Within, transformers prints no warnings: :func:`~ivg.models.weights.check_weights` raises for missing weights."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

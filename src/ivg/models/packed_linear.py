@@ -1,7 +1,7 @@
-"""Weights in the order in which the processor multiplies them: for inference on a CPU in bfloat16.
+"""Linear layers in oneDNN's packed (blocked) weight layout: for inference on a CPU in bfloat16.
 
-oneDNN brings a weight matrix into blocks before each product; for few rows that takes as long as the product. Packed once, a
-pass of 1 to 16 rows takes half the time, one of 256 a tenth less (dev/LOG.md). The plain weights are given up; they can
+oneDNN reorders a weight matrix into blocks before each product; for few rows that takes as long as the product. Packed once, a
+pass of 1 to 16 rows takes half the time, one of 256 a tenth less (dev/LOG.md). The plain weights are dropped; they can
 be read back, exactly, from the packed ones. Knows PyTorch's modules and transformers' ``Conv1D``; must not know what they mean.
 """
 
@@ -32,18 +32,18 @@ class PackedLinear(nn.Module):
         self._pack(weight)
 
     def _pack(self, weight: Tensor) -> None:
-        """In the plain order where nothing can be packed: the layer may come from a pickle of another machine."""
+        """Keeps the plain layout where oneDNN cannot pack: the layer may come from a pickle of another machine."""
         self.packed = kernels.pack_weight(weight) if kernels.has_packed_linear() else weight.detach().contiguous()
 
     @property
     def weight(self) -> Tensor:
-        """The plain weights, made anew at each call, in the layer's own layout."""
+        """The plain weights, computed at each call, in the layer's own layout."""
         dense: Tensor = self.packed.to_dense()
         return dense.t().contiguous() if self.transposed else dense
 
     @property
-    def elements(self) -> int:
-        """How many weights there are."""
+    def num_weights(self) -> int:
+        """Number of weights, without bias."""
         return self.in_features * self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which know no packed tensors."""
+        """For copies and pickles, which cannot hold packed tensors."""
         return {**self.__dict__, "packed": self.packed.to_dense()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(network: nn.Module) -> bool:
-    """On a CPU, in bfloat16, where oneDNN's packed layers work."""
+    """Is ``network`` on a CPU, in bfloat16, where oneDNN's packed layers work?"""
     first = next(network.parameters(), None)
     return first is not None and first.device.type == "cpu" and first.dtype == torch.bfloat16 and kernels.has_packed_linear()
 
@@ -90,7 +90,7 @@ def pack(network: nn.Module) -> nn.Module:
     """Pack every linear layer of ``network`` in place, where :func:`can_pack`; the activation of GPT-2 becomes PyTorch's own."""
     if can_pack(network):
         _pack_children(network)
-        network.requires_grad_(False)  # what is packed cannot learn, so nothing shall seem to
+        network.requires_grad_(False)  # packed weights cannot be trained, so no other should seem to be
     return network
 
 
@@ -110,5 +110,5 @@ def _pack_children(module: nn.Module) -> None:
 
 
 def packed_layers(network: nn.Module) -> list[PackedLinear]:
-    """The layers whose weights are no parameters any more."""
+    """The layers of ``network`` whose weights are no parameters any more."""
     return [m for m in network.modules() if isinstance(m, PackedLinear)]

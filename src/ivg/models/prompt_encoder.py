@@ -1,6 +1,6 @@
-"""How one model sees prompts and hypotheses: in its own tokens, behind its own prompt.
+"""How one model reads prompts and hypotheses: in its own tokens, behind its own prompt.
 
-Knows: templates, vocabularies, lengths. Must not know networks: they may run here (``models.reader``) or inside another engine.
+Knows templates, vocabularies, lengths. Must not know networks: they may run here (``models.cached_lm``) or inside another engine.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ class PromptEncoder:
     Args:
         name: of the model, in usage and errors.
         tokenizer: its own.
-        template: ``"chat"``, a format string with ``{prompt}``, or None (see ``models.chat``).
+        template: ``"chat"``, a format string with ``{prompt}``, or None (see ``models.chat_template``).
         eos_ids: ids that end a response; default: the tokenizer's.
         vocab_size: rows of the model's embedding.
         max_positions: tokens that it can read at most; None: any number.
-        limit_reason: what ends there, where it is not simply the model's context.
+        limit_reason: why no more, where it is not simply the model's context.
     """
 
     reads_given_ids = False
-    """Takes the tokens of a prompt that has them (``Prompt.token_ids``) whatever its template: true of the base alone."""
+    """Takes the tokens of a prompt that has them (``Prompt.token_ids``) whatever its template: True for the base alone."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class PromptEncoder:
         self.vocab_size, self.max_positions, self.limit_reason = vocab_size, max_positions, limit_reason
         self.vocabulary = Vocabulary(tokenizer, eos_ids, owner=name)
         self.generation_config: Any = None
-        """The checkpoint's own defaults of drawing (transformers' ``GenerationConfig``), where it has any."""
+        """The checkpoint's sampling defaults (transformers' ``GenerationConfig``), where it has any."""
         self.prompt_ids = lru_cache(maxsize=512)(self._prompt_ids)
         self._rendered = lru_cache(maxsize=64)(self._render)
 
@@ -58,7 +58,7 @@ class PromptEncoder:
         return render(prompt, self.tokenizer, self.template, self.name)
 
     def own(self, prompt: Prompt) -> Prompt:
-        """The prompt, where its tokens are said to be the base's, with this model's vocabulary, which is the base's."""
+        """The prompt with this model's vocabulary, where it has tokens of the base without saying whose they are."""
         return replace(prompt, vocabulary=self.vocabulary) if prompt.token_ids is not None and prompt.vocabulary is None else prompt
 
     def root(self, prompt: Prompt, new_tokens: int) -> Beam:
@@ -69,7 +69,7 @@ class PromptEncoder:
         """
         prompt = self.own(prompt)
         self.check_length(prompt, new_tokens)
-        state = self.vocabulary.begin(self.prompt_ids(prompt))
+        state = self.vocabulary.start_decoding(self.prompt_ids(prompt))
         return Beam(new_key(), None, prompt, vocabulary=self.vocabulary, inherits=False, decoded=state)
 
     def make_beam(self, prompt: Prompt, response: str) -> Beam:
@@ -128,8 +128,8 @@ class PromptEncoder:
     def ids(self, h: Hypothesis) -> tuple[list[int], int]:
         """(all tokens of prompt and response, how many of them are prompt).
 
-        With the base's vocabulary: its very tokens. With another: the text is tokenised anew, and a token that spans the
-        border counts as response. An end-of-sequence token of the base is read as this model's own.
+        With the base's vocabulary: its very tokens. With another: the text is tokenised again, and a token that spans the end of the
+        prompt counts as response. An end-of-sequence token of the base becomes this model's own.
         """
         prompt = self.prompt_ids(h.prompt)
         if self.vocabulary.same_as(h.vocabulary):
@@ -137,13 +137,13 @@ class PromptEncoder:
         ids = list(prompt)
         if h.text:
             ids = encode_rendered(self._rendered(h.prompt), self.tokenizer, h.text, chat=is_chat(h.prompt, self.template))
-        border = common_length(prompt, ids)
+        prompt_length = common_length(prompt, ids)
         if h.token_ids and h.token_ids[-1] in h.vocabulary.eos_ids and self.vocabulary.eos_ids:
             ids.append(min(self.vocabulary.eos_ids))
-        return ids, border
+        return ids, prompt_length
 
     def own_ids(self, tokens: Sequence[int]) -> list[int]:
-        """The base's tokens in this model's, which shares its vocabulary but for tokens that the base may have added."""
+        """The base's tokens as this model's, which shares its vocabulary but for tokens that the base may have added."""
         known = self.vocab_size
         return [t if t < known else next(iter(self.vocabulary.eos_ids), 0) for t in tokens]
 

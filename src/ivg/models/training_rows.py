@@ -1,9 +1,9 @@
-"""Fingerprints of the rows that a model was trained on, in a small file beside its weights: so that nobody measures it on them unawares.
+"""Fingerprints of the rows that a model was trained on, in a small file beside its weights: evaluation can detect leakage.
 
 One row of training data gives a 64-bit hash for each response, of prompt and response with runs of white space made one space. The file
-holds the sorted hashes and no text: nobody can read the data from it, but whoever has a row can ask whether it was among them.
+holds the sorted hashes and no text: the data cannot be read from it, but a given row can be looked up.
 
-Knows: prompts, responses, folders and hub ids. Must not know trainers, nor what is measured.
+Knows: prompts, responses, folders and hub ids. Must not know trainers or evaluation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Hashes = NDArray[np.uint64]
 
 
 def row_hash(prompt: Prompt | None, response: str) -> int:
-    """64 bits of one response and what it answers; ``None``: a text as it is."""
+    """64-bit hash of a response and its prompt; ``None``: a plain text."""
     parts = ("" if prompt is None else prompt_text(prompt), response)
     text = "\x1f".join(" ".join(unicodedata.normalize("NFC", part).split()) for part in parts)
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
@@ -48,7 +48,7 @@ def write_training_rows(folder: str | Path, rows: Iterable[tuple[Prompt | None, 
 
 
 def read_training_rows(model: str | Path) -> Hashes | None:
-    """The hashes beside the weights of a folder or hub id; None: that model has none, so its training data are not known.
+    """The hashes beside the weights of a folder or hub id; None: that model has none, so its training data are unknown.
 
     Raises:
         ModelError: the file is damaged.
@@ -58,7 +58,7 @@ def read_training_rows(model: str | Path) -> Hashes | None:
     quiet = {f"_raise_exceptions_for_{kind}": False for kind in ("gated_repo", "missing_entries", "connection_errors")}
     try:
         found = cached_file(str(find_model(model, "model", weights=False)), FILE, **quiet)
-    except (ModelError, OSError, ValueError):  # neither a folder nor a repository that can be asked: a function, for example
+    except (ModelError, OSError, ValueError):  # neither a folder nor a repository: a function, for example
         return None
     if found is None:
         return None
@@ -79,8 +79,8 @@ def copy_training_rows(model: str | Path, folder: str | Path) -> None:
 
 def seen(known: Hashes, prompt: Prompt, response: str) -> bool:
     """Was ``response`` to ``prompt``, or the text of both together, among the rows?"""
-    asked = [row_hash(prompt, response), row_hash(None, prompt_text(prompt) + response)]
-    return bool(np.isin(np.array(asked, np.uint64), known).any())
+    hashes = [row_hash(prompt, response), row_hash(None, prompt_text(prompt) + response)]
+    return bool(np.isin(np.array(hashes, np.uint64), known).any())
 
 
 def source_of(network: Any) -> str | None:

@@ -1,7 +1,7 @@
-"""Value networks: a causal backbone and a head that predicts the final reward from any prefix (METHOD, section 1).
+"""Value networks: a causal backbone and a head that predicts the final reward from any prefix (IVG: Liu et al. 2024, arXiv 2409.17819).
 
 Vocabulary head (Q-head): for every next token, the value of the prefix that it would make. Scalar head (V-head): the
-value of the prefix itself. Reads every layout in use, told apart by the names of its tensors:
+value of the prefix itself. Reads every layout in use, recognised by the names of its tensors:
 
 =====================================  ==========================================  ==================
 tensor                                 written by                                  head
@@ -73,7 +73,7 @@ class ValueModel(nn.Module):
         tensors = {f"{shell.base_model_prefix}.{k}": v.detach().cpu() for k, v in self.backbone.state_dict().items()}
         tensors |= {f"{head}.{k}": v.detach().cpu() for k, v in self.head.state_dict().items()}
         shell.save_pretrained(folder, state_dict=tensors)
-        (folder / "generation_config.json").unlink(missing_ok=True)  # a value writes nothing
+        (folder / "generation_config.json").unlink(missing_ok=True)  # a value generates nothing
         plain = json.loads(self.config.to_json_string(use_diff=False))  # transformers spells infinity as JSON can
         config = plain | {"ivg_value": {"head": self.kind, **self.notes}, "dtype": str(self.head.weight.dtype)[6:]}
         if self.kind == "scalar":

@@ -1,7 +1,7 @@
-"""Vocabularies: what token ids mean, whether two models mean the same by them, and how ids become text.
+"""Vocabularies: what token ids stand for, whether two models agree on it, and how ids become text step by step.
 
 Token-level guidance over the whole vocabulary adds two models' logits column by column, so column i must be the same
-piece of text in both. Rows that only pad the matrix (32000 against 32016, 151936 against 152064) do no harm.
+piece of text in both. Rows that only pad the embedding (32000 against 32016, 151936 against 152064) do no harm.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _CONTINUATIONS = ("<0x80>", "<0xBF>", "\u0122", "\u00bf")
 """The bytes 0x80 and 0xBF as byte fallback and as byte-level BPE (GPT-2's table) write them."""
 _CONTEXT = 8
-"""Tokens of the prompt that the beginning of a response is decoded behind: enough to hold some text and a whole character."""
-_LEADS = ("\n", "a", ".", ":")
+"""Tokens of the prompt that a response is decoded with: enough to hold some text and a whole character."""
+_PREFIXES = ("\n", "a", ".", ":")
 """Texts that a response is tokenised behind, for tokenizers that treat the beginning of a text differently."""
 
 
 def special_tokens(tokenizer: Any) -> set[str]:
-    """The tokens of ``tokenizer`` that are no text, by name."""
+    """The tokens of ``tokenizer`` that are not text, by name."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*getattr(tokenizer, "all_special_tokens", ()), *(str(t) for t in added.values() if getattr(t, "special", False))}
 
@@ -35,7 +35,7 @@ class Vocabulary:
     Args:
         tokenizer: a transformers tokenizer.
         eos_ids: ids that end a response (a model may have several); default: the tokenizer's.
-        owner: how error messages call the model.
+        owner: name of the model in errors.
     """
 
     def __init__(self, tokenizer: Any, eos_ids: Sequence[int] | None = None, owner: str = "model") -> None:
@@ -77,7 +77,7 @@ class Vocabulary:
             yield i, mine, theirs
 
     def same_as(self, other: Vocabulary | None) -> bool:
-        """Do equal ids mean equal pieces in both? Remembered for each pair."""
+        """Do all ids stand for the same pieces in both? Cached for each pair."""
         if other is None or other is self:
             return True
         known = self._same.get(id(other))
@@ -97,47 +97,47 @@ class Vocabulary:
         shown = "\n".join(f"    id {i}: {a!r} in {self.owner}, {b!r} in {other.owner}" for i, a, b in rows[:5])
         more = f"\n    and {len(rows) - 5} more" if len(rows) > 5 else ""
         raise VocabularyError(
-            f"{self.owner} ({len(self.pieces)} tokens) and {other.owner} ({len(other.pieces)} tokens) do not mean the same "
-            f"by their token ids; {len(rows)} differ, the first:\n{shown}{more}\n  {advice}"
+            f"{self.owner} ({len(self.pieces)} tokens) and {other.owner} ({len(other.pieces)} tokens) have different "
+            f"vocabularies; {len(rows)} ids differ, the first:\n{shown}{more}\n  {advice}"
         )
 
     # Text
 
     @cached_property
     def special(self) -> frozenset[int]:
-        """Ids that are no text: decoding leaves them out."""
+        """Ids that are not text: decoding leaves them out."""
         names = special_tokens(self.tokenizer)
         return frozenset(i for i, piece in self.pieces.items() if piece in names) if names else frozenset()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``, special tokens left out, spaces as they are.
+        """Text of ``ids``, special tokens left out, spaces unchanged.
 
-        As the tokenizer decodes, but for bytes that are no UTF-8: of ``<0xE6>`` tokens, too, only those that belong to no character
-        become U+FFFD, as with byte-level tokenizers. The tokenizers library would take the whole run of bytes with them.
+        As the tokenizer decodes, but for invalid UTF-8: also of byte-fallback tokens (``<0xE6>``) only those that belong to no character
+        become U+FFFD, as with byte-level tokenizers. The tokenizers library would replace the whole run of bytes.
         """
-        text = self._plain(ids)
-        return self._mended(ids) if _REPLACEMENT in text and self._bytes else text
+        text = self._tokenizer_decode(ids)
+        return self._decode_bytewise(ids) if _REPLACEMENT in text and self._bytes else text
 
-    def begin(self, prompt_ids: Sequence[int]) -> DecodeState:
+    def start_decoding(self, prompt_ids: Sequence[int]) -> DecodeState:
         """The state before the first token of a response to ``prompt_ids``.
 
-        A character whose bytes begin in the prompt counts to the response (:meth:`whole`).
+        A character whose bytes begin in the prompt belongs to the response (see :meth:`prompt_text`).
         """
         context = tuple(i for i in prompt_ids[-4 * _CONTEXT :] if i not in self.special)[-_CONTEXT:]
         text = self.decode(context)
         cut = self._cut(context, text) if self._continuations else 0
         return DecodeState(0, context, len(text) - cut)
 
-    def whole(self, prompt_ids: Sequence[int]) -> str:
-        """Text of a prompt, but for a character at its end whose bytes are not all there."""
-        text, state = self.decode(prompt_ids), self.begin(prompt_ids)
+    def prompt_text(self, prompt_ids: Sequence[int]) -> str:
+        """Text of a prompt, without an incomplete character at its end."""
+        text, state = self.decode(prompt_ids), self.start_decoding(prompt_ids)
         return text[: len(text) - len(self.decode(state.context)) + state.shown]
 
     def text_for(self, prompt_ids: Sequence[int], tokenizer: Any) -> str:
-        """Text of a prompt for a model with another ``tokenizer``: of special tokens those are kept that it knows, too."""
+        """Text of a prompt for a model with another ``tokenizer``; special tokens that it has, too, are kept."""
         known = {self.pieces.get(i) for i in prompt_ids if i in self.special} & special_tokens(tokenizer)
         if not known:
-            return self.whole(prompt_ids)
+            return self.prompt_text(prompt_ids)
         out, state = [], DecodeState()
         for i in prompt_ids:
             if i in self.special and (piece := self.pieces.get(i)) in known:
@@ -149,9 +149,9 @@ class Vocabulary:
     def continue_text(self, ids: Sequence[int], state: DecodeState, *, final: bool = False) -> tuple[str, DecodeState]:
         """The text that the response ``ids`` adds to what was decoded up to ``state``, and the new state.
 
-        Together, from :meth:`begin` on, decode(prompt + response) without decode(prompt), whatever the steps: token by token, a few
-        tokens are decoded behind the ones before them. A character whose bytes are not all there yet is held back; with ``final``
-        nothing follows, and U+FFFD stands for it, as it does in decode().
+        From :meth:`start_decoding` on, the pieces together are decode(prompt + response) without decode(prompt), whatever the steps: each
+        token is decoded behind a few before it. An incomplete character is held back; with ``final`` nothing follows, and it
+        becomes U+FFFD, as in :meth:`decode`.
         """
         out = []
         for token in ids[state.tokens :]:
@@ -165,41 +165,41 @@ class Vocabulary:
 
     def response_text(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
         """Text of the whole response ``ids`` behind ``prompt_ids``: decode(prompt + response) without decode(prompt)."""
-        state = self.begin(prompt_ids)
+        state = self.start_decoding(prompt_ids)
         return self.decode((*state.context, *ids))[state.shown :]
 
     def response_ids(self, prompt_ids: Sequence[int], text: str) -> list[int]:
         """Tokens of a response that is given as text, such that :meth:`response_text` behind ``prompt_ids`` is ``text``.
 
-        Prompt and response are tokenised apart, as generation sees them. Tokenizers that write a space before every text
-        (SentencePiece) are given something before it. Where no way gives the text back, that of ``text`` alone is taken.
+        Prompt and response are tokenised apart, as in generation. For tokenizers that write a space before every text (SentencePiece)
+        something is put before it. Where nothing round-trips, the tokens of ``text`` alone are returned.
         """
         alone: list[int] = list(self.tokenizer(text, add_special_tokens=False).input_ids)
         if not text or self.response_text(prompt_ids, alone) == text:
             return alone
-        for lead in _LEADS:
-            before = list(self.tokenizer(lead, add_special_tokens=False).input_ids)
-            both = list(self.tokenizer(lead + text, add_special_tokens=False).input_ids)
+        for prefix in _PREFIXES:
+            before = list(self.tokenizer(prefix, add_special_tokens=False).input_ids)
+            both = list(self.tokenizer(prefix + text, add_special_tokens=False).input_ids)
             if before and both[: len(before)] == before and self.response_text(prompt_ids, both[len(before) :]) == text:
                 return both[len(before) :]
         return alone
 
     def _append(self, token: int, state: DecodeState) -> tuple[str, DecodeState]:
-        """The text that is certain once ``token`` is there, and the new state."""
+        """The text that is final once ``token`` is appended, and the new state."""
         if token in self.special:
             return "", replace(state, tokens=state.tokens + 1)
         run = (*state.context, token)
         text = self.decode(run)
         cut = self._cut(run, text)
         certain = max(state.shown, len(text) - cut)
-        if not cut:  # decode no more next time than is needed to stand behind something
+        if not cut:  # next time decode no more context than needed
             for width in (1, 2, 3):
                 if shown := self._length(run[-width:]):
                     return text[state.shown :], DecodeState(state.tokens + 1, run[-width:], shown)
         return text[state.shown : certain], DecodeState(state.tokens + 1, run, certain)
 
     def _cut(self, ids: tuple[int, ...], text: str) -> int:
-        """1 where the last character of ``text``, which ``ids`` spell, lacks bytes (or may: no token is a byte), else 0."""
+        """1 where the last character of ``text``, decoded from ``ids``, lacks bytes (or may: no token is a byte), else 0."""
         if not text.endswith(_REPLACEMENT):
             return 0
         if not self._continuations:
@@ -207,7 +207,7 @@ class Vocabulary:
         return int(any(len(self.decode((*ids, i))) <= len(text) for i in self._continuations))  # a byte more, and no character more
 
     def _length(self, ids: tuple[int, ...]) -> int:
-        """Characters of ``ids`` by themselves; remembered for single tokens."""
+        """Characters of ``ids`` by themselves; cached for single tokens."""
         if len(ids) > 1:
             return len(self.decode(ids))
         known = self._lengths.get(ids[0])
@@ -215,32 +215,32 @@ class Vocabulary:
             known = self._lengths[ids[0]] = len(self.decode(ids))
         return known
 
-    def _plain(self, ids: Sequence[int]) -> str:
+    def _tokenizer_decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
-    def _mended(self, ids: Sequence[int]) -> str:
-        """As :meth:`decode`, bytes that belong to no character each by itself."""
+    def _decode_bytewise(self, ids: Sequence[int]) -> str:
+        """As :meth:`decode`; every byte that belongs to no character becomes U+FFFD by itself."""
         out: list[str] = []
-        sound: list[int] = []
+        valid: list[int] = []
         run: list[int] = []
 
-        def text_of_sound() -> str:
+        def text_of_valid() -> str:
             if not any(out):
-                return self._plain(sound)
-            return self._plain([self._byte_a, *sound])[1:]  # not at the beginning of a text
+                return self._tokenizer_decode(valid)
+            return self._tokenizer_decode([self._byte_a, *valid])[1:]  # not at the beginning of a text
 
         def end_run() -> None:
             while run:
                 try:
                     bytes(self._bytes[i] for i in run).decode()
                 except UnicodeDecodeError as e:
-                    sound.extend(run[: e.start])
-                    out.extend((text_of_sound(), _REPLACEMENT))
-                    sound.clear()
+                    valid.extend(run[: e.start])
+                    out.extend((text_of_valid(), _REPLACEMENT))
+                    valid.clear()
                     del run[: e.end]
                 else:
-                    sound.extend(run)
+                    valid.extend(run)
                     run.clear()
 
         for i in ids:
@@ -250,15 +250,15 @@ class Vocabulary:
                 run.append(i)
             else:
                 end_run()
-                sound.append(i)
+                valid.append(i)
         end_run()
-        return "".join((*out, text_of_sound()))
+        return "".join((*out, text_of_valid()))
 
     @cached_property
     def _bytes(self) -> dict[int, int]:
         """Tokens ``<0x00>`` … ``<0xFF>`` and their bytes, where the tokenizer decodes them so."""
         a = self._ids_of.get("<0x41>")
-        if a is None or self._plain([a]) != "A":
+        if a is None or self._tokenizer_decode([a]) != "A":
             return {}
         return {i: byte for byte in range(256) if (i := self._ids_of.get(f"<0x{byte:02X}>")) is not None}
 
@@ -268,9 +268,9 @@ class Vocabulary:
 
     @cached_property
     def _continuations(self) -> tuple[int, ...]:
-        """Tokens that are the byte 0x80 or 0xBF alone: one of them goes on with any character that lacks bytes, neither begins one."""
+        """Tokens that are the byte 0x80 or 0xBF alone: one of them continues any incomplete character, neither begins one."""
         found = (self._ids_of.get(piece) for piece in _CONTINUATIONS)
-        return tuple(i for i in found if i is not None and self._plain([i]) == _REPLACEMENT)
+        return tuple(i for i in found if i is not None and self._tokenizer_decode([i]) == _REPLACEMENT)
 
     @cached_property
     def _ids_of(self) -> dict[str, int]:

@@ -16,24 +16,24 @@ from torch import Tensor
 from ivg.errors import ModelError
 
 _UNUSED = ("position_ids", "rotary_emb.inv_freq", ".pooler.dense.weight", ".pooler.dense.bias")
-"""Endings of tensors that older versions of transformers wrote and no network needs: buffers, and poolers that its class leaves out."""
+"""Endings of tensors that older versions of transformers wrote and no network needs: buffers, and poolers that the class leaves out."""
 
 OTHER_HEADS = ("lm_head.", "embed_out.", "v_head.")
-"""Beginnings of the names of heads that a checkpoint may have beside the one that is wanted: they change nothing below them."""
+"""Beginnings of the names of heads that a checkpoint may have beside the one that is loaded; the backbone does not depend on them."""
 
 
 class WeightsError(ModelError):
-    """Weights that are missing, or that nothing takes: another kind of model than was expected."""
+    """Weights are missing or unexpected: another kind of model than was expected."""
 
 
 def check_weights(name: str | Path, network: Any, info: Mapping[str, Any], expected: Callable[[str], bool] = lambda key: False) -> None:
-    """Raise unless the checkpoint held exactly the weights that ``network`` has: what is missing would be random.
+    """Raise unless the checkpoint held exactly the weights that ``network`` has: missing ones would be random.
 
     Args:
         name: of the checkpoint, for the error.
         network: as ``from_pretrained`` gave it.
         info: what ``from_pretrained(..., output_loading_info=True)`` reports.
-        expected: is this tensor no part of ``network``, and known to be there?
+        expected: True for tensors of the checkpoint that are known not to belong to ``network``.
 
     Raises:
         WeightsError: names the weights.
@@ -49,9 +49,9 @@ def check_weights(name: str | Path, network: Any, info: Mapping[str, Any], expec
         got = f"{key} has shape {tuple(found)}, config.json asks for {tuple(wanted)}{more}"
         raise WeightsError(f"{name}: {got}\n  expected weights and config.json of one model")
     if missing:
-        raise WeightsError(f"{name} lacks {_listed(missing)} of {kind}: random numbers would stand in their places\n  {advice}")
+        raise WeightsError(f"{name} lacks {_listed(missing)} of {kind}, which would be random\n  {advice}")
     if unexpected:
-        raise WeightsError(f"{name} holds {_listed(unexpected)} that {kind} does not use: its outputs would be other ones\n  {advice}")
+        raise WeightsError(f"{name} holds {_listed(unexpected)} that {kind} does not use\n  {advice}")
 
 
 def _listed(names: list[str]) -> str:

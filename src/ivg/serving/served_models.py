@@ -241,7 +241,7 @@ class ServedModels:
         if beyond:
             message = f"token id {beyond[0]} is outside the vocabulary ({base.vocab_size} tokens)"
             raise ServeError(message, 400, "invalid_value", "prompt")
-        return Prompt(self.model.engine.vocabulary.whole(given), tuple(given))
+        return Prompt(self.model.engine.vocabulary.prompt_text(given), tuple(given))
 
     def _chat_prompt(self, messages: Sequence[Message]) -> Prompt:
         """The messages, if the base has a chat template; else their texts, one a line."""

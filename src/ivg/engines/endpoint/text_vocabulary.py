@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ivg.errors import PromptError
-from ivg.models.chat_template import encode_rendered, is_chat, once_begun, render
+from ivg.models.chat_template import encode_rendered, is_chat, render, without_bos
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.vocabulary import Vocabulary
 from ivg.types import DecodeState, Prompt
@@ -135,7 +135,7 @@ class EndpointPromptEncoder(PromptEncoder):
                 '  give the tokenizer (a directory or hub id), or a template for this model such as "{prompt}"'
             )
         text = render(prompt, self.renderer, self.template, self.name)
-        return text if self.renderer is None else once_begun(text, self.renderer)
+        return text if self.renderer is None else without_bos(text, self.renderer)
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         text = self.text(prompt)
