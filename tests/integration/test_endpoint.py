@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from fake_endpoint import Server, written
-from ivg.cli.trace import _node as shown
+from ivg.cli.trace import trace_node
 from ivg.embedded import path
 from ivg.engines.endpoint.choices import read_choices, split_tokens, used_tokens
 from ivg.engines.endpoint.engine import EndpointEngine, load_endpoint
@@ -225,7 +225,7 @@ def test_trace_and_record(serve):
     (got,) = answers(engine, [request])
     assert got.guide_shift == (0.0,) * 12
     node = got.trace[-1].kept[0]
-    assert node.tokens == tuple(node.text) and len(shown(node, {})["tokens"]) == 12
+    assert node.tokens == tuple(node.text) and len(trace_node(node, {})["tokens"]) == 12
 
 
 def test_greedy_asks_once(serve):

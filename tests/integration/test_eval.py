@@ -17,9 +17,10 @@ from ivg.evaluation import runner
 from ivg.evaluation.base_samples import SampleGroup
 from ivg.evaluation.methods import BASE_SAMPLES
 from ivg.evaluation.plan import make_plan
-from ivg.evaluation.report import markdown, publish, tables
+from ivg.evaluation.report import markdown, publish, read_results
 from ivg.evaluation.score import read_scored
 from ivg.evaluation.summary import summarise
+from ivg.evaluation.tables import tables
 from ivg.settings.recipe import Recipe
 from ivg.testing import byte_tokenizer, tiny_model, tiny_value
 from ivg.utils.jsonl import as_lines, read_jsonl
@@ -248,6 +249,15 @@ def test_publish(done, tmp_path):
     assert "## Samples" in whole
     assert "## Samples" not in shown  # they quote the data
     assert whole.partition("## Samples")[0] + "## How" + whole.partition("\n## How")[2] == shown
+
+
+def test_results_of_version_0_1_can_be_read(done, tmp_path):
+    results = json.loads((done.out / "results.json").read_text())
+    old = {k: v for k, v in results.items() if k not in ("base_samples", "timings")} | {"clock": results["timings"]}
+    old["bank"] = {"by" if k == "selected_by" else k: v for k, v in results["base_samples"].items()}
+    old["methods"] = {label: {"strategy" if k == "method" else k: v for k, v in m.items()} for label, m in results["methods"].items()}
+    (tmp_path / "results.json").write_text(json.dumps(old))
+    assert read_results(tmp_path / "results.json") == results == read_results(done.out / "results.json")
 
 
 def test_without_judges_there_is_still_a_report(hub, tmp_path):

@@ -1,6 +1,7 @@
 """``ivg eval`` refuses what makes a report untrue: files of other settings or weights, a judge that steers, settings that nobody reads."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -11,13 +12,14 @@ from test_eval import copy, done, hub, recipe  # noqa: F401  (fixtures)
 
 from ivg.errors import ConfigError, PromptError
 from ivg.evaluation import runner
+from ivg.evaluation.kl import kl_to_base, truncations
 from ivg.evaluation.methods import BASE_SAMPLES
 from ivg.evaluation.plan import make_plan
 from ivg.evaluation.report import report
 from ivg.evaluation.score import read_task_metrics
 from ivg.evaluation.sentiment import Sentiment
 from ivg.evaluation.summarization import Summarization
-from ivg.evaluation.summary import _kl, run_metadata, summarise, truncated
+from ivg.evaluation.summary import run_metadata, summarise
 from ivg.evaluation.transcripts import read_transcripts
 from ivg.evaluation.winrate import read_judgements
 from ivg.evaluation.worker import Worker
@@ -263,32 +265,30 @@ def test_judges_have_nothing_of_the_base(hub, tmp_path, monkeypatch):  # noqa: F
 # Divergence
 
 
-def test_no_divergence_where_distributions_are_cut(hub, tmp_path):  # noqa: F811
-    rows = [({"id": "0", "token_ids": [1] * 9, "shift": 2.0}, {})]
+def test_no_divergence_where_distributions_are_cut():
+    rows = [{"id": "0", "token_ids": [1] * 9, "shift": 2.0}]
+    plain = SamplingParams(max_new_tokens=9)
     kinds = {"top-k": {"top_k": 50}, "top-p": {"top_p": 0.9}, "min-p": {"min_p": 0.1}, "greedy choice": {"temperature": 0.0}}
-    for what, sampling in kinds.items():
-        p = make_plan(recipe(hub).override(sampling=sampling), tmp_path)
-        kl, note = _kl(p, get_method("eft"), rows)
+    for what, settings in kinds.items():
+        sampling = replace(plain, **settings)
+        kl, note = kl_to_base(get_method("eft"), sampling, rows)
         assert kl is None
         assert what in note
-        assert _kl(p, get_method("bon"), rows)[0]["bound"]
-    assert truncated(SamplingParams(repetition_penalty=1.2)) == "repetition penalty"
-    assert truncated(SamplingParams(top_p=1.0)) is None
-    p = make_plan(recipe(hub), tmp_path)
-    assert _kl(p, get_method("eft"), rows)[0]["mean"] == 2.0
-    assert _kl(p, get_method("cards"), rows) == (None, "no useful bound is known for the method")
+        assert kl_to_base(get_method("bon"), sampling, rows)[0]["bound"]
+    assert truncations(SamplingParams(repetition_penalty=1.2)) == "repetition penalty"
+    assert truncations(SamplingParams(top_p=1.0)) is None
+    assert kl_to_base(get_method("eft"), plain, rows)[0]["mean"] == 2.0
+    assert kl_to_base(get_method("cards"), plain, rows) == (None, "no useful bound is known for the method")
 
 
-def test_the_form_of_the_bound_is_the_method_s(hub, tmp_path):  # noqa: F811
+def test_the_form_of_the_bound_is_the_method_s():
     """One answer of one chunk: only where the settings make all answers one chunk is it a best-of-N."""
-    import math
-
-    p = make_plan(recipe(hub), tmp_path)
-    rows = [({"id": "0", "token_ids": [1, 2], "shift": 0.0}, {})]
-    many = get_method("cbs-explicit", width=2, successors=2)
-    assert _kl(p, replace(many, chunk_length=3), rows)[0]["mean"] == pytest.approx(math.log(4), abs=1e-5)
-    assert _kl(p, replace(many, chunk_length=9), rows)[0]["mean"] == pytest.approx(math.log(4) - 3 / 4, abs=1e-5)
-    assert _kl(p, get_method("cd-blockwise", successors=4, chunk_length=3), rows)[0]["mean"] == pytest.approx(math.log(4) - 3 / 4, abs=1e-5)
+    rows = [{"id": "0", "token_ids": [1, 2], "shift": 0.0}]
+    many, sampling = get_method("cbs-explicit", width=2, successors=2), SamplingParams(max_new_tokens=9)
+    blockwise = get_method("cd-blockwise", successors=4, chunk_length=3)
+    assert kl_to_base(replace(many, chunk_length=3), sampling, rows)[0]["mean"] == pytest.approx(math.log(4), abs=1e-5)
+    assert kl_to_base(replace(many, chunk_length=9), sampling, rows)[0]["mean"] == pytest.approx(math.log(4) - 3 / 4, abs=1e-5)
+    assert kl_to_base(blockwise, sampling, rows)[0]["mean"] == pytest.approx(math.log(4) - 3 / 4, abs=1e-5)
 
 
 # Input

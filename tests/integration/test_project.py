@@ -72,7 +72,7 @@ def test_the_wheel_holds_the_package_alone():
     files = {Path(f.distribution_path) for f in WheelBuilder(str(ROOT)).recurse_included_files()}
     assert Path("ivg/model.py") in files
     assert all((ROOT / "src" / file).is_file() for file in files)
-    assert {f.suffix for f in files} <= {".py", ".typed", ".html", ".css", ".js", ".json", ".md", ".safetensors"}
+    assert {f.suffix for f in files} <= {".py", ".typed", ".html", ".jinja", ".css", ".js", ".json", ".md", ".safetensors"}
     assert not {"demo", "recipes", "benchmarks", "tests"} & {part for f in files for part in f.parts}
     assert not [f for f in files if re.match("naive|test_", f.name)]
 

@@ -7,41 +7,42 @@ import numpy as np
 import pytest
 
 from ivg.diagnostics.cost import active_parameters, flops
-from ivg.evaluation import metrics
+from ivg.diagnostics.stats import bootstrap_mean
+from ivg.evaluation import kl, metrics
 from ivg.evaluation.base_samples import SampleGroup, prefix_maxima, sample_group
-from ivg.evaluation.labels import best, overlap
-from ivg.evaluation.summary import best_of_n_within, draws, family
+from ivg.evaluation.label_placement import best_place, overlap
+from ivg.evaluation.summary import best_of_n_within, family
 from ivg.search.methods import get_method
 from ivg.testing import tiny_model, tiny_value
 
 
 def test_interval_of_equal_values_is_a_point():
-    e = metrics.interval([2.0, 2.0, 2.0])
+    e = bootstrap_mean([2.0, 2.0, 2.0])
     assert (e.mean, e.low, e.high) == (2.0, 2.0, 2.0)
 
 
 def test_interval_is_that_of_the_normal_distribution_for_many():
     values = np.random.default_rng(1).normal(3.0, 2.0, size=2000)
-    e = metrics.interval(values.tolist())
+    e = bootstrap_mean(values.tolist())
     half = 1.96 * values.std() / math.sqrt(2000)
     assert e.mean == pytest.approx(values.mean())
     assert e.high - e.low == pytest.approx(2 * half, rel=0.05)
-    assert metrics.interval(values.tolist()) == e
+    assert bootstrap_mean(values.tolist()) == e
 
 
 def test_interval_of_two_values_by_enumeration():
     """Two values: the bootstrap means are 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4, so both tails reach the ends."""
-    e = metrics.interval([0.0, 1.0])
+    e = bootstrap_mean([0.0, 1.0])
     assert (e.mean, e.low, e.high) == (0.5, 0.0, 1.0)
 
 
 def test_interval_of_nothing_says_so():
     with pytest.raises(ValueError, match="no values"):
-        metrics.interval([])
+        bootstrap_mean([])
 
 
 def test_seeds_are_averaged_first():
-    assert metrics.by_key([("a", 1.0), ("b", 5.0), ("a", 3.0)]) == {"a": 2.0, "b": 5.0}
+    assert metrics.mean_by_key([("a", 1.0), ("b", 5.0), ("a", 3.0)]) == {"a": 2.0, "b": 5.0}
 
 
 def test_ties_are_half_a_win():
@@ -75,25 +76,25 @@ def test_pareto_front():
 
 
 def test_bounds_by_hand():
-    assert metrics.selection_bound([1], alone=True) == 0.0
-    assert metrics.selection_bound([16], alone=True) == pytest.approx(math.log(16) - 15 / 16)
-    assert metrics.selection_bound([16, 4, 4], alone=False) == pytest.approx(math.log(16 * 4 * 4))
-    assert metrics.selection_bound([4, 4], alone=True) == pytest.approx(2 * (math.log(4) - 3 / 4))
-    assert metrics.selection_bound([4], alone=True, soft=True) == pytest.approx(math.log(4))
-    assert metrics.selection_bound([16], alone=False) == pytest.approx(math.log(16))  # an answer that ended early among several beams
-    assert metrics.selection_bound([], alone=False) == 0.0
+    assert kl.selection_bound([1], best_of_chunks=True) == 0.0
+    assert kl.selection_bound([16], best_of_chunks=True) == pytest.approx(math.log(16) - 15 / 16)
+    assert kl.selection_bound([16, 4, 4], best_of_chunks=False) == pytest.approx(math.log(16 * 4 * 4))
+    assert kl.selection_bound([4, 4], best_of_chunks=True) == pytest.approx(2 * (math.log(4) - 3 / 4))
+    assert kl.selection_bound([4], best_of_chunks=True, soft=True) == pytest.approx(math.log(4))
+    assert kl.selection_bound([16], best_of_chunks=False) == pytest.approx(math.log(16))  # an answer that ended early among several beams
+    assert kl.selection_bound([], best_of_chunks=False) == 0.0
 
 
 def test_chunks():
-    assert [metrics.chunks_of(n, 5) for n in (0, 1, 5, 6)] == [0, 1, 1, 2]
-    assert metrics.chunks_of(50, None) == 1
+    assert [kl.num_chunks(n, 5) for n in (0, 1, 5, 6)] == [0, 1, 1, 2]
+    assert kl.num_chunks(50, None) == 1
 
 
 def test_draws_of_methods():
-    assert draws(get_method("ivg"), 12, 50) == [16, 4, 4]
-    assert draws(get_method("bon"), 50, 50) == [16]
-    assert draws(get_method("cards"), 50, 50) is None
-    adaptive = draws(get_method("adaptive"), 50, 50)
+    assert kl.draws_per_chunk(get_method("ivg"), 12, 50) == [16, 4, 4]
+    assert kl.draws_per_chunk(get_method("bon"), 50, 50) == [16]
+    assert kl.draws_per_chunk(get_method("cards"), 50, 50) is None
+    adaptive = kl.draws_per_chunk(get_method("adaptive"), 50, 50)
     assert len(adaptive) == 10
     assert adaptive[0] > 16
     assert sorted(adaptive, reverse=True) == adaptive
@@ -118,7 +119,7 @@ def test_the_bound_holds_by_enumeration(width):
             out[max(pool, key=score.get)] += weight * math.prod(likely[b] for b in second)
     base = [likely[a] * likely[b] for a, b in texts]
     found = divergence([out[y] for y in texts], base)
-    bound = metrics.selection_bound([width * count, count], alone=width == 1)
+    bound = kl.selection_bound([width * count, count], best_of_chunks=width == 1)
     assert sum(out.values()) == pytest.approx(1.0)
     assert 0.0 < found <= bound
 
@@ -205,7 +206,7 @@ def test_the_rival_costs_no_more():
 def test_names_do_not_hide_each_other():
     taken = [(0.0, 0.0, 10.0, 10.0)]
     for _ in range(6):
-        left, bottom, _far = best(5, 5, 40, 10, taken, (-200, -200, 200, 200))
+        left, bottom, _far = best_place(5, 5, 40, 10, taken, (-200, -200, 200, 200))
         box = (left, bottom, left + 40, bottom + 10)
         assert not any(overlap(box, other) for other in taken)
         taken.append(box)

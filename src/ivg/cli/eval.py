@@ -97,8 +97,7 @@ def run(plan: EvalPlan, stages: Sequence[str], jobs: int, docs: Path | None) -> 
 
 def table(plan: EvalPlan) -> str:
     """The report's first table, as text."""
-    import json
+    from ivg.evaluation.report import read_results
+    from ivg.evaluation.tables import tables
 
-    from ivg.evaluation.report import tables
-
-    return tables(json.loads((plan.out / "results.json").read_text(encoding="utf-8")))[0].markdown()
+    return tables(read_results(plan.out / "results.json"))[0].markdown()

@@ -1,7 +1,6 @@
-"""The report's figures, drawn by matplotlib (extra ``eval``) from results alone: SVG that follows light and dark pages, and PNG.
+"""The figures of a report, drawn with matplotlib (extra ``eval``): SVG for light and dark pages, and PNG.
 
-Colours and shapes both tell families of methods apart (Okabe and Ito's colour-blind safe hues); bounds are hollow and point to where
-the truth may lie. Knows results.json; must not know files of the other stages.
+Colour and marker show the family of a method (Okabe and Ito's colour-blind safe palette). Upper bounds are hollow, with an arrow.
 """
 
 from __future__ import annotations
@@ -9,18 +8,18 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from ivg.errors import MissingDependencyError
-from ivg.evaluation.labels import Mark, place
+from ivg.evaluation.label_placement import LabeledPoint, place_labels
 from ivg.evaluation.metrics import pareto
 
 Results = dict[str, Any]
 FAMILIES = {
-    "base": ("the base alone", "o"),
+    "base": ("base", "o"),
     "token": ("token guidance", "^"),
     "select": ("selection", "s"),
     "both": ("token guidance and selection", "D"),
@@ -37,12 +36,20 @@ _DARK = {
 _SCREEN = "".join(f"--{k}:{v};" for k, v in _LIGHT.items())
 _NIGHT = "".join(f"--{k}:{v};" for k, v in _DARK.items())
 STYLE = f":root{{{_SCREEN}}}@media (prefers-color-scheme:dark){{:root{{{_NIGHT}}}}}@media print{{:root{{{_SCREEN}}}}}"
-"""Colours as variables, for a page and for a figure that stands alone."""
+"""CSS variables of the colours, for pages and figures."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure: file name without ending, a title, what it shows in words, SVG and PNG."""
+    """One figure.
+
+    Attributes:
+        name: file name without extension.
+        title: heading.
+        alt: its content as text.
+        svg: a document that stands alone.
+        png: the same as pixels.
+    """
 
     name: str
     title: str
@@ -50,9 +57,16 @@ class Figure:
     svg: str
     png: bytes
 
+    def inline_svg(self) -> str:
+        """The SVG for a page with several figures: unique ids, and the page's own colours."""
+        svg = re.sub(r'\bid="([^"]+)"', rf'id="{self.name}-\1"', self.svg)
+        svg = re.sub(r'href="#([^"]+)"', rf'href="#{self.name}-\1"', svg)
+        svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{self.name}-\1)", svg)
+        return re.sub(r"<style>:root.*?</style>", "", svg)
+
 
 def draw(results: Results) -> list[Figure]:
-    """All figures that the results allow.
+    """All figures that the results have data for.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -61,7 +75,7 @@ def draw(results: Results) -> list[Figure]:
         import matplotlib as mpl
     except ImportError:
         raise MissingDependencyError("figures need matplotlib\n  pip install 'ivg[eval]'") from None
-    judges, first = results["judges"], leading(results)
+    judges, first = results["judges"], leading_metric(results)
     with mpl.rc_context(_STYLE | {"svg.fonttype": "none", "svg.hashsalt": "ivg"}):
         out = []
         if first is not None:
@@ -77,13 +91,13 @@ def draw(results: Results) -> list[Figure]:
 def _divergence(results: Results, judge: str, name: str) -> Figure:
     known = {k: m for k, m in results["methods"].items() if m["kl"] is not None}
     fig, ax = _axes(f"{name} against divergence from the base", "KL(method ‖ base) of an answer, nats", f"{name}, mean over prompts")
-    marks = [_point(ax, k, m["family"], m["kl"], m[judge], bound=m["kl"]["bound"]) for k, m in known.items()]
+    points = [_point(ax, k, m["family"], m["kl"], m[judge], bound=m["kl"]["bound"]) for k, m in known.items()]
     bounds = [k for k, m in known.items() if m["kl"]["bound"]]
-    note = "hollow, arrow to the left: an upper bound, since selection adds at most so much" if bounds else ""
+    note = "hollow with an arrow: an upper bound, since the KL of selection can only be bounded" if bounds else ""
     missing = [k for k in results["methods"] if k not in known]
-    note += f"{'; ' if note else ''}not here, since none is known: {', '.join(missing)}" if missing else ""
+    note += f"{'; ' if note else ''}not shown, since no KL is known: {', '.join(missing)}" if missing else ""
     _legend(fig, ax, known, note)
-    place(ax, marks)
+    place_labels(ax, points)
     listed = "; ".join(
         f"{k}: {m['kl']['mean']:.1f} nats{' at most' if m['kl']['bound'] else ''}, {m[judge]['mean']:+.2f}" for k, m in known.items()
     )
@@ -110,30 +124,29 @@ def _compute(results: Results, judge: str, name: str) -> Figure:
                 color=_LIGHT["muted"],
                 fontsize=7.5,
             )
-    marks = [_point(ax, k, m["family"], {"mean": m["flops"]}, m[judge]) for k, m in methods.items() if m["flops"]]
+    points = [_point(ax, k, m["family"], {"mean": m["flops"]}, m[judge]) for k, m in methods.items() if m["flops"]]
     _legend(fig, ax, methods, f"grey line: best-of-N by {samples['selected_by']}, with 95 % interval" if curve else "")
-    place(ax, marks)
+    place_labels(ax, points)
     listed = "; ".join(f"{k}: {m['flops']:.3g} FLOPs, {m[judge]['mean']:+.2f}" for k, m in methods.items())
     return _figure(fig, "reward-compute", f"{name} against computation, best-of-N beside", listed)
 
 
 def _pareto(results: Results, first: str, second: str) -> Figure:
     methods = results["methods"]
-    fig, ax = _axes(
-        f"{_named(second)} against {_named(first)}", f"{_named(first)}, mean over prompts", f"{_named(second)}, mean over prompts"
-    )
+    x, y = _judge_name(first), _judge_name(second)
+    fig, ax = _axes(f"{y} against {x}", f"{x}, mean over prompts", f"{y}, mean over prompts")
     both = [(m[first]["mean"], m[second]["mean"]) for m in methods.values()]
     front = pareto(both)
     ax.plot([both[i][0] for i in front], [both[i][1] for i in front], color=_LIGHT["muted"], lw=1.2, ls=(0, (4, 3)), zorder=1.5)
-    marks = [_point(ax, k, m["family"], m[first], m[second]) for k, m in methods.items()]
-    _legend(fig, ax, methods, "dashed: methods that no other beats in both")
-    place(ax, marks)
+    points = [_point(ax, k, m["family"], m[first], m[second]) for k, m in methods.items()]
+    _legend(fig, ax, methods, "dashed: Pareto front")
+    place_labels(ax, points)
     names = list(methods)
-    listed = "not beaten in both: " + ", ".join(names[i] for i in front)
-    return _figure(fig, f"pareto-{first}-{second}", f"{_named(second)} against {_named(first)}", listed)
+    listed = "Pareto front: " + ", ".join(names[i] for i in front)
+    return _figure(fig, f"pareto-{first}-{second}", f"{y} against {x}", listed)
 
 
-# What they share
+# Shared parts
 
 _STYLE: Any = {
     "font.family": "sans-serif", "font.size": 9.5, "axes.edgecolor": _LIGHT["muted"], "axes.labelcolor": _LIGHT["ink"],
@@ -156,14 +169,14 @@ def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
     return fig, ax
 
 
-def _point(ax: Any, label: str, kind: str, x: Results, y: Results, *, bound: bool = False) -> Mark:
-    """One method: mean with intervals in both directions; a bound is hollow and has an arrow to where the truth may lie."""
+def _point(ax: Any, label: str, kind: str, x: Results, y: Results, *, bound: bool = False) -> LabeledPoint:
+    """Draw one method: mean with intervals in both directions; an upper bound is hollow and has an arrow to the left."""
     colour = _LIGHT[kind]
 
-    def reach(e: dict[str, float]) -> tuple[float, float]:
+    def limits(e: dict[str, float]) -> tuple[float, float]:
         return min(e.get("low", e["mean"]), e["mean"]), max(e.get("high", e["mean"]), e["mean"])
 
-    (left, right), (low, high) = reach(x), reach(y)
+    (left, right), (low, high) = limits(x), limits(y)
     ax.errorbar(
         x["mean"], y["mean"], xerr=[[x["mean"] - left], [right - x["mean"]]], yerr=[[y["mean"] - low], [high - y["mean"]]],
         fmt=FAMILIES[kind][1], color=colour, ms=7, mew=1.5, elinewidth=1.1, mfc=_LIGHT["paper"] if bound else colour, mec=colour, zorder=3,
@@ -171,7 +184,7 @@ def _point(ax: Any, label: str, kind: str, x: Results, y: Results, *, bound: boo
     if bound:
         arrow = {"arrowstyle": "<-", "color": colour, "lw": 1.0, "shrinkA": 0, "shrinkB": 5}
         ax.annotate("", (x["mean"], y["mean"]), (-14, 0), textcoords="offset points", arrowprops=arrow)
-    return Mark(label, x["mean"], y["mean"], colour, (left, low, right, high), bound)
+    return LabeledPoint(label, x["mean"], y["mean"], colour, (left, low, right, high), bound)
 
 
 def _legend(fig: Any, ax: Any, methods: dict[str, Any], note: str) -> None:
@@ -186,7 +199,7 @@ def _legend(fig: Any, ax: Any, methods: dict[str, Any], note: str) -> None:
         lines = textwrap.wrap(note, 100)
         small = {"fontsize": 8, "color": _LIGHT["muted"], "va": "bottom"}
         text = ax.annotate("\n".join(lines), (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", **small)
-        text.set_in_layout(False)  # a long line must not squeeze the axes
+        text.set_in_layout(False)  # a long line must not narrow the axes
         ax.set_title(ax.get_title(loc="left"), loc="left", fontsize=11.5, fontweight="bold", pad=8 + 12 * len(lines))
 
 
@@ -199,7 +212,7 @@ def _figure(fig: Any, name: str, title: str, listed: str) -> Figure:
 
 
 def _adaptive(svg: str, alt: str) -> str:
-    """Colours as variables with a value for light and one for dark; letters in the reader's own font; a text for who cannot see it."""
+    """Make an SVG accessible: colours as variables for light and dark, the reader's own font, a text alternative."""
     svg = svg[svg.index("<svg") :]
     for name, colour in _LIGHT.items():
         svg = svg.replace(colour, f"var(--{name})")
@@ -210,18 +223,18 @@ def _adaptive(svg: str, alt: str) -> str:
     return f"{svg[:end]}\n <title>{escape(alt)}</title>\n <style>{STYLE}</style>{svg[end:]}"
 
 
-def _named(judge: str) -> str:
+def _judge_name(judge: str) -> str:
     return "gold reward" if judge == "gold" else judge
 
 
-def leading(results: Results) -> tuple[str, str] | None:
-    """(its place among a method's figures, its name) of what is drawn and orders the methods: the first judge, else the task's own."""
+def leading_metric(results: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(key in a method's results, name) of the metric that orders the methods and is drawn: the first judge, else the task's own."""
     if results["judges"]:
-        return results["judges"][0], _named(results["judges"][0])
+        return results["judges"][0], _judge_name(results["judges"][0])
     return ("primary", results["primary"].replace("_", " ")) if results.get("primary") else None
 
 
-def order(results: Results) -> Sequence[str]:
-    """Labels by the first judge or the task's own figure, the best first; as given where nothing judges."""
-    methods, first = results["methods"], leading(results)
+def order(results: Mapping[str, Any]) -> Sequence[str]:
+    """Labels by that metric, the best first; without one in the order of the recipe."""
+    methods, first = results["methods"], leading_metric(results)
     return sorted(methods, key=lambda k: -methods[k][first[0]]["mean"]) if first is not None else list(methods)

@@ -1,4 +1,4 @@
-"""What a reader compares: the same prompts answered by all methods, side by side. Knows scored files; not figures."""
+"""The first prompts of a run answered by all methods, for the report."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from ivg.evaluation.plan import GOLD, EvalPlan
 from ivg.evaluation.score import read_scored
 from ivg.models.chat_template import prompt_text
 
-SHOWN = 8
-"""Prompts in the report: the first ones, so that nothing is picked."""
+MAX_SAMPLES = 8
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One method's answer: text, gold reward where there is one, or why there is no answer."""
+class SampleAnswer:
+    """One method's answer: text, gold reward (None without one), error (None if there is an answer)."""
 
     label: str
     text: str
@@ -25,39 +24,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with a human's (or another model's) answer, and those of all methods."""
+    """One prompt with its reference answer (None without one) and the answers of all methods."""
 
     id: str
     prompt: str
     reference: str | None
-    cells: tuple[Cell, ...]
-
-    def markdown(self) -> str:
-        """As a list; line breaks within texts are shown as such."""
-        lines = [f"**{_flat(self.prompt)}**", ""]
-        lines += [f"- reference: {_flat(self.reference)}"] if self.reference is not None else []
-        for c in self.cells:
-            score = f" ({c.gold:+.2f})".replace("-", "−") if c.gold is not None else ""
-            lines.append(f"- `{c.label}`{score}: " + (f"*{_flat(c.error)}*" if c.error else _flat(c.text)))
-        return "\n".join(lines)
+    answers: tuple[SampleAnswer, ...]
 
 
-def samples(p: EvalPlan, labels: Sequence[str]) -> list[Sample]:
-    """The first :data:`SHOWN` prompts, answered by every method with the first seed."""
-    first = p.recipe.run.seed
-    found: dict[str, list[Cell]] = {}
-    gold = GOLD in p.judges
+def samples(plan: EvalPlan, labels: Sequence[str]) -> list[Sample]:
+    """The first :data:`MAX_SAMPLES` prompts, answered by every method with the first seed."""
+    answers: dict[str, list[SampleAnswer]] = {}
     for label in labels:
-        for row, judged in read_scored(p, label)[:SHOWN]:
-            if row["seed"] == first:
-                score = judged.get(GOLD) if gold else None
-                found.setdefault(row["id"], []).append(Cell(label, row["text"], score, row.get("error")))
-    return [Sample(e.id, prompt_text(e.prompt), e.reference, tuple(found[e.id])) for e in p.examples[:SHOWN] if e.id in found]
-
-
-def _flat(text: str | None) -> str:
-    """One line, safe in Markdown."""
-    flat = " ⏎ ".join(line.strip() for line in (text or "").strip().splitlines())
-    for sign in "\\`*_[]<>":
-        flat = flat.replace(sign, "\\" + sign)
-    return flat
+        for row, scores in read_scored(plan, label)[:MAX_SAMPLES]:
+            if row["seed"] == plan.recipe.run.seed:
+                gold = scores.get(GOLD) if GOLD in plan.judges else None
+                answers.setdefault(row["id"], []).append(SampleAnswer(label, row["text"], gold, row.get("error")))
+    return [Sample(e.id, prompt_text(e.prompt), e.reference, tuple(answers[e.id])) for e in plan.examples[:MAX_SAMPLES] if e.id in answers]
