@@ -390,7 +390,7 @@ def test_resuming_with_another_engine_is_refused(tmp_path):
                 with open_rows(file, [job], other, print) as rows:
                     assert rows.done(job, 0)
             else:
-                with pytest.raises(ConfigError, match="holds answers made otherwise: e"), open_rows(file, [job], other, print):
+                with pytest.raises(ConfigError, match="holds answers of other settings: e"), open_rows(file, [job], other, print):
                     pass
 
 

@@ -148,7 +148,7 @@ TABLE = [
     ("train dpo --model embedded:base --data pairs.jsonl --out model", "model holds a model already - give another --out"),
     (
         "train dpo --model embedded:base --data pairs.jsonl --out rewards.py",
-        "cannot write rewards.py/run.json: File exists - give another place",
+        "cannot write rewards.py/run.json: File exists - write to another path",
     ),
     ("train dpo --model no/such/x --data pairs.jsonl --out o", f"cannot load model 'no/such/x': no such directory{DIRECTORY}"),
     ("train dpo --model embedded:base --data pairs.jsonl --out o --mode lorra", "mode must be full, lora or head, got 'lorra'"),

@@ -23,7 +23,7 @@ from ivg.evaluation.summary import run_metadata, summarise
 from ivg.evaluation.transcripts import read_transcripts
 from ivg.evaluation.winrate import read_judgements
 from ivg.evaluation.worker import Worker
-from ivg.jobs import provenance
+from ivg.jobs import fingerprints
 from ivg.search.methods import get_method
 from ivg.settings.recipe import EvalConfig, Recipe
 from ivg.testing import tiny_value
@@ -91,25 +91,25 @@ def test_weights_trained_anew_are_another_run_s(hub, tmp_path):  # noqa: F811
 def test_fingerprints(tmp_path, monkeypatch):
     (tmp_path / "rewards.py").write_text("def brief(prompt, response):\n    return -len(response)\n")
     name = f"{tmp_path}/rewards.py:brief"
-    first = provenance.fingerprint(name)
-    assert first == provenance.fingerprint(name)
+    first = fingerprints.fingerprint(name)
+    assert first == fingerprints.fingerprint(name)
     (tmp_path / "rewards.py").write_text("def brief(prompt, response):\n    return len(response)\n")
-    assert provenance.fingerprint(name) != first
-    assert provenance.fingerprint("someone/model-of-the-hub") is None
-    assert provenance.fingerprint("embedded:base") != provenance.fingerprint("embedded:tuned")
-    assert set(provenance.weights(Recipe())) == {"base", "tuned", "untuned", "value", "value-other"}
+    assert fingerprints.fingerprint(name) != first
+    assert fingerprints.fingerprint("someone/model-of-the-hub") is None
+    assert fingerprints.fingerprint("embedded:base") != fingerprints.fingerprint("embedded:tuned")
+    assert set(fingerprints.weight_fingerprints(Recipe())) == {"base", "tuned", "untuned", "value", "value-other"}
     monkeypatch.chdir(tmp_path)
-    assert provenance.same("rewards.py:brief", name)
-    assert not provenance.same("rewards.py:other", name)
-    assert provenance.same("someone/model", "someone/model")
+    assert fingerprints.same_source("rewards.py:brief", name)
+    assert not fingerprints.same_source("rewards.py:other", name)
+    assert fingerprints.same_source("someone/model", "someone/model")
 
 
 def test_every_byte_of_a_large_file_counts_and_its_digest_is_remembered(tmp_path, monkeypatch):
-    monkeypatch.setattr(provenance, "REMEMBER", 1 << 10)
+    monkeypatch.setattr(fingerprints, "CACHE_FROM", 1 << 10)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder, marks, read = tmp_path / "model", [], []
-    real = provenance._digest
-    monkeypatch.setattr(provenance, "_digest", lambda path: read.append(path) or real(path))
+    real = fingerprints._digest
+    monkeypatch.setattr(fingerprints, "_digest", lambda path: read.append(path) or real(path))
     folder.mkdir()
     path = folder / "model.safetensors"
     data = bytearray(1 << 14)
@@ -117,13 +117,13 @@ def test_every_byte_of_a_large_file_counts_and_its_digest_is_remembered(tmp_path
         data[place] += 1
         path.write_bytes(data)
         os.utime(path, (number, number))  # long ago, and not when it was before
-        marks += [provenance.fingerprint(str(folder))] * 2
-        assert provenance.fingerprint(str(folder)) == marks[-1]
+        marks += [fingerprints.fingerprint(str(folder))] * 2
+        assert fingerprints.fingerprint(str(folder)) == marks[-1]
         assert len(read) == number + 1
     assert len(set(marks)) == 4
     path.write_bytes(data)  # just now: another change could have the same time, so nothing is remembered
     before = len(read)
-    assert {provenance.fingerprint(str(folder)) for _ in range(2)} == {marks[-1]}
+    assert {fingerprints.fingerprint(str(folder)) for _ in range(2)} == {marks[-1]}
     assert len(read) == before + 2
 
 
@@ -133,9 +133,9 @@ def test_the_base_of_an_adapter_counts(tmp_path):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
-    before = provenance.fingerprint(str(adapter))
+    before = fingerprints.fingerprint(str(adapter))
     (base / "config.json").write_text("{ }")
-    assert provenance.fingerprint(str(adapter)) != before
+    assert fingerprints.fingerprint(str(adapter)) != before
 
 
 def test_figures_of_a_task_are_those_of_its_settings(done, tmp_path):  # noqa: F811

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from ivg.errors import ConfigError, OutputError
 from ivg.jobs.blocks import ResumableJsonl
-from ivg.jobs.failures import MOST, Failures
+from ivg.jobs.failures import MAX_REPORTED, Failures
+from ivg.jobs.fingerprints import fingerprint
 from ivg.jobs.formats import SourceRow
-from ivg.jobs.imports import own_imports
+from ivg.jobs.imports import local_imports
 from ivg.jobs.prompts import Job, read_jobs
-from ivg.jobs.provenance import answer_provenance, differences, fingerprint
+from ivg.jobs.provenance import answer_provenance, differences
 from ivg.jobs.store import open_rows
 from ivg.settings.recipe import Recipe
 from ivg.utils import jsonl, locks
@@ -104,7 +105,7 @@ def test_what_made_the_rows_differs_is_named(tmp_path, change, says):
     before = (tmp_path / "out.jsonl").read_bytes()
     with pytest.raises(ConfigError) as e:
         notes(tmp_path / "out.jsonl", [Job(1, "edited too")], MADE | change)
-    assert str(e.value) == f"{tmp_path / 'out.jsonl'} holds answers made otherwise: {says}\n  give another --output, or remove it"
+    assert str(e.value) == f"{tmp_path / 'out.jsonl'} holds answers of other settings: {says}\n  give another --output, or remove it"
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
@@ -117,7 +118,7 @@ def test_a_device_that_is_not_known_differs_from_none():
     [
         ('{"x": 1}\n', "holds rows that ivg did not write (row 1: got the columns x)"),
         ("hello\n", "holds rows that ivg did not write (row 1: expected a JSON object, got hello"),
-        ('{"id": 1, "index": 0, "prompt": "p", "method": "ivg"}\n', "was begun by an older ivg: row 1 does not say which weights"),
+        ('{"id": 1, "index": 0, "prompt": "p", "method": "ivg"}\n', "was written by an older version of ivg: row 1 has no provenance"),
     ],
 )
 def test_files_of_others_stay_as_they_are(tmp_path, text, says):
@@ -201,7 +202,7 @@ def test_a_full_disk_leaves_whole_rows_and_the_run_goes_on(tmp_path, monkeypatch
         full(m, room)
         with pytest.raises(OutputError) as e:
             append_lines(path, as_lines([{"i": 1, "text": "x" * 200}]))
-    assert str(e.value) == f"cannot write {path}: No space left on device\n  what is there is whole; the same command goes on from it"
+    assert str(e.value) == f"cannot write {path}: No space left on device\n  its rows are complete; run the same command again to resume"
     assert list(read_jsonl(path)) == [{"i": 0}]
     append_lines(path, as_lines([{"i": 1}]))
     assert [r["i"] for r in read_jsonl(path)] == [0, 1]
@@ -226,7 +227,7 @@ def test_files_written_whole_are_there_or_not(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OutputError, match="No space left on device\n  free space, or give another place"):
+    with pytest.raises(OutputError, match="No space left on device\n  free space, or write to another path"):
         write_json(tmp_path / "x.json", {"a": 2})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": None}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
@@ -313,15 +314,15 @@ def test_processes_of_one_run_may_wait_for_each_other(tmp_path, monkeypatch):
 def test_failures_are_told_once_counted_and_kept(tmp_path):
     said = []
     failures = Failures(said.append, tmp_path / "failed.jsonl")
-    for i in range(MOST + 2):
+    for i in range(MAX_REPORTED + 2):
         for _ in range(2):  # two samples of one prompt
             failures(f"line {i}", "too long\n  shorten it", {"id": i, "prompt": "p"})
     failures.close()
-    assert failures.count == 2 * (MOST + 2)
+    assert failures.count == 2 * (MAX_REPORTED + 2)
     assert said[0] == "line 0: too long\n  shorten it"
-    assert said[MOST:] == [f"2 more rows failed; all are in {tmp_path / 'failed.jsonl'}"]
+    assert said[MAX_REPORTED:] == [f"2 more rows failed; all are in {tmp_path / 'failed.jsonl'}"]
     rows = list(read_jsonl(tmp_path / "failed.jsonl"))
-    assert len(rows) == MOST + 2
+    assert len(rows) == MAX_REPORTED + 2
     assert rows[3] == {"id": 3, "prompt": "p", "error": "too long - shorten it"}
     Failures(said.append, tmp_path / "failed.jsonl")
     assert not (tmp_path / "failed.jsonl").read_text()
@@ -362,7 +363,7 @@ def test_what_a_function_imports_from_beside_it_counts(tmp_path, monkeypatch):
     (kit / "more.py").write_text("x = = 1\n")
     (tmp_path / "stranger.py").write_text("")
     monkeypatch.chdir("/")
-    names = [str(p.relative_to(tmp_path)) for p in own_imports(tmp_path / "r.py")]
+    names = [str(p.relative_to(tmp_path)) for p in local_imports(tmp_path / "r.py")]
     assert names == ["r.py", "kit/__init__.py", "kit/deep/__init__.py", "kit/deep/rules.py", "kit/more.py", "words.py"]
     first = fingerprint(f"{tmp_path}/r.py:f")
     (tmp_path / "stranger.py").write_text("x = 1\n")

@@ -95,7 +95,7 @@ def test_any_bytes_are_rows_or_reasons(tmp_path, data, format, head):
         return
     for row in found:
         assert (row.data is None) == (row.error is not None)
-        assert row.where.startswith(f"{path}, ")
+        assert row.place.startswith(f"{path}, ")
         if row.data is not None:
             parse_row(to_json(row.data).encode())  # and can be written
         else:
@@ -157,10 +157,10 @@ GOOD = b'{"prompt": "good"}\n'
         (b"hello", "expected a JSON object, got hello (expecting value at character 1)"),
         (b"[1]", "expected a JSON object, got [1]"),
         (b'{"prompt": "caf\xe9"}', "not UTF-8 at byte 16 (0xe9); convert the file, e.g. iconv -f LATIN1 -t UTF-8"),
-        (b'{"a": NaN}', "NaN is no JSON; write null"),
-        (b'{"a": -Infinity}', "-Infinity is no JSON; write null"),
+        (b'{"a": NaN}', "NaN is not JSON; write null"),
+        (b'{"a": -Infinity}', "-Infinity is not JSON; write null"),
         (b'{"a": 1e999}', "the number 1e999 is too large"),
-        (b'{"a": 1, "a": 2}', "the key 'a' stands there twice"),
+        (b'{"a": 1, "a": 2}', "the key 'a' appears twice"),
         (b"[" * 5000, None),
         (b'{"a": 1} {"a": 2}', 'expected a JSON object, got {"a": 1} {"a": 2} (extra data at character 10)'),
     ],
@@ -170,7 +170,7 @@ def test_a_row_that_cannot_be_read_fails_alone(tmp_path, line, why):
     path = wrapped(LONG.encode() + line + b"\n" + GOOD, tmp_path / "x.jsonl", False)
     first, bad, good = scan_rows(path)
     assert (len(first.data["prompt"]), good.data) == (200_000, {"prompt": "good"})
-    assert (bad.where, bad.data) == (f"{path}, line 2", None)
+    assert (bad.place, bad.data) == (f"{path}, line 2", None)
     assert bad.text.encode("latin-1", "replace")[:3] == line[:3]
     if why:
         assert bad.error == why
@@ -185,15 +185,15 @@ def test_rows_of_a_json_list_fail_alone(tmp_path):
     path = wrapped(b'[{"a": 1},\n {"a": NaN},\n 3,\n {"b": "\xff"},\n {"a": 2}]', tmp_path / "x.json", False)
     found = list(scan_rows(path))
     assert [r.data for r in found] == [{"a": 1}, None, None, None, {"a": 2}]
-    assert [r.where for r in found] == [f"{path}, line {n}" for n in range(1, 6)]
+    assert [r.place for r in found] == [f"{path}, line {n}" for n in range(1, 6)]
     assert [r.error for r in found[1:4]] == [
-        "NaN is no JSON; write null", "expected a JSON object, got 3", "not UTF-8; convert the file, e.g. iconv -f LATIN1 -t UTF-8",
+        "NaN is not JSON; write null", "expected a JSON object, got 3", "not UTF-8; convert the file, e.g. iconv -f LATIN1 -t UTF-8",
     ]  # fmt: skip
     for text, count, why in (
         ('[{"a": 1}, {"a": 2', 1, "the rest of the file cannot be read"),
         ('[{"a": 1} {"a": 2}]', 1, "expected a comma or the end of the list"),
         ('[{"a": 1}', 1, "expected a comma or the end of the list"),
-        ('[{"a": 1}] x', 1, "there is more behind the list"),
+        ('[{"a": 1}] x', 1, "there is text after the list"),
         ('{"a": 1', 0, "expected a JSON object"),
     ):
         *good, bad = scan_rows(wrapped(text.encode(), path, False))
@@ -219,12 +219,12 @@ def test_rows_of_csv_fail_alone(tmp_path):
     )
     found = list(scan_rows(path))
     assert [r.data for r in found if r.data] == [{"id": "1", "prompt": "a\nb"}, {"id": "6", "prompt": long}]
-    assert [(r.where.rpartition(" ")[2], r.error) for r in found if r.error] == [
+    assert [(r.place.rpartition(" ")[2], r.error) for r in found if r.error] == [
         ("4", "expected 2 fields, got 1"),
         ("5", "not UTF-8 (byte 0xe9); convert the file, e.g. iconv -f LATIN1 -t UTF-8"),
         ("6", "not CSV: ',' expected after '\"'"),
-        ("7", "a carriage return in a field without quotes"),
-        ("10", "a quoted field begins here and never ends"),
+        ("7", "a carriage return in an unquoted field"),
+        ("10", "a quoted field that begins here is not closed"),
     ]
     assert [r.text for r in found if r.error][1:] == ["3,x\\xe9", '4,"a"b', "5,c\rd", '7,"never\nends']
     for head, why in ((b"a,a\n", "two columns are called 'a'"), (b"caf\xe9\n", "the column names are not UTF-8"), (b'a"b\n"', None)):
@@ -349,7 +349,7 @@ def test_empty_cells_of_csv_are_none(tmp_path):
 
 def test_unknown_columns_travel_and_overwrite_nothing(tmp_path):
     (job,), _ = jobs([{"id": 1, "prompt": "a", "topic": "x", "score": 3, "input_columns": 4, "usage": None}], tmp_path)
-    assert job.columns({"text": "", "new": 1}) == {"topic": "x", "input_columns": {"score": 3, "input_columns": 4, "usage": None}}
+    assert job.extra_columns({"text": "", "new": 1}) == {"topic": "x", "input_columns": {"score": 3, "input_columns": 4, "usage": None}}
 
 
 def test_our_own_files_are_cut_at_line_feeds_only(tmp_path):
@@ -379,7 +379,7 @@ def test_a_row_of_parquet_fails_alone(tmp_path):
     pq.write_table(pa.table({"prompt": ["a", "b", "c"], "at": far}), tmp_path / "x.parquet")
     found = list(scan_rows(tmp_path / "x.parquet"))
     assert [row.data and row.data["prompt"] for row in found] == ["a", None, "c"]
-    assert found[1].where.endswith("x.parquet, row 2")
+    assert found[1].place.endswith("x.parquet, row 2")
     assert found[1].error
     with pytest.raises(ConfigError, match="two columns are called 'a'"):
         pq.write_table(pa.table([pa.array([1]), pa.array([2])], names=["a", "a"]), tmp_path / "y.parquet")

@@ -233,7 +233,7 @@ def test_rows_that_cannot_be_used_are_told_and_left_out(tmp_path):
     )
     bad = []
     assert read_preferences(file, on_bad=bad.append) == [Preference(Prompt("p"), "a", "b")]
-    assert [row.where.rpartition(" ")[2] for row in bad] == ["2", "3", "4", "5"]
+    assert [row.place.rpartition(" ")[2] for row in bad] == ["2", "3", "4", "5"]
     assert bad[2].error == "chosen and rejected are the same text, which says nothing"
     with pytest.raises(ConfigError, match=r"x\.jsonl, line 2: expected a JSON object, got hello"):
         read_preferences(file)

@@ -63,7 +63,7 @@ def _read(options: PreferenceSettings) -> list[Preference]:
 
     assert options.preferences is not None
     failures, mapping = Failures(print_error), ColumnMapping(parse_columns(options.columns) or None)
-    pairs = read_preferences(options.preferences, options.pairs, mapping=mapping, format=options.format, on_bad=failures.of_source)
+    pairs = read_preferences(options.preferences, options.pairs, mapping=mapping, format=options.format, on_bad=failures.add_unreadable)
     failures.close()
     return pairs
 
@@ -113,12 +113,12 @@ def pick_judge(model: GuidedModel, recipe: Recipe, name: str | None) -> Judge | 
 
 def _gold(recipe: Recipe) -> RewardModel | FunctionValue:
     from ivg.factory.recipe import load_options
-    from ivg.jobs.provenance import same
+    from ivg.jobs.fingerprints import same_source
     from ivg.settings.recipe import RewardRef
     from ivg.values.reward import load_reward
 
     base = recipe.models.base
-    embedded = base is None or same(base.path, "embedded:base")
+    embedded = base is None or same_source(base.path, "embedded:base")
     ref = recipe.eval.gold or (RewardRef(path="embedded:gold") if embedded else None)
     if ref is None:
         raise ConfigError("--judge gold needs a gold reward; the embedded one is for film reviews only\n  set gold in the recipe's [eval]")

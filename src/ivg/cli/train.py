@@ -132,13 +132,13 @@ def rollout(
 def _report_failures(out: Path, errors: Sequence[str | None]) -> None:
     """Say how many responses failed (each has its error, or None) and why; the exit code of ``ivg generate``."""
     from ivg.cli.progress import report
-    from ivg.jobs.failures import MOST
+    from ivg.jobs.failures import MAX_REPORTED
 
     kinds = Counter(error for error in errors if error)
-    for why, count in kinds.most_common(MOST):
+    for why, count in kinds.most_common(MAX_REPORTED):
         report(f"{out}: {count} of {len(errors)} responses failed: {why}")
-    if len(kinds) > MOST:
-        report(f"{out}: {len(kinds) - MOST} more reasons; each failed row names its own")
+    if len(kinds) > MAX_REPORTED:
+        report(f"{out}: {len(kinds) - MAX_REPORTED} more reasons; each failed row names its own")
     failed = kinds.total()
     typer.echo(f"done: {out}: answered {len(errors) - failed}, failed {failed}", err=True)
     if failed:

@@ -47,7 +47,7 @@ def read_rows(reader: Callable[..., list[Any]], sources: Sequence[str], settings
 
     mapping = ColumnMapping(settings.column_names or None, settings.prompt_format, settings.response_format)
     failures = Failures(report, settings.failed)
-    how = {"split": settings.split, "format": settings.format, "mapping": mapping, "on_bad": failures.of_source}
+    how = {"split": settings.split, "format": settings.format, "mapping": mapping, "on_bad": failures.add_unreadable}
     rows = [row for source in sources for row in reader(source, **how, **more)]
     failures.close()
     if failures.count:

@@ -22,8 +22,8 @@ from ivg.evaluation.judges import AlpacaEvalJudge, ChatJudge, Judge, RewardJudge
 from ivg.evaluation.length_control import length_controlled
 from ivg.evaluation.task import Answer, Example, Tables, Task, check_count
 from ivg.evaluation.winrate import averaged, win_rate
+from ivg.jobs.fingerprints import fingerprint
 from ivg.jobs.formats import read_rows
-from ivg.jobs.provenance import fingerprint
 from ivg.settings.recipe import EvalConfig
 from ivg.types import Prompt
 from ivg.utils.jsonl import write_json

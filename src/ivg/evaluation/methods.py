@@ -8,7 +8,7 @@ from typing import Any
 
 from ivg.embedded import PREFIX
 from ivg.errors import ConfigError
-from ivg.jobs.provenance import same
+from ivg.jobs.fingerprints import same_source
 from ivg.search.methods import Method, get_method, resolve_fallbacks
 from ivg.settings.recipe import MethodConfig, ModelRef, Recipe
 from ivg.settings.schema import check
@@ -96,7 +96,7 @@ def check_no_leakage(gold: ModelRef | None, recipe: Recipe, methods: Sequence[Me
         users[BASE_SAMPLES] = frozenset(next(([n] for n in SELECTION_VALUES if n in values), ()))
     for name, refs in values.items():
         used = [label for label, needs in users.items() if name in needs]
-        if used and any(same(ref.path, gold.path) for ref in refs):
+        if used and any(same_source(ref.path, gold.path) for ref in refs):
             raise ConfigError(
                 f"the gold reward {gold.path} is also the value {name}, used by {', '.join(used)}\n"
                 "  a reward that a method optimises cannot judge it: give another gold reward, or another value"

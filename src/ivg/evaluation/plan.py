@@ -13,7 +13,8 @@ from ivg.evaluation import methods
 from ivg.evaluation.methods import BASE_SAMPLES, MethodRow, method_settings
 from ivg.evaluation.task import Example, Task, digest, load_task
 from ivg.factory.recipe import default_sampling
-from ivg.jobs.provenance import device_kind, fingerprints, of_run, weights
+from ivg.jobs.fingerprints import fingerprints, weight_fingerprints
+from ivg.jobs.provenance import device_kind, run_provenance
 from ivg.settings.recipe import EvalConfig, Recipe, RewardRef
 from ivg.types import SamplingParams
 from ivg.utils.version import VERSION
@@ -136,7 +137,7 @@ class EvalPlan:
             "sampling": self.recipe.sampling.settings(),
             "seed": run.seed,
             "device": device_kind(run.device),
-            **of_run(self.recipe),
+            **run_provenance(self.recipe),
             "threads": self.config.threads,
         }
         values = getattr(self.recipe, "values", None)
@@ -148,7 +149,7 @@ class EvalPlan:
 
     @cached_property
     def _model_fingerprints(self) -> dict[str, str]:
-        return weights(self.recipe)
+        return weight_fingerprints(self.recipe)
 
     @cached_property
     def judge_fingerprints(self) -> dict[str, str]:

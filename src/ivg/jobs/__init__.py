@@ -1,1 +1,1 @@
-"""Rows in, rows out: readers of every format, what rows were made from, files that a run goes on with. Imports no torch."""
+"""Rows in, rows out: readers of all formats, the run loop over backends, resumable files of results and their provenance."""

@@ -1,4 +1,4 @@
-"""Rows that could not be answered: told, counted, and kept in a file where that is asked for."""
+"""Rows that could not be answered: reported, counted, and written to a file if one is given."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from ivg.jobs.formats import SourceRow
 from ivg.utils.jsonl import append_lines, to_json, write_text
 
-MOST = 20
-"""Failures that are told one by one; the others are counted."""
+MAX_REPORTED = 20
+"""Failures that are reported one by one; the others are counted."""
 
 
 class Failures:
@@ -18,7 +18,7 @@ class Failures:
 
     Args:
         report: prints one error.
-        path: file of the failed rows (JSONL): each as it was, with ``error``; made anew. None: none.
+        path: JSONL file of the failed rows, each as it was, with ``error``; overwritten. None: none is written.
 
     Raises:
         OutputError: the file cannot be written.
@@ -26,28 +26,28 @@ class Failures:
 
     def __init__(self, report: Callable[[str], None], path: Path | None = None) -> None:
         self.report, self.path, self.count = report, path, 0
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         if path is not None:
             write_text(path, "")
 
     def __call__(self, place: str, why: str, row: Mapping[str, Any]) -> None:
-        """One row, or one sample of it, failed; what is told of a row is told once."""
+        """A row, or one sample of it, failed; the same message is reported once."""
         self.count += 1
         message = f"{place}: {why}"
-        if message in self._told:
+        if message in self._reported:
             return
-        self._told.add(message)
-        if len(self._told) <= MOST:
+        self._reported.add(message)
+        if len(self._reported) <= MAX_REPORTED:
             self.report(message)
         if self.path is not None:
             append_lines(self.path, to_json({**row, "error": " - ".join(why.split("\n  "))}) + "\n")
 
-    def of_source(self, row: SourceRow) -> None:
+    def add_unreadable(self, row: SourceRow) -> None:
         """A row that could not be read."""
-        self(row.where, row.error or "", {"place": row.where, "text": row.text})
+        self(row.place, row.error or "", {"place": row.place, "text": row.text})
 
     def close(self) -> None:
-        """Say how many were not told."""
-        more = len(self._told) - MOST
+        """Report how many were only counted."""
+        more = len(self._reported) - MAX_REPORTED
         if more > 0:
             self.report(f"{more} more rows failed" + (f"; all are in {self.path}" if self.path else "; --failed FILE takes them all"))

@@ -2,7 +2,7 @@
 
 The one reader of ``generate``, ``eval``, ``rollout``, ``check`` and ``train`` (docs/reference/data.md). Text is UTF-8, with or without a
 byte order mark; lines end at a line feed, with a carriage return before it or not. A row that cannot be read comes as a
-:class:`SourceRow` that says why, and the others are read. Must not know what a column means. pyarrow and datasets are imported
+:class:`SourceRow` with its error, and the others are read. Must not know what a column means. pyarrow and datasets are imported
 where they are needed.
 """
 
@@ -21,12 +21,12 @@ from typing import Any, BinaryIO, Literal, cast, get_args
 
 from ivg.errors import ConfigError
 from ivg.jobs.text import csv_rows, json_rows, jsonl_rows, text_rows
-from ivg.utils.hub_status import reachable, why_not
+from ivg.utils.hub_status import reachable, unreachable_reason
 
 Format = Literal["jsonl", "json", "csv", "parquet", "text"]
 FORMATS: tuple[str, ...] = get_args(Format)
 STDIN = "-"
-"""Stands for standard input."""
+"""As a path: standard input."""
 _SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _TEXTUAL = {"jsonl": jsonl_rows, "json": json_rows, "csv": csv_rows, "text": text_rows}
 _MARKS = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
@@ -38,30 +38,30 @@ class SourceRow:
     """One row of a data set, or why it cannot be read.
 
     Attributes:
-        where: the row's place, for messages: the file and the line (of Parquet and the hub: the row), from 1.
+        place: for messages: the file and the line (of Parquet and the hub: the row), from 1.
         data: columns by name; None where the row cannot be read.
         error: why it cannot be read.
-        text: what stands there instead.
+        text: the text that is not a row.
     """
 
-    where: str
+    place: str
     data: dict[str, Any] | None
     error: str | None = None
     text: str | None = None
 
 
 def scan_rows(source: str | Path, split: str = "train", format: str | None = None, *, hub: bool = True) -> Iterator[SourceRow]:
-    """Every row, those that cannot be read included.
+    """All rows, including those that cannot be read.
 
     Args:
         source: a file; ``-`` for standard input; a folder with files of that split (``split.jsonl``, ``split-00000.parquet`` …); the
             id of a data set on the hub.
         split: of a folder or data set.
-        format: one of :data:`FORMATS`; None: by the file's name, else by what stands in it.
+        format: one of :data:`FORMATS`; None: by the file's name, else by its content.
         hub: a name that is neither file nor folder may be a data set on the hub.
 
     Raises:
-        ConfigError: nothing there, or nothing that can be read as a whole (another encoding, damaged Parquet).
+        ConfigError: no such source, or a file that cannot be read at all (another encoding, damaged Parquet).
     """
     if format is not None and format not in FORMATS:
         raise ConfigError(f"unknown format {format!r}\n  expected one of: {', '.join(FORMATS)}")
@@ -97,7 +97,7 @@ def read_rows(
         if row.data is not None:
             yield row.data
         elif on_bad is None:
-            raise ConfigError(f"{row.where}: {row.error}")
+            raise ConfigError(f"{row.place}: {row.error}")
         else:
             on_bad(row)
 
@@ -110,7 +110,7 @@ def _suffix(path: Path) -> Format | None:
 
 
 def _split_files(folder: Path, split: str, format: str | None) -> list[Path]:
-    """The files of a split; those of one format where the same rows lie beside each other in several."""
+    """The files of a split, all of one format: the same rows may be there in several."""
     for suffix, kind in _SUFFIXES.items():
         for name in (suffix, f"{suffix}.gz"):
             found = [p for p in (folder / f"{split}{name}", *sorted(folder.glob(f"{split}-*{name}"))) if p.is_file()]
@@ -134,14 +134,14 @@ def _read(path: Path | str, format: str | None) -> Iterator[SourceRow]:
         try:
             for number, data, error, text in _TEXTUAL[kind](file):
                 yield SourceRow(f"{name}, line {number}", data, error, text)
-        except (EOFError, OSError, zlib.error) as e:  # damaged gzip, a disk that fails: what came before is read
+        except (EOFError, OSError, zlib.error) as e:  # damaged gzip, a failing disk: the rows before it are read
             yield SourceRow(f"{name}, after line {number}", None, f"cannot be read any further: {e}")
         except ValueError as e:
             raise ConfigError(f"{name}: {e}") from None
 
 
 def _open(path: Path | str, name: str) -> io.BufferedReader[Any]:
-    """The bytes behind gzip, if there is any. What is no regular file is read whole, so that its beginning can be looked at."""
+    """The uncompressed bytes. Pipes are read whole, so that their beginning can be peeked at."""
     try:
         if isinstance(path, str):
             stream = getattr(sys.stdin, "buffer", None)
@@ -165,12 +165,12 @@ def _open(path: Path | str, name: str) -> io.BufferedReader[Any]:
 def _peek(file: io.BufferedReader[Any]) -> bytes:
     try:
         return file.peek(io.DEFAULT_BUFFER_SIZE)
-    except (EOFError, OSError, zlib.error):  # damaged from its first byte on; reading says so
+    except (EOFError, OSError, zlib.error):  # damaged from its first byte on; reported when it is read
         return b""
 
 
 def _guess(file: io.BufferedReader[Any], name: str) -> str:
-    """The format of what stands there, where it cannot be another."""
+    """The format by the content, where it is certain."""
     head = _peek(file)
     if head.startswith(b"PAR1"):
         return "parquet"
@@ -217,7 +217,7 @@ def _check_names(names: Sequence[str], source: str) -> None:
 
 
 def _rows_of(batch: Any) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
-    """(columns, why not) of every row; one that Python has no value for (a time in nanoseconds) costs no other."""
+    """(columns, error) of every row. A value that Python cannot hold (a time in nanoseconds) fails its row only."""
     try:
         for data in batch.to_pylist():
             yield data, None
@@ -233,7 +233,7 @@ def _rows_of(batch: Any) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
 
 @contextmanager
 def _no_retries(datasets: Any) -> Iterator[None]:
-    """Nobody asks the hub meanwhile: what was downloaded before is taken at once."""
+    """Make no requests to the hub meanwhile: what is in its cache is used at once."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
@@ -258,7 +258,7 @@ def _read_hub(name: str, split: str) -> Iterator[SourceRow]:
     except Exception as e:  # network, permission, unknown id: the hub's client raises dozens of kinds
         if offline:
             raise ConfigError(
-                f"no file or folder {name!r} here, no such data set in the hub's cache, and {why_not()}\n"
+                f"no file or folder {name!r} here, no such data set in the hub's cache, and {unreachable_reason()}\n"
                 f"  expected {_EXPECTED}, a folder of such files, or the id of a data set that was downloaded before"
             ) from None
         first = (str(e).strip() or type(e).__name__).split("\n")[0]

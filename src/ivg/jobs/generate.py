@@ -90,4 +90,4 @@ class GenerateRun:
 def answer_row(job: Job, index: int, completion: Completion, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the output (docs/reference/data.md): the answer, what made it, and the further columns of the input."""
     row = {"id": job.id, "prompt": job.prompt, "index": index, **completion.to_dict(), **provenance}
-    return row | job.columns(row)
+    return row | job.extra_columns(row)

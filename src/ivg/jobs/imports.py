@@ -1,4 +1,4 @@
-"""Which files of the user's own a Python file imports, found without running it. Standard library only."""
+"""The local files that a Python file imports, found without running it. Standard library only."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 _INSTALLED = {"site-packages", "dist-packages"}
 
 
-def own_imports(file: Path) -> list[Path]:
+def local_imports(file: Path) -> list[Path]:
     """``file`` and the Python files that it imports, and they in turn: those beside it, in the current directory, or named relatively.
 
-    What is imported under a computed name, data that a function reads, and installed packages are not found.
+    Imports under a computed name, data that a function reads, and installed packages are not found.
     """
     root = file.resolve()
     found, queue = {root}, [root]
@@ -31,7 +31,7 @@ def _named(path: Path, folders: tuple[Path, ...]) -> Iterator[Path]:
     """Files that the import statements of ``path`` may mean."""
     try:
         tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError, RecursionError):  # whoever loads it says so
+    except (OSError, SyntaxError, ValueError, RecursionError):  # reported when it is loaded
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""From rows of data to what is to be answered: id, prompt, and columns that travel with the answer."""
+"""From rows of data to jobs: id, prompt, and the columns that are copied to the answer."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from ivg.jobs.formats import SourceRow
 from ivg.types.messages import Prompt
 from ivg.utils.jsonl import jsonable, to_json
 
-TAKEN = frozenset({
+ANSWER_COLUMNS = frozenset({
     "id", "prompt", "index", "text", "token_ids", "score", "finish_reason", "usage", "error",
     "method", "seed", "settings", "models", "engine", "endpoint", "values", "provenance", "input_columns",
     "generation_config", "notes",
 })  # fmt: skip
-"""Columns of answers; those of the input that have such a name stand in the column ``input_columns``."""
+"""Columns of answers; columns of the input with such a name are kept in ``input_columns``."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt and where it came from.
+    """One prompt of the input.
 
     Attributes:
         id: unique in the run.
         prompt: text, or messages.
-        place: for error messages; default: the id.
-        row: the whole row of the input.
+        place: file and line, for error messages; default: the id.
+        row: the row of the input.
     """
 
     id: Any
@@ -42,38 +42,38 @@ class Job:
 
     @property
     def key(self) -> str:
-        """The id as text; ids of different types differ (1 and "1")."""
+        """The id as JSON, so that ids of different types differ (1 and "1")."""
         return id_key(self.id)
 
-    def columns(self, ours: Iterable[str]) -> dict[str, Any]:
-        """What travels to the answer, whose own columns are ``ours`` and :data:`TAKEN`; nothing of those is overwritten."""
+    def extra_columns(self, answer: Iterable[str]) -> dict[str, Any]:
+        """The further columns of the input; those named like a column of the ``answer`` under ``input_columns``."""
         rest = {k: v for k, v in self.row.items() if k not in ("id", "prompt", "messages")}
-        taken = {k: v for k, v in rest.items() if k in TAKEN or k in ours}
+        taken = {k: v for k, v in rest.items() if k in ANSWER_COLUMNS or k in answer}
         return {k: v for k, v in rest.items() if k not in taken} | ({"input_columns": taken} if taken else {})
 
 
 def read_jobs(rows: Iterable[SourceRow], fail: Callable[[str, str, Mapping[str, Any]], None]) -> Iterator[Job]:
-    """Every row that holds a prompt, under its id, or without one under a fingerprint of its prompt.
+    """A job for every row with a prompt. A row without an id gets a hash of its prompt as id.
 
     Args:
         rows: of the input.
-        fail: told of every other row: its place, why, and the row.
+        fail: called with the place of every other row, why it cannot be used, and the row.
     """
     places: dict[str, str] = {}
     for source in rows:
         if source.data is None:
-            fail(source.where, source.error or "", {"place": source.where, "text": source.text})
+            fail(source.place, source.error or "", {"place": source.place, "text": source.text})
             continue
         row = jsonable(source.data)
         try:
             prompt = prompt_of(row).plain
-            job = Job(row["id"] if row.get("id") not in (None, "") else _new_id(prompt, places), prompt, source.where, row)
+            job = Job(row["id"] if row.get("id") not in (None, "") else _new_id(prompt, places), prompt, source.place, row)
             if job.key in places:
                 raise PromptError(f"the id {job.key} is also that of {places[job.key]}\n  give each row an id of its own, or none")
         except PromptError as e:
-            fail(source.where, str(e), row)
+            fail(source.place, str(e), row)
             continue
-        places[job.key] = source.where
+        places[job.key] = source.place
         yield job
 
 
@@ -83,7 +83,7 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
     Messages may be JSON in a text, as CSV has them.
 
     Raises:
-        PromptError: neither, or no prompt.
+        PromptError: neither, or an invalid one.
     """
     prompt, messages = row.get("prompt"), row.get("messages")
     if prompt not in (None, "") or (prompt == "" and messages in (None, "")):
@@ -105,17 +105,17 @@ def _parsed(text: str) -> Any:
 
 
 def id_key(identity: Any) -> str:
-    """An id as text."""
+    """An id as JSON."""
     return json.dumps(identity, sort_keys=True)
 
 
 def prompt_key(prompt: Any) -> str:
-    """A fingerprint of a prompt (text or messages)."""
+    """A hash of a prompt (text or messages)."""
     return hashlib.sha256(to_json(prompt).encode()).hexdigest()[:16]
 
 
 def _new_id(prompt: Any, taken: Mapping[str, str]) -> str:
-    """An id that does not depend on the place of the row, so that a new row before it changes nothing."""
+    """An id that does not depend on the row's position, so that rows may be added anywhere."""
     name, count = prompt_key(prompt), 1
     while id_key(new := name if count == 1 else f"{name}-{count}") in taken:
         count += 1

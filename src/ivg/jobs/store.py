@@ -1,6 +1,6 @@
-"""Where answers go: a JSONL file that the same run goes on with, or a stream.
+"""Where rows of answers go: a JSONL file that can be resumed, or a stream.
 
-A row is done when its id, its prompt and everything that made its answer are the same (docs/reference/data.md). A file with rows that other
+A row is done when its id, its prompt and its provenance are the same (docs/reference/data.md). A file with rows that other
 settings or models made is refused, each difference named; rows that answer another prompt under the same id are moved to
 ``<name>.superseded.jsonl`` and answered again. One run writes a file at a time.
 """
@@ -20,13 +20,13 @@ from ivg.jobs.provenance import differences
 from ivg.utils.jsonl import RowError, append_lines, parse_row, to_json
 from ivg.utils.locks import lock_file
 
-MADE = ("method", "seed", "settings", "models", "engine", "endpoint", "values", "provenance")
-"""Columns of a row that say what made it."""
-_NO_ROWS = (".csv", ".parquet", ".gz")
+PROVENANCE_COLUMNS = ("method", "seed", "settings", "models", "engine", "endpoint", "values", "provenance")
+"""Columns of a row that say what its answer depends on."""
+_NOT_JSONL = (".csv", ".parquet", ".gz")
 
 
 class Rows(Protocol):
-    """Where answers go."""
+    """Where rows of answers go."""
 
     def done(self, job: Job, index: int) -> bool:
         """Is this sample of the job there already?"""
@@ -36,18 +36,18 @@ class Rows(Protocol):
 
 
 @contextmanager
-def open_rows(path: str | Path, jobs: Iterable[Job], made: Mapping[str, Any], note: Callable[[str], None]) -> Iterator[Rows]:
+def open_rows(path: str | Path, jobs: Iterable[Job], provenance: Mapping[str, Any], on_superseded: Callable[[str], None]) -> Iterator[Rows]:
     """The rows that are at ``path``, to add more to them.
 
     Args:
-        path: a JSONL file; ``-``, a pipe or a device: a stream, with which nothing goes on.
-        jobs: what this run answers.
-        made: what makes its answers (:data:`MADE`).
-        note: told of rows that are answered again.
+        path: a JSONL file; ``-``, a pipe or a device: a stream, which cannot be resumed.
+        jobs: prompts of this run.
+        provenance: what its answers depend on (:data:`PROVENANCE_COLUMNS`).
+        on_superseded: told of rows that are answered again because their prompt has changed.
 
     Raises:
-        OutputError: no file can be written there, or another run writes it.
-        ConfigError: rows that ivg did not write, or that other settings or models made; names what differs.
+        OutputError: no file can be written there, or another run is writing it.
+        ConfigError: rows that ivg did not write, or of other settings or models; names what differs.
     """
     path = Path(path)
     if is_stream(path):
@@ -56,33 +56,33 @@ def open_rows(path: str | Path, jobs: Iterable[Job], made: Mapping[str, Any], no
         return
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder\n  expected a JSONL file")
-    if path.name.endswith(_NO_ROWS):
+    if path.name.endswith(_NOT_JSONL):
         raise OutputError(f"cannot write {path}: rows are written as JSONL\n  give a name that ends in .jsonl")
     with lock_file(path):
-        rows = ResumableRows(path, made)
-        rows.supersede(jobs, note)
+        rows = ResumableRows(path, provenance)
+        rows.supersede(jobs, on_superseded)
         yield rows
 
 
 class ResumableRows:
-    """A JSONL file of answers, each under an id and a number of the sample.
+    """A JSONL file of answers, each with the id of its job and the number of the sample.
 
     Args:
-        path: the file; half a row at its end, which a kill left behind, is cut off.
-        made: what makes the answers of this run.
+        path: the file; an incomplete row at its end, left by a killed run, is removed.
+        provenance: what the answers of this run depend on.
 
     Raises:
         ConfigError: as :func:`open_rows`.
         OutputError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, made: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, provenance: Mapping[str, Any]) -> None:
         self.path = path
         self._done: dict[tuple[str, int], str] = {}
-        append_lines(path, "")  # before hours of answers: can it be written?
-        self._cut()
+        append_lines(path, "")  # fails now rather than after hours
+        self._remove_incomplete_row()
         for number, row in self._rows():
-            self._check(number, row, made)
+            self._check(number, row, provenance)
             self._done[id_key(row["id"]), row["index"]] = prompt_key(row["prompt"])
 
     def done(self, job: Job, index: int) -> bool:
@@ -94,7 +94,7 @@ class ResumableRows:
         append_lines(self.path, to_json(row) + "\n")
         self._done[id_key(row["id"]), row["index"]] = prompt_key(row["prompt"])
 
-    def supersede(self, jobs: Iterable[Job], note: Callable[[str], None]) -> None:
+    def supersede(self, jobs: Iterable[Job], on_superseded: Callable[[str], None]) -> None:
         """Move rows that answer another prompt than the job of their id to a file beside this one."""
         prompts = {job.key: prompt_key(job.prompt) for job in jobs}
         stale = {key for (key, _), prompt in self._done.items() if prompts.get(key, prompt) != prompt}
@@ -109,7 +109,7 @@ class ResumableRows:
         self._replace(b"".join(kept))
         self._done = {k: v for k, v in self._done.items() if k[0] not in stale}
         some = ", ".join(sorted(stale)[:4]) + (" …" if len(stale) > 4 else "")
-        note(f"{len(stale)} prompts have changed under the same id ({some}): answered again, the old rows are in {beside}")
+        on_superseded(f"{len(stale)} prompts have changed under the same id ({some}): answered again, the old rows are in {beside}")
 
     def _lines(self) -> Iterator[bytes]:
         with self.path.open("rb") as file:
@@ -120,25 +120,24 @@ class ResumableRows:
             try:
                 row = parse_row(line)
             except RowError as e:
-                raise self._foreign(number, str(e)) from None
+                raise self._not_ours(number, str(e)) from None
             if not {"id", "index", "prompt", "method"} <= set(row) or not isinstance(row["index"], int):
-                raise self._foreign(number, f"got the columns {', '.join(row)[:80]}")
+                raise self._not_ours(number, f"got the columns {', '.join(row)[:80]}")
             yield number, row
 
-    def _foreign(self, number: int, why: str) -> ConfigError:
+    def _not_ours(self, number: int, why: str) -> ConfigError:
         return ConfigError(f"{self.path} holds rows that ivg did not write (row {number}: {why})\n  give another --output")
 
-    def _check(self, number: int, row: Mapping[str, Any], made: Mapping[str, Any]) -> None:
+    def _check(self, number: int, row: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
         if not isinstance(row.get("provenance"), dict):
             raise ConfigError(
-                f"{self.path} was begun by an older ivg: row {number} does not say which weights, templates and types of numbers made it"
-                "\n  give another --output"
+                f"{self.path} was written by an older version of ivg: row {number} has no provenance\n  give another --output"
             )
-        found = differences({k: row[k] for k in MADE if k in row}, made)
+        found = differences({k: row[k] for k in PROVENANCE_COLUMNS if k in row}, provenance)
         if found:
-            raise ConfigError(f"{self.path} holds answers made otherwise: {'; '.join(found)}\n  give another --output, or remove it")
+            raise ConfigError(f"{self.path} holds answers of other settings: {'; '.join(found)}\n  give another --output, or remove it")
 
-    def _cut(self) -> None:
+    def _remove_incomplete_row(self) -> None:
         with self.path.open("r+b") as file:
             end = size = file.seek(0, os.SEEK_END)
             while end:
@@ -153,7 +152,7 @@ class ResumableRows:
                 file.truncate(end)
 
     def _replace(self, data: bytes) -> None:
-        there = self.path.resolve()  # the name may be a link, which stays one
+        there = self.path.resolve()  # a link stays a link
         partial = there.with_name(f"{there.name}.{os.getpid()}.partial")
         try:
             with partial.open("wb") as file:
@@ -163,21 +162,21 @@ class ResumableRows:
             partial.replace(there)
         except OSError as e:
             partial.unlink(missing_ok=True)
-            raise OutputError(f"cannot write {self.path}: {e.strerror}\n  free space, and give the same command again") from None
+            raise OutputError(f"cannot write {self.path}: {e.strerror}\n  free space, then run the same command again") from None
 
 
 class StreamRows:
-    """Rows for another program: nothing is there before, nothing can be gone on with."""
+    """Rows for another program, through a pipe or standard output; cannot be resumed."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self.file, self.name = file, name
 
     def done(self, job: Job, index: int) -> bool:
-        """Nothing is there."""
+        """Never."""
         return False
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """One more row. A reader that is gone (BrokenPipeError) ends the run."""
+        """One more row; a reader that has closed the pipe ends the run (BrokenPipeError)."""
         data = (to_json(row) + "\n").encode()
         try:
             while data:  # a pipe may take a part only
@@ -190,7 +189,7 @@ class StreamRows:
 
 
 def is_stream(path: Path) -> bool:
-    """Standard output, a pipe, a device: what can be written to, but not gone on with."""
+    """Standard output, a pipe or a device, which cannot be resumed?"""
     if str(path) == "-" or str(path).startswith(("/dev/", "/proc/")):
         return True
     return path.exists() and not path.is_file() and not path.is_dir()

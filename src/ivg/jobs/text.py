@@ -1,7 +1,7 @@
-"""Rows of JSONL, JSON, CSV and plain text from bytes: (line, columns or None, why not, what stands there instead).
+"""Rows of JSONL, JSON, CSV and plain text from bytes: (line, columns or None, error, the text that is not a row).
 
 Lines end at a line feed, with a carriage return before it or not. Each row is decoded and parsed alone, so that one that cannot be
-read costs no other. A ``ValueError`` means that nothing can be read. Standard library only.
+read does not affect the others. A ``ValueError`` means that the file cannot be read at all. Standard library only.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from ivg.utils.jsonl import BOM, CONVERT, RowError, parse_object, parse_row
 Found = tuple[int, dict[str, Any] | None, str | None, str | None]
 _SPACE = re.compile(r"[ \t\r\n]*")
 _ENDS = json.JSONDecoder(parse_int=str, parse_float=str)
-"""Finds where a value ends, whatever its numbers are."""
+"""Finds the end of a value; numbers are not converted."""
 _UNDECODED = re.compile("[\udc80-\udcff]")
-"""What ``surrogateescape`` makes of bytes that are no UTF-8."""
+"""Bytes that are not UTF-8, as ``surrogateescape`` decodes them."""
 _FIELD = 2**31 - 1
-"""Characters of a CSV field at most; the csv module's default is 128 KiB."""
+"""Largest CSV field in characters; the csv module's default is 128 KiB."""
 
 
 def jsonl_rows(file: BinaryIO) -> Iterator[Found]:
-    """One JSON object a line; blank lines are no rows."""
+    """One JSON object a line; blank lines are skipped."""
     for number, line in enumerate(file, 1):
         if not line.removeprefix(BOM).strip():
             continue
         try:
             yield number, parse_row(line), None, None
         except RowError as e:
-            yield number, None, str(e), shown(line)
+            yield number, None, str(e), escaped(line)
 
 
 def text_rows(file: BinaryIO) -> Iterator[Found]:
-    """One prompt a line, as the column ``prompt``; blank lines are no rows."""
+    """One prompt a line, as the column ``prompt``; blank lines are skipped."""
     for number, line in enumerate(file, 1):
         if not line.removeprefix(BOM).strip():
             continue
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as e:
-            yield number, None, str(RowError.of(e)), shown(line)
+            yield number, None, str(RowError.of(e)), escaped(line)
             continue
         yield number, {"prompt": text.removesuffix("\n").removesuffix("\r")}, None, None
 
@@ -86,7 +86,7 @@ def csv_rows(file: BinaryIO) -> Iterator[Found]:
 
 
 def _decoded(file: BinaryIO, seen: list[str]) -> Iterator[str]:
-    """Lines as text, each put into ``seen`` too."""
+    """Lines as text, each appended to ``seen``."""
     for number, line in enumerate(file):
         seen.append(line.removeprefix(b"" if number else BOM).decode("utf-8", "surrogateescape"))
         yield seen[-1]
@@ -95,14 +95,14 @@ def _decoded(file: BinaryIO, seen: list[str]) -> Iterator[str]:
 def _csv_error(e: csv.Error) -> str:
     said = str(e)
     if "unexpected end of data" in said:
-        return "a quoted field begins here and never ends"
+        return "a quoted field that begins here is not closed"
     if "new-line character" in said:
-        return "a carriage return in a field without quotes"
+        return "a carriage return in an unquoted field"
     return f"not CSV: {said}"
 
 
 def json_rows(file: BinaryIO) -> Iterator[Found]:
-    """A list of objects; or an object with such a list as ``data``; or one object, which is one row; or JSON lines after all."""
+    """A list of objects; an object with such a list as ``data``; one object, which is one row; or JSON lines."""
     raw = file.read()
     text = raw.decode("utf-8-sig", "surrogateescape")
     start = _skip(text, 0)
@@ -117,11 +117,11 @@ def json_rows(file: BinaryIO) -> Iterator[Found]:
         try:
             yield _line(text, start), parse_row(raw), None, None
         except RowError as e:
-            yield _line(text, start), None, str(e), shown(raw)
+            yield _line(text, start), None, str(e), escaped(raw)
 
 
 def _elements(text: str, start: int, *, whole: bool) -> Iterator[Found]:
-    """The values of the list that begins at ``start``; ``whole``: nothing may stand behind it."""
+    """The values of the list that begins at ``start``; ``whole``: nothing may follow it."""
     i, line, counted = _skip(text, start + 1), 1, 0
     while i < len(text) and text[i] != "]":
         line, counted = line + text.count("\n", counted, i), i
@@ -152,11 +152,11 @@ def _elements(text: str, start: int, *, whole: bool) -> Iterator[Found]:
             )
             return
     if whole and (i := _skip(text, i + 1)) < len(text):
-        yield _line(text, i), None, "not JSON: there is more behind the list", _whole(text[i:])
+        yield _line(text, i), None, "not JSON: there is text after the list", _whole(text[i:])
 
 
 def _data_list(text: str, start: int) -> int | None:
-    """Where the list ``data`` of the object that begins at ``start`` begins; None: it has none."""
+    """Start of the list ``data`` in the object that begins at ``start``; None: it has none."""
     i = _skip(text, start + 1)
     try:
         while text[i : i + 1] == '"':
@@ -192,9 +192,9 @@ def _skip(text: str, i: int) -> int:
 
 
 def _whole(text: str) -> str:
-    return shown(text.encode("utf-8", "surrogateescape"))
+    return escaped(text.encode("utf-8", "surrogateescape"))
 
 
-def shown(raw: bytes) -> str:
-    """What stands there; bytes that are no text are escaped."""
+def escaped(raw: bytes) -> str:
+    """The text; bytes that are not UTF-8 are escaped."""
     return raw.decode("utf-8", "backslashreplace").strip("\r\n")

@@ -14,7 +14,7 @@ from typing import Any
 
 from ivg.embedded import PREFIX, locate
 from ivg.errors import ModelError
-from ivg.utils.hub_status import reachable, why_not
+from ivg.utils.hub_status import reachable, unreachable_reason
 
 _REPOSITORY = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
 _ADAPTER = "adapter_config.json"
@@ -52,7 +52,7 @@ def find_model(name: str | Path, what: str, hub: Mapping[str, Any] | None = None
         return str(name)
     if cached is None:
         raise ModelError(
-            f"{title}: no such directory here, not in the hub's cache, and {why_not()}\n"
+            f"{title}: no such directory here, not in the hub's cache, and {unreachable_reason()}\n"
             "  expected a directory with config.json and weights, or a hub id that was downloaded before"
         )
     _check_directory(cached, what, weights=weights)

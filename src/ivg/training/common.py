@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ivg.errors import ConfigError, ModelError
-from ivg.jobs.provenance import fingerprint
+from ivg.jobs.fingerprints import fingerprint
 from ivg.models.training_rows import write_training_rows
 from ivg.settings.train import Mode, TrainSettings
 from ivg.training.data import Preference, RatedResponse, SFTExample, answers

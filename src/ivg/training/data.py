@@ -283,7 +283,7 @@ class _Rows:
 
     def _bad(self, row: SourceRow) -> None:
         if self.on_bad is None:
-            raise ConfigError(f"{row.where}: {row.error}")
+            raise ConfigError(f"{row.place}: {row.error}")
         self.on_bad(row)
 
 

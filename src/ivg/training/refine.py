@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ivg.errors import ConfigError
-from ivg.jobs.provenance import fingerprints
+from ivg.jobs.fingerprints import fingerprints
 from ivg.model import GuidedModel
 from ivg.models.loading import LoadOptions, load_causal
 from ivg.settings.train import TrainSettings, ValueSettings

@@ -1,4 +1,4 @@
-"""Can the hub be reached? transformers and datasets try again for a minute where nobody answers; ask here before asking them.
+"""Can the hub be reached? transformers and datasets retry for a minute where it cannot; ask here first.
 
 Imports no torch; huggingface_hub is imported where it is needed.
 """
@@ -9,22 +9,22 @@ import functools
 import time
 
 PROBE_SECONDS = 5.0
-"""The hub has this long to answer whether it is there at all."""
+"""Timeout of the probe."""
 
 
 def reachable() -> bool:
-    """Does the hub answer? Asked once in a minute."""
+    """Does the hub answer? Probed at most once a minute."""
     from huggingface_hub import constants
 
     return not constants.HF_HUB_OFFLINE and _answers(str(constants.ENDPOINT), int(time.monotonic() // 60))
 
 
-def why_not() -> str:
-    """Why the hub was not :func:`reachable`, in words."""
+def unreachable_reason() -> str:
+    """Why the hub was not :func:`reachable`."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE forbids asking the hub"
+        return "HF_HUB_OFFLINE is set"
     return f"the hub ({constants.ENDPOINT}) cannot be reached"
 
 
@@ -34,6 +34,6 @@ def _answers(endpoint: str, minute: int) -> bool:
 
     try:
         get_session().head(endpoint, timeout=PROBE_SECONDS)  # any answer will do
-    except Exception:  # whatever the client of the day raises: no route, no name, no time, no proxy
+    except Exception:  # the HTTP client differs between versions: no route, no name, timeout, proxy
         return False
     return True

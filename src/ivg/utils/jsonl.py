@@ -20,11 +20,11 @@ CONVERT = "convert the file, e.g. iconv -f LATIN1 -t UTF-8"
 
 
 class RowError(ValueError):
-    """Why a line or value is no row, in one line."""
+    """Why a line or value is not a row, in one line."""
 
     @classmethod
     def of(cls, e: Exception, text: str = "") -> RowError:
-        """From what Python says of ``text``."""
+        """From an exception that parsing ``text`` raised."""
         if isinstance(e, cls):
             return e
         if isinstance(e, UnicodeDecodeError):
@@ -40,7 +40,7 @@ def parse_row(line: bytes) -> dict[str, Any]:
     """One JSON object from UTF-8; a byte order mark before it is left out.
 
     Raises:
-        RowError: no UTF-8, no JSON (NaN and a key twice are none), no object.
+        RowError: not UTF-8, not strict JSON (no NaN, no duplicate keys), not an object.
     """
     try:
         return parse_object(line.decode("utf-8-sig"))
@@ -52,7 +52,7 @@ def parse_object(text: str) -> dict[str, Any]:
     """One JSON object.
 
     Raises:
-        RowError: no JSON (NaN and a key twice are none), no object.
+        RowError: not strict JSON (no NaN, no duplicate keys), not an object.
     """
     try:
         row = _decoder.decode(text)
@@ -72,12 +72,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) < len(pairs):
         names = [k for k, _ in pairs]
-        raise RowError(f"the key {next(k for i, k in enumerate(names) if k in names[:i])!r} stands there twice")
+        raise RowError(f"the key {next(k for i, k in enumerate(names) if k in names[:i])!r} appears twice")
     return out
 
 
 def _no_number(name: str) -> NoReturn:
-    raise RowError(f"{name} is no JSON; write null")
+    raise RowError(f"{name} is not JSON; write null")
 
 
 def _finite(digits: str) -> float:
@@ -91,7 +91,7 @@ _decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_number
 
 
 def to_json(value: Any) -> str:
-    """``value`` in one line of valid JSON, whatever tables hold: see :func:`jsonable`."""
+    """``value`` in one line of valid JSON; values that JSON has no type for are converted by :func:`jsonable`."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError):
@@ -105,7 +105,7 @@ def to_json(value: Any) -> str:
 
 
 def jsonable(value: Any) -> Any:
-    """``value`` as JSON has it: dates by ISO 8601, durations in seconds, bytes as text, NaN and infinity as null, arrays as lists."""
+    """``value`` in JSON's types: dates by ISO 8601, durations in seconds, bytes as text, NaN and infinity as null, arrays as lists."""
     if value is None or isinstance(value, bool | str | int):
         return value
     if isinstance(value, float):
@@ -127,7 +127,7 @@ def jsonable(value: Any) -> Any:
 
 
 def _decimal(value: Decimal) -> int | float | str | None:
-    """The number where JSON's readers get it back, else its digits as text."""
+    """The number if a float holds it exactly, else its digits as text."""
     if not value.is_finite():
         return None
     if value == value.to_integral_value():
@@ -156,12 +156,12 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """``data`` as indented JSON; the file is whole or not there."""
+    """Write ``data`` as indented JSON, atomically."""
     write_text(path, json.dumps(jsonable(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """``text``; the file is whole or not there."""
+    """Write ``text`` atomically: the file is whole or absent."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -172,14 +172,14 @@ def write_text(path: str | Path, text: str) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         space = "free space, or " if e.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise OutputError(f"cannot write {path}: {e.strerror}\n  {space}give another place") from None
+        raise OutputError(f"cannot write {path}: {e.strerror}\n  {space}write to another path") from None
 
 
 def append_lines(path: Path, text: str, *, sync: bool = False) -> None:
-    """Append whole lines; where the disk cannot take all of them, none is there.
+    """Append all lines, or none if the disk is full.
 
     Args:
-        path: of the file; folders are made.
+        path: of the file; folders are created.
         text: lines.
         sync: wait until they are on the disk.
 
@@ -201,7 +201,7 @@ def append_lines(path: Path, text: str, *, sync: bool = False) -> None:
                     file.truncate(begin)
                 raise
     except OSError as e:
-        raise OutputError(f"cannot write {path}: {e.strerror}\n  what is there is whole; the same command goes on from it") from None
+        raise OutputError(f"cannot write {path}: {e.strerror}\n  its rows are complete; run the same command again to resume") from None
 
 
 def as_lines(rows: Iterable[Mapping[str, Any]]) -> str:

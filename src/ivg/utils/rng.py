@@ -1,6 +1,6 @@
-"""Counter-based random numbers: what is drawn depends on seed, place in the search tree and position, on nothing else.
+"""Counter-based random numbers: a draw depends on the seed, the place in the search tree and the position, and on nothing else.
 
-So a seed reproduces a text whoever shares the batch (DESIGN, section 4). The mixing function is SplitMix64's finaliser
+So a seed reproduces a text whatever else is in the batch. The mixing function is SplitMix64's finaliser
 (Steele, Lea, Flood 2014).
 """
 

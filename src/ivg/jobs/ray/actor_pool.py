@@ -104,7 +104,9 @@ class ActorFailure:
 
 
 class ActorPool:
-    """All workers of one run. Ray's own ``ray.util.ActorPool`` keeps actors that have died, and does not say whose task was lost.
+    """All workers of one run.
+
+    ``ray.util.ActorPool`` gives an actor one task at a time, replaces none that died, and does not say whose task was lost.
 
     Args:
         ray: connected.

@@ -1,0 +1,139 @@
+"""Fingerprints of models and Python functions on this machine, so that rows of other weights under the same path are told apart.
+
+Ids of the hub are told apart by their revision alone. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from ivg.embedded import PREFIX, locate, names
+from ivg.jobs.imports import local_imports
+from ivg.settings.recipe import ModelRef, Recipe
+
+CACHE_FROM = 64 << 20
+"""Bytes from which the digest of a file is cached (in ``$XDG_CACHE_HOME/ivg``), by path, size, modification time and inode."""
+_SETTLE_SECONDS = 2.0
+"""A file modified so recently is not cached: clocks of file systems are coarse."""
+_MODEL_FILES = (".safetensors", ".bin", ".pt", ".gguf", ".json", ".model", ".txt", ".jinja", ".py")
+_TRAINING_LOGS = (
+    "trainer_state.json", "training_args.bin", "all_results.json", "train_results.json", "eval_results.json", "run.json", "log.json",
+    "metrics.json",
+)  # fmt: skip
+
+
+def weight_fingerprints(recipe: Recipe) -> dict[str, str]:
+    """Fingerprints of the recipe's models that lie on this machine, by role; of the embedded ones where it names none."""
+    refs: dict[str, ModelRef | str] = dict(recipe.models.given)
+    if not refs:
+        refs = {name: ModelRef(path=f"{PREFIX}{name}") for name in names() if name != "gold"}
+    for name, value in recipe.values.items():
+        refs |= {f"{name}.{role}": ref for role, ref in value.given.items()}
+    return fingerprints(refs)
+
+
+def fingerprints(refs: Mapping[str, ModelRef | str]) -> dict[str, str]:
+    """Fingerprints by name, of those that are on this machine."""
+    found = {name: fingerprint(ref if isinstance(ref, str) else ref.path) for name, ref in refs.items()}
+    return {name: digest for name, digest in sorted(found.items()) if digest is not None}
+
+
+def fingerprint(path: str) -> str | None:
+    """A hash of a model's directory or file, or of a function's file (``file.py:function``, ``module:function``).
+
+    None: not on this machine.
+    """
+    where = Path(locate(path))
+    if where.is_dir():
+        return _directory(where)
+    if where.is_file():
+        return _file(where)[:16]
+    file = function_file(path)
+    return None if file is None else _function(file)
+
+
+def same_source(a: str, b: str) -> bool:
+    """Do both paths name the same model, or the same function?"""
+    return _place(a) == _place(b)
+
+
+def function_file(path: str) -> Path | None:
+    """The file of the function that ``path`` names; None where there is none."""
+    module, sign, _ = path.rpartition(":")
+    if not sign or path.startswith(PREFIX):
+        return None
+    beside = Path(module) if module.endswith(".py") else Path(*module.split(".")).with_suffix(".py")
+    if beside.is_file():
+        return beside
+    with suppress(ImportError, ValueError, AttributeError):
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.origin and Path(spec.origin).is_file():
+            return Path(spec.origin)
+    return None
+
+
+def _place(path: str) -> tuple[str, str]:
+    where, file = Path(locate(path)), function_file(path)
+    if file is not None:
+        return str(file.resolve()), path.rpartition(":")[2]
+    return (str(where.resolve()) if where.exists() else path), ""
+
+
+def _function(file: Path) -> str:
+    """A hash of a function's file and of all local files that it imports; installed packages do not count."""
+    files = local_imports(file)
+    if len(files) == 1:
+        return _digest(file)[:16]
+    return hashlib.sha256("".join(f"{path.name}\0{_digest(path)}\0" for path in files).encode()).hexdigest()[:16]
+
+
+def _directory(folder: Path) -> str:
+    """A hash of all files of the model in ``folder``; for an adapter, with the base that it names, if that is a folder here."""
+    found = hashlib.sha256()
+    paths = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name.endswith(_MODEL_FILES) and p.name not in _TRAINING_LOGS]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for path, digest in zip(paths, pool.map(_file, paths), strict=True):
+            found.update(f"{path.name}\0{digest}\0".encode())
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        base = Path(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+        if base.is_dir() and base.resolve() != folder.resolve():
+            found.update(_directory(base).encode())
+    return found.hexdigest()[:16]
+
+
+def _file(path: Path) -> str:
+    """Digest of a file's content; that of a large file is cached."""
+    stat = path.stat()
+    if stat.st_size < CACHE_FROM:
+        return _digest(path)
+    key = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}"
+    cached = _cache() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.sha256"
+    with suppress(OSError, ValueError):
+        digest = cached.read_text(encoding="ascii").strip()
+        if len(digest) == 64:
+            return digest
+    digest = _digest(path)
+    if time.time() - stat.st_mtime > _SETTLE_SECONDS and path.stat().st_mtime_ns == stat.st_mtime_ns:
+        with suppress(OSError):
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            partial = cached.with_suffix(f".{os.getpid()}")
+            partial.write_text(digest, encoding="ascii")
+            partial.replace(cached)
+    return digest
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivg" / "digests"
