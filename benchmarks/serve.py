@@ -1,14 +1,14 @@
-"""Load on the server, over loopback, on the embedded models. A table, then one JSON line. The server is a process of its own.
+"""Load test of the server, over loopback, with the embedded models. Prints a table, then one JSON line.
 
     python benchmarks/serve.py --method ivg --answers 64       # 1, 8 and 32 clients at once
     python benchmarks/serve.py --soak 600                      # mixed traffic for ten minutes; the server's resident memory
 
-Load: every client asks one streamed answer after the other. Shown: answers per second, time to first text and to the whole answer
-(median and 95 %), errors, and how many answers differ from what the library gives for the same prompt and seed, one request at a time
-(float32; sums of batched products may round otherwise, and then another token may be drawn: those are counted, not hidden).
+Load: every client sends one streaming request after the other. Reported: completions per second, time to first text and total time
+(median and 95th percentile), errors, and how many completions differ from the library's for the same prompt and seed, run alone (float32;
+rounding of batched products may change a token: such cases are counted).
 
-Soak: clients of all kinds, each prompt a new one: methods in turn, streams and whole answers, some that go away, some that ask for what
-cannot be. Shown: resident memory over time, its slope once the caches have their sizes, and what is left in the caches at the end.
+Soak: 8 clients send requests with new prompts and various methods, streaming or not; some disconnect, some send invalid requests.
+Reported: resident memory over time, its slope after the first quarter, and what is left in the caches at the end.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from statistics import fmean, linear_regression
 
 import httpx
+import psutil
 
 from ivg.utils.environment import machine
 
@@ -42,13 +43,13 @@ PROMPTS = (
     "After an hour",
 )
 WORDS = " ".join(PROMPTS).split()
-SOAKED = ("base", "eft", "ivg", "bon", "cbs-implicit", "cbs-explicit", "smc", "token-explicit", "adaptive")
-FLAT = 0.01
-"""Memory is flat when its mean in the last quarter is at most by this share above that in the second quarter."""
-LOST = 120.0
-"""A request of the soak that is silent for so many seconds counts as lost (ReadTimeout)."""
-PERIOD = 2.0
-"""Seconds between two looks at the memory, at most."""
+SOAK_METHODS = ("base", "eft", "ivg", "bon", "cbs-implicit", "cbs-explicit", "smc", "token-explicit", "adaptive")
+MAX_GROWTH = 0.01
+"""Memory counts as flat if its mean in the last quarter exceeds that of the second quarter by at most this share."""
+TIMEOUT = 120.0
+"""Seconds without data after which a request of the soak fails (ReadTimeout)."""
+SAMPLE_SECONDS = 2.0
+"""Longest time between two measurements of the memory."""
 
 
 def main() -> None:
@@ -56,18 +57,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", default="ivg")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--answers", type=int, default=64, help="for each number of clients")
+    parser.add_argument("--answers", type=int, default=64, help="completions for each number of clients")
     parser.add_argument("--max-tokens", type=int, default=50)
-    parser.add_argument("--no-check", action="store_true", help="do not compare with the library")
+    parser.add_argument("--no-check", action="store_true", help="do not compare completions with the library's")
     parser.add_argument("--soak", type=float, metavar="SECONDS", help="mixed traffic instead, by 8 clients")
-    parser.add_argument("--seed", type=int, default=1, help="of the mixed traffic")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the mixed traffic")
     args = parser.parse_args()
     (load if args.soak is None else soak)(args)
 
 
 @contextmanager
 def served() -> Iterator[tuple[str, int]]:
-    """A server by the command, as anybody would start it: (its address, its process id). What it logs is read and thrown away."""
+    """Run `ivg serve`; (URL, process id). Its log is discarded."""
     command = [sys.executable, "-m", "ivg", "serve", "--port", "0", "--device", "cpu", "--dtype", "float32"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -97,10 +98,10 @@ def ready(url: str) -> bool:
 
 
 def load(args: argparse.Namespace) -> None:
-    """So many clients at once, each number in turn."""
+    """Run the load test for each number of clients."""
     jobs = [(PROMPTS[i % len(PROMPTS)], i) for i in range(args.answers)]
     with served() as (url, _):
-        asyncio.run(run(url, jobs[: max(args.clients)], max(args.clients), args))  # once, so that caches have their sizes
+        asyncio.run(run(url, jobs[: max(args.clients)], max(args.clients), args))  # warm-up
         runs = {clients: asyncio.run(run(url, jobs, clients, args)) for clients in args.clients}
     want = {} if args.no_check else library(jobs, args)
     rows = [row(clients, seconds, answers, want) for clients, (seconds, answers) in runs.items()]
@@ -118,7 +119,7 @@ def load(args: argparse.Namespace) -> None:
 
 
 async def run(url: str, jobs: list, clients: int, args: argparse.Namespace) -> tuple[float, list]:
-    """(seconds in all, (job, first, whole, text, error) of every answer)."""
+    """(total seconds, (job, first, whole, text, error) of every completion)."""
     todo, done = list(reversed(jobs)), []
 
     async def client(http: httpx.AsyncClient) -> None:
@@ -136,7 +137,7 @@ async def run(url: str, jobs: list, clients: int, args: argparse.Namespace) -> t
 
 
 async def ask(http: httpx.AsyncClient, job: tuple[str, int], args: argparse.Namespace) -> tuple[float, float, str, str | None]:
-    """(seconds to first text, to the end, text, error) of one answer."""
+    """(seconds to first text, total seconds, text, error) of one completion."""
     prompt, seed = job
     body = {"model": f"embedded:{args.method}", "prompt": prompt, "seed": seed, "max_tokens": args.max_tokens, "stream": True}
     started, first, text, error, ended = time.perf_counter(), None, "", None, False
@@ -152,20 +153,20 @@ async def ask(http: httpx.AsyncClient, job: tuple[str, int], args: argparse.Name
                 first = time.perf_counter() - started if new and first is None else first
                 text += new
     whole = time.perf_counter() - started
-    return first or whole, whole, text, error or (None if ended else "the stream has no end")
+    return first or whole, whole, text, error or (None if ended else "the stream ended without [DONE]")
 
 
 def library(jobs: list, args: argparse.Namespace) -> dict:
-    """What the library gives, each alone."""
+    """The library's completions, each run alone."""
     from ivg.model import GuidedModel
-    from ivg.models.loading import LoadOptions  # here: while the server is measured, this process has no use for them
+    from ivg.models.loading import LoadOptions  # imported here to keep this process small while the server is measured
 
     model = GuidedModel.embedded(LoadOptions(device="cpu", dtype="float32"))
     return {job: model.generate(job[0], args.method, seed=job[1], max_new_tokens=args.max_tokens).text for job in jobs}
 
 
 def row(clients: int, seconds: float, answers: list, want: dict) -> dict:
-    """The figures of one load; times are those of answers without error."""
+    """Results of one load; times are those of completions without error."""
     fine = [a for a in answers if a[4] is None]
     firsts, wholes = sorted(a[1] for a in fine) or [0.0], sorted(a[2] for a in fine) or [0.0]
     compared = [a for a in fine if a[0] in want]
@@ -189,27 +190,26 @@ def row(clients: int, seconds: float, answers: list, want: dict) -> dict:
 
 
 def soak(args: argparse.Namespace) -> None:
-    """Mixed traffic, and the memory of the server under it."""
+    """Run the soak test."""
     with served() as (url, process):
         counts, memory = asyncio.run(traffic(url, process, args))
-        left = asyncio.run(settled(url))
+        left = asyncio.run(busy_gauges(url))
     quarter = max(1, len(memory) // 4)
-    second, last = (mean([m for _, m in part]) for part in (memory[quarter : 2 * quarter] or memory, memory[-quarter:]))
-    slope = fitted(memory[quarter:]) * 60
+    second, last = (fmean(m for _, m in part) for part in (memory[quarter : 2 * quarter] or memory, memory[-quarter:]))
+    slope = linear_regression(*zip(*memory[quarter:], strict=True)).slope * 60 if len(memory) > quarter + 1 else 0.0
     growth = last / second - 1
     print("seconds  resident memory (MiB)")
     for seconds, mib in memory[:: max(1, len(memory) // 20)]:
         print(f"{seconds:7.0f}  {mib:21.1f}")
-    print(f"slope behind the first quarter {slope:+.2f} MiB a minute ({slope * 240:+.0f} MiB in four hours)")
-    print(f"last quarter against the second {growth:+.2%}")
-    print(
-        f"flat: {'yes' if growth <= FLAT else 'no'} (at most {FLAT:+.0%}); cache rows, queue and failed rounds at the end: {left or 'none'}"
-    )
+    print(f"slope after the first quarter {slope:+.2f} MiB a minute ({slope * 240:+.0f} MiB in four hours)")
+    print(f"last quarter relative to the second {growth:+.2%}")
+    print(f"flat: {'yes' if growth <= MAX_GROWTH else 'no'} (at most {MAX_GROWTH:+.0%})")
+    print(f"cache rows, queue and failures at the end: {left or 'none'}")
     print("requests: " + ", ".join(f"{kind} {n}" for kind, n in sorted(counts.items())))
     figures = {
         "slope_mib_per_minute": slope,
         "growth": growth,
-        "flat": growth <= FLAT,
+        "flat": growth <= MAX_GROWTH,
         "first_mib": memory[0][1],
         "last_mib": memory[-1][1],
     }
@@ -220,26 +220,27 @@ def soak(args: argparse.Namespace) -> None:
 async def traffic(url: str, process: int, args: argparse.Namespace) -> tuple[Counter, list[tuple[float, float]]]:
     """(requests by kind and status, (seconds, MiB) of the server)."""
     counts, memory, draw, seconds = Counter(), [], random.Random(args.seed), args.soak
+    server = psutil.Process(process)
     started = time.monotonic()
 
     async def watch() -> None:
         while (now := time.monotonic() - started) < seconds:
-            memory.append((now, resident(process)))
-            await asyncio.sleep(min(PERIOD, seconds / 20))
+            memory.append((now, server.memory_info().rss / 2**20))
+            await asyncio.sleep(min(SAMPLE_SECONDS, seconds / 20))
 
     async def client(http: httpx.AsyncClient) -> None:
         while time.monotonic() - started < seconds:
             counts[await one(http, draw, args.max_tokens)] += 1
 
-    async with httpx.AsyncClient(base_url=url, timeout=LOST) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT) as http:
         await asyncio.gather(watch(), *(client(http) for _ in range(8)))
     return counts, memory
 
 
 async def one(http: httpx.AsyncClient, draw: random.Random, max_tokens: int) -> str:
-    """One request of any kind; what became of it."""
+    """Send one random request; its status, or the name of its error."""
     prompt = " ".join(draw.choices(WORDS, k=draw.randint(2, 40)))
-    body = {"model": f"embedded:{draw.choice(SOAKED)}", "prompt": prompt, "max_tokens": draw.randint(4, max_tokens)}
+    body = {"model": f"embedded:{draw.choice(SOAK_METHODS)}", "prompt": prompt, "max_tokens": draw.randint(4, max_tokens)}
     body |= {"n": draw.choice((1, 1, 1, 2)), "stream": draw.random() < 0.5}
     kind = draw.random()
     if kind < 0.1:
@@ -248,7 +249,7 @@ async def one(http: httpx.AsyncClient, draw: random.Random, max_tokens: int) -> 
         async with http.stream("POST", "/v1/completions", json=body) as response:
             if kind > 0.9 and body["stream"]:
                 await anext(response.aiter_bytes(), b"")
-                return "gone"
+                return "disconnected"
             async for _ in response.aiter_bytes():
                 pass
             return str(response.status_code)
@@ -256,8 +257,8 @@ async def one(http: httpx.AsyncClient, draw: random.Random, max_tokens: int) -> 
         return type(e).__name__
 
 
-async def settled(url: str) -> dict[str, float]:
-    """Gauges that are not zero, when nothing is asked any more, and rounds that failed; waits for them a little."""
+async def busy_gauges(url: str) -> dict[str, float]:
+    """Gauges that are not zero after the last request, and the number of failures; waits up to ten seconds."""
     async with httpx.AsyncClient(base_url=url) as http:
         for _ in range(50):
             text = (await http.get("/metrics")).text
@@ -267,23 +268,6 @@ async def settled(url: str) -> dict[str, float]:
                 break
             await asyncio.sleep(0.2)
     return left
-
-
-def resident(process: int) -> float:
-    """Memory of a process, in MiB (Linux)."""
-    status = Path(f"/proc/{process}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
-
-
-def fitted(points: list[tuple[float, float]]) -> float:
-    """Slope of the least-squares line."""
-    x, y = mean([p[0] for p in points]), mean([p[1] for p in points])
-    spread = sum((a - x) ** 2 for a, _ in points)
-    return sum((a - x) * (b - y) for a, b in points) / spread if spread else 0.0
-
-
-def mean(numbers: list[float]) -> float:
-    return sum(numbers) / len(numbers)
 
 
 if __name__ == "__main__":
