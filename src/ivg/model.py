@@ -18,7 +18,7 @@ from ivg.models.cached_lm import CachedLM
 from ivg.models.generation_config import GenerationConfigMode, GenerationDefaults, defaults_of
 from ivg.models.loading import LoadOptions, load_causal
 from ivg.models.prompt_encoder import PromptEncoder
-from ivg.search.methods import METHODS, Method, get_method, resolve_fallbacks
+from ivg.search.methods import Method, get_method, method_names, resolve_fallbacks
 from ivg.search.searcher import Request, Searcher, check_engine
 from ivg.settings.models import ROLES
 from ivg.settings.sampling import DEFAULT_SAMPLING as DEFAULT_SAMPLING
@@ -178,13 +178,13 @@ class GuidedModel:
     @property
     def methods(self) -> list[str]:
         """Named methods whose values the model has and which the engine supports."""
-        return [name for name in METHODS if self._allows(name)]
+        return [name for name in method_names() if self._allows(name)]
 
     def _allows(self, method: str) -> bool:
-        chosen = self.get_method(method)
-        if not chosen.needs <= set(self.values):
-            return False
         try:
+            chosen = self.get_method(method)
+            if not chosen.needs <= set(self.values):
+                return False
             check_engine(self.engine, self.request("x", chosen))
         except IVGError:
             return False

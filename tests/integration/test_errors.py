@@ -241,7 +241,7 @@ TABLE = [
         "got no model that guides - give --tuned and --untuned, or --arm, or --value with --guides explicit",
     ),
     ("export --out p --guides nobody", "vllm.guides: no value called nobody - expected some of: implicit, explicit, explicit-other"),
-    ("export --out model", "model holds another model - give a directory of its own to the composite"),
+    ("export --out model", "model holds another model - give the composite a directory of its own"),
     ("export --out rewards.py", "File exists: rewards.py - expected a folder, and a file has that name"),
     ("export --out p --beta nan", "beta must be finite, got nan"),
 ]

@@ -1,5 +1,9 @@
 """Entry points of other packages, from a real package (a module and its dist-info) on sys.path."""
 
+import json
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -55,3 +59,91 @@ def test_a_plugin_cannot_take_a_name_of_ours(package):
     package("greedy_plugin", "X = 1", "[ivg.test]\nbase = greedy_plugin:X\nother = greedy_plugin:X\n")
     with pytest.warns(PluginWarning, match="'base' .* the name is taken by ivg itself"):
         assert Plugins("ivg.test", int, frozenset({"base"})).all() == {"other": 1}
+
+
+PACKAGE = """
+from ivg import Method, Value
+
+SHOUTING = Method("any name", "the loudest of four", successors=4, chunk_length=6, select="loud")
+
+
+class Loud(Value):
+    def __init__(self, letter):
+        self.letter = letter
+
+    def score(self, hypotheses):
+        return [float(h.text.count(self.letter)) for h in hypotheses]
+
+
+def loud(argument):
+    if argument == "fail":
+        raise RuntimeError("no voice")
+    return Loud(argument)
+
+
+def quiet(argument):
+    return lambda prompt, response: -len(response)
+"""
+ENTRIES = """
+[ivg.methods]
+shouting = loud_plugin:SHOUTING
+broken = loud_plugin:NOTHING
+[ivg.values]
+loud = loud_plugin:loud
+quiet = loud_plugin:quiet
+"""
+
+
+@pytest.fixture
+def ivg(tmp_path):
+    """Runs ivg in a process that has the package installed; gives its exit status, output and errors."""
+    install(tmp_path, "loud_plugin", PACKAGE, ENTRIES)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "ivg", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path})
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+def test_methods_and_values_of_other_packages_are_listed(ivg):
+    code, out, err = ivg("models", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert err.count("left out the plugin 'broken' of ivg.methods from loud_plugin (loud_plugin:NOTHING)") == 1
+    assert {"name": "shouting", "successors": 4, "select": "loud"}.items() <= found["methods"][-1].items()
+    assert {(p["name"], p["group"]) for p in found["plugins"]} == {
+        ("shouting", "ivg.methods"),
+        ("loud", "ivg.values"),
+        ("quiet", "ivg.values"),
+    }
+    code, out, _ = ivg("models")
+    assert code == 0 and "loud_plugin (loud_plugin:quiet)" in out
+
+
+def test_a_recipe_uses_methods_and_values_of_other_packages(ivg, tmp_path):
+    values = '[values]\nloud = { plugin = "loud:e" }\nshort = { plugin = "quiet" }\n'
+    recipe = values + '[search]\nmethod = "shouting"\n[sampling]\nmax_new_tokens = 12\n'
+    (tmp_path / "recipe.toml").write_text(recipe)
+    ask = ("generate", "The movie was", "--recipe", "recipe.toml", "--seed", "1", "--output", "out.jsonl")
+    code, _, err = ivg(*ask)
+    assert code == 0, err
+    assert "left out" not in err  # the broken plugin was not asked for
+    (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert row["score"] == row["text"].count("e") and row["method"] == "shouting"
+    assert row["values"] == {"loud": {"plugin": "loud:e"}, "short": {"plugin": "quiet"}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("nobody:x", "values.mine: no plugin 'nobody' for values"),
+        ("loud:fail", "values.mine: the plugin loud of loud_plugin (loud_plugin:loud) failed: RuntimeError: no voice"),
+    ],
+)
+def test_a_value_that_no_plugin_makes_is_told(ivg, tmp_path, spec, words):
+    (tmp_path / "recipe.toml").write_text(f'[values]\nmine = {{ plugin = "{spec}" }}\n')
+    code, _, err = ivg("generate", "The", "--recipe", "recipe.toml")
+    assert code == 2 and words in " ".join(err.split())

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-HELP = "List the embedded models, the methods, and the settings of methods."
+HELP = "List the embedded models, the methods, the settings of methods, and plugins."
 
 
 def models(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False) -> None:
@@ -22,12 +22,15 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
     _table("\nMethods", found["methods"], {**columns, "summary": "what"})
     title = "\nSettings of methods (--set KEY=VALUE; in recipes the table search)"
     _table(title, found["settings"], {"name": "setting", "help": "what"}, without=("aliases", "options"))
+    if found["plugins"]:
+        _table("\nPlugins of other packages", found["plugins"], {"name": "plugin", "group": "entry points", "source": "package"})
 
 
 def listing() -> dict[str, list[dict[str, Any]]]:
-    """The embedded ``models``, the ``methods`` with all their settings, and what is known of each setting (``settings``)."""
+    """The embedded ``models``, the ``methods`` with all their settings, what is known of each setting (``settings``), and ``plugins``."""
     from ivg.embedded import names, path
-    from ivg.search.methods import METHODS
+    from ivg.factory.recipe import VALUE_PLUGINS
+    from ivg.search.methods import METHOD_PLUGINS, all_methods
     from ivg.settings.schema import settings_of
     from ivg.settings.search import SearchSettings
 
@@ -37,12 +40,14 @@ def listing() -> dict[str, list[dict[str, Any]]]:
         config, weights = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
         size = {"parameters": _parameters(weights), "MB": round(weights.stat().st_size / 1e6, 1)}
         embedded.append({"name": name, "kind": _kind(config), **size, "directory": str(folder)})
-    methods = [{"name": m.name, "summary": m.summary, **asdict(m)} for m in METHODS.values()]
+    methods = [{"name": m.name, "summary": m.summary, **asdict(m)} for m in all_methods().values()]
+    groups = (METHOD_PLUGINS, VALUE_PLUGINS)
+    plugins = [{"name": name, "group": group.group, "source": group.source(name)} for group in groups for name in group.names]
     settings = [
         {"name": d.name, "default": d.default, "help": d.setting.help, "aliases": d.setting.aliases, "options": d.setting.flags}
         for d in settings_of(SearchSettings).values()
     ]
-    return {"models": embedded, "methods": methods, "settings": settings}
+    return {"models": embedded, "methods": methods, "settings": settings, "plugins": plugins}
 
 
 def _table(title: str, rows: list[dict[str, Any]], names: dict[str, str], without: tuple[str, ...] = ()) -> None:

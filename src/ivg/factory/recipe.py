@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ivg.errors import ConfigError
+from ivg.errors import ConfigError, IVGError, reason
 from ivg.settings.recipe import NamedValue, Recipe
+from ivg.utils.plugins import Plugins
 
 if TYPE_CHECKING:
     from ivg.model import GuidedModel
@@ -96,9 +97,39 @@ def named_value(name: str, config: NamedValue, options: LoadOptions) -> Value:
     ((role, ref),) = refs.items()
     if role == "value":
         return ExplicitValue.from_pretrained(ref.path, template=ref.template, options=options, name=name)
+    if role == "plugin":
+        return plugin_value(name, ref.path)
     if role == "reward":
         return load_reward(ref.path, template=ref.template, options=options, name=name)
     return AutoregressiveReward(load_causal(ref.path, name, options, ref.template), name)
+
+
+VALUE_PLUGINS = Plugins("ivg.values")
+"""Kinds of values of other packages: entry points that name a function of one text, which returns a :class:`~ivg.Value`."""
+
+
+def plugin_value(name: str, spec: str) -> Value:
+    """The value that the plugin of ``kind:argument`` makes, under ``name``; the argument may be empty.
+
+    Raises:
+        ConfigError: no such plugin, or it fails; names it.
+    """
+    from ivg.values.base import as_value
+
+    kind, _, argument = spec.partition(":")
+    make = VALUE_PLUGINS.get(kind)
+    if make is None:
+        have = ", ".join(VALUE_PLUGINS.names) or "none is installed"
+        raise ConfigError(f"values.{name}: no plugin {kind!r} for values\n  expected KIND:ARGUMENT with a kind of: {have}")
+    try:
+        value = as_value(make(argument), name)
+    except IVGError:
+        raise
+    except Exception as e:  # whatever a foreign package raises
+        source = VALUE_PLUGINS.source(kind)
+        raise ConfigError(f"values.{name}: the plugin {kind} of {source} failed: {type(e).__name__}: {reason(e)}") from e
+    value.name = name
+    return value
 
 
 def _models(recipe: Recipe, options: LoadOptions) -> GuidedModel:

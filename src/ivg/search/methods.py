@@ -15,6 +15,7 @@ from ivg.search.request import Particles, Rejection, Search, require
 from ivg.settings.schema import settings_of
 from ivg.settings.search import SearchSettings, Weights
 from ivg.types import TokenGuidance, Value
+from ivg.utils.plugins import Plugins
 
 Combine = Callable[[Sequence[tuple[float, Value]], str], Value]
 """Makes one value of (weight, value) pairs and a name: ``values.base.CompositeValue``, or something that remembers its work."""
@@ -201,7 +202,20 @@ _TABLE = (
 )
 
 METHODS: dict[str, Method] = {s.name: s for s in _TABLE}
-"""Every method by name."""
+"""The methods of ivg itself by name; :func:`all_methods` has those of other packages, too."""
+
+METHOD_PLUGINS = Plugins("ivg.methods", Method, frozenset({*METHODS, "custom"}))
+"""Methods of other packages: entry points that name a :class:`Method` (docs/how-to/extending.md)."""
+
+
+def method_names() -> list[str]:
+    """Names of all methods, those of other packages included."""
+    return [*METHODS, *METHOD_PLUGINS.names]
+
+
+def all_methods() -> dict[str, Method]:
+    """All methods by name, those of other packages included."""
+    return METHODS | {name: replace(found, name=name) for name, found in METHOD_PLUGINS.all().items()}
 
 
 def get_method(name: str, **settings: Any) -> Method:
@@ -212,14 +226,17 @@ def get_method(name: str, **settings: Any) -> Method:
     """
     if name == "custom":
         return Method("custom", "free combination").with_settings(**settings)
-    if name not in METHODS:
-        raise ConfigError(f"unknown method {name!r}\n  expected one of: {', '.join(METHODS)}, custom")
-    return METHODS[name].with_settings(**settings)
+    if name in METHODS:
+        return METHODS[name].with_settings(**settings)
+    found = METHOD_PLUGINS.get(name)
+    if found is None:
+        raise ConfigError(f"unknown method {name!r}\n  expected one of: {', '.join(method_names())}, custom")
+    return replace(found, name=name).with_settings(**settings)
 
 
 def unused_settings(method: str, given: Mapping[str, Any]) -> dict[str, str]:
     """Those of the given settings that have no effect on a method, each with the reason."""
-    row = METHODS.get(method, Method("custom", ""))
+    row = get_method(method) if method in method_names() else Method("custom", "")
     guided = given.get("token", row.token) not in (None, "none") or bool(given.get("weights", row.weights))
     selects = given.get("select", row.select) not in (None, "none") or bool(given.get("select_weights", row.select_weights))
     selects |= row.name == "custom"  # beams without a value to select by are an error there

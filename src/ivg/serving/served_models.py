@@ -13,7 +13,7 @@ from typing import Any
 
 from ivg.errors import ContextLengthError, PromptError, ServeError
 from ivg.model import GuidedModel
-from ivg.search.methods import METHODS, Method
+from ivg.search.methods import Method, method_names
 from ivg.search.request import QUANTUM, Request
 from ivg.search.searcher import check_engine
 from ivg.serving.errors import client_error
@@ -106,8 +106,8 @@ class ServedModels:
         wanted = guidance.method if guidance else None
         if wanted is None:
             return self.names[name]
-        if wanted not in METHODS and wanted != "custom":
-            known = ", ".join([*METHODS, "custom"])
+        if wanted not in method_names() and wanted != "custom":
+            known = ", ".join([*method_names(), "custom"])
             raise ServeError(f"unknown method {wanted!r}; expected one of: {known}", 400, "invalid_value", "guidance.method")
         if name != self.name and wanted != self.names[name]:
             message = f"model {name!r} has the method {self.names[name]}, but guidance.method is {wanted!r}; give one of them"

@@ -65,11 +65,18 @@ class ModelsConfig(_Guides):
 
 
 class NamedValue(_Guides):
-    """A further value: a pair ``tuned`` and ``untuned``, or one of ``value``, ``reward`` and ``arm``."""
+    """A further value: a pair ``tuned`` and ``untuned``, or one of ``value``, ``reward``, ``arm`` and ``plugin``."""
+
+    plugin: Annotated[ModelRef | None, Setting("Value of another package, KIND:ARGUMENT (ivg models lists the kinds).")] = None
+
+    @property
+    def given(self) -> dict[str, ModelRef]:
+        """The roles that are filled."""
+        return super().given | ({} if self.plugin is None else {"plugin": self.plugin})
 
     @model_validator(mode="after")
     def _one_value(self) -> NamedValue:
-        if set(self.given) not in ({"tuned", "untuned"}, {"value"}, {"reward"}, {"arm"}):
+        if set(self.given) not in ({"tuned", "untuned"}, {"value"}, {"reward"}, {"arm"}, {"plugin"}):
             got = ", ".join(self.given) or "nothing"
-            raise ValueError(f"a named value is tuned and untuned, or value, or reward, or arm; got {got}")
+            raise ValueError(f"a named value is tuned and untuned, or value, or reward, or arm, or plugin; got {got}")
         return self
