@@ -238,7 +238,7 @@ def test_pack_says_what_vllm_s_server_drops(checkpoint, tmp_path):
     from ivg.cli.app import app
 
     folder = str(checkpoint({"repetition_penalty": 1.2, "suppress_tokens": [5], "no_repeat_ngram_size": 2}))
-    options = ["pack", "--base", folder, "--tuned", folder, "--untuned", folder, "--out"]
+    options = ["export", "--base", folder, "--tuned", folder, "--untuned", folder, "--out"]
     said = CliRunner().invoke(app, [*options, str(tmp_path / "a")])
     assert said.exit_code == 0
     assert "sets no_repeat_ngram_size, suppress_tokens, which vLLM's own server does not apply" in said.output

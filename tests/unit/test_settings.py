@@ -1,5 +1,7 @@
 """Every setting is checked once, wherever it comes from: wrong types, NaN and infinity, absurd sizes are refused by name."""
 
+import subprocess
+import sys
 from dataclasses import fields
 
 import numpy as np
@@ -237,3 +239,63 @@ def test_sizes_that_mean_nothing_are_noted():
     assert said.stdout == CliRunner().invoke(app, ["generate", "The", "--method", "base", *short]).stdout
     said = CliRunner().invoke(app, ["compare", "The", "--methods", "base,cbs-explicit", "--set", "width=2", *short])
     assert said.exit_code == 0 and "note: width=2 ignored by base: nothing to select among there" in said.stderr
+
+
+MADE_UP = """
+from dataclasses import dataclass
+from typing import Annotated
+
+import ivg.settings.search as search
+from ivg.settings.rules import count
+from ivg.settings.schema import Setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings(search.SearchSettings):
+    made_up: Annotated[int, Setting("What nobody needs.", count(2), aliases=("invented",), flags=("--made-up",))] = 3
+
+
+search.SearchSettings = SearchSettings  # as if it stood in ivg.settings.search
+
+from typer.testing import CliRunner
+
+from ivg.cli import reference
+from ivg.cli.app import app
+from ivg.errors import ConfigError
+from ivg.search.methods import get_method
+from ivg.serving.protocol import ChatRequest
+from ivg.settings.recipe import Recipe
+
+
+def error(function, *arguments):
+    try:
+        function(*arguments)
+    except Exception as e:
+        return str(e)
+
+
+assert get_method("ivg").made_up == 3
+assert Recipe.parse({"search": {"invented": 4}}).search.settings() == {"made_up": 4}
+assert error(Recipe.parse, {"search": {"made_up": 1}}) == "settings: search.made_up must be at least 2, got 1"
+
+run = CliRunner().invoke
+for verb in ("generate", "compare", ["train", "rollout"]):
+    text = run(app, [*([verb] if isinstance(verb, str) else verb), "--help"], env={"COLUMNS": "200"}).stdout
+    assert "--made-up" in text and "What nobody needs. (default: the method's)" in text
+assert str(run(app, ["generate", "x", "--made-up", "1"]).exception) == "settings: search.made_up must be at least 2, got 1"
+assert '"name": "made_up"' in run(app, ["models", "--json"]).stdout and "made_up" in run(app, ["models"]).stdout
+
+body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+assert ChatRequest.model_validate(body | {"guidance": {"invented": 5}}).guidance.made_up == 5
+assert "made_up must be at least 2, got 1" in error(ChatRequest.model_validate, body | {"guidance": {"made_up": 1}})
+field = next(kind for kind in ChatRequest.model_json_schema()["$defs"].values() if "made_up" in kind["properties"])["properties"]["made_up"]
+assert field["description"] == "What nobody needs." and field["minimum"] == 2
+
+assert "| `--made-up` | What nobody needs. (default: the method's) |" in reference.command_line()
+assert "| `made_up` | `3` | What nobody needs. (options `--made-up`; also called `invented`) |" in reference.settings()
+"""
+
+
+def test_a_setting_that_is_declared_once_is_everywhere():
+    done = subprocess.run([sys.executable, "-c", MADE_UP], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -121,7 +121,7 @@ def test_other_models_are_left_alone(tmp_path):
 
 
 def test_the_verb(tmp_path):
-    done = CliRunner().invoke(app, ["pack", "--out", str(tmp_path / "c"), "--beta", "0.5"])
+    done = CliRunner().invoke(app, ["export", "--out", str(tmp_path / "c"), "--beta", "0.5"])
     assert done.exit_code == 0 and "vllm serve" in done.output
     assert IVGConfig.from_pretrained(tmp_path / "c").default_betas == [0.5]
 
