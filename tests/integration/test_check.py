@@ -796,7 +796,7 @@ def test_value_with_other_tokens_selects(check, preferences):
 def test_options_that_do_not_belong_together(check, preferences):
     code, _, err = check("--json", "x.json")
     assert code
-    assert "--json is about preferences" in err
+    assert "--json needs preferences" in err
     code, _, err = check("A prompt", "--preferences", preferences / "good.jsonl")
     assert code
     assert "leave the others out" in err

@@ -81,6 +81,11 @@ TABLE = [
         "--untuned for implicit, --value for explicit, --reward)",
     ),
     ("check --base no/such/directory", f"cannot load base 'no/such/directory': no such directory{DIRECTORY}"),
+    (
+        "check --base no/such/base --tuned no/such/tuned --untuned embedded:untuned",
+        "cannot load base 'no/such/base': no such directory; cannot load tuned 'no/such/tuned': no such directory - expected directories "
+        "with config.json and weights, or hub ids",
+    ),
     ("check --base nothing", f"cannot load base 'nothing': the directory has no config.json{DIRECTORY}"),
     (
         "check --base embedded:nothing",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ivg.errors import ConfigError, IVGError, reason
+from ivg.errors import ConfigError, IVGError, ModelError, reason
 from ivg.settings.recipe import NamedValue, Recipe
 from ivg.utils.plugins import Plugins
 
@@ -47,10 +47,29 @@ def load_models(recipe: Recipe, *, every_guide: bool = False) -> GuidedModel:
         return endpoint_model(recipe, options, named_value)
     if recipe.run.engine != "transformers":
         raise ConfigError(f"unknown engine {recipe.run.engine!r}\n  expected transformers, vllm, or the URL of an endpoint (http://…/v1)")
-    model = _models(recipe, options)
-    for name, value in recipe.values.items():
-        model.add_value(name, named_value(name, value, options), replace=True)
+    try:
+        model = _models(recipe, options)
+        for name, value in recipe.values.items():
+            model.add_value(name, named_value(name, value, options), replace=True)
+    except ModelError as e:
+        raise _with_other_missing(e, recipe, options) from e
     return model
+
+
+def _with_other_missing(error: ModelError, recipe: Recipe, options: LoadOptions) -> ModelError:
+    """``error`` with the other models of the recipe that are not found, so that all are named at once."""
+    from ivg.models.hub import find_model
+
+    values = {f"{name}.{role}": ref for name, value in recipe.values.items() for role, ref in value.given.items()}
+    found = []
+    for what, ref in {**recipe.local_models, **values}.items():
+        if ":" not in ref.path:  # a function, or embedded
+            try:
+                find_model(ref.path, what, options.hub())
+            except ModelError as e:
+                found.append(str(e))
+    lines = [text.partition("\n")[0] for text in (found if str(error) in found else [str(error), *found])]
+    return error if len(lines) == 1 else ModelError("; ".join(lines) + "\n  expected directories with config.json and weights, or hub ids")
 
 
 def default_sampling(recipe: Recipe) -> SamplingParams:
