@@ -34,7 +34,9 @@ def main(out: Path) -> None:
     rows = rollout(model, PROMPTS, out / "rollouts.jsonl", FunctionValue(long_words), samples=24, max_new_tokens=20)
 
     # 2. A value: a small causal model with a vocabulary head (one number for every next token), fitted to the final reward.
-    options = TrainSettings(epochs=10, lr=1e-3, eval_share=0.25, evaluations=1, extra={"logging_strategy": "no"})
+    options = TrainSettings(
+        num_train_epochs=10, learning_rate=1e-3, eval_share=0.25, evaluations=1, trainer_args={"logging_strategy": "no"}
+    )
     metrics = train_value("embedded:untuned", read_rated(rows), out / "value", options)
     print(f"error {metrics['rmse_100']:.2f} letters; the better of two responses is told {metrics['pair_accuracy_100']:.0%} of the time")
 

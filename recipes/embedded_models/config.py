@@ -39,13 +39,24 @@ GUIDE = PretrainConfig(model=_llama(128, 4, tied=True), phases=(Phase(layers=3, 
 
 GOLD = GoldConfig()
 DPO = TrainSettings(
-    epochs=2.0, lr=5e-4, batch_size=32, max_length=96, warmup=0.25, weight_decay=0.05, eval_share=0.1, evaluations=1, save_steps=100, seed=3
+    num_train_epochs=2.0,
+    learning_rate=5e-4,
+    per_device_train_batch_size=32,
+    max_length=96,
+    warmup_steps=0.25,
+    weight_decay=0.05,
+    eval_share=0.1,
+    evaluations=1,
+    save_steps=100,
+    seed=3,
 )
 """The hyperparameters of Liu et al. 2024 (arXiv 2409.17819) for IMDb, with fewer epochs to save time."""
 PAIR_PROMPTS = 9_600
 VALUE_PROMPTS = 4_800
-VALUE = TrainSettings(epochs=2.0, lr=1.5e-3, batch_size=64, max_length=96, weight_decay=0.02, eval_share=0.1, seed=4)
-VALUE_OTHER = replace(VALUE, lr=2e-3, seed=5)
+VALUE = TrainSettings(
+    num_train_epochs=2.0, learning_rate=1.5e-3, per_device_train_batch_size=64, max_length=96, weight_decay=0.02, eval_share=0.1, seed=4
+)
+VALUE_OTHER = replace(VALUE, learning_rate=2e-3, seed=5)
 SCALAR = ValueSettings(head="scalar")
 OTHER_BODY: dict[str, Any] = {
     "vocab_size": OTHER_VOCABULARY,

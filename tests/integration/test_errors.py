@@ -39,7 +39,7 @@ FILES = {
     "nothing/readme": "",
 }
 METHODS = ", ".join([*METHODS, "custom"])
-COLUMNS = " - other names: --columns OURS=THEIRS,… (from Python: ColumnMapping(columns={…}))"
+COLUMNS = " - for other names: --columns NAME=COLUMN,… (in Python: ColumnMapping({NAME: COLUMN}))"
 DIRECTORY = " - expected a directory with config.json and weights, or a hub id"
 FILE = " - expected a file: .jsonl, .ndjson, .json, .csv, .parquet (each may end in .gz)"
 BROKEN = 'broken.jsonl, line 1: expected a JSON object, got {"prompt": "x" (expecting \',\' delimiter at character 16)'
@@ -177,7 +177,7 @@ TABLE = [
     ),
     (
         "train dpo --model embedded:base --data pairs.jsonl --out o --columns x",
-        "--columns 'x' - expected OURS=THEIRS,… e.g. prompt=email,response=subject",
+        "--columns 'x' - expected NAME=COLUMN, comma-separated, e.g. prompt=email,response=subject",
     ),
     (
         "train dpo --model embedded:base --data pairs.jsonl --out o --columns prompt=email",

@@ -1,10 +1,8 @@
 """Training end to end on tiny models: values learn what they are fitted to, TRL's models load, a kill changes nothing."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -21,10 +19,13 @@ from ivg.utils.jsonl import as_lines
 from ivg.utils.rng import uniform
 from ivg.values.base import FunctionValue
 from ivg.values.explicit import ExplicitValue
+from killed import run_killed
 
 pytest.importorskip("trl")
 FLOAT32 = LoadOptions(device="cpu", dtype="float32")
-FAST = TrainSettings(epochs=4, lr=3e-3, batch_size=16, eval_share=0.2, evaluations=1, extra={"bf16": False})
+FAST = TrainSettings(
+    num_train_epochs=4, learning_rate=3e-3, per_device_train_batch_size=16, eval_share=0.2, evaluations=1, trainer_args={"bf16": False}
+)
 
 
 def save_model(folder, seed=0, permute=False):
@@ -65,7 +66,7 @@ def test_a_value_learns_its_rewards_and_loads(model, tmp_path, value, mode, leas
     from ivg.training.value import train_value
 
     torch.manual_seed(0)
-    options = FAST if mode == "full" else TrainSettings(**{**FAST.__dict__, "mode": mode, "epochs": 8, "lr": 1e-2})
+    options = FAST if mode == "full" else TrainSettings(**{**FAST.__dict__, "mode": mode, "num_train_epochs": 8, "learning_rate": 1e-2})
     base = str(model) if value["target"] == "cd-q" else None
     metrics = train_value(model, letters(800), tmp_path / "v", options, ValueSettings(**value, base=base), sources=["letters"])
     assert metrics["pair_accuracy_100"] >= least
@@ -86,11 +87,11 @@ def test_a_value_learns_its_rewards_and_loads(model, tmp_path, value, mode, leas
 def test_the_finished_head_says_what_the_network_in_training_said(model):
     from ivg.settings.train import ValueSettings
     from ivg.training import encoding
-    from ivg.training.value import _body
+    from ivg.training.value import load_value_network
     from ivg.training.value_loss import ValueCollator, ValueModelWithLoss
 
     options = ValueSettings()
-    network, tokenizer = _body(model, options, TrainSettings())
+    network, tokenizer = load_value_network(model, options, TrainSettings())
     training_model = ValueModelWithLoss(network, options)
     with torch.no_grad():
         for parameter in training_model.factors.parameters():
@@ -107,25 +108,25 @@ def test_cd_q_in_blocks_is_the_expectation_over_the_whole_vocabulary(model, monk
     from transformers import AutoModelForCausalLM
 
     from ivg.training import encoding, value_loss
-    from ivg.training.value import _body
+    from ivg.training.value import load_value_network
 
     monkeypatch.setattr(value_loss, "BLOCK", 7)
     options = value_loss.ValueSettings(target="cd-q", base=str(model))
-    network, tokenizer = _body(model, options, TrainSettings())
+    network, tokenizer = load_value_network(model, options, TrainSettings())
     torch.nn.init.normal_(network.head.weight)
     policy = AutoModelForCausalLM.from_pretrained(model).eval()
     made = encoding.encode_rated(letters(5), tokenizer, None, 99, (tokenizer, "Say: {prompt}"))
     batch = value_loss.ValueCollator(tokenizer.pad_token_id)(made)
     hidden = network.backbone(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    found = value_loss.ValueModelWithLoss(network, options, policy)._expected_next(
+    found = value_loss.ValueModelWithLoss(network, options, policy).expected_next(
         hidden, batch["mask"], (batch["base_ids"], batch["base_attention"], batch["base_mask"])
     )
     for i, row in enumerate(made):  # one row at a time, everything spelled out
-        ids = [*row.policy_prompt, *row.ids[row.border :]]
+        ids = [*row.policy_prompt, *row.ids[row.prompt_length :]]
         chances = policy(torch.tensor([ids])).logits[0].softmax(-1)
-        for k in range(row.border, len(row.ids)):
+        for k in range(row.prompt_length, len(row.ids)):
             ahead = network.head(network.backbone(torch.tensor([row.ids[: k + 1]])).last_hidden_state[0, -1])
-            wanted = (chances[len(row.policy_prompt) + k - row.border] * ahead).sum()
+            wanted = (chances[len(row.policy_prompt) + k - row.prompt_length] * ahead).sum()
             assert found[i, k].item() == pytest.approx(wanted.item(), abs=1e-4)
 
 
@@ -135,7 +136,7 @@ def test_a_value_goes_on_from_a_value(model, tmp_path):
     rows = letters(200)
     train_value(model, rows, tmp_path / "a", FAST)
     first = ExplicitValue.from_pretrained(tmp_path / "a", options=FLOAT32)
-    tiny = TrainSettings(**{**FAST.__dict__, "lr": 1e-9, "epochs": 1})
+    tiny = TrainSettings(**{**FAST.__dict__, "learning_rate": 1e-9, "num_train_epochs": 1})
     train_value(tmp_path / "a", rows, tmp_path / "b", tiny)
     second = ExplicitValue.from_pretrained(tmp_path / "b", options=FLOAT32)
     h = testing.hypothesis("p1", "abab", testing.tiny_lm())
@@ -143,13 +144,14 @@ def test_a_value_goes_on_from_a_value(model, tmp_path):
 
 
 def test_refinement_samples_from_the_guided_policy(model, tmp_path):
-    from ivg.settings.train import ValueSettings
+    from ivg.settings.train import RefineSettings, ValueSettings
     from ivg.training.data import read_rated
     from ivg.training.refine import refine
 
     found = refine(
-        model, letters(120), tmp_path / "r", FAST, ValueSettings(), base=model, reward=FunctionValue(lambda _, r: float(r.count("a"))),
-        rounds=1, samples=3, load=FLOAT32, method="cbs-explicit", max_new_tokens=6, temperature=1.0,
+        model, letters(120), tmp_path / "r", FAST, ValueSettings(base=str(model)),
+        RefineSettings(1, "cbs-explicit", 3, {"max_new_tokens": 6, "temperature": 1.0}),
+        FunctionValue(lambda _, r: float(r.count("a"))), load=FLOAT32,
     )  # fmt: skip
     assert len(found["rounds"]) == 2
     assert found["rounds"][1]["rows"] + found["rounds"][1]["rows_left_out"] > found["rounds"][0]["rows"]
@@ -164,7 +166,7 @@ def test_the_pair_comes_from_sft_and_dpo(tmp_path, model, mode):
     from ivg.training import tune
     from ivg.values.implicit import ImplicitValue
 
-    options = TrainSettings(**{**FAST.__dict__, "mode": mode, "lr": 3e-3 if mode == "full" else 2e-2})
+    options = TrainSettings(**{**FAST.__dict__, "mode": mode, "learning_rate": 3e-3 if mode == "full" else 2e-2})
     rows = [SFTExample(Prompt(f"p{i}"), "abab") for i in range(40)]
     said = tune.sft(model, rows, tmp_path / "untuned", options, sources=["demos"])
     assert said["held_out"]["eval_loss"] < 4.0  # from log(257) = 5.5
@@ -178,8 +180,8 @@ def test_the_pair_comes_from_sft_and_dpo(tmp_path, model, mode):
     trained += [(r.prompt, r.response) for r in rows[:32]]  # and what the model where it began had seen
     assert np.array_equal(read_training_rows(tmp_path / "tuned"), row_hashes(trained))
     assert tune.sft(model, rows, tmp_path / "untuned", options, sources=["demos"]) == said  # done already
-    with pytest.raises(ConfigError, match="other settings: epochs"):
-        tune.sft(model, rows, tmp_path / "untuned", TrainSettings(**{**options.__dict__, "epochs": 5}), sources=["demos"])
+    with pytest.raises(ConfigError, match="other settings: num_train_epochs"):
+        tune.sft(model, rows, tmp_path / "untuned", TrainSettings(**{**options.__dict__, "num_train_epochs": 5}), sources=["demos"])
 
 
 def test_dpo_teaches_no_end_that_the_response_did_not_have(tmp_path, model, monkeypatch):
@@ -219,41 +221,32 @@ ROLLOUT = (
 )
 
 
-def command(template, **names):
-    return [sys.executable, "-m", "ivg", *template.format(**names).split()]
-
-
-def killed_when(arguments, environment, there):
-    """Run until ``there()``, then SIGKILL; False when the run ended before."""
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None:
-        if there():
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return True
-        time.sleep(0.005)
-    assert process.returncode == 0
-    return False
-
-
 @pytest.mark.long
-@pytest.mark.parametrize(("template", "result"), [(VALUE, "model.safetensors"), (ROLLOUT, "r.jsonl")])
-def test_killed_at_any_moment_the_same_command_gives_the_same_files(tmp_path, model, template, result):
-    """A value after its first checkpoint, and after its last; rollouts after their first block, and after their third."""
+@pytest.mark.parametrize(
+    ("template", "result", "moments"),
+    [
+        (VALUE, "model.safetensors", [(r"checkpoint-\d+.trainer_state\.json", 2), (r"killed.README\.md", 1)]),
+        (ROLLOUT, "r.jsonl", [(r"r\.jsonl$", 2), (r"r\.jsonl$", 3)]),
+    ],
+)
+def test_killed_at_any_moment_the_same_command_gives_the_same_files(tmp_path, model, template, result, moments):
+    """A value while it writes its second checkpoint, and after training; rollouts before they write a block, twice."""
     data = tmp_path / "data.jsonl"
     data.write_text(as_lines({"prompt": f"p{i}", "response": r.response, "score": r.score} for i, r in enumerate(letters(300))))
     (tmp_path / "reward.py").write_text("def count(prompt, response):\n    return response.count('a')\n")
-    names = {"model": model, "data": data, "reward": tmp_path / "reward.py"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command(template, out=tmp_path / "whole", **names), check=True, env=environment, capture_output=True)
+
+    def line(out):
+        return template.format(model=model, data=data, reward=tmp_path / "reward.py", out=out).split()
+
+    def run(out):
+        subprocess.run([sys.executable, "-m", "ivg", *line(out)], check=True, env=environment, capture_output=True)
+
+    run(tmp_path / "whole")
     out = tmp_path / "killed"
-    moments = {
-        VALUE: [lambda: any(out.glob("checkpoints/checkpoint-*/model.safetensors")), lambda: (out / "log.json").exists()],
-        ROLLOUT: [lambda n=n: (out / "r.jsonl").exists() and (out / "r.jsonl").read_bytes().count(b"\n") >= n for n in (128, 384)],
-    }[template]
-    kills = sum(killed_when(command(template, out=out, **names), environment, there) for there in moments)
-    assert kills == 2
-    assert not killed_when(command(template, out=out, **names), environment, lambda: False)
+    for pattern, count in moments:
+        run_killed(line(out), environment, pattern, count)
+    run(out)
     assert (out / result).read_bytes() == (tmp_path / "whole" / result).read_bytes()
     if template is VALUE:
         assert (out / "metrics.json").read_bytes() == (tmp_path / "whole" / "metrics.json").read_bytes()
@@ -286,14 +279,14 @@ def test_words_for_what_cannot_be_trained(tmp_path, model):
     from ivg.training import tune
     from ivg.training.value import train_value
 
-    with pytest.raises(ConfigError, match=r"none of the 4 rows is left to train on .at most 3 tokens"):
+    with pytest.raises(ConfigError, match=r"no row is left to train on: 4 rows, at most 3 tokens"):
         train_value(model, letters(4), tmp_path / "a", TrainSettings(max_length=3, eval_share=0))
     with pytest.raises(ConfigError, match=r"outcomes in \[0, 1\]"):
         train_value(model, [RatedResponse(Prompt("p"), "r", 3.0)], tmp_path / "b", TrainSettings(), ValueSettings(target="binary"))
     with pytest.raises(ConfigError, match="mode head trains the head of a value"):
         tune.sft(model, [SFTExample(Prompt("p"), "r")], tmp_path / "c", TrainSettings(mode="head"))
     with pytest.raises(ConfigError, match="has no field colour"):
-        tune.sft(model, [SFTExample(Prompt("p"), "r")], tmp_path / "d", TrainSettings(extra={"colour": 1}))
+        tune.sft(model, [SFTExample(Prompt("p"), "r")], tmp_path / "d", TrainSettings(trainer_args={"colour": 1}))
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds a model already"):

@@ -56,9 +56,9 @@ def test_losses_by_hand():
 
 
 def test_positions_after_parts_of_the_response():
-    assert targets.quarter_positions(MASK, 0.25).tolist() == [1, 2]
-    assert targets.quarter_positions(MASK, 0.5).tolist() == [2, 3]
-    assert targets.quarter_positions(MASK, 1.0).tolist() == [3, 4]
+    assert targets.positions_at(MASK, 0.25).tolist() == [1, 2]
+    assert targets.positions_at(MASK, 0.5).tolist() == [2, 3]
+    assert targets.positions_at(MASK, 1.0).tolist() == [3, 4]
 
 
 def test_part_metrics_by_hand():

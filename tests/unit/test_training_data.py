@@ -100,7 +100,7 @@ def test_wrong_columns_say_what_is_there_and_what_is_needed(tmp_path):
         read_preferences(file)
     with pytest.raises(ConfigError, match="rated responses need prompt, response, score"):
         read_rated(file)
-    with pytest.raises(ConfigError, match="--columns OURS=THEIRS"):
+    with pytest.raises(ConfigError, match="--columns NAME=COLUMN"):
         read_prompts(file)
     assert (
         read_sft_examples(file, mapping=ColumnMapping({"prompt": "question", "response": "answer"}, "{prompt}?", " {response}"))[0].response
@@ -160,7 +160,7 @@ def test_rows_in_tokens_end_only_where_the_response_is_whole():
     cut, whole = RatedResponse(Prompt("ab"), "cd", 1.0, None, False), RatedResponse(Prompt("ab"), "cd", 1.0)
     a, b = encoding.encode_rated([cut, whole], tokenizer, None, 99)
     assert b.ids == [*a.ids, tokenizer.eos_token_id]
-    assert a.border == b.border == 2
+    assert a.prompt_length == b.prompt_length == 2
     (pair,) = encoding.encode_preferences([Preference(Prompt("ab"), "c", "d", None, False, True)], tokenizer, "<{prompt}>", 99)
     assert tokenizer.decode(pair["prompt_ids"]) == "<ab>"
     assert pair["rejected_ids"][-1] == tokenizer.eos_token_id != pair["chosen_ids"][-1]

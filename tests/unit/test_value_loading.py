@@ -180,7 +180,7 @@ def test_what_older_versions_wrote_is_left_out(tmp_path):
 def test_a_reward_can_be_trained_from_a_language_model_but_not_from_half_of_one(tmp_path):
     from transformers import AutoModelForSequenceClassification
 
-    from ivg.training.common import load_for_training
+    from ivg.training.trainer import load_for_training
 
     tiny_model("llama").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)

@@ -44,7 +44,9 @@ def generate(
     format: Annotated[
         str | None, typer.Option("--format", help="jsonl, json, csv, parquet or text. (default: by the file's name or content)")
     ] = None,
-    columns: Annotated[str | None, typer.Option("--columns", help="Other column names: OURS=THEIRS,… e.g. prompt=question.")] = None,
+    columns: Annotated[
+        str | None, typer.Option("--columns", help="Columns with other names: NAME=COLUMN, comma-separated, e.g. prompt=question.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSONL file to append answers to; - is standard output.")] = None,
     failed: Annotated[Path | None, typer.Option("--failed", help="JSONL file for the rows that failed, each with the reason.")] = None,
     trace: Annotated[Path | None, typer.Option("--trace", help="Write the search as one HTML page.")] = None,

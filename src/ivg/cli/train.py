@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from ivg.cli.recipe_options import RecipeOptions
 from ivg.cli.train_run import finish, read_rows, train_extra, train_settings
 from ivg.errors import ConfigError
 from ivg.settings.recipe import Recipe
-from ivg.settings.train import DataSettings, TrainSettings, ValueSettings
+from ivg.settings.train import DataSettings, RefineSettings, TrainSettings, ValueSettings
 
 HELP = "Train a guide pair (sft, dpo), a reward model, and values from rollouts. Needs: pip install 'ivg\\[train]'."
 
@@ -33,8 +34,9 @@ ROWS = Options(DataSettings, "Data")
 
 def _trainer(lr: float, **defaults: Any) -> Options:
     """Options of a trainer; ``lr``: its learning rate for all weights."""
-    text = {"lr": f"{lr:g}; ten times that for lora and head"}
-    return Options(TrainSettings, "Training", train_settings(lr), {"batch_size": 8, "accumulate": 4, **defaults}, text)
+    text = {"learning_rate": f"{lr:g}; ten times that for lora and head"}
+    sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+    return Options(TrainSettings, "Training", train_settings(lr), {**sizes, **defaults}, text)
 
 
 @app.command("sft", help="Supervised fine-tuning (TRL): a base, or the untuned guide of a pair.")
@@ -50,7 +52,7 @@ def sft(
     rows: DataSettings,
 ) -> None:
     """See the command's help."""
-    with train_extra(out):
+    with train_extra():
         from ivg.training import tune
         from ivg.training.data import read_sft_examples
 
@@ -71,7 +73,7 @@ def dpo(
     rows: DataSettings,
 ) -> None:
     """See the command's help."""
-    with train_extra(out):
+    with train_extra():
         from ivg.training import tune
         from ivg.training.data import read_preferences
 
@@ -83,7 +85,7 @@ def dpo(
 @command(options=_trainer(2e-5), rows=ROWS)
 def reward(model: Model, data: Data, out: Out, push_to: PushTo = None, *, options: TrainSettings, rows: DataSettings) -> None:
     """See the command's help."""
-    with train_extra(out):
+    with train_extra():
         from ivg.training import tune
         from ivg.training.data import read_preferences
 
@@ -180,48 +182,46 @@ _REFINEMENT = {
 @app.command("value", help="An explicit value: vocabulary or scalar head, FUDGE, TD(λ), CD-Q or binary targets, refinement rounds.")
 @command(
     value=Options(ValueSettings, "Value"),
-    options=_trainer(1e-5, epochs=2.0, batch_size=16, weight_decay=0.02, eval_share=0.1),
+    options=_trainer(1e-5, num_train_epochs=2.0, per_device_train_batch_size=16, weight_decay=0.02, eval_share=0.1),
     rows=ROWS,
+    refinement=Options(RefineSettings, "Refinement"),
     recipe=RecipeOptions(*_REFINEMENT, only=_REFINEMENT, method="cbs-explicit", bare=True),
 )
 def value(
     model: Model,
     data: Data,
     out: Out,
-    rounds: Annotated[int, typer.Option("--rounds", help="Refinement rounds: new rollouts from the value-guided policy.")] = 0,
-    samples: Annotated[int, typer.Option("--samples", help="New responses for each prompt and round.")] = 2,
     push_to: PushTo = None,
     *,
     value: ValueSettings,
     options: TrainSettings,
     rows: DataSettings,
+    refinement: RefineSettings,
     recipe: Recipe,
 ) -> None:
     """See the command's help."""
-    with train_extra(out):
+    with train_extra():
+        from ivg.factory.recipe import load_options
         from ivg.training.data import read_rated
         from ivg.training.refine import refine
         from ivg.training.value import train_value
 
         found = read_rows(read_rated, data, rows)
-        if rounds == 0:
+        if refinement.rounds == 0:
             metrics = train_value(model, found, out, options, value, sources=data)
         else:
-            metrics = refine(model, found, out, options, value, rounds=rounds, samples=samples, sources=data, **_policy(value, recipe))
+            request = {**recipe.search.settings(), **recipe.sampling.settings()}
+            metrics = refine(
+                model,
+                found,
+                out,
+                options,
+                value,
+                replace(refinement, method=recipe.search.method, request=request),
+                scorer(recipe),
+                sources=data,
+                load=load_options(recipe),
+                reward_name=recipe.models.reward.path if recipe.models.reward else None,
+                on_progress=lambda text: typer.echo(text, err=True),
+            )
     finish(out, metrics, push_to)
-
-
-def _policy(value: ValueSettings, recipe: Recipe) -> dict[str, Any]:
-    """The arguments of ``refine`` for the policy that the value guides.
-
-    Raises:
-        ConfigError: no base, or no reward.
-    """
-    from ivg.factory.recipe import load_options
-
-    if value.base is None:
-        raise ConfigError("refinement samples from a policy that the value guides\n  give --base MODEL, and --reward")
-    about = {"base": value.base, "reward": scorer(recipe), "load": load_options(recipe), "method": recipe.search.method}
-    assert recipe.models.reward is not None
-    about |= {"reward_name": recipe.models.reward.path, "on_progress": lambda text: typer.echo(text, err=True)}
-    return {**about, **recipe.search.settings(), **recipe.sampling.settings()}

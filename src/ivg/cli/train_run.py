@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,10 @@ from ivg.settings.train import DataSettings, TrainSettings
 
 
 @contextmanager
-def train_extra(folder: Path | None = None) -> Iterator[None]:
-    """A missing package of the extra in plain words; ``folder``: of the run, which no other process may write meanwhile."""
-    from ivg.utils.locks import lock_file
-
+def train_extra() -> Iterator[None]:
+    """Say which package of the extra ``train`` is missing."""
     try:
-        with lock_file(folder) if folder is not None and int(os.environ.get("RANK", "0")) == 0 else nullcontext():
-            yield
+        yield
     except ModuleNotFoundError as e:
         if e.name not in ("trl", "peft", "accelerate", "datasets", "pyarrow"):
             raise
@@ -33,7 +29,7 @@ def train_settings(lr: float) -> Callable[..., TrainSettings]:
     """Makes the settings of a verb whose learning rate is ``lr`` for all weights, and ten times that for ``lora`` and ``head``."""
 
     def make(**given: Any) -> TrainSettings:
-        given.setdefault("lr", lr if given.get("mode", "full") == "full" else 10 * lr)  # few weights need larger steps
+        given.setdefault("learning_rate", lr if given.get("mode", "full") == "full" else 10 * lr)  # few weights need larger steps
         return TrainSettings(**given)
 
     return make
@@ -57,7 +53,7 @@ def read_rows(reader: Callable[..., list[Any]], sources: Sequence[str], settings
 
 def finish(out: Path, metrics: Mapping[str, Any], push_to: str | None) -> None:
     """Say what came out, and upload it where that was asked for."""
-    from ivg.training.common import first_process
+    from ivg.training.run_dir import first_process
     from ivg.utils.jsonl import jsonable
 
     if not first_process():

@@ -22,7 +22,12 @@ class PreferenceSettings:
         None
     )
     columns: Annotated[
-        str | None, Setting("Other column names: OURS=THEIRS,… e.g. chosen=better,rejected=worse.", flags=("--columns",), unset="ours")
+        str | None,
+        Setting(
+            "Columns with other names: NAME=COLUMN, comma-separated, e.g. chosen=better,rejected=worse.",
+            flags=("--columns",),
+            unset="the same names",
+        ),
     ] = None
     pairs: Annotated[int, Setting("Number of pairs, from the first.", r.count(1, label="--pairs"), flags=("--pairs",))] = 400
     sweep: Annotated[int, Setting("Prompts for which texts are sampled; 0: none.", r.count(0, label="--sweep"), flags=("--sweep",))] = 16

@@ -20,7 +20,7 @@ _COUNT = r.count(1)
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Which rows are read, and how their columns are called (docs/reference/data.md)."""
+    """Which rows are read, and the names of their columns (docs/reference/data.md)."""
 
     split: Annotated[str, Setting("Split of a folder or data set.", flags=("--split",))] = "train"
     limit: Annotated[int | None, Setting("Number of rows, from the first.", r.count(1, optional=True), flags=("--limit",), unset="all")] = (
@@ -34,7 +34,11 @@ class DataSettings:
     ] = None
     columns: Annotated[
         str | None,
-        Setting("Other column names: OURS=THEIRS,… e.g. prompt=email,response=subject.", flags=("--columns",), unset="ours"),
+        Setting(
+            "Columns with other names: NAME=COLUMN, comma-separated, e.g. prompt=email,response=subject.",
+            flags=("--columns",),
+            unset="the same names",
+        ),
     ] = None
     prompt_format: Annotated[
         str | None,
@@ -54,7 +58,7 @@ class DataSettings:
 
     @property
     def column_names(self) -> dict[str, str]:
-        """Our column names and those of the data.
+        """The names in docs/reference/data.md -> the columns of the data.
 
         Raises:
             ConfigError: ``columns`` of another form.
@@ -63,38 +67,57 @@ class DataSettings:
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
-    """``OURS=THEIRS,…`` as a mapping.
+    """``NAME=COLUMN,…`` as a mapping.
 
     Raises:
         ConfigError: text of another form.
     """
     out = {}
     for part in text.split(",") if text else ():
-        ours, sign, theirs = part.strip().partition("=")
+        name, sign, column = part.strip().partition("=")
         if not sign:
-            raise ConfigError(f"--columns {text!r}\n  expected OURS=THEIRS,… e.g. prompt=email,response=subject")
-        out[ours] = theirs
+            raise ConfigError(f"--columns {text!r}\n  expected NAME=COLUMN, comma-separated, e.g. prompt=email,response=subject")
+        out[name] = column
     return out
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Settings that all trainers share; transformers' ``TrainingArguments`` under the names of this project.
+    """Settings that all trainers share, named as in transformers' ``TrainingArguments`` and TRL's ``ModelConfig``.
 
     Raises:
         ConfigError: a setting of the wrong type or out of range.
     """
 
-    epochs: Annotated[float, Setting("Passes over the data.", r.POSITIVE, flags=("--epochs",))] = 1.0
-    lr: Annotated[float, Setting("Peak learning rate; warm-up, then cosine to zero.", r.POSITIVE, flags=("--lr",))] = 1e-4
-    batch_size: Annotated[int, Setting("Rows for each step and device.", _COUNT, flags=("--batch-size",))] = 32
-    accumulate: Annotated[int, Setting("Gradient accumulation steps.", _COUNT, flags=("--accumulate",))] = 1
+    num_train_epochs: Annotated[
+        float, Setting("Passes over the data.", r.POSITIVE, aliases=("epochs",), flags=("--num-train-epochs", "--epochs"))
+    ] = 1.0
+    learning_rate: Annotated[
+        float,
+        Setting("Peak learning rate; warm-up, then cosine to zero.", r.POSITIVE, aliases=("lr",), flags=("--learning-rate", "--lr")),
+    ] = 1e-4
+    per_device_train_batch_size: Annotated[
+        int,
+        Setting("Rows of each step and device.", _COUNT, aliases=("batch_size",), flags=("--per-device-train-batch-size", "--batch-size")),
+    ] = 32
+    gradient_accumulation_steps: Annotated[
+        int,
+        Setting(
+            "Steps whose gradients are summed.", _COUNT, aliases=("accumulate",), flags=("--gradient-accumulation-steps", "--accumulate")
+        ),
+    ] = 1
     max_length: Annotated[
         int,
         Setting("Largest number of tokens of a row; longer rows are left out, and counted.", r.count(2), flags=("--max-length",)),
     ] = 1024
-    warmup: Annotated[
-        float, Setting("Share of the steps for warm-up.", r.number("in [0, 1)", 0, 1, open_high=True), flags=("--warmup",))
+    warmup_steps: Annotated[
+        float,
+        Setting(
+            "Warm-up steps; below 1: their share of all steps.",
+            r.number("0 or more", 0),
+            aliases=("warmup",),
+            flags=("--warmup-steps", "--warmup"),
+        ),
     ] = 0.1
     weight_decay: Annotated[float, Setting("Weight decay of AdamW.", r.number("0 or more", 0), flags=("--weight-decay",))] = 0.0
     mode: Annotated[
@@ -105,7 +128,9 @@ class TrainSettings:
             flags=("--mode",),
         ),
     ] = "full"
-    lora_rank: Annotated[int, Setting("Rank of LoRA; alpha is twice that.", _COUNT, flags=("--lora-rank",))] = 16
+    lora_r: Annotated[
+        int, Setting("Rank of LoRA; alpha is twice that.", _COUNT, aliases=("lora_rank",), flags=("--lora-r", "--lora-rank"))
+    ] = 16
     eval_share: Annotated[
         float,
         Setting(
@@ -134,9 +159,9 @@ class TrainSettings:
     ] = None
     report_to: Annotated[str, Setting("Experiment tracker: wandb, tensorboard, … or none.", flags=("--report-to",))] = "none"
     trust_remote_code: Annotated[bool, Setting("Run Python code from the model's repository.", flags=("--trust-remote-code",))] = False
-    extra: Annotated[
+    trainer_args: Annotated[
         Mapping[str, Any],
-        Setting("Any field of the trainer's arguments, NAME=VALUE (JSON); may be repeated.", flags=("--set",)),
+        Setting("Any field of the trainer's arguments: NAME=VALUE (JSON); may be repeated.", aliases=("extra",), flags=("--set",)),
     ] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -180,3 +205,24 @@ class ValueSettings:
         validate(self)
         if self.target == "cd-q" and (self.head != "vocabulary" or self.base is None):
             raise ConfigError("cd-q averages over the base's next tokens\n  it needs head=vocabulary and a base model (--base)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefineSettings:
+    """Refinement rounds of a value: new rollouts from the policy that it guides.
+
+    Attributes:
+        method: of the rollouts.
+        request: further settings of the rollouts (search, sampling), as for ``GuidedModel.request``.
+
+    Raises:
+        ConfigError: a setting out of range.
+    """
+
+    rounds: Annotated[int, Setting("Refinement rounds: new rollouts from the value-guided policy.", r.count(0), flags=("--rounds",))] = 0
+    samples: Annotated[int, Setting("New responses for each prompt and round.", _COUNT, flags=("--samples",))] = 2
+    method: str = "cbs-explicit"
+    request: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        validate(self)

@@ -291,7 +291,7 @@ def _wrong(source: str | Path, row: Row, what: str, *shapes: Sequence[str]) -> C
     wanted = "; or ".join(", ".join(s) for s in shapes)
     return ConfigError(
         f"{source} has the columns {', '.join(row)}\n  {what} need {wanted}\n"
-        "  other names: --columns OURS=THEIRS,… (from Python: ColumnMapping(columns={…}))"
+        "  for other names: --columns NAME=COLUMN,… (in Python: ColumnMapping({NAME: COLUMN}))"
     )
 
 

@@ -1,7 +1,4 @@
-"""Training rows in a model's tokens: prompts as the model will read them at inference, responses behind them, never cut in between.
-
-The same ``models.chat.encode`` that readers use renders prompts, so a template holds in training and in use.
-"""
+"""Training rows as tokens: prompts as at inference, followed by responses; rows that are too long are left out, never truncated."""
 
 from __future__ import annotations
 
@@ -18,13 +15,18 @@ from ivg.values.reward import RewardModel
 
 @dataclass(frozen=True)
 class Encoded:
-    """A row of tokens: ``ids`` (prompt and response), of which the first ``border`` are the prompt; its reward and prompt number.
+    """A tokenised row for value training.
 
-    ``policy_prompt``: the prompt in the tokens and the template of the policy that CD-Q averages over.
+    Attributes:
+        ids: tokens of prompt and response.
+        prompt_length: tokens of the prompt.
+        score: reward of the response.
+        group: index of the prompt.
+        policy_prompt: the prompt in the tokens and the template of CD-Q's policy.
     """
 
     ids: list[int]
-    border: int
+    prompt_length: int
     score: float = 0.0
     group: int = 0
     policy_prompt: tuple[int, ...] = ()
@@ -33,7 +35,7 @@ class Encoded:
 def response_ids(
     prompt: Prompt | None, response: str, vocabulary: Vocabulary, template: str | None, *, ends: bool
 ) -> tuple[list[int], list[int]]:
-    """(prompt ids, response ids); the two are tokenised apart, as generation sees them. ``ends``: EOS belongs behind it."""
+    """(prompt ids, response ids), tokenised separately, as in generation. ``ends``: append the end-of-sequence token."""
     tokenizer = vocabulary.tokenizer
     before = encode(prompt, tokenizer, template) if prompt is not None else tokenizer("").input_ids
     after = vocabulary.response_ids(before, response)
@@ -66,7 +68,7 @@ def encode_preferences(rows: Sequence[Preference], tokenizer: Any, template: str
 def encode_rated(
     rows: Sequence[RatedResponse], tokenizer: Any, template: str | None, max_length: int, policy: tuple[Any, str | None] | None = None
 ) -> list[Encoded]:
-    """Rows for value training: by their very tokens where these are this tokenizer's, else tokenised anew as text.
+    """Rows for value training: with their own ``token_ids`` if these are this tokenizer's, else tokenised again as text.
 
     ``policy``: tokenizer and template of CD-Q's policy.
     """
@@ -79,13 +81,13 @@ def encode_rated(
             after = list(row.token_ids)
         group = groups.setdefault(row.prompt, len(groups))
         if after and len(before) + len(after) <= max_length:
-            theirs = tuple(encode(row.prompt, *policy)) if policy is not None else ()
-            out.append(Encoded(before + after, len(before), row.score, group, theirs))
+            for_policy = tuple(encode(row.prompt, *policy)) if policy is not None else ()
+            out.append(Encoded(before + after, len(before), row.score, group, for_policy))
     return out
 
 
 def encode_for_reward(rows: Sequence[Preference], reader: RewardModel, max_length: int) -> list[dict[str, list[int]]]:
-    """``chosen_ids`` and ``rejected_ids`` for TRL's reward trainer: the very texts that ``reader`` judges at inference."""
+    """``chosen_ids`` and ``rejected_ids`` for TRL's reward trainer: the texts that ``reader`` scores at inference."""
     out = []
     for row in rows:
         chosen, rejected = (reader.ids(reader.text(row.prompt, text)) for text in (row.chosen, row.rejected))

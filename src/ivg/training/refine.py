@@ -1,6 +1,6 @@
-"""Iterative value refinement: fit a value, sample from the policy that it guides, fit again on all that was sampled (IVR; METHOD, 6).
+"""Iterative value refinement (Liu et al. 2024, arXiv 2409.17819): train a value, sample from the policy that it guides, train again.
 
-Round 0 is the fit to the given data; each further round goes on from the value before it. Every round has its folder.
+Round 0 trains on the given rows; each further round adds new rollouts and starts from the value before it. Every round has its own folder.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from ivg.errors import ConfigError
 from ivg.jobs.fingerprints import fingerprints
 from ivg.model import GuidedModel
 from ivg.models.loading import LoadOptions, load_causal
-from ivg.settings.train import TrainSettings, ValueSettings
-from ivg.training.common import RunDir, build_request, digest, require_single_process
+from ivg.settings.train import RefineSettings, TrainSettings, ValueSettings
 from ivg.training.data import RatedResponse, read_rated
 from ivg.training.rollout import rollout
+from ivg.training.run_dir import RunDir, hash_rows, open_run, require_single_process, run_provenance
 from ivg.training.value import train_value
 from ivg.types import Prompt, Reward
 from ivg.utils.jsonl import write_json
@@ -29,83 +29,92 @@ def refine(
     model: str | Path,
     rows: Sequence[RatedResponse],
     out: str | Path,
-    options: TrainSettings,
+    settings: TrainSettings,
     value: ValueSettings,
-    *,
-    base: str | Path,
+    rollouts: RefineSettings,
     reward: Reward,
-    rounds: int,
+    *,
     prompts: Sequence[Prompt] = (),
-    method: str = "cbs-explicit",
-    samples: int = 2,
     sources: Sequence[str | Path] = (),
     load: LoadOptions | None = None,
     reward_name: str | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
-    **settings: Any,
 ) -> dict[str, Any]:
-    """Train a value in ``rounds`` further rounds after the first.
+    """Train a value, and refine it in ``rollouts.rounds`` further rounds.
 
     Args:
-        model: body of the value.
-        rows: the first round's data.
-        out: folder; ``round-0`` … in it, and the last round's value at its top.
-        options: how to train each round.
-        value: what to train.
-        base: the policy that is guided.
-        reward: scores the new rollouts.
-        rounds: further rounds.
-        prompts: of the new rollouts; default: those of ``rows``.
-        method: how the value guides the policy; ``settings`` as for ``GuidedModel.request``.
-        samples: new responses for each prompt and round.
-        sources: named in the card.
-        load: how the base is loaded.
-        reward_name: what tells this reward from others; default: its name.
+        model: body of the value, directory or hub id.
+        rows: training rows of the first round.
+        out: folder of the run: ``round-0`` … in it, and the value of the last round at its top.
+        settings: of the trainer, for each round.
+        value: head and targets; ``value.base`` is the policy that is guided.
+        rollouts: number of rounds, and how the value guides the policy in them.
+        reward: scores the new responses.
+        prompts: of the new responses; default: those of ``rows``.
+        sources: where the rows come from; named in the model card.
+        load: how the policy is loaded.
+        reward_name: path of the reward, by which a resumed run recognises it; default: its name.
         on_progress: called with one line of text before each step.
 
     Returns:
         ``{"rounds": [metrics of each round]}``.
+
+    Raises:
+        ConfigError: no ``value.base``, several processes, or ``out`` holds another run.
     """
-    if rounds < 0:
-        raise ConfigError(f"rounds must be 0 or more, got {rounds}")
     require_single_process("refinement")
-    data, names, found = list(rows), list(map(str, sources)), []
-    wanted = list(prompts) or list(dict.fromkeys(r.prompt for r in rows))
-    how = {"method": method, "samples": samples, "prompts": digest(wanted), "settings": settings, "load": asdict(load or LoadOptions())}
-    judge = reward_name or reward.name
-    weights = fingerprints({"base": str(base), "reward": judge})
-    about = {"value": asdict(value), "base": str(base), "reward": judge, "rounds": rounds, "rollouts": how, "made_from": weights}
-    run = RunDir(out, build_request("value", model, names, rows, options, **about))
-    start: str | Path = model
-    for number in range(rounds + 1):
-        folder = run.out / f"round-{number}"
-        on_progress(f"round {number}: fitting {len(data)} responses")
-        found.append(train_value(start, data, folder, replace(options, seed=options.seed + number), value, sources=names))
-        start = folder
-        if number < rounds:
-            on_progress(f"round {number}: sampling {len(wanted) * samples} responses by {method}")
-            path = run.out / f"rollouts-{number + 1}.jsonl"
-            provenance = {**about, "round": number}
-            seed = options.seed + 1000 + number
-            guided = _guided(base, folder, value, options, load)
-            rollout(guided, wanted, path, reward, method=method, samples=samples, seed=seed, provenance=provenance, **settings)
-            del guided  # before the next round trains
-            data += read_rated(path)
-            names.append(str(path))
-    return _publish(run, start, found)
+    if value.base is None:
+        raise ConfigError("refinement samples from a policy that the value guides\n  give it as base (--base MODEL)")
+    prompts = list(prompts) or list(dict.fromkeys(row.prompt for row in rows))
+    how = {
+        "method": rollouts.method,
+        "samples": rollouts.samples,
+        "prompts": hash_rows(prompts),
+        "settings": dict(rollouts.request),
+        "load": asdict(load or LoadOptions()),
+    }
+    names = {"base": value.base, "reward": reward_name or reward.name}
+    shared = {**names, "value": asdict(value), "rounds": rollouts.rounds, "rollouts": how, "made_from": fingerprints(names)}
+    with open_run(out, run_provenance("value", model, sources, rows, settings, **shared)) as run:
+        if run.metrics is not None:
+            return run.metrics
+        data, files, metrics = list(rows), [str(source) for source in sources], []
+        for number in range(rollouts.rounds + 1):
+            folder = run.path / f"round-{number}"
+            on_progress(f"round {number}: training on {len(data)} responses")
+            start = model if number == 0 else run.path / f"round-{number - 1}"
+            metrics.append(train_value(start, data, folder, replace(settings, seed=settings.seed + number), value, sources=files))
+            if number < rollouts.rounds:
+                on_progress(f"round {number}: sampling {len(prompts) * rollouts.samples} responses by {rollouts.method}")
+                path = run.path / f"rollouts-{number + 1}.jsonl"
+                rollout(
+                    _guided_policy(value, folder, settings, load),
+                    prompts,
+                    path,
+                    reward,
+                    method=rollouts.method,
+                    samples=rollouts.samples,
+                    seed=settings.seed + 1000 + number,
+                    provenance={**shared, "round": number},
+                    **rollouts.request,
+                )
+                data += read_rated(path)
+                files.append(str(path))
+        return _copy_last_round(run, folder, metrics)
 
 
-def _guided(base: str | Path, folder: Path, value: ValueSettings, options: TrainSettings, load: LoadOptions | None) -> GuidedModel:
-    """The policy, and the value in ``folder`` to guide it."""
-    explicit = ExplicitValue.from_pretrained(folder, template=options.template, options=load)
-    return GuidedModel(load_causal(base, "base", load, value.base_template), {"explicit": explicit})
+def _guided_policy(value: ValueSettings, folder: Path, settings: TrainSettings, load: LoadOptions | None) -> GuidedModel:
+    """The policy ``value.base`` with the value in ``folder``."""
+    assert value.base is not None
+    explicit = ExplicitValue.from_pretrained(folder, template=settings.template, options=load)
+    return GuidedModel(load_causal(value.base, "base", load, value.base_template), {"explicit": explicit})
 
 
-def _publish(run: RunDir, last: str | Path, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The last round's value, with all that belongs to it, to the top of the folder."""
-    for file in Path(last).iterdir():
+def _copy_last_round(run: RunDir, last: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Copy the value of the last round to the top of the run's folder."""
+    for file in last.iterdir():
         if file.is_file() and file.name not in ("run.json", "metrics.json", "log.json"):
-            shutil.copy(file, run.out / file.name)
-    metrics = {"rounds": list(found)}
-    write_json(run.out / "metrics.json", metrics)
-    return metrics
+            shutil.copy(file, run.path / file.name)
+    found = {"rounds": list(metrics)}
+    write_json(run.path / "metrics.json", found)
+    return found

@@ -1,9 +1,8 @@
 """Rollouts: responses sampled for prompts by any method, scored by a reward model or a Python function; resumable.
 
-Rows: ``prompt`` (text or messages), ``index``, ``response``, ``token_ids`` (of the base), ``finish_reason``, ``ended`` (by an
-end-of-sequence token), ``score``; a prompt that cannot be answered, or an answer that the reward has no number for, has
-``error`` instead. ``notes`` say what a reward model could not read. Blocks of prompts, each from
-its own seeds: an interrupted run ends with the same file.
+Columns: ``prompt`` (text or messages), ``index``, ``response``, ``token_ids`` (of the base), ``finish_reason``, ``ended`` (by an
+end-of-sequence token), ``score``; ``error`` instead if the prompt cannot be answered or the response not scored; ``notes`` say what a
+reward model could not read. Blocks of prompts have their own seeds: an interrupted run gives the same file.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ivg.errors import ConfigError, ScoreFault
 from ivg.jobs.blocks import open_blocks
 from ivg.jobs.runner import LocalBackend, RequestSettings, Result, Task
-from ivg.training.common import require_single_process
+from ivg.training.run_dir import require_single_process
 from ivg.types import Prompt
 from ivg.types.scores import judge_each
 from ivg.utils.jsonl import read_jsonl
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 
 BLOCK = 64
-"""Prompts that are answered, scored and written together."""
+"""Prompts that are answered, scored and saved together."""
 
 
 def rollout(
@@ -49,15 +48,15 @@ def rollout(
 
     Args:
         model: base and values.
-        prompts: what to answer.
+        prompts: to answer.
         out: ``.jsonl`` or ``.parquet`` (written at the end from the JSONL beside it).
         reward: scores whole responses (``values.reward.load_reward``).
         method: any that ``model`` allows; with ``settings`` as for ``GuidedModel.request``.
         samples: responses for each prompt.
-        seed: of all draws.
-        block: prompts for each block, all in one batch.
-        provenance: what else the rows depend on (names of models).
-        on_progress: called for each block, those that are there already included.
+        seed: random seed.
+        block: prompts of each block, which are one batch.
+        provenance: what else the rows depend on (names of models), for resuming.
+        on_progress: called for each block, including those that are done already.
 
     Returns:
         ``out``.
@@ -93,7 +92,7 @@ def rollout(
 
 
 def _same_prompts(lines: Path, prompts: Sequence[Prompt], samples: int, rows: int) -> None:
-    """Raise where the rows that are there answer other prompts.
+    """Raise if the existing rows answer other prompts.
 
     Raises:
         ConfigError: names the first row.

@@ -1,36 +1,30 @@
-"""What a value is fitted to at every prefix of a sampled response: pure functions on tensors.
+"""Training targets of a value at every prefix of a sampled response: pure functions on tensors.
 
-Position t of a row stands for the prefix that ends in response token t; ``mask`` [rows, positions] is 1 on response tokens, which
-follow each other without a gap. Rewards come at the end of the response only; transitions are deterministic (METHOD, section 1).
-Targets are constants: no gradient flows through them.
+Position t of a row is the prefix that ends in response token t; ``mask`` [rows, positions] is 1 on response tokens, which are contiguous.
+The only reward comes at the end of the response. No gradient flows through targets.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Target = Literal["fudge", "td", "cd-q", "binary"]
-TARGETS: tuple[Target, ...] = ("fudge", "td", "cd-q", "binary")
-
 
 def fudge(rewards: Tensor, mask: Tensor) -> Tensor:
-    """Monte Carlo: the final reward at every prefix (FUDGE, Yang and Klein 2021; IVG's explicit value).
+    """Monte Carlo: the final reward at every prefix (FUDGE, Yang & Klein 2021; the explicit value of IVG, Liu et al. 2024).
 
     Args:
         rewards: [rows].
         mask: [rows, positions].
 
     Returns:
-        [rows, positions]; 0 off the response.
+        [rows, positions]; 0 outside the response.
     """
     return rewards[:, None] * mask
 
 
 def td_lambda(values: Tensor, rewards: Tensor, mask: Tensor, lam: float) -> Tensor:
-    """TD(λ): G_t = (1 - λ)·V_{t+1} + λ·G_{t+1}, the reward behind the last token (Sutton and Barto, section 12.1; VAS).
+    """TD(λ): G_t = (1 - λ)·V_{t+1} + λ·G_{t+1}, the reward after the last token (Sutton & Barto 2018, section 12.1; VAS, Han et al. 2024).
 
     λ = 1 is :func:`fudge`, λ = 0 is TD(0).
 
@@ -42,12 +36,12 @@ def td_lambda(values: Tensor, rewards: Tensor, mask: Tensor, lam: float) -> Tens
     """
     values = values.detach()
     out = torch.zeros_like(values)
-    ahead, ahead_value = rewards.clone(), rewards.clone()  # behind the last token both are the reward
+    next_return, next_value = rewards.clone(), rewards.clone()  # after the last token both are the reward
     for t in range(values.shape[1] - 1, -1, -1):
-        here = mask[:, t] > 0
-        out[:, t] = torch.where(here, (1 - lam) * ahead_value + lam * ahead, out[:, t])
-        ahead = torch.where(here, out[:, t], ahead)
-        ahead_value = torch.where(here, values[:, t], ahead_value)
+        in_response = mask[:, t] > 0
+        out[:, t] = torch.where(in_response, (1 - lam) * next_value + lam * next_return, out[:, t])
+        next_return = torch.where(in_response, out[:, t], next_return)
+        next_value = torch.where(in_response, values[:, t], next_value)
     return out
 
 
@@ -59,7 +53,7 @@ def cd_q(expected_next: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
         rewards: [rows].
         mask: [rows, positions].
     """
-    return torch.where(last(mask), rewards[:, None], expected_next.detach()) * mask
+    return torch.where(last_positions(mask), rewards[:, None], expected_next.detach()) * mask
 
 
 def expected(values: Tensor, logps: Tensor) -> Tensor:
@@ -67,7 +61,7 @@ def expected(values: Tensor, logps: Tensor) -> Tensor:
     return (logps.exp() * values).sum(-1)
 
 
-def last(mask: Tensor) -> Tensor:
+def last_positions(mask: Tensor) -> Tensor:
     """True at the last response token of every row, [rows, positions]."""
     following = torch.nn.functional.pad(mask[:, 1:], (0, 1))
     return (mask > 0) & (following == 0)
@@ -80,12 +74,12 @@ def squared_error(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
 
 def cross_entropy(values: Tensor, outcomes: Tensor, mask: Tensor) -> Tensor:
     """Mean binary cross-entropy of sigmoid(V) against outcomes in [0, 1], shape [rows]: V is the log-odds that the response succeeds."""
-    wanted = outcomes[:, None].expand_as(values)
-    losses = torch.nn.functional.binary_cross_entropy_with_logits(values, wanted, reduction="none")
+    labels = outcomes[:, None].expand_as(values)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(values, labels, reduction="none")
     return (losses * mask).sum() / mask.sum().clamp(min=1)
 
 
-def quarter_positions(mask: Tensor, share: float) -> Tensor:
-    """Index of the token at which ``share`` of each response has been read, [rows]: ceil(share·length)-th response token."""
+def positions_at(mask: Tensor, share: float) -> Tensor:
+    """Index of the token that completes ``share`` of each response, [rows]: the ceil(share·length)-th response token."""
     first, length = mask.argmax(1), mask.sum(1)
     return first + ((share * length).ceil().long() - 1).clamp(min=0)

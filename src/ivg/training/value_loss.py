@@ -1,11 +1,10 @@
-"""A value network in training: its head, its loss, its batches, as transformers' Trainer wants them.
+"""The value network in training: its head, its loss and its batches, for transformers' ``Trainer``.
 
-Only response tokens count. No tensor of rows × length × vocabulary: a vocabulary head is read at the sampled tokens alone; CD-Q
-takes its expectation block by block.
+The loss covers response tokens only. No tensor of rows × length × vocabulary is made: a vocabulary head is computed at the sampled tokens
+only; the expectation of CD-Q is computed in blocks.
 
-A vocabulary head sees, at each position, only the token that was sampled. So that the others still get sensible values, its rows
-are trained as start + shared + embedding·map + own, and added up at the end into the one plain matrix that readers of
-``score_head.weight`` expect.
+A vocabulary head gets a training signal only for the sampled token of each position. So that other tokens get sensible values too, its rows
+are trained as start + shared + embedding·map + own, and summed at the end into one matrix, ``score_head.weight``.
 """
 
 from __future__ import annotations
@@ -20,11 +19,12 @@ from torch import Tensor, nn
 from ivg.models.value_head import ValueModel
 from ivg.settings.train import ValueSettings
 from ivg.training import targets
-from ivg.training.common import PARTS
 from ivg.training.encoding import Encoded
 
 BLOCK = 512
-"""Positions whose whole vocabulary is looked at together (CD-Q)."""
+"""Positions for which values of the whole vocabulary are computed at once (CD-Q)."""
+PARTS = (25, 50, 75, 100)
+"""Percentages of the response at which values are evaluated."""
 
 
 class FactoredHead(nn.Module):
@@ -47,22 +47,22 @@ class FactoredHead(nn.Module):
 
 
 class ValueModelWithLoss(nn.Module):
-    """A value network with its loss, as transformers' Trainer wants it.
+    """A value network with its loss, for transformers' ``Trainer``.
 
     Args:
-        model: what is trained.
-        options: the target.
-        base: the policy of CD-Q; frozen, and no part of the checkpoints.
+        model: the value network to train.
+        settings: head and target.
+        base: the policy of CD-Q; frozen, and not part of the checkpoints.
     """
 
-    def __init__(self, model: ValueModel, options: ValueSettings, base: Any = None) -> None:
+    def __init__(self, model: ValueModel, settings: ValueSettings, base: Any = None) -> None:
         super().__init__()
-        self.model, self.options = model, options
+        self.model, self.settings = model, settings
         self.factors: FactoredHead | None = None
-        if model.kind == "vocabulary" and options.factored:
+        if model.kind == "vocabulary" and settings.factored:
             model.head.weight.requires_grad_(False)
             self.factors = FactoredHead(model.head, self.embedding.shape[1])
-        self._base = (base,)  # in a tuple, so that it is no submodule
+        self._base = (base,)  # in a tuple, so that it is not a submodule
 
     @property
     def embedding(self) -> Tensor:
@@ -79,7 +79,7 @@ class ValueModelWithLoss(nn.Module):
             body.enable_input_require_grads()  # a frozen embedding would cut the graph before the first checkpoint
 
     def values(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
-        """V of the prefix that ends in each token, [rows, positions]; of a first token 0, where a vocabulary head has none."""
+        """V of the prefix that ends in each token, [rows, positions]; 0 for the first token with a vocabulary head, which has none."""
         if self.model.kind == "scalar":
             head = self.model.head
             return nn.functional.linear(hidden, head.weight.float(), None if head.bias is None else head.bias.float())[..., 0]
@@ -95,42 +95,40 @@ class ValueModelWithLoss(nn.Module):
         """Loss, and the values after 25, 50, 75 and 100 % of each response [rows, 4]."""
         hidden = self.model.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
         with torch.autocast(hidden.device.type, enabled=False):  # values and targets in float32
-            return self._measured(self.values(hidden, input_ids), hidden, mask, rewards, (base_ids, base_attention, base_mask))
+            return self._loss(self.values(hidden, input_ids), hidden, mask, rewards, (base_ids, base_attention, base_mask))
 
-    def _measured(
-        self, values: Tensor, hidden: Tensor, mask: Tensor, rewards: Tensor, base: tuple[Tensor | None, ...]
-    ) -> dict[str, Tensor]:
-        if self.options.target == "binary":
+    def _loss(self, values: Tensor, hidden: Tensor, mask: Tensor, rewards: Tensor, base: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
+        if self.settings.target == "binary":
             loss = targets.cross_entropy(values, rewards, mask)
         else:
             wanted = self._targets(values, hidden, mask, rewards, base)
             loss = targets.squared_error(values, wanted, mask)
         with torch.no_grad():
-            at = torch.stack([targets.quarter_positions(mask, part / 100) for part in PARTS], 1)
-            shown = values.sigmoid() if self.options.target == "binary" else values  # in the unit of the rewards
-            return {"loss": loss, "parts": shown.gather(1, at)}
+            at = torch.stack([targets.positions_at(mask, part / 100) for part in PARTS], 1)
+            in_reward_unit = values.sigmoid() if self.settings.target == "binary" else values
+            return {"loss": loss, "parts": in_reward_unit.gather(1, at)}
 
     def _targets(self, values: Tensor, hidden: Tensor, mask: Tensor, rewards: Tensor, base: tuple[Tensor | None, ...]) -> Tensor:
-        if self.options.target == "td":
-            return targets.td_lambda(values, rewards, mask, self.options.lam)
-        if self.options.target == "cd-q":
-            return targets.cd_q(self._expected_next(hidden, mask, base), rewards, mask)
+        if self.settings.target == "td":
+            return targets.td_lambda(values, rewards, mask, self.settings.lam)
+        if self.settings.target == "cd-q":
+            return targets.cd_q(self.expected_next(hidden, mask, base), rewards, mask)
         return targets.fudge(rewards, mask)
 
     @torch.no_grad()
-    def _expected_next(self, hidden: Tensor, mask: Tensor, base: tuple[Tensor | None, ...]) -> Tensor:
-        """E over the base's next token of Q, behind every response token, [rows, positions]."""
-        policy, (ids, attention, where) = self._base[0], base
-        assert policy is not None and ids is not None and where is not None
-        states = policy.to(ids.device).base_model(input_ids=ids, attention_mask=attention).last_hidden_state[where > 0]
+    def expected_next(self, hidden: Tensor, mask: Tensor, base: tuple[Tensor | None, ...]) -> Tensor:
+        """Expectation of Q over the base's next token after every response token, [rows, positions]; ``base``: ids and masks."""
+        policy, (ids, attention, positions) = self._base[0], base
+        assert policy is not None and ids is not None and positions is not None
+        states = policy.to(ids.device).base_model(input_ids=ids, attention_mask=attention).last_hidden_state[positions > 0]
         own = hidden[mask > 0]
         head = self.matrix()
         out = []
         for start in range(0, len(own), BLOCK):
             logits = policy.get_output_embeddings()(states[start : start + BLOCK]).float()
             width = min(logits.shape[1], head.shape[0])
-            chances = logits[:, :width].log_softmax(-1)
-            out.append(targets.expected(own[start : start + BLOCK].float() @ head[:width].T, chances))
+            logps = logits[:, :width].log_softmax(-1)
+            out.append(targets.expected(own[start : start + BLOCK].float() @ head[:width].T, logps))
         return torch.zeros_like(mask).masked_scatter(mask > 0, torch.cat(out))
 
     @torch.no_grad()
@@ -141,7 +139,7 @@ class ValueModelWithLoss(nn.Module):
 
     @torch.no_grad()
     def finished(self) -> ValueModel:
-        """The plain value network: head added up, LoRA merged."""
+        """The value network for inference: head summed, LoRA merged."""
         self.model.head.weight.copy_(self.matrix())
         body: Any = self.model.backbone
         if hasattr(body, "merge_and_unload"):
@@ -151,14 +149,14 @@ class ValueModelWithLoss(nn.Module):
 
 @dataclass
 class ValueCollator:
-    """Rows padded on the right to the longest; CD-Q's policy reads the prompt in its own way."""
+    """Pads rows on the right to a multiple of 8 tokens; the policy of CD-Q gets prompts in its own template."""
 
     pad: int
     scale: float = 1.0
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
-        """Tensors for :class:`ValueModelWithLoss`."""
-        ids, attention, mask = self._padded([(r.ids, r.border) for r in rows])
+        """Inputs of :meth:`ValueModelWithLoss.forward`."""
+        ids, attention, mask = self._padded([(r.ids, r.prompt_length) for r in rows])
         out = {
             "input_ids": ids,
             "attention_mask": attention,
@@ -167,8 +165,8 @@ class ValueCollator:
             "groups": torch.tensor([r.group for r in rows]),
         }
         if rows[0].policy_prompt:
-            theirs = [([*r.policy_prompt, *r.ids[r.border :]], len(r.policy_prompt)) for r in rows]
-            out["base_ids"], out["base_attention"], out["base_mask"] = self._padded(theirs)
+            for_policy = [([*r.policy_prompt, *r.ids[r.prompt_length :]], len(r.policy_prompt)) for r in rows]
+            out["base_ids"], out["base_attention"], out["base_mask"] = self._padded(for_policy)
         return out
 
     def _padded(self, rows: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,147 @@
+"""What TRL's trainers and the value trainer share: arguments, LoRA, loading, held-out rows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from ivg.errors import ConfigError, ModelError
+from ivg.models.loading import LoadOptions, load_network, load_tokenizer, pick_dtype
+from ivg.settings.train import Mode, TrainSettings
+from ivg.training.data import held_out
+from ivg.training.run_dir import RunDir
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Split(Generic[T]):
+    """Training rows (as they came, and encoded) and encoded evaluation rows.
+
+    Attributes:
+        rows: the training rows.
+        train: the same, encoded, without those that are too long.
+        test: rows held out for evaluation, encoded.
+        left_out: rows that are too long.
+    """
+
+    rows: Sequence[Any]
+    train: list[T]
+    test: list[T]
+    left_out: int
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """For the metrics of the run."""
+        return {"rows": len(self.train), "rows_left_out": self.left_out}
+
+
+def split_rows(rows: Sequence[Any], settings: TrainSettings, encode: Callable[[Sequence[Any]], list[T]]) -> Split[T]:
+    """Hold out ``eval_share`` of the prompts and encode both parts.
+
+    Raises:
+        ConfigError: no row is left to train on.
+    """
+    first, last = held_out(rows, settings.eval_share)
+    train, test = encode(first), encode(last)
+    if not train:
+        raise ConfigError(
+            f"no row is left to train on: {len(rows)} rows, at most {settings.max_length} tokens each, {settings.eval_share:.0%} of the"
+            " prompts held out\n  raise --max-length, give more prompts, or lower --eval-share"
+        )
+    return Split(first, train, test, len(rows) - len(train) - len(test))
+
+
+def trainer_arguments(kind: Any, settings: TrainSettings, run: RunDir, *, evaluate: bool, **fixed: Any) -> Any:
+    """``kind`` (transformers' ``TrainingArguments`` or a subclass); ``settings.trainer_args`` has the last word.
+
+    Args:
+        kind: the class.
+        settings: those with the name of a field of ``kind`` are passed on.
+        run: where checkpoints go.
+        evaluate: are there held-out rows?
+        fixed: further fields.
+
+    Raises:
+        ConfigError: ``trainer_args`` names a field that ``kind`` lacks.
+    """
+    # the field's new name is unknown to transformers 5.16, which the package allows
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+    known = {f.name for f in fields(kind)}
+    unknown = sorted(set(settings.trainer_args) - known)
+    if unknown:
+        raise ConfigError(f"{kind.__name__} has no field {', '.join(unknown)}\n  expected any field of transformers' and TRL's arguments")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    during = evaluate and settings.evaluations > 1  # one more evaluation follows training
+    arguments: dict[str, Any] = {
+        **{f.name: getattr(settings, f.name) for f in fields(settings) if f.name in known},
+        "output_dir": str(run.checkpoints),
+        "per_device_eval_batch_size": settings.per_device_train_batch_size,
+        "lr_scheduler_type": "cosine",
+        "bf16": pick_dtype("auto", device) == torch.bfloat16,
+        "use_cpu": not cuda,
+        "gradient_checkpointing": cuda,
+        "dataloader_pin_memory": cuda,
+        "logging_steps": 0.02,
+        "save_total_limit": 1,
+        "eval_strategy": "steps" if during else "no",
+        "eval_steps": 1 / settings.evaluations if during else None,
+        "disable_tqdm": True,
+        **fixed,
+        **settings.trainer_args,
+    }
+    return kind(**arguments)
+
+
+def lora_config(settings: TrainSettings, task_type: str) -> Any:
+    """PEFT's ``LoraConfig`` of rank ``lora_r`` on all linear layers; None unless the mode is ``lora``.
+
+    Raises:
+        ConfigError: PEFT is not installed.
+    """
+    if settings.mode != "lora":
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise ConfigError("LoRA needs PEFT\n  pip install 'ivg[train]'") from None
+    r, whole = settings.lora_r, ["score"] if task_type == "SEQ_CLS" else None
+    return LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type=task_type, modules_to_save=whole)
+
+
+def load_for_training(
+    auto_class: Any, name: str | Path, what: str, trust_remote_code: bool = False, mode: Mode = "full", **kwargs: Any
+) -> tuple[Any, Any]:
+    """Load a network on the CPU and its tokenizer, which gets a padding token.
+
+    The dtype is float32; on a machine with a GPU bfloat16 where the body is frozen (``lora``, ``head``).
+
+    Raises:
+        ModelError: no usable model at ``name``.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    frozen = mode != "full" and torch.cuda.is_available()
+    options = LoadOptions(device="cpu", dtype="bfloat16" if frozen else "float32", trust_remote_code=trust_remote_code, extra=kwargs)
+    network = load_network(name, auto_class, options, what, new_head=auto_class is AutoModelForSequenceClassification)
+    tokenizer = load_tokenizer(name, LoadOptions(trust_remote_code=trust_remote_code), what)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"the tokenizer of {name} has neither a padding nor an end-of-sequence token\n  add one of them")
+        tokenizer.pad_token = tokenizer.eos_token
+    config = network.config.get_text_config()
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return network, tokenizer
+
+
+def drop_timing_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of an evaluation without times and rates, which differ from run to run."""
+    timing = ("runtime", "per_second", "preparation_time", "total_flos", "num_tokens")
+    return {k: v for k, v in sorted(metrics.items()) if k != "epoch" and not any(part in k for part in timing)}
