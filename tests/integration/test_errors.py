@@ -157,14 +157,17 @@ TABLE = [
     ),
     ("train dpo --model no/such/x --data pairs.jsonl --out o", f"cannot load model 'no/such/x': no such directory{DIRECTORY}"),
     ("train dpo --model embedded:base --data pairs.jsonl --out o --mode lorra", "mode must be full, lora or head, got 'lorra'"),
-    ("train dpo --model embedded:base --data pairs.jsonl --out o --lr nan", "lr must be a finite number, positive, got nan"),
-    ("train dpo --model embedded:base --data pairs.jsonl --out o --epochs inf", "epochs must be a finite number, positive, got inf"),
+    ("train dpo --model embedded:base --data pairs.jsonl --out o --lr nan", "learning_rate must be a finite number, positive, got nan"),
+    (
+        "train dpo --model embedded:base --data pairs.jsonl --out o --epochs inf",
+        "num_train_epochs must be a finite number, positive, got inf",
+    ),
     ("train dpo --model embedded:base --data pairs.jsonl --out o --seed -1", "seed must be in [0, 2**32 - 1], got -1"),
     (
         "train dpo --model embedded:base --data pairs.jsonl --out o --weight-decay nan",
         "weight_decay must be a finite number, 0 or more, got nan",
     ),
-    ("train dpo --model embedded:base --data pairs.jsonl --out o --lora-rank 0", "lora_rank must be at least 1, got 0"),
+    ("train dpo --model embedded:base --data pairs.jsonl --out o --lora-rank 0", "lora_r must be at least 1, got 0"),
     ("train dpo --model embedded:base --data pairs.jsonl --out o --save-steps 0", "save_steps must be at least 1, got 0"),
     ("train dpo --model embedded:base --data pairs.jsonl --out o --beta 0", "beta of DPO must be positive and finite, got 0.0"),
     (
@@ -190,7 +193,7 @@ TABLE = [
     ),
     (
         "train dpo --model embedded:base --data pairs.jsonl --out o --max-length 2",
-        "none of the 3 rows is left to train on (at most 2 tokens; 5% of the prompts held out) - raise --max-length, give more prompts, "
+        "no row is left to train on: 3 rows, at most 2 tokens each, 5% of the prompts held out - raise --max-length, give more prompts, "
         "or lower --eval-share",
     ),
     ("train sft --model embedded:base --data pairs.jsonl --out o --loss some", "loss must be response or all, got 'some'"),
@@ -299,4 +302,4 @@ def test_a_refused_run_is_not_in_the_way_of_the_next(stderr_of):
     """Nothing was trained, so the folder takes other settings."""
     line = "train sft --model embedded:base --data pairs.jsonl --out refused --max-length"
     for length in (2, 3):
-        assert stderr_of(f"{line} {length}")[0].startswith(f"error: none of the 3 rows is left to train on (at most {length} tokens;")
+        assert stderr_of(f"{line} {length}")[0].startswith(f"error: no row is left to train on: 3 rows, at most {length} tokens each")

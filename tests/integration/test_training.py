@@ -150,7 +150,7 @@ def test_refinement_samples_from_the_guided_policy(model, tmp_path):
 
     found = refine(
         model, letters(120), tmp_path / "r", FAST, ValueSettings(base=str(model)),
-        RefineSettings(1, "cbs-explicit", 3, {"max_new_tokens": 6, "temperature": 1.0}),
+        RefineSettings(rounds=1, samples=3, request={"max_new_tokens": 6, "temperature": 1.0}),
         FunctionValue(lambda _, r: float(r.count("a"))), load=FLOAT32,
     )  # fmt: skip
     assert len(found["rounds"]) == 2
