@@ -46,6 +46,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
         "h11": "uvicorn",
         "huggingface_hub": "transformers",
         "pydantic_core": "pydantic",
+        "typing_extensions": "pydantic",
         "pandas": "alpaca_eval",
     }
     assert {through.get(name, name) for name in found} <= declared
