@@ -14,9 +14,9 @@ import pytest
 
 from ivg.cli import main
 from ivg.jobs import store
+from ivg.jobs.backends import run_tasks
 from ivg.jobs.ray import actor_pool, driver, task_queue
 from ivg.jobs.ray.resources import RayError
-from ivg.jobs.runner import run_tasks
 from ivg.settings.ray import RaySettings
 from ivg.settings.recipe import Recipe
 from job_helpers import make_models, recipe_of, tasks_of, texts_and_errors

@@ -340,7 +340,8 @@ def test_a_function_reads_text_alone():
 
 def test_one_refused_conversation_leaves_the_others_of_a_file(monkeypatch):
     """The command line: the row is reported, all others are answered."""
-    from ivg.jobs.runner import Task, run_tasks
+    from ivg.jobs.backends import run_tasks
+    from ivg.jobs.runner import Task
 
     base = tiny_lm("base", tokenizer=templated(REFUSALS["two user turns"] + PLAIN))
     monkeypatch.setattr("ivg.factory.recipe.load_models", lambda recipe: GuidedModel(base))

@@ -10,12 +10,13 @@ import pytest
 
 import ivg
 from ivg.errors import ConfigError, MissingDependencyError, ModelError
+from ivg.jobs.backends import run_tasks
 from ivg.jobs.ray import actor_pool, task_queue
 from ivg.jobs.ray.driver import RayBackend
 from ivg.jobs.ray.resources import RayError, WorkerPlan, plan_workers, reconcile_gpus, with_absolute_paths
 from ivg.jobs.ray.task_queue import TaskQueue
 from ivg.jobs.ray.worker import Worker, WorkerReport
-from ivg.jobs.runner import Task, run_tasks
+from ivg.jobs.runner import Task
 from ivg.settings.ray import RaySettings
 from ivg.settings.recipe import Recipe
 from ivg.types import Completion, Usage

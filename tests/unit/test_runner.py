@@ -9,12 +9,13 @@ import pytest
 
 from ivg.errors import ConfigError
 from ivg.factory.recipe import load_models
+from ivg.jobs.backends import run_tasks
 from ivg.jobs.failures import Failures
 from ivg.jobs.formats import scan_rows
 from ivg.jobs.generate import Callbacks, GenerateRun
 from ivg.jobs.prompts import read_jobs
 from ivg.jobs.ray.worker import Worker
-from ivg.jobs.runner import LocalBackend, RequestSettings, Task, run_tasks
+from ivg.jobs.runner import LocalBackend, RequestSettings, Task
 from ivg.settings.ray import RaySettings
 from ivg.settings.recipe import Recipe
 from ivg.utils.jsonl import read_jsonl

@@ -30,7 +30,7 @@ MAX_REASONS = 4
 
 def run(out: Console, recipe: Recipe, options: PreferenceSettings) -> int:
     """Read the pairs, load the models, measure, print, write; the exit code."""
-    from ivg.cli.check import show_models
+    from ivg.cli.model_table import show_models
     from ivg.diagnostics.preference_check import CheckSettings, check_preferences
     from ivg.factory.recipe import load_models
     from ivg.utils.jsonl import write_json

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ivg.jobs.backends import run_tasks
 from ivg.jobs.failures import Failures
 from ivg.jobs.prompts import Job
 from ivg.jobs.provenance import answer_provenance, device_kind
-from ivg.jobs.runner import Task, run_tasks
+from ivg.jobs.runner import Task
 from ivg.jobs.store import open_rows
 from ivg.settings.ray import RaySettings
 from ivg.settings.recipe import Recipe

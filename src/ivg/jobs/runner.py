@@ -16,7 +16,6 @@ from ivg.errors import PromptError
 if TYPE_CHECKING:
     from ivg.model import GuidedModel
     from ivg.search.methods import Method
-    from ivg.settings.ray import RaySettings
     from ivg.settings.recipe import Recipe
     from ivg.types import Completion, Step
 
@@ -135,26 +134,3 @@ class LocalBackend:
                 self._running[self.searcher.add(request)] = task
             except PromptError as e:  # any other error concerns the method or the models, hence all tasks
                 yield Result(task, error=str(e))
-
-
-def run_tasks(recipe: Recipe, tasks: Sequence[Task[T]], cluster: RaySettings | None = None, *, trace: bool = False) -> Iterator[Result[T]]:
-    """Run tasks on a recipe's models; loads nothing where there are no tasks.
-
-    Args:
-        recipe: models, method, batch size.
-        tasks: what is wanted.
-        cluster: run on this Ray cluster; None: in this process.
-        trace: completions keep the tree of beams.
-    """
-    if not tasks:
-        return
-    backend: Backend
-    if cluster is not None:
-        from ivg.jobs.ray.driver import RayBackend
-
-        backend = RayBackend(recipe, cluster, trace=trace)
-    else:
-        from ivg.factory.recipe import load_models
-
-        backend = LocalBackend(load_models(recipe), RequestSettings.from_recipe(recipe, trace=trace))
-    yield from backend.run(tasks)
