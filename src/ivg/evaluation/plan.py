@@ -140,9 +140,8 @@ class EvalPlan:
             **run_provenance(self.recipe),
             "threads": self.config.threads,
         }
-        values = getattr(self.recipe, "values", None)
-        if values:
-            common["values"] = {k: v.model_dump(exclude_none=True) for k, v in values.items()}
+        if self.recipe.values:
+            common["values"] = {k: v.model_dump(exclude_none=True) for k, v in self.recipe.values.items()}
         if label == BASE_SAMPLES:
             return {**common, "base_samples": self.config.base_samples}
         return {**common, "label": label, "method": method_settings(self.method_row(label).method)}

@@ -78,12 +78,7 @@ def rollout(
         for span in file.missing():
             numbers = range(span.start // samples, -(-span.stop // samples))
             rows = _answer(model, [(n, prompts[n]) for n in numbers], method, samples, seed, settings)
-            good = [row for row in rows if "error" not in row]
-            pairs = [(Prompt.of(row["prompt"]), row["response"]) for row in good]
-            for row, pair, score in zip(good, pairs, judge_each(reward, pairs), strict=True):
-                row |= {"error": " ".join(score.split())} if isinstance(score, ScoreFault) else {"score": round(score, 4)}
-                if note := reward.note(*pair):
-                    row["notes"] = [*row.get("notes", []), note]
+            _score(reward, [row for row in rows if "error" not in row])
             file.append(rows)
             on_progress()
     if out != lines:
@@ -95,14 +90,14 @@ def _same_prompts(lines: Path, prompts: Sequence[Prompt], samples: int, rows: in
     """Raise if the existing rows answer other prompts.
 
     Raises:
-        ConfigError: names the first row.
+        ConfigError: names the first such row.
     """
     if not rows:
         return
     for number, row in zip(range(rows), read_jsonl(lines), strict=False):
         place = number // samples
         if place < len(prompts) and row["prompt"] != prompts[place].plain:
-            raise ConfigError(f"{lines}, row {number + 1}: answers another prompt than this run's\n  give another --out, or remove it")
+            raise ConfigError(f"{lines}, row {number + 1}: answers another prompt than this run\n  give another --out, or remove the file")
 
 
 def _answer(
@@ -118,6 +113,15 @@ def _answer(
     for result in LocalBackend(model, RequestSettings(method, settings, max_beams=512)).run(tasks):
         result.task.source.update(_columns(result, model.base.vocabulary.eos_ids))
     return [task.source for task in tasks]
+
+
+def _score(reward: Reward, rows: Sequence[dict[str, Any]]) -> None:
+    """Add the scores, or errors, and notes to rows of answers."""
+    pairs = [(Prompt.of(row["prompt"]), row["response"]) for row in rows]
+    for row, pair, score in zip(rows, pairs, judge_each(reward, pairs), strict=True):
+        row |= {"error": " ".join(score.split())} if isinstance(score, ScoreFault) else {"score": round(score, 4)}
+        if note := reward.note(*pair):
+            row["notes"] = [*row.get("notes", []), note]
 
 
 def _columns(result: Result[Any], eos: Collection[int]) -> dict[str, Any]:
