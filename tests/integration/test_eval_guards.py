@@ -380,15 +380,15 @@ def test_data_beside_the_recipe(tmp_path):
 
 
 def test_gold_of_a_check_is_the_recipe_s(monkeypatch):
-    from ivg.cli.preference_check import _gold
+    from ivg.cli.preference_check import gold_reward
 
     seen = []
     monkeypatch.setattr("ivg.values.reward.load_reward", lambda path, **more: seen.append(path))
-    _gold(Recipe())
-    _gold(Recipe.parse({"models": {"base": "someone/model"}, "eval": {"gold": "someone/reward"}}))
+    gold_reward(Recipe())
+    gold_reward(Recipe.parse({"models": {"base": "someone/model"}, "eval": {"gold": "someone/reward"}}))
     assert seen == ["embedded:gold", "someone/reward"]
     with pytest.raises(ConfigError, match="--judge gold needs a gold reward"):
-        _gold(Recipe.parse({"models": {"base": "someone/model"}}))
+        gold_reward(Recipe.parse({"models": {"base": "someone/model"}}))
 
 
 def test_results_are_json(done):  # noqa: F811

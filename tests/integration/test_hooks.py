@@ -21,7 +21,7 @@ from transformers import (
 from ivg import GuidedModel
 from ivg.engines.transformers.engine import TransformersEngine
 from ivg.errors import ConfigError, PromptError
-from ivg.integrations.generate_args import DONE, NO_EFFECT, REFUSED, check_config
+from ivg.integrations.generate_args import NO_EFFECT, SUPPORTED, UNSUPPORTED, check_config
 from ivg.integrations.transformers import GuidanceLogitsProcessor, GuidedGenerate
 from ivg.search.searcher import Request, Searcher
 from ivg.testing import byte_tokenizer, tiny_lm, tiny_value
@@ -55,11 +55,11 @@ def generate(base, tokenizer, prompts, search=None, **settings):
 def test_every_field_of_generation_config_is_done_without_effect_or_refused():
     """A field that a new transformers brings fails here, and is refused by name until somebody decides."""
     fields = set(vars(GenerationConfig()))
-    tables = (DONE, NO_EFFECT, frozenset(REFUSED))
+    tables = (SUPPORTED, NO_EFFECT, frozenset(UNSUPPORTED))
     assert fields <= frozenset().union(*tables)
     assert sum(map(len, tables)) == len(frozenset().union(*tables)), "a field in two tables"
     check_config(GenerationConfig())
-    with pytest.raises(ConfigError, match=r"brand_new=3 cannot be done .*\n.*not known to this version"):
+    with pytest.raises(ConfigError, match=r"brand_new=3 is not supported .*\n.*unknown to this version"):
         check_config(SimpleNamespace(brand_new=3))
 
 
@@ -169,7 +169,7 @@ def test_other_inputs_are_refused_by_name(base, tokenizer):
     with pytest.raises(ConfigError, match="inputs_embeds: GuidedGenerate reads"):
         embeds = base.model.network.get_input_embeddings()(inputs.input_ids)
         base.model.network.generate(**inputs, inputs_embeds=embeds, custom_generate=search, max_new_tokens=2)
-    with pytest.raises(ConfigError, match="past_key_values: GuidedGenerate keeps"):
+    with pytest.raises(ConfigError, match="past_key_values: GuidedGenerate has its own cache"):
         cache = base.model.network(inputs.input_ids[:, :2]).past_key_values
         base.model.network.generate(**inputs, past_key_values=cache, custom_generate=search, max_new_tokens=2)
     with pytest.raises(ConfigError, match="not directly"):

@@ -467,14 +467,14 @@ def test_no_weight_no_drafts(llama):
 
 
 def test_the_edges_know_the_setting():
-    from ivg.cli.compare import _settings
+    from ivg.cli.compare import settings_for
     from ivg.evaluation.methods import method_rows
     from ivg.settings.recipe import MethodConfig
 
     recipe = Recipe.parse({"search": {"method": "eft", "num_speculative_tokens": 4}})
     assert recipe.search.settings() == {"draft": 4}
     drafting = {
-        name for name in ("base", "eft", "token-explicit", "cbs-explicit", "ivg", "eft-gated") if "draft" in _settings(recipe, name)
+        name for name in ("base", "eft", "token-explicit", "cbs-explicit", "ivg", "eft-gated") if "draft" in settings_for(recipe, name)
     }
     assert drafting == {"eft", "ivg"}
     assert {m.label for m in method_rows(recipe, {}) if m.method.draft == 4} == {f"implicit×{s}" for s in ("none", "implicit", "explicit")}

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 HELP = """Answer one prompt by several methods, with scores, tokens spent and seconds.
 
-The column "value" is what the explicit value (else the reward model) says of the answer; with the embedded models,
-"gold" is what the judge says, which labelled the data that the guides were trained on and takes no part in any method."""
+Column "value": the score by the explicit value (else the reward model). Column "gold", with the embedded models: the score by the
+judge that labelled the guides' training data; no method uses it."""
 
 FAILED = "(failed)"
-"""Stands where there is no answer or score; why stands behind the table."""
+"""Shown where there is no answer or score; the reason is printed below the table."""
 DEFAULT = ("base", "bon", "eft", "token-explicit", "cbs-implicit", "cbs-explicit", "ivg")
 
 
@@ -51,7 +51,7 @@ def compare(
         judge = next((v for v in ("explicit", "reward", "implicit") if v in model.values), None)
         gold = _gold() if not recipe.models.given and recipe.endpoint.model is None else None
         rows, problems = [], list[str]()
-        for note in _ignored(recipe, wanted):
+        for note in _notes(recipe, wanted):
             typer.echo(note, err=True)
         for name in wanted:
             rows.append(_row(model, prompt, name, recipe, judge, gold, problems))
@@ -70,28 +70,31 @@ def _gold() -> RewardModel:
     return RewardModel.from_pretrained(path("gold"), name="gold")
 
 
-def _settings(recipe: Recipe, method: str) -> dict[str, Any]:
-    """The recipe's search settings; what makes its own method what it is, is not forced upon the others."""
-    from ivg.search.methods import get_method
+def settings_for(recipe: Recipe, method: str) -> dict[str, Any]:
+    """The recipe's search settings that a method can use; those that define the recipe's own method are left out for others."""
+    from ivg.search.methods import get_method, unused_settings
 
     settings, row = recipe.search.settings(), get_method(method)
     if method == recipe.search.method:
         return settings
-    foreign = {"token", "select", "weights", "select_weights", "rule"}
+    left_out = {*_DEFINING, *unused_settings(method, settings)}
     if row.width * row.successors == 1:
-        foreign |= {"width", "successors", "chunk_length"}
+        left_out |= {"width", "successors", "chunk_length"}
     if {name for name, _ in row.guides} != {"implicit"} or row.candidates or row.gate or row.rule == "reject":
-        foreign |= {"draft"}  # the others cannot draft
-    return {k: v for k, v in settings.items() if k not in foreign}
+        left_out |= {"draft"}  # only the implicit value drafts
+    return {name: value for name, value in settings.items() if name not in left_out}
 
 
-def _ignored(recipe: Recipe, methods: list[str]) -> list[str]:
-    """A line for every size of the search that some methods have no use for."""
+_DEFINING = ("token", "select", "weights", "select_weights", "rule")
+
+
+def _notes(recipe: Recipe, methods: list[str]) -> list[str]:
+    """A line for every setting of the search that has no effect on some methods."""
     out = []
     for name, got in recipe.search.settings().items():
-        without = [m for m in methods if name not in _settings(recipe, m)] if name in ("width", "successors", "chunk_length") else []
+        without = [m for m in methods if name not in (*_DEFINING, *settings_for(recipe, m))]
         if without:
-            out.append(f"note: {name}={got} ignored by {', '.join(without)}: nothing to select among there")
+            out.append(f"note: {name}={got} ignored by {', '.join(without)}: no effect there")
     return out
 
 
@@ -101,7 +104,7 @@ def _row(
     """Cells of one method; what failed goes to ``problems``."""
     from ivg.types import Prompt
 
-    completion = model.generate(prompt, method, seed=recipe.run.seed, **recipe.sampling.settings(), **_settings(recipe, method))
+    completion = model.generate(prompt, method, seed=recipe.run.seed, **recipe.sampling.settings(), **settings_for(recipe, method))
     if completion.error:
         problems.append(f"{method}: {completion.error}")
         return (method, FAILED, "", "", "", "")
@@ -126,7 +129,7 @@ def _print(prompt: str, rows: list[tuple[str, ...]], judge: str | None, gold: bo
 
     out = Console(highlight=False)
     heads = ("method", f"{prompt} …", "value", "gold", "tokens", "s")
-    notes = (f"value: what {judge} says", "gold: what the judge says, which guides nothing", "tokens: read by all models", "s: seconds")
+    notes = (f"value: score by {judge}", "gold: score by the judge, which guides nothing", "tokens: read by all models", "s: seconds")
     keep = [i for i in range(6) if not (i == 3 and not gold) and not (i == 2 and judge is None)]
     table = Table(show_lines=True, expand=True, caption=" · ".join(notes[i - 2] for i in keep if i > 1), caption_justify="left")
     for i in keep:

@@ -107,11 +107,16 @@ def pick_judge(model: GuidedModel, recipe: Recipe, name: str | None) -> Judge | 
     if name in model.values:
         return Judge(name, model.values[name])
     if name == "gold":
-        return Judge("gold", _gold(recipe))
+        return Judge("gold", gold_reward(recipe))
     raise ConfigError(f"no value called {name!r} for --judge\n  expected one of: {', '.join([*model.values, 'gold', 'none'])}")
 
 
-def _gold(recipe: Recipe) -> RewardModel | FunctionValue:
+def gold_reward(recipe: Recipe) -> RewardModel | FunctionValue:
+    """The recipe's ``eval.gold``; of the embedded models, their own.
+
+    Raises:
+        ConfigError: other models, and no ``eval.gold``.
+    """
     from ivg.factory.recipe import load_options
     from ivg.jobs.fingerprints import same_source
     from ivg.settings.recipe import RewardRef

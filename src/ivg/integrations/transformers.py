@@ -26,11 +26,11 @@ from ivg.integrations.generate_args import (
     check_config,
     check_model_kwargs,
     end_ids,
-    mends_logits,
     padding_id,
     read_processors,
     read_stops,
-    sampling_of,
+    removes_invalid_logits,
+    sampling_params,
 )
 from ivg.models.cached_lm import CachedLM
 from ivg.models.runner import ModelRunner
@@ -183,8 +183,8 @@ class GuidedGenerate:
         streamer = _streamer_of_caller()
         if streamer is not None and len(input_ids) > 1:
             raise ConfigError(f"streamer: a streamer shows one row, got {len(input_ids)}\n  leave it out, or give one prompt")
-        sampling = sampling_of(generation_config, input_ids.shape[1], read_stops(stopping_criteria or (), generation_config))
-        kind = _Sound if mends_logits(logits_processor or ()) else CachedLM
+        sampling = sampling_params(generation_config, input_ids.shape[1], read_stops(stopping_criteria or (), generation_config))
+        kind = _Sound if removes_invalid_logits(logits_processor or ()) else CachedLM
         base = kind(ModelRunner(model, "base"), self.tokenizer, None, end_ids(generation_config))
         requests, padded = [], {}
         mask = torch.ones_like(input_ids) if mask is None else mask
