@@ -40,7 +40,7 @@ def _own_sizes(recipe: Recipe, found: Tables) -> tuple[Recipe, Tables]:
 
 @command(recipe=RecipeOptions("eval", "models", "search", "sampling", "run", only=_OFFERED, adjust=_own_sizes))
 def evaluate(
-    task: Annotated[str, typer.Argument(help="sentiment, summarization or alpaca.")],
+    task: Annotated[str, typer.Argument(help="sentiment, summarization, alpaca, or a plugin's task.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for all files of this run.")],
     stage: Annotated[list[str] | None, typer.Option("--stage", help="generate, score or report; may be repeated. (default: all)")] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes; each takes one method at a time.")] = 1,

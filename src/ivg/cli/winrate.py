@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 HELP = """Win rates from judgements: alpaca_eval's annotations.json, or what `ivg eval alpaca` leaves in judgements/.
 
 Plain, discrete and length-controlled, in percent. Length control needs the extra `alpaca` and alpaca_eval's df_gamed.csv; without
-them the plain rates are given, and what is missing is said.
+them only the plain rates are printed.
 
     ivg winrate judgements.jsonl --difficulty df_gamed.csv"""
 
@@ -32,7 +32,7 @@ def winrate(
     from rich.table import Table
 
     from ivg.evaluation.length_control import difficulty_file, length_controlled
-    from ivg.evaluation.winrate import averaged, read_judgements, win_rate
+    from ivg.evaluation.winrate import average_over_seeds, read_judgements, win_rate
 
     path = None if plain else difficulty_file(difficulty)
     results: list[dict[str, Any]] = []
@@ -43,7 +43,7 @@ def winrate(
     reasons: dict[str, None] = {}
     for file in judgements:
         rows = read_judgements(file)
-        rate, controlled = win_rate(averaged(rows)), None
+        rate, controlled = win_rate(average_over_seeds(rows)), None
         if not plain:
             found = length_controlled(rows, path)
             controlled = None if found.win_rate is None else (found.win_rate, found.standard_error or 0.0)

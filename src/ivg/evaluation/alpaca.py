@@ -1,7 +1,5 @@
-"""AlpacaEval 2.0: answers to 805 instructions, compared with GPT-4's by a judge (METHOD, section 5; IVG, section 4).
+"""The task alpaca, AlpacaEval 2.0: answers to 805 instructions, compared with GPT-4's by a judge (IVG, arXiv 2409.17819, section 4).
 
-Knows: where instructions and reference answers are, what alpaca_eval reads, which judge was asked for. Must not know how a judge
-decides (``evaluation.judges``) or how judgements become rates (``evaluation.winrate``, ``evaluation.lengthcontrol``).
 Benchmark: Li et al. 2023, github.com/tatsu-lab/alpaca_eval; version 2.0 with length control: arXiv 2404.04475.
 """
 
@@ -21,7 +19,7 @@ from ivg.errors import ConfigError, reason
 from ivg.evaluation.judges import AlpacaEvalJudge, ChatJudge, Judge, RewardJudge, judge_all
 from ivg.evaluation.length_control import length_controlled
 from ivg.evaluation.task import Answer, Example, Tables, Task, check_count
-from ivg.evaluation.winrate import averaged, win_rate
+from ivg.evaluation.winrate import average_over_seeds, win_rate
 from ivg.jobs.fingerprints import fingerprint
 from ivg.jobs.formats import read_rows
 from ivg.settings.recipe import EvalConfig
@@ -31,29 +29,29 @@ from ivg.utils.locks import lock_file
 
 HUB = "tatsu-lab/alpaca_eval"
 FILE = "alpaca_eval_gpt4_baseline.json"
-"""Instructions and the answers of gpt4_1106_preview. The data set's loading script is not run: today's ``datasets`` has no scripts."""
+"""Instructions and the answers of gpt4_1106_preview. The file is downloaded itself, since ``datasets`` runs no loading scripts."""
 INSTRUCTIONS = "bfe8c45991f635de"
-"""Fingerprint of the 805 instructions in AlpacaEval's order: length control knows their difficulties by that order."""
+"""Fingerprint of the 805 instructions in AlpacaEval's order, which length control needs."""
 
 
 class Options(BaseModel):
     """The task's own settings (``[eval.options]``, ``--option NAME=VALUE``).
 
     Attributes:
-        judge: ``none``: only write what alpaca_eval reads; ``openai``: an OpenAI-compatible endpoint; ``alpaca_eval``: its own
+        judge: ``none``: only write files for alpaca_eval; ``openai``: an OpenAI-compatible endpoint; ``alpaca_eval``: its own
             annotators; ``reward``: a reward model.
-        model: that the endpoint serves; None: the environment variable ``IVG_JUDGE_MODEL``.
+        model: name at the endpoint; None: the environment variable ``IVG_JUDGE_MODEL``.
         base_url: of the endpoint; None: ``OPENAI_BASE_URL``, else OpenAI's.
-        key_variable: environment variable with the key. The key itself is never a setting.
-        timeout: seconds for each try of a question.
-        retries: further tries, with growing pauses.
-        concurrency: questions at once.
+        key_variable: environment variable with the API key. The key itself is never a setting.
+        timeout: seconds for each attempt.
+        retries: of a failed request, with exponential backoff.
+        concurrency: requests at the same time.
         max_tokens: of the judge's reply.
-        order_seed: of the order in which the judge sees the two answers.
-        annotators: alpaca_eval's name of its annotators, or the path of their configuration.
+        order_seed: of the order of the two answers.
+        annotators: name of alpaca_eval's annotators, or the path of their configuration.
         reward: the reward model: hub id, directory or ``embedded:NAME``.
         template: of the reward model: ``chat`` or a text with ``{prompt}`` and ``{response}``.
-        label: which logit is the reward, where the model has more than two.
+        label: index of the reward's logit, for models with more than two.
         difficulty: df_gamed.csv or its folder, for length control; None: ``IVG_ALPACA_DIFFICULTY``, else the hub.
     """
 
@@ -76,42 +74,41 @@ class Options(BaseModel):
 
     @classmethod
     def of(cls, config: EvalConfig) -> Options:
-        """From the ``eval`` table.
+        """The ``eval`` table's options.
 
         Raises:
-            ConfigError: unknown names, unusable values, a judge without what it needs.
+            ConfigError: unknown names, invalid values, a judge without its model.
         """
         try:
             made = cls.model_validate(config.options)
         except ValidationError as e:
             wrong = "; ".join(f"{'.'.join(map(str, x['loc']))}: {x['msg'].lower()}, got {x['input']!r}" for x in e.errors())
-            raise ConfigError(f"eval.options of alpaca: {wrong}\n  known: {', '.join(cls.model_fields)}") from None
+            raise ConfigError(f"options of the task alpaca: {wrong}\n  known: {', '.join(cls.model_fields)}") from None
         if made.judge == "reward" and not made.reward:
-            raise ConfigError("judge = reward, but which?\n  set eval.options.reward (--option reward=ID-or-path)")
+            raise ConfigError("judge = reward needs a reward model\n  set eval.options.reward (--option reward=ID-or-path)")
         if made.judge == "openai" and not made.judge_model:
-            raise ConfigError("judge = openai, but which model?\n  set eval.options.model (--option model=NAME) or IVG_JUDGE_MODEL")
+            raise ConfigError("judge = openai needs a model\n  set eval.options.model (--option model=NAME) or IVG_JUDGE_MODEL")
         return made
 
     @property
     def judge_model(self) -> str | None:
-        """What the endpoint is asked for."""
+        """Name of the judge at the endpoint."""
         return self.model or os.environ.get("IVG_JUDGE_MODEL")
 
 
 class Alpaca(Task):
-    """Answer an instruction; win rates against the reference answers are the figures."""
+    """Answer an instruction; the metrics are win rates against the reference answers."""
 
-    name = "alpaca"
     primary = ("judged_win_rate", "judged_standard_error")
 
     def __init__(self) -> None:
         self._judges: dict[Options, Judge] = {}
 
     def examples(self, config: EvalConfig) -> list[Example]:
-        """Instructions in file order, or in an order of ``config.shuffle``; all unless fewer are asked for.
+        """Instructions in file order, or shuffled by ``config.shuffle``; default: all.
 
         Raises:
-            ConfigError: no data, no ``instruction`` in a row, no reference answers for the judge, unusable options.
+            ConfigError: no data, a row without ``instruction``, no reference answers for the judge, invalid options.
         """
         options, rows = Options.of(config), list(_rows(config))
         for number, row in enumerate(rows, 1):
@@ -121,15 +118,15 @@ class Alpaca(Task):
             if missing:
                 raise ConfigError(
                     f"{config.data or HUB}, row {number}: no {' and no '.join(missing)}; got {', '.join(row)}\n"
-                    "  expected instruction, for a judge output (the reference answer), and perhaps generator and dataset"
+                    "  expected instruction, output (the reference answer, for a judge), and optionally generator and dataset"
                 )
-        ours = _fingerprint(row["instruction"] for row in rows) == INSTRUCTIONS
+        complete = _fingerprint(row["instruction"] for row in rows) == INSTRUCTIONS
         found = [
             Example(
                 str(i),
                 Prompt(row["instruction"]),
                 row.get("output"),
-                {"index": i, "dataset": row.get("dataset", ""), "generator": row.get("generator", "reference"), "alpaca_eval": ours},
+                {"index": i, "dataset": row.get("dataset", ""), "generator": row.get("generator", "reference"), "alpaca_eval": complete},
             )
             for i, row in enumerate(rows)
         ]
@@ -148,7 +145,7 @@ class Alpaca(Task):
     def export(self, out: Path, label: str, answers: Sequence[Answer]) -> None:
         """``model_outputs/<label>.json`` of the first seed (``<label>-seed<n>.json`` of others) and ``reference_outputs.json``.
 
-        As ``alpaca_eval --model_outputs … --reference_outputs …`` reads them. An answer that failed is an empty text.
+        As ``alpaca_eval --model_outputs … --reference_outputs …`` reads them. A failed answer is an empty text.
         """
         seeds = sorted({a.seed for a in answers})
         for seed in seeds:
@@ -157,22 +154,22 @@ class Alpaca(Task):
             write_json(out / "model_outputs" / f"{name}.json", rows)
         references = [_output(a.example, a.example.reference, a.example.extra["generator"]) for a in answers if a.seed == seeds[0]]
         if all(r["output"] is not None for r in references):
-            with lock_file(out / "reference_outputs.json", wait=True):  # processes of one run come here together
+            with lock_file(out / "reference_outputs.json", wait=True):  # several processes of one run may write it
                 write_json(out / "reference_outputs.json", references)
 
     def measure(self, config: EvalConfig, out: Path, label: str, answers: Sequence[Answer]) -> Mapping[str, Any]:
-        """Win rates by the judge that was asked for, in percent; ``judgements/<label>.jsonl`` is resumed.
+        """Win rates by the judge in percent; resumes ``judgements/<label>.jsonl``.
 
         Raises:
-            JudgeError: the judge cannot be asked; what was judged is kept.
-            ConfigError: judgements of other answers or another judge are in the way.
+            JudgeError: the judge is not available; existing judgements are kept.
+            ConfigError: the file has judgements of other answers or another judge.
         """
         options = Options.of(config)
         if options.judge == "none" or not answers:
             return {}
         rows = judge_all(self.judge(options), [_row(a, label) for a in answers], out / "judgements" / f"{label}.jsonl")
-        judged = win_rate(averaged(rows))
-        figures: dict[str, Any] = {
+        judged = win_rate(average_over_seeds(rows))
+        metrics: dict[str, Any] = {
             "judged_win_rate": judged.win_rate,
             "judged_standard_error": None if math.isnan(judged.standard_error) else judged.standard_error,
             "judged_discrete_win_rate": judged.discrete_win_rate,
@@ -181,27 +178,27 @@ class Alpaca(Task):
         }
         missing = sum(row["preference"] is None for row in rows)
         if missing:
-            figures["unreadable"] = missing
-        return figures | _length_controlled(options, answers, rows)
+            metrics["unreadable"] = missing
+        return metrics | _length_controlled(options, answers, rows)
 
     def settings(self, config: EvalConfig) -> Mapping[str, Any]:
-        """The judge's settings, but for how patiently it is asked."""
+        """The judge's settings, without those of its connection."""
         options = Options.of(config)
-        patience = {"key_variable", "timeout", "retries", "concurrency"}
+        connection = {"key_variable", "timeout", "retries", "concurrency"}
         weights = fingerprint(options.reward) if options.reward else None
-        return {**options.model_dump(exclude=patience), "model": options.judge_model, "weights": weights}
+        return {**options.model_dump(exclude=connection), "model": options.judge_model, "weights": weights}
 
     def judge(self, options: Options) -> Judge:
-        """The judge that was asked for; made once for all methods."""
+        """The judge; created once for all methods."""
         if options not in self._judges:
-            self._judges[options] = _make(options)
+            self._judges[options] = _make_judge(options)
         return self._judges[options]
 
 
 def _length_controlled(options: Options, answers: Sequence[Answer], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Its figures, or a note that says why there are none."""
+    """Length-controlled rate and error, or a note with the reason why there is none."""
     if not (answers[0].example.extra["alpaca_eval"] or options.difficulty):
-        reason = "these are not AlpacaEval's 805 instructions, whose difficulties it knows"
+        reason = "these are not AlpacaEval's 805 instructions"
     else:
         found = length_controlled(rows, options.difficulty)
         if found.win_rate is not None:
@@ -210,7 +207,7 @@ def _length_controlled(options: Options, answers: Sequence[Answer], rows: Sequen
     return {"length_control": f"No length-controlled win rate: {' '.join(reason.split())}."}
 
 
-def _make(options: Options) -> Judge:
+def _make_judge(options: Options) -> Judge:
     if options.judge == "reward":
         from ivg.models.loading import LoadOptions
         from ivg.values.reward import RewardModel
@@ -256,7 +253,7 @@ def _fingerprint(instructions: Iterable[str]) -> str:
 
 
 def _text(answer: Answer) -> str:
-    """Without blank edges, as alpaca_eval strips what it generates itself; nothing for an answer that failed."""
+    """The answer stripped, as alpaca_eval does; empty for a failed one."""
     return "" if answer.error else answer.text.strip()
 
 
@@ -265,7 +262,7 @@ def _output(example: Example, output: str | None, generator: str) -> dict[str, A
 
 
 def _row(answer: Answer, label: str) -> dict[str, Any]:
-    """What is judged, with alpaca_eval's names."""
+    """The row to judge, with alpaca_eval's columns."""
     example = answer.example
     return {
         "id": example.id,

@@ -1,8 +1,8 @@
-"""Judges: of two answers to one instruction, which is better? A preference from 1 (the reference) to 2 (the model), as alpaca_eval has it.
+"""Pairwise judges: a preference from 1 (the reference is better) to 2 (the model is better), as in alpaca_eval.
 
-Knows: how a reward model, an OpenAI-compatible endpoint and alpaca_eval's annotators are asked. Must not know methods, tasks or
-what a win rate is. The prompt of :class:`ChatJudge` is our own; weighing the two letters by their probabilities, as alpaca_eval's
-weighted annotators do, says more than the letter (Dubois et al. 2024, arXiv 2404.04475).
+A judge is a reward model, a chat model behind an OpenAI-compatible endpoint, or one of alpaca_eval's annotators. The prompt of
+:class:`ChatJudge` is our own; weighting both letters by their probabilities is more precise than the letter alone (Dubois et al.
+2024, arXiv 2404.04475).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REFERENCE, DRAW, MODEL = 1.0, 1.5, 2.0
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one instruction: the reference's and the model's."""
+    """An instruction, the reference answer, and the model's."""
 
     instruction: str
     reference: str
@@ -44,14 +44,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge said: a preference in [1, 2], None where its reply could not be read; the reply, where there is one."""
+    """A preference in [1, 2], None if the reply could not be parsed; and the reply, if there is one."""
 
     preference: float | None
     reply: str | None = None
 
 
 class Judge(Protocol):
-    """Compares pairs; its verdict on one must not depend on the others."""
+    """Compares pairs, each independently of the others."""
 
     name: str
     """In the column ``annotator`` of judgements."""
@@ -60,12 +60,12 @@ class Judge(Protocol):
         """One verdict for each pair.
 
         Raises:
-            JudgeError: the judge cannot be asked.
+            JudgeError: the judge is not available.
         """
         ...
 
     def settings(self) -> Mapping[str, Any]:
-        """What its verdicts depend on."""
+        """Everything that its verdicts depend on."""
         ...
 
 
@@ -73,53 +73,53 @@ class RewardJudge:
     """A reward model as judge: 1 + sigmoid(r(answer) - r(reference)), the Bradley-Terry probability that the answer is better.
 
     Args:
-        reward: any reward model; reads the instruction as prompt.
+        reward: the instruction is its prompt.
         name: in judgements.
-        weights: fingerprint of the model, where it is known: a directory may be trained anew under the same name.
+        weights: fingerprint of the model, if known, since a directory may be trained again under the same name.
     """
 
     def __init__(self, reward: RewardModel, name: str = "reward", weights: str | None = None) -> None:
         self.reward, self.name, self.weights = reward, name, weights
-        self._known: dict[tuple[str, str], float | ScoreFault] = {}
+        self._references: dict[tuple[str, str], float | ScoreFault] = {}
 
     def compare(self, pairs: Sequence[Pair]) -> list[Verdict]:
-        """One verdict for each pair; references are read once for all methods. No verdict where an answer cannot be scored."""
-        theirs = [(p.instruction, p.reference) for p in pairs]
-        new = [t for t in dict.fromkeys(theirs) if t not in self._known]
-        ours = [(p.instruction, p.answer) for p in pairs]
-        rewards = judge_each(self.reward, [(Prompt(instruction), text) for instruction, text in (*ours, *new)])
-        self._known.update(zip(new, rewards[len(ours) :], strict=True))
-        return [_preference(r, self._known[t]) for r, t in zip(rewards, theirs, strict=False)]
+        """One verdict for each pair, without a preference if an answer cannot be scored; each reference is scored once for all methods."""
+        references = [(p.instruction, p.reference) for p in pairs]
+        new = [r for r in dict.fromkeys(references) if r not in self._references]
+        answers = [(p.instruction, p.answer) for p in pairs]
+        rewards = judge_each(self.reward, [(Prompt(instruction), text) for instruction, text in (*answers, *new)])
+        self._references.update(zip(new, rewards[len(answers) :], strict=True))
+        return [_verdict(answer, self._references[r]) for answer, r in zip(rewards, references, strict=False)]
 
     def settings(self) -> Mapping[str, Any]:
-        """Which reward model."""
+        """The reward model."""
         known = {} if self.weights is None else {"weights": self.weights}
         return {"judge": self.name, "template": self.reward.template, "label": self.reward.label, **known}
 
 
-def _preference(ours: float | ScoreFault, theirs: float | ScoreFault) -> Verdict:
-    if isinstance(ours, ScoreFault):
-        return Verdict(None, ours)
-    if isinstance(theirs, ScoreFault):
-        return Verdict(None, theirs)
-    return Verdict(round(1 + _sigmoid(ours - theirs), 6))
+def _verdict(answer: float | ScoreFault, reference: float | ScoreFault) -> Verdict:
+    if isinstance(answer, ScoreFault):
+        return Verdict(None, answer)
+    if isinstance(reference, ScoreFault):
+        return Verdict(None, reference)
+    return Verdict(round(1 + _sigmoid(answer - reference), 6))
 
 
 class ChatJudge:
-    """Any OpenAI-compatible endpoint as judge (extra ``alpaca``).
+    """A chat model behind an OpenAI-compatible endpoint as judge (extra ``alpaca``).
 
-    It is asked for one letter. Where the endpoint gives log-probabilities, the preference is the share of the answer's letter in
-    the probability of both; else the letter that it wrote. Which answer is shown first is drawn from ``seed`` and the instruction,
-    so that a liking for the first place cancels, and all methods are shown in the same place.
+    It replies with one letter. If the endpoint returns log-probabilities, the preference is the probability of the answer's letter
+    divided by that of both letters. Which answer comes first is random, from ``seed`` and the instruction: position bias cancels,
+    and all methods have the same position.
 
     Args:
-        model: the endpoint's name of it.
+        model: name at the endpoint.
         base_url: e.g. ``http://localhost:8000/v1``; None: ``OPENAI_BASE_URL``, else OpenAI's own.
-        key_variable: the environment variable that holds the key; local servers want none.
-        timeout: seconds for each try.
-        retries: further tries, each after a longer pause, when the endpoint is busy, slow or away.
-        concurrency: questions at once.
-        max_tokens: of a reply; judges that reason first need more.
+        key_variable: environment variable with the API key; local servers need none.
+        timeout: seconds for each attempt.
+        retries: of a failed request, with exponential backoff (by the openai client).
+        concurrency: requests at the same time.
+        max_tokens: of a reply; reasoning models need more.
         seed: of the order of the two answers.
 
     Raises:
@@ -141,30 +141,30 @@ class ChatJudge:
         try:
             from openai import OpenAI
         except ImportError:
-            raise MissingDependencyError("asking an endpoint needs openai\n  pip install 'ivg[alpaca]'") from None
+            raise MissingDependencyError("a judge behind an endpoint needs openai\n  pip install 'ivg[alpaca]'") from None
         self.client = OpenAI(
             base_url=base_url or None, api_key=os.environ.get(key_variable) or "none", timeout=timeout, max_retries=retries
         )
         self.model, self.name, self.concurrency, self.seed = model, f"chat:{model}", concurrency, seed
         self.options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 0, "logprobs": True, "top_logprobs": 5}
-        self._asked = dict(self.options)
+        self._initial_options = dict(self.options)
         self._answered = False
 
     def compare(self, pairs: Sequence[Pair]) -> list[Verdict]:
-        """One verdict for each pair, ``concurrency`` questions at a time.
+        """One verdict for each pair, ``concurrency`` requests at a time.
 
         Raises:
-            JudgeError: after all tries; says what the endpoint said.
+            JudgeError: all attempts failed; has the endpoint's message.
         """
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(self._ask, pairs))
+            return list(pool.map(self._compare, pairs))
 
     def settings(self) -> Mapping[str, Any]:
-        """Model, prompt, order; not the endpoint's address, which may move."""
+        """Model, prompt, order; not the endpoint's address, which may change."""
         prompt = hashlib.sha256(QUESTION.encode()).hexdigest()[:8]
-        return {"judge": self.name, "seed": self.seed, "prompt": prompt, **self._asked}
+        return {"judge": self.name, "seed": self.seed, "prompt": prompt, **self._initial_options}
 
-    def _ask(self, pair: Pair) -> Verdict:
+    def _compare(self, pair: Pair) -> Verdict:
         swapped = uniform(self.seed, crc32(pair.instruction.encode())) < 0.5
         first, second = (pair.answer, pair.reference) if swapped else (pair.reference, pair.answer)
         parts = {"{instruction}": pair.instruction, "{first}": first, "{second}": second}
@@ -176,12 +176,12 @@ class ChatJudge:
         letter = _letter(reply)
         if letter is None:
             return Verdict(None, reply)
-        weight = _weighed(choice.logprobs)
-        second_is_better = letter if weight is None else weight
+        probability = _probability_of_b(choice.logprobs)
+        second_is_better = letter if probability is None else probability
         return Verdict(round(1 + (1 - second_is_better if swapped else second_is_better), 10), reply)
 
     def _complete(self, messages: Any) -> Any:
-        """The endpoint's first choice, None where it refuses this question; an option that it does not know is left out from then on."""
+        """The endpoint's first choice; None if it refuses this request. Options that it does not support are left out from then on."""
         import openai
 
         while True:
@@ -189,31 +189,31 @@ class ChatJudge:
             try:
                 choices = self.client.chat.completions.create(model=self.model, messages=messages, **options).choices
             except openai.BadRequestError as e:
-                if self._give_up_option(str(e), options):
+                if self._drop_option(str(e), options):
                     continue
-                if self._answered:  # it answers others: too long for it, or filtered
+                if self._answered:  # other requests succeeded, so this one is too long, or was filtered
                     return None
-                raise JudgeError(f"{self.client.base_url} refuses the question: {e}\n  {_ADVICE}") from e
+                raise JudgeError(f"{self.client.base_url} refused the request: {e}\n  {_ADVICE}") from e
             except openai.OpenAIError as e:
-                raise JudgeError(f"cannot ask {self.model} at {self.client.base_url}: {e}\n  {_ADVICE}") from e
+                raise JudgeError(f"no answer from {self.model} at {self.client.base_url}: {e}\n  {_ADVICE}") from e
             if not choices:
-                raise JudgeError(f"{self.client.base_url} answered without a choice\n  {_ADVICE}")
+                raise JudgeError(f"{self.client.base_url} answered without choices\n  {_ADVICE}")
             self._answered = True
             return choices[0]
 
-    def _give_up_option(self, complaint: str, asked: Mapping[str, Any]) -> bool:
-        """Ask without the option that is complained of; False when there is none."""
+    def _drop_option(self, message: str, sent: Mapping[str, Any]) -> bool:
+        """Leave out the option that the error message names; False if it names none."""
         for names, instead in _OPTIONS:
-            if any(name in asked and name in complaint for name in names):
+            if any(name in sent and name in message for name in names):
                 kept = {k: v for k, v in self.options.items() if k not in names}
-                self.options = kept | ({instead: asked[names[0]]} if instead else {})
+                self.options = kept | ({instead: sent[names[0]]} if instead else {})
                 return True
         return False
 
 
 _OPTIONS = ((("logprobs", "top_logprobs"), None), (("max_tokens",), "max_completion_tokens"), (("temperature",), None))
-"""Options that some endpoints refuse, and what stands for them."""
-_ADVICE = "what was judged is kept; see to address, model and key, and run the same command again"
+"""Options that some endpoints do not support, and their replacement."""
+_ADVICE = "check address, model and key, then run the same command again; existing judgements are kept"
 
 QUESTION = """Two assistants answered the same instruction. Decide which answer a careful reader would rather have received.
 
@@ -234,7 +234,7 @@ _VERDICT = re.compile(r"(?:(?:the\s+)?(?:better\s+|best\s+)?(?:answer|verdict|ch
 
 
 def _letter(reply: str) -> float | None:
-    """1 for B, 0 for A, None where the reply, or its last line, is not one of them ("B", "Answer: **B**")."""
+    """1 for B, 0 for A, as in "B" or "Answer: **B**"; None if neither the reply nor its last line is one of them."""
     lines = re.sub(r"(?s)^.*</think>", "", reply).strip().splitlines()
     for line in (" ".join(lines), *lines[-1:]):
         found = _VERDICT.fullmatch(line.strip(" \t*_`'\"([{#>"))
@@ -243,8 +243,8 @@ def _letter(reply: str) -> float | None:
     return None
 
 
-def _weighed(logprobs: Any) -> float | None:
-    """P(B) / (P(A) + P(B)) at the place of the last token that is one of them; None without log-probabilities."""
+def _probability_of_b(logprobs: Any) -> float | None:
+    """P(B) / (P(A) + P(B)) at the last token that is one of them; None without log-probabilities."""
     for token in reversed((logprobs and logprobs.content) or ()):
         if token.token.strip() in ("A", "B"):
             mass = {"A": 0.0, "B": 0.0}
@@ -257,10 +257,10 @@ def _weighed(logprobs: Any) -> float | None:
 
 
 class AlpacaEvalJudge:
-    """alpaca_eval's own annotators (extra ``alpaca``), with their own prompts, parsers and order of answers.
+    """alpaca_eval's annotators (extra ``alpaca``), with their own clients, prompts, parsers and order of answers.
 
     Args:
-        annotators: the name of a configuration that alpaca_eval ships, or the path of one.
+        annotators: name of a configuration of alpaca_eval, or the path of one.
         seed: of the order of the two answers.
 
     Raises:
@@ -269,9 +269,9 @@ class AlpacaEvalJudge:
     """
 
     def __init__(self, annotators: str = "weighted_alpaca_eval_gpt4_turbo", seed: int = 0) -> None:
-        from ivg.evaluation.length_control import quietly
+        from ivg.evaluation.length_control import suppress_logs
 
-        with quietly():
+        with suppress_logs():
             try:
                 from alpaca_eval.annotators import PairwiseAnnotator
             except ImportError as e:
@@ -290,10 +290,10 @@ class AlpacaEvalJudge:
         Raises:
             JudgeError: the annotators failed; says how.
         """
-        from ivg.evaluation.length_control import quietly
+        from ivg.evaluation.length_control import suppress_logs
 
         rows = [{"instruction": p.instruction, "output_1": p.reference, "output_2": p.answer} for p in pairs]
-        with quietly(), redirect_stderr(io.StringIO()):  # a progress bar for each block
+        with suppress_logs(), redirect_stderr(io.StringIO()):  # its progress bar
             try:
                 found = self.annotator.annotate_pairs(rows)
             except Exception as e:  # whatever the client of whatever provider raises
@@ -301,47 +301,47 @@ class AlpacaEvalJudge:
         return [Verdict(None if f["preference"] is None or f["preference"] != f["preference"] else float(f["preference"])) for f in found]
 
     def settings(self) -> Mapping[str, Any]:
-        """Which annotators."""
+        """Name of the annotators, and order of the answers."""
         return {"judge": self.name, "seed": self.seed}
 
 
 def judge_all(judge: Judge, rows: Sequence[Mapping[str, Any]], path: Path, block: int = 16) -> list[dict[str, Any]]:
-    """Judge rows, writing each block as it is made; what the file has is not asked again.
+    """Judge rows and write them block by block; rows that the file has are not judged again.
 
     Args:
-        judge: who decides.
-        rows: ``instruction``, ``output_1`` (reference), ``output_2`` (the model), and anything else, which is kept. An empty answer
-            loses, equal answers draw, and neither is asked about.
+        judge: compares the answers.
+        rows: ``instruction``, ``output_1`` (reference), ``output_2`` (the model); other columns are kept. An empty answer loses and
+            equal answers draw without a request.
         path: JSONL of the rows with ``preference`` and ``annotator``.
         block: rows of each block.
 
     Raises:
-        ConfigError: the file holds judgements of other answers, or another judge's.
-        JudgeError: the judge cannot be asked; what was judged is kept.
+        ConfigError: the file has judgements of other answers, or of another judge.
+        JudgeError: the judge is not available; existing judgements are kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = ResumableJsonl(path, block, len(rows), judge.settings())
     for number, (row, judged) in enumerate(zip(rows, read_jsonl(path) if file.rows else (), strict=False), 1):
         if any(judged.get(k) != v for k, v in row.items()):
-            raise ConfigError(f"{path}, line {number}: a judgement of another answer than there is now\n  remove this file and judge again")
+            raise ConfigError(f"{path}, line {number}: judgement of another answer\n  remove this file and judge again")
     for positions in file.missing():
         file.append(_judged(judge, [rows[i] for i in positions]))
     return list(read_jsonl(path))[: len(rows)]
 
 
 def _judged(judge: Judge, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    clear = {i: v for i, row in enumerate(rows) if (v := _foregone(row)) is not None}
-    open_ = [i for i in range(len(rows)) if i not in clear]
-    asked = judge.compare([Pair(rows[i]["instruction"], rows[i]["output_1"], rows[i]["output_2"]) for i in open_]) if open_ else []
-    verdicts = clear | dict(zip(open_, asked, strict=True))
+    verdicts = {i: v for i, row in enumerate(rows) if (v := _trivial_verdict(row)) is not None}
+    others = [i for i in range(len(rows)) if i not in verdicts]
+    compared = judge.compare([Pair(rows[i]["instruction"], rows[i]["output_1"], rows[i]["output_2"]) for i in others]) if others else []
+    verdicts |= dict(zip(others, compared, strict=True))
     out = []
     for i, row in enumerate(rows):
-        said = {} if verdicts[i].reply is None else {"reply": verdicts[i].reply}
-        out.append({**row, "annotator": judge.name, "preference": verdicts[i].preference, **said})
+        reply = {} if verdicts[i].reply is None else {"reply": verdicts[i].reply}
+        out.append({**row, "annotator": judge.name, "preference": verdicts[i].preference, **reply})
     return out
 
 
-def _foregone(row: Mapping[str, Any]) -> Verdict | None:
+def _trivial_verdict(row: Mapping[str, Any]) -> Verdict | None:
     if row["output_1"] == row["output_2"]:
         return Verdict(DRAW)
     if not row["output_2"].strip():

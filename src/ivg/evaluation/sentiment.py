@@ -1,7 +1,7 @@
-"""Sentiment: beginnings of film reviews, to be continued with praise (METHOD, section 5; IVG, section 4).
+"""The task sentiment: continue film reviews positively (IVG, arXiv 2409.17819, section 4).
 
 Data: rows with ``prompt`` (the paper's imdb_preference, in file order), or with ``text`` (whole reviews as in IMDb), whose first
-4 to 8 words are the prompts, drawn as the embedded models' own prompts are.
+4 to 8 words are the prompts.
 """
 
 from __future__ import annotations
@@ -25,19 +25,17 @@ SHORTEST, LONGEST = 4, 8
 
 
 class Sentiment(Task):
-    """Continue the beginning of a review; the gold reward reads prompt and continuation as one text."""
-
-    name = "sentiment"
+    """Continue the beginning of a review; the gold reward scores prompt and continuation as one text."""
 
     def examples(self, config: EvalConfig) -> list[Example]:
-        """Prompts as they stand, or beginnings of reviews.
+        """Given prompts, or the first words of reviews.
 
         Raises:
-            ConfigError: neither ``prompt`` nor ``text`` among the columns; a row without; fewer usable rows than asked for; options, or
-                a shuffle of prompts, which nothing reads.
+            ConfigError: no column ``prompt`` or ``text``; a row without it; fewer usable rows than asked for; options, or a shuffle of
+                given prompts, which are not used.
         """
         if config.options:
-            raise ConfigError(f"eval.options of sentiment: there are none, got {', '.join(config.options)}\n  leave them out (--option)")
+            raise ConfigError(f"the task sentiment has no options, got {', '.join(config.options)}\n  leave them out (--option)")
         source = config.data or DATA
         rows = read_rows(source, config.split or "test", config.format)
         first = next(rows, None)
@@ -45,9 +43,7 @@ class Sentiment(Task):
             raise ConfigError(f"{source} is empty")
         if "prompt" in first:
             if config.shuffle is not None:
-                raise ConfigError(
-                    f"{source} has prompts, which are taken in file order\n  leave out shuffle (--shuffle); it draws from reviews"
-                )
+                raise ConfigError(f"{source} has prompts, which are used in file order\n  leave out shuffle (--shuffle); it is for reviews")
             column, most = "prompt", config.prompts or PROMPTS
         elif "text" in first:
             column, most = "text", None
@@ -60,7 +56,7 @@ class Sentiment(Task):
         return [Example(str(i), Prompt(text)) for i, text in enumerate(found)]
 
     def defaults(self) -> Tables:
-        """50 tokens at temperature 0.7, no end before; W = K = 4, L = 5."""
+        """Exactly 50 tokens at temperature 0.7; W = K = 4, L = 5."""
         return {
             "sampling": {"temperature": 0.7, "max_new_tokens": 50, "ignore_eos": True},
             "search": {"width": 4, "successors": 4, "chunk_length": 5, "beta": 1.0},
@@ -68,20 +64,20 @@ class Sentiment(Task):
 
 
 def _openings(reviews: Sequence[str], config: EvalConfig, source: str) -> list[str]:
-    """As many as are asked for; as the paper has, or as there are, where nobody asks."""
+    """``config.prompts`` of them; default: 1000, or as many as there are."""
     usable = sum(len(r.split()) > LONGEST for r in reviews)
     check_count(usable, config, source)
     return opening_words(reviews, config.prompts or min(PROMPTS, usable), seed=config.shuffle or 0) if usable else []
 
 
 def clean(text: str) -> str:
-    """One line break where the page had several, no space at the ends."""
+    """Without blank lines and spaces at the ends of lines."""
     lines = (" ".join(line.split()) for line in text.splitlines())
     return "\n".join(line for line in lines if line)
 
 
 def opening_words(texts: Sequence[str], count: int, seed: int, shortest: int = SHORTEST, longest: int = LONGEST) -> list[str]:
-    """Prompts: the first 4 to 8 words of ``count`` texts, drawn without replacement.
+    """The first 4 to 8 words of ``count`` texts, sampled without replacement.
 
     Raises:
         ValueError: fewer than ``count`` texts are long check_count.

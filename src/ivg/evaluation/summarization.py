@@ -1,12 +1,11 @@
-"""Summarization: posts to one-sentence summaries (TL;DR), or e-mails to subject lines (METHOD, section 5; IVG, section 4).
+"""The task summarization: posts to one-line summaries (TL;DR), or e-mails to subject lines (IVG, arXiv 2409.17819, section 4).
 
-Data, told apart by columns:
+The column of the data decides:
 
-* ``prompt`` (openai_summarize_comparisons and its relabelled kin): the post; a ``TL;DR:`` at its end is taken off, since every model
-  has a template of its own that adds it. Rows without such a cue (anything made by users) stay as they are.
-* ``email`` (AESLC): the first words of the e-mail and the cue ``Subject:``, which all models share.
+* ``prompt`` (such as openai_summarize_comparisons): a post. ``TL;DR:`` at its end is removed, since each model's template adds it.
+* ``email`` (AESLC): the first words of the e-mail and ``Subject:``.
 
-References (``annotated_subjects``, ``references``, ``subject``, ``response``, ``label``) are kept for the report.
+References (``annotated_subjects``, ``references``, ``subject``, ``response``, ``label``) are for the report.
 """
 
 from __future__ import annotations
@@ -33,15 +32,13 @@ _REFERENCES = ("references", "annotated_subjects", "subject", "response", "label
 
 
 class Summarization(Task):
-    """Summarise a text in one line; the gold reward reads text and summary through its own template."""
-
-    name = "summarization"
+    """Summarise a text in one line; the gold reward scores text and summary."""
 
     def examples(self, config: EvalConfig) -> list[Example]:
         """Each text once, in the order that ``datasets.Dataset.shuffle`` gives.
 
         Raises:
-            ConfigError: neither ``prompt`` nor ``email`` among the columns; a row without; fewer texts than asked for; an unknown option.
+            ConfigError: no column ``prompt`` or ``email``; a row without it; fewer texts than asked for; an unknown option.
         """
         words = _words(config)
         source = config.data or DATA
@@ -66,14 +63,14 @@ class Summarization(Task):
         return _unique(found.values())
 
     def defaults(self) -> Tables:
-        """One line of 128 tokens at most, at temperature 0.7; W = K = 4, L = 5."""
+        """One line of at most 128 tokens at temperature 0.7; W = K = 4, L = 5."""
         return {
             "sampling": {"temperature": 0.7, "max_new_tokens": 128, "stop": ["\n"]},
             "search": {"width": 4, "successors": 4, "chunk_length": 5, "beta": 1.0},
         }
 
     def judged(self, example: Example, response: str) -> tuple[Prompt, str]:
-        """The summary as it was written, without blanks behind it."""
+        """The summary without trailing white space."""
         return example.prompt, response.rstrip()
 
 
@@ -84,23 +81,23 @@ def _words(config: EvalConfig) -> int:
     except (TypeError, ValueError):
         words = 0
     if unknown or words < 1:
-        raise ConfigError(f"eval.options of summarization: expected words (of an e-mail, at least 1), got {dict(config.options)}")
+        raise ConfigError(f"options of the task summarization: expected words = 1 or more (of an e-mail), got {dict(config.options)}")
     return words
 
 
 def _post(text: str) -> str:
-    """A post without the cue at its end."""
+    """A post without ``TL;DR:`` at its end."""
     stripped = text.rstrip()
     return stripped[: -len(CUE)].rstrip() + "\n" if stripped.endswith(CUE) else text
 
 
 def _mail(text: str, words: int) -> str:
-    """The first words of an e-mail, and the cue for its subject."""
+    """The first words of an e-mail and ``Subject:``."""
     return " ".join(text.split()[:words]) + "\n\nSubject:" if text.strip() else ""
 
 
 def _references(row: Mapping[str, Any]) -> Iterable[str]:
-    """All human summaries of a row; lists may be written as text."""
+    """All references of a row; a list may be given as text."""
     for name in _REFERENCES:
         value = row.get(name)
         if isinstance(value, str) and name == "annotated_subjects" and value.startswith("["):
@@ -114,7 +111,7 @@ def _references(row: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _unique(examples: Iterable[Example]) -> list[Example]:
-    """Examples whose ids the data did not keep apart are told apart by their places."""
+    """Examples with unique ids; duplicates get their position appended."""
     out: list[Example] = []
     seen: set[str] = set()
     for place, e in enumerate(examples):

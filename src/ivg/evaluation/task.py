@@ -1,22 +1,32 @@
-"""What an evaluation task is: which prompts, which settings, what the judges read. One task per file beside this one.
+"""Evaluation tasks: prompts, default settings, what the judges read. A task is a subclass of :class:`Task`.
 
-Knows: the shape of a task and the table of their names. Must not know methods, models or files of a run.
+Other packages add tasks by the entry point ``ivg.tasks``; its name is the task's name, its object the class.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ivg.errors import ConfigError
 from ivg.settings.recipe import EvalConfig
 from ivg.types import Prompt
+from ivg.utils.plugins import Plugins
 
 Tables = Mapping[str, Mapping[str, Any]]
+
+TASKS = {
+    "sentiment": "ivg.evaluation.sentiment:Sentiment",
+    "summarization": "ivg.evaluation.summarization:Summarization",
+    "alpaca": "ivg.evaluation.alpaca:Alpaca",
+}
+"""The tasks of this package: module and class, imported on use."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +35,9 @@ class Example:
 
     Attributes:
         id: unique within the task.
-        prompt: what is answered.
-        reference: a human's (or another model's) answer, for the report; never seen by a method.
-        extra: whatever the task's own files need.
+        prompt: that every method answers.
+        reference: a human's or another model's answer, for the report; no method sees it.
+        extra: further columns for the task itself.
     """
 
     id: str
@@ -38,7 +48,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Answer:
-    """One method's response to one example, as tasks see it; ``error``: why there is none."""
+    """One method's response to one example with one seed; ``error`` is the reason if there is none."""
 
     example: Example
     seed: int
@@ -46,69 +56,75 @@ class Answer:
     error: str | None = None
 
 
-class Task(Protocol):
-    """A task: subclass it, give ``name`` and :meth:`examples`, override what differs."""
+class Task(ABC):
+    """An evaluation task. Only :meth:`examples` has no default."""
 
-    name: str
     primary: tuple[str, str] | None = None
-    """Which number of :meth:`measure` orders the methods and is drawn where nothing else judges, and which is its standard error."""
+    """Names of two metrics of :meth:`measure`: the one that orders and plots the methods if there is no judge, and its standard error."""
 
+    @abstractmethod
     def examples(self, config: EvalConfig) -> list[Example]:
-        """The prompts, in an order that depends on ``config`` alone; ids are unique.
+        """The prompts, in an order that depends on ``config`` alone; their ids are unique.
 
         Raises:
-            ConfigError: no data, or columns that cannot be used.
+            ConfigError: no data, or unusable columns.
         """
-        ...
 
     def defaults(self) -> Tables:
-        """The paper's settings by recipe table (``sampling``, ``search``); whatever the recipe says goes before them."""
+        """Default settings by table (``sampling``, ``search``); those of the recipe come first."""
         return {}
 
     def judged(self, example: Example, response: str) -> tuple[Prompt, str]:
-        """(prompt, response) as reward models get them; the reward's own template puts the two together."""
+        """The (prompt, response) that reward models score; their own template joins the two."""
         return example.prompt, response
 
-    def export(self, out: Path, label: str, answers: Sequence[Answer]) -> None:
-        """Files of the task's own (``model_outputs/<label>.json``), written whenever a method's transcripts are complete."""
+    def export(self, out: Path, label: str, answers: Sequence[Answer]) -> None:  # noqa: B027 - optional
+        """Write files of the task's own under ``out``; called when a method's answers are complete."""
 
     def settings(self, config: EvalConfig) -> Mapping[str, Any]:
-        """What :meth:`measure` depends on besides answers and references, as JSON has it; figures of other settings are not reported."""
+        """Plain values that :meth:`measure` depends on besides answers and references; other values make its metrics stale."""
         return dict(config.options)
 
     def measure(self, config: EvalConfig, out: Path, label: str, answers: Sequence[Answer]) -> Mapping[str, Any]:
-        """Figures of the task's own for one method (win rates of a judge), called by the score stage, once for each method.
+        """The task's own metrics of one method, for example a judge's win rates; called once for each method by the score stage.
 
-        May write and resume files under ``out``. Numbers appear as columns of the report, texts as notes below it. The answers
-        are those of all seeds, in transcript order.
+        Args:
+            config: the ``eval`` table.
+            out: folder of the run; the task may write and resume files there.
+            label: of the method.
+            answers: of all seeds.
+
+        Returns:
+            Numbers, which become columns of the report, and texts, which become notes below its table.
         """
         return {}
 
 
+_plugins = Plugins("ivg.tasks", type, frozenset(TASKS))
+
+
 def load_task(name: str) -> Task:
-    """The task called ``name``.
+    """The task called ``name``, of this package or a plugin.
 
     Raises:
-        ConfigError: no such task.
+        ConfigError: no such task, or a plugin's object that is no subclass of :class:`Task`.
     """
-    from importlib import import_module
+    if name in TASKS:
+        module, kind = TASKS[name].split(":")
+        return getattr(import_module(module), kind)()
+    found = _plugins.get(name)
+    if found is None:
+        raise ConfigError(f"unknown task {name!r}\n  expected one of: {', '.join([*TASKS, *_plugins.names])}")
+    if not issubclass(found, Task):
+        raise ConfigError(f"the task {name} is the class {found.__name__}\n  expected a subclass of ivg.evaluation.task.Task")
+    return found()
 
-    if name not in TASKS:
-        raise ConfigError(f"unknown task {name!r}\n  expected one of: {', '.join(TASKS)}")
-    module, kind = TASKS[name].split(":")
-    return getattr(import_module(module), kind)()
 
-
-TASKS = {
-    "sentiment": "ivg.evaluation.sentiment:Sentiment",
-    "summarization": "ivg.evaluation.summarization:Summarization",
-    "alpaca": "ivg.evaluation.alpaca:Alpaca",
-}
-"""Every task: module and class, imported when it is asked for."""
+# Helpers of tasks
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """A fingerprint of ids and prompts, so that answers to other prompts are never mixed in."""
+    """A fingerprint of ids and prompts."""
     shown = [
         [e.id, e.prompt.content if isinstance(e.prompt.content, str) else [[m.role, m.content] for m in e.prompt.content]] for e in examples
     ]
@@ -119,12 +135,12 @@ def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
     """The text in a column; ``where`` names the row in errors.
 
     Raises:
-        ConfigError: there is none, or something else, such as the messages of a conversation.
+        ConfigError: no text, or something else such as messages.
     """
     found = row.get(column)
     if not isinstance(found, str):
         got = "nothing" if found is None else "messages" if isinstance(found, list) else repr(found)[:40]
-        raise ConfigError(f"{where}: expected a text in {column}, got {got}\n  leave such rows out, or write their text out")
+        raise ConfigError(f"{where}: expected a text in {column}, got {got}\n  remove the row, or give its text")
     return found
 
 

@@ -1,9 +1,7 @@
-"""Win rates from judgements: plain, discrete, and length-controlled by alpaca_eval's own function.
+"""Win rates from judgements in alpaca_eval's format, computed as its ``get_winrate`` does, without alpaca_eval, pandas or scikit-learn.
 
-Knows: rows as alpaca_eval writes them (``instruction``, ``output_1`` = reference, ``output_2`` = the model, ``preference`` from
-1, the reference is better, to 2, the model is). Must not know who judged, nor how an answer was made. The plain rate is what
-alpaca_eval's ``get_winrate`` computes, without alpaca_eval, pandas or scikit-learn. Length control: Dubois, Galambosi, Liang,
-Hashimoto 2024, arXiv 2404.04475; see ``evaluation.lengthcontrol``.
+Rows have ``instruction``, ``output_1`` (the reference), ``output_2`` (the model), and ``preference`` from 1 (the reference is better) to
+2 (the model is better). For length control see ``ivg.evaluation.length_control``.
 """
 
 from __future__ import annotations
@@ -24,17 +22,17 @@ COLUMNS = ("instruction", "output_1", "output_2", "preference")
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often a model beats the reference; rates and their errors in percent, lengths in characters.
+    """How often a model beats the reference; rates and standard errors in percent, lengths in characters.
 
     Attributes:
         win_rate: mean of preference - 1.
         standard_error: of ``win_rate`` over instructions; NaN for fewer than two.
-        discrete_win_rate: wins and half the draws, each preference rounded to the better one first.
+        discrete_win_rate: wins plus half of the draws, with each preference rounded to 1 or 2.
         n_wins: preferences above 1.5.
         n_wins_base: preferences below 1.5.
         n_draws: preferences of exactly 1.5.
         n_total: judgements with a preference.
-        n_missing: judgements without one; not in ``n_total``, as in alpaca_eval.
+        n_missing: judgements without one, which are not in ``n_total`` (as in alpaca_eval).
         avg_length: of the model's answers.
         reference_length: of the reference's.
     """
@@ -56,7 +54,7 @@ class WinRate:
 
 
 def preference_of(row: Row) -> float | None:
-    """The row's preference in [1, 2]; 0 is an old way to write a draw; None where the judge gave none.
+    """The row's preference in [1, 2]; 0 is alpaca_eval's older code for a draw; None if the judge gave none.
 
     Raises:
         ConfigError: any other number, or no number.
@@ -80,7 +78,7 @@ def win_rate(rows: Sequence[Row]) -> WinRate:
     given = [preference_of(row) for row in rows]
     won = [p - 1 for p in given if p is not None]
     if not won:
-        raise ConfigError(f"none of {len(rows)} judgements has a preference\n  expected a judge's verdicts in the column preference")
+        raise ConfigError(f"none of {len(rows)} judgements has a preference\n  expected numbers in the column preference")
     wins, draws, n = sum(p > 0.5 for p in won), sum(p == 0.5 for p in won), len(won)
     return WinRate(
         win_rate=100 * fmean(won),
@@ -97,18 +95,15 @@ def win_rate(rows: Sequence[Row]) -> WinRate:
 
 
 def by_seed(rows: Sequence[Row]) -> dict[int, list[Row]]:
-    """Rows of each seed; rows without one (alpaca_eval's own files) are of seed 0."""
+    """Rows by seed; rows without one (alpaca_eval's own files) have seed 0."""
     out: dict[int, list[Row]] = {}
     for row in rows:
         out.setdefault(int(row.get("seed", 0)), []).append(row)
     return out
 
 
-def averaged(rows: Sequence[Row]) -> list[Row]:
-    """One row for each instruction: preferences averaged over seeds, so that seeds do not count as instructions.
-
-    Texts and lengths are those of the first seed; with one seed, the rows as they are.
-    """
+def average_over_seeds(rows: Sequence[Row]) -> list[Row]:
+    """One row for each instruction, with preferences averaged over seeds and the texts of the first seed."""
     groups = by_seed(rows)
     if len(groups) < 2:
         return list(rows)
@@ -123,16 +118,16 @@ def averaged(rows: Sequence[Row]) -> list[Row]:
 
 
 def read_judgements(path: str | Path) -> list[Row]:
-    """Judgements from JSON, JSONL (``.gz`` too): one model against one reference.
+    """Judgements of one model against one reference from JSON or JSONL (also ``.gz``).
 
     Raises:
-        ConfigError: no such file, columns missing, nothing in it, a text or preference that is none, more than one model or reference.
+        ConfigError: no such file, no rows, missing columns, an invalid text or preference, more than one model or reference.
     """
     if not Path(path).is_file():
         raise ConfigError(f"no such file: {path}\n  expected judgements (annotations.json of alpaca_eval, or OUT/judgements/LABEL.jsonl)")
     rows: list[Row] = list(read_rows(path))
     if not rows:
-        raise ConfigError(f"{path} has no judgements in it")
+        raise ConfigError(f"{path} has no judgements")
     for number, row in enumerate(rows, 1):
         missing = [c for c in COLUMNS if c not in row]
         if missing:

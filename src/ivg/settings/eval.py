@@ -25,7 +25,7 @@ RESERVED_NAMES = frozenset({
 class EvalConfig(Table):
     """One evaluation."""
 
-    task: Annotated[str, Setting("sentiment, summarization or alpaca.")] = "sentiment"
+    task: Annotated[str, Setting("sentiment, summarization, alpaca, or a plugin's task.")] = "sentiment"
     data: Annotated[
         str | None,
         Setting("Rows (docs/reference/data.md): a file, -, a folder, or the id of a data set.", flags=("--data",), unset="the task's own"),
