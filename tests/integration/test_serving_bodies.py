@@ -194,7 +194,7 @@ def test_refusals_are_openai_errors(running):
 def test_strict_server():
     server = Running(tiny(), strict=True)
     try:
-        well_formed(server.post(GOOD | {"store": True}), 400, "store", "unknown_field")
+        well_formed(server.post(GOOD | {"store": True}), 400, "store", "invalid_value")
         assert server.post(GOOD).status_code == 200
     finally:
         server.stop()

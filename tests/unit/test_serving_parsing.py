@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivg.errors import ConfigError, ModelError, ServeError
-from ivg.serving import parsing
+from ivg.serving import ignored, parsing
 from ivg.serving.errors import client_error, one_line, redact
 from ivg.serving.keys import read_keys
 from ivg.serving.protocol import ChatRequest, CompletionRequest
@@ -58,7 +58,7 @@ PLAIN = [
     ({}, {"guidance": 5}, "guidance must be an object, got 5", "guidance"),
     ({}, {"frequency_penalty": 0.5}, "frequency_penalty is not supported; leave it out or give 0", "frequency_penalty"),
     ({}, {"logit_bias": {"1": 5}}, "logit_bias is not supported; leave it out or give {}", "logit_bias"),
-    ({}, {"stop_token_ids": [5]}, "unknown field stop_token_ids", "stop_token_ids"),
+    ({}, {"stop_token_ids": [5]}, "stop_token_ids is not supported; leave it out or give []", "stop_token_ids"),
     ({}, {"temprature": 0}, "unknown field temprature", "temprature"),
     ({}, {"extra_body": 5}, "extra_body must be an object, got 5", "extra_body"),
     ({}, {"seed": 1, "extra_body": {"seed": 2}}, "seed and extra_body.seed differ; give one of them", "extra_body.seed"),
@@ -83,7 +83,17 @@ ANY_JSON = st.recursive(
 )
 
 
-NAMES = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, "extra_body", "unheard_of"})
+NAMES = sorted(
+    {
+        *ignored.OPENAI,
+        *ignored.VLLM,
+        *ignored.LABELS,
+        *CompletionRequest.model_fields,
+        *ChatRequest.model_fields,
+        "extra_body",
+        "unheard_of",
+    }
+)
 
 
 @settings(max_examples=150, deadline=None)

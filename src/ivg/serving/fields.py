@@ -1,12 +1,10 @@
-"""Types of the fields of request bodies that OpenAI defines: stop, messages, prompt, and fields that are not supported."""
+"""Types of the fields ``stop``, ``messages`` and ``prompt`` of request bodies. Errors name the JSON path."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, PlainValidator, WithJsonSchema
-from pydantic_core import CoreSchema
-from pydantic_core.core_schema import no_info_after_validator_function
+from pydantic import PlainValidator, WithJsonSchema
 
 from ivg.errors import PromptError
 from ivg.types.messages import Message, Prompt, check_text
@@ -14,30 +12,6 @@ from ivg.types.messages import Message, Prompt, check_text
 MAX_MESSAGES = 1024
 MAX_STOPS = 16
 ROLES = ("system", "developer", "user", "assistant")
-
-
-class MustBe:
-    """Marks a field that is not supported: it must be None or one of these neutral values."""
-
-    def __init__(self, *neutral: Any) -> None:
-        self.neutral = neutral
-
-    def check(self, value: Any) -> Any:
-        """``value``, if it is neutral; ValueError otherwise."""
-        if not is_one_of(value, (None, *self.neutral)):
-            raise ValueError(f"is not supported; leave it out{f' or give {self.neutral[0]!r}' if self.neutral else ''}")
-        return value
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return no_info_after_validator_function(self.check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"enum": [None, *self.neutral]}
-
-
-def is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
-    """Is a JSON value among ``choices``? Unlike in Python, 0 is not false."""
-    return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)
 
 
 def _stop(value: Any) -> str | list[str] | None:

@@ -1,7 +1,5 @@
 """Parses and validates request bodies. Errors name the field by its JSON path, what was got and what is expected.
 
-Fields that do not change the response are removed before validation, unless the server is strict: ids and labels of OpenAI's service,
-fields that are null, tools with ``tool_choice="none"``. Unknown fields are refused: a misspelt setting must not be ignored silently.
 Knows no models.
 """
 
@@ -16,39 +14,12 @@ from pydantic import ValidationError
 
 from ivg.errors import ConfigError, ServeError
 from ivg.serving.errors import one_line
-from ivg.serving.fields import is_one_of, show_json
+from ivg.serving.fields import show_json
+from ivg.serving.ignored import remove_ignored
 from ivg.serving.protocol import Body, ChatRequest, CompletionRequest, Guidance
 from ivg.settings.schema import rules_of
 
 B = TypeVar("B", ChatRequest, CompletionRequest)
-
-IGNORED = frozenset({
-    "metadata", "store", "service_tier", "user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls", "request_id", "priority", "cache_salt",
-})  # fmt: skip
-"""Top-level fields that never change the response."""
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "length_penalty": (1,),
-    "use_beam_search": (False,),
-    "stop_token_ids": ([],),
-    "bad_words": ([],),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "detokenize": (True,),
-    "logits_processors": ([],),
-    "chat_template_kwargs": ({},),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "typical_p": (1,),
-}
-"""Unsupported fields of vLLM and similar servers, with their neutral values."""
-_MESSAGE_FIELDS: Mapping[str, tuple[Any, ...]] = {
-    "refusal": (None,), "tool_calls": (None, []), "function_call": (None,), "audio": (None,), "annotations": (None, []),
-}  # fmt: skip
-"""Fields of a message besides role, content and name, with the values that a strict server accepts."""
 
 
 def parse_body(raw: bytes, headers: Mapping[str, str], kind: type[B], *, strict: bool = False) -> B:
@@ -65,12 +36,7 @@ def parse_body(raw: bytes, headers: Mapping[str, str], kind: type[B], *, strict:
     """
     check_headers(headers)
     try:
-        data = parse_json(raw)
-        if not strict:
-            data = drop_ignored(data)
-        elif isinstance(data.get("messages"), list):
-            _check_messages(data["messages"])
-        return kind.model_validate(data)
+        return kind.model_validate(remove_ignored(parse_json(raw), strict=strict))
     except ValidationError as e:
         raise validation_error(e.errors(include_url=False), kind) from None
     except RecursionError:
@@ -122,47 +88,6 @@ def parse_json(raw: bytes) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
-
-
-# Ignored fields
-
-
-def drop_ignored(data: dict[str, Any]) -> dict[str, Any]:
-    """The fields that can change the response. The content of ``extra_body``, which some clients send literally, is moved to the top.
-
-    Raises:
-        ServeError: a field that differs from the same one in ``extra_body``, or an ``extra_body`` that is not an object.
-    """
-    data = _move_extra_body(data)
-    for choice, offered in (("tool_choice", ("tools",)), ("function_call", ("functions",))):
-        if data.get(choice) == "none":  # the model must not call any
-            data = {k: v for k, v in data.items() if k not in (choice, *offered)}
-        elif data.get(choice) == "auto" and not any(data.get(name) for name in offered):
-            del data[choice]
-    return {k: v for k, v in data.items() if v is not None and k not in IGNORED and not (k in NEUTRAL and is_one_of(v, NEUTRAL[k]))}
-
-
-def _move_extra_body(data: dict[str, Any]) -> dict[str, Any]:
-    more = data.get("extra_body")
-    out = {k: v for k, v in data.items() if k != "extra_body"}
-    if more is None:
-        return out
-    if not isinstance(more, dict):
-        raise ServeError(f"extra_body must be an object, got {show_json(more)}", 400, "invalid_value", "extra_body")
-    for name, value in more.items():
-        if out.get(name) is not None and out[name] != value:
-            message = f"{name} and extra_body.{name} differ; give one of them"
-            raise ServeError(message, 400, "invalid_value", f"extra_body.{name}")
-    return out | more
-
-
-def _check_messages(messages: list[Any]) -> None:
-    for i, message in enumerate(messages):
-        for name, value in message.items() if isinstance(message, dict) else ():
-            if name in _MESSAGE_FIELDS and not is_one_of(value, _MESSAGE_FIELDS[name]):
-                raise ServeError(f"messages[{i}].{name} is not supported; leave it out", 400, "invalid_value", f"messages[{i}].{name}")
-            if name not in ("role", "content", "name", *_MESSAGE_FIELDS):
-                raise ServeError(f"unknown field messages[{i}].{name}", 400, "unknown_field", f"messages[{i}].{name}")
 
 
 # Errors
@@ -218,7 +143,7 @@ def _expected(error: Any, body: type[Body]) -> str:
         return f"must be {_KINDS[kind]}"
     if kind in _BOUNDS:
         word, name = _BOUNDS[kind]
-        return f"must be {word} {context[name]:g}" if isinstance(context[name], float) else f"must be {word} {context[name]}"
+        return f"must be {word} {context[name]}"
     if kind == "literal_error":
         return f"must be one of {context['expected'].replace(' or ', ', ')}"
     return f"is invalid ({error['msg'][:1].lower()}{error['msg'][1:]})"
@@ -227,22 +152,10 @@ def _expected(error: Any, body: type[Body]) -> str:
 _KINDS = {
     "string_type": "text",
     "int_type": "an integer",
-    "int_from_float": "an integer",
-    "int_parsing": "an integer",
     "int_parsing_size": "an integer of at most 64 bits",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "finite_number": "a finite number",
     "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "dict_type": "an object",
+    "list_type": "a list",
     "model_type": "an object",
     "model_attributes_type": "an object",
-    "list_type": "a list",
 }
-_BOUNDS = {
-    "greater_than_equal": ("at least", "ge"),
-    "less_than_equal": ("at most", "le"),
-    "greater_than": ("more than", "gt"),
-    "less_than": ("less than", "lt"),
-}
+_BOUNDS = {"greater_than_equal": ("at least", "ge"), "less_than_equal": ("at most", "le")}

@@ -1,19 +1,19 @@
 """Request bodies: OpenAI's fields, the settings of ``ivg.settings``, and ``guidance``. Knows no models.
 
 Settings of search and sampling have the names, aliases and ranges of :mod:`ivg.settings`: all of them in ``guidance``, those of sampling
-at the top level too, as in vLLM. Unknown fields are errors (``serving.parsing`` has removed those that do not change the response).
-Fields of OpenAI's protocol that are not supported (tools, penalties, audio …) are accepted at their neutral value and refused otherwise.
+at the top level too, as in vLLM. Unknown fields are errors; ``serving.ignored`` has removed those that do not change the response, and
+refused those that are not supported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ivg.serving.fields import Messages, MustBe, Prompts, Stop
+from ivg.serving.fields import Messages, Prompts, Stop
 from ivg.settings.requests import SearchConfig
 from ivg.settings.sampling import SamplingParams
 from ivg.settings.schema import Setting, settings_of
@@ -63,7 +63,7 @@ class StreamOptions(Table):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_beams: bool | None = None
-    include_obfuscation: Annotated[Any, MustBe(False)] = None
+    include_obfuscation: Literal[False] | None = None
 
 
 @table_of(SamplingParams, without=_OPENAI_NAMES)
@@ -76,11 +76,7 @@ class _Request(Table):
     min_tokens: Annotated[int | None, _MIN_TOKENS, _MIN_TOKENS_FIELD] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
     guidance: Guidance | None = None
-    presence_penalty: Annotated[Any, MustBe(0)] = None
-    frequency_penalty: Annotated[Any, MustBe(0)] = None
-    logit_bias: Annotated[Any, MustBe({})] = None
 
     if TYPE_CHECKING:
         seed: int | None = None
@@ -143,23 +139,6 @@ class ChatRequest(_Request):
     max_completion_tokens: Annotated[int | None, _MAX_TOKENS, _MAX_TOKENS_FIELD] = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: Annotated[Any, MustBe({"type": "text"})] = None
-    tools: Annotated[Any, MustBe([])] = None
-    tool_choice: Annotated[Any, MustBe("none")] = None
-    parallel_tool_calls: Annotated[Any, MustBe(False, True)] = None
-    functions: Annotated[Any, MustBe([])] = None
-    function_call: Annotated[Any, MustBe("none")] = None
-    modalities: Annotated[Any, MustBe(["text"])] = None
-    audio: Annotated[Any, MustBe()] = None
-    prediction: Annotated[Any, MustBe()] = None
-    reasoning_effort: Annotated[Any, MustBe("none")] = None
-    verbosity: Annotated[Any, MustBe()] = None
-    web_search_options: Annotated[Any, MustBe()] = None
-    service_tier: Annotated[Any, MustBe("auto", "default")] = None
-    store: Annotated[Any, MustBe(False)] = None
-    metadata: Annotated[Any, MustBe({})] = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
 
     @property
     def limit(self) -> int | None:
@@ -191,8 +170,6 @@ class CompletionRequest(_Request):
     prompt: Prompts
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, ge=1)
-    echo: Annotated[Any, MustBe(False)] = None
-    suffix: Annotated[Any, MustBe("")] = None
 
     @property
     def n_logprobs(self) -> int | None:

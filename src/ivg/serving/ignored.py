@@ -1,0 +1,130 @@
+"""Fields of request bodies that are not part of the schema: those that are ignored, and those that are not supported. Knows no models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ivg.errors import ServeError
+from ivg.serving.fields import show_json
+
+LABELS = frozenset({"user", "safety_identifier", "prompt_cache_key"})
+"""Ids for OpenAI's service; always ignored."""
+NO_EFFECT = frozenset({
+    "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_retention", "request_id", "priority", "cache_salt",
+})  # fmt: skip
+"""Fields that never change the response; ignored, unless the server is strict."""
+OPENAI: Mapping[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "function_call": ("none",),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": (),
+    "web_search_options": (),
+    "echo": (False,),
+    "suffix": ("",),
+    "parallel_tool_calls": (False, True),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "metadata": ({},),
+}
+"""Unsupported fields of OpenAI's API, with their neutral values."""
+VLLM: Mapping[str, tuple[Any, ...]] = {
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "detokenize": (True,),
+    "logits_processors": ([],),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "typical_p": (1,),
+}
+"""Unsupported fields of vLLM and similar servers, with their neutral values; unknown fields to a strict server."""
+MESSAGE: Mapping[str, tuple[Any, ...]] = {
+    "refusal": (None,), "tool_calls": (None, []), "function_call": (None,), "audio": (None,), "annotations": (None, []),
+}  # fmt: skip
+"""Fields of a message besides role, content and name, with the values that a strict server accepts."""
+
+
+def remove_ignored(data: dict[str, Any], *, strict: bool) -> dict[str, Any]:
+    """The fields that the schema knows, or that are unknown.
+
+    Args:
+        data: a request body.
+        strict: keep fields that would be ignored, so that the schema refuses them.
+
+    Raises:
+        ServeError: an unsupported field that is not neutral.
+    """
+    if strict:
+        _check_messages(data.get("messages"))
+    else:
+        data = _remove_tools(_move_extra_body(data))
+    unsupported = OPENAI if strict else {**OPENAI, **VLLM}
+    out = {}
+    for name, value in data.items():
+        if name in LABELS or (not strict and (value is None or name in NO_EFFECT)):
+            continue
+        neutral = unsupported.get(name)
+        if neutral is None:
+            out[name] = value
+        elif value is not None and not is_one_of(value, neutral):
+            hint = f" or give {json.dumps(neutral[0])}" if neutral else ""
+            raise ServeError(f"{name} is not supported; leave it out{hint}", 400, "invalid_value", name)
+    return out
+
+
+def is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
+    """Is a JSON value among ``choices``? Unlike in Python, 0 is not false."""
+    return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)
+
+
+def _remove_tools(data: dict[str, Any]) -> dict[str, Any]:
+    """Without tools that the model must not call."""
+    for choice, offered in (("tool_choice", "tools"), ("function_call", "functions")):
+        if data.get(choice) == "none":
+            data = {k: v for k, v in data.items() if k not in (choice, offered)}
+        elif data.get(choice) == "auto" and not data.get(offered):
+            data = {k: v for k, v in data.items() if k != choice}
+    return data
+
+
+def _move_extra_body(data: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``extra_body``, which some clients send literally, at the top level."""
+    more = data.get("extra_body")
+    out = {k: v for k, v in data.items() if k != "extra_body"}
+    if more is None:
+        return out
+    if not isinstance(more, dict):
+        raise ServeError(f"extra_body must be an object, got {show_json(more)}", 400, "invalid_value", "extra_body")
+    for name, value in more.items():
+        if out.get(name) is not None and out[name] != value:
+            message = f"{name} and extra_body.{name} differ; give one of them"
+            raise ServeError(message, 400, "invalid_value", f"extra_body.{name}")
+    return out | more
+
+
+def _check_messages(messages: Any) -> None:
+    for i, message in enumerate(messages if isinstance(messages, list) else ()):
+        for name, value in message.items() if isinstance(message, dict) else ():
+            path = f"messages[{i}].{name}"
+            if name in MESSAGE and not is_one_of(value, MESSAGE[name]):
+                raise ServeError(f"{path} is not supported; leave it out", 400, "invalid_value", path)
+            if name not in ("role", "content", "name", *MESSAGE):
+                raise ServeError(f"unknown field {path}", 400, "unknown_field", path)
