@@ -43,7 +43,7 @@ COLUMNS = " - for other names: --columns NAME=COLUMN,… (in Python: ColumnMappi
 DIRECTORY = " - expected a directory with config.json and weights, or a hub id"
 FILE = " - expected a file: .jsonl, .ndjson, .json, .csv, .parquet (each may end in .gz)"
 BROKEN = 'broken.jsonl, line 1: expected a JSON object, got {"prompt": "x" (expecting \',\' delimiter at character 16)'
-TIES = [f"ties.jsonl, line {i}: chosen and rejected are the same text, which says nothing" for i in (1, 2, 3)]
+TIES = [f"ties.jsonl, line {i}: chosen and rejected are the same text" for i in (1, 2, 3)]
 TIES.append("ties.jsonl holds no pair of different responses to one prompt")
 
 TABLE = [

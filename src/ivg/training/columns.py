@@ -1,4 +1,4 @@
-"""Cells of training rows: prompts, responses, scores, lists. A cell that cannot be used is a :class:`~ivg.utils.jsonl.RowError`."""
+"""Values in the columns of training rows: prompts, responses, scores, lists. An unusable value raises RowError."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Row = Mapping[str, Any]
 
 
 def cell(row: Row, name: str) -> Any:
-    """A column of a row.
+    """The value in a column of a row.
 
     Raises:
-        RowError: this row lacks it.
+        RowError: the row has no such column, or no value in it.
     """
     if row.get(name) is None:
         raise RowError(f"no {name}\n  got {', '.join(k for k, v in row.items() if v is not None)}")
@@ -27,7 +27,7 @@ def cell(row: Row, name: str) -> Any:
 
 
 def list_of(row: Row, name: str) -> list[Any]:
-    """A column of lists, which CSV has as JSON."""
+    """The list in a column; CSV has it as JSON."""
     found = cell(row, name)
     if isinstance(found, str):
         try:
@@ -40,7 +40,7 @@ def list_of(row: Row, name: str) -> list[Any]:
 
 
 def flag(value: Any) -> bool:
-    """Yes or no, which CSV has as a word."""
+    """A boolean; CSV has it as a word."""
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     if not isinstance(value, bool):
@@ -57,7 +57,7 @@ def responses_of(row: Row) -> list[tuple[str, float]]:
 
 
 def usable_prompt(value: Any) -> Prompt:
-    """A prompt that is not blank."""
+    """A prompt that is not empty."""
     found = Prompt.of(value)
     if not prompt_text(found).strip():
         raise PromptError("the prompt is empty")
@@ -65,7 +65,7 @@ def usable_prompt(value: Any) -> Prompt:
 
 
 def response_text(value: Any) -> str:
-    """A response: a text, or the one message of a list."""
+    """A response: a text, or a list of one message."""
     if isinstance(value, str):
         check_text(value, "the response")
         return value
@@ -75,7 +75,7 @@ def response_text(value: Any) -> str:
 
 
 def finite_score(value: Any) -> float:
-    """A number, or the digits of one."""
+    """A finite number, or its digits."""
     try:
         score = float(value)
     except (TypeError, ValueError):

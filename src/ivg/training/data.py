@@ -1,17 +1,15 @@
-"""Training data: rows (``jobs.formats``) as preferences, rated responses, demonstrations or prompts.
+"""Training data: rows (:mod:`ivg.jobs.formats`) as preferences, rated responses, SFT examples or prompts.
 
-Shapes that are read (strings, or messages as OpenAI and TRL write them):
+Forms of rows (texts, or messages in the format of OpenAI and TRL):
 
 ==================  =====================================================  =============================
-name                columns                                                gives
+form                columns                                                read as
 ==================  =====================================================  =============================
 preference (TRL)    ``prompt, chosen, rejected``; or ``chosen, rejected``  preferences
 rated               ``prompt, response, score``                            rated responses, preferences
 imdb_preference     ``prompt, responses, scores, chosen``                  rated responses, preferences
-demonstration       ``prompt, response`` (or ``completion``), or ``text``  demonstrations
+SFT example         ``prompt, response`` (or ``completion``), or ``text``  SFT examples
 ==================  =====================================================  =============================
-
-Knows: columns. Must not know: tokenizers, models.
 """
 
 from __future__ import annotations
@@ -33,16 +31,22 @@ from ivg.utils.rng import uniform
 
 Item = TypeVar("Item")
 PREFERENCE = ("prompt", "chosen", "rejected")
-IMPLICIT = ("chosen", "rejected")
+CONVERSATIONS = ("chosen", "rejected")
 RATED = ("prompt", "response", "score")
-SEVERAL = ("prompt", "responses", "scores")
+RATED_LISTS = ("prompt", "responses", "scores")
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Two responses to one prompt, the better one first; ``margin``: by how much, where rewards are known.
+    """Two responses to one prompt.
 
-    ``chosen_ends`` / ``rejected_ends``: the response is whole, so an end-of-sequence token belongs behind it.
+    Attributes:
+        prompt: text or messages.
+        chosen: the better response.
+        rejected: the other.
+        margin: difference of their rewards, if known.
+        chosen_ends: ``chosen`` is complete, so that an end-of-sequence token follows it.
+        rejected_ends: the same of ``rejected``.
     """
 
     prompt: Prompt
@@ -55,7 +59,15 @@ class Preference:
 
 @dataclass(frozen=True)
 class RatedResponse:
-    """A response with its reward. ``token_ids``: in the tokens of the model that wrote it; ``ends``: the response is whole."""
+    """A response with its reward.
+
+    Attributes:
+        prompt: text or messages.
+        response: text.
+        score: reward.
+        token_ids: of the response, by the model that generated it, if known.
+        ends: the response is complete, so that an end-of-sequence token follows it.
+    """
 
     prompt: Prompt
     response: str
@@ -66,7 +78,7 @@ class RatedResponse:
 
 @dataclass(frozen=True)
 class SFTExample:
-    """What a model should write behind ``prompt``; without one, ``response`` is a text as it is."""
+    """A response that a model should learn to give to ``prompt``; without a prompt, a plain text."""
 
     prompt: Prompt | None
     response: str
@@ -74,12 +86,12 @@ class SFTExample:
 
 @dataclass(frozen=True)
 class ColumnMapping:
-    """How the columns of a file become the ones that are read.
+    """Names of columns, and formats of texts.
 
     Attributes:
-        columns: ours -> the file's, e.g. ``{"prompt": "email", "response": "subject"}``.
-        prompt: format of prompts, with ``{prompt}``; None: as they are. Strings only.
-        response: format of responses, with ``{response}``; None: as they are.
+        columns: name above -> column of the file, e.g. ``{"prompt": "email", "response": "subject"}``.
+        prompt: format of prompts that are texts, with ``{prompt}``; None: unchanged.
+        response: format of responses, with ``{response}``; None: unchanged.
     """
 
     columns: Mapping[str, str] | None = None
@@ -87,16 +99,16 @@ class ColumnMapping:
     response: str | None = None
 
     def apply(self, row: Row) -> dict[str, Any]:
-        """The row with our column names and formats.
+        """The row with the names above, and with the formats applied.
 
         Raises:
             ConfigError: a column that the row lacks.
         """
         out = dict(row)
-        for ours, theirs in (self.columns or {}).items():
-            if theirs not in row:
-                raise ConfigError(f"no column {theirs!r} (for {ours})\n  got {', '.join(row)}")
-            out[ours] = row[theirs]
+        for name, column in (self.columns or {}).items():
+            if column not in row:
+                raise ConfigError(f"no column {column!r} (for {name})\n  got {', '.join(row)}")
+            out[name] = row[column]
         if self.prompt is not None and isinstance(out.get("prompt"), str):
             out["prompt"] = self.prompt.replace("{prompt}", out["prompt"])
         if self.response is not None:
@@ -109,7 +121,7 @@ class ColumnMapping:
 
 
 OnBad = Callable[[SourceRow], None] | None
-"""Told of rows that cannot be used, which are then left out; None: the first one is an error."""
+"""Called with each row that cannot be used, which is then left out; None: the first one is an error."""
 
 
 def read_preferences(
@@ -122,30 +134,30 @@ def read_preferences(
     format: str | None = None,
     on_bad: OnBad = None,
 ) -> list[Preference]:
-    """Preferences of any shape above; rated responses become pairs by :func:`pair_up`.
+    """Preferences of any form above; rated responses are paired by :func:`pair_up`.
 
     Args:
         source: file, folder, id on the hub, or ``-``.
-        limit: the first so many pairs.
+        limit: number of pairs, from the first; None: all.
         split: of a folder or data set.
         mapping: the column names of the file and the formats of prompts and responses.
-        seed: of the labels drawn for rated responses.
-        format: of the file (``jobs.formats``); None: by its name.
-        on_bad: see :data:`OnBad`. A row whose two responses are the same text says nothing, and is one of these.
+        seed: random seed of the labels of rated responses.
+        format: of the file (:mod:`ivg.jobs.formats`); None: by its name.
+        on_bad: see :data:`OnBad`. Rows whose two responses are the same text are among these.
 
     Raises:
         ConfigError: unreadable, wrong columns, no row.
     """
     rows = _Rows(source, split, mapping, format, on_bad)
     first = rows.first()
-    if all(c in first for c in SEVERAL) and "chosen" in first:
+    if all(c in first for c in RATED_LISTS) and "chosen" in first:
         out = list(rows.each(_labelled))
-    elif all(c in first for c in SEVERAL) or all(c in first for c in RATED):
+    elif all(c in first for c in RATED_LISTS) or all(c in first for c in RATED):
         out = pair_up(_rated_rows(rows), seed)
-    elif all(c in first for c in IMPLICIT):
+    elif all(c in first for c in CONVERSATIONS):
         out = list(rows.each(_preference))
     else:
-        raise _wrong(source, first, "preferences", PREFERENCE, RATED, SEVERAL)
+        raise _wrong_columns(source, first, "preferences", PREFERENCE, RATED, RATED_LISTS)
     if not out:
         raise ConfigError(f"{source} holds no pair of different responses to one prompt")
     return out[:limit]
@@ -165,7 +177,7 @@ def read_rated(
 def read_sft_examples(
     source: str | Path, *, split: str = "train", mapping: ColumnMapping | None = None, format: str | None = None, on_bad: OnBad = None
 ) -> list[SFTExample]:
-    """What is to be imitated: ``prompt, response`` (or ``completion``; the chosen ones of preferences), ``messages``, or ``text``.
+    """SFT examples: ``prompt, response`` (or ``completion``; the chosen ones of preferences), ``messages``, or ``text``.
 
     Raises:
         ConfigError: unreadable, wrong columns, no row.
@@ -173,7 +185,7 @@ def read_sft_examples(
     rows = _Rows(source, split, mapping, format, on_bad)
     first = rows.first()
     name = next((n for n in ("response", "completion", "chosen") if n in first), None)
-    if name == "chosen" and all(c in first for c in SEVERAL):
+    if name == "chosen" and all(c in first for c in RATED_LISTS):
         return list(dict.fromkeys(SFTExample(pair.prompt, pair.chosen) for pair in rows.each(_labelled)))
     if name is not None and "prompt" in first:
         return list(rows.each(lambda row: [SFTExample(usable_prompt(cell(row, "prompt")), response_text(cell(row, name)))]))
@@ -181,7 +193,7 @@ def read_sft_examples(
         return list(rows.each(_conversation))
     if "text" in first:
         return list(rows.each(lambda row: [SFTExample(None, response_text(cell(row, "text")))]))
-    raise _wrong(source, first, "demonstrations", ("prompt", "response"), ("prompt", "completion"), ("messages",), ("text",))
+    raise _wrong_columns(source, first, "SFT examples", ("prompt", "response"), ("prompt", "completion"), ("messages",), ("text",))
 
 
 def read_prompts(
@@ -195,22 +207,22 @@ def read_prompts(
     rows = _Rows(source, split, mapping, format, on_bad)
     first = rows.first()
     if not {"prompt", "messages"} & set(first):
-        raise _wrong(source, first, "prompts", ("prompt",), ("messages",))
+        raise _wrong_columns(source, first, "prompts", ("prompt",), ("messages",))
     return list(dict.fromkeys(rows.each(lambda row: [usable_prompt(prompt_of(row))])))
 
 
 def pair_up(rated: Iterable[RatedResponse], seed: int = 0) -> list[Preference]:
-    """The responses to each prompt, two by two as they come, labelled by Bradley and Terry: P(first is chosen) = sigmoid(r_1 - r_2).
+    """Pair the responses to each prompt in order, labelled by the Bradley-Terry model: P(first is chosen) = sigmoid(r_1 - r_2).
 
-    Pairs of equal text are left out (METHOD, section 5: how the paper made its preferences). Draws are counter-based: a pair's
-    label depends on ``seed`` and its position alone.
+    So the preferences of Liu et al. 2024 (arXiv 2409.17819) were made. Pairs of the same text are left out. A label depends on ``seed`` and
+    the position of the pair only.
     """
     out: list[Preference] = []
-    waiting: dict[Prompt, RatedResponse] = {}
+    unpaired: dict[Prompt, RatedResponse] = {}
     for number, row in enumerate(rated):
-        first, second = waiting.pop(row.prompt, None), row
+        first, second = unpaired.pop(row.prompt, None), row
         if first is None:
-            waiting[row.prompt] = row
+            unpaired[row.prompt] = row
             continue
         if first.response == second.response:
             continue
@@ -221,13 +233,13 @@ def pair_up(rated: Iterable[RatedResponse], seed: int = 0) -> list[Preference]:
 
 
 def answers(row: Preference | RatedResponse | SFTExample) -> list[tuple[Prompt | None, str]]:
-    """The responses of a row, each with what it answers: what ``models.training_rows`` takes fingerprints of."""
+    """(prompt, response) of each response in a row, for :mod:`ivg.models.training_rows`."""
     texts = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.response,)
     return [(row.prompt, text) for text in texts]
 
 
 def held_out(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
-    """(training, evaluation): the items of the last ``share`` of the prompts, so that no prompt is in both."""
+    """(training, evaluation): evaluation gets the items of the last ``share`` of the prompts, so that no prompt is in both."""
     keys = [getattr(item, "prompt", None) or number for number, item in enumerate(items)]
     distinct = list(dict.fromkeys(keys))
     last = set(distinct[len(distinct) - round(len(distinct) * share) :])
@@ -235,7 +247,7 @@ def held_out(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item
 
 
 class _Rows:
-    """The rows of a source with our column names; the first one that can be read decides what the source holds."""
+    """The rows of a source after the column mapping; the first readable one decides the form of the source."""
 
     def __init__(self, source: str | Path, split: str, mapping: ColumnMapping | None, format: str | None, on_bad: OnBad) -> None:
         self.source, self.mapping, self.on_bad = source, mapping, on_bad
@@ -243,7 +255,7 @@ class _Rows:
         self._ahead: list[tuple[SourceRow, dict[str, Any]]] = []
 
     def first(self) -> dict[str, Any]:
-        """The first row, which comes again from :meth:`each`.
+        """The first row; :meth:`each` yields it again.
 
         Raises:
             ConfigError: there is none.
@@ -254,10 +266,10 @@ class _Rows:
         return self._ahead[0][1]
 
     def each(self, parse: Callable[[dict[str, Any]], Iterable[Item]]) -> Iterator[Item]:
-        """What ``parse`` makes of every row.
+        """The items that ``parse`` makes of every row.
 
         Raises:
-            ConfigError: of the first row that it cannot use, where nobody is told of those.
+            ConfigError: a row that cannot be used, if ``on_bad`` is None.
         """
         for source, row in chain(self._ahead, self._readable()):
             try:
@@ -271,11 +283,11 @@ class _Rows:
         for source in self._rows:
             if source.data is None:
                 self._bad(source)
-            elif not source.data.get("error"):  # a prompt of a rollout that could not be answered
+            elif not source.data.get("error"):  # of a rollout that failed
                 try:
                     row = self.mapping.apply(source.data) if self.mapping else source.data
                 except ConfigError as e:
-                    if not self._ahead:  # a name that is wrong for all
+                    if not self._ahead:  # in the first row: the name is wrong for all
                         raise
                     self._bad(replace(source, data=None, error=str(e)))
                     continue
@@ -287,8 +299,8 @@ class _Rows:
         self.on_bad(row)
 
 
-def _wrong(source: str | Path, row: Row, what: str, *shapes: Sequence[str]) -> ConfigError:
-    wanted = "; or ".join(", ".join(s) for s in shapes)
+def _wrong_columns(source: str | Path, row: Row, what: str, *forms: Sequence[str]) -> ConfigError:
+    wanted = "; or ".join(", ".join(s) for s in forms)
     return ConfigError(
         f"{source} has the columns {', '.join(row)}\n  {what} need {wanted}\n"
         "  for other names: --columns NAME=COLUMN,… (in Python: ColumnMapping({NAME: COLUMN}))"
@@ -297,11 +309,11 @@ def _wrong(source: str | Path, row: Row, what: str, *shapes: Sequence[str]) -> C
 
 def _rated_rows(rows: _Rows) -> Iterator[RatedResponse]:
     first = rows.first()
-    if all(c in first for c in SEVERAL):
+    if all(c in first for c in RATED_LISTS):
         return rows.each(lambda row: [RatedResponse(usable_prompt(cell(row, "prompt")), text, score) for text, score in responses_of(row)])
     if all(c in first for c in RATED):
         return rows.each(lambda row: [_rated(row)])
-    raise _wrong(rows.source, first, "rated responses", RATED, SEVERAL)
+    raise _wrong_columns(rows.source, first, "rated responses", RATED, RATED_LISTS)
 
 
 def _rated(row: Row) -> RatedResponse:
@@ -313,13 +325,13 @@ def _rated(row: Row) -> RatedResponse:
 
 
 def _labelled(row: Row) -> list[Preference]:
-    """The paper's rows: ``chosen`` is the place of the better response among ``responses``."""
-    prompt, found, place = usable_prompt(cell(row, "prompt")), responses_of(row), cell(row, "chosen")
-    if isinstance(place, str) and place.isdigit():
-        place = int(place)
-    if not isinstance(place, int) or not 0 <= place < len(found):
-        raise RowError(f"chosen must be the place of one of {len(found)} responses, got {place!r}")
-    best, high = found[place]
+    """Rows of imdb_preference: ``chosen`` is the index of the better response in ``responses``."""
+    prompt, found, index = usable_prompt(cell(row, "prompt")), responses_of(row), cell(row, "chosen")
+    if isinstance(index, str) and index.isdigit():
+        index = int(index)
+    if not isinstance(index, int) or not 0 <= index < len(found):
+        raise RowError(f"chosen must be the index of one of {len(found)} responses, got {index!r}")
+    best, high = found[index]
     return [Preference(prompt, best, text, high - score) for text, score in found if text != best]
 
 
@@ -328,7 +340,7 @@ def _preference(row: Row) -> list[Preference]:
     if "prompt" in row:
         prompt = usable_prompt(cell(row, "prompt"))
         chosen, rejected = both
-    else:  # whole conversations: what they share is the prompt
+    else:  # whole conversations: their common prefix is the prompt
         if any(not isinstance(side, list | tuple) for side in both):
             raise RowError("chosen and rejected are texts, and there is no column prompt\n  add one")
         shared = 0
@@ -339,7 +351,7 @@ def _preference(row: Row) -> list[Preference]:
     margin = None if None in scores else finite_score(scores[0]) - finite_score(scores[1])
     found = Preference(prompt, response_text(chosen), response_text(rejected), margin)
     if found.chosen == found.rejected:
-        raise RowError("chosen and rejected are the same text, which says nothing")
+        raise RowError("chosen and rejected are the same text")
     return [found]
 
 

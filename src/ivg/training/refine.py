@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,39 +75,56 @@ def refine(
     }
     names = {"base": value.base, "reward": reward_name or reward.name}
     shared = {**names, "value": asdict(value), "rounds": rollouts.rounds, "rollouts": how, "made_from": fingerprints(names)}
+    refinement = _Refinement(model, settings, value, rollouts, reward, prompts, load, shared)
     with open_run(out, run_provenance("value", model, sources, rows, settings, **shared)) as run:
-        if run.metrics is not None:
-            return run.metrics
-        data, files, metrics = list(rows), [str(source) for source in sources], []
-        for number in range(rollouts.rounds + 1):
+        return run.metrics or refinement.run(run, list(rows), [str(source) for source in sources], on_progress)
+
+
+@dataclass(frozen=True)
+class _Refinement:
+    """What all rounds share; see :func:`refine`."""
+
+    model: str | Path
+    settings: TrainSettings
+    value: ValueSettings
+    rollouts: RefineSettings
+    reward: Reward
+    prompts: Sequence[Prompt]
+    load: LoadOptions | None
+    provenance: Mapping[str, Any]
+
+    def run(self, run: RunDir, rows: list[RatedResponse], sources: list[str], on_progress: Callable[[str], None]) -> dict[str, Any]:
+        """Train and sample in turn; the value of the last round comes to the top of the run's folder."""
+        start, metrics, last = self.model, [], self.rollouts.rounds
+        for number in range(last + 1):
             folder = run.path / f"round-{number}"
-            on_progress(f"round {number}: training on {len(data)} responses")
-            start = model if number == 0 else run.path / f"round-{number - 1}"
-            metrics.append(train_value(start, data, folder, replace(settings, seed=settings.seed + number), value, sources=files))
-            if number < rollouts.rounds:
-                on_progress(f"round {number}: sampling {len(prompts) * rollouts.samples} responses by {rollouts.method}")
-                path = run.path / f"rollouts-{number + 1}.jsonl"
-                rollout(
-                    _guided_policy(value, folder, settings, load),
-                    prompts,
-                    path,
-                    reward,
-                    method=rollouts.method,
-                    samples=rollouts.samples,
-                    seed=settings.seed + 1000 + number,
-                    provenance={**shared, "round": number},
-                    **rollouts.request,
-                )
-                data += read_rated(path)
-                files.append(str(path))
+            on_progress(f"round {number}: training on {len(rows)} responses")
+            settings = replace(self.settings, seed=self.settings.seed + number)
+            metrics.append(train_value(start, rows, folder, settings, self.value, sources=sources))
+            start = folder
+            if number < last:
+                on_progress(f"round {number}: sampling {len(self.prompts) * self.rollouts.samples} responses by {self.rollouts.method}")
+                path = self.sample(number, folder, run.path / f"rollouts-{number + 1}.jsonl")
+                rows += read_rated(path)
+                sources.append(str(path))
         return _copy_last_round(run, folder, metrics)
 
-
-def _guided_policy(value: ValueSettings, folder: Path, settings: TrainSettings, load: LoadOptions | None) -> GuidedModel:
-    """The policy ``value.base`` with the value in ``folder``."""
-    assert value.base is not None
-    explicit = ExplicitValue.from_pretrained(folder, template=settings.template, options=load)
-    return GuidedModel(load_causal(value.base, "base", load, value.base_template), {"explicit": explicit})
+    def sample(self, number: int, folder: Path, path: Path) -> Path:
+        """Rollouts of the policy, guided by the value in ``folder``."""
+        base = self.value.base
+        assert base is not None
+        explicit = ExplicitValue.from_pretrained(folder, template=self.settings.template, options=self.load)
+        return rollout(
+            GuidedModel(load_causal(base, "base", self.load, self.value.base_template), {"explicit": explicit}),
+            self.prompts,
+            path,
+            self.reward,
+            method=self.rollouts.method,
+            samples=self.rollouts.samples,
+            seed=self.settings.seed + 1000 + number,
+            provenance={**self.provenance, "round": number},
+            **self.rollouts.request,
+        )
 
 
 def _copy_last_round(run: RunDir, last: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
