@@ -1,17 +1,17 @@
-"""Does it pay to let the guide pair draft? Acceptance and base passes per token on the embedded models; speed on models of size.
+"""Speculative sampling with the guide pair as draft model: acceptance and base passes on the embedded models, speed on larger ones.
 
     .venv/bin/python -m benchmarks.speculative --docs docs/explanation/speculation.md
     .venv/bin/python -m benchmarks.speculative --quick
 
-Speed needs a base that costs more than its guides. Such models are made here, with random weights: a base of 98 M parameters and
-guides of 17 M, 16 384 tokens. How often guide and base agree is **built in, not learnt**: all have tied embeddings so large that
-they decide what comes next, up to what position and layers add. The *agreeing* base has the guides' embeddings (side by side
-twice, which keeps all their products); the *disagreeing* one has others. The layers of each model are its own, turned down to
-``--spread``. The tuned guide is the untuned one, its layers and output a little disturbed. What that gives (entropy, overlap of
-draft and guided distribution) is measured and stands in the table. Time depends on such a pair through its acceptance alone.
+A gain in speed needs a base that costs more than its guides. Such models are made here with random weights: a base of 98 M parameters,
+guides of 17 M, 16 384 tokens. How often guide and base agree is **constructed, not learnt**: the tied embeddings are so large that they
+determine the next token, up to contributions of positions and layers. The *agreeing* base has the guides' embeddings (concatenated with
+themselves, which preserves all inner products); the *disagreeing* base has others. The layers of each model are its own, scaled by
+``--spread``. The tuned guide is the untuned one with some noise in its layers and output. The table shows the resulting entropy, and the
+overlap of the draft's distribution and the guided one. The time depends on such a pair only through its acceptance.
 
-For W·K = 1 one text is written (`eft`); for 4 and 16 one text by `ivg` with W = K = 2 and 4, L = 5, value included. `base` is the base
-unguided: as many plain samples of it, in one batch. All take turns; ratios are medians over rounds of each round's own.
+For W·K = 1 one text is generated (`eft`); for 4 and 16 one text by `ivg` with W = K = 2 and 4, L = 5, with the value. `base` is as many
+plain samples of the base, in one batch. All run in turn; ratios are medians of the ratios within the rounds.
 """
 
 import argparse
@@ -40,29 +40,29 @@ SIDES = {1: 1, 4: 2, 16: 4}
 """W·K -> W = K."""
 
 
-# Models whose agreement is known
+# Models with a known agreement
 
 
-def crafted(shape, dtype, spread, *, agree, seed=0):
-    """A base, its guides and a value with agreement by construction; see the head of this file."""
+def constructed_models(shape, dtype, spread, *, agree, seed=0):
+    """A base, its guides and a value with a known agreement; see the module docstring."""
     plain = build_model(shape, dtype=dtype, packed=False, seed=seed)
     nets, tokenizer = networks(plain), plain.base.tokenizer
     size = nets["untuned"].config.n_embd
     copies = nets["base"].config.n_embd // size
     generator = torch.Generator().manual_seed(seed + 100)
     random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    words, other = (random(*nets["untuned"].transformer.wte.weight.shape) for _ in range(2))
-    places = 0.1 * random(*nets["untuned"].transformer.wpe.weight.shape)
-    signs = random(size).sign()  # else every token would foretell itself
+    embedding, other = (random(*nets["untuned"].transformer.wte.weight.shape) for _ in range(2))
+    positions = 0.1 * random(*nets["untuned"].transformer.wpe.weight.shape)
+    signs = random(size).sign()  # else every token would predict itself
     with torch.no_grad():
-        _furnish(nets["untuned"].transformer, words, places, signs, 1)
+        _set_embeddings(nets["untuned"].transformer, embedding, positions, signs, 1)
         nets["tuned"].load_state_dict(nets["untuned"].state_dict())
         for block in nets["tuned"].transformer.h:
             for weights in block.parameters():
                 if weights.dim() == 2:
                     weights += (0.3 * weights.float().std() * random(*weights.shape)).to(weights)
         nets["tuned"].transformer.ln_f.bias += 0.02 * random(size).to(nets["tuned"].transformer.ln_f.bias)
-        _furnish(nets["base"].transformer, words if agree else other, places, signs, copies)
+        _set_embeddings(nets["base"].transformer, embedding if agree else other, positions, signs, copies)
         for name in ("base", "tuned", "untuned"):
             for block in nets[name].transformer.h:
                 for layer in (block.attn.c_proj, block.mlp.c_proj):
@@ -72,14 +72,14 @@ def crafted(shape, dtype, spread, *, agree, seed=0):
     return GuidedModel(reader("base"), {"implicit": ImplicitValue(reader("tuned"), reader("untuned")), "explicit": value})
 
 
-def _furnish(body, words, places, signs, copies):
-    """Embeddings, positions and last norm, side by side ``copies`` times: the logits are those of one copy."""
-    body.wte.weight.copy_(torch.cat([words] * copies, 1) / copies**0.5)
-    body.wpe.weight.copy_(torch.cat([places] * copies, 1) / copies**0.5)
-    body.ln_f.weight.copy_(torch.cat([signs] * copies) * PEAK / words.shape[1] ** 0.5 / copies**0.5)
+def _set_embeddings(body, embedding, positions, signs, copies):
+    """Set token and position embeddings and the last norm, concatenated ``copies`` times; the logits are those of one copy."""
+    body.wte.weight.copy_(torch.cat([embedding] * copies, 1) / copies**0.5)
+    body.wpe.weight.copy_(torch.cat([positions] * copies, 1) / copies**0.5)
+    body.ln_f.weight.copy_(torch.cat([signs] * copies) * PEAK / embedding.shape[1] ** 0.5 / copies**0.5)
 
 
-def character(model, prompt, tokens):
+def pair_statistics(model, prompt, tokens):
     """Along a guided text at temperature 1: mean entropy of base and guided distribution in nats, mean overlap of draft and guided."""
     done = model.generate(prompt, "eft", temperature=1.0, max_new_tokens=tokens, ignore_eos=True, seed=1)
     beam = Beam(new_key(), None, prompt, done.token_ids[:-1], vocabulary=model.base.vocabulary)
@@ -93,11 +93,11 @@ def character(model, prompt, tokens):
     return {"entropy_base": nats[0], "entropy_guided": nats[1], "overlap": float(overlap)}
 
 
-# What is measured
+# Measurements
 
 
 def embedded(arguments):
-    """Acceptance and base passes per token of the embedded models, always so many tokens ahead."""
+    """Acceptance and base passes per token of the embedded models, with a fixed number of drafted tokens."""
     model, rows = GuidedModel.embedded(), []
     openings = OPENINGS[:2] if arguments.quick else OPENINGS
     for method in ("eft", "ivg"):
@@ -116,9 +116,9 @@ def embedded(arguments):
 
 
 def speed(model, pair, arguments):
-    """Seconds of each way to write, in turn, for each W·K."""
+    """Seconds of base, guided and drafted sampling, in turn, for each W·K."""
     texts = make_prompts(model.base.tokenizer, arguments.rounds + 1, arguments.prompt_tokens)
-    known = character(model, texts[0], arguments.new_tokens)
+    known = pair_statistics(model, texts[0], arguments.new_tokens)
     rows = []
     for count, side in SIDES.items():
         entries = {"base": ("base", 0), "guided": ("eft" if count == 1 else "ivg", 0)}
@@ -126,7 +126,7 @@ def speed(model, pair, arguments):
         seconds, stats = {name: [] for name in entries}, []
         for number, text in enumerate(texts):
             for name, (method, draft) in entries.items():
-                took = _written(model, text, method, count, side, draft, number, arguments)
+                took = _seconds(model, text, method, count, side, draft, number, arguments)
                 if number:  # the first round warms up
                     seconds[name].append(took)
             stats.append(model.engine.speculation.stats())
@@ -139,8 +139,8 @@ def speed(model, pair, arguments):
     return rows
 
 
-def _written(model, text, method, count, side, draft, seed, arguments):
-    """Seconds to write ``text`` on, prompt included."""
+def _seconds(model, text, method, count, side, draft, seed, arguments):
+    """Seconds to continue ``text``, prompt included."""
     settings = {"temperature": 1.0, "max_new_tokens": arguments.new_tokens, "ignore_eos": True, "seed": seed}
     if method == "base":
         requests = [model.request(text, method, index=i, **settings) for i in range(count)]
@@ -156,14 +156,14 @@ def _written(model, text, method, count, side, draft, seed, arguments):
     return took
 
 
-# What is shown
+# Output
 
 
-def shown(found):
+def render(found):
     """Both tables as Markdown."""
     lines = []
     if found["embedded"]:
-        lines += ["Embedded models, base passes for each token, always 2, 4 or 8 tokens ahead:", ""]
+        lines += ["Embedded models, base passes per token, with 2, 4 or 8 drafted tokens:", ""]
         lines += ["| method | β | T | acceptance | 2 ahead | 4 ahead | 8 ahead |", "|---" * 7 + "|"]
         for r in found["embedded"]:
             cells = (f"{r[k]:.2f}" for k in ("acceptance", "passes_2", "passes_4", "passes_8"))
@@ -172,7 +172,7 @@ def shown(found):
     if found["speed"]:
         s = found["settings"]
         lines += [
-            f"Shape {s['shape']}, {found['dtype']}, {s['new_tokens']} new tokens, up to {s['draft']} ahead as timing settles; seconds:",
+            f"Shape {s['shape']}, {found['dtype']}, {s['new_tokens']} new tokens, at most {s['draft']} drafted tokens; seconds:",
             "",
         ]
         lines += ["| pair | W·K | base unguided | guided | drafted | faster than guided | than base | acceptance | passes per token |"]
@@ -201,9 +201,9 @@ def main():
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--chunk-length", type=int, default=5)
     parser.add_argument("--draft", type=int, default=8)
-    parser.add_argument("--spread", type=float, default=0.4, help="how much each model's own layers say")
+    parser.add_argument("--spread", type=float, default=0.4, help="scale of each model's own layers")
     parser.add_argument("--only", choices=("embedded", "speed"), help="one of the two parts")
-    parser.add_argument("--quick", action="store_true", help="tiny models: shows that it runs, measures nothing")
+    parser.add_argument("--quick", action="store_true", help="tiny models; the figures mean nothing")
     parser.add_argument("--docs", type=Path, help="page to put the tables into")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -211,12 +211,12 @@ def main():
     found = {"embedded": embedded(arguments) if arguments.only != "speed" else [], "speed": []}
     for pair, agree in (("agreeing", True), ("disagreeing", False)):
         if arguments.only != "embedded":
-            model = crafted(arguments.shape, arguments.dtype, arguments.spread, agree=agree)
+            model = constructed_models(arguments.shape, arguments.dtype, arguments.spread, agree=agree)
             found["dtype"] = str(next(model.base.model.network.parameters()).dtype).removeprefix("torch.")
             found["speed"] += speed(model, pair, arguments)
     found |= {"machine": machine(), "threads": torch.get_num_threads(), "commit": commit(Path(__file__)), "command": command()}
     found["settings"] = {k: v for k, v in vars(arguments).items() if k != "docs"}
-    text = shown(found)
+    text = render(found)
     print(text)
     if arguments.docs is not None:
         update_page(arguments.docs, "speculative", text)

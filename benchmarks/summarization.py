@@ -1,4 +1,4 @@
-"""Summarization on real text, offline: e-mail -> subject line (AESLC), every model made by the commands that users type.
+"""Summarization on real text: e-mail -> subject line (AESLC), with every model trained by commands of ivg.
 
     .venv/bin/python benchmarks/summarization.py --data ../shared/data/aeslc --work build/summarization
 
@@ -8,7 +8,7 @@ Steps, each a command that resumes: `base` and `untuned` (SFT of the embedded la
 
     .venv/bin/ivg eval summarization --recipe recipes/local-summarization.toml --out build/summarization/eval
 
-Nothing here knows sentiment; `gold` guides nothing.
+`gold` is used for evaluation and rollouts, never for guidance.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from ivg.utils.jsonl import as_lines, read_jsonl, write_json, write_text
 from ivg.values.reward import RewardModel
 
 WORDS = 80
-"""Words of an e-mail that are kept: the models read 512 tokens."""
+"""Words kept of an e-mail: the models read 512 tokens."""
 CHARACTERS = 700
-"""Longer beginnings are tables and addresses; none is answered. (As demonstrations, rows over 320 tokens are left out.)"""
+"""Longer beginnings are tables and addresses; they are not used as prompts. (In SFT, rows over 320 tokens are left out.)"""
 
 
 def prompt_of(email):
-    """The beginning of the e-mail, and the cue."""
+    """The beginning of the e-mail, followed by ``Subject:``."""
     return " ".join(email.split()[:WORDS]) + "\n\nSubject:"
 
 
@@ -55,11 +55,11 @@ def preferences(work):
     """gold.jsonl: the human subject against a sampled one, and against the subject of another e-mail."""
     human = {r["id"]: r for r in read_jsonl(work / "train.jsonl")}
     ids = [r["id"] for r in read_jsonl(work / "gold-prompts.jsonl")]
-    place = {name: i for i, name in enumerate(ids)}
+    position = {name: i for i, name in enumerate(ids)}
     rows = []
     for sample in read_jsonl(work / "gold-samples.jsonl"):
         mine = human[sample["id"]]
-        foreign = human[ids[(place[sample["id"]] + 1) % len(ids)]]
+        foreign = human[ids[(position[sample["id"]] + 1) % len(ids)]]
         for other in (sample["text"], foreign["response"]):
             if other.strip().lower() != mine["response"].strip().lower():
                 rows.append({"prompt": mine["prompt"], "chosen": mine["response"], "rejected": other.rstrip()})
@@ -67,7 +67,7 @@ def preferences(work):
 
 
 def judges(work, count=600):
-    """judges.json: what gold and grounded say of human subjects of test e-mails, and of those of the next e-mail."""
+    """judges.json: scores by gold and grounded of human subjects of test e-mails, and of the subjects of the next e-mail."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
     from grounded import grounded
 
@@ -89,7 +89,7 @@ def judges(work, count=600):
 
 
 def commands(work):
-    """(step, command of ivg or function) in order; each does what is left to do."""
+    """(step, command of ivg or function) in order; each resumes."""
     how = "--max-length 320 --weight-decay 0.02 --batch-size 32 --accumulate 1"
     write = "--max-new-tokens 20 --stop '\n' --dtype float32"
     sft = f"train sft --loss all --lr 1e-3 --eval-share 0.02 --data {work}/train.jsonl {how}"

@@ -1,12 +1,12 @@
-"""Which target trains the best value? FUDGE, TD(λ), CD-Q, refinement rounds; vocabulary against scalar head. Every step resumes.
+"""Ablation of value targets: FUDGE, TD(λ), CD-Q, refinement rounds; vocabulary and scalar head. Every step resumes.
 
     .venv/bin/python benchmarks/values.py --rollouts build/embedded_models/rollouts-value.jsonl --work build/values
     .venv/bin/ivg eval sentiment --recipe recipes/local-values.toml --data ../shared/data/imdb --out build/values/eval
 
 The rollouts are those of the embedded models' recipe (`python -m recipes.embedded_models.build --data ../shared/data/imdb`, stage
-value-rollouts): samples of `base`, scored by `gold`. All values start from `untuned` and are measured on the same responses of the
-base to prompts that none was trained on. Refinement sees its own rollouts besides and goes on for two epochs in each round, so
-`longer` is its control: FUDGE for the six epochs that two rounds take.
+value-rollouts): samples of `base`, scored by `gold`. All values start from `untuned` and are measured on the same responses of the base to
+held-out prompts. Each round of refinement adds its own rollouts and trains for two more epochs; `longer` is the control: FUDGE for the
+six epochs of two rounds.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from pathlib import Path
 from ivg.training.data import held_out, read_rated
 from ivg.training.value import measure
 
-LIMIT = 16_000
-HOW = f"--lr 1.5e-3 --batch-size 64 --accumulate 1 --max-length 80 --limit {LIMIT} --seed 4"
+MAX_ROWS = 16_000
+TRAINING = f"--lr 1.5e-3 --batch-size 64 --accumulate 1 --max-length 80 --limit {MAX_ROWS} --seed 4"
 GUIDED = (
     "--base embedded:base --reward embedded:gold --method token-explicit --samples 1 --temperature 0.85 --max-new-tokens 50 --ignore-eos"
 )
@@ -34,17 +34,17 @@ VALUES = {
     "scalar-td": "--head scalar --target td",
     "plain": "--plain",
 }
-"""Name -> what differs. ``refined`` holds FUDGE (round-0), one round (round-1) and two rounds (round-2)."""
+"""Name -> options that differ. ``refined`` holds FUDGE (round-0), one round (round-1) and two rounds (round-2)."""
 
 
 def folders(work):
-    """Where each finished value lies."""
+    """Folder of each trained value."""
     rounds = {"fudge": "refined/round-0", "round 1": "refined/round-1", "round 2": "refined/round-2"}
     return {name: work / folder for name, folder in (rounds | {n: n for n in VALUES if n != "refined"}).items()}
 
 
 def table(work, rows):
-    """Figures of every value that is there on the responses ``rows``, as Markdown and as JSON."""
+    """Metrics of every trained value on the responses ``rows``, as Markdown and as a dictionary."""
     found = {n: measure(f, rows) for n, f in folders(work).items() if (f / "metrics.json").exists()}
     parts = (25, 50, 75, 100)
     head = " | ".join(f"{p} %" for p in parts)
@@ -63,11 +63,11 @@ def main():
     args = parser.parse_args()
     for name in args.only:
         epochs = 6 if name == "longer" else 2
-        command = f"train value --model embedded:untuned --data {args.rollouts} --out {args.work / name} {HOW} --epochs {epochs}"
+        command = f"train value --model embedded:untuned --data {args.rollouts} --out {args.work / name} {TRAINING} --epochs {epochs}"
         command = f"{command} {VALUES[name]}"
         print(f"ivg {command}", flush=True)
         subprocess.run([sys.executable, "-m", "ivg", *shlex.split(command)], check=True)
-    rows = held_out(read_rated(args.rollouts)[:LIMIT], 0.1)[1]
+    rows = held_out(read_rated(args.rollouts)[:MAX_ROWS], 0.1)[1]
     markdown, figures = table(args.work, rows)
     (args.work / "held-out.json").write_text(json.dumps({"responses": len(rows), "values": figures}, indent=2) + "\n")
     print(markdown)

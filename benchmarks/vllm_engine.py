@@ -1,9 +1,9 @@
-"""The transformers engine and the vLLM engine side by side: the same search, the same networks, the same type of numbers.
+"""The transformers engine and the vLLM engine on the same search, networks and dtype.
 
     OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_engine --docs docs/reference/benchmarks.md
 
-Needs vLLM (make test-vllm sets up .venv-vllm with its CPU build). Both engines live in this process and run in turn, one round
-after the other; nothing ends before its last token. Prints a table, then one JSON line.
+Needs vLLM (make test-vllm sets up .venv-vllm with its CPU build). Both engines run in this process, in turn in each round; all
+answers have the same length. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ivg.utils import environment
 PROMPT_TOKENS = 32
 
 
-def saved(shape: str, folder: Path) -> dict[str, str]:
-    """Directories of the shape's networks, by role."""
+def save_models(shape: str, folder: Path) -> dict[str, str]:
+    """Save the shape's networks; their directories by role."""
     if shape == "embedded":
         return {role: str(path(role)) for role in ("base", "tuned", "untuned", "value")}
     model = build_model(shape, dtype="float32", packed=False)
@@ -38,8 +38,8 @@ def saved(shape: str, folder: Path) -> dict[str, str]:
     return {role: str(folder / role) for role in ("base", "tuned", "untuned", "value")}
 
 
-def once(model: Any, texts: list[Any], new_tokens: int, seed: int) -> dict[str, Any]:
-    """Seconds for all answers, and when the first text of a prompt was sure, the median over prompts."""
+def measure(model: Any, texts: list[Any], new_tokens: int, seed: int) -> dict[str, Any]:
+    """Seconds for all answers, and to the first final text of a prompt, the median over prompts."""
     model.reset_caches()
     begin, clock, first, tokens = time.perf_counter(), environment.cpu_clock(), {}, 0
     searcher = model.searcher()
@@ -66,7 +66,7 @@ def main() -> None:
     o = options.parse_args()
     counts = [int(n) for n in o.prompts.split(",")]
     with TemporaryDirectory() as folder:
-        models = saved(o.shape, Path(folder))
+        models = save_models(o.shape, Path(folder))
         run = {"dtype": o.dtype, "device": "cpu"}
         engines = {
             "transformers": load_models(Recipe.parse({"models": models, "run": run})),
@@ -76,9 +76,9 @@ def main() -> None:
         }
         texts = make_prompts(engines["transformers"].base.tokenizer, max(counts), PROMPT_TOKENS)
         for model in engines.values():
-            once(model, texts[:4], 6, 0)
+            measure(model, texts[:4], 6, 0)
         rows = [
-            {"engine": name, "prompts": count, "round": number, **once(engines[name], texts[:count], o.new_tokens, number)}
+            {"engine": name, "prompts": count, "round": number, **measure(engines[name], texts[:count], o.new_tokens, number)}
             for number in range(o.rounds)
             for count in counts
             for name in engines
@@ -111,7 +111,7 @@ def report(o: argparse.Namespace, counts: list[int], rows: list[dict[str, Any]],
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     notes = (
         f"{o.shape}, ivg W=4 K=4 L=5, {PROMPT_TOKENS} + {o.new_tokens} tokens, {o.dtype}, {threads} thread(s) each, "
-        f"median of {o.rounds} rounds in turn; prefix cache {hit_rate:.0%} of the tokens submitted again; "
+        f"median of {o.rounds} rounds in turn; prefix cache {hit_rate:.0%} of the submitted tokens; "
         f"other processes took at most {others:.0%} of the processors. Made with `{made['command']}` at {made['commit']}, "
         f"torch {made['machine']['torch']}."
     )
