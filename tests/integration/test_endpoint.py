@@ -22,7 +22,7 @@ from ivg.models.loading import LoadOptions, load_tokenizer
 from ivg.search.searcher import Particles, Rejection, Request, Search, Searcher
 from ivg.search.selection import unique
 from ivg.settings.recipe import Recipe
-from ivg.testing import byte_tokenizer, tiny_lm
+from ivg.testing import byte_tokenizer, check_engine, tiny_lm
 from ivg.types import AsyncEngine, Beam, ExpandRequest, Prompt, SamplingParams, TokenCounter, TokenGuidance, new_key
 from ivg.utils.rng import mix
 from ivg.values.base import FunctionValue
@@ -538,3 +538,8 @@ def test_a_revived_engine_forgets_who_asked_before(serve):
     (done,) = answers(engine, [Request(Prompt("p"), Search(), SamplingParams(max_new_tokens=4))])
     assert done.error is None
     assert engine.collect() == []
+
+
+def test_laws_of_engines(serve):
+    _, engine = serve()
+    check_engine(engine, [Prompt("p"), Prompt("another prompt")])

@@ -17,6 +17,15 @@ from ivg.errors import ConfigError, ModelError, PromptError
 from ivg.factory.recipe import load_models
 from ivg.search.methods import METHODS
 from ivg.settings.recipe import Recipe
+from ivg.testing import (
+    check_batch_invariance,
+    check_children,
+    check_engine_batch,
+    check_outputs_are_kept,
+    check_unsupported,
+    check_vocabulary,
+    hypothesis,
+)
 from ivg.types import Beam, Prompt, new_key
 
 CHUNKED = {"width": 2, "successors": 2, "chunk_length": 4, "max_new_tokens": 16}
@@ -49,7 +58,20 @@ def test_methods(embedded, method):
     done = embedded.generate(prompts(3), method, seed=1, max_new_tokens=12, **sizes)
     assert all(c.error is None and c.token_ids for c in done)
     assert all((c.score is not None) == bool(METHODS[method].selectors) for c in done)
-    assert not embedded.engine._running
+    assert not embedded.engine.running
+
+
+def test_laws_of_engines_and_values(embedded):
+    words = [Prompt("The movie was"), Prompt("A long film about a short man")]
+    check_children(embedded.engine, words)
+    check_engine_batch(embedded.engine, words)
+    check_outputs_are_kept(embedded.engine, words)
+    check_unsupported(embedded.engine, words[0])
+    texts = [hypothesis(str(prompt.content), " fine, and so was the cinema", embedded.base) for prompt in words]
+    for name in ("explicit", "implicit"):
+        check_batch_invariance(embedded.values[name], texts, tolerance=2e-3)
+        check_vocabulary(embedded.values[name], texts)
+    assert not embedded.engine.running
 
 
 def test_best_of_n_chooses_the_best(embedded):
@@ -114,7 +136,7 @@ def test_cancelling_frees_everything(embedded):
         searcher.step()
     for number in numbers:
         searcher.cancel(number)
-    assert not searcher.busy and not embedded.engine._running
+    assert not searcher.busy and not embedded.engine.running
     embedded.generate("The movie was", "eft", max_new_tokens=2)  # vLLM frees aborted requests with its next pass
     assert held_blocks(embedded.engine.client) == 0 == held_blocks(embedded.values["explicit"].client)
     for core in (embedded.engine.client, embedded.values["explicit"].client):
@@ -197,7 +219,7 @@ def test_an_abort_that_fails_prevents_no_revival(embedded, monkeypatch):
     core.failure = None
     core._engine.abort_request(list(core._engine.output_processor.external_req_ids))
     searcher.cancel(number)
-    assert not embedded.engine._running
+    assert not embedded.engine.running
 
 
 def test_a_process_that_was_killed_is_told():
