@@ -1,4 +1,4 @@
-"""The loop: beams in, longer beams, scores, fewer beams (docs/concepts.md).
+"""The loop: beams in, longer beams, scores, fewer beams (docs/explanation/concepts.md).
 
 Knows requests, rounds, and which caches are still needed; not tensors, models, or how a request selects
 (:mod:`ivg.search.selection`). Requests with different methods and settings share each round; new ones join between rounds.

@@ -1,6 +1,6 @@
 """The nouns of ivg: prompts, beams, values, engines, completions. Standard library only.
 
-An engine makes beams longer, a value turns beams into numbers, a selection rule makes beams fewer (docs/concepts.md).
+An engine makes beams longer, a value turns beams into numbers, a selection rule makes beams fewer (docs/explanation/concepts.md).
 
 ==============  =========================================================
 ``messages``    prompts and chat messages

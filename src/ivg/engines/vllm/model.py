@@ -1,4 +1,4 @@
-"""The composite: base and guides as vLLM's own networks over the same tokens, logits mixed at the end (docs/vllm.md).
+"""The composite: base and guides as vLLM's own networks over the same tokens, logits mixed at the end (docs/how-to/vllm.md).
 
 Log-probabilities, grammars, penalties and sampling of vLLM all see guided logits. Keys and values do not depend on the
 weights, so cached prefixes serve requests of any guidance.
