@@ -376,14 +376,14 @@ def test_what_a_function_imports_from_beside_it_counts(tmp_path, monkeypatch):
 
 
 def test_runs_of_training_write_one_folder_at_a_time(tmp_path):
-    from ivg.cli.train_run import train_extra
+    from ivg.training.run_dir import open_run
 
-    with train_extra(tmp_path / "run"):
-        with pytest.raises(OutputError, match=r"another run is writing .*/run "), train_extra(tmp_path / "run"):
+    with open_run(tmp_path / "run", {}):
+        with pytest.raises(OutputError, match=r"another run is writing .*/run "), open_run(tmp_path / "run", {}):
             pass
-        with train_extra(tmp_path / "other"):
+        with open_run(tmp_path / "other", {}):
             pass
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob(".*"))  # no lock is left
 
 
 prompts = st.sampled_from(["a", "b", "c"])

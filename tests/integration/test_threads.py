@@ -102,7 +102,7 @@ def test_turns_go_in_the_order_of_asking():
             thread = threading.Thread(target=lambda n=n: _turn(lock, order, n))
             thread.start()
             waiting.append(thread)
-            while len(lock._waiting) <= n:
+            while lock.waiting <= n:
                 pass
         lock.later(lambda: order.append("later"))
         assert order == []
@@ -132,34 +132,34 @@ def test_cleaning_up_costs_nobody_else_anything(caplog):
     with lock:
         pass
     assert "cleaning up failed" in caplog.text and "an engine that died" in caplog.text
-    assert lock._owner is None
+    with ThreadPoolExecutor(1) as pool:  # the lock is free for others
+        pool.submit(_turn, lock, order := [], 1).result(GUARD)
+    assert order == [1]
 
 
-def test_a_finaliser_may_ask_in_the_middle_of_asking():
-    """Garbage is collected anywhere, also in the lock's own few lines."""
-    lock, done = FairLock(), []
-
-    class Collecting(type(lock._waiting)):
-        def append(self, item):
-            lock.later(lambda: done.append(item))
-            super().append(item)
-
-    lock._waiting = Collecting()
-    holding, leave = threading.Event(), threading.Event()
+def test_a_finaliser_may_use_the_lock_in_the_middle_of_acquiring_it(monkeypatch):
+    """Garbage is collected anywhere, even inside the lock's own methods: here where a waiting thread makes its event."""
+    lock, done, event = FairLock(), [], threading.Event
+    holding, leave = event(), event()
 
     def hold():
         with lock:
             holding.set()
             leave.wait(GUARD)
 
+    def make_event():
+        lock.later(lambda: done.append("cleaned up"))
+        return event()
+
     threads = [threading.Thread(target=hold, daemon=True), threading.Thread(target=_turn, args=(lock, [], 0), daemon=True)]
     threads[0].start()
     assert holding.wait(GUARD)
+    monkeypatch.setattr(threading, "Event", make_event)
     threads[1].start()
     until = time.monotonic() + GUARD
-    while not lock._waiting and time.monotonic() < until:
+    while not lock.waiting and time.monotonic() < until:
         time.sleep(0.001)
-    assert lock._waiting, "the thread waits for itself"
+    assert lock.waiting, "the thread waits for itself"
     leave.set()
     for thread in threads:
         thread.join(GUARD)

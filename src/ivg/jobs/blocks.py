@@ -1,6 +1,6 @@
-"""JSONL files that grow by blocks of rows, each computed from its own seeds: the bytes do not depend on interruptions.
+"""JSONL files that grow by blocks of rows: where each block is computed from its own seeds, a resumed run writes the same bytes.
 
-What the rows depend on lies in ``<name>.meta.json`` beside the file. Must not know what a row means.
+The provenance of the rows is in ``<name>.meta.json`` beside the file.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ivg.utils.locks import lock_file
 
 @contextmanager
 def open_blocks(path: str | Path, block: int, total: int, provenance: Mapping[str, Any]) -> Iterator[ResumableJsonl]:
-    """A :class:`ResumableJsonl` that no other run writes meanwhile.
+    """A :class:`ResumableJsonl` that only this run writes.
 
     Raises:
         OutputError: another run is writing it.
-        ConfigError: it was made with another ``provenance``.
+        ConfigError: its rows have another ``provenance``.
     """
     with lock_file(Path(path)):
         yield ResumableJsonl(path, block, total, provenance)
@@ -35,40 +35,40 @@ class ResumableJsonl:
     Args:
         path: the file; ``<path>.meta.json`` beside it holds what its rows depend on.
         block: rows of each block; the last may be shorter.
-        total: rows when it is finished; a file with more (of a longer run) is left as it is.
-        provenance: what every row depends on (models, method, seeds …); a file made with another is refused.
+        total: rows of the complete file; a file with more (of a longer run) is left as it is.
+        provenance: what every row depends on (models, method, seeds …).
 
     Raises:
-        ConfigError: the file was made with another ``provenance``; names what differs.
+        ConfigError: the rows of the file have another ``provenance``; names what differs.
     """
 
     def __init__(self, path: str | Path, block: int, total: int, provenance: Mapping[str, Any]) -> None:
         self.path, self.block, self.total = Path(path), block, total
-        self._claim({**json.loads(to_json(provenance)), "block": block})
-        self.rows = self._cut()
+        self._write_or_check_provenance({**json.loads(to_json(provenance)), "block": block})
+        self.rows = self._remove_incomplete_block()
 
     @property
     def complete(self) -> bool:
-        """Nothing is left to do."""
+        """Are all rows there?"""
         return self.rows >= self.total
 
     def missing(self) -> Iterator[range]:
-        """Positions of the rows of every block that is to be made, in order."""
+        """Positions of the rows of every missing block, in order."""
         for start in range(self.rows, self.total, self.block):
             yield range(start, min(start + self.block, self.total))
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """One block, on the disk when this returns."""
+        """Append one block; it is on the disk when this returns."""
         append_lines(self.path, as_lines(rows), sync=True)
         self.rows += len(rows)
 
-    def _claim(self, provenance: dict[str, Any]) -> None:
+    def _write_or_check_provenance(self, provenance: dict[str, Any]) -> None:
         if not _meta(self.path).exists() and not (self.path.exists() and self.path.stat().st_size):
             write_json(_meta(self.path), provenance)
         check_provenance(self.path, provenance)
 
-    def _cut(self) -> int:
-        """Rows of whole blocks; what an interrupted run left behind them is cut off."""
+    def _remove_incomplete_block(self) -> int:
+        """Remove an incomplete block at the end; the number of rows left."""
         if not self.path.exists():
             return 0
         with self.path.open("rb") as lines:
@@ -80,20 +80,18 @@ class ResumableJsonl:
 
 
 def check_provenance(path: str | Path, provenance: Mapping[str, Any]) -> None:
-    """Check, and change nothing, that the rows of a :class:`ResumableJsonl` were made with ``provenance`` (``block`` is part of it).
+    """Check the provenance of the rows of a :class:`ResumableJsonl` (``block`` is part of it).
 
     Raises:
-        ConfigError: they were made with another, which is named where it differs; nothing says what made them.
+        ConfigError: another provenance (names what differs), or none.
     """
     path, beside = Path(path), _meta(path)
     if not beside.exists():
-        raise ConfigError(f"{path} is there, but not what made it ({beside.name})\n  give another place for the results")
+        raise ConfigError(f"{path} has no provenance: {beside.name} is missing\n  write to another path")
     found, wanted = json.loads(beside.read_text(encoding="utf-8")), json.loads(to_json(provenance))
     different = differences(found, wanted)
     if different:
-        raise ConfigError(
-            f"{path} was made with other settings: {'; '.join(different)}\n  give another place for the results, or remove it"
-        )
+        raise ConfigError(f"{path} was made with other settings: {'; '.join(different)}\n  write to another path, or remove the file")
 
 
 def _meta(path: str | Path) -> Path:

@@ -1,6 +1,6 @@
-"""Fingerprints of models and Python functions on this machine, so that rows of other weights under the same path are told apart.
+"""Fingerprints of models and Python functions on this machine, so that rows notice other weights under the same path.
 
-Ids of the hub are told apart by their revision alone. Imports no torch.
+Models of the hub are compared by id and revision only. Imports no torch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TRAINING_LOGS = (
 
 
 def weight_fingerprints(recipe: Recipe) -> dict[str, str]:
-    """Fingerprints of the recipe's models that lie on this machine, by role; of the embedded ones where it names none."""
+    """Fingerprints of the recipe's models on this machine, by role; of the embedded models if it names none."""
     refs: dict[str, ModelRef | str] = dict(recipe.models.given)
     if not refs:
         refs = {name: ModelRef(path=f"{PREFIX}{name}") for name in names() if name != "gold"}

@@ -28,7 +28,7 @@ class Callbacks:
     Attributes:
         on_answer: called with every answer, once its row is written.
         progress: makes, for a number of answers, a context manager around a function that is called after each of them.
-        on_superseded: told of rows that are answered again because their prompt has changed.
+        on_superseded: called with a message about rows that are answered again because their prompt has changed.
     """
 
     on_answer: Callable[[Job, Completion], None]
@@ -42,12 +42,12 @@ class GenerateRun:
     Args:
         recipe: models, method, batch size, seed.
         jobs: the prompts.
-        failures: told of those that cannot be answered.
+        failures: called for those that cannot be answered.
         cluster: run on this Ray cluster; None: in this process.
         trace: completions keep the tree of beams.
 
     Attributes:
-        counts: answers by ``answered``, ``skipped`` (not tried yet), ``failed``, ``already done``; true at any time.
+        counts: answers by ``answered``, ``skipped`` (not tried yet), ``failed``, ``already done``; valid at any time.
     """
 
     def __init__(
@@ -89,6 +89,6 @@ class GenerateRun:
 
 
 def answer_row(job: Job, index: int, completion: Completion, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the output (docs/reference/data.md): the answer, what made it, and the further columns of the input."""
+    """A row of the output (docs/reference/data.md): the answer, its provenance, and the further columns of the input."""
     row = {"id": job.id, "prompt": job.prompt, "index": index, **completion.to_dict(), **provenance}
     return row | job.extra_columns(row)

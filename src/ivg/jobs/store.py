@@ -1,7 +1,7 @@
 """Where rows of answers go: a JSONL file that can be resumed, or a stream.
 
-A row is done when its id, its prompt and its provenance are the same (docs/reference/data.md). A file with rows that other
-settings or models made is refused, each difference named; rows that answer another prompt under the same id are moved to
+A row is done when its id, its prompt and its provenance are the same (docs/reference/data.md). A file with rows of other
+settings or models is refused, each difference named; rows that answer another prompt under the same id are moved to
 ``<name>.superseded.jsonl`` and answered again. One run writes a file at a time.
 """
 
@@ -43,7 +43,7 @@ def open_rows(path: str | Path, jobs: Iterable[Job], provenance: Mapping[str, An
         path: a JSONL file; ``-``, a pipe or a device: a stream, which cannot be resumed.
         jobs: prompts of this run.
         provenance: what its answers depend on (:data:`PROVENANCE_COLUMNS`).
-        on_superseded: told of rows that are answered again because their prompt has changed.
+        on_superseded: called with a message about rows that are answered again because their prompt has changed.
 
     Raises:
         OutputError: no file can be written there, or another run is writing it.

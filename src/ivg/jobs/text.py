@@ -1,4 +1,4 @@
-"""Rows of JSONL, JSON, CSV and plain text from bytes: (line, columns or None, error, the text that is not a row).
+"""Rows of JSONL, JSON, CSV and plain text from bytes.
 
 Lines end at a line feed, with a carriage return before it or not. Each row is decoded and parsed alone, so that one that cannot be
 read does not affect the others. A ``ValueError`` means that the file cannot be read at all. Standard library only.
@@ -11,11 +11,20 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from ivg.utils.jsonl import BOM, CONVERT, RowError, parse_object, parse_row
 
-Found = tuple[int, dict[str, Any] | None, str | None, str | None]
+
+class ParsedRow(NamedTuple):
+    """Line number from 1, columns (None: not a row), why it is not a row, and its text then."""
+
+    line: int
+    data: dict[str, Any] | None
+    error: str | None = None
+    text: str | None = None
+
+
 _SPACE = re.compile(r"[ \t\r\n]*")
 _ENDS = json.JSONDecoder(parse_int=str, parse_float=str)
 """Finds the end of a value; numbers are not converted."""
@@ -25,18 +34,18 @@ _FIELD = 2**31 - 1
 """Largest CSV field in characters; the csv module's default is 128 KiB."""
 
 
-def jsonl_rows(file: BinaryIO) -> Iterator[Found]:
+def jsonl_rows(file: BinaryIO) -> Iterator[ParsedRow]:
     """One JSON object a line; blank lines are skipped."""
     for number, line in enumerate(file, 1):
         if not line.removeprefix(BOM).strip():
             continue
         try:
-            yield number, parse_row(line), None, None
+            yield ParsedRow(number, parse_row(line))
         except RowError as e:
-            yield number, None, str(e), escaped(line)
+            yield ParsedRow(number, None, str(e), escaped(line))
 
 
-def text_rows(file: BinaryIO) -> Iterator[Found]:
+def text_rows(file: BinaryIO) -> Iterator[ParsedRow]:
     """One prompt a line, as the column ``prompt``; blank lines are skipped."""
     for number, line in enumerate(file, 1):
         if not line.removeprefix(BOM).strip():
@@ -44,12 +53,12 @@ def text_rows(file: BinaryIO) -> Iterator[Found]:
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as e:
-            yield number, None, str(RowError.of(e)), escaped(line)
+            yield ParsedRow(number, None, str(RowError.of(e)), escaped(line))
             continue
-        yield number, {"prompt": text.removesuffix("\n").removesuffix("\r")}, None, None
+        yield ParsedRow(number, {"prompt": text.removesuffix("\n").removesuffix("\r")})
 
 
-def csv_rows(file: BinaryIO) -> Iterator[Found]:
+def csv_rows(file: BinaryIO) -> Iterator[ParsedRow]:
     """Comma-separated values (RFC 4180) behind a line of column names; every value is a text. A row's number is that of its first line."""
     csv.field_size_limit(max(csv.field_size_limit(), _FIELD))
     seen: list[str] = []
@@ -73,16 +82,16 @@ def csv_rows(file: BinaryIO) -> Iterator[Found]:
         except StopIteration:
             return
         except csv.Error as e:
-            yield number, None, _csv_error(e), _whole("".join(seen))
+            yield ParsedRow(number, None, _csv_error(e), _whole("".join(seen)))
             continue
         if not row:
             continue
         if found := _UNDECODED.search("".join(row)):
-            yield number, None, f"not UTF-8 (byte 0x{ord(found[0]) - 0xDC00:02x}); {CONVERT}", _whole("".join(seen))
+            yield ParsedRow(number, None, f"not UTF-8 (byte 0x{ord(found[0]) - 0xDC00:02x}); {CONVERT}", _whole("".join(seen)))
         elif len(row) != len(names):
-            yield number, None, f"expected {len(names)} fields, got {len(row)}", _whole("".join(seen))
+            yield ParsedRow(number, None, f"expected {len(names)} fields, got {len(row)}", _whole("".join(seen)))
         else:
-            yield number, dict(zip(names, row, strict=True)), None, None
+            yield ParsedRow(number, dict(zip(names, row, strict=True)))
 
 
 def _decoded(file: BinaryIO, seen: list[str]) -> Iterator[str]:
@@ -101,7 +110,7 @@ def _csv_error(e: csv.Error) -> str:
     return f"not CSV: {said}"
 
 
-def json_rows(file: BinaryIO) -> Iterator[Found]:
+def json_rows(file: BinaryIO) -> Iterator[ParsedRow]:
     """A list of objects; an object with such a list as ``data``; one object, which is one row; or JSON lines."""
     raw = file.read()
     text = raw.decode("utf-8-sig", "surrogateescape")
@@ -115,12 +124,12 @@ def json_rows(file: BinaryIO) -> Iterator[Found]:
         yield from jsonl_rows(io.BytesIO(raw))
     else:
         try:
-            yield _line(text, start), parse_row(raw), None, None
+            yield ParsedRow(_line(text, start), parse_row(raw))
         except RowError as e:
-            yield _line(text, start), None, str(e), escaped(raw)
+            yield ParsedRow(_line(text, start), None, str(e), escaped(raw))
 
 
-def _elements(text: str, start: int, *, whole: bool) -> Iterator[Found]:
+def _elements(text: str, start: int, *, whole: bool) -> Iterator[ParsedRow]:
     """The values of the list that begins at ``start``; ``whole``: nothing may follow it."""
     i, line, counted = _skip(text, start + 1), 1, 0
     while i < len(text) and text[i] != "]":
@@ -128,15 +137,15 @@ def _elements(text: str, start: int, *, whole: bool) -> Iterator[Found]:
         try:
             _, end = _ENDS.raw_decode(text, i)
         except (ValueError, RecursionError) as e:
-            yield line, None, f"{RowError.of(e, text[i:])}; the rest of the file cannot be read", _whole(text[i:])
+            yield ParsedRow(line, None, f"{RowError.of(e, text[i:])}; the rest of the file cannot be read", _whole(text[i:]))
             return
         piece = text[i:end]
         try:
             if _UNDECODED.search(piece):
                 raise RowError(f"not UTF-8; {CONVERT}")
-            yield line, parse_object(piece), None, None
+            yield ParsedRow(line, parse_object(piece))
         except RowError as e:
-            yield line, None, str(e), _whole(piece)
+            yield ParsedRow(line, None, str(e), _whole(piece))
         i = _skip(text, end)
         if i < len(text) and text[i] == ",":
             i = _skip(text, i + 1)
@@ -144,15 +153,11 @@ def _elements(text: str, start: int, *, whole: bool) -> Iterator[Found]:
         else:
             ended = i < len(text) and text[i] == "]"
         if not ended:
-            yield (
-                _line(text, i),
-                None,
-                "not JSON: expected a comma or the end of the list; the rest of the file cannot be read",
-                _whole(text[i:]),
-            )
+            error = "not JSON: expected a comma or the end of the list; the rest of the file cannot be read"
+            yield ParsedRow(_line(text, i), None, error, _whole(text[i:]))
             return
     if whole and (i := _skip(text, i + 1)) < len(text):
-        yield _line(text, i), None, "not JSON: there is text after the list", _whole(text[i:])
+        yield ParsedRow(_line(text, i), None, "not JSON: there is text after the list", _whole(text[i:]))
 
 
 def _data_list(text: str, start: int) -> int | None:

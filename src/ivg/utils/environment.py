@@ -1,6 +1,6 @@
 """Where a run happened and what it used: processor, memory, versions, commit; peak memory of a piece of work.
 
-Nothing of it decides a result; nothing of it stands in transcripts or scores.
+None of it influences results; none of it is written to transcripts or scores.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def machine() -> dict[str, Any]:
 
 
 def run_metadata() -> dict[str, Any]:
-    """Commit, command and machine of this process: what made the rows that it writes."""
+    """Commit, command and machine of this process."""
     return {"commit": commit(), "command": command(), "machine": machine()}
 
 

@@ -39,6 +39,11 @@ class FairLock:
         self._waiting: deque[threading.Event] = deque()
         self._later: deque[Callable[[], object]] = deque()
 
+    @property
+    def waiting(self) -> int:
+        """Number of waiting threads."""
+        return len(self._waiting)
+
     def __enter__(self) -> FairLock:
         me = threading.get_ident()
         with self._guard:
@@ -54,7 +59,7 @@ class FairLock:
             self._wait(turn, me)
         try:
             self._clean_up()
-        except BaseException:  # KeyboardInterrupt: nobody will leave what was not entered
+        except BaseException:  # KeyboardInterrupt: __exit__ will not be called
             self.__exit__(None, None, None)
             raise
         return self
@@ -66,10 +71,10 @@ class FairLock:
                 self._pass_on()
 
     def later(self, work: Callable[[], object]) -> None:
-        """Do ``work`` under the lock: now where nobody holds it, else before whoever gets it next goes on. Never waits.
+        """Do ``work`` under the lock: now if it is free, else when the next thread gets it. Never waits.
 
-        An exception of ``work`` is logged: whoever comes next has no part in it.
-        For finalisers, which may run anywhere: in the middle of a call of this very thread, too.
+        An exception of ``work`` is logged, not raised in that other thread.
+        For finalisers, which may run anywhere, even inside a method of this lock in the same thread.
         """
         self._later.append(work)
         with self._guard:
@@ -81,7 +86,7 @@ class FairLock:
     def _wait(self, turn: threading.Event, me: int) -> None:
         try:
             turn.wait()
-        except BaseException:  # KeyboardInterrupt: give the place in the queue up, or the turn that came meanwhile
+        except BaseException:  # KeyboardInterrupt: leave the queue, or pass on the lock if it was already ours
             with self._guard:
                 if turn in self._waiting:
                     self._waiting.remove(turn)
@@ -92,7 +97,7 @@ class FairLock:
             self._owner, self._depth = me, 1
 
     def _pass_on(self) -> None:
-        """To the first that waits; the lock is nobody's for no moment, so that no newcomer overtakes."""
+        """Hand over to the first waiting thread; the lock is never free in between, so that no other thread overtakes."""
         if self._waiting:
             self._owner = -1
             self._waiting.popleft().set()
@@ -113,11 +118,11 @@ def lock_file(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Be the only process that writes ``path``; the lock ends with the process, however that ends.
 
     Args:
-        path: of the file. ``.<name>.lock`` beside it exists meanwhile; links to the file are the file.
-        wait: for a run that is alive, too, rather than for what a killed one left behind only; both for :data:`LOCK_TIMEOUT` seconds.
+        path: of the file. ``.<name>.lock`` beside it exists while the lock is held; a link locks the file that it points to.
+        wait: also wait for a run that is alive, not only for child processes of a killed one; both for :data:`LOCK_TIMEOUT` seconds.
 
     Raises:
-        OutputError: another run is writing the file; no lock can be made there.
+        OutputError: another run is writing the file; no lock can be created there.
     """
     from filelock import FileLock, Timeout
 
@@ -133,7 +138,7 @@ def lock_file(path: Path, *, wait: bool = False) -> Iterator[None]:
         raise OutputError(f"another run is writing {path}{who}\n  wait until it ends, or write to another path") from None
     except OSError as e:
         if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):  # a file system without locks
-            raise OutputError(f"cannot write {path}: {e.strerror}\n  write to a folder of yours") from None
+            raise OutputError(f"cannot write {path}: {e.strerror}\n  write to another folder") from None
     try:
         with suppress(OSError):
             lock.write_text(f"{_run_process()} {platform.node()}\n")
@@ -153,7 +158,7 @@ def _owner(lock: Path) -> tuple[int, str] | None:
 
 
 def _run_process() -> int:
-    """The process that stands for this run: its child processes end soon after it."""
+    """The main process of this run; its child processes end soon after it."""
     parent = multiprocessing.parent_process()
     return os.getpid() if parent is None or parent.pid is None else parent.pid
 

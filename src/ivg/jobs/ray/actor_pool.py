@@ -1,6 +1,6 @@
 """The workers as Ray actors: started, polled, replaced. The only file that calls Ray.
 
-Every worker has at most one call under way. An actor that Ray reports lost, or that breaks, is killed and another takes its place;
+Every worker has at most one pending call. An actor that Ray reports lost, or that breaks, is killed and another takes its place;
 its later results are ignored.
 """
 
@@ -28,7 +28,7 @@ POLL_SECONDS = 1.0
 """Seconds to wait for results at a time."""
 OBJECT_STORE_BYTES = 128 << 20
 """Size of Ray's object store on a cluster of our own: only texts go through it."""
-_TELLING = ("Worker exit type", "died because", "dead because", "Error: ")
+_REASONS = ("Worker exit type", "died because", "dead because", "Error: ")
 """Lines of Ray's reports that have one of these say what happened."""
 STARTS, TRIES, EXCUSED = 3, 4, 10
 """Crashes in a row that end the run: before any worker was ready, and (for each worker) without one result; excused ones."""
@@ -133,7 +133,7 @@ class ActorPool:
         return [a for a in self.actors if a.stage == "work" and a.call is None]
 
     def send(self, actor: Actor, tasks: Sequence[Task[int]]) -> None:
-        """Let it go on, with these tasks besides."""
+        """Let it continue, with these tasks in addition."""
         actor.call = actor.handle.advance.remote(list(tasks))
 
     def reset_crashes(self) -> None:
@@ -205,7 +205,7 @@ class ActorPool:
         if starting or self._crashes > TRIES * self.plan.workers + STARTS:
             what = f"{self._start_crashes} workers in a row crashed at start" if starting else f"{self._crashes} workers in a row crashed"
             raise RayError(f"{what}; the last: {why}\n  check memory and Ray's logs on that node")
-        with suppress(Exception):  # mostly it is dead already
+        with suppress(Exception):  # it usually has died already
             self.ray.kill(actor.handle, no_restart=True)
         self.actors[self.actors.index(actor)] = self._start()
 
@@ -226,6 +226,6 @@ class ActorPool:
 def _reason(e: Exception) -> str:
     """The lines of Ray's long reports that say what happened."""
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    telling = [line for line in lines if any(word in line for word in _TELLING)]
-    told = " ".join(dict.fromkeys(telling[-2:] or lines[:1])).partition(" Some common causes include")[0]
-    return shortened(told) or type(e).__name__
+    reasons = [line for line in lines if any(word in line for word in _REASONS)]
+    text = " ".join(dict.fromkeys(reasons[-2:] or lines[:1])).partition(" Some common causes include")[0]
+    return shortened(text) or type(e).__name__

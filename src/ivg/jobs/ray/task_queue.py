@@ -1,4 +1,4 @@
-"""Which worker has which task, and what is left: every task gets one result, whatever happens to workers.
+"""Which worker has which task, and which tasks are left: every task gets one result, even if workers crash.
 
 A task that several workers crashed with is run alone; if that worker crashes too, the task is quarantined. Knows neither Ray nor models.
 """

@@ -1,6 +1,6 @@
 """One copy of the models on some node, and the run loop over its share of the tasks. Runs inside a Ray actor; knows no Ray.
 
-Nothing is raised: errors are part of the report, so that a worker that answers is told from one that is gone.
+Nothing is raised: errors are part of the report, so that Ray's own errors always mean a lost worker.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class WorkerReport:
 
 
 class Worker:
-    """Models and a run loop; made at once, loaded by :meth:`load`."""
+    """Models and a run loop; nothing is loaded before :meth:`load`."""
 
     def __init__(self) -> None:
         self.where = f"{socket.gethostname()} (process {os.getpid()})"
