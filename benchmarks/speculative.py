@@ -105,8 +105,8 @@ def embedded(arguments):
             for temperature in (0.7, 1.0):
                 row = {"method": method, "beta": beta, "temperature": temperature}
                 for ahead in (2, 4, 8):
-                    model.engine.speculation.ahead = ahead
-                    model.engine.speculation.reset()
+                    model.engine.speculation.draft_length = ahead
+                    model.engine.speculation.reset_stats()
                     settings = {"temperature": temperature, "max_new_tokens": arguments.new_tokens, "seed": 1}
                     model.generate(openings, method, beta=beta, draft=ahead, **settings)
                     stats = model.engine.speculation.stats()
@@ -148,7 +148,7 @@ def _seconds(model, text, method, count, side, draft, seed, arguments):
         sizes = {"width": side, "successors": side, "chunk_length": arguments.chunk_length} if method == "ivg" else {}
         requests = [model.request(text, method, draft=draft, **sizes, **settings)]
     model.reset_caches()
-    model.engine.speculation.reset()
+    model.engine.speculation.reset_stats()
     started = time.perf_counter()
     done = dict(model.run(requests))
     took = time.perf_counter() - started

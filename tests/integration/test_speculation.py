@@ -9,8 +9,8 @@ import torch
 import naive
 from ivg.engines.transformers.draft_length import DraftLength, rounds_needed
 from ivg.engines.transformers.engine import TransformersEngine
-from ivg.engines.transformers.processors import processed
-from ivg.engines.transformers.rejection_sampling import accepts, propose, replacement
+from ivg.engines.transformers.processors import process_logits
+from ivg.engines.transformers.rejection_sampling import accept, propose, resample
 from ivg.engines.transformers.sampling import filtered
 from ivg.errors import ConfigError
 from ivg.search.methods import get_method
@@ -27,13 +27,13 @@ pytestmark = pytest.mark.numerics
 
 def coupled(p, q, params, seen, uniforms):
     """The whole rule for every row, from its three numbers: (ids, whether each is q's proposal)."""
-    p, q = (processed(z, params, lambda i: ((), seen[i]), ()) for z in (p, q))
+    p, q = (process_logits(z, params, lambda i: ((), seen[i]), ()) for z in (p, q))
     tokens, logps = propose(q, params, [u for u, _, _ in uniforms])
-    kept = accepts(p, params, tokens, logps, [u for _, u, _ in uniforms])
+    kept = accept(p, params, tokens, logps, [u for _, u, _ in uniforms])
     rows = (~kept).nonzero()[:, 0].tolist()
     if rows:
         last = [uniforms[i][2] for i in rows]
-        tokens[rows] = replacement(p[rows], q[rows], [params[i] for i in rows], last)
+        tokens[rows] = resample(p[rows], q[rows], [params[i] for i in rows], last)
     return tokens, kept
 
 
@@ -77,7 +77,7 @@ def test_coupled_draws_have_the_target_distribution(settings, apart):
     rows, params = 20_000, SamplingParams(**settings)
     p = torch.randn(8) * 1.5
     q = p + apart * torch.randn(8)
-    p, q = (processed(z[None], [params], lambda _: ((1,), (2, 2)), ())[0] for z in (p, q))
+    p, q = (process_logits(z[None], [params], lambda _: ((1,), (2, 2)), ())[0] for z in (p, q))
     params = replace(params, repetition_penalty=1.0)  # it has acted, once for all rows
     tokens, kept = coupled(p.expand(rows, -1), q.expand(rows, -1), [params] * rows, [[]] * rows, numbers(rows))
     target, proposed = softmax(p, params), softmax(q, params)
@@ -135,8 +135,8 @@ def test_rows_with_different_settings_do_not_touch():
     alone = [int(coupled(p[i : i + 1], q[i : i + 1], [params[i]], [[]], [numbers(6)[i]])[0]) for i in range(6)]
     assert together == alone
     tokens, logps = propose(q, params, [u for u, _, _ in numbers(6)])
-    kept = accepts(p, params, tokens, logps, [u for _, u, _ in numbers(6)])
-    other = replacement(p, q, params, [u for _, _, u in numbers(6)])
+    kept = accept(p, params, tokens, logps, [u for _, u, _ in numbers(6)])
+    other = resample(p, q, params, [u for _, _, u in numbers(6)])
     assert torch.where(kept, tokens, other).tolist() == together
 
 
@@ -166,8 +166,8 @@ class Bench:
         return [Request(Prompt(p), s.search(self.values), sampling, seed, **settings) for p in prompts]
 
     def run(self, requests, ahead=None):
-        self.engine.speculation.ahead = ahead
-        self.engine.speculation.reset()
+        self.engine.speculation.draft_length = ahead
+        self.engine.speculation.reset_stats()
         done = dict(self.searcher.run(requests))
         assert [r.model.live_rows for r in self.readers] == [0] * len(self.readers)
         return [done[i] for i in range(len(done))]
@@ -272,8 +272,8 @@ def test_all_strings_have_their_probability(small, ahead, beta, settings):
     assert sum(expected.values()) == pytest.approx(1)
     place = {y: i for i, y in enumerate(expected)}
     counts = torch.zeros(len(place))
-    small.engine.speculation.ahead = ahead
-    small.engine.speculation.reset()
+    small.engine.speculation.draft_length = ahead
+    small.engine.speculation.reset_stats()
     for seed in range(rows // each):
         root = small.engine.open(Prompt("abcd"), sampling)
         small.base.outputs([root]), guidance.value.deltas([root])  # so that children fork; thousands of new rows take long
@@ -372,7 +372,7 @@ def test_mixed_batches_and_late_joiners(llama):
     requests = [Request(p, s.search(llama.values), sampling, 9) for s, p, sampling in plans]
     alone = [llama.run([r], 0)[0].token_ids for r in requests]
     for ahead in (0, 2, None):
-        llama.engine.speculation.ahead = ahead
+        llama.engine.speculation.draft_length = ahead
         waiting, done, ids = list(enumerate(requests)), {}, {}
         while waiting or llama.searcher.busy:
             if waiting:
@@ -433,11 +433,11 @@ def test_models_with_wider_or_narrower_heads():
 
 
 @pytest.mark.parametrize(
-    "name,settings,told",
+    "name,settings,message",
     [
         ("eft", {"draft": -1}, "draft must be 0"),
         ("base", {"draft": 2}, "no value that guides"),
-        ("cards", {"draft": 2, "token": "implicit"}, "base is in doubt"),
+        ("cards", {"draft": 2, "token": "implicit"}, "base is uncertain"),
         ("eft", {"draft": 2, "candidates": 5}, "candidates=5"),
         ("eft", {"draft": 2, "normalise": True}, "normalise=True"),
         ("eft-gated", {"draft": 2}, "gate=3.0"),
@@ -445,8 +445,8 @@ def test_models_with_wider_or_narrower_heads():
         ("eft", {"draft": 2, "weights": {"implicit": 1.0, "explicit": 0.5}}, "a value that can draft"),
     ],
 )
-def test_what_cannot_draft_is_told(llama, name, settings, told):
-    with pytest.raises(ConfigError, match=told):
+def test_what_cannot_draft_is_refused(llama, name, settings, message):
+    with pytest.raises(ConfigError, match=message):
         s = get_method(name, **settings)
         llama.searcher.add(Request(Prompt("I"), s.search(llama.values, CompositeValue)))
 
@@ -490,8 +490,8 @@ def simulated(pace, seconds, acceptance, rounds=200, rows=1, room=100):
     for _ in range(rounds):
         n = pace.choose([room] * rows)
         chosen.append(n)
-        pace.took(rows, n, seconds(n))
-        pace.saw(100, round(100 * acceptance))
+        pace.record_time(rows, n, seconds(n))
+        pace.record_acceptance(100, round(100 * acceptance))
     return chosen
 
 

@@ -8,7 +8,7 @@ import torch
 import naive
 from ivg.engines.transformers import sampling as f
 from ivg.engines.transformers.engine import TransformersEngine
-from ivg.engines.transformers.guidance import guided
+from ivg.engines.transformers.guidance import apply_guidance
 from ivg.errors import ConfigError, PromptError, VocabularyError
 from ivg.integrations.transformers import GuidanceLogitsProcessor, GuidedGenerate
 from ivg.models.cached_lm import CachedLM
@@ -61,7 +61,7 @@ def test_filters_equal_transformers():
 
 def test_the_first_of_all_numbers_draws_no_impossible_token():
     never = -torch.inf
-    assert f.draw(torch.tensor([[never, never, 0.0, 1.0], [0.0, never, 0.0, never]]), [0.0, 0.5]).tolist() == [2, 2]
+    assert f.sample_from_logits(torch.tensor([[never, never, 0.0, 1.0], [0.0, never, 0.0, never]]), [0.0, 0.5]).tolist() == [2, 2]
 
 
 def test_entropy_and_log_probabilities_by_hand():
@@ -70,18 +70,18 @@ def test_entropy_and_log_probabilities_by_hand():
     assert f.entropy(torch.tensor([[float("nan"), 0.0]])).isnan().all()
     tokens = torch.tensor([1, 0])
     cold = SamplingParams(temperature=0.5)  # probabilities 4 : 1 : 1
-    assert f.drawn_logps(z, [cold] * 2, tokens, filters=False).exp().tolist() == pytest.approx([1 / 6, 1.0])
+    assert f.token_logps(z, [cold] * 2, tokens, filters=False).exp().tolist() == pytest.approx([1 / 6, 1.0])
     two = SamplingParams(temperature=0.5, top_p=0.7)  # the first two: 4 : 1
-    assert f.drawn_logps(z, [two, cold], tokens, filters=False).exp().tolist() == pytest.approx([1 / 6, 1.0])
-    assert f.drawn_logps(z, [two, cold], tokens, filters=True).exp().tolist() == pytest.approx([1 / 5, 1.0])
+    assert f.token_logps(z, [two, cold], tokens, filters=False).exp().tolist() == pytest.approx([1 / 6, 1.0])
+    assert f.token_logps(z, [two, cold], tokens, filters=True).exp().tolist() == pytest.approx([1 / 5, 1.0])
     greedy = SamplingParams(temperature=0)
-    assert f.drawn_logps(z, [greedy] * 2, tokens, filters=False).exp().tolist() == pytest.approx([0.25, 1.0])
-    assert f.drawn_logps(z, [greedy] * 2, tokens, filters=True).tolist() == [0.0, 0.0]
+    assert f.token_logps(z, [greedy] * 2, tokens, filters=False).exp().tolist() == pytest.approx([0.25, 1.0])
+    assert f.token_logps(z, [greedy] * 2, tokens, filters=True).tolist() == [0.0, 0.0]
 
 
 def test_draw_inverts_the_distribution():
     logits = torch.tensor([[0.25, 0.0, 0.5, 0.25]]).log().expand(4, 4)
-    assert f.draw(logits, [0.0, 0.26, 0.74, 0.76]).tolist() == [0, 2, 2, 3]
+    assert f.sample_from_logits(logits, [0.0, 0.26, 0.74, 0.76]).tolist() == [0, 2, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -201,10 +201,10 @@ def test_guidance_over_the_vocabulary_is_the_formula():
     h = hypothesis("I", " am", base)
     z, ids = base.outputs([h]).cpu(), base.tokenizer("I am").input_ids
     t, u = (naive.outputs(r.model.network, ids)[-1] for r in (value.tuned, value.untuned))
-    assert torch.allclose(guided(z, [h], [DecodeState()], TokenGuidance(value, 0.5))[0], z[0] + 0.5 * (t - u), atol=1e-3)
+    assert torch.allclose(apply_guidance(z, [h], [DecodeState()], TokenGuidance(value, 0.5))[0], z[0] + 0.5 * (t - u), atol=1e-3)
     mixed = CompositeValue([(1.0, value), (-0.25, tiny_value())])
     q = naive.outputs(mixed.parts[1][1].network, ids)[-1]
-    assert torch.allclose(guided(z, [h], [DecodeState()], TokenGuidance(mixed, 2.0))[0], z[0] + 2 * (t - u) - 0.5 * q, atol=1e-3)
+    assert torch.allclose(apply_guidance(z, [h], [DecodeState()], TokenGuidance(mixed, 2.0))[0], z[0] + 2 * (t - u) - 0.5 * q, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["implicit", "scalar", "function"])
@@ -248,7 +248,7 @@ def test_selection_by_another_tokenizer_equals_fresh_scores():
 def test_wrong_vocabulary_is_refused_unless_candidates():
     base, value = tiny_lm("base"), tiny_value(tokenizer=byte_tokenizer(permute=True))
     searcher = Searcher(TransformersEngine(base))
-    with pytest.raises(VocabularyError, match=r"(?s)256 differ.*candidates=20"):
+    with pytest.raises(VocabularyError, match=r"(?s)256 ids differ.*candidates=20"):
         searcher.add(Request(Prompt("x"), Search(guidance=TokenGuidance(value))))
     searcher.add(Request(Prompt("x"), Search(guidance=TokenGuidance(value, 1.0, 5))))
     assert not searcher.live_requests

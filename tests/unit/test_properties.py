@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ivg.engines.transformers.sampling import draw, keep_top_p
+from ivg.engines.transformers.sampling import keep_top_p, sample_from_logits
 from ivg.models.cache import common_length
 from ivg.models.vocabulary import Vocabulary
 from ivg.search import ranking
@@ -93,7 +93,7 @@ def test_top_p_is_the_smallest_sufficient_set(logits, p):
 @settings(deadline=None)
 @given(numbers, st.floats(0, 1, exclude_max=True))
 def test_draws_stay_in_the_vocabulary(logits, u):
-    picked = int(draw(torch.tensor([logits]), [u])[0])
+    picked = int(sample_from_logits(torch.tensor([logits]), [u])[0])
     assert 0 <= picked < len(logits)
 
 

@@ -208,13 +208,13 @@ def test_implicit_value_by_hand(beams):
 def test_permuted_vocabulary_is_an_error_that_names_ids(base):
     other = tiny_lm("guide", tokenizer=byte_tokenizer(permute=True))
     assert not other.vocabulary.same_as(base.vocabulary)
-    with pytest.raises(VocabularyError, match=r"(?s)256 differ.*id 1: '!' in base, .* in guide.*and 251 more"):
+    with pytest.raises(VocabularyError, match=r"(?s)256 ids differ.*id 1: '!' in base, .* in guide.*and 251 more"):
         base.vocabulary.require_same(other.vocabulary, "")
 
 
 def test_missing_ids_are_an_error(base):
     other = tiny_lm("guide", tokenizer=byte_tokenizer([("a", "b")]))
-    with pytest.raises(VocabularyError, match=r"(?s)1 differ.*id 257: None in base, 'ab' in guide"):
+    with pytest.raises(VocabularyError, match=r"(?s)1 ids differ.*id 257: None in base, 'ab' in guide"):
         base.vocabulary.require_same(other.vocabulary, "")
 
 

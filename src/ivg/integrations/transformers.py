@@ -20,7 +20,7 @@ from transformers import InfNanRemoveLogitsProcessor, LogitsProcessor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ivg.engines.transformers.engine import TransformersEngine
-from ivg.engines.transformers.guidance import check_guidance, guided
+from ivg.engines.transformers.guidance import apply_guidance, check_guidance
 from ivg.errors import ConfigError
 from ivg.integrations.generate_args import (
     check_config,
@@ -92,7 +92,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             rows.append(now[ids])
         beams = list(now.values())
         first = {beam.key: i for i, beam in reversed(list(enumerate(rows)))}
-        moved = guided(scores[[first[b.key] for b in beams]].float(), beams, [b.decoded for b in beams], self.guidance)
+        moved = apply_guidance(scores[[first[b.key] for b in beams]].float(), beams, [b.decoded for b in beams], self.guidance)
         _release(self.guidance.value, self._seen)
         self._seen.update(now)
         place = {b.key: i for i, b in enumerate(beams)}
@@ -219,7 +219,7 @@ class _Processed(TransformersEngine):
         super().__init__(base)
         self.processors, self.padded = processors, padded
 
-    def _processed(self, logits: Tensor, nodes: Sequence[Hypothesis], requests: Sequence[ExpandRequest]) -> Tensor:
+    def process_logits(self, logits: Tensor, nodes: Sequence[Hypothesis], requests: Sequence[ExpandRequest]) -> Tensor:
         if not self.processors:
             return logits
         out = logits.clone()

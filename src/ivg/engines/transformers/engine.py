@@ -1,27 +1,72 @@
 """The reference engine: any transformers causal language model, all beams of all requests in one batch.
 
-Knows: one token at a time for many beams, each with its own sampling, guidance and limits. Must not know which beams
-are worth keeping (``search.searcher``). What the base's prompt is read once for, its children share: the first token of
-all children of a beam is drawn from one pass.
+Grows many sequences by one token at a time, each with its own sampling settings, guidance and limits. The first token of all children
+of a beam is drawn from one forward pass of their parent. Must not know which beams are kept (``search.searcher``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ivg.engines.sequences import TokenSequence, append_token, as_beams, decoded, fork
-from ivg.engines.transformers.guidance import check_guidance, guided, nan_error, nothing_left
-from ivg.engines.transformers.logprobs import details
-from ivg.engines.transformers.processors import exhausted_rows, processed
-from ivg.engines.transformers.sampling import broken_rows, drawn_logps, entropy, sample
+from ivg.engines.transformers.guidance import apply_guidance, check_guidance, compares_guidance, nan_error, no_token_error
+from ivg.engines.transformers.logprobs import token_logprobs
+from ivg.engines.transformers.processors import exhausted_rows, forbid_ignored_eos, process_logits
+from ivg.engines.transformers.sampling import entropy, log_ratios, nonfinite_rows, sample
 from ivg.engines.transformers.speculation import Speculator
 from ivg.errors import ScoreFault
 from ivg.models.cached_lm import CachedLM
-from ivg.types import Beam, DecodeState, Engine, EntropyStop, ExpandRequest, Prompt, SamplingParams, TokenGuidance
+from ivg.types import Beam, DecodeState, Engine, EntropyStop, ExpandRequest, Hypothesis, Prompt, SamplingParams, TokenGuidance
 from ivg.utils.rng import uniform
+
+
+@dataclass(slots=True)
+class _Step:
+    """What one forward pass of the base is for.
+
+    Attributes:
+        sequences: that grow by one token.
+        row_of: for each the row that its token is drawn from.
+        nodes: for each row what the base reads: a sequence itself, or the parent that several sequences still share.
+        states: up to where their texts are decoded.
+        requests: that they belong to.
+    """
+
+    sequences: list[TokenSequence]
+    row_of: list[int]
+    nodes: Sequence[Beam | TokenSequence]
+    states: list[DecodeState]
+    requests: list[ExpandRequest]
+
+    def without(self, rows: set[int]) -> _Step:
+        """The same without these rows and the sequences that draw from them."""
+        left = [i for i in range(len(self.nodes)) if i not in rows]
+        new_row = {row: i for i, row in enumerate(left)}
+        return _Step(
+            [s for s, row in zip(self.sequences, self.row_of, strict=True) if row in new_row],
+            [new_row[row] for row in self.row_of if row in new_row],
+            [self.nodes[i] for i in left],
+            [self.states[i] for i in left],
+            [self.requests[i] for i in left],
+        )
+
+
+@dataclass(slots=True)
+class _Logits:
+    """What a step draws from, both [rows, vocabulary]; one tensor where nothing compares the two.
+
+    Attributes:
+        base: of the base model alone.
+        guided: with token guidance.
+        faults: why the guide has no number for a row.
+    """
+
+    base: Tensor
+    guided: Tensor
+    faults: Mapping[int, ScoreFault]
 
 
 class TransformersEngine(Engine):
@@ -33,7 +78,7 @@ class TransformersEngine(Engine):
         self.base = base
         base.reads_given_ids = True
         self.vocabulary = base.vocabulary
-        self.speculation = Speculator(base, append_token)
+        self.speculation = Speculator(base)
 
     def open(self, prompt: Prompt, sampling: SamplingParams) -> Beam:
         """The empty response to ``prompt``.
@@ -48,7 +93,7 @@ class TransformersEngine(Engine):
         return len(self.base.prompt_ids(prompt))
 
     def check(self, guidance: TokenGuidance | None) -> None:
-        """Raise where ``guidance`` does not fit the base (see ``engine.guidance``)."""
+        """Raise where ``guidance`` does not fit the base (see :func:`check_guidance`)."""
         if guidance is not None:
             check_guidance(guidance, self.vocabulary)
 
@@ -61,7 +106,7 @@ class TransformersEngine(Engine):
         self.base.reset_cache()
 
     def release_memory(self) -> None:
-        """Give memory of the base's cache that holds nothing back to the system."""
+        """Return memory of the base's cache that nothing needs to the operating system."""
         self.base.model.release_memory()
 
     def extend(self, requests: Sequence[ExpandRequest]) -> list[list[Beam]]:
@@ -69,163 +114,134 @@ class TransformersEngine(Engine):
 
         Children whose model gave NaN end with ``finish="error"``; the others go on.
         """
-        families = [fork(request) for request in requests]
-        ahead = [self.speculation.takes(request) for request in requests]
-        self.speculation.grow([(o.beam, family) for o, family, drafted in zip(requests, families, ahead, strict=True) if drafted])
-        self._grow([(o, family) for o, family, drafted in zip(requests, families, ahead, strict=True) if not drafted])
-        self._hand_on([d for family in families for d in family if d.finish is None and not d.paused])
-        return [as_beams(request.beam, family) for request, family in zip(requests, families, strict=True)]
+        children = [fork(request) for request in requests]
+        pairs = list(zip(requests, children, strict=True))
+        drafting = [self.speculation.can_draft(request) for request in requests]
+        self.speculation.extend([(r.beam, some) for (r, some), drafts in zip(pairs, drafting, strict=True) if drafts])
+        self._extend([pair for pair, drafts in zip(pairs, drafting, strict=True) if not drafts])
+        self._inherit_caches([s for some in children for s in some if s.finish is None and not s.paused])
+        return [as_beams(request.beam, some) for request, some in pairs]
 
-    def _hand_on(self, drafts: Sequence[TokenSequence]) -> None:
-        """Children that grew by one token have asked for nothing yet: they take their parents' caches before those are released."""
-        self.base.inherit_cache(drafts)
+    def _inherit_caches(self, sequences: Sequence[TokenSequence]) -> None:
+        """Children of one token were never read: they inherit their parents' caches before those are released."""
+        self.base.inherit_cache(sequences)
         guided: dict[TokenGuidance, list[TokenSequence]] = {}
-        for d in drafts:
-            if d.request.guidance is not None:
-                guided.setdefault(d.request.guidance, []).append(d)
+        for s in sequences:
+            if s.request.guidance is not None:
+                guided.setdefault(s.request.guidance, []).append(s)
         for guidance, some in guided.items():
             guidance.value.inherit_cache(some)
 
-    def _grow(self, families: list[tuple[ExpandRequest, list[TokenSequence]]]) -> None:
+    def _extend(self, pairs: list[tuple[ExpandRequest, list[TokenSequence]]]) -> None:
         """Token after token, all in one batch."""
-        if not families:
+        if not pairs:
             return
-        drafts = [d for _, family in families for d in family]
-        requests = [request for request, _ in families]
-        parents = [request.beam for request in requests]
-        row_of = [i for i, (_, family) in enumerate(families) for _ in family]
-        self._step(drafts, parents, [p.decoded for p in parents], requests, row_of)
-        while active := [d for d in drafts if d.finish is None and not d.paused and len(d.token_ids) < d.limit]:
-            self._step(active, active, [decoded(d) for d in active], [d.request for d in active], list(range(len(active))))
+        requests, parents = [request for request, _ in pairs], [request.beam for request, _ in pairs]
+        sequences = [s for _, some in pairs for s in some]
+        row_of = [i for i, (_, some) in enumerate(pairs) for _ in some]
+        self._step(_Step(sequences, row_of, parents, [p.decoded for p in parents], requests))
+        while active := [s for s in sequences if s.finish is None and not s.paused and len(s.token_ids) < s.limit]:
+            states = [decoded(s) for s in active]
+            self._step(_Step(active, list(range(len(active))), active, states, [s.request for s in active]))
 
-    def _step(
-        self,
-        drafts: list[TokenSequence],
-        nodes: Sequence[Beam | TokenSequence],
-        places: list[DecodeState],
-        requests: list[ExpandRequest],
-        row_of: list[int],
-    ) -> None:
-        """One token for every draft that does not pause; ``row_of[i]`` is the node whose distribution draft i draws from."""
-        raw = self.base.outputs(nodes)
-        entropies = entropy(raw) if any(o.pause or (o.guidance is not None and o.guidance.gate > 0) for o in requests) else None
-        if entropies is not None and (paused := _pausing(entropies, nodes, requests)):
-            for d, row in zip(drafts, row_of, strict=True):
-                d.paused = row in paused
-            rows = [i for i in range(len(nodes)) if i not in paused]
-            new_place = {row: i for i, row in enumerate(rows)}
-            row_of = [new_place[row] for row in row_of if row in new_place]
-            drafts = [d for d in drafts if not d.paused]
-            raw, entropies = raw[rows], entropies[rows]
-            nodes, places, requests = [nodes[i] for i in rows], [places[i] for i in rows], [requests[i] for i in rows]
-        if drafts:
-            self._draw(drafts, row_of, nodes, requests, *self._mix(raw, entropies, nodes, places, requests))
+    def _step(self, step: _Step) -> None:
+        """One token for every sequence that does not pause."""
+        logits = self.base.outputs(step.nodes)
+        entropies = None
+        if any(r.pause or (r.guidance is not None and r.guidance.gate > 0) for r in step.requests):
+            entropies = entropy(logits)
+            if paused := _pausing(entropies, step):
+                for s, row in zip(step.sequences, step.row_of, strict=True):
+                    s.paused = row in paused
+                left = [i for i in range(len(step.nodes)) if i not in paused]
+                step, logits, entropies = step.without(paused), logits[left], entropies[left]
+        if step.sequences:
+            self._draw(step, self._guide(step, logits, entropies))
 
-    def _draw(
-        self,
-        drafts: list[TokenSequence],
-        row_of: list[int],
-        nodes: Sequence[Beam | TokenSequence],
-        requests: Sequence[ExpandRequest],
-        plain: Tensor,
-        mixed: Tensor,
-        faults: Mapping[int, ScoreFault],
-    ) -> None:
-        """Draw one token for every draft from its row of ``mixed``; ``plain`` is the base alone, both [rows, vocabulary].
+    def _guide(self, step: _Step, logits: Tensor, entropies: Tensor | None) -> _Logits:
+        """``logits`` [rows, vocabulary], which are written over, with and without guidance; without end-of-sequence tokens to be ignored.
 
-        ``faults``: why the guide has no number for a row.
+        Rows with the same guidance share one call.
         """
-        for i in broken_rows(mixed):
-            base = plain[i].clone()
-            mixed[i] = 0.0
-            for d, row in zip(drafts, row_of, strict=True):
-                if row == i:  # the two are one tensor where nothing guides, or where the base was seen to be sound
-                    sound = plain is mixed and d.request.guidance is not None and d.request.guidance.beta != 0
-                    d.finish, d.error = "error", faults.get(i) or nan_error(None if sound else base, len(d.token_ids))
-        draws = [uniform(d.request.seed, d.rng_path, len(d.token_ids)) for d in drafts]
-        final = self._processed(mixed, nodes, requests)
-        if final is not mixed and (left := set(exhausted_rows(final))):
-            for d, row in zip(drafts, row_of, strict=True):
-                if row in left and d.finish is None:
-                    d.finish, d.error = "error", nothing_left(len(d.token_ids))
-            final[sorted(left)] = 0.0
-        tokens = sample(final, [d.request.sampling for d in drafts], draws, row_of)
-        index = torch.tensor(row_of, device=mixed.device)
-        shifts = _moved_by(drafts, index, tokens, plain, mixed, [d.request.record for d in drafts], filters=False)
-        weighed = [d.request.return_log_ratio for d in drafts]
-        alone = plain if final is mixed or not any(weighed) else self._processed(plain, nodes, requests)
-        ratios = _moved_by(drafts, index, tokens, alone, final, weighed, filters=True)
-        ids, params = tokens.tolist(), [d.request.sampling for d in drafts]
-        looks = details(ids, row_of, params, [d.request.alternatives for d in drafts], plain, mixed)
-        for d, token, shift, ratio, look in zip(drafts, ids, shifts, ratios, looks, strict=True):
-            if d.finish is None:
-                d.log_ratio -= ratio
-                append_token(d, token, shift, look)
+        groups: dict[TokenGuidance, list[int]] = {}
+        for i, request in enumerate(step.requests):
+            if request.guidance is not None and request.guidance.beta != 0:
+                groups.setdefault(request.guidance, []).append(i)
+        forbid_ignored_eos(logits, [request.sampling for request in step.requests], self.vocabulary.eos_ids)
+        base = logits
+        if groups and (any(map(compares_guidance, step.requests)) or nonfinite_rows(logits)):
+            base = logits.clone()
+        faults: dict[int, ScoreFault] = {}
+        for guidance, rows in groups.items():
+            found: dict[int, ScoreFault] = {}
+            every = len(rows) == len(logits)
+            guided = apply_guidance(
+                logits if every else logits[rows],
+                [step.nodes[i] for i in rows],
+                [step.states[i] for i in rows],
+                guidance,
+                None if entropies is None else entropies[rows],
+                in_place=True,
+                faults=found,
+            )
+            faults |= {rows[k]: fault for k, fault in found.items()}
+            if every:
+                logits = guided
+            else:
+                logits[rows] = guided
+        return _Logits(base, logits, faults)
 
-    def _processed(self, logits: Tensor, nodes: Sequence[Beam | TokenSequence], requests: Sequence[ExpandRequest]) -> Tensor:
-        """Logits [rows, vocabulary] of ``nodes`` as their requests' settings change them (``engine.processors``)."""
+    def _draw(self, step: _Step, logits: _Logits) -> None:
+        """Draw one token for every sequence from its row."""
+        sequences, row_of = step.sequences, step.row_of
+        _end_nonfinite(step, logits)
+        final = self.process_logits(logits.guided, step.nodes, step.requests)
+        if final is not logits.guided and (exhausted := set(exhausted_rows(final))):
+            for s, row in zip(sequences, row_of, strict=True):
+                if row in exhausted and s.finish is None:
+                    s.finish, s.error = "error", no_token_error(len(s.token_ids))
+            final[sorted(exhausted)] = 0.0
+        params = [s.request.sampling for s in sequences]
+        uniforms = [uniform(s.request.seed, s.rng_path, len(s.token_ids)) for s in sequences]
+        tokens = sample(final, params, uniforms, row_of)
+        guided = [s.request.guidance is not None for s in sequences]
+        recorded = [s.request.record and g for s, g in zip(sequences, guided, strict=True)]
+        shifts = log_ratios(logits.guided, logits.base, row_of, params, tokens, recorded, filters=False)
+        weighted = [s.request.return_log_ratio and g for s, g in zip(sequences, guided, strict=True)]
+        base = logits.base if final is logits.guided or not any(weighted) else self.process_logits(logits.base, step.nodes, step.requests)
+        ratios = log_ratios(final, base, row_of, params, tokens, weighted, filters=True)
+        ids = tokens.tolist()
+        details = token_logprobs(ids, row_of, params, [s.request.alternatives for s in sequences], logits.base, logits.guided)
+        for s, token, shift, ratio, detail in zip(sequences, ids, shifts, ratios, details, strict=True):
+            if s.finish is None:
+                s.log_ratio -= ratio
+                append_token(s, token, shift, detail)
+
+    def process_logits(self, logits: Tensor, nodes: Sequence[Hypothesis], requests: Sequence[ExpandRequest]) -> Tensor:
+        """Logits [rows, vocabulary] behind ``nodes`` as the requests' settings change them (``processors``); the same tensor or a copy."""
 
         def context(row: int) -> tuple[Sequence[int], Sequence[int]]:
             return self.base.prompt_ids(nodes[row].prompt), nodes[row].token_ids
 
-        return processed(logits, [request.sampling for request in requests], context, self.vocabulary.eos_ids)
-
-    def _mix(
-        self,
-        raw: Tensor,
-        entropies: Tensor | None,
-        nodes: Sequence[Beam | TokenSequence],
-        places: list[DecodeState],
-        requests: list[ExpandRequest],
-    ) -> tuple[Tensor, Tensor, dict[int, ScoreFault]]:
-        """(base alone, with guidance, rows that the guide has no number for), forbidden end-of-sequence tokens out of both.
-
-        Nodes with the same guidance share one call.
-        ``raw`` is written over. The two are one tensor where nothing asks what guidance moved.
-        """
-        groups: dict[TokenGuidance, list[int]] = {}
-        for i, request in enumerate(requests):
-            if request.guidance is not None and request.guidance.beta != 0:
-                groups.setdefault(request.guidance, []).append(i)
-        silent = [i for i, request in enumerate(requests) if request.sampling.ignore_eos]
-        if silent and self.vocabulary.eos_ids:
-            raw[torch.tensor(silent)[:, None], torch.tensor(sorted(self.vocabulary.eos_ids))] = -torch.inf
-        compared = any(o.record or o.return_log_ratio or o.alternatives is not None for o in requests) or bool(broken_rows(raw))
-        plain = raw.clone() if groups and compared else raw
-        faults: dict[int, ScoreFault] = {}
-        for guidance, rows in groups.items():
-            broken: dict[int, ScoreFault] = {}
-            known = None if entropies is None else entropies[rows]
-            every = len(rows) == len(raw)
-            part = raw if every else raw[rows]
-            moved = guided(part, [nodes[i] for i in rows], [places[i] for i in rows], guidance, known, in_place=True, faults=broken)
-            faults |= {rows[k]: fault for k, fault in broken.items()}
-            if every:
-                raw = moved
-            else:
-                raw[rows] = moved
-        return plain, raw, faults
+        return process_logits(logits, [request.sampling for request in requests], context, self.vocabulary.eos_ids)
 
 
-def _pausing(entropies: Tensor, nodes: Sequence[Beam | TokenSequence], requests: Sequence[ExpandRequest]) -> set[int]:
+def _end_nonfinite(step: _Step, logits: _Logits) -> None:
+    """End the sequences of rows with NaN or infinity; ``logits.guided`` becomes finite."""
+    for i in nonfinite_rows(logits.guided):
+        base = logits.base[i].clone()
+        logits.guided[i] = 0.0
+        for s, row in zip(step.sequences, step.row_of, strict=True):
+            if row == i:  # the two are one tensor where nothing guides, or where the base was found to be finite
+                finite = logits.base is logits.guided and s.request.guidance is not None and s.request.guidance.beta != 0
+                s.finish, s.error = "error", logits.faults.get(i) or nan_error(None if finite else base, len(s.token_ids))
+
+
+def _pausing(entropies: Tensor, step: _Step) -> set[int]:
     """Rows whose chunk ends here."""
 
     def stops(pause: EntropyStop | None, length: int, nats: float) -> bool:
         return pause is not None and length >= pause.after and nats >= pause.entropy
 
-    known = entropies.tolist()
-    return {i for i, (node, request) in enumerate(zip(nodes, requests, strict=True)) if stops(request.pause, len(node.token_ids), known[i])}
-
-
-def _moved_by(
-    drafts: Sequence[TokenSequence], index: Tensor, tokens: Tensor, plain: Tensor, mixed: Tensor, wanted: Sequence[bool], *, filters: bool
-) -> list[float]:
-    """Log pi_guided - log pi_base of the drawn tokens, for those that want it; 0 where nothing guides, at no cost."""
-    out = [0.0] * len(drafts)
-    rows = [k for k, d in enumerate(drafts) if wanted[k] and d.request.guidance is not None]
-    if rows:
-        params = [drafts[k].request.sampling for k in rows]
-        guided_logps, base_logps = (drawn_logps(z[index[rows]], params, tokens[rows], filters=filters) for z in (mixed, plain))
-        for k, shift in zip(rows, (guided_logps - base_logps).tolist(), strict=True):
-            out[k] = shift
-    return out
+    rows = enumerate(zip(step.nodes, step.requests, entropies.tolist(), strict=True))
+    return {i for i, (node, request, nats) in rows if stops(request.pause, len(node.token_ids), nats)}

@@ -1,12 +1,13 @@
-"""Token guidance: how a value moves the base's logits before a token is drawn (METHOD, sections 2 and 6).
+"""Token guidance: how a value changes the base's logits before a token is drawn.
 
-Over the whole vocabulary where the value knows it: z + beta * delta. Otherwise over the base's likeliest candidates:
-z_v + beta * f(V(prefix + v)), all other tokens out. V(prefix) is the same for all candidates of a row, so leaving it out
-changes nothing. Candidates are hypotheses like any other: a value with another tokenizer reads their text. A value that
-knows the base's vocabulary has the numbers of all candidates from one pass.
+Over the whole vocabulary where the value has a score for every next token: z + beta * delta (EFT: Mitchell et al. 2023,
+arXiv 2310.12962; IVG: Liu et al. 2024, arXiv 2409.17819). Otherwise over the base's likeliest candidates: z_v + beta * f(V(prefix + v)),
+all other tokens forbidden (ARGS: Khanov et al. 2024, arXiv 2402.01694; FUDGE: Yang & Klein 2021, arXiv 2104.05218). V(prefix) is the same
+for all candidates of a row, so leaving it out changes nothing. Candidates are hypotheses like any other: a value with another tokenizer
+reads their text. A value with the base's vocabulary scores all candidates in one pass.
 
-With a gate only rows where the base is uncertain are guided (SIA). The guide does not read the others: their caches are only
-handed on to the next hypothesis, and it reads what it has missed when it is asked again.
+With an entropy threshold (``gate``) only rows where the base is uncertain are guided. The guide does not read the others: its cache is
+handed on to the next hypothesis, and it reads what it has missed when it is needed again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from ivg.engines.transformers.sampling import entropy
 from ivg.errors import ConfigError, ScoreFault
 from ivg.models.vocabulary import Vocabulary
-from ivg.types import DecodeState, FinishReason, Hypothesis, Prompt, TokenCounter, TokenGuidance, Value, new_key
+from ivg.types import DecodeState, ExpandRequest, FinishReason, Hypothesis, Prompt, TokenCounter, TokenGuidance, Value, new_key
 from ivg.types.scores import require_scores, score_each
 
 DEFAULT_CANDIDATES = 20
@@ -29,7 +30,7 @@ DEFAULT_CANDIDATES = 20
 
 @dataclass(slots=True)
 class _Candidate:
-    """A hypothesis with one more token, for the time of one look."""
+    """A hypothesis with one more token, scored once."""
 
     key: int
     parent: int
@@ -44,11 +45,11 @@ class _Candidate:
 
 
 def check_guidance(guidance: TokenGuidance, base: Vocabulary) -> None:
-    """Raise where full-vocabulary guidance is asked of a value with other tokens.
+    """Raise where ``guidance`` does not fit a base with this vocabulary.
 
     Raises:
         VocabularyError: the ids mean different text; names the first that differ.
-        ConfigError: drafts of a guidance that cannot draft.
+        ConfigError: it cannot draft tokens, but is to.
     """
     value = guidance.value
     if guidance.candidates == 0 and value.full_vocabulary():
@@ -61,7 +62,7 @@ def check_guidance(guidance: TokenGuidance, base: Vocabulary) -> None:
 
 
 def check_draft(guidance: TokenGuidance) -> None:
-    """Raise where tokens are to be drafted and cannot be.
+    """Raise where ``guidance`` is to draft tokens and cannot.
 
     Raises:
         ConfigError: a value that cannot draft; a guidance that is no sum of logits everywhere.
@@ -78,7 +79,7 @@ def check_draft(guidance: TokenGuidance) -> None:
         )
 
 
-def guided(
+def apply_guidance(
     logits: Tensor,
     hypotheses: Sequence[Hypothesis],
     decoded: Sequence[DecodeState],
@@ -88,7 +89,7 @@ def guided(
     in_place: bool = False,
     faults: dict[int, ScoreFault] | None = None,
 ) -> Tensor:
-    """The base's logits [rows, vocabulary], float32, moved by ``guidance``.
+    """The base's logits [rows, vocabulary], float32, with ``guidance``.
 
     Args:
         logits: of the base, behind the last token of each hypothesis.
@@ -96,7 +97,7 @@ def guided(
         decoded: up to where each hypothesis' text is decoded (``Vocabulary.continue_text``).
         guidance: what to add.
         entropies: of the base's own distributions, in nats [rows], for the gate; default: those of ``logits``.
-        in_place: ``logits`` may be written over.
+        in_place: ``logits`` may be overwritten.
         faults: receives why the value has no number for a candidate, by row; such a row becomes NaN. None: that is raised.
 
     Raises:
@@ -105,17 +106,17 @@ def guided(
     if guidance.beta == 0:
         return logits
     if guidance.gate == 0:
-        return _moved(logits, hypotheses, decoded, guidance, in_place=in_place, faults=faults)
-    guidance.value.inherit_cache(hypotheses)  # all sisters at once: whoever comes last takes its parent's cache over
-    open_rows = ((entropy(logits) if entropies is None else entropies) >= guidance.gate).nonzero()[:, 0].tolist()
-    if not open_rows:
+        return _guide_rows(logits, hypotheses, decoded, guidance, in_place=in_place, faults=faults)
+    guidance.value.inherit_cache(hypotheses)  # all at once: the last child takes its parent's cache over
+    uncertain = ((entropy(logits) if entropies is None else entropies) >= guidance.gate).nonzero()[:, 0].tolist()
+    if not uncertain:
         return logits
     out = logits.clone()
     found: dict[int, ScoreFault] | None = None if faults is None else {}
-    some, places = [hypotheses[i] for i in open_rows], [decoded[i] for i in open_rows]
-    out[open_rows] = _moved(logits[open_rows], some, places, guidance, faults=found)
+    some, states = [hypotheses[i] for i in uncertain], [decoded[i] for i in uncertain]
+    out[uncertain] = _guide_rows(logits[uncertain], some, states, guidance, faults=found)
     if faults is not None and found:
-        faults.update({open_rows[row]: fault for row, fault in found.items()})
+        faults.update({uncertain[row]: fault for row, fault in found.items()})
     return out
 
 
@@ -127,19 +128,23 @@ def add_deltas(base: Tensor, deltas: Tensor, beta: float, size: int, *, in_place
     return out
 
 
-def nan_error(plain: Tensor | None, tokens: int) -> str:
-    """What to say of a row whose guided logits are broken; ``plain`` are the base's own, [vocabulary]; None: known to be sound."""
-    base = plain is not None and bool(plain.isnan().any() | (plain == torch.inf).any())
-    source = "the base model" if base else "token guidance"
-    return f"{source} gave NaN or infinity after {tokens} tokens"
+def compares_guidance(request: ExpandRequest) -> bool:
+    """Does ``request`` report the base's log-probabilities beside the guided ones?"""
+    return request.record or request.return_log_ratio or request.alternatives is not None
 
 
-def nothing_left(tokens: int) -> str:
-    """What to say where the settings of sampling forbid every token."""
+def nan_error(base: Tensor | None, tokens: int) -> str:
+    """Message for a row with NaN or infinity; ``base``: the base's own logits [vocabulary]; None: known to be finite."""
+    by_base = base is not None and bool(base.isnan().any() | (base == torch.inf).any())
+    return f"{'the base model' if by_base else 'token guidance'} gave NaN or infinity after {tokens} tokens"
+
+
+def no_token_error(tokens: int) -> str:
+    """Message for a row where the sampling settings forbid every token."""
     return f"no token may be drawn after {tokens} tokens: suppress_tokens, bad_words_ids, no_repeat_ngram_size and the like forbid all"
 
 
-def _moved(
+def _guide_rows(
     logits: Tensor,
     hypotheses: Sequence[Hypothesis],
     decoded: Sequence[DecodeState],
@@ -148,13 +153,13 @@ def _moved(
     in_place: bool = False,
     faults: dict[int, ScoreFault] | None = None,
 ) -> Tensor:
-    """As :func:`guided`, every row."""
+    """As :func:`apply_guidance`, every row."""
     value = guidance.value
     base = logits.log_softmax(-1) if guidance.normalise else logits
     if guidance.candidates == 0 and value.full_vocabulary():
         return add_deltas(base, value.deltas(hypotheses), guidance.beta, value.vocabulary.size, in_place=in_place)
     top = base.topk(min(guidance.candidates or DEFAULT_CANDIDATES, base.shape[1]))
-    scores = _known_scores(hypotheses, guidance, top.indices)
+    scores = _scores_from_deltas(hypotheses, guidance, top.indices)
     if scores is None:
         candidates = _candidates(hypotheses, decoded, top.indices)
         found = score_each(value, candidates)
@@ -163,11 +168,11 @@ def _moved(
             faults.update({i // top.indices.shape[1]: s for i, s in enumerate(found) if isinstance(s, ScoreFault)})
         scores = torch.tensor(numbers, dtype=torch.float32).view(top.indices.shape)
         value.release([c.key for c in candidates])
-    moved = top.values + guidance.beta * _transformed(scores.to(base.device), guidance)
-    return torch.full_like(base, -math.inf).scatter(1, top.indices, moved)
+    guided = top.values + guidance.beta * _transformed(scores.to(base.device), guidance)
+    return torch.full_like(base, -math.inf).scatter(1, top.indices, guided)
 
 
-def _known_scores(hypotheses: Sequence[Hypothesis], guidance: TokenGuidance, ids: Tensor) -> Tensor | None:
+def _scores_from_deltas(hypotheses: Sequence[Hypothesis], guidance: TokenGuidance, ids: Tensor) -> Tensor | None:
     """Values of the candidates [rows, candidates], up to a constant for each row, from one pass over the prefixes.
 
     None where the value does not know the base's tokens, or where the constant matters.
@@ -199,7 +204,7 @@ def _candidates(hypotheses: Sequence[Hypothesis], decoded: Sequence[DecodeState]
 
 
 def _transformed(scores: Tensor, guidance: TokenGuidance) -> Tensor:
-    """Candidate values [rows, candidates] as the method mixes them in."""
+    """Candidate values [rows, candidates] as the method adds them."""
     if guidance.transform == "log-sigmoid":
         return torch.nn.functional.logsigmoid(scores)
     if guidance.transform == "centered":

@@ -1,8 +1,8 @@
-"""What changes logits before a token is drawn, but for temperature and the cuts of top-k, top-p and min-p.
+"""Logits processors: all settings that change logits before a token is drawn, except temperature, top-k, top-p and min-p.
 
 The same as transformers' logits processors of the same names (``transformers/generation/logits_process.py``), in the order in which
-``generate`` applies them, so that greedy decoding of the base alone is ``generate``'s. Where they look back they see prompt and response.
-Pure functions; the logits that come in are not written over.
+``generate`` applies them, so that greedy decoding of the base alone equals ``generate``. Where they look back they see prompt and
+response. Unlike theirs they work on rows with different settings, and on nothing but the rows that have any.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ivg.settings.sampling import ONLY_TRANSFORMERS
 from ivg.types import SamplingParams
 
-_NEVER = float("-inf")
+_FORBIDDEN = float("-inf")
 _PROCESSED = ("repetition_penalty", "min_length", "min_new_tokens", *ONLY_TRANSFORMERS)
 _OFF = SamplingParams()
 
@@ -24,22 +24,22 @@ Contexts = Callable[[int], tuple[Ids, Ids]]
 """Of a row: the tokens of its prompt, and those of its response before the one that is drawn."""
 
 
-def processes(params: SamplingParams) -> bool:
-    """Does :func:`processed` change anything for ``params``?"""
+def changes_logits(params: SamplingParams) -> bool:
+    """Does :func:`process_logits` change anything for ``params``?"""
     return any(getattr(params, name) != getattr(_OFF, name) for name in _PROCESSED)
 
 
-def processed(logits: Tensor, params: Sequence[SamplingParams], contexts: Contexts, eos: Collection[int]) -> Tensor:
-    """Logits [rows, vocabulary] as ``params`` change them, one for each row; the very tensor where nothing changes.
+def process_logits(logits: Tensor, params: Sequence[SamplingParams], contexts: Contexts, eos: Collection[int]) -> Tensor:
+    """Logits [rows, vocabulary] as ``params`` change them; ``logits`` itself where nothing changes, else a copy.
 
     Args:
         logits: guidance mixed in, float32.
         params: one for each row.
-        contexts: asked for rows that change alone.
+        contexts: called for rows that change alone.
         eos: end-of-sequence tokens.
     """
     known = {id(p): p for p in params}
-    changed = {key for key, p in known.items() if processes(p)}
+    changed = {key for key, p in known.items() if changes_logits(p)}
     rows = [row for row, p in enumerate(params) if id(p) in changed]
     if not rows:
         return logits
@@ -51,9 +51,18 @@ def processed(logits: Tensor, params: Sequence[SamplingParams], contexts: Contex
     return out
 
 
+def forbid_ignored_eos(logits: Tensor, params: Sequence[SamplingParams], eos: Collection[int], *, in_place: bool = True) -> Tensor:
+    """``logits`` without end-of-sequence tokens in the rows whose ``params`` ignore them."""
+    rows = [i for i, p in enumerate(params) if p.ignore_eos]
+    if rows and eos:
+        logits = logits if in_place else logits.clone()
+        logits[torch.tensor(rows)[:, None], torch.tensor(sorted(eos))] = _FORBIDDEN
+    return logits
+
+
 def exhausted_rows(logits: Tensor) -> list[int]:
     """Rows whose tokens are all forbidden."""
-    return (logits.amax(-1) == _NEVER).nonzero()[:, 0].tolist()
+    return (logits.amax(-1) == _FORBIDDEN).nonzero()[:, 0].tolist()
 
 
 def _process(z: Tensor, p: SamplingParams, prompt: Ids, response: Ids, ends: Tensor) -> None:
@@ -61,16 +70,16 @@ def _process(z: Tensor, p: SamplingParams, prompt: Ids, response: Ids, ends: Ten
     new, total = len(response), len(prompt) + len(response)
     text = [*prompt, *response] if p.sequence_bias or p.bad_words_ids or p.no_repeat_ngram_size or p.repetition_penalty != 1.0 else []
     if p.sequence_bias:
-        _bias(z, text, dict(p.sequence_bias).items())  # of one that is given twice the last counts
+        _bias(z, text, dict(p.sequence_bias).items())  # of a sequence that is given twice the last bias counts
     if p.repetition_penalty != 1.0:
         _penalise(z, text, p.repetition_penalty)
     if p.no_repeat_ngram_size:
         _forbid(z, _completions(text, p.no_repeat_ngram_size))
     if p.bad_words_ids:
         ending = {(end,) for end in ends.tolist()}
-        _bias(z, text, [(word, _NEVER) for word in p.bad_words_ids if word not in ending])
+        _bias(z, text, [(word, _FORBIDDEN) for word in p.bad_words_ids if word not in ending])
     if total < p.min_length or new < p.min_new_tokens:
-        z[ends] = _NEVER
+        z[ends] = _FORBIDDEN
     if p.forced_bos_token_id is not None and total == 1:
         _force(z, [p.forced_bos_token_id])
     if p.forced_eos_token_id and new == p.max_new_tokens - 1:
@@ -86,22 +95,22 @@ def _process(z: Tensor, p: SamplingParams, prompt: Ids, response: Ids, ends: Ten
         _forbid(z, p.begin_suppress_tokens)
 
 
-def _within(z: Tensor, ids: Iterable[int]) -> Tensor:
+def _columns(z: Tensor, ids: Iterable[int]) -> Tensor:
     """``ids`` that are columns of ``z``."""
     return torch.tensor(sorted({i for i in ids if i < len(z)}), dtype=torch.long, device=z.device)
 
 
 def _forbid(z: Tensor, ids: Iterable[int]) -> None:
-    z[_within(z, ids)] = _NEVER
+    z[_columns(z, ids)] = _FORBIDDEN
 
 
 def _force(z: Tensor, ids: Iterable[int]) -> None:
-    z.fill_(_NEVER)
-    z[_within(z, ids)] = 0.0
+    z.fill_(_FORBIDDEN)
+    z[_columns(z, ids)] = 0.0
 
 
 def _penalise(z: Tensor, text: Ids, penalty: float) -> None:
-    index = _within(z, text)
+    index = _columns(z, text)
     picked = z[index]
     z[index] = torch.where(picked < 0, picked * penalty, picked / penalty)
 

@@ -2,12 +2,12 @@
 
 Rejection with residual resampling (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318): x is drawn
 from q and kept with probability min(1, p(x) / q(x)); else the token is drawn from (p - q)+, normalised. Whatever q is, the
-token has the distribution p. Both are softmaxes of logits [rows, vocabulary], as ``engine.processors`` leave them, after the
-row's temperature and filters (``engine.sampling``); at temperature 0 both are certain: x is q's likeliest token, kept where it is
+token has the distribution p. Both are softmaxes of logits [rows, vocabulary], as ``processors`` leave them, after the
+row's temperature and filters (``sampling``); at temperature 0 both are deterministic: x is q's likeliest token, kept where it is
 p's.
 
-Here every token is drawn so, whether it was proposed ahead of time or not, each from three uniform numbers of its own (see
-``engine.speculation``). The token is then a function of prefix, seed, place and position alone.
+Every token is drawn so, whether it was proposed ahead of time or not, each from three uniform numbers of its own (see
+``speculation``). The token is then a function of prefix, seed, random path and position alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ivg.engines.transformers.sampling import blocks, distinct, draw, filtered, invert
+from ivg.engines.transformers.sampling import distinct_params, filtered, row_blocks, sample_from_logits, sample_from_weights
 from ivg.types import SamplingParams
 
 
@@ -25,18 +25,18 @@ def propose(q: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[floa
     """One token for each row of ``q`` [rows, vocabulary]; (ids [rows], their log-probability in nats, float32 [rows])."""
     tokens = torch.zeros(len(q), dtype=torch.long, device=q.device)
     logps = torch.zeros(len(q), device=q.device)
-    for setting, rows, logits in _by_setting(q, params):
+    for setting, rows, logits in _by_params(q, params):
         if setting.temperature == 0:
             tokens[rows] = logits.argmax(-1)
         else:
             kept = filtered(logits, setting)
-            picked = draw(kept, [uniforms[i] for i in rows])
+            picked = sample_from_logits(kept, [uniforms[i] for i in rows])
             tokens[rows], logps[rows] = picked, _logps(kept, picked)
     return tokens, logps
 
 
-def accepts(p: Tensor, params: Sequence[SamplingParams], tokens: Tensor, logps: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """Whether p lets each proposal stand; bool [rows].
+def accept(p: Tensor, params: Sequence[SamplingParams], tokens: Tensor, logps: Tensor, uniforms: Sequence[float]) -> Tensor:
+    """Which proposals are accepted under p; bool [rows].
 
     Args:
         p: logits [rows, vocabulary].
@@ -46,7 +46,7 @@ def accepts(p: Tensor, params: Sequence[SamplingParams], tokens: Tensor, logps: 
         uniforms: one number in [0, 1) for each row.
     """
     out = torch.zeros(len(p), dtype=torch.bool, device=p.device)
-    for setting, rows, logits in _by_setting(p, params):
+    for setting, rows, logits in _by_params(p, params):
         if setting.temperature == 0:
             out[rows] = logits.argmax(-1) == tokens[rows]
         else:
@@ -56,10 +56,10 @@ def accepts(p: Tensor, params: Sequence[SamplingParams], tokens: Tensor, logps: 
     return out
 
 
-def replacement(p: Tensor, q: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
+def resample(p: Tensor, q: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
     """A token from (p - q)+ for each row whose proposal was rejected; ids [rows]. ``p``, ``q``: logits [rows, vocabulary]."""
     out = torch.zeros(len(p), dtype=torch.long, device=p.device)
-    for setting, rows, logits in _by_setting(p, params):
+    for setting, rows, logits in _by_params(p, params):
         if setting.temperature == 0:
             out[rows] = logits.argmax(-1)
             continue
@@ -67,15 +67,15 @@ def replacement(p: Tensor, q: Tensor, params: Sequence[SamplingParams], uniforms
         excess = filtered(q[rows], setting).softmax(-1).neg_().add_(target).clamp_(min=0)
         nothing = excess.amax(-1) <= 0  # where something was rejected, only rounding can do that
         excess[nothing] = target[nothing]
-        out[rows] = invert(excess, [uniforms[i] for i in rows])
+        out[rows] = sample_from_weights(excess, [uniforms[i] for i in rows])
     return out
 
 
-def _by_setting(logits: Tensor, params: Sequence[SamplingParams]) -> Iterator[tuple[SamplingParams, list[int], Tensor]]:
-    """Rows that are drawn alike, in blocks: (setting, their numbers, their logits)."""
-    for setting in distinct(params):
+def _by_params(logits: Tensor, params: Sequence[SamplingParams]) -> Iterator[tuple[SamplingParams, list[int], Tensor]]:
+    """Rows with the same settings, in blocks: (settings, row indices, their logits)."""
+    for setting in distinct_params(params):
         alike = [i for i, p in enumerate(params) if p is setting or p == setting]
-        for rows in blocks(alike, logits):
+        for rows in row_blocks(alike, logits):
             first, last = rows[0], rows[-1]
             part = logits[first : last + 1] if last - first == len(rows) - 1 else logits[rows]
             yield setting, rows, part

@@ -1,7 +1,7 @@
 """From logits to tokens: pure functions on float32 tensors [rows, vocabulary].
 
 Order as in transformers: temperature, top-k, top-p, min-p, one draw. Temperature acts after guidance has been mixed in, and after
-what else changes logits (``engine.processors``). Each draw uses one number from a counter-based generator (``ivg.utils.rng``).
+what else changes logits (``processors``). Each draw uses one number from a counter-based generator (``ivg.utils.rng``).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from ivg.types import SamplingParams
 
 _NEVER = float("-inf")
 SECTION = 128
-"""Tokens whose mass is summed first when one is drawn."""
+"""Tokens whose weights are summed first when one is drawn."""
 BLOCK_LOGITS = 1 << 18
-"""Logits that are worked on at a time on a CPU: one mebibyte, of the two or so that a core has to itself."""
+"""Logits that are processed at a time on a CPU: one mebibyte, of the two or so of a core's own cache."""
 TOP_P_FIRST = 256
-"""Tokens that are looked at first for top-p; four times as many while they do not reach it."""
+"""Tokens that are sorted first for top-p; four times as many while they do not reach it."""
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -56,8 +56,8 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(logits < floor, _NEVER)
 
 
-def broken_rows(logits: Tensor) -> list[int]:
-    """Rows with NaN or infinity in them."""
+def nonfinite_rows(logits: Tensor) -> list[int]:
+    """Rows with NaN or positive infinity."""
     peaks = logits.amax(-1)  # NaN wins every comparison
     return (~(peaks < torch.inf)).nonzero()[:, 0].tolist()
 
@@ -80,53 +80,85 @@ def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """One token for each row of logits by inversion of its distribution; [rows] of ids."""
-    return invert((logits - logits.amax(-1, keepdim=True)).exp_(), uniforms)
+def sample_from_logits(logits: Tensor, uniforms: Sequence[float]) -> Tensor:
+    """One token for each row of logits by inversion of its distribution; ids [rows]."""
+    return sample_from_weights((logits - logits.amax(-1, keepdim=True)).exp_(), uniforms)
 
 
-def invert(mass: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """One token for each row with probability in proportion to its ``mass`` [rows, vocabulary]; [rows] of ids.
+def sample_from_weights(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
+    """One token for each row with probability in proportion to its ``weights`` [rows, vocabulary]; ids [rows].
 
-    The mass of :data:`SECTION` tokens at a time is summed, then only the section that holds the draw is gone through: the
+    The weights of :data:`SECTION` tokens at a time are summed, then only the section that holds the draw is searched: the
     same token as from a cumulative sum over the vocabulary in float64, for a fifth of its time.
     """
-    rows, width = mass.shape
+    rows, width = weights.shape
     if width % SECTION:
-        mass = torch.nn.functional.pad(mass, (0, SECTION - width % SECTION))
-    sections = mass.view(rows, -1, SECTION)
+        weights = torch.nn.functional.pad(weights, (0, SECTION - width % SECTION))
+    sections = weights.view(rows, -1, SECTION)
     below = sections.sum(-1, dtype=torch.float64).cumsum(-1)
-    threshold = torch.tensor(uniforms, dtype=torch.float64, device=mass.device) * below[:, -1]
+    threshold = torch.tensor(uniforms, dtype=torch.float64, device=weights.device) * below[:, -1]
     section = torch.searchsorted(below, threshold[:, None], right=True).clamp_(max=below.shape[1] - 1)
     rest = threshold[:, None] - torch.where(section > 0, below.gather(1, (section - 1).clamp(min=0)), 0.0)
-    inner = sections[torch.arange(rows, device=mass.device), section[:, 0]].cumsum(-1, dtype=torch.float64)
+    inner = sections[torch.arange(rows, device=weights.device), section[:, 0]].cumsum(-1, dtype=torch.float64)
     pick = torch.searchsorted(inner, rest, right=True)
-    last = torch.searchsorted(inner, inner[:, -1:].contiguous())  # rounding never leads to a token without mass
+    last = torch.searchsorted(inner, inner[:, -1:].contiguous())  # rounding never leads to a token without weight
     return (section * SECTION + torch.minimum(pick, last))[:, 0]
 
 
-def distinct(params: Sequence[SamplingParams]) -> list[SamplingParams]:
-    """The different settings among ``params``; rows of one request share one object, which is quick to see."""
+def distinct_params(params: Sequence[SamplingParams]) -> list[SamplingParams]:
+    """The different settings among ``params``; rows of one request share one object."""
     return list(dict.fromkeys({id(p): p for p in params}.values()))
 
 
-def drawn_logps(logits: Tensor, params: Sequence[SamplingParams], tokens: Tensor, *, filters: bool) -> Tensor:
+def token_logps(logits: Tensor, params: Sequence[SamplingParams], tokens: Tensor, *, filters: bool) -> Tensor:
     """Log-probability of ``tokens`` [rows], in nats; float32 [rows].
 
     Args:
-        logits: [rows, vocabulary]; with ``filters`` as ``engine.processors`` leave them.
+        logits: [rows, vocabulary]; with ``filters`` as ``processors`` leave them.
         params: one for each row.
         tokens: ids.
         filters: True: of the distribution that ``params`` draw from (at temperature 0 the token is certain); False: of the
             softmax at their temperature alone (at temperature 0: at 1).
     """
     out = torch.zeros(len(logits), device=logits.device)
-    for setting in distinct(params):
+    for setting in distinct_params(params):
         rows = [i for i, p in enumerate(params) if p is setting or p == setting]
         if filters and setting.temperature == 0:
             continue
         part = filtered(logits[rows], setting) if filters else logits[rows] / (setting.temperature or 1.0)
         out[rows] = part.log_softmax(-1).gather(1, tokens[rows, None])[:, 0]
+    return out
+
+
+def log_ratios(
+    guided: Tensor,
+    base: Tensor,
+    rows: Sequence[int],
+    params: Sequence[SamplingParams],
+    tokens: Tensor,
+    wanted: Sequence[bool],
+    *,
+    filters: bool,
+) -> list[float]:
+    """Log pi_guided - log pi_base of drawn tokens, in nats; 0 where not ``wanted``, which costs nothing.
+
+    Args:
+        guided: logits [rows, vocabulary].
+        base: logits of the base alone, the same.
+        rows: which row each token was drawn from.
+        params: one for each token.
+        tokens: ids [tokens].
+        wanted: for each token.
+        filters: as :func:`token_logps` takes it.
+    """
+    out = [0.0] * len(params)
+    picked = [k for k, want in enumerate(wanted) if want]
+    if picked:
+        index = torch.tensor([rows[k] for k in picked], device=guided.device)
+        settings, ids = [params[k] for k in picked], tokens[torch.tensor(picked, device=tokens.device)]
+        of_guided, of_base = (token_logps(z[index], settings, ids, filters=filters) for z in (guided, base))
+        for k, ratio in zip(picked, (of_guided - of_base).tolist(), strict=True):
+            out[k] = ratio
     return out
 
 
@@ -139,7 +171,7 @@ def sample(
     """One token for each draw under its own parameters.
 
     Args:
-        logits: float32 [rows, vocabulary], guidance mixed in, as ``engine.processors`` leave them.
+        logits: float32 [rows, vocabulary], guidance mixed in, as ``processors`` leave them.
         params: one for each draw.
         uniforms: one number in [0, 1) for each draw.
         rows: which row each draw is from; None: one draw for each row.
@@ -149,18 +181,20 @@ def sample(
     """
     place = list(range(len(logits))) if rows is None else list(rows)
     out = torch.empty(len(place), dtype=torch.long, device=logits.device)
-    for setting in distinct(params):
+    for setting in distinct_params(params):
         draws = [i for i, p in enumerate(params) if p is setting or p == setting]
-        for block in blocks(draws, logits):
+        for block in row_blocks(draws, logits):
             part = logits[place[block[0]] : place[block[0]] + len(block)]
             if [place[i] for i in block] != list(range(place[block[0]], place[block[0]] + len(block))):
                 part = logits[[place[i] for i in block]]
-            out[block] = part.argmax(-1) if setting.temperature == 0 else draw(filtered(part, setting), [uniforms[i] for i in block])
+            out[block] = (
+                part.argmax(-1) if setting.temperature == 0 else sample_from_logits(filtered(part, setting), [uniforms[i] for i in block])
+            )
     return out
 
 
-def blocks(rows: Sequence[int], logits: Tensor) -> Iterator[list[int]]:
-    """``rows`` so many at a time that, on a CPU, the logits of one block and what is made of them stay in its cache."""
+def row_blocks(rows: Sequence[int], logits: Tensor) -> Iterator[list[int]]:
+    """``rows`` in blocks: on a CPU, so many at a time that their logits stay in its cache."""
     size = max(1, BLOCK_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(rows))
     for start in range(0, len(rows), size):
         yield list(rows[start : start + size])
