@@ -67,7 +67,8 @@ TABLE = [
     ),
     (
         "check --recipe value.toml",
-        "value.toml: values.mine: a named value is tuned and untuned, or value, or reward, or arm; got tuned, got {'tuned': 'x'}",
+        "value.toml: values.mine: a named value is tuned and untuned, or value, or reward, or arm, or plugin; got tuned, "
+        "got {'tuned': 'x'}",
     ),
     ("check --recipe engine.toml", "unknown engine 'tensorrt' - expected transformers, vllm, or the URL of an endpoint (http://…/v1)"),
     # methods, values, engines, models
@@ -77,8 +78,11 @@ TABLE = [
     ("generate x --set width=abc", "settings: search.width: expected a whole number, got 'abc'"),
     (
         "generate x --method custom --token nobody",
-        "method custom needs the value nobody - got: explicit, explicit-other, implicit - give the models for it (e.g. --tuned and "
-        "--untuned for implicit, --value for explicit, --reward)",
+        "method custom needs the value nobody, got explicit, explicit-other, implicit - give [values.nobody] in a recipe",
+    ),
+    (
+        "generate x --base embedded:base --method ivg",
+        "method ivg needs the value explicit and implicit, got none - give --value for explicit, --tuned and --untuned for implicit",
     ),
     ("check --base no/such/directory", f"cannot load base 'no/such/directory': no such directory{DIRECTORY}"),
     (
@@ -245,7 +249,7 @@ TABLE = [
     ),
     # export
     (
-        "pack --out p --base embedded:base",
+        "export --out p --base embedded:base",
         "got no model that guides - give --tuned and --untuned, or --arm, or --value with --guides explicit",
     ),
     ("export --out p --guides nobody", "vllm.guides: no value called nobody - expected some of: implicit, explicit, explicit-other"),

@@ -9,7 +9,7 @@ import pytest
 
 from ivg.errors import ConfigError, PromptError
 from ivg.search import ranking
-from ivg.search.methods import METHODS, get_method
+from ivg.search.methods import get_method
 from ivg.search.particles import effective_size, normalised
 from ivg.search.rejection import acceptance, threshold
 from ivg.search.request import Particles, Rejection
@@ -296,8 +296,3 @@ def test_weights_need_their_values_and_a_way_to_combine():
         s.search({"a": COUNT_A, "b": COUNT_A})
     assert hash(s) != hash(get_method("eft"))
     assert get_method("eft", weights="a=1,b=2", beta=0).search({}).guidance is None
-
-
-@pytest.mark.parametrize("name", ["cards", "smc", "adaptive", "eft-gated"])
-def test_rows_of_the_table(name):
-    assert METHODS[name].checked() is METHODS[name]

@@ -1,7 +1,6 @@
-"""The table of methods: every one is a row of settings for the one loop in ``search.searcher`` (METHOD, sections 3, 4, 6).
+"""The table of methods. Each is a row of settings for the one loop in ``search.searcher`` (mathematics: docs/explanation/concepts.md).
 
-``token`` and ``select`` name values; which object a name stands for is given by the caller ("implicit", "explicit",
-"reward", "arm", or any name of the user's).
+``token`` and ``select`` name values: "implicit", "explicit", "reward", "arm", or any name that the caller gives to a value.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from ivg.types import TokenGuidance, Value
 from ivg.utils.plugins import Plugins
 
 Combine = Callable[[Sequence[tuple[float, Value]], str], Value]
-"""Makes one value of (weight, value) pairs and a name: ``values.base.CompositeValue``, or something that remembers its work."""
+"""Makes one value of (weight, value) pairs and a name: ``values.base.CompositeValue``, or a function that caches them."""
 
 
 @dataclass(frozen=True)
@@ -28,35 +27,49 @@ class Method(SearchSettings):
     Attributes:
         name: as users type it.
         summary: one line, with the source.
+
+    Raises:
+        ConfigError: a setting out of range, or settings that do not go together: several beams without a value to select by, a rule
+            without its value, drafts without a guide.
     """
 
     name: str
     summary: str
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.draft and not (self.token or self.weights):
+            raise ConfigError(f"{self.name}: draft={self.draft} and no value that guides tokens\n  give token=implicit, or leave draft out")
+        if self.width * self.successors > 1 and not self.selectors:
+            raise ConfigError(
+                f"{self.name}: W·K = {self.width * self.successors} beams and no value to select by\n"
+                "  name one (select=explicit, implicit, reward …) or set width=1, successors=1"
+            )
+        if self.rule in ("reject", "particles"):
+            self._check_rule()
+
     @property
     def guides(self) -> Weights:
-        """(name, weight) of the values that steer every token."""
+        """(name, weight) of the values that guide every token."""
         if not self.beta:
             return ()
         return self.weights or (((self.token, 1.0),) if self.token else ())
 
     @property
     def selectors(self) -> Weights:
-        """(name, weight) of the values that rank hypotheses."""
+        """(name, weight) of the values that select beams."""
         return self.select_weights or (((self.select, 1.0),) if self.select else ())
 
     @property
     def needs(self) -> frozenset[str]:
-        """Names of the values that this method uses."""
+        """Names of the values that the method uses."""
         return frozenset(name for name, _ in (*self.guides, *self.selectors))
 
     def with_settings(self, **settings: Any) -> Method:
-        """A copy with other settings; ``None`` values are ignored, ``"none"`` for token or select takes the value away.
-
-        Weights are given as a mapping, or as text: ``"implicit=1.0,plain=0.5"``.
+        """A copy with other settings. None: unchanged; "none" for ``token`` or ``select``: no value.
 
         Raises:
-            ConfigError: a setting that does not exist or is out of range.
+            ConfigError: an unknown setting, or see :class:`Method`.
         """
         known = settings_of(SearchSettings)
         if unknown := set(settings) - {*known, "name", "summary"}:
@@ -65,54 +78,37 @@ class Method(SearchSettings):
         for role in ("token", "select"):
             if given.get(role) == "none":
                 given[role] = None
-        return replace(self, **given).checked()
-
-    def checked(self) -> Method:
-        """Itself, or an error.
-
-        Raises:
-            ConfigError: several candidates and nothing to choose among them by; a rule without its value; drafts without a guide.
-        """
-        self._check_draft()
-        if self.width * self.successors > 1 and not self.selectors:
-            raise ConfigError(
-                f"{self.name}: W·K = {self.width * self.successors} hypotheses and no value to select by\n"
-                "  name one (select=explicit, implicit, reward …) or set width=1, successors=1"
-            )
-        if self.rule in ("reject", "particles"):
-            self._check_rule()
-        return self
-
-    def _check_draft(self) -> None:
-        if self.draft and not (self.token or self.weights):
-            raise ConfigError(f"{self.name}: draft={self.draft} and no value that guides tokens\n  give token=implicit, or leave draft out")
+        return replace(self, **given)
 
     def _check_rule(self) -> None:
         if not self.selectors:
             raise ConfigError(f"{self.name}: rule={self.rule} needs a value to select by\n  name one (select=explicit, reward …)")
         if self.decay != 1.0 or self.original:
-            raise ConfigError(f"{self.name}: rule={self.rule} has no budgets and no copies\n  leave out decay and original")
+            raise ConfigError(f"{self.name}: rule={self.rule} does not use decay and original\n  leave them out")
         if self.rule == "reject":
             require("width · successors (W·K)", self.width * self.successors, self.width * self.successors == 1, "1 with rule=reject")
             longest = self.chunk_length
             require("segment_min", self.segment_min, longest is None or self.segment_min <= longest, f"at most chunk_length ({longest})")
 
     def search(self, values: Mapping[str, Value], combine: Combine | None = None) -> Search:
-        """Settings for the loop, names replaced by objects.
+        """The settings of the loop, with values in place of their names.
 
         Args:
             values: by name.
-            combine: makes one value of several; needed where ``weights`` or ``select_weights`` are given.
+            combine: makes one value of several, for ``weights`` and ``select_weights``.
 
         Raises:
-            ConfigError: a value that is not at hand.
+            ConfigError: a value is missing.
         """
         missing = self.needs - set(values)
         if missing:
-            have = ", ".join(sorted(values)) or "none"
+            options = {"implicit": "--tuned and --untuned", "explicit": "--value", "reward": "--reward", "arm": "--arm"}
+            advice = ", ".join(
+                f"{options[name]} for {name}" if name in options else f"[values.{name}] in a recipe" for name in sorted(missing)
+            )
             raise ConfigError(
-                f"method {self.name} needs the value {' and '.join(sorted(missing))}\n"
-                f"  got: {have}\n  give the models for it (e.g. --tuned and --untuned for implicit, --value for explicit, --reward)"
+                f"method {self.name} needs the value {' and '.join(sorted(missing))}, got {', '.join(sorted(values)) or 'none'}\n"
+                f"  give {advice}"
             )
         guide = self._value(self.guides, bool(self.weights), values, combine)
         guidance = None
@@ -143,9 +139,9 @@ class Method(SearchSettings):
         return combine([(weight, values[name]) for name, weight in parts], "+".join(f"{weight:g}*{name}" for name, weight in parts))
 
 
-def _settings(kind: Any, strategy: Method) -> Any:
-    """The settings of a rule, from the strategy's fields of the same names."""
-    return kind(**{f.name: getattr(strategy, f.name) for f in fields(kind)})
+def _settings(kind: Any, method: Method) -> Any:
+    """The settings of a rule, from the method's fields of the same names."""
+    return kind(**{f.name: getattr(method, f.name) for f in fields(kind)})
 
 
 _CHUNKED: dict[str, Any] = {"width": 4, "successors": 4, "chunk_length": 5}
@@ -166,7 +162,7 @@ _TABLE = (
         transform="centered",
     ),
     Method("genarm", "GenARM: log-probabilities of base and autoregressive reward model", token="arm", normalise=True),
-    Method("eft-gated", "EFT where the base is in doubt: only tokens of 3 nats or more are guided (SIA)", token="implicit", gate=3.0),
+    Method("eft-gated", "EFT at uncertain tokens only: base entropy of 3 nats or more (SIA)", token="implicit", gate=3.0),
     Method("cbs-implicit", "chunk-level beam search by the implicit value (weak-to-strong search)", select="implicit", **_CHUNKED),
     Method("cbs-explicit", "chunk-level beam search by the explicit value", select="explicit", **_CHUNKED),
     Method("cd-blockwise", "blockwise controlled decoding: the best of K chunks", successors=16, chunk_length=5, select="explicit"),
@@ -179,7 +175,7 @@ _TABLE = (
     ),
     Method(
         "cards",
-        "CARDS: segments up to the base's next doubt, each rejected or accepted",
+        "CARDS: rejection sampling of segments that end at uncertain tokens",
         chunk_length=64,
         select="explicit",
         rule="reject",
