@@ -101,7 +101,7 @@ TABLE = [
     ),
     (
         "check --base embedded:base --reward rewards.py:number",
-        "'rewards.py:number' is no function - expected one of (prompt text, response text) that returns a number",
+        "'rewards.py:number' is not a function - expected one of (prompt text, response text) that returns a number",
     ),
     (
         "check --base embedded:base --reward wrong.py:score",

@@ -19,8 +19,8 @@ from ivg.training.rollout import rollout
 from ivg.types import Message, Prompt, SamplingParams, TokenGuidance, Value
 from ivg.types.scores import checked_scores, require_scores, score_each
 from ivg.values.base import CompositeValue, FunctionValue
-from ivg.values.fitting import fit, without_beginning
 from ivg.values.reward import RewardModel
+from ivg.values.truncation import drop_beginning, truncate_prompt
 
 FLOAT32 = LoadOptions(dtype="float32")
 SIZES = {"vocab_size": 258, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -126,11 +126,11 @@ def test_fitting_leaves_out_as_little_as_it_can(content, room):
         return len(p.content) if isinstance(p.content, str) else sum(len(m.content) for m in p.content)
 
     whole = size(prompt)
-    found = fit(prompt, lambda p: size(p) <= room)
+    found = truncate_prompt(prompt, lambda p: size(p) <= room)
     if whole <= room:
         assert found == prompt
     elif found is not None:
-        assert size(found) == room and found == without_beginning(prompt, whole - room)
+        assert size(found) == room and found == drop_beginning(prompt, whole - room)
         if not isinstance(found.content, str):
             assert (
                 found.content[0].role != "assistant"

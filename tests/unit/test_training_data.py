@@ -75,7 +75,7 @@ def test_rewards_that_are_python_functions(tmp_path):
     assert reward.judge([(Prompt("ab"), "c")]) == [12.0]
     for name, words in (
         ("random.py:none", "AttributeError"),
-        ("random.py:number", "is no function"),
+        ("random.py:number", "is not a function"),
         ("nothing.py:f", "FileNotFoundError"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -1,7 +1,4 @@
-"""Children of a beam while they grow, token by token: limits, ends, stop strings, what is recorded.
-
-Knows: one request. Must not know where tokens come from: a network here (``engine.transformers``) or another engine (``ivg.engines.vllm``).
-"""
+"""Children of a beam while they grow, token by token: length limits, stop strings, recorded values. Shared by the engines."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from ivg.utils.rng import child_rng_path
 
 @dataclass(slots=True)
 class TokenSequence:
-    """A child while it grows; a :class:`~ivg.types.Hypothesis`, so base and guides can read it."""
+    """A child while it grows; a :class:`~ivg.types.Hypothesis`, so that models can read it."""
 
     request: ExpandRequest
     parent: int
@@ -39,13 +36,13 @@ class TokenSequence:
 
     @property
     def text(self) -> str:
-        """The response so far; decoded when asked for."""
+        """The response so far; decoded on access."""
         if self.decoded.tokens < len(self.token_ids):
             self._decode(final=False)
         return self.written
 
     def end(self, finish: FinishReason) -> None:
-        """Nothing will be added: what was held back of the text is shown. An end-of-sequence token adds no text, special or not."""
+        """Finish the sequence and decode the text that was held back. An end-of-sequence token adds no text."""
         self.finish = finish
         beam = self.request.beam
         if finish == "stop" and self.token_ids and self.token_ids[-1] in beam.vocabulary.eos_ids:
@@ -85,59 +82,60 @@ def fork(request: ExpandRequest) -> list[TokenSequence]:
     ]
 
 
-def append_token(d: TokenSequence, token: int, shift: float = 0.0, look: TokenLogprobs | None = None) -> None:
-    """Append a token and see whether it ends the response."""
-    sampling = d.request.sampling
-    before = len(d.text)
-    d.token_ids.append(token)
-    if token in d.request.beam.vocabulary.eos_ids and not sampling.ignore_eos:
-        d.end("stop")
-    elif sampling.stop and (cut := _stop_at(d.text, before, sampling.stop)) is not None:
-        d.written, d.finish = d.text[:cut], "stop"
-    elif len(d.token_ids) >= sampling.max_new_tokens:
-        d.end("length")
-    if d.request.record:
-        d.guide_shift.append(shift)
-        d.pieces.append(d.text[before:])
-    if look is not None:
-        d.details.append(replace(look, text=d.text[before:]))
+def append_token(child: TokenSequence, token: int, shift: float = 0.0, detail: TokenLogprobs | None = None) -> None:
+    """Append a token; finishes the sequence at an end-of-sequence token, a stop string or the length limit."""
+    sampling = child.request.sampling
+    before = len(child.text)
+    child.token_ids.append(token)
+    if token in child.request.beam.vocabulary.eos_ids and not sampling.ignore_eos:
+        child.end("stop")
+    elif sampling.stop and (cut := stop_at(child.text, before, sampling.stop)) is not None:
+        child.written, child.finish = child.text[:cut], "stop"
+    elif len(child.token_ids) >= sampling.max_new_tokens:
+        child.end("length")
+    if child.request.record:
+        child.guide_shift.append(shift)
+        child.pieces.append(child.text[before:])
+    if detail is not None:
+        child.details.append(replace(detail, text=child.text[before:]))
 
 
-def decoded(d: TokenSequence) -> DecodeState:
-    """How far the text is decoded: all that can be."""
-    return (d.text, d.decoded)[1]  # the text first: asking for it moves the state
+def decode_state(child: TokenSequence) -> DecodeState:
+    """The decode state with everything decoded that can be."""
+    _ = child.text  # decodes what is new
+    return child.decoded
 
 
-def _stop_at(text: str, before: int, stops: Sequence[str]) -> int | None:
-    """Where the first stop string begins that the text beyond ``before`` completes."""
+def stop_at(text: str, before: int, stops: Sequence[str]) -> int | None:
+    """Start of the first stop string that ends after position ``before``."""
     found = [text.find(s, max(0, before - len(s) + 1)) for s in stops if s]
     return min((f for f in found if f >= 0), default=None)
 
 
 def as_beams(beam: Beam, family: list[TokenSequence]) -> list[Beam]:
-    """Children as beams; the parent itself where they paused before their first token."""
-    if all(d.paused and len(d.token_ids) == len(beam.token_ids) for d in family):
+    """Children as beams; or the parent itself, paused, if they paused before their first token."""
+    if all(child.paused and len(child.token_ids) == len(beam.token_ids) for child in family):
         return [replace(beam, paused=True)]
-    return [_finished(d) for d in family]
+    return [_as_beam(child) for child in family]
 
 
-def _finished(d: TokenSequence) -> Beam:
-    text = d.written if d.finish == "stop" else d.text
+def _as_beam(child: TokenSequence) -> Beam:
+    text = child.written if child.finish == "stop" else child.text
     return Beam(
-        key=d.key,
-        parent=d.parent,
-        prompt=d.prompt,
-        token_ids=tuple(d.token_ids),
+        key=child.key,
+        parent=child.parent,
+        prompt=child.prompt,
+        token_ids=tuple(child.token_ids),
         text=text,
-        finish=d.finish,
-        token_counter=d.token_counter,
-        vocabulary=d.vocabulary,
-        rng_path=d.rng_path,
-        guide_shift=tuple(d.guide_shift),
-        pieces=tuple(d.pieces),
-        details=tuple(d.details),
-        decoded=d.decoded,
-        error=d.error,
-        paused=d.paused,
-        log_ratio=d.log_ratio,
+        finish=child.finish,
+        token_counter=child.token_counter,
+        vocabulary=child.vocabulary,
+        rng_path=child.rng_path,
+        guide_shift=tuple(child.guide_shift),
+        pieces=tuple(child.pieces),
+        details=tuple(child.details),
+        decoded=child.decoded,
+        error=child.error,
+        paused=child.paused,
+        log_ratio=child.log_ratio,
     )

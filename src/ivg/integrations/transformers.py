@@ -42,9 +42,9 @@ from ivg.values.base import CompositeValue
 
 
 class GuidanceLogitsProcessor(LogitsProcessor):
-    """Adds token guidance in ``model.generate``; follows rows through beam search too.
+    """Adds token guidance in ``model.generate``, beam search included.
 
-    What the guide keeps for the last rows is freed by the next call, by :meth:`close` (or ``with``), or with this object.
+    The guide's cache of the last rows is freed by the next call, by :meth:`close` (or ``with``), or with this object.
 
     Args:
         guidance: value, weight and candidates.
@@ -69,18 +69,18 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         self.close()
 
     def close(self) -> None:
-        """Free what the guide keeps for the rows of the last call."""
+        """Free the guide's cache of the last call."""
         _release(self.guidance.value, self._seen)
         self._prompts.clear()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """``scores`` [rows, vocabulary] moved by the guidance, given ``input_ids`` [rows, tokens].
+        """``scores`` [rows, vocabulary] with guidance, given ``input_ids`` [rows, tokens].
 
         Raises:
-            PromptError: a prompt that the guide cannot read, or a text that outgrows its context.
+            PromptError: a prompt that the guide cannot read, or a text that exceeds its context.
         """
         texts = [tuple(ids) for ids in input_ids.tolist()]
-        if not all(ids[:-1] in self._seen for ids in texts):  # another generate has begun
+        if not all(ids[:-1] in self._seen for ids in texts):  # a new call of generate
             self.close()
             self._start = input_ids.shape[1]
             self._read_prompts(texts)
@@ -137,11 +137,11 @@ class GuidedGenerate:
     Args:
         tokenizer: the base model's.
         values: by the names that the method asks for.
-        method: see ``search.methods``.
-        seed: of all draws.
+        method: see :mod:`ivg.search.methods`.
+        seed: random seed.
         processors: logits processors of your own, behind transformers', each a function of (input_ids, scores) and nothing else: rows
             of a search tree come in any order and number.
-        settings: of the strategy (``width``, ``beta`` …).
+        settings: of the method (``width``, ``beta`` …).
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class GuidedGenerate:
         """Called by ``model.generate``; prompts may be padded at the left, as told by ``attention_mask``.
 
         Raises:
-            ConfigError: something that a search cannot do; names it.
+            ConfigError: an argument that a search does not support; names it.
             PromptError: a prompt that a model cannot read.
         """
         if generation_config is None:
@@ -184,7 +184,7 @@ class GuidedGenerate:
         if streamer is not None and len(input_ids) > 1:
             raise ConfigError(f"streamer: a streamer shows one row, got {len(input_ids)}\n  leave it out, or give one prompt")
         sampling = sampling_params(generation_config, input_ids.shape[1], read_stops(stopping_criteria or (), generation_config))
-        kind = _Sound if removes_invalid_logits(logits_processor or ()) else CachedLM
+        kind = _FiniteLM if removes_invalid_logits(logits_processor or ()) else CachedLM
         base = kind(ModelRunner(model, "base"), self.tokenizer, None, end_ids(generation_config))
         requests, padded = [], {}
         mask = torch.ones_like(input_ids) if mask is None else mask
@@ -196,7 +196,7 @@ class GuidedGenerate:
         done = dict(Searcher(_Processed(base, processors, padded)).run(requests))
         failed = next((f"row {row}: {c.error}" for row, c in sorted(done.items()) if c.error), None)
         if failed is not None:
-            raise ConfigError(f"{failed}\n  a row of ids cannot say so; use GuidedModel to get the others")
+            raise ConfigError(f"{failed}\n  token ids cannot carry an error; use GuidedModel to get the other rows")
         pad, longest = padding_id(generation_config, self.tokenizer), max(len(c.token_ids) for c in done.values())
         out = input_ids.new_full((len(requests), longest), pad)
         for row, completion in done.items():
@@ -210,9 +210,9 @@ class GuidedGenerate:
 
 
 class _Processed(TransformersEngine):
-    """An engine whose logits, guidance mixed in, go through transformers' processors.
+    """An engine that applies transformers' processors to the guided logits.
 
-    They see the rows that ``generate`` was given, padding included.
+    They see the rows that ``generate`` got, padding included.
     """
 
     def __init__(self, base: CachedLM, processors: Sequence[LogitsProcessor], padded: Mapping[tuple[int, ...], list[int]]) -> None:
@@ -235,8 +235,8 @@ class _Processed(TransformersEngine):
         return out
 
 
-class _Sound(CachedLM):
-    """A base whose NaN and infinite logits are mended before guidance, as ``remove_invalid_values`` asks."""
+class _FiniteLM(CachedLM):
+    """A base whose NaN and infinite logits are replaced before guidance (``remove_invalid_values``)."""
 
     def outputs(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
         out: Tensor = InfNanRemoveLogitsProcessor()(None, super().outputs(hypotheses))  # type: ignore[arg-type]
@@ -244,7 +244,7 @@ class _Sound(CachedLM):
 
 
 def _streamer_of_caller() -> Any:
-    """The streamer that ``generate`` was given: it passes callables all else, but keeps this and would never end it."""
+    """The streamer of the calling ``generate``, which does not pass it on to ``custom_generate``."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "generate" and "custom_generate" in frame.f_locals:

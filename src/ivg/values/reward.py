@@ -1,7 +1,7 @@
 """Reward models: any sequence classifier, on text, with its own tokenizer.
 
-Encoders see the whole text at once and cannot keep a cache, so each call reads the whole text: use them at the end of
-responses (best-of-N) or for few, long chunks; for every prefix an explicit value is cheaper and better.
+Encoders read the whole text at once and have no cache, so each call reads everything again: use them at the end of responses
+(best-of-N) or for few, long chunks; for prefixes an explicit value is cheaper and better.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from ivg.models.weights import WeightsError
 from ivg.types import Hypothesis, Prompt, Reward
 from ivg.types.scores import Scores, finite_score, require_scores
 from ivg.values.base import FunctionValue
-from ivg.values.fitting import fit
+from ivg.values.truncation import truncate_prompt
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Token ids of one text, and what to say of it where it is not the whole."""
+    """Token ids of one text, and a note if they do not cover all of it."""
 
     ids: list[int]
     note: str | None = None
@@ -40,7 +40,7 @@ class Reading:
 class RewardModel(Reward):
     """A sequence classifier as a value of prompt + response.
 
-    One label: its logit. Two labels: logit of label 1 minus logit of label 0 (METHOD, section 5: POS - NEG). More: name
+    One label: its logit. Two labels: logit of label 1 minus logit of label 0 (positive - negative sentiment). More: name
     the label.
 
     Args:
@@ -64,7 +64,7 @@ class RewardModel(Reward):
     ) -> None:
         labels = network.config.num_labels
         if label is None and labels > 2:
-            raise ConfigError(f"{name} has {labels} labels\n  say which one is the reward: label=0…{labels - 1}")
+            raise ConfigError(f"{name} has {labels} labels\n  name the one that is the reward: label=0…{labels - 1}")
         if label is not None and not 0 <= label < labels:
             raise ConfigError(f"{name} has {labels} labels, got label={label}\n  expected 0…{labels - 1}")
         self.network, self.tokenizer, self.template = network.eval(), tokenizer, template
@@ -124,11 +124,11 @@ class RewardModel(Reward):
         return text.replace("{response}", response) if "{response}" in (self.template or "") else text + response
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of what :meth:`text` gave, begun once."""
+        """Token ids of a text of :meth:`text`, with one beginning-of-sequence token."""
         return text_ids(text, self.tokenizer, verbose=False)
 
     def read(self, prompt: Prompt, response: str) -> Reading:
-        """What the classifier reads of prompt and response: where both are too long, the prompt without its beginning.
+        """The token ids of prompt and response; if they are too long, the prompt loses its beginning.
 
         Raises:
             PromptError: the response alone is too long.
@@ -137,12 +137,12 @@ class RewardModel(Reward):
         limit = self.limit
         if limit is None or len(ids) <= limit:
             return Reading(ids)
-        short = fit(prompt, lambda shorter: len(self.ids(self.text(shorter, response))) <= limit)
+        short = truncate_prompt(prompt, lambda shorter: len(self.ids(self.text(shorter, response))) <= limit)
         if short is None:
             alone = len(self.ids(response))
             raise PromptError(
                 f"{self.name} reads at most {limit} tokens, and the response alone has {alone}\n"
-                "  ask for fewer new tokens, or take a reward model that reads longer texts"
+                "  ask for fewer new tokens, or use a reward model with a longer context"
             )
         note = f"{self.name} reads at most {limit} tokens: the beginning of the prompt was left out"
         return Reading(self.ids(self.text(short, response)), note)
@@ -159,19 +159,19 @@ class RewardModel(Reward):
 
         Args:
             texts: prompt and response together.
-            truncate: of texts that are too long read the beginning: right for documents, wrong for responses behind a prompt.
+            truncate: read the beginning of texts that are too long: right for documents, wrong for a prompt with its response.
 
         Raises:
-            PromptError: a text is too long: of a text nobody knows where its response begins (see :meth:`judge`).
+            PromptError: a text is too long (:meth:`judge` knows where the response begins and truncates the prompt).
         """
         cut: dict[str, Any] = {"truncation": True, "max_length": self.limit} if truncate and self.limit is not None else {}
         ids = [text_ids(text, self.tokenizer, verbose=False, **cut) for text in texts]
         if self.limit is not None and (longest := max(map(len, ids), default=0)) > self.limit:
-            raise PromptError(f"{self.name} reads at most {self.limit} tokens, got {longest}\n  give prompt and response apart, to judge()")
+            raise PromptError(f"{self.name} reads at most {self.limit} tokens, got {longest}\n  call judge() with prompt and response")
         return self.logits(ids), [len(i) for i in ids]
 
     def logits(self, ids: Sequence[Sequence[int]]) -> list[float]:
-        """The reward of every text, given as token ids; texts of like length share a pass."""
+        """The reward of every text, given as token ids; texts of similar length share a batch."""
         out = [0.0] * len(ids)
         for chosen in length_batches([len(i) for i in ids], self.batch_size, rope_limits(self._config)):
             with torch.no_grad():
@@ -185,10 +185,10 @@ class RewardModel(Reward):
         return out
 
     def _batch(self, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """Rows side by side, padded on the right by the id that the network takes for padding.
+        """Rows padded on the right by the network's padding id.
 
-        Networks look for the last token that is none. One that knows no padding is told of an id that is in none of the rows, so
-        that it reads each row at its own last token, as it would alone.
+        Networks read the last token that is not padding. For one without a padding id, an id that occurs in none of the rows is set, so
+        that each row is read at its own last token.
         """
         padding = self._padding
         if padding is None:
@@ -232,7 +232,7 @@ class RewardModel(Reward):
         return [finite_score(f"the value {self.name}", next(rewards)) if isinstance(r, Reading) else r for r in readings]
 
     def check(self, prompt: Prompt, new_tokens: int) -> None:
-        """Raise PromptError where the template refuses the prompt. One of any length is read: see :meth:`read`."""
+        """Raise PromptError where the template refuses the prompt; any length is accepted, see :meth:`read`."""
         self.text(prompt, "x")
 
     def networks(self) -> list[tuple[str, Any]]:
@@ -241,7 +241,7 @@ class RewardModel(Reward):
 
 
 def _longest(network: Any, tokenizer: Any) -> int | None:
-    """Tokens that a classifier reads at most."""
+    """Context length of a classifier."""
     return min((n for n in (context_of(network), tokenizer.model_max_length) if n and 0 < n < 1 << 30), default=None)
 
 
@@ -271,7 +271,7 @@ def load_function(name: str) -> Callable[[str, str], float]:
     """The function ``module:function`` or ``path/to/file.py:function``.
 
     Raises:
-        ConfigError: no such module or function; what went wrong in it.
+        ConfigError: no such module or function, or an error in it.
     """
     module, _, function = name.rpartition(":")
     try:
@@ -291,5 +291,5 @@ def load_function(name: str) -> Callable[[str, str], float]:
             f"cannot load the function {name!r}: {type(e).__name__}: {e}\n  expected module:function or file.py:function"
         ) from e
     if not callable(found):
-        raise ConfigError(f"{name!r} is no function\n  expected one of (prompt text, response text) that returns a number")
+        raise ConfigError(f"{name!r} is not a function\n  expected one of (prompt text, response text) that returns a number")
     return found

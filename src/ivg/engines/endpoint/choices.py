@@ -99,9 +99,3 @@ def split_tokens(text: str, names: Sequence[str]) -> list[str]:
             out.append(piece)
             rest = rest[len(piece) :]
     return [text] if rest else out
-
-
-def stop_at(text: str, before: int, stops: Sequence[str]) -> int | None:
-    """Where the first stop string begins that the text beyond ``before`` completes; it may start earlier."""
-    found = [text.find(s, max(0, before - len(s) + 1)) for s in stops if s]
-    return min((f for f in found if f >= 0), default=None)

@@ -17,9 +17,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from ivg.engines.endpoint.choices import CompletionChoice, cached_tokens, read_choices, split_tokens, stop_at, used_tokens
+from ivg.engines.endpoint.choices import CompletionChoice, cached_tokens, read_choices, split_tokens, used_tokens
 from ivg.engines.endpoint.client import CompletionClient, api_url
 from ivg.engines.endpoint.text_vocabulary import END, FILLER, EndpointPromptEncoder, TextVocabulary
+from ivg.engines.sequences import stop_at
 from ivg.errors import IVGError
 from ivg.settings.sampling import ONLY_TRANSFORMERS
 from ivg.types import AsyncEngine, Beam, ExpandOutput, ExpandRequest, FinishReason, Prompt, SamplingParams, new_key

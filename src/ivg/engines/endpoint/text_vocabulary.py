@@ -1,8 +1,6 @@
-"""Text in place of tokens, for engines that give text alone: every piece of text gets a number when it is first seen.
+"""A vocabulary of text pieces, for engines that return text only: each piece of text gets an id when it is first seen.
 
-Knows: pieces and their numbers, how a prompt is rendered. Must not know HTTP, nor how an answer was cut into pieces
-(``engine.endpoint``). Models with a tokenizer of their own see that these numbers are not theirs (``Vocabulary.same_as``)
-and read the text.
+Models with a tokenizer of their own have another vocabulary (:meth:`Vocabulary.same_as`), and read the text.
 """
 
 from __future__ import annotations
@@ -20,22 +18,22 @@ from ivg.models.vocabulary import Vocabulary
 from ivg.types import DecodeState, Prompt
 
 END = 0
-"""The token that ends a response."""
+"""The id of the end of a response."""
 FILLER = 1
-"""A token without text: a piece of several tokens is followed by so many that the count is right."""
+"""The id of a token without text: a piece of n tokens is followed by n - 1 of these, so that counts are right."""
 _NAMES = {END: "\0ivg: the end", FILLER: "\0ivg: a token within a piece"}
-"""Pieces that no tokenizer has, so that no vocabulary is taken for this one."""
+"""Names that no tokenizer has, so that no vocabulary equals this one."""
 KEPT = 1 << 20
-"""Pieces remembered at most. A server sees ever new ones; those seen longest ago are forgotten, their numbers never used again."""
+"""Pieces kept at most, for long-lived servers: the oldest are dropped, and their ids never used again."""
 
 
 class PieceTokenizer:
-    """What is used of a tokenizer, over whole texts: each is one token.
+    """The part of a tokenizer that ivg uses, over whole texts: each is one token.
 
     Args:
         name: of the model, in errors.
         chat_template: of the tokenizer that renders prompts, where there is one.
-        kept: pieces remembered at most.
+        kept: pieces kept at most.
     """
 
     eos_token_id = END
@@ -47,7 +45,7 @@ class PieceTokenizer:
         self._next = max(_NAMES) + 1
 
     def intern(self, text: str) -> int:
-        """The number of ``text``: always the same while it is remembered, and no other text's."""
+        """The id of ``text``: the same as long as it is kept, and unique."""
         known = self._numbers.get(text)
         if known is not None:
             return known
@@ -58,25 +56,25 @@ class PieceTokenizer:
         return number
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> SimpleNamespace:
-        """``input_ids`` of a text: one number, or none where it is empty."""
+        """``input_ids`` of a text: one id, or none if it is empty."""
         return SimpleNamespace(input_ids=[self.intern(text)] if text else [])
 
     def decode(self, ids: Sequence[int], **_: Any) -> str:
-        """Text of ``ids``; the end, fillers and what has been forgotten have none."""
+        """Text of ``ids``; the end, fillers and dropped pieces have none."""
         return "".join(self._texts.get(i, "") for i in ids)
 
     def get_vocab(self) -> dict[str, int]:
-        """Every piece and its number."""
+        """Every piece and its id."""
         return {**{name: i for i, name in _NAMES.items()}, **self._numbers}
 
 
 class TextVocabulary(Vocabulary):
-    """The pieces of one endpoint. It grows; equal numbers mean equal texts within this object, and nothing in any other.
+    """The pieces of one endpoint. It grows; equal ids mean equal texts within this object only.
 
     Args:
         owner: how error messages call the model.
         chat_template: of the tokenizer that renders prompts, where there is one.
-        kept: pieces remembered at most.
+        kept: pieces kept at most.
     """
 
     def __init__(self, owner: str = "endpoint", chat_template: str | None = None, kept: int = KEPT) -> None:
@@ -84,54 +82,54 @@ class TextVocabulary(Vocabulary):
 
     @property
     def pieces(self) -> dict[int, str]:  # type: ignore[override]
-        """Every number and its piece, as of now."""
+        """Every id and its piece, at this moment."""
         return {i: piece for piece, i in self.tokenizer.get_vocab().items()}
 
     @property
     def size(self) -> int:  # type: ignore[override]
-        """One more than the largest number, as of now."""
+        """One more than the largest id, at this moment."""
         return max(self.pieces) + 1
 
     def same_as(self, other: Vocabulary | None) -> bool:
-        """Only with itself: another's numbers are of other texts, whatever the few that either has by now."""
+        """Only with itself: the ids of another vocabulary stand for other texts."""
         return other is None or other is self
 
     def begin(self, prompt_ids: Sequence[int]) -> DecodeState:
-        """Every piece is text as it is; tokens of prompts are not of this vocabulary."""
+        """Pieces are text already; tokens of prompts do not belong to this vocabulary."""
         return DecodeState()
 
     def intern(self, text: str) -> int:
-        """The number of ``text`` (see :meth:`PieceTokenizer.intern`)."""
+        """The id of ``text`` (see :meth:`PieceTokenizer.intern`)."""
         number: int = self.tokenizer.intern(text)
         return number
 
 
 class EndpointPromptEncoder(PromptEncoder):
-    """How the base behind an endpoint is sent prompts: as text, rendered here.
+    """Renders prompts for the base behind an endpoint, which gets text.
 
     Args:
         vocabulary: of the endpoint's answers.
-        tokenizer: the base's own, for its chat template and to count the tokens of prompts; None: there is none here, messages
+        tokenizer: the base's own, for its chat template and to count the tokens of prompts; None: messages
             are refused unless ``template`` is a format string, and the length of a prompt is its number of words.
-        template: see ``models.chat``.
+        template: see :mod:`ivg.models.chat_template`.
     """
 
     def __init__(self, vocabulary: TextVocabulary, tokenizer: Any = None, template: str | None = None) -> None:
-        # the embedding's size is not known, and numbers only count up
+        # the embedding's size is not known
         super().__init__("base", vocabulary.tokenizer, template, vocab_size=sys.maxsize)
         self.vocabulary, self.renderer = vocabulary, tokenizer
         self.text = lru_cache(maxsize=512)(self._text)
 
     def _text(self, prompt: Prompt) -> str:
-        """What the endpoint is to continue.
+        """The text that the endpoint continues.
 
         Raises:
-            PromptError: an empty prompt, or messages that nothing here can render.
+            PromptError: an empty prompt, or messages that cannot be rendered here.
         """
         chat = is_chat(prompt, self.template)
         if self.renderer is None and chat:
             raise PromptError(
-                f"{self.vocabulary.owner} is sent text, and the prompt is chat messages that only its tokenizer can render\n"
+                f"{self.vocabulary.owner} gets text, and only its tokenizer can render chat messages\n"
                 '  give the tokenizer (a directory or hub id), or a template for this model such as "{prompt}"'
             )
         text = render(prompt, self.renderer, self.template, self.name)

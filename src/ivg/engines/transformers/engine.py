@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ivg.engines.sequences import TokenSequence, append_token, as_beams, decoded, fork
+from ivg.engines.sequences import TokenSequence, append_token, as_beams, decode_state, fork
 from ivg.engines.transformers.guidance import apply_guidance, check_guidance, compares_guidance, nan_error, no_token_error
 from ivg.engines.transformers.logprobs import token_logprobs
 from ivg.engines.transformers.processors import exhausted_rows, forbid_ignored_eos, process_logits
@@ -141,7 +141,7 @@ class TransformersEngine(Engine):
         row_of = [i for i, (_, some) in enumerate(pairs) for _ in some]
         self._step(_Step(sequences, row_of, parents, [p.decoded for p in parents], requests))
         while active := [s for s in sequences if s.finish is None and not s.paused and len(s.token_ids) < s.limit]:
-            states = [decoded(s) for s in active]
+            states = [decode_state(s) for s in active]
             self._step(_Step(active, list(range(len(active))), active, states, [s.request for s in active]))
 
     def _step(self, step: _Step) -> None:

@@ -1,7 +1,6 @@
-"""Texts that are too long for a classifier: the response stays whole, the prompt loses its beginning.
+"""Prompts that are too long for a classifier lose their beginning; the response stays whole.
 
-Everything is rendered anew from the shorter prompt, so templates and special tokens are those of a short text. Knows prompts; must not
-know tokenizers or models.
+The text is rendered again from the shorter prompt, so templates and special tokens are complete.
 """
 
 from __future__ import annotations
@@ -11,32 +10,32 @@ from collections.abc import Callable
 from ivg.types import Message, Prompt
 
 
-def fit(prompt: Prompt, fits: Callable[[Prompt], bool]) -> Prompt | None:
-    """``prompt`` without as many characters of its beginning as must go; None: not even its last one leaves room enough.
+def truncate_prompt(prompt: Prompt, fits: Callable[[Prompt], bool]) -> Prompt | None:
+    """``prompt`` without as few characters at its beginning as possible; None: not even its last character fits.
 
     Args:
-        prompt: to be cut.
-        fits: is what is made of a prompt short enough?
+        prompt: the whole prompt.
+        fits: is the text of a shorter prompt short enough?
     """
     if fits(prompt):
         return prompt
     text = prompt.content if isinstance(prompt.content, str) else "".join(m.content for m in prompt.content)
     low, high = 0, len(text.rstrip()) - 1  # a cut of ``low`` characters does not fit, one of ``high`` does
-    if high < 1 or not fits(without_beginning(prompt, high)):
+    if high < 1 or not fits(drop_beginning(prompt, high)):
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        if fits(without_beginning(prompt, middle)):
+        if fits(drop_beginning(prompt, middle)):
             high = middle
         else:
             low = middle
-    return without_beginning(prompt, high)
+    return drop_beginning(prompt, high)
 
 
-def without_beginning(prompt: Prompt, count: int) -> Prompt:
-    """``prompt`` without its first ``count`` characters. Turns that lose all of theirs are left out.
+def drop_beginning(prompt: Prompt, count: int) -> Prompt:
+    """``prompt`` without its first ``count`` characters; turns without text are left out.
 
-    Where an assistant's turn would then be the first, an empty one of the user stands before it: most chat templates demand that.
+    If an assistant's turn would come first, an empty user turn is put before it, as most chat templates require.
     """
     if isinstance(prompt.content, str):
         return Prompt(prompt.content[count:])
