@@ -36,7 +36,7 @@ class NoTask:
 @pytest.fixture
 def haiku(package, monkeypatch):  # noqa: F811
     package("haiku_task", MODULE, "[ivg.tasks]\nhaiku = haiku_task:Haiku\nother = haiku_task:NoTask\n")
-    monkeypatch.setattr(task, "_plugins", Plugins("ivg.tasks", type, frozenset(task.TASKS)))
+    monkeypatch.setattr(task, "TASK_PLUGINS", Plugins("ivg.tasks", type, frozenset(task.TASKS)))
 
 
 def test_a_task_of_another_package_is_evaluated(haiku, tmp_path):

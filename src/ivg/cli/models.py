@@ -29,6 +29,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
 def listing() -> dict[str, list[dict[str, Any]]]:
     """The embedded ``models``, the ``methods`` with all their settings, what is known of each setting (``settings``), and ``plugins``."""
     from ivg.embedded import names, path
+    from ivg.evaluation.task import TASK_PLUGINS
     from ivg.factory.recipe import VALUE_PLUGINS
     from ivg.search.methods import METHOD_PLUGINS, all_methods
     from ivg.settings.schema import settings_of
@@ -41,7 +42,7 @@ def listing() -> dict[str, list[dict[str, Any]]]:
         size = {"parameters": _parameters(weights), "MB": round(weights.stat().st_size / 1e6, 1)}
         embedded.append({"name": name, "kind": _kind(config), **size, "directory": str(folder)})
     methods = [{"name": m.name, "summary": m.summary, **asdict(m)} for m in all_methods().values()]
-    groups = (METHOD_PLUGINS, VALUE_PLUGINS)
+    groups = (METHOD_PLUGINS, VALUE_PLUGINS, TASK_PLUGINS)
     plugins = [{"name": name, "group": group.group, "source": group.source(name)} for group in groups for name in group.names]
     settings = [
         {"name": d.name, "default": d.default, "help": d.setting.help, "aliases": d.setting.aliases, "options": d.setting.flags}

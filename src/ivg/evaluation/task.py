@@ -100,7 +100,8 @@ class Task(ABC):
         return {}
 
 
-_plugins = Plugins("ivg.tasks", type, frozenset(TASKS))
+TASK_PLUGINS = Plugins("ivg.tasks", type, frozenset(TASKS))
+"""Tasks of other packages: entry points that name a subclass of :class:`Task` (docs/how-to/extending.md)."""
 
 
 def load_task(name: str) -> Task:
@@ -112,9 +113,9 @@ def load_task(name: str) -> Task:
     if name in TASKS:
         module, kind = TASKS[name].split(":")
         return getattr(import_module(module), kind)()
-    found = _plugins.get(name)
+    found = TASK_PLUGINS.get(name)
     if found is None:
-        raise ConfigError(f"unknown task {name!r}\n  expected one of: {', '.join([*TASKS, *_plugins.names])}")
+        raise ConfigError(f"unknown task {name!r}\n  expected one of: {', '.join([*TASKS, *TASK_PLUGINS.names])}")
     if not issubclass(found, Task):
         raise ConfigError(f"the task {name} is the class {found.__name__}\n  expected a subclass of ivg.evaluation.task.Task")
     return found()
