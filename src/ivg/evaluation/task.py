@@ -101,7 +101,7 @@ class Task(ABC):
 
 
 TASK_PLUGINS = Plugins("ivg.tasks", type, frozenset(TASKS))
-"""Tasks of other packages: entry points that name a subclass of :class:`Task` (docs/how-to/extending.md)."""
+"""Tasks of other packages: entry points that name a subclass of :class:`Task` (docs/how-to/plugins.md)."""
 
 
 def load_task(name: str) -> Task:

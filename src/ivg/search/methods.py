@@ -201,7 +201,7 @@ METHODS: dict[str, Method] = {s.name: s for s in _TABLE}
 """The methods of ivg itself by name; :func:`all_methods` has those of other packages, too."""
 
 METHOD_PLUGINS = Plugins("ivg.methods", Method, frozenset({*METHODS, "custom"}))
-"""Methods of other packages: entry points that name a :class:`Method` (docs/how-to/extending.md)."""
+"""Methods of other packages: entry points that name a :class:`Method` (docs/how-to/plugins.md)."""
 
 
 def method_names() -> list[str]:

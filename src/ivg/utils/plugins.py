@@ -1,4 +1,4 @@
-"""Objects that other installed packages add, by entry points of their distribution (docs/how-to/extending.md). Standard library only.
+"""Objects that other installed packages add, by entry points of their distribution (docs/how-to/plugins.md). Standard library only.
 
 Nothing is imported before it is asked for. A plugin that cannot be used is left out with one warning, and nothing else is affected.
 """

@@ -1,4 +1,4 @@
-"""docs/how-to/extending.md: the package that it shows is written, installed and used by the commands that it shows."""
+"""docs/how-to/plugins.md: the package that it shows is written, installed and used by the commands that it shows."""
 
 import json
 import os
@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-PAGE = (Path(__file__).parents[2] / "docs/how-to/extending.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/how-to/plugins.md").read_text()
 COMMANDS = re.findall(r"```text\n(ivg .*)\n```", PAGE)
 
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
     """A folder with the page's files, and what pip leaves of the page's pyproject.toml."""
-    folder = tmp_path_factory.mktemp("extending")
+    folder = tmp_path_factory.mktemp("plugins")
     for name, text in re.findall(r'```\w+ title="([^"]+)"\n(.*?)```', PAGE, re.DOTALL):
         path = folder / name
         path.parent.mkdir(exist_ok=True)
