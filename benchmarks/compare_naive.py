@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -26,6 +26,7 @@ from ivg.bench.systems import SYSTEMS, RunOutput
 from ivg.errors import ConfigError
 from ivg.model import GuidedModel
 from ivg.search.methods import Method
+from ivg.settings.schema import settings_of
 from ivg.types import Prompt
 from ivg.utils import environment
 from ivg.utils.jsonl import to_json
@@ -95,10 +96,12 @@ def print_progress(row: Mapping[str, Any], rounds: int, group: str = "") -> None
 
 def add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
     """The settings of :class:`BenchSettings` called ``names`` as options."""
+    hints, declared = get_type_hints(BenchSettings), settings_of(BenchSettings)
     for field in fields(BenchSettings):
         if field.name in names:
-            kind = float if field.name == "temperature" else int if "int" in str(field.type) else str
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=f"default: {field.default}")
+            kind = next(k for k in (*get_args(hints[field.name]), hints[field.name]) if isinstance(k, type))
+            text = f"{declared[field.name].setting.help} " if field.name in declared else ""
+            parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=f"{text}(default: {field.default})")
 
 
 def main() -> None:

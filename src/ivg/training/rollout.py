@@ -68,25 +68,25 @@ def rollout(
     if out.suffix not in (".jsonl", ".parquet"):
         raise ConfigError(f"cannot write rollouts to {out}\n  expected a name that ends in .jsonl or .parquet")
     require_single_process("sampling rollouts")
-    lines = out.with_suffix(".jsonl")
+    jsonl = out.with_suffix(".jsonl")
     sampling = {k: v for k, v in asdict(model.sampling).items() if k not in settings}
-    about = {"method": method, "settings": settings, "sampling": sampling, "samples": samples, "seed": seed, **(provenance or {})}
-    with open_blocks(lines, block * samples, len(prompts) * samples, about) as file:
-        _same_prompts(lines, prompts, samples, file.rows)
+    own = {"method": method, "settings": settings, "sampling": sampling, "samples": samples, "seed": seed}
+    with open_blocks(jsonl, block * samples, len(prompts) * samples, {**own, **(provenance or {})}) as file:
+        _check_prompts(jsonl, prompts, samples, file.rows)
         for _ in range(0, file.rows, block * samples):
             on_progress()
         for span in file.missing():
             numbers = range(span.start // samples, -(-span.stop // samples))
-            rows = _answer(model, [(n, prompts[n]) for n in numbers], method, samples, seed, settings)
+            rows = _sample(model, [(n, prompts[n]) for n in numbers], method, samples, seed, settings)
             _score(reward, [row for row in rows if "error" not in row])
             file.append(rows)
             on_progress()
-    if out != lines:
-        _to_parquet(lines, out)
+    if out != jsonl:
+        _to_parquet(jsonl, out)
     return out
 
 
-def _same_prompts(lines: Path, prompts: Sequence[Prompt], samples: int, rows: int) -> None:
+def _check_prompts(path: Path, prompts: Sequence[Prompt], samples: int, rows: int) -> None:
     """Raise if the existing rows answer other prompts.
 
     Raises:
@@ -94,13 +94,13 @@ def _same_prompts(lines: Path, prompts: Sequence[Prompt], samples: int, rows: in
     """
     if not rows:
         return
-    for number, row in zip(range(rows), read_jsonl(lines), strict=False):
-        place = number // samples
-        if place < len(prompts) and row["prompt"] != prompts[place].plain:
-            raise ConfigError(f"{lines}, row {number + 1}: answers another prompt than this run\n  give another --out, or remove the file")
+    for number, row in zip(range(rows), read_jsonl(path), strict=False):
+        index = number // samples
+        if index < len(prompts) and row["prompt"] != prompts[index].plain:
+            raise ConfigError(f"{path}, row {number + 1}: answers another prompt than this run\n  give another --out, or remove the file")
 
 
-def _answer(
+def _sample(
     model: GuidedModel, prompts: Sequence[tuple[int, Prompt]], method: str, samples: int, seed: int, settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Rows without scores, prompt by prompt."""
@@ -134,14 +134,14 @@ def _columns(result: Result[Any], eos: Collection[int]) -> dict[str, Any]:
     return notes | {"response": completion.text, "token_ids": ids, "finish_reason": completion.finish_reason, "ended": ended}
 
 
-def _to_parquet(lines: Path, out: Path) -> None:
+def _to_parquet(jsonl: Path, out: Path) -> None:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise ConfigError(f"writing {out} needs pyarrow\n  pip install 'ivg[train]'; the rows are in {lines}") from None
+        raise ConfigError(f"writing {out} needs pyarrow\n  pip install 'ivg[train]'; the rows are in {jsonl}") from None
     partial = out.with_name(out.name + ".partial")
-    rows = list(read_jsonl(lines))
+    rows = list(read_jsonl(jsonl))
     names = list(dict.fromkeys(name for row in rows for name in row))
     pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows]), partial)
     partial.replace(out)
