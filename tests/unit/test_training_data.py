@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from ivg.errors import ConfigError, ModelError
-from ivg.jobs.blocks import ResumableJsonl
 from ivg.models.training_rows import FILE, read_training_rows, row_hash, seen, write_training_rows
 from ivg.testing import byte_tokenizer
 from ivg.training import encoding
@@ -204,25 +203,6 @@ def test_fingerprints_know_a_row_again_and_hold_no_text(tmp_path):
     np.save(tmp_path / FILE, np.zeros((2, 2)))
     with pytest.raises(ModelError, match="expected a list of 64-bit hashes"):
         read_training_rows(tmp_path)
-
-
-def test_block_files_drop_half_blocks_and_refuse_other_settings(tmp_path):
-    file = ResumableJsonl(tmp_path / "r.jsonl", 2, 5, {"seed": 1})
-    for span in file.missing():
-        file.append([{"i": i} for i in span])
-    assert file.complete
-    whole = file.path.read_bytes()
-    for cut in range(len(whole)):
-        file.path.write_bytes(whole[:cut])
-        again = ResumableJsonl(file.path, 2, 5, {"seed": 1})
-        assert again.rows % 2 == 0
-        for span in again.missing():
-            again.append([{"i": i} for i in span])
-        assert file.path.read_bytes() == whole
-    with pytest.raises(ConfigError, match="seed: 1 there, 2 now"):
-        ResumableJsonl(file.path, 2, 5, {"seed": 2})
-    longer = ResumableJsonl(file.path, 2, 7, {"seed": 1})
-    assert [list(s) for s in longer.missing()] == [[4, 5], [6]]
 
 
 def test_rows_that_cannot_be_used_are_told_and_left_out(tmp_path):

@@ -25,7 +25,7 @@ PROVENANCE_COLUMNS = ("method", "seed", "settings", "models", "engine", "endpoin
 _NOT_JSONL = (".csv", ".parquet", ".gz")
 
 
-class Rows(Protocol):
+class RowStore(Protocol):
     """Where rows of answers go."""
 
     def done(self, job: Job, index: int) -> bool:
@@ -36,7 +36,9 @@ class Rows(Protocol):
 
 
 @contextmanager
-def open_rows(path: str | Path, jobs: Iterable[Job], provenance: Mapping[str, Any], on_superseded: Callable[[str], None]) -> Iterator[Rows]:
+def open_rows(
+    path: str | Path, jobs: Iterable[Job], provenance: Mapping[str, Any], on_superseded: Callable[[str], None]
+) -> Iterator[RowStore]:
     """The rows that are at ``path``, to add more to them.
 
     Args:

@@ -35,38 +35,38 @@ def plan_workers(settings: RaySettings, nodes: Sequence[Mapping[str, float]], ta
         settings: of the cluster.
         nodes: resources of each, by Ray's names (``CPU``, ``GPU``).
         tasks: number of tasks.
-        device: where the recipe puts its models; None: the best there is.
+        device: of the models; None: a GPU if there is one.
 
     Raises:
         RayError: no node has room for one worker.
     """
-    cpus_of = [n.get("CPU", 0.0) for n in nodes if n.get("CPU", 0.0) >= 1]
-    may = device is None or device.startswith("cuda")
-    gpus = settings.gpus if settings.gpus is not None else float(may and any(n.get("GPU", 0.0) >= 1 for n in nodes))
-    whole = settings.cpus is None and not gpus and bool(cpus_of)  # nodes as they are, one worker on each
+    node_cpus = [n.get("CPU", 0.0) for n in nodes if n.get("CPU", 0.0) >= 1]
+    may_use_gpus = device is None or device.startswith("cuda")
+    gpus = settings.gpus if settings.gpus is not None else float(may_use_gpus and any(n.get("GPU", 0.0) >= 1 for n in nodes))
+    one_per_node = settings.cpus is None and not gpus and bool(node_cpus)
     if settings.cpus is not None:
         cpus = settings.cpus
-    elif whole:
-        smallest = min(cpus_of)
-        cpus = smallest if settings.workers is None else min(smallest, max(1.0, sum(cpus_of) // settings.workers))
+    elif one_per_node:
+        smallest = min(node_cpus)
+        cpus = smallest if settings.workers is None else min(smallest, max(1.0, sum(node_cpus) // settings.workers))
     else:
         cpus = 1.0
     room = sum(int(min(n.get("CPU", 0.0) // cpus, n.get("GPU", 0.0) // gpus if gpus else float("inf"))) for n in nodes)
     if not room:
-        shown = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes) or "none"
+        available = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes) or "none"
         raise RayError(
-            f"no node has room for a worker of {cpus:g} CPUs and {gpus:g} GPUs; the nodes have: {shown}"
+            f"no node has room for a worker of {cpus:g} CPUs and {gpus:g} GPUs; the nodes have: {available}"
             "\n  give --cpus-per-worker and --gpus-per-worker that fit"
         )
-    wanted = settings.workers if settings.workers is not None else len(cpus_of) if whole else room
+    wanted = settings.workers if settings.workers is not None else len(node_cpus) if one_per_node else room
     return WorkerPlan(max(1, min(wanted, tasks)), cpus, gpus)
 
 
 def reconcile_gpus(recipe: Recipe, settings: RaySettings) -> tuple[Recipe, RaySettings]:
-    """Both with one number for the GPUs of a worker and the engine's tensor parallelism, whichever of them was given.
+    """Make the GPUs of a worker and the engine's tensor parallelism the same number, whichever was given.
 
     Raises:
-        ConfigError: they contradict each other, or the engine uses one GPU only.
+        ConfigError: both are given and differ, or the engine uses one GPU only.
     """
     split = recipe.vllm.tensor_parallel_size
     if recipe.run.engine != "vllm":

@@ -1,0 +1,203 @@
+"""Files of answers: resumed only by the same run, rows whole wherever a kill came; rows that failed."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ivg.errors import ConfigError, OutputError
+from ivg.jobs.failures import MAX_REPORTED, Failures
+from ivg.jobs.formats import SourceRow
+from ivg.jobs.prompts import Job, read_jobs
+from ivg.jobs.store import open_rows
+from ivg.utils.jsonl import append_lines, read_jsonl, write_json
+
+PROVENANCE = {
+    "method": "ivg",
+    "seed": 0,
+    "settings": {},
+    "models": "embedded",
+    "provenance": {"ivg": "1", "device": "cpu", "weights": {"base": "a"}},
+}
+
+
+def answer(store, job, text="t", index=0):
+    store.append({"id": job.id, "prompt": job.prompt, "index": index, "text": text, **PROVENANCE})
+
+
+def reopen(path, jobs, provenance=PROVENANCE):
+    said = []
+    with open_rows(path, jobs, provenance, said.append) as store:
+        return [store.done(job, 0) for job in jobs], said
+
+
+def test_rows_are_done_for_the_same_id_and_prompt_only(tmp_path):
+    path, jobs = tmp_path / "deep" / "out.jsonl", [Job(i, f"p{i}") for i in range(3)]
+    with open_rows(path, jobs, PROVENANCE, print) as store:
+        for job in jobs:
+            assert not store.done(job, 0)
+            answer(store, job)
+            assert store.done(job, 0)
+            assert not store.done(job, 1)
+    assert reopen(path, [*jobs, Job("0", "p0")]) == ([True, True, True, False], [])  # 0 and "0" are two ids
+    whole = path.read_bytes()
+    edited = [jobs[0], Job(1, "another prompt"), jobs[2]]
+    done, said = reopen(path, edited)
+    assert done == [True, False, True]
+    assert said == [
+        f"1 prompts have changed under the same id (1): answered again, the old rows are in {tmp_path / 'deep' / 'out.superseded.jsonl'}"
+    ]
+    assert [r["prompt"] for r in read_jsonl(path)] == ["p0", "p2"]
+    assert [r["prompt"] for r in read_jsonl(tmp_path / "deep" / "out.superseded.jsonl")] == ["p1"]
+    assert reopen(path, [jobs[0]]) == ([True], [])  # rows of prompts that are not asked for stay
+    assert len(whole.splitlines()) == 3
+    assert sorted(p.name for p in path.parent.iterdir()) == ["out.jsonl", "out.superseded.jsonl"]  # no lock, no half a file
+
+
+def test_half_a_row_is_cut_off_wherever_a_kill_came(tmp_path):
+    path, jobs = tmp_path / "out.jsonl", [Job(i, f"p{i}\u2028") for i in range(3)]
+    with open_rows(path, jobs, PROVENANCE, print) as store:
+        for job in jobs:
+            answer(store, job, "x" * 70000 if job.id == 1 else "t")
+    whole = path.read_bytes()
+    for cut in (0, 1, 50, whole.index(b"\n"), whole.index(b"\n") + 1, len(whole) - 60000, len(whole) - 1, len(whole)):
+        path.write_bytes(whole[:cut])
+        with open_rows(path, jobs, PROVENANCE, print) as store:
+            assert path.read_bytes() == whole[: whole[:cut].rfind(b"\n") + 1]
+            for job in jobs:
+                if not store.done(job, 0):
+                    answer(store, job, "x" * 70000 if job.id == 1 else "t")
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"method": "eft"}, 'method: "ivg" there, "eft" now'),
+        ({"settings": {"beta": 2.0}}, "settings.beta: not given there, 2.0 now"),
+        ({"engine": "vllm"}, 'engine: not given there, "vllm" now'),
+        ({"provenance": {"ivg": "1", "device": "cuda", "weights": {"base": "a"}}}, 'device: "cpu" there, "cuda" now'),
+        (
+            {"provenance": {"ivg": "2", "device": None, "weights": {"base": "b"}}, "seed": 1},
+            'ivg: "1" there, "2" now; weights.base: "a" there, "b" now; seed: 0 there, 1 now',
+        ),
+    ],
+)
+def test_what_made_the_rows_differs_is_named(tmp_path, change, says):
+    job = Job(1, "p")
+    with open_rows(tmp_path / "out.jsonl", [job], PROVENANCE, print) as store:
+        answer(store, job)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    with pytest.raises(ConfigError) as e:
+        reopen(tmp_path / "out.jsonl", [Job(1, "edited too")], PROVENANCE | change)
+    assert str(e.value) == f"{tmp_path / 'out.jsonl'} holds answers of other settings: {says}\n  give another --output, or remove it"
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"x": 1}\n', "holds rows that ivg did not write (row 1: got the columns x)"),
+        ("hello\n", "holds rows that ivg did not write (row 1: expected a JSON object, got hello"),
+        ('{"id": 1, "index": 0, "prompt": "p", "method": "ivg"}\n', "was written by an older version of ivg: row 1 has no provenance"),
+    ],
+)
+def test_files_of_others_stay_as_they_are(tmp_path, text, says):
+    (tmp_path / "out.jsonl").write_text(text)
+    with pytest.raises(ConfigError) as e:
+        reopen(tmp_path / "out.jsonl", [])
+    assert says in str(e.value)
+    assert (tmp_path / "out.jsonl").read_text() == text
+
+
+def test_places_where_no_rows_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for name, says in (
+        (".", "it is a folder\n  expected a JSONL file"),
+        ("x.csv", "rows are written as JSONL\n  give a name that ends in .jsonl"),
+        ("x.jsonl.gz", "rows are written as JSONL"),
+        ("file/x.jsonl", "cannot write"),
+    ):
+        with pytest.raises(OutputError, match=says):
+            reopen(tmp_path / name, [])
+    real = Path.open
+
+    def read_only(self, mode="r", *arguments, **named):
+        if "r" not in mode:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+        return real(self, mode, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    for work in (
+        lambda: reopen(tmp_path / "x.jsonl", []),
+        lambda: append_lines(tmp_path / "x.jsonl", "a\n"),
+        lambda: write_json(tmp_path / "x.json", {}),
+        lambda: Failures(print, tmp_path / "x.jsonl"),
+    ):
+        with pytest.raises(OutputError, match=r"cannot write .*/x.json.*: Read-only file system\n"):
+            work()
+
+
+prompts = st.sampled_from(["a", "b", "c"])
+
+
+inputs = st.lists(st.tuples(st.none() | st.integers(0, 2), prompts), max_size=4)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(runs=st.lists(st.tuples(inputs, st.integers(0, 4), st.integers(0, 30)), min_size=1, max_size=4))
+def test_whatever_is_edited_and_killed_every_answer_is_of_its_prompt(tmp_path, runs):
+    """Each run: rows (id, prompt), how many are answered before a kill, bytes of half a row that it leaves."""
+    path = tmp_path / "out.jsonl"
+    for file in tmp_path.iterdir():
+        file.unlink()
+    for rows, until, half in [*runs, (runs[-1][0], 99, 0)]:
+        source = [SourceRow(f"row {i}", {"id": i_, "prompt": p}) for i, (i_, p) in enumerate(rows)]
+        jobs = list(read_jobs(source, lambda *_: None))
+        assert len(jobs) == len({job.key for job in jobs})
+        with open_rows(path, jobs, PROVENANCE, lambda _: None) as store:
+            for job in [job for job in jobs if not store.done(job, 0)][:until]:
+                answer(store, job, text=f"answer to {job.prompt}")
+        with path.open("ab") as file:
+            file.write(b'{"id": 1, "index": 0, "prompt": '[:half])
+    path.write_bytes(path.read_bytes()[: path.read_bytes().rfind(b"\n") + 1])
+    found = list(read_jsonl(path))
+    assert all(row["text"] == f"answer to {row['prompt']}" for row in found)
+    answered = {json.dumps(row["id"]): row["prompt"] for row in found}
+    assert len(answered) == len(found)  # none twice
+    assert all(answered[job.key] == job.prompt for job in jobs)
+
+
+def test_a_link_to_a_file_is_the_file(tmp_path):
+    path, link, jobs = tmp_path / "deep" / "out.jsonl", tmp_path / "link.jsonl", [Job(1, "a"), Job(2, "b")]
+    path.parent.mkdir()
+    link.symlink_to(path)
+    with open_rows(link, jobs, PROVENANCE, print) as store:
+        with pytest.raises(OutputError, match="another run is writing"):
+            reopen(path, jobs)
+        for job in jobs:
+            answer(store, job)
+    assert reopen(link, [Job(1, "another"), jobs[1]])[0] == [False, True]
+    assert link.is_symlink()
+    assert [row["id"] for row in read_jsonl(path)] == [2]
+
+
+def test_failures_are_told_once_counted_and_kept(tmp_path):
+    said = []
+    failures = Failures(said.append, tmp_path / "failed.jsonl")
+    for i in range(MAX_REPORTED + 2):
+        for _ in range(2):  # two samples of one prompt
+            failures(f"line {i}", "too long\n  shorten it", {"id": i, "prompt": "p"})
+    failures.close()
+    assert failures.count == 2 * (MAX_REPORTED + 2)
+    assert said[0] == "line 0: too long\n  shorten it"
+    assert said[MAX_REPORTED:] == [f"2 more rows failed; all are in {tmp_path / 'failed.jsonl'}"]
+    rows = list(read_jsonl(tmp_path / "failed.jsonl"))
+    assert len(rows) == MAX_REPORTED + 2
+    assert rows[3] == {"id": 3, "prompt": "p", "error": "too long - shorten it"}
+    Failures(said.append, tmp_path / "failed.jsonl")
+    assert not (tmp_path / "failed.jsonl").read_text()
