@@ -7,38 +7,12 @@ import numpy as np
 import pytest
 
 from ivg.diagnostics.cost import active_parameters, flops
-from ivg.diagnostics.stats import bootstrap_mean
 from ivg.evaluation import kl, metrics
 from ivg.evaluation.base_samples import SampleGroup, prefix_maxima, sample_group
 from ivg.evaluation.label_placement import best_place, overlap
 from ivg.evaluation.summary import best_of_n_within, family
 from ivg.search.methods import get_method
 from ivg.testing import tiny_model, tiny_value
-
-
-def test_interval_of_equal_values_is_a_point():
-    e = bootstrap_mean([2.0, 2.0, 2.0])
-    assert (e.mean, e.low, e.high) == (2.0, 2.0, 2.0)
-
-
-def test_interval_is_that_of_the_normal_distribution_for_many():
-    values = np.random.default_rng(1).normal(3.0, 2.0, size=2000)
-    e = bootstrap_mean(values.tolist())
-    half = 1.96 * values.std() / math.sqrt(2000)
-    assert e.mean == pytest.approx(values.mean())
-    assert e.high - e.low == pytest.approx(2 * half, rel=0.05)
-    assert bootstrap_mean(values.tolist()) == e
-
-
-def test_interval_of_two_values_by_enumeration():
-    """Two values: the bootstrap means are 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4, so both tails reach the ends."""
-    e = bootstrap_mean([0.0, 1.0])
-    assert (e.mean, e.low, e.high) == (0.5, 0.0, 1.0)
-
-
-def test_interval_of_nothing_says_so():
-    with pytest.raises(ValueError, match="no values"):
-        bootstrap_mean([])
 
 
 def test_seeds_are_averaged_first():
