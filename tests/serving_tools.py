@@ -112,7 +112,7 @@ def numbers(running):
 
 
 class NaNGuide(CompositeValue):
-    """Guides tokens like another value, but gives NaN where the prompt says so."""
+    """Guides like another value, but gives NaN for some prompts."""
 
     def __init__(self, inner):
         super().__init__([(1.0, inner)], "nan")
@@ -132,7 +132,7 @@ def explode(prompt, response):
 
 
 class Slow(Value):
-    """A value that takes its time, so that there is something to interrupt."""
+    """A slow value, so that requests can be interrupted."""
 
     name = "slow"
 
@@ -163,7 +163,7 @@ def values():
 
 
 def well_formed(response, status, param=None, code=None):
-    """An error in OpenAI's shape, with nothing of our insides in it."""
+    """An OpenAI error without internal details."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["message"]
@@ -255,12 +255,12 @@ class Process:
         self.process.wait()
 
     def connect(self):
-        """A connection by hand."""
+        """A raw connection."""
         host, port = self.url.removeprefix("http://").split(":")
         return socket.create_connection((host, int(port)), timeout=200)
 
     def end(self, seconds=300):
-        """(exit code, the log), when it ends."""
+        """Wait for the end; (exit code, log)."""
         code = self.process.wait(seconds)
         self.reader.join(60)
         return code, [json.loads(line) for line in self.lines]

@@ -117,7 +117,7 @@ def test_stop_strings_never_leak(running, library):
 
 
 def test_utf8_is_never_cut(running, library):
-    """The tiny model writes random bytes; whatever is shown stays, and no half of a character is shown."""
+    """The tiny model writes random bytes; sent text stays, and no partial character is sent."""
     for seed in range(3):
         want = expected(library, "é", "base", seed, max_new_tokens=60).text
         shown = ""

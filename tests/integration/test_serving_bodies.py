@@ -132,7 +132,7 @@ def test_large_bodies(running):
 @pytest.mark.parametrize("connection", ["keep-alive", "close"])
 @pytest.mark.parametrize(("key", "size", "status"), [("right-key", 8 << 20, 413), ("wrong", 8 << 20, 401), ("wrong", 10, 401)])
 def test_a_refused_body_is_read_to_its_end(connection, key, size, status):
-    """As proxies send: everything first, then they look for an answer. nginx says close; a connection that is kept serves again."""
+    """Proxies read the response after sending the whole body. nginx closes its connections; a kept connection can be used again."""
     server = Running(tiny(), api_keys=["right-key"])
     host, port = server.url.removeprefix("http://").split(":")
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: {connection}\r\nauthorization: Bearer {key}\r\n"
@@ -168,7 +168,7 @@ def test_keys():
 
 @pytest.mark.long
 def test_fuzzed_by_its_own_schema(tmp_path):
-    """Whatever fits the schema, and what nearly does, never gives 500."""
+    """Bodies that fit the schema, or nearly do, never give 500."""
     server = Running(tiny(), max_tokens=6, deadline=30.0)
     try:
         tool = Path(sys.executable).with_name("schemathesis")
@@ -208,7 +208,7 @@ def test_two_lengths_of_one_body_are_refused(running):
         )
         head = read_head(line)
         assert head.startswith("HTTP/1.1 400 ") and "connection: close" in head.lower()
-        assert line.recv(100) == b""  # what came behind it is not answered
+        assert line.recv(100) == b""  # the second request is not answered
 
 
 def test_keys_protect_the_schema():

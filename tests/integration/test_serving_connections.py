@@ -83,7 +83,7 @@ def test_half_closed_clients_are_answered(running, stream, version):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_closed_connection_is_detected(running, stream):
-    """Nothing is written of a hypothesis among several, so that only the probe can tell."""
+    """With several beams no text is sent meanwhile, so only the probe can detect it."""
     body = GOOD | {"max_tokens": 250, "stream": stream, "model": "tiny", "guidance": {**SLOW, "successors": 4, "chunk_length": 250}}
     with connect(running) as line:
         line.sendall(raw(body))
@@ -232,7 +232,7 @@ def test_warnings_are_logged_as_json():
 
 @pytest.mark.long
 def test_three_hundred_idle_connections_and_256_descriptors():
-    """Others are served, nothing grows, and every line of the log is JSON."""
+    """Other clients are served, and every line of the log is JSON."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))"
     served = {"port": 0, "name": "tiny"}
     with Process("-c", f"{limit}\n{SCRIPT}", str(Path(__file__).parents[1]), json.dumps(served)) as server:

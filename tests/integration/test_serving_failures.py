@@ -53,7 +53,7 @@ def test_nan_fails_its_own_request(running, library):
 
 
 def test_a_value_that_raises_fails_its_own_request(running, library):
-    """Streams of others go on where they were."""
+    """Streams of other requests continue where they were."""
     guidance = {"method": "custom", "token": "implicit", "select": "mine", "successors": 2, "chunk_length": 3}
 
     def stream(prompt):
@@ -172,7 +172,7 @@ def test_a_dead_worker_is_reported(monkeypatch):
 
 
 def test_forty_mixed_requests(running, library):
-    """Good answers are the library's, bad ones well-formed, and nothing is left."""
+    """Completions equal the library's, errors are well-formed, and no row is left."""
     wanted = {i: expected(library, f"Film {i}", "ivg", i).text for i in range(4)}
 
     async def one(client, i):
@@ -233,7 +233,7 @@ def test_restart_of_models_is_retried(monkeypatch):
         while len(again) < 2:
             time.sleep(0.05)
         memory.set()
-        while httpx.get(f"{server.url}/ready").status_code != 200:  # by itself: nobody needs to ask
+        while httpx.get(f"{server.url}/ready").status_code != 200:  # without a request
             time.sleep(0.05)
         last = ask("Film")
         assert server.idle() == 0 and server.worker.alive
@@ -355,7 +355,7 @@ def test_new_requests_wait_while_a_failed_step_is_bisected():
 
 
 def test_disconnect_at_the_same_time_as_an_event():
-    """Leaving and news in one turn of the loop: whoever writes the stream must not take the news and wait for more, for ever."""
+    """Disconnect and event in one iteration of the loop: the writer must not take the event and wait for ever."""
 
     async def leave():
         handle, left = RequestHandle(None, 1, 60.0), asyncio.Event()

@@ -105,7 +105,7 @@ def test_a_missing_chat_template_is_found_at_start():
 
 
 def test_token_ids_reach_every_model_of_the_vocabulary_as_they_are(running, library):
-    """Also where the text that they spell would be tokenised otherwise: here into a token for both letters."""
+    """Even where the text would be tokenized differently: here into one token for two letters."""
     tokens = byte_tokenizer(merges=[("F", "i")])
     pair = ImplicitValue(*(tiny_lm(n, seed=s, tokenizer=tokens) for s, n in enumerate(("tuned", "untuned"), 1)))
     served = ServedModels(GuidedModel(tiny_lm(tokenizer=tokens), {"implicit": pair}), Recipe.model_validate({"search": {"method": "eft"}}),
@@ -121,7 +121,7 @@ def test_token_ids_reach_every_model_of_the_vocabulary_as_they_are(running, libr
 
 
 def test_error_raised_by_a_chat_template():
-    """And no 500, which clients try again."""
+    """Not 500, which clients retry."""
     chat = byte_tokenizer(chat=True)
     chat.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}{{ messages[0].content }}"
     server = Running(GuidedModel(tiny_lm("base", tokenizer=chat)), Recipe.model_validate({"search": {"method": "base"}}))

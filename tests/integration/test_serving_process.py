@@ -45,7 +45,7 @@ LENGTH = 10
 
 
 class MixedClients:
-    """Clients of all kinds; what they got, counted."""
+    """Clients of all kinds, and counts of their results."""
 
     def __init__(self, server, wanted):
         self.server, self.wanted = server, wanted
@@ -53,7 +53,7 @@ class MixedClients:
         self.signalled = False
 
     async def all(self, numbers, at_once, signal_after=None):
-        """Clients by their numbers, so many at once; SIGTERM when so many good answers are there: others are on their way then."""
+        """Run clients, ``at_once`` at a time; send SIGTERM after ``signal_after`` completions."""
         room = asyncio.Semaphore(at_once)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         done = 0
@@ -108,7 +108,7 @@ class MixedClients:
             await asyncio.to_thread(self.go_away, kind, i)
 
     async def post(self, http, body, status=200, code=None, **more):
-        """The answer, if it is the one that is expected; after the signal it may be that the server stops: None."""
+        """The response, if it is as expected; None if the server is stopping."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         answer = await http.post("/v1/completions", content=content, headers={"content-type": "application/json"} | more.get("headers", {}))
         if answer.status_code == 503 and self.signalled:
@@ -121,7 +121,7 @@ class MixedClients:
         return answer
 
     async def stream(self, http, body):
-        """(text, code of the error or None); the stream has its proper end."""
+        """(text, code of the error or None) of a stream."""
         text, error, ended = "", None, False
         async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
             if response.status_code != 200:
@@ -144,7 +144,7 @@ class MixedClients:
         assert got == want or (self.signalled and got[1] == "unavailable" and want[0].startswith(got[0]))
 
     def go_away(self, kind, i):
-        """Before the body is there, at once behind it, or in the middle of a stream."""
+        """Disconnect before the end of the body, after it, or in the middle of a stream."""
         body = {"model": "tiny:eft", "prompt": PREFIX, "stream": True, "max_tokens": 200, "guidance": {"ignore_eos": True}}
         with self.server.connect() as s:
             s.sendall(raw_part(body, sent=0.5 if kind == "half" else 1.0, **KEY))
@@ -161,7 +161,7 @@ def gauges(server):
 
 @pytest.mark.long
 def test_two_hundred_mixed_requests_and_sigterm():
-    """Good answers are the library's, errors well-formed, nothing hangs, nothing is left."""
+    """Completions equal the library's, errors are well-formed, and no row is left."""
     library = tiny()
     cases = [(method, f"{PREFIX} {i}", i) for i, method in enumerate(METHODS * 2)]
     wanted = {(m, p, s): expected(library, p, m, s, max_new_tokens=LENGTH).text for m, p, s in cases}
@@ -245,7 +245,7 @@ def test_the_command_serves_and_drains():
 
 
 def run(*arguments):
-    """The command, to its end."""
+    """Run the command."""
     code = f"import sys; sys.argv = ['ivg', *{list(arguments)!r}]; from ivg.cli import main; main()"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 

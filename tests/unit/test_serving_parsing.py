@@ -1,4 +1,4 @@
-"""Request bodies: what is read, what is ignored, what is refused, and in which words."""
+"""Request bodies: accepted, ignored and refused fields, and the errors."""
 
 import gzip
 import json
@@ -99,7 +99,7 @@ NAMES = sorted(
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(st.sampled_from(NAMES), ANY_JSON, max_size=4), st.booleans(), st.sampled_from([GOOD, CHAT]))
 def test_any_body_is_parsed_or_refused(change, strict, good):
-    """By a message without the names of our insides."""
+    """Messages contain no internal names."""
     kind = CompletionRequest if good is GOOD else ChatRequest
     try:
         body = parsing.parse_body(json.dumps(good | change).encode(), JSON, kind, strict=strict)
