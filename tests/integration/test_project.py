@@ -103,3 +103,17 @@ def test_workflow_tests_every_python_that_is_declared():
     classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
     declared = {c.rpartition(" ")[2] for c in classifiers if re.search(r":: 3\.\d+$", c)}
     assert declared == set(re.findall(r'"(3\.\d+)"', (ROOT / ".github/workflows/test.yml").read_text()))
+
+
+def renamed():
+    table = (ROOT / "CHANGELOG.md").read_text().partition("### Renamed")[2].partition("| command line")[0]
+    for old, new in re.findall(r"^\| (?:`ivg\.`)? \| (`.+?) \| (`.+?) \|$", table, re.MULTILINE):
+        yield from zip(re.findall(r"`(\w+)", old), re.findall(r"`(\w+)", new), strict=True)
+
+
+@pytest.mark.parametrize(("old", "new"), renamed())
+def test_names_that_the_changelog_renames_work_with_a_warning(old, new):
+    import ivg
+
+    with pytest.warns(DeprecationWarning, match=f"ivg.{old} is now ivg.{new}"):
+        assert getattr(ivg, old) is getattr(ivg, new)
