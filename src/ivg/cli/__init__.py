@@ -1,6 +1,6 @@
 """The command line: one verb per file. Thin over ``GuidedModel``; ``--help`` imports no torch.
 
-Errors that ivg raises on purpose are printed in one line and exit with code 2.
+ivg's own errors are printed in one line, with exit code 2.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _STORAGE = {
     errno.ENAMETOOLONG,
     errno.EMFILE,
 }
-"""Errors of the system that its user can mend: full disk, no permission, a folder in place of a file …"""
+"""System errors that users can fix: full disk, no permission, a folder in place of a file …"""
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         code = stopped
-    except OSError as e:  # but for a closed pipe, at which typer ends quietly
+    except OSError as e:  # a closed pipe is handled by typer
         if e.errno not in _STORAGE:
             raise
         hint = "\n  expected a folder, and a file has that name" if e.errno in (errno.EEXIST, errno.ENOTDIR) else ""
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _occupy_standard_streams() -> None:
-    """Where the caller closed one, no file of ours may get its number: what libraries print would go into that file."""
+    """Reopen closed standard streams on the null device, so that no file gets their numbers and what libraries print."""
     for number in range(3):
         try:
             os.fstat(number)

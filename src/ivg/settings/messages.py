@@ -1,4 +1,4 @@
-"""What is wrong with settings, in the words of a recipe rather than of pydantic. Knows: pydantic's kinds of errors."""
+"""pydantic's validation errors as one line for users: the setting, what was expected, what was given."""
 
 from __future__ import annotations
 
@@ -21,23 +21,18 @@ _EXPECTED = {
     "dict_": "a table",
     "model_": "a table",
     "literal_error": "{expected}",
-    "greater_than_equal": "{ge} or more",
-    "less_than_equal": "{le} or less",
-    "greater_than": "more than {gt}",
-    "less_than": "less than {lt}",
 }
-"""What pydantic's kinds of errors, by how their names begin, mean in a recipe."""
+"""What was expected, by the beginning of the name of pydantic's error."""
 
 
 def explain(error: Any, recipe: type[BaseModel]) -> str:
-    """One error of pydantic in the words of a recipe: where, what was expected, what was got."""
+    """One of pydantic's errors; ``recipe``: the table that was read."""
     where = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
         near = get_close_matches(str(error["loc"][-1]), _names(recipe, error["loc"][:-1]), n=1)
         return f"unknown setting {where}" + (f"; did you mean {near[0]}?" if near else "")
-    if isinstance(
-        raised := error.get("ctx", {}).get("error"), ConfigError
-    ):  # a rule of ``ivg.settings.schema``, which names the setting itself
+    raised = error.get("ctx", {}).get("error")
+    if isinstance(raised, ConfigError):  # of a rule, which names the setting itself
         return ".".join([*map(str, error["loc"][:-1]), str(raised)])
     if _is_secret(recipe, error["loc"]):
         return f"{where}: {error['msg'].removeprefix('Value error, ')}"
@@ -48,7 +43,7 @@ def explain(error: Any, recipe: type[BaseModel]) -> str:
 
 
 def _names(kind: Any, place: Sequence[str | int]) -> list[str]:
-    """The settings of the table at ``place``; [] where that is no table with fixed names."""
+    """Names of the settings of the table at ``place``; [] if there is none, or one with free names."""
     for name in place:
         field = getattr(kind, "model_fields", {}).get(name)
         kind = _table(field)

@@ -1,4 +1,4 @@
-"""Settings at the edge: TOML recipes, command line, HTTP. Unknown keys are errors; the field's other names are accepted.
+"""The recipe: all settings of a run, from a TOML file and the command line. Unknown names are errors; aliases are accepted.
 
 A recipe has the tables ``models``, ``values``, ``search``, ``sampling``, ``run``, ``vllm``, ``endpoint``, ``eval`` and ``serve``; each may
 be left out::
@@ -51,7 +51,7 @@ _Ref = TypeVar("_Ref", bound=ModelRef)
 
 
 class Recipe(Table):
-    """The settings of one run. The help of a table is its title on the command line and in docs/settings.md."""
+    """The settings of one run. The help of a table is its title on the command line; docs/reference/settings.md lists all."""
 
     models: Annotated[ModelsConfig, Setting("Models (none: the embedded ones)")] = ModelsConfig()
     values: Annotated[dict[str, NamedValue], Setting("Further values, by name")] = Field(default_factory=dict)
@@ -77,7 +77,7 @@ class Recipe(Table):
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """From a TOML file; relative paths of models, tokenizers and of ``eval.data`` are looked up beside it first.
+        """From a TOML file; relative paths of models, tokenizers and ``eval.data`` are first looked up in its folder.
 
         Raises:
             ConfigError: no such file, not TOML, or unusable settings.
@@ -113,12 +113,12 @@ class Recipe(Table):
 
     @property
     def local_models(self) -> dict[str, ModelRef]:
-        """The given models that are loaded here, by role; the base of an endpoint is but a name there."""
+        """The models to load here, by role; the base of an endpoint is not among them."""
         remote = self.run.engine.startswith(("http://", "https://"))
         return {role: ref for role, ref in self.models.given.items() if not (remote and role == "base")}
 
     def override(self, **tables: dict[str, Any]) -> Recipe:
-        """A copy in which the given (not None) settings replace those of the recipe; table by table.
+        """A copy with other settings, by table and name; None: unchanged.
 
         Raises:
             ConfigError: as :meth:`parse`.
@@ -130,7 +130,7 @@ class Recipe(Table):
 
 
 def _beside(folder: Path, ref: _Ref) -> _Ref:
-    """``ref`` with its path in ``folder``, if there is such a directory there, or such a Python file of a function."""
+    """``ref`` with its path in ``folder``, if it is a directory there, or a function in a Python file there."""
     there = folder / ref.path
     file, sign, _ = ref.path.rpartition(":")
     found = there.is_dir() or (bool(sign) and file.endswith(".py") and (folder / file).is_file())
