@@ -68,21 +68,22 @@ def cores(monkeypatch):
     return made
 
 
-def test_an_engine_is_stopped_when_a_value_does_not_load(cores, tmp_path):
+def test_an_engine_is_stopped_when_a_value_does_not_load(cores, tmp_path, monkeypatch):
     recipe = Recipe.parse({"run": {"engine": "vllm"}, "vllm": {"cache": str(tmp_path)}})
 
     def make(name, value, options):
         raise ModelError(f"no {name}")
 
+    monkeypatch.setattr(engines, "make_value", make)
     with pytest.raises(ModelError, match="no explicit-other"):
-        engines.vllm_model(recipe, LoadOptions(), make)
+        engines.vllm_model(recipe, LoadOptions())
     assert [core.closed for core in cores] == [True]  # and the second engine was not even started
 
 
 def test_what_vllm_would_ignore_is_refused(cores):
     recipe = Recipe.parse({"run": {"engine": "vllm", "quantization": {"load_in_4bit": True}}})
     with pytest.raises(ConfigError, match=r"run\.quantization"):
-        engines.vllm_model(recipe, LoadOptions(quantization={"load_in_4bit": True}), lambda *_: None)
+        engines.vllm_model(recipe, LoadOptions(quantization={"load_in_4bit": True}))
     assert not cores
 
 

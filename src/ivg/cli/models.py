@@ -30,7 +30,7 @@ def listing() -> dict[str, list[dict[str, Any]]]:
     """The embedded ``models``, the ``methods`` with all their settings, what is known of each setting (``settings``), and ``plugins``."""
     from ivg.embedded import names, path
     from ivg.evaluation.task import TASK_PLUGINS
-    from ivg.factory.recipe import VALUE_PLUGINS
+    from ivg.factory.values import VALUE_PLUGINS
     from ivg.search.methods import METHOD_PLUGINS, all_methods
     from ivg.settings.schema import settings_of
     from ivg.settings.search import SearchSettings

@@ -1,8 +1,8 @@
-"""From settings to models that another engine runs: vLLM in this process or beside it, or an endpoint somewhere."""
+"""From settings to models that another engine runs: vLLM, or an endpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ivg.embedded import path
 from ivg.errors import ConfigError
+from ivg.factory.values import make_value
 from ivg.model import GuidedModel
 from ivg.models.hub import find_model
 from ivg.models.loading import LoadOptions, eos_ids, load_config, load_tokenizer, pick_device, pick_dtype
@@ -23,22 +24,19 @@ if TYPE_CHECKING:
     from ivg.engines.vllm.client import EngineClient, EngineClientOptions
     from ivg.engines.vllm.export import Guide
 
-ValueMaker = Callable[[str, NamedValue, LoadOptions], Value]
 
-
-def vllm_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker, *, every_guide: bool = False) -> GuidedModel:
-    """Base and guides as one composite inside vLLM, the explicit value in its pooling engine, other values as ever.
+def vllm_model(recipe: Recipe, options: LoadOptions, *, every_guide: bool = False) -> GuidedModel:
+    """Base and guides as one composite inside vLLM, the explicit value in its pooling engine, other values in this process.
 
     Args:
         recipe: models, values and the table ``vllm``.
         options: for what is loaded here.
-        make_value: makes a value of ``values`` here (``build.named_value``).
         every_guide: put all pairs and autoregressive rewards inside, not only what the recipe's method needs.
 
     Raises:
-        ConfigError: guides that cannot be inside.
+        ConfigError: guides that cannot run inside vLLM.
         VocabularyError: guides with other tokens than the base's.
-        MissingDependencyError: no vLLM that fits.
+        MissingDependencyError: no supported vLLM.
         ModelError: vLLM does not start.
     """
     from ivg.engines.vllm.client import EngineClient
@@ -55,8 +53,7 @@ def vllm_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker, *, 
         )
     refs, named = _references(recipe)
     settings, base = recipe.vllm, refs["base"]
-    _, guides = inner_guides(recipe, options, every_guide=every_guide)
-    names = [guide.name for guide in guides]
+    guides = inner_guides(recipe, options, every_guide=every_guide)[1]
     tokenizer = load_tokenizer(base.path, options, "base")
     cache = Path(settings.cache) if settings.cache else default_cache()
     folder = (
@@ -66,12 +63,12 @@ def vllm_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker, *, 
     )
     pooled = settings.value == "pooling" and "explicit" in named and "value" in named["explicit"].given
     client = EngineClient(folder, _client_options(settings, options, shared=pooled), guided=bool(guides))
-    with _closed_on_error(client):  # else a value that does not load would leave its processes and memory behind
+    with _closed_on_error(client):  # a value that does not load must not leave vLLM's processes behind
         encoder = _prompt_encoder("base", base, tokenizer, options, client.max_model_len)
-        inner = {name: VLLMGuide(name, partial(make_value, name, named[name], options)) for name in names}
+        inner = {name: VLLMGuide(name, partial(make_value, name, named[name], options)) for name in (guide.name for guide in guides)}
         values: dict[str, Value] = dict(inner)
         others = {name: value for name, value in named.items() if name not in inner}
-        for name, value in sorted(others.items(), key=lambda item: pooled and item[0] == "explicit"):  # another engine last
+        for name, value in sorted(others.items(), key=lambda item: pooled and item[0] == "explicit"):  # the second engine last
             if pooled and name == "explicit":
                 values[name] = _pooled_value(value.given["value"], cache, settings, options)
             else:
@@ -94,17 +91,17 @@ def inner_guides(recipe: Recipe, options: LoadOptions, *, every_guide: bool) -> 
     """(the base, the guides of the composite of a recipe).
 
     Raises:
-        ConfigError: guides that cannot be inside.
+        ConfigError: guides that cannot run inside vLLM.
     """
     refs, named = _references(recipe)
     return refs["base"], [_guide(name, named[name], refs["base"], options) for name in _inside(recipe, named, every_guide=every_guide)]
 
 
-def endpoint_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker) -> GuidedModel:
-    """The model behind an OpenAI-compatible endpoint, with values that run here.
+def endpoint_model(recipe: Recipe, options: LoadOptions) -> GuidedModel:
+    """The model behind an OpenAI-compatible endpoint, with values in this process.
 
     Raises:
-        ConfigError: no name of a model.
+        ConfigError: no model name.
         MissingDependencyError: without the extra ``endpoint``.
     """
     import os
@@ -115,7 +112,9 @@ def endpoint_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker)
     base = given.get("base")
     model = settings.model or (base.path if base else None)
     if model is None:
-        raise ConfigError(f"{recipe.run.engine} needs the name of a model there\n  give --base NAME, or model in the table [endpoint]")
+        raise ConfigError(
+            f"{recipe.run.engine} needs the name of a model on that server\n  give --base NAME, or model in the table [endpoint]"
+        )
     tokenizer = load_tokenizer(settings.tokenizer, options, "base") if settings.tokenizer else None
     engine = load_endpoint(
         recipe.run.engine,
@@ -133,7 +132,7 @@ def endpoint_model(recipe: Recipe, options: LoadOptions, make_value: ValueMaker)
 
 
 def _references(recipe: Recipe) -> tuple[dict[str, ModelRef], dict[str, NamedValue]]:
-    """(models by role, values by name), the embedded ones where the recipe names no models."""
+    """(models by role, values by name); the embedded ones if the recipe names no models."""
     given = dict(recipe.models.given)
     if not given:
         refs = {role: ModelRef(path=str(path(role))) for role in ("base", "tuned", "untuned", "value")}
@@ -144,7 +143,7 @@ def _references(recipe: Recipe) -> tuple[dict[str, ModelRef], dict[str, NamedVal
 
 
 def _roles(refs: Mapping[str, ModelRef]) -> dict[str, NamedValue]:
-    """The values that ``models`` stands for, by the names that methods ask for."""
+    """The values of the table ``models``, by the names that methods use."""
     if ("tuned" in refs) != ("untuned" in refs):
         missing = "untuned" if "tuned" in refs else "tuned"
         raise ConfigError(f"the implicit value needs a pair; got no {missing} model\n  give both --tuned and --untuned")
@@ -180,7 +179,7 @@ def _guide(name: str, value: NamedValue, base: ModelRef, options: LoadOptions) -
         if template != base.template:
             raise ConfigError(
                 f"{role} of {name} reads prompts by {template!r}, the base by {base.template!r}\n"
-                "  inside vLLM all models read the base's very tokens; give them one template, or use the transformers engine"
+                "  inside vLLM all models read the base's token ids; give them one template, or use the transformers engine"
             )
     if "tuned" in refs:
         return pair(refs["tuned"].path, refs["untuned"].path, name)
@@ -190,12 +189,12 @@ def _guide(name: str, value: NamedValue, base: ModelRef, options: LoadOptions) -
     if role == "value" and head_kind(ref.path, options) == "vocabulary":
         return Guide(name, ((name, ref.path, 1.0),), "vocabulary")
     raise ConfigError(
-        f"{name} has no number for every next token and cannot guide inside vLLM\n  expected a pair, an arm, or a vocabulary head"
+        f"{name} cannot guide inside vLLM: it needs a vocabulary head\n  expected a pair, an arm, or a value network with a vocabulary head"
     )
 
 
 def _client_options(settings: VLLMConfig, options: LoadOptions, *, shared: bool, value: bool = False) -> EngineClientOptions:
-    """Of the composite, or of the pooling engine; where both share a GPU, seven tenths and two of its memory unless told."""
+    """Of the composite, or of the pooling engine; on a shared GPU they get 70 % and 20 % of its memory by default."""
     from ivg.engines.vllm.client import EngineClientOptions
 
     device = pick_device(options.device)
@@ -217,7 +216,7 @@ def _client_options(settings: VLLMConfig, options: LoadOptions, *, shared: bool,
 
 
 def _prompt_encoder(name: str, ref: ModelRef, tokenizer: Any, options: LoadOptions, longest: int) -> PromptEncoder:
-    """How a model that runs elsewhere reads prompts."""
+    """How a model in another engine reads prompts."""
     from transformers import GenerationConfig
 
     found = find_model(ref.path, name, options.hub())
@@ -234,7 +233,7 @@ def _prompt_encoder(name: str, ref: ModelRef, tokenizer: Any, options: LoadOptio
 
 
 def _template(ref: ModelRef, options: LoadOptions) -> str | None:
-    """How a model reads prompts: as told, else as a value network was trained."""
+    """How a model reads prompts: as configured, else as a value network was trained."""
     if ref.template is not None:
         return ref.template
     config = load_config(ref.path, options, "model")

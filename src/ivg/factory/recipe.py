@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ivg.errors import ConfigError, IVGError, ModelError, reason
-from ivg.settings.recipe import NamedValue, Recipe
-from ivg.utils.plugins import Plugins
+from ivg.errors import ConfigError, ModelError
+from ivg.factory.values import make_value
+from ivg.settings.recipe import Recipe
 
 if TYPE_CHECKING:
     from ivg.model import GuidedModel
     from ivg.models.loading import LoadOptions
-    from ivg.types import SamplingParams, Value
+    from ivg.types import SamplingParams
 
 
 def load_options(recipe: Recipe) -> LoadOptions:
@@ -40,17 +40,17 @@ def load_models(recipe: Recipe, *, every_guide: bool = False) -> GuidedModel:
     if recipe.run.engine == "vllm":
         from ivg.factory.engines import vllm_model
 
-        return vllm_model(recipe, options, named_value, every_guide=every_guide)
+        return vllm_model(recipe, options, every_guide=every_guide)
     if recipe.run.engine.startswith(("http://", "https://")):
         from ivg.factory.engines import endpoint_model
 
-        return endpoint_model(recipe, options, named_value)
+        return endpoint_model(recipe, options)
     if recipe.run.engine != "transformers":
         raise ConfigError(f"unknown engine {recipe.run.engine!r}\n  expected transformers, vllm, or the URL of an endpoint (http://…/v1)")
     try:
         model = _models(recipe, options)
         for name, value in recipe.values.items():
-            model.add_value(name, named_value(name, value, options), replace=True)
+            model.add_value(name, make_value(name, value, options), replace=True)
     except ModelError as e:
         raise _with_other_missing(e, recipe, options) from e
     return model
@@ -92,63 +92,6 @@ def default_sampling(recipe: Recipe) -> SamplingParams:
     except OSError:  # many models have none
         return DEFAULT_SAMPLING
     return replace(DEFAULT_SAMPLING, **defaults_of(config, "base", recipe.run.generation_config).settings)
-
-
-def named_value(name: str, config: NamedValue, options: LoadOptions) -> Value:
-    """A value from the models that ``config`` names.
-
-    Raises:
-        ModelError, VocabularyError: a model that cannot be loaded, or a pair that does not fit.
-    """
-    from ivg.models.loading import load_causal
-    from ivg.values.explicit import ExplicitValue
-    from ivg.values.implicit import AutoregressiveReward, ImplicitValue
-    from ivg.values.reward import load_reward
-
-    refs = config.given
-    if "tuned" in refs:
-        tuned, untuned = refs["tuned"], refs["untuned"]
-        return ImplicitValue(
-            load_causal(tuned.path, f"{name}.tuned", options, tuned.template),
-            load_causal(untuned.path, f"{name}.untuned", options, untuned.template or tuned.template),
-            name,
-        )
-    ((role, ref),) = refs.items()
-    if role == "value":
-        return ExplicitValue.from_pretrained(ref.path, template=ref.template, options=options, name=name)
-    if role == "plugin":
-        return plugin_value(name, ref.path)
-    if role == "reward":
-        return load_reward(ref.path, template=ref.template, options=options, name=name)
-    return AutoregressiveReward(load_causal(ref.path, name, options, ref.template), name)
-
-
-VALUE_PLUGINS = Plugins("ivg.values")
-"""Kinds of values of other packages: entry points that name a function of one text, which returns a :class:`~ivg.Value`."""
-
-
-def plugin_value(name: str, spec: str) -> Value:
-    """The value that the plugin of ``kind:argument`` makes, under ``name``; the argument may be empty.
-
-    Raises:
-        ConfigError: no such plugin, or it fails; names it.
-    """
-    from ivg.values.base import as_value
-
-    kind, _, argument = spec.partition(":")
-    make = VALUE_PLUGINS.get(kind)
-    if make is None:
-        have = ", ".join(VALUE_PLUGINS.names) or "none is installed"
-        raise ConfigError(f"values.{name}: no plugin {kind!r} for values\n  expected KIND:ARGUMENT with a kind of: {have}")
-    try:
-        value = as_value(make(argument), name)
-    except IVGError:
-        raise
-    except Exception as e:  # whatever a foreign package raises
-        source = VALUE_PLUGINS.source(kind)
-        raise ConfigError(f"values.{name}: the plugin {kind} of {source} failed: {type(e).__name__}: {reason(e)}") from e
-    value.name = name
-    return value
 
 
 def _models(recipe: Recipe, options: LoadOptions) -> GuidedModel:

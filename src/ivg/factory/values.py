@@ -1,0 +1,69 @@
+"""From a table ``[values.NAME]`` to a value."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ivg.errors import ConfigError, IVGError, reason
+from ivg.settings.recipe import NamedValue
+from ivg.utils.plugins import Plugins
+
+if TYPE_CHECKING:
+    from ivg.models.loading import LoadOptions
+    from ivg.types import Value
+
+VALUE_PLUGINS = Plugins("ivg.values")
+"""Kinds of values of other packages: entry points that name a function of one text, which returns a :class:`~ivg.Value`."""
+
+
+def make_value(name: str, config: NamedValue, options: LoadOptions) -> Value:
+    """The value of the models, function or plugin that ``config`` names.
+
+    Raises:
+        ModelError, VocabularyError: a model that cannot be loaded, or a pair that does not fit.
+    """
+    from ivg.models.loading import load_causal
+    from ivg.values.explicit import ExplicitValue
+    from ivg.values.implicit import AutoregressiveReward, ImplicitValue
+    from ivg.values.reward import load_reward
+
+    refs = config.given
+    if "tuned" in refs:
+        tuned, untuned = refs["tuned"], refs["untuned"]
+        return ImplicitValue(
+            load_causal(tuned.path, f"{name}.tuned", options, tuned.template),
+            load_causal(untuned.path, f"{name}.untuned", options, untuned.template or tuned.template),
+            name,
+        )
+    ((role, ref),) = refs.items()
+    if role == "value":
+        return ExplicitValue.from_pretrained(ref.path, template=ref.template, options=options, name=name)
+    if role == "plugin":
+        return plugin_value(name, ref.path)
+    if role == "reward":
+        return load_reward(ref.path, template=ref.template, options=options, name=name)
+    return AutoregressiveReward(load_causal(ref.path, name, options, ref.template), name)
+
+
+def plugin_value(name: str, spec: str) -> Value:
+    """The value that the plugin of ``kind:argument`` makes, under ``name``; the argument may be empty.
+
+    Raises:
+        ConfigError: no such plugin, or it fails; names it.
+    """
+    from ivg.values.base import as_value
+
+    kind, _, argument = spec.partition(":")
+    make = VALUE_PLUGINS.get(kind)
+    if make is None:
+        have = ", ".join(VALUE_PLUGINS.names) or "none is installed"
+        raise ConfigError(f"values.{name}: no plugin {kind!r} for values\n  expected KIND:ARGUMENT with a kind of: {have}")
+    try:
+        value = as_value(make(argument), name)
+    except IVGError:
+        raise
+    except Exception as e:  # whatever a foreign package raises
+        source = VALUE_PLUGINS.source(kind)
+        raise ConfigError(f"values.{name}: the plugin {kind} of {source} failed: {type(e).__name__}: {reason(e)}") from e
+    value.name = name
+    return value
