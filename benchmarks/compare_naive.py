@@ -20,7 +20,7 @@ import torch
 from benchmarks import naive
 from ivg.bench import report, runner
 from ivg.bench.runner import Case
-from ivg.bench.settings import METHOD, BenchSettings, from_mapping
+from ivg.bench.settings import METHOD, BenchSettings
 from ivg.bench.shapes import networks
 from ivg.bench.systems import SYSTEMS, RunOutput
 from ivg.errors import ConfigError
@@ -101,7 +101,9 @@ def add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
         if field.name in names:
             kind = next(k for k in (*get_args(hints[field.name]), hints[field.name]) if isinstance(k, type))
             text = f"{declared[field.name].setting.help} " if field.name in declared else ""
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=f"{text}(default: {field.default})")
+            parser.add_argument(
+                f"--{field.name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=f"{text}(default: {field.default})"
+            )
 
 
 def main() -> None:
@@ -111,7 +113,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSONL file for the measurements; a second run resumes")
     options = vars(parser.parse_args())
     out = options.pop("out")
-    settings = from_mapping(options)
+    settings = BenchSettings(**options)
     check_method(settings.resolved_method)
     rows = runner.run(settings, out, cases(settings), systems=ALL_SYSTEMS, on_progress=lambda row: print_progress(row, settings.rounds))
     found = report.summary(settings, rows, environment.run_metadata())

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ivg.bench.runner import Session, cases
-from ivg.bench.settings import METHOD, BenchSettings, from_mapping
+from ivg.bench.settings import METHOD, BenchSettings
 from ivg.diagnostics.cost import language_models
 from ivg.errors import ModelError
 from ivg.models.packed_linear import packed_layers
@@ -66,7 +66,7 @@ def _size(network: Any) -> int:
 
 def main(given: Mapping[str, Any]) -> None:
     """Print one JSON line."""
-    sys.stdout.write(json.dumps(measure_here(from_mapping(given))) + "\n")
+    sys.stdout.write(json.dumps(measure_here(BenchSettings(**given))) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from benchmarks.compare_naive import ALL_SYSTEMS, NAIVE, add_options, print_prog
 from benchmarks.docs_page import markdown_table, section, update_page
 from ivg.bench import report, runner
 from ivg.bench.runner import Case
-from ivg.bench.settings import METHOD, BenchSettings, from_mapping
+from ivg.bench.settings import METHOD, BenchSettings
 from ivg.jobs.blocks import check_provenance
 from ivg.utils import environment
 from ivg.utils.jsonl import to_json, write_json
@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, help="page to write the table into")
     options = vars(parser.parse_args(arguments))
     quick, folder, docs = options.pop("quick"), options.pop("out"), options.pop("docs")
-    plan = make_plan(from_mapping(options), quick=quick)
+    plan = make_plan(BenchSettings(**options), quick=quick)
     found = run(plan, folder, lambda name, row: print_progress(row, plan.settings.rounds, f"{name}: "))
     found |= {"verdicts": verdicts(found["figures"]), "quick": quick}
     body, lines = cells(found["figures"]), notes(found)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from ivg.bench import report, runner
-from ivg.bench.settings import BenchSettings, from_mapping
+from ivg.bench.settings import BenchSettings
 from ivg.bench.shapes import SHAPES, build_model, make_prompts, model_config, networks, tokenizer_of_size
 from ivg.bench.systems import VLLMSampling
 from ivg.cli import main
@@ -155,7 +155,7 @@ def test_interrupted_rounds_resume(tmp_path, monkeypatch):
 )
 def test_unusable_settings(wrong, message):
     with pytest.raises(ConfigError, match=message):
-        from_mapping(wrong)
+        BenchSettings(**wrong)
 
 
 def test_vllm_needs_its_extra():

@@ -1,4 +1,4 @@
-"""The models in the package: what is shipped, that they steer, that they write and judge as their cards say."""
+"""The models in the package: files, guidance, and the metrics in their model cards."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def metrics():
     return json.loads((ASSETS / "metrics.json").read_text())
 
 
-def test_what_is_shipped():
+def test_files():
     from safetensors import safe_open
 
     assert set(names()) == EXPECTED
@@ -61,13 +61,13 @@ def test_heads_and_tokenizers(model):
     assert not other.vocabulary.same_as(model.base.vocabulary)
 
 
-def test_gold_is_no_guide(model):
+def test_gold_is_not_a_value(model):
     assert "gold" not in model.values
     assert "reward" not in model.values
 
 
-def test_it_writes_words(model, imdb_test):
-    """Nearly all words of plain samples are words that people used in reviews."""
+def test_samples_are_words_of_reviews(model, imdb_test):
+    """Nearly all words of plain samples occur in reviews."""
     known = {w for r in imdb_test for w in re.findall(r"[a-z']+", r.text.lower())}
     done = model.generate(["The movie was", "I have to say", "In the end, this"] * 5, "base", seed=1)
     words = [w for c in done for w in re.findall(r"[a-z']+", c.text.lower())[:-1]]
@@ -76,7 +76,7 @@ def test_it_writes_words(model, imdb_test):
 
 
 @pytest.mark.long
-def test_ivg_is_kinder_than_base(model, gold):
+def test_guidance_raises_the_reward(model, gold):
     prompts = ["The movie was", "This film", "I thought the story", "The acting of the lead", "My friends and I", "After ten minutes"] * 3
     means = {}
     for method in ("base", "eft", "ivg"):
@@ -92,8 +92,8 @@ def test_ivg_is_kinder_than_base(model, gold):
 
 
 @pytest.mark.long
-def test_guide_with_another_tokenizer_steers(model, gold):
-    """A value with its own tokenizer helps at token level and at chunk level."""
+def test_a_value_with_another_tokenizer_raises_the_reward(model, gold):
+    """At token level and at chunk level."""
     prompts = ["The movie was", "This film", "I thought the story", "My friends and I"] * 3
     means = {}
     plans = {
@@ -113,7 +113,7 @@ def test_guide_with_another_tokenizer_steers(model, gold):
 
 
 @pytest.mark.long
-def test_gold_judges_reviews(gold, imdb_test, metrics):
+def test_gold_classifies_reviews(gold, imdb_test, metrics):
     from recipes.embedded_models.gold import accuracy as accuracy_of
 
     sample = imdb_test[::50]
@@ -123,7 +123,7 @@ def test_gold_judges_reviews(gold, imdb_test, metrics):
 
 
 @pytest.mark.long
-def test_base_predicts_reviews(model, imdb_test, metrics):
+def test_perplexity_of_the_base(model, imdb_test, metrics):
     """Perplexity on test reviews is near the card's on held-out training reviews."""
     assert metrics["base"]["tokens_seen"] >= 20e6
     losses = []

@@ -1,4 +1,4 @@
-"""Training end to end on tiny models: values learn what they are fitted to, TRL's models load, a kill changes nothing."""
+"""Training on tiny models: values learn their targets, models trained by TRL load, killed runs give the same files."""
 
 import os
 import subprocess
@@ -84,7 +84,7 @@ def test_a_value_learns_its_rewards_and_loads(model, tmp_path, value, mode, leas
         assert np.array_equal(read_training_rows(tmp_path / folder), row_hashes((r.prompt, r.response) for r in letters(800)[:640]))
 
 
-def test_the_finished_head_says_what_the_network_in_training_said(model):
+def test_the_finished_head_gives_the_values_of_training(model):
     from ivg.settings.train import ValueSettings
     from ivg.training import encoding
     from ivg.training.value import load_value_network
@@ -130,7 +130,7 @@ def test_cd_q_in_blocks_is_the_expectation_over_the_whole_vocabulary(model, monk
             assert found[i, k].item() == pytest.approx(wanted.item(), abs=1e-4)
 
 
-def test_a_value_goes_on_from_a_value(model, tmp_path):
+def test_training_can_start_from_a_value(model, tmp_path):
     from ivg.training.value import train_value
 
     rows = letters(200)
@@ -184,7 +184,7 @@ def test_the_pair_comes_from_sft_and_dpo(tmp_path, model, mode):
         tune.sft(model, rows, tmp_path / "untuned", TrainSettings(**{**options.__dict__, "num_train_epochs": 5}), sources=["demos"])
 
 
-def test_dpo_teaches_no_end_that_the_response_did_not_have(tmp_path, model, monkeypatch):
+def test_dpo_appends_no_end_to_incomplete_responses(tmp_path, model, monkeypatch):
     import trl
 
     from ivg.training import tune
@@ -197,7 +197,7 @@ def test_dpo_teaches_no_end_that_the_response_did_not_have(tmp_path, model, monk
     assert len(seen[0]["chosen_ids"]) == 2
 
 
-def test_a_reward_model_ranks_as_it_was_taught(tmp_path, model):
+def test_a_reward_model_learns_its_preferences(tmp_path, model):
     from ivg.training import tune
     from ivg.values.reward import RewardModel
 
@@ -229,7 +229,7 @@ ROLLOUT = (
         (ROLLOUT, "r.jsonl", [(r"r\.jsonl$", 2), (r"r\.jsonl$", 3)]),
     ],
 )
-def test_killed_at_any_moment_the_same_command_gives_the_same_files(tmp_path, model, template, result, moments):
+def test_killed_runs_resume_to_the_same_files(tmp_path, model, template, result, moments):
     """A value while it writes its second checkpoint, and after training; rollouts before they write a block, twice."""
     data = tmp_path / "data.jsonl"
     data.write_text(as_lines({"prompt": f"p{i}", "response": r.response, "score": r.score} for i, r in enumerate(letters(300))))
@@ -253,7 +253,7 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_files(tmp_path, mo
         assert not (out / "checkpoints").exists()
 
 
-def test_other_data_is_not_taken_for_the_same_run(tmp_path, model):
+def test_a_run_with_other_data_is_refused(tmp_path, model):
     from ivg.training.value import train_value
 
     train_value(model, letters(40), tmp_path / "v", FAST)
@@ -274,7 +274,7 @@ def test_a_value_reads_prompts_as_it_was_trained(tmp_path, model):
     assert found["pair_accuracy_75"] == pytest.approx(metrics["pair_accuracy_75"], abs=1e-4)
 
 
-def test_words_for_what_cannot_be_trained(tmp_path, model):
+def test_errors(tmp_path, model):
     from ivg.settings.train import ValueSettings
     from ivg.training import tune
     from ivg.training.value import train_value

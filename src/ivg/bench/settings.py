@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,12 +51,3 @@ class BenchSettings(BenchOptions):
         m = self.resolved_method
         sizes = f"W={m.width} K={m.successors} L={m.chunk_length or 'all'}"
         return f"{self.shape}, {self.method} {sizes}, {self.prompts} prompts × {self.new_tokens} new tokens"
-
-
-def from_mapping(given: Mapping[str, Any]) -> BenchSettings:
-    """Settings from options; those that are None keep their default.
-
-    Raises:
-        ConfigError: see :class:`BenchSettings`.
-    """
-    return BenchSettings(**{k: v for k, v in given.items() if v is not None})
