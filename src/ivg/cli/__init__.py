@@ -30,7 +30,7 @@ def main() -> None:
     import typer
 
     from ivg.cli.app import app
-    from ivg.cli.progress import report
+    from ivg.cli.progress import print_error
     from ivg.errors import IVGError
 
     _occupy_standard_streams()
@@ -38,7 +38,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0  # without standalone mode, typer.Exit comes back as its code
     except IVGError as e:
-        report(str(e))
+        print_error(str(e))
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         code = stopped
@@ -46,7 +46,7 @@ def main() -> None:
         if e.errno not in _STORAGE:
             raise
         hint = "\n  expected a folder, and a file has that name" if e.errno in (errno.EEXIST, errno.ENOTDIR) else ""
-        report(f"{e.strerror}" + (f": {e.filename}" if e.filename else "") + hint)
+        print_error(f"{e.strerror}" + (f": {e.filename}" if e.filename else "") + hint)
         code = 2
     except Exception as e:
         show = getattr(e, "show", None)  # click's own errors: unknown option, missing argument

@@ -37,7 +37,7 @@ def compare(
     recipe: Recipe,
 ) -> None:
     """See HELP."""
-    from ivg.cli.progress import progress, report
+    from ivg.cli.progress import print_error, progress
     from ivg.factory.recipe import load_models
     from ivg.search.methods import get_method
 
@@ -58,7 +58,7 @@ def compare(
             advance()
     _print(prompt, rows, judge, gold is not None)
     for problem in problems:
-        report(problem)
+        print_error(problem)
     if problems:
         raise typer.Exit(2 if all(row[1] == FAILED for row in rows) else 1)
 

@@ -86,12 +86,12 @@ def _rows(prompts: list[str], source: Path | None, format: str | None, columns: 
 def run(recipe: Recipe, rows: Iterable[SourceRow], source: Path | None, outputs: Outputs, cluster: RaySettings | None = None) -> None:
     """Answer every prompt that is not answered yet; what cannot be answered is reported, the others are done."""
     from ivg.cli.printing import show
-    from ivg.cli.progress import progress, report
+    from ivg.cli.progress import print_error, progress
     from ivg.jobs.failures import Failures
     from ivg.jobs.generate import Callbacks, GenerateRun
     from ivg.jobs.prompts import read_jobs
 
-    failures = Failures(report, outputs.failed)
+    failures = Failures(print_error, outputs.failed)
     jobs = list(read_jobs(rows, failures))
     if not jobs and not failures.count:
         raise ConfigError(f"{source} holds no rows\n  expected rows with prompt or messages")

@@ -57,7 +57,7 @@ def run(out: Console, recipe: Recipe, options: PreferenceSettings) -> int:
 
 
 def _read(options: PreferenceSettings) -> list[Preference]:
-    from ivg.cli.progress import report as print_error
+    from ivg.cli.progress import print_error
     from ivg.jobs.failures import Failures
     from ivg.training.data import ColumnMapping, read_preferences
 

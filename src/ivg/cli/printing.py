@@ -1,4 +1,4 @@
-"""How answers look on a terminal."""
+"""Print answers to the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def show(prompt: str, completion: Completion, method: str, *, many: bool) -> None:
-    """Prompt and answer, and what it cost; plain text when the output is no terminal."""
+    """Print prompt and answer, and its cost on standard error; one plain line for each of many answers if the output is no terminal."""
     out = Console(soft_wrap=True, highlight=False)
     if many and not out.is_terminal:
         out.print(Text(f"{prompt}{completion.text}".replace("\n", " ")))

@@ -7,12 +7,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-PATIENCE = 2.0
+DELAY = 2.0
 """Seconds before a bar appears."""
 
 
-def report(message: str) -> None:
-    """One error in one line."""
+def print_error(message: str) -> None:
+    """Print an error in one line."""
     import typer
 
     typer.echo("error: " + " - ".join(line.strip() for line in message.splitlines() if line.strip()), err=True)
@@ -20,7 +20,7 @@ def report(message: str) -> None:
 
 @contextmanager
 def progress(total: int, unit: str) -> Iterator[Callable[[], None]]:
-    """A function to call after each of ``total`` things; a bar shows what is left once two seconds have passed."""
+    """A function to call after each of ``total`` items; a progress bar appears after two seconds."""
     if not total or sys.stderr is None or not sys.stderr.isatty():
         yield lambda: None
         return
@@ -30,12 +30,12 @@ def progress(total: int, unit: str) -> Iterator[Callable[[], None]]:
     columns = (SpinnerColumn(), TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task(unit, total=total)
-    patience = threading.Timer(PATIENCE, bar.start)
-    patience.daemon = True
-    patience.start()
+    timer = threading.Timer(DELAY, bar.start)
+    timer.daemon = True
+    timer.start()
     try:
         yield lambda: bar.advance(task)
     finally:
-        patience.cancel()
-        patience.join()
+        timer.cancel()
+        timer.join()
         bar.stop()

@@ -133,14 +133,14 @@ def rollout(
 
 def _report_failures(out: Path, errors: Sequence[str | None]) -> None:
     """Say how many responses failed (each has its error, or None) and why; the exit code of ``ivg generate``."""
-    from ivg.cli.progress import report
+    from ivg.cli.progress import print_error
     from ivg.jobs.failures import MAX_REPORTED
 
     kinds = Counter(error for error in errors if error)
     for why, count in kinds.most_common(MAX_REPORTED):
-        report(f"{out}: {count} of {len(errors)} responses failed: {why}")
+        print_error(f"{out}: {count} of {len(errors)} responses failed: {why}")
     if len(kinds) > MAX_REPORTED:
-        report(f"{out}: {len(kinds) - MAX_REPORTED} more reasons; each failed row names its own")
+        print_error(f"{out}: {len(kinds) - MAX_REPORTED} more reasons; each failed row names its own")
     failed = kinds.total()
     typer.echo(f"done: {out}: answered {len(errors) - failed}, failed {failed}", err=True)
     if failed:

@@ -37,12 +37,12 @@ def train_settings(lr: float) -> Callable[..., TrainSettings]:
 
 def read_rows(reader: Callable[..., list[Any]], sources: Sequence[str], settings: DataSettings, **more: Any) -> list[Any]:
     """Rows of all sources together, at most ``limit``; those that cannot be used are reported, counted and left out."""
-    from ivg.cli.progress import report
+    from ivg.cli.progress import print_error
     from ivg.jobs.failures import Failures
     from ivg.training.data import ColumnMapping
 
     mapping = ColumnMapping(settings.column_names or None, settings.prompt_format, settings.response_format)
-    failures = Failures(report, settings.failed)
+    failures = Failures(print_error, settings.failed)
     how = {"split": settings.split, "format": settings.format, "mapping": mapping, "on_bad": failures.add_unreadable}
     rows = [row for source in sources for row in reader(source, **how, **more)]
     failures.close()

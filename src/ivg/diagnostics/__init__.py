@@ -1,1 +1,1 @@
-"""Before compute is spent: do the models fit together, and will guidance help? What ``ivg check`` prints."""
+"""Diagnostics before compute is spent: compatibility of models, divergence, pair accuracy, a verdict (``ivg check``)."""

@@ -1,4 +1,1 @@
-"""Evaluation: generate -> score -> report, each stage resumable, each leaving files. One task per file.
-
-Knows: tasks, methods, files of one run. Must not know how anything is trained or served.
-"""
+"""Evaluation of methods on tasks: generate, score, report. Each stage writes files and resumes."""
