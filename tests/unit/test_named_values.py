@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from dataclasses import fields
 
 import pytest
@@ -128,8 +129,35 @@ def test_composites_of_equal_requests_are_one_object():
     assert a == b
     other = model.request("x", "eft", weights="implicit=1,explicit=0.25").search.guidance
     assert other != a
-    model.add_value("explicit", tiny_value(seed=9))
+    model.add_value("explicit", tiny_value(seed=9), replace=True)
     assert model.request("x", "eft", weights="implicit=1,explicit=0.5").search.guidance != a
+
+
+def test_several_samples_of_a_prompt():
+    """Sample i is the request with index i, whatever else is drawn."""
+    model = GuidedModel(tiny_lm("base"))
+    one = model.generate("The", "base", seed=5, **SHORT)
+    three = model.generate("The", "base", seed=5, n=3, **SHORT)
+    assert [c.token_ids for c in three] == [model.generate("The", "base", seed=5, index=i, **SHORT).token_ids for i in range(3)]
+    assert three[0].token_ids == one.token_ids != three[1].token_ids
+    both = model.generate(["The", "A"], "base", seed=5, n=2, **SHORT)
+    assert [c.token_ids for c in both[0]] == [c.token_ids for c in three[:2]]
+    assert [len(samples) for samples in both] == [2, 2]
+    assert [len(samples) for samples in model.generate(["The"], "base", n=1, **SHORT)] == [1]
+    with pytest.raises(ConfigError, match="n must be at least 1 sample, got 0"):
+        model.generate("The", "base", n=0)
+
+
+def test_a_value_is_not_replaced_silently():
+    model = GuidedModel(tiny_lm("base"), {"length": lambda prompt, response: len(response)})
+    assert model.score("The", ["abc"], "length") == [3.0]
+    with pytest.warns(UserWarning, match="add_value replaces the value 'length'"):
+        model.add_value("length", lambda prompt, response: 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.add_value("length", lambda prompt, response: 2, replace=True)
+        model.add_value("other", lambda prompt, response: 0)
+    assert model.score("The", ["abc"], "length") == [2.0]
 
 
 def test_record_from_the_library():
