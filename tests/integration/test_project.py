@@ -107,7 +107,7 @@ def test_workflow_tests_every_python_that_is_declared():
 
 def renamed():
     table = (ROOT / "CHANGELOG.md").read_text().partition("### Renamed")[2].partition("| command line")[0]
-    for old, new in re.findall(r"^\| (?:`ivg\.`)? \| (`.+?) \| (`.+?) \|$", table, re.MULTILINE):
+    for old, new in re.findall(r"^\|(?: `ivg\.`)? \| (`.+?) \| (`.+?) \|$", table, re.MULTILINE):
         yield from zip(re.findall(r"`(\w+)", old), re.findall(r"`(\w+)", new), strict=True)
 
 
