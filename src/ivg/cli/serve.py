@@ -36,6 +36,6 @@ def serve(
     recipe = recipe.override(serve={"api_keys": read_keys(api_key_file)})
     try:
         from ivg.serving.server import serve as run
-    except ImportError as e:
+    except ModuleNotFoundError as e:
         raise MissingDependencyError(f"{e}\n  the server needs the extra serve: pip install 'ivg[serve]'") from None
     run(recipe, recipe.serve)
