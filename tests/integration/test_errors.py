@@ -236,7 +236,7 @@ TABLE = [
         "winrate none.jsonl",
         "no such file: none.jsonl - expected judgements (annotations.json of alpaca_eval, or OUT/judgements/LABEL.jsonl)",
     ),
-    ("winrate empty.jsonl --plain", "empty.jsonl has no judgements in it"),
+    ("winrate empty.jsonl --plain", "empty.jsonl has no judgements"),
     ("winrate broken.jsonl --plain", BROKEN),
     (
         "winrate judged.jsonl --plain",
