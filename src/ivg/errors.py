@@ -13,7 +13,7 @@ class IVGError(Exception):
 
 
 class ConfigError(IVGError, ValueError):
-    """A setting that cannot be: unknown name, wrong range, contradiction."""
+    """An invalid setting: unknown name, out of range, contradiction."""
 
 
 class PromptError(IVGError, ValueError):
@@ -21,14 +21,14 @@ class PromptError(IVGError, ValueError):
 
 
 class ContextLengthError(PromptError):
-    """A prompt and its answer that outgrow a model's context.
+    """A prompt that, with its answer, exceeds a model's context.
 
     Args:
         message: what was got, what was expected, what to do.
         model: whose context.
-        length: tokens of the prompt, or of what is known of it: then it alone is too long.
-        new_tokens: of the answer, as asked for.
-        limit: tokens that the model reads at most.
+        length: tokens of the prompt, or of its known part, which is then too long alone.
+        new_tokens: requested length of the answer.
+        limit: context length.
     """
 
     def __init__(self, message: str, *, model: str, length: int, new_tokens: int, limit: int) -> None:
@@ -49,11 +49,11 @@ class MissingDependencyError(IVGError, ImportError):
 
 
 class JudgeError(IVGError, RuntimeError):
-    """A judge that cannot be asked: not there, busy for too long, key refused."""
+    """A judge that cannot be used: not reachable, busy for too long, key refused."""
 
 
 class OutputError(IVGError, OSError):
-    """A file that cannot be written: full disk, read-only folder, not ours, or another run's at the moment."""
+    """A file that cannot be written: full disk, read-only folder, another kind of file, or locked by another run."""
 
 
 class ServeError(IVGError, RuntimeError):
@@ -63,7 +63,7 @@ class ServeError(IVGError, RuntimeError):
         message: what was got, what was expected, what to do.
         status: of HTTP.
         code: for programs.
-        param: the field of the request that is to blame.
+        param: the field of the request that is wrong.
     """
 
     def __init__(self, message: str, status: int = 500, code: str = "server_error", param: str | None = None) -> None:
@@ -85,13 +85,13 @@ class ScoreError(IVGError, ValueError):
 
 
 class ScoreFault(str):
-    """Why a value or reward has no number for one response, in one line that names it.
+    """Why a value or reward has no score for one response, in one line that names it.
 
-    Text like every error of a hypothesis, so that it is written and shown as such; ``ivg serve`` tells its own clients less.
+    A text, like every error of a hypothesis; ``ivg serve`` shows its own clients less of it.
 
     Args:
         line: the whole line.
-        said: the same without what a user's function said.
+        said: the line without the message of a user's function.
         prompt: prompt and response cannot be read, whatever the value is.
     """
 
@@ -106,14 +106,14 @@ class ScoreFault(str):
 
 
 class UpstreamError(str):
-    """What another server did instead of answering, in one line that names it.
+    """The error of another server, in one line that names it.
 
-    Text like every error of a hypothesis, so that it is written and shown as such; ``ivg serve`` tells its own clients less.
+    A text, like every error of a hypothesis; ``ivg serve`` shows its own clients less of it.
 
     Args:
         line: the whole line.
         status: of HTTP; None: no answer came, or none that is a completion.
-        said: the other server's own words, without its address.
+        said: the other server's own message, without its address.
     """
 
     status: int | None

@@ -136,7 +136,7 @@ class GuidedGenerate:
 
     Args:
         tokenizer: the base model's.
-        values: by the names that the method asks for.
+        values: by the names that the method uses.
         method: see :mod:`ivg.search.methods`.
         seed: random seed.
         processors: logits processors of your own, behind transformers', each a function of (input_ids, scores) and nothing else: rows
@@ -166,7 +166,7 @@ class GuidedGenerate:
         generation_config: Any = None,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Called by ``model.generate``; prompts may be padded at the left, as told by ``attention_mask``.
+        """Called by ``model.generate``; prompts may be padded at the left, see ``attention_mask``.
 
         Raises:
             ConfigError: an argument that a search does not support; names it.
@@ -179,7 +179,7 @@ class GuidedGenerate:
         processors = [*read_processors(logits_processor or (), generation_config), *self.processors]
         if processors and self.search.guidance is not None and self.search.guidance.draft:
             names = ", ".join(type(p).__name__ for p in processors)
-            raise ConfigError(f"draft reads several tokens at once, and {names} one by one\n  leave draft out, or what asks for that")
+            raise ConfigError(f"draft reads several tokens at once, and {names} one by one\n  leave draft out, or these processors")
         streamer = _streamer_of_caller()
         if streamer is not None and len(input_ids) > 1:
             raise ConfigError(f"streamer: a streamer shows one row, got {len(input_ids)}\n  leave it out, or give one prompt")

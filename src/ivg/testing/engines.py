@@ -122,7 +122,7 @@ def check_unsupported(engine: Engine, prompt: Prompt) -> None:
 
 
 def check_outputs_are_kept(engine: AsyncEngine, prompts: Sequence[Prompt]) -> None:
-    """A blocking ``extend`` keeps the outputs of other requests for whoever asks for them; released requests have no output."""
+    """A blocking ``extend`` keeps the outputs of other requests until they are collected; released requests have no output."""
     first, second, third = _requests(engine, [prompts[0], prompts[1], prompts[0]])
     engine.submit([first, third])
     engine.release([third.beam.key])

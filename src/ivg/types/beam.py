@@ -1,6 +1,6 @@
 """A beam: one hypothesis of the response, in the base model's tokens and as text. Standard library only.
 
-Values see any object with the fields of :class:`Hypothesis`, so that an engine can ask for guidance in the middle of a chunk
+Values see any object with the fields of :class:`Hypothesis`, so that an engine can apply guidance in the middle of a chunk
 without building a :class:`Beam` for every token.
 """
 
@@ -89,7 +89,7 @@ class Hypothesis(Protocol):
 
     @property
     def inherits(self) -> bool:
-        """True: only siblings in the same call will ask for the parent again, so its cache row may be taken over."""
+        """True: only siblings in the same call use the parent again, so the last of them may take over its cache row."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,7 +220,7 @@ class AsyncEngine(Engine):
     def collect(self, beams: Collection[int] | None = None) -> list[ExpandOutput]:
         """Outputs of the requests of ``beams`` (keys; None: of all); may come back empty after :attr:`patience` seconds.
 
-        Outputs of other requests are kept for whoever asks for them; of an unfinished one, the newest.
+        Outputs of other requests are kept until they are collected; of an unfinished one, the newest.
         """
         deadline = time.monotonic() + self.patience
         while not (found := self._take(beams)) and self.running and (left := deadline - time.monotonic()) > 0:

@@ -1,1 +1,1 @@
-"""The engine that asks an OpenAI-compatible completions endpoint."""
+"""The engine over an OpenAI-compatible completions endpoint."""

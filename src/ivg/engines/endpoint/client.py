@@ -133,20 +133,20 @@ class CompletionClient:
 
     def _error(self, e: Exception) -> UpstreamError:
         """The error in one line that names the server."""
-        openai, status, told = _openai(), None, ""
+        openai, status, message = _openai(), None, ""
         if isinstance(e, openai.APIStatusError):
-            message = e.body.get("message") if isinstance(e.body, dict) else None  # some send a list or an object
-            status, told = e.status_code, str(message or e.message)
-            said = f"answered {status}: {told}"
+            own = e.body.get("message") if isinstance(e.body, dict) else None  # some send a list or an object
+            status, message = e.status_code, str(own or e.message)
+            text = f"answered {status}: {message}"
         elif isinstance(e, openai.APITimeoutError | TimeoutError):
-            said = f"timed out after {self.retries + 1} attempts of {self.timeout:g} s; check the server, or raise the timeout"
+            text = f"timed out after {self.retries + 1} attempts of {self.timeout:g} s; check the server, or raise the timeout"
         elif isinstance(e, openai.APIConnectionError):
-            said = f"cannot be reached ({e.__cause__ or e}); is the server running?"
+            text = f"cannot be reached ({e.__cause__ or e}); is the server running?"
         elif isinstance(e, ModelError):
-            said = str(e)
+            text = str(e)
         else:
-            said = f"failed: {type(e).__name__}: {e}"
-        return UpstreamError(f"{self.url} {_one_line(said)}", status, _one_line(told))
+            text = f"failed: {type(e).__name__}: {e}"
+        return UpstreamError(f"{self.url} {_one_line(text)}", status, _one_line(message))
 
 
 def api_url(url: str) -> str:

@@ -247,12 +247,12 @@ def load_endpoint(url: str, model: str, *, tokenizer: str | Path | None = None, 
 
 
 def _limit(request: ExpandRequest) -> int:
-    """Tokens to ask for: the request's, or what the response has left."""
+    """Tokens to request: the chunk's, or what the response has left."""
     return min(request.tokens, request.sampling.max_new_tokens - len(request.beam.token_ids))
 
 
 def _answers(request: ExpandRequest) -> int:
-    """How many answers to ask for: greedy ones would all be the same, and vLLM refuses to make several."""
+    """How many choices to request: greedy ones would all be the same, and vLLM refuses several."""
     return 1 if request.sampling.temperature == 0 else request.successors
 
 

@@ -41,7 +41,7 @@ class IVGForCausalLM(nn.Module):
         return self.get_submodule(name)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """The base's; vLLM asks for it where prompts are given as embeddings."""
+        """The base's; vLLM uses it where prompts are given as embeddings."""
         return self._network(self.submodels[0].name).embed_input_ids(input_ids)
 
     def forward(

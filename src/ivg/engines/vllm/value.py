@@ -78,7 +78,7 @@ class PooledValue(Value):
         return (values if self.bias is None else values + self.bias[column]).tolist()
 
     def check(self, prompt: Prompt, new_tokens: int) -> None:
-        """Raise PromptError where prompt and answer outgrow the context."""
+        """Raise PromptError where prompt and answer exceed the context."""
         self.encoder.check_length(prompt, new_tokens)
 
     def restart(self) -> bool:
