@@ -123,7 +123,7 @@ LAYER = "model.layers.1.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     "change,named",
     [
-        ({"drop": [LAYER]}, r"lacks 1 weight \(\S*layers\.1\.mlp\.up_proj\.weight\) of Llama.*: random numbers"),
+        ({"drop": [LAYER]}, r"lacks 1 weight \(\S*layers\.1\.mlp\.up_proj\.weight\) of Llama.*, which would be random"),
         ({"rename": [(LAYER, "model.layers.1.mlp.upward.weight")]}, r"lacks 1 weight \(\S*layers\.1\.mlp\.up_proj\.weight\)"),
         ({"add": BIAS}, r"holds 1 weight \(\S*layers\.0\.self_attn\.q_proj\.bias\) that Llama.* does not use"),
     ],
@@ -147,7 +147,7 @@ def test_a_language_model_needs_its_head_unless_it_is_tied(tmp_path):
     network.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     spoil(tmp_path, drop=["lm_head.weight"])
-    with pytest.raises(ModelError, match=r"base '.*' lacks 1 weight \(lm_head\.weight\) of LlamaForCausalLM: random"):
+    with pytest.raises(ModelError, match=r"base '.*' lacks 1 weight \(lm_head\.weight\) of LlamaForCausalLM, which would be random"):
         load_causal(tmp_path, "base", FLOAT32)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))

@@ -67,7 +67,7 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def flash_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
-    """(softmax(scaling q K^T + mask) V, log-sum-exp of the scores [families, groups, queries]); undefined where a query sees nothing."""
+    """(softmax(scaling q K^T + mask) V, log-sum-exp of the scores [groups, heads, queries]); undefined where a query sees nothing."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, norms = flash(q, keys, values, 0.0, False, attn_mask=None if mask is None else mask.to(q.dtype), scale=scaling)
     return out, norms

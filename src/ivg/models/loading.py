@@ -1,6 +1,6 @@
 """From a directory or hub id to a network on a device, with its tokenizer.
 
-Everything that ``from_pretrained`` takes passes through: revision, dtype, quantisation, trust_remote_code (off unless asked).
+Everything that ``from_pretrained`` takes passes through: revision, dtype, quantisation, trust_remote_code (off by default).
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from ivg.models.cache import CacheRow, PassLimits, RowCache, common_length
 from ivg.models.rotary import rotary_factors_beyond, rotary_modules
 from ivg.models.slot_cache import SlotCache
 from ivg.models.support import check_support
+from ivg.models.value_head import ValueModel
 
 
 class ModelRunner:
@@ -45,7 +46,8 @@ class ModelRunner:
         self.max_positions = self.support.max_positions
         self._rope_limits = self.support.rope_limits
         self._rotary = rotary_modules(network) if self._rope_limits else []
-        self._output_size = 1 if getattr(network, "kind", None) == "scalar" else int(self.config.vocab_size)
+        scalar = isinstance(network, ValueModel) and network.kind == "scalar"
+        self._output_size = 1 if scalar else int(self.config.vocab_size)
         self.cache: RowCache = SlotCache(network, self.support, self.limits)
         self.unshared_peak_bytes = self.peak_bytes = 0
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from ivg.errors import ModelError
 from ivg.models.rotary import rope_limits, rope_types, rotary_modules
+from ivg.models.value_head import ValueModel
 
 _RECURRENT = "keep a running state instead of keys and values per token"
 _HYBRID = "keep a running state beside keys and values"
@@ -84,8 +85,8 @@ def context_of(network: nn.Module) -> int | None:
 
 
 def body_of(network: nn.Module) -> nn.Module:
-    """The network inside a value model, else ``network``; Mamba has a ``backbone`` of its own."""
-    return cast("nn.Module", network.backbone) if hasattr(network, "kind") else network
+    """The backbone of a value model; any other ``network`` itself (Mamba has a ``backbone`` of its own)."""
+    return network.backbone if isinstance(network, ValueModel) else network
 
 
 def _unsupported(body: nn.Module, config: Any) -> str | None:

@@ -1,7 +1,7 @@
 """What is to be answered: one parser of prompts for library, command line, server and training. Standard library only.
 
 A prompt is a text or the messages of one conversation. Contents may be lists of parts (OpenAI's shape), whose texts are joined.
-What cannot be read is refused with its place (``messages[1].content[0]``); how a model renders a prompt is ``models.chat``.
+What cannot be read is refused with its place (``messages[1].content[0]``); how a model renders a prompt is ``models.chat_template``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What to answer: plain text, or the turns of a chat. Each model renders it in its own way (``models.chat``)."""
+    """What to answer: plain text, or the turns of a chat. Each model renders it in its own way (``models.chat_template``)."""
 
     content: str | tuple[Message, ...]
     token_ids: tuple[int, ...] | None = None
@@ -69,7 +69,7 @@ class Prompt:
     text. One with a template reads ``content`` in it, and refuses tokens that were rendered for a chat (see ``models.texts``).
     """
     vocabulary: Any = field(default=None, repr=False)
-    """What ``token_ids`` mean (``models.vocab.Vocabulary``); engines fill it in."""
+    """What ``token_ids`` mean (``models.vocabulary.Vocabulary``); engines fill it in."""
 
     @property
     def plain(self) -> str | list[dict[str, str]]:
