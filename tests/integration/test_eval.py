@@ -99,10 +99,10 @@ def test_every_answer_has_a_row_and_every_row_scores(done):
                 assert math.isfinite(judged["other"])
 
 
-def test_the_base_answers_are_the_bank_s_first(done):
+def test_the_base_answers_are_the_first_base_samples(done):
     base = list(read_jsonl(done.transcripts(done.base_row.label)))
-    bank = list(read_jsonl(done.transcripts(BASE_SAMPLES)))
-    good = [(a, b) for a, b in zip(base, bank, strict=True) if "error" not in a]
+    samples = list(read_jsonl(done.transcripts(BASE_SAMPLES)))
+    good = [(a, b) for a, b in zip(base, samples, strict=True) if "error" not in a]
     assert len(good) == 10
     assert all(a["text"] == b["samples"][0]["text"] for a, b in good)
     assert all(len({s["text"] for s in b["samples"]}) > 1 for _, b in good)
@@ -174,20 +174,20 @@ def test_results_add_up(done):
     assert set(results["timings"]) == {"base", "eft", "bon", "ivg|2", "base_samples"}
 
 
-def test_the_rival_is_selected_by_the_value_never_by_gold(done):
-    bank = [(r, s) for r, s in read_scored(done, BASE_SAMPLES) if "error" not in r]
+def test_best_of_n_selects_by_the_value_never_by_gold(done):
+    samples = [(r, s) for r, s in read_scored(done, BASE_SAMPLES) if "error" not in r]
     curve = json.loads((done.out / "results.json").read_text())["base_samples"]["curve"]
     for n in (1, 3):
         by_prompt = {}
-        for r, s in bank:
+        for r, s in samples:
             place = max(range(n), key=lambda i: r["samples"][i]["value"])
             by_prompt.setdefault(r["id"], []).append(s["gold"][str(place)])
         assert curve[n - 1]["gold"]["mean"] == pytest.approx(sum(sum(v) / len(v) for v in by_prompt.values()) / len(by_prompt), abs=1e-5)
     assert [c["n"] for c in curve] == [1, 2, 3, 4]
 
 
-def test_bank_costs_are_what_one_request_of_that_size_reads(done):
-    """Best-of-4 in one request: the prompt once, four answers. The bank's price for N = 4 is no other."""
+def test_base_samples_cost_what_one_request_of_that_size_reads(done):
+    """Best-of-4 in one request: the prompt once, four answers. Base samples cost the same for N = 4."""
     from ivg.factory import recipe
 
     model = recipe.load_models(done.recipe)

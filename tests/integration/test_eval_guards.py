@@ -327,7 +327,7 @@ def test_sentiment_settings_that_nothing_reads(tmp_path):
     path = data(tmp_path, {"prompt": "x"})
     with pytest.raises(ConfigError, match="leave out shuffle"):
         Sentiment().examples(EvalConfig(data=path, shuffle=1))
-    with pytest.raises(ConfigError, match="there are none, got words"):
+    with pytest.raises(ConfigError, match="has no options, got words"):
         Sentiment().examples(EvalConfig(data=path, options={"words": 3}))
 
 

@@ -168,7 +168,7 @@ def test_only_prefix_maxima_are_ever_selected():
     assert {g.best(n) for n in range(1, 41)} == set(prefix_maxima(values))
 
 
-def test_the_rival_costs_no_more():
+def test_best_of_n_costs_no_more():
     curve = [{"n": n, "gold": None, "flops": 100.0 * n} for n in (1, 2, 3)]
     assert [best_of_n_within(b, curve)["n"] for b in (50, 100, 299, 300, 399, 400)] == [1, 1, 2, 3, 3, 3]
     assert [best_of_n_within(b, curve)["capped"] for b in (300, 399, 400)] == [False, False, True]
