@@ -4,7 +4,6 @@ import json
 import select
 import socket
 import threading
-import time
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -38,7 +37,7 @@ class Server:
         self.delay, self.together, self.status, self.at_a_time = 0.0, 0, {}, "many"
         self.text, self.page, self.finish, self.names_stops, self.says = None, None, None, True, None
         self.__dict__.update(moods)
-        self.asked, self.gone, self.now, self.peak, self.lock = [], 0, 0, 0, threading.Lock()
+        self.asked, self.gone, self.now, self.peak, self.changed = [], 0, 0, 0, threading.Condition()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -49,27 +48,27 @@ class Server:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with outer.lock:
+                with outer.changed:
                     outer.asked.append(body | {"path": self.path, "key": self.headers["authorization"]})
                     outer.now += 1
                     outer.peak = max(outer.peak, outer.now)
+                    outer.changed.notify_all()
                 try:
                     if self.lives(outer.delay):
                         self.reply(*outer.answer(body))
                 finally:
-                    with outer.lock:
+                    with outer.changed:
                         outer.now -= 1
+                        outer.changed.notify_all()
 
             def lives(self, seconds):
                 """Wait, unless the client goes away."""
-                until = time.monotonic() + 200
-                while outer.peak < outer.together and time.monotonic() < until:
-                    time.sleep(0.01)
-                until = time.monotonic() + seconds
-                while (left := until - time.monotonic()) > 0:
-                    if select.select([self.connection], [], [], min(left, 0.02))[0] and not self.connection.recv(1, socket.MSG_PEEK):
+                outer.wait_for(lambda: outer.peak >= outer.together)
+                if select.select([self.connection], [], [], seconds)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+                    with outer.changed:
                         outer.gone += 1
-                        return False
+                        outer.changed.notify_all()
+                    return False
                 return True
 
             def reply(self, status, body):
@@ -84,6 +83,11 @@ class Server:
         self.http.daemon_threads = True
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def wait_for(self, condition, seconds=200):
+        """Wait until ``condition()`` holds; False if it does not within ``seconds``."""
+        with self.changed:
+            return self.changed.wait_for(condition, seconds)
 
     def answer(self, body):
         for word, status in self.status.items():

@@ -4,7 +4,7 @@ import json
 import pickle
 import re
 import sys
-import time
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -145,7 +145,7 @@ def test_methods_reproduce(serve, search):
     assert first == again
     assert all(finish in ("stop", "length") and "b" not in text for text, _, finish in first)
     assert len({text for text, *_ in first}) > 1
-    assert not engine._running
+    assert not engine.running
 
 
 def test_ends_and_counts(serve):
@@ -205,10 +205,11 @@ def test_stop_string_across_the_border(serve):
 
 
 def test_half_a_character_is_not_sent_back(serve):
-    _, engine = serve(text=lambda i: ("é\ufffd", "length", None, [*"abc"]))
+    server, engine = serve(text=lambda i: ("é\ufffd", "length", None, [*"abc"]))
     (child,) = family(engine, 1, 3)
     assert (child.text, len(child.token_ids)) == ("é", 3)
-    assert engine._body(order(engine, beam=child))["prompt"] == "pé"
+    family(engine, 1, 3, beam=child)
+    assert server.asked[-1]["prompt"] == "pé"
     (last,) = family(engine, 1, 3, max_new_tokens=3)  # nothing follows: the server's own word stands
     assert (last.text, last.finish) == ("é\ufffd", "length")
 
@@ -282,7 +283,7 @@ def test_words_of_another_server_need_be_no_text(serve, says):
 
 def test_an_error_that_cannot_be_told_still_ends_its_order(serve, monkeypatch):
     _, engine = serve(status={"p": 400})
-    monkeypatch.setattr(engine.client, "_error", lambda e: 1 / 0)
+    monkeypatch.setattr("ivg.engines.endpoint.client.shortened", lambda *_: 1 / 0)
     (got,) = answers(engine, [Request(Prompt("p"), Search(), SamplingParams(max_new_tokens=4))])
     assert "failed: BadRequestError (ZeroDivisionError while reading that error)" in got.error
 
@@ -369,51 +370,54 @@ def test_giving_up_reaches_the_server(serve):
     server, engine = serve(delay=300.0)
     searcher = Searcher(engine)
     numbers = [searcher.add(ask(Search(2, 2, 3, value=COUNT_A), f"p{i}")) for i in range(3)]
-    until = time.monotonic() + 200
-    while server.now < 3 and time.monotonic() < until:
-        searcher.step()
+    searcher.step()
+    assert server.wait_for(lambda: server.now == 3)
     for number in numbers:
         searcher.cancel(number)
-    while server.gone < 3 and time.monotonic() < until:
-        time.sleep(0.02)
-    assert server.gone == 3 and not searcher.busy
+    assert server.wait_for(lambda: server.gone == 3) and not searcher.busy
     assert engine.collect() == []
 
 
-def test_old_news_of_a_beam_is_not_taken_for_new(serve):
+def submit_and_wait(engine, monkeypatch, requests):
+    """Submit, and wait until every outcome is there to be collected."""
+    send, futures = engine.client.send, []
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.client, "send", lambda *given: futures.append(send(*given)) or futures[-1])
+        engine.submit(requests)
+    assert len(futures) == len(requests)
+    for future in futures:
+        future.result(timeout=200)
+
+
+def test_old_news_of_a_beam_is_not_taken_for_new(serve, monkeypatch):
     server, engine = serve()
     first = order(engine, 1, 3, ignore_eos=True)
-    engine.submit([first])
-    while not engine.client._done.qsize():
-        time.sleep(0.01)
+    submit_and_wait(engine, monkeypatch, [first])
     engine.release([first.beam.key])
     second = replace(first, successors=2)
     assert len(engine.extend([second])[0]) == 2
     assert len(server.asked) == 2
 
 
-def test_extend_keeps_news_of_others(serve):
+def test_extend_keeps_news_of_others(serve, monkeypatch):
     _, engine = serve()
     early, dropped = order(engine, prompt="early"), order(engine, prompt="dropped")
-    engine.submit([early, dropped])
-    while engine.client._done.qsize() < 2:
-        time.sleep(0.01)
+    submit_and_wait(engine, monkeypatch, [early, dropped])
     engine.extend([order(engine, prompt="now")])
     engine.release([dropped.beam.key])
     assert [g.beam for g in engine.collect()] == [early.beam.key]
 
 
 def test_closing_gives_everything_up(serve):
+    before = set(threading.enumerate())
     server, engine = serve(delay=300.0)
+    (thread,) = (t for t in threading.enumerate() if t.name == "ivg-endpoint" and t not in before)
     engine.submit([order(engine)])
-    while not server.now:
-        time.sleep(0.01)
+    assert server.wait_for(lambda: server.now)
     engine.close()
     engine.close()
-    assert not engine.client._thread.is_alive()
-    while server.now:
-        time.sleep(0.01)
-    assert server.gone == 1
+    assert not thread.is_alive()
+    assert server.wait_for(lambda: not server.now) and server.gone == 1
     with pytest.raises(ModelError, match="closed"):
         engine.collect()
 
