@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import hashlib
 import json
 import math
 import re
@@ -15,8 +16,8 @@ import pytest
 from conftest import DATA
 from ivg.errors import ConfigError, JudgeError
 from ivg.evaluation import length_control
-from ivg.evaluation.alpaca import INSTRUCTIONS, Alpaca, _fingerprint
-from ivg.evaluation.judges import AlpacaEvalJudge, ChatJudge, Pair, RewardJudge, Verdict, _letter, judge_all
+from ivg.evaluation.alpaca import INSTRUCTIONS, Alpaca
+from ivg.evaluation.judges import AlpacaEvalJudge, ChatJudge, Pair, RewardJudge, Verdict, judge_all
 from ivg.evaluation.length_control import GLM_COLUMNS, length_controlled
 from ivg.evaluation.task import Answer
 from ivg.evaluation.winrate import average_over_seeds, read_judgements, win_rate
@@ -219,16 +220,16 @@ def test_length_control_leaves_no_traces(alpaca_eval, tmp_path):
 
 def test_without_difficulty_it_says_what_is_needed(alpaca_eval, tmp_path, monkeypatch):
     monkeypatch.delenv(length_control.ENVIRONMENT, raising=False)
-    monkeypatch.setattr(length_control, "_unreachable", {})
-    world = World(n=50)
+    world, asked = World(n=50), []
 
     def away(**given):
+        asked.append(given)
         assert (given["repo_id"], given["filename"]) == ("tatsu-lab/alpaca_eval", "df_gamed.csv")
         raise OSError("no network")
 
     monkeypatch.setattr(alpaca_eval, "hf_hub_download", away)
-    found = length_controlled(world.rows)
-    assert found.win_rate is None
+    found = [length_controlled(world.rows) for _ in range(2)][-1]
+    assert found.win_rate is None and len(asked) == 1  # the hub's client retries for half a minute
     for word in ("df_gamed.csv", "tatsu-lab/alpaca_eval", "--difficulty", length_control.ENVIRONMENT, "no network", "plain win rate"):
         assert word in found.reason
     monkeypatch.setenv(length_control.ENVIRONMENT, str(world.write(tmp_path / "df_gamed.csv")))
@@ -305,7 +306,11 @@ class Endpoint:
         second = prompt.rsplit("answer B" if letters == ("A", "B") else '"M"', 2)[-2 if letters == ("A", "B") else -1]
         best = letters[GOOD in second]
         other = letters[best == letters[0]]
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": self.text or best}}
+        choice = {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": best if self.text is None else self.text},
+        }
         if self.logprobs and body.get("logprobs"):
             top = [(best, self.sure), (other, (1 - self.sure) / 2), (f" {other}", (1 - self.sure) / 2)]
             tokens = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in top]
@@ -400,15 +405,19 @@ def test_one_question_that_is_refused_is_no_verdict(endpoint):
     [
         *[
             (t, 1)
-            for t in ("B", " b.", "**B**", "Answer B", "The better answer is B.", "Answer: (B)", "<think>A? no</think>\nB", "Because.\n\nB")
+            for t in (" b.", "**B**", "Answer B", "The better answer is B.", "Answer: (B)", "<think>A? no</think>\nB", "Because.\n\nB")
         ],
-        ("A", 0),
         ("Verdict: A", 0),
         *[(t, None) for t in ("", "A careful reader would like both", "B is worse than A", "neither", "Bravo", "A or B")],
     ],
 )
-def test_letters(reply, expected):
-    assert _letter(reply) == expected
+def test_letters(endpoint, reply, expected):
+    """As a plain letter counts; None: as no verdict."""
+    endpoint.logprobs, preferences = False, {}
+    for endpoint.text in ("A", "B", reply):
+        (preferences[endpoint.text],) = (v.preference for v in judge(endpoint).compare(PAIRS[:1]))
+    assert {preferences["A"], preferences["B"]} == {1.0, 2.0}
+    assert preferences[reply] == (None if expected is None else preferences["AB"[expected]])
 
 
 def test_alpaca_evals_annotators(endpoint, monkeypatch):
@@ -544,7 +553,7 @@ def test_the_805_instructions_are_known():
         pytest.skip(f"{path} is not here")
     found = Alpaca().examples(config(path))
     assert len(found) == 805
-    assert _fingerprint(e.prompt.content for e in found) == INSTRUCTIONS
+    assert hashlib.sha256("\0".join(e.prompt.content for e in found).encode()).hexdigest()[:16] == INSTRUCTIONS
     assert all(e.extra["alpaca_eval"] and e.extra["generator"] == "gpt4_1106_preview" for e in found)
 
 
@@ -698,7 +707,11 @@ def test_the_command(tmp_path, capsys, monkeypatch, alpaca_eval):
     assert code == 0
     assert f"{rate.win_rate:.2f}" in out
     assert "length-controlled win rate" not in out
-    monkeypatch.setattr(length_control, "_unreachable", {length_control.HUB: "no network"})
+
+    def away(**_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(alpaca_eval, "hf_hub_download", away)
     code, out, _ = run(judgements)
     assert code == 0
     assert f"{rate.win_rate:.2f}" in out

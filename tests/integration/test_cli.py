@@ -316,12 +316,26 @@ def test_compare_says_behind_the_table_what_failed(ivg, hub, tmp_path):
 
 def test_closed_streams_end_in_no_file_of_ours(tmp_path):
     """Whoever closes a stream gives its number away: a library's warnings would go into the next file that is opened."""
-    code = (
-        "import os; from ivg.cli import _occupy_standard_streams as occupy; occupy();"
-        "file = open('out', 'wb', buffering=0); os.write(1, b'noise'); os.write(2, b'noise'); file.write(b'row')"
+    (tmp_path / "rules.py").write_text(
+        "import os\ndef score(prompt, response):\n    for stream in (1, 2):\n        os.write(stream, b'noise')\n    return len(response)\n"
     )
-    subprocess.run(["sh", "-c", '"$0" -c "$1" >&- 2>&-', sys.executable, code], cwd=tmp_path, check=True)
-    assert (tmp_path / "out").read_bytes() == b"row"
+    command = [
+        sys.executable,
+        "-m",
+        "ivg",
+        "generate",
+        "I",
+        "--method",
+        "bon",
+        "--reward",
+        "rules.py:score",
+        *LENGTH,
+        "--output",
+        "out.jsonl",
+    ]
+    subprocess.run(["sh", "-c", '"$0" "$@" >&- 2>&-', *map(str, command)], cwd=tmp_path, check=True)
+    (row,) = map(json.loads, (tmp_path / "out.jsonl").read_bytes().splitlines())
+    assert row["text"]
 
 
 def test_a_closed_standard_output_is_told(monkeypatch):

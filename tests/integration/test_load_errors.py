@@ -1,7 +1,9 @@
 """What is told of models that cannot be loaded: input -> exact lines. No traceback, nothing cut off, nobody waits for the hub."""
 
+import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,15 +186,19 @@ def test_long_lines_end_between_words():
 # The hub
 
 
+NUMBERS = itertools.count()
+
+
 class Hub:
     """Nobody answers; counts who asks."""
 
     def __init__(self, monkeypatch, answers=False):
         self.asked, self.answers = [], answers
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
+        self.url = f"http://hub{next(NUMBERS)}.invalid"  # what is known of another hub does not count
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
         monkeypatch.setattr("huggingface_hub.get_session", lambda: self)
-        hub_status._answers.cache_clear()
+        monkeypatch.setattr(hub_status, "time", SimpleNamespace(monotonic=lambda: 0.0))
 
     def head(self, url, timeout):
         self.asked.append((url, timeout))
@@ -212,10 +218,10 @@ def cached(tmp_path, good):
 
 def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
     nobody = Hub(monkeypatch)
-    line = "cannot load {} 'org/model': no such directory here, not in the hub's cache, and the hub (http://hub.invalid) cannot be reached"
+    line = "cannot load {} 'org/model': no such directory here, not in the hub's cache, and the hub ({}) cannot be reached"
     for what, load in LOADERS.items():
-        assert told(load, "org/model") == line.format(what) + EXPECTED + " that was downloaded before"
-    assert nobody.asked == [("http://hub.invalid", hub_status.PROBE_SECONDS)]  # once for all
+        assert told(load, "org/model") == line.format(what, nobody.url) + EXPECTED + " that was downloaded before"
+    assert nobody.asked == [(nobody.url, hub_status.PROBE_SECONDS)]  # once for all
 
 
 def test_a_data_set_of_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
@@ -228,9 +234,9 @@ def test_a_data_set_of_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch)
     nobody = Hub(monkeypatch)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     for _ in range(2):
-        with pytest.raises(ConfigError, match=r"no file or folder 'org/rows' here, .* the hub \(http://hub.invalid\) cannot be reached"):
+        with pytest.raises(ConfigError, match=rf"no file or folder 'org/rows' here, .* the hub \({nobody.url}\) cannot be reached"):
             list(scan_rows("org/rows"))
-    assert nobody.asked == [("http://hub.invalid", hub_status.PROBE_SECONDS)]  # once for all, and by nobody else
+    assert nobody.asked == [(nobody.url, hub_status.PROBE_SECONDS)]  # once for all, and by nobody else
     assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
 
 

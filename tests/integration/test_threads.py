@@ -2,7 +2,6 @@
 
 import gc
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -39,7 +38,7 @@ def test_threads_get_the_answers_of_one(model):
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
     assert [c.usage for c in together] == [c.usage for c in alone]
     assert scores == [pytest.approx(model.score("I", [c.text]), abs=1e-4) for c in alone]  # what is cached rounds sums otherwise
-    assert not model.reader._entries
+    assert not model.reader.model.live_rows
 
 
 def test_loops_in_one_thread_may_be_interleaved_and_left(model):
@@ -54,8 +53,8 @@ def test_loops_in_one_thread_may_be_interleaved_and_left(model):
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(model.generate, "One", seed=0).result(GUARD).token_ids == alone[0].token_ids
     left.close()
-    assert not model.reader._entries
-    assert not any(r._entries for r in model.readers)
+    assert not model.reader.model.live_rows
+    assert not any(r.model.live_rows for r in model.readers)
 
 
 def test_a_loop_that_is_dropped_or_refused_leaves_nothing(model):
@@ -64,7 +63,7 @@ def test_a_loop_that_is_dropped_or_refused_leaves_nothing(model):
     gc.collect()
     with pytest.raises(ValueError, match="context"):
         list(model.run([model.request("One", "ivg"), model.request("x" * 300, "ivg", max_new_tokens=9)]))
-    assert not any(r._entries for r in model.readers)
+    assert not any(r.model.live_rows for r in model.readers)
 
 
 def test_a_value_may_use_the_model_itself(model):
@@ -140,7 +139,7 @@ def test_cleaning_up_costs_nobody_else_anything(caplog):
 def test_a_finaliser_may_use_the_lock_in_the_middle_of_acquiring_it(monkeypatch):
     """Garbage is collected anywhere, even inside the lock's own methods: here where a waiting thread makes its event."""
     lock, done, event = FairLock(), [], threading.Event
-    holding, leave = event(), event()
+    holding, leave, waits = event(), event(), event()
 
     def hold():
         with lock:
@@ -149,17 +148,17 @@ def test_a_finaliser_may_use_the_lock_in_the_middle_of_acquiring_it(monkeypatch)
 
     def make_event():
         lock.later(lambda: done.append("cleaned up"))
-        return event()
+        made = event()
+        wait = made.wait
+        made.wait = lambda *given: waits.set() or wait(*given)
+        return made
 
     threads = [threading.Thread(target=hold, daemon=True), threading.Thread(target=_turn, args=(lock, [], 0), daemon=True)]
     threads[0].start()
     assert holding.wait(GUARD)
     monkeypatch.setattr(threading, "Event", make_event)
     threads[1].start()
-    until = time.monotonic() + GUARD
-    while not lock.waiting and time.monotonic() < until:
-        time.sleep(0.001)
-    assert lock.waiting, "the thread waits for itself"
+    assert waits.wait(GUARD) and lock.waiting, "the thread waits for itself"
     leave.set()
     for thread in threads:
         thread.join(GUARD)

@@ -297,13 +297,13 @@ def test_models_of_one_vocabulary_read_the_very_tokens():
 
 def test_a_template_of_ones_own_reads_the_text_of_tokens_and_refuses_rendered_ones():
     tokenizer = byte_tokenizer(chat=True)
-    base, guide = tiny_lm("base", tokenizer=tokenizer), tiny_lm("tuned", tokenizer=tokenizer)
+    base = tiny_lm("base", tokenizer=tokenizer)
     engine = TransformersEngine(base)
     plain = tuple(tokenizer("Hi").input_ids)
     chat = (*plain, 0, *plain)
     for template, expected in (("Q: {prompt}", "Q: Hi"), ("chat", "<user>Hi\n<assistant>")):
+        guide = tiny_lm("tuned", tokenizer=tokenizer)
         guide.template = template
-        guide.prompt_ids.cache_clear(), guide._rendered.cache_clear()
         for ids in (plain, (0, *plain)):  # as if it had been given as text
             root = engine.open(Prompt(base.vocabulary.prompt_text(ids), ids), SamplingParams())
             assert tokenizer.decode(guide.prompt_ids(root.prompt)) == expected

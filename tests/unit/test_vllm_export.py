@@ -135,14 +135,19 @@ def test_without_vllm_it_is_said():
     assert isinstance(done.exception, MissingDependencyError) and "pip install" in str(done.exception)
 
 
-def test_versions_outside_the_range_are_refused():
-    from ivg.engines.vllm.versions import _check_range
+def test_versions_outside_the_range_are_refused(monkeypatch):
+    from importlib import metadata
+
+    from ivg.engines.vllm.versions import check_vllm
 
     for good in ("0.32.0", "0.33.1", "0.32.0+cpu"):
-        _check_range(good)
+        monkeypatch.setattr(metadata, "version", {"vllm": good}.__getitem__)
+        assert check_vllm() == good
     for bad in ("0.31.9", "0.34.0", "1.0"):
+        monkeypatch.setattr(metadata, "version", {"vllm": bad}.__getitem__)
         with pytest.raises(MissingDependencyError, match=r">=0\.32,<0\.34"):
-            _check_range(bad)
+            check_vllm()
+    monkeypatch.undo()
     with pytest.raises(ConfigError, match="unknown engine"):
         from ivg.factory.recipe import load_models
         from ivg.settings.recipe import Recipe

@@ -12,6 +12,7 @@ leaderboard, and judgements of a terse and a verbose baseline, which regularise 
 from __future__ import annotations
 
 import csv
+import functools
 import logging
 import math
 import os
@@ -175,18 +176,19 @@ def _alpaca_eval(path: Path | None) -> Iterator[tuple[Any, dict[int, float]]]:
 
 
 def _from_hub(fetch: Any) -> Path:
-    if HUB not in _unreachable:
-        try:
-            return Path(fetch(repo_id=HUB, filename=FILE, repo_type="dataset"))
-        except Exception as e:  # offline, no network, hub down: its client raises dozens of kinds
-            _unreachable[HUB] = (str(e).strip() or type(e).__name__).split(". ")[0].splitlines()[0][:160]
-    raise _NoLengthControlError(
-        f"no difficulty file was given, and the download from the hub failed ({_unreachable[HUB]})\n  {_requirements()}"
-    )
+    found = _download(fetch)
+    if isinstance(found, Path):
+        return found
+    raise _NoLengthControlError(f"no difficulty file was given, and the download from the hub failed ({found})\n  {_requirements()}")
 
 
-_unreachable: dict[str, str] = {}
-"""Why the hub could not be reached; cached, since its client retries for half a minute."""
+@functools.cache
+def _download(fetch: Any) -> Path | str:
+    """The hub's file, or why it cannot be had; cached, since the hub's client retries for half a minute."""
+    try:
+        return Path(fetch(repo_id=HUB, filename=FILE, repo_type="dataset"))
+    except Exception as e:  # offline, no network, hub down: its client raises dozens of kinds
+        return (str(e).strip() or type(e).__name__).split(". ")[0].splitlines()[0][:160]
 
 
 def _difficulties(path: Path) -> dict[int, float]:
