@@ -316,24 +316,17 @@ def test_compare_says_behind_the_table_what_failed(ivg, hub, tmp_path):
 
 def test_closed_streams_end_in_no_file_of_ours(tmp_path):
     """Whoever closes a stream gives its number away: a library's warnings would go into the next file that is opened."""
-    (tmp_path / "rules.py").write_text(
-        "import os\ndef score(prompt, response):\n    for stream in (1, 2):\n        os.write(stream, b'noise')\n    return len(response)\n"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "ivg",
-        "generate",
-        "I",
-        "--method",
-        "bon",
-        "--reward",
-        "rules.py:score",
-        *LENGTH,
-        "--output",
-        "out.jsonl",
-    ]
-    subprocess.run(["sh", "-c", '"$0" "$@" >&- 2>&-', *map(str, command)], cwd=tmp_path, check=True)
+    (tmp_path / "rules.py").write_text("""
+import os
+
+def score(prompt, response):
+    for stream in (1, 2):
+        assert os.path.samestat(os.fstat(stream), os.stat(os.devnull))
+        os.write(stream, b"noise")
+    return len(response)
+""")
+    command = [sys.executable, "-m", "ivg", "generate", "I", "--output", "out.jsonl", "--method", "bon", "--reward", "rules.py:score"]
+    subprocess.run(["sh", "-c", '"$0" "$@" >&- 2>&-', *command, *LENGTH], cwd=tmp_path, check=True)
     (row,) = map(json.loads, (tmp_path / "out.jsonl").read_bytes().splitlines())
     assert row["text"]
 

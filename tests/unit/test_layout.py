@@ -1,8 +1,13 @@
-"""Imports among the modules of ivg: none goes in a circle."""
+"""No import among the modules of ivg goes in a circle, and tests use public names."""
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
+
 import grimp
+import pytest
 
 
 def circles(imports):
@@ -37,3 +42,51 @@ def test_no_import_goes_in_a_circle():
     """Imports for type checking and inside functions count, too."""
     graph = grimp.build_graph("ivg", cache_dir=None)
     assert circles({module: graph.find_modules_directly_imported_by(module) for module in graph.modules}) == []
+
+
+FOREIGN = {
+    "_attn_implementation": "transformers: which attention a network uses; restored after our passes",
+    "_attn_implementation_internal": "transformers: the field that we set, watched by test_dependencies",
+    "_forward_hooks": "torch: hooks left on a user's network",
+    "_forward_pre_hooks": "torch: hooks left on a user's network",
+    "_name_or_path": "transformers: what a checkpoint says of its origin",
+}
+"""Private names of other libraries that tests may use, each with its reason. Of ivg there are none."""
+
+
+def private_names(source):
+    """Names with a leading underscore that ``source`` imports, reads from another object, or patches by a string."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names) | ast.ImportFrom(names=names):
+                found.update(part for name in names for part in name.name.split("."))
+                found.update((getattr(node, "module", None) or "").split("."))
+            case ast.Attribute(value=ast.Name(id="self" | "cls")):
+                pass
+            case ast.Attribute(attr=name):
+                found.add(name)
+            case ast.Call(func=ast.Attribute(attr="setattr" | "delattr" | "setitem") | ast.Name(id="getattr" | "setattr"), args=args):
+                strings = [a.value for a in args[:2] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+                found.update(part for text in strings for part in text.split("."))
+    return {name for name in found if re.fullmatch("_[A-Za-z]\\w*", name)}
+
+
+def test_private_names_are_found():
+    source = """
+from ivg.a import _b
+from ivg._c import d
+import ivg._e
+x._f.g()
+self._own = __name__
+monkeypatch.setattr("ivg.a._h", 1)
+monkeypatch.setattr(a, "_i", 1)
+"""
+    assert private_names(source) == {"_b", "_c", "_e", "_f", "_h", "_i"}
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks", "examples"])
+def test_tests_use_public_names(folder):
+    files = sorted((Path(__file__).parents[2] / folder).rglob("*.py"))
+    found = {f"{path}: {name}" for path in files for name in private_names(path.read_text(encoding="utf-8")) - set(FOREIGN)}
+    assert files and not found

@@ -49,7 +49,7 @@ sys.path.insert(0, sys.argv[2])
 from making import models, prompts
 paths, betas = json.loads(sys.argv[1]), [0.0, 0.5, 1.0, 2.0, -1.0]
 with models("vllm", models=paths, search={"method": "eft"}, vllm={"max_num_seqs": 8}) as model:
-    runner = model.engine.client._engine.model_executor.driver_worker.worker.model_runner
+    runner = model.engine.client.llm_engine.model_executor.driver_worker.worker.model_runner
     settings = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
     requests = [model.request(p, "eft", beta=b, **settings) for p, b in zip(prompts(5), betas)]
     tokens = [c.token_ids for _, c in sorted(model.run(requests))]

@@ -123,7 +123,7 @@ def test_watched_text_arrives_token_by_token(embedded):
 
 
 def held_blocks(core) -> int:
-    pool = core._engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    pool = core.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
 
 
@@ -140,13 +140,13 @@ def test_cancelling_frees_everything(embedded):
     embedded.generate("The movie was", "eft", max_new_tokens=2)  # vLLM frees aborted requests with its next pass
     assert held_blocks(embedded.engine.client) == 0 == held_blocks(embedded.values["explicit"].client)
     for core in (embedded.engine.client, embedded.values["explicit"].client):
-        known = core._engine.output_processor
-        assert not (known.request_states or known.parent_requests or known.external_req_ids or core._open)
+        known = core.llm_engine.output_processor
+        assert not (known.request_states or known.parent_requests or known.external_req_ids or core.requests)
 
 
 @pytest.mark.parametrize(("method", "sizes"), [("bon", {"successors": 8}), ("bon", {"successors": 3, "temperature": 0}), ("ivg", CHUNKED)])
 def test_forward_tokens_are_those_that_vllm_scheduled(embedded, monkeypatch, method, sizes):
-    runner, passes = embedded.engine.client._engine.model_executor.driver_worker.worker.model_runner, []
+    runner, passes = embedded.engine.client.llm_engine.model_executor.driver_worker.worker.model_runner, []
     executes = runner.execute_model
 
     def spy(scheduled, *args, **kwargs):
@@ -169,7 +169,7 @@ def test_forward_tokens_are_those_that_vllm_scheduled(embedded, monkeypatch, met
 
 @pytest.mark.parametrize("reason", ["error", "abort", "stop"])
 def test_what_vllm_breaks_off_ends_with_an_error(embedded, monkeypatch, reason):
-    engine = embedded.engine.client._engine
+    engine = embedded.engine.client.llm_engine
     steps = engine.step
 
     def broken():
@@ -212,12 +212,12 @@ def test_an_abort_that_fails_prevents_no_revival(embedded, monkeypatch):
         raise RuntimeError("zmq: no such socket")
 
     with monkeypatch.context() as broken:
-        broken.setattr(core._engine, "abort_request", dies)
+        broken.setattr(core.llm_engine, "abort_request", dies)
         broken.setattr(core, "restart", lambda: revived.append(core.failure))
         embedded.reset_caches()
     assert revived == ["RuntimeError: zmq: no such socket"]
     core.failure = None
-    core._engine.abort_request(list(core._engine.output_processor.external_req_ids))
+    core.llm_engine.abort_request(list(core.llm_engine.output_processor.external_req_ids))
     searcher.cancel(number)
     assert not embedded.engine.running
 
@@ -227,11 +227,13 @@ def test_a_process_that_was_killed_is_told():
     end, alive = os.pipe()
     manager = SimpleNamespace(sentinels=lambda: [end])
     client = SimpleNamespace(outputs_queue=Queue(), resources=SimpleNamespace(engine_dead=False, engine_manager=manager))
-    core = EngineClient.__new__(EngineClient)
-    core.failure, core._open = None, {}
-    core._engine = SimpleNamespace(
-        engine_core=client, has_unfinished_requests=lambda: True, step=lambda: client.outputs_queue.get(timeout=1000)
-    )
+    engine = SimpleNamespace(engine_core=client, has_unfinished_requests=lambda: True, step=lambda: client.outputs_queue.get(timeout=1000))
+
+    class Connected(EngineClient):
+        def start(self):
+            self.llm_engine = engine
+
+    core = Connected("", EngineClientOptions())
     Timer(0.7, client.outputs_queue.put, [[]]).start()
     assert core.step() == []
     Timer(0.2, os.close, [alive]).start()
@@ -263,7 +265,7 @@ def test_an_engine_that_dies_is_told_and_revived(folder):
     with models("vllm", models=trio(folder, "llama"), search={"method": "eft"}) as model:
         before = model.generate(prompts(3), "eft", seed=1, max_new_tokens=8)
         core = model.engine.client
-        runner = core._engine.model_executor
+        runner = core.llm_engine.model_executor
 
         def dies(*_, **__):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")

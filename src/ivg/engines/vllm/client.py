@@ -72,7 +72,7 @@ class EngineOutput:
 
 
 @dataclass(frozen=True)
-class _OpenRequest:
+class OpenRequest:
     """A running request.
 
     Attributes:
@@ -104,8 +104,10 @@ class EngineClient:
         self.folder, self.options, self.pooling, self.guided = str(folder), options, pooling, guided
         self.failure: str | None = None
         self._numbers = itertools.count()
-        self._engine: Any = None
-        self._open: dict[str, _OpenRequest] = {}
+        self.llm_engine: Any = None
+        """VLLM's ``LLMEngine``; None once closed."""
+        self.requests: dict[str, OpenRequest] = {}
+        """Those that run, by id."""
         self.start()
 
     def start(self) -> None:
@@ -131,7 +133,7 @@ class EngineClient:
                 f"vLLM does not take these engine arguments: {message}\n  see docs/how-to/vllm.md for the table [vllm]"
             ) from None
         try:
-            self._engine = LLMEngine.from_engine_args(args)
+            self.llm_engine = LLMEngine.from_engine_args(args)
         except Exception as e:
             raise ModelError(f"vLLM cannot run {self.folder}: {_cause(e)}\n  see its log above") from e
         self.failure = None
@@ -139,7 +141,7 @@ class EngineClient:
     @property
     def config(self) -> Any:
         """That of vLLM."""
-        return self._engine.vllm_config
+        return self.llm_engine.vllm_config
 
     @property
     def max_model_len(self) -> int:
@@ -149,7 +151,7 @@ class EngineClient:
     @property
     def busy(self) -> bool:
         """Are requests running?"""
-        return self._engine is not None and bool(self._engine.has_unfinished_requests())
+        return self.llm_engine is not None and bool(self.llm_engine.has_unfinished_requests())
 
     def add(self, tokens: Sequence[int], params: Any) -> str:
         """Begin a request; returns its id.
@@ -163,8 +165,8 @@ class EngineClient:
         self._check_alive()
         number = f"ivg-{next(self._numbers)}"
         try:
-            inner = self._engine.add_request(number, {"prompt_token_ids": list(tokens)}, params)
-            self._open[number] = _OpenRequest(self._abortable(inner), self._states(inner, getattr(params, "n", 1)))
+            inner = self.llm_engine.add_request(number, {"prompt_token_ids": list(tokens)}, params)
+            self.requests[number] = OpenRequest(self._abortable(inner), self._states(inner, getattr(params, "n", 1)))
         except (ValueError, TypeError, VLLMValidationError) as e:
             raise ValueError(str(e).strip()) from e
         except Exception as e:
@@ -181,30 +183,30 @@ class EngineClient:
         if not self.busy:
             return []
         try:
-            _wait_for_output(self._engine.engine_core)
-            return [EngineOutput(output, self._finish(output)) for output in self._engine.step()]
+            _wait_for_output(self.llm_engine.engine_core)
+            return [EngineOutput(output, self._finish(output)) for output in self.llm_engine.step()]
         except Exception as e:
             self._fail(e)
             raise AssertionError from e  # not reached
 
     def abort(self, numbers: Sequence[str]) -> None:
         """Abort requests; their cache blocks are freed in the next step."""
-        gone = {number: self._open.pop(number) for number in numbers if number in self._open}
+        gone = {number: self.requests.pop(number) for number in numbers if number in self.requests}
         if not gone or self.failure is not None:
             return
         inner = [request.inner for request in gone.values() if request.inner is not None]
         outer = [number for number, request in gone.items() if request.inner is None]
         try:
             if inner:  # by the external id vLLM 0.32 would drop the samples, but not their parent request
-                self._engine.abort_request(inner, internal=True)
+                self.llm_engine.abort_request(inner, internal=True)
             if outer:
-                self._engine.abort_request(outer)
+                self.llm_engine.abort_request(outer)
         except Exception as e:
             self._fail(e)
 
     def restart(self) -> bool:
         """Start the engine again if it died, noticed or not (all requests are gone then). True if it had."""
-        if self.failure is None and self._engine is not None and not _exited(self._engine.engine_core):
+        if self.failure is None and self.llm_engine is not None and not _exited(self.llm_engine.engine_core):
             return False
         self.close()
         self.start()
@@ -212,8 +214,8 @@ class EngineClient:
 
     def close(self) -> None:
         """Stop the engine and free its memory; a second call does nothing."""
-        engine, self._engine = self._engine, None
-        self._open.clear()
+        engine, self.llm_engine = self.llm_engine, None
+        self.requests.clear()
         if engine is None:
             return
         with contextlib.suppress(Exception):
@@ -231,12 +233,12 @@ class EngineClient:
 
     def _abortable(self, inner: Any) -> str | None:
         """The internal id, where this vLLM returns it and can abort by it."""
-        taken = inspect.signature(self._engine.abort_request).parameters
+        taken = inspect.signature(self.llm_engine.abort_request).parameters
         return inner if isinstance(inner, str) and "internal" in taken else None
 
     def _states(self, inner: Any, samples: int) -> Sequence[Any]:
         """VLLM's state of each sample of a new request: an output has the cached tokens of the last sample only."""
-        processor = getattr(self._engine, "output_processor", None)
+        processor = getattr(self.llm_engine, "output_processor", None)
         states, parents = getattr(processor, "request_states", {}), getattr(processor, "parent_requests", {})
         names = [inner] if samples == 1 else getattr(parents.get(inner), "child_requests", ())
         found = [states[name] for name in names if name in states]
@@ -246,12 +248,12 @@ class EngineClient:
         """Cached tokens of each sample of a request that is finished."""
         if not output.finished:
             return ()
-        reported, request = output.num_cached_tokens or 0, self._open.pop(output.request_id, None)
+        reported, request = output.num_cached_tokens or 0, self.requests.pop(output.request_id, None)
         known = [getattr(state, "num_cached_tokens", None) for state in request.states] if request else [None]
         return tuple(reported if count is None else int(count) for count in known)
 
     def _check_alive(self) -> None:
-        if self.failure is not None or self._engine is None:
+        if self.failure is not None or self.llm_engine is None:
             raise ModelError(f"the vLLM engine died: {self.failure or 'it was closed'}\n  restart; see its log")
 
     def _fail(self, error: Exception) -> None:
