@@ -2,7 +2,7 @@
 
     python examples/own_reward_function.py
 
-A value turns (prompt, response so far) into a number; higher is better. In a chunk-level search it is asked after every chunk, so it
+A value turns (prompt, response so far) into a number; higher is better. In a chunk-level search it is called after every chunk, so it
 should make sense for unfinished text. `ivg generate --reward examples/own_reward_function.py:variety` does the same from a terminal.
 """
 

@@ -38,7 +38,7 @@ def main(out: Path) -> None:
         num_train_epochs=10, learning_rate=1e-3, eval_share=0.25, evaluations=1, trainer_args={"logging_strategy": "no"}
     )
     metrics = train_value("embedded:untuned", read_rated(rows), out / "value", options)
-    print(f"error {metrics['rmse_100']:.2f} letters; the better of two responses is told {metrics['pair_accuracy_100']:.0%} of the time")
+    print(f"error {metrics['rmse_100']:.2f} letters; {metrics['pair_accuracy_100']:.0%} of pairs ranked correctly")
 
     # 3. Steer with it. `out / "value"` is a checkpoint in safetensors: push_to_hub and `ivg generate --value` take it.
     model.values["explicit"] = ExplicitValue.from_pretrained(out / "value")

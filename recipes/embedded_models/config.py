@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ivg.settings.train import TrainSettings, ValueSettings
+from ivg.settings.train import DPOSettings, TrainSettings, ValueSettings
 from recipes.embedded_models.gold import GoldConfig
 from recipes.embedded_models.pretrain import Phase, PretrainConfig
 
@@ -38,7 +38,7 @@ GUIDE = PretrainConfig(model=_llama(128, 4, tied=True), phases=(Phase(layers=3, 
 """1.1 M parameters: `untuned`, from which `tuned` and `value` are trained."""
 
 GOLD = GoldConfig()
-DPO = TrainSettings(
+DPO = DPOSettings(
     num_train_epochs=2.0,
     learning_rate=5e-4,
     per_device_train_batch_size=32,

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from bench_rows import row
 from ivg.bench import report, runner
 from ivg.bench.settings import BenchSettings
 from ivg.bench.shapes import SHAPES, build_model, make_prompts, model_config, networks, tokenizer_of_size
@@ -164,28 +165,6 @@ def test_vllm_needs_its_extra():
 
 
 # Figures
-
-
-def row(label, number, seconds, answers=2, **more):
-    facts = {
-        "new_tokens": 10,
-        "first_text_seconds": seconds / 2,
-        "tokens": 10 * answers,
-        "peak": 300,
-        "before": 100,
-        "flops": 8e12,
-        "dtype": "float32",
-    }
-    facts |= {
-        "dtype": "float32",
-        "device": "cpu",
-        "threads": 2,
-        "commit": "c",
-        "others": 0.0,
-        "forward_tokens": {"base": 5},
-        "sizes": {"base": 100, "tuned": 25},
-    }
-    return {"label": label, "round": number, "seconds": seconds, "answers": answers, **facts, **more}
 
 
 def test_ratios_are_medians_of_rounds():

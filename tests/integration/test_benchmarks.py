@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import naive
+from bench_rows import row
 from benchmarks import docs_page, slot_utilization, targets
 from benchmarks import naive as baseline
 from benchmarks.compare_naive import ALL_SYSTEMS, NaiveSearch, cases
@@ -180,28 +181,6 @@ def test_pages_keep_one_table_for_each_benchmark(tmp_path):
 
 
 # Targets
-
-
-def row(label, number, seconds, answers=2, **more):
-    facts = {
-        "new_tokens": 10,
-        "first_text_seconds": seconds / 2,
-        "tokens": 10 * answers,
-        "peak": 300,
-        "before": 100,
-        "flops": 8e12,
-        "dtype": "float32",
-    }
-    facts |= {
-        "dtype": "float32",
-        "device": "cpu",
-        "threads": 2,
-        "commit": "c",
-        "others": 0.0,
-        "forward_tokens": {"base": 5},
-        "sizes": {"base": 100, "tuned": 25},
-    }
-    return {"label": label, "round": number, "seconds": seconds, "answers": answers, **facts, **more}
 
 
 @pytest.mark.parametrize(

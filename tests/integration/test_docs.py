@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -118,7 +119,8 @@ def test_lines_run(line, from_hub, tmp_path, monkeypatch, capsys):
     (tmp_path / "judgements.jsonl").write_text(2 * (json.dumps(judged) + "\n"))
     (tmp_path / "df_gamed.csv").write_text(",".join(GLM_COLUMNS) + "\n0,0.5,0.5,0.1,False,g\n1,-0.5,0.5,0.2,False,g\n")
     (tmp_path / "instructions.json").write_text(json.dumps([{"instruction": f"Say {w}", "output": w} for w in ("hi", "ho")]))
-    (tmp_path / "prompts.jsonl").write_text('{"id": 1, "prompt": "The movie was"}\n{"id": 2, "prompt": "I have to say"}\n')
+    prompts = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.endswith("> prompts.jsonl"))
+    subprocess.run(prompts, shell=True, cwd=tmp_path, check=True)
     write_preferences(tmp_path / "preferences.jsonl")
     if "train rollout" not in line:
         write_rollouts(tmp_path / "rollouts.jsonl")
@@ -156,6 +158,9 @@ def test_every_option_of_every_command_stands_on_the_page():
     assert set(sections) == {" ".join(words) for words, _ in found}
     assert {"ivg generate", "ivg train dpo", "ivg train value"} <= set(sections)
     for words, command in found:
+        if hasattr(command, "commands"):  # a group: its commands are listed
+            assert all(f"`{' '.join([*words, verb])}`" in sections[" ".join(words)] for verb in command.commands)
+            continue
         shown = [p for p in command.params if not getattr(p, "hidden", False)]
         rows = re.findall(r"^\| `([^`]+)` \| (.*) \|$", sections[" ".join(words)], re.MULTILINE)
         options = {name for cell, _ in rows for name in re.split(r", | / ", cell) if name.startswith("-")}

@@ -173,7 +173,7 @@ TABLE = [
     ),
     ("train dpo --model embedded:base --data pairs.jsonl --out o --lora-rank 0", "lora_r must be at least 1, got 0"),
     ("train dpo --model embedded:base --data pairs.jsonl --out o --save-steps 0", "save_steps must be at least 1, got 0"),
-    ("train dpo --model embedded:base --data pairs.jsonl --out o --beta 0", "beta of DPO must be positive and finite, got 0.0"),
+    ("train dpo --model embedded:base --data pairs.jsonl --out o --beta 0", "beta must be positive, got 0.0"),
     (
         "train dpo --model embedded:base --data pairs.jsonl --out o --template none",
         "template must be \"chat\", or a text with {prompt} where the prompt goes, got 'none'",
@@ -210,7 +210,7 @@ TABLE = [
         "train rollout --prompts pairs.jsonl --out r.jsonl",
         "rollouts need a score - give --reward MODEL, or --reward file.py:function",
     ),
-    ("train rollout --prompts pairs.jsonl --out r.jsonl --reward rewards.py:score --samples 0", "--samples must be at least 1, got 0"),
+    ("train rollout --prompts pairs.jsonl --out r.jsonl --reward rewards.py:score --samples 0", "samples must be at least 1, got 0"),
     # eval
     ("eval nothing --out e", "unknown task 'nothing' - expected one of: sentiment, summarization, alpaca"),
     ("eval sentiment --out e --data none.jsonl", f"no such file: none.jsonl{FILE}"),
@@ -224,7 +224,7 @@ TABLE = [
     ),
     ("eval sentiment --out e --data pairs.jsonl --prompts 0", "settings: eval.prompts must be at least 1, got 0"),
     ("eval sentiment --out e --data pairs.jsonl --stage all", "unknown stage all - expected some of: generate, score, report"),
-    ("eval sentiment --out e --data pairs.jsonl --jobs 0", "--jobs must be at least 1, got 0"),
+    ("eval sentiment --out e --data pairs.jsonl --jobs 0", "settings: eval.jobs must be at least 1, got 0"),
     ("eval sentiment --out e --data pairs.jsonl --prompts 1 --methods ivgg", f"unknown method 'ivgg' - expected one of: {METHODS}"),
     ("eval sentiment --out e --data pairs.jsonl --judge x", "--judge 'x' - expected NAME=VALUE"),
     (

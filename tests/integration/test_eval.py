@@ -488,4 +488,4 @@ def test_a_missing_package_is_told_before_anything_is_generated(done, monkeypatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(runner, "run", lambda *_, **__: pytest.fail("worked first"))
     with pytest.raises(MissingDependencyError, match=r"ivg\[eval\]"):
-        run(done, runner.STAGES, 1, None)
+        run(done, runner.STAGES, None)

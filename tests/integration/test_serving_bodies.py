@@ -82,6 +82,13 @@ def test_bad_chats_name_the_field(running, change, param):
     well_formed(running.post(body, "/v1/chat/completions"), 400, param)
 
 
+def test_a_like_name_is_suggested(running):
+    message = well_formed(running.post(ASK | {"tempreature": 1}), 400, "tempreature")["message"]
+    assert message == "unknown field tempreature; did you mean temperature?"
+    message = well_formed(running.post(ASK | {"guidance": {"methd": "ivg"}}), 400, "guidance.methd")["message"]
+    assert message == "unknown field guidance.methd; did you mean method?"
+
+
 def test_neutral_values_are_accepted(running):
     neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "echo": False, "best_of": 1, "user": "me", "suffix": None}
     assert running.post(ASK | neutral).status_code == 200

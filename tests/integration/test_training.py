@@ -12,7 +12,7 @@ from ivg import testing
 from ivg.errors import ConfigError, ModelError
 from ivg.models.loading import LoadOptions
 from ivg.models.training_rows import read_training_rows, row_hashes, seen
-from ivg.settings.train import TrainSettings
+from ivg.settings.train import DPOSettings, SFTSettings, TrainSettings
 from ivg.training.data import Preference, RatedResponse, SFTExample
 from ivg.types import Prompt
 from ivg.utils.jsonl import as_lines
@@ -166,12 +166,13 @@ def test_the_pair_comes_from_sft_and_dpo(tmp_path, model, mode):
     from ivg.training import tune
     from ivg.values.implicit import ImplicitValue
 
-    options = TrainSettings(**{**FAST.__dict__, "mode": mode, "learning_rate": 3e-3 if mode == "full" else 2e-2})
+    given = {**FAST.__dict__, "mode": mode, "learning_rate": 3e-3 if mode == "full" else 2e-2}
+    options = SFTSettings(**given)
     rows = [SFTExample(Prompt(f"p{i}"), "abab") for i in range(40)]
     said = tune.sft(model, rows, tmp_path / "untuned", options, sources=["demos"])
     assert said["held_out"]["eval_loss"] < 4.0  # from log(257) = 5.5
     pairs = [Preference(Prompt(f"p{i}"), "aaaa", "bbbb") for i in range(40)]
-    tune.dpo(tmp_path / "untuned", pairs, tmp_path / "tuned", options)
+    tune.dpo(tmp_path / "untuned", pairs, tmp_path / "tuned", DPOSettings(**given))
     value = ImplicitValue.from_pretrained(tmp_path / "tuned", tmp_path / "untuned", options=FLOAT32)
     good, bad = value.score([testing.hypothesis("p3", text, value.tuned) for text in ("aaaa", "bbbb")])
     assert good > 0 > bad
@@ -181,7 +182,7 @@ def test_the_pair_comes_from_sft_and_dpo(tmp_path, model, mode):
     assert np.array_equal(read_training_rows(tmp_path / "tuned"), row_hashes(trained))
     assert tune.sft(model, rows, tmp_path / "untuned", options, sources=["demos"]) == said  # done already
     with pytest.raises(ConfigError, match="other settings: num_train_epochs"):
-        tune.sft(model, rows, tmp_path / "untuned", TrainSettings(**{**options.__dict__, "num_train_epochs": 5}), sources=["demos"])
+        tune.sft(model, rows, tmp_path / "untuned", SFTSettings(**given | {"num_train_epochs": 5}), sources=["demos"])
 
 
 def test_dpo_appends_no_end_to_incomplete_responses(tmp_path, model, monkeypatch):
@@ -193,7 +194,7 @@ def test_dpo_appends_no_end_to_incomplete_responses(tmp_path, model, monkeypatch
     monkeypatch.setattr(trl.DPOTrainer, "train", lambda self, **_: seen.append(self.train_dataset[0]) or 1 / 0)
     cut = [Preference(Prompt("p"), "aa", "bb", None, False, False)]
     with pytest.raises(ZeroDivisionError):
-        tune.dpo(model, cut, tmp_path / "t", TrainSettings(eval_share=0))
+        tune.dpo(model, cut, tmp_path / "t", DPOSettings(eval_share=0))
     assert len(seen[0]["chosen_ids"]) == 2
 
 
@@ -284,13 +285,13 @@ def test_errors(tmp_path, model):
     with pytest.raises(ConfigError, match=r"outcomes in \[0, 1\]"):
         train_value(model, [RatedResponse(Prompt("p"), "r", 3.0)], tmp_path / "b", TrainSettings(), ValueSettings(target="binary"))
     with pytest.raises(ConfigError, match="mode head trains the head of a value"):
-        tune.sft(model, [SFTExample(Prompt("p"), "r")], tmp_path / "c", TrainSettings(mode="head"))
+        tune.sft(model, [SFTExample(Prompt("p"), "r")], tmp_path / "c", SFTSettings(mode="head"))
     with pytest.raises(ConfigError, match="has no field colour"):
-        tune.sft(model, [SFTExample(Prompt("p"), "r")], tmp_path / "d", TrainSettings(trainer_args={"colour": 1}))
+        tune.sft(model, [SFTExample(Prompt("p"), "r")], tmp_path / "d", SFTSettings(trainer_args={"colour": 1}))
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds a model already"):
-        tune.sft(model, [SFTExample(Prompt("p"), "r")], tmp_path / "e", TrainSettings())
+        tune.sft(model, [SFTExample(Prompt("p"), "r")], tmp_path / "e", SFTSettings())
     testing.tiny_value().network.save_pretrained(tmp_path / "f")
     testing.byte_tokenizer().save_pretrained(tmp_path / "f")
     with pytest.raises(ModelError, match="has a vocabulary head, got head=scalar"):

@@ -129,7 +129,7 @@ def _print(prompt: str, rows: list[tuple[str, ...]], judge: str | None, gold: bo
 
     out = Console(highlight=False)
     heads = ("method", f"{prompt} …", "value", "gold", "tokens", "s")
-    notes = (f"value: score by {judge}", "gold: score by the judge, which guides nothing", "tokens: read by all models", "s: seconds")
+    notes = (f"value: score by {judge}", "gold: score by a reward model that no method uses", "tokens: read by all models", "s: seconds")
     keep = [i for i in range(6) if not (i == 3 and not gold) and not (i == 2 and judge is None)]
     table = Table(show_lines=True, expand=True, caption=" · ".join(notes[i - 2] for i in keep if i > 1), caption_justify="left")
     for i in keep:

@@ -11,7 +11,8 @@ import typer
 from ivg.cli.options import command
 from ivg.cli.recipe_options import RecipeOptions, Tables
 from ivg.errors import ConfigError, MissingDependencyError
-from ivg.settings.recipe import Recipe, SearchConfig
+from ivg.settings.recipe import EvalConfig, Recipe, SearchConfig
+from ivg.settings.schema import settings_of
 
 if TYPE_CHECKING:
     from ivg.evaluation.plan import EvalPlan
@@ -40,10 +41,9 @@ def _own_sizes(recipe: Recipe, found: Tables) -> tuple[Recipe, Tables]:
 
 @command(recipe=RecipeOptions("eval", "models", "search", "sampling", "run", only=_OFFERED, adjust=_own_sizes))
 def evaluate(
-    task: Annotated[str, typer.Argument(help="sentiment, summarization, alpaca, or a plugin's task.")],
+    task: Annotated[str, typer.Argument(help=settings_of(EvalConfig)["task"].setting.help)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for all files of this run.")],
     stage: Annotated[list[str] | None, typer.Option("--stage", help="generate, score or report; may be repeated. (default: all)")] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes; each takes one method at a time.")] = 1,
     docs: Annotated[
         Path | None, typer.Option("--docs", help="Copy report.md (without samples: they quote the data), results.json and figures here.")
     ] = None,
@@ -59,14 +59,12 @@ def evaluate(
     unknown = sorted(set(stage or ()) - set(STAGES))
     if unknown:
         raise ConfigError(f"unknown stage {', '.join(unknown)}\n  expected some of: {', '.join(STAGES)}")
-    if jobs < 1:
-        raise ConfigError(f"--jobs must be at least 1, got {jobs}")
-    if recipe.eval.data == "-" and jobs > 1:
+    if recipe.eval.data == "-" and recipe.eval.jobs > 1:
         raise ConfigError("--data - is standard input, which only one process can read\n  give --jobs 1, or a file")
-    run(make_plan(recipe.override(eval={"task": task}), out), stage or STAGES, jobs, docs)
+    run(make_plan(recipe.override(eval={"task": task}), out), stage or STAGES, docs)
 
 
-def run(plan: EvalPlan, stages: Sequence[str], jobs: int, docs: Path | None) -> None:
+def run(plan: EvalPlan, stages: Sequence[str], docs: Path | None) -> None:
     """The stages with a bar for each, and where to look at the end."""
     from importlib.util import find_spec
 
@@ -85,7 +83,7 @@ def run(plan: EvalPlan, stages: Sequence[str], jobs: int, docs: Path | None) -> 
                 for _row in range(rows):
                     advance()
 
-            runner.run(plan, [stage], jobs, on_progress, worker)
+            runner.run(plan, [stage], plan.config.jobs, on_progress, worker)
     if "report" in stages:
         if docs is not None:
             from ivg.evaluation.report import publish

@@ -23,6 +23,7 @@ def _table(out: Console, model: GuidedModel) -> bool:
     from rich.text import Text
 
     from ivg.diagnostics.compatibility import compare_vocabularies, models_of
+    from ivg.models.vocabulary import difference
 
     table = Table("model", "tokens", "context", "chat template", "vocabulary", box=None, pad_edge=False)
     base = model.reader
@@ -33,7 +34,7 @@ def _table(out: Console, model: GuidedModel) -> bool:
         c = compare_vocabularies(base, lm)
         words = "same as base" if c.same_vocabulary else f"{c.different} ids differ: guides by text (--guide-candidates), selects by text"
         table.add_row(c.name, str(c.tokens), str(c.context), _yes(c.chat_template), words)
-        notes += [f"id {i}: {ours!r} in {base.vocabulary.owner}, {theirs!r} in {c.name}" for i, ours, theirs in c.examples]
+        notes += [difference(i, piece, other, base.vocabulary.owner, c.name) for i, piece, other in c.examples]
         fine = fine and (c.same_vocabulary or lm not in guides)
     out.print(table)
     for note in notes:

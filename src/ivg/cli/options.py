@@ -119,6 +119,8 @@ def default_text(declared: Declared, default: Any) -> str:
         return declared.setting.unset
     if isinstance(default, bool) or default == () or default == {}:
         return ""
+    if isinstance(default, list | tuple):  # of texts, or of tables that ``unset`` names
+        return declared.setting.unset or ", ".join(map(str, default))
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 

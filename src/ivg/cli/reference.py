@@ -22,15 +22,20 @@ from ivg.settings.recipe import Recipe
 from ivg.settings.sampling import DEFAULT_SAMPLING, SamplingParams
 from ivg.settings.schema import Declared, Setting, settings_of
 from ivg.settings.search import SearchSettings
-from ivg.settings.train import DataSettings, TrainSettings, ValueSettings
+from ivg.settings.train import DataSettings, DPOSettings, RefineSettings, RolloutSettings, SFTSettings, TrainSettings, ValueSettings
 
+VERBS_DIFFER = "The defaults are those of Python; each verb of the command line has its own ([command line](cli.md))."
 NOTE = "Written by `make docs`; do not edit by hand."
 OTHERS = {
     "Ray (`ivg generate`)": RaySettings,
     "Preferences (`ivg check`)": PreferenceSettings,
     "Rows (`ivg train`)": DataSettings,
     "Trainers (`ivg train`)": TrainSettings,
+    "Supervised fine-tuning (`ivg train sft`)": SFTSettings,
+    "Preference optimisation (`ivg train dpo`)": DPOSettings,
+    "Rollouts (`ivg train rollout`)": RolloutSettings,
     "Values (`ivg train value`)": ValueSettings,
+    "Refinement of values (`ivg train value`)": RefineSettings,
     "Benchmarks (`ivg bench`)": BenchOptions,
 }
 """Settings that are not tables of a recipe."""
@@ -44,6 +49,9 @@ def command_line() -> str:
     parts = ["# Command line", "", group.help or "", "", NOTE, ""]
     for name, command in verbs(group):
         parts += [f"## `ivg {name}`", "", _text(command.help or ""), ""]
+        if hasattr(command, "commands"):
+            parts += [*_commands(name, command), ""]
+            continue
         shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
         if shown:
             parts += ["| option | meaning |", "|---|---|"]
@@ -63,6 +71,11 @@ def verbs(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
             yield from verbs(command, f"{before}{name} ")
 
 
+def _commands(name: str, group: Any) -> list[str]:
+    rows = [f"| `ivg {name} {verb}` | {_text(command.help or '').splitlines()[0]} |" for verb, command in verbs(group) if " " not in verb]
+    return ["| command | meaning |", "|---|---|", *rows]
+
+
 def settings() -> str:
     """One section for each table of a recipe, then those of single verbs."""
     parts = ["# Settings", "", NOTE, ""]
@@ -78,14 +91,19 @@ def settings() -> str:
         "",
     ]
     for title, other in OTHERS.items():
-        parts += [f"### {title}", "", *_rows(other), ""]
+        parts += [f"### {title}", "", *([VERBS_DIFFER, ""] if other is TrainSettings else []), *_rows(other, inherited=False), ""]
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _rows(kind: Any, table: str = "") -> list[str]:
+def _rows(kind: Any, table: str = "", *, inherited: bool = True) -> list[str]:
+    above = (
+        set() if inherited else {name for base in kind.__mro__[1:] if "__dataclass_fields__" in vars(base) for name in settings_of(base)}
+    )
     defaults = {"search": settings_of(SearchSettings), "sampling": settings_of(SamplingParams)}.get(table, {})
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for name, declared in settings_of(kind).items():
+        if name in above:
+            continue
         setting = replace(declared.setting, flags=()) if table == "values" else declared.setting
         default = getattr(DEFAULT_SAMPLING, name) if table == "sampling" else defaults.get(name, declared).default
         rows.append(f"| `{name}` | {_default(declared, default)} | {_cell(setting)} |")

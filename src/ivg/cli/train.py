@@ -15,7 +15,7 @@ from ivg.cli.recipe_options import RecipeOptions
 from ivg.cli.train_run import finish, read_rows, train_extra, train_settings
 from ivg.errors import ConfigError
 from ivg.settings.recipe import Recipe
-from ivg.settings.train import DataSettings, RefineSettings, TrainSettings, ValueSettings
+from ivg.settings.train import DataSettings, DPOSettings, RefineSettings, RolloutSettings, SFTSettings, TrainSettings, ValueSettings
 
 HELP = "Train a guide pair (sft, dpo), a reward model, and values from rollouts. Needs: pip install 'ivg\\[train]'."
 
@@ -32,53 +32,35 @@ PushTo = Annotated[str | None, typer.Option("--push-to", help="Upload the finish
 ROWS = Options(DataSettings, "Data")
 
 
-def _trainer(lr: float, **defaults: Any) -> Options:
+def _trainer(lr: float, kind: type[TrainSettings] = TrainSettings, **defaults: Any) -> Options:
     """Options of a trainer; ``lr``: its learning rate for all weights."""
     text = {"learning_rate": f"{lr:g}; ten times that for lora and head"}
     sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
-    return Options(TrainSettings, "Training", train_settings(lr), {**sizes, **defaults}, text)
+    return Options(kind, "Training", train_settings(lr, kind), {**sizes, **defaults}, text)
 
 
 @app.command("sft", help="Supervised fine-tuning (TRL): a base, or the untuned guide of a pair.")
-@command(options=_trainer(2e-5), rows=ROWS)
-def sft(
-    model: Model,
-    data: Data,
-    out: Out,
-    loss: Annotated[str, typer.Option("--loss", help="Tokens in the loss: response or all.")] = "response",
-    push_to: PushTo = None,
-    *,
-    options: TrainSettings,
-    rows: DataSettings,
-) -> None:
+@command(options=_trainer(2e-5, SFTSettings), rows=ROWS)
+def sft(model: Model, data: Data, out: Out, push_to: PushTo = None, *, options: SFTSettings, rows: DataSettings) -> None:
     """See the command's help."""
     with train_extra():
         from ivg.training import tune
         from ivg.training.data import read_sft_examples
 
         found = read_rows(read_sft_examples, data, rows)
-        finish(out, tune.sft(model, found, out, options, sources=data, loss=loss), push_to)
+        finish(out, tune.sft(model, found, out, options, sources=data), push_to)
 
 
 @app.command("dpo", help="The tuned guide by direct preference optimisation (TRL), from preferences or rated rollouts.")
-@command(options=_trainer(5e-6), rows=ROWS)
-def dpo(
-    model: Model,
-    data: Data,
-    out: Out,
-    beta: Annotated[float, typer.Option("--beta", help="Weight of DPO's KL term.")] = 0.1,
-    push_to: PushTo = None,
-    *,
-    options: TrainSettings,
-    rows: DataSettings,
-) -> None:
+@command(options=_trainer(5e-6, DPOSettings), rows=ROWS)
+def dpo(model: Model, data: Data, out: Out, push_to: PushTo = None, *, options: DPOSettings, rows: DataSettings) -> None:
     """See the command's help."""
     with train_extra():
         from ivg.training import tune
         from ivg.training.data import read_preferences
 
         found = read_rows(read_preferences, data, rows, seed=options.seed)
-        finish(out, tune.dpo(model, found, out, options, sources=data, beta=beta), push_to)
+        finish(out, tune.dpo(model, found, out, options, sources=data), push_to)
 
 
 @app.command("reward", help="A reward model by Bradley and Terry (TRL), from preferences or rated rollouts.")
@@ -95,6 +77,7 @@ def reward(model: Model, data: Data, out: Out, push_to: PushTo = None, *, option
 
 @app.command("rollout", help="Sample responses by any method and score them: the data of values and of pairs. Resumable.")
 @command(
+    settings=Options(RolloutSettings, "Rollouts"),
     rows=ROWS,
     recipe=RecipeOptions(
         "models", "search", "sampling", "run", only={"run": ("seed", "device", "dtype")}, method="base", check_method=True
@@ -103,14 +86,12 @@ def reward(model: Model, data: Data, out: Out, push_to: PushTo = None, *, option
 def rollout(
     prompts: Annotated[list[str], typer.Option("--prompts", help="Rows (docs/reference/data.md): a file, folder or hub id.")],
     out: Annotated[Path, typer.Option("--out", help="File to write: .jsonl or .parquet.")],
-    samples: Annotated[int, typer.Option("--samples", help="Responses for each prompt.")] = 4,
     *,
+    settings: RolloutSettings,
     rows: DataSettings,
     recipe: Recipe,
 ) -> None:
     """See the command's help."""
-    if samples < 1:
-        raise ConfigError(f"--samples must be at least 1, got {samples}")
     from ivg.utils.jsonl import read_jsonl
 
     with train_extra():
@@ -124,10 +105,10 @@ def rollout(
         found = scorer(recipe)
         about = answer_provenance(recipe, device_kind(recipe.run.device))
         provenance = {k: v for k, v in about.items() if k not in ("method", "settings", "seed")}
-        settings = {**recipe.search.settings(), **recipe.sampling.settings(), "method": recipe.search.method, "seed": recipe.run.seed}
+        request = {**recipe.search.settings(), **recipe.sampling.settings(), "method": recipe.search.method, "seed": recipe.run.seed}
         with progress(-(-len(wanted) // r.BLOCK), f"blocks of {r.BLOCK} prompts") as advance:
             model = load_models(_without_scorer(recipe))
-            r.rollout(model, wanted, out, found, samples=samples, provenance=provenance, on_progress=advance, **settings)
+            r.rollout(model, wanted, out, found, samples=settings.samples, provenance=provenance, on_progress=advance, **request)
     _report_failures(out, [row.get("error") for row in read_jsonl(out.with_suffix(".jsonl"))])
 
 

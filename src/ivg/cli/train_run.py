@@ -25,12 +25,12 @@ def train_extra() -> Iterator[None]:
         raise ConfigError(f"training needs {e.name}\n  pip install 'ivg[train]'") from None
 
 
-def train_settings(lr: float) -> Callable[..., TrainSettings]:
-    """Makes the settings of a verb whose learning rate is ``lr`` for all weights, and ten times that for ``lora`` and ``head``."""
+def train_settings(lr: float, kind: type[TrainSettings]) -> Callable[..., TrainSettings]:
+    """Makes a verb's settings of ``kind``; learning rate: ``lr`` for all weights, ten times that for ``lora`` and ``head``."""
 
     def make(**given: Any) -> TrainSettings:
         given.setdefault("learning_rate", lr if given.get("mode", "full") == "full" else 10 * lr)  # few weights need larger steps
-        return TrainSettings(**given)
+        return kind(**given)
 
     return make
 

@@ -31,7 +31,7 @@ def report(plan: EvalPlan) -> Results:
     """
     results = summarise(plan)
     results["made"] = {
-        "recipe": plan.recipe.model_dump(exclude_none=True, exclude_defaults=True),
+        "recipe": plan.recipe.model_dump(exclude_none=True, exclude_defaults=True, exclude={"eval": {"jobs"}}),
         "by": run_metadata(plan) or [environment.run_metadata()],
     }
     figures, shown = draw(results), samples(plan, order(results))

@@ -29,6 +29,12 @@ def special_tokens(tokenizer: Any) -> set[str]:
     return {*getattr(tokenizer, "all_special_tokens", ()), *(str(t) for t in added.values() if getattr(t, "special", False))}
 
 
+def difference(token_id: int, piece: str | None, other: str | None, owner: str, other_owner: str) -> str:
+    """What two vocabularies have for one id; None: nothing."""
+    shown = ["absent" if p is None else repr(p) for p in (piece, other)]
+    return f"id {token_id}: {shown[0]} in {owner}, {shown[1]} in {other_owner}"
+
+
 class Vocabulary:
     """The tokens of one tokenizer, by id.
 
@@ -94,7 +100,7 @@ class Vocabulary:
         if self.same_as(other):
             return
         rows = list(self.differences(other))
-        shown = "\n".join(f"    id {i}: {a!r} in {self.owner}, {b!r} in {other.owner}" for i, a, b in rows[:5])
+        shown = "\n".join(f"    {difference(i, a, b, self.owner, other.owner)}" for i, a, b in rows[:5])
         more = f"\n    and {len(rows) - 5} more" if len(rows) > 5 else ""
         raise VocabularyError(
             f"{self.owner} ({len(self.pieces)} tokens) and {other.owner} ({len(other.pieces)} tokens) have different "

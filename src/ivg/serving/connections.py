@@ -1,4 +1,4 @@
-"""Limits for connections: how many, and how long each may stay silent.
+"""Limits for connections: how many, and how long each may stay idle.
 
 uvicorn has a timeout between two requests. This adds timeouts for request headers that do not arrive and for clients that do not read,
 and a maximum number of connections. Bodies that do not arrive are handled by ``serving.middleware``.

@@ -17,6 +17,7 @@ from ivg.serving.errors import one_line
 from ivg.serving.fields import show_json
 from ivg.serving.ignored import remove_ignored
 from ivg.serving.protocol import Body, ChatRequest, CompletionRequest, Guidance
+from ivg.settings.messages import hint
 from ivg.settings.schema import rules_of
 
 B = TypeVar("B", ChatRequest, CompletionRequest)
@@ -98,7 +99,7 @@ def validation_error(errors: Any, body: type[Body]) -> ServeError:
     first = errors[0]
     kind, path = first["type"], json_path(first["loc"])
     if kind == "extra_forbidden":
-        return ServeError(f"unknown field {path}", 400, "unknown_field", path)
+        return ServeError(f"unknown field {path}{hint(body, first['loc'])}", 400, "unknown_field", path)
     if kind == "missing":
         return ServeError(f"{path} is missing", 400, "missing_field", path)
     if kind != "value_error":

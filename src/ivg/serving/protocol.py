@@ -57,7 +57,7 @@ class StreamOptions(Table):
     Attributes:
         include_usage: end with a chunk of usage.
         continuous_usage_stats: with ``include_usage``, add the usage so far to every chunk (as vLLM does).
-        include_beams: send the search tree and the alternatives of every token (ours).
+        include_beams: send the search tree and the alternatives of every token (an ivg extension).
     """
 
     include_usage: bool | None = None

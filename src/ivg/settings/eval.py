@@ -68,6 +68,7 @@ class EvalConfig(Table):
     threads: Annotated[
         int | None, Setting("PyTorch's threads in each process.", r.count(1), flags=("--threads",), unset="PyTorch's default")
     ] = None
+    jobs: Annotated[int, Setting("Processes; each takes one method at a time.", r.count(1), flags=("--jobs", "-j"))] = 1
     options: Annotated[dict[str, Any], Setting("Setting of the task, NAME=VALUE; may be repeated.", flags=("--option",))] = Field(
         default_factory=dict
     )

@@ -29,8 +29,7 @@ def explain(error: Any, recipe: type[BaseModel]) -> str:
     """One of pydantic's errors; ``recipe``: the table that was read."""
     where = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = get_close_matches(str(error["loc"][-1]), _names(recipe, error["loc"][:-1]), n=1)
-        return f"unknown setting {where}" + (f"; did you mean {near[0]}?" if near else "")
+        return f"unknown setting {where}" + hint(recipe, error["loc"])
     raised = error.get("ctx", {}).get("error")
     if isinstance(raised, ConfigError):  # of a rule, which names the setting itself
         return ".".join([*map(str, error["loc"][:-1]), str(raised)])
@@ -40,6 +39,15 @@ def explain(error: Any, recipe: type[BaseModel]) -> str:
     if words is not None:
         words = "expected " + words.format(**error.get("ctx", {}))
     return f"{where}: {words or error['msg'].removeprefix('Value error, ')}, got {error['input']!r}"
+
+
+def hint(kind: type[BaseModel], place: Sequence[str | int]) -> str:
+    """``; did you mean …?`` for an unknown name in the table ``kind``; of its own level, without a like name, all that it has."""
+    names = _names(kind, place[:-1])
+    near = get_close_matches(str(place[-1]), names, n=1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; expected some of: {', '.join(names)}" if names and len(place) == 1 and len(names) < 15 else ""
 
 
 def _names(kind: Any, place: Sequence[str | int]) -> list[str]:

@@ -12,6 +12,7 @@ from ivg.settings import rules as r
 from ivg.settings.schema import Setting, validate
 
 Mode = Literal["full", "lora", "head"]
+Loss = Literal["response", "all"]
 HeadKind = Literal["vocabulary", "scalar"]
 Target = Literal["fudge", "td", "cd-q", "binary"]
 
@@ -163,6 +164,30 @@ class TrainSettings:
         Mapping[str, Any],
         Setting("Any field of the trainer's arguments: NAME=VALUE (JSON); may be repeated.", aliases=("extra",), flags=("--set",)),
     ] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+@dataclass(frozen=True)
+class SFTSettings(TrainSettings):
+    """Settings of supervised fine-tuning."""
+
+    loss: Annotated[Loss, Setting("Tokens in the loss: response or all.", r.choice("response", "all"), flags=("--loss",))] = "response"
+
+
+@dataclass(frozen=True)
+class DPOSettings(TrainSettings):
+    """Settings of direct preference optimisation."""
+
+    beta: Annotated[float, Setting("Weight of DPO's KL term.", r.POSITIVE, flags=("--beta",))] = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """How many responses are sampled."""
+
+    samples: Annotated[int, Setting("Responses for each prompt.", _COUNT, flags=("--samples",))] = 4
 
     def __post_init__(self) -> None:
         validate(self)

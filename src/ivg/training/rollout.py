@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ivg.errors import ConfigError, ScoreFault
 from ivg.jobs.blocks import open_blocks
 from ivg.jobs.runner import LocalBackend, RequestSettings, Result, Task
+from ivg.settings.train import RolloutSettings
 from ivg.training.run_dir import require_single_process
 from ivg.types import Prompt
 from ivg.types.scores import judge_each
@@ -37,7 +38,7 @@ def rollout(
     reward: Reward,
     *,
     method: str = "base",
-    samples: int = 4,
+    samples: int = RolloutSettings.samples,
     seed: int = 0,
     block: int = BLOCK,
     provenance: Mapping[str, Any] | None = None,

@@ -6,7 +6,6 @@ adapters (PEFT) are merged at the end and kept in ``adapter/``. Each function re
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 
 from ivg.diagnostics.pairs import is_tie
 from ivg.errors import ConfigError
-from ivg.settings.train import TrainSettings
+from ivg.settings.train import DPOSettings, SFTSettings, TrainSettings
 from ivg.training import encoding
 from ivg.training.data import Preference, SFTExample
 from ivg.training.run_dir import RunDir, first_process, open_run, process_count, run_provenance
@@ -34,10 +33,9 @@ def sft(
     model: str | Path,
     rows: Sequence[SFTExample],
     out: str | Path,
-    settings: TrainSettings,
+    settings: SFTSettings,
     *,
     sources: Sources = (),
-    loss: str = "response",
 ) -> dict[str, Any]:
     """Supervised fine-tuning (TRL's ``SFTTrainer``).
 
@@ -47,14 +45,11 @@ def sft(
         out: folder of the run.
         settings: of the trainer.
         sources: where the rows come from; named in the model card.
-        loss: ``response``: on the tokens of the response only; ``all``: on the prompt too.
 
     Raises:
-        ConfigError: settings out of range, no usable row, or ``out`` holds another run.
+        ConfigError: no usable row, or ``out`` holds another run.
     """
-    if loss not in ("response", "all"):
-        raise ConfigError(f"loss must be response or all, got {loss!r}")
-    with open_run(out, run_provenance("sft", model, sources, rows, settings, loss=loss)) as run:
+    with open_run(out, run_provenance("sft", model, sources, rows, settings)) as run:
         if run.metrics is not None:
             return run.metrics
         network, tokenizer = _load(AutoModelForCausalLM, model, settings)
@@ -63,15 +58,13 @@ def sft(
             SFTConfig,
             "CAUSAL_LM",
             lambda part: encoding.encode_sft(part, tokenizer, settings.template, settings.max_length),
-            {"packing": False, "completion_only_loss": loss == "response"},
+            {"packing": False, "completion_only_loss": settings.loss == "response"},
         )
         card = "Supervised fine-tuning", "Load it with transformers; as a base (`--base`), or as the untuned guide (`--untuned`) of a pair."
         return _train(run, network, tokenizer, rows, settings, task, card)
 
 
-def dpo(
-    model: str | Path, rows: Sequence[Preference], out: str | Path, settings: TrainSettings, *, sources: Sources = (), beta: float = 0.1
-) -> dict[str, Any]:
+def dpo(model: str | Path, rows: Sequence[Preference], out: str | Path, settings: DPOSettings, *, sources: Sources = ()) -> dict[str, Any]:
     """Direct preference optimisation (Rafailov et al. 2023; TRL's ``DPOTrainer``): from the untuned guide ``model`` to the tuned one.
 
     Args:
@@ -81,14 +74,11 @@ def dpo(
         settings: of the trainer. Liu et al. 2024 (arXiv 2409.17819) use for IMDb 3 epochs, learning rate 5e-4, batch size 32, weight
             decay 0.05, warm-up 0.25.
         sources: where the rows come from; named in the model card.
-        beta: strength of the KL term.
 
     Raises:
-        ConfigError: settings out of range, no usable row, or ``out`` holds another run.
+        ConfigError: no usable row, or ``out`` holds another run.
     """
-    if not 0 < beta < math.inf:
-        raise ConfigError(f"beta of DPO must be positive and finite, got {beta}")
-    with open_run(out, run_provenance("dpo", model, sources, rows, settings, beta=beta)) as run:
+    with open_run(out, run_provenance("dpo", model, sources, rows, settings)) as run:
         if run.metrics is not None:
             return run.metrics
         rows, ties = _without_ties(rows)
@@ -99,7 +89,7 @@ def dpo(
             "CAUSAL_LM",
             lambda part: encoding.encode_preferences(part, tokenizer, settings.template, settings.max_length),
             {
-                "beta": beta,
+                "beta": settings.beta,
                 "precompute_ref_log_probs": process_count() == 1,  # TRL's cache of them lives in one process
                 "precompute_ref_batch_size": 2 * settings.per_device_train_batch_size,
             },

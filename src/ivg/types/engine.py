@@ -106,18 +106,21 @@ class Engine(ABC):
     """Fields of :class:`ExpandRequest` and :class:`SamplingParams` that this engine cannot honour, each with what to do instead."""
     vocabulary: Any = None
     """What the base's token ids mean (:class:`ivg.models.vocabulary.Vocabulary`)."""
+    base: Any = None
+    """Reads prompts as the base does (:class:`ivg.models.prompt_encoder.PromptEncoder`); without one override what uses it."""
 
-    @abstractmethod
     def open(self, prompt: Prompt, sampling: SamplingParams) -> Beam:
         """The empty response to ``prompt``.
 
         Raises:
             PromptError: the prompt is empty or, with ``sampling.max_new_tokens``, too long.
         """
+        root: Beam = self.base.root(prompt, sampling.max_new_tokens)
+        return root
 
-    @abstractmethod
     def prompt_tokens(self, prompt: Prompt) -> int:
         """Length of the prompt in base tokens."""
+        return len(self.base.prompt_ids(prompt))
 
     @abstractmethod
     def extend(self, requests: Sequence[ExpandRequest]) -> list[list[Beam]]:

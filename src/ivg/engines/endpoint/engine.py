@@ -97,10 +97,6 @@ class EndpointEngine(AsyncEngine):
         self.base.text(prompt)
         return Beam(new_key(), None, prompt, vocabulary=self.vocabulary, inherits=False)
 
-    def prompt_tokens(self, prompt: Prompt) -> int:
-        """Length of the prompt: in tokens where there is a tokenizer, else in words."""
-        return len(self.base.prompt_ids(prompt))
-
     def submit(self, requests: Sequence[ExpandRequest]) -> None:
         """Send one HTTP request for each. Invalid requests return error beams, and affect no others.
 

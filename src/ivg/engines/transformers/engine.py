@@ -19,7 +19,7 @@ from ivg.engines.transformers.sampling import entropy, log_ratios, nonfinite_row
 from ivg.engines.transformers.speculation import Speculator
 from ivg.errors import ScoreFault
 from ivg.models.cached_lm import CachedLM
-from ivg.types import Beam, DecodeState, Engine, EntropyStop, ExpandRequest, Hypothesis, Prompt, SamplingParams, TokenGuidance
+from ivg.types import Beam, DecodeState, Engine, EntropyStop, ExpandRequest, Hypothesis, TokenGuidance
 from ivg.utils.rng import uniform
 
 
@@ -79,18 +79,6 @@ class TransformersEngine(Engine):
         base.reads_given_ids = True
         self.vocabulary = base.vocabulary
         self.speculation = Speculator(base)
-
-    def open(self, prompt: Prompt, sampling: SamplingParams) -> Beam:
-        """The empty response to ``prompt``.
-
-        Raises:
-            PromptError: empty, or too long together with ``sampling.max_new_tokens``.
-        """
-        return self.base.root(prompt, sampling.max_new_tokens)
-
-    def prompt_tokens(self, prompt: Prompt) -> int:
-        """Length of the prompt in base tokens."""
-        return len(self.base.prompt_ids(prompt))
 
     def check(self, guidance: TokenGuidance | None) -> None:
         """Raise where ``guidance`` does not fit the base (see :func:`check_guidance`)."""

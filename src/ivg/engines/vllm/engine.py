@@ -22,7 +22,7 @@ from ivg.errors import ConfigError, ModelError
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.vocabulary import Vocabulary
 from ivg.settings.sampling import ONLY_TRANSFORMERS
-from ivg.types import AsyncEngine, Beam, ExpandOutput, ExpandRequest, Prompt, SamplingParams, TokenGuidance, Value
+from ivg.types import AsyncEngine, ExpandOutput, ExpandRequest, TokenGuidance, Value
 from ivg.utils.rng import mix
 
 _ELSEWHERE = "leave --engine out: the transformers engine can"
@@ -91,18 +91,6 @@ class VLLMEngine(AsyncEngine):
         self.vocabulary: Vocabulary = base.vocabulary
         self.prefix = PrefixStats()
         self._running: dict[str, _RunningRequest] = {}
-
-    def open(self, prompt: Prompt, sampling: SamplingParams) -> Beam:
-        """The empty response to ``prompt``.
-
-        Raises:
-            PromptError: empty, or too long together with ``sampling.max_new_tokens``.
-        """
-        return self.base.root(prompt, sampling.max_new_tokens)
-
-    def prompt_tokens(self, prompt: Prompt) -> int:
-        """Length of the prompt in base tokens."""
-        return len(self.base.prompt_ids(prompt))
 
     def check(self, guidance: TokenGuidance | None) -> None:
         """Raise for guidance that is no sum of logits inside the composite.
