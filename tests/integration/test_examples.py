@@ -76,7 +76,7 @@ def test_own_selection_rule_keeps_no_twins():
 
     def twins(make_rule):
         engine = FakeEngine("ab ")
-        value = FunctionValue(lambda prompt, response: response.count("a"))
+        value = FunctionValue(lambda prompt, response: response.count(" "))
         search = Search(value=value, width=3, successors=4, chunk_length=3, make_rule=make_rule)
         request = Request(Prompt("p"), search, SamplingParams(max_new_tokens=12, ignore_eos=True), seed=1, trace=True)
         ((_, completion),) = Searcher(engine).run([request])

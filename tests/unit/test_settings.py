@@ -241,7 +241,7 @@ def test_sizes_that_mean_nothing_are_noted():
     assert said.exit_code == 0 and "note: width=2 ignored by base: no effect there" in said.stderr
 
 
-MADE_UP = """
+MADE_UP_SEARCH = """
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -295,7 +295,42 @@ assert "| `--made-up` | What nobody needs. (default: the method's) |" in referen
 assert "| `made_up` | `3` | What nobody needs. (options `--made-up`; also called `invented`) |" in reference.settings()
 """
 
+MADE_UP_SAMPLING = """
+from dataclasses import dataclass, fields
+from typing import Annotated
 
-def test_a_setting_that_is_declared_once_is_everywhere():
-    done = subprocess.run([sys.executable, "-c", MADE_UP], capture_output=True, text=True)
+import ivg.settings.sampling as sampling
+from ivg.settings.rules import count
+from ivg.settings.schema import Setting
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams(sampling.SamplingParams):
+    made_up: Annotated[int, Setting("What nobody needs.", count(2), aliases=("invented",), flags=("--made-up",))] = 3
+
+    def __post_init__(self):
+        sampling.validate(self)
+
+
+default = sampling.DEFAULT_SAMPLING
+sampling.DEFAULT_SAMPLING = SamplingParams(**{f.name: getattr(default, f.name) for f in fields(default)})
+sampling.SamplingParams = SamplingParams  # as if it stood in ivg.settings.sampling
+from typer.testing import CliRunner
+
+from ivg.cli import reference
+from ivg.cli.app import app
+from ivg.serving.protocol import ChatRequest, CompletionRequest
+from ivg.settings.recipe import Recipe
+assert Recipe.parse({"sampling": {"invented": 4}}).sampling.settings() == {"made_up": 4}
+text = CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "200"}).stdout
+assert "--made-up" in text and "What nobody needs. (default: 3)" in text
+for body in (ChatRequest, CompletionRequest):
+    assert body.model_json_schema()["properties"]["made_up"]["minimum"] == 2
+assert "| `made_up` | `3` | What nobody needs. (options `--made-up`; also called `invented`) |" in reference.settings()
+"""
+
+
+@pytest.mark.parametrize("code", [MADE_UP_SEARCH, MADE_UP_SAMPLING], ids=["search", "sampling"])
+def test_a_setting_that_is_declared_once_is_everywhere(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
