@@ -34,19 +34,9 @@ def imdb_test():
 
 
 def pytest_configure():
-    if DEVICE == "cpu":
-        return
-    from ivg import testing
+    from ivg.testing import models
 
-    make, value = testing.tiny_model, testing.tiny_value
-    testing.tiny_model = lambda *args, **settings: make(*args, **settings).to(DEVICE)
-
-    def tiny_value(*args, **settings):
-        out = value(*args, **settings)
-        out.network.to(DEVICE)
-        return out
-
-    testing.tiny_value = tiny_value
+    models.DEVICE = DEVICE
 
 
 def pytest_collection_modifyitems(items):

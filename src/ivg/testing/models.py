@@ -36,6 +36,10 @@ ARCHITECTURES = ("gpt2", "llama", "mistral", "mixtral", "qwen3", "gemma3_text")
 """What :func:`tiny_model` can make. Windows are 6 tokens, so that they matter."""
 
 
+DEVICE = "cpu"
+"""Where the tiny models lie; a test run on a GPU sets it. Their weights are drawn on the CPU, so they are the same everywhere."""
+
+
 def tiny_model(architecture: str = "llama", seed: int = 0, vocab_size: int = 257, hidden: int = 32, context: int = 256) -> Any:
     """A random causal language model in float32 whose distributions are far from flat."""
     import torch
@@ -66,7 +70,7 @@ def tiny_model(architecture: str = "llama", seed: int = 0, vocab_size: int = 257
     config = AutoConfig.for_model(architecture, **common, **settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float().eval()
     model.generation_config.pad_token_id = 0
-    return model
+    return model.to(DEVICE)
 
 
 def tiny_lm(name: str = "base", architecture: str = "llama", seed: int = 0, tokenizer: Any = None, **settings: Any) -> Any:
@@ -91,6 +95,7 @@ def tiny_value(head: str = "vocabulary", architecture: str = "llama", seed: int 
     tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
     model = ValueModel(tiny_model(architecture, seed, vocab_size=len(tokenizer)).base_model, head)  # type: ignore[arg-type]
     torch.nn.init.normal_(model.head.weight, std=0.3)
+    model.to(DEVICE)
     return ExplicitValue(CachedLM(ModelRunner(model, name), tokenizer), name)
 
 
