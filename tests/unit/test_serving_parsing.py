@@ -59,7 +59,7 @@ PLAIN = [
     ({}, {"frequency_penalty": 0.5}, "frequency_penalty is not supported; leave it out or give 0", "frequency_penalty"),
     ({}, {"logit_bias": {"1": 5}}, "logit_bias is not supported; leave it out or give {}", "logit_bias"),
     ({}, {"stop_token_ids": [5]}, "stop_token_ids is not supported; leave it out or give []", "stop_token_ids"),
-    ({}, {"temprature": 0}, "unknown field temprature", "temprature"),
+    ({}, {"temprature": 0}, "unknown field temprature; did you mean temperature?", "temprature"),
     ({}, {"extra_body": 5}, "extra_body must be an object, got 5", "extra_body"),
     ({}, {"seed": 1, "extra_body": {"seed": 2}}, "seed and extra_body.seed differ; give one of them", "extra_body.seed"),
     ({}, {"top_k": 5, "guidance": {"top_k": 6}}, "top_k is 5 and guidance.top_k is 6; give one of them", "top_k"),

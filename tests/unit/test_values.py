@@ -214,7 +214,7 @@ def test_permuted_vocabulary_is_an_error_that_names_ids(base):
 
 def test_missing_ids_are_an_error(base):
     other = tiny_lm("guide", tokenizer=byte_tokenizer([("a", "b")]))
-    with pytest.raises(VocabularyError, match=r"(?s)1 ids differ.*id 257: None in base, 'ab' in guide"):
+    with pytest.raises(VocabularyError, match=r"(?s)1 ids differ.*id 257: absent in base, 'ab' in guide"):
         base.vocabulary.require_same(other.vocabulary, "")
 
 
