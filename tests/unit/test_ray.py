@@ -228,9 +228,9 @@ def test_worker_reports_what_breaks_it(hub):
     report = Worker().load(Recipe.parse({"models": {"base": "/no/such/model"}}).model_dump_json(), False)
     assert "cannot load" in str(report.error)
     worker = loaded(recipe_of(hub))
-    worker.backend.step = raises(ModelError("the vLLM engine process exited"))
+    worker.backend.step = raises(ModelError("the vLLM engine stopped"))
     report = worker.advance([Task("One", 5, 0, 0)])
-    assert (report.error, report.crash) == (None, "ModelError: the vLLM engine process exited")
+    assert (report.error, report.crash) == (None, "ModelError: the vLLM engine stopped")
     wrong = recipe_of(hub).override(search={"token": "nobody", "method": "custom"})
     assert isinstance(loaded(wrong).advance([Task("x", 5, 0, 0)]).error, ConfigError)
 

@@ -237,7 +237,7 @@ def test_a_process_that_was_killed_is_told():
     Timer(0.7, client.outputs_queue.put, [[]]).start()
     assert core.step() == []
     Timer(0.2, os.close, [alive]).start()
-    with pytest.raises(ModelError, match=r"engine process exited: RuntimeError: the engine process exited"):
+    with pytest.raises(ModelError, match=r"engine stopped: RuntimeError: the engine process exited"):
         core.step()  # told by the end of the process: the queue, which gives nothing for 1000 s, would raise Empty
     os.close(end)
     client.outputs_queue.put([])
@@ -274,7 +274,7 @@ def test_an_engine_that_dies_is_told_and_revived(folder):
         searcher = model.searcher()
         for p in prompts(3):
             searcher.add(model.request(p, "eft", seed=1, max_new_tokens=8))
-        with pytest.raises(ModelError, match=r"died.*illegal memory"):
+        with pytest.raises(ModelError, match=r"stopped.*illegal memory"):
             while searcher.busy:
                 searcher.step()
         with pytest.raises(ModelError, match="died"):

@@ -177,7 +177,7 @@ class EngineClient:
         """The outputs of one step.
 
         Raises:
-            ModelError: the engine process exited; see :meth:`restart`.
+            ModelError: the engine stopped; see :meth:`restart`.
         """
         self._check_alive()
         if not self.busy:
@@ -254,11 +254,11 @@ class EngineClient:
 
     def _check_alive(self) -> None:
         if self.failure is not None or self.llm_engine is None:
-            raise ModelError(f"the vLLM engine process exited: {self.failure or 'it was closed'}\n  restart; see its log")
+            raise ModelError(f"the vLLM engine stopped: {self.failure or 'it was closed'}\n  restart; see its log")
 
     def _fail(self, error: Exception) -> None:
         self.failure = _cause(error)
-        raise ModelError(f"the vLLM engine process exited: {self.failure}\n  see its log above") from error
+        raise ModelError(f"the vLLM engine stopped: {self.failure}\n  see its log above") from error
 
 
 def _set_process_mode(options: EngineClientOptions) -> None:
