@@ -81,7 +81,7 @@ reproduce-sentiment: $(VENV)/.dev ## all methods on the embedded models, 200 pro
 		--out build/reproduce-sentiment --jobs 2 --docs docs/results/sentiment
 
 reproduce-values: $(VENV)/.dev ## ablation of value targets (needs ../shared/data/imdb and the recipe's build/embedded_models/rollouts-value.jsonl)
-	@$(RUN)/python benchmarks/values.py --rollouts build/embedded_models/rollouts-value.jsonl --work build/values
+	@$(RUN)/python -m benchmarks.values --rollouts build/embedded_models/rollouts-value.jsonl --work build/values
 	@$(RUN)/ivg eval sentiment --recipe recipes/local-values.toml --data ../shared/data/imdb \
 		--out build/values/eval --jobs 2 --docs docs/results/values
 
@@ -90,7 +90,7 @@ reproduce-objectives: $(VENV)/.dev ## praise against variety, a Pareto plot (nee
 		--out build/pareto --jobs 2 --docs docs/results/objectives
 
 reproduce-summarization: $(VENV)/.dev ## e-mail -> subject line, everything trained here (needs ../shared/data/aeslc; hours)
-	@$(RUN)/python benchmarks/summarization.py --data ../shared/data/aeslc --work build/summarization
+	@$(RUN)/python -m benchmarks.summarization --data ../shared/data/aeslc --work build/summarization
 	@$(RUN)/ivg eval summarization --recipe recipes/local-summarization.toml \
 		--out build/summarization/eval --jobs 2 --docs docs/results/summarization
 

@@ -42,8 +42,8 @@ class NaiveSearch:
     def __init__(self, settings: BenchSettings, model: GuidedModel) -> None:
         check_method(settings.resolved_method)
         self.settings, nets, method = settings, networks(model), settings.resolved_method
-        guides = (nets["tuned"], nets["untuned"]) if method.token else (None, None)
-        self.models = naive.Models(nets["base"], *guides, nets["value"] if method.select else None)
+        guides = {name: nets[name] for name in ("tuned", "untuned") if method.token}
+        self.models = naive.Models(nets["base"], **guides, value=nets["value"] if method.select else None)
 
     def run(self, prompts: Sequence[Prompt], new_tokens: int, seed: int) -> RunOutput:
         """See :class:`ivg.bench.systems.System`. No text of an answer is final before its end."""

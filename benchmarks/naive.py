@@ -91,7 +91,7 @@ def answer(
         eos: end-of-sequence token; None: none.
         draw: random numbers, for tests; None: torch.multinomial.
     """
-    begin, counts = time.perf_counter(), Counter()
+    begin, counts = time.perf_counter(), Counter[str]()
     device, rows = next(models.base.parameters()).device, width * successors
     readers = [_Cached(models.base, "base", counts)]
     if models.tuned is not None and beta:

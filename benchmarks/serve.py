@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import fmean, linear_regression
+from typing import Any
 
 import httpx
 import psutil
@@ -206,7 +207,7 @@ def soak(args: argparse.Namespace) -> None:
     print(f"flat: {'yes' if growth <= MAX_GROWTH else 'no'} (at most {MAX_GROWTH:+.0%})")
     print(f"cache rows, queue and failures at the end: {left or 'none'}")
     print("requests: " + ", ".join(f"{kind} {n}" for kind, n in sorted(counts.items())))
-    figures = {
+    figures: dict[str, Any] = {
         "slope_mib_per_minute": slope,
         "growth": growth,
         "flat": growth <= MAX_GROWTH,
@@ -219,7 +220,7 @@ def soak(args: argparse.Namespace) -> None:
 
 async def traffic(url: str, process: int, args: argparse.Namespace) -> tuple[Counter, list[tuple[float, float]]]:
     """(requests by kind and status, (seconds, MiB) of the server)."""
-    counts, memory, draw, seconds = Counter(), [], random.Random(args.seed), args.soak
+    counts, memory, draw, seconds = Counter[str](), list[tuple[float, float]](), random.Random(args.seed), args.soak
     server = psutil.Process(process)
     started = time.monotonic()
 

@@ -19,20 +19,25 @@ import json
 import time
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.docs_page import update_page
+from benchmarks.docs_page import markdown_table, update_page
 from ivg.bench.shapes import build_model, make_prompts, networks
+from ivg.engines.transformers.engine import TransformersEngine
+from ivg.engines.transformers.speculation import Speculator
 from ivg.model import GuidedModel
 from ivg.models.cached_lm import CachedLM
 from ivg.models.packed_linear import pack
 from ivg.models.runner import ModelRunner
-from ivg.types import Beam, new_key
+from ivg.types import Beam, Prompt, new_key
 from ivg.utils.environment import command, commit, machine
 from ivg.values.explicit import ExplicitValue
 from ivg.values.implicit import ImplicitValue
 
+Row = dict[str, Any]
 PEAK = 3.4
 """Standard deviation of the logits in nats: leaves some 4 nats of entropy over 16 384 tokens."""
 OPENINGS = ("The movie was", "I have to say that", "This film", "What a", "The acting", "If you like", "I watched it", "The story")
@@ -43,14 +48,20 @@ SIDES = {1: 1, 4: 2, 16: 4}
 # Models with a known agreement
 
 
-def constructed_models(shape, dtype, spread, *, agree, seed=0):
+def constructed_models(shape: str, dtype: str, spread: float, *, agree: bool, seed: int = 0) -> GuidedModel:
     """A base, its guides and a value with a known agreement; see the module docstring."""
     plain = build_model(shape, dtype=dtype, packed=False, seed=seed)
     nets, tokenizer = networks(plain), plain.base.tokenizer
     size = nets["untuned"].config.n_embd
     copies = nets["base"].config.n_embd // size
     generator = torch.Generator().manual_seed(seed + 100)
-    random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+
+    def random(*dims: int) -> Tensor:
+        return torch.randn(*dims, generator=generator)
+
+    def reader(name: str) -> CachedLM:
+        return CachedLM(ModelRunner(pack(nets[name]), "explicit" if name == "value" else name), tokenizer)
+
     embedding, other = (random(*nets["untuned"].transformer.wte.weight.shape) for _ in range(2))
     positions = 0.1 * random(*nets["untuned"].transformer.wpe.weight.shape)
     signs = random(size).sign()  # else every token would predict itself
@@ -67,23 +78,24 @@ def constructed_models(shape, dtype, spread, *, agree, seed=0):
             for block in nets[name].transformer.h:
                 for layer in (block.attn.c_proj, block.mlp.c_proj):
                     layer.weight *= spread
-    reader = lambda name: CachedLM(ModelRunner(pack(nets[name]), name), tokenizer)  # noqa: E731
-    value = ExplicitValue(CachedLM(ModelRunner(pack(nets["value"]), "explicit"), tokenizer))
-    return GuidedModel(reader("base"), {"implicit": ImplicitValue(reader("tuned"), reader("untuned")), "explicit": value})
+    values = {"implicit": ImplicitValue(reader("tuned"), reader("untuned")), "explicit": ExplicitValue(reader("value"))}
+    return GuidedModel(reader("base"), values)
 
 
-def _set_embeddings(body, embedding, positions, signs, copies):
+def _set_embeddings(body: Any, embedding: Tensor, positions: Tensor, signs: Tensor, copies: int) -> None:
     """Set token and position embeddings and the last norm, concatenated ``copies`` times; the logits are those of one copy."""
     body.wte.weight.copy_(torch.cat([embedding] * copies, 1) / copies**0.5)
     body.wpe.weight.copy_(torch.cat([positions] * copies, 1) / copies**0.5)
     body.ln_f.weight.copy_(torch.cat([signs] * copies) * PEAK / embedding.shape[1] ** 0.5 / copies**0.5)
 
 
-def pair_statistics(model, prompt, tokens):
+def pair_statistics(model: GuidedModel, prompt: Prompt, tokens: int) -> dict[str, float]:
     """Along a guided text at temperature 1: mean entropy of base and guided distribution in nats, mean overlap of draft and guided."""
     done = model.generate(prompt, "eft", temperature=1.0, max_new_tokens=tokens, ignore_eos=True, seed=1)
     beam = Beam(new_key(), None, prompt, done.token_ids[:-1], vocabulary=model.base.vocabulary)
-    readers = (model.base, model.values["implicit"].tuned, model.values["implicit"].untuned)
+    implicit = model.values["implicit"]
+    assert isinstance(implicit, ImplicitValue)
+    readers = (model.reader, implicit.tuned, implicit.untuned)
     base, tuned, untuned = (reader.recent_outputs([beam], [tokens])[0] for reader in readers)
     for reader in readers:
         reader.release([beam.key])
@@ -96,59 +108,67 @@ def pair_statistics(model, prompt, tokens):
 # Measurements
 
 
-def embedded(arguments):
+def embedded(arguments: argparse.Namespace) -> list[Row]:
     """Acceptance and base passes per token of the embedded models, with a fixed number of drafted tokens."""
-    model, rows = GuidedModel.embedded(), []
+    model = GuidedModel.embedded()
+    speculator, rows = _speculator(model), []
     openings = OPENINGS[:2] if arguments.quick else OPENINGS
     for method in ("eft", "ivg"):
         for beta in (0.5, 1.0, 2.0):
             for temperature in (0.7, 1.0):
-                row = {"method": method, "beta": beta, "temperature": temperature}
+                row: Row = {"method": method, "beta": beta, "temperature": temperature}
                 for ahead in (2, 4, 8):
-                    model.engine.speculation.draft_length = ahead
-                    model.engine.speculation.reset_stats()
+                    speculator.draft_length = ahead
+                    speculator.reset_stats()
                     settings = {"temperature": temperature, "max_new_tokens": arguments.new_tokens, "seed": 1}
                     model.generate(openings, method, beta=beta, draft=ahead, **settings)
-                    stats = model.engine.speculation.stats()
+                    stats = speculator.stats()
                     row |= {"acceptance": stats["acceptance"], f"passes_{ahead}": stats["passes_per_token"]}
                 rows.append(row)
     return rows
 
 
-def speed(model, pair, arguments):
+def speed(model: GuidedModel, pair: str, arguments: argparse.Namespace) -> list[Row]:
     """Seconds of base, guided and drafted sampling, in turn, for each W·K."""
     texts = make_prompts(model.base.tokenizer, arguments.rounds + 1, arguments.prompt_tokens)
     known = pair_statistics(model, texts[0], arguments.new_tokens)
-    rows = []
-    for count, side in SIDES.items():
+    rows: list[Row] = []
+    for count in SIDES:
         entries = {"base": ("base", 0), "guided": ("eft" if count == 1 else "ivg", 0)}
         entries["drafted"] = (entries["guided"][0], arguments.draft)
-        seconds, stats = {name: [] for name in entries}, []
+        seconds: dict[str, list[float]] = {name: [] for name in entries}
+        stats = []
         for number, text in enumerate(texts):
             for name, (method, draft) in entries.items():
-                took = _seconds(model, text, method, count, side, draft, number, arguments)
+                took = _seconds(model, text, method, count, draft, number, arguments)
                 if number:  # the first round warms up
                     seconds[name].append(took)
-            stats.append(model.engine.speculation.stats())
+            stats.append(_speculator(model).stats())
         over = {
             f"over_{name}": median(a / b for a, b in zip(seconds[name], seconds["drafted"], strict=True)) for name in ("base", "guided")
         }
-        row = {"pair": pair, "wk": count, **{name: median(s) for name, s in seconds.items()}, **over, **known}
+        row: Row = {"pair": pair, "wk": count, **{name: median(s) for name, s in seconds.items()}, **over, **known}
         rows.append(row | {key: fmean(s[key] for s in stats[1:]) for key in ("acceptance", "passes_per_token")})
         print(f"{pair}, W·K = {count}: " + ", ".join(f"{k} {v:.3g}" for k, v in rows[-1].items() if isinstance(v, float)), flush=True)
     return rows
 
 
-def _seconds(model, text, method, count, side, draft, seed, arguments):
+def _speculator(model: GuidedModel) -> Speculator:
+    assert isinstance(model.engine, TransformersEngine)
+    return model.engine.speculation
+
+
+def _seconds(model: GuidedModel, text: Prompt, method: str, count: int, draft: int, seed: int, arguments: argparse.Namespace) -> float:
     """Seconds to continue ``text``, prompt included."""
-    settings = {"temperature": 1.0, "max_new_tokens": arguments.new_tokens, "ignore_eos": True, "seed": seed}
+    settings: Row = {"temperature": 1.0, "max_new_tokens": arguments.new_tokens, "ignore_eos": True, "seed": seed}
     if method == "base":
         requests = [model.request(text, method, index=i, **settings) for i in range(count)]
     else:
+        side = SIDES[count]
         sizes = {"width": side, "successors": side, "chunk_length": arguments.chunk_length} if method == "ivg" else {}
         requests = [model.request(text, method, draft=draft, **sizes, **settings)]
     model.reset_caches()
-    model.engine.speculation.reset_stats()
+    _speculator(model).reset_stats()
     started = time.perf_counter()
     done = dict(model.run(requests))
     took = time.perf_counter() - started
@@ -159,31 +179,30 @@ def _seconds(model, text, method, count, side, draft, seed, arguments):
 # Output
 
 
-def render(found):
+def render(found: Row) -> str:
     """Both tables as Markdown."""
     lines = []
     if found["embedded"]:
-        lines += ["Embedded models, base passes per token, with 2, 4 or 8 drafted tokens:", ""]
-        lines += ["| method | β | T | acceptance | 2 ahead | 4 ahead | 8 ahead |", "|---" * 7 + "|"]
-        for r in found["embedded"]:
-            cells = (f"{r[k]:.2f}" for k in ("acceptance", "passes_2", "passes_4", "passes_8"))
-            lines.append(f"| {r['method']} | {r['beta']:g} | {r['temperature']:g} | {' | '.join(cells)} |")
-        lines.append("")
+        head = ["method", "β", "T", "acceptance", "2 ahead", "4 ahead", "8 ahead"]
+        body = [
+            [r["method"], f"{r['beta']:g}", f"{r['temperature']:g}"]
+            + [f"{r[k]:.2f}" for k in ("acceptance", "passes_2", "passes_4", "passes_8")]
+            for r in found["embedded"]
+        ]
+        lines += ["Embedded models, base passes per token, with 2, 4 or 8 drafted tokens:", "", markdown_table(head, body), ""]
     if found["speed"]:
         s = found["settings"]
-        lines += [
-            f"Shape {s['shape']}, {found['dtype']}, {s['new_tokens']} new tokens, at most {s['draft']} drafted tokens; seconds:",
-            "",
+        head = ["pair", "W·K", "base unguided", "guided", "drafted", "faster than guided", "than base", "acceptance", "passes per token"]
+        body = [
+            [r["pair"], str(r["wk"])]
+            + [f"{r[k]:.2f}" for k in ("base", "guided", "drafted")]
+            + [f"{r[k]:.2f}×" for k in ("over_guided", "over_base")]
+            + [f"{r[k]:.2f}" for k in ("acceptance", "passes_per_token")]
+            for r in found["speed"]
         ]
-        lines += ["| pair | W·K | base unguided | guided | drafted | faster than guided | than base | acceptance | passes per token |"]
-        lines += ["|---" * 9 + "|"]
-        for r in found["speed"]:
-            times = " | ".join(f"{r[k]:.2f}" for k in ("base", "guided", "drafted"))
-            ratios = f"{r['over_guided']:.2f}× | {r['over_base']:.2f}×"
-            lines.append(f"| {r['pair']} | {r['wk']} | {times} | {ratios} | {r['acceptance']:.2f} | {r['passes_per_token']:.2f} |")
-        lines.append("")
-        for pair in dict.fromkeys(r["pair"] for r in found["speed"]):
-            r = next(r for r in found["speed"] if r["pair"] == pair)
+        title = f"Shape {s['shape']}, {found['dtype']}, {s['new_tokens']} new tokens, at most {s['draft']} drafted tokens; seconds:"
+        lines += [title, "", markdown_table(head, body), ""]
+        for pair, r in {r["pair"]: r for r in found["speed"]}.items():
             entropies = f"base {r['entropy_base']:.1f} nats of entropy, guided {r['entropy_guided']:.1f}"
             lines.append(f"- {pair}: {entropies}; draft and guided distribution overlap by {r['overlap']:.2f}.")
         lines.append("")
@@ -192,7 +211,7 @@ def render(found):
     return "\n".join([*lines, "", "```text", found["command"], "```"])
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="gpt2-small-16k")
     parser.add_argument("--dtype", default="auto")
@@ -208,11 +227,11 @@ def main():
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.shape, arguments.rounds, arguments.new_tokens, arguments.prompt_tokens = "tiny", 1, 16, 8
-    found = {"embedded": embedded(arguments) if arguments.only != "speed" else [], "speed": []}
+    found: Row = {"embedded": embedded(arguments) if arguments.only != "speed" else [], "speed": []}
     for pair, agree in (("agreeing", True), ("disagreeing", False)):
         if arguments.only != "embedded":
             model = constructed_models(arguments.shape, arguments.dtype, arguments.spread, agree=agree)
-            found["dtype"] = str(next(model.base.model.network.parameters()).dtype).removeprefix("torch.")
+            found["dtype"] = str(next(model.reader.model.network.parameters()).dtype).removeprefix("torch.")
             found["speed"] += speed(model, pair, arguments)
     found |= {"machine": machine(), "threads": torch.get_num_threads(), "commit": commit(Path(__file__)), "command": command()}
     found["settings"] = {k: v for k, v in vars(arguments).items() if k != "docs"}

@@ -1,6 +1,6 @@
 """Summarization on real text: e-mail -> subject line (AESLC), with every model trained by commands of ivg.
 
-    .venv/bin/python benchmarks/summarization.py --data ../shared/data/aeslc --work build/summarization
+    .venv/bin/python -m benchmarks.summarization --data ../shared/data/aeslc --work build/summarization
 
 Steps, each a command that resumes: `base` and `untuned` (SFT of the embedded language models on e-mails with their subjects),
 `gold` (reward model: human subjects against sampled and foreign ones), rollouts scored by `gold`, `tuned` (DPO), `value`
@@ -17,13 +17,17 @@ import random
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from ivg.jobs.formats import read_rows
 from ivg.models.loading import LoadOptions
 from ivg.types import Prompt
 from ivg.utils.jsonl import as_lines, read_jsonl, write_json, write_text
 from ivg.values.reward import RewardModel
+from recipes.grounded import grounded
 
 WORDS = 80
 """Words kept of an e-mail: the models read 512 tokens."""
@@ -31,12 +35,12 @@ CHARACTERS = 700
 """Longer beginnings are tables and addresses; they are not used as prompts. (In SFT, rows over 320 tokens are left out.)"""
 
 
-def prompt_of(email):
+def prompt_of(email: str) -> str:
     """The beginning of the e-mail, followed by ``Subject:``."""
     return " ".join(email.split()[:WORDS]) + "\n\nSubject:"
 
 
-def prepare(data, work):
+def prepare(data: Path, work: Path) -> None:
     """train.jsonl, dev.jsonl, test.jsonl: prompt, response (the sender's subject), references (annotators' subjects too)."""
     for split in ("train", "dev", "test"):
         rows = [
@@ -51,7 +55,7 @@ def prepare(data, work):
     write_text(work / "gold-prompts.jsonl", as_lines({"id": r["id"], "prompt": r["prompt"]} for r in prompts[-5000:]))
 
 
-def preferences(work):
+def preferences(work: Path) -> None:
     """gold.jsonl: the human subject against a sampled one, and against the subject of another e-mail."""
     human = {r["id"]: r for r in read_jsonl(work / "train.jsonl")}
     ids = [r["id"] for r in read_jsonl(work / "gold-prompts.jsonl")]
@@ -66,29 +70,23 @@ def preferences(work):
     write_text(work / "gold.jsonl", as_lines(rows))
 
 
-def judges(work, count=600):
+def judges(work: Path, count: int = 600) -> None:
     """judges.json: scores by gold and grounded of human subjects of test e-mails, and of the subjects of the next e-mail."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-    from grounded import grounded
-
     gold = RewardModel.from_pretrained(work / "gold", options=LoadOptions(device="cpu", dtype="float32"))
     rows = list(read_jsonl(work / "test.jsonl"))[:count]
     own = [(Prompt(r["prompt"]), r["response"]) for r in rows]
     foreign = [(p, rows[(i + 1) % len(rows)]["response"]) for i, (p, _) in enumerate(own)]
-    found = {"e-mails": len(rows)}
+    found: dict[str, Any] = {"e-mails": len(rows)}
     scores = {}
     for name, pairs in (("own", own), ("foreign", foreign)):
         scores[name] = gold.judge(pairs)
-        found[name] = {
-            "gold": sum(scores[name]) / len(rows),
-            "grounded": sum(grounded(p.content, r) for p, r in pairs) / len(rows),
-        }
-    found["gold_prefers_own"] = sum(a > b for a, b in zip(scores["own"], scores["foreign"], strict=True)) / len(rows)
+        found[name] = {"gold": fmean(scores[name]), "grounded": fmean(grounded(str(p.content), r) for p, r in pairs)}
+    found["gold_prefers_own"] = fmean(a > b for a, b in zip(scores["own"], scores["foreign"], strict=True))
     write_json(work / "judges.json", found)
     print(json.dumps(found))
 
 
-def commands(work):
+def commands(work: Path) -> list[tuple[str, str | Callable[[], None]]]:
     """(step, command of ivg or function) in order; each resumes."""
     how = "--max-length 320 --weight-decay 0.02 --batch-size 32 --accumulate 1"
     write = "--max-new-tokens 20 --stop '\n' --dtype float32"
@@ -127,7 +125,7 @@ def commands(work):
     ]
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with AESLC's train, dev and test.parquet")
     parser.add_argument("--work", type=Path, default=Path("build/summarization"))

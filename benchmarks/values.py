@@ -1,6 +1,6 @@
 """Ablation of value targets: FUDGE, TD(λ), CD-Q, refinement rounds; vocabulary and scalar head. Every step resumes.
 
-    .venv/bin/python benchmarks/values.py --rollouts build/embedded_models/rollouts-value.jsonl --work build/values
+    .venv/bin/python -m benchmarks.values --rollouts build/embedded_models/rollouts-value.jsonl --work build/values
     .venv/bin/ivg eval sentiment --recipe recipes/local-values.toml --data ../shared/data/imdb --out build/values/eval
 
 The rollouts are those of the embedded models' recipe (`python -m recipes.embedded_models.build --data ../shared/data/imdb`, stage
@@ -14,10 +14,13 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from ivg.training.data import held_out, read_rated
+from benchmarks.docs_page import markdown_table
+from ivg.training.data import RatedResponse, held_out, read_rated
 from ivg.training.value import measure
+from ivg.training.value_loss import PARTS
 
 MAX_ROWS = 16_000
 TRAINING = f"--lr 1.5e-3 --batch-size 64 --accumulate 1 --max-length 80 --limit {MAX_ROWS} --seed 4"
@@ -37,25 +40,22 @@ VALUES = {
 """Name -> options that differ. ``refined`` holds FUDGE (round-0), one round (round-1) and two rounds (round-2)."""
 
 
-def folders(work):
+def folders(work: Path) -> dict[str, Path]:
     """Folder of each trained value."""
     rounds = {"fudge": "refined/round-0", "round 1": "refined/round-1", "round 2": "refined/round-2"}
     return {name: work / folder for name, folder in (rounds | {n: n for n in VALUES if n != "refined"}).items()}
 
 
-def table(work, rows):
+def table(work: Path, rows: Sequence[RatedResponse]) -> tuple[str, dict[str, dict[str, float]]]:
     """Metrics of every trained value on the responses ``rows``, as Markdown and as a dictionary."""
     found = {n: measure(f, rows) for n, f in folders(work).items() if (f / "metrics.json").exists()}
-    parts = (25, 50, 75, 100)
-    head = " | ".join(f"{p} %" for p in parts)
-    lines = [f"| value | pair accuracy after {head} | RMSE after {head} |", "|---" * 9 + "|"]
-    for name, m in found.items():
-        cells = [f"{m[f'{what}_{p}']:.3f}" for what in ("pair_accuracy", "rmse") for p in parts]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines), found
+    metrics = {"pair_accuracy": "pair accuracy", "rmse": "RMSE"}
+    figures = {f"{key}_{part}": f"{title} after {part} %" for key, title in metrics.items() for part in PARTS}
+    body = [[name, *(f"{m[key]:.3f}" for key in figures)] for name, m in found.items()]
+    return markdown_table(["value", *figures.values()], body), found
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("build/values"))

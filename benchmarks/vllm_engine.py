@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import time
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -41,7 +41,8 @@ def save_models(shape: str, folder: Path) -> dict[str, str]:
 def measure(model: Any, texts: list[Any], new_tokens: int, seed: int) -> dict[str, Any]:
     """Seconds for all answers, and to the first final text of a prompt, the median over prompts."""
     model.reset_caches()
-    begin, clock, first, tokens = time.perf_counter(), environment.cpu_clock(), {}, 0
+    begin, clock, tokens = time.perf_counter(), environment.cpu_clock(), 0
+    first: dict[int, float] = {}
     searcher = model.searcher()
     for text in texts:
         searcher.add(model.request(text, "ivg", seed=seed, max_new_tokens=new_tokens, ignore_eos=True))
@@ -52,7 +53,7 @@ def measure(model: Any, texts: list[Any], new_tokens: int, seed: int) -> dict[st
             if step.completion:
                 tokens += len(step.completion.token_ids)
     assert tokens == len(texts) * new_tokens, f"{tokens} tokens"
-    return {"seconds": time.perf_counter() - begin, "first": statistics.median(first.values()), "others": environment.cpu_contention(clock)}
+    return {"seconds": time.perf_counter() - begin, "first": median(first.values()), "others": environment.cpu_contention(clock)}
 
 
 def main() -> None:
@@ -68,7 +69,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         models = save_models(o.shape, Path(folder))
         run = {"dtype": o.dtype, "device": "cpu"}
-        engines = {
+        engines: dict[str, Any] = {
             "transformers": load_models(Recipe.parse({"models": models, "run": run})),
             "vllm": load_models(
                 Recipe.parse({"models": models, "run": run | {"engine": "vllm"}, "vllm": {"max_num_seqs": 256, "enforce_eager": True}})
@@ -96,12 +97,11 @@ def report(o: argparse.Namespace, counts: list[int], rows: list[dict[str, Any]],
         for name in ("transformers", "vllm"):
             own = [r for r in rows if r["engine"] == name and r["prompts"] == count]
             seconds[name] = [r["seconds"] for r in own]
-            rate = count / statistics.median(seconds[name])
-            first = statistics.median(r["first"] for r in own)
-            table.append(
-                [str(count), name, f"{statistics.median(seconds[name]):.2f}", f"{rate:.2f}", f"{rate * o.new_tokens:.0f}", f"{first:.2f}"]
-            )
-        ratios[count] = statistics.median(v / t for v, t in zip(seconds["vllm"], seconds["transformers"], strict=True))
+            rate = count / median(seconds[name])
+            first = median(r["first"] for r in own)
+            figures = (f"{median(seconds[name]):.2f}", f"{rate:.2f}", f"{rate * o.new_tokens:.0f}", f"{first:.2f}")
+            table.append([str(count), name, *figures])
+        ratios[count] = median(v / t for v, t in zip(seconds["vllm"], seconds["transformers"], strict=True))
         table[-1].append(f"{ratios[count]:.2f}")
         table[-2].append("1")
     head = ["prompts", "engine", "seconds", "answers/s", "tokens/s", "first text (s)", "time over transformers"]
@@ -118,11 +118,8 @@ def report(o: argparse.Namespace, counts: list[int], rows: list[dict[str, Any]],
     print(text + "\n\n" + notes)
     if o.docs:
         update_page(o.docs, f"vllm-{o.shape}", f"{text}\n\n{notes}\n")
-    print(
-        json.dumps(
-            {"benchmark": "vllm-engine", "settings": {k: str(v) for k, v in vars(o).items()}, "ratios": ratios, "rows": rows, "made": made}
-        )
-    )
+    settings = {k: str(v) for k, v in vars(o).items()}
+    print(json.dumps({"benchmark": "vllm-engine", "settings": settings, "ratios": ratios, "rows": rows, "made": made}))
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def build_model(
     return GuidedModel(reader(large, "base", 0), {"implicit": implicit, "explicit": value})
 
 
-def networks(model: GuidedModel) -> dict[str, nn.Module]:
+def networks(model: GuidedModel) -> dict[str, Any]:
     """``base``, ``tuned``, ``untuned`` and ``value``, as plain networks."""
     implicit, explicit = model.values["implicit"], model.values["explicit"]
     assert isinstance(implicit, ImplicitValue)
