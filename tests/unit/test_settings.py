@@ -17,7 +17,7 @@ from ivg.search.methods import Method, get_method
 from ivg.search.request import Particles, Rejection, Request, Search
 from ivg.settings.recipe import ModelRef, Recipe, SamplingConfig, SearchConfig
 from ivg.settings.rules import WEIGHTS
-from ivg.settings.schema import rules_of
+from ivg.settings.schema import rules_of, settings_of
 from ivg.settings.search import RequestSettings, SearchSettings
 from ivg.types import Prompt, SamplingParams, TokenGuidance
 from ivg.utils.rng import as_seed, mix
@@ -88,6 +88,13 @@ def test_every_setting_has_a_rule():
     assert {f.name for made in (Rejection, Particles) for f in fields(made)} <= set(RULES)
     assert set(SamplingConfig.model_fields) == {f.name for f in fields(SamplingParams)}
     assert set(SearchConfig.model_fields) - {"method"} <= {f.name for f in fields(Method)}
+
+
+@pytest.mark.parametrize("kind", [TokenGuidance, Search, Rejection, Particles, Request], ids=lambda kind: kind.__name__)
+def test_objects_of_a_search_have_the_declared_defaults(kind):
+    declared = settings_of(SearchSettings) | settings_of(RequestSettings)
+    same = {f.name: f.default for f in fields(kind) if f.name in declared}
+    assert same and same == {name: declared[name].default for name in same}
 
 
 @given(

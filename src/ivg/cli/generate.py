@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,9 +11,9 @@ import typer
 from ivg.cli.options import Options, command
 from ivg.cli.recipe_options import RecipeOptions
 from ivg.errors import ConfigError
+from ivg.settings.generate import GenerateSettings
 from ivg.settings.ray import RaySettings
 from ivg.settings.recipe import Recipe
-from ivg.settings.train import parse_columns
 
 if TYPE_CHECKING:
     from ivg.jobs.formats import SourceRow
@@ -32,58 +31,40 @@ appended as they are done; the same command again goes on where it stopped."""
 
 
 @command(
+    files=Options(GenerateSettings, "Files"),
     recipe=RecipeOptions("models", "search", "sampling", "run", check_method=True),
     cluster=Options(RaySettings, "Many machines (docs/how-to/scaling.md)", make=RaySettings.of),
 )
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, each one argument.", metavar="PROMPT...")] = None,
-    input: Annotated[
-        Path | None,
-        typer.Option("--input", "-i", help="Rows with prompts: JSONL, JSON, CSV, Parquet, gzipped or not; - is standard input."),
-    ] = None,
-    format: Annotated[
-        str | None, typer.Option("--format", help="jsonl, json, csv, parquet or text. (default: by the file's name or content)")
-    ] = None,
-    columns: Annotated[
-        str | None, typer.Option("--columns", help="Columns with other names: NAME=COLUMN, comma-separated, e.g. prompt=question.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSONL file to append answers to; - is standard output.")] = None,
-    failed: Annotated[Path | None, typer.Option("--failed", help="JSONL file for the rows that failed, each with the reason.")] = None,
-    trace: Annotated[Path | None, typer.Option("--trace", help="Write the search as one HTML page.")] = None,
     *,
+    files: GenerateSettings,
     recipe: Recipe,
     cluster: RaySettings | None,
 ) -> None:
     """See HELP."""
-    if bool(prompts) == bool(input):
+    if bool(prompts) == (files.input is not None):
         raise ConfigError("give prompts, or --input FILE (exactly one of the two)")
-    _check_files(input, output, failed)
-    rows = _rows(prompts or [], input, format, parse_columns(columns))
-    run(recipe, rows, input, Outputs(output, failed, trace), cluster)
+    _check_files(files)
+    run(recipe, _rows(prompts or [], files), files, cluster)
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """Files that a run writes."""
-
-    answers: Path | None = None
-    failed: Path | None = None
-    trace: Path | None = None
-
-
-def _rows(prompts: list[str], source: Path | None, format: str | None, columns: Mapping[str, str]) -> Iterator[SourceRow]:
+def _rows(prompts: list[str], files: GenerateSettings) -> Iterator[SourceRow]:
     from ivg.jobs.formats import SourceRow, scan_rows
 
-    if source is None:
+    if files.input is None:
         yield from (SourceRow(f"prompt {i}", {"prompt": p}) for i, p in enumerate(prompts))
         return
-    for row in scan_rows(source, format=format, hub=False):
-        if row.data is not None and (missing := [theirs for theirs in columns.values() if theirs not in row.data]):
-            raise ConfigError(f"{source}: no column {', '.join(missing)}\n  got {', '.join(row.data)}")
-        yield row if row.data is None else replace(row, data={**row.data, **{ours: row.data[theirs] for ours, theirs in columns.items()}})
+    names = files.column_names
+    for row in scan_rows(files.input, format=files.format, hub=False):
+        if row.data is not None:
+            if missing := [column for column in names.values() if column not in row.data]:
+                raise ConfigError(f"{files.input}: no column {', '.join(missing)}\n  got {', '.join(row.data)}")
+            row = replace(row, data={**row.data, **{name: row.data[column] for name, column in names.items()}})
+        yield row
 
 
-def run(recipe: Recipe, rows: Iterable[SourceRow], source: Path | None, outputs: Outputs, cluster: RaySettings | None = None) -> None:
+def run(recipe: Recipe, rows: Iterable[SourceRow], files: GenerateSettings, cluster: RaySettings | None = None) -> None:
     """Answer every prompt that is not answered yet; what cannot be answered is reported, the others are done."""
     from ivg.cli.printing import show
     from ivg.cli.progress import print_error, progress
@@ -91,39 +72,40 @@ def run(recipe: Recipe, rows: Iterable[SourceRow], source: Path | None, outputs:
     from ivg.jobs.generate import Callbacks, GenerateRun
     from ivg.jobs.prompts import read_jobs
 
-    failures = Failures(print_error, outputs.failed)
+    failures = Failures(print_error, files.failed)
     jobs = list(read_jobs(rows, failures))
     if not jobs and not failures.count:
-        raise ConfigError(f"{source} holds no rows\n  expected rows with prompt or messages")
-    work = GenerateRun(recipe, jobs, failures, cluster, trace=outputs.trace is not None)
+        raise ConfigError(f"{files.input} holds no rows\n  expected rows with prompt or messages")
+    work = GenerateRun(recipe, jobs, failures, cluster, trace=files.trace is not None)
     traced: list[tuple[str, Completion]] = []
 
     def on_answer(job: Job, completion: Completion) -> None:
-        if outputs.answers is None:
+        if files.output is None:
             show(_shown(job.prompt), completion, recipe.search.method, many=len(jobs) * recipe.run.n > 1)
-        if outputs.trace is not None:
+        if files.trace is not None:
             traced.append((_shown(job.prompt), completion))
 
     callbacks = Callbacks(on_answer, lambda total: progress(total, "answers"), lambda text: typer.echo(text, err=True))
     try:
-        work.run(outputs.answers, callbacks)
+        work.run(files.output, callbacks)
     finally:
-        if outputs.trace is not None and traced:
+        if files.trace is not None and traced:
             from ivg.cli.trace import write_trace
 
-            write_trace(outputs.trace, traced, recipe.search.method)
+            write_trace(files.trace, traced, recipe.search.method)
         failures.close()
-        if "skipped" in work.counts and (source is not None or outputs.answers is not None):
+        if "skipped" in work.counts and (files.input is not None or files.output is not None):
             typer.echo(", ".join(f"{name} {work.counts[name]}" for name in ("answered", "skipped", "failed", "already done")), err=True)
     if failures.count:
         raise typer.Exit(1 if work.counts["answered"] or work.counts["already done"] else 2)
 
 
-def _check_files(source: Path | None, output: Path | None, failed: Path | None) -> None:
+def _check_files(files: GenerateSettings) -> None:
     """No file is read and written, or written twice, in one run."""
     from ivg.jobs.store import is_stream
 
-    named = {"--input": source, "--output": output, "--failed": failed}
+    source, failed = files.input, files.failed
+    named = {"--input": source, "--output": files.output, "--failed": failed}
     places = {option: path.resolve() for option, path in named.items() if path is not None and not is_stream(path)}
     for option, place in places.items():
         same = next((other for other in places if other < option and places[other] == place), None)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ivg.errors import ConfigError
-from ivg.settings.train import parse_columns
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,7 +61,7 @@ def _read(options: PreferenceSettings) -> list[Preference]:
     from ivg.training.data import ColumnMapping, read_preferences
 
     assert options.preferences is not None
-    failures, mapping = Failures(print_error), ColumnMapping(parse_columns(options.columns) or None)
+    failures, mapping = Failures(print_error), ColumnMapping(options.column_names or None)
     pairs = read_preferences(options.preferences, options.pairs, mapping=mapping, format=options.format, on_bad=failures.add_unreadable)
     failures.close()
     return pairs

@@ -17,8 +17,10 @@ from ivg.cli.app import LazyCommand
 from ivg.cli.options import default_text
 from ivg.settings.bench import BenchOptions
 from ivg.settings.check import PreferenceSettings
+from ivg.settings.generate import GenerateSettings
 from ivg.settings.ray import RaySettings
 from ivg.settings.recipe import Recipe
+from ivg.settings.rows import RowSettings
 from ivg.settings.sampling import DEFAULT_SAMPLING, SamplingParams
 from ivg.settings.schema import Declared, Setting, settings_of
 from ivg.settings.search import SearchSettings
@@ -27,9 +29,11 @@ from ivg.settings.train import DataSettings, DPOSettings, RefineSettings, Rollou
 VERBS_DIFFER = "The defaults are those of Python; each verb of the command line has its own ([command line](cli.md))."
 NOTE = "Written by `make docs`; do not edit by hand."
 OTHERS = {
+    "Rows (`ivg generate`, `ivg check`, `ivg train`)": RowSettings,
+    "Files (`ivg generate`)": GenerateSettings,
     "Ray (`ivg generate`)": RaySettings,
     "Preferences (`ivg check`)": PreferenceSettings,
-    "Rows (`ivg train`)": DataSettings,
+    "Training rows (`ivg train`)": DataSettings,
     "Trainers (`ivg train`)": TrainSettings,
     "Supervised fine-tuning (`ivg train sft`)": SFTSettings,
     "Preference optimisation (`ivg train dpo`)": DPOSettings,

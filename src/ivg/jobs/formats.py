@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast, get_args
+from typing import Any, BinaryIO, cast, get_args
 
 from ivg.errors import ConfigError
 from ivg.jobs.text import csv_rows, json_rows, jsonl_rows, text_rows
+from ivg.settings.rows import Format
 from ivg.utils.hub_status import reachable, unreachable_reason
 
-Format = Literal["jsonl", "json", "csv", "parquet", "text"]
 FORMATS: tuple[str, ...] = get_args(Format)
 STDIN = "-"
 """As a path: standard input."""

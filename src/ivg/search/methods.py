@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ivg.errors import ConfigError
-from ivg.search.request import Particles, Rejection, Search, require
+from ivg.search.request import Particles, Rejection, Search, check_rule
 from ivg.settings.schema import settings_of
 from ivg.settings.search import SearchSettings, Weights
 from ivg.types import TokenGuidance, Value
 from ivg.utils.plugins import Plugins
 
+_Kind = TypeVar("_Kind", TokenGuidance, Search, Rejection, Particles)
 Combine = Callable[[Sequence[tuple[float, Value]], str], Value]
 """Makes one value of (weight, value) pairs and a name: ``values.base.CompositeValue``, or a function that caches them."""
 
@@ -46,7 +47,8 @@ class Method(SearchSettings):
                 "  name one (select=explicit, implicit, reward …) or set width=1, successors=1"
             )
         if self.rule in ("reject", "particles"):
-            self._check_rule()
+            least = self.segment_min if self.rule == "reject" else None
+            check_rule(self, selects=bool(self.selectors), draft=self.draft, segment_min=least)
 
     @property
     def guides(self) -> Weights:
@@ -80,16 +82,6 @@ class Method(SearchSettings):
                 given[role] = None
         return replace(self, **given)
 
-    def _check_rule(self) -> None:
-        if not self.selectors:
-            raise ConfigError(f"{self.name}: rule={self.rule} needs a value to select by\n  name one (select=explicit, reward …)")
-        if self.decay != 1.0 or self.original:
-            raise ConfigError(f"{self.name}: rule={self.rule} does not use decay and original\n  leave them out")
-        if self.rule == "reject":
-            require("width · successors (W·K)", self.width * self.successors, self.width * self.successors == 1, "1 with rule=reject")
-            longest = self.chunk_length
-            require("segment_min", self.segment_min, longest is None or self.segment_min <= longest, f"at most chunk_length ({longest})")
-
     def search(self, values: Mapping[str, Value], combine: Combine | None = None) -> Search:
         """The settings of the loop, with values in place of their names.
 
@@ -113,17 +105,13 @@ class Method(SearchSettings):
         guide = self._value(self.guides, bool(self.weights), values, combine)
         guidance = None
         if guide is not None:
-            guidance = TokenGuidance(guide, self.beta, self.candidates, self.transform, self.normalise, self.gate, self.draft)
-        return Search(
-            width=self.width,
-            successors=self.successors,
-            chunk_length=self.chunk_length,
+            guidance = _settings(TokenGuidance, self, value=guide)
+        return _settings(
+            Search,
+            self,
             guidance=guidance,
             value=self._value(self.selectors, bool(self.select_weights), values, combine),
             rule="soft" if self.rule == "soft" else "top",
-            soft_scale=self.soft_scale,
-            original=self.original,
-            decay=self.decay,
             rejection=_settings(Rejection, self) if self.rule == "reject" else None,
             particles=_settings(Particles, self) if self.rule == "particles" else None,
         )
@@ -139,9 +127,10 @@ class Method(SearchSettings):
         return combine([(weight, values[name]) for name, weight in parts], "+".join(f"{weight:g}*{name}" for name, weight in parts))
 
 
-def _settings(kind: Any, method: Method) -> Any:
-    """The settings of a rule, from the method's fields of the same names."""
-    return kind(**{f.name: getattr(method, f.name) for f in fields(kind)})
+def _settings(kind: type[_Kind], method: Method, **more: Any) -> _Kind:
+    """An object of the search, from the method's settings of the same names and ``more``."""
+    shared = {f.name for f in fields(kind)} & settings_of(SearchSettings).keys() - more.keys()
+    return kind(**{name: getattr(method, name) for name in shared}, **more)
 
 
 _CHUNKED: dict[str, Any] = {"width": 4, "successors": 4, "chunk_length": 5}

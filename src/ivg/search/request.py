@@ -13,7 +13,7 @@ from ivg.settings.search import RequestSettings, SearchSettings
 from ivg.types import Prompt, SamplingParams, TokenGuidance, Value
 from ivg.utils.rng import mix
 
-QUANTUM = 16
+QUANTUM = RequestSettings.stride
 """Tokens of one round at most, so that long chunks do not keep other requests waiting. Changes no result."""
 
 
@@ -42,12 +42,12 @@ class Rejection:
         segment_min: tokens of a segment at least; at most the chunk length.
     """
 
-    target: float | None = None
-    accept_scale: float = 0.7
-    threshold_start: float = 0.5
-    tries: int = 20
-    segment_entropy: float = 3.0
-    segment_min: int = 4
+    target: float | None = SearchSettings.target
+    accept_scale: float = SearchSettings.accept_scale
+    threshold_start: float = SearchSettings.threshold_start
+    tries: int = SearchSettings.tries
+    segment_entropy: float = SearchSettings.segment_entropy
+    segment_min: int = SearchSettings.segment_min
 
     def __post_init__(self) -> None:
         validate(self, SearchSettings)
@@ -62,8 +62,8 @@ class Particles:
         resample_below: resample when the effective sample size is below this share of the particles; 0: never.
     """
 
-    particle_beta: float = 1.0
-    resample_below: float = 0.5
+    particle_beta: float = SearchSettings.particle_beta
+    resample_below: float = SearchSettings.resample_below
 
     def __post_init__(self) -> None:
         validate(self, SearchSettings)
@@ -90,15 +90,15 @@ class Search:
         make_rule: makes your own :class:`~ivg.search.selection.SelectionRule` for a request.
     """
 
-    width: int = 1
-    successors: int = 1
-    chunk_length: int | None = None
+    width: int = SearchSettings.width
+    successors: int = SearchSettings.successors
+    chunk_length: int | None = SearchSettings.chunk_length
     guidance: TokenGuidance | None = None
     value: Value | None = None
     rule: Literal["top", "soft"] = "top"
-    soft_scale: float = 1.0
-    original: bool = False
-    decay: float = 1.0
+    soft_scale: float = SearchSettings.soft_scale
+    original: bool = SearchSettings.original
+    decay: float = SearchSettings.decay
     rejection: Rejection | None = None
     particles: Particles | None = None
     make_rule: Callable[[Request], SelectionRule] | None = None
@@ -126,12 +126,12 @@ class Request:
     prompt: Prompt
     search: Search = field(default_factory=Search)
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    seed: int = 0
-    index: int = 0
-    trace: bool = False
-    record: bool = False
-    alternatives: int | None = None
-    stride: int = QUANTUM
+    seed: int = RequestSettings.seed
+    index: int = RequestSettings.index
+    trace: bool = RequestSettings.trace
+    record: bool = RequestSettings.record
+    alternatives: int | None = RequestSettings.alternatives
+    stride: int = RequestSettings.stride
     from_checkpoint: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -160,18 +160,35 @@ def check_search(search: Search) -> None:
     Raises:
         ConfigError: two selection rules at once, or a rule without the value that it needs.
     """
-    rules = {"rejection": search.rejection, "particles": search.particles, "make_rule": search.make_rule}
-    if len(given := [name for name, settings in rules.items() if settings is not None]) > 1:
+    rules = {"rejection": search.rejection, "particles": search.particles, "make_rule": search.make_rule, "soft": search.rule == "soft"}
+    if len(given := [name for name, settings in rules.items() if settings]) > 1:
         raise ConfigError(f"got {' and '.join(given)}\n  a search has one selection rule; leave one of them out")
     if search.rejection is None and search.particles is None:
         return
-    if search.value is None:
-        raise ConfigError("rejection and particles need a value to select by\n  name one (select=explicit, reward …)")
-    if search.decay != 1.0 or search.original or search.rule == "soft":
-        raise ConfigError("rejection and particles have their own rule\n  leave out decay, original and soft")
-    if search.rejection is not None:
-        draft = search.guidance.draft if search.guidance is not None else 0
-        require("draft", draft, draft == 0, "0 with rule=reject, whose segments end where the base is uncertain")
-        require("width · successors (W·K)", search.width * search.successors, search.width * search.successors == 1, "1 for rejection")
-        longest, least = search.chunk_length, search.rejection.segment_min
-        require("segment_min", least, longest is None or least <= longest, f"at most chunk_length ({longest})")
+    draft = search.guidance.draft if search.guidance is not None else 0
+    least = None if search.rejection is None else search.rejection.segment_min
+    check_rule(search, selects=search.value is not None, draft=draft, segment_min=least)
+
+
+def check_rule(search: Search | SearchSettings, *, selects: bool, draft: int, segment_min: int | None) -> None:
+    """Raise for settings that contradict the selection rule ``reject`` or ``particles``.
+
+    Args:
+        search: has the rule.
+        selects: there is a value to select by.
+        draft: of the token guidance.
+        segment_min: of the rule ``reject``; None: the rule is ``particles``.
+
+    Raises:
+        ConfigError: no value to select by, or another setting that does not go with the rule.
+    """
+    name = "rule=particles" if segment_min is None else "rule=reject"
+    if not selects:
+        raise ConfigError(f"{name} needs a value to select by\n  name one (select=explicit, reward …)")
+    if search.decay != SearchSettings.decay or search.original:
+        raise ConfigError(f"{name} does not use decay and original\n  leave them out")
+    if segment_min is not None:
+        require("draft", draft, draft == 0, f"0 with {name}, whose segments end where the base is uncertain")
+        require("width · successors (W·K)", search.width * search.successors, search.width * search.successors == 1, f"1 with {name}")
+        longest = search.chunk_length
+        require("segment_min", segment_min, longest is None or segment_min <= longest, f"at most chunk_length ({longest})")

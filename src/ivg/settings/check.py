@@ -8,26 +8,16 @@ from typing import Annotated
 
 from ivg.errors import ConfigError
 from ivg.settings import rules as r
+from ivg.settings.rows import RowSettings
 from ivg.settings.schema import Setting, validate
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceSettings:
+class PreferenceSettings(RowSettings):
     """Which preference pairs are read, and what is measured on them."""
 
     preferences: Annotated[
         Path | None, Setting("Pairs (docs/reference/data.md): prompt, chosen, rejected.", flags=("--preferences",), unset="none")
-    ] = None
-    format: Annotated[str | None, Setting("jsonl, json, csv or parquet.", flags=("--format",), unset="by the file's name or content")] = (
-        None
-    )
-    columns: Annotated[
-        str | None,
-        Setting(
-            "Columns with other names: NAME=COLUMN, comma-separated, e.g. chosen=better,rejected=worse.",
-            flags=("--columns",),
-            unset="the same names",
-        ),
     ] = None
     pairs: Annotated[int, Setting("Number of pairs, from the first.", r.count(1, label="--pairs"), flags=("--pairs",))] = 400
     sweep: Annotated[int, Setting("Prompts for which texts are sampled; 0: none.", r.count(0, label="--sweep"), flags=("--sweep",))] = 16

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
 from ivg.settings import rules as r
 from ivg.settings.models import RewardRef
 from ivg.settings.requests import MethodConfig
+from ivg.settings.rows import RowFormat
 from ivg.settings.schema import Setting
 from ivg.settings.tables import Table
 
@@ -31,10 +32,7 @@ class EvalConfig(Table):
         Setting("Rows (docs/reference/data.md): a file, -, a folder, or the id of a data set.", flags=("--data",), unset="the task's own"),
     ] = None
     split: Annotated[str | None, Setting("Split of a folder or data set.", flags=("--split",), unset="the task's")] = None
-    format: Annotated[
-        Literal["jsonl", "json", "csv", "parquet", "text"] | None,
-        Setting("Format of the file: jsonl, json, csv, parquet or text.", flags=("--format",), unset="by the file's name or content"),
-    ] = None
+    format: RowFormat = None
     prompts: Annotated[
         int | None,
         Setting("Number of prompts, from the first; fewer are an error.", r.count(1), flags=("--prompts",), unset="as in the task's paper"),

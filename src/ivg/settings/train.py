@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from ivg.errors import ConfigError
 from ivg.settings import rules as r
+from ivg.settings.rows import RowSettings
 from ivg.settings.schema import Setting, validate
 
 Mode = Literal["full", "lora", "head"]
@@ -20,26 +21,15 @@ _COUNT = r.count(1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """Which rows are read, and the names of their columns (docs/reference/data.md)."""
+class DataSettings(RowSettings):
+    """Which rows are read, and how (docs/reference/data.md)."""
 
     split: Annotated[str, Setting("Split of a folder or data set.", flags=("--split",))] = "train"
     limit: Annotated[int | None, Setting("Number of rows, from the first.", r.count(1, optional=True), flags=("--limit",), unset="all")] = (
         None
     )
-    format: Annotated[
-        str | None, Setting("jsonl, json, csv, parquet or text.", flags=("--format",), unset="by the file's name or content")
-    ] = None
     failed: Annotated[
         Path | None, Setting("JSONL file for the rows that cannot be used, each with the reason.", flags=("--failed",), unset="none")
-    ] = None
-    columns: Annotated[
-        str | None,
-        Setting(
-            "Columns with other names: NAME=COLUMN, comma-separated, e.g. prompt=email,response=subject.",
-            flags=("--columns",),
-            unset="the same names",
-        ),
     ] = None
     prompt_format: Annotated[
         str | None,
@@ -56,30 +46,6 @@ class DataSettings:
             text = getattr(self, f"{name}_format")
             if text is not None and f"{{{name}}}" not in text:
                 raise ConfigError(f"--{name}-format {text!r}\n  expected a text with {{{name}}} where the {name} goes")
-
-    @property
-    def column_names(self) -> dict[str, str]:
-        """The names in docs/reference/data.md -> the columns of the data.
-
-        Raises:
-            ConfigError: ``columns`` of another form.
-        """
-        return parse_columns(self.columns)
-
-
-def parse_columns(text: str | None) -> dict[str, str]:
-    """``NAME=COLUMN,…`` as a mapping.
-
-    Raises:
-        ConfigError: text of another form.
-    """
-    out = {}
-    for part in text.split(",") if text else ():
-        name, sign, column = part.strip().partition("=")
-        if not sign:
-            raise ConfigError(f"--columns {text!r}\n  expected NAME=COLUMN, comma-separated, e.g. prompt=email,response=subject")
-        out[name] = column
-    return out
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from ivg.errors import ConfigError, ModelError
 from ivg.settings.sampling import SamplingParams
 from ivg.settings.schema import validate
-from ivg.settings.search import SearchSettings
+from ivg.settings.search import SearchSettings, Transform
 from ivg.types.beam import Beam
 from ivg.types.messages import Prompt
 from ivg.types.value import Value
@@ -40,12 +40,12 @@ class TokenGuidance:
     """
 
     value: Value
-    beta: float = 1.0
-    candidates: int = 0
-    transform: Literal["identity", "log-sigmoid", "centered"] = "identity"
-    normalise: bool = False
-    gate: float = 0.0
-    draft: int = 0
+    beta: float = SearchSettings.beta
+    candidates: int = SearchSettings.candidates
+    transform: Transform = SearchSettings.transform
+    normalise: bool = SearchSettings.normalise
+    gate: float = SearchSettings.gate
+    draft: int = SearchSettings.draft
 
     def __post_init__(self) -> None:
         validate(self, SearchSettings)
