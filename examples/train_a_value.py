@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean
 
 from ivg import ExplicitValue, FunctionValue, GuidedModel, Prompt
-from ivg.settings.train import TrainSettings
+from ivg.settings.train import ValueTrainSettings
 from ivg.training.data import read_rated
 from ivg.training.rollout import rollout
 from ivg.training.value import train_value
@@ -34,7 +34,7 @@ def main(out: Path) -> None:
     rows = rollout(model, PROMPTS, out / "rollouts.jsonl", FunctionValue(long_words), samples=24, max_new_tokens=20)
 
     # 2. A value: a small causal model with a vocabulary head (one number for every next token), fitted to the final reward.
-    options = TrainSettings(
+    options = ValueTrainSettings(
         num_train_epochs=10, learning_rate=1e-3, eval_share=0.25, evaluations=1, trainer_args={"logging_strategy": "no"}
     )
     metrics = train_value("embedded:untuned", read_rated(rows), out / "value", options)

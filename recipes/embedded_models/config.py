@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ivg.settings.train import DPOSettings, TrainSettings, ValueSettings
+from ivg.settings.train import DPOSettings, ValueSettings, ValueTrainSettings
 from recipes.embedded_models.gold import GoldConfig
 from recipes.embedded_models.pretrain import Phase, PretrainConfig
 
@@ -42,6 +42,7 @@ DPO = DPOSettings(
     num_train_epochs=2.0,
     learning_rate=5e-4,
     per_device_train_batch_size=32,
+    gradient_accumulation_steps=1,
     max_length=96,
     warmup_steps=0.25,
     weight_decay=0.05,
@@ -53,8 +54,15 @@ DPO = DPOSettings(
 """The hyperparameters of Liu et al. 2024 (arXiv 2409.17819) for IMDb, with fewer epochs to save time."""
 PAIR_PROMPTS = 9_600
 VALUE_PROMPTS = 4_800
-VALUE = TrainSettings(
-    num_train_epochs=2.0, learning_rate=1.5e-3, per_device_train_batch_size=64, max_length=96, weight_decay=0.02, eval_share=0.1, seed=4
+VALUE = ValueTrainSettings(
+    num_train_epochs=2.0,
+    learning_rate=1.5e-3,
+    per_device_train_batch_size=64,
+    gradient_accumulation_steps=1,
+    max_length=96,
+    weight_decay=0.02,
+    eval_share=0.1,
+    seed=4,
 )
 VALUE_OTHER = replace(VALUE, learning_rate=2e-3, seed=5)
 SCALAR = ValueSettings(head="scalar")

@@ -24,7 +24,13 @@ from killed import run_killed
 pytest.importorskip("trl")
 FLOAT32 = LoadOptions(device="cpu", dtype="float32")
 FAST = TrainSettings(
-    num_train_epochs=4, learning_rate=3e-3, per_device_train_batch_size=16, eval_share=0.2, evaluations=1, trainer_args={"bf16": False}
+    num_train_epochs=4,
+    learning_rate=3e-3,
+    per_device_train_batch_size=16,
+    gradient_accumulation_steps=1,
+    eval_share=0.2,
+    evaluations=1,
+    trainer_args={"bf16": False},
 )
 
 
@@ -273,6 +279,21 @@ def test_a_value_reads_prompts_as_it_was_trained(tmp_path, model):
     found = measure(tmp_path / "v", held)
     assert found["rmse_50"] == pytest.approx(metrics["rmse_50"], abs=1e-3)
     assert found["pair_accuracy_75"] == pytest.approx(metrics["pair_accuracy_75"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "share", "says"), [(2, "0.1", True), (2, "0", False), (8, "0.5", False)])
+def test_the_command_says_when_nothing_was_held_out(tmp_path, model, rows, share, says):
+    from typer.testing import CliRunner
+
+    from ivg.cli.app import app
+
+    data = [{"prompt": f"p{i}", "response": "abab", "score": float(i)} for i in range(rows)]
+    (tmp_path / "rows.jsonl").write_text(as_lines(data))
+    command = ["train", "value", "--model", str(model), "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "v")]
+    done = CliRunner().invoke(app, [*command, "--eval-share", share, "--epochs", "1"])
+    assert done.exit_code == 0
+    assert ("no row was held out for evaluation" in done.stderr) == says
+    assert f'"rows_held_out": {rows // 2 if share == "0.5" else 0}' in done.stdout
 
 
 def test_errors(tmp_path, model):

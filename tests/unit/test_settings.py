@@ -19,6 +19,7 @@ from ivg.settings.recipe import ModelRef, Recipe, SamplingConfig, SearchConfig
 from ivg.settings.rules import WEIGHTS
 from ivg.settings.schema import rules_of, settings_of
 from ivg.settings.search import RequestSettings, SearchSettings
+from ivg.settings.train import DPOSettings, TrainSettings, ValueTrainSettings
 from ivg.types import Prompt, SamplingParams, TokenGuidance
 from ivg.utils.rng import as_seed, mix
 from ivg.values.base import FunctionValue
@@ -341,3 +342,13 @@ assert "| `made_up` | `3` | What nobody needs. (options `--made-up`; also called
 def test_a_setting_that_is_declared_once_is_everywhere(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "rate"),
+    [(TrainSettings, "full", 2e-5), (DPOSettings, "full", 5e-6), (DPOSettings, "lora", 5e-5), (ValueTrainSettings, "head", 1e-4)],
+)
+def test_the_default_learning_rate_depends_on_trainer_and_mode(kind, mode, rate):
+    assert kind(mode=mode).learning_rate == pytest.approx(rate)
+    assert f"{kind.DEFAULT_LEARNING_RATE:g};" in settings_of(kind)["learning_rate"].setting.unset
+    assert kind(mode=mode, learning_rate=1.0).learning_rate == 1.0

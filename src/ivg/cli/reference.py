@@ -24,9 +24,17 @@ from ivg.settings.rows import RowSettings
 from ivg.settings.sampling import DEFAULT_SAMPLING, SamplingParams
 from ivg.settings.schema import Declared, Setting, settings_of
 from ivg.settings.search import SearchSettings
-from ivg.settings.train import DataSettings, DPOSettings, RefineSettings, RolloutSettings, SFTSettings, TrainSettings, ValueSettings
+from ivg.settings.train import (
+    DataSettings,
+    DPOSettings,
+    RefineSettings,
+    RolloutSettings,
+    SFTSettings,
+    TrainSettings,
+    ValueSettings,
+    ValueTrainSettings,
+)
 
-VERBS_DIFFER = "The defaults are those of Python; each verb of the command line has its own ([command line](cli.md))."
 NOTE = "Written by `make docs`; do not edit by hand."
 OTHERS = {
     "Rows (`ivg generate`, `ivg check`, `ivg train`)": RowSettings,
@@ -34,11 +42,12 @@ OTHERS = {
     "Ray (`ivg generate`)": RaySettings,
     "Preferences (`ivg check`)": PreferenceSettings,
     "Training rows (`ivg train`)": DataSettings,
-    "Trainers (`ivg train`)": TrainSettings,
+    "Trainers (`ivg train reward`, and what the others share)": TrainSettings,
     "Supervised fine-tuning (`ivg train sft`)": SFTSettings,
     "Preference optimisation (`ivg train dpo`)": DPOSettings,
     "Rollouts (`ivg train rollout`)": RolloutSettings,
     "Values (`ivg train value`)": ValueSettings,
+    "Trainer of values (`ivg train value`)": ValueTrainSettings,
     "Refinement of values (`ivg train value`)": RefineSettings,
     "Benchmarks (`ivg bench`)": BenchOptions,
 }
@@ -95,18 +104,17 @@ def settings() -> str:
         "",
     ]
     for title, other in OTHERS.items():
-        parts += [f"### {title}", "", *([VERBS_DIFFER, ""] if other is TrainSettings else []), *_rows(other, inherited=False), ""]
+        parts += [f"### {title}", "", *_rows(other, inherited=False), ""]
     return "\n".join(parts).rstrip() + "\n"
 
 
 def _rows(kind: Any, table: str = "", *, inherited: bool = True) -> list[str]:
-    above = (
-        set() if inherited else {name for base in kind.__mro__[1:] if "__dataclass_fields__" in vars(base) for name in settings_of(base)}
-    )
+    base: Any = kind.__mro__[1]
+    above = settings_of(base) if not inherited and "__dataclass_fields__" in vars(base) else {}
     defaults = {"search": settings_of(SearchSettings), "sampling": settings_of(SamplingParams)}.get(table, {})
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for name, declared in settings_of(kind).items():
-        if name in above:
+        if name in above and _default(above[name], above[name].default) == _default(declared, declared.default):
             continue
         setting = replace(declared.setting, flags=()) if table == "values" else declared.setting
         default = getattr(DEFAULT_SAMPLING, name) if table == "sampling" else defaults.get(name, declared).default

@@ -12,10 +12,19 @@ import typer
 
 from ivg.cli.options import Options, command
 from ivg.cli.recipe_options import RecipeOptions
-from ivg.cli.train_run import finish, read_rows, train_extra, train_settings
+from ivg.cli.train_run import finish, read_rows, train_extra
 from ivg.errors import ConfigError
 from ivg.settings.recipe import Recipe
-from ivg.settings.train import DataSettings, DPOSettings, RefineSettings, RolloutSettings, SFTSettings, TrainSettings, ValueSettings
+from ivg.settings.train import (
+    DataSettings,
+    DPOSettings,
+    RefineSettings,
+    RolloutSettings,
+    SFTSettings,
+    TrainSettings,
+    ValueSettings,
+    ValueTrainSettings,
+)
 
 HELP = "Train a guide pair (sft, dpo), a reward model, and values from rollouts. Needs: pip install 'ivg\\[train]'."
 
@@ -32,15 +41,8 @@ PushTo = Annotated[str | None, typer.Option("--push-to", help="Upload the finish
 ROWS = Options(DataSettings, "Data")
 
 
-def _trainer(lr: float, kind: type[TrainSettings] = TrainSettings, **defaults: Any) -> Options:
-    """Options of a trainer; ``lr``: its learning rate for all weights."""
-    text = {"learning_rate": f"{lr:g}; ten times that for lora and head"}
-    sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
-    return Options(kind, "Training", train_settings(lr, kind), {**sizes, **defaults}, text)
-
-
 @app.command("sft", help="Supervised fine-tuning (TRL): a base, or the untuned guide of a pair.")
-@command(options=_trainer(2e-5, SFTSettings), rows=ROWS)
+@command(options=Options(SFTSettings, "Training"), rows=ROWS)
 def sft(model: Model, data: Data, out: Out, push_to: PushTo = None, *, options: SFTSettings, rows: DataSettings) -> None:
     """See the command's help."""
     with train_extra():
@@ -48,11 +50,11 @@ def sft(model: Model, data: Data, out: Out, push_to: PushTo = None, *, options: 
         from ivg.training.data import read_sft_examples
 
         found = read_rows(read_sft_examples, data, rows)
-        finish(out, tune.sft(model, found, out, options, sources=data), push_to)
+        finish(out, tune.sft(model, found, out, options, sources=data), options, push_to)
 
 
 @app.command("dpo", help="The tuned guide by direct preference optimisation (TRL), from preferences or rated rollouts.")
-@command(options=_trainer(5e-6, DPOSettings), rows=ROWS)
+@command(options=Options(DPOSettings, "Training"), rows=ROWS)
 def dpo(model: Model, data: Data, out: Out, push_to: PushTo = None, *, options: DPOSettings, rows: DataSettings) -> None:
     """See the command's help."""
     with train_extra():
@@ -60,11 +62,11 @@ def dpo(model: Model, data: Data, out: Out, push_to: PushTo = None, *, options: 
         from ivg.training.data import read_preferences
 
         found = read_rows(read_preferences, data, rows, seed=options.seed)
-        finish(out, tune.dpo(model, found, out, options, sources=data), push_to)
+        finish(out, tune.dpo(model, found, out, options, sources=data), options, push_to)
 
 
 @app.command("reward", help="A reward model by Bradley and Terry (TRL), from preferences or rated rollouts.")
-@command(options=_trainer(2e-5), rows=ROWS)
+@command(options=Options(TrainSettings, "Training"), rows=ROWS)
 def reward(model: Model, data: Data, out: Out, push_to: PushTo = None, *, options: TrainSettings, rows: DataSettings) -> None:
     """See the command's help."""
     with train_extra():
@@ -72,7 +74,7 @@ def reward(model: Model, data: Data, out: Out, push_to: PushTo = None, *, option
         from ivg.training.data import read_preferences
 
         found = read_rows(read_preferences, data, rows, seed=options.seed)
-        finish(out, tune.reward(model, found, out, options, sources=data), push_to)
+        finish(out, tune.reward(model, found, out, options, sources=data), options, push_to)
 
 
 @app.command("rollout", help="Sample responses by any method and score them: the data of values and of pairs. Resumable.")
@@ -163,7 +165,7 @@ _REFINEMENT = {
 @app.command("value", help="An explicit value: vocabulary or scalar head, FUDGE, TD(λ), CD-Q or binary targets, refinement rounds.")
 @command(
     value=Options(ValueSettings, "Value"),
-    options=_trainer(1e-5, num_train_epochs=2.0, per_device_train_batch_size=16, weight_decay=0.02, eval_share=0.1),
+    options=Options(ValueTrainSettings, "Training"),
     rows=ROWS,
     refinement=Options(RefineSettings, "Refinement"),
     recipe=RecipeOptions(*_REFINEMENT, only=_REFINEMENT, method="cbs-explicit", bare=True),
@@ -175,7 +177,7 @@ def value(
     push_to: PushTo = None,
     *,
     value: ValueSettings,
-    options: TrainSettings,
+    options: ValueTrainSettings,
     rows: DataSettings,
     refinement: RefineSettings,
     recipe: Recipe,
@@ -205,4 +207,4 @@ def value(
                 reward_name=recipe.models.reward.path if recipe.models.reward else None,
                 on_progress=lambda text: typer.echo(text, err=True),
             )
-    finish(out, metrics, push_to)
+    finish(out, metrics, options, push_to)

@@ -25,16 +25,6 @@ def train_extra() -> Iterator[None]:
         raise ConfigError(f"training needs {e.name}\n  pip install 'ivg[train]'") from None
 
 
-def train_settings(lr: float, kind: type[TrainSettings]) -> Callable[..., TrainSettings]:
-    """Makes a verb's settings of ``kind``; learning rate: ``lr`` for all weights, ten times that for ``lora`` and ``head``."""
-
-    def make(**given: Any) -> TrainSettings:
-        given.setdefault("learning_rate", lr if given.get("mode", "full") == "full" else 10 * lr)  # few weights need larger steps
-        return kind(**given)
-
-    return make
-
-
 def read_rows(reader: Callable[..., list[Any]], sources: Sequence[str], settings: DataSettings, **more: Any) -> list[Any]:
     """Rows of all sources together, at most ``limit``; those that cannot be used are reported, counted and left out."""
     from ivg.cli.progress import print_error
@@ -51,7 +41,7 @@ def read_rows(reader: Callable[..., list[Any]], sources: Sequence[str], settings
     return rows[: settings.limit]
 
 
-def finish(out: Path, metrics: Mapping[str, Any], push_to: str | None) -> None:
+def finish(out: Path, metrics: Mapping[str, Any], settings: TrainSettings, push_to: str | None) -> None:
     """Say what came out, and upload it where that was asked for."""
     from ivg.training.run_dir import first_process
     from ivg.utils.jsonl import jsonable
@@ -61,6 +51,13 @@ def finish(out: Path, metrics: Mapping[str, Any], push_to: str | None) -> None:
     typer.echo(json.dumps(jsonable(metrics), indent=2, allow_nan=False))
     if ties := metrics.get("ties_left_out"):
         typer.echo(f"{ties} pairs were left out: chosen and rejected are the same text", err=True)
+    last = metrics["rounds"][-1] if "rounds" in metrics else metrics
+    if settings.eval_share and last.get("rows_held_out") == 0:
+        typer.echo(
+            f"no row was held out for evaluation: --eval-share {settings.eval_share:g} of the prompts is none\n"
+            "  give more prompts, or raise --eval-share",
+            err=True,
+        )
     typer.echo(f"done: {out}", err=True)
     if push_to:
         from huggingface_hub import HfApi

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from ivg.errors import ConfigError
 from ivg.settings import rules as r
@@ -48,31 +48,50 @@ class DataSettings(RowSettings):
                 raise ConfigError(f"--{name}-format {text!r}\n  expected a text with {{{name}}} where the {name} goes")
 
 
+_Epochs = Annotated[float, Setting("Passes over the data.", r.POSITIVE, aliases=("epochs",), flags=("--num-train-epochs", "--epochs"))]
+_BatchSize = Annotated[
+    int,
+    Setting("Rows of each step and device.", _COUNT, aliases=("batch_size",), flags=("--per-device-train-batch-size", "--batch-size")),
+]
+_WeightDecay = Annotated[float, Setting("Weight decay of AdamW.", r.number("0 or more", 0), flags=("--weight-decay",))]
+_EvalShare = Annotated[
+    float,
+    Setting("Share of the prompts that is held out for evaluation.", r.number("in [0, 1)", 0, 1, open_high=True), flags=("--eval-share",)),
+]
+
+
+def _learning_rate(default: float) -> Setting:
+    return Setting(
+        "Peak learning rate; warm-up, then cosine to zero.",
+        r.number("positive", 0, open_low=True, optional=True),
+        aliases=("lr",),
+        flags=("--learning-rate", "--lr"),
+        unset=f"{default:g}; ten times that for lora and head",
+    )
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """Settings that all trainers share, named as in transformers' ``TrainingArguments`` and TRL's ``ModelConfig``.
+
+    Attributes:
+        DEFAULT_LEARNING_RATE: of this trainer, with all weights trained; ``learning_rate`` None becomes this, or ten times this.
 
     Raises:
         ConfigError: a setting of the wrong type or out of range.
     """
 
-    num_train_epochs: Annotated[
-        float, Setting("Passes over the data.", r.POSITIVE, aliases=("epochs",), flags=("--num-train-epochs", "--epochs"))
-    ] = 1.0
-    learning_rate: Annotated[
-        float,
-        Setting("Peak learning rate; warm-up, then cosine to zero.", r.POSITIVE, aliases=("lr",), flags=("--learning-rate", "--lr")),
-    ] = 1e-4
-    per_device_train_batch_size: Annotated[
-        int,
-        Setting("Rows of each step and device.", _COUNT, aliases=("batch_size",), flags=("--per-device-train-batch-size", "--batch-size")),
-    ] = 32
+    DEFAULT_LEARNING_RATE: ClassVar[float] = 2e-5
+
+    num_train_epochs: _Epochs = 1.0
+    learning_rate: Annotated[float | None, _learning_rate(DEFAULT_LEARNING_RATE)] = None
+    per_device_train_batch_size: _BatchSize = 8
     gradient_accumulation_steps: Annotated[
         int,
         Setting(
             "Steps whose gradients are summed.", _COUNT, aliases=("accumulate",), flags=("--gradient-accumulation-steps", "--accumulate")
         ),
-    ] = 1
+    ] = 4
     max_length: Annotated[
         int,
         Setting("Largest number of tokens of a row; longer rows are left out, and counted.", r.count(2), flags=("--max-length",)),
@@ -86,7 +105,7 @@ class TrainSettings:
             flags=("--warmup-steps", "--warmup"),
         ),
     ] = 0.1
-    weight_decay: Annotated[float, Setting("Weight decay of AdamW.", r.number("0 or more", 0), flags=("--weight-decay",))] = 0.0
+    weight_decay: _WeightDecay = 0.0
     mode: Annotated[
         Mode,
         Setting(
@@ -98,12 +117,7 @@ class TrainSettings:
     lora_r: Annotated[
         int, Setting("Rank of LoRA; alpha is twice that.", _COUNT, aliases=("lora_rank",), flags=("--lora-r", "--lora-rank"))
     ] = 16
-    eval_share: Annotated[
-        float,
-        Setting(
-            "Share of the prompts that is held out and measured.", r.number("in [0, 1)", 0, 1, open_high=True), flags=("--eval-share",)
-        ),
-    ] = 0.05
+    eval_share: _EvalShare = 0.05
     evaluations: Annotated[int, Setting("Evaluations, the one at the end included.", _COUNT, flags=("--evaluations",))] = 4
     save_steps: Annotated[int, Setting("Steps between checkpoints.", _COUNT, flags=("--save-steps",))] = 200
     seed: Annotated[
@@ -133,6 +147,9 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         validate(self)
+        if self.learning_rate is None:
+            factor = 1 if self.mode == "full" else 10  # few weights need larger steps
+            object.__setattr__(self, "learning_rate", factor * self.DEFAULT_LEARNING_RATE)
 
 
 @dataclass(frozen=True)
@@ -146,7 +163,23 @@ class SFTSettings(TrainSettings):
 class DPOSettings(TrainSettings):
     """Settings of direct preference optimisation."""
 
+    DEFAULT_LEARNING_RATE: ClassVar[float] = 5e-6
+
+    learning_rate: Annotated[float | None, _learning_rate(DEFAULT_LEARNING_RATE)] = None
     beta: Annotated[float, Setting("Weight of DPO's KL term.", r.POSITIVE, flags=("--beta",))] = 0.1
+
+
+@dataclass(frozen=True)
+class ValueTrainSettings(TrainSettings):
+    """Settings of the trainer of values; :class:`ValueSettings` says what is trained."""
+
+    DEFAULT_LEARNING_RATE: ClassVar[float] = 1e-5
+
+    num_train_epochs: _Epochs = 2.0
+    learning_rate: Annotated[float | None, _learning_rate(DEFAULT_LEARNING_RATE)] = None
+    per_device_train_batch_size: _BatchSize = 16
+    weight_decay: _WeightDecay = 0.02
+    eval_share: _EvalShare = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)

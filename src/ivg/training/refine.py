@@ -15,7 +15,7 @@ from ivg.errors import ConfigError
 from ivg.jobs.fingerprints import fingerprints
 from ivg.model import GuidedModel
 from ivg.models.loading import LoadOptions, load_causal
-from ivg.settings.train import RefineSettings, TrainSettings, ValueSettings
+from ivg.settings.train import RefineSettings, ValueSettings, ValueTrainSettings
 from ivg.training.data import RatedResponse, read_rated
 from ivg.training.rollout import rollout
 from ivg.training.run_dir import RunDir, hash_rows, open_run, require_single_process, run_provenance
@@ -29,7 +29,7 @@ def refine(
     model: str | Path,
     rows: Sequence[RatedResponse],
     out: str | Path,
-    settings: TrainSettings,
+    settings: ValueTrainSettings,
     value: ValueSettings,
     rollouts: RefineSettings,
     reward: Reward,
@@ -85,7 +85,7 @@ class _Refinement:
     """What all rounds share; see :func:`refine`."""
 
     model: str | Path
-    settings: TrainSettings
+    settings: ValueTrainSettings
     value: ValueSettings
     rollouts: RefineSettings
     reward: Reward

@@ -38,7 +38,7 @@ class Split(Generic[T]):
     @property
     def counts(self) -> dict[str, int]:
         """For the metrics of the run."""
-        return {"rows": len(self.train), "rows_left_out": self.left_out}
+        return {"rows": len(self.train), "rows_held_out": len(self.test), "rows_left_out": self.left_out}
 
 
 def split_rows(rows: Sequence[Any], settings: TrainSettings, encode: Callable[[Sequence[Any]], list[T]]) -> Split[T]:

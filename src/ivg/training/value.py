@@ -18,7 +18,7 @@ from ivg.errors import ConfigError, ModelError
 from ivg.models.loading import LoadOptions, load_config
 from ivg.models.value_head import ValueModel
 from ivg.models.vocabulary import Vocabulary
-from ivg.settings.train import Target, TrainSettings, ValueSettings
+from ivg.settings.train import Target, TrainSettings, ValueSettings, ValueTrainSettings
 from ivg.training.data import RatedResponse
 from ivg.training.encoding import Encoded, encode_rated
 from ivg.training.run_dir import RunDir, first_process, open_run, run_provenance
@@ -30,7 +30,7 @@ def train_value(
     model: str | Path,
     rows: Sequence[RatedResponse],
     out: str | Path,
-    settings: TrainSettings,
+    settings: ValueTrainSettings,
     value: ValueSettings | None = None,
     *,
     sources: Sequence[str | Path] = (),
