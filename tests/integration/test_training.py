@@ -19,7 +19,7 @@ from ivg.utils.jsonl import as_lines
 from ivg.utils.rng import uniform
 from ivg.values.base import FunctionValue
 from ivg.values.explicit import ExplicitValue
-from killed import run_killed
+from killed import IVG, run_killed
 
 pytest.importorskip("trl")
 FLOAT32 = LoadOptions(device="cpu", dtype="float32")
@@ -252,7 +252,7 @@ def test_killed_runs_resume_to_the_same_files(tmp_path, model, template, result,
     run(tmp_path / "whole")
     out = tmp_path / "killed"
     for pattern, count in moments:
-        run_killed(line(out), environment, pattern, count)
+        run_killed([*IVG, *line(out)], environment, pattern, count)
     run(out)
     assert (out / result).read_bytes() == (tmp_path / "whole" / result).read_bytes()
     if template is VALUE:

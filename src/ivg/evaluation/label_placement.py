@@ -42,16 +42,15 @@ def place_labels(ax: Any, points: Sequence[LabeledPoint]) -> None:
     """
     fig = ax.figure
     fig.draw_without_rendering()
-    renderer = fig._get_renderer()
     scale = fig.dpi / 72
-    frame = ax.get_window_extent(renderer)
+    frame = ax.get_window_extent()
     limits = (frame.x0, frame.y0, frame.x1, frame.y1)
     pixels = [tuple(ax.transData.transform((p.x, p.y))) for p in points]
     occupied = [box for p, at in zip(points, pixels, strict=True) for box in _occupied(ax, p, at, scale)]
     labels: list[Box] = []
     for p, (px, py) in sorted(zip(points, pixels, strict=True), key=lambda pair: (-pair[1][1], pair[1][0])):
         text = ax.annotate(p.label, (p.x, p.y), (0, 0), textcoords="offset points", fontsize=8.5, color=p.colour, annotation_clip=False)
-        size = text.get_window_extent(renderer)
+        size = text.get_window_extent()
         left, bottom, distance = best_place(px, py, size.width, size.height, occupied, limits, labels)
         text.set_position(((left - px) / scale, (bottom - py) / scale))
         text.set_in_layout(False)
