@@ -16,7 +16,7 @@ from ivg.models.runner import ModelRunner
 from ivg.search.methods import get_method
 from ivg.search.searcher import Request, Search, Searcher
 from ivg.testing import byte_tokenizer, hypothesis, tiny_lm, tiny_model, tiny_value
-from ivg.types import DecodeState, Prompt, SamplingParams, TokenGuidance, Value
+from ivg.types import Prompt, SamplingParams, TokenGuidance, Value
 from ivg.values.base import CompositeValue, FunctionValue
 from ivg.values.implicit import ImplicitValue
 
@@ -201,10 +201,10 @@ def test_guidance_over_the_vocabulary_is_the_formula():
     h = hypothesis("I", " am", base)
     z, ids = base.outputs([h]).cpu(), base.tokenizer("I am").input_ids
     t, u = (naive.outputs(r.model.network, ids)[-1] for r in (value.tuned, value.untuned))
-    assert torch.allclose(apply_guidance(z, [h], [DecodeState()], TokenGuidance(value, 0.5))[0], z[0] + 0.5 * (t - u), atol=1e-3)
+    assert torch.allclose(apply_guidance(z.clone(), [h], TokenGuidance(value, 0.5))[0], z[0] + 0.5 * (t - u), atol=1e-3)
     mixed = CompositeValue([(1.0, value), (-0.25, tiny_value())])
     q = naive.outputs(mixed.parts[1][1].network, ids)[-1]
-    assert torch.allclose(apply_guidance(z, [h], [DecodeState()], TokenGuidance(mixed, 2.0))[0], z[0] + 2 * (t - u) - 0.5 * q, atol=1e-3)
+    assert torch.allclose(apply_guidance(z.clone(), [h], TokenGuidance(mixed, 2.0))[0], z[0] + 2 * (t - u) - 0.5 * q, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["implicit", "scalar", "function"])

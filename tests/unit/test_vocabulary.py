@@ -248,7 +248,7 @@ def test_an_end_as_candidate_is_the_text_that_would_end_there(name):
     value = FunctionValue(lambda p, r: seen.append(r) or 0.0)
     logits = torch.full((1, v.size), -9.0)
     logits[0, [v.tokenizer.eos_token_id, second]] = 9.0
-    apply_guidance(logits, [h], [state], TokenGuidance(value, 1.0, 2))
+    apply_guidance(logits, [h], TokenGuidance(value, 1.0, 2))
     assert sorted(seen) == ["", REPLACEMENT]
 
 

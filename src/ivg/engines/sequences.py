@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ivg.types import Beam, DecodeState, ExpandRequest, FinishReason, Prompt, TokenCounter, TokenLogprobs, new_key
 from ivg.utils.rng import child_rng_path
@@ -19,7 +20,7 @@ class TokenSequence:
     limit: int
     prompt: Prompt
     token_counter: TokenCounter
-    vocabulary: object
+    vocabulary: Any
     token_ids: list[int]
     decoded: DecodeState
     written: str
@@ -84,8 +85,7 @@ def fork(request: ExpandRequest) -> list[TokenSequence]:
 
 def append_token(child: TokenSequence, token: int, shift: float = 0.0, detail: TokenLogprobs | None = None) -> None:
     """Append a token; finishes the sequence at an end-of-sequence token, a stop string or the length limit."""
-    sampling = child.request.sampling
-    before = len(child.text)
+    sampling, before = child.request.sampling, len(child.text)
     child.token_ids.append(token)
     if token in child.request.beam.vocabulary.eos_ids and not sampling.ignore_eos:
         child.end("stop")
@@ -93,17 +93,12 @@ def append_token(child: TokenSequence, token: int, shift: float = 0.0, detail: T
         child.written, child.finish = child.text[:cut], "stop"
     elif len(child.token_ids) >= sampling.max_new_tokens:
         child.end("length")
+    new = child.text[before:]  # decodes the token
     if child.request.record:
         child.guide_shift.append(shift)
-        child.pieces.append(child.text[before:])
+        child.pieces.append(new)
     if detail is not None:
-        child.details.append(replace(detail, text=child.text[before:]))
-
-
-def decode_state(child: TokenSequence) -> DecodeState:
-    """The decode state with everything decoded that can be."""
-    _ = child.text  # decodes what is new
-    return child.decoded
+        child.details.append(replace(detail, text=new))
 
 
 def stop_at(text: str, before: int, stops: Sequence[str]) -> int | None:
@@ -120,13 +115,12 @@ def as_beams(beam: Beam, family: list[TokenSequence]) -> list[Beam]:
 
 
 def _as_beam(child: TokenSequence) -> Beam:
-    text = child.written if child.finish == "stop" else child.text
     return Beam(
         key=child.key,
         parent=child.parent,
         prompt=child.prompt,
         token_ids=tuple(child.token_ids),
-        text=text,
+        text=child.text,
         finish=child.finish,
         token_counter=child.token_counter,
         vocabulary=child.vocabulary,

@@ -92,7 +92,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             rows.append(now[ids])
         beams = list(now.values())
         first = {beam.key: i for i, beam in reversed(list(enumerate(rows)))}
-        moved = apply_guidance(scores[[first[b.key] for b in beams]].float(), beams, [b.decoded for b in beams], self.guidance)
+        moved = apply_guidance(scores[[first[b.key] for b in beams]].float(), beams, self.guidance)
         _release(self.guidance.value, self._seen)
         self._seen.update(now)
         place = {b.key: i for i, b in enumerate(beams)}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ivg.engines.sequences import TokenSequence, append_token, as_beams, decode_state, fork
+from ivg.engines.sequences import TokenSequence, append_token, as_beams, fork
 from ivg.engines.transformers.guidance import apply_guidance, check_guidance, compares_guidance, nan_error, no_token_error
 from ivg.engines.transformers.logprobs import token_logprobs
 from ivg.engines.transformers.processors import exhausted_rows, forbid_ignored_eos, process_logits
@@ -19,7 +19,7 @@ from ivg.engines.transformers.sampling import entropy, log_ratios, nonfinite_row
 from ivg.engines.transformers.speculation import Speculator
 from ivg.errors import ScoreFault
 from ivg.models.cached_lm import CachedLM
-from ivg.types import Beam, DecodeState, Engine, EntropyStop, ExpandRequest, Hypothesis, TokenGuidance
+from ivg.types import Beam, Engine, EntropyStop, ExpandRequest, Hypothesis, TokenGuidance
 from ivg.utils.rng import uniform
 
 
@@ -31,14 +31,12 @@ class _Step:
         sequences: that grow by one token.
         row_of: for each the row that its token is drawn from.
         nodes: for each row what the base reads: a sequence itself, or the parent that several sequences still share.
-        states: up to where their texts are decoded.
         requests: that they belong to.
     """
 
     sequences: list[TokenSequence]
     row_of: list[int]
     nodes: Sequence[Beam | TokenSequence]
-    states: list[DecodeState]
     requests: list[ExpandRequest]
 
     def without(self, rows: set[int]) -> _Step:
@@ -49,7 +47,6 @@ class _Step:
             [s for s, row in zip(self.sequences, self.row_of, strict=True) if row in new_row],
             [new_row[row] for row in self.row_of if row in new_row],
             [self.nodes[i] for i in left],
-            [self.states[i] for i in left],
             [self.requests[i] for i in left],
         )
 
@@ -61,7 +58,7 @@ class _Logits:
     Attributes:
         base: of the base model alone.
         guided: with token guidance.
-        faults: why the guide has no number for a row.
+        faults: why the guide has no number for a node, by its key.
     """
 
     base: Tensor
@@ -127,10 +124,9 @@ class TransformersEngine(Engine):
         requests, parents = [request for request, _ in pairs], [request.beam for request, _ in pairs]
         sequences = [s for _, some in pairs for s in some]
         row_of = [i for i, (_, some) in enumerate(pairs) for _ in some]
-        self._step(_Step(sequences, row_of, parents, [p.decoded for p in parents], requests))
+        self._step(_Step(sequences, row_of, parents, requests))
         while active := [s for s in sequences if s.finish is None and not s.paused and len(s.token_ids) < s.limit]:
-            states = [decode_state(s) for s in active]
-            self._step(_Step(active, list(range(len(active))), active, states, [s.request for s in active]))
+            self._step(_Step(active, list(range(len(active))), active, [s.request for s in active]))
 
     def _step(self, step: _Step) -> None:
         """One token for every sequence that does not pause."""
@@ -161,18 +157,9 @@ class TransformersEngine(Engine):
             base = logits.clone()
         faults: dict[int, ScoreFault] = {}
         for guidance, rows in groups.items():
-            found: dict[int, ScoreFault] = {}
             every = len(rows) == len(logits)
-            guided = apply_guidance(
-                logits if every else logits[rows],
-                [step.nodes[i] for i in rows],
-                [step.states[i] for i in rows],
-                guidance,
-                None if entropies is None else entropies[rows],
-                in_place=True,
-                faults=found,
-            )
-            faults |= {rows[k]: fault for k, fault in found.items()}
+            nodes, own = [step.nodes[i] for i in rows], None if entropies is None else entropies[rows]
+            guided = apply_guidance(logits if every else logits[rows], nodes, guidance, own, faults)
             if every:
                 logits = guided
             else:
@@ -222,7 +209,7 @@ def _end_nonfinite(step: _Step, logits: _Logits) -> None:
         for s, row in zip(step.sequences, step.row_of, strict=True):
             if row == i:  # the two are one tensor where nothing guides, or where the base was found to be finite
                 finite = logits.base is logits.guided and s.request.guidance is not None and s.request.guidance.beta != 0
-                s.finish, s.error = "error", logits.faults.get(i) or nan_error(None if finite else base, len(s.token_ids))
+                s.finish, s.error = "error", logits.faults.get(step.nodes[i].key) or nan_error(None if finite else base, len(s.token_ids))
 
 
 def _pausing(entropies: Tensor, step: _Step) -> set[int]:

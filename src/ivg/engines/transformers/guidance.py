@@ -14,34 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ivg.engines.sequences import TokenSequence
 from ivg.engines.transformers.sampling import entropy
 from ivg.errors import ConfigError, ScoreFault
 from ivg.models.vocabulary import Vocabulary
-from ivg.types import DecodeState, ExpandRequest, FinishReason, Hypothesis, Prompt, TokenCounter, TokenGuidance, Value, new_key
+from ivg.types import Beam, ExpandRequest, Hypothesis, TokenGuidance, Value, new_key
 from ivg.types.scores import require_scores, score_each
 
 DEFAULT_CANDIDATES = 20
-
-
-@dataclass(slots=True)
-class _Candidate:
-    """A hypothesis with one more token, scored once."""
-
-    key: int
-    parent: int
-    prompt: Prompt
-    token_ids: Sequence[int]
-    text: str
-    token_counter: TokenCounter
-    vocabulary: Vocabulary
-    finish: FinishReason | None = None
-    ancestor_key: int | None = None
-    inherits: bool = False
 
 
 def check_guidance(guidance: TokenGuidance, base: Vocabulary) -> None:
@@ -81,24 +65,19 @@ def check_draft(guidance: TokenGuidance) -> None:
 
 def apply_guidance(
     logits: Tensor,
-    hypotheses: Sequence[Hypothesis],
-    decoded: Sequence[DecodeState],
+    hypotheses: Sequence[Beam | TokenSequence],
     guidance: TokenGuidance,
     entropies: Tensor | None = None,
-    *,
-    in_place: bool = False,
     faults: dict[int, ScoreFault] | None = None,
 ) -> Tensor:
     """The base's logits [rows, vocabulary], float32, with ``guidance``.
 
     Args:
-        logits: of the base, behind the last token of each hypothesis.
+        logits: of the base, behind the last token of each hypothesis; may be written over.
         hypotheses: one for each row.
-        decoded: up to where each hypothesis' text is decoded (``Vocabulary.continue_text``).
         guidance: what to add.
         entropies: of the base's own distributions, in nats [rows], for the gate; default: those of ``logits``.
-        in_place: ``logits`` may be overwritten.
-        faults: receives why the value has no number for a candidate, by row; such a row becomes NaN. None: that is raised.
+        faults: receives why the value has no number for a candidate, by key of the hypothesis; its row becomes NaN. None: that is raised.
 
     Raises:
         ScoreError: the value has no number for a candidate, and ``faults`` is None.
@@ -106,26 +85,19 @@ def apply_guidance(
     if guidance.beta == 0:
         return logits
     if guidance.gate == 0:
-        return _guide_rows(logits, hypotheses, decoded, guidance, in_place=in_place, faults=faults)
+        return _guide_rows(logits, hypotheses, guidance, faults)
     guidance.value.inherit_cache(hypotheses)  # all at once: the last child takes its parent's cache over
     uncertain = ((entropy(logits) if entropies is None else entropies) >= guidance.gate).nonzero()[:, 0].tolist()
-    if not uncertain:
-        return logits
-    out = logits.clone()
-    found: dict[int, ScoreFault] | None = None if faults is None else {}
-    some, states = [hypotheses[i] for i in uncertain], [decoded[i] for i in uncertain]
-    out[uncertain] = _guide_rows(logits[uncertain], some, states, guidance, faults=found)
-    if faults is not None and found:
-        faults.update({uncertain[row]: fault for row, fault in found.items()})
-    return out
+    if uncertain:
+        logits[uncertain] = _guide_rows(logits[uncertain], [hypotheses[i] for i in uncertain], guidance, faults)
+    return logits
 
 
-def add_deltas(base: Tensor, deltas: Tensor, beta: float, size: int, *, in_place: bool = False) -> Tensor:
-    """``base`` + beta * ``deltas`` [rows, vocabulary]; columns beyond the guide's vocabulary of ``size`` keep the base's logits."""
+def add_deltas(base: Tensor, deltas: Tensor, beta: float, size: int) -> Tensor:
+    """``base``, which is written over, + beta * ``deltas`` [rows, vocabulary]; columns beyond the guide's ``size`` keep their logits."""
     width = min(base.shape[1], deltas.shape[1], size)
-    out = base if in_place else base.clone()
-    out[:, :width].add_(deltas[:, :width].to(base.device), alpha=beta)
-    return out
+    base[:, :width].add_(deltas[:, :width].to(base.device), alpha=beta)
+    return base
 
 
 def compares_guidance(request: ExpandRequest) -> bool:
@@ -145,27 +117,21 @@ def no_token_error(tokens: int) -> str:
 
 
 def _guide_rows(
-    logits: Tensor,
-    hypotheses: Sequence[Hypothesis],
-    decoded: Sequence[DecodeState],
-    guidance: TokenGuidance,
-    *,
-    in_place: bool = False,
-    faults: dict[int, ScoreFault] | None = None,
+    logits: Tensor, hypotheses: Sequence[Beam | TokenSequence], guidance: TokenGuidance, faults: dict[int, ScoreFault] | None
 ) -> Tensor:
     """As :func:`apply_guidance`, every row."""
     value = guidance.value
     base = logits.log_softmax(-1) if guidance.normalise else logits
     if guidance.candidates == 0 and value.full_vocabulary():
-        return add_deltas(base, value.deltas(hypotheses), guidance.beta, value.vocabulary.size, in_place=in_place)
+        return add_deltas(base, value.deltas(hypotheses), guidance.beta, value.vocabulary.size)
     top = base.topk(min(guidance.candidates or DEFAULT_CANDIDATES, base.shape[1]))
     scores = _scores_from_deltas(hypotheses, guidance, top.indices)
     if scores is None:
-        candidates = _candidates(hypotheses, decoded, top.indices)
+        candidates = _candidates(hypotheses, top.indices)
         found = score_each(value, candidates)
         numbers = require_scores(found) if faults is None else [math.nan if isinstance(s, ScoreFault) else s for s in found]
         if faults is not None:
-            faults.update({i // top.indices.shape[1]: s for i, s in enumerate(found) if isinstance(s, ScoreFault)})
+            faults.update({hypotheses[i // top.indices.shape[1]].key: s for i, s in enumerate(found) if isinstance(s, ScoreFault)})
         scores = torch.tensor(numbers, dtype=torch.float32).view(top.indices.shape)
         value.release([c.key for c in candidates])
     guided = top.values + guidance.beta * _transformed(scores.to(base.device), guidance)
@@ -191,15 +157,14 @@ def _shares_tokens(value: Value, vocabulary: Vocabulary) -> bool:
     return value.full_vocabulary() and value.vocabulary.same_as(vocabulary)
 
 
-def _candidates(hypotheses: Sequence[Hypothesis], decoded: Sequence[DecodeState], ids: Tensor) -> list[_Candidate]:
+def _candidates(hypotheses: Sequence[Beam | TokenSequence], ids: Tensor) -> list[Beam]:
     out = []
-    for h, state, row in zip(hypotheses, decoded, ids.tolist(), strict=True):
-        vocabulary: Vocabulary = h.vocabulary
+    for h, row in zip(hypotheses, ids.tolist(), strict=True):
         for token in row:
-            tokens = [*h.token_ids, token]
-            ends = token in vocabulary.eos_ids  # adds no text, but shows what was held back
-            text = h.text + vocabulary.continue_text(h.token_ids if ends else tokens, state, final=ends)[0]
-            out.append(_Candidate(new_key(), h.key, h.prompt, tokens, text, h.token_counter, vocabulary))
+            tokens = (*h.token_ids, token)
+            ends = token in h.vocabulary.eos_ids  # adds no text, but shows what was held back
+            text = h.text + h.vocabulary.continue_text(h.token_ids if ends else tokens, h.decoded, final=ends)[0]
+            out.append(Beam(new_key(), h.key, h.prompt, tokens, text, None, h.token_counter, h.vocabulary, inherits=False))
     return out
 
 

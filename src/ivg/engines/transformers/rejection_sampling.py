@@ -12,12 +12,12 @@ Every token is drawn so, whether it was proposed ahead of time or not, each from
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ivg.engines.transformers.sampling import distinct_params, filtered, row_blocks, sample_from_logits, sample_from_weights
+from ivg.engines.transformers.sampling import by_params, filtered, sample_from_logits, sample_from_weights
 from ivg.types import SamplingParams
 
 
@@ -25,7 +25,7 @@ def propose(q: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[floa
     """One token for each row of ``q`` [rows, vocabulary]; (ids [rows], their log-probability in nats, float32 [rows])."""
     tokens = torch.zeros(len(q), dtype=torch.long, device=q.device)
     logps = torch.zeros(len(q), device=q.device)
-    for setting, rows, logits in _by_params(q, params):
+    for setting, rows, logits in by_params(q, params):
         if setting.temperature == 0:
             tokens[rows] = logits.argmax(-1)
         else:
@@ -46,7 +46,7 @@ def accept(p: Tensor, params: Sequence[SamplingParams], tokens: Tensor, logps: T
         uniforms: one number in [0, 1) for each row.
     """
     out = torch.zeros(len(p), dtype=torch.bool, device=p.device)
-    for setting, rows, logits in _by_params(p, params):
+    for setting, rows, logits in by_params(p, params):
         if setting.temperature == 0:
             out[rows] = logits.argmax(-1) == tokens[rows]
         else:
@@ -59,7 +59,7 @@ def accept(p: Tensor, params: Sequence[SamplingParams], tokens: Tensor, logps: T
 def resample(p: Tensor, q: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
     """A token from (p - q)+ for each row whose proposal was rejected; ids [rows]. ``p``, ``q``: logits [rows, vocabulary]."""
     out = torch.zeros(len(p), dtype=torch.long, device=p.device)
-    for setting, rows, logits in _by_params(p, params):
+    for setting, rows, logits in by_params(p, params):
         if setting.temperature == 0:
             out[rows] = logits.argmax(-1)
             continue
@@ -69,16 +69,6 @@ def resample(p: Tensor, q: Tensor, params: Sequence[SamplingParams], uniforms: S
         excess[nothing] = target[nothing]
         out[rows] = sample_from_weights(excess, [uniforms[i] for i in rows])
     return out
-
-
-def _by_params(logits: Tensor, params: Sequence[SamplingParams]) -> Iterator[tuple[SamplingParams, list[int], Tensor]]:
-    """Rows with the same settings, in blocks: (settings, row indices, their logits)."""
-    for setting in distinct_params(params):
-        alike = [i for i, p in enumerate(params) if p is setting or p == setting]
-        for rows in row_blocks(alike, logits):
-            first, last = rows[0], rows[-1]
-            part = logits[first : last + 1] if last - first == len(rows) - 1 else logits[rows]
-            yield setting, rows, part
 
 
 def _logps(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -110,6 +110,24 @@ def distinct_params(params: Sequence[SamplingParams]) -> list[SamplingParams]:
     return list(dict.fromkeys({id(p): p for p in params}.values()))
 
 
+def by_params(
+    logits: Tensor, params: Sequence[SamplingParams], rows: Sequence[int] | None = None
+) -> Iterator[tuple[SamplingParams, list[int], Tensor]]:
+    """Draws with the same settings together, in blocks: (settings, indices of the draws, their logits).
+
+    Args:
+        logits: [rows, vocabulary].
+        params: one for each draw.
+        rows: which row each draw is from; None: one draw for each row.
+    """
+    place = range(len(params)) if rows is None else rows
+    for setting in distinct_params(params):
+        for block in row_blocks([i for i, p in enumerate(params) if p is setting or p == setting], logits):
+            chosen = [place[i] for i in block]
+            first, end = chosen[0], chosen[0] + len(chosen)
+            yield setting, block, logits[first:end] if chosen == list(range(first, end)) else logits[chosen]
+
+
 def token_logps(logits: Tensor, params: Sequence[SamplingParams], tokens: Tensor, *, filters: bool) -> Tensor:
     """Log-probability of ``tokens`` [rows], in nats; float32 [rows].
 
@@ -121,12 +139,10 @@ def token_logps(logits: Tensor, params: Sequence[SamplingParams], tokens: Tensor
             softmax at their temperature alone (at temperature 0: at 1).
     """
     out = torch.zeros(len(logits), device=logits.device)
-    for setting in distinct_params(params):
-        rows = [i for i, p in enumerate(params) if p is setting or p == setting]
-        if filters and setting.temperature == 0:
-            continue
-        part = filtered(logits[rows], setting) if filters else logits[rows] / (setting.temperature or 1.0)
-        out[rows] = part.log_softmax(-1).gather(1, tokens[rows, None])[:, 0]
+    for setting, rows, part in by_params(logits, params):
+        if not filters or setting.temperature > 0:
+            kept = filtered(part, setting) if filters else part / (setting.temperature or 1.0)
+            out[rows] = kept.log_softmax(-1).gather(1, tokens[rows, None])[:, 0]
     return out
 
 
@@ -179,17 +195,10 @@ def sample(
     Returns:
         Token ids [draws], on the device of ``logits``.
     """
-    place = list(range(len(logits))) if rows is None else list(rows)
-    out = torch.empty(len(place), dtype=torch.long, device=logits.device)
-    for setting in distinct_params(params):
-        draws = [i for i, p in enumerate(params) if p is setting or p == setting]
-        for block in row_blocks(draws, logits):
-            part = logits[place[block[0]] : place[block[0]] + len(block)]
-            if [place[i] for i in block] != list(range(place[block[0]], place[block[0]] + len(block))):
-                part = logits[[place[i] for i in block]]
-            out[block] = (
-                part.argmax(-1) if setting.temperature == 0 else sample_from_logits(filtered(part, setting), [uniforms[i] for i in block])
-            )
+    out = torch.empty(len(params), dtype=torch.long, device=logits.device)
+    for setting, draws, part in by_params(logits, params, rows):
+        greedy = setting.temperature == 0
+        out[draws] = part.argmax(-1) if greedy else sample_from_logits(filtered(part, setting), [uniforms[i] for i in draws])
     return out
 
 

@@ -296,7 +296,7 @@ class Speculator:
         base = forbid_ignored_eos(base, proposals.params, self.base.vocabulary.eos_ids, in_place=False)
         kept = any(compares_guidance(s.request) for s in batch.rows) or bool(nonfinite_rows(base))
         guidance = batch.guidance
-        guided = add_deltas(base.clone() if kept else base, deltas, guidance.beta, guidance.value.vocabulary.size, in_place=True)
+        guided = add_deltas(base.clone() if kept else base, deltas, guidance.beta, guidance.value.vocabulary.size)
         return base if kept else guided, guided
 
     def _log_ratios(
