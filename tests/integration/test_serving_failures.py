@@ -360,8 +360,8 @@ def test_disconnect_at_the_same_time_as_an_event():
     async def leave():
         handle, left = RequestHandle(None, 1, 60.0), asyncio.Event()
         worker = SimpleNamespace(thread=threading.current_thread(), seconds_left=60.0, metrics=Metrics())
-        worker.cancel = lambda handle: handle.deliver([Progress(0, "", (), (), (), None)])  # just before the writer is cancelled
-        stream = SimpleNamespace(finished=False, start=list, update=lambda progress: [])
+        worker.cancel = lambda handle: handle.events.put_nowait(Progress(0, "", (), (), (), None))  # just before the writer is cancelled
+        stream = SimpleNamespace(start=list, update=lambda progress: [])
 
         async def receive():
             await left.wait()

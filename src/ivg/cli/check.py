@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from ivg.cli.options import Options, command
+from ivg.cli.printing import say
 from ivg.cli.recipe_options import RecipeOptions
 from ivg.errors import ConfigError
 from ivg.settings.check import PreferenceSettings
 from ivg.settings.recipe import Recipe
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ivg.model import GuidedModel
 
 HELP = """Do these models fit together (vocabulary, context, templates), and how far would guidance move the base?
@@ -48,8 +48,6 @@ def check(
     preferences: PreferenceSettings,
 ) -> None:
     """See HELP."""
-    from rich.console import Console
-
     from ivg.cli.model_table import show_models
     from ivg.factory.recipe import load_models
 
@@ -62,7 +60,7 @@ def check(
     out, model = Console(highlight=False), load_models(recipe)
     fits = show_models(out, model)
     _divergence(out, model, prompts or list(PROMPTS), 1.0 if recipe.search.beta is None else recipe.search.beta)
-    out.print(f"\nmethods that these models allow: {', '.join(model.methods)}", soft_wrap=True)
+    say(out, f"\nmethods that these models allow: {', '.join(model.methods)}")
     if not fits:
         raise typer.Exit(1)
 
@@ -74,12 +72,7 @@ def _divergence(out: Console, model: GuidedModel, prompts: list[str], beta: floa
     if d is None:
         return
     out.print(f"\nover {d.tokens} tokens of the base's own texts, per token:")
-    out.print(
-        f"  KL(base‖tuned) {d.base_tuned:.3f}   KL(base‖untuned) {d.base_untuned:.3f}   KL(tuned‖untuned) {d.tuned_untuned:.3f} nats",
-        soft_wrap=True,
-    )
-    out.print(
-        f"  guidance at beta {beta:g}: KL(guided‖base) {d.guided_base:.3f} nats, likeliest token unchanged at {d.top1_kept:.0%}",
-        soft_wrap=True,
-    )
-    out.print(f"  {d.describe()}", soft_wrap=True)
+    kls = (f"KL(base‖tuned) {d.base_tuned:.3f}", f"KL(base‖untuned) {d.base_untuned:.3f}", f"KL(tuned‖untuned) {d.tuned_untuned:.3f}")
+    say(out, f"  {'   '.join(kls)} nats")
+    say(out, f"  guidance at beta {beta:g}: KL(guided‖base) {d.guided_base:.3f} nats, likeliest token unchanged at {d.top1_kept:.0%}")
+    say(out, f"  {d.describe()}")

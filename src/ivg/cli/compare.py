@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from ivg.cli.options import command
 from ivg.cli.recipe_options import RecipeOptions
@@ -123,10 +126,6 @@ def _row(
 
 
 def _print(prompt: str, rows: list[tuple[str, ...]], judge: str | None, gold: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     out = Console(highlight=False)
     heads = ("method", f"{prompt} …", "value", "gold", "tokens", "s")
     notes = (f"value: score by {judge}", "gold: score by a reward model that no method uses", "tokens: read by all models", "s: seconds")

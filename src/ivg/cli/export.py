@@ -55,13 +55,8 @@ def export(
 
 def _dropped(folder: Path) -> list[str]:
     """A line for what generation_config.json sets and vLLM's own server leaves out without a word."""
-    from transformers import GenerationConfig
+    from ivg.models.generation_config import SERVED_BY_VLLM, generation_defaults, read_generation_config
 
-    from ivg.models.generation_config import SERVED_BY_VLLM, generation_defaults
-
-    try:
-        found = generation_defaults(GenerationConfig.from_pretrained(folder))
-    except OSError:  # many models have none
-        return []
+    found = generation_defaults(read_generation_config(folder))
     names = sorted({*found.settings, *found.refused} - SERVED_BY_VLLM)
     return [f"note: generation_config.json sets {', '.join(names)}, which vLLM's own server does not apply"] if names else []

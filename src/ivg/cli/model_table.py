@@ -4,28 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from rich.console import Console
+from rich.text import Text
 
+from ivg.cli.printing import plain_table, say
+
+if TYPE_CHECKING:
     from ivg.model import GuidedModel
 
 
 def show_models(out: Console, model: GuidedModel) -> bool:
-    """Print how the models fit together; True when all that guide over the whole vocabulary do."""
-    fits = _table(out, model)
-    _generation_config(out, model)
-    return fits
-
-
-def _table(out: Console, model: GuidedModel) -> bool:
-    """Print how each model's tokens fit the base's; True when all that guide over the whole vocabulary do."""
-    from rich.table import Table
-    from rich.text import Text
-
+    """Print how the models fit together; True when the tokens of all that guide over the whole vocabulary are the base's."""
     from ivg.diagnostics.compatibility import compare_vocabularies, models_of
     from ivg.models.vocabulary import difference
 
-    table = Table("model", "tokens", "context", "chat template", "vocabulary", box=None, pad_edge=False)
+    table = plain_table("model", "tokens", "context", "chat template", "vocabulary")
     base = model.reader
     table.add_row("base", str(len(base.vocabulary.pieces)), str(base.max_positions), _yes(base.tokenizer.chat_template), "")
     guides = {reader for value in model.values.values() if value.full_vocabulary() for reader in value.cached_lms()}
@@ -39,16 +32,17 @@ def _table(out: Console, model: GuidedModel) -> bool:
     out.print(table)
     for note in notes:
         out.print(Text(f"  {note}", style="dim"), soft_wrap=True)
+    _say_generation_config(out, model)
     return fine
 
 
-def _generation_config(out: Console, model: GuidedModel) -> None:
+def _say_generation_config(out: Console, model: GuidedModel) -> None:
     """Say what the base's generation_config.json sets, and what of it does not apply."""
     if model.generation_config:
         listed = ", ".join(f"{name}={value!r}" for name, value in model.generation_config.items())
-        out.print(f"generation_config.json of the base sets: {listed}", soft_wrap=True, markup=False)
+        say(out, f"generation_config.json of the base sets: {listed}")
     for name, why in model.generation_config_left_out.items():
-        out.print(f"generation_config.json of the base: {name} does not apply ({why})", soft_wrap=True, markup=False)
+        say(out, f"generation_config.json of the base: {name} does not apply ({why})")
 
 
 def _yes(value: object) -> str:

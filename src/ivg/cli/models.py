@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+
+from ivg.cli.printing import plain_table
 
 HELP = "List the embedded models, the methods, the settings of methods, and plugins."
 
@@ -52,11 +56,8 @@ def listing() -> dict[str, list[dict[str, Any]]]:
 
 
 def _table(title: str, rows: list[dict[str, Any]], names: dict[str, str], without: tuple[str, ...] = ()) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     columns = [name for name in rows[0] if name not in without] if len(names) < 3 else list(names)
-    table = Table(*(names.get(name, name) for name in columns), title=title, title_justify="left", box=None, pad_edge=False)
+    table = plain_table(*(names.get(name, name) for name in columns), title=title, title_justify="left")
     for row in rows:
         table.add_row(*(_cell(row[name]) for name in columns))
     Console(highlight=False).print(table)
@@ -79,11 +80,4 @@ def _parameters(weights: Any) -> int:
     """Counted from the file's header, without reading the weights."""
     with weights.open("rb") as f:
         header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-    total = 0
-    for name, entry in header.items():
-        if name != "__metadata__":
-            size = 1
-            for n in entry["shape"]:
-                size *= n
-            total += size
-    return total
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
+from ivg.cli.model_table import show_models
+from ivg.cli.printing import plain_table, say
+from ivg.cli.progress import print_error
 from ivg.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ivg.diagnostics.divergence import PairDivergence
     from ivg.diagnostics.preference_check import GuidanceReport, Judge
     from ivg.diagnostics.stats import Estimate, Proportion
@@ -29,7 +32,6 @@ MAX_REASONS = 4
 
 def run(out: Console, recipe: Recipe, options: PreferenceSettings) -> int:
     """Read the pairs, load the models, measure, print, write; the exit code."""
-    from ivg.cli.model_table import show_models
     from ivg.diagnostics.preference_check import CheckSettings, check_preferences
     from ivg.factory.recipe import load_models
     from ivg.utils.jsonl import write_json
@@ -56,7 +58,6 @@ def run(out: Console, recipe: Recipe, options: PreferenceSettings) -> int:
 
 
 def _read(options: PreferenceSettings) -> list[Preference]:
-    from ivg.cli.progress import print_error
     from ivg.jobs.failures import Failures
     from ivg.training.data import ColumnMapping, read_preferences
 
@@ -137,25 +138,20 @@ def show(out: Console, report: GuidanceReport, beta: float) -> None:
     _sweep(out, report)
     out.print(f"\nverdict: {report.verdict.outcome}", style="bold")
     for reason in report.verdict.reasons:
-        out.print(f"  {reason}", soft_wrap=True, markup=False)
+        say(out, f"  {reason}")
 
 
 def _pairs(out: Console, report: GuidanceReport) -> None:
-    from rich.table import Table
-
-    out.print(
-        f"\npair accuracy: how often the chosen response of {report.pairs} pairs scores higher, at four prefixes of both responses",
-        soft_wrap=True,
-    )
+    say(out, f"\npair accuracy: how often the chosen response of {report.pairs} pairs scores higher, at four prefixes of both responses")
     if report.skipped:
         kinds = Counter(report.skipped).most_common()
         for why, count in kinds[:MAX_REASONS]:
-            out.print(f"  {count} more left out: {why}", soft_wrap=True, markup=False)
+            say(out, f"  {count} more left out: {why}")
         if rest := sum(count for _, count in kinds[MAX_REASONS:]):
-            out.print(f"  {rest} more left out for other reasons", soft_wrap=True)
+            say(out, f"  {rest} more left out for other reasons")
     if report.ties:
-        out.print(f"  {report.ties} more left out: chosen and rejected are the same text", soft_wrap=True)
-    table = Table("value", "25 %", "50 %", "75 %", "whole", "95 % interval", "loss", box=None, pad_edge=False)
+        say(out, f"  {report.ties} more left out: chosen and rejected are the same text")
+    table = plain_table("value", "25 %", "50 %", "75 %", "whole", "95 % interval", "loss")
     for v in report.values:
         name = f"{v.name} (judge)" if v.name == report.judge else v.name
         table.add_row(name, *(f"{p.rate:.2f}" for p in v.accuracy), _interval(v.whole), f"{v.loss:.3f}")
@@ -165,7 +161,7 @@ def _pairs(out: Console, report: GuidanceReport) -> None:
     _trained(out, report)
     margins = [f"{v.name} {v.margin_correlation:.2f}" for v in report.values if v.margin_correlation is not None]
     if margins:
-        out.print(f"rank correlation with the margins: {', '.join(margins)}", soft_wrap=True)
+        say(out, f"rank correlation with the margins: {', '.join(margins)}")
     _length(out, report)
 
 
@@ -177,22 +173,17 @@ def _trained(out: Console, report: GuidanceReport) -> None:
     """Which values were trained on some of the pairs, and which may have been."""
     for v in report.values:
         if v.on_training_data:
-            text = f"{v.name} was trained on {v.trained_pairs} of these pairs and too few are left: its numbers are on its training data"
-            out.print(text, soft_wrap=True, markup=False)
+            say(out, f"{v.name} was trained on {v.trained_pairs} of these pairs and too few are left: its numbers are on its training data")
         elif v.trained_pairs:
-            text = f"{v.name} was trained on {v.trained_pairs} of these pairs: its numbers are on the other {v.whole.n}"
-            out.print(text, soft_wrap=True, markup=False)
+            say(out, f"{v.name} was trained on {v.trained_pairs} of these pairs: its numbers are on the other {v.whole.n}")
     if report.unknown_training_data:
-        text = f"unknown training data (no fingerprints beside the weights): {', '.join(report.unknown_training_data)}"
-        out.print(text, soft_wrap=True, markup=False)
+        say(out, f"unknown training data (no fingerprints beside the weights): {', '.join(report.unknown_training_data)}")
 
 
 def _length(out: Console, report: GuidanceReport) -> None:
     """Accuracies with length controlled."""
-    from rich.table import Table
-
     out.print("\naccuracy on whole responses with length controlled, in the unit of length where it is lowest")
-    table = Table("value", "unit", "length alone", "balanced", "95 % interval", "residual", "95 % interval", box=None, pad_edge=False)
+    table = plain_table("value", "unit", "length alone", "balanced", "95 % interval", "residual", "95 % interval")
     for v in report.values:
         if (c := v.length_control) is not None:
             balanced = ("", "") if c.balanced is None else (f"{c.balanced.rate:.2f}", _interval(c.balanced))
@@ -201,18 +192,13 @@ def _length(out: Console, report: GuidanceReport) -> None:
 
 
 def _divergence(out: Console, report: GuidanceReport, beta: float) -> None:
-    from rich.table import Table
-
     from ivg.diagnostics.divergence import TOP_TOKENS
 
     if report.divergence_on_chosen is None:
         return
-    out.print(
-        f"\ndivergence of pair and base per token: KL in nats, probability outside the base's {TOP_TOKENS} likeliest tokens; beta {beta:g}",
-        soft_wrap=True,
-    )
-    columns = ("on", "tokens", "base‖untuned", "tuned‖untuned", "guided‖base", "top-1 kept", "outside")
-    table = Table(*columns, box=None, pad_edge=False)
+    what = f"KL in nats, probability outside the base's {TOP_TOKENS} likeliest tokens; beta {beta:g}"
+    say(out, f"\ndivergence of pair and base per token: {what}")
+    table = plain_table("on", "tokens", "base‖untuned", "tuned‖untuned", "guided‖base", "top-1 kept", "outside")
     for name, d in (("chosen", report.divergence_on_chosen), ("base's", report.divergence_on_samples)):
         if d is not None:
             table.add_row(name, *_cells(d))
@@ -225,21 +211,19 @@ def _cells(d: PairDivergence) -> Sequence[str]:
 
 
 def _sweep(out: Console, report: GuidanceReport) -> None:
-    from rich.table import Table
-
     from ivg.diagnostics.sweep import BEST_OF
     from ivg.diagnostics.verdict import MIN_EFFECTIVE_SIZE
 
     if report.sweep:
         out.print(f"\ntokens guided by {report.guide}" + (f", judged by {report.judge}" if report.judge else ", no judge"))
-        table = Table("beta", "gain", "95 % interval", "KL to base", "per token", "tokens", "effective texts", box=None, pad_edge=False)
+        table = plain_table("beta", "gain", "95 % interval", "KL to base", "per token", "tokens", "effective texts")
         for r in report.sweep:
             size = f"{r.effective_size:.0f}" + ("" if r.effective_size >= MIN_EFFECTIVE_SIZE else " (too few)")
             table.add_row(f"{r.beta:g}", *_gain(r.gain), f"{r.kl.mean:.2f}", f"{r.kl_per_token:.3f}", f"{r.length:.0f}", size)
         out.print(table)
     if report.best_of:
         out.print(f"\nbest of {BEST_OF} of the base's texts, judged by {report.judge}")
-        table = Table("by", "gain", "95 % interval", box=None, pad_edge=False)
+        table = plain_table("by", "gain", "95 % interval")
         for s in report.best_of:
             table.add_row(s.value, *_gain(s.gain))
         out.print(table)

@@ -1,14 +1,25 @@
-"""Print answers to the terminal."""
+"""Print answers, lines and tables to the terminal."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from ivg.types import Completion
+
+
+def say(out: Console, text: str) -> None:
+    """Print text as it is, in lines of any length."""
+    out.print(text, soft_wrap=True, markup=False)
+
+
+def plain_table(*columns: str, **options: Any) -> Table:
+    """A table without lines."""
+    return Table(*columns, box=None, pad_edge=False, **options)
 
 
 def show(prompt: str, completion: Completion, method: str, *, many: bool) -> None:

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+
+from ivg.cli.printing import plain_table
 
 if TYPE_CHECKING:
     from ivg.evaluation.winrate import Row, WinRate
@@ -28,15 +31,12 @@ def winrate(
     json: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.")] = None,
 ) -> None:
     """See HELP."""
-    from rich.console import Console
-    from rich.table import Table
-
     from ivg.evaluation.length_control import difficulty_file, length_controlled
     from ivg.evaluation.winrate import average_over_seeds, read_judgements, win_rate
 
     path = None if plain else difficulty_file(difficulty)
     results: list[dict[str, Any]] = []
-    table = Table(box=None, pad_edge=False)
+    table = plain_table()
     table.add_column("model", overflow="fold")
     for name in ("win rate", "±", "discrete", "LC win rate", "±", "characters", "judged"):
         table.add_column(name, no_wrap=True, justify="right")

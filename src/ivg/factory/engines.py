@@ -13,6 +13,7 @@ from ivg.embedded import path
 from ivg.errors import ConfigError
 from ivg.factory.values import make_value
 from ivg.model import GuidedModel
+from ivg.models.generation_config import read_generation_config
 from ivg.models.hub import find_model
 from ivg.models.loading import LoadOptions, eos_ids, load_config, load_tokenizer, pick_device, pick_dtype
 from ivg.models.prompt_encoder import PromptEncoder
@@ -217,14 +218,9 @@ def _client_options(settings: VLLMConfig, options: LoadOptions, *, shared: bool,
 
 def _prompt_encoder(name: str, ref: ModelRef, tokenizer: Any, options: LoadOptions, longest: int) -> PromptEncoder:
     """How a model in another engine reads prompts."""
-    from transformers import GenerationConfig
-
     found = find_model(ref.path, name, options.hub())
     config = load_config(ref.path, options, name)
-    try:
-        generation = GenerationConfig.from_pretrained(found, revision=options.revision)
-    except OSError:  # many models have none
-        generation = None
+    generation = read_generation_config(found, revision=options.revision)
     ends = eos_ids(SimpleNamespace(generation_config=generation, config=config), tokenizer)
     text = config.get_text_config()
     encoder = PromptEncoder(name, tokenizer, _template(ref, options), ends, vocab_size=text.vocab_size, max_positions=longest)

@@ -78,19 +78,14 @@ def default_sampling(recipe: Recipe) -> SamplingParams:
     Raises:
         ConfigError: the base's checkpoint sets what cannot be done.
     """
-    from transformers import GenerationConfig
-
     from ivg.embedded import locate, path
     from ivg.model import DEFAULT_SAMPLING
-    from ivg.models.generation_config import defaults_of
+    from ivg.models.generation_config import defaults_of, read_generation_config
 
     base = recipe.models.given.get("base")
     if recipe.run.engine.startswith(("http://", "https://")):
         return DEFAULT_SAMPLING
-    try:
-        config = GenerationConfig.from_pretrained(locate(base.path if base else path("base")), revision=recipe.run.revision)
-    except OSError:  # many models have none
-        return DEFAULT_SAMPLING
+    config = read_generation_config(locate(base.path if base else path("base")), revision=recipe.run.revision)
     return replace(DEFAULT_SAMPLING, **defaults_of(config, "base", recipe.run.generation_config).settings)
 
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from ivg.errors import ConfigError
 from ivg.settings.rules import choice
 from ivg.settings.sampling import SamplingParams
 from ivg.settings.schema import check
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 GenerationConfigMode = Literal["auto", "ignore"]
 """``auto``: the checkpoint's settings are defaults; ``ignore``: they are not. Its end-of-sequence tokens are always used."""
@@ -103,6 +107,16 @@ class GenerationDefaults:
                 f"generation_config.json of {name} sets {listed}, which ivg cannot do\n"
                 '  leave out what the checkpoint sets: --generation-config ignore (generation_config = "ignore" in the table run)'
             )
+
+
+def read_generation_config(model: str | Path, **hub: Any) -> GenerationConfig | None:
+    """A checkpoint's ``generation_config.json``; None where it has none. ``hub``: arguments of ``from_pretrained``."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(model, **hub)
+    except OSError:
+        return None
 
 
 def defaults_of(config: Any, name: str, mode: str) -> GenerationDefaults:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -57,7 +57,7 @@ class CompletionEndpoint:
             builder = ResponseBuilder(isinstance(body, ChatRequest), body.model, batch, body.n_logprobs, self._token_text)
             if body.stream:
                 return EventStream(_stream_encoder(builder, body), handle, worker)
-            completions = await _until_disconnect(request.receive, _gather(handle, worker, len(batch.requests)))
+            completions = await _until_disconnect(request.receive, _gather(handle, worker))
             return JSON(builder.build_response(completions))
         except BaseException:
             worker.cancel(handle)
@@ -86,35 +86,24 @@ async def _next_event(handle: RequestHandle, worker: Worker) -> RequestBatch | P
         return event
 
 
-class _Timer:
-    """Observes time to first text and total time."""
-
-    def __init__(self, handle: RequestHandle, worker: Worker) -> None:
-        self.handle, self.metrics, self.first = handle, worker.metrics, True
-
-    def on_progress(self, progress: Progress) -> None:
-        """Observe the first text."""
-        if self.first and (progress.committed or progress.completion):
-            self.first = False
-            self.metrics.first_text.observe(time.monotonic() - self.handle.started)
-
-    def on_end(self) -> None:
-        """Observe the total time."""
-        self.metrics.request_seconds.observe(time.monotonic() - self.handle.started)
-
-
-async def _gather(handle: RequestHandle, worker: Worker, count: int) -> list[Completion]:
-    """All completions, in order."""
-    done: dict[int, Completion] = {}
-    timer = _Timer(handle, worker)
-    while len(done) < count:
+async def _progress(handle: RequestHandle, worker: Worker) -> AsyncIterator[Progress]:
+    """Until all completions are finished; observes time to first text and total time."""
+    left, is_first = handle.count, True
+    while left:
         progress = await _next_event(handle, worker)
         assert isinstance(progress, Progress)
-        timer.on_progress(progress)
-        if progress.completion is not None:
-            done[progress.index] = progress.completion
-    timer.on_end()
-    return [done[i] for i in range(count)]
+        if is_first and (progress.committed or progress.completion):
+            is_first = False
+            worker.metrics.first_text.observe(time.monotonic() - handle.started)
+        left -= progress.completion is not None
+        yield progress
+    worker.metrics.request_seconds.observe(time.monotonic() - handle.started)
+
+
+async def _gather(handle: RequestHandle, worker: Worker) -> list[Completion]:
+    """All completions, in order."""
+    done = {p.index: p.completion async for p in _progress(handle, worker) if p.completion is not None}
+    return [done[i] for i in range(handle.count)]
 
 
 async def _first_done(work: Awaitable[T], receive: Receive) -> asyncio.Future[T]:
@@ -182,16 +171,11 @@ class EventStream(Response):
         async def write(chunk: bytes, *, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": chunk, "more_body": more})
 
-        timer = _Timer(self.handle, self.worker)
         try:
             await write(b"".join(self.encoder.start()))
-            while not self.encoder.finished:
-                progress = await _next_event(self.handle, self.worker)
-                assert isinstance(progress, Progress)
-                timer.on_progress(progress)
+            async for progress in _progress(self.handle, self.worker):
                 if chunk := b"".join(self.encoder.update(progress)):
                     await write(chunk)
-            timer.on_end()
             await write(b"".join(self.encoder.finish()))
         except ServeError as e:
             await write(b"".join(self.encoder.fail(e)))

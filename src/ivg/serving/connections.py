@@ -21,7 +21,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ivg.errors import ServeError
-from ivg.serving.errors import error_body
+from ivg.serving.errors import error_body, error_headers
 from ivg.serving.logs import log_event
 
 EVENT_STREAM = "event_stream"
@@ -142,9 +142,8 @@ class LimitedProtocol(H11Protocol):
 
     def _refuse(self, error: ServeError) -> None:
         body = json.dumps(error_body(error)).encode()
-        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        if error.status == 503:
-            headers.append(("retry-after", "1"))
+        own = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+        headers = [*own.items(), *error_headers(error).items()]
         with suppress(h11.LocalProtocolError):  # in the middle of a response
             for event in (h11.Response(status_code=error.status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")

@@ -58,7 +58,7 @@ def error_body(error: ServeError) -> dict[str, Any]:
 
 def error_headers(error: ServeError) -> dict[str, str]:
     """Headers that tell clients whether and when to retry."""
-    if error.status == 429 or error.code in ("unavailable", "upstream_unavailable"):
+    if error.status == 429 or error.code in ("unavailable", "upstream_unavailable", "too_many_connections"):
         return {"retry-after": "1"}
     if error.status == 401:
         return {"www-authenticate": "Bearer"}

@@ -97,11 +97,6 @@ class _Request(Table):
         return bool(self.stream and self.stream_options and self.stream_options.include_beams)
 
     @property
-    def n_logprobs(self) -> int | None:
-        """Alternatives for each token; None: no log-probabilities."""
-        return None
-
-    @property
     def limit(self) -> int | None:
         """Maximum number of completion tokens."""
         return self.max_tokens

@@ -61,16 +61,12 @@ class RequestHandle:
         self.closed = False
         """No more events will be sent."""
 
-    def deliver(self, events: list[Event]) -> None:
-        """Queue events; called in the event loop of the HTTP request."""
-        for event in events:
-            self.events.put_nowait(event)
-
 
 def deliver_all(batches: list[tuple[RequestHandle, list[Event]]]) -> None:
     """Queue the events of several requests; called in their event loop."""
     for handle, events in batches:
-        handle.deliver(events)
+        for event in events:
+            handle.events.put_nowait(event)
 
 
 @dataclass(slots=True, eq=False)

@@ -160,7 +160,9 @@ class ServedModels:
         top_logprobs = body.n_logprobs
         if body.include_beams and "alternatives" not in self.model.engine.unsupported:
             top_logprobs = max(top_logprobs or 0, PLAYGROUND_TOP_LOGPROBS)
-        sampling = self._sampling(body)
+        if body.limit is not None and self.settings.max_tokens is not None:
+            self._at_most(body.limit_field, body.limit, self.settings.max_tokens)
+        sampling = self.recipe.sampling.settings() | body.sampling
         template = self.model.request("x", method, seed=seed, record=body.include_beams, alternatives=top_logprobs, **sampling)
         template = replace(template, stride=_stride(template) if body.stream else QUANTUM)
         param = "messages" if isinstance(body, ChatRequest) else "prompt"
@@ -184,11 +186,6 @@ class ServedModels:
             check_lengths(self.model, request, wanted)
         own = {k: v for k, v in request.from_checkpoint.items() if (k, v) == ("max_new_tokens", wanted) or k != "max_new_tokens"}
         return replace(request, sampling=replace(request.sampling, max_new_tokens=wanted), from_checkpoint=own)
-
-    def _sampling(self, body: Body) -> dict[str, Any]:
-        if body.limit is not None and self.settings.max_tokens is not None:
-            self._at_most(body.limit_field, body.limit, self.settings.max_tokens)
-        return self.recipe.sampling.settings() | body.sampling
 
     def _check_limits(self, method: Method) -> Method:
         limit = self.settings.max_hypotheses

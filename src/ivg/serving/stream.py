@@ -32,11 +32,6 @@ class StreamEncoder:
         self.builder, self.with_usage, self.beams, self.continuous_usage = builder, usage, beams, continuous_usage
         self.choices = [ChoiceState(i) for i in range(len(builder.batch.requests))]
 
-    @property
-    def finished(self) -> bool:
-        """Is every choice finished?"""
-        return all(c.completion is not None for c in self.choices)
-
     def start(self) -> Iterator[bytes]:
         """Before any text: the role, for chats."""
         if self.builder.chat:

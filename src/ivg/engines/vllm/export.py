@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from ivg.engines.vllm.config import HeadKind, IVGConfig, IVGValueConfig, Submodel
 from ivg.errors import ConfigError
+from ivg.models.generation_config import read_generation_config
 from ivg.models.hub import find_model
 from ivg.models.loading import LoadOptions, load_config, load_tokenizer
 from ivg.models.vocabulary import Vocabulary
@@ -163,15 +164,6 @@ def _write(folder: Path, config: Any, tokenizer_of: str, tensors: dict[str, torc
     generation = Path(found) / "generation_config.json"
     if generation.is_file():  # it names the tokens that end an answer
         shutil.copyfile(generation, folder / "generation_config.json")
-    elif not Path(found).is_dir():
-        _hub_generation_config(str(found), folder, options)
+    elif not Path(found).is_dir() and (config := read_generation_config(str(found), **options.hub())) is not None:
+        config.save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})  # vLLM's loader needs a weights file in the directory
-
-
-def _hub_generation_config(name: str, folder: Path, options: LoadOptions) -> None:
-    from transformers import GenerationConfig
-
-    try:
-        GenerationConfig.from_pretrained(name, **options.hub()).save_pretrained(folder)
-    except OSError:  # many models have none
-        return
