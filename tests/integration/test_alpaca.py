@@ -506,7 +506,7 @@ def test_judgements_of_other_answers_are_refused(tmp_path):
         judge_all(Counting(), other, path)
     another = Counting()
     another.settings = lambda: {"judge": "another"}
-    with pytest.raises(ConfigError, match="made with other settings"):
+    with pytest.raises(ConfigError, match="settings differ"):
         judge_all(another, many(4), path)
 
 

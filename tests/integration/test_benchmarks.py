@@ -275,5 +275,5 @@ def test_targets_run_and_resume(capsys, tmp_path):
     targets.main(line)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["figures"] == found["figures"]
     assert {p.name: p.read_bytes() for p in (tmp_path / "targets").iterdir()} == files
-    with pytest.raises(ConfigError, match="other settings"):
+    with pytest.raises(ConfigError, match="settings differ"):
         targets.main([*line, "--seed", "1"])

@@ -124,7 +124,7 @@ def test_answers_of_other_settings_are_not_mixed(ivg, models, tmp_path):
     ivg("generate", "--input", source, "--output", tmp_path / "out.jsonl", *models)
     code, _, err = ivg("generate", "--input", source, "--output", tmp_path / "out.jsonl", *models, "--method", "base")
     assert code == 2
-    assert "give another --output" in err
+    assert "use another --output" in err
     (tmp_path / "out.jsonl").write_text('{"x": 1}\n')
     code, _, err = ivg("generate", "--input", source, "--output", tmp_path / "out.jsonl", *models)
     assert code == 2
@@ -397,5 +397,5 @@ def test_resuming_with_another_engine_is_refused(tmp_path):
                 with open_rows(file, [job], other, print) as rows:
                     assert rows.done(job, 0)
             else:
-                with pytest.raises(ConfigError, match="holds answers of other settings: e"), open_rows(file, [job], other, print):
+                with pytest.raises(ConfigError, match="settings differ from those of its rows: e"), open_rows(file, [job], other, print):
                     pass

@@ -94,19 +94,19 @@ def test_what_made_the_answers_is_compared(ivg, hub, base, tmp_path):
     before = (tmp_path / "out.jsonl").read_bytes()
     assert "already done 1" in ivg(*arguments)[2]
     for change, says in (
-        (["--template", "base=Q: {prompt}"], 'templates: not given there, {"base": "Q: {prompt}"} now'),
-        (["--dtype", "bfloat16"], 'dtype: "float32" there, "bfloat16" now'),
-        (["--temperature", "0.5"], "settings.temperature: not given there, 0.5 now"),
+        (["--template", "base=Q: {prompt}"], 'templates is {"base": "Q: {prompt}"}, was not set'),
+        (["--dtype", "bfloat16"], 'dtype is "bfloat16", was "float32"'),
+        (["--temperature", "0.5"], "temperature is 0.5, was not set"),
     ):
         code, _, err = ivg(*arguments, *change)
         assert (code, says in err) == (2, True)
-        assert "give another --output" in err
+        assert "use another --output" in err
     for file in model.glob("*.safetensors"):
         data = bytearray(file.read_bytes())
         data[-3] ^= 1  # trained anew
         file.write_bytes(data)
     code, _, err = ivg(*arguments)
-    assert (code, "weights.base: " in err) == (2, True)
+    assert (code, "weights.base is " in err) == (2, True)
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
@@ -222,9 +222,9 @@ def test_rollouts_go_on_only_with_what_made_them(ivg, hub, tmp_path):
     before = out.read_bytes()
     assert ivg(*arguments, "--prompts", tmp_path / "prompts.csv")[0] == 1  # no answer of those two yet
     for change, says in (
-        (["--dtype", "bfloat16"], 'dtype: "float32" there, "bfloat16" now'),
-        (["--template", "base=Q: {prompt}"], "templates: not given there"),
-        (["--temperature", "0.5"], "settings.temperature: not given there, 0.5 now"),
+        (["--dtype", "bfloat16"], 'dtype is "bfloat16", was "float32"'),
+        (["--template", "base=Q: {prompt}"], "templates is"),
+        (["--temperature", "0.5"], "temperature is 0.5, was not set"),
     ):
         code, _, err = ivg(*arguments, *change, "--prompts", tmp_path / "prompts.csv")
         assert (code, says in err) == (2, True)
@@ -233,5 +233,5 @@ def test_rollouts_go_on_only_with_what_made_them(ivg, hub, tmp_path):
     assert (code, "row 1: answers another prompt than this run" in err) == (2, True)
     (tmp_path / "rules.py").write_text("def score(prompt, response):\n    return -len(response)\n")
     code, _, err = ivg(*arguments, "--prompts", tmp_path / "prompts.csv")
-    assert (code, "weights.reward: " in err) == (2, True)
+    assert (code, "weights.reward is " in err) == (2, True)
     assert out.read_bytes() == before

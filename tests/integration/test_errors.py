@@ -154,7 +154,7 @@ TABLE = [
         "train reward --model embedded:base --data ties.jsonl --out o",
         TIES,
     ),
-    ("train dpo --model embedded:base --data pairs.jsonl --out model", "model holds a model already - give another --out"),
+    ("train dpo --model embedded:base --data pairs.jsonl --out model", "model holds a model already - use another --out"),
     (
         "train dpo --model embedded:base --data pairs.jsonl --out rewards.py",
         "cannot write rewards.py/run.json: File exists - write to another path",

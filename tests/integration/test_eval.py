@@ -304,7 +304,7 @@ def test_half_a_transcript_is_not_scored(done, tmp_path):
 def test_another_run_s_folder_is_refused(done, tmp_path):
     p = copy(done, tmp_path / "run")
     other = make_plan(p.recipe.override(sampling={"temperature": 0.5}), p.out)
-    with pytest.raises(ConfigError, match="other settings"):
+    with pytest.raises(ConfigError, match="settings differ"):
         runner.run(other)
 
 

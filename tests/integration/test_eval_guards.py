@@ -47,7 +47,7 @@ from ivg.utils.jsonl import as_lines, read_jsonl, write_json
 def test_the_report_is_of_its_own_settings(done, tmp_path, change, says):  # noqa: F811
     p = copy(done, tmp_path / "run")
     before = {f: f.read_bytes() for f in p.out.rglob("*.jsonl*")}
-    with pytest.raises(ConfigError, match=f"made with other settings: .*{says}"):
+    with pytest.raises(ConfigError, match=f"settings differ from those of its rows: .*{says}"):
         report(make_plan(p.recipe.override(**change), p.out))
     assert {f: f.read_bytes() for f in p.out.rglob("*.jsonl*")} == before
 
@@ -55,7 +55,7 @@ def test_the_report_is_of_its_own_settings(done, tmp_path, change, says):  # noq
 def test_other_methods_settings_are_not_reported(done, tmp_path):  # noqa: F811
     p = copy(done, tmp_path / "run")
     other = recipe_with(p, methods=["base", {"label": "ivg|2", "method": "ivg", "width": 2, "successors": 3, "chunk_length": 3}])
-    with pytest.raises(ConfigError, match=r"method\.successors: 2 there, 3 now"):
+    with pytest.raises(ConfigError, match=r"method\.successors is 3, was 2"):
         read_transcripts(make_plan(other, p.out), "ivg|2")
 
 
@@ -83,9 +83,9 @@ def test_weights_trained_anew_are_another_run_s(hub, tmp_path):  # noqa: F811
     assert len(read_transcripts(make_plan(made, tmp_path / "run"), "bon")) == 6
     (tmp_path / "elsewhere").rename(tmp_path / "value")
     tiny_value("vocabulary", seed=8).save_pretrained(tmp_path / "value")
-    with pytest.raises(ConfigError, match="other settings: weights"):
+    with pytest.raises(ConfigError, match="settings differ from those of its rows: weights"):
         read_transcripts(make_plan(made, tmp_path / "run"), "bon")
-    with pytest.raises(ConfigError, match="other settings: weights"):
+    with pytest.raises(ConfigError, match="settings differ from those of its rows: weights"):
         runner.run(make_plan(made, tmp_path / "run"), ["generate"])
 
 
@@ -396,3 +396,12 @@ def test_results_are_json(done):  # noqa: F811
     constants = []
     json.loads((done.out / "results.json").read_text(), parse_constant=constants.append)
     assert not constants  # NaN and Infinity are no JSON
+
+
+@pytest.mark.parametrize("task", [Sentiment, Summarization])
+def test_without_data_and_without_the_hub_the_error_says_data(task):
+    with pytest.raises(ConfigError, match=r"no such data set in the hub's cache(.|\n)*--data FILE"):
+        task().examples(EvalConfig())
+    with pytest.raises(ConfigError, match=r"no such file: none\.jsonl") as e:
+        task().examples(EvalConfig(data="none.jsonl"))
+    assert "--data" not in str(e.value)

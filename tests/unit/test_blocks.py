@@ -98,7 +98,7 @@ def test_block_files_drop_half_blocks_and_refuse_other_settings(tmp_path):
         for span in again.missing():
             again.append([{"i": i} for i in span])
         assert file.path.read_bytes() == whole
-    with pytest.raises(ConfigError, match="seed: 1 there, 2 now"):
+    with pytest.raises(ConfigError, match="seed is 2, was 1"):
         ResumableJsonl(file.path, 2, 5, {"seed": 2})
     longer = ResumableJsonl(file.path, 2, 7, {"seed": 1})
     assert [list(s) for s in longer.missing()] == [[4, 5], [6]]

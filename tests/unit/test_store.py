@@ -77,13 +77,13 @@ def test_half_a_row_is_cut_off_wherever_a_kill_came(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"method": "eft"}, 'method: "ivg" there, "eft" now'),
-        ({"settings": {"beta": 2.0}}, "settings.beta: not given there, 2.0 now"),
-        ({"engine": "vllm"}, 'engine: not given there, "vllm" now'),
-        ({"provenance": {"ivg": "1", "device": "cuda", "weights": {"base": "a"}}}, 'device: "cpu" there, "cuda" now'),
+        ({"method": "eft"}, 'method is "eft", was "ivg"'),
+        ({"settings": {"beta": 2.0}}, "beta is 2.0, was not set"),
+        ({"engine": "vllm"}, 'engine is "vllm", was not set'),
+        ({"provenance": {"ivg": "1", "device": "cuda", "weights": {"base": "a"}}}, 'device is "cuda", was "cpu"'),
         (
             {"provenance": {"ivg": "2", "device": None, "weights": {"base": "b"}}, "seed": 1},
-            'ivg: "1" there, "2" now; weights.base: "a" there, "b" now; seed: 0 there, 1 now',
+            'ivg is "2", was "1"; weights.base is "b", was "a"; seed is 1, was 0',
         ),
     ],
 )
@@ -94,7 +94,10 @@ def test_what_made_the_rows_differs_is_named(tmp_path, change, says):
     before = (tmp_path / "out.jsonl").read_bytes()
     with pytest.raises(ConfigError) as e:
         reopen(tmp_path / "out.jsonl", [Job(1, "edited too")], PROVENANCE | change)
-    assert str(e.value) == f"{tmp_path / 'out.jsonl'} holds answers of other settings: {says}\n  give another --output, or remove it"
+    assert (
+        str(e.value)
+        == f"{tmp_path / 'out.jsonl'}: settings differ from those of its rows: {says}\n  use another --output, or remove the file"
+    )
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 

@@ -12,8 +12,7 @@ from itertools import chain, islice
 import numpy as np
 
 from ivg.errors import ConfigError
-from ivg.evaluation.task import Example, Tables, Task, check_count, text_of
-from ivg.jobs.formats import read_rows
+from ivg.evaluation.task import Example, Tables, Task, check_count, read_data, text_of
 from ivg.settings.recipe import EvalConfig
 from ivg.types import Prompt
 
@@ -37,7 +36,7 @@ class Sentiment(Task):
         if config.options:
             raise ConfigError(f"the task sentiment has no options, got {', '.join(config.options)}\n  leave them out (--option)")
         source = config.data or DATA
-        rows = read_rows(source, config.split or "test", config.format)
+        rows = read_data(config, DATA, "test")
         first = next(rows, None)
         if first is None:
             raise ConfigError(f"{source} is empty")

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from ivg.errors import ConfigError
-from ivg.evaluation.task import Example, Tables, Task, check_count, text_of
-from ivg.jobs.formats import read_rows
+from ivg.evaluation.task import Example, Tables, Task, check_count, read_data, text_of
 from ivg.settings.recipe import EvalConfig
 from ivg.types import Prompt
 
@@ -42,7 +41,7 @@ class Summarization(Task):
         """
         words = _words(config)
         source = config.data or DATA
-        rows = list(read_rows(source, config.split or "test", config.format))
+        rows = list(read_data(config, DATA, "test"))
         if not rows:
             raise ConfigError(f"{source} is empty")
         if "prompt" not in rows[0] and "email" not in rows[0]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ivg.errors import ConfigError
+from ivg.jobs.formats import read_rows
 from ivg.settings.recipe import EvalConfig
 from ivg.types import Prompt
 from ivg.utils.plugins import Plugins
@@ -122,6 +123,20 @@ def load_task(name: str) -> Task:
 
 
 # Helpers of tasks
+
+
+def read_data(config: EvalConfig, published: str, split: str) -> Iterator[dict[str, Any]]:
+    """The rows of ``config.data``; default: those of the data set ``published`` on the hub.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    try:
+        yield from read_rows(config.data or published, config.split or split, config.format)
+    except ConfigError as e:
+        if config.data is not None:
+            raise
+        raise ConfigError(f"{str(e).splitlines()[0]}\n  give the prompts as --data FILE (docs/how-to/evaluation.md)") from e
 
 
 def digest(examples: Sequence[Example]) -> str:

@@ -87,11 +87,13 @@ def check_provenance(path: str | Path, provenance: Mapping[str, Any]) -> None:
     """
     path, beside = Path(path), _meta(path)
     if not beside.exists():
-        raise ConfigError(f"{path} has no provenance: {beside.name} is missing\n  write to another path")
+        raise ConfigError(f"{path} has no provenance: {beside.name} is missing\n  use another --out")
     found, wanted = json.loads(beside.read_text(encoding="utf-8")), json.loads(to_json(provenance))
     different = differences(found, wanted)
     if different:
-        raise ConfigError(f"{path} was made with other settings: {'; '.join(different)}\n  write to another path, or remove the file")
+        raise ConfigError(
+            f"{path}: settings differ from those of its rows: {'; '.join(different)}\n  use another --out, or remove the file"
+        )
 
 
 def _meta(path: str | Path) -> Path:

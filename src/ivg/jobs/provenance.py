@@ -79,18 +79,24 @@ def device_kind(name: str | None) -> str:
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs, each as ``name: A there, B now``; an unknown device (None) equals every device."""
+    """What differs, each as ``name is B, was A``; an unknown device (None) equals every device.
+
+    Args:
+        found: what the file records.
+        wanted: of this run.
+        prefix: of the names.
+    """
     out: list[str] = []
     for key in sorted({*found, *wanted}):
-        there, now = found.get(key), wanted.get(key)
-        if there == now or (key == "device" and None in (there, now)):
+        was, now = found.get(key), wanted.get(key)
+        if was == now or (key == "device" and None in (was, now)):
             continue
-        if isinstance(there, dict) and isinstance(now, dict):
-            out += differences(there, now, "" if key == "provenance" else f"{prefix}{key}.")
+        if isinstance(was, dict) and isinstance(now, dict):
+            out += differences(was, now, prefix if key in ("provenance", "settings") else f"{prefix}{key}.")
         else:
-            out.append(f"{prefix}{key}: {_json(there)} there, {_json(now)} now")
+            out.append(f"{prefix}{key} is {_json(now)}, was {_json(was)}")
     return out
 
 
 def _json(value: Any) -> str:
-    return "not given" if value is None else to_json(value)
+    return "not set" if value is None else to_json(value)

@@ -122,22 +122,22 @@ class ResumableRows:
             try:
                 row = parse_row(line)
             except RowError as e:
-                raise self._not_ours(number, str(e)) from None
+                raise self._foreign_row(number, str(e)) from None
             if not {"id", "index", "prompt", "method"} <= set(row) or not isinstance(row["index"], int):
-                raise self._not_ours(number, f"got the columns {', '.join(row)[:80]}")
+                raise self._foreign_row(number, f"got the columns {', '.join(row)[:80]}")
             yield number, row
 
-    def _not_ours(self, number: int, why: str) -> ConfigError:
-        return ConfigError(f"{self.path} holds rows that ivg did not write (row {number}: {why})\n  give another --output")
+    def _foreign_row(self, number: int, why: str) -> ConfigError:
+        return ConfigError(f"{self.path} holds rows that ivg did not write (row {number}: {why})\n  use another --output")
 
     def _check(self, number: int, row: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
         if not isinstance(row.get("provenance"), dict):
-            raise ConfigError(
-                f"{self.path} was written by an older version of ivg: row {number} has no provenance\n  give another --output"
-            )
+            raise ConfigError(f"{self.path} was written by an older version of ivg: row {number} has no provenance\n  use another --output")
         found = differences({k: row[k] for k in PROVENANCE_COLUMNS if k in row}, provenance)
         if found:
-            raise ConfigError(f"{self.path} holds answers of other settings: {'; '.join(found)}\n  give another --output, or remove it")
+            raise ConfigError(
+                f"{self.path}: settings differ from those of its rows: {'; '.join(found)}\n  use another --output, or remove the file"
+            )
 
     def _remove_incomplete_row(self) -> None:
         with self.path.open("r+b") as file:

@@ -173,9 +173,11 @@ class ResponseBuilder:
         }
 
     def build_response(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        """The body of a response that is not streamed."""
+        """The body of a response that is not streamed; ``ivg.choices`` has the fields of ``ivg`` for each of several choices."""
         choices = [self.choice(ChoiceState(i), c) for i, c in enumerate(completions)]
-        ivg = self.ivg_object(completions) | {"choices": [self.ivg_object([c]) | {"index": i} for i, c in enumerate(completions)]}
+        ivg = self.ivg_object(completions)
+        if len(completions) > 1:
+            ivg["choices"] = [self.ivg_object([c]) | {"index": i} for i, c in enumerate(completions)]
         return self.envelope(choices) | {"usage": self.usage(completions), "ivg": ivg}
 
 

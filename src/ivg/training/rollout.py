@@ -98,7 +98,7 @@ def _check_prompts(path: Path, prompts: Sequence[Prompt], samples: int, rows: in
     for number, row in zip(range(rows), read_jsonl(path), strict=False):
         index = number // samples
         if index < len(prompts) and row["prompt"] != prompts[index].plain:
-            raise ConfigError(f"{path}, row {number + 1}: answers another prompt than this run\n  give another --out, or remove the file")
+            raise ConfigError(f"{path}, row {number + 1}: answers another prompt than this run\n  use another --out, or remove the file")
 
 
 def _sample(

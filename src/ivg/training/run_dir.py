@@ -115,9 +115,11 @@ class RunDir:
             if different and {p.name for p in path.iterdir()} == {note.name}:
                 write_json(note, self.provenance)  # that run ended before it made anything
             elif different:
-                raise ConfigError(f"{path} holds a run with other settings: {'; '.join(different)}\n  give another --out, or remove it")
+                raise ConfigError(
+                    f"{path}: settings differ from those of its run: {'; '.join(different)}\n  use another --out, or remove the folder"
+                )
         elif (path / "config.json").exists():
-            raise ConfigError(f"{path} holds a model already\n  give another --out")
+            raise ConfigError(f"{path} holds a model already\n  use another --out")
         elif first_process():
             write_json(note, self.provenance)
 
