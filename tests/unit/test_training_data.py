@@ -13,6 +13,7 @@ from ivg.training.data import (
     ColumnMapping,
     Preference,
     RatedResponse,
+    ReadOptions,
     SFTExample,
     held_out,
     pair_up,
@@ -66,6 +67,17 @@ def test_responses_to_a_prompt_are_paired_wherever_they_stand():
     assert [(x.prompt.content, x.chosen) for x in pair_up(rows)] == [("p", "a"), ("q", "d")]
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"prompt": "p", "response": text, "score": score} for text, score in (("a", 99), ("b", 0))],
+        [{"prompt": "p", "responses": ["a", "b"], "scores": [99, 0]}],
+    ],
+)
+def test_preferences_are_made_of_all_rated_responses(tmp_path, rows):
+    assert read_preferences(write(tmp_path / "r.jsonl", rows)) == [Preference(Prompt("p"), "a", "b", 99.0)]
+
+
 def test_rewards_that_are_python_functions(tmp_path):
     from ivg.values.reward import load_reward
 
@@ -86,9 +98,9 @@ def test_parquet_json_and_folders(tmp_path):
     rows = [{"prompt": "p", "response": "r", "score": 1.0}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
     (tmp_path / "test.json").write_text(json.dumps(rows))
-    assert read_rated(tmp_path) == read_rated(tmp_path, split="test") == [RatedResponse(Prompt("p"), "r", 1.0)]
+    assert read_rated(tmp_path) == read_rated(tmp_path, ReadOptions("test")) == [RatedResponse(Prompt("p"), "r", 1.0)]
     with pytest.raises(ConfigError, match=r"no split 'dev'\n.*test.json, train.parquet"):
-        read_rated(tmp_path, split="dev")
+        read_rated(tmp_path, ReadOptions("dev"))
 
 
 def test_wrong_columns_say_what_is_there_and_what_is_needed(tmp_path):
@@ -101,12 +113,10 @@ def test_wrong_columns_say_what_is_there_and_what_is_needed(tmp_path):
         read_rated(file)
     with pytest.raises(ConfigError, match="--columns NAME=COLUMN"):
         read_prompts(file)
-    assert (
-        read_sft_examples(file, mapping=ColumnMapping({"prompt": "question", "response": "answer"}, "{prompt}?", " {response}"))[0].response
-        == " a"
-    )
+    mapping = ColumnMapping({"prompt": "question", "response": "answer"}, "{prompt}?", " {response}")
+    assert read_sft_examples(file, ReadOptions(mapping=mapping)) == [SFTExample(Prompt("q?"), " a")]
     with pytest.raises(ConfigError, match=r"no column 'x' \(for prompt\)"):
-        read_prompts(file, mapping=ColumnMapping({"prompt": "x"}))
+        read_prompts(file, ReadOptions(mapping=ColumnMapping({"prompt": "x"})))
 
 
 @pytest.mark.parametrize("score", [None, "good", float("nan"), float("inf")])
@@ -118,7 +128,7 @@ def test_a_score_must_be_a_finite_number(tmp_path, score):
 
 def test_files_that_are_not_there_or_not_data(tmp_path):
     with pytest.raises(ConfigError, match=r"no such file: .*none\.parquet"):
-        read_rated(tmp_path / "none.jsonl".replace("none.jsonl", "none.parquet"))
+        read_rated(tmp_path / "none.parquet")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "p"}\nhello\n')
     with pytest.raises(ConfigError, match="line 2: expected a JSON object, got hello"):
         read_prompts(tmp_path / "bad.jsonl")
@@ -212,7 +222,7 @@ def test_rows_that_cannot_be_used_are_told_and_left_out(tmp_path):
         '{"prompt": "p", "chosen": "a", "rejected": "a"}\n{"prompt": 3, "chosen": "a", "rejected": "b"}\n'
     )
     bad = []
-    assert read_preferences(file, on_bad=bad.append) == [Preference(Prompt("p"), "a", "b")]
+    assert read_preferences(file, options=ReadOptions(on_bad=bad.append)) == [Preference(Prompt("p"), "a", "b")]
     assert [row.place.rpartition(" ")[2] for row in bad] == ["2", "3", "4", "5"]
     assert bad[2].error == "chosen and rejected are the same text"
     with pytest.raises(ConfigError, match=r"x\.jsonl, line 2: expected a JSON object, got hello"):

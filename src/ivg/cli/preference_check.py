@@ -59,11 +59,12 @@ def run(out: Console, recipe: Recipe, options: PreferenceSettings) -> int:
 
 def _read(options: PreferenceSettings) -> list[Preference]:
     from ivg.jobs.failures import Failures
-    from ivg.training.data import ColumnMapping, read_preferences
+    from ivg.training.data import ColumnMapping, ReadOptions, read_preferences
 
     assert options.preferences is not None
-    failures, mapping = Failures(print_error), ColumnMapping(options.column_names or None)
-    pairs = read_preferences(options.preferences, options.pairs, mapping=mapping, format=options.format, on_bad=failures.add_unreadable)
+    failures = Failures(print_error)
+    how = ReadOptions(mapping=ColumnMapping(options.column_names or None), format=options.format, on_bad=failures.add_unreadable)
+    pairs = read_preferences(options.preferences, options.pairs, options=how)
     failures.close()
     return pairs
 

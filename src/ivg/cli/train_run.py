@@ -29,12 +29,12 @@ def read_rows(reader: Callable[..., list[Any]], sources: Sequence[str], settings
     """Rows of all sources together, at most ``limit``; those that cannot be used are reported, counted and left out."""
     from ivg.cli.progress import print_error
     from ivg.jobs.failures import Failures
-    from ivg.training.data import ColumnMapping
+    from ivg.training.data import ColumnMapping, ReadOptions
 
     mapping = ColumnMapping(settings.column_names or None, settings.prompt_format, settings.response_format)
     failures = Failures(print_error, settings.failed)
-    how = {"split": settings.split, "format": settings.format, "mapping": mapping, "on_bad": failures.add_unreadable}
-    rows = [row for source in sources for row in reader(source, **how, **more)]
+    options = ReadOptions(settings.split, mapping, settings.format, failures.add_unreadable)
+    rows = [row for source in sources for row in reader(source, options=options, **more)]
     failures.close()
     if failures.count:
         typer.echo(f"read {len(rows)}, left out {failures.count}", err=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -120,94 +120,88 @@ class ColumnMapping:
         return out
 
 
-OnBad = Callable[[SourceRow], None] | None
-"""Called with each row that cannot be used, which is then left out; None: the first one is an error."""
+@dataclass(frozen=True)
+class ReadOptions:
+    """How the rows of a source are read.
+
+    Attributes:
+        split: of a folder or data set.
+        mapping: the column names of the file and the formats of prompts and responses.
+        format: of the file (:mod:`ivg.jobs.formats`); None: by its name.
+        on_bad: called with each row that cannot be used, which is then left out; None: the first one is an error.
+    """
+
+    split: str = "train"
+    mapping: ColumnMapping = ColumnMapping()
+    format: str | None = None
+    on_bad: Callable[[SourceRow], None] | None = None
 
 
 def read_preferences(
-    source: str | Path,
-    limit: int | None = None,
-    *,
-    split: str = "train",
-    mapping: ColumnMapping | None = None,
-    seed: int = 0,
-    format: str | None = None,
-    on_bad: OnBad = None,
+    source: str | Path, limit: int | None = None, *, seed: int = 0, options: ReadOptions | None = None
 ) -> list[Preference]:
     """Preferences of any form above; rated responses are paired by :func:`pair_up`.
 
     Args:
         source: file, folder, id on the hub, or ``-``.
         limit: number of pairs, from the first; None: all.
-        split: of a folder or data set.
-        mapping: the column names of the file and the formats of prompts and responses.
         seed: random seed of the labels of rated responses.
-        format: of the file (:mod:`ivg.jobs.formats`); None: by its name.
-        on_bad: see :data:`OnBad`. Rows whose two responses are the same text are among these.
+        options: how it is read. Rows whose two responses are the same text cannot be used.
 
     Raises:
         ConfigError: unreadable, wrong columns, no row.
     """
-    rows = _Rows(source, split, mapping, format, on_bad)
-    first = rows.first()
-    if all(c in first for c in RATED_LISTS) and "chosen" in first:
-        out = list(rows.each(_labelled))
-    elif all(c in first for c in RATED_LISTS) or all(c in first for c in RATED):
+    rows = _Rows(source, options)
+    if rows.have(*RATED_LISTS, "chosen"):
+        out = rows.each(_labelled)
+    elif rows.have(*RATED_LISTS) or rows.have(*RATED):
         out = pair_up(_rated_rows(rows), seed)
-    elif all(c in first for c in CONVERSATIONS):
-        out = list(rows.each(_preference))
+    elif rows.have(*CONVERSATIONS):
+        out = rows.each(_preference)
     else:
-        raise _wrong_columns(source, first, "preferences", PREFERENCE, RATED, RATED_LISTS)
+        raise rows.wrong_columns("preferences", PREFERENCE, RATED, RATED_LISTS)
     if not out:
         raise ConfigError(f"{source} holds no pair of different responses to one prompt")
     return out[:limit]
 
 
-def read_rated(
-    source: str | Path, *, split: str = "train", mapping: ColumnMapping | None = None, format: str | None = None, on_bad: OnBad = None
-) -> list[RatedResponse]:
+def read_rated(source: str | Path, options: ReadOptions | None = None) -> list[RatedResponse]:
     """Rated responses: ``prompt, response, score`` or ``prompt, responses, scores``.
 
     Raises:
         ConfigError: unreadable, wrong columns, no row, a score that is no finite number.
     """
-    return list(_rated_rows(_Rows(source, split, mapping, format, on_bad)))
+    return _rated_rows(_Rows(source, options))
 
 
-def read_sft_examples(
-    source: str | Path, *, split: str = "train", mapping: ColumnMapping | None = None, format: str | None = None, on_bad: OnBad = None
-) -> list[SFTExample]:
+def read_sft_examples(source: str | Path, options: ReadOptions | None = None) -> list[SFTExample]:
     """SFT examples: ``prompt, response`` (or ``completion``; the chosen ones of preferences), ``messages``, or ``text``.
 
     Raises:
         ConfigError: unreadable, wrong columns, no row.
     """
-    rows = _Rows(source, split, mapping, format, on_bad)
-    first = rows.first()
-    name = next((n for n in ("response", "completion", "chosen") if n in first), None)
-    if name == "chosen" and all(c in first for c in RATED_LISTS):
+    rows = _Rows(source, options)
+    name = next((n for n in ("response", "completion", "chosen") if rows.have(n)), None)
+    if name == "chosen" and rows.have(*RATED_LISTS):
         return list(dict.fromkeys(SFTExample(pair.prompt, pair.chosen) for pair in rows.each(_labelled)))
-    if name is not None and "prompt" in first:
-        return list(rows.each(lambda row: [SFTExample(usable_prompt(cell(row, "prompt")), response_text(cell(row, name)))]))
-    if "messages" in first:
-        return list(rows.each(_conversation))
-    if "text" in first:
-        return list(rows.each(lambda row: [SFTExample(None, response_text(cell(row, "text")))]))
-    raise _wrong_columns(source, first, "SFT examples", ("prompt", "response"), ("prompt", "completion"), ("messages",), ("text",))
+    if name is not None and rows.have("prompt"):
+        return rows.each(lambda row: [SFTExample(usable_prompt(cell(row, "prompt")), response_text(cell(row, name)))])
+    if rows.have("messages"):
+        return rows.each(_conversation)
+    if rows.have("text"):
+        return rows.each(lambda row: [SFTExample(None, response_text(cell(row, "text")))])
+    raise rows.wrong_columns("SFT examples", ("prompt", "response"), ("prompt", "completion"), ("messages",), ("text",))
 
 
-def read_prompts(
-    source: str | Path, *, split: str = "train", mapping: ColumnMapping | None = None, format: str | None = None, on_bad: OnBad = None
-) -> list[Prompt]:
+def read_prompts(source: str | Path, options: ReadOptions | None = None) -> list[Prompt]:
     """The different prompts of ``prompt`` (or ``messages``), in order of appearance.
 
     Raises:
         ConfigError: unreadable, wrong columns, no row.
     """
-    rows = _Rows(source, split, mapping, format, on_bad)
-    first = rows.first()
-    if not {"prompt", "messages"} & set(first):
-        raise _wrong_columns(source, first, "prompts", ("prompt",), ("messages",))
+    rows = _Rows(source, options)
+    if not (rows.have("prompt") or rows.have("messages")):
+        raise rows.wrong_columns("prompts", ("prompt",), ("messages",))
     return list(dict.fromkeys(rows.each(lambda row: [usable_prompt(prompt_of(row))])))
 
 
@@ -247,73 +241,74 @@ def held_out(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item
 
 
 class _Rows:
-    """The rows of a source after the column mapping; the first readable one decides the form of the source."""
+    """The rows of a source after the column mapping; the first readable one decides the form of the source.
 
-    def __init__(self, source: str | Path, split: str, mapping: ColumnMapping | None, format: str | None, on_bad: OnBad) -> None:
-        self.source, self.mapping, self.on_bad = source, mapping, on_bad
-        self._rows = scan_rows(source, split, format)
-        self._ahead: list[tuple[SourceRow, dict[str, Any]]] = []
+    Raises:
+        ConfigError: there is none.
+    """
 
-    def first(self) -> dict[str, Any]:
-        """The first row; :meth:`each` yields it again.
+    def __init__(self, source: str | Path, options: ReadOptions | None) -> None:
+        self.source, self.options = source, options or ReadOptions()
+        self._rest = self._readable()
+        first = next(self._rest, None)
+        if first is None:
+            raise ConfigError(f"{source} is empty")
+        self._first = first
 
-        Raises:
-            ConfigError: there is none.
-        """
-        self._ahead = list(islice(self._readable(), 1))
-        if not self._ahead:
-            raise ConfigError(f"{self.source} is empty")
-        return self._ahead[0][1]
+    def have(self, *columns: str) -> bool:
+        """Has the first row all these columns?"""
+        return all(name in self._first[1] for name in columns)
 
-    def each(self, parse: Callable[[dict[str, Any]], Iterable[Item]]) -> Iterator[Item]:
+    def each(self, parse: Callable[[dict[str, Any]], Iterable[Item]]) -> list[Item]:
         """The items that ``parse`` makes of every row.
 
         Raises:
-            ConfigError: a row that cannot be used, if ``on_bad`` is None.
+            ConfigError: a row that cannot be used, if there is no ``on_bad``.
         """
-        for source, row in chain(self._ahead, self._readable()):
+        out: list[Item] = []
+        for source, row in chain([self._first], self._rest):
             try:
-                found = list(parse(row))
+                out += parse(row)
             except (PromptError, RowError) as e:
                 self._bad(replace(source, data=None, error=str(e)))
-                continue
-            yield from found
+        return out
+
+    def wrong_columns(self, what: str, *forms: Sequence[str]) -> ConfigError:
+        """``what`` cannot be read from these columns; it needs those of one of the ``forms``."""
+        wanted = "; or ".join(", ".join(s) for s in forms)
+        return ConfigError(
+            f"{self.source} has the columns {', '.join(self._first[1])}\n  {what} need {wanted}\n"
+            "  for other names: --columns NAME=COLUMN,… (in Python: ColumnMapping({NAME: COLUMN}))"
+        )
 
     def _readable(self) -> Iterator[tuple[SourceRow, dict[str, Any]]]:
-        for source in self._rows:
+        mapped = False
+        for source in scan_rows(self.source, self.options.split, self.options.format):
             if source.data is None:
                 self._bad(source)
             elif not source.data.get("error"):  # of a rollout that failed
                 try:
-                    row = self.mapping.apply(source.data) if self.mapping else source.data
+                    row = self.options.mapping.apply(source.data)
                 except ConfigError as e:
-                    if not self._ahead:  # in the first row: the name is wrong for all
+                    if not mapped:  # in the first row: the name is wrong for all
                         raise
                     self._bad(replace(source, data=None, error=str(e)))
                     continue
+                mapped = True
                 yield source, row
 
     def _bad(self, row: SourceRow) -> None:
-        if self.on_bad is None:
+        if self.options.on_bad is None:
             raise ConfigError(f"{row.place}: {row.error}")
-        self.on_bad(row)
+        self.options.on_bad(row)
 
 
-def _wrong_columns(source: str | Path, row: Row, what: str, *forms: Sequence[str]) -> ConfigError:
-    wanted = "; or ".join(", ".join(s) for s in forms)
-    return ConfigError(
-        f"{source} has the columns {', '.join(row)}\n  {what} need {wanted}\n"
-        "  for other names: --columns NAME=COLUMN,… (in Python: ColumnMapping({NAME: COLUMN}))"
-    )
-
-
-def _rated_rows(rows: _Rows) -> Iterator[RatedResponse]:
-    first = rows.first()
-    if all(c in first for c in RATED_LISTS):
+def _rated_rows(rows: _Rows) -> list[RatedResponse]:
+    if rows.have(*RATED_LISTS):
         return rows.each(lambda row: [RatedResponse(usable_prompt(cell(row, "prompt")), text, score) for text, score in responses_of(row)])
-    if all(c in first for c in RATED):
+    if rows.have(*RATED):
         return rows.each(lambda row: [_rated(row)])
-    raise _wrong_columns(rows.source, first, "rated responses", RATED, RATED_LISTS)
+    raise rows.wrong_columns("rated responses", RATED, RATED_LISTS)
 
 
 def _rated(row: Row) -> RatedResponse:
