@@ -51,8 +51,8 @@ def leaderboard():
 def test_published_win_rates_are_reproduced(leaderboard, model):
     published = leaderboard[model]
     found = win_rate(read_judgements(PUBLISHED / f"annotations_{model}.json.gz"))
-    for ours, theirs in (("win_rate", "win_rate"), ("standard_error", "standard_error"), ("discrete_win_rate", "discrete_win_rate")):
-        assert getattr(found, ours) == pytest.approx(float(published[theirs]), abs=0.01)
+    for rate in ("win_rate", "standard_error", "discrete_win_rate"):
+        assert getattr(found, rate) == pytest.approx(float(published[rate]), abs=0.01)
     for count in ("n_wins", "n_wins_base", "n_draws", "n_total"):
         assert getattr(found, count) == int(published[count])
     assert int(found.avg_length) == int(published["avg_length"])
@@ -73,10 +73,10 @@ def test_the_plain_rate_is_alpaca_evals(published_or_synthetic):
     with length_control.suppress_logs():
         from alpaca_eval.metrics import get_winrate
 
-        theirs = get_winrate(published_or_synthetic)
-    ours = win_rate(published_or_synthetic)
-    for name, value in theirs.items():
-        assert getattr(ours, name) == pytest.approx(float(value)), name
+        expected = get_winrate(published_or_synthetic)
+    found = win_rate(published_or_synthetic)
+    for name, value in expected.items():
+        assert getattr(found, name) == pytest.approx(float(value)), name
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_without_difficulty_it_says_what_is_needed(alpaca_eval, tmp_path, monkey
     assert length_controlled(world.rows).win_rate is not None
 
 
-def test_without_alpaca_eval_it_says_so(monkeypatch, tmp_path):
+def test_without_alpaca_eval_the_error_names_the_package(monkeypatch, tmp_path):
     import sys
 
     monkeypatch.setitem(sys.modules, "alpaca_eval.metrics", None)
@@ -378,7 +378,7 @@ def test_options_that_an_endpoint_refuses_are_left_out(endpoint):
     assert asking.settings() == judge(endpoint).settings()
 
 
-def test_a_busy_endpoint_is_asked_again(endpoint):
+def test_requests_to_a_busy_endpoint_are_retried(endpoint):
     endpoint.fails = [429, 500]
     assert judge(endpoint, concurrency=1).compare(PAIRS[:1])[0].preference == pytest.approx(1.2)
     assert len(endpoint.asked) == 3
@@ -510,7 +510,7 @@ def test_judgements_of_other_answers_are_refused(tmp_path):
         judge_all(another, many(4), path)
 
 
-def test_what_is_clear_is_not_asked(tmp_path):
+def test_equal_and_empty_answers_need_no_judge(tmp_path):
     asking = Counting()
     rows = [{"instruction": "i", "output_1": a, "output_2": b} for a, b in (("x", "x"), ("x", " "), ("", "y"), ("x", "y"))]
     found = judge_all(asking, rows, tmp_path / "a.jsonl")

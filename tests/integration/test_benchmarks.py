@@ -209,8 +209,8 @@ def test_figures_of_the_table():
     read = {"base": 1, "tuned": 1}
     seconds = {"short": (1.125, 6.0, 16), "middle": (12.0, 32.0, 16), "long": (60.0, 80.0, 16), "one": (2.0, 1.0, 1)}
     rows = {
-        name: [row("naive", 0, theirs, 1), row("ivg", 0, mine, n, forward_tokens=read), row("transformers", 0, 4.0, 16)]
-        for name, (theirs, mine, n) in seconds.items()
+        name: [row("naive", 0, naive_seconds, 1), row("ivg", 0, ivg_seconds, n, forward_tokens=read), row("transformers", 0, 4.0, 16)]
+        for name, (naive_seconds, ivg_seconds, n) in seconds.items()
     }
     rows["flat"] = [row("ivg-64", 0, 10.0, tokens=256), row("ivg-512", 0, 88.0, tokens=2048)]
     assert targets.figures(targets.Plan(TINY), rows) == pytest.approx(

@@ -331,7 +331,7 @@ def score(prompt, response):
     assert row["text"]
 
 
-def test_a_closed_standard_output_is_told(monkeypatch):
+def test_a_closed_standard_output_is_an_error(monkeypatch):
     from ivg.jobs.store import open_rows
 
     monkeypatch.setattr(sys, "stdout", None)

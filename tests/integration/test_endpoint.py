@@ -264,7 +264,7 @@ def test_spelling():
 # What goes wrong
 
 
-def test_errors_are_one_line_and_harm_nobody(serve):
+def test_errors_are_one_line_and_fail_only_their_request(serve):
     server, engine = serve(status={"unknown": 404, "key": 401, "broken": 500})
     prompts = ["good", "unknown", "key", "broken", "fine"]
     found = answers(engine, [ask(Search(2, 2, 3, value=COUNT_A), p) for p in prompts])
@@ -281,7 +281,7 @@ def test_words_of_another_server_need_be_no_text(serve, says):
     assert got.error == f"{server.url}/v1 answered 400: {says}" and got.error.said == str(says)
 
 
-def test_an_error_that_cannot_be_told_still_ends_its_order(serve, monkeypatch):
+def test_an_unreadable_error_still_ends_its_request(serve, monkeypatch):
     _, engine = serve(status={"p": 400})
     monkeypatch.setattr("ivg.engines.endpoint.client.shortened", lambda *_: 1 / 0)
     (got,) = answers(engine, [Request(Prompt("p"), Search(), SamplingParams(max_new_tokens=4))])
@@ -425,7 +425,7 @@ def test_closing_gives_everything_up(serve):
 # Numbers in place of tokens
 
 
-def test_vocabulary_is_nobody_elses():
+def test_text_vocabulary():
     reader, words = tiny_lm(), TextVocabulary("there", kept=2)
     assert not reader.vocabulary.same_as(words) and not words.same_as(reader.vocabulary) and words.same_as(words)
     assert not words.same_as(TextVocabulary())
@@ -535,7 +535,7 @@ def test_an_upstream_fault_is_text_that_can_be_sent():
     assert (again, again.status, again.said) == (fault, 429, "slow down")
 
 
-def test_a_revived_engine_forgets_who_asked_before(serve):
+def test_reset_caches_drops_submitted_requests(serve):
     _, engine = serve()
     engine.submit([order(engine, prompt=f"p{i}") for i in range(4)])
     engine.reset_caches()

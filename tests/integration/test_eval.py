@@ -332,7 +332,7 @@ def test_seeds_can_be_added(hub, tmp_path):
         ({"unknown": 1}, "unknown setting"),
     ],
 )
-def test_mistakes_are_told(hub, tmp_path, settings, says):
+def test_wrong_settings_are_errors(hub, tmp_path, settings, says):
     with pytest.raises(IVGError, match=says):
         runner.run(make_plan(recipe(hub, **settings), tmp_path), ["generate", "score"])
 
@@ -470,7 +470,7 @@ def test_every_task_has_a_name_and_settings_that_recipes_know():
         Recipe.parse({k: dict(v) for k, v in found.defaults().items()})
 
 
-def test_a_missing_package_is_told_before_anything_is_generated(done, monkeypatch):
+def test_a_missing_package_is_an_error_before_anything_is_generated(done, monkeypatch):
     import importlib.util
 
     from ivg.cli.eval import run

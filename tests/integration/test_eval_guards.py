@@ -176,13 +176,13 @@ def test_the_commit_is_that_of_tracked_code(tmp_path):
         who = ("-c", "user.name=x", "-c", "user.email=x@example.org")
         return subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
 
-    for name in ("ours.py", "theirs.py"):
+    for name in ("tracked.py", "untracked.py"):
         (tmp_path / name).write_text("")
     git("init", "-q")
-    git("add", "ours.py")
+    git("add", "tracked.py")
     git("commit", "-q", "-m", "one")
-    assert environment.commit(tmp_path / "ours.py") == git("rev-parse", "--short=12", "HEAD").strip()
-    assert environment.commit(tmp_path / "theirs.py") is None
+    assert environment.commit(tmp_path / "tracked.py") == git("rev-parse", "--short=12", "HEAD").strip()
+    assert environment.commit(tmp_path / "untracked.py") is None
 
 
 # Rows

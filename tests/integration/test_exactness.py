@@ -39,7 +39,7 @@ class Bench:
         self.searcher = Searcher(TransformersEngine(self.base))
         self.readers = [self.base, *pair, arm, q.model, v.model]
 
-    def ours(self, prompts, s, sampling, seed=5):
+    def generate(self, prompts, s, sampling, seed=5):
         requests = [Request(Prompt(p), s.search(self.values), sampling, seed) for p in prompts]
         done = dict(self.searcher.run(requests))
         return [done[i] for i in range(len(prompts))]
@@ -86,7 +86,7 @@ FREE = {
 def test_strategy_equals_naive(bench, name):
     s, sampling = small(name), SamplingParams(temperature=1.3, max_new_tokens=8)
     prompts = PROMPTS[:2] if s.rule != "reject" else PROMPTS[2:4]  # a vocabulary head has no value of a prompt of one token
-    for prompt, got in zip(prompts, bench.ours(prompts, s, sampling), strict=True):
+    for prompt, got in zip(prompts, bench.generate(prompts, s, sampling), strict=True):
         tokens, score = bench.reference(prompt, s, sampling)
         assert list(got.token_ids) == tokens
         if s.select:
@@ -100,7 +100,7 @@ def test_free_combinations_equal_naive(llama, settings, length, limit):
     s = get_method("custom", width=2, successors=2, chunk_length=length, **settings)
     sampling = SamplingParams(temperature=1.0, max_new_tokens=limit)
     for seed in (1, 2):
-        (got,) = llama.ours(PROMPTS[:1], s, sampling, seed)
+        (got,) = llama.generate(PROMPTS[:1], s, sampling, seed)
         assert list(got.token_ids) == llama.reference(PROMPTS[0], s, sampling, seed)[0]
     assert all(r.model.live_rows == 0 for r in llama.readers)
 
@@ -134,7 +134,7 @@ NEIGHBOURS = {
 def test_neighbours_equal_naive(llama, settings):
     s = get_method("custom", **settings)
     for seed, limit in ((1, 9), (2, 40)):
-        (got,) = llama.ours(PROMPTS[:1], s, SamplingParams(max_new_tokens=limit), seed)
+        (got,) = llama.generate(PROMPTS[:1], s, SamplingParams(max_new_tokens=limit), seed)
         tokens, _ = llama.reference(PROMPTS[0], s, SamplingParams(max_new_tokens=limit), seed)
         assert list(got.token_ids) == tokens
     assert all(r.model.live_rows == 0 for r in llama.readers)
@@ -153,7 +153,7 @@ def test_weighted_values_guide_and_select(llama):
         for search in (by_weights.search(llama.values, CompositeValue), by_hand.search(values))
     ]
     assert [done[0][i].token_ids for i in range(3)] == [done[1][i].token_ids for i in range(3)]
-    assert done[0][0].token_ids != llama.ours(PROMPTS[:1], get_method("ivg", width=2, successors=2), sampling, 3)[0].token_ids
+    assert done[0][0].token_ids != llama.generate(PROMPTS[:1], get_method("ivg", width=2, successors=2), sampling, 3)[0].token_ids
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_early_ends_equal_naive(ending, method, original):
 
 def test_greedy_base_equals_transformers(bench):
     sampling = SamplingParams(temperature=0, max_new_tokens=16)
-    for prompt, got in zip(PROMPTS, bench.ours(PROMPTS, get_method("base"), sampling), strict=True):
+    for prompt, got in zip(PROMPTS, bench.generate(PROMPTS, get_method("base"), sampling), strict=True):
         ids = torch.tensor([bench.base.tokenizer(prompt).input_ids], device=bench.base.model.network.device)
         expected = bench.base.model.network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
         assert list(got.token_ids) == expected[0, ids.shape[1] :].tolist()
@@ -201,9 +201,9 @@ def test_greedy_base_equals_transformers(bench):
 def test_batch_of_eight_equals_each_alone(llama, name):
     s, sampling = small(name), SamplingParams(max_new_tokens=12)
     prompts = [p for p in PROMPTS if p != "I"] if name == "cards" else PROMPTS
-    together = llama.ours(prompts, s, sampling)
+    together = llama.generate(prompts, s, sampling)
     for prompt, got in zip(prompts, together, strict=True):
-        assert got.token_ids == llama.ours([prompt], s, sampling)[0].token_ids
+        assert got.token_ids == llama.generate([prompt], s, sampling)[0].token_ids
 
 
 def test_mixed_methods_and_late_joiners(llama):
@@ -225,20 +225,20 @@ def test_mixed_methods_and_late_joiners(llama):
             ids[llama.searcher.add(r)] = i
         done |= {ids[step.request]: step.completion for step in llama.searcher.step() if step.completion}
     for i, (p, s, sampling) in enumerate(plans):
-        assert done[i].token_ids == llama.ours([p], s, sampling, 9)[0].token_ids, (p, s.name)
+        assert done[i].token_ids == llama.generate([p], s, sampling, 9)[0].token_ids, (p, s.name)
 
 
 def test_beta_zero_is_base(llama):
     sampling = SamplingParams(max_new_tokens=10)
-    plain = llama.ours(PROMPTS[:3], get_method("base"), sampling)
+    plain = llama.generate(PROMPTS[:3], get_method("base"), sampling)
     for name in ("eft", "token-explicit", "vas", "genarm"):
-        assert [c.token_ids for c in llama.ours(PROMPTS[:3], get_method(name, beta=0), sampling)] == [c.token_ids for c in plain]
+        assert [c.token_ids for c in llama.generate(PROMPTS[:3], get_method(name, beta=0), sampling)] == [c.token_ids for c in plain]
 
 
 def test_chunks_of_one_beam_are_plain_sampling(llama):
     sampling = SamplingParams(max_new_tokens=23)
     s = get_method("custom", chunk_length=5, select="explicit")
-    assert llama.ours(PROMPTS[:3], s, sampling)[1].token_ids == llama.ours(PROMPTS[:3], get_method("base"), sampling)[1].token_ids
+    assert llama.generate(PROMPTS[:3], s, sampling)[1].token_ids == llama.generate(PROMPTS[:3], get_method("base"), sampling)[1].token_ids
 
 
 def test_wide_search_without_chunks_is_best_of_n(llama):
@@ -251,8 +251,8 @@ def test_wide_search_without_chunks_is_best_of_n(llama):
         for k in range(6)
     ]
     best = max(samples, key=lambda y: llama.naive["explicit"].score(prompt, y))
-    (bon,) = llama.ours(PROMPTS[:1], get_method("bon", successors=6), sampling)
-    (wide,) = llama.ours(PROMPTS[:1], get_method("custom", width=1, successors=6, select="explicit"), sampling)
+    (bon,) = llama.generate(PROMPTS[:1], get_method("bon", successors=6), sampling)
+    (wide,) = llama.generate(PROMPTS[:1], get_method("custom", width=1, successors=6, select="explicit"), sampling)
     assert list(bon.token_ids) == best == list(wide.token_ids)
 
 

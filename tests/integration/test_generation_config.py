@@ -119,7 +119,7 @@ def test_request_over_recipe_over_checkpoint_over_ours(checkpoint):
     assert "generation_config" not in explicit.to_dict()
 
 
-def test_a_length_that_nobody_asked_for_is_cut_to_the_context(checkpoint):
+def test_a_default_length_is_cut_to_the_context(checkpoint):
     model = GuidedModel.from_pretrained(checkpoint({"max_new_tokens": 5000}))
     request = model.request("x" * 200, "base")
     assert request.sampling.max_new_tokens == 56
@@ -152,7 +152,7 @@ def test_what_cannot_be_done_is_refused_by_name(checkpoint, settings):
     GuidedModel.from_pretrained(folder, generation_config="ignore")
 
 
-def test_what_does_not_apply_is_listed_and_what_is_wrong_is_told():
+def test_inapplicable_settings_are_listed_and_wrong_ones_are_errors():
     found = generation_defaults({"do_sample": True, "max_length": 4096, "num_beams": 4, "early_stopping": False, "use_cache": True})
     assert set(found.left_out) == {"do_sample", "max_length", "num_beams"} and not found.settings
     assert generation_defaults({"top_k": -1, "min_length": 3, "min_new_tokens": 2}).settings == {"top_k": 0, "min_new_tokens": 2}
@@ -167,7 +167,7 @@ def test_the_embedded_models_set_nothing():
     assert model.sampling == DEFAULT_SAMPLING and not model.generation_config and not model.generation_config_left_out
 
 
-def test_an_engine_that_cannot_says_so(checkpoint):
+def test_unsupported_settings_are_errors(checkpoint):
     from ivg.engines.endpoint.engine import EndpointEngine
     from ivg.engines.vllm.engine import VLLMEngine
 

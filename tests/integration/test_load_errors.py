@@ -171,7 +171,7 @@ def test_a_package_that_is_missing(good, monkeypatch):
     assert line.startswith(f"cannot load base '{good}': ") and "accelerate" in line and line.endswith(EXPECTED)
 
 
-def test_quantization_that_nobody_knows(good):
+def test_unknown_quantization_is_an_error(good):
     options = LoadOptions(quantization={"quant_method": "nonsense"})
     line = told(lambda name: load_causal(name, "base", options), good)
     assert line.startswith(f"cannot load base '{good}': Unknown quantization type, got nonsense - supported types are: [")
@@ -216,7 +216,7 @@ def cached(tmp_path, good):
     return tmp_path
 
 
-def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
+def test_an_unreachable_hub_is_reported_at_once(monkeypatch):
     nobody = Hub(monkeypatch)
     line = "cannot load {} 'org/model': no such directory here, not in the hub's cache, and the hub ({}) cannot be reached"
     for what, load in LOADERS.items():
@@ -224,7 +224,7 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
     assert nobody.asked == [(nobody.url, hub_status.PROBE_SECONDS)]  # once for all
 
 
-def test_a_data_set_of_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
+def test_an_unreachable_hub_is_reported_at_once_for_data_sets(monkeypatch):
     """datasets would try again for half a minute."""
     import datasets
 
@@ -254,7 +254,7 @@ def test_what_was_downloaded_goes_on_working(monkeypatch, cached, good, offline)
         hub.find_model("org/tiny", "base", {**options.hub(), "revision": "other"})
 
 
-def test_a_hub_that_answers_is_asked(monkeypatch, cached):
+def test_a_reachable_hub_is_used(monkeypatch, cached):
     Hub(monkeypatch, answers=True)
     monkeypatch.setattr("transformers.utils.cached_file", lambda name, file, **_: str(cached / file) if name == "org/lora" else None)
     (cached / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')

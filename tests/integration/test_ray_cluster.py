@@ -156,7 +156,7 @@ def test_command_line_goes_on_where_it_was_interrupted(cluster, hub, tmp_path, m
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9"])
-def test_nobody_at_the_address(address):
+def test_no_cluster_at_the_address(address):
     started = time.monotonic()
     with pytest.raises(RayError, match=f"no Ray cluster at {address}: .*refused"):
         list(run_tasks(Recipe(), tasks_of(1), RaySettings(address)))

@@ -152,8 +152,8 @@ class Bench:
         )
         if near is not None:  # guides that agree with the base more often than random ones
             for reader, amount in ((tuned, near), (untuned, 2 * near)):
-                for mine, theirs in zip(reader.model.network.parameters(), self.base.model.network.parameters(), strict=True):
-                    mine.data.mul_(amount).add_((1 - amount) * theirs.data)
+                for weight, base_weight in zip(reader.model.network.parameters(), self.base.model.network.parameters(), strict=True):
+                    weight.data.mul_(amount).add_((1 - amount) * base_weight.data)
         self.values = {"implicit": ImplicitValue(tuned, untuned), "explicit": tiny_value("vocabulary", architecture, 5, tokenizer)}
         self.readers = [self.base, tuned, untuned, self.values["explicit"].model]
         self.start()
@@ -197,10 +197,10 @@ def same_tokens(bench, s, sampling, ahead, prompts=PROMPTS, **settings):
     for n in ahead:
         got = bench.run(requests, n)
         stats.append(bench.engine.speculation.stats())
-        for mine, theirs in zip(got, expected, strict=True):
-            assert (mine.token_ids, mine.text, mine.finish_reason) == (theirs.token_ids, theirs.text, theirs.finish_reason), n
-            assert (mine.score or 0) == pytest.approx(theirs.score or 0, abs=2e-4)
-            assert mine.guide_shift == pytest.approx(theirs.guide_shift, abs=2e-4)
+        for found, wanted in zip(got, expected, strict=True):
+            assert (found.token_ids, found.text, found.finish_reason) == (wanted.token_ids, wanted.text, wanted.finish_reason), n
+            assert (found.score or 0) == pytest.approx(wanted.score or 0, abs=2e-4)
+            assert found.guide_shift == pytest.approx(wanted.guide_shift, abs=2e-4)
         assert stats[-1]["tokens"] == stats[0]["tokens"]
         assert stats[-1]["acceptance"] == stats[0]["acceptance"]  # of the same proposals
     return expected, stats

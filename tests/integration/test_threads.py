@@ -117,7 +117,7 @@ def _turn(lock, order, n):
         order.append(n)
 
 
-def test_cleaning_up_costs_nobody_else_anything(caplog):
+def test_a_failing_clean_up_is_logged_and_frees_the_lock(caplog):
     """A clean-up that fails is logged, and the lock stays in order."""
     lock = FairLock()
 

@@ -215,7 +215,7 @@ class Broken(LogitsProcessor):
         return scores
 
 
-def test_invalid_logits_are_mended_where_asked(base, tokenizer):
+def test_invalid_logits_are_replaced_with_remove_invalid_values(base, tokenizer):
     def break_one(module, args, out):
         return out.index_fill(-1, torch.tensor([5]), float("nan"))
 
@@ -296,7 +296,7 @@ def test_one_processor_serves_calls_in_turn(base, tokenizer):
         assert torch.equal(base.model.network.generate(ids, logits_processor=[shared], **settings), expected)
 
 
-def test_processor_tells_a_guide_that_is_too_short(base, tokenizer):
+def test_processor_refuses_a_guide_with_a_short_context(base, tokenizer):
     guide = tiny_value(tokenizer=tokenizer)
     guide.model.max_positions = 6
     processor = GuidanceLogitsProcessor(TokenGuidance(guide), tokenizer)
@@ -336,7 +336,7 @@ def test_searches_free_their_rows(base, tokenizer):
     assert [row[: len(done[i].token_ids)] for i, row in enumerate(out.tolist())] == [list(done[i].token_ids) for i in (0, 1)]
 
 
-def test_a_row_that_fails_is_told(base, tokenizer):
+def test_a_failing_row_is_an_error(base, tokenizer):
     nan = FunctionValue(lambda p, r: float("nan"))
     search = GuidedGenerate(tokenizer, {"explicit": nan}, "cbs-explicit", width=1, successors=2, chunk_length=2)
     with pytest.raises(ConfigError, match=r"row 0: .*NaN"):

@@ -88,7 +88,7 @@ def test_a_loop_that_was_left_in_the_middle_harms_no_later_one():
     assert not engine.running and engine.collect() == []
 
 
-def test_what_an_engine_lacks_is_told_before_anything_runs():
+def test_unsupported_features_are_errors_before_anything_runs():
     class Lacking(FakeEngine):
         unsupported = {"ignore_eos": "another engine can"}  # noqa: RUF012
 

@@ -118,7 +118,7 @@ def test_auto_is_bfloat16_where_onednn_multiplies_in_it(limit, flags, mkldnn, ex
     assert pick_dtype("auto", CPU) is expected
 
 
-def test_auto_is_float32_where_onednn_cannot_be_asked(anew, monkeypatch, tmp_path):
+def test_auto_is_float32_without_an_answer_from_onednn(anew, monkeypatch, tmp_path):
     (tmp_path / "cpuinfo").write_text("flags : avx512_bf16\n")
     monkeypatch.setattr(kernels, "CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.ops, "mkldnn", Lacks())

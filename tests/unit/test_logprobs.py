@@ -57,7 +57,7 @@ def test_details_are_the_distributions(model, method, settings):
         assert all(p == pytest.approx(float(base[t]), abs=2e-4) for t, p in d.top_base)
 
 
-def test_nobody_pays_who_does_not_ask(model):
+def test_logprobs_are_computed_only_on_request(model):
     asked = model.request("Film", "eft", alternatives=0, max_new_tokens=5, record=True)
     plain = model.request("Film", "eft", max_new_tokens=5, record=True)
     (_, with_details), (_, without) = sorted(model.run([asked, plain]))

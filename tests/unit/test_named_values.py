@@ -208,7 +208,7 @@ def test_options(monkeypatch, capsys, recipe, tmp_path):
     (["--set", "widht=3"], "KEY one of"), (["--set", "tries"], "KEY=VALUE"), (["--set", "tries=many"], "tries"),
     (["--weights", "plain"], "weights must be names"), (["--weights", "nobody=1"], "nobody"), (["--gate", "-1"], "gate must be"),
 ])  # fmt: skip
-def test_bad_options_are_told(monkeypatch, capsys, recipe, bad, words):
+def test_bad_options_are_errors(monkeypatch, capsys, recipe, bad, words):
     code, _, err = ivg(monkeypatch, capsys, "generate", "x", "--recipe", recipe, *bad)
     assert code == 2
     assert words in err

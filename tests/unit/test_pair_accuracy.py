@@ -210,7 +210,7 @@ def test_what_is_right_where_length_is_not_passes(preference, value):
     assert sum(c.passed for c in found) >= 9
 
 
-def test_a_quality_that_no_pair_tells_from_length_does_not_pass():
+def test_accuracy_that_length_explains_does_not_pass():
     scores, lengths, groups = simulated(lambda n, q, e: q, lambda n, c, q, e: q, 0)
     chosen_longer = {unit: np.sort(table, axis=1)[:, ::-1] + [1, 0] for unit, table in lengths.items()}
     found = length_control(scores, chosen_longer, groups)

@@ -26,7 +26,7 @@ def package(tmp_path, monkeypatch):
     return lambda name, module, entries: install(tmp_path, name, module, entries)
 
 
-def test_an_object_is_imported_when_it_is_asked_for(package, tmp_path):
+def test_objects_are_imported_on_first_use(package, tmp_path):
     package("lazy_plugin", f"open({str(tmp_path / 'imported')!r}, 'w').close()\nANSWER = 42", "[ivg.test]\nanswer = lazy_plugin:ANSWER\n")
     plugins = Plugins("ivg.test", int)
     assert plugins.names == ["answer"] and plugins.source("answer") == "lazy_plugin (lazy_plugin:ANSWER)"
@@ -143,7 +143,7 @@ def test_a_recipe_uses_methods_and_values_of_other_packages(ivg, tmp_path):
         ("loud:fail", "values.mine: the plugin loud of loud_plugin (loud_plugin:loud) failed: RuntimeError: no voice"),
     ],
 )
-def test_a_value_that_no_plugin_makes_is_told(ivg, tmp_path, spec, words):
+def test_a_value_of_an_unknown_plugin_is_an_error(ivg, tmp_path, spec, words):
     (tmp_path / "recipe.toml").write_text(f'[values]\nmine = {{ plugin = "{spec}" }}\n')
     code, _, err = ivg("generate", "The", "--recipe", "recipe.toml")
     assert code == 2 and words in " ".join(err.split())

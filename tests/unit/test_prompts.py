@@ -227,7 +227,7 @@ def test_a_model_without_a_template_is_named_by_its_part():
         Searcher(TransformersEngine(tiny_lm("base", tokenizer=tokenizer))).add(Request(Prompt.of([USER])))
 
 
-def test_a_prompt_beyond_the_context_is_told_so():
+def test_a_prompt_beyond_the_context_is_an_error():
     base = tiny_lm("base", context=32)
     for length in (32, 40):
         with pytest.raises(

@@ -166,7 +166,7 @@ def saved(network, folder):
     return folder
 
 
-def test_other_models_are_refused_and_told_where_they_belong(tmp_path):
+def test_other_models_are_refused_with_the_option_they_belong_to(tmp_path):
     from transformers import LlamaForTokenClassification
 
     process = LlamaForTokenClassification(tiny_model("llama").config)
@@ -296,7 +296,7 @@ def test_a_model_that_cannot_be_used_is_no_matter_of_one_response():
         checked_scores("mine", dead, "ab")
 
 
-def test_functions_are_asked_once_for_each_response():
+def test_functions_are_called_once_for_each_response():
     asked = []
 
     def count(prompt, response):
@@ -343,7 +343,7 @@ def test_one_number_is_a_score_in_whatever_it_is_wrapped():
     assert all(isinstance(s, ScoreFault) for s in checked_scores("mine", list, [np.array([1.0, 2.0]), torch.ones(2), None, "x", [1.0], 1j]))
 
 
-def test_one_response_in_place_of_a_list_is_told():
+def test_one_response_in_place_of_a_list_is_an_error():
     """Its characters would be scored, one by one."""
     model = GuidedModel(tiny_lm("base"), {"mine": FunctionValue(shout, "mine")})
     with pytest.raises(PromptError, match=r"responses is the text 'fine'\n  expected a list"):

@@ -115,7 +115,7 @@ def test_results_do_not_depend_on_the_batch_size(hub):
     assert len(found[0]) == 10
 
 
-def test_at_most_batch_size_requests_run_at_once_and_every_step_is_told(hub):
+def test_at_most_batch_size_requests_run_at_once_and_every_step_is_reported(hub):
     recipe = recipe_of(hub, batch_size=2)
     told = []
     backend = LocalBackend(load_models(recipe), RequestSettings.from_recipe(recipe), lambda task, step: told.append((task.source, step)))

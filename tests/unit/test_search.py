@@ -213,7 +213,7 @@ def doubtful(text):
 
 
 @pytest.mark.parametrize("settings", [{"width": 0}, {"successors": 0}, {"chunk_length": 0}, {"soft_scale": 0}])
-def test_impossible_settings_are_told(settings):
+def test_impossible_settings_are_errors(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         get_method("ivg", **settings)
     if "soft_scale" not in settings:
@@ -221,7 +221,7 @@ def test_impossible_settings_are_told(settings):
             Searcher(FakeEngine()).add(request(Search(**settings)))
 
 
-def test_unknown_names_are_told():
+def test_unknown_names_are_errors():
     with pytest.raises(ConfigError, match=r"(?s)unknown method 'ivgg'.*cbs-implicit"):
         get_method("ivgg")
     with pytest.raises(ConfigError, match="unknown setting widht"):

@@ -263,7 +263,7 @@ def test_impossible_tokens_only_end_in_an_error_when_all_particles_have_drawn_on
     ("cards", {"target": math.nan}), ("smc", {"resample_below": 1.5}), ("smc", {"particle_beta": math.inf}), ("cards", {"width": 2}),
     ("smc", {"decay": 0.5}), ("smc", {"original": True}), ("cards", {"select": "none"}), ("ivg", {"rule": "best"}),
 ], ids=lambda x: next(iter(x.items())).__repr__() if isinstance(x, dict) else x)  # fmt: skip
-def test_impossible_settings_are_told(method, bad):
+def test_impossible_settings_are_errors(method, bad):
     with pytest.raises(ConfigError, match="select" if bad.get("select") else next(iter(bad))):
         get_method(method, **bad)
 
@@ -280,7 +280,7 @@ def test_impossible_searches_are_refused(search):
 
 
 @pytest.mark.parametrize("given", ["implicit", "a=1,a=2", "a=x", "=1", "a=nan", {}, "", 3, [("a",)]])
-def test_unusable_weights_are_told(given):
+def test_unusable_weights_are_errors(given):
     with pytest.raises(ConfigError, match="select_weights must be names and finite numbers, each name once"):
         get_method("ivg", select_weights=given)
     for text in (" a = 1, b=-0.5", {"a": 1, "b": -0.5}):

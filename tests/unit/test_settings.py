@@ -215,7 +215,7 @@ def test_guides_alone_choose_their_method():
         ("--method base -W 4 --select explicit", ""),
     ],
 )
-def test_settings_without_effect_are_said(line, note, capsys):
+def test_settings_without_effect_are_reported(line, note, capsys):
     recipe = typed(*line.split(), check_method=True)
     assert capsys.readouterr().err.strip() == note
     if note:

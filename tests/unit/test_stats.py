@@ -76,9 +76,9 @@ def test_baselines_leave_a_text_out_of_its_own():
 @pytest.mark.parametrize(("k", "n"), [(0, 5), (3, 7), (50, 80), (9, 9)])
 def test_wilson_of_independent_observations_is_scipy_s(k, n):
     scipy = pytest.importorskip("scipy.stats")
-    ours = stats.wilson(np.array([1.0] * k + [0.0] * (n - k)), np.arange(n))
-    theirs = scipy.binomtest(k, n).proportion_ci(method="wilson")
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-5)
+    found = stats.wilson(np.array([1.0] * k + [0.0] * (n - k)), np.arange(n))
+    expected = scipy.binomtest(k, n).proportion_ci(method="wilson")
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-5)
 
 
 def test_spearman_is_scipy_s():
@@ -89,9 +89,9 @@ def test_spearman_is_scipy_s():
 
 def test_bootstrap_is_scipy_s():
     scipy, values = pytest.importorskip("scipy.stats"), np.random.default_rng(5).exponential(size=60)
-    theirs = scipy.bootstrap((values,), np.mean, method="percentile", rng=1).confidence_interval
-    ours = bootstrap_mean(values)
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+    expected = scipy.bootstrap((values,), np.mean, method="percentile", rng=1).confidence_interval
+    found = bootstrap_mean(values)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02)
 
 
 def test_interval_of_equal_values_is_a_point():
@@ -114,6 +114,6 @@ def test_interval_of_two_values_by_enumeration():
     assert (e.mean, e.low, e.high) == (0.5, 0.0, 1.0)
 
 
-def test_interval_of_nothing_says_so():
+def test_an_interval_of_no_values_is_an_error():
     with pytest.raises(ValueError, match="no values"):
         bootstrap_mean([])

@@ -189,7 +189,7 @@ def test_a_link_to_a_file_is_the_file(tmp_path):
     assert [row["id"] for row in read_jsonl(path)] == [2]
 
 
-def test_failures_are_told_once_counted_and_kept(tmp_path):
+def test_failures_are_reported_once_counted_and_kept(tmp_path):
     said = []
     failures = Failures(said.append, tmp_path / "failed.jsonl")
     for i in range(MAX_REPORTED + 2):

@@ -215,7 +215,7 @@ def test_fingerprints_know_a_row_again_and_hold_no_text(tmp_path):
         read_training_rows(tmp_path)
 
 
-def test_rows_that_cannot_be_used_are_told_and_left_out(tmp_path):
+def test_unusable_rows_are_reported_and_left_out(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text(
         '{"prompt": "p", "chosen": "a", "rejected": "b"}\nhello\n{"prompt": "p", "chosen": "a"}\n'

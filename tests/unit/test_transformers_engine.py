@@ -89,7 +89,7 @@ def test_draw_inverts_the_distribution():
     [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"min_p": 1}, {"max_new_tokens": 0}, {"repetition_penalty": 0}],
     ids=lambda b: next(iter(b)),
 )
-def test_impossible_sampling_is_told(bad):
+def test_impossible_sampling_is_an_error(bad):
     with pytest.raises(ConfigError, match=f"{next(iter(bad))} must be"):
         Searcher(TransformersEngine(tiny_lm())).add(Request(Prompt("x"), Search(), SamplingParams(**bad)))
 
@@ -176,7 +176,7 @@ def test_context_limit_before_any_work():
 
 
 @pytest.mark.parametrize("prompt", ["", "   ", []])
-def test_empty_prompts_are_told(prompt):
+def test_empty_prompts_are_errors(prompt):
     with pytest.raises(PromptError, match="empty prompt"):
         Searcher(TransformersEngine(tiny_lm())).add(Request(Prompt.of(prompt)))
 
@@ -285,7 +285,7 @@ def test_nan_fails_only_its_own_request():
     assert base.model.live_rows == 0
 
 
-def test_nan_from_the_base_is_told():
+def test_nan_from_the_base_is_an_error():
     base = scripted("hello", "p")
     base.model.network.broken = (3,)
     got = answer(base, "p", max_new_tokens=6)

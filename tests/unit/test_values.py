@@ -151,14 +151,14 @@ def test_save_and_load(tmp_path, head, architecture, beams):
     assert again.score(beams) == pytest.approx(expected, abs=1e-5)
 
 
-def test_no_head_is_told(tmp_path):
+def test_a_missing_head_is_an_error(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"(?s)no value head.*score_head\.weight"):
         ExplicitValue.from_pretrained(tmp_path, options=FLOAT32)
 
 
-def test_missing_model_is_told(tmp_path):
+def test_a_missing_model_is_an_error(tmp_path):
     with pytest.raises(ModelError, match="cannot load"):
         ExplicitValue.from_pretrained(tmp_path / "nothing")
 

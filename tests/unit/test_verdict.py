@@ -78,7 +78,7 @@ def test_a_pair_that_is_right_beyond_length_helps():
     assert decide([on_pairs(0.74, balanced=0.7)], divergence=divergence(), sweep=GOOD, judge=GOLD).outcome == "helps"
 
 
-def test_a_judge_that_only_counts_or_was_trained_on_the_pairs_is_not_heard():
+def test_a_judge_that_measures_length_or_was_trained_on_the_pairs_is_not_used():
     for judge in (on_pairs(0.8, name="gold", balanced=0.5), on_pairs(0.9, name="gold", seen=400)):
         v = decide([on_pairs(0.74)], divergence=divergence(), sweep=(row(0, 0, 0), row(0.5, -1, 4)), judge=judge)
         assert v.outcome == "helps"
@@ -131,13 +131,13 @@ def test_without_a_judge_agreement_decides():
     assert decide([on_pairs(0.74)], divergence=divergence(tuned_untuned=0.001)).outcome == "mixed"
 
 
-def test_a_judge_that_disagrees_with_the_preferences_is_not_heard():
+def test_a_judge_that_disagrees_with_the_preferences_is_not_used():
     v = decide([on_pairs(0.74)], divergence=divergence(), sweep=(row(0, 0, 0), row(0.5, -1, 4)), judge=on_pairs(0.5, name="gold"))
     assert v.outcome == "helps"
     assert any("the judge (gold)" in r and "are not used" in r for r in v.reasons)
 
 
-def test_estimates_that_rest_on_few_texts_are_not_heard():
+def test_estimates_from_few_texts_are_not_used():
     thin = (row(0, 0, 0), row(0.5, 3, 4, effective_size=3.0))
     v = decide([on_pairs(0.74)], divergence=divergence(), sweep=thin, judge=GOLD)
     assert (v.outcome, v.beta) == ("mixed", None)

@@ -126,7 +126,7 @@ def test_the_verb(tmp_path):
     assert IVGConfig.from_pretrained(tmp_path / "c").default_betas == [0.5]
 
 
-def test_without_vllm_it_is_said():
+def test_without_vllm_the_error_names_the_package():
     from importlib.util import find_spec
 
     if find_spec("vllm"):

@@ -174,13 +174,13 @@ def test_an_autoregressive_reward_guides(folder):
         ("eft", {"alternatives": 2}, "alternatives"),
     ],
 )
-def test_what_vllm_cannot_do_is_told(one, method, settings, told):
+def test_unsupported_settings_are_errors(one, method, settings, told):
     with pytest.raises(ConfigError, match=told):
         one.generate("The film", method, max_new_tokens=3, **settings)
     assert one.generate("The film", "eft", max_new_tokens=3).text
 
 
-def test_bad_prompts_are_told_and_others_go_on(one):
+def test_bad_prompts_are_errors_and_others_continue(one):
     with pytest.raises(PromptError, match="context"):
         one.generate("The film was " * 400, "eft", max_new_tokens=3)
     with pytest.raises(PromptError, match="empty"):

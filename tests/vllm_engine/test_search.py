@@ -188,7 +188,7 @@ def test_what_vllm_breaks_off_ends_with_an_error(embedded, monkeypatch, reason):
     assert found[0].error == f"vLLM stopped this request: {reason}"
 
 
-def test_the_value_tells_a_text_that_does_not_fit(embedded):
+def test_the_value_refuses_a_text_that_is_too_long(embedded):
     value, words = embedded.values["explicit"], embedded.base.vocabulary
     assert value.score([]) == []
 
@@ -222,7 +222,7 @@ def test_an_abort_that_fails_prevents_no_revival(embedded, monkeypatch):
     assert not embedded.engine.running
 
 
-def test_a_process_that_was_killed_is_told():
+def test_a_killed_process_is_an_error():
     """By a stand-in for vLLM's client: a real process of its own takes minutes to start."""
     end, alive = os.pipe()
     manager = SimpleNamespace(sentinels=lambda: [end])
@@ -261,7 +261,7 @@ def test_arguments_that_vllm_does_not_take(folder):
         EngineClient(path, EngineClientOptions(max_model_len=100_000))
 
 
-def test_an_engine_that_dies_is_told_and_revived(folder):
+def test_an_engine_that_stops_is_reported_and_restarted(folder):
     with models("vllm", models=trio(folder, "llama"), search={"method": "eft"}) as model:
         before = model.generate(prompts(3), "eft", seed=1, max_new_tokens=8)
         core = model.engine.client

@@ -15,9 +15,9 @@ def mean_by_key(pairs: Iterable[tuple[Hashable, float]]) -> dict[Hashable, float
     return {key: sum(values) / len(values) for key, values in sums.items()}
 
 
-def win(ours: float, theirs: float) -> float:
+def win(score: float, other: float) -> float:
     """1 for a win, 0.5 for a tie, 0 for a loss."""
-    return 0.5 if ours == theirs else float(ours > theirs)
+    return 0.5 if score == other else float(score > other)
 
 
 def perplexity(logps: Sequence[float], tokens: Sequence[int]) -> float:

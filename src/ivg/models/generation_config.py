@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 GenerationConfigMode = Literal["auto", "ignore"]
 """``auto``: the checkpoint's settings are defaults; ``ignore``: they are not. Its end-of-sequence tokens are always used."""
 
-_OUR_NAMES = {
+_OWN_NAMES = {
     "temperature": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
@@ -42,10 +42,10 @@ _OUR_NAMES = {
     "forced_eos_token_id": "forced_eos_token_id",
     "exponential_decay_length_penalty": "exponential_decay_length_penalty",
 }
-"""transformers' names and ours."""
+"""transformers' names -> those of :class:`SamplingParams`."""
 
 SERVED_BY_VLLM = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens"})
-"""Our names of what vLLM's own server reads from the file (``ModelConfig.get_diff_sampling_param``)."""
+"""The settings that vLLM's own server reads from the file (``ModelConfig.get_diff_sampling_param``)."""
 
 _REFUSED: Mapping[str, Any] = {
     "guidance_scale": 1,
@@ -141,12 +141,12 @@ def generation_defaults(config: Any, name: str = "base") -> GenerationDefaults:
     """
     found = _as_mapping(config)
     settings: dict[str, Any] = {}
-    for theirs, ours in _OUR_NAMES.items():
-        value = _usable(theirs, found.get(theirs))
+    for hf_name, own_name in _OWN_NAMES.items():
+        value = _usable(hf_name, found.get(hf_name))
         if value is None:
             continue
         try:
-            settings[ours] = check(SamplingParams, ours, value)
+            settings[own_name] = check(SamplingParams, own_name, value)
         except ConfigError as e:
             raise ConfigError(
                 f"generation_config.json of {name}: {e}\n  correct the file, or ignore it: --generation-config ignore"

@@ -71,16 +71,16 @@ class Vocabulary:
 
         An id that one lacks counts unless it lies past the other's last id *and* was added to the trained vocabulary.
         """
-        last_mine, last_theirs = self.size - 1, other.size - 1
-        for i in range(max(last_mine, last_theirs) + 1):
-            mine, theirs = self.pieces.get(i), other.pieces.get(i)
-            if mine == theirs:
+        last, other_last = self.size - 1, other.size - 1
+        for i in range(max(last, other_last) + 1):
+            piece, other_piece = self.pieces.get(i), other.pieces.get(i)
+            if piece == other_piece:
                 continue
-            if theirs is None and i > last_theirs and i in self.added:
+            if other_piece is None and i > other_last and i in self.added:
                 continue
-            if mine is None and i > last_mine and i in other.added:
+            if piece is None and i > last and i in other.added:
                 continue
-            yield i, mine, theirs
+            yield i, piece, other_piece
 
     def same_as(self, other: Vocabulary | None) -> bool:
         """Do all ids stand for the same pieces in both? Cached for each pair."""

@@ -46,7 +46,7 @@ class _RunningRequest:
     """A request inside vLLM.
 
     Attributes:
-        request: ours.
+        request: what the search asked for.
         family: its children.
         length: tokens submitted: prompt and response so far.
         copies: equal children that vLLM samples once (greedy).
@@ -175,7 +175,7 @@ class VLLMEngine(AsyncEngine):
             max_tokens=tokens,
             min_tokens=tokens if s.ignore_eos else self._least(request, tokens),  # forbids the tokens that stop, for so long
             stop_token_ids=eos,
-            ignore_eos=True,  # those of the model's files; ours are in stop_token_ids
+            ignore_eos=True,  # of the model's files; the search gives its own as stop_token_ids
             stop=list(s.stop) or None,
             detokenize=bool(s.stop),
             skip_special_tokens=True,
