@@ -56,7 +56,7 @@ def copied(model, monkeypatch):
     """Every copy of suffixes from now on: (source slot, first position, target slot, count)."""
     moves = []
     real = model.cache.memory.copy_suffixes
-    monkeypatch.setattr(model.cache.memory, "copy_suffixes", lambda m, device: (moves.extend(m), real(m, device)))
+    monkeypatch.setattr(model.cache.memory, "copy_suffixes", lambda m: (moves.extend(m), real(m)))
     return moves
 
 
@@ -152,12 +152,12 @@ def test_memory_is_used_again():
         model.last_outputs(rows, [[5]] * 18)
         for row in rows:
             model.free(row)
-        assert (model.cache.memory.prefix_slots, model.cache.memory.suffix_slots) == (16, 18)
+        assert (model.cache.memory.prefixes.count, model.cache.memory.suffixes.count) == (16, 18)
     for i in range(100):
         row = model.open([200, i])
         model.last_outputs([row], [[200, i][len(row.ids) :]])
         model.free(row)
-    assert (model.cache.memory.prefix_slots, model.live_rows) == (16, 0)
+    assert (model.cache.memory.prefixes.count, model.live_rows) == (16, 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages go back to the system on Linux")
@@ -178,8 +178,8 @@ def test_memory_that_no_row_holds_goes_back_to_the_system():
     model.release_memory()
     memory = model.cache.memory
     kept = sum(len(g.prefix) for g in model.cache.idle_groups) + len(short.ids)  # prefixes that may serve later prompts
-    heads = sum(t.shape[1] for pair in memory.prefixes for t in pair)
-    assert resident(memory) <= kept * memory.token_bytes + 2 * mmap.PAGESIZE * heads * memory.prefix_slots
+    heads = sum(t.shape[1] for t in memory.prefixes.tensors)
+    assert resident(memory) <= kept * memory.token_bytes + 2 * mmap.PAGESIZE * heads * memory.prefixes.count
     assert resident(model.cache.memory) < busy / 3
     compare(model.last_outputs([short], [[4, 5]])[0], outputs_of(model, [1, 2, 3, 4, 5]), 2e-3)
 
@@ -188,28 +188,21 @@ def test_memory_that_no_row_holds_goes_back_to_the_system():
 @pytest.mark.cpu
 def test_only_pages_behind_what_is_held_go_back():
     memory = KVCache()
-    memory.suffix_slots, memory.suffix_capacity, memory.prefix_slots, memory.prefix_capacity = 5, 64, 3, 128
-    shapes = {"suffixes": (5, 64, 3, 40), "prefixes": (3, 2, 128, 40)}
-    for name, shape in shapes.items():
-        tensors = [zeros(shape, torch.empty(0)).fill_(1) for _ in range(4)]
-        setattr(memory, name, [(tensors[0], tensors[1]), (tensors[2], tensors[3])])
-    suffixes, prefixes = [10, 0, 0, 64, 33], [100, 0, 31]
-    memory.release_memory(suffixes, prefixes)
-    for tensor in (t for pair in memory.suffixes for t in pair):
-        assert all(bool((tensor[i, :n] == 1).all()) for i, n in enumerate(suffixes))
-        left = sum(int((tensor[i, n:] == 1).sum()) for i, n in enumerate(suffixes)) * 4
-        assert left <= 2 * 3 * mmap.PAGESIZE  # three gaps, a part of a page at either end
-    for tensor in (t for pair in memory.prefixes for t in pair):
-        assert all(bool((tensor[i, :, :n] == 1).all()) for i, n in enumerate(prefixes))
-        left = sum(int((tensor[i, :, n:] == 1).sum()) for i, n in enumerate(prefixes)) * 4
-        assert left <= 2 * 5 * mmap.PAGESIZE
+    kinds = ((memory.suffixes, (5, 64, 3, 40), [10, 0, 0, 64, 33], 3), (memory.prefixes, (3, 2, 128, 40), [100, 0, 31], 5))
+    for slots, shape, lengths, gaps in kinds:
+        slots.tensors, slots.capacity = [zeros(shape, torch.empty(0)).fill_(1) for _ in range(4)], shape[slots.axis]
+        slots.release_memory(lengths)
+        for held in map(slots.by_position, slots.tensors):
+            assert all(bool((held[i, :n] == 1).all()) for i, n in enumerate(lengths))
+            left = sum(int((held[i, n:] == 1).sum()) for i, n in enumerate(lengths)) * 4
+            assert left <= 2 * gaps * mmap.PAGESIZE  # a part of a page at either end of each gap
 
 
 def resident(memory):
     """Bytes of the cache's pages that are in memory."""
     count = 0
     with Path("/proc/self/pagemap").open("rb") as pages:
-        for tensor in (t for pair in (*memory.suffixes, *memory.prefixes) for t in pair):
+        for tensor in (*memory.suffixes.tensors, *memory.prefixes.tensors):
             pages.seek(tensor.data_ptr() // mmap.PAGESIZE * 8)
             found = pages.read(-(-tensor.nbytes // mmap.PAGESIZE) * 8)
             count += sum(entry >> 63 for (entry,) in struct.iter_unpack("=Q", found))

@@ -9,8 +9,9 @@ Knows transformers' cache interface. Must not know tokens, rows or prefix groups
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,24 +20,108 @@ from transformers import Cache
 from ivg.models.forward_metadata import ForwardMetadata, Pair
 from ivg.models.mapped_memory import return_pages, zeros
 
+MIN_CAPACITY = 64
+"""Positions of a slot at first."""
 
-class KVCache(Cache):
-    """Keys and values, layer by layer; allocated at the first pass, grown as needed.
+
+class Slots:
+    """Keys and values of one kind of slots, layer by layer; allocated at the first pass, grown as needed.
+
+    Args:
+        axis: along which the tensors [slots, …, size] have a slot's positions.
+        growth: slots to add at least.
 
     Attributes:
-        prefixes: for each layer, as above.
-        suffixes: the same.
+        tensors: keys and values of the first layer, of the second …
+        count: slots.
+        capacity: positions of each.
         failed: memory ran out between two layers, so their sizes differ.
+    """
+
+    def __init__(self, axis: int, growth: int) -> None:
+        self.axis, self.growth = axis, growth
+        self.tensors: list[Tensor] = []
+        self.count = self.capacity = 0
+        self.failed = False
+        self.unused: list[int] = []
+        """A heap: the lowest comes first."""
+
+    def __getitem__(self, layer: int) -> Pair:
+        """Keys and values of a layer."""
+        return self.tensors[2 * layer], self.tensors[2 * layer + 1]
+
+    def add(self, like: Tensor) -> None:
+        """Room for the next keys or values, which a pass gives as [rows, heads, columns, size]."""
+        shape = [self.count, like.shape[1], like.shape[3]]
+        shape.insert(self.axis, self.capacity)
+        self.tensors.append(zeros(shape, like))
+
+    def allocate(self, used: int) -> int:
+        """The lowest unused slot; where there is none, twice as many are made (see :meth:`reserve`)."""
+        if not self.unused:
+            self.reserve(self.count + max(self.growth, self.count), MIN_CAPACITY, used)
+        return heapq.heappop(self.unused)
+
+    def free(self, slot: int) -> None:
+        """The slot is unused."""
+        heapq.heappush(self.unused, slot)
+
+    @torch.no_grad()
+    def reserve(self, count: int, capacity: int, used: int) -> None:
+        """Have at least so many slots and positions; only the first ``used`` positions hold anything. Layer by layer: memory peaks low."""
+        had, count, capacity = self.count, max(count, self.count), max(capacity, self.capacity)
+        if (count, capacity) == (had, self.capacity):
+            return
+        self.failed = True
+        for i, old in enumerate(self.tensors):
+            shape = list(old.shape)
+            shape[0], shape[self.axis] = count, capacity
+            self.tensors[i], part = zeros(shape, old), self.by_position(old)[:, :used]
+            self.by_position(self.tensors[i])[: part.shape[0], : part.shape[1]] = part
+        self.count, self.capacity, self.failed = count, capacity, False
+        self.unused += range(had, count)  # higher than all others, so it stays a heap
+
+    def by_position(self, tensor: Tensor) -> Tensor:
+        """A view of one of the tensors as [slots, capacity, heads, size]."""
+        return tensor.transpose(1, self.axis)
+
+    @torch.no_grad()
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first positions of one slot to another."""
+        for view in map(self.by_position, self.tensors):
+            view[target, :length] = view[source, :length]
+
+    @torch.no_grad()
+    def zero(self, slot: int, first: int) -> None:
+        """Zero a slot from a position on. What is not seen must still be finite: its weight is 0, and 0 x NaN is NaN."""
+        for view in map(self.by_position, self.tensors):
+            view[slot, first:] = 0
+
+    def release_memory(self, lengths: Sequence[int]) -> None:
+        """Return the pages behind the first ``lengths[i]`` positions of slot i to the operating system.
+
+        They read as zeros from then on, and take memory again when they are written. CPUs only: on a GPU the slots keep their size.
+        """
+        for tensor in self.tensors:
+            lines = tensor.shape[1] if self.axis == 2 else 1  # of positions side by side, for each slot
+            ends = enumerate(n for n in lengths for _ in range(lines))
+            spans = [(i * self.capacity + n, (i + 1) * self.capacity) for i, n in ends]
+            return_pages(tensor, spans, tensor.stride(self.axis) * tensor.element_size())
+
+
+class KVCache(Cache):
+    """Keys and values of all rows.
+
+    Attributes:
+        prefixes: the prefix slots.
+        suffixes: the suffix slots.
         metadata: of the pass that runs now.
     """
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.prefixes: list[Pair] = []
-        self.suffixes: list[Pair] = []
-        self.prefix_slots = self.prefix_capacity = self.suffix_slots = self.suffix_capacity = 0
+        self.prefixes, self.suffixes = Slots(axis=2, growth=4), Slots(axis=1, growth=8)
         self.metadata: ForwardMetadata | None = None
-        self.failed = False
 
     # What transformers calls
 
@@ -44,8 +129,10 @@ class KVCache(Cache):
         """Store the new [rows, heads, columns, size]; return what the rows can see, or, for attention by prefix groups, just the new."""
         metadata = self.metadata
         assert metadata is not None
-        if layer_idx == len(self.suffixes):
-            self._add_layer((key_states, value_states))
+        for slots in (self.prefixes, self.suffixes):
+            if 2 * layer_idx == len(slots.tensors):
+                slots.add(key_states)
+                slots.add(value_states)
         for kind, new in enumerate((key_states, value_states)):
             if metadata.prefix_writes is not None:
                 row, column, slot, position = metadata.prefix_writes
@@ -63,11 +150,6 @@ class KVCache(Cache):
         """Never used for positions: every pass gives its own."""
         return 0
 
-    def _add_layer(self, pair: Pair) -> None:
-        suffix, prefix = (self.suffix_slots, self.suffix_capacity), (self.prefix_slots, self.prefix_capacity)
-        self.suffixes.append(cast("Pair", tuple(zeros((*suffix, t.shape[1], t.shape[3]), t) for t in pair)))
-        self.prefixes.append(cast("Pair", tuple(zeros((prefix[0], t.shape[1], prefix[1], t.shape[3]), t) for t in pair)))
-
     def _concatenated(self, layer: int, metadata: ForwardMetadata, kind: int) -> Tensor:
         """Prefix and suffix of every row side by side [rows, heads, length, size]."""
         assert metadata.dense is not None
@@ -81,106 +163,38 @@ class KVCache(Cache):
         full[row, :, position] = self.suffixes[layer][kind].flatten(0, 1)[place]
         return full
 
-    # Memory
+    # Moves
 
     @torch.no_grad()
-    def reserve_suffixes(self, slots: int, capacity: int, used: int) -> None:
-        """Have at least so many slots and positions; only the first ``used`` positions hold anything. Layer by layer: memory peaks low."""
-        slots, capacity = max(slots, self.suffix_slots), max(capacity, self.suffix_capacity)
-        if (slots, capacity) == (self.suffix_slots, self.suffix_capacity):
-            return
-        self.failed = True
-        for i, pair in enumerate(self.suffixes):
-            self.suffixes[i] = _grown(pair, (slots, capacity, None, None), (None, used))
-        self.suffix_slots, self.suffix_capacity, self.failed = slots, capacity, False
-
-    @torch.no_grad()
-    def reserve_prefixes(self, slots: int, capacity: int, used: int) -> None:
-        """As :meth:`reserve_suffixes`."""
-        slots, capacity = max(slots, self.prefix_slots), max(capacity, self.prefix_capacity)
-        if (slots, capacity) == (self.prefix_slots, self.prefix_capacity):
-            return
-        self.failed = True
-        for i, pair in enumerate(self.prefixes):
-            self.prefixes[i] = _grown(pair, (slots, None, capacity, None), (None, None, used))
-        self.prefix_slots, self.prefix_capacity, self.failed = slots, capacity, False
-
-    @torch.no_grad()
-    def copy_suffixes(self, moves: Sequence[tuple[int, int, int, int]], device: torch.device) -> None:
+    def copy_suffixes(self, moves: Sequence[tuple[int, int, int, int]]) -> None:
         """(source slot, its first position, target slot, count): to the front of the target. All are read before any is written."""
-        if not moves or not self.suffixes:
+        if not moves or not self.suffixes.tensors:
             return
-        source = _ranges([s * self.suffix_capacity + first for s, first, _, _ in moves], [n for *_, n in moves]).to(device)
-        target = _ranges([t * self.suffix_capacity for _, _, t, _ in moves], [n for *_, n in moves]).to(device)
-        for pair in self.suffixes:
-            for tensor in pair:
-                flat = tensor.flatten(0, 1)
-                flat.index_copy_(0, target, flat.index_select(0, source))
+        source = _ranges([s * self.suffixes.capacity + first for s, first, _, _ in moves], [n for *_, n in moves]).to(self._device)
+        target = _ranges([t * self.suffixes.capacity for _, _, t, _ in moves], [n for *_, n in moves]).to(self._device)
+        for flat in (t.flatten(0, 1) for t in self.suffixes.tensors):
+            flat.index_copy_(0, target, flat.index_select(0, source))
 
     @torch.no_grad()
-    def move_to_prefixes(self, moves: Sequence[tuple[int, int, int, int, int]], device: torch.device) -> None:
+    def move_to_prefixes(self, moves: Sequence[tuple[int, int, int, int, int]]) -> None:
         """(suffix slot, its first position, prefix slot, first position there, count)."""
-        if not moves or not self.suffixes:
+        if not moves or not self.suffixes.tensors:
             return
         counts = [m[4] for m in moves]
-        source = _ranges([s * self.suffix_capacity + first for s, first, *_ in moves], counts).to(device)
-        slot = torch.tensor([m[2] for m in moves]).repeat_interleave(torch.tensor(counts)).to(device)
-        position = _ranges([m[3] for m in moves], counts).to(device)
-        for suffixes, prefixes in zip(self.suffixes, self.prefixes, strict=True):
-            for kind in (0, 1):
-                prefixes[kind][slot, :, position] = suffixes[kind].flatten(0, 1).index_select(0, source)
+        source = _ranges([s * self.suffixes.capacity + first for s, first, *_ in moves], counts).to(self._device)
+        slot = torch.tensor([m[2] for m in moves]).repeat_interleave(torch.tensor(counts)).to(self._device)
+        position = _ranges([m[3] for m in moves], counts).to(self._device)
+        for suffixes, prefixes in zip(self.suffixes.tensors, self.prefixes.tensors, strict=True):
+            prefixes[slot, :, position] = suffixes.flatten(0, 1).index_select(0, source)
 
-    @torch.no_grad()
-    def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """The first positions of one prefix slot to another."""
-        for pair in self.prefixes:
-            for tensor in pair:
-                tensor[target, :, :length] = tensor[source, :, :length]
-
-    @torch.no_grad()
-    def zero_suffix(self, slot: int, first: int) -> None:
-        """Zero a slot from a position on. What is not seen must still be finite: its weight is 0, and 0 x NaN is NaN."""
-        for pair in self.suffixes:
-            for tensor in pair:
-                tensor[slot, first:] = 0
-
-    @torch.no_grad()
-    def zero_prefix(self, slot: int, first: int) -> None:
-        """As :meth:`zero_suffix`."""
-        for pair in self.prefixes:
-            for tensor in pair:
-                tensor[slot, :, first:] = 0
-
-    def release_memory(self, suffix_lengths: Sequence[int], prefix_lengths: Sequence[int]) -> None:
-        """Return the pages behind the first ``suffix_lengths[i]`` positions of suffix slot i, and so on, to the operating system.
-
-        They read as zeros from then on, and take memory again when they are written. CPUs only: on a GPU the cache keeps its size.
-        """
-        for suffixes, prefixes in zip(self.suffixes, self.prefixes, strict=True):
-            for tensor in suffixes:
-                position = tensor[0, 0].nbytes if tensor.numel() else 0
-                size = self.suffix_capacity
-                return_pages(tensor, [(i * size + n, (i + 1) * size) for i, n in enumerate(suffix_lengths)], position)
-            for tensor in prefixes:
-                heads, position = tensor.shape[1], tensor[0, 0, 0].nbytes if tensor.numel() else 0
-                lines = [(i * heads + h, n) for i, n in enumerate(prefix_lengths) for h in range(heads)]
-                size = self.prefix_capacity
-                return_pages(tensor, [(line * size + n, (line + 1) * size) for line, n in lines], position)
+    @property
+    def _device(self) -> torch.device:
+        return self.suffixes.tensors[0].device
 
     @property
     def token_bytes(self) -> int:
         """What one token takes in all layers; 0 before the first pass."""
-        return sum(t.shape[2] * t.shape[3] * t.element_size() for pair in self.suffixes for t in pair)
-
-
-def _grown(pair: Pair, sizes: Sequence[int | None], used: Sequence[int | None]) -> Pair:
-    out = []
-    for old in pair:
-        new = zeros([have if want is None else want for have, want in zip(old.shape, sizes, strict=True)], old)
-        part = tuple(slice(0, n) for n in old[tuple(slice(0, n) for n in used)].shape)
-        new[part] = old[part]
-        out.append(new)
-    return out[0], out[1]
+        return sum(t.shape[2] * t.shape[3] * t.element_size() for t in self.suffixes.tensors)
 
 
 def _ranges(firsts: Sequence[int], counts: Sequence[int]) -> Tensor:

@@ -11,7 +11,6 @@ Must not know what tokens mean, nor networks (``models.slot_forward``).
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -22,14 +21,10 @@ from typing_extensions import override
 from ivg.errors import ModelError
 from ivg.models.cache import CacheRow, PassLimits, RowCache, common_length
 from ivg.models.forward_metadata import RowLayout
-from ivg.models.kv_cache import KVCache
+from ivg.models.kv_cache import MIN_CAPACITY, KVCache, Slots
 from ivg.models.slot_forward import SlotForward
 from ivg.models.support import NetworkSupport
 
-SUFFIX_POSITIONS = 64
-"""Capacity of a suffix slot at first."""
-PREFIX_POSITIONS = 64
-"""Capacity of a prefix slot at first."""
 MIN_GROWTH = 4
 """A prefix grows when at least this many more tokens are common to its rows."""
 
@@ -96,8 +91,6 @@ class SlotCache(RowCache):
         self.groups: dict[PrefixGroup, None] = {}
         self.idle_groups: dict[PrefixGroup, None] = {}
         """Without rows; their prefixes may serve a later prompt. The one that has not been used for longest comes first."""
-        self._free_prefix_slots: list[int] = []
-        self._free_suffix_slots: list[int] = []
         self._pending_copies: dict[int, tuple[int, int]] = {}  # forks to be made: target slot -> source slot, count
 
     # Rows
@@ -141,16 +134,16 @@ class SlotCache(RowCache):
             group.nonfinite = True
             self._make_copies()  # a fork of it may be waiting
             if row.slot is not None:
-                self.memory.zero_suffix(row.slot, 0)
+                self.memory.suffixes.zero(row.slot, 0)
         self._leave_slot(row)
         if not group.rows:
             for slot in group.spare_slots:
-                heapq.heappush(self._free_suffix_slots, slot)
+                self.memory.suffixes.free(slot)
             group.spare_slots = []
             self.groups.pop(group, None)
             self.idle_groups[group] = None
             if group.nonfinite:
-                self.memory.zero_prefix(group.slot, 0)
+                self.memory.prefixes.zero(group.slot, 0)
                 group.prefix, group.nonfinite = [], False
 
     def _group_for(self, ids: Sequence[int], rope_range: int) -> tuple[PrefixGroup, int]:
@@ -168,7 +161,7 @@ class SlotCache(RowCache):
         else:
             group = PrefixGroup(self._new_prefix_slot(best), list(ids[:shared]), rope_range)
             if best is not None and shared:
-                self.memory.copy_prefix(best.slot, group.slot, shared)
+                self.memory.prefixes.copy(best.slot, group.slot, shared)
         self.groups[group] = None
         return group, shared
 
@@ -198,37 +191,21 @@ class SlotCache(RowCache):
 
     def _new_suffix_slot(self, group: PrefixGroup) -> int:
         """One that the group had before, else the lowest."""
-        if group.spare_slots:
-            return group.spare_slots.pop()
-        if not self._free_suffix_slots:
-            self._add_suffix_slots(max(8, self.memory.suffix_slots))
-        return heapq.heappop(self._free_suffix_slots)
-
-    def _add_suffix_slots(self, count: int) -> None:
-        have = self.memory.suffix_slots
-        self.memory.reserve_suffixes(have + count, SUFFIX_POSITIONS, self._longest_suffix)
-        for slot in range(have, self.memory.suffix_slots):
-            heapq.heappush(self._free_suffix_slots, slot)
+        return group.spare_slots.pop() if group.spare_slots else self.memory.suffixes.allocate(self._longest_suffix)
 
     def _new_prefix_slot(self, keep: PrefixGroup | None) -> int:
         """An unused slot, else that of the idle prefix unused for longest (but for ``keep``), else a new one."""
-        if self._free_prefix_slots:
-            return self._free_prefix_slots.pop()
         oldest = next((g for g in self.idle_groups if g is not keep), None)
-        if oldest is not None:
-            del self.idle_groups[oldest]
-            return oldest.slot
-        have = self.memory.prefix_slots
-        self.memory.reserve_prefixes(max(4, 2 * have), PREFIX_POSITIONS, self._longest_prefix)
-        self._free_prefix_slots = list(reversed(range(have, self.memory.prefix_slots)))
-        return self._free_prefix_slots.pop()
+        if self.memory.prefixes.unused or oldest is None:
+            return self.memory.prefixes.allocate(self._longest_prefix)
+        del self.idle_groups[oldest]
+        return oldest.slot
 
-    def _reserve_prefix_capacity(self, positions: int) -> None:
-        have = self.memory.prefix_capacity
-        if positions > have:
-            capacity = max(PREFIX_POSITIONS, 2 * have, 1 << (positions - 1).bit_length())
-            capacity = min(capacity, max(positions, self.max_positions or capacity))
-            self.memory.reserve_prefixes(0, capacity, self._longest_prefix)
+    def _reserve_capacity(self, slots: Slots, positions: int, used: int) -> None:
+        """Have so many positions in each slot; a power of two of them, but no more than the network reads."""
+        if positions > slots.capacity:
+            capacity = max(MIN_CAPACITY, 1 << (positions - 1).bit_length())
+            slots.reserve(0, min(capacity, max(positions, self.max_positions or capacity)), used)
 
     @property
     def _longest_prefix(self) -> int:
@@ -242,7 +219,7 @@ class SlotCache(RowCache):
 
     def prepare(self, rows: Sequence[CacheRow]) -> None:
         """Make the forks that wait, and let prefixes grow."""
-        if self.memory.failed:
+        if self.memory.prefixes.failed or self.memory.suffixes.failed:
             raise ModelError("memory ran out while the cache grew\n  call reset_caches(), then ask for fewer beams or shorter texts")
         self._make_copies()
         for row in cast("Sequence[SlotRow]", rows):
@@ -250,14 +227,14 @@ class SlotCache(RowCache):
                 group = row.group
                 group.nonfinite, row.nonfinite = True, False
                 if row.slot is not None:
-                    self.memory.zero_suffix(row.slot, row.suffix_length)
+                    self.memory.suffixes.zero(row.slot, row.suffix_length)
                 seen = max(r.prefix_length for r in group.rows)
                 del group.prefix[seen:]
-                self.memory.zero_prefix(group.slot, seen)
+                self.memory.prefixes.zero(group.slot, seen)
         self._grow_prefixes([g for g in dict.fromkeys(row.group for row in rows) if g.stale])
 
     def _make_copies(self) -> None:
-        self.memory.copy_suffixes([(source, 0, target, n) for target, (source, n) in self._pending_copies.items()], self.device)
+        self.memory.copy_suffixes([(source, 0, target, n) for target, (source, n) in self._pending_copies.items()])
         self._pending_copies.clear()
 
     def _grow_prefixes(self, groups: Sequence[PrefixGroup]) -> None:
@@ -282,9 +259,9 @@ class SlotCache(RowCache):
                     assert row.slot is not None
                     shifts.append((row.slot, moved, row.slot, rest))
         if to_prefix:
-            self._reserve_prefix_capacity(max(begin + n for *_, begin, n in to_prefix))
-            self.memory.move_to_prefixes(to_prefix, self.device)
-        self.memory.copy_suffixes(shifts, self.device)
+            self._reserve_capacity(self.memory.prefixes, max(begin + n for *_, begin, n in to_prefix), self._longest_prefix)
+            self.memory.move_to_prefixes(to_prefix)
+        self.memory.copy_suffixes(shifts)
 
     # The pass
 
@@ -332,18 +309,18 @@ class SlotCache(RowCache):
             if not row.suffix_length and len(row.group.rows) == 1:
                 self._leave_slot(row)
                 del row.group.prefix[row.prefix_length :]
-                self._reserve_prefix_capacity(len(row.ids) + len(piece))
+                self._reserve_capacity(self.memory.prefixes, len(row.ids) + len(piece), self._longest_prefix)
                 continue
             if row.slot is None:
                 without.append(row)
             capacity = max(capacity, row.suffix_length + len(piece))
-        missing = len(without) - len(self._free_suffix_slots) - sum(len(g.spare_slots) for g in {row.group for row in without})
+        suffixes = self.memory.suffixes
+        missing = len(without) - len(suffixes.unused) - sum(len(g.spare_slots) for g in {row.group for row in without})
         if missing > 0:
-            self._add_suffix_slots(max(missing, 8))
+            suffixes.reserve(suffixes.count + max(missing, suffixes.growth), MIN_CAPACITY, self._longest_suffix)
         for row in without:
             row.slot = self._new_suffix_slot(row.group)
-        if capacity > self.memory.suffix_capacity:
-            self.memory.reserve_suffixes(0, max(SUFFIX_POSITIONS, 1 << (capacity - 1).bit_length()), self._longest_suffix)
+        self._reserve_capacity(suffixes, capacity, self._longest_suffix)
 
     # Memory
 
@@ -351,7 +328,7 @@ class SlotCache(RowCache):
         """Return what no row holds to the operating system; prefixes that may serve a later prompt stay. CPUs only."""
         if self.device.type != "cpu":
             return
-        suffixes, prefixes = [0] * self.memory.suffix_slots, [0] * self.memory.prefix_slots
+        suffixes, prefixes = [0] * self.memory.suffixes.count, [0] * self.memory.prefixes.count
         for row in self.rows:
             if row.slot is not None:
                 suffixes[row.slot] = row.suffix_length
@@ -359,7 +336,8 @@ class SlotCache(RowCache):
             suffixes[source] = max(suffixes[source], count)
         for group in (*self.groups, *self.idle_groups):
             prefixes[group.slot] = len(group.prefix)
-        self.memory.release_memory(suffixes, prefixes)
+        self.memory.suffixes.release_memory(suffixes)
+        self.memory.prefixes.release_memory(prefixes)
 
     @property
     @override

@@ -73,7 +73,7 @@ class SlotForward:
         return self._call(memory, layout, inputs, grouped=False)
 
     def _call(self, memory: KVCache, layout: PassLayout, inputs: dict[str, Any], *, grouped: bool) -> Tensor:
-        memory.metadata = build_metadata(layout, memory.suffix_capacity, self._markers, self.support.windows, grouped=grouped)
+        memory.metadata = build_metadata(layout, memory.suffixes.capacity, self._markers, self.support.windows, grouped=grouped)
         masks = self._markers if grouped else self._dense_masks(layout.positions.to(self.device), int(layout.positions.max()) + 1)
         try:
             with grouped_attention(self.config, memory) if grouped else nullcontext():
