@@ -27,8 +27,8 @@ class DistinctEndings(BeamRule):
         selection = super().choose(held, list(best.values()))
         # Whatever is not kept must be named: `released` frees its cache, `dropped` shows it in traces.
         distinct = {beam.key for beam, _ in best.values()}
-        twins = [(beam, score) for beam, score in grown if beam.key not in distinct]
-        return replace(selection, dropped=selection.dropped + twins, released=selection.released + [beam for beam, _ in twins])
+        duplicates = [(beam, score) for beam, score in grown if beam.key not in distinct]
+        return replace(selection, dropped=selection.dropped + duplicates, released=selection.released + [beam for beam, _ in duplicates])
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Every strategy written straight from METHOD: no cache, no batch, one beam and one full forward pass at a time, float32.
+"""Every method written straight from its formulas: no cache, no batch, one beam and one full forward pass at a time, float32.
 
 Draws come from ivg.utils.rng so that tokens can be compared; nothing else of ivg is used. At the end: rows of a cached model at random.
 """

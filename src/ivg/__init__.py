@@ -108,7 +108,7 @@ _RENAMED = {
 
 def __getattr__(name: str) -> Any:
     if name in _RENAMED:
-        warnings.warn(f"ivg.{name} is now ivg.{_RENAMED[name]}; the old name goes with version 0.3", DeprecationWarning, stacklevel=2)
+        warnings.warn(f"ivg.{name} is now ivg.{_RENAMED[name]}; the old name works until 0.3", DeprecationWarning, stacklevel=2)
         name = _RENAMED[name]
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)

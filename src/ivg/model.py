@@ -355,12 +355,12 @@ class GuidedModel:
 
     def forget(self) -> bool:
         """Deprecated name of :meth:`reset_caches`."""
-        warnings.warn("GuidedModel.forget is now reset_caches; the old name goes with version 0.3", DeprecationWarning, stacklevel=2)
+        warnings.warn("GuidedModel.forget is now reset_caches; the old name works until 0.3", DeprecationWarning, stacklevel=2)
         return self.reset_caches()
 
     def give_back(self) -> None:
         """Deprecated name of :meth:`release_memory`."""
-        warnings.warn("GuidedModel.give_back is now release_memory; the old name goes with version 0.3", DeprecationWarning, stacklevel=2)
+        warnings.warn("GuidedModel.give_back is now release_memory; the old name works until 0.3", DeprecationWarning, stacklevel=2)
         self.release_memory()
 
     def close(self) -> None:

@@ -85,8 +85,8 @@ def test_models_are_built_in_their_dtype(shape, dtype):
     model = build_model(shape, dtype=dtype, device="cpu")
     assert {str(p.dtype) for n in networks(model).values() for p in n.parameters()} == {f"torch.{dtype}"}
     assert model.base.vocabulary.same_as(model.values["implicit"].vocabulary)
-    twin = build_model(shape, dtype=dtype, device="cpu")
-    for a, b in zip(networks(model).values(), networks(twin).values(), strict=True):
+    same = build_model(shape, dtype=dtype, device="cpu")
+    for a, b in zip(networks(model).values(), networks(same).values(), strict=True):
         assert all(x.equal(y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import naive
-import naive_neighbours
+import naive_methods
 from ivg.engines.transformers.engine import TransformersEngine
 from ivg.search.methods import METHODS, get_method
 from ivg.search.searcher import Request, Search, Searcher
@@ -46,7 +46,7 @@ class Bench:
 
     def reference(self, prompt, s, sampling, seed=5):
         ids = self.base.tokenizer(prompt).input_ids
-        method = {"reject": naive_neighbours.cards, "particles": naive_neighbours.smc}.get(s.rule, naive.search)
+        method = {"reject": naive_methods.cards, "particles": naive_methods.smc}.get(s.rule, naive.search)
         return method(self.base.model.network, self.naive, s, ids, seed, sampling.temperature, sampling.max_new_tokens)
 
 

@@ -70,11 +70,11 @@ def test_own_selection_rule(run):
     assert len(endings) == len(set(endings)) > 1
 
 
-def test_own_selection_rule_keeps_no_twins():
+def test_own_selection_rule_keeps_no_duplicates():
     """With the fake engine, whose answers are the same on every processor."""
     rule = runpy.run_path(str(EXAMPLES / "own_selection_rule.py"))["DistinctEndings"]
 
-    def twins(make_rule):
+    def duplicates(make_rule):
         engine = FakeEngine("ab ")
         value = FunctionValue(lambda prompt, response: response.count(" "))
         search = Search(value=value, width=3, successors=4, chunk_length=3, make_rule=make_rule)
@@ -83,8 +83,8 @@ def test_own_selection_rule_keeps_no_twins():
         endings = [[tuple(node.text.split()[-1:]) for node in board.kept] for board in completion.trace]
         return sum(len(kept) - len(set(kept)) for kept in endings)
 
-    assert twins(None) > 0
-    assert twins(rule) == 0
+    assert duplicates(None) > 0
+    assert duplicates(rule) == 0
 
 
 @pytest.mark.long

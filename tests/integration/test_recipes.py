@@ -121,7 +121,7 @@ def test_recipe(path, hub, tmp_path):
 
 
 def test_every_published_setting_has_a_recipe():
-    """METHOD, section 5: each base model with each guidance."""
+    """IVG (arXiv 2409.17819), section 5: each base model with each guidance."""
     assert {p.stem for p in RECIPES if not p.stem.startswith(("embedded", "local"))} == PUBLISHED
 
 

@@ -240,7 +240,7 @@ def small():
 
 
 def enumerated(bench, prompt, beta, sampling, length):
-    """{tokens: probability} of all responses of up to ``length`` tokens, from METHOD with full forward passes."""
+    """{tokens: probability} of all responses of up to ``length`` tokens, by the formulas with full forward passes."""
     networks = [bench.base.model.network, *(getattr(bench.values["implicit"], n).model.network for n in ("tuned", "untuned"))]
     found, open_ = {}, {(): 1.0}
     for _ in range(length):

@@ -22,7 +22,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
 }
 """Module, function and first line of help, by the verb's name."""
 DEPRECATED = {"pack": "export"}
-"""Old names of verbs; they go in 0.3."""
+"""Old names of verbs; removed in 0.3."""
 
 
 class LazyCommand(TyperCommand):
@@ -55,7 +55,7 @@ class LazyGroup(TyperGroup):
         """The command that ``args`` name, loaded."""
         name, found, rest = super().resolve_command(ctx, args)
         if name in DEPRECATED:
-            typer.echo(f"note: ivg {name} is now ivg {DEPRECATED[name]}; the old name goes in 0.3", err=True)
+            typer.echo(f"note: ivg {name} is now ivg {DEPRECATED[name]}; the old name works until 0.3", err=True)
         return name, found.load() if isinstance(found, LazyCommand) else found, rest
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 HELP = """Answer one prompt by several methods, with scores, tokens spent and seconds.
 
-Column "value": the score by the explicit value (else the reward model). Column "gold", with the embedded models: the score by the
-judge that labelled the guides' training data; no method uses it."""
+Column "value": the score by the explicit value (else the reward model). Column "gold", with the embedded models: the score by a
+reward model that no method uses; it also scored the training data of the guides."""
 
 FAILED = "(failed)"
 """Shown where there is no answer or score; the reason is printed below the table."""

@@ -21,7 +21,7 @@ HELP = """Compare methods on a task: sentiment, summarization or alpaca.
 
     ivg eval sentiment --recipe recipes/embedded-sentiment.toml --data imdb --out results
 
-Three stages, each leaving files in --out and going on where it stopped: generate (transcripts/), score (scores/), report
+Three stages, each of which writes files in --out and resumes: generate (transcripts/), score (scores/), report
 (results.json, report.md, report.html, figures/).
 
 Search options (-W, -K, -L, --beta) are for the nine "combinations"; a named method takes others from its table in a recipe."""

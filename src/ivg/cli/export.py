@@ -28,7 +28,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; one that holds another model is left alone.")],
     guides: Annotated[
         str | None,
-        typer.Option("--guides", help="Values that guide inside, NAME,NAME … (default: all pairs and arms; ivg_beta is the first's)"),
+        typer.Option("--guides", help="Values that guide tokens, NAME,NAME … (default: all pairs and arms; ivg_beta is the first's)"),
     ] = None,
     beta: Annotated[float, typer.Option("--beta", help="Weight of the first guide where a request names none.")] = 1.0,
     *,

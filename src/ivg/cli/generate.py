@@ -27,7 +27,7 @@ HELP = """Answer prompts by a frozen model with value guidance.
     ivg generate --input prompts.jsonl --output out.jsonl --method ivg -W 4 -K 4 -L 5
 
 Input rows are {"id", "prompt"} or {"id", "messages"}; other columns are copied to the output (docs/reference/data.md). Output rows are
-appended as they are done; the same command again goes on where it stopped."""
+appended as they are done; the same command again resumes."""
 
 
 @command(

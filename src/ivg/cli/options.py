@@ -107,7 +107,7 @@ def option(declared: Declared, panel: str, default: str = "", name: str | None =
     text = setting.help + (f" (default: {default})" if default else "")
     old = tuple(f"--{name.replace('_', '-')}" for name in setting.deprecated)
     if old:
-        text += f" ({', '.join(old)}: the old name, goes in 0.3)"
+        text += f" ({', '.join(old)}: the old name, until 0.3)"
     kind: Any = cli_type(declared)
     annotation = Annotated[kind | None, typer.Option(*setting.flags, *old, help=text, rich_help_panel=panel)]
     return inspect.Parameter(name or declared.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -56,7 +56,7 @@ class RecipeOptions:
         for table, declared in self._options():
             yield option(declared, _title(table), self._default(table, declared), name=f"{table}_{declared.name}")
         if "models" in self.tables and not self.bare:
-            text = 'How a model reads prompts: ROLE=chat or ROLE="... {prompt} ..."; may be repeated.'
+            text = 'Prompt template of a model: ROLE=chat (its tokenizer\'s) or ROLE="... {prompt} ..."; may be repeated.'
             yield _parameter("template", list[str], "--template", help=text, rich_help_panel=_title("models"))
         if not self.bare:
             text = "Any other setting: KEY=VALUE of the search, or TABLE.KEY=VALUE (docs/reference/settings.md); may be repeated."

@@ -28,7 +28,7 @@ from ivg.settings.train import (
 
 HELP = "Train a guide pair (sft, dpo), a reward model, and values from rollouts. Needs: pip install 'ivg\\[train]'."
 
-app = typer.Typer(name="train", help=HELP, no_args_is_help=True)
+app = typer.Typer(name="train", help=HELP, no_args_is_help=True, add_completion=False)
 
 Model = Annotated[str, typer.Option("--model", help="Model to start from: hub id, directory, or embedded:NAME.")]
 Data = Annotated[

@@ -75,8 +75,8 @@ _IGNORED: Mapping[str, tuple[Any, str]] = {
     "num_return_sequences": (1, "n decides"),
     "max_time": (None, "answers have no time limit"),
     "remove_invalid_values": (False, "NaN and infinity end an answer with an error"),
-    "presence_penalty": (0, "transformers does not know it; vLLM's own server applies it"),
-    "frequency_penalty": (0, "transformers does not know it; vLLM's own server applies it"),
+    "presence_penalty": (0, "transformers has no such setting; vLLM's own server applies it"),
+    "frequency_penalty": (0, "transformers has no such setting; vLLM's own server applies it"),
 }
 """What does not apply here, each with the value that switches it off and the reason."""
 

@@ -22,7 +22,7 @@ class Progress:
 
     Attributes:
         index: which of the request's completions.
-        committed: text that all live beams share; it only grows.
+        committed: text that all beams of the request share; it only grows.
         kept: beams that a selection kept.
         dropped: beams that it dropped.
         details: log-probabilities of the tokens so far.

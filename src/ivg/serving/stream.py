@@ -1,4 +1,4 @@
-"""Server-sent events. Text is sent as soon as all live beams share it, and never taken back.
+"""Server-sent events. Text is sent as soon as all beams of the request share it, and never taken back.
 
 Committed text only grows (``search.searcher``), which also holds back partial stop strings and partial characters. Knows no HTTP.
 """

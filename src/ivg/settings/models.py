@@ -1,4 +1,4 @@
-"""Which models a recipe names, and how each reads a prompt."""
+"""Which models a recipe names, and the prompt template of each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ class ModelRef(Table):
     path: Annotated[str, Setting("Hub id or directory.")]
     template: Annotated[
         str | None,
-        Setting('How the model reads a prompt: chat, or a text such as "Q: {prompt}\\nA:".', unset="the prompt as it is"),
+        Setting(
+            'Prompt template of the model: chat (its tokenizer\'s), or a text such as "Q: {prompt}\\nA:".', unset="the prompt as it is"
+        ),
     ] = None
 
 
@@ -32,11 +34,11 @@ class RewardRef(ModelRef):
 class _Guides(Table):
     tuned: Annotated[
         ModelRef | None,
-        Setting("Small tuned guide; with untuned: the implicit value.", aliases=("expert", "tune_r", "model"), flags=("--tuned",)),
+        Setting("Small tuned model; with --untuned: the implicit value.", aliases=("expert", "tune_r", "model"), flags=("--tuned",)),
     ] = None
     untuned: Annotated[
         ModelRef | None,
-        Setting("What the guide was tuned from.", aliases=("antiexpert", "base_r", "ref_model"), flags=("--untuned",)),
+        Setting("The same small model before its tuning.", aliases=("antiexpert", "base_r", "ref_model"), flags=("--untuned",)),
     ] = None
     value: Annotated[ModelRef | None, Setting("Trained value network: the explicit value.", aliases=("explicit",), flags=("--value",))] = (
         None

@@ -25,7 +25,7 @@ class RaySettings:
     address: Annotated[
         str,
         Setting(
-            "Share the prompts out over Ray: local (start it here), auto (this machine's cluster), HOST:PORT or ray://HOST:PORT.",
+            "Spread the prompts over a Ray cluster: local (start it here), auto (this machine's cluster), HOST:PORT or ray://HOST:PORT.",
             flags=("--ray",),
             unset="no cluster",
         ),

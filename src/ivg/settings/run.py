@@ -45,7 +45,7 @@ class RunConfig(Table):
 class VLLMConfig(Table):
     """The engine ``vllm`` (docs/how-to/vllm.md); what is left out is vLLM's default."""
 
-    guides: Annotated[list[str] | None, Setting("Values that guide inside the composite model.", unset="those of the method")] = None
+    guides: Annotated[list[str] | None, Setting("Values that guide tokens in the composite model.", unset="those of the method")] = None
     value: Annotated[Literal["pooling", "transformers"], Setting("What reads the explicit value: pooling (vLLM) or transformers.")] = (
         "pooling"
     )

@@ -103,7 +103,7 @@ class SearchSettings:
     candidates: Annotated[
         int,
         Setting(
-            "Tokens of the base that a value without vocabulary head re-scores; 0: the whole vocabulary, where the value knows it.",
+            "Number of the base's likeliest tokens that a value re-scores; 0: the whole vocabulary (the value must have the base's).",
             r.count(0, "0 (whole vocabulary) or more"),
             flags=("--guide-candidates",),
             group="guidance",

@@ -28,7 +28,7 @@ class Table(BaseModel):
         for name, declared in settings_of(cls).items():
             for alias in (*declared.setting.aliases, *declared.setting.deprecated):
                 if alias in declared.setting.deprecated and alias in out:
-                    warnings.warn(f"{alias} is now {name}; the old name goes in 0.3", DeprecationWarning, stacklevel=2)
+                    warnings.warn(f"{alias} is now {name}; the old name works until 0.3", DeprecationWarning, stacklevel=2)
                 if alias in out and name in out:
                     raise ValueError(f"{name} and {alias} are the same setting; give one of them")
                 if alias in out:

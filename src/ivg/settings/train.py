@@ -131,7 +131,7 @@ class TrainSettings:
     template: Annotated[
         str | None,
         Setting(
-            'How the model reads a prompt: chat, or a text such as "Q: {prompt}\\nA:".',
+            'Prompt template of the model: chat (its tokenizer\'s), or a text such as "Q: {prompt}\\nA:".',
             r.TEMPLATE,
             flags=("--template",),
             unset="the prompt as it is",
@@ -222,7 +222,13 @@ class ValueSettings:
     base: Annotated[str | None, Setting("The policy of cd-q and of --rounds: hub id or directory.", flags=("--base",), unset="none")] = None
     base_template: Annotated[
         str | None,
-        Setting("How that policy reads a prompt.", r.TEMPLATE, flags=("--base-template",), unset="the prompt as it is", escapes=True),
+        Setting(
+            "Prompt template of that policy, as --template.",
+            r.TEMPLATE,
+            flags=("--base-template",),
+            unset="the prompt as it is",
+            escapes=True,
+        ),
     ] = None
 
     def __post_init__(self) -> None:

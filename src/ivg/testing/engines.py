@@ -148,7 +148,7 @@ def check_engine_life_cycle(engine: Engine, prompt: Prompt) -> None:
     engine.release([new_key()])
     engine.release_memory()
     engine.reset_caches()
-    assert engine.restart() is False, f"the engine {engine.name} says that it had died"
+    assert engine.restart() is False, f"the engine {engine.name} reports a restart, but nothing had stopped"
     requests = _requests(engine, [prompt])
     again = engine.extend(requests)
     assert [len(family) for family in again] == [len(family) for family in families]

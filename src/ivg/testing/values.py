@@ -155,7 +155,7 @@ def check_value_life_cycle(value: Value, hypotheses: Sequence[Hypothesis]) -> No
     value.release([*keys, *keys, new_key()])  # twice, and one that it does not know
     value.release_memory()
     value.reset_caches()
-    assert value.restart() is False, f"{value.name} says that it had died"
+    assert value.restart() is False, f"{value.name} reports a restart, but nothing had stopped"
     again = value.score(hypotheses)
     assert again == first, f"{again} after reset_caches, {first} before"
     value.reset_caches()  # while it holds hypotheses

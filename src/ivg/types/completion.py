@@ -52,7 +52,7 @@ class TraceNode:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one round of the search did for one request; ``committed`` is the text that all live beams share."""
+    """What one round of the search did for one request; ``committed`` is the text that all its beams share."""
 
     request: int
     kept: tuple[TraceNode, ...]
@@ -60,9 +60,9 @@ class Step:
     committed: str
     completion: Completion | None = None
     details: tuple[TokenLogprobs, ...] = ()
-    """Of the live hypothesis, where there is only one."""
+    """Of the beam, if there is only one."""
     tokens: int = 0
-    """Number of tokens that all live beams share."""
+    """Number of tokens that all beams share."""
 
 
 @dataclass(frozen=True, slots=True)

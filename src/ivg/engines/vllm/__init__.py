@@ -11,8 +11,8 @@
 ``processor``     reads the weights of a request (model runners V1 and V2), checks them in the front end
 ``model_runner``  hands them to the model, model runner V2
 ``value_model``   a value network's backbone, for the pooling engine
-``client``        vLLM's engine: requests in, outputs out, restart when it dies
+``client``        vLLM's engine: requests in, outputs out, restart when it stops
 ``engine``        an :class:`~ivg.types.AsyncEngine` over the composite
-``value``         guides inside the composite; an explicit value in a pooling engine
+``value``         guides of the composite model; an explicit value in a pooling engine
 ================  ===========================================================================
 """

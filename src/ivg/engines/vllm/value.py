@@ -1,4 +1,4 @@
-"""Values that run in vLLM: guides inside the composite, and the explicit value in a pooling engine.
+"""Values that run in vLLM: guides of the composite model, and the explicit value in a pooling engine.
 
 :class:`PooledValue` computes the scores of :class:`~ivg.values.explicit.ExplicitValue` from vLLM's hidden states. Prefixes stay in
 vLLM's cache, so scoring a chunk reads the chunk and the last unfinished block.

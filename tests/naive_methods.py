@@ -1,4 +1,4 @@
-"""CARDS and the particle filter written straight from METHOD, section 6, on the pieces of ``naive``: no cache, no batch."""
+"""CARDS (arXiv 2406.16306) and the particle filter written straight from their formulas, on the pieces of ``naive``: no cache, no batch."""
 
 import math
 
