@@ -13,8 +13,8 @@ from ivg.errors import ConfigError, ModelError
 from ivg.models.loading import LoadOptions
 from ivg.models.training_rows import read_training_rows, row_hashes, seen
 from ivg.settings.train import DPOSettings, SFTSettings, TrainSettings
-from ivg.training.data import Preference, RatedResponse, SFTExample
-from ivg.types import Prompt
+from ivg.training.data import RatedResponse, SFTExample
+from ivg.types import Preference, Prompt
 from ivg.utils.jsonl import as_lines
 from ivg.utils.rng import uniform
 from ivg.values.base import FunctionValue

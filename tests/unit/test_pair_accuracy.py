@@ -1,7 +1,6 @@
 """Logits of given texts, accuracy on pairs, length control: against full passes, hand-computed and simulated values."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -16,19 +15,9 @@ from ivg.diagnostics.sweep import SweepSettings
 from ivg.errors import ConfigError
 from ivg.model import GuidedModel
 from ivg.testing import byte_tokenizer, hypothesis, tiny_lm, tiny_value
-from ivg.types import Prompt
+from ivg.types import Preference, Prompt
 from ivg.values.base import CompositeValue, FunctionValue
 from ivg.values.implicit import AutoregressiveReward, ImplicitValue
-
-
-@dataclass(frozen=True)
-class Pair:
-    prompt: Prompt
-    chosen: str
-    rejected: str
-    margin: float | None = None
-    chosen_ends: bool = True
-    rejected_ends: bool = True
 
 
 def implicit(tokenizer=None):
@@ -90,9 +79,9 @@ def test_agreement_by_hand():
 # Pairs
 
 PAIRS = [
-    Pair(Prompt("Say:"), " hello there", " no", 1.0),
-    Pair(Prompt("Say:"), " yes", " perhaps not today", 0.5, rejected_ends=False),
-    Pair(Prompt("Other"), " é—ü", " x", 2.0),
+    Preference(Prompt("Say:"), " hello there", " no", 1.0),
+    Preference(Prompt("Say:"), " yes", " perhaps not today", 0.5, rejected_ends=False),
+    Preference(Prompt("Other"), " é—ü", " x", 2.0),
 ]
 
 
@@ -125,7 +114,7 @@ def test_rows_are_freed_and_ends_can_be_left_out():
 
 def test_what_no_context_can_hold_is_left_out():
     base, pair = tiny_lm(), ImplicitValue(tiny_lm("tuned", seed=1, context=40), tiny_lm("untuned", seed=2, context=40))
-    long = Pair(Prompt("Say:"), "x" * 60, "y")
+    long = Preference(Prompt("Say:"), "x" * 60, "y")
     kept, reasons = pairs.readable_pairs(base, {"implicit": pair}, [*PAIRS, long])
     assert kept == PAIRS
     assert reasons == ["prompt and response of 65 tokens > context of tuned (40)"]
@@ -142,7 +131,12 @@ def test_pairs_that_a_value_has_no_number_for_are_left_out_and_named():
         return math.nan if "z" in response else float(len(response))
 
     base, values = tiny_lm(), {"picky": FunctionValue(picky, "picky"), "fine": FunctionValue(lambda p, r: 1.0, "fine")}
-    made = [Pair(Prompt("a"), "xx", "x"), Pair(Prompt("b"), "x", "y"), Pair(Prompt("c"), "z", "x"), Pair(Prompt("d"), "xxx", "x")]
+    made = [
+        Preference(Prompt("a"), "xx", "x"),
+        Preference(Prompt("b"), "x", "y"),
+        Preference(Prompt("c"), "z", "x"),
+        Preference(Prompt("d"), "xxx", "x"),
+    ]
     found = check_preferences(GuidedModel(base, values), made, CheckSettings(SweepSettings(batch=4), prompts=0))
     assert found.pairs == 2
     assert [(v.name, v.whole.n, v.whole.rate) for v in found.values[1:]] == [("picky", 2, 1.0), ("fine", 2, 0.5)]
@@ -153,7 +147,7 @@ def test_pairs_that_a_value_has_no_number_for_are_left_out_and_named():
 
 def test_balanced_accuracy_sees_through_length():
     base = tiny_lm()
-    made = [Pair(Prompt(f"{i}"), "x" * (9 if i % 4 else 3), "x" * (3 if i % 4 else 9), margin=float(i)) for i in range(100)]
+    made = [Preference(Prompt(f"{i}"), "x" * (9 if i % 4 else 3), "x" * (3 if i % 4 else 9), margin=float(i)) for i in range(100)]
     assert pairs.longer_wins(base, made).mean() == 0.75
     value = FunctionValue(lambda p, y: float(len(y)))
     found = pairs.pair_accuracy("length", pairs.score_pairs(base, value, made)[0], made, pairs.pair_lengths(base, value, made))

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_pair_accuracy import PAIRS, Pair, implicit
+from test_pair_accuracy import PAIRS, implicit
 from test_sweep import SETTINGS, small  # noqa: F401  (a fixture)
 
 from ivg.diagnostics.preference_check import CheckSettings, Judge, check_preferences
@@ -11,7 +11,7 @@ from ivg.errors import ConfigError
 from ivg.model import GuidedModel
 from ivg.models.training_rows import write_training_rows
 from ivg.testing import byte_tokenizer, tiny_lm, tiny_value
-from ivg.types import Prompt, SamplingParams
+from ivg.types import Preference, Prompt, SamplingParams
 from ivg.values.base import FunctionValue
 
 
@@ -53,7 +53,7 @@ def word_pairs(count, longer=False):
     for i in range(count):
         both = ["".join(rng.choice(list("aeioubcdfgkl"), rng.integers(4, 20))) for _ in range(2)]
         both.sort(key=lambda text: (len(text) if longer else 0, vowels("", text)))
-        made.append(Pair(Prompt(f"Say {i}:"), both[1] + "x" * longer, both[0]))
+        made.append(Preference(Prompt(f"Say {i}:"), both[1] + "x" * longer, both[0]))
     return made
 
 
@@ -89,8 +89,8 @@ def test_a_value_is_not_measured_on_its_training_data(tmp_path):
 
 
 def test_pairs_of_one_text_are_counted_and_left_out():
-    ties = [Pair(Prompt("p"), "same", "same"), Pair(Prompt("q"), "", "")]
-    ends = Pair(Prompt("p"), "same", "same", rejected_ends=False)  # one was cut: the end is the difference
+    ties = [Preference(Prompt("p"), "same", "same"), Preference(Prompt("q"), "", "")]
+    ends = Preference(Prompt("p"), "same", "same", rejected_ends=False)  # one was cut: the end is the difference
     base = GuidedModel(tiny_lm(), {"mine": FunctionValue(vowels)})
     found = check_preferences(base, [*ties, *word_pairs(30), ends], CheckSettings(prompts=0))
     assert (found.pairs, found.ties) == (31, 2)

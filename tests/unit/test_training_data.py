@@ -11,7 +11,6 @@ from ivg.testing import byte_tokenizer
 from ivg.training import encoding
 from ivg.training.data import (
     ColumnMapping,
-    Preference,
     RatedResponse,
     ReadOptions,
     SFTExample,
@@ -22,7 +21,7 @@ from ivg.training.data import (
     read_rated,
     read_sft_examples,
 )
-from ivg.types import Message, Prompt
+from ivg.types import Message, Preference, Prompt
 from ivg.utils.jsonl import as_lines
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ivg.model import GuidedModel
     from ivg.settings.check import PreferenceSettings
     from ivg.settings.recipe import Recipe
-    from ivg.training.data import Preference
+    from ivg.types import Preference
     from ivg.values.base import FunctionValue
     from ivg.values.reward import RewardModel
 

@@ -1,4 +1,4 @@
-"""Pair accuracy: how often a value scores the chosen response of a preference pair higher, at several prefixes of both responses.
+"""Preference accuracy: how often a value scores the chosen response of a preference pair higher, at several prefixes of both responses.
 
 Token guidance and chunk selection score prefixes, so accuracy on prefixes matters to them more than that on whole responses.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,41 +18,13 @@ from ivg.diagnostics.logits import response_beam
 from ivg.diagnostics.stats import Floats, Proportion, bradley_terry_slope, spearman, wilson, wins
 from ivg.errors import PromptError, ScoreFault
 from ivg.models.cached_lm import CachedLM
-from ivg.types import Beam, Prompt, Value, new_key
+from ivg.types import Beam, Preference, Prompt, Value, new_key
 from ivg.types.scores import score_each
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 """Prefixes, as fractions of the response's tokens."""
 MIN_UNSEEN = 20
 """Pairs outside a value's training data that measuring it needs; with fewer the standard error of an accuracy is above 0.1."""
-
-
-class Pair(Protocol):
-    """A preference pair; ``ivg.training.data.Preference`` is one."""
-
-    @property
-    def prompt(self) -> Prompt:
-        """The prompt of both responses."""
-
-    @property
-    def chosen(self) -> str:
-        """The better response."""
-
-    @property
-    def rejected(self) -> str:
-        """The worse response."""
-
-    @property
-    def margin(self) -> float | None:
-        """Difference of rewards, if known."""
-
-    @property
-    def chosen_ends(self) -> bool:
-        """The better response is complete, so an end-of-sequence token follows it."""
-
-    @property
-    def rejected_ends(self) -> bool:
-        """The worse response is complete."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +57,14 @@ class PairAccuracy:
         return self.accuracy[-1]
 
 
-def is_tie(pair: Pair) -> bool:
+def is_tie(pair: Preference) -> bool:
     """Both responses are the same text."""
     return pair.chosen == pair.rejected and pair.chosen_ends == pair.rejected_ends
 
 
-def readable_pairs(base: CachedLM, values: Mapping[str, Value], pairs: Sequence[Pair], ends: bool = True) -> tuple[list[Pair], list[str]]:
+def readable_pairs(
+    base: CachedLM, values: Mapping[str, Value], pairs: Sequence[Preference], ends: bool = True
+) -> tuple[list[Preference], list[str]]:
     """(the pairs that every model can read whole, a reason for each of the others)."""
     kept, reasons = [], []
     for pair in pairs:
@@ -103,7 +76,7 @@ def readable_pairs(base: CachedLM, values: Mapping[str, Value], pairs: Sequence[
     return kept, reasons
 
 
-def _check(base: CachedLM, values: Mapping[str, Value], pair: Pair, ends: bool) -> None:
+def _check(base: CachedLM, values: Mapping[str, Value], pair: Preference, ends: bool) -> None:
     for lm in (base, *models_of(values).values()):
         limit = lm.max_positions
         for text in (pair.chosen, pair.rejected):
@@ -135,7 +108,7 @@ def _prefix(line: list[Beam], prompt: Prompt, ids: tuple[int, ...], text: str, w
 
 
 def score_pairs(
-    base: CachedLM, value: Value, pairs: Sequence[Pair], *, batch: int = 16, ends: bool = True
+    base: CachedLM, value: Value, pairs: Sequence[Preference], *, batch: int = 16, ends: bool = True
 ) -> tuple[Floats, dict[int, ScoreFault]]:
     """Scores of both responses at each of :data:`FRACTIONS`: [pairs, fractions, (chosen, rejected)].
 
@@ -165,7 +138,7 @@ def score_pairs(
 
 
 def pair_accuracy(
-    name: str, scores: Floats, pairs: Sequence[Pair], lengths: Mapping[str, Floats], trained: NDArray[np.bool_] | None = None
+    name: str, scores: Floats, pairs: Sequence[Preference], lengths: Mapping[str, Floats], trained: NDArray[np.bool_] | None = None
 ) -> PairAccuracy:
     """Accuracies from scores [pairs, fractions, 2].
 
@@ -192,7 +165,7 @@ def pair_accuracy(
     return PairAccuracy(name, tuple(wilson(h, groups) for h in hits), slope, loss, margin, control, count, on_training_data)
 
 
-def pair_lengths(base: CachedLM, value: Value | None, pairs: Sequence[Pair]) -> dict[str, Floats]:
+def pair_lengths(base: CachedLM, value: Value | None, pairs: Sequence[Preference]) -> dict[str, Floats]:
     """Lengths of both responses in several units: [pairs, (chosen, rejected)] each.
 
     ``tokens`` of the base, ``characters``, ``words``, and ``own tokens`` of the value's models with other vocabularies.
@@ -209,13 +182,13 @@ def pair_lengths(base: CachedLM, value: Value | None, pairs: Sequence[Pair]) -> 
     return out | {("own tokens" if len(others) == 1 else f"tokens of {lm.name}"): table(tokens(lm)) for lm in others}
 
 
-def longer_wins(base: CachedLM, pairs: Sequence[Pair]) -> Floats:
+def longer_wins(base: CachedLM, pairs: Sequence[Preference]) -> Floats:
     """1 where the chosen response has more base tokens, 0 where fewer, 0.5 where as many [pairs]."""
     table = pair_lengths(base, None, pairs)["tokens"]
     return wins(table[:, 0], table[:, 1])
 
 
-def prompt_groups(pairs: Sequence[Pair]) -> np.ndarray:
+def prompt_groups(pairs: Sequence[Preference]) -> np.ndarray:
     """A number for each pair, the same for pairs of one prompt [pairs]."""
     seen: dict[Prompt, int] = {}
     return np.array([seen.setdefault(p.prompt, len(seen)) for p in pairs], dtype=np.int64)

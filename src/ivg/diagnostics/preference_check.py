@@ -9,7 +9,6 @@ from typing import Any
 from ivg.diagnostics.divergence import PairDivergence, pair_divergence
 from ivg.diagnostics.logits import GuidanceLogits, response_beam
 from ivg.diagnostics.pairs import (
-    Pair,
     PairAccuracy,
     is_tie,
     longer_wins,
@@ -25,7 +24,7 @@ from ivg.diagnostics.training_overlap import TrainingOverlap, training_overlap
 from ivg.diagnostics.verdict import Evidence, Verdict, decide
 from ivg.errors import ConfigError, PromptError
 from ivg.model import GuidedModel
-from ivg.types import Beam, Prompt, Value
+from ivg.types import Beam, Preference, Prompt, Value
 from ivg.values.implicit import AutoregressiveReward
 
 BASELINE = "base"
@@ -130,7 +129,7 @@ def _with_old_names(data: Any) -> Any:
 
 def check_preferences(
     model: GuidedModel,
-    pairs: Sequence[Pair],
+    pairs: Sequence[Preference],
     settings: CheckSettings | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> GuidanceReport:
@@ -138,7 +137,7 @@ def check_preferences(
 
     Args:
         model: base and values.
-        pairs: preferences; any objects with the fields of :class:`~ivg.diagnostics.pairs.Pair`.
+        pairs: preferences.
         settings: what to measure; None: the defaults.
         on_progress: called with a line at each step.
 
@@ -161,7 +160,7 @@ class _Check:
         if self.judge is not None:
             self.values[self.judge.name] = self.judge.value
 
-    def run(self, pairs: Sequence[Pair]) -> GuidanceReport:
+    def run(self, pairs: Sequence[Preference]) -> GuidanceReport:
         kept, scores, skipped, ties = self._score(pairs)
         overlap = {name: training_overlap(value, kept) for name, value in self.values.items() if name != BASELINE}
         measured = self._accuracies(kept, scores, overlap)
@@ -194,7 +193,7 @@ class _Check:
             verdict=decide(evidence),
         )
 
-    def _score(self, pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, Floats], list[str], int]:
+    def _score(self, pairs: Sequence[Preference]) -> tuple[list[Preference], dict[str, Floats], list[str], int]:
         """(pairs that every value has scores for, scores [pairs, fractions, 2] by value, reasons of skipped pairs, number of ties)."""
         different = [p for p in pairs if not is_tie(p)]
         ties = len(pairs) - len(different)
@@ -215,7 +214,7 @@ class _Check:
         return [readable[i] for i in kept], {name: table[kept] for name, (table, _) in found.items()}, skipped, ties
 
     def _accuracies(
-        self, pairs: Sequence[Pair], scores: Mapping[str, Floats], overlap: Mapping[str, TrainingOverlap]
+        self, pairs: Sequence[Preference], scores: Mapping[str, Floats], overlap: Mapping[str, TrainingOverlap]
     ) -> dict[str, PairAccuracy]:
         out = {}
         for name, value in self.values.items():
@@ -223,12 +222,12 @@ class _Check:
             out[name] = pair_accuracy(name, scores[name], pairs, pair_lengths(self.base, value, pairs), seen)
         return out
 
-    def _unseen(self, pairs: Sequence[Pair], overlap: Mapping[str, TrainingOverlap]) -> list[Pair]:
+    def _unseen(self, pairs: Sequence[Preference], overlap: Mapping[str, TrainingOverlap]) -> list[Preference]:
         """The pairs that neither guide nor judge was trained on; all pairs if none is left."""
         names = [name for name in (self.guide, self.judge.name if self.judge is not None else None) if name is not None]
         return [p for i, p in enumerate(pairs) if not any(overlap[name].seen[i] for name in names)] or list(pairs)
 
-    def _divergence_on_chosen(self, pairs: Sequence[Pair]) -> PairDivergence | None:
+    def _divergence_on_chosen(self, pairs: Sequence[Preference]) -> PairDivergence | None:
         first = _one_per_prompt(pairs)[: max(self.settings.prompts, 1)]
         return self._divergence([response_beam(self.base, p.prompt, p.chosen, ends=self.ends and p.chosen_ends) for p in first])
 
@@ -236,7 +235,7 @@ class _Check:
         return pair_divergence(self.base, self.model.values.get("implicit"), beams, self.settings.beta)
 
     def _sample(
-        self, pairs: Sequence[Pair], shares_vocabulary: bool
+        self, pairs: Sequence[Preference], shares_vocabulary: bool
     ) -> tuple[PairDivergence | None, tuple[SweepRow, ...], tuple[BestOfGain, ...]]:
         """What needs sampled texts: divergence on the base's own, the sweep of beta, best-of-N."""
         self.on_progress("sampling texts")
@@ -276,9 +275,9 @@ def _guide(model: GuidedModel, name: str | None) -> str | None:
     return None if name == "none" else name
 
 
-def _one_per_prompt(pairs: Sequence[Pair]) -> list[Pair]:
+def _one_per_prompt(pairs: Sequence[Preference]) -> list[Preference]:
     """The first pair of each prompt, in order of appearance."""
-    first: dict[Prompt, Pair] = {}
+    first: dict[Prompt, Preference] = {}
     for pair in pairs:
         first.setdefault(pair.prompt, pair)
     return list(first.values())

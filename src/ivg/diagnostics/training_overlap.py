@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ivg.diagnostics.pairs import Pair
 from ivg.models.training_rows import read_training_rows, seen, source_of
-from ivg.types import Value
+from ivg.types import Preference, Value
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class TrainingOverlap:
     unknown: tuple[str, ...]
 
 
-def training_overlap(value: Value, pairs: Sequence[Pair]) -> TrainingOverlap:
+def training_overlap(value: Value, pairs: Sequence[Preference]) -> TrainingOverlap:
     """The overlap of pairs with the training data of every network of a value (a Python function has none).
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ivg.errors import ConfigError
 from ivg.jobs.provenance import differences
-from ivg.utils.jsonl import append_lines, as_lines, to_json, write_json
+from ivg.utils.jsonl import append_lines, as_lines, to_json, truncate_lines, write_json
 from ivg.utils.locks import lock_file
 
 
@@ -71,12 +71,7 @@ class ResumableJsonl:
         """Remove an incomplete block at the end; the number of rows left."""
         if not self.path.exists():
             return 0
-        with self.path.open("rb") as lines:
-            whole = [line for line in lines if line.endswith(b"\n")]
-        keep = len(whole) if len(whole) >= self.total else len(whole) // self.block * self.block
-        with self.path.open("r+b") as file:
-            file.truncate(sum(map(len, whole[:keep])))
-        return keep
+        return truncate_lines(self.path, lambda rows: rows if rows >= self.total else rows // self.block * self.block)
 
 
 def check_provenance(path: str | Path, provenance: Mapping[str, Any]) -> None:

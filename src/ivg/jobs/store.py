@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Protocol
 from ivg.errors import ConfigError, OutputError
 from ivg.jobs.prompts import Job, id_key, prompt_key
 from ivg.jobs.provenance import differences
-from ivg.utils.jsonl import RowError, append_lines, parse_row, to_json
+from ivg.utils.jsonl import RowError, append_lines, parse_row, to_json, truncate_lines
 from ivg.utils.locks import lock_file
 
 PROVENANCE_COLUMNS = ("method", "seed", "settings", "models", "engine", "endpoint", "values", "provenance")
@@ -82,7 +82,7 @@ class ResumableRows:
         self.path = path
         self._done: dict[tuple[str, int], str] = {}
         append_lines(path, "")  # fails now rather than after hours
-        self._remove_incomplete_row()
+        truncate_lines(path)
         for number, row in self._rows():
             self._check(number, row, provenance)
             self._done[id_key(row["id"]), row["index"]] = prompt_key(row["prompt"])
@@ -138,20 +138,6 @@ class ResumableRows:
             raise ConfigError(
                 f"{self.path}: settings differ from those of its rows: {'; '.join(found)}\n  use another --output, or remove the file"
             )
-
-    def _remove_incomplete_row(self) -> None:
-        with self.path.open("r+b") as file:
-            end = size = file.seek(0, os.SEEK_END)
-            while end:
-                begin = max(0, end - (1 << 16))
-                file.seek(begin)
-                found = file.read(end - begin).rfind(b"\n")
-                if found >= 0:
-                    end = begin + found + 1
-                    break
-                end = begin
-            if end < size:
-                file.truncate(end)
 
     def _replace(self, data: bytes) -> None:
         there = self.path.resolve()  # a link stays a link

@@ -25,7 +25,7 @@ from ivg.errors import ConfigError, PromptError
 from ivg.jobs.formats import SourceRow, scan_rows
 from ivg.jobs.prompts import prompt_of
 from ivg.training.columns import Row, cell, finite_score, flag, list_of, response_text, responses_of, usable_prompt
-from ivg.types.messages import Prompt
+from ivg.types import Preference, Prompt
 from ivg.utils.jsonl import RowError
 from ivg.utils.rng import uniform
 
@@ -34,27 +34,6 @@ PREFERENCE = ("prompt", "chosen", "rejected")
 CONVERSATIONS = ("chosen", "rejected")
 RATED = ("prompt", "response", "score")
 RATED_LISTS = ("prompt", "responses", "scores")
-
-
-@dataclass(frozen=True)
-class Preference:
-    """Two responses to one prompt.
-
-    Attributes:
-        prompt: text or messages.
-        chosen: the better response.
-        rejected: the other.
-        margin: difference of their rewards, if known.
-        chosen_ends: ``chosen`` is complete, so that an end-of-sequence token follows it.
-        rejected_ends: the same of ``rejected``.
-    """
-
-    prompt: Prompt
-    chosen: str
-    rejected: str
-    margin: float | None = None
-    chosen_ends: bool = True
-    rejected_ends: bool = True
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 from ivg.models.chat_template import encode
 from ivg.models.vocabulary import Vocabulary
-from ivg.training.data import Preference, RatedResponse, SFTExample
-from ivg.types import Prompt
+from ivg.training.data import RatedResponse, SFTExample
+from ivg.types import Preference, Prompt
 from ivg.values.reward import RewardModel
 
 

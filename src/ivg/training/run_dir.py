@@ -23,7 +23,8 @@ from ivg.jobs.fingerprints import fingerprint
 from ivg.jobs.provenance import differences
 from ivg.models.training_rows import write_training_rows
 from ivg.settings.train import TrainSettings
-from ivg.training.data import Preference, RatedResponse, SFTExample, answers
+from ivg.training.data import RatedResponse, SFTExample, answers
+from ivg.types import Preference
 from ivg.utils.jsonl import jsonable, write_json, write_text
 from ivg.utils.locks import lock_file
 

@@ -20,9 +20,10 @@ from ivg.diagnostics.pairs import is_tie
 from ivg.errors import ConfigError
 from ivg.settings.train import DPOSettings, SFTSettings, TrainSettings
 from ivg.training import encoding
-from ivg.training.data import Preference, SFTExample
+from ivg.training.data import SFTExample
 from ivg.training.run_dir import RunDir, first_process, open_run, process_count, run_provenance
 from ivg.training.trainer import drop_timing_metrics, load_for_training, lora_config, split_rows, trainer_arguments
+from ivg.types import Preference
 from ivg.values.reward import RewardModel
 
 Sources = Sequence[str | Path]

@@ -9,6 +9,7 @@ An engine makes beams longer, a value turns beams into numbers, a selection rule
 ``engine``      :class:`Engine` and :class:`AsyncEngine`, base classes
 ``completion``  what comes back
 ``scores``      what values return, checked
+``preference``  pairs of responses
 ==============  =========================================================
 """
 
@@ -17,6 +18,7 @@ from ivg.types.beam import Beam, DecodeState, FinishReason, Hypothesis, TokenCou
 from ivg.types.completion import Completion, Step, TraceNode, Usage
 from ivg.types.engine import AsyncEngine, Engine, EntropyStop, ExpandOutput, ExpandRequest, TokenGuidance
 from ivg.types.messages import Message, Prompt
+from ivg.types.preference import Preference
 from ivg.types.value import Drafter, Reward, Value
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "FinishReason",
     "Hypothesis",
     "Message",
+    "Preference",
     "Prompt",
     "Reward",
     "SamplingParams",

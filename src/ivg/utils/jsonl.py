@@ -7,7 +7,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
@@ -202,6 +202,15 @@ def append_lines(path: Path, text: str, *, sync: bool = False) -> None:
                 raise
     except OSError as e:
         raise OutputError(f"cannot write {path}: {e.strerror}\n  its rows are complete; run the same command again to resume") from None
+
+
+def truncate_lines(path: Path, keep: Callable[[int], int] = lambda lines: lines) -> int:
+    """Remove an incomplete line at the end of a file, and all behind the first ``keep(number of lines)``; how many are left."""
+    with path.open("r+b") as file:
+        lengths = [len(line) for line in file if line.endswith(b"\n")]
+        lines = keep(len(lengths))
+        file.truncate(sum(lengths[:lines]))
+    return lines
 
 
 def as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
