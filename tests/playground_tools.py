@@ -3,11 +3,10 @@
 import json
 import re
 import shutil
-import socket
-import threading
-import time
 
 import pytest
+
+from serving_tools import Running, wait_for
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if CHROMIUM is None:
@@ -28,20 +27,8 @@ def embedded():
 
 @pytest.fixture(scope="module")
 def url():
-    from ivg.serving.served_models import ServedModels
-    from ivg.serving.server import make_server
-    from ivg.settings.recipe import Recipe
-    from ivg.settings.serve import ServeSettings
-
-    server = make_server(ServedModels(embedded(), Recipe(), ServeSettings()))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()  # whoever comes before the server is up waits
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(20)
+    with Running(embedded(), name=None) as server:
+        yield server.url
 
 
 @pytest.fixture(scope="module")
@@ -79,17 +66,8 @@ def visit(browser, url):
         context.close()
 
 
-def until(check, seconds=PATIENCE / 1000):
-    """Wait till ``check()`` is true; what it gave."""
-    end = time.monotonic() + seconds
-    while not (found := check()):
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.05)
-    return found
-
-
 def ready(page):
-    until(lambda: page.locator("#method option").count() > 1)
+    wait_for(lambda: page.locator("#method option").count() > 1)
 
 
 def run(page):
@@ -100,7 +78,7 @@ def run(page):
 
 
 def finished(page):
-    until(lambda: page.is_disabled("#stop") and page.get_attribute("#guided .answer", "aria-busy") == "false")
+    wait_for(lambda: page.is_disabled("#stop") and page.get_attribute("#guided .answer", "aria-busy") == "false")
 
 
 def answer(page, side):

@@ -55,11 +55,16 @@ class Running:
         self.served = ServedModels(model, recipe or Recipe(), settings)
         self.server = make_server(self.served)
         self.worker = self.server.worker
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        listener = socket.create_server(("127.0.0.1", 0))  # whoever comes before the server is up waits
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
         self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
 
     def client(self, key="none", **settings):
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **settings)
@@ -67,22 +72,19 @@ class Running:
     def post(self, body, path="/v1/completions", **settings):
         return httpx.post(self.url + path, json=body, timeout=300, **settings)
 
-    def idle(self, seconds=200.0):
-        """Wait until nothing runs; rows in use then."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and (self.worker.searcher.busy or self.worker.waiting):
-            time.sleep(0.01)
-        time.sleep(0.05)
-        return sum(r.model.live_rows for r in readers(self.served.model))
+    def wait_until_idle(self):
+        """Until nothing runs, and no row is in use."""
+        wait_for(lambda: not (self.worker.searcher.busy or self.worker.waiting or self.rows), 200)
+
+    @property
+    def rows(self):
+        """Rows of all caches in use."""
+        return sum(reader.model.live_rows for reader in self.served.model.readers)
 
     def stop(self):
         self.server.handle_exit(15, None)
         self.thread.join(200)
         assert not self.thread.is_alive()
-
-
-def readers(model):
-    return [model.base, *(r for v in model.values.values() for r in v.cached_lms())]
 
 
 def expected(library, prompt, method, seed, index=0, **settings):
@@ -106,8 +108,14 @@ def events(running, **body):
     return out
 
 
-def numbers(running):
-    text = httpx.get(f"{running.url}/metrics").text
+def chunks(response):
+    """Data of the server-sent events of a whole response."""
+    return [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+
+
+def numbers(running, **settings):
+    """The metrics."""
+    text = httpx.get(f"{running.url}/metrics", **settings).text
     return {k: float(v) for k, v in (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))}
 
 
@@ -187,23 +195,27 @@ def read_head(line):
     return head.decode()
 
 
-def connect(server, timeout=20):
+def connect(server):
+    """A raw connection."""
     host, port = server.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=timeout)
+    return socket.create_connection((host, int(port)), timeout=200)
 
 
-def raw(body, path="/v1/completions", **headers):
+def raw(body, sent=1.0, **headers):
+    """The bytes of a request, or their first part."""
     content = json.dumps(body).encode()
     head = {"host": "x", "content-type": "application/json", "content-length": len(content), **headers}
-    return f"POST {path} HTTP/1.1\r\n{''.join(f'{k}: {v}' + chr(13) + chr(10) for k, v in head.items())}\r\n".encode() + content
+    lines = "".join(f"{k}: {v}\r\n" for k, v in head.items())
+    return f"POST /v1/completions HTTP/1.1\r\n{lines}\r\n".encode() + content[: int(len(content) * sent)]
 
 
-def wait_for(fact, seconds=30):
-    """A guard against hanging, not a measure of speed."""
+def wait_for(fact, seconds=200):
+    """What ``fact()`` gives when it is true; the limit is a guard against hanging, not a measure of speed."""
     until = time.monotonic() + seconds
-    while not fact():
-        assert time.monotonic() < until
+    while not (found := fact()):
+        assert time.monotonic() < until, "timed out"
         time.sleep(0.01)
+    return found
 
 
 SCRIPT = """
@@ -229,17 +241,20 @@ class Process:
         self.lines = []
         self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
         self.reader.start()
-        until = time.monotonic() + 900
-        while not (serving := [line for line in self.lines if '"event": "serving"' in line]):
-            assert self.process.poll() is None and time.monotonic() < until, "".join(self.lines)
-            time.sleep(0.05)
-        self.url = json.loads(serving[0])["url"]
-        while True:
-            try:
-                assert httpx.get(f"{self.url}/ready").status_code == 200
-                break
-            except httpx.TransportError:
-                time.sleep(0.05)
+        self.url = json.loads(self.wait_for_line('"event": "serving"'))["url"]
+        wait_for(self.is_ready, 200)
+
+    def wait_for_line(self, text):
+        """The first line of the log that holds ``text``."""
+        wait_for(lambda: any(text in line for line in self.lines) or not self.reader.is_alive(), 900)
+        return next((line for line in self.lines if text in line), None) or pytest.fail("".join(self.lines))
+
+    def is_ready(self):
+        """Are new requests accepted?"""
+        try:
+            return httpx.get(f"{self.url}/ready", timeout=200).status_code == 200
+        except httpx.TransportError:  # does not listen yet
+            return False
 
     @classmethod
     def tiny(cls, **settings):
@@ -253,11 +268,6 @@ class Process:
     def __exit__(self, *_):
         self.process.kill()
         self.process.wait()
-
-    def connect(self):
-        """A raw connection."""
-        host, port = self.url.removeprefix("http://").split(":")
-        return socket.create_connection((host, int(port)), timeout=200)
 
     def end(self, seconds=300):
         """Wait for the end; (exit code, log)."""

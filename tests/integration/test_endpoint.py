@@ -447,9 +447,8 @@ def test_our_server_as_base_of_a_search():
 
     exact = LoadOptions(dtype="float32")  # in bfloat16 a chunk read by itself may round otherwise
     library = GuidedModel.embedded(exact)
-    server = Running(library, name="film")
     value = ExplicitValue.from_pretrained(path("value"), options=exact)
-    try:
+    with Running(library, name="film") as server:
         with load_endpoint(server.url, "film:base", token_pieces=True) as engine:
             model = GuidedModel(engine.base, {"explicit": value}, engine=engine)
             prompts = ["The movie was", "I have to say"]
@@ -465,9 +464,8 @@ def test_our_server_as_base_of_a_search():
             assert got.score == pytest.approx(library.score(prompt, [got.text])[0], abs=1e-3)
             assert got.usage.forward_tokens["base"] > 12 < got.usage.forward_tokens["explicit"]
         assert max(c.score for c in found) > library.score(prompts[0], [plain.text])[0]
-        assert value.model.model.live_rows == 0 == server.idle()
-    finally:
-        server.stop()
+        server.wait_until_idle()
+        assert value.model.model.live_rows == 0
 
 
 @pytest.mark.parametrize(("status", "shown", "code", "headers"), [
@@ -483,13 +481,10 @@ def test_what_our_clients_learn_of_a_server_behind(serve, caplog, status, shown,
 
     _, engine = serve(status={"bad": status})
     recipe = Recipe.model_validate({"search": {"method": "base"}})
-    server = Running(GuidedModel(engine.base, {"count": COUNT_A}, engine=engine), recipe)
     ask = {"model": "tiny", "prompt": "bad", "max_tokens": 4, "guidance": {"method": "base"}}
-    try:
+    with Running(GuidedModel(engine.base, {"count": COUNT_A}, engine=engine), recipe) as server:
         answer, fine = server.post(ask), server.post(ask | {"prompt": "good"})
         streamed, ids = server.post(ask | {"stream": True}), server.post(ask | {"prompt": [1, 2]})
-    finally:
-        server.stop()
     assert (ids.status_code, ids.json()["error"]["param"]) == (400, "prompt")  # its numbers are not ours
     assert fine.status_code == 200 and len(fine.json()["choices"][0]["text"]) <= 4
     error = answer.json()["error"]

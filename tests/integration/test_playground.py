@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from playground_tools import EFT, IVG, answer, browser, events, finished, keep, model, ready, run, until, url, visit  # noqa: F401
+from playground_tools import EFT, IVG, answer, browser, events, finished, keep, model, ready, run, url, visit  # noqa: F401
+from serving_tools import wait_for
 
 pytestmark = pytest.mark.long
 
@@ -188,10 +189,10 @@ def test_an_error_marks_its_field(visit):
     assert page.get_attribute("#successors", "aria-invalid") == "true"
     page.fill("#prompt", "")
     page.click("#run")
-    until(lambda: "prompt" in page.inner_text("#error").lower() and page.get_attribute("#prompt", "aria-invalid") == "true")
+    wait_for(lambda: "prompt" in page.inner_text("#error").lower() and page.get_attribute("#prompt", "aria-invalid") == "true")
     page.fill("#prompt", "The movie was")
     page.evaluate("location.hash = '#m=eft&n=4'")
-    until(lambda: page.input_value("#method") == "eft")
+    wait_for(lambda: page.input_value("#method") == "eft")
     run(page)
     assert page.is_hidden("#error")
     assert page.locator("[aria-invalid]").count() == 0
@@ -240,7 +241,7 @@ def test_api_key(visit):
             route.fulfill(status=401, body=json.dumps({"error": error}))
 
     page = visit("#m=eft&n=4", [("**/v1/*", guard)])
-    until(lambda: page.is_visible("#key"))
+    wait_for(lambda: page.is_visible("#key"))
     assert "no valid API key" in page.inner_text("#error")
     page.fill("#key", "secret-key")
     page.keyboard.press("Enter")
@@ -259,11 +260,11 @@ def test_stop_stops(visit, monkeypatch):
     page = visit("#m=ivg&w=4&k=8&l=5&n=200&s=3")
     ready(page)
     page.click("#run")
-    until(lambda: page.locator("#tree-scroll .node").count() > 0)
+    wait_for(lambda: page.locator("#tree-scroll .node").count() > 0)
     page.keyboard.press("Escape")
     finished(page)
     assert "stopped by you" in page.inner_text("#guided .facts")
     assert page.is_hidden("#error")
     metrics = lambda: page.evaluate("fetch('metrics').then(r => r.text())")  # noqa: E731
-    until(lambda: re.search(r"^ivg_live_beams\S* 0", metrics(), re.M))
+    wait_for(lambda: re.search(r"^ivg_live_beams\S* 0", metrics(), re.M))
     assert visit.complaints == []

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from playground_tools import IVG, answer, browser, finished, model, ready, run, until, url, visit  # noqa: F401
+from playground_tools import IVG, answer, browser, finished, model, ready, run, url, visit  # noqa: F401
+from serving_tools import wait_for
 
 pytestmark = pytest.mark.long
 
@@ -19,7 +20,7 @@ def test_ctrl_enter_runs_from_the_prompt(visit):
     ready(page)
     page.fill("#prompt", "I went to")
     page.press("#prompt", "Control+Enter")
-    until(lambda: page.locator("#guided .tok").count() > 0)
+    wait_for(lambda: page.locator("#guided .tok").count() > 0)
     finished(page)
     assert page.inner_text("#guided .prompt") == "I went to"
 
@@ -30,7 +31,7 @@ def test_examples_run(visit):
     assert page.locator("#examples button").count() == 3
     page.click("#examples button >> nth=1")
     text = page.inner_text("#examples button >> nth=1")
-    until(lambda: page.locator("#guided .tok").count() > 0)
+    wait_for(lambda: page.locator("#guided .tok").count() > 0)
     finished(page)
     assert page.input_value("#prompt") == text == page.inner_text("#guided .prompt")
 
@@ -56,14 +57,14 @@ def test_the_link_restores_all_settings(visit):
         page.fill(f"#{name}", value)
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.click("#share")
-    until(lambda: page.inner_text("#share") == "Link copied")
+    wait_for(lambda: page.inner_text("#share") == "Link copied")
     link = page.evaluate("navigator.clipboard.readText()")
     assert link == page.url
     first = {f: page.input_value(f"#{f}") for f in FIELDS}
     assert {f: first[f] for f in wanted} == wanted
     other = visit(link[link.index("#") :])
     ready(other)
-    until(lambda: {f: other.input_value(f"#{f}") for f in FIELDS} == first)
+    wait_for(lambda: {f: other.input_value(f"#{f}") for f in FIELDS} == first)
 
 
 def test_method_sets_its_defaults(visit):

@@ -1,20 +1,18 @@
 """The server over a real socket, with OpenAI's own client: it answers what the library answers."""
 
 import asyncio
-import json
 
 import httpx
 import openai
 import pytest
 
-from serving_tools import SAMPLING, Running, events, expected, numbers, tiny
+from serving_tools import SAMPLING, Running, chunks, events, expected, numbers, tiny
 
 
 @pytest.fixture(scope="module")
 def running():
-    server = Running(tiny())
-    yield server
-    server.stop()
+    with Running(tiny()) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +159,7 @@ def test_responses_fit_openais_types(running, path, types, logprobs):
     content = {"messages": [{"role": "user", "content": "Film"}]} if "chat" in path else {"prompt": "Film"}
     body = {"model": "tiny:eft", "seed": 1, "n": 2, **content, **logprobs, **SAMPLING}
     types[0].model_validate(running.post(body, path).json())
-    lines = running.post(body | {"stream": True, "stream_options": {"include_usage": True}}, path).text.splitlines()
-    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-    for chunk in chunks:
+    for chunk in chunks(running.post(body | {"stream": True, "stream_options": {"include_usage": True}}, path)):
         for choice in chunk["choices"] if "chat" not in path else ():
             choice["finish_reason"] = choice["finish_reason"] or "stop"  # null in a stream, although OpenAI's type has no null
         types[1].model_validate(chunk)
@@ -236,7 +232,7 @@ def test_health_and_metrics(running):
     got = running.client().completions.create(
         model="tiny:eft", prompt="Metered", max_tokens=9, extra_body={"guidance": {"ignore_eos": True}}
     )
-    running.idle()
+    running.wait_until_idle()
     after = numbers(running)
     for model, tokens in got.ivg["usage"].items():
         name = f'ivg_tokens_read_total{{model="{model}"}}'

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +17,8 @@ ASK = {"model": "tiny", "prompt": "Film", "max_tokens": 4}
 
 @pytest.fixture(scope="module")
 def running():
-    server = Running(tiny(), max_tokens=2048)
-    yield server
-    server.stop()
+    with Running(tiny(), max_tokens=2048) as server:
+        yield server
 
 
 @pytest.mark.parametrize(
@@ -141,25 +139,21 @@ def test_large_bodies(running):
 def test_a_refused_body_is_read_to_its_end(connection, key, size, status):
     """Proxies read the response after sending the whole body. nginx closes its connections; a kept connection can be used again."""
     server = Running(tiny(), api_keys=["right-key"])
-    host, port = server.url.removeprefix("http://").split(":")
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: {connection}\r\nauthorization: Bearer {key}\r\n"
-    try:
-        with socket.create_connection((host, int(port)), timeout=200) as line:
+    with server:
+        with connect(server) as line:
             line.sendall(f"{head}content-length: {size}\r\n\r\n".encode() + b" " * size)
             assert read_head(line).startswith(f"HTTP/1.1 {status} ")
             if connection == "keep-alive":
                 line.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
                 assert read_head(line).startswith("HTTP/1.1 200 ")
-        with socket.create_connection((host, int(port)), timeout=200) as line:  # with Expect, the refusal comes before the body
+        with connect(server) as line:  # with Expect, the refusal comes before the body
             line.sendall(f"{head}expect: 100-continue\r\ncontent-length: {size}\r\n\r\n".encode())
             assert read_head(line).startswith(f"HTTP/1.1 {status} ")
-    finally:
-        server.stop()
 
 
 def test_keys():
-    server = Running(tiny(), api_keys=("first-key-1", "second-key-2"))
-    try:
+    with Running(tiny(), api_keys=("first-key-1", "second-key-2")) as server:
         for key in ("first-key-1", "second-key-2"):
             assert server.client(key).completions.create(model="tiny:base", prompt="x", max_tokens=2).choices
         for key in ("wrong", "first-key-11", "first-key"):
@@ -169,15 +163,12 @@ def test_keys():
             well_formed(httpx.get(server.url + path), 401, code="invalid_api_key")
         assert httpx.get(f"{server.url}/health").status_code == 200
         assert httpx.get(f"{server.url}/v1/models", headers={"authorization": "Bearer first-key-1"}).status_code == 200
-    finally:
-        server.stop()
 
 
 @pytest.mark.long
 def test_fuzzed_by_its_own_schema(tmp_path):
     """Bodies that fit the schema, or nearly do, never give 500."""
-    server = Running(tiny(), max_tokens=6, deadline=30.0)
-    try:
+    with Running(tiny(), max_tokens=6, deadline=30.0) as server:
         tool = Path(sys.executable).with_name("schemathesis")
         command = [tool, "run", f"{server.url}/openapi.json", "--max-examples", "20", "--seed", "5"]
         checks = "not_a_server_error,status_code_conformance,content_type_conformance"
@@ -186,9 +177,8 @@ def test_fuzzed_by_its_own_schema(tmp_path):
         )
         assert run.returncode == 0, run.stdout
         assert "7 passed" in run.stdout
-        assert server.worker.alive and server.idle() == 0
-    finally:
-        server.stop()
+        server.wait_until_idle()
+        assert server.worker.alive
 
 
 def test_refusals_are_openai_errors(running):
@@ -199,12 +189,9 @@ def test_refusals_are_openai_errors(running):
 
 
 def test_strict_server():
-    server = Running(tiny(), strict=True)
-    try:
+    with Running(tiny(), strict=True) as server:
         well_formed(server.post(GOOD | {"store": True}), 400, "store", "invalid_value")
         assert server.post(GOOD).status_code == 200
-    finally:
-        server.stop()
 
 
 def test_two_lengths_of_one_body_are_refused(running):
@@ -219,10 +206,7 @@ def test_two_lengths_of_one_body_are_refused(running):
 
 
 def test_keys_protect_the_schema():
-    server = Running(tiny(), api_keys=["right-key-1"])
-    try:
+    with Running(tiny(), api_keys=["right-key-1"]) as server:
         for path in ("/openapi.json", "/openapi.json/", "/v1/models", "/metrics/"):
             well_formed(httpx.get(server.url + path), 401, code="invalid_api_key")
             assert httpx.get(server.url + path, headers={"authorization": "Bearer right-key-1"}).status_code == 200
-    finally:
-        server.stop()

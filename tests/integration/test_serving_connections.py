@@ -21,16 +21,14 @@ from serving_tools import GOOD, SCRIPT, SLOW, Process, Running, Slow, connect, r
 
 @pytest.fixture(scope="module")
 def running():
-    server = Running(tiny(slow=Slow()))
-    yield server
-    server.stop()
+    with Running(tiny(slow=Slow())) as server:
+        yield server
 
 
 def test_openais_javascript_client_passes_the_preflight():
-    server = Running(tiny(), cors_origins=["https://app.example"])
     asked = "authorization, content-type, x-stainless-arch, x-stainless-lang, x-stainless-os, x-stainless-retry-count, x-stainless-timeout"
     head = {"origin": "https://app.example", "access-control-request-method": "POST", "access-control-request-headers": asked}
-    try:
+    with Running(tiny(), cors_origins=["https://app.example"]) as server:
         answer = httpx.options(f"{server.url}/v1/chat/completions", headers=head)
         allowed = answer.headers["access-control-allow-headers"].lower()
         assert answer.status_code == 200 and all(name in allowed for name in asked.split(", "))
@@ -38,8 +36,6 @@ def test_openais_javascript_client_passes_the_preflight():
         stranger = httpx.options(f"{server.url}/v1/chat/completions", headers=head | {"origin": "https://other.example"})
         assert "access-control-allow-origin" not in stranger.headers
         assert server.post(GOOD, headers={"origin": "https://app.example"}).headers["access-control-allow-origin"] == "https://app.example"
-    finally:
-        server.stop()
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models", "/v1/models/tiny", "/openapi.json", "/"])
@@ -89,7 +85,7 @@ def test_a_closed_connection_is_detected(running, stream):
         line.sendall(raw(body))
         wait_for(lambda: running.worker.searcher.live_requests)
     wait_for(lambda: not running.worker.searcher.live_requests)
-    assert running.idle() == 0
+    running.wait_until_idle()
 
 
 def limited(monkeypatch, **limits):
@@ -100,8 +96,7 @@ def limited(monkeypatch, **limits):
 
 def test_idle_connections_and_partial_requests_time_out(monkeypatch):
     monkeypatch.setattr("ivg.serving.middleware.BODY_TIMEOUT", 0.4)
-    server = limited(monkeypatch, header_timeout=0.4, idle_timeout=0.6)
-    try:
+    with limited(monkeypatch, header_timeout=0.4, idle_timeout=0.6) as server:
         silent, dripping, half = (connect(server) for _ in range(3))
         dripping.sendall(b"GET /health HT")
         half.sendall(raw(GOOD)[:-10])
@@ -111,26 +106,19 @@ def test_idle_connections_and_partial_requests_time_out(monkeypatch):
         for line in (silent, dripping, half):
             line.close()
         wait_for(lambda: not server.server.server_state.connections)
-    finally:
-        server.stop()
 
 
 def test_slow_headers_time_out(monkeypatch):
-    server = limited(monkeypatch, header_timeout=0.5, idle_timeout=600.0)
-    try:
-        with connect(server) as line:
-            line.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n")
-            with pytest.raises(OSError):
-                for i in range(500):
-                    line.sendall(f"x-{i}: y\r\n".encode())
-                    time.sleep(0.02)
-    finally:
-        server.stop()
+    with limited(monkeypatch, header_timeout=0.5, idle_timeout=600.0) as server, connect(server) as line:
+        line.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n")
+        with pytest.raises(OSError):
+            for i in range(500):
+                line.sendall(f"x-{i}: y\r\n".encode())
+                time.sleep(0.02)
 
 
 def test_a_new_connection_replaces_an_idle_one(monkeypatch):
-    server = limited(monkeypatch, max_connections=6)
-    try:
+    with limited(monkeypatch, max_connections=6) as server:
         lines = [connect(server) for _ in range(20)]
         lines[-1].sendall(b"GET /hea")
         for _ in range(3):
@@ -139,14 +127,11 @@ def test_a_new_connection_replaces_an_idle_one(monkeypatch):
         assert lines[0].recv(10) == b""  # the oldest
         for line in lines:
             line.close()
-    finally:
-        server.stop()
 
 
 def test_busy_connections_are_not_replaced(monkeypatch):
-    server = limited(monkeypatch, max_connections=3)
     body = GOOD | {"model": "tiny", "max_tokens": 40, "guidance": SLOW}
-    try:
+    with limited(monkeypatch, max_connections=3) as server:
         lines = [connect(server) for _ in range(3)]
         for line in lines:
             line.sendall(raw(body))
@@ -157,8 +142,6 @@ def test_busy_connections_are_not_replaced(monkeypatch):
         for line in lines:
             assert read_head(line).startswith("HTTP/1.1 200 ")
             line.close()
-    finally:
-        server.stop()
 
 
 def test_a_client_that_does_not_read_is_disconnected():
@@ -238,7 +221,7 @@ def test_three_hundred_idle_connections_and_256_descriptors():
     with Process("-c", f"{limit}\n{SCRIPT}", str(Path(__file__).parents[1]), json.dumps(served)) as server:
         idle = []
         for number in range(300):
-            line = server.connect()
+            line = connect(server)
             idle.append(line)
             if number % 2:
                 line.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n")

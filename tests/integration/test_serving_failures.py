@@ -2,8 +2,6 @@
 
 import asyncio
 import itertools
-import json
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,16 +20,15 @@ from ivg.serving.worker import Worker
 from ivg.settings.recipe import Recipe
 from ivg.settings.serve import ServeSettings
 from ivg.values.base import FunctionValue
-from serving_tools import GOOD, SAMPLING, SLOW, Running, Slow, expected, numbers, tiny, values, wait_for, well_formed
+from serving_tools import GOOD, SAMPLING, SLOW, Running, Slow, chunks, connect, expected, numbers, raw, tiny, values, wait_for, well_formed
 
 ASK = {"model": "tiny", "prompt": "Film", "max_tokens": 4}
 
 
 @pytest.fixture(scope="module")
 def running():
-    server = Running(tiny(**values()), max_tokens=2048)
-    yield server
-    server.stop()
+    with Running(tiny(**values()), max_tokens=2048) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +46,7 @@ def test_nan_fails_its_own_request(running, library):
         assert answer.json()["choices"][0]["text"] == expected(library, prompt, "custom", 3, token="implicit").text
     for answer in answers[1::2]:
         assert "NaN" in well_formed(answer, 500, code="model_error")["message"]
-    assert running.idle() == 0
+    running.wait_until_idle()
 
 
 def test_a_value_that_raises_fails_its_own_request(running, library):
@@ -58,14 +55,9 @@ def test_a_value_that_raises_fails_its_own_request(running, library):
 
     def stream(prompt):
         body = {"model": "tiny", "prompt": prompt, "seed": 3, "stream": True, "guidance": guidance, **SAMPLING}
-        text, error = "", None
-        with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=300) as response:
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    data = json.loads(line[6:])
-                    error = data.get("error", error)
-                    text += "" if error else data["choices"][0]["text"]
-        return text, error
+        sent = chunks(running.post(body))
+        error = sent[-1].get("error")
+        return "".join(data["choices"][0]["text"] for data in sent if "error" not in data), error
 
     with ThreadPoolExecutor(5) as pool:
         answers = list(pool.map(stream, ["Film", "dynamite", "Other", "More", "dynamite too"]))
@@ -74,7 +66,7 @@ def test_a_value_that_raises_fails_its_own_request(running, library):
         assert answers[i] == (expected(library, prompt, "custom", 3, **settings).text, None)
     for i in (1, 4):
         assert answers[i][1]["code"] == "model_error" and "secret" not in answers[i][1]["message"]
-    assert running.idle() == 0
+    running.wait_until_idle()
     assert httpx.get(f"{running.url}/health").status_code == 200
     assert numbers(running)["ivg_model_failures_total"] >= 1
 
@@ -82,17 +74,12 @@ def test_a_value_that_raises_fails_its_own_request(running, library):
 @pytest.mark.parametrize("stream", [True, False])
 def test_disconnect_frees_cache_rows(running, stream):
     body = {"model": "tiny", "prompt": "Long", "max_tokens": 200, "stream": stream, "guidance": SLOW}
-    raw = json.dumps(body).encode()
-    host, port = running.url.removeprefix("http://").split(":")
     before = running.served.model.values["slow"].calls
-    with socket.create_connection((host, int(port))) as s:
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
-        s.sendall(head.encode() + raw)
-        until = time.monotonic() + 200
-        while running.served.model.values["slow"].calls < before + 3 and time.monotonic() < until:
-            time.sleep(0.005)
+    with connect(running) as line:
+        line.sendall(raw(body))
+        wait_for(lambda: running.served.model.values["slow"].calls >= before + 3)
         assert running.worker.searcher.live_requests == 1
-    assert running.idle() == 0
+    running.wait_until_idle()
     assert running.worker.searcher.live_requests == 0
     assert running.served.model.values["slow"].calls - before < 200  # rounds of a whole answer
 
@@ -135,11 +122,10 @@ def test_full_queue_deadline_and_drain(caplog):
         assert all(a.headers["retry-after"] for a in refused)
         well_formed(refused[0], 429, code="queue_full")
         well_formed(late[0], 504, code="deadline_exceeded")
-        assert server.idle() == 0
+        server.wait_until_idle()
         quick = {"model": "tiny", "prompt": "x", "max_tokens": 8, "guidance": SLOW}
         finishing = pool.submit(server.post, quick)  # a quarter of a second: may be finished
-        while not server.worker.searcher.live_requests and not finishing.done():
-            time.sleep(0.005)
+        wait_for(lambda: server.worker.searcher.live_requests or finishing.done())
         server.stop()
         assert finishing.result().status_code == 200
     assert "private" not in caplog.text
@@ -151,8 +137,7 @@ def test_requests_unfinished_after_drain_fail():
     server = Running(tiny(**values()), drain=0.3)
     with ThreadPoolExecutor(2) as pool:
         whole = pool.submit(server.post, {"model": "tiny", "prompt": "Long", "max_tokens": 200, "guidance": SLOW})
-        while not server.worker.searcher.live_requests:
-            time.sleep(0.005)
+        wait_for(lambda: server.worker.searcher.live_requests)
         server.stop()
         well_formed(whole.result(), 503, code="unavailable")
 
@@ -163,12 +148,10 @@ def test_a_dead_worker_is_reported(monkeypatch):
 
     server = Running(tiny())
     monkeypatch.setattr(server.worker.searcher, "step", step)
-    try:
+    with server:
         well_formed(server.post({"model": "tiny:base", "prompt": "x", "max_tokens": 2}), 503)
         assert httpx.get(f"{server.url}/health").json() == {"status": "dead"}
         well_formed(server.post({"model": "tiny:base", "prompt": "x", "max_tokens": 2}), 503)
-    finally:
-        server.stop()
 
 
 def test_forty_mixed_requests(running, library):
@@ -198,7 +181,7 @@ def test_forty_mixed_requests(running, library):
             await asyncio.gather(*(one(client, i) for i in range(40)))
 
     asyncio.run(all_of_them())
-    assert running.idle() == 0
+    running.wait_until_idle()
 
 
 def test_restart_of_models_is_retried(monkeypatch):
@@ -225,20 +208,17 @@ def test_restart_of_models_is_retried(monkeypatch):
         return server.post(ASK | {"prompt": prompt, "max_tokens": 8, "guidance": guidance})
 
     monkeypatch.setattr(model, "reset_caches", hard)
-    try:
+    with server:
         first = ask("dynamite")
         assert httpx.get(f"{server.url}/ready").json() == {"status": "restarting"}
         with ThreadPoolExecutor(4) as pool:
             refused = list(pool.map(ask, ["Film"] * 12))
-        while len(again) < 2:
-            time.sleep(0.05)
+        wait_for(lambda: len(again) >= 2)
         memory.set()
-        while httpx.get(f"{server.url}/ready").status_code != 200:  # without a request
-            time.sleep(0.05)
+        wait_for(lambda: httpx.get(f"{server.url}/ready").status_code == 200)  # without a request
         last = ask("Film")
-        assert server.idle() == 0 and server.worker.alive
-    finally:
-        server.stop()
+        server.wait_until_idle()
+        assert server.worker.alive
     well_formed(first, 503, code="unavailable")
     assert {answer.status_code for answer in refused} == {503}
     assert last.status_code == 200 and len(again) >= 3
@@ -258,13 +238,10 @@ def test_a_single_request_is_retried_once_when_an_engine_dies(monkeypatch):
     model = tiny(deadly=FunctionValue(deadly, "deadly"))
     reset_caches = model.reset_caches
     monkeypatch.setattr(model, "reset_caches", lambda: reset_caches() or True)
-    server = Running(model)
     guidance = {"method": "custom", "select_value": "deadly", "chunk_length": 4}
-    try:
+    with Running(model) as server:
         good, bad = (server.post(ASK | {"prompt": p, "max_tokens": 4, "guidance": guidance}) for p in ("Film", "dynamite"))
-        assert server.idle() == 0
-    finally:
-        server.stop()
+        server.wait_until_idle()
     assert good.status_code == 200 and tries.count("Film") >= 2
     well_formed(bad, 500, code="model_error")
     assert tries.count("dynamite") == 2
@@ -282,9 +259,8 @@ def test_engine_dies_during_a_cancellation(monkeypatch):
 
     leaving = []
     monkeypatch.setattr(model.engine, "release", deadly)
-    server = Running(model)
     body = ASK | {"max_tokens": 200, "seed": 3, "guidance": {"method": "base", "ignore_eos": True}}
-    try:
+    with Running(model) as server:
         alone = server.post(body | {"prompt": "Other"})
         with ThreadPoolExecutor(1) as pool, httpx.stream("POST", f"{server.url}/v1/completions", json=body | {"stream": True}) as response:
             other = pool.submit(server.post, body | {"prompt": "Other"})
@@ -292,9 +268,8 @@ def test_engine_dies_during_a_cancellation(monkeypatch):
             leaving.append(True)
             response.close()
             answer = other.result()
-        assert server.idle() == 0 and server.worker.alive
-    finally:
-        server.stop()
+        server.wait_until_idle()
+        assert server.worker.alive
     assert dead and answer.status_code == 200
     assert answer.json()["choices"][0]["text"] == alone.json()["choices"][0]["text"]
 
@@ -304,12 +279,9 @@ def test_memory_is_released_periodically(monkeypatch):
     given = []
     monkeypatch.setattr(model, "release_memory", lambda: given.append(len(model.readers)))
     monkeypatch.setattr("ivg.serving.worker.RELEASE_SECONDS", 0.0)
-    server = Running(model)
-    try:
+    with Running(model) as server:
         assert server.post(ASK | {"max_tokens": 4}).status_code == 200
-        assert server.idle() == 0
-    finally:
-        server.stop()
+        server.wait_until_idle()
     assert given
 
 
@@ -358,12 +330,13 @@ def test_disconnect_at_the_same_time_as_an_event():
     """Disconnect and event in one iteration of the loop: the writer must not take the event and wait for ever."""
 
     async def leave():
-        handle, left = RequestHandle(None, 1, 60.0), asyncio.Event()
+        handle, waiting, left = RequestHandle(None, 1, 60.0), asyncio.Event(), asyncio.Event()
         worker = SimpleNamespace(thread=threading.current_thread(), seconds_left=60.0, metrics=Metrics())
         worker.cancel = lambda handle: handle.events.put_nowait(Progress(0, "", (), (), (), None))  # just before the writer is cancelled
         stream = SimpleNamespace(start=list, update=lambda progress: [])
 
         async def receive():
+            waiting.set()  # the writer began before, and waits for an event
             await left.wait()
             return {"type": "http.disconnect"}
 
@@ -371,7 +344,7 @@ def test_disconnect_at_the_same_time_as_an_event():
             pass
 
         writing = asyncio.ensure_future(EventStream(stream, handle, worker)({}, receive, send))
-        await asyncio.sleep(0.05)
+        await waiting.wait()
         left.set()
         done, _ = await asyncio.wait({writing}, timeout=200)
         writing.cancel()

@@ -1,7 +1,5 @@
 """Context lengths, chat templates, token ids, sampling settings and usage."""
 
-import json
-
 import httpx
 import pytest
 
@@ -14,14 +12,13 @@ from ivg.settings.recipe import Recipe
 from ivg.settings.serve import ServeSettings
 from ivg.testing import byte_tokenizer, tiny_lm, tiny_value
 from ivg.values.implicit import ImplicitValue
-from serving_tools import CHAT, GOOD, SAMPLING, Running, Slow, expected, tiny, well_formed
+from serving_tools import CHAT, GOOD, SAMPLING, Running, Slow, chunks, expected, tiny, well_formed
 
 
 @pytest.fixture(scope="module")
 def running():
-    server = Running(tiny(slow=Slow()))
-    yield server
-    server.stop()
+    with Running(tiny(slow=Slow())) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +38,11 @@ def test_default_max_tokens_fills_the_context(running, library):
 
 
 def test_default_max_tokens_of_the_recipe():
-    server = Running(tiny(), Recipe.model_validate({"sampling": {"max_new_tokens": 9}}))
-    try:
+    with Running(tiny(), Recipe.model_validate({"sampling": {"max_new_tokens": 9}})) as server:
         body = {k: v for k, v in GOOD.items() if k != "max_tokens"} | {"ignore_eos": True}
         assert server.post(body).json()["usage"]["completion_tokens"] == 9
         assert server.post(body | {"prompt": "x" * 250}).json()["usage"]["completion_tokens"] == 6  # never too long by itself
         assert server.post(body | {"max_tokens": 20}).json()["usage"]["completion_tokens"] == 20
-    finally:
-        server.stop()
 
 
 @pytest.mark.parametrize(("path", "body", "param"), [("/v1/completions", GOOD, "prompt"), ("/v1/chat/completions", CHAT, "messages")])
@@ -124,14 +118,11 @@ def test_error_raised_by_a_chat_template():
     """Not 500, which clients retry."""
     chat = byte_tokenizer(chat=True)
     chat.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}{{ messages[0].content }}"
-    server = Running(GuidedModel(tiny_lm("base", tokenizer=chat)), Recipe.model_validate({"search": {"method": "base"}}))
     turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Film"}]
-    try:
+    with Running(GuidedModel(tiny_lm("base", tokenizer=chat)), Recipe.model_validate({"search": {"method": "base"}})) as server:
         error = well_formed(server.post(CHAT | {"messages": turns}, "/v1/chat/completions"), 400, "messages", "invalid_prompt")
         assert "no system turn" in error["message"]
         assert server.post(CHAT, "/v1/chat/completions").status_code == 200
-    finally:
-        server.stop()
 
 
 def test_vllm_names_at_the_top_level(running, library):
@@ -151,11 +142,10 @@ def test_vllm_names_at_the_top_level(running, library):
 def test_continuous_usage_stats(running, method):
     options = {"include_usage": True, "continuous_usage_stats": True}
     body = GOOD | {"model": f"tiny:{method}", "stream": True, "max_tokens": 12, "ignore_eos": True}
-    lines = running.post(body | {"stream_options": options}).text.splitlines()
-    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-    counts = [c["usage"]["completion_tokens"] for c in chunks]
+    usage = [chunk["usage"] for chunk in chunks(running.post(body | {"stream_options": options}))]
+    counts = [u["completion_tokens"] for u in usage]
     assert counts == sorted(counts) and counts[-1] == counts[-2] == 12
-    assert {c["usage"]["prompt_tokens"] for c in chunks} == {4}
+    assert {u["prompt_tokens"] for u in usage} == {4}
     if method == "base":
         assert len(set(counts)) > 4
     plain = running.post(body | {"stream_options": {"include_usage": True}}).text

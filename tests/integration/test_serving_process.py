@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
 
 import httpx
@@ -16,17 +15,9 @@ import pytest
 
 from ivg.errors import ConfigError
 from ivg.settings.recipe import Recipe
-from serving_tools import SLOW, Process, expected, tiny, well_formed
+from serving_tools import SLOW, Process, connect, expected, numbers, raw, tiny, wait_for, well_formed
 
 KEY = {"authorization": "Bearer right-key-1"}
-
-
-def raw_part(body, *, sent=1.0, **headers):
-    """The bytes of a request, or their first part."""
-    content = json.dumps(body).encode()
-    head = {"host": "x", "content-type": "application/json", "content-length": len(content), **headers}
-    lines = "".join(f"{k}: {v}\r\n" for k, v in head.items())
-    return f"POST /v1/completions HTTP/1.1\r\n{lines}\r\n".encode() + content[: int(len(content) * sent)]
 
 
 KINDS = ("whole", "whole", "stream", "stream", "gone", "gone", "half", "nan", "nan stream", "raises")
@@ -146,17 +137,15 @@ class MixedClients:
     def go_away(self, kind, i):
         """Disconnect before the end of the body, after it, or in the middle of a stream."""
         body = {"model": "tiny:eft", "prompt": PREFIX, "stream": True, "max_tokens": 200, "guidance": {"ignore_eos": True}}
-        with self.server.connect() as s:
-            s.sendall(raw_part(body, sent=0.5 if kind == "half" else 1.0, **KEY))
+        with connect(self.server) as s:
+            s.sendall(raw(body, sent=0.5 if kind == "half" else 1.0, **KEY))
             if kind == "gone" and i % 2:
                 assert s.recv(4096)
 
 
 def gauges(server):
-    text = httpx.get(f"{server.url}/metrics", headers=KEY).text
-    numbers = {k: float(v) for k, v in (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))}
     names = ("ivg_cache_rows", "ivg_queue_length", "ivg_live")
-    return {k: v for k, v in numbers.items() if k.startswith(names)}
+    return {k: v for k, v in numbers(server, headers=KEY).items() if k.startswith(names)}
 
 
 @pytest.mark.long
@@ -171,11 +160,8 @@ def test_two_hundred_mixed_requests_and_sigterm():
         clients = MixedClients(server, wanted)
         asyncio.run(clients.all(order[:150], at_once=16))
         assert clients.counts["whole"] + clients.counts["stream"] > 30 and set(clients.counts) == set(KINDS)
-        until = time.monotonic() + 200
-        while any(gauges(server).values()) and time.monotonic() < until:
-            time.sleep(0.05)
-        left = gauges(server)
-        assert len(left) >= 6 and not any(left.values()), left
+        wait_for(lambda: not any(gauges(server).values()))
+        assert len(gauges(server)) >= 6
         asyncio.run(clients.all(order[150:], at_once=50, signal_after=3))
         code, log = server.end()
     assert code == 0 and clients.counts.total() == 200
@@ -189,14 +175,14 @@ def test_two_hundred_mixed_requests_and_sigterm():
 @pytest.mark.long
 def test_second_signal():
     """Waiting clients receive an error, silent ones are disconnected; the exit code is 128 + signal."""
-    with Process.tiny(drain=60) as server, server.connect() as idle:
-        idle.sendall(raw_part({"model": "tiny", "prompt": "half"}, sent=0.5))
+    with Process.tiny(drain=60) as server, connect(server) as idle:
+        idle.sendall(raw({"model": "tiny", "prompt": "half"}, sent=0.5))
         body = {"model": "tiny", "prompt": "Long", "max_tokens": 200, "stream": True, "guidance": SLOW}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as response:
             lines = response.iter_lines()
             first = next(lines)
             server.process.send_signal(signal.SIGTERM)
-            time.sleep(0.5)
+            wait_for(lambda: not server.is_ready())  # it drains
             assert server.process.poll() is None
             server.process.send_signal(signal.SIGINT)
             lines_left = [line for line in (first, *lines) if line]
@@ -214,10 +200,9 @@ def test_an_endless_step_is_abandoned():
         guidance = {"method": "custom", "select": "endless", "successors": 2, "chunk_length": 1}
         body = {"model": "tiny", "prompt": "Long", "stream": True, "guidance": guidance}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as response:
-            while not any("inside the endless value" in line for line in server.lines):
-                time.sleep(0.05)
+            server.wait_for_line("inside the endless value")
             server.process.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
+            wait_for(lambda: not server.is_ready())  # it drains
             server.process.send_signal(signal.SIGTERM)
             lines_left = [line for line in response.iter_lines() if line]
         code = server.process.wait(300)
