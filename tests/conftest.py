@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,22 @@ def quiet_single_thread():
 
     torch.set_num_threads(1)  # tiny models: a second thread only waits
     logging.set_verbosity_error()
+
+
+@pytest.fixture
+def ivg(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, standard output, standard error)."""
+    from ivg.cli import main
+
+    def run(*arguments, columns=200):
+        monkeypatch.setattr(sys, "argv", ["ivg", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", str(columns))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

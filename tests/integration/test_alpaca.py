@@ -7,6 +7,7 @@ import json
 import math
 import re
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -678,23 +679,11 @@ def test_own_difficulties_control_length(tmp_path, instructions, alpaca_eval):
 # The command
 
 
-def test_the_command(tmp_path, capsys, monkeypatch, alpaca_eval):
-    import sys
-
-    from ivg.cli import main
-
+def test_the_command(tmp_path, ivg, monkeypatch, alpaca_eval):
     world = World(n=200)
     difficulty, judgements = world.write(tmp_path / "df_gamed.csv"), tmp_path / "judgements.json"
     judgements.write_text(json.dumps(world.rows))
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ivg", "winrate", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "120")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code or 0, *capsys.readouterr()
-
+    run = partial(ivg, "winrate", columns=120)
     code, out, _ = run(judgements, "--difficulty", difficulty, "--json", tmp_path / "out.json")
     (saved,) = json.loads((tmp_path / "out.json").read_text())
     rate, lc = win_rate(world.rows), length_controlled(world.rows, difficulty)

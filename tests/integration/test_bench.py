@@ -1,7 +1,6 @@
 """``ivg bench``: systems run in turn, rounds resume, figures follow their definitions, the command prints them."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
@@ -11,27 +10,11 @@ from ivg.bench import report, runner
 from ivg.bench.settings import BenchSettings
 from ivg.bench.shapes import SHAPES, build_model, make_prompts, model_config, networks, tokenizer_of_size
 from ivg.bench.systems import VLLMSampling
-from ivg.cli import main
 from ivg.errors import ConfigError, MissingDependencyError
 from ivg.models.chat_template import encode
 from ivg.testing import byte_tokenizer
 
 TINY = BenchSettings(shape="tiny", prompts=2, prompt_tokens=8, new_tokens=7, rounds=2, dtype="float32", device="cpu")
-
-
-@pytest.fixture
-def ivg(monkeypatch, capsys):
-    """Run a command line; (standard output, standard error)."""
-
-    def call(line, code=0):
-        monkeypatch.setattr(sys, "argv", ["ivg", *line.split()])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out = capsys.readouterr()
-        assert (end.value.code or 0) == code, out.err
-        return out
-
-    return call
 
 
 # Shapes
@@ -186,27 +169,36 @@ def test_ratios_are_medians_of_rounds():
 
 def test_command_prints_a_table_and_json(ivg, tmp_path):
     sizes = "--shape tiny --prompts 3 --prompt-tokens 8 --new-tokens 6 -W 2 -K 2 -L 3 --rounds 2"
-    line = f"bench {sizes} --out {tmp_path / 'r.jsonl'}"
-    out = ivg(line)
-    found = json.loads(out.out.splitlines()[-1])
+    arguments = ["bench", *sizes.split(), "--out", tmp_path / "r.jsonl"]
+    code, out, err = ivg(*arguments)
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])
     assert set(found["systems"]) == {"transformers", "ivg"}
     assert all(len(c["seconds_of_rounds"]) == 2 for c in found["systems"].values())
     assert "time_over_transformers_per_flop" in found["ratios"]
     assert "processor" in found["made"]["machine"]
-    assert "answers/s" in out.out
-    assert "round 2/2  ivg" in out.err
-    again = ivg(line)
-    assert json.loads(again.out.splitlines()[-1])["systems"] == found["systems"]
-    assert "round" not in again.err
+    assert "answers/s" in out
+    assert "round 2/2  ivg" in err
+    code, out, err = ivg(*arguments)
+    assert (code, json.loads(out.splitlines()[-1])["systems"]) == (0, found["systems"])
+    assert "round" not in err
 
 
 def test_the_old_option_names_the_new_one(ivg):
-    out = ivg("bench --shape tiny --prompts 1 --prompt-tokens 8 --new-tokens 4 -W 1 -K 2 -L 2 --rounds 1 --contestants floor,ours")
-    assert "use --baselines" in out.err
-    assert set(json.loads(out.out.splitlines()[-1])["systems"]) == {"transformers", "ivg"}
-    assert "benchmarks.compare_naive" in ivg("bench --contestants naive,ours", 2).err
+    sizes = "--shape tiny --prompts 1 --prompt-tokens 8 --new-tokens 4 -W 1 -K 2 -L 2 --rounds 1"
+    code, out, err = ivg("bench", *sizes.split(), "--contestants", "floor,ours")
+    assert code == 0 and "use --baselines" in err
+    assert set(json.loads(out.splitlines()[-1])["systems"]) == {"transformers", "ivg"}
 
 
-def test_command_refuses(ivg):
-    assert "unknown shape" in ivg("bench --shape nothing --rounds 1", 2).err
-    assert "unknown method" in ivg("bench --method nothing", 2).err
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--contestants", "naive,ours"], "benchmarks.compare_naive"),
+        (["--shape", "nothing", "--rounds", "1"], "unknown shape"),
+        (["--method", "nothing"], "unknown method"),
+    ],
+)
+def test_command_refuses(ivg, arguments, words):
+    code, _, err = ivg("bench", *arguments)
+    assert code == 2 and words in err

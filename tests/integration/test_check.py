@@ -1,11 +1,9 @@
 """The command ``ivg check --preferences``."""
 
 import json
-import sys
 
 import pytest
 
-from ivg.cli import main
 from ivg.model import GuidedModel
 
 
@@ -37,18 +35,9 @@ def preferences(tmp_path_factory):
 
 
 @pytest.fixture
-def check(monkeypatch, capsys):
-    def run(*arguments):
-        common = ["--ignore-eos", "--max-new-tokens", "24", "--dtype", "float32", "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", ["ivg", "check", *map(str, arguments), *common])
-        monkeypatch.setenv("COLUMNS", "160")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        out = capsys.readouterr()
-        return end.value.code or 0, out.out, out.err
-
-    return run
+def check(ivg):
+    common = ["--ignore-eos", "--max-new-tokens", "24", "--dtype", "float32", "--device", "cpu"]
+    return lambda *arguments: ivg("check", *arguments, *common, columns=160)
 
 
 def test_good_pair_helps(check, preferences, tmp_path):
@@ -118,16 +107,16 @@ def test_value_with_other_tokens_selects(check, preferences):
     assert "KL to base" not in out
 
 
-def test_options_that_do_not_belong_together(check, preferences):
-    code, _, err = check("--json", "x.json")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--json", "x.json"], "--json needs preferences"),
+        (["A prompt", "--preferences", "PAIRS"], "leave the others out"),
+        (["--preferences", "PAIRS", "--betas", "some"], "--betas 'some'"),
+        (["--preferences", "PAIRS", "--judge", "nobody"], "no value called 'nobody'"),
+    ],
+)
+def test_options_that_do_not_belong_together(check, preferences, arguments, words):
+    code, _, err = check(*(preferences / "good.jsonl" if a == "PAIRS" else a for a in arguments))
     assert code
-    assert "--json needs preferences" in err
-    code, _, err = check("A prompt", "--preferences", preferences / "good.jsonl")
-    assert code
-    assert "leave the others out" in err
-    code, _, err = check("--preferences", preferences / "good.jsonl", "--betas", "some")
-    assert code
-    assert "--betas 'some'" in err
-    code, _, err = check("--preferences", preferences / "good.jsonl", "--judge", "nobody")
-    assert code
-    assert "no value called 'nobody'" in err
+    assert words in err

@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 
-from ivg.cli import main
 from ivg.errors import OutputError
 from ivg.search.searcher import Searcher
 from ivg.testing import byte_tokenizer, tiny_model, tiny_value
@@ -41,25 +40,6 @@ def hub(tmp_path_factory):
 @pytest.fixture
 def models(hub):
     return [x for name in ("base", "tuned", "untuned", "value") for x in (f"--{name}", str(hub / name))] + LENGTH
-
-
-@pytest.fixture
-def ivg(monkeypatch, capsys):
-    """Run the command line in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments, columns=200):
-        monkeypatch.setattr(sys, "argv", ["ivg", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", str(columns))
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as e:
-            code = e.code
-        out = capsys.readouterr()
-        return code or 0, out.out, out.err
-
-    return run
 
 
 def write_rows(path, rows):

@@ -1,12 +1,12 @@
 """Rows in, rows out: formats, failed rows, resuming, pipes, provenance, rollouts."""
 
-# ruff: noqa: F811  (fixtures of another file)
+# ruff: noqa: F811  (a fixture of another file)
 
 import json
 import sys
 
 import pytest
-from test_cli import LENGTH, hub, ivg, rows_of, write_rows  # noqa: F401  (fixtures)
+from test_cli import LENGTH, hub, rows_of, write_rows  # noqa: F401  (hub is a fixture)
 
 EFT = ["--method", "base", "--max-new-tokens", "3", "--ignore-eos", "--dtype", "float32", "--device", "cpu"]
 

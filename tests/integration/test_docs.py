@@ -4,13 +4,11 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 import zlib
 from pathlib import Path
 
 import pytest
 
-from ivg.cli import main
 from ivg.evaluation.length_control import GLM_COLUMNS
 from ivg.testing import byte_tokenizer, tiny_model, tiny_value
 
@@ -113,7 +111,7 @@ def write_rollouts(path):
 
 
 @pytest.mark.parametrize("line", lines())
-def test_lines_run(line, from_hub, tmp_path, monkeypatch, capsys):
+def test_lines_run(line, from_hub, tmp_path, monkeypatch, ivg):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     judged = {"instruction": "?", "output_1": "a", "output_2": "bb", "preference": 1.5}
     (tmp_path / "judgements.jsonl").write_text(2 * (json.dumps(judged) + "\n"))
@@ -125,12 +123,9 @@ def test_lines_run(line, from_hub, tmp_path, monkeypatch, capsys):
     if "train rollout" not in line:
         write_rollouts(tmp_path / "rollouts.jsonl")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [*shlex.split(line, comments=True)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    out = capsys.readouterr()
-    assert not end.value.code, out.err
-    assert out.out or list(tmp_path.glob("*.jsonl")) or list(tmp_path.glob("*.html"))
+    code, out, err = ivg(*shlex.split(line, comments=True)[1:])
+    assert not code, err
+    assert out or list(tmp_path.glob("*.jsonl")) or list(tmp_path.glob("*.html"))
 
 
 def test_reference_is_up_to_date():
@@ -170,14 +165,10 @@ def test_every_option_of_every_command_stands_on_the_page():
 
 
 @pytest.mark.parametrize("words,command", [pytest.param(w, c, id=" ".join(w)) for w, c in commands()])
-def test_every_command_says_what_it_takes(words, command, monkeypatch, capsys):
+def test_every_command_says_what_it_takes(words, command, ivg):
     """``--help`` as a user reads it names every option."""
-    monkeypatch.setattr(sys, "argv", [*words, "--help"])
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as end:
-        main()
-    out = capsys.readouterr().out
-    assert not end.value.code
+    code, out, _ = ivg(*words[1:], "--help")
+    assert not code
     for parameter in (p for p in command.params if not getattr(p, "hidden", False)):
         assert all(option in out for option in parameter.opts if option.startswith("--")), parameter.name
 

@@ -495,10 +495,8 @@ def test_what_our_clients_learn_of_a_server_behind(serve, caplog, status, shown,
     assert f"{engine.url} answered {status}: no bad here" in caplog.text
 
 
-def test_methods_that_a_text_cannot_serve_are_left_out(serve, tmp_path, monkeypatch, capsys):
+def test_methods_that_a_text_cannot_serve_are_left_out(serve, tmp_path, ivg):
     """By the library, by the names of a server's models, and by `ivg compare`, which would stop at the first of them."""
-    from ivg.cli import main
-
     server, engine = serve()
     model = GuidedModel(engine.base, {"explicit": COUNT_A, "implicit": COUNT_A}, engine=engine)
     assert {"base", "bon", "cbs-explicit"} <= set(model.methods)
@@ -513,11 +511,8 @@ model = "m"
 path = "{path("value")}"
 template = "{{prompt}}"
 ''')
-    monkeypatch.setattr(sys, "argv", ["ivg", "compare", "The film", "--recipe", str(recipe), "--max-new-tokens", "4"])
-    monkeypatch.setenv("COLUMNS", "160")
-    with pytest.raises(SystemExit, match="0"):
-        main()
-    said = capsys.readouterr().out
+    code, said, _ = ivg("compare", "The film", "--recipe", recipe, "--max-new-tokens", "4", columns=160)
+    assert code == 0
     shown = [line.split("│")[1].strip() for line in said.splitlines() if "│" in line]
     assert [name for name in shown if name] == ["base", "bon", "cbs-explicit"]
     assert "error" not in said and "gold" not in said  # the judge of film reviews knows nothing of that model

@@ -2,11 +2,9 @@
 
 import json
 import shlex
-import sys
 
 import pytest
 
-from ivg.cli import main
 from ivg.search.methods import METHODS
 
 FILES = {
@@ -279,15 +277,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def stderr_of(folder, monkeypatch, capsys):
+def stderr_of(folder, monkeypatch, ivg):
     def run(line):
         monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", ["ivg", *shlex.split(line)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert end.value.code == 2
-        return [text for text in capsys.readouterr().err.splitlines() if text]
+        code, _, err = ivg(*shlex.split(line))
+        assert code == 2
+        return [text for text in err.splitlines() if text]
 
     return run
 

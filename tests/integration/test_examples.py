@@ -50,17 +50,13 @@ def test_own_reward_function(run):
     assert praise[1] < both[1] < variety[1]
 
 
-def test_own_reward_function_from_the_command_line(monkeypatch, capsys):
+def test_own_reward_function_from_the_command_line(monkeypatch, ivg):
     """The line in its docstring."""
-    from ivg.cli import main
-
     (line,) = re.findall(r"`(ivg generate .*?)`", (EXAMPLES / "own_reward_function.py").read_text())
     monkeypatch.chdir(EXAMPLES.parent)
-    monkeypatch.setattr(sys, "argv", [*line.split(), "The movie was", "--seed", "1", "--max-new-tokens", "10"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert not end.value.code
-    assert capsys.readouterr().out.strip()
+    code, out, _ = ivg(*line.split()[1:], "The movie was", "--seed", "1", "--max-new-tokens", "10")
+    assert not code
+    assert out.strip()
 
 
 def test_own_selection_rule(run):

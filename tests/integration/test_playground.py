@@ -4,7 +4,7 @@
 import itertools
 import json
 import re
-import time
+import threading
 
 import pytest
 
@@ -255,14 +255,23 @@ def test_api_key(visit):
 def test_stop_stops(visit, monkeypatch):
     from ivg.search.searcher import Searcher
 
-    step = Searcher.step
-    monkeypatch.setattr(Searcher, "step", lambda self: (time.sleep(0.3), step(self))[1])  # the answer cannot be there before the key
+    step, selections, stopped = Searcher.step, [], threading.Event()
+
+    def wait_behind_the_first_selection(self):
+        if selections:
+            stopped.wait(200)
+        steps = step(self)
+        selections.extend(s for s in steps if s.kept)
+        return steps
+
+    monkeypatch.setattr(Searcher, "step", wait_behind_the_first_selection)
     page = visit("#m=ivg&w=4&k=8&l=5&n=200&s=3")
     ready(page)
     page.click("#run")
     wait_for(lambda: page.locator("#tree-scroll .node").count() > 0)
     page.keyboard.press("Escape")
     finished(page)
+    stopped.set()
     assert "stopped by you" in page.inner_text("#guided .facts")
     assert page.is_hidden("#error")
     metrics = lambda: page.evaluate("fetch('metrics').then(r => r.text())")  # noqa: E731

@@ -1,14 +1,12 @@
 """Values by name: weights of several, [values.NAME] of a recipe, and every setting from every edge."""
 
 import json
-import sys
 import warnings
 from dataclasses import fields
 
 import pytest
 
 from ivg import GuidedModel
-from ivg.cli import main
 from ivg.cli.recipe_options import RecipeOptions
 from ivg.errors import ConfigError
 from ivg.factory.recipe import load_models
@@ -184,19 +182,10 @@ def _fields():
     return [(f.name, f) for f in fields(Method) if f.name not in ("name", "summary")]
 
 
-def ivg(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["ivg", *map(str, arguments)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        main()
-    out = capsys.readouterr()
-    return end.value.code or 0, out.out, out.err
-
-
-def test_options(monkeypatch, capsys, recipe, tmp_path):
+def test_options(ivg, recipe, tmp_path):
     arguments = ["generate", "The movie", "--recipe", recipe, "--output", tmp_path / "out.jsonl", "--weights", "plain=2.0"]
     arguments += ["--gate", "1.5", "--decay", "0.5", "--set", "soft_scale=0.25", "--set", "rule=soft"]
-    assert ivg(monkeypatch, capsys, *arguments)[0] == 0
+    assert ivg(*arguments)[0] == 0
     (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     wanted = {"weights": "plain=2.0", "gate": 1.5, "decay": 0.5, "soft_scale": 0.25, "rule": "soft"}
     assert wanted | {"select_weights": {"second": 1.0, "judge": -0.5}, **SHORT, "width": 2, "successors": 2} == row["settings"]
@@ -208,15 +197,15 @@ def test_options(monkeypatch, capsys, recipe, tmp_path):
     (["--set", "widht=3"], "KEY one of"), (["--set", "tries"], "KEY=VALUE"), (["--set", "tries=many"], "tries"),
     (["--weights", "plain"], "weights must be names"), (["--weights", "nobody=1"], "nobody"), (["--gate", "-1"], "gate must be"),
 ])  # fmt: skip
-def test_bad_options_are_errors(monkeypatch, capsys, recipe, bad, words):
-    code, _, err = ivg(monkeypatch, capsys, "generate", "x", "--recipe", recipe, *bad)
+def test_bad_options_are_errors(ivg, recipe, bad, words):
+    code, _, err = ivg("generate", "x", "--recipe", recipe, *bad)
     assert code == 2
     assert words in err
 
 
-def test_compare_leaves_other_methods_what_they_are(monkeypatch, capsys, recipe):
+def test_compare_leaves_other_methods_what_they_are(ivg, recipe):
     """Weights of the recipe's method do not guide the base."""
-    code, out, _ = ivg(monkeypatch, capsys, "compare", "The movie", "--recipe", recipe, "--methods", "base,ivg", "--set", "gate=0.5")
+    code, out, _ = ivg("compare", "The movie", "--recipe", recipe, "--methods", "base,ivg", "--set", "gate=0.5")
     assert code == 0
     model = load_models(Recipe.load(recipe))
     plain = model.generate(Prompt("The movie"), "base", **SHORT)
