@@ -31,13 +31,13 @@ def written(prompt, seed, tokens, stops=(), ends=True):
 
 
 class Server:
-    """An endpoint whose moods are attributes; remembers what it was asked."""
+    """An endpoint whose behaviour is set by attributes; keeps its requests."""
 
-    def __init__(self, **moods):
+    def __init__(self, **behaviour):
         self.delay, self.together, self.status, self.at_a_time = 0.0, 0, {}, "many"
         self.text, self.page, self.finish, self.names_stops, self.says = None, None, None, True, None
-        self.__dict__.update(moods)
-        self.asked, self.gone, self.now, self.peak, self.changed = [], 0, 0, 0, threading.Condition()
+        self.__dict__.update(behaviour)
+        self.requests, self.gone, self.now, self.peak, self.changed = [], 0, 0, 0, threading.Condition()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -49,7 +49,7 @@ class Server:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 with outer.changed:
-                    outer.asked.append(body | {"path": self.path, "key": self.headers["authorization"]})
+                    outer.requests.append(body | {"path": self.path, "key": self.headers["authorization"]})
                     outer.now += 1
                     outer.peak = max(outer.peak, outer.now)
                     outer.changed.notify_all()

@@ -102,7 +102,7 @@ def test_a_seed_is_no_instruction():
         ([row(None)], "none of 1 judgements"),
     ],
 )
-def test_unusable_judgements_say_why(tmp_path, rows, says):
+def test_unusable_judgements_are_errors(tmp_path, rows, says):
     path = tmp_path / "judgements.json"
     path.write_text(json.dumps(rows))
     with pytest.raises(ConfigError, match=says):
@@ -219,18 +219,18 @@ def test_length_control_leaves_no_traces(alpaca_eval, tmp_path):
     assert not (Path(find_spec("alpaca_eval").origin).parent / "metrics" / "weights").exists()
 
 
-def test_without_difficulty_it_says_what_is_needed(alpaca_eval, tmp_path, monkeypatch):
+def test_without_difficulty_the_error_names_the_file(alpaca_eval, tmp_path, monkeypatch):
     monkeypatch.delenv(length_control.ENVIRONMENT, raising=False)
-    world, asked = World(n=50), []
+    world, calls = World(n=50), []
 
     def away(**given):
-        asked.append(given)
+        calls.append(given)
         assert (given["repo_id"], given["filename"]) == ("tatsu-lab/alpaca_eval", "df_gamed.csv")
         raise OSError("no network")
 
     monkeypatch.setattr(alpaca_eval, "hf_hub_download", away)
     found = [length_controlled(world.rows) for _ in range(2)][-1]
-    assert found.win_rate is None and len(asked) == 1  # the hub's client retries for half a minute
+    assert found.win_rate is None and len(calls) == 1  # the hub's client retries for half a minute
     for word in ("df_gamed.csv", "tatsu-lab/alpaca_eval", "--difficulty", length_control.ENVIRONMENT, "no network", "plain win rate"):
         assert word in found.reason
     monkeypatch.setenv(length_control.ENVIRONMENT, str(world.write(tmp_path / "df_gamed.csv")))
@@ -245,7 +245,7 @@ def test_without_alpaca_eval_the_error_names_the_package(monkeypatch, tmp_path):
     assert "pip install 'ivg[alpaca]'" in length_controlled(world.rows, world.write(tmp_path / "df_gamed.csv")).reason
 
 
-def test_unusable_difficulties_say_why(tmp_path, alpaca_eval):
+def test_unusable_difficulties_are_errors(tmp_path, alpaca_eval):
     world = World(n=20)
     with pytest.raises(ConfigError, match="cannot read the difficulty file"):
         length_controlled(world.rows, tmp_path / "absent.csv")
@@ -271,7 +271,7 @@ class Endpoint:
 
     def __init__(self):
         self.logprobs, self.refuses, self.fails, self.text, self.sure = True, set(), [], None, 0.8
-        self.asked, self.lock = [], threading.Lock()
+        self.requests, self.lock = [], threading.Lock()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -294,7 +294,7 @@ class Endpoint:
 
     def answer(self, body, headers, path):
         with self.lock:
-            self.asked.append({**body, "key": headers.get("authorization"), "path": path})
+            self.requests.append({**body, "key": headers.get("authorization"), "path": path})
             status = self.fails.pop(0) if self.fails else 200
         if status != 200:
             return status, {"error": {"message": "come back later"}}
@@ -340,8 +340,8 @@ def test_an_endpoint_judges_by_log_probabilities(endpoint, monkeypatch):
     monkeypatch.setenv("MY_KEY", "sesame")
     found = judge(endpoint, key_variable="MY_KEY").compare(PAIRS)
     assert [v.preference for v in found] == [pytest.approx(1.8 if i % 3 else 1.2) for i in range(24)]
-    prompts = sorted(a["messages"][0]["content"] for a in endpoint.asked)
-    assert all(a["path"] == "/v1/chat/completions" and a["model"] == "m1" and a["key"] == "Bearer sesame" for a in endpoint.asked)
+    prompts = sorted(a["messages"][0]["content"] for a in endpoint.requests)
+    assert all(a["path"] == "/v1/chat/completions" and a["model"] == "m1" and a["key"] == "Bearer sesame" for a in endpoint.requests)
     shown_first = sum(f"answer A =====\n{p.reference}\n" in text for p in PAIRS for text in prompts)
     assert 4 <= shown_first <= 20  # neither always first
     from zlib import crc32
@@ -359,7 +359,7 @@ def test_a_liking_for_the_first_place_cancels(endpoint):
 
 def test_texts_cannot_fill_the_template(endpoint):
     judge(endpoint).compare([Pair("x", "{second}", "{first} {instruction}")])
-    text = endpoint.asked[0]["messages"][0]["content"]
+    text = endpoint.requests[0]["messages"][0]["content"]
     assert text.count("{second}") == 1
     assert text.count("{first} {instruction}") == 1
 
@@ -375,14 +375,14 @@ def test_options_that_an_endpoint_refuses_are_left_out(endpoint):
     endpoint.refuses = {"logprobs", "max_tokens", "temperature"}
     asking = judge(endpoint)
     assert [v.preference for v in asking.compare(PAIRS)] == [2.0 if i % 3 else 1.0 for i in range(24)]
-    assert {k for k in endpoint.asked[-1] if k not in ("key", "path")} == {"messages", "model", "max_completion_tokens"}
+    assert {k for k in endpoint.requests[-1] if k not in ("key", "path")} == {"messages", "model", "max_completion_tokens"}
     assert asking.settings() == judge(endpoint).settings()
 
 
 def test_requests_to_a_busy_endpoint_are_retried(endpoint):
     endpoint.fails = [429, 500]
     assert judge(endpoint, concurrency=1).compare(PAIRS[:1])[0].preference == pytest.approx(1.2)
-    assert len(endpoint.asked) == 3
+    assert len(endpoint.requests) == 3
     endpoint.fails = [500] * 3
     with pytest.raises(JudgeError, match="run the same command again"):
         judge(endpoint, concurrency=1).compare(PAIRS[:1])
@@ -429,7 +429,7 @@ def test_alpaca_evals_annotators(endpoint, monkeypatch):
     assert asking.name == "weighted_alpaca_eval_gpt4_turbo"
     found = [v.preference for v in asking.compare(PAIRS)]
     assert found == [pytest.approx(1.8 if i % 3 else 1.2, abs=0.12) for i in range(24)]
-    assert {a["model"] for a in endpoint.asked} == {"gpt-4-1106-preview"}
+    assert {a["model"] for a in endpoint.requests} == {"gpt-4-1106-preview"}
     endpoint.fails = [401]
     with pytest.raises(JudgeError, match="weighted_alpaca_eval_gpt4_turbo failed"):
         asking.compare([Pair("new", "a", "b")])
@@ -562,10 +562,10 @@ def test_the_hub_is_the_default(monkeypatch, instructions):
     import huggingface_hub
 
     path, rows = instructions
-    asked = []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or str(path))
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: calls.append((a, k)) or str(path))
     assert len(Alpaca().examples(EvalConfig(task="alpaca"))) == len(rows)
-    assert asked == [(("tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json"), {"repo_type": "dataset"})]
+    assert calls == [(("tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json"), {"repo_type": "dataset"})]
 
     def away(*_, **__):
         raise OSError("no network")
@@ -585,13 +585,13 @@ def test_the_hub_is_the_default(monkeypatch, instructions):
         ({"concurrency": "0"}, "concurrency"),
     ],
 )
-def test_unusable_options_say_why(instructions, monkeypatch, options, says):
+def test_unusable_options_are_errors(instructions, monkeypatch, options, says):
     monkeypatch.delenv("IVG_JUDGE_MODEL", raising=False)
     with pytest.raises(ConfigError, match=f"(?s){says}"):
         Alpaca().examples(config(instructions[0], **options))
 
 
-def test_unusable_data_say_why(tmp_path):
+def test_unusable_data_are_errors(tmp_path):
     path = tmp_path / "data.json"
     path.write_text('[{"instruction": "a"}]')
     assert len(Alpaca().examples(config(path))) == 1
@@ -655,14 +655,14 @@ def test_an_endpoint_measures_the_task(tmp_path, instructions, endpoint, monkeyp
     rows = list(read_jsonl(tmp_path / "judgements" / "ivg.jsonl"))
     assert [r["id"] for r in rows] == [str(i) for i in range(12)] * 2
     assert rows[7]["preference"] == 1.0  # failed: lost, and not asked about
-    assert len(endpoint.asked) == 22
+    assert len(endpoint.requests) == 22
     assert all(r["annotator"] == "chat:m2" for r in rows)
     wins = [1.8 if i % 3 else None for i in range(12)]
     assert all(r["preference"] == pytest.approx(w) for r, w in zip(rows, wins, strict=False) if w and r["id"] != "7")
     assert found["judged_win_rate"] == pytest.approx(win_rate(average_over_seeds(rows)).win_rate)
     assert "not AlpacaEval's 805" in found["length_control"]
     assert task.measure(settings, tmp_path, "ivg", given) == found
-    assert len(endpoint.asked) == 22
+    assert len(endpoint.requests) == 22
 
 
 def test_own_difficulties_control_length(tmp_path, instructions, alpaca_eval):

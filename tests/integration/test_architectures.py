@@ -342,7 +342,7 @@ class OwnForCausalLM(LlamaForCausalLM):
         ("raises", "assert past_key_values is None, 'no such cache'", r"^base: OwnForCausalLM cannot be read row by row: no such cache\n"),
     ],
 )
-def test_networks_of_others_are_tried_when_they_are_loaded(kind, change, message, tmp_path):
+def test_networks_with_remote_code_are_tested_at_load(kind, change, message, tmp_path):
     model = tiny_model("llama")
     model.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)

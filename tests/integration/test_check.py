@@ -88,7 +88,7 @@ def test_opposed_pair_is_caught(check, preferences):
     assert "no judge" in out
 
 
-def test_pair_that_says_nothing_about_these_preferences_is_caught(check, preferences):
+def test_a_pair_without_information_about_the_preferences_is_detected(check, preferences):
     code, out, _ = check("--preferences", preferences / "random.jsonl", "--sweep", 0)
     assert code == 1
     assert "verdict: no" in out or "verdict: unclear" in out

@@ -84,7 +84,7 @@ def test_standard_input(ivg, models, monkeypatch, tmp_path):
     assert rows_of(tmp_path / "out.jsonl")[0]["id"] == 1
 
 
-def test_resumes_by_id_and_mends_half_a_line(ivg, models, tmp_path):
+def test_resumes_by_id_and_removes_an_incomplete_line(ivg, models, tmp_path):
     source = write_rows(tmp_path / "in.jsonl", [{"id": i, "prompt": f"Prompt {i}"} for i in range(4)])
     arguments = ["generate", "--input", source, "--output", tmp_path / "out.jsonl", *models]
     ivg(*arguments)
@@ -282,7 +282,7 @@ def test_compare_offers_only_what_the_models_allow(ivg, hub):
     assert "ivg" not in out
 
 
-def test_compare_says_behind_the_table_what_failed(ivg, hub, tmp_path):
+def test_compare_lists_failures_below_the_table(ivg, hub, tmp_path):
     """One bad score costs no other cell."""
     (tmp_path / "rules.py").write_text("def score(prompt, response):\n    raise KeyError('a long story ' * 20)\n")
     given = ("compare", "Words", "--base", hub / "base", "--reward", f"{tmp_path}/rules.py:score", "--methods", "base,bon", *LENGTH)
@@ -294,7 +294,7 @@ def test_compare_says_behind_the_table_what_failed(ivg, hub, tmp_path):
     ]
 
 
-def test_closed_streams_end_in_no_file_of_ours(tmp_path):
+def test_closed_streams_write_nothing_into_open_files(tmp_path):
     """Whoever closes a stream gives its number away: a library's warnings would go into the next file that is opened."""
     (tmp_path / "rules.py").write_text("""
 import os
@@ -327,7 +327,7 @@ def test_no_bar_where_standard_error_is_closed(monkeypatch):
         advance()
 
 
-def test_check_says_what_fits(ivg, models):
+def test_check_reports_compatibility(ivg, models):
     code, out, _ = ivg("check", *models[:8], *LENGTH[3:])
     assert code == 0
     assert out.count("same as base") == 3

@@ -129,7 +129,7 @@ def test_answers_to_standard_output_and_pipes(ivg, base, tmp_path):
     assert [json.loads(line)["id"] for line in heard[0].splitlines()] == [1, 2]
 
 
-def test_a_reader_that_has_enough_ends_the_run_quietly(ivg, base, tmp_path, monkeypatch):
+def test_a_closed_pipe_ends_the_run_without_an_error(ivg, base, tmp_path, monkeypatch):
     import errno
 
     from ivg.jobs.store import StreamRows

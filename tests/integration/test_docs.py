@@ -165,7 +165,7 @@ def test_every_option_of_every_command_stands_on_the_page():
 
 
 @pytest.mark.parametrize("words,command", [pytest.param(w, c, id=" ".join(w)) for w, c in commands()])
-def test_every_command_says_what_it_takes(words, command, ivg):
+def test_every_command_has_help(words, command, ivg):
     """``--help`` as a user reads it names every option."""
     code, out, _ = ivg(*words[1:], "--help")
     assert not code

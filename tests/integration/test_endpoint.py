@@ -48,14 +48,14 @@ def serve():
         end()
 
 
-def order(engine, successors=1, tokens=4, prompt="p", seed=0, beam=None, **more):
+def expand_request(engine, successors=1, tokens=4, prompt="p", seed=0, beam=None, **more):
     names = SamplingParams.__dataclass_fields__
     sampling = SamplingParams(**{"max_new_tokens": 12, **{k: more.pop(k) for k in list(more) if k in names}})
     return ExpandRequest(beam or engine.open(Prompt.of(prompt), sampling), successors, tokens, sampling, None, seed, **more)
 
 
 def family(engine, *args, **more):
-    return engine.extend([order(engine, *args, **more)])[0]
+    return engine.extend([expand_request(engine, *args, **more)])[0]
 
 
 def answers(engine, requests):
@@ -70,13 +70,13 @@ def ask(search, prompt="p", seed=0, **sampling):
 # What is sent
 
 
-def test_request_says_what_the_order_says(serve):
+def test_http_request_has_the_settings_of_the_request(serve):
     server, engine = serve(api_key="secret", extra={"priority": 3})
     assert isinstance(engine, AsyncEngine)
-    grown = order(engine, tokens=5, ignore_eos=True)
+    grown = expand_request(engine, tokens=5, ignore_eos=True)
     (parent,) = engine.extend([grown])[0]
     family(engine, 3, 50, beam=parent, temperature=0.5, top_p=0.9, stop=("x", "yz"), top_k=5, min_p=0.1, repetition_penalty=1.2)
-    first, second = server.asked
+    first, second = server.requests
     assert first["path"] == "/v1/completions" and first["key"] == "Bearer secret"
     plain = {"model": "m", "prompt": "p", "max_tokens": 5, "temperature": 1.0, "top_p": 1.0, "n": 1, "ignore_eos": True, "priority": 3}
     assert first.items() >= plain.items()
@@ -84,17 +84,17 @@ def test_request_says_what_the_order_says(serve):
     asked = {"prompt": "p" + parent.text, "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "stop": ["x", "yz"], "n": 3}
     assert second.items() >= (asked | {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2}).items()
     assert "ignore_eos" not in second
-    assert first["seed"] != second["seed"] and all(0 <= b["seed"] < 1 << 31 for b in server.asked)
+    assert first["seed"] != second["seed"] and all(0 <= b["seed"] < 1 << 31 for b in server.requests)
 
 
 def test_seeds_differ_by_place_and_reproduce(serve):
     server, engine = serve()
     for more in ({}, {}, {"seed": 1}, {"first": 3}):
         family(engine, **more)
-    root = order(engine).beam
+    root = expand_request(engine).beam
     family(engine, beam=replace(root, rng_path=9))
     family(engine, beam=replace(root, token_ids=(FILLER,)))
-    seeds = [b["seed"] for b in server.asked]
+    seeds = [b["seed"] for b in server.requests]
     assert seeds[0] == seeds[1] and len(set(seeds)) == 5
 
 
@@ -125,7 +125,7 @@ def test_search_is_the_one_written_by_hand(serve):
         assert (got.text, got.score, got.finish_reason) == (text, text.count("a"), "length")
         assert len(got.token_ids) == 12 and engine.vocabulary.decode(got.token_ids) == text
         assert got.usage.forward_tokens == {"base": 4 * (7 + 9)}
-    assert len(server.asked) == 20
+    assert len(server.requests) == 20
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_ends_and_counts(serve):
         assert [len(b.token_ids) for b in family_of_four] == ([1, 3, 2, 4] if pieces else [2, 2, 2, 4])  # 10 tokens - 4, in three
         assert len(unique([(b, 0.0) for b in family_of_four])) == 4
         assert family_of_four[0].token_counter.forward_tokens == {"base": 17}
-        assert server.asked[0].get("logprobs") == (0 if pieces else None)
+        assert server.requests[0].get("logprobs") == (0 if pieces else None)
 
 
 def test_one_answer_is_counted_by_the_server(serve):
@@ -209,7 +209,7 @@ def test_half_a_character_is_not_sent_back(serve):
     (child,) = family(engine, 1, 3)
     assert (child.text, len(child.token_ids)) == ("é", 3)
     family(engine, 1, 3, beam=child)
-    assert server.asked[-1]["prompt"] == "pé"
+    assert server.requests[-1]["prompt"] == "pé"
     (last,) = family(engine, 1, 3, max_new_tokens=3)  # nothing follows: the server's own word stands
     assert (last.text, last.finish) == ("é\ufffd", "length")
 
@@ -232,7 +232,7 @@ def test_trace_and_record(serve):
 def test_greedy_asks_once(serve):
     server, engine = serve()
     children = family(engine, 3, temperature=0.0)
-    assert [b["n"] for b in server.asked] == [1]
+    assert [b["n"] for b in server.requests] == [1]
     assert len({b.token_ids for b in children}) == 1 and len({b.rng_path for b in children}) == 3
 
 
@@ -241,9 +241,9 @@ def test_servers_that_make_one_answer_at_a_time(serve, mood):
     server, engine = serve(at_a_time=mood)
     children = family(engine, 4, ignore_eos=True)
     assert len(children) == len({b.text for b in children}) == 4
-    tried = len(server.asked)
+    tried = len(server.requests)
     family(engine, 4)
-    assert [b["n"] for b in server.asked] == [4, *[1] * (tried - 1), *[1] * 4]
+    assert [b["n"] for b in server.requests] == [4, *[1] * (tried - 1), *[1] * 4]
 
 
 def test_spelling():
@@ -274,7 +274,7 @@ def test_errors_are_one_line_and_fail_only_their_request(serve):
 
 
 @pytest.mark.parametrize("says", [{"detail": [{"loc": "body"}]}, ["too long", "too hot"]])
-def test_words_of_another_server_need_be_no_text(serve, says):
+def test_error_messages_need_not_be_text(serve, says):
     """Some send objects or lists as messages; an order that nothing comes of would be waited for for ever."""
     server, engine = serve(status={"p": 400}, says=says)
     (got,) = answers(engine, [Request(Prompt("p"), Search(), SamplingParams(max_new_tokens=4))])
@@ -291,7 +291,7 @@ def test_an_unreadable_error_still_ends_its_request(serve, monkeypatch):
 def test_retries_are_counted(serve):
     server, engine = serve(status={"p": 503}, retries=1)
     assert family(engine)[0].finish == "error"
-    assert len(server.asked) == 2
+    assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize(("moods", "said"), [
@@ -308,10 +308,10 @@ def test_what_no_server_should_do(serve, moods, said):
 
 def test_orders_that_cannot_be(serve):
     server, engine = serve()
-    bad, good = order(engine, 2, alternatives=3), order(engine, 2)
+    bad, good = expand_request(engine, 2, alternatives=3), expand_request(engine, 2)
     refused, made = engine.extend([bad, good])
     assert [b.finish for b in refused] == ["error"] * 2 and "alternatives" in refused[0].error
-    assert not any(b.error for b in made) and len(server.asked) == 1
+    assert not any(b.error for b in made) and len(server.requests) == 1
     with pytest.raises(ConfigError, match="cbs-explicit"):
         engine.check(TokenGuidance(COUNT_A))
     searcher = Searcher(engine)
@@ -359,11 +359,11 @@ def test_without_the_client(monkeypatch):
 
 def test_requests_overlap(serve):
     server, engine = serve(together=8)  # which answers nobody before so many have asked
-    engine.extend([order(engine, prompt=f"p{i}") for i in range(8)])
+    engine.extend([expand_request(engine, prompt=f"p{i}") for i in range(8)])
     assert server.peak == 8
     server, engine = serve(delay=0.05, concurrency=2)
-    engine.extend([order(engine, prompt=f"p{i}") for i in range(8)])
-    assert server.peak == 2 and len(server.asked) == 8
+    engine.extend([expand_request(engine, prompt=f"p{i}") for i in range(8)])
+    assert server.peak == 2 and len(server.requests) == 8
 
 
 def test_giving_up_reaches_the_server(serve):
@@ -391,19 +391,19 @@ def submit_and_wait(engine, monkeypatch, requests):
 
 def test_old_news_of_a_beam_is_not_taken_for_new(serve, monkeypatch):
     server, engine = serve()
-    first = order(engine, 1, 3, ignore_eos=True)
+    first = expand_request(engine, 1, 3, ignore_eos=True)
     submit_and_wait(engine, monkeypatch, [first])
     engine.release([first.beam.key])
     second = replace(first, successors=2)
     assert len(engine.extend([second])[0]) == 2
-    assert len(server.asked) == 2
+    assert len(server.requests) == 2
 
 
-def test_extend_keeps_news_of_others(serve, monkeypatch):
+def test_extend_keeps_outputs_of_other_requests(serve, monkeypatch):
     _, engine = serve()
-    early, dropped = order(engine, prompt="early"), order(engine, prompt="dropped")
+    early, dropped = expand_request(engine, prompt="early"), expand_request(engine, prompt="dropped")
     submit_and_wait(engine, monkeypatch, [early, dropped])
-    engine.extend([order(engine, prompt="now")])
+    engine.extend([expand_request(engine, prompt="now")])
     engine.release([dropped.beam.key])
     assert [g.beam for g in engine.collect()] == [early.beam.key]
 
@@ -412,7 +412,7 @@ def test_closing_gives_everything_up(serve):
     before = set(threading.enumerate())
     server, engine = serve(delay=300.0)
     (thread,) = (t for t in threading.enumerate() if t.name == "ivg-endpoint" and t not in before)
-    engine.submit([order(engine)])
+    engine.submit([expand_request(engine)])
     assert server.wait_for(lambda: server.now)
     engine.close()
     engine.close()
@@ -474,7 +474,7 @@ def test_our_server_as_base_of_a_search():
     (401, 502, "upstream_refused", {"x-should-retry": "false"}),
     (400, 400, "invalid_request", {}),
 ])  # fmt: skip
-def test_what_our_clients_learn_of_a_server_behind(serve, caplog, status, shown, code, headers):
+def test_clients_get_no_details_of_an_upstream_error(serve, caplog, status, shown, code, headers):
     """Whether to try again, and what of it is their own fault; never the other server's address, which stands in the log."""
     pytest.importorskip("fastapi")
     from serving_tools import Running
@@ -527,7 +527,7 @@ def test_an_upstream_fault_is_text_that_can_be_sent():
 
 def test_reset_caches_drops_submitted_requests(serve):
     _, engine = serve()
-    engine.submit([order(engine, prompt=f"p{i}") for i in range(4)])
+    engine.submit([expand_request(engine, prompt=f"p{i}") for i in range(4)])
     engine.reset_caches()
     (done,) = answers(engine, [Request(Prompt("p"), Search(), SamplingParams(max_new_tokens=4))])
     assert done.error is None

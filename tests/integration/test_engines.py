@@ -87,7 +87,7 @@ def test_what_vllm_would_ignore_is_refused(cores):
     assert not cores
 
 
-def test_a_value_that_guides_inside_and_selects_outside_is_emptied_with_the_others():
+def test_reset_caches_includes_a_value_that_guides_and_selects():
     """Its models run here once they are asked for: caches that only it has would never be emptied, nor counted."""
     outside = tiny_value()
     inner = VLLMGuide("explicit", lambda: outside)

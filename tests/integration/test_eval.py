@@ -227,7 +227,7 @@ def test_report_files(done):
     assert torch.__version__ in page
 
 
-def test_svg_is_whole_and_says_what_it_shows(done):
+def test_svg_is_valid_and_has_a_description(done):
     from xml.etree import ElementTree
 
     paths = list((done.out / "figures").glob("*.svg"))
@@ -349,7 +349,7 @@ def test_combinations_are_nine(hub, tmp_path):
     assert (eft.width, eft.successors, eft.chunk_length, eft.beta) == (1, 1, None, 0.5)
 
 
-def test_a_group_without_gold_says_none():
+def test_a_group_without_gold_reports_none():
     assert SampleGroup("a", 0, (1.0, 2.0), (None, None), (1, 1), (1.0, 2.0)).best(2) == 1
 
 
@@ -421,7 +421,7 @@ def test_sentiment_prompts_are_the_embedded_ones(imdb_test):
     assert [e.prompt.content for e in found] == opening_words([r.text for r in imdb_test], 5, seed=0)
 
 
-def test_sentiment_needs_a_column_it_knows(tmp_path):
+def test_sentiment_refuses_unknown_columns(tmp_path):
     from ivg.evaluation.sentiment import Sentiment
     from ivg.settings.recipe import EvalConfig
 
@@ -462,7 +462,7 @@ def test_shuffled_as_datasets_does(tmp_path):
     assert [e.prompt.content for e in found] == list(expected)
 
 
-def test_every_task_has_a_name_and_settings_that_recipes_know():
+def test_every_task_has_a_name_and_known_settings():
     from ivg.evaluation.task import TASKS, load_task
 
     for name in TASKS:

@@ -72,7 +72,7 @@ def test_rows_are_of_the_plan_s_prompts(done, tmp_path):  # noqa: F811
         summarise(p)
 
 
-def test_weights_trained_anew_are_another_run_s(hub, tmp_path):  # noqa: F811
+def test_changed_weights_are_refused(hub, tmp_path):  # noqa: F811
     shutil.copytree(hub / "value", tmp_path / "value")
     data = recipe(hub, methods=["bon"], base_samples=0, seeds=1).model_dump(exclude_none=True)
     data["models"]["value"]["path"] = str(tmp_path / "value")
@@ -205,7 +205,7 @@ def test_search_settings_that_no_row_has(hub, tmp_path):  # noqa: F811
     assert make_plan(paper.recipe, tmp_path).method_rows == paper.method_rows
 
 
-def test_the_reward_in_place_of_the_explicit_value_is_written_down(hub, tmp_path):  # noqa: F811
+def test_the_reward_in_place_of_the_explicit_value_is_recorded(hub, tmp_path):  # noqa: F811
     data = recipe(hub, methods=["bon"]).model_dump(exclude_none=True)
     data["models"]["reward"] = data["models"].pop("value")
     p = make_plan(Recipe.parse(data), tmp_path)
@@ -317,7 +317,7 @@ def test_rows_without_a_text(tmp_path, task, row):
 
 
 @pytest.mark.parametrize("task", [Sentiment, Summarization])
-def test_fewer_prompts_than_asked_for(tmp_path, task):
+def test_too_few_prompts_are_an_error(tmp_path, task):
     path = data(tmp_path, {"prompt": "x"}, {"prompt": "y"})
     with pytest.raises(ConfigError, match="has 2 prompts, expected 3"):
         task().examples(EvalConfig(data=path, prompts=3))

@@ -190,7 +190,7 @@ def test_the_recipe_and_the_evaluation_go_by_the_same_rule(checkpoint):
     assert default_sampling(ignoring) == load_models(ignoring).sampling == DEFAULT_SAMPLING
 
 
-def test_check_says_what_the_checkpoint_sets(checkpoint):
+def test_check_lists_settings_of_the_checkpoint(checkpoint):
     from typer.testing import CliRunner
 
     from ivg.cli.app import app
@@ -203,7 +203,7 @@ def test_check_says_what_the_checkpoint_sets(checkpoint):
     assert "generation_config" not in out
 
 
-def test_rows_say_what_applied(checkpoint, tmp_path):
+def test_rows_list_the_settings_of_the_checkpoint(checkpoint, tmp_path):
     from typer.testing import CliRunner
 
     from ivg.cli.app import app
@@ -232,7 +232,7 @@ def test_settings_that_forbid_every_token_end_the_answer_with_an_error(checkpoin
             assert got.finish_reason == "error" and "no token may be drawn after 0 tokens" in got.error
 
 
-def test_pack_says_what_vllm_s_server_drops(checkpoint, tmp_path):
+def test_export_lists_what_vllm_s_server_ignores(checkpoint, tmp_path):
     from typer.testing import CliRunner
 
     from ivg.cli.app import app
@@ -257,14 +257,14 @@ def test_the_server_goes_by_the_same_rule(checkpoint):
     served = ServedModels(GuidedModel.from_pretrained(folder), recipe, ServeSettings(name="tiny"))
     assert served.defaults.items() >= {"temperature": 0.25, "top_k": 3, "max_new_tokens": 7}.items()
 
-    def asked(**body):
+    def parsed(**body):
         (request,) = served.prepare(CompletionRequest(model="tiny", prompt="abc", seed=1, **body)).requests
         return request
 
-    s = asked().sampling
+    s = parsed().sampling
     assert (s.temperature, s.top_k, s.max_new_tokens, s.suppress_tokens) == (0.25, 3, 7, (4,))
-    assert asked().from_checkpoint == {"temperature": 0.25, "max_new_tokens": 7, "suppress_tokens": (4,)}
-    over = asked(temperature=1.0, max_tokens=9)
+    assert parsed().from_checkpoint == {"temperature": 0.25, "max_new_tokens": 7, "suppress_tokens": (4,)}
+    over = parsed(temperature=1.0, max_tokens=9)
     assert (over.sampling.temperature, over.sampling.max_new_tokens, over.from_checkpoint) == (1.0, 9, {"suppress_tokens": (4,)})
     batch = served.prepare(CompletionRequest(model="tiny", prompt="abc", seed=1, temperature=1.0, max_tokens=2))
     done = [c for _, c in served.model.run(batch.requests)]

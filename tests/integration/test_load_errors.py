@@ -1,4 +1,4 @@
-"""What is told of models that cannot be loaded: input -> exact lines. No traceback, nothing cut off, nobody waits for the hub."""
+"""Errors of models that cannot be loaded: input -> exact lines. No traceback, nothing cut off, nobody waits for the hub."""
 
 import itertools
 import json
@@ -128,7 +128,7 @@ LOADERS = {
 }
 
 
-def told(load, name):
+def error_line(load, name):
     with pytest.raises(ModelError) as e:
         load(name)
     return str(e.value)
@@ -138,7 +138,7 @@ def told(load, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_names(monkeypatch, name, what):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert told(LOADERS[what], name) == NAMES[name].format(what=what)
+    assert error_line(LOADERS[what], name) == NAMES[name].format(what=what)
 
 
 @pytest.mark.parametrize("what", LOADERS)
@@ -147,7 +147,7 @@ def test_folders(tmp_path, good, case, what, capfd):
     change, line = FOLDERS[case]
     shutil.copytree(good, tmp_path / "m")
     change(tmp_path / "m")
-    assert told(LOADERS[what], str(tmp_path / "m")) == line.format(what=what, place=tmp_path / "m")
+    assert error_line(LOADERS[what], str(tmp_path / "m")) == line.format(what=what, place=tmp_path / "m")
     assert capfd.readouterr() == ("", "")
 
 
@@ -156,24 +156,24 @@ def test_weights(tmp_path, good, case, capfd):
     change, line = WEIGHTS[case]
     shutil.copytree(good, tmp_path / "m")
     change(tmp_path / "m")
-    assert told(LOADERS["base"], str(tmp_path / "m")) == line.format(place=tmp_path / "m")
+    assert error_line(LOADERS["base"], str(tmp_path / "m")) == line.format(place=tmp_path / "m")
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_file(good):
-    assert told(LOADERS["base"], f"{good}/config.json") == f"cannot load base '{good}/config.json': this is a file" + EXPECTED
+    assert error_line(LOADERS["base"], f"{good}/config.json") == f"cannot load base '{good}/config.json': this is a file" + EXPECTED
 
 
 def test_a_package_that_is_missing(good, monkeypatch):
     monkeypatch.setattr("transformers.integrations.accelerate.is_accelerate_available", lambda *_: False)
     options = LoadOptions(quantization={"quant_method": "quanto", "weights": "int8"})
-    line = told(lambda name: load_causal(name, "base", options), good)
+    line = error_line(lambda name: load_causal(name, "base", options), good)
     assert line.startswith(f"cannot load base '{good}': ") and "accelerate" in line and line.endswith(EXPECTED)
 
 
 def test_unknown_quantization_is_an_error(good):
     options = LoadOptions(quantization={"quant_method": "nonsense"})
-    line = told(lambda name: load_causal(name, "base", options), good)
+    line = error_line(lambda name: load_causal(name, "base", options), good)
     assert line.startswith(f"cannot load base '{good}': Unknown quantization type, got nonsense - supported types are: [")
 
 
@@ -193,7 +193,7 @@ class Hub:
     """Nobody answers; counts who asks."""
 
     def __init__(self, monkeypatch, answers=False):
-        self.asked, self.answers = [], answers
+        self.requests, self.answers = [], answers
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         self.url = f"http://hub{next(NUMBERS)}.invalid"  # what is known of another hub does not count
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
@@ -201,7 +201,7 @@ class Hub:
         monkeypatch.setattr(hub_status, "time", SimpleNamespace(monotonic=lambda: 0.0))
 
     def head(self, url, timeout):
-        self.asked.append((url, timeout))
+        self.requests.append((url, timeout))
         if not self.answers:
             raise ConnectionError("no route to host")
 
@@ -220,8 +220,8 @@ def test_an_unreachable_hub_is_reported_at_once(monkeypatch):
     nobody = Hub(monkeypatch)
     line = "cannot load {} 'org/model': no such directory here, not in the hub's cache, and the hub ({}) cannot be reached"
     for what, load in LOADERS.items():
-        assert told(load, "org/model") == line.format(what, nobody.url) + EXPECTED + " that was downloaded before"
-    assert nobody.asked == [(nobody.url, hub_status.PROBE_SECONDS)]  # once for all
+        assert error_line(load, "org/model") == line.format(what, nobody.url) + EXPECTED + " that was downloaded before"
+    assert nobody.requests == [(nobody.url, hub_status.PROBE_SECONDS)]  # once for all
 
 
 def test_an_unreachable_hub_is_reported_at_once_for_data_sets(monkeypatch):
@@ -236,19 +236,19 @@ def test_an_unreachable_hub_is_reported_at_once_for_data_sets(monkeypatch):
     for _ in range(2):
         with pytest.raises(ConfigError, match=rf"no file or folder 'org/rows' here, .* the hub \({nobody.url}\) cannot be reached"):
             list(scan_rows("org/rows"))
-    assert nobody.asked == [(nobody.url, hub_status.PROBE_SECONDS)]  # once for all, and by nobody else
+    assert nobody.requests == [(nobody.url, hub_status.PROBE_SECONDS)]  # once for all, and by nobody else
     assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_what_was_downloaded_goes_on_working(monkeypatch, cached, good, offline):
+def test_cached_models_load_offline(monkeypatch, cached, good, offline):
     """From the cache itself: transformers asks nobody, and waits for nobody."""
     nobody = Hub(monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     options = LoadOptions(dtype="float32", extra={"cache_dir": str(cached)})
     reader = load_causal("org/tiny", "base", options)
     assert torch.equal(reader.model.network.lm_head.weight, tiny_model("llama").lm_head.weight)
-    assert len(nobody.asked) == (0 if offline else 1)
+    assert len(nobody.requests) == (0 if offline else 1)
     assert hub.find_model("org/tiny", "base", options.hub()) == cached / "models--org--tiny" / "snapshots" / "abc"
     with pytest.raises(ModelError, match="not in the hub's cache"):
         hub.find_model("org/tiny", "base", {**options.hub(), "revision": "other"})
@@ -258,7 +258,7 @@ def test_a_reachable_hub_is_used(monkeypatch, cached):
     Hub(monkeypatch, answers=True)
     monkeypatch.setattr("transformers.utils.cached_file", lambda name, file, **_: str(cached / file) if name == "org/lora" else None)
     (cached / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
-    assert told(lambda name: hub.find_model(name, "base"), "org/lora").startswith(
+    assert error_line(lambda name: hub.find_model(name, "base"), "org/lora").startswith(
         "cannot load base 'org/lora': this is a model with a PEFT"
     )
     for name in ("org/tiny", "org/model", "gpt2"):
@@ -270,4 +270,4 @@ def test_embedded_models_and_tokenizers_without_a_model(tmp_path, monkeypatch):
     assert GuidedModel.from_pretrained("embedded:base").base.name == "base"
     byte_tokenizer().save_pretrained(tmp_path)
     assert len(load_tokenizer(tmp_path, LoadOptions(), "base")) == 257
-    assert not nobody.asked
+    assert not nobody.requests

@@ -225,7 +225,7 @@ def test_restart_of_models_is_retried(monkeypatch):
     assert all(b - a >= 1.0 for a, b in itertools.pairwise(again))
 
 
-def test_a_single_request_is_retried_once_when_an_engine_dies(monkeypatch):
+def test_a_single_request_is_retried_once_when_an_engine_stops(monkeypatch):
     """The first failure need not be its fault, a second one is."""
     tries = []
 
@@ -247,7 +247,7 @@ def test_a_single_request_is_retried_once_when_an_engine_dies(monkeypatch):
     assert tries.count("dynamite") == 2
 
 
-def test_engine_dies_during_a_cancellation(monkeypatch):
+def test_engine_stops_during_a_cancellation(monkeypatch):
     model = tiny()
     release, dead = model.engine.release, []
 

@@ -451,7 +451,7 @@ def test_what_cannot_draft_is_refused(llama, name, settings, message):
         llama.searcher.add(Request(Prompt("I"), s.search(llama.values, CompositeValue)))
 
 
-def test_an_engine_alone_refuses_pauses_as_well(llama):
+def test_the_engine_itself_refuses_pauses(llama):
     sampling, guidance = SamplingParams(), TokenGuidance(llama.values["implicit"], draft=2)
     root = llama.engine.open(Prompt("I"), sampling)
     with pytest.raises(ConfigError, match="high entropy"):
@@ -466,7 +466,7 @@ def test_no_weight_no_drafts(llama):
     assert llama.engine.speculation.stats()["rounds"] == 0
 
 
-def test_the_edges_know_the_setting():
+def test_command_line_recipe_and_server_have_the_setting():
     from ivg.cli.compare import settings_for
     from ivg.evaluation.methods import method_rows
     from ivg.settings.recipe import MethodConfig
@@ -500,12 +500,12 @@ def test_pace_drafts_far_where_guides_are_cheap_and_right():
     assert max(set(chosen[50:]), key=chosen[50:].count) == 8
 
 
-def test_pace_turns_itself_off_where_it_does_not_pay():
+def test_drafts_are_switched_off_where_they_do_not_pay():
     chosen = simulated(DraftLength(8), lambda n: 1 + 0.5 * n, 0.2)
     assert chosen[20:].count(0) > 0.95 * len(chosen[20:])
 
 
-def test_pace_finds_the_best_length_of_a_convex_cost():
+def test_draft_length_minimises_a_convex_cost():
     best = max((0, 1, 2, 3, 4, 6, 8), key=lambda n: sum(0.8**i for i in range(n + 1)) / (1 + 0.2 * n))
     chosen = simulated(DraftLength(8), lambda n: 1 + 0.2 * n, 0.8)
     assert max(set(chosen[50:]), key=chosen[50:].count) == best
@@ -524,20 +524,20 @@ def test_rounds_needed_are_those_of_a_simulation():
         assert rounds_needed(ahead, room, rate) == pytest.approx(seen, abs=0.03)
 
 
-def test_pace_drafts_less_for_many_rows_that_wait_for_one_another():
+def test_drafts_are_shorter_for_larger_batches():
     """At the same price: one unlucky row of 64 keeps all others waiting."""
     cost = lambda n: 1 + 0.25 * n  # noqa: E731
     alone, many = (simulated(DraftLength(8), cost, 0.7, rows=rows, room=6)[-2] for rows in (1, 64))
     assert many < alone
 
 
-def test_pace_keeps_to_the_room_and_to_the_limit():
+def test_draft_length_respects_room_and_limit():
     assert max(simulated(DraftLength(8), lambda n: 1.0, 1.0, room=3)) == 2
     assert max(simulated(DraftLength(3), lambda n: 1.0, 1.0)) == 3
     assert set(simulated(DraftLength(8), lambda n: 1.0, 1.0, room=1)) == {0}
 
 
-def test_pace_learns_anew_for_other_batches_and_when_things_change():
+def test_draft_length_adapts_to_batch_size_and_changed_times():
     pace = DraftLength(8)
     assert simulated(pace, lambda n: 1 + 0.01 * n, 0.9)[-2] == 8
     assert simulated(pace, lambda n: 1 + 1.0 * n, 0.9, rows=16)[-2] == 0

@@ -74,7 +74,7 @@ def test_cancelling_gives_the_orders_up():
     assert engine.collect() == []
 
 
-def test_a_loop_that_was_left_in_the_middle_harms_no_later_one():
+def test_an_abandoned_loop_does_not_affect_later_ones():
     engine = AsyncFakeEngine()
     search = Search(width=3, successors=3, chunk_length=4, value=COUNT_A)
     abandoned = Searcher(engine)

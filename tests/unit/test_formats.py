@@ -176,9 +176,9 @@ def test_a_row_that_cannot_be_read_fails_alone(tmp_path, line, why):
         assert bad.error == why
     with pytest.raises(ConfigError, match=r"x\.jsonl, line 2: "):
         read(path)
-    told = []
-    assert len(read(path, on_bad=told.append)) == 2
-    assert told == [bad]
+    reported = []
+    assert len(read(path, on_bad=reported.append)) == 2
+    assert reported == [bad]
 
 
 def test_rows_of_a_json_list_fail_alone(tmp_path):

@@ -49,7 +49,7 @@ def test_a_killed_run_leaves_no_claim(tmp_path):
         pass
 
 
-def test_helpers_of_a_killed_run_are_waited_for(tmp_path, monkeypatch):
+def test_the_lock_waits_for_child_processes_of_a_killed_run(tmp_path, monkeypatch):
     """The lock is still held, but its owner is gone."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()

@@ -152,7 +152,7 @@ def test_only_who_has_a_task_settles_it_and_once():
     assert queue.complete(2, task.number) is None
 
 
-def test_a_task_that_kills_is_run_alone_and_given_up(monkeypatch):
+def test_a_task_that_crashes_workers_is_run_alone_and_quarantined(monkeypatch):
     monkeypatch.setattr(task_queue, "SUSPECT", 2)
     queue, guilty, done, given_up, alone = TaskQueue(tasks_of(6), batch_size=3, workers=1), 2, [], [], []
     for worker in range(1, 10):
@@ -198,7 +198,7 @@ def loaded(recipe):
     return worker
 
 
-def test_worker_answers_as_this_machine_does_and_says_which_prompts_it_cannot_read(hub):
+def test_workers_give_the_same_answers_and_report_unusable_prompts(hub):
     recipe = recipe_of(hub)
     expected, _ = texts_and_errors(run_tasks(recipe, tasks_of(3, n=2)))
     worker, done = loaded(recipe), {}
@@ -270,7 +270,7 @@ def drive(monkeypatch, worker, tasks, seed=0, batch_size=3, **settings):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_each_answer_once_whoever_dies(monkeypatch, seed):
+def test_each_answer_once_when_workers_crash(monkeypatch, seed):
     chance = random.Random(seed)
 
     class Frail(Echo):
@@ -288,7 +288,7 @@ def test_each_answer_once_whoever_dies(monkeypatch, seed):
     assert all(actor.dead for actor in fake.actors), "something was left running"
 
 
-def test_poison_is_reported_and_the_others_are_done(monkeypatch):
+def test_a_prompt_that_crashes_workers_is_reported_and_others_are_answered(monkeypatch):
     class Poisoned(Echo):
         def answer(self, task):
             if task.prompt == "Prompt 5":
@@ -306,7 +306,7 @@ def test_poison_is_reported_and_the_others_are_done(monkeypatch):
 
 
 @pytest.mark.parametrize(("deadly", "count", "batch_size", "cpus"), [((3, 25, 45), 100, 16, (1,)), ((0, 1, 2, 3), 60, 8, (1, 1))])
-def test_several_deadly_prompts_do_not_end_the_run(monkeypatch, deadly, count, batch_size, cpus):
+def test_several_crashing_prompts_do_not_end_the_run(monkeypatch, deadly, count, batch_size, cpus):
     class Poisoned(Echo):
         def advance(self, tasks):
             if any(task.prompt in {f"Prompt {i}" for i in deadly} for task in [*self.tasks, *tasks]):
@@ -354,7 +354,7 @@ class Blind(Echo):
         (Blind, r"node .: cannot load base '/here'\n  the recipe's models and files must be there on every node"),
     ],
 )
-def test_what_is_wrong_everywhere_ends_the_run(monkeypatch, worker, words):
+def test_an_error_on_every_worker_ends_the_run(monkeypatch, worker, words):
     with pytest.raises(RayError, match=words):
         drive(monkeypatch, worker, tasks_of(40))
 

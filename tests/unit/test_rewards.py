@@ -297,16 +297,16 @@ def test_a_model_that_cannot_be_used_is_no_matter_of_one_response():
 
 
 def test_functions_are_called_once_for_each_response():
-    asked = []
+    calls = []
 
     def count(prompt, response):
-        asked.append(response)
+        calls.append(response)
         return shout(prompt, response)
 
     base = tiny_lm("base")
     beams = [hypothesis(p, "x", base) for p in ("ok", "bad", "fine", "nan")]
     found = score_each(CompositeValue([(2.0, FunctionValue(count)), (1.0, FunctionValue(shout))]), beams)
-    assert len(asked) == 4 and [found[0], found[2]] == [3.0, 3.0]
+    assert len(calls) == 4 and [found[0], found[2]] == [3.0, 3.0]
     assert "value function raised ZeroDivisionError" in found[1] and "gave NaN" in found[3]
     assert "secret" in found[1] and "secret" not in found[1].said
 

@@ -117,16 +117,18 @@ def test_results_do_not_depend_on_the_batch_size(hub):
 
 def test_at_most_batch_size_requests_run_at_once_and_every_step_is_reported(hub):
     recipe = recipe_of(hub, batch_size=2)
-    told = []
-    backend = LocalBackend(load_models(recipe), RequestSettings.from_recipe(recipe), lambda task, step: told.append((task.source, step)))
+    reported = []
+    backend = LocalBackend(
+        load_models(recipe), RequestSettings.from_recipe(recipe), lambda task, step: reported.append((task.source, step))
+    )
     backend.submit(tasks_of(4))
     done = []
     while backend.busy:
         done += [result.task.source for result in backend.step()]
         assert backend.searcher.live_requests + backend.searcher.waiting_requests <= 2
     assert sorted(done) == [(i, 0) for i in range(4)]
-    assert [source for source, step in told if step.completion is not None] == done
-    assert len(told) > len(done)
+    assert [source for source, step in reported if step.completion is not None] == done
+    assert len(reported) > len(done)
 
 
 def test_a_prompt_that_is_refused_or_fails_is_a_result(hub):

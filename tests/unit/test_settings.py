@@ -77,9 +77,9 @@ CASES = [(made, f.name) for made in MAKERS for f in fields(made) if f.name in RU
 def test_bad_values_are_refused_by_name(made, name):
     label = RULES[name].label or name
     for bad in bad_values(name):
-        with pytest.raises(ConfigError) as told:
+        with pytest.raises(ConfigError) as caught:
             made(**{**MAKERS[made], name: bad})
-        assert str(told.value).startswith(f"{label} must be ") and "got " in str(told.value), bad
+        assert str(caught.value).startswith(f"{label} must be ") and "got " in str(caught.value), bad
 
 
 def test_every_setting_has_a_rule():

@@ -87,7 +87,7 @@ def test_half_a_row_is_cut_off_wherever_a_kill_came(tmp_path):
         ),
     ],
 )
-def test_what_made_the_rows_differs_is_named(tmp_path, change, says):
+def test_changed_settings_are_named(tmp_path, change, says):
     job = Job(1, "p")
     with open_rows(tmp_path / "out.jsonl", [job], PROVENANCE, print) as store:
         answer(store, job)

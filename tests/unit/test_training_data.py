@@ -102,7 +102,7 @@ def test_parquet_json_and_folders(tmp_path):
         read_rated(tmp_path, ReadOptions("dev"))
 
 
-def test_wrong_columns_say_what_is_there_and_what_is_needed(tmp_path):
+def test_errors_of_wrong_columns_list_got_and_expected(tmp_path):
     file = write(tmp_path / "x.jsonl", [{"question": "q", "answer": "a"}])
     with pytest.raises(
         ConfigError, match=r"columns question, answer\n  preferences need prompt, chosen, rejected; or prompt, response, score"
@@ -184,7 +184,7 @@ def test_rollouts_keep_their_tokens_unless_the_value_has_others():
     assert permuted.decode(encoding.encode_rated([row], permuted, None, 99)[0].ids) == "xab"
 
 
-def test_fingerprints_know_a_row_again_and_hold_no_text(tmp_path):
+def test_fingerprints_identify_rows_without_their_text(tmp_path):
     chat = Prompt((Message("user", "Say  hi"),))
     rows = [(Prompt("Say hi"), "hi there"), (None, "A text as it is"), (Prompt("caf\u00e9"), "\ud83d lone")]
     write_training_rows(tmp_path, rows)

@@ -1,4 +1,4 @@
-"""Usage of a request is the same whatever the caches held; what they held is told beside it."""
+"""Usage of a request is the same whatever the caches held; what they held is reported beside it."""
 
 import pytest
 

@@ -88,7 +88,7 @@ def test_weights_of_requests():
         betas_of(groups, defaults, {"ivg_beta.taste": 1.0})
 
 
-def test_what_a_front_end_lets_pass_harms_no_other_composite(tmp_path):
+def test_a_processor_ignores_requests_of_other_composites(tmp_path):
     from ivg.engines.vllm.config import check_betas
 
     config = IVGConfig.from_pretrained(export_composite(BASE, [pair(TUNED, UNTUNED)], tmp_path / "one"))

@@ -164,7 +164,7 @@ def test_an_autoregressive_reward_guides(folder):
 
 
 @pytest.mark.parametrize(
-    ("method", "settings", "told"),
+    ("method", "settings", "message"),
     [
         ("eft-gated", {}, "gate"),
         ("eft", {"draft": 4}, "draft"),
@@ -174,8 +174,8 @@ def test_an_autoregressive_reward_guides(folder):
         ("eft", {"alternatives": 2}, "alternatives"),
     ],
 )
-def test_unsupported_settings_are_errors(one, method, settings, told):
-    with pytest.raises(ConfigError, match=told):
+def test_unsupported_settings_are_errors(one, method, settings, message):
+    with pytest.raises(ConfigError, match=message):
         one.generate("The film", method, max_new_tokens=3, **settings)
     assert one.generate("The film", "eft", max_new_tokens=3).text
 

@@ -250,11 +250,11 @@ def test_a_killed_process_is_an_error():
 
 def test_arguments_that_vllm_does_not_take(folder):
     path = make(folder, "small-llama", 2)
-    for extra, told in (
+    for extra, message in (
         ({"nonsense": 1}, r"these engine arguments: .*argument 'nonsense'"),
         ({"compilation_config": {"nonsense": 1, "mode": "x"}}, r"these engine arguments: (?s:.*)nonsense: "),
     ):
-        with pytest.raises(ConfigError, match=told) as caught:
+        with pytest.raises(ConfigError, match=message) as caught:
             EngineClient(path, EngineClientOptions(extra=extra))
         assert str(caught.value).count("\n") <= 4
     with pytest.raises(ModelError, match=r"cannot run .*max_model_len \(100000\) is greater"):
