@@ -317,6 +317,6 @@ def test_errors(tmp_path, model):
     testing.byte_tokenizer().save_pretrained(tmp_path / "f")
     with pytest.raises(ModelError, match="has a vocabulary head, got head=scalar"):
         train_value(tmp_path / "f", letters(8), tmp_path / "g", FAST, ValueSettings(head="scalar"))
-    for train in (tune.dpo, tune.reward):
+    for train, settings in ((tune.dpo, DPOSettings()), (tune.reward, TrainSettings())):
         with pytest.raises(ConfigError, match="in all 2 pairs chosen and rejected are the same text"):
-            train(model, 2 * [Preference(Prompt("p"), "r", "r")], tmp_path / train.__name__, TrainSettings())
+            train(model, 2 * [Preference(Prompt("p"), "r", "r")], tmp_path / train.__name__, settings)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ivg.diagnostics.logits import response_beam, response_logits
+from ivg.diagnostics.logits import kl, response_beam, response_logits
 from ivg.model import GuidedModel
 from ivg.models.cached_lm import CachedLM
 from ivg.types import Beam, Prompt, Value
@@ -104,18 +104,9 @@ def _sums(base: Tensor, tuned: Tensor, untuned: Tensor, beta: float) -> Tensor:
     guided = base + beta * (tuned - untuned)
     top = base.topk(min(TOP_TOKENS, base.shape[1])).indices
     rows = (
-        _kl(base, tuned),
-        _kl(base, untuned),
-        _kl(tuned, untuned),
-        _kl(guided, base),
+        *(kl(p.log_softmax(-1), q.log_softmax(-1)) for p, q in ((base, tuned), (base, untuned), (tuned, untuned), (guided, base))),
         (guided.argmax(-1) == base.argmax(-1)).double(),
         1 - guided.softmax(-1).gather(1, top).sum(1),
         1 - base.softmax(-1).gather(1, top).sum(1),
     )
     return torch.stack([row.double().sum() for row in rows]).cpu()
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of each row of logits."""
-    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)

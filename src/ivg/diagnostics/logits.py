@@ -58,6 +58,11 @@ def response_logits(lm: CachedLM, beam: Beam, block: int = BLOCK) -> Iterator[Te
         lm.model.free(row)
 
 
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of each row, from log-probabilities [..., vocabulary]; tokens with probability 0 under both add nothing."""
+    return (log_p.exp() * (log_p - log_q).masked_fill(log_q == -torch.inf, 0.0)).sum(-1)
+
+
 @dataclass(frozen=True)
 class GuidanceLogits:
     """What token guidance by a value adds to the base's logits: a sum of ``weight * logits`` of models.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ivg.diagnostics.divergence import PairDivergence, pair_divergence
@@ -244,7 +244,7 @@ class _Check:
         if not prompts:
             return None, (), ()
         if guide is None:
-            settings = SweepSettings((0.0,), None, settings.samples, settings.sampling, settings.seed, settings.batch)
+            settings = replace(settings, betas=(0.0,), sample_at=None)
         texts = sample_texts(self.model, guide, prompts, settings)
         self.on_progress(f"scoring {len(texts.beams)} texts")
         divergence = self._divergence([b for b, k in zip(texts.beams, texts.sampled_at, strict=True) if k == 0])

@@ -18,9 +18,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ivg.diagnostics.logits import GuidanceLogits, response_beam
+from ivg.diagnostics.logits import GuidanceLogits, kl, response_beam
 from ivg.diagnostics.stats import (
     Estimate,
     Floats,
@@ -145,13 +144,8 @@ def text_logps_and_kls(model: GuidedModel, guidance: GuidanceLogits, beam: Beam,
         for k, beta in enumerate(settings.betas):
             guided = ((logits + beta * delta) / settings.sampling.temperature).log_softmax(-1)
             logps[k] += guided.gather(1, wanted).double().sum().cpu()
-            kls[k] += _kl(guided, plain).double().sum().cpu()
+            kls[k] += kl(guided, plain).double().sum().cpu()
     return logps.numpy(), kls.numpy()
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL of each row; tokens with probability 0 under both add nothing."""
-    return (log_p.exp() * (log_p - log_q).masked_fill(log_q == -torch.inf, 0.0)).sum(-1)
 
 
 def score_texts(value: Value, beams: Sequence[Beam], batch: int) -> Floats:

@@ -6,7 +6,6 @@ Benchmark: Li et al. 2023, github.com/tatsu-lab/alpaca_eval; version 2.0 with le
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +31,10 @@ FILE = "alpaca_eval_gpt4_baseline.json"
 """Instructions and the answers of gpt4_1106_preview. The file is downloaded itself, since ``datasets`` runs no loading scripts."""
 INSTRUCTIONS = "bfe8c45991f635de"
 """Fingerprint of the 805 instructions in AlpacaEval's order, which length control needs."""
+
+
+_CONNECTION = {"key_variable", "timeout", "retries", "concurrency"}
+"""Options that change no verdict."""
 
 
 class Options(BaseModel):
@@ -168,12 +171,10 @@ class Alpaca(Task):
         if options.judge == "none" or not answers:
             return {}
         rows = judge_all(self.judge(options), [_row(a, label) for a in answers], out / "judgements" / f"{label}.jsonl")
-        judged = win_rate(average_over_seeds(rows))
+        judged = win_rate(average_over_seeds(rows)).to_dict()
         metrics: dict[str, Any] = {
-            "judged_win_rate": judged.win_rate,
-            "judged_standard_error": None if math.isnan(judged.standard_error) else judged.standard_error,
-            "judged_discrete_win_rate": judged.discrete_win_rate,
-            "characters": judged.avg_length,
+            **{f"judged_{name}": judged[name] for name in ("win_rate", "standard_error", "discrete_win_rate")},
+            "characters": judged["avg_length"],
             "judge": f"Judge: {rows[0]['annotator']}, against {rows[0]['generator_1']}.",
         }
         missing = sum(row["preference"] is None for row in rows)
@@ -184,9 +185,8 @@ class Alpaca(Task):
     def settings(self, config: EvalConfig) -> Mapping[str, Any]:
         """The judge's settings, without those of its connection."""
         options = Options.of(config)
-        connection = {"key_variable", "timeout", "retries", "concurrency"}
         weights = fingerprint(options.reward) if options.reward else None
-        return {**options.model_dump(exclude=connection), "model": options.judge_model, "weights": weights}
+        return {**options.model_dump(exclude=_CONNECTION), "model": options.judge_model, "weights": weights}
 
     def judge(self, options: Options) -> Judge:
         """The judge; created once for all methods."""
@@ -220,16 +220,8 @@ def _make_judge(options: Options) -> Judge:
     if options.judge == "alpaca_eval":
         return AlpacaEvalJudge(options.annotators, options.order_seed)
     assert options.judge_model is not None
-    return ChatJudge(
-        options.judge_model,
-        options.base_url,
-        key_variable=options.key_variable,
-        timeout=options.timeout,
-        retries=options.retries,
-        concurrency=options.concurrency,
-        max_tokens=options.max_tokens,
-        seed=options.order_seed,
-    )
+    settings = options.model_dump(include=_CONNECTION | {"base_url", "max_tokens"})
+    return ChatJudge(options.judge_model, seed=options.order_seed, **settings)
 
 
 def _rows(config: EvalConfig) -> Iterable[dict[str, Any]]:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from ivg.evaluation.methods import MethodRow
 from ivg.evaluation.plan import EvalPlan
-from ivg.evaluation.worker import OnProgress, Worker, append_log
+from ivg.evaluation.worker import OnProgress, Worker
 from ivg.jobs.blocks import open_blocks
 from ivg.jobs.runner import LocalBackend, RequestSettings, Result, Task
 from ivg.types import Completion, Prompt
 from ivg.utils import environment
+from ivg.utils.jsonl import append_lines, as_lines
 
 if TYPE_CHECKING:
     from ivg.model import GuidedModel
@@ -41,7 +42,7 @@ def generate(worker: Worker, label: str, make_rows: MakeRows, on_progress: OnPro
             worker.record_metadata("generate")
             file.append(rows)
             timing = {"label": label, "start": positions.start, "rows": len(rows), "seconds": round(seconds, 4)}
-            append_log(plan.timings, {**timing, "peak_bytes": environment.peak_bytes()})
+            append_lines(plan.timings, as_lines([{**timing, "peak_bytes": environment.peak_bytes()}]))
             on_progress(label, len(rows))
 
 

@@ -102,7 +102,7 @@ def _verdict(answer: float | ScoreFault, reference: float | ScoreFault) -> Verdi
         return Verdict(None, answer)
     if isinstance(reference, ScoreFault):
         return Verdict(None, reference)
-    return Verdict(round(1 + _sigmoid(answer - reference), 6))
+    return Verdict(round(1.5 + math.tanh((answer - reference) / 2) / 2, 6))  # 1 + the sigmoid of the difference
 
 
 class ChatJudge:
@@ -347,7 +347,3 @@ def _trivial_verdict(row: Mapping[str, Any]) -> Verdict | None:
     if not row["output_2"].strip():
         return Verdict(REFERENCE)
     return None if row["output_1"].strip() else Verdict(MODEL)
-
-
-def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

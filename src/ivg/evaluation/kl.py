@@ -23,8 +23,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ivg.diagnostics.stats import bootstrap_mean
-from ivg.evaluation.metrics import mean_by_key
+from ivg.evaluation.metrics import mean_over_prompts
 from ivg.search.methods import Method
 from ivg.search.selection import budgets
 from ivg.settings.sampling import PLAIN_SAMPLING
@@ -53,7 +52,7 @@ def kl_to_base(method: Method, sampling: SamplingParams, rows: Sequence[dict[str
                 return None, "no useful bound is known for the method"
             added = selection_bound(draws, best_of_chunks=best_of_chunks, soft=method.rule == "soft")
         kls.append((row["id"], row["shift"] + added))
-    return {**bootstrap_mean(list(mean_by_key(kls).values())).to_dict(), "bound": selects}, None
+    return {**mean_over_prompts(kls), "bound": selects}, None
 
 
 def selection_bound(draws: Sequence[int], *, best_of_chunks: bool, soft: bool = False) -> float:

@@ -1,10 +1,12 @@
-"""Metrics of answers: pure functions of numbers and texts. Standard library only."""
+"""Metrics of answers: pure functions of numbers and texts."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
+
+from ivg.diagnostics.stats import bootstrap_mean
 
 
 def mean_by_key(pairs: Iterable[tuple[Hashable, float]]) -> dict[Hashable, float]:
@@ -13,6 +15,11 @@ def mean_by_key(pairs: Iterable[tuple[Hashable, float]]) -> dict[Hashable, float
     for key, value in pairs:
         sums.setdefault(key, []).append(value)
     return {key: sum(values) / len(values) for key, values in sums.items()}
+
+
+def mean_over_prompts(pairs: Iterable[tuple[str, float]], rounds: int = 10_000) -> dict[str, float]:
+    """Mean and 95 % interval of (id of the prompt, value), averaged over seeds first: answers to one prompt are not independent."""
+    return bootstrap_mean(list(mean_by_key(pairs).values()), rounds).to_dict()
 
 
 def win(score: float, other: float) -> float:

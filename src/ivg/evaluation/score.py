@@ -12,14 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ivg.diagnostics.logits import response_beam
 from ivg.errors import ConfigError, ScoreError, ScoreFault
 from ivg.evaluation.base_samples import prefix_maxima
 from ivg.evaluation.methods import BASE_SAMPLES
 from ivg.evaluation.plan import GOLD, EvalPlan
-from ivg.evaluation.transcripts import check_file_provenance, fingerprint, prompt_of, read_answers, read_transcripts
+from ivg.evaluation.transcripts import check_file_provenance, fingerprint, read_answers, read_transcripts
 from ivg.evaluation.worker import OnProgress, Worker
 from ivg.jobs.blocks import open_blocks
-from ivg.types import Beam, TokenCounter, new_key
+from ivg.types import Prompt
 from ivg.types.scores import judge_each, require_scores
 from ivg.utils.jsonl import read_jsonl, write_json
 
@@ -128,10 +129,7 @@ def _score_base_samples(worker: Worker, rows: Sequence[Row]) -> Iterator[Row]:
 def base_logps(model: GuidedModel, rows: Sequence[Row]) -> list[float]:
     """Log-probability of every answer under the base at temperature 1, summed over its tokens, in nats [rows]."""
     model.reset_caches()
-    beams = [
-        Beam(new_key(), None, prompt_of(r), tuple(r["token_ids"]), r["text"], None, TokenCounter(), model.base.vocabulary, inherits=False)
-        for r in rows
-    ]
+    beams = [response_beam(model.reader, Prompt.of(r["prompt"]), r["text"], r["token_ids"]) for r in rows]
     filled = [b for b in beams if b.token_ids]
     sums = dict(zip((b.key for b in filled), map(sum, model.reader.token_logps(filled)), strict=True)) if filled else {}
     model.reader.release([b.key for b in filled])

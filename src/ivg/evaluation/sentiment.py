@@ -79,7 +79,7 @@ def opening_words(texts: Sequence[str], count: int, seed: int, shortest: int = S
     """The first 4 to 8 words of ``count`` texts, sampled without replacement.
 
     Raises:
-        ValueError: fewer than ``count`` texts are long check_count.
+        ValueError: fewer than ``count`` texts are long enough.
     """
     rng = np.random.default_rng(seed)
     out = []

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 from ivg.diagnostics.cost import flops
-from ivg.diagnostics.stats import bootstrap_mean
 from ivg.errors import ConfigError
 from ivg.evaluation import metrics
 from ivg.evaluation.base_samples import SampleGroup, sample_group
 from ivg.evaluation.kl import kl_to_base
 from ivg.evaluation.methods import BASE_SAMPLES, MethodRow, method_settings
+from ivg.evaluation.metrics import mean_over_prompts
 from ivg.evaluation.plan import GOLD, EvalPlan
 from ivg.evaluation.score import read_scored, read_task_metrics
 from ivg.search.methods import Method
@@ -75,11 +74,11 @@ def _method(plan: EvalPlan, row: MethodRow, base: Sequence[ScoredRow], sizes: di
         "method": method_settings(row.method),
         "answers": len(good),
         "errors": len(pairs) - len(good),
-        **{judge: _mean(good, partial(_score, judge)) for judge in plan.judges},
+        **{judge: mean_over_prompts((r["id"], s[judge]) for r, s in good) for judge in plan.judges},
         "win_rate": _win_rate(good, base) if GOLD in plan.judges else None,
         "kl": kl,
         "kl_note": kl_note,
-        "surprisal": _mean(good, lambda r, s: -s["base_logp"]),
+        "surprisal": mean_over_prompts((r["id"], -s["base_logp"]) for r, s in good),
         "perplexity": metrics.perplexity([s["base_logp"] for _, s in good], [s["tokens"] for _, s in good]),
         **_text_metrics(good),
         "forward_tokens": {k: round(v, 2) for k, v in tokens.items()},
@@ -102,19 +101,11 @@ def _add_primary(plan: EvalPlan, methods: Sequence[Row]) -> str | None:
     return name
 
 
-def _score(judge: str, _: Row, scores: Row) -> float:
-    return float(scores[judge])
-
-
-def _mean(pairs: Sequence[ScoredRow], metric: Callable[[Row, Row], float]) -> dict[str, float]:
-    return bootstrap_mean(list(metrics.mean_by_key((r["id"], metric(r, s)) for r, s in pairs).values())).to_dict()
-
-
 def _win_rate(pairs: Sequence[ScoredRow], base: Sequence[ScoredRow]) -> dict[str, float] | None:
     """How often gold prefers the answer to the base's answer with the same prompt and seed; ties count half."""
     base_scores = {(r["id"], r["seed"]): s[GOLD] for r, s in base if "error" not in r}
-    both = [(r, {"win": metrics.win(s[GOLD], base_scores[r["id"], r["seed"]])}) for r, s in pairs if (r["id"], r["seed"]) in base_scores]
-    return _mean(both, lambda r, s: s["win"]) if both else None
+    wins = [(r["id"], metrics.win(s[GOLD], base_scores[key])) for r, s in pairs if (key := (r["id"], r["seed"])) in base_scores]
+    return mean_over_prompts(wins) if wins else None
 
 
 def _text_metrics(pairs: Sequence[ScoredRow]) -> Row:
@@ -163,7 +154,7 @@ def _best_of_n_curve(groups: Sequence[SampleGroup]) -> list[Row]:
     out = []
     for n in range(1, min(g.size for g in groups) + 1):
         golds = [(g.id, gold) for g in groups if (gold := g.golds[g.best(n)]) is not None]
-        mean = bootstrap_mean(list(metrics.mean_by_key(golds).values()), CURVE_ROUNDS).to_dict() if golds else None
+        mean = mean_over_prompts(golds, CURVE_ROUNDS) if golds else None
         out.append({"n": n, "gold": mean, "flops": sum(g.flops[n - 1] for g in groups) / len(groups)})
     return out
 

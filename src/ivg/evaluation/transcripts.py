@@ -12,7 +12,6 @@ from ivg.errors import ConfigError
 from ivg.evaluation.plan import EvalPlan
 from ivg.evaluation.task import Answer
 from ivg.jobs.blocks import check_provenance
-from ivg.types import Prompt
 from ivg.utils.jsonl import read_jsonl
 
 Row = dict[str, Any]
@@ -44,11 +43,6 @@ def read_answers(plan: EvalPlan, label: str) -> list[Answer]:
     examples = plan.examples_by_id
     rows = list(read_jsonl(plan.transcripts(label)))[: plan.total]
     return [Answer(examples[r["id"]], r["seed"], r["text"], r.get("error")) for r in rows]
-
-
-def prompt_of(row: Row) -> Prompt:
-    """The prompt of a transcript row."""
-    return Prompt.of(row["prompt"])
 
 
 def fingerprint(row: Mapping[str, Any]) -> str:

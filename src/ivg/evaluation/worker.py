@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ivg.evaluation.plan import EvalPlan
 from ivg.utils import environment
-from ivg.utils.jsonl import append_lines, to_json, write_json
+from ivg.utils.jsonl import append_lines, as_lines, write_json
 
 if TYPE_CHECKING:
     from ivg.model import GuidedModel
@@ -69,9 +68,4 @@ class Worker:
         """Write commit, command and machine of this process to ``timings.jsonl``, once for each stage."""
         if stage not in self._recorded:
             self._recorded.add(stage)
-            append_log(self.plan.timings, {"stage": stage, "made": environment.run_metadata()})
-
-
-def append_log(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one line to a log that several processes write."""
-    append_lines(path, to_json(row) + "\n")
+            append_lines(self.plan.timings, as_lines([{"stage": stage, "made": environment.run_metadata()}]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,19 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 from ivg.diagnostics.pairs import is_tie
 from ivg.errors import ConfigError
 from ivg.settings.train import DPOSettings, SFTSettings, TrainSettings
-from ivg.training import encoding
 from ivg.training.data import SFTExample
+from ivg.training.encoding import encode_for_reward, encode_preferences, encode_sft
 from ivg.training.run_dir import RunDir, first_process, open_run, process_count, run_provenance
 from ivg.training.trainer import drop_timing_metrics, load_for_training, lora_config, split_rows, trainer_arguments
 from ivg.types import Preference
 from ivg.values.reward import RewardModel
 
+Encoder = Callable[[Sequence[Any]], list[Any]]
 Sources = Sequence[str | Path]
 """Where the rows come from; named in the model card."""
 
 
-def sft(
-    model: str | Path,
-    rows: Sequence[SFTExample],
-    out: str | Path,
-    settings: SFTSettings,
-    *,
-    sources: Sources = (),
-) -> dict[str, Any]:
+def sft(model: str | Path, rows: Sequence[SFTExample], out: str | Path, settings: SFTSettings, *, sources: Sources = ()) -> dict[str, Any]:
     """Supervised fine-tuning (TRL's ``SFTTrainer``).
 
     Args:
@@ -50,19 +45,15 @@ def sft(
     Raises:
         ConfigError: no usable row, or ``out`` holds another run.
     """
-    with open_run(out, run_provenance("sft", model, sources, rows, settings)) as run:
-        if run.metrics is not None:
-            return run.metrics
-        network, tokenizer = _load(AutoModelForCausalLM, model, settings)
-        task = _Task(
-            SFTTrainer if torch.cuda.is_available() else _PlainLossSFTTrainer,
-            SFTConfig,
-            "CAUSAL_LM",
-            lambda part: encoding.encode_sft(part, tokenizer, settings.template, settings.max_length),
-            {"packing": False, "completion_only_loss": settings.loss == "response"},
-        )
-        card = "Supervised fine-tuning", "Load it with transformers; as a base (`--base`), or as the untuned guide (`--untuned`) of a pair."
-        return _train(run, network, tokenizer, rows, settings, task, card)
+    task = _Task(
+        "sft",
+        SFTTrainer if torch.cuda.is_available() else _PlainLossSFTTrainer,
+        SFTConfig,
+        ("Supervised fine-tuning", "Load it with transformers; as a base (`--base`), or as the untuned guide (`--untuned`) of a pair."),
+        lambda _, tokenizer: partial(encode_sft, tokenizer=tokenizer, template=settings.template, max_length=settings.max_length),
+        {"packing": False, "completion_only_loss": settings.loss == "response"},
+    )
+    return _run(task, model, rows, out, settings, sources)
 
 
 def dpo(model: str | Path, rows: Sequence[Preference], out: str | Path, settings: DPOSettings, *, sources: Sources = ()) -> dict[str, Any]:
@@ -79,25 +70,20 @@ def dpo(model: str | Path, rows: Sequence[Preference], out: str | Path, settings
     Raises:
         ConfigError: no usable row, or ``out`` holds another run.
     """
-    with open_run(out, run_provenance("dpo", model, sources, rows, settings)) as run:
-        if run.metrics is not None:
-            return run.metrics
-        rows, ties = _without_ties(rows)
-        network, tokenizer = _load(AutoModelForCausalLM, model, settings)
-        task = _Task(
-            _TokenisedDPOTrainer,
-            DPOConfig,
-            "CAUSAL_LM",
-            lambda part: encoding.encode_preferences(part, tokenizer, settings.template, settings.max_length),
-            {
-                "beta": settings.beta,
-                "precompute_ref_log_probs": process_count() == 1,  # TRL's cache of them lives in one process
-                "precompute_ref_batch_size": 2 * settings.per_device_train_batch_size,
-            },
-            {"ties_left_out": ties},
-        )
-        card = "DPO-tuned guide", f"The tuned guide of a pair: `--tuned THIS --untuned {model}`."
-        return _train(run, network, tokenizer, rows, settings, task, card)
+    arguments = {
+        "beta": settings.beta,
+        "precompute_ref_log_probs": process_count() == 1,  # TRL's cache of them lives in one process
+        "precompute_ref_batch_size": 2 * settings.per_device_train_batch_size,
+    }
+    task = _Task(
+        "dpo",
+        _TokenisedDPOTrainer,
+        DPOConfig,
+        ("DPO-tuned guide", f"The tuned guide of a pair: `--tuned THIS --untuned {model}`."),
+        lambda _, tokenizer: partial(encode_preferences, tokenizer=tokenizer, template=settings.template, max_length=settings.max_length),
+        arguments,
+    )
+    return _run(task, model, rows, out, settings, sources)
 
 
 def reward(
@@ -115,24 +101,14 @@ def reward(
     Raises:
         ConfigError: settings out of range, no usable row, or ``out`` holds another run.
     """
-    with open_run(out, run_provenance("reward", model, sources, rows, settings)) as run:
-        if run.metrics is not None:
-            return run.metrics
-        rows, ties = _without_ties(rows)
-        network, tokenizer = _load(AutoModelForSequenceClassification, model, settings, num_labels=1)
+
+    def encoder(network: Any, tokenizer: Any) -> Encoder:
         network.config.pad_token_id = tokenizer.pad_token_id
         network.config.ivg_template = settings.template
-        reader = RewardModel(network, tokenizer, settings.template)
-        task = _Task(
-            RewardTrainer,
-            RewardConfig,
-            "SEQ_CLS",
-            lambda part: encoding.encode_for_reward(part, reader, settings.max_length),
-            counts={"ties_left_out": ties},
-        )
-        return _train(
-            run, network, tokenizer, rows, settings, task, ("Reward model", "As a reward: `--reward THIS`, or `gold` of `ivg eval`.")
-        )
+        return partial(encode_for_reward, reader=RewardModel(network, tokenizer, settings.template), max_length=settings.max_length)
+
+    task = _Task("reward", RewardTrainer, RewardConfig, ("Reward model", "As a reward: `--reward THIS`, or `gold` of `ivg eval`."), encoder)
+    return _run(task, model, rows, out, settings, sources)
 
 
 @dataclass(frozen=True)
@@ -140,20 +116,20 @@ class _Task:
     """A trainer of TRL, and what it needs.
 
     Attributes:
+        command: of ``ivg train``.
         trainer: its class.
         config: the class of its arguments.
-        task_type: for PEFT.
-        encode: rows to the columns that the trainer reads.
+        card: title and usage of the model card.
+        encoder: from network and tokenizer to a function from rows to the columns that the trainer reads.
         arguments: further fields of ``config``.
-        counts: further metrics.
     """
 
+    command: str
     trainer: Any
     config: Any
-    task_type: str
-    encode: Callable[[Sequence[Any]], list[Any]]
+    card: tuple[str, str]
+    encoder: Callable[[Any, Any], Encoder]
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 class _PlainLossSFTTrainer(SFTTrainer):
@@ -170,11 +146,32 @@ class _TokenisedDPOTrainer(DPOTrainer):
         return dataset
 
 
-def _load(auto_class: Any, model: str | Path, settings: TrainSettings, **kwargs: Any) -> tuple[Any, Any]:
-    if settings.mode == "head":
-        raise ConfigError("mode head trains the head of a value\n  expected full or lora")
-    set_seed(settings.seed)
-    return load_for_training(auto_class, model, "model", settings.trust_remote_code, settings.mode, **kwargs)
+def _run(task: _Task, model: str | Path, rows: Sequence[Any], out: str | Path, settings: TrainSettings, sources: Sources) -> dict[str, Any]:
+    """Load, train, evaluate, save."""
+    with open_run(out, run_provenance(task.command, model, sources, rows, settings)) as run:
+        if run.metrics is not None:
+            return run.metrics
+        counts = {}
+        if task.command != "sft":
+            rows, counts["ties_left_out"] = _without_ties(rows)
+        if settings.mode == "head":
+            raise ConfigError("mode head trains the head of a value\n  expected full or lora")
+        set_seed(settings.seed)
+        kind, labels = (AutoModelForSequenceClassification, {"num_labels": 1}) if task.command == "reward" else (AutoModelForCausalLM, {})
+        network, tokenizer = load_for_training(kind, model, "model", settings.trust_remote_code, settings.mode, **labels)
+        split = split_rows(rows, settings, task.encoder(network, tokenizer))
+        trainer = task.trainer(
+            model=network.train(),
+            args=trainer_arguments(task.config, settings, run, evaluate=bool(split.test), **{**task.arguments, "max_length": None}),
+            train_dataset=Dataset.from_list(split.train),
+            eval_dataset=Dataset.from_list(split.test) if split.test else None,
+            processing_class=tokenizer,
+            peft_config=lora_config(settings, "SEQ_CLS" if task.command == "reward" else "CAUSAL_LM"),
+        )
+        run.train(trainer)
+        held_out = {"held_out": drop_timing_metrics(trainer.evaluate())} if split.test else {}
+        _save(trainer, tokenizer, run)
+        return run.finish({**split.counts, **counts, **held_out}, *task.card, split.rows)
 
 
 def _without_ties(rows: Sequence[Preference]) -> tuple[list[Preference], int]:
@@ -189,24 +186,7 @@ def _without_ties(rows: Sequence[Preference]) -> tuple[list[Preference], int]:
     return kept, len(rows) - len(kept)
 
 
-def _train(
-    run: RunDir, network: Any, tokenizer: Any, rows: Sequence[Any], settings: TrainSettings, task: _Task, card: tuple[str, str]
-) -> dict[str, Any]:
-    """Train, evaluate, save; ``card``: title and usage of the model card."""
-    split = split_rows(rows, settings, task.encode)
-    network.train()
-    trainer = task.trainer(
-        model=network,
-        args=trainer_arguments(task.config, settings, run, evaluate=bool(split.test), **{**task.arguments, "max_length": None}),
-        train_dataset=Dataset.from_list(split.train),
-        eval_dataset=Dataset.from_list(split.test) if split.test else None,
-        processing_class=tokenizer,
-        peft_config=lora_config(settings, task.task_type),
-    )
-    run.train(trainer)
-    metrics: dict[str, Any] = {**split.counts, **task.counts}
-    if split.test:
-        metrics["held_out"] = drop_timing_metrics(trainer.evaluate())
+def _save(trainer: Any, tokenizer: Any, run: RunDir) -> None:
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(trained, "merge_and_unload"):
         if first_process():
@@ -217,4 +197,3 @@ def _train(
     if first_process():
         (run.path / "training_args.bin").unlink(missing_ok=True)
         tokenizer.save_pretrained(run.path)
-    return run.finish(metrics, *card, split.rows)
