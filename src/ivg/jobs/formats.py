@@ -2,7 +2,7 @@
 
 The one reader of ``generate``, ``eval``, ``rollout``, ``check`` and ``train`` (docs/reference/data.md). Text is UTF-8, with or without a
 byte order mark; lines end at a line feed, with a carriage return before it or not. A row that cannot be read comes as a
-:class:`SourceRow` with its error, and the others are read. Must not know what a column means. pyarrow and datasets are imported
+:class:`SourceRow` with its error, and the others are read. Must not depend on what a column means. pyarrow and datasets are imported
 where they are needed.
 """
 

@@ -3,7 +3,7 @@
 A row is one sequence of tokens that the network has read. The cache holds its state (keys and values, or a recurrent state) and
 is only an optimisation: every output is that of a forward pass over the row's tokens alone.
 
-Must not know prompts, beams, tokenizers.
+Must not depend on prompts, beams, tokenizers.
 """
 
 from __future__ import annotations

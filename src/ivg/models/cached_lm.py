@@ -1,6 +1,6 @@
 """A language model or value network that reads hypotheses: in its own tokens, behind its own prompt, and only what is new of each.
 
-Knows which cache row holds which hypothesis. Must not know what its outputs mean (``values``), nor how beams are chosen. Nothing of a
+Maps hypotheses to cache rows. Must not depend on what its outputs mean (``values``), nor how beams are chosen. Nothing of a
 request is kept but its cache rows, which :meth:`CachedLM.release` frees.
 """
 

@@ -1,7 +1,7 @@
 """What one forward pass over rows with shared prefixes writes, and what each of its tokens sees.
 
 Made before the pass from where the rows lie (:class:`RowLayout`); used by the cache (``models.kv_cache``) and by attention
-(``models.attention``). Must not know how slots are assigned, nor the network.
+(``models.attention``). Must not depend on how slots are assigned, nor the network.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Honoured as transformers' ``generate`` and vLLM's server honour it: below what a request or a recipe sets, above our own defaults. What
 changes the text of ``generate`` and is not supported here is refused by name; what only sets how ``generate`` searches or stores is
-ignored, and listed. Knows names of settings; must not know models.
+ignored, and listed. Handles names of settings; must not depend on models.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Finds a model by name: embedded, in a local directory, in the hub's cache, or on the hub. Fails at once where it is in none.
 
-transformers asks the hub for every name that is no directory, and retries for a minute where it cannot be reached. Knows names and
-files; must not know what a model is for.
+transformers asks the hub for every name that is no directory, and retries for a minute where it cannot be reached. Handles names and
+files; must not depend on what a model is for.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 They are private: another PyTorch may lack them or change their signature, and a processor may not have their instructions (a CPU with
 AVX2 alone packs no weights in bfloat16). A kernel that fails, or computes something else, is not used; callers then use public
-operations. Must not know networks.
+operations. Must not depend on networks.
 """
 
 from __future__ import annotations

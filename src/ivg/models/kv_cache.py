@@ -4,7 +4,7 @@ A *prefix slot* holds what all rows of one prefix group begin with, [prefix slot
 what it has behind that, [suffix slots, capacity, heads, size]. So a shared beginning is stored once, and read once by all rows that
 share it (``models.attention``).
 
-Knows transformers' cache interface. Must not know tokens, rows or prefix groups (``models.slot_cache``).
+Handles transformers' cache interface. Must not depend on tokens, rows or prefix groups (``models.slot_cache``).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tensors whose untouched pages take no memory, and whose pages can be returned to the operating system (CPUs, Linux).
 
-Must not know what the tensors hold.
+Must not depend on what the tensors hold.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 oneDNN reorders a weight matrix into blocks before each product; for few rows that takes as long as the product. Packed once, a
 pass of 1 to 16 rows takes half the time, one of 256 a tenth less (dev/LOG.md). The plain weights are dropped; they can
-be read back, exactly, from the packed ones. Knows PyTorch's modules and transformers' ``Conv1D``; must not know what they mean.
+be read back, exactly, from the packed ones. Handles PyTorch's modules and transformers' ``Conv1D``; must not depend on what they mean.
 """
 
 from __future__ import annotations

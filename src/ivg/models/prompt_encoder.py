@@ -1,6 +1,6 @@
 """How one model reads prompts and hypotheses: in its own tokens, behind its own prompt.
 
-Knows templates, vocabularies, lengths. Must not know networks: they may run here (``models.cached_lm``) or inside another engine.
+Handles templates, vocabularies, lengths. Must not depend on networks: they may run here (``models.cached_lm``) or inside another engine.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ chooses by the largest position in a pass: a short row beside a long one, or the
 wrong set. Here every output is that of a pass over the tokens before it alone. This is also what Phi-3's own ``generate`` gives, which
 reads the text anew where it passes the limit.
 
-Must not know rows or caches.
+Must not depend on rows or caches.
 """
 
 from __future__ import annotations

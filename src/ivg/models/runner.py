@@ -1,7 +1,7 @@
 """Runs a causal network over cached rows: what is to be read is cut into forward passes of bounded size.
 
 The network reads only tokens that the cache does not hold yet. Rows under different rotary factors (LongRoPE, ``models.rotary``) never
-share a pass. Must not know how a cache keeps its rows (``models.cache``), nor prompts, beams, tokenizers.
+share a pass. Must not depend on how a cache keeps its rows (``models.cache``), nor prompts, beams, tokenizers.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ freed and the others share more. A row that is alone in its group writes to the 
 are those of one answer and a little more. Every row has its own length: requests of different lengths share a batch without padding
 the cache.
 
-Must not know what tokens mean, nor networks (``models.slot_forward``).
+Must not depend on what tokens mean, nor networks (``models.slot_forward``).
 """
 
 from __future__ import annotations

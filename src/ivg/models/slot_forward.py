@@ -1,7 +1,7 @@
 """A forward pass of a transformers network over the slots of ``models.kv_cache``.
 
 Attention goes by prefix groups (``models.attention``) where the network looks its attention up by name and nothing else stands against
-it; otherwise keys and values are concatenated for each row. Knows transformers' forward signature. Must not know how slots are assigned.
+it; otherwise keys and values are concatenated for each row. Must not depend on how slots are assigned.
 """
 
 from __future__ import annotations

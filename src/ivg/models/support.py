@@ -4,7 +4,7 @@ Rows of different lengths share a pass, each row in pieces and with forks, and e
 tokens alone. Most decoders give that. Some need more than positions (:class:`NetworkSupport`); some are exact up to a length;
 the others are refused when they are loaded. Every type of transformers was measured (``tests/integration/test_architectures.py``).
 
-Knows transformers' configurations and what its networks do with them. Must not know rows or caches.
+Handles transformers' configurations and what its networks do with them. Must not depend on rows or caches.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 One row of training data gives a 64-bit hash for each response, of prompt and response with runs of white space made one space. The file
 holds the sorted hashes and no text: the data cannot be read from it, but a given row can be looked up.
 
-Knows: prompts, responses, folders and hub ids. Must not know trainers or evaluation.
+Handles prompts, responses, folders and hub ids. Must not depend on trainers or evaluation.
 """
 
 from __future__ import annotations

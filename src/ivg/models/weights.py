@@ -1,6 +1,6 @@
 """The weights of a checkpoint: names of its tensors, single tensors, and whether a network has got all of them.
 
-Knows files and what transformers reports about them. Must not know what a tensor is for.
+Handles files and what transformers reports about them. Must not depend on what a tensor is for.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Stride scheduling (Waldspurger and Weihl 1995): a step of t tokens advances the virtual time of a request by t times the request's cost
 per token. Requests that are behind run first. The cost is the maximum number of beams of a request, not the current one, so requests of
-the same shape run in every step together. Knows no engines; changes no result.
+the same shape run in every step together. Independent of engines; changes no result.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The loop: beams in, longer beams, scores, fewer beams (docs/explanation/concepts.md).
 
-Knows requests, rounds, and which caches are still needed; not tensors, models, or how a request selects
+Handles requests, rounds, and which caches are still needed; not tensors, models, or how a request selects
 (:mod:`ivg.search.selection`). Requests with different methods and settings share each round; new ones join between rounds.
 """
 

@@ -1,6 +1,6 @@
 """Errors as clients see them: OpenAI's JSON object and headers, without file paths or addresses of this machine.
 
-Knows no models and no web framework.
+Independent of models and web frameworks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fields of request bodies that are not part of the schema: those that are ignored, and those that are not supported. Knows no models."""
+"""Fields of request bodies that are not part of the schema: those that are ignored, and those that are not supported."""
 
 from __future__ import annotations
 

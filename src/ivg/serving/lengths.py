@@ -1,4 +1,4 @@
-"""Length limits: the context windows of the base and of the values. Knows no HTTP."""
+"""Length limits: the context windows of the base and of the values. Independent of HTTP."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Parses and validates request bodies. Errors name the field by its JSON path, what was got and what is expected.
 
-Knows no models.
+Independent of models.
 """
 
 from __future__ import annotations

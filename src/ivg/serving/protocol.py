@@ -1,4 +1,4 @@
-"""Request bodies: OpenAI's fields, the settings of ``ivg.settings``, and ``guidance``. Knows no models.
+"""Request bodies: OpenAI's fields, the settings of ``ivg.settings``, and ``guidance``. Independent of models.
 
 Settings of search and sampling have the names, aliases and ranges of :mod:`ivg.settings`: all of them in ``guidance``, those of sampling
 at the top level too, as in vLLM. Unknown fields are errors; ``serving.ignored`` has removed those that do not change the response, and

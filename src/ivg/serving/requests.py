@@ -1,6 +1,6 @@
 """What passes between an HTTP request and the worker thread: a :class:`RequestHandle` one way, events the other.
 
-Knows no models and no HTTP.
+Independent of models and HTTP.
 """
 
 from __future__ import annotations

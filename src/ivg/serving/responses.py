@@ -1,4 +1,4 @@
-"""Response bodies: OpenAI's objects as dictionaries, with one more field called ``ivg``. Knows no HTTP and no threads."""
+"""Response bodies: OpenAI's objects as dictionaries, with one more field called ``ivg``. Independent of HTTP and threads."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The models as clients see them: the base's name, and ``NAME:METHOD`` for every method whose values are loaded.
 
-Turns request bodies into search requests, within the server's limits. Runs in the worker thread; knows no HTTP.
+Turns request bodies into search requests, within the server's limits. Runs in the worker thread; independent of HTTP.
 """
 
 from __future__ import annotations

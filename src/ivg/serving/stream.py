@@ -1,6 +1,6 @@
 """Server-sent events. Text is sent as soon as all beams of the request share it, and never taken back.
 
-Committed text only grows (``search.searcher``), which also holds back partial stop strings and partial characters. Knows no HTTP.
+Committed text only grows (``search.searcher``), which also holds back partial stop strings and partial characters. Independent of HTTP.
 """
 
 from __future__ import annotations

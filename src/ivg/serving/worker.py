@@ -4,7 +4,7 @@ New requests join and cancelled ones leave between two steps. When a model or a 
 they are then run again from the beginning (``serving.isolation``) until the request that causes the error is found. Random draws depend
 on seed and position only, so a request that is run again gives the same text, and its client receives only what is new.
 
-Knows requests, deadlines and the search; must not know HTTP.
+Handles requests, deadlines and the search; must not depend on HTTP.
 """
 
 from __future__ import annotations

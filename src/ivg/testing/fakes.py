@@ -193,7 +193,7 @@ class AsyncFakeEngine(AsyncEngine, FakeEngine):
         self.given_up += [k for k in keys if self._requests.pop(k, None) is not None]
 
     def release(self, keys: Sequence[int]) -> None:
-        """Forget these beams, their requests, and children that nobody has collected."""
+        """Forget these beams, their requests, and children not collected yet."""
         lost = [child.key for key in keys if (output := self._outputs.get(key)) is not None for child in output.children]
         AsyncEngine.release(self, keys)
         FakeEngine.release(self, [*keys, *lost])

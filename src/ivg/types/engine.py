@@ -194,7 +194,7 @@ class Engine(ABC):
 class AsyncEngine(Engine):
     """An engine whose requests end each at its own time: no search waits for another's.
 
-    At most one request runs for a beam. :meth:`release` of a request's beam aborts it. Outputs that nobody has asked for yet are kept.
+    At most one request runs for a beam. :meth:`release` of a request's beam aborts it. Outputs are kept until they are collected.
     """
 
     patience = 0.05

@@ -1,6 +1,6 @@
 """How many tokens to draft ahead: the number for which all rows are expected to finish first, from measured times.
 
-Knows how long rounds took and how often proposals were accepted. Must not know tensors or models. Timings may decide, because the
+Uses only the times of rounds and the rates of acceptance; no tensors, no models. Timings may decide, because the
 number changes no token (``speculation``). With proposals accepted at rate a, a round that drafts g tokens ahead yields
 n <= g tokens with probability a^(n-1) * (1 - a), else g + 1 (Leviathan et al. 2023, arXiv 2211.17192). The time until a chunk is done
 is that of the rounds that its slowest row needs: with many rows one is nearly always slow, and drafts pay less than for one. 0 ahead

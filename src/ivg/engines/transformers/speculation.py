@@ -7,7 +7,7 @@ is why timings may choose the number (``draft_length``).
 
 The pair of guides must read every token anyway. At beta = 1 the draft is the tuned model's, and untuned model and base read the
 drafted tokens in one pass each. Rows advance by different numbers of tokens; what was read in vain is cut from the caches.
-Explained in docs/explanation/speculation.md. Must not know how values draft.
+Explained in docs/explanation/speculation.md. Must not depend on how values draft.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the nodes of a cluster are divided into workers, and what of a recipe depends on that. Knows no Ray.
+"""How the nodes of a cluster are divided into workers, and what of a recipe depends on that. Independent of Ray.
 
 A worker is one copy of all models: it may have several GPUs of its node (tensor parallelism stays inside a node), and there
 are as many of them as fit (data parallelism goes over the nodes).

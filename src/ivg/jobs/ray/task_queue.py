@@ -1,6 +1,6 @@
 """Which worker has which task, and which tasks are left: every task gets one result, even if workers crash.
 
-A task that several workers crashed with is run alone; if that worker crashes too, the task is quarantined. Knows neither Ray nor models.
+A task that several workers crashed with is run alone; if that worker crashes too, the task is quarantined. Imports neither Ray nor models.
 """
 
 from __future__ import annotations

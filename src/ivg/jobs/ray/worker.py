@@ -1,4 +1,4 @@
-"""One copy of the models on some node, and the run loop over its share of the tasks. Runs inside a Ray actor; knows no Ray.
+"""One copy of the models on some node, and the run loop over its share of the tasks. Runs inside a Ray actor, but independent of Ray.
 
 Nothing is raised: errors are part of the report, so that Ray's own errors always mean a lost worker.
 """
