@@ -83,6 +83,14 @@ def fork(request: ExpandRequest) -> list[TokenSequence]:
     ]
 
 
+def fail(request: ExpandRequest, message: str) -> list[Beam]:
+    """The children of ``request`` where none can be made: as long as their parent, with an error."""
+    family = fork(request)
+    for child in family:
+        child.finish, child.error = "error", message
+    return as_beams(request.beam, family)
+
+
 def append_token(child: TokenSequence, token: int, shift: float = 0.0, detail: TokenLogprobs | None = None) -> None:
     """Append a token; finishes the sequence at an end-of-sequence token, a stop string or the length limit."""
     sampling, before = child.request.sampling, len(child.text)

@@ -8,7 +8,7 @@ ignored, and listed. Handles names of settings; must not depend on models.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,25 +23,7 @@ if TYPE_CHECKING:
 GenerationConfigMode = Literal["auto", "ignore"]
 """``auto``: the checkpoint's settings are defaults; ``ignore``: they are not. Its end-of-sequence tokens are always used."""
 
-_OWN_NAMES = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "no_repeat_ngram_size": "no_repeat_ngram_size",
-    "max_new_tokens": "max_new_tokens",
-    "min_new_tokens": "min_new_tokens",
-    "min_length": "min_length",
-    "stop_strings": "stop",
-    "suppress_tokens": "suppress_tokens",
-    "begin_suppress_tokens": "begin_suppress_tokens",
-    "bad_words_ids": "bad_words_ids",
-    "sequence_bias": "sequence_bias",
-    "forced_bos_token_id": "forced_bos_token_id",
-    "forced_eos_token_id": "forced_eos_token_id",
-    "exponential_decay_length_penalty": "exponential_decay_length_penalty",
-}
+_OWN_NAMES = {f.name: f.name for f in fields(SamplingParams) if f.name not in ("stop", "ignore_eos")} | {"stop_strings": "stop"}
 """transformers' names -> those of :class:`SamplingParams`."""
 
 SERVED_BY_VLLM = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens"})

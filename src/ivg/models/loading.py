@@ -110,15 +110,8 @@ def load_network(name: str | Path, auto_class: Any, options: LoadOptions, what: 
     if options.quantization is not None:
         kwargs |= {"quantization_config": options.quantization, "device_map": {"": device}}
     place = find_model(name, what, options.hub())
-    try:
-        with quiet():
-            network, info = auto_class.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    except IVGError:
-        raise
-    except Exception as e:  # broken files, missing packages, remote code: anything may be raised
-        raise ModelError(
-            f"cannot load {what} {str(name)!r}: {reason(e)}\n  {_advice(e, 'a directory with config.json and weights')}"
-        ) from e
+    with _loading(f"{what} {str(name)!r}", "a directory with config.json and weights"):
+        network, info = auto_class.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     if new_head:
         body = f"{network.base_model_prefix}."
         info = {**info, "missing_keys": [k for k in info["missing_keys"] if k.startswith(body) and ".pooler." not in k]}
@@ -135,13 +128,8 @@ def load_config(name: str | Path, options: LoadOptions, what: str) -> Any:
     from transformers import AutoConfig
 
     place = find_model(name, what, options.hub())
-    try:
-        with quiet():
-            return AutoConfig.from_pretrained(place, **options.hub())
-    except Exception as e:  # as above
-        raise ModelError(
-            f"cannot load {what} {str(name)!r}: {reason(e)}\n  {_advice(e, 'a directory with config.json and weights')}"
-        ) from e
+    with _loading(f"{what} {str(name)!r}", "a directory with config.json and weights"):
+        return AutoConfig.from_pretrained(place, **options.hub())
 
 
 def load_tokenizer(name: str | Path, options: LoadOptions, what: str) -> Any:
@@ -153,13 +141,8 @@ def load_tokenizer(name: str | Path, options: LoadOptions, what: str) -> Any:
     from transformers import AutoTokenizer
 
     place = find_model(name, f"the tokenizer of {what}", options.hub(), weights=False)
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(place, **options.hub())
-    except Exception as e:  # as above
-        why = "it has none" if "Couldn't instantiate the backend tokenizer" in str(e) else reason(e)
-        advice = _advice(e, "tokenizer.json, or the files that it is made from, beside the weights")
-        raise ModelError(f"cannot load the tokenizer of {what} {str(name)!r}: {why}\n  {advice}") from e
+    with _loading(f"the tokenizer of {what} {str(name)!r}", "tokenizer.json, or the files that it is made from, beside the weights"):
+        return AutoTokenizer.from_pretrained(place, **options.hub())
 
 
 def load_causal(name: str | Path, what: str, options: LoadOptions | None = None, template: str | None = None) -> CachedLM:
@@ -205,20 +188,26 @@ def eos_ids(network: Any, tokenizer: Any) -> Sequence[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _advice(e: BaseException, expected: str) -> str:
-    if "trust_remote_code" in str(e):
-        return "read that code, then set trust_remote_code in [run] (LoadOptions(trust_remote_code=True)) to run it"
-    return f"expected {expected}, or a hub id"
-
-
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Within, transformers prints no warnings: :func:`~ivg.models.weights.check_weights` raises for missing weights."""
+def _loading(title: str, expected: str) -> Iterator[None]:
+    """Within, transformers prints no warnings: :func:`~ivg.models.weights.check_weights` raises for missing weights.
+
+    Raises:
+        ModelError: for whatever transformers raises: broken files, missing packages, errors of remote code.
+    """
     from transformers.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         yield
+    except IVGError:
+        raise
+    except Exception as e:
+        why = "it has none" if "Couldn't instantiate the backend tokenizer" in str(e) else reason(e)
+        advice = f"expected {expected}, or a hub id"
+        if "trust_remote_code" in str(e):
+            advice = "read that code, then set trust_remote_code in [run] (LoadOptions(trust_remote_code=True)) to run it"
+        raise ModelError(f"cannot load {title}: {why}\n  {advice}") from e
     finally:
         logging.set_verbosity(before)

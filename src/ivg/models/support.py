@@ -91,14 +91,13 @@ def body_of(network: nn.Module) -> nn.Module:
 
 def _unsupported(body: nn.Module, config: Any) -> str | None:
     """Why rows of different lengths in one pass, or rows in pieces, would be read wrongly; None: they are not."""
-    arguments = _arguments(body)
     if _has_alibi(config):
         return "takes distances (ALiBi) from columns of the batch, not from positions"
     if unknown := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}):
         reasons = dict.fromkeys(_REASONS.get(kind, "are not known to ivg") for kind in unknown)
         return f"has layers of kind {', '.join(unknown)}: they {'; they '.join(reasons)}"
     for needed in ("position_ids", "past_key_values"):
-        if needed not in arguments:
+        if needed not in inspect.signature(body.forward).parameters:
             return f"takes no {needed}"
     if config.model_type == "minimax":
         return "takes no other cache than its own"
@@ -157,7 +156,3 @@ def _padding_id(network: nn.Module) -> int | None:
         if hasattr(module, "create_position_ids_from_input_ids") and getattr(module, "padding_idx", None) is not None:
             return int(cast("Any", module).padding_idx)
     return None
-
-
-def _arguments(module: nn.Module) -> set[str]:
-    return set(inspect.signature(module.forward).parameters)

@@ -51,9 +51,8 @@ class ValueModel(nn.Module):
         self.head = nn.Linear(
             size.hidden_size, outputs, bias=bias, dtype=next(p.dtype for p in backbone.parameters() if p.is_floating_point())
         )
-        nn.init.zeros_(self.head.weight)
-        if bias:
-            nn.init.zeros_(self.head.bias)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, input_ids: Tensor | None = None, *, logits_to_keep: int = 0, **kwargs: Any) -> Any:
         """Values [batch, positions, vocabulary or 1] of the last ``logits_to_keep`` positions (0: of all), as ``.logits``."""
@@ -111,7 +110,7 @@ class ValueModel(nn.Module):
         from transformers import AutoConfig, AutoModel
 
         config = AutoConfig.from_pretrained(name, **hub)
-        kind, head = head_of(name, hub)
+        kind, head = find_head(name, hub)
         weight, bias = read_head(name, hub)
         text = config.get_text_config()
         if (kind == "scalar" and weight.shape[0] != 1) or weight.shape[1] != text.hidden_size:
@@ -161,7 +160,7 @@ def _shell(config: Any, kind: HeadKind) -> Any:
             return AutoModelForCausalLM.from_config(config)
 
 
-def head_of(name: str | Path, hub: dict[str, Any]) -> tuple[HeadKind, str]:
+def find_head(name: str | Path, hub: dict[str, Any]) -> tuple[HeadKind, str]:
     """(kind, beginning of its tensors' names) of a checkpoint's head; reads no tensor where they are in safetensors.
 
     Raises:
@@ -177,22 +176,13 @@ def head_of(name: str | Path, hub: dict[str, Any]) -> tuple[HeadKind, str]:
     return _HEADS[head], head
 
 
-def find_head(name: str | Path, hub: dict[str, Any]) -> HeadKind:
-    """What kind of head a checkpoint has.
-
-    Raises:
-        ModelError: as :func:`head_of`.
-    """
-    return head_of(name, hub)[0]
-
-
 def read_head(name: str | Path, hub: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Weight [outputs, hidden] and bias (or None) of a checkpoint's head.
 
     Raises:
-        ModelError: as :func:`head_of`.
+        ModelError: as :func:`find_head`.
     """
-    _, head = head_of(name, hub)
+    _, head = find_head(name, hub)
     where = {key: path for path in weight_files(name, hub) for key in tensor_names(path)}
     weight, bias = (read_tensor(where[key], key) if (key := f"{head}.{part}") in where else None for part in ("weight", "bias"))
     assert weight is not None

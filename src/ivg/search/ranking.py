@@ -48,18 +48,10 @@ def systematic(weights: Sequence[float], count: int, uniform: float) -> list[int
 
 def common_prefix(texts: Sequence[str]) -> str:
     """The longest text with which all of ``texts`` begin."""
-    if not texts:
-        return ""
-    low, high = min(texts), max(texts)
-    for i, char in enumerate(low):
-        if char != high[i]:
-            return low[:i]
-    return low
+    return texts[0][: common_length(texts)] if texts else ""
 
 
-def common_length(sequences: Sequence[tuple[int, ...]]) -> int:
-    """With how many tokens all of ``sequences`` begin."""
-    if not sequences:
-        return 0
-    low, high = min(sequences), max(sequences)
+def common_length(sequences: Sequence[str] | Sequence[tuple[int, ...]]) -> int:
+    """With how many characters or tokens all of ``sequences`` begin."""
+    low, high = min(sequences, default=()), max(sequences, default=())
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))

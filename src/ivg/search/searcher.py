@@ -65,22 +65,18 @@ class Searcher:
             PromptError: a prompt that the base cannot read (empty, too long).
             ConfigError, VocabularyError: a method that does not fit the engine or the models.
         """
+        search, sampling = request.search, request.sampling
+        check_search(search)
         with self.lock:
-            return self._add(request)
-
-    def _add(self, request: Request) -> int:
-        check_search(request.search)
-        search, length = request.search, request.sampling.max_new_tokens
-        check_engine(self.engine, request)
-        root = self.engine.open(request.prompt, request.sampling)
-        for value in (search.guidance.value if search.guidance else None, search.value):
-            if value is not None:
-                value.check(root.prompt, length)
-        prompt_tokens = self.engine.prompt_tokens(request.prompt)
-        state = RequestState(
-            next(self._ids), request, _rule(request), time.perf_counter(), [(root, 0.0)], root.token_counter, prompt_tokens
-        )
-        scheduling.enqueue(self._waiting, state)
+            check_engine(self.engine, request)
+            root = self.engine.open(request.prompt, sampling)
+            for value in (search.guidance.value if search.guidance else None, search.value):
+                if value is not None:
+                    value.check(root.prompt, sampling.max_new_tokens)
+            tokens = self.engine.prompt_tokens(request.prompt)
+            kept: list[Scored] = [(root, 0.0)]
+            state = RequestState(next(self._ids), request, _rule(request), time.perf_counter(), kept, root.token_counter, tokens)
+            scheduling.enqueue(self._waiting, state)
         return state.id
 
     def cancel(self, request_id: int) -> dict[str, int]:

@@ -20,11 +20,11 @@ from typing import Any
 from ivg.engines.endpoint.choices import CompletionChoice, cached_tokens, read_choices, split_tokens, used_tokens
 from ivg.engines.endpoint.client import CompletionClient, api_url
 from ivg.engines.endpoint.text_vocabulary import END, FILLER, EndpointPromptEncoder, TextVocabulary
-from ivg.engines.sequences import stop_at
+from ivg.engines.sequences import TokenSequence, as_beams, fail, fork, stop_at
 from ivg.errors import IVGError
 from ivg.settings.sampling import ONLY_TRANSFORMERS
-from ivg.types import AsyncEngine, Beam, ExpandOutput, ExpandRequest, FinishReason, Prompt, SamplingParams, new_key
-from ivg.utils.rng import child_rng_path, mix
+from ivg.types import AsyncEngine, Beam, DecodeState, ExpandOutput, ExpandRequest, Prompt, SamplingParams, new_key
+from ivg.utils.rng import mix
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -107,7 +107,7 @@ class EndpointEngine(AsyncEngine):
             try:
                 self.check_request(request)
             except IVGError as e:
-                self.keep([ExpandOutput(request.beam.key, self._children(request, str(e)))])
+                self.keep([ExpandOutput(request.beam.key, fail(request, str(e)))])
             else:
                 seeds = [_seed(request, i) for i in range(_answers(request))]
                 self._running[request.beam.key] = (request, self.client.send(request, self._body(request), seeds))
@@ -128,7 +128,8 @@ class EndpointEngine(AsyncEngine):
             running = self._running.get(request.beam.key)
             if running is not None and running[0] is request:  # it was not aborted meanwhile
                 del self._running[request.beam.key]
-                out.append(ExpandOutput(request.beam.key, self._children(request, outcome)))
+                children = fail(request, outcome) if isinstance(outcome, str) else self._children(request, outcome)
+                out.append(ExpandOutput(request.beam.key, children))
         return out
 
     @property
@@ -166,27 +167,32 @@ class EndpointEngine(AsyncEngine):
         }
         return body | ({"stop": list(s.stop)} if s.stop else {}) | ({"logprobs": 0} if self.token_pieces else {}) | {"extra_body": extra}
 
-    def _children(self, request: ExpandRequest, outcome: list[Any] | str) -> list[Beam]:
-        if isinstance(outcome, str):
-            return [self._beam(request, i, request.beam.token_ids, request.beam.text, "error", outcome) for i in range(request.successors)]
-        for reply in outcome:
+    def _children(self, request: ExpandRequest, replies: Sequence[Any]) -> list[Beam]:
+        for reply in replies:
             request.beam.token_counter.add("base", sum(used_tokens(reply)), cached_tokens(reply))
-        answers = [answer for reply in outcome for answer in read_choices(reply, _limit(request))]
-        wanted = _answers(request)
-        return [self._child(request, i, answers[i % wanted]) for i in range(request.successors)]
+        answers = [answer for reply in replies for answer in read_choices(reply, _limit(request))]
+        family = fork(request)
+        for i, child in enumerate(family):
+            self._append(child, answers[i % _answers(request)])
+        return as_beams(request.beam, family)
 
-    def _child(self, request: ExpandRequest, index: int, answer: CompletionChoice) -> Beam:
-        before, text, stopped, ended = request.beam.text, request.beam.text + answer.text, answer.stopped, answer.ended
-        cut = stop_at(text, len(before), request.sampling.stop)  # the server saw the chunk alone, not what came before it
+    def _append(self, child: TokenSequence, answer: CompletionChoice) -> None:
+        """Append what the server answered."""
+        beam, sampling, stopped, ended = child.request.beam, child.request.sampling, answer.stopped, answer.ended
+        child.written = beam.text + answer.text
+        cut = stop_at(child.written, len(beam.text), sampling.stop)  # the server saw the chunk alone, not what came before it
         if cut is not None:
-            text, stopped, ended = text[:cut], True, False
-        elif not stopped and len(request.beam.token_ids) + answer.tokens < request.sampling.max_new_tokens:
-            text = before + answer.text.rstrip(_UNFINISHED)  # the bytes of half a character would come back as another one
-        ids = self._ids(request.beam, text, answer, ended=ended)
-        finish: FinishReason | None = "stop" if stopped else "length" if len(ids) >= request.sampling.max_new_tokens else None
-        return self._beam(request, index, ids, text, finish)
+            child.written, stopped, ended = child.written[:cut], True, False
+        elif not stopped and len(beam.token_ids) + answer.tokens < sampling.max_new_tokens:
+            child.written = beam.text + answer.text.rstrip(_UNFINISHED)  # the bytes of half a character would come back as another one
+        child.token_ids = self._ids(beam, child.written, answer, ended=ended)
+        child.decoded = DecodeState(len(child.token_ids))
+        child.finish = "stop" if stopped else "length" if len(child.token_ids) >= sampling.max_new_tokens else None
+        if child.request.record:
+            child.guide_shift = [0.0] * len(child.token_ids)  # nothing guides here
+            child.pieces = [self.vocabulary.decode([i]) for i in child.token_ids]
 
-    def _ids(self, beam: Beam, text: str, answer: CompletionChoice, *, ended: bool) -> tuple[int, ...]:
+    def _ids(self, beam: Beam, text: str, answer: CompletionChoice, *, ended: bool) -> list[int]:
         """Numbers whose texts make up ``text``: one new piece or the server's tokens, and as many fillers as it has tokens more.
 
         A text that a stop string cut before its parent's end is one piece, so that decoding gives the text whatever was cut.
@@ -197,28 +203,7 @@ class EndpointEngine(AsyncEngine):
             ids, new = [], text
         ids += [self.vocabulary.intern(piece) for piece in split_tokens(new, answer.names)]
         ids += [FILLER] * (len(beam.token_ids) + answer.tokens - ended - len(ids))
-        return (*ids, END) if ended else tuple(ids)
-
-    def _beam(
-        self, request: ExpandRequest, index: int, ids: tuple[int, ...], text: str, finish: FinishReason | None, error: str | None = None
-    ) -> Beam:
-        beam = request.beam
-        return Beam(
-            new_key(),
-            beam.key,
-            beam.prompt,
-            ids,
-            text,
-            finish,
-            beam.token_counter,
-            self.vocabulary,
-            inherits=not request.keep,
-            rng_path=child_rng_path(beam.rng_path, len(beam.token_ids), request.first + index),
-            guide_shift=(0.0,) * len(ids) if request.record else (),  # nothing guides here
-            log_ratio=beam.log_ratio,
-            pieces=tuple(self.vocabulary.decode([i]) for i in ids) if request.record else (),
-            error=error,
-        )
+        return [*ids, END] if ended else ids
 
 
 def load_endpoint(url: str, model: str, *, tokenizer: str | Path | None = None, **settings: Any) -> EndpointEngine:

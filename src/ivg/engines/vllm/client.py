@@ -11,7 +11,7 @@ import inspect
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from multiprocessing.connection import wait
 from pathlib import Path
 from queue import Queue
@@ -53,9 +53,8 @@ class EngineClientOptions:
 
     def arguments(self) -> dict[str, Any]:
         """For ``EngineArgs``."""
-        names = ("max_model_len", "max_num_seqs", "gpu_memory_utilization", "tensor_parallel_size", "enforce_eager", "trust_remote_code")
-        given = {name: getattr(self, name) for name in names}
-        return {"dtype": self.dtype, **{k: v for k, v in given.items() if v is not None}, **self.extra}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        return {k: v for k, v in given.items() if v is not None} | dict(self.extra)
 
 
 @dataclass(frozen=True)

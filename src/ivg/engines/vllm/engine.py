@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ivg.engines.sequences import TokenSequence, append_token, as_beams, fork
+from ivg.engines.sequences import TokenSequence, append_token, as_beams, fail, fork
 from ivg.engines.vllm.client import EngineClient, EngineOutput
 from ivg.engines.vllm.config import KEY
 from ivg.engines.vllm.value import VLLMGuide
@@ -119,9 +119,7 @@ class VLLMEngine(AsyncEngine):
             try:
                 number = self.client.add([*prompt, *beam.token_ids], self._params(request, family[0].limit - len(beam.token_ids), copies))
             except ValueError as e:
-                for child in family:
-                    child.finish, child.error = "error", f"vLLM refuses this request: {str(e).strip().splitlines()[0]}"
-                self.keep([ExpandOutput(beam.key, as_beams(beam, family))])
+                self.keep([ExpandOutput(beam.key, fail(request, f"vLLM refuses this request: {str(e).strip().splitlines()[0]}"))])
                 continue
             self._running[number] = _RunningRequest(request, family, len(prompt) + len(beam.token_ids), copies)
 

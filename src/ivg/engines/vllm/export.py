@@ -106,7 +106,7 @@ def head_kind(path: str, options: LoadOptions) -> HeadKind:
     """``vocabulary`` or ``scalar``, by the names of a checkpoint's tensors."""
     from ivg.models.value_head import find_head
 
-    return find_head(find_model(path, "value", options.hub()), options.hub())
+    return find_head(find_model(path, "value", options.hub()), options.hub())[0]
 
 
 def export_to_cache(write: Callable[[Path], Any], cache: Path) -> Path:
