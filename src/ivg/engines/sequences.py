@@ -132,6 +132,7 @@ def _as_beam(child: TokenSequence) -> Beam:
         finish=child.finish,
         token_counter=child.token_counter,
         vocabulary=child.vocabulary,
+        inherits=child.inherits,
         rng_path=child.rng_path,
         guide_shift=tuple(child.guide_shift),
         pieces=tuple(child.pieces),

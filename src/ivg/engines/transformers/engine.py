@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from ivg.engines.sequences import TokenSequence, append_token, as_beams, fork
 from ivg.engines.transformers.guidance import apply_guidance, check_guidance, compares_guidance, nan_error, no_token_error
-from ivg.engines.transformers.logprobs import token_logprobs
-from ivg.engines.transformers.processors import exhausted_rows, forbid_ignored_eos, process_logits
-from ivg.engines.transformers.sampling import entropy, log_ratios, nonfinite_rows, sample
+from ivg.engines.transformers.logprobs import compare_guidance
+from ivg.engines.transformers.processors import contexts_of, forbid_ignored_eos, process_logits
+from ivg.engines.transformers.sampling import entropy, nonfinite_rows, sample
 from ivg.engines.transformers.speculation import Speculator
 from ivg.errors import ScoreFault
 from ivg.models.cached_lm import CachedLM
-from ivg.types import Beam, Engine, EntropyStop, ExpandRequest, Hypothesis, TokenGuidance
+from ivg.types import Beam, Engine, EntropyStop, ExpandRequest, TokenGuidance
 from ivg.utils.rng import uniform
 
 
@@ -170,35 +171,19 @@ class TransformersEngine(Engine):
         """Draw one token for every sequence from its row."""
         sequences, row_of = step.sequences, step.row_of
         _end_nonfinite(step, logits)
-        final = self.process_logits(logits.guided, step.nodes, step.requests)
-        if final is not logits.guided and (exhausted := set(exhausted_rows(final))):
-            for s, row in zip(sequences, row_of, strict=True):
-                if row in exhausted and s.finish is None:
-                    s.finish, s.error = "error", no_token_error(len(s.token_ids))
-            final[sorted(exhausted)] = 0.0
-        params = [s.request.sampling for s in sequences]
+        params, contexts = [request.sampling for request in step.requests], contexts_of(self.base, step.nodes)
+        process = partial(process_logits, params=params, contexts=contexts, eos=self.vocabulary.eos_ids)
+        final, exhausted = process(logits.guided)
+        for s, row in zip(sequences, row_of, strict=True):
+            if row in exhausted and s.finish is None:
+                s.finish, s.error = "error", no_token_error(len(s.token_ids))
         uniforms = [uniform(s.request.seed, s.rng_path, len(s.token_ids)) for s in sequences]
-        tokens = sample(final, params, uniforms, row_of)
-        guided = [s.request.guidance is not None for s in sequences]
-        recorded = [s.request.record and g for s, g in zip(sequences, guided, strict=True)]
-        shifts = log_ratios(logits.guided, logits.base, row_of, params, tokens, recorded, filters=False)
-        weighted = [s.request.return_log_ratio and g for s, g in zip(sequences, guided, strict=True)]
-        base = logits.base if final is logits.guided or not any(weighted) else self.process_logits(logits.base, step.nodes, step.requests)
-        ratios = log_ratios(final, base, row_of, params, tokens, weighted, filters=True)
-        ids = tokens.tolist()
-        details = token_logprobs(ids, row_of, params, [s.request.alternatives for s in sequences], logits.base, logits.guided)
-        for s, token, shift, ratio, detail in zip(sequences, ids, shifts, ratios, details, strict=True):
+        tokens = sample(final, [s.request.sampling for s in sequences], uniforms, row_of)
+        compared = compare_guidance([s.request for s in sequences], row_of, tokens, logits.base, logits.guided, final, process)
+        for s, token, (shift, ratio, detail) in zip(sequences, tokens.tolist(), compared, strict=True):
             if s.finish is None:
                 s.log_ratio -= ratio
                 append_token(s, token, shift, detail)
-
-    def process_logits(self, logits: Tensor, nodes: Sequence[Hypothesis], requests: Sequence[ExpandRequest]) -> Tensor:
-        """Logits [rows, vocabulary] behind ``nodes`` as the requests' settings change them (``processors``); the same tensor or a copy."""
-
-        def context(row: int) -> tuple[Sequence[int], Sequence[int]]:
-            return self.base.prompt_ids(nodes[row].prompt), nodes[row].token_ids
-
-        return process_logits(logits, [request.sampling for request in requests], context, self.vocabulary.eos_ids)
 
 
 def _end_nonfinite(step: _Step, logits: _Logits) -> None:

@@ -1,18 +1,51 @@
-"""Log-probabilities of drawn tokens and of their likeliest alternatives, under the guided distribution and under the base alone.
+"""What requests report of drawn tokens: log-probabilities under the guided distribution and under the base alone, and likely alternatives.
 
-Pure tensor functions; nothing is computed for tokens that do not need it. Both distributions are softmaxes at the request's
+Nothing is computed for tokens that do not need it. Both distributions are softmaxes at the request's
 temperature (greedy requests: at 1) before repetition penalty, top-k, top-p and min-p (``types.Completion.guide_shift``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ivg.engines.transformers.sampling import row_blocks
-from ivg.types import SamplingParams, TokenLogprobs
+from ivg.engines.transformers.sampling import log_ratios, row_blocks
+from ivg.types import ExpandRequest, SamplingParams, TokenLogprobs
+
+
+def compare_guidance(
+    requests: Sequence[ExpandRequest],
+    rows: Sequence[int],
+    tokens: Tensor,
+    base: Tensor,
+    guided: Tensor,
+    final: Tensor,
+    process: Callable[[Tensor], tuple[Tensor, frozenset[int]]],
+) -> Iterator[tuple[float, float, TokenLogprobs | None]]:
+    """(shift, log-ratio, log-probabilities) of each token, as far as its request wants them; zeros and None otherwise.
+
+    Shift and log-ratio are log pi_guided - log pi_base in nats: at the temperature alone, and with all filters and processors.
+
+    Args:
+        requests: of each token.
+        rows: which row of the logits each was drawn from.
+        tokens: ids.
+        base: logits of the base alone, float32 [rows, vocabulary].
+        guided: logits with guidance; may be the same tensor.
+        final: ``guided`` after ``process``.
+        process: :func:`~ivg.engines.transformers.processors.process_logits` of these rows.
+    """
+    params = [r.sampling for r in requests]
+    recorded = [r.record and r.guidance is not None for r in requests]
+    weighted = [r.return_log_ratio and r.guidance is not None for r in requests]
+    shifts = log_ratios(guided, base, rows, params, tokens, recorded, filters=False)
+    details = token_logprobs(tokens.tolist(), rows, params, [r.alternatives for r in requests], base, guided)
+    if final is not guided and any(weighted):
+        base, _ = process(base)
+    ratios = log_ratios(final, base, rows, params, tokens, weighted, filters=True)
+    return zip(shifts, ratios, details, strict=True)
 
 
 def token_logprobs(

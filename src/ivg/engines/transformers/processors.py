@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ivg.models.prompt_encoder import PromptEncoder
 from ivg.settings.sampling import ONLY_TRANSFORMERS
-from ivg.types import SamplingParams
+from ivg.types import Hypothesis, SamplingParams
 
 _FORBIDDEN = float("-inf")
 _PROCESSED = ("repetition_penalty", "min_length", "min_new_tokens", *ONLY_TRANSFORMERS)
@@ -29,8 +30,17 @@ def changes_logits(params: SamplingParams) -> bool:
     return any(getattr(params, name) != getattr(_OFF, name) for name in _PROCESSED)
 
 
-def process_logits(logits: Tensor, params: Sequence[SamplingParams], contexts: Contexts, eos: Collection[int]) -> Tensor:
-    """Logits [rows, vocabulary] as ``params`` change them; ``logits`` itself where nothing changes, else a copy.
+def contexts_of(base: PromptEncoder, nodes: Sequence[Hypothesis]) -> Contexts:
+    """Those of rows behind ``nodes``, which ``base`` reads."""
+    return lambda row: (base.prompt_ids(nodes[row].prompt), nodes[row].token_ids)
+
+
+def process_logits(
+    logits: Tensor, params: Sequence[SamplingParams], contexts: Contexts, eos: Collection[int]
+) -> tuple[Tensor, frozenset[int]]:
+    """(logits [rows, vocabulary] as ``params`` change them, rows whose tokens are all forbidden, which become uniform).
+
+    ``logits`` itself where nothing changes, else a copy.
 
     Args:
         logits: guidance mixed in, float32.
@@ -42,13 +52,15 @@ def process_logits(logits: Tensor, params: Sequence[SamplingParams], contexts: C
     changed = {key for key, p in known.items() if changes_logits(p)}
     rows = [row for row, p in enumerate(params) if id(p) in changed]
     if not rows:
-        return logits
+        return logits, frozenset()
     out = logits.clone()
     ends = torch.tensor(sorted(e for e in eos if e < logits.shape[1]), dtype=torch.long, device=logits.device)
     for row in rows:
         prompt, response = contexts(row)
         _process(out[row], params[row], prompt, response, ends)
-    return out
+    exhausted = (out.amax(-1) == _FORBIDDEN).nonzero()[:, 0].tolist()
+    out[exhausted] = 0.0
+    return out, frozenset(exhausted)
 
 
 def forbid_ignored_eos(logits: Tensor, params: Sequence[SamplingParams], eos: Collection[int], *, in_place: bool = True) -> Tensor:
@@ -58,11 +70,6 @@ def forbid_ignored_eos(logits: Tensor, params: Sequence[SamplingParams], eos: Co
         logits = logits if in_place else logits.clone()
         logits[torch.tensor(rows)[:, None], torch.tensor(sorted(eos))] = _FORBIDDEN
     return logits
-
-
-def exhausted_rows(logits: Tensor) -> list[int]:
-    """Rows whose tokens are all forbidden."""
-    return (logits.amax(-1) == _FORBIDDEN).nonzero()[:, 0].tolist()
 
 
 def _process(z: Tensor, p: SamplingParams, prompt: Ids, response: Ids, ends: Tensor) -> None:

@@ -24,10 +24,10 @@ from torch import Tensor
 from ivg.engines.sequences import TokenSequence, append_token
 from ivg.engines.transformers.draft_length import DraftLength
 from ivg.engines.transformers.guidance import add_deltas, compares_guidance, nan_error, no_token_error
-from ivg.engines.transformers.logprobs import token_logprobs
-from ivg.engines.transformers.processors import Contexts, changes_logits, exhausted_rows, forbid_ignored_eos, process_logits
+from ivg.engines.transformers.logprobs import compare_guidance
+from ivg.engines.transformers.processors import changes_logits, contexts_of, forbid_ignored_eos, process_logits
 from ivg.engines.transformers.rejection_sampling import accept, propose, resample
-from ivg.engines.transformers.sampling import distinct_params, log_ratios, nonfinite_rows
+from ivg.engines.transformers.sampling import nonfinite_rows
 from ivg.errors import ConfigError
 from ivg.models.cached_lm import CachedLM
 from ivg.types import Beam, Drafter, ExpandRequest, Hypothesis, SamplingParams, TokenGuidance
@@ -196,20 +196,20 @@ class Speculator:
         base, guided = self._targets(batch, proposals)
         if nonfinite := set(nonfinite_rows(guided)):
             guided[sorted(nonfinite)] = 0.0
-        final = self._processed(guided, proposals.params, proposals.contexts.__getitem__)
-        exhausted = set(exhausted_rows(final)) if final is not guided else set()
-        if exhausted:
-            final[sorted(exhausted)] = 0.0
+        process = partial(
+            process_logits, params=proposals.params, contexts=proposals.contexts.__getitem__, eos=self.base.vocabulary.eos_ids
+        )
+        final, exhausted = process(guided)
         stops, tokens = _verify(rows, proposals, final, nonfinite | exhausted)
-        shifts, ratios = self._log_ratios(rows, proposals, tokens, (base, guided), final)
-        alternatives = [rows[r].request.alternatives for r in proposals.row]
-        details = token_logprobs(tokens, range(len(tokens)), proposals.params, alternatives, base, guided)
+        requests, ids = [rows[r].request for r in proposals.row], torch.tensor(tokens, device=guided.device)
+        compared = list(compare_guidance(requests, range(len(tokens)), ids, base, guided, final, process))
         for row, s in enumerate(rows):
             del s.token_ids[before[row] :]
             for k in range(proposals.start[row], stops[row]):
                 if s.finish is None:
-                    s.log_ratio -= ratios[k]
-                    append_token(s, tokens[k], shifts[k], details[k])
+                    shift, ratio, detail = compared[k]
+                    s.log_ratio -= ratio
+                    append_token(s, tokens[k], shift, detail)
             if s.finish is None and (stop := stops[row]) < proposals.start[row + 1] and stop in nonfinite | exhausted:
                 count = len(s.token_ids)
                 s.finish = "error"
@@ -274,16 +274,8 @@ class Speculator:
         if nonfinite := nonfinite_rows(q):
             q = q.clone()
             q[nonfinite] = 0.0
-        q = self._processed(q, params, partial(self._context, rows))
-        if any(map(changes_logits, distinct_params(params))) and (exhausted := exhausted_rows(q)):
-            q[exhausted] = 0.0
+        q, _ = process_logits(q, params, contexts_of(self.base, rows), self.base.vocabulary.eos_ids)
         return q, nonfinite
-
-    def _context(self, rows: Sequence[TokenSequence], row: int) -> tuple[Sequence[int], Sequence[int]]:
-        return self.base.prompt_ids(rows[row].prompt), rows[row].token_ids
-
-    def _processed(self, logits: Tensor, params: Sequence[SamplingParams], contexts: Contexts) -> Tensor:
-        return process_logits(logits, params, contexts, self.base.vocabulary.eos_ids)
 
     def _targets(self, batch: _Batch, proposals: _Proposals) -> tuple[Tensor, Tensor]:
         """Logits of (the base alone, with guidance) at every proposal [proposals, vocabulary]; one tensor where nothing compares them."""
@@ -298,28 +290,6 @@ class Speculator:
         guidance = batch.guidance
         guided = add_deltas(base.clone() if kept else base, deltas, guidance.beta, guidance.value.vocabulary.size)
         return base if kept else guided, guided
-
-    def _log_ratios(
-        self, rows: Sequence[TokenSequence], proposals: _Proposals, tokens: list[int], raw: tuple[Tensor, Tensor], final: Tensor
-    ) -> tuple[list[float], list[float]]:
-        """Log pi_guided - log pi_base of every token: (at temperature alone, with all filters and processors), 0 where not recorded.
-
-        Args:
-            rows: of the round.
-            proposals: the same.
-            tokens: one for each proposal.
-            raw: logits of (the base alone, with guidance) before ``processors``.
-            final: with guidance, after them.
-        """
-        base, guided = raw
-        params, index = proposals.params, range(len(tokens))
-        ids = torch.tensor(tokens, device=guided.device)
-        recorded = [rows[r].request.record for r in proposals.row]
-        weighted = [rows[r].request.return_log_ratio for r in proposals.row]
-        shifts = log_ratios(guided, base, index, params, ids, recorded, filters=False)
-        if final is not guided and any(weighted):
-            base = self._processed(base, params, proposals.contexts.__getitem__)
-        return shifts, log_ratios(final, base, index, params, ids, weighted, filters=True)
 
 
 def _batch(guidance: TokenGuidance, rows: Sequence[TokenSequence], nodes: Sequence[Hypothesis], node_of: list[int]) -> _Batch:
