@@ -41,15 +41,41 @@ def test_random_operations_equal_plain_forward(architecture, dtype, tolerance, m
         wander(ModelRunner(network, "tiny", limits), rng, rng.choice([2, 256]), tolerance)
 
 
-def test_forward_returns_every_wanted_position_in_pieces():
-    model = ModelRunner(tiny_model("llama"), "tiny", PassLimits(row_tokens=5))
-    rows, new, keep = [model.open([1] * 20), model.open([2] * 3)], [list(range(1, 20)), [7, 8, 9]], [12, 3]
-    model.truncate(rows[1], 0)
+def begun(ids=(1, 2, 3), *, broken=None):
+    """A model and a row that holds ``ids``; the token ``broken`` makes everything behind it NaN."""
+    network = tiny_model("llama", seed=0 if broken is None else 3)
+    if broken is not None:
+        network.model.embed_tokens.weight.data[broken] = torch.nan
+    model = ModelRunner(network, "tiny")
+    row = model.open(list(ids))
+    model.last_outputs([row], [list(ids)])
+    return model, row
+
+
+def read(model, rows, pieces):
+    """Read on; every output equals a forward pass over the row's tokens."""
+    for row, got in zip(rows, model.last_outputs(rows, pieces), strict=True):
+        compare(got, outputs_of(model, row.ids), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("limits", "texts", "keep"),
+    [
+        (PassLimits(row_tokens=5), (list(range(1, 20)), [7, 8, 9]), (12, 3)),
+        (PassLimits(outputs=257 * 6), (list(range(1, 31)), list(range(2, 11))), (20, 9)),
+    ],
+    ids=["short pieces", "few outputs"],
+)
+def test_forward_returns_every_wanted_position_in_pieces(limits, texts, keep, monkeypatch):
+    model = ModelRunner(tiny_model("llama"), "tiny", limits)
+    sizes, forward = [], model.cache.forward
+    monkeypatch.setattr(model.cache, "forward", lambda rows, pieces, n: sizes.append(len(rows) * n) or forward(rows, pieces, n))
     got = {0: [], 1: []}
-    for i, out in model.forward(rows, new, keep):
+    for i, out in model.forward([model.open([5]), model.open([6])], texts, keep):
         got[i].append(out)
-    for i in (0, 1):
-        assert torch.allclose(torch.cat(got[i]).cpu(), naive.outputs(model.network, new[i])[-keep[i] :], atol=1e-3)
+    assert max(sizes) <= limits.outputs // 257
+    for i, ids in enumerate(texts):
+        assert torch.allclose(torch.cat(got[i]).cpu(), naive.outputs(model.network, ids)[-keep[i] :], atol=1e-3)
 
 
 def copied(model, monkeypatch):
@@ -61,9 +87,7 @@ def copied(model, monkeypatch):
 
 
 def test_forks_copy_only_what_is_not_shared(monkeypatch):
-    model = ModelRunner(tiny_model("llama"), "tiny")
-    root = model.open(list(range(1, 41)))
-    model.last_outputs([root], [list(range(1, 41))])
+    model, root = begun(range(1, 41))
     moves = copied(model, monkeypatch)
     first = model.fork(root)
     model.last_outputs([root, first], [[50, 51], [60, 61]])
@@ -72,33 +96,27 @@ def test_forks_copy_only_what_is_not_shared(monkeypatch):
     assert [root.prefix_length, first.prefix_length] == [40, 40]
     second = model.fork(first)
     third = model.fork(second)
-    compare(model.last_outputs([second, third], [[5], [6]])[1], outputs_of(model, third.ids), 1e-3)
+    read(model, [second, third], [[5], [6]])
     assert [m[3] for m in moves] == [2, 2]
 
 
 def test_prefixes_grow_by_what_all_live_rows_share(monkeypatch):
-    model = ModelRunner(tiny_model("llama"), "tiny")
-    root = model.open([1, 2, 3])
-    model.last_outputs([root], [[1, 2, 3]])
+    model, root = begun()
     other = model.fork(root)
     model.last_outputs([root, other], [list(range(50, 60)), list(range(50, 57)) + [90, 91, 92]])
     rows = [root, other, model.fork(other)]
     model.last_outputs(rows, [[7], [8], [9]])
     assert [r.prefix_length for r in rows] == [3, 3, 3]  # nothing was freed: not looked at
     model.free(root)
-    out = model.last_outputs(rows[1:], [[10], [11]])
+    read(model, rows[1:], [[10], [11]])
     assert [r.prefix_length for r in rows[1:]] == [13, 13]
-    for row, got in zip(rows[1:], out, strict=True):
-        compare(got, outputs_of(model, row.ids), 1e-3)
     model.free(other)
-    compare(model.last_outputs([rows[2]], [[12]])[0], outputs_of(model, rows[2].ids), 1e-3)
+    read(model, rows[2:], [[12]])
     assert rows[2].suffix_length == 0  # alone: everything lies in the prefix slot
 
 
 def test_a_prefix_that_all_rows_were_cut_from_is_forgotten():
-    model = ModelRunner(tiny_model("llama"), "tiny")
-    root = model.open([1, 2, 3])
-    model.last_outputs([root], [list(range(1, 11))])
+    model, root = begun(range(1, 11))
     rows = [root, model.fork(root)]
     spare = model.fork(root)
     for row in rows:
@@ -106,33 +124,23 @@ def test_a_prefix_that_all_rows_were_cut_from_is_forgotten():
     model.free(spare)
     model.last_outputs(rows, [list(range(50, 62))] * 2)
     model.free(model.fork(root))
-    for row, out in zip(rows, model.last_outputs(rows, [[7], [8]]), strict=True):
-        compare(out, outputs_of(model, row.ids), 1e-3)
+    read(model, rows, [[7], [8]])
 
 
 def test_a_fork_of_a_nonfinite_row_is_cut_and_read_on():
     """Keys and values of the tokens that broke it were copied too, and must not reach what is read behind the cut."""
-    network = tiny_model("llama", seed=3)
-    network.model.embed_tokens.weight.data[9] = torch.nan
-    model = ModelRunner(network, "tiny")
-    root = model.open([1, 2, 3])
-    model.last_outputs([root], [[1, 2, 3]])
+    model, root = begun(broken=9)
     broken, other = model.fork(root), model.fork(root)
     model.last_outputs([broken, other], [[5, 4], [6, 6]])
     model.last_outputs([broken, other], [[9, 7, 8], [6, 6, 6]])
     fork = model.fork(broken)
     model.truncate(fork, fork.finite_length)
     assert fork.ids == [1, 2, 3, 5, 4]
-    for row, out in zip((fork, other), model.last_outputs([fork, other], [[11], [12]]), strict=True):  # beside a longer one
-        compare(out, outputs_of(model, row.ids), 1e-3)
+    read(model, [fork, other], [[11], [12]])  # beside a longer one
 
 
 def test_a_fork_that_waits_keeps_what_its_broken_parent_had():
-    network = tiny_model("llama", seed=3)
-    network.model.embed_tokens.weight.data[9] = torch.nan
-    model = ModelRunner(network, "tiny")
-    root = model.open([1, 2, 3])
-    model.last_outputs([root], [[1, 2, 3]])
+    model, root = begun(broken=9)
     parent = model.fork(root)
     model.last_outputs([root, parent], [[5, 6], [6, 7]])
     model.last_outputs([parent], [[9]])
@@ -140,7 +148,7 @@ def test_a_fork_that_waits_keeps_what_its_broken_parent_had():
     model.truncate(parent, parent.finite_length)
     child = model.fork(parent)
     model.free(parent)
-    compare(model.last_outputs([child], [[8]])[0], outputs_of(model, child.ids), 1e-3)
+    read(model, [child], [[8]])
 
 
 def test_memory_is_used_again():
@@ -210,16 +218,14 @@ def resident(memory):
 
 
 def test_a_prompt_read_before_is_not_read_again():
-    model = ModelRunner(tiny_model("llama"), "tiny")
     prompt = list(range(1, 31))
-    first = model.open(prompt)
-    model.last_outputs([first], [prompt])
+    model, first = begun(prompt)
     beside = model.open([*prompt, 77])
     assert len(beside.ids) == 30
     model.free(first)
     again = model.open(prompt)
     assert len(again.ids) == 29
-    compare(model.last_outputs([again, beside], [[30], [77]])[1], outputs_of(model, beside.ids), 1e-3)
+    read(model, [again, beside], [[30], [77]])
 
 
 def test_a_long_prompt_outlives_others_that_begin_alike():
@@ -232,34 +238,28 @@ def test_a_long_prompt_outlives_others_that_begin_alike():
 
 
 def test_nan_stays_with_the_row_that_has_it():
-    network = tiny_model("llama", seed=3)
-    network.model.embed_tokens.weight.data[9] = torch.nan
-    model = ModelRunner(network, "tiny")
-    root = model.open([1, 2, 3])
-    model.last_outputs([root], [[1, 2, 3]])
+    model, root = begun(broken=9)
     rows = [root, *(model.fork(root) for _ in range(3))]
     out = model.last_outputs(rows, [[9, 9, 9, 9], [4, 5, 6, 7], [5, 5, 5, 5], [9, 6, 7, 8]])
     assert out.isnan().any(-1).tolist() == [True, False, False, True]
     model.free(rows[0])
     model.free(rows[3])
     fresh = [model.fork(rows[1]), model.fork(rows[1]), model.open([7, 7])]
-    out = model.last_outputs([*rows[1:3], *fresh], [[11], [12], [13], [14], [7, 7]])
-    for row, got in zip([*rows[1:3], *fresh], out, strict=True):
-        compare(got, outputs_of(model, row.ids), 1e-3)
+    read(model, [*rows[1:3], *fresh], [[11], [12], [13], [14], [7, 7]])
     model.truncate(rows[1], 5)
     assert model.last_outputs([rows[1]], [[9]]).isnan().any()
     model.truncate(rows[1], 5)  # a draft that was taken back
-    compare(model.last_outputs([rows[1]], [[6]])[0], outputs_of(model, rows[1].ids), 1e-3)
+    read(model, [rows[1]], [[6]])
     alone = model.open([50, 51])
     model.last_outputs([alone], [[50]])
     assert model.last_outputs([alone], [[9]]).isnan().any()
     model.truncate(alone, 1)
-    compare(model.last_outputs([alone], [[51]])[0], outputs_of(model, alone.ids), 1e-3)
+    read(model, [alone], [[51]])
     assert model.last_outputs([alone], [[9]]).isnan().any()
     model.free(alone)
     again = model.open([50, 51, 52])
     assert again.ids == []
-    compare(model.last_outputs([again], [[50, 51, 52]])[0], outputs_of(model, again.ids), 1e-3)
+    read(model, [again], [[50, 51, 52]])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -316,21 +316,6 @@ def test_siblings_that_are_new_to_a_value_share_their_prompt():
         value.release([h.key])
 
 
-def test_outputs_of_many_positions_come_in_small_passes(monkeypatch):
-    model = ModelRunner(tiny_model("llama"), "tiny", PassLimits(outputs=257 * 6))
-    sizes, forward = [], model.cache.forward
-    monkeypatch.setattr(model.cache, "forward", lambda rows, pieces, keep: sizes.append(len(rows) * keep) or forward(rows, pieces, keep))
-    rows, new = [model.open([5] * 30), model.open([6] * 9)], [list(range(1, 31)), list(range(2, 11))]
-    for row in rows:
-        model.truncate(row, 0)
-    got = {0: [], 1: []}
-    for i, out in model.forward(rows, new, [20, 9]):
-        got[i].append(out)
-    assert max(sizes) <= 6
-    for i, keep in ((0, 20), (1, 9)):
-        assert torch.allclose(torch.cat(got[i]).cpu(), naive.outputs(model.network, new[i])[-keep:], atol=1e-3)
-
-
 def test_networks_that_cache_something_else_attend_densely():
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -343,9 +328,7 @@ def test_networks_that_cache_something_else_attend_densely():
     model = ModelRunner(DeepseekV3ForCausalLM(config).eval(), "deepseek")
     row = model.open([1, 2, 3, 4])
     model.last_outputs([row], [[1, 2, 3, 4]])
-    other = model.fork(row)
-    for r, out in zip((row, other), model.last_outputs([row, other], [[5], [6]]), strict=True):
-        compare(out, outputs_of(model, r.ids), 1e-3)
+    read(model, [row, model.fork(row)], [[5], [6]])
 
 
 def test_networks_with_softcapped_scores():

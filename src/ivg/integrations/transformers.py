@@ -21,6 +21,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from ivg.engines.transformers.engine import TransformersEngine
 from ivg.engines.transformers.guidance import apply_guidance, check_guidance
+from ivg.engines.transformers.processors import clear_exhausted
 from ivg.errors import ConfigError
 from ivg.integrations.generate_args import (
     check_config,
@@ -219,9 +220,11 @@ class _Processed(TransformersEngine):
         super().__init__(base)
         self.processors, self.padded = processors, padded
 
-    def process_logits(self, logits: Tensor, nodes: Sequence[Hypothesis], requests: Sequence[ExpandRequest]) -> Tensor:
+    def process_logits(
+        self, logits: Tensor, nodes: Sequence[Hypothesis], requests: Sequence[ExpandRequest]
+    ) -> tuple[Tensor, frozenset[int]]:
         if not self.processors:
-            return logits
+            return logits, frozenset()
         out = logits.clone()
         groups: dict[int, list[int]] = {}
         for i, h in enumerate(nodes):
@@ -232,7 +235,7 @@ class _Processed(TransformersEngine):
             for processor in self.processors:
                 scores = processor(torch.tensor(ids, device=out.device), scores)  # type: ignore[arg-type]
             out[rows] = scores.to(out.dtype)
-        return out
+        return out, clear_exhausted(out)
 
 
 class _FiniteLM(CachedLM):

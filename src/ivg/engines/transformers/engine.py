@@ -20,7 +20,7 @@ from ivg.engines.transformers.sampling import entropy, nonfinite_rows, sample
 from ivg.engines.transformers.speculation import Speculator
 from ivg.errors import ScoreFault
 from ivg.models.cached_lm import CachedLM
-from ivg.types import Beam, Engine, EntropyStop, ExpandRequest, TokenGuidance
+from ivg.types import Beam, Engine, EntropyStop, ExpandRequest, Hypothesis, TokenGuidance
 from ivg.utils.rng import uniform
 
 
@@ -171,8 +171,7 @@ class TransformersEngine(Engine):
         """Draw one token for every sequence from its row."""
         sequences, row_of = step.sequences, step.row_of
         _end_nonfinite(step, logits)
-        params, contexts = [request.sampling for request in step.requests], contexts_of(self.base, step.nodes)
-        process = partial(process_logits, params=params, contexts=contexts, eos=self.vocabulary.eos_ids)
+        process = partial(self.process_logits, nodes=step.nodes, requests=step.requests)
         final, exhausted = process(logits.guided)
         for s, row in zip(sequences, row_of, strict=True):
             if row in exhausted and s.finish is None:
@@ -184,6 +183,12 @@ class TransformersEngine(Engine):
             if s.finish is None:
                 s.log_ratio -= ratio
                 append_token(s, token, shift, detail)
+
+    def process_logits(
+        self, logits: Tensor, nodes: Sequence[Hypothesis], requests: Sequence[ExpandRequest]
+    ) -> tuple[Tensor, frozenset[int]]:
+        """Logits [rows, vocabulary] behind ``nodes`` as the requests' settings change them (see ``processors.process_logits``)."""
+        return process_logits(logits, [r.sampling for r in requests], contexts_of(self.base, nodes), self.vocabulary.eos_ids)
 
 
 def _end_nonfinite(step: _Step, logits: _Logits) -> None:

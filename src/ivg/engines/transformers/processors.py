@@ -58,9 +58,14 @@ def process_logits(
     for row in rows:
         prompt, response = contexts(row)
         _process(out[row], params[row], prompt, response, ends)
-    exhausted = (out.amax(-1) == _FORBIDDEN).nonzero()[:, 0].tolist()
-    out[exhausted] = 0.0
-    return out, frozenset(exhausted)
+    return out, clear_exhausted(out)
+
+
+def clear_exhausted(logits: Tensor) -> frozenset[int]:
+    """The rows of ``logits`` whose tokens are all forbidden; they become uniform."""
+    exhausted = (logits.amax(-1) == _FORBIDDEN).nonzero()[:, 0].tolist()
+    logits[exhausted] = 0.0
+    return frozenset(exhausted)
 
 
 def forbid_ignored_eos(logits: Tensor, params: Sequence[SamplingParams], eos: Collection[int], *, in_place: bool = True) -> Tensor:
