@@ -149,10 +149,7 @@ def load_causal(name: str | Path, what: str, options: LoadOptions | None = None,
     """A causal language model with a cache; ``what`` is its name in usage and errors."""
     from transformers import AutoModelForCausalLM
 
-    options = options or LoadOptions()
-    load_config(name, options, what)  # first: an error of the whole model should not name its tokenizer
-    tokenizer = load_tokenizer(name, options, what)
-    network = _for_inference(load_network(name, AutoModelForCausalLM, options, what), options)
+    network, tokenizer = _load(name, AutoModelForCausalLM, options or LoadOptions(), what)
     lm = CachedLM(make_runner(network, what), tokenizer, template, eos_ids(network, tokenizer))
     lm.generation_config = getattr(network, "generation_config", None)
     return lm
@@ -167,16 +164,16 @@ def load_value(
     """
     from ivg.models.value_head import ValueModel
 
-    options = options or LoadOptions()
-    load_config(name, options, what)
-    if tokenizer is None:
-        tokenizer = load_tokenizer(name, options, what)
-    network = _for_inference(load_network(name, ValueModel, options, what), options)
+    network, tokenizer = _load(name, ValueModel, options or LoadOptions(), what, tokenizer)
     return CachedLM(make_runner(network, what), tokenizer, network.notes.get("template") if template is None else template)
 
 
-def _for_inference(network: Any, options: LoadOptions) -> Any:
-    return pack(network) if options.pack and options.quantization is None else network
+def _load(name: str | Path, auto_class: Any, options: LoadOptions, what: str, tokenizer: Any = None) -> tuple[Any, Any]:
+    """(network, tokenizer) for inference."""
+    load_config(name, options, what)  # first: an error of the whole model should not name its tokenizer
+    tokenizer = load_tokenizer(name, options, what) if tokenizer is None else tokenizer
+    network = load_network(name, auto_class, options, what)
+    return pack(network) if options.pack and options.quantization is None else network, tokenizer
 
 
 def eos_ids(network: Any, tokenizer: Any) -> Sequence[int]:

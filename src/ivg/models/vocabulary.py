@@ -234,7 +234,7 @@ class Vocabulary:
         def text_of_valid() -> str:
             if not any(out):
                 return self._tokenizer_decode(valid)
-            return self._tokenizer_decode([self._byte_a, *valid])[1:]  # not at the beginning of a text
+            return self._tokenizer_decode([self._ids_of["<0x41>"], *valid])[1:]  # not at the beginning of a text
 
         def end_run() -> None:
             while run:
@@ -267,10 +267,6 @@ class Vocabulary:
         if a is None or self._tokenizer_decode([a]) != "A":
             return {}
         return {i: byte for byte in range(256) if (i := self._ids_of.get(f"<0x{byte:02X}>")) is not None}
-
-    @cached_property
-    def _byte_a(self) -> int:
-        return self._ids_of["<0x41>"]
 
     @cached_property
     def _continuations(self) -> tuple[int, ...]:

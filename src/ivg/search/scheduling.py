@@ -11,14 +11,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
+from ivg.search.rule import SelectionRule
+
 MAX_COST_RATIO = 8.0
 """Upper limit for the cost of one request relative to the cheapest: small batches are not proportionally cheaper than large ones, and
 expensive requests must not starve."""
-
-
-class _Rule(Protocol):
-    @property
-    def rows(self) -> int: ...
 
 
 class Schedulable(Protocol):
@@ -28,7 +25,7 @@ class Schedulable(Protocol):
     bypassed: int
 
     @property
-    def rule(self) -> _Rule:
+    def rule(self) -> SelectionRule:
         """Its ``rows`` are the request's maximum number of beams."""
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -37,7 +37,6 @@ MAX_ROUND_LOGITS = 1 << 24
 """Rows x positions x vocabulary of one round at most: 64 MiB for each tensor in float32."""
 _STREAM = 0x5BEC
 _PROPOSE, _ACCEPT, _RESAMPLE = 0, 1, 2
-_MAX_CONTROLLERS = 64
 
 
 @dataclass(slots=True)
@@ -127,7 +126,7 @@ class Speculator:
         self.base = base
         self.draft_length: int | None = None
         self.reset_stats()
-        self._controllers: dict[TokenGuidance, DraftLength] = {}
+        self._controller = lru_cache(maxsize=64)(lambda guidance: DraftLength(guidance.draft))
 
     @staticmethod
     def can_draft(request: ExpandRequest) -> bool:
@@ -175,11 +174,6 @@ class Speculator:
             longest = self._round(_batch(guidance, active, active, list(range(len(active)))), controller, ahead)
             if longest == ahead and not reads_prompts:
                 controller.record_time(len(active), ahead, time.perf_counter() - started)
-
-    def _controller(self, guidance: TokenGuidance) -> DraftLength:
-        if guidance not in self._controllers and len(self._controllers) >= _MAX_CONTROLLERS:
-            del self._controllers[next(iter(self._controllers))]
-        return self._controllers.setdefault(guidance, DraftLength(guidance.draft))
 
     def _choose(self, controller: DraftLength, rows: Sequence[TokenSequence]) -> int:
         fits = MAX_ROUND_LOGITS // (len(rows) * self.base.vocabulary.size) - 1
