@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ivg.errors import ConfigError
 from ivg.model import GuidedModel
@@ -103,14 +104,24 @@ def build_model(
     kind = pick_dtype(dtype, where)
     tokenizer = tokenizer_of_size(large.vocabulary)
 
-    def reader(what: Shape, name: str, number: int) -> CachedLM:
-        network = _causal(what, large.vocabulary, kind, where, seed + number)
+    def network(auto: Any, what: Shape, number: int) -> Any:
+        torch.manual_seed(seed + number)
+        with where:
+            return auto.from_config(model_config(what, large.vocabulary), dtype=kind, attn_implementation="sdpa").eval()
+
+    def reader(network: nn.Module, name: str) -> CachedLM:
         return CachedLM(ModelRunner(pack(network) if packed else network, name), tokenizer)
 
-    head = _value(small, large.vocabulary, kind, where, seed + 3)
-    value = ExplicitValue(CachedLM(ModelRunner(pack(head) if packed else head, "explicit"), tokenizer))
-    implicit = ImplicitValue(reader(small, "tuned", 1), reader(small, "untuned", 2))
-    return GuidedModel(reader(large, "base", 0), {"implicit": implicit, "explicit": value})
+    def language_model(what: Shape, name: str, number: int) -> CachedLM:
+        return reader(_never_ends(network(AutoModelForCausalLM, what, number)), name)
+
+    body = network(AutoModel, small, 3)
+    with where:
+        head = ValueModel(body, "vocabulary").eval()
+        nn.init.normal_(head.head.weight, std=0.02)
+    value = ExplicitValue(reader(head, "explicit"))
+    implicit = ImplicitValue(language_model(small, "tuned", 1), language_model(small, "untuned", 2))
+    return GuidedModel(language_model(large, "base", 0), {"implicit": implicit, "explicit": value})
 
 
 def networks(model: GuidedModel) -> dict[str, Any]:
@@ -128,31 +139,16 @@ def networks(model: GuidedModel) -> dict[str, Any]:
 
 def model_config(what: Shape, vocabulary: int) -> Any:
     """The configuration of a shape with ``vocabulary`` tokens."""
-    from transformers import AutoConfig
-
-    common = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    if what.architecture == "gpt2":
-        size = {"n_embd": what.hidden, "n_layer": what.layers, "n_head": what.heads, "n_positions": what.context}
-        return AutoConfig.for_model("gpt2", **common, **size)
-    return AutoConfig.for_model(
-        "llama",
-        **common,
-        hidden_size=what.hidden,
-        intermediate_size=what.inner,
-        num_hidden_layers=what.layers,
-        num_attention_heads=what.heads,
-        num_key_value_heads=what.kv_heads,
-        max_position_embeddings=what.context,
-    )
-
-
-def _causal(what: Shape, vocabulary: int, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    with device:
-        network = AutoModelForCausalLM.from_config(model_config(what, vocabulary), dtype=dtype, attn_implementation="sdpa").eval()
-    return _never_ends(network)
+    sizes = {
+        "vocab_size": vocabulary,
+        "hidden_size": what.hidden,
+        "num_hidden_layers": what.layers,
+        "num_attention_heads": what.heads,
+        "max_position_embeddings": what.context,
+    }
+    if what.architecture == "llama":
+        sizes |= {"intermediate_size": what.inner, "num_key_value_heads": what.kv_heads}
+    return AutoConfig.for_model(what.architecture, **sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0)
 
 
 def _never_ends(network: Any) -> Any:
@@ -160,16 +156,6 @@ def _never_ends(network: Any) -> Any:
     network.generation_config.eos_token_id = None
     network.generation_config.pad_token_id = 0
     return network
-
-
-def _value(what: Shape, vocabulary: int, dtype: torch.dtype, device: torch.device, seed: int) -> ValueModel:
-    from transformers import AutoModel
-
-    torch.manual_seed(seed)
-    with device:
-        network = ValueModel(AutoModel.from_config(model_config(what, vocabulary), dtype=dtype, attn_implementation="sdpa"), "vocabulary")
-        nn.init.normal_(network.head.weight, std=0.02)
-    return network.eval()
 
 
 def tokenizer_of_size(size: int) -> Any:

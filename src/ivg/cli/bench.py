@@ -26,7 +26,7 @@ _OFFERED = {
 }
 
 
-@command(given=Options(BenchOptions, "Benchmark", make=dict), recipe=RecipeOptions(*_OFFERED, only=_OFFERED, bare=True))
+@command(given=Options(BenchOptions, "Benchmark", make=dict), recipe=RecipeOptions(only=_OFFERED, bare=True))
 def bench(
     out: Annotated[Path | None, typer.Option("--out", help="JSONL file for the measurements; the same command again resumes.")] = None,
     contestants: Annotated[str | None, typer.Option("--contestants", help="Deprecated: use --baselines.", hidden=True)] = None,

@@ -38,7 +38,7 @@ _OFFERED = {
 
 
 @command(
-    recipe=RecipeOptions("models", *_OFFERED, only=_OFFERED),
+    recipe=RecipeOptions("models", only=_OFFERED),
     preferences=Options(PreferenceSettings, "Will it help? (with --preferences)", make=PreferenceSettings.of),
 )
 def check(

@@ -26,8 +26,8 @@ class RecipeOptions:
     """A recipe from its file and the options over it.
 
     Args:
-        tables: the tables whose settings are options.
-        only: of some tables, the names of the settings that are.
+        tables: the tables all of whose settings are options.
+        only: further tables, or some of those, each with the names of the settings that are.
         method: the method where none is named; None: the one that the models allow.
         check_method: one method runs with all these settings: they are checked, and those without effect are said.
         adjust: called with the recipe of the file and what was typed; gives both back.
@@ -45,9 +45,9 @@ class RecipeOptions:
         unset: Mapping[str, str] | None = None,
         bare: bool = False,
     ) -> None:
-        self.unset = unset or {}
-        self.tables, self.only, self.method, self.check_method, self.adjust = tables, only or {}, method, check_method, adjust
-        self.bare = bare
+        self.only, self.unset = only or {}, unset or {}
+        self.tables = tuple(dict.fromkeys((*tables, *self.only)))
+        self.method, self.check_method, self.adjust, self.bare = method, check_method, adjust, bare
 
     def parameters(self) -> Iterator[inspect.Parameter]:
         """See :class:`ivg.cli.options.OptionGroup`."""

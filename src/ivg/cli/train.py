@@ -168,7 +168,7 @@ _REFINEMENT = {
     options=Options(ValueTrainSettings, "Training"),
     rows=ROWS,
     refinement=Options(RefineSettings, "Refinement"),
-    recipe=RecipeOptions(*_REFINEMENT, only=_REFINEMENT, method="cbs-explicit", bare=True),
+    recipe=RecipeOptions(only=_REFINEMENT, method="cbs-explicit", bare=True),
 )
 def value(
     model: Model,

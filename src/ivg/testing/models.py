@@ -45,21 +45,16 @@ def tiny_model(architecture: str = "llama", seed: int = 0, vocab_size: int = 257
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    common: dict[str, Any] = {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    settings: dict[str, Any]
-    if architecture == "gpt2":
-        settings = {"n_embd": hidden, "n_layer": 2, "n_head": 4, "n_positions": context, "initializer_range": 0.3}
-    else:
-        settings = {
-            "hidden_size": hidden,
-            "intermediate_size": 2 * hidden,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": hidden // 4,
-            "max_position_embeddings": context,
-            "initializer_range": 0.3,
-        }
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": context,
+        "initializer_range": 0.3,
+    }
+    if architecture != "gpt2":
+        settings |= {"intermediate_size": 2 * hidden, "num_key_value_heads": 2, "head_dim": hidden // 4}
     if architecture in ("mistral", "mixtral"):
         settings["sliding_window"] = 6
     if architecture == "mixtral":
@@ -67,7 +62,7 @@ def tiny_model(architecture: str = "llama", seed: int = 0, vocab_size: int = 257
     if architecture == "gemma3_text":
         settings |= {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": hidden // 4}
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(architecture, **common, **settings)
+    config = AutoConfig.for_model(architecture, **settings, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float().eval()
     model.generation_config.pad_token_id = 0
     return model.to(DEVICE)
