@@ -41,6 +41,14 @@ def ivg(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
+def library():
+    """What the server of ``serving_tools`` serves, to compare with."""
+    from serving_tools import tiny
+
+    return tiny()
+
+
+@pytest.fixture(scope="session")
 def imdb_test():
     path = DATA / "imdb" / "test.parquet"
     if not path.exists():

@@ -15,11 +15,6 @@ def running():
         yield server
 
 
-@pytest.fixture(scope="module")
-def library():
-    return tiny()
-
-
 @pytest.mark.parametrize("method", ["base", "eft", "ivg", "bon", "cbs-implicit", "smc", "token-explicit"])
 def test_completion_equals_the_librarys(running, library, method):
     got = running.client().completions.create(model=f"tiny:{method}", prompt="The movie", seed=7, **SAMPLING)

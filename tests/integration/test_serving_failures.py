@@ -31,11 +31,6 @@ def running():
         yield server
 
 
-@pytest.fixture(scope="module")
-def library():
-    return tiny()
-
-
 def test_nan_fails_its_own_request(running, library):
     def ask(prompt):
         return running.post({"model": "tiny", "prompt": prompt, "seed": 3, **SAMPLING, "guidance": {"method": "custom", "token": "nan"}})
@@ -193,13 +188,14 @@ def test_restart_of_models_is_retried(monkeypatch):
         return len(response)
 
     model = tiny(bomb=FunctionValue(bomb, "bomb"))
-    server, again, reset_caches, memory = Running(model), [], model.reset_caches, threading.Event()
+    server, again, failed, reset_caches, memory = Running(model), [], [], model.reset_caches, threading.Event()
     monkeypatch.setattr("ivg.serving.worker.RESTART_SECONDS", 1.0)
 
     def hard():
         again.append(time.monotonic())
         if not memory.is_set():
-            time.sleep(0.3)  # longer than it takes the next to come
+            wait_for(lambda: failed or server.worker.waiting)  # requests come during the first attempt
+            failed.append(again[-1])
             raise ModelError("no memory yet")
         return reset_caches()
 
@@ -209,17 +205,18 @@ def test_restart_of_models_is_retried(monkeypatch):
 
     monkeypatch.setattr(model, "reset_caches", hard)
     with server:
-        first = ask("dynamite")
-        assert httpx.get(f"{server.url}/ready").json() == {"status": "restarting"}
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(5) as pool:
+            dying = pool.submit(ask, "dynamite")
+            wait_for(lambda: again)
             refused = list(pool.map(ask, ["Film"] * 12))
-        wait_for(lambda: len(again) >= 2)
+        assert httpx.get(f"{server.url}/ready").json() == {"status": "restarting"}
+        wait_for(lambda: len(failed) >= 2)
         memory.set()
         wait_for(lambda: httpx.get(f"{server.url}/ready").status_code == 200)  # without a request
         last = ask("Film")
         server.wait_until_idle()
         assert server.worker.alive
-    well_formed(first, 503, code="unavailable")
+    well_formed(dying.result(), 503, code="unavailable")
     assert {answer.status_code for answer in refused} == {503}
     assert last.status_code == 200 and len(again) >= 3
     assert all(b - a >= 1.0 for a, b in itertools.pairwise(again))

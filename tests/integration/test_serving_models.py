@@ -21,11 +21,6 @@ def running():
         yield server
 
 
-@pytest.fixture(scope="module")
-def library():
-    return tiny()
-
-
 CONTEXT = 256
 
 
