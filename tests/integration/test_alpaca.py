@@ -39,24 +39,28 @@ def row(preference, length_1=10, length_2=10, **more):
 # Plain win rates
 
 
-@pytest.fixture(scope="module")
-def leaderboard():
-    path = PUBLISHED / "leaderboard.csv"
+def published(name):
+    path = PUBLISHED / name
     if not path.exists():
         pytest.skip(f"{path} is not here")
-    with path.open() as file:
+    return path
+
+
+@pytest.fixture(scope="module")
+def leaderboard():
+    with published("leaderboard.csv").open() as file:
         return {r[""]: r for r in csv.DictReader(file)}
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_published_win_rates_are_reproduced(leaderboard, model):
-    published = leaderboard[model]
+    known = leaderboard[model]
     found = win_rate(read_judgements(PUBLISHED / f"annotations_{model}.json.gz"))
     for rate in ("win_rate", "standard_error", "discrete_win_rate"):
-        assert getattr(found, rate) == pytest.approx(float(published[rate]), abs=0.01)
+        assert getattr(found, rate) == pytest.approx(float(known[rate]), abs=0.01)
     for count in ("n_wins", "n_wins_base", "n_draws", "n_total"):
-        assert getattr(found, count) == int(published[count])
-    assert int(found.avg_length) == int(published["avg_length"])
+        assert getattr(found, count) == int(known[count])
+    assert int(found.avg_length) == int(known["avg_length"])
 
 
 def test_a_win_rate_by_hand():
@@ -549,10 +553,7 @@ def test_examples(instructions):
 
 
 def test_the_805_instructions_are_known():
-    path = PUBLISHED / "reference_outputs_gpt4_1106_preview.json.gz"
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    found = Alpaca().examples(config(path))
+    found = Alpaca().examples(config(published("reference_outputs_gpt4_1106_preview.json.gz")))
     assert len(found) == 805
     assert hashlib.sha256("\0".join(e.prompt.content for e in found).encode()).hexdigest()[:16] == INSTRUCTIONS
     assert all(e.extra["alpaca_eval"] and e.extra["generator"] == "gpt4_1106_preview" for e in found)

@@ -17,9 +17,11 @@ from ivg.evaluation.methods import BASE_SAMPLES
 from ivg.evaluation.plan import make_plan
 from ivg.evaluation.report import markdown, publish, read_results
 from ivg.evaluation.score import read_scored
+from ivg.evaluation.sentiment import Sentiment, opening_words
+from ivg.evaluation.summarization import Summarization
 from ivg.evaluation.summary import summarise
 from ivg.evaluation.tables import tables
-from ivg.settings.recipe import Recipe
+from ivg.settings.recipe import EvalConfig, Recipe
 from ivg.testing import byte_tokenizer, tiny_model, tiny_value
 from ivg.utils.jsonl import as_lines, read_jsonl
 from killed import run_killed
@@ -414,26 +416,17 @@ def test_half_a_line_is_cut_off(done, tmp_path):
 
 
 def test_sentiment_prompts_are_the_embedded_ones(imdb_test):
-    from ivg.evaluation.sentiment import Sentiment, opening_words
-    from ivg.settings.recipe import EvalConfig
-
     found = Sentiment().examples(EvalConfig(data=str(DATA / "imdb"), prompts=5))
     assert [e.prompt.content for e in found] == opening_words([r.text for r in imdb_test], 5, seed=0)
 
 
 def test_sentiment_refuses_unknown_columns(tmp_path):
-    from ivg.evaluation.sentiment import Sentiment
-    from ivg.settings.recipe import EvalConfig
-
     (tmp_path / "x.jsonl").write_text('{"question": "?"}\n')
     with pytest.raises(ConfigError, match="columns question"):
         Sentiment().examples(EvalConfig(data=str(tmp_path / "x.jsonl")))
 
 
 def test_summarization_reads_posts_and_mails(tmp_path):
-    from ivg.evaluation.summarization import Summarization
-    from ivg.settings.recipe import EvalConfig
-
     posts = tmp_path / "posts.jsonl"
     posts.write_text(as_lines({"prompt": f"POST: {i // 2}\nTL;DR:", "label": "short"} for i in range(6)))
     found = Summarization().examples(EvalConfig(task="summarization", data=str(posts)))
@@ -451,9 +444,6 @@ def test_summarization_reads_posts_and_mails(tmp_path):
 
 def test_shuffled_as_datasets_does(tmp_path):
     import datasets
-
-    from ivg.evaluation.summarization import Summarization
-    from ivg.settings.recipe import EvalConfig
 
     rows = [{"prompt": f"post {i}"} for i in range(50)]
     (tmp_path / "x.jsonl").write_text(as_lines(rows))

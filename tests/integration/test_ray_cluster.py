@@ -4,15 +4,14 @@ import json
 import os
 import re
 import secrets
+import shlex
 import signal
-import sys
 import time
 from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
 
-from ivg.cli import main
 from ivg.jobs import store
 from ivg.jobs.backends import run_tasks
 from ivg.jobs.ray import actor_pool, driver, task_queue
@@ -105,31 +104,12 @@ def test_a_prompt_that_crashes_workers_is_quarantined(cluster, hub, monkeypatch)
     assert errors[3, 0].startswith("quarantined: 2 workers crashed while running it")
 
 
-def test_command_line_goes_on_where_it_was_interrupted(cluster, hub, tmp_path, monkeypatch, capsys):
+def test_command_line_goes_on_where_it_was_interrupted(cluster, hub, tmp_path, monkeypatch, ivg):
     source, sink = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps({"id": i, "prompt": f"Prompt {i}"}) + "\n" for i in range(8)) + '{"id": 9, "prompt": ""}\n')
-    recipe = recipe_of(hub)
-    models = [x for role in ("base", "tuned", "untuned", "value") for x in (f"--{role}", str(hub / role))]
-    sizes = [
-        "-W",
-        "2",
-        "-K",
-        "2",
-        "-L",
-        "4",
-        "--max-new-tokens",
-        "12",
-        "--seed",
-        "5",
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-        "--batch-size",
-        "2",
-    ]
-    command = ["ivg", "generate", "--input", str(source), "--output", str(sink), "--ray", cluster.address, *models, *sizes]
-    monkeypatch.setattr(sys, "argv", command)
+    models = [x for role in ("base", "tuned", "untuned", "value") for x in (f"--{role}", hub / role)]
+    sizes = shlex.split("-W 2 -K 2 -L 4 --max-new-tokens 12 --seed 5 --dtype float32 --device cpu --batch-size 2")
+    command = ["generate", "--input", source, "--output", sink, "--ray", cluster.address, *models, *sizes]
     real, written = store.ResumableRows.append, []
 
     def interrupted(self, row):
@@ -137,21 +117,18 @@ def test_command_line_goes_on_where_it_was_interrupted(cluster, hub, tmp_path, m
             raise KeyboardInterrupt
         written.append(real(self, row))
 
-    monkeypatch.setattr(store.ResumableRows, "append", interrupted)
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(store.ResumableRows, "append", interrupted)
+        assert ivg(*command)[0] == 130
     first = sink.read_text().splitlines()
     assert len(first) == 3
-    monkeypatch.setattr(store.ResumableRows, "append", real)
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 1
-    assert "line 9: empty prompt" in capsys.readouterr().err
+    code, _, err = ivg(*command)
+    assert code == 1
+    assert "line 9: empty prompt" in err
     rows = [json.loads(line) for line in sink.read_text().splitlines()]
     assert sink.read_text().splitlines()[:3] == first
     assert len(rows) == 8
-    expected, _ = texts_and_errors(run_tasks(recipe, tasks_of(8)))
+    expected, _ = texts_and_errors(run_tasks(recipe_of(hub), tasks_of(8)))
     assert {(r["id"], r["index"]): r["text"] for r in rows} == expected
 
 
