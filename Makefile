@@ -1,4 +1,4 @@
-# make demo: from nothing to text steered by value guidance.   make test: is it right?   make test-all: everything that CI checks.
+# make demo: from nothing to text with value guidance.   make test: is it right?   make test-all: everything that CI checks.
 PYTHON ?= python3
 VENV ?= .venv
 # e.g. https://download.pytorch.org/whl/cpu for PyTorch's CPU build on Linux without a local wheel
@@ -26,7 +26,7 @@ $(VENV)/.dev: $(VENV)/.core
 
 install: $(VENV)/.core ## set up .venv with ivg in it
 
-demo: install ## steer the embedded film-review model
+demo: install ## guide the embedded film-review model
 	@$(RUN)/ivg generate "The movie was" --seed 1
 	@$(RUN)/ivg compare "The movie was" --seed 1
 

@@ -1,4 +1,4 @@
-"""From a reward to a guide: sample responses, score them, train a value on them, and steer with it.
+"""From a reward to a guide: sample responses, score them, train a value on them, and guide with it.
 
     pip install 'ivg[train]'
     python examples/train_a_value.py
@@ -40,7 +40,7 @@ def main(out: Path) -> None:
     metrics = train_value("embedded:untuned", read_rated(rows), out / "value", options)
     print(f"error {metrics['rmse_100']:.2f} letters; {metrics['pair_accuracy_100']:.0%} of pairs ranked correctly")
 
-    # 3. Steer with it. `out / "value"` is a checkpoint in safetensors: push_to_hub and `ivg generate --value` take it.
+    # 3. Guide with it. `out / "value"` is a checkpoint in safetensors: push_to_hub and `ivg generate --value` take it.
     model.values["explicit"] = ExplicitValue.from_pretrained(out / "value")
     for method in ("base", "cbs-explicit"):
         answers = model.generate(["The film was", "I have to say", "My friends"], method, seed=1, max_new_tokens=20)

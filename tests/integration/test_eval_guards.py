@@ -1,4 +1,4 @@
-"""``ivg eval`` refuses what makes a report untrue: files of other settings or weights, a judge that steers, settings that nobody reads."""
+"""``ivg eval`` refuses what makes a report untrue: files of other settings or weights, a judge that guides, settings that nobody reads."""
 
 import hashlib
 import json
@@ -215,7 +215,7 @@ def test_the_reward_in_place_of_the_explicit_value_is_recorded(hub, tmp_path):  
         make_plan(Recipe.parse(data), tmp_path)
 
 
-def test_gold_steers_nothing(hub, tmp_path):  # noqa: F811
+def test_gold_guides_nothing(hub, tmp_path):  # noqa: F811
     data = recipe(hub, methods=[{"label": "cheat", "method": "bon", "select": "reward"}]).model_dump(exclude_none=True)
     data["models"]["reward"] = {"path": str(hub / ".." / hub.name / "gold")}
     with pytest.raises(ConfigError, match="also the value reward, used by cheat"):

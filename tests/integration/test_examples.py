@@ -34,8 +34,8 @@ def number(pattern, text):
     return float(re.search(pattern, text)[1])
 
 
-def test_steer_your_model(run):
-    out = run("steer_your_model.py")
+def test_guide_your_model(run):
+    out = run("guide_your_model.py")
     assert all(f"\n{method}: " in out for method in ("base", "eft", "cbs-explicit", "ivg"))
     assert len(re.findall(r"^(?:length|stop) ", out, re.MULTILINE)) == 2
 

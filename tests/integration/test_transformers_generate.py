@@ -192,7 +192,7 @@ SEVERAL = {"repetition_penalty": 1.6, "no_repeat_ngram_size": 3, "sequence_bias"
 
 
 @pytest.mark.parametrize("method", ["eft", "ivg"])
-def test_settings_act_on_guided_logits_as_for_a_steered_model(base, tokenizer, method):
+def test_settings_act_on_guided_logits_as_for_a_guided_model(base, tokenizer, method):
     """One rule: the same settings give the same tokens by either way."""
     pair = ImplicitValue(tiny_lm("tuned", seed=2, tokenizer=tokenizer), tiny_lm("untuned", seed=3, tokenizer=tokenizer))
     values = {"implicit": pair, "explicit": tiny_value(seed=4, tokenizer=tokenizer)}

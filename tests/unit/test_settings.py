@@ -222,7 +222,7 @@ def test_settings_without_effect_are_reported(line, note, capsys):
         assert recipe.search.settings() == {}
 
 
-def test_a_reward_alone_steers_the_embedded_base(tmp_path):
+def test_a_reward_alone_guides_the_embedded_base(tmp_path):
     from ivg.embedded import path
     from ivg.factory.recipe import load_models
 

@@ -97,7 +97,7 @@ def trio(folder: Path, base: str, guides: str = "small-llama") -> dict[str, str]
 
 @contextmanager
 def models(engine: str, *, every_guide: bool = False, **tables):
-    """A steered model over ``engine``, float32, stopped in the end."""
+    """A guided model over ``engine``, float32, stopped in the end."""
     settings = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 64} | tables.pop("vllm", {})
     run = {"engine": engine, "dtype": "float32", "device": "cpu"} | tables.pop("run", {})
     model = load_models(Recipe.parse({"run": run, "vllm": settings, **tables}), every_guide=every_guide)

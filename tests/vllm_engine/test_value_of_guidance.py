@@ -1,4 +1,4 @@
-"""What IVG is for: through vLLM the embedded models are steered as well as through the transformers engine."""
+"""What IVG is for: through vLLM the embedded models are guided as well as through the transformers engine."""
 
 from __future__ import annotations
 

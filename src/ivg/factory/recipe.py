@@ -26,7 +26,7 @@ def load_options(recipe: Recipe) -> LoadOptions:
 def load_models(recipe: Recipe, *, every_guide: bool = False) -> GuidedModel:
     """The models of a recipe, and its further values by their names, over the engine that it names.
 
-    Where it names no models: the embedded ones; where it names guides alone, they steer the embedded base. ``every_guide``: inside
+    Where it names no models: the embedded ones; where it names guides alone, they guide the embedded base. ``every_guide``: inside
     vLLM have guides for all methods, not only for the recipe's (a server's clients choose).
 
     Raises:

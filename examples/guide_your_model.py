@@ -1,6 +1,6 @@
 """Align a frozen model at inference time: token guidance, chunk-level search, and both together.
 
-    python examples/steer_your_model.py
+    python examples/guide_your_model.py
 
 The embedded film-review models stand in for yours: a base that likes and dislikes films equally often, and small guides that
 like them. Put your own directories or hub ids in their place.
