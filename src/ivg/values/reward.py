@@ -71,7 +71,7 @@ class RewardModel(Reward):
         if template is None:
             self.template = getattr(network.config, "ivg_template", None)  # as it was trained
         self.label, self.name, self.batch_size = label, name, batch_size
-        self.limit = _longest(network, tokenizer)
+        self.limit = min((n for n in (context_of(network), tokenizer.model_max_length) if n and 0 < n < 1 << 30), default=None)
         """Tokens that the classifier reads at most; None: no limit."""
         self._config = network.config.get_text_config()
         self._padding: int | None = self._config.pad_token_id
@@ -238,11 +238,6 @@ class RewardModel(Reward):
     def networks(self) -> list[tuple[str, Any]]:
         """The classifier."""
         return [(self.name, self.network)]
-
-
-def _longest(network: Any, tokenizer: Any) -> int | None:
-    """Context length of a classifier."""
-    return min((n for n in (context_of(network), tokenizer.model_max_length) if n and 0 < n < 1 << 30), default=None)
 
 
 def load_reward(

@@ -20,7 +20,7 @@ from ivg.engines.transformers.sampling import entropy, nonfinite_rows, sample
 from ivg.engines.transformers.speculation import Speculator
 from ivg.errors import ScoreFault
 from ivg.models.cached_lm import CachedLM
-from ivg.types import Beam, Engine, EntropyStop, ExpandRequest, Hypothesis, TokenGuidance
+from ivg.types import Beam, Engine, ExpandRequest, Hypothesis, TokenGuidance
 from ivg.utils.rng import uniform
 
 
@@ -204,9 +204,6 @@ def _end_nonfinite(step: _Step, logits: _Logits) -> None:
 
 def _pausing(entropies: Tensor, step: _Step) -> set[int]:
     """Rows whose chunk ends here."""
-
-    def stops(pause: EntropyStop | None, length: int, nats: float) -> bool:
-        return pause is not None and length >= pause.after and nats >= pause.entropy
-
     rows = enumerate(zip(step.nodes, step.requests, entropies.tolist(), strict=True))
-    return {i for i, (node, request, nats) in rows if stops(request.pause, len(node.token_ids), nats)}
+    pauses = ((i, request.pause, len(node.token_ids), nats) for i, (node, request, nats) in rows)
+    return {i for i, pause, length, nats in pauses if pause is not None and length >= pause.after and nats >= pause.entropy}
