@@ -19,7 +19,7 @@ from ivg.models.kv_cache import KVCache
 from ivg.models.mapped_memory import zeros
 from ivg.models.runner import ModelRunner
 from ivg.search.searcher import Request, Search, Searcher
-from ivg.testing import ARCHITECTURES, tiny_lm, tiny_model
+from ivg.testing import ARCHITECTURES, hypothesis, tiny_lm, tiny_model, tiny_value
 from ivg.types import Prompt, SamplingParams
 from naive import compare, outputs_of, wander
 
@@ -301,8 +301,6 @@ def test_context_limit_is_reported():
 
 
 def test_siblings_that_are_new_to_a_value_share_their_prompt():
-    from ivg.testing import hypothesis, tiny_value
-
     value = tiny_value("scalar")
     siblings = [hypothesis("The movie was", f" {i} good", value.model) for i in range(4)]
     token_counter = siblings[0].token_counter
@@ -379,8 +377,6 @@ def test_equal_prompts_are_read_once():
 def test_usage_is_what_was_read():
     """One prompt of T tokens: the prompt once, W·K continuations of every chunk, first tokens drawn from the parents' pass."""
     base = tiny_lm("base")
-    from ivg.testing import tiny_value
-
     value = tiny_value("scalar")
     search = Search(width=2, successors=3, chunk_length=4, value=value)
     sampling = SamplingParams(max_new_tokens=8, ignore_eos=True)

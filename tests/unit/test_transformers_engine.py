@@ -435,10 +435,6 @@ def test_readers_can_be_rewound():
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_cancelling_in_the_middle_of_a_chunk_frees_what_values_hold(guided):
-    from ivg.testing import tiny_lm, tiny_value
-    from ivg.types import TokenGuidance
-    from ivg.values.implicit import ImplicitValue
-
     base, value = tiny_lm("base"), tiny_value("scalar")
     pair = ImplicitValue(tiny_lm("tuned"), tiny_lm("untuned"))
     search = Search(2, 2, 20, TokenGuidance(pair) if guided else None, value)
