@@ -398,10 +398,12 @@ def test_results_are_json(done):  # noqa: F811
     assert not constants  # NaN and Infinity are no JSON
 
 
-@pytest.mark.parametrize("task", [Sentiment, Summarization])
-def test_without_data_and_without_the_hub_the_error_says_data(task):
+@pytest.mark.parametrize(
+    ("task", "data"), [(Sentiment, None), (Summarization, None), (Summarization, "CarperAI/openai_summarize_comparisons")]
+)
+def test_without_data_and_without_the_hub_the_error_says_data(task, data):
     with pytest.raises(ConfigError, match=r"no such data set in the hub's cache(.|\n)*--data FILE"):
-        task().examples(EvalConfig())
+        task().examples(EvalConfig(data=data))
     with pytest.raises(ConfigError, match=r"no such file: none\.jsonl") as e:
         task().examples(EvalConfig(data="none.jsonl"))
     assert "--data" not in str(e.value)

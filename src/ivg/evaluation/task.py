@@ -134,7 +134,7 @@ def read_data(config: EvalConfig, published: str, split: str) -> Iterator[dict[s
     try:
         yield from read_rows(config.data or published, config.split or split, config.format)
     except ConfigError as e:
-        if config.data is not None:
+        if config.data not in (None, published):
             raise
         raise ConfigError(f"{str(e).splitlines()[0]}\n  give the prompts as --data FILE (docs/how-to/evaluation.md)") from e
 
