@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ivg.models.cache import PassLimits
 from ivg.models.cached_lm import CachedLM
 from ivg.models.loading import LoadOptions, load_causal
 from ivg.models.runner import ModelRunner
+from ivg.models.state_cache import StateCache
 from ivg.models.support import context_of
 from ivg.search.methods import get_method
 from ivg.search.searcher import Request, Searcher
@@ -38,37 +40,43 @@ LONGROPE = {
     },
 }
 MSCALES = {"short_mscale": 1.1, "long_mscale": 1.6}  # PhiMoE's
-STATE = "keep a running state"
-ALIBI = r"takes distances \(ALiBi\) from columns of the batch"
-POSITIONS = "takes no position_ids"
 REFUSED = {
-    POSITIONS: "bart bigbird_pegasus blenderbot blenderbot-small cpmant marian mbart moss_transcribe_diarize mpt+noalibi mvp pegasus plbart"
-    " prophetnet roformer rwkv trocr whisper xlnet xlstm",
-    "takes no past_key_values": "openai-gpt reformer xlm",
-    STATE: "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid inkling2_text inkling_text jamba kimi_linear lfm2 lfm2_moe lfm3"
-    " mamba mamba2 minimax nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp qwen4_exp_text"
-    " recurrent_gemma zamba zamba2 zaya zaya+swa",
-    "by an index of their own": "axk2 deepseek_v32 deepseek_v32+smalltopk dots3_note_text glm_moe_dsa glm_moe_dsa+smalltopk "
-    "hy_v4 minimax_m3+sparse",
-    "one key and value for several tokens": "deepseek_v4 deepseek_v4+smalltopk",
-    "attend within chunks": "llama4 llama4_text",
-    "hold no attention": "nemotron_h+attn",
-    "cuts its local layers by columns": "gpt_neo",
-    "no other cache than its own": "minimax+swa",
-    ALIBI: "bloom mpt falcon+alibi",
+    "takes and returns no cache": "openai-gpt reformer xlm xlnet",
+    "cannot be read row by row: The size of tensor": "cpmant",
+    "cannot be read row by row: .* no attribute 'past_key_values'": "recurrent_gemma",
+    "gives other outputs when rows share a batch or are read in pieces": "prophetnet",
 }
 REASONS = {name: reason for reason, names in REFUSED.items() for name in names.split()}
 UNTOLD = ("gemma4_assistant", "gemma4_unified_assistant", "musicgen", "musicgen_melody")
 """Lack an argument that is needed, so that they are refused; a tiny one is not easily made."""
 NOT_BUILT = (*UNTOLD, "blt", "gemma3n", "dots3_note")  # the text parts of the last two are gemma3n_text and dots3_note_text
+UNSTABLE = ("deepseek_v32+smalltopk", "glm_moe_dsa+smalltopk")
+"""Of equal scores of their index transformers keeps others in passes of other lengths: a plain pass differs from one over its beginning."""
+CLAMPED = ("zamba2", "nemotron_h")
+"""transformers bounds their time steps from below where it reads several tokens at once, not where it reads one."""
+STATE = {
+    "mamba": r"linear_attention: they keep a running state",
+    "nemotron_h+attn": "hold no attention",
+    "lfm2": r"conv: they keep a running state",
+    "falcon_h1": "beside keys and values",
+    "deepseek_v32": "by an index of their own",
+    "deepseek_v4": "one key and value for several tokens",
+    "llama4_text": "attend within chunks",
+    "gpt_neo": "cuts its local layers by columns",
+    "minimax+swa": "no other cache than its own",
+    "bloom": r"takes distances \(ALiBi\) from columns of the batch",
+    "bart": "takes no position_ids",
+    "rwkv": "takes no position_ids",
+}
+"""Why the slots do not do for them."""
 FAST = ("afmoe", "roberta", "xmod", "bert", "falcon", "gpt_neo+global", "gpt_oss", "gemma3n_text", "deepseek_v3", "qwen2+swa", "cohere")
 
 
-def check(name, steps=1, **more):
+def check(name, steps=1, tolerance=2e-3, **more):
     model = ModelRunner(tiny(name, **more), name)
     for seed in range(steps):
         model.reset_cache()
-        wander(model, random.Random(f"{name} {seed}"), 256, 2e-3)
+        wander(model, random.Random(f"{name} {seed}"), 256, tolerance)
     return model
 
 
@@ -78,7 +86,7 @@ def test_rows_equal_plain_passes(name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", sorted(set(NAMES) - set(FAST) - set(NOT_BUILT)))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(FAST) - set(NOT_BUILT) - set(UNSTABLE)))
 def test_every_architecture_is_exact_or_refused(name):
     network = tiny(name)
     if name in REASONS:
@@ -87,10 +95,17 @@ def test_every_architecture_is_exact_or_refused(name):
     elif (limit := ModelRunner(network, name).max_positions) is not None and limit < 64:
         assert name in ("moshi", "doge+keep4", "llama+dynamic")
     else:
-        check(name)
+        check(name, tolerance=0.1 if name in CLAMPED else 2e-3)
 
 
-@pytest.mark.parametrize("name", ["falcon+alibi", "bloom", "gpt_neo", "llama4_text", "mamba", "deepseek_v32", "nemotron_h", "bart"])
+@pytest.mark.parametrize("name", STATE)
+def test_rows_with_the_state_of_transformers_equal_plain_passes(name):
+    model = check(name, steps=2)
+    assert isinstance(model.cache, StateCache)
+    assert re.search(STATE[name], model.support.state_reason)
+
+
+@pytest.mark.parametrize("name", ["cpmant", "prophetnet", "recurrent_gemma", "xlm", "xlnet"])
 def test_what_cannot_be_read_is_refused_with_its_reason(name):
     with pytest.raises(ModelError, match=f"^base: {type(network := tiny(name)).__name__} .*{REASONS[name]}.*\n  expected"):
         ModelRunner(network, "base")
@@ -272,13 +287,6 @@ def test_the_lists_of_refusals_name_types_that_there_are():
     assert set(VARIANTS) <= set(NAMES)
 
 
-def test_a_value_is_refused_by_the_name_of_its_body():
-    from ivg.models.value_head import ValueModel
-
-    with pytest.raises(ModelError, match=f"^explicit: BloomModel {ALIBI}"):
-        ModelRunner(ValueModel(tiny("bloom").base_model, "scalar"), "explicit")
-
-
 # Classifiers, which read whole texts in padded batches
 
 
@@ -293,8 +301,9 @@ def classifier(name, **more):
     return model
 
 
-def test_a_reward_does_not_depend_on_the_texts_beside_it():
-    reward = RewardModel(classifier("phi3", **LONGROPE), byte_tokenizer())
+@pytest.mark.parametrize(("name", "more"), [("phi3", LONGROPE), ("qwen3_next", {}), ("bloom", {})])
+def test_a_reward_does_not_depend_on_the_texts_beside_it(name, more):
+    reward = RewardModel(classifier(name, **more), byte_tokenizer())
     texts = ["I am", "never again", "What a long text this one is, longer than the border", "and on it goes"]
     together = reward.rewards(texts)[0]
     assert together == pytest.approx([reward.rewards([t])[0][0] for t in texts], abs=1e-4)
@@ -338,7 +347,7 @@ class OwnForCausalLM(LlamaForCausalLM):
             "position_ids = torch.arange(input_ids.shape[1])[None]",
             r"^base: OwnForCausalLM gives other outputs .*\n  expected",
         ),
-        ("forgets", "past_key_values = None", r"^base: OwnForCausalLM cannot be read row by row: .*\n  expected a decoder"),
+        ("forgets", "past_key_values = None", r"^base: OwnForCausalLM gives other outputs .*\n  expected a decoder"),
         ("raises", "assert past_key_values is None, 'no such cache'", r"^base: OwnForCausalLM cannot be read row by row: no such cache\n"),
     ],
 )

@@ -61,11 +61,19 @@ class RowCache(ABC):
 
     A cache may hold more than its rows need, for later prompts that begin alike. ``batches`` decides which rows share a forward pass,
     ``forward`` runs it.
+
+    Attributes:
+        rolls_back: a row that is cut keeps all tokens before the cut.
     """
 
+    rolls_back = True
+
     @abstractmethod
-    def open(self, ids: Sequence[int], rope_range: int) -> CacheRow:
-        """A row for ``ids``, holding already as many of them as the cache knows (all but the last at most)."""
+    def open(self, ids: Sequence[int], rope_range: int, mark: int = 0) -> CacheRow:
+        """A row for ``ids``, holding already as many of them as the cache knows (all but the last at most).
+
+        ``mark``: length to which rows that descend from it are likely to be cut.
+        """
 
     @abstractmethod
     def fork(self, row: CacheRow) -> CacheRow:

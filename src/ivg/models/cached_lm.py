@@ -225,7 +225,7 @@ class CachedLM(PromptEncoder):
         for h, (ids, prompt_length), prompt in zip(roots, targets, prompts, strict=True):
             first = first_rows.get((id(h.token_counter), prompt)) if prompt else None
             if first is None:
-                row = self.model.open(ids[: len(ids) - drop])
+                row = self.model.open(ids[: len(ids) - drop], len(prompt))
             else:
                 row = self.model.fork(first)
                 self.model.truncate(row, len(prompt))

@@ -15,8 +15,8 @@ from ivg.errors import ConfigError, IVGError, ModelError, reason
 from ivg.models import kernels
 from ivg.models.cached_lm import CachedLM
 from ivg.models.hub import find_model
-from ivg.models.load_test import make_runner
 from ivg.models.packed_linear import pack
+from ivg.models.runner import ModelRunner
 from ivg.models.weights import OTHER_HEADS, check_weights
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def load_causal(name: str | Path, what: str, options: LoadOptions | None = None,
     from transformers import AutoModelForCausalLM
 
     network, tokenizer = _load(name, AutoModelForCausalLM, options or LoadOptions(), what)
-    lm = CachedLM(make_runner(network, what), tokenizer, template, eos_ids(network, tokenizer))
+    lm = CachedLM(ModelRunner(network, what), tokenizer, template, eos_ids(network, tokenizer))
     lm.generation_config = getattr(network, "generation_config", None)
     return lm
 
@@ -165,7 +165,7 @@ def load_value(
     from ivg.models.value_head import ValueModel
 
     network, tokenizer = _load(name, ValueModel, options or LoadOptions(), what, tokenizer)
-    return CachedLM(make_runner(network, what), tokenizer, network.notes.get("template") if template is None else template)
+    return CachedLM(ModelRunner(network, what), tokenizer, network.notes.get("template") if template is None else template)
 
 
 def _load(name: str | Path, auto_class: Any, options: LoadOptions, what: str, tokenizer: Any = None) -> tuple[Any, Any]:

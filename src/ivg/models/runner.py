@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ivg.errors import PromptError
 from ivg.models.cache import CacheRow, PassLimits, RowCache, common_length
+from ivg.models.choose_cache import choose_cache
 from ivg.models.rotary import rotary_factors_beyond, rotary_modules
-from ivg.models.slot_cache import SlotCache
 from ivg.models.support import check_support
 from ivg.models.value_head import ValueModel
 
@@ -24,7 +24,7 @@ class ModelRunner:
     """A causal network (language model or :class:`~ivg.models.value_head.ValueModel`) with a cache.
 
     Args:
-        network: takes ``input_ids, position_ids, attention_mask, past_key_values, use_cache, logits_to_keep``.
+        network: a decoder of transformers, or a value network on one.
         name: in usage and errors.
         limits: of one forward pass.
 
@@ -48,7 +48,7 @@ class ModelRunner:
         self._rotary = rotary_modules(network) if self._rope_limits else []
         scalar = isinstance(network, ValueModel) and network.kind == "scalar"
         self._output_size = 1 if scalar else int(self.config.vocab_size)
-        self.cache: RowCache = SlotCache(network, self.support, self.limits)
+        self.cache: RowCache = choose_cache(network, self.support, self.limits, name)
         self.unshared_peak_bytes = self.peak_bytes = 0
 
     # Rows
@@ -70,9 +70,12 @@ class ModelRunner:
         """Rows in use."""
         return self.cache.num_rows
 
-    def open(self, ids: Sequence[int]) -> CacheRow:
-        """A row for ``ids``, holding already as many of them as the cache knows (all but the last at most)."""
-        return self.cache.open(ids, self._rope_range(len(ids)))
+    def open(self, ids: Sequence[int], mark: int = 0) -> CacheRow:
+        """A row for ``ids``, holding already as many of them as the cache knows (all but the last at most).
+
+        ``mark``: length to which rows that descend from it are likely to be cut: that of their prompt.
+        """
+        return self.cache.open(ids, self._rope_range(len(ids)), mark)
 
     def fork(self, row: CacheRow) -> CacheRow:
         """A second row with the same tokens."""

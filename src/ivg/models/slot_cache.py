@@ -96,7 +96,7 @@ class SlotCache(RowCache):
     # Rows
 
     @override
-    def open(self, ids: Sequence[int], rope_range: int = 0) -> SlotRow:
+    def open(self, ids: Sequence[int], rope_range: int = 0, mark: int = 0) -> SlotRow:
         group, shared = self._group_for(ids, rope_range)
         return self._add(SlotRow(group, list(ids[:shared]), rope_range, prefix_length=shared))
 

@@ -50,6 +50,7 @@ class NetworkSupport:
         limit_reason: why no more, where it is not simply the model's context; for errors.
         rope_limits: lengths beyond which its rotary factors change (LongRoPE), ascending.
         pad: id that has no position of its own: the others count from ``pad`` + 1 on (RoBERTa); None: positions count from 0.
+        state_reason: why its rows need transformers' own cache (``models.state_cache``); None: slots do (``models.slot_cache``).
     """
 
     windows: dict[str, int | None]
@@ -57,6 +58,7 @@ class NetworkSupport:
     limit_reason: str = ""
     rope_limits: tuple[int, ...] = ()
     pad: int | None = None
+    state_reason: str | None = None
 
 
 def check_support(network: nn.Module, name: str) -> NetworkSupport:
@@ -67,12 +69,11 @@ def check_support(network: nn.Module, name: str) -> NetworkSupport:
     """
     config = cast("Any", network).config.get_text_config()
     body = body_of(network)
-    if reason := _unsupported(body, config):
-        raise ModelError(
-            f"{name}: {type(body).__name__} {reason}\n  expected a decoder that reads each row by positions and caches every token"
-        )
+    state_reason = _state_reason(body, config)
+    if reason := _refusal(body, config, tried=state_reason is not None):
+        raise ModelError(f"{name}: {type(body).__name__} {reason}\n  expected a decoder that reads its text from left to right")
     limit, why = _max_positions(network, config)
-    return NetworkSupport(_windows(config), limit, why, rope_limits(config), _padding_id(network))
+    return NetworkSupport(_windows(config), limit, why, rope_limits(config), _padding_id(network), state_reason)
 
 
 def context_of(network: nn.Module) -> int | None:
@@ -89,8 +90,19 @@ def body_of(network: nn.Module) -> nn.Module:
     return network.backbone if isinstance(network, ValueModel) else network
 
 
-def _unsupported(body: nn.Module, config: Any) -> str | None:
-    """Why rows of different lengths in one pass, or rows in pieces, would be read wrongly; None: they are not."""
+def _refusal(body: nn.Module, config: Any, *, tried: bool) -> str | None:
+    """Why no cache makes rows exact; None: one may, and whether it does is ``tried`` (``models.choose_cache``), or known."""
+    if config.model_type == "blt":
+        return "cuts its text into patches by a model of its own, which would cut a row in pieces otherwise"
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        return "reads its text in both directions (use_bidirectional_attention)"
+    if not tried and any(getattr(m, "is_decoder", None) is False for m in body.modules()):
+        return "reads its text in both directions (is_decoder is false in config.json)"
+    return None
+
+
+def _state_reason(body: nn.Module, config: Any) -> str | None:
+    """Why slots of keys and values do not do, so that each row has transformers' own cache; None: they do."""
     if _has_alibi(config):
         return "takes distances (ALiBi) from columns of the batch, not from positions"
     if unknown := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}):
@@ -101,16 +113,10 @@ def _unsupported(body: nn.Module, config: Any) -> str | None:
             return f"takes no {needed}"
     if config.model_type == "minimax":
         return "takes no other cache than its own"
-    if config.model_type == "blt":
-        return "cuts its text into patches by a model of its own, which would cut a row in pieces otherwise"
     if config.model_type == "gpt_neo" and "local" in getattr(config, "attention_layers", ()):
         return "cuts its local layers by columns of the batch, not by positions"
     if getattr(config, "attn_temperature_tuning", False) and config.model_type == "llama4_text":
         return "scales its attention by columns of the batch, not by positions"
-    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
-        return "reads its text in both directions (use_bidirectional_attention)"
-    if any(getattr(m, "is_decoder", None) is False for m in body.modules()):
-        return "reads its text in both directions (is_decoder is false in config.json)"
     return None
 
 

@@ -56,8 +56,9 @@ class ValueModel(nn.Module):
 
     def forward(self, input_ids: Tensor | None = None, *, logits_to_keep: int = 0, **kwargs: Any) -> Any:
         """Values [batch, positions, vocabulary or 1] of the last ``logits_to_keep`` positions (0: of all), as ``.logits``."""
-        hidden = self.backbone(input_ids=input_ids, **kwargs).last_hidden_state
-        return SimpleNamespace(logits=self.head(hidden[:, -logits_to_keep:]))
+        out = self.backbone(input_ids=input_ids, **kwargs)
+        states = {name: out.get(name) for name in ("past_key_values", "cache_params", "state")}  # as the backbone calls its cache
+        return SimpleNamespace(logits=self.head(out.last_hidden_state[:, -logits_to_keep:]), **states)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and weights: the authors' layout, AutoModelForSequenceClassification's, or, where a scalar head has

@@ -18,8 +18,9 @@ from ivg.engines.transformers.logprobs import compare_guidance
 from ivg.engines.transformers.processors import contexts_of, forbid_ignored_eos, process_logits
 from ivg.engines.transformers.sampling import entropy, nonfinite_rows, sample
 from ivg.engines.transformers.speculation import Speculator
-from ivg.errors import ScoreFault
+from ivg.errors import ConfigError, ScoreFault
 from ivg.models.cached_lm import CachedLM
+from ivg.models.support import body_of
 from ivg.types import Beam, Engine, ExpandRequest, Hypothesis, TokenGuidance
 from ivg.utils.rng import uniform
 
@@ -79,9 +80,17 @@ class TransformersEngine(Engine):
         self.speculation = Speculator(base)
 
     def check(self, guidance: TokenGuidance | None) -> None:
-        """Raise where ``guidance`` does not fit the base (see :func:`check_guidance`)."""
-        if guidance is not None:
-            check_guidance(guidance, self.vocabulary)
+        """Raise where ``guidance`` does not fit the base (see :func:`check_guidance`), or drafts and a model cannot be cut back."""
+        if guidance is None:
+            return
+        check_guidance(guidance, self.vocabulary)
+        for model in (self.base, *guidance.value.cached_lms()) if guidance.draft else ():
+            if not model.model.cache.rolls_back:
+                kind = type(body_of(model.model.network)).__name__
+                raise ConfigError(
+                    f"draft={guidance.draft} takes back tokens that were read, but {model.name} ({kind}) keeps a state that cannot be cut\n"
+                    "  leave draft out"
+                )
 
     def release(self, keys: Sequence[int]) -> None:
         """Free the base's rows of these beams."""

@@ -1,0 +1,108 @@
+"""Which cache a network gets, tried out where its configuration does not tell: slots, or transformers' own cache for each row.
+
+``models.support`` knows which of transformers' networks the slot cache reads exactly. All others get transformers' own cache, and what
+those and networks whose code comes with the checkpoint (``trust_remote_code``) do is tried: rows in pieces, of different
+lengths, with a fork, must give the outputs of a pass over each alone. What does not is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ivg.errors import ModelError
+from ivg.models.cache import CacheRow, PassLimits, RowCache
+from ivg.models.slot_cache import SlotCache
+from ivg.models.state_cache import StateCache
+from ivg.models.support import NetworkSupport, body_of
+
+TOLERANCE = {torch.float32: 0.02}
+"""Root mean square of the error allowed, in units of the outputs' standard deviation."""
+_LOW_PRECISION_TOLERANCE = 0.3
+"""In other dtypes: rounding is larger, and may switch experts."""
+_TEXTS = ((1, 4, 2, 5, 3, 7, 6, 8), (6, 2, 9, 1, 5, 5, 3, 2), (4, 3))
+_PIECES = ((3, 3, 0), (1, 1, 2), (4, 4, 0))
+"""How many tokens of each text the passes read, the last of them behind a fork of the first."""
+
+
+def choose_cache(network: nn.Module, support: NetworkSupport, limits: PassLimits, name: str) -> RowCache:
+    """The cache for ``network``, whose rows are then exact as far as a trial tells.
+
+    Args:
+        network: a causal network.
+        support: how it is read.
+        limits: of one pass.
+        name: for errors.
+
+    Raises:
+        ModelError: no cache gives the outputs of a plain pass; says which and how far off they are.
+    """
+    foreign = not type(body_of(network)).__module__.startswith("transformers.")
+    if support.state_reason is None and not foreign:
+        return SlotCache(network, support, limits)
+    fault: str | None = "takes and returns no cache"
+    for cache in _candidates(network, support, limits):
+        fault = _fault(cache, network)
+        if fault is None:
+            return cache
+    title = f"{name}: {type(body_of(network)).__name__}"
+    reason = f"{support.state_reason}, and " if support.state_reason else ""
+    raise ModelError(f"{title} {reason}{fault}\n  expected a decoder whose cache gives the outputs of a pass over the whole text")
+
+
+def _candidates(network: nn.Module, support: NetworkSupport, limits: PassLimits) -> Iterator[RowCache]:
+    if support.state_reason is None:
+        yield SlotCache(network, support, limits)
+    if StateCache.takes(network):
+        for alone in (False, True):
+            for one_by_one in (False, True):
+                yield StateCache(network, limits, one_by_one=one_by_one, alone=alone)
+
+
+def _fault(cache: RowCache, network: nn.Module) -> str | None:
+    """What is wrong with the outputs through ``cache``; None: nothing."""
+    try:
+        pairs = _outputs(cache, network)
+    except Exception as e:  # the network's code may raise anything
+        message = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
+        return f"cannot be read row by row: {message}"
+    finally:
+        cache.clear()
+    error = max(_error(got.float(), plain.float()) for got, plain in pairs)
+    if error <= TOLERANCE.get(pairs[0][0].dtype, _LOW_PRECISION_TOLERANCE):  # NaN is none
+        return None
+    return f"gives other outputs when rows share a batch or are read in pieces (error {error:.1g} standard deviations)"
+
+
+@torch.no_grad()
+def _outputs(cache: RowCache, network: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of outputs behind the same tokens: through the cache, and in a pass over them alone."""
+    size = int(cast("Any", network).config.get_text_config().vocab_size)
+    texts = [[token % size for token in text] for text in _TEXTS]
+    rows = [cache.open(text, 0) for text in texts]
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for counts in _PIECES:
+        new = [text[len(row.ids) :][:n] for text, row, n in zip(texts, rows, counts, strict=True)]
+        pairs += _read(cache, network, rows, new)
+    rows.append(cache.fork(rows[0]))
+    for new in ([[1], [], [2], [3]], [[5], [7], [], [4]]):
+        pairs += _read(cache, network, rows, [[token % size for token in tokens] for tokens in new])
+    return pairs
+
+
+def _read(cache: RowCache, network: nn.Module, rows: Sequence[CacheRow], new: Sequence[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+    cache.prepare(rows)
+    for batch in cache.batches(rows, {i: len(tokens) for i, tokens in enumerate(new) if tokens}, {}, 1):
+        outputs, order = cache.forward([rows[i] for i in batch], [new[i] for i in batch], 1)
+        for k, place in enumerate(order):
+            ids = torch.tensor([rows[batch[place]].ids], device=outputs.device)
+            yield outputs[k, -1], network(input_ids=ids, use_cache=False).logits[0, -1]
+
+
+def _error(got: Tensor, plain: Tensor) -> float:
+    """Root mean square of the difference, in units of the outputs' standard deviation (of the output itself, where there is one)."""
+    scale = plain.std() if plain.numel() > 1 else plain.abs().amax()
+    return float((got - plain).square().mean().sqrt() / scale.clamp(min=1e-6))
