@@ -7,7 +7,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if
 RUN = $(VENV)/bin
 
 .PHONY: help install demo test test-all test-long test-avx2 test-gpu lint types contract unit test-vllm docs reference site clean
-.PHONY: bench bench-targets reproduce-sentiment reproduce-values reproduce-objectives reproduce-summarization
+.PHONY: bench bench-targets coverage reproduce-sentiment reproduce-values reproduce-objectives reproduce-summarization
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -99,6 +99,9 @@ bench: $(VENV)/.dev ## time and memory beside plain sampling and a naive impleme
 
 bench-targets: $(VENV)/.dev ## the table of targets into docs/reference/benchmarks.md (hours, on an idle machine; resumes)
 	@$(RUN)/python -m benchmarks.targets --out build/bench-targets --docs docs/reference/benchmarks.md
+
+coverage: $(VENV)/.dev ## which of transformers' models are exact, into docs/reference/architectures.md (ten minutes; resumes)
+	@$(RUN)/python -m benchmarks.coverage --out build/coverage.jsonl --docs docs/reference/architectures.md
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache

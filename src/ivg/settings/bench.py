@@ -25,7 +25,10 @@ class BenchOptions:
 
     shape: Annotated[
         str,
-        Setting("Shape of the base model: gpt2-small, gpt2-large, gpt2-small-16k, llama-1b, llama-7b, embedded …", flags=("--shape",)),
+        Setting(
+            "Shape of the base model: gpt2-small, gpt2-large, gpt2-small-16k, llama-1b, llama-7b, lfm2-120m, qwen3.5-120m, embedded …",
+            flags=("--shape",),
+        ),
     ] = "gpt2-small-16k"
     guide: Annotated[
         str | None, Setting("Shape of guides and value: guide-17m …", flags=("--guide",), unset="the usual one for the base")
