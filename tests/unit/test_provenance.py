@@ -32,7 +32,7 @@ def test_everything_that_makes_an_answer_counts_and_nothing_else(tmp_path):
     ):  # fmt: skip
         assert answer_provenance(Recipe.parse(data | change), device) != first
     (tmp_path / "r.py").write_text("def f(prompt, response):\n    return 2\n")
-    assert differences(first, answer_provenance(Recipe.parse(data), "cpu"))[0].startswith("weights.reward: ")
+    assert differences(first, answer_provenance(Recipe.parse(data), "cpu"))[0].startswith("weights.reward is ")
     assert json.loads(jsonl.to_json(first)) == first
 
 
