@@ -16,7 +16,7 @@ from ivg.engines.transformers.engine import TransformersEngine
 from ivg.errors import ConfigError, IVGError, ModelError, PromptError
 from ivg.models.cached_lm import CachedLM
 from ivg.models.generation_config import GenerationConfigMode, GenerationDefaults, defaults_of
-from ivg.models.loading import LoadOptions, load_causal
+from ivg.models.loading import LoadOptions, RoleOptions, load_causal, options_of
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.search.methods import Method, get_method, method_names, resolve_fallbacks
 from ivg.search.searcher import Request, Searcher, check_engine
@@ -102,7 +102,7 @@ class GuidedModel:
         reward: str | Path | None = None,
         arm: str | Path | None = None,
         templates: Mapping[str, str] | None = None,
-        options: LoadOptions | None = None,
+        options: RoleOptions = None,
         generation_config: GenerationConfigMode = "auto",
     ) -> GuidedModel:
         """Load everything from directories or the hub.
@@ -115,35 +115,34 @@ class GuidedModel:
             reward: sequence classifier, or a Python function (``file.py:function``): ``reward``.
             arm: autoregressive reward model: ``arm``.
             templates: how each role reads a prompt: ``{"base": "chat", "tuned": "{prompt}", ...}``; ``untuned`` follows ``tuned``.
-            options: device, dtype, revision and the like.
+            options: device, dtype, revision and the like: of all models, or by role: ``{"base": LoadOptions(device="auto"), ...}``.
             generation_config: ``auto``, or ``ignore`` what the base's checkpoint sets for sampling.
         """
         if (tuned is None) != (untuned is None):
             missing = "untuned" if untuned is None else "tuned"
             raise ConfigError(f"the implicit value needs a pair; got no {missing} model\n  give both --tuned and --untuned")
-        shapes, values = dict(templates or {}), {}
-        unknown = set(shapes) - set(ROLES)
-        if unknown:
-            raise ConfigError(f"template for unknown role {', '.join(sorted(unknown))}\n  expected {', '.join(ROLES)}")
+        shapes, of = dict(templates or {}), {role: options_of(options, role) for role in ROLES}
+        _check_roles("template", shapes)
+        _check_roles("options", {} if options is None or isinstance(options, LoadOptions) else options)
+        values: dict[str, Value] = {}
         if tuned is not None and untuned is not None:
             values["implicit"] = ImplicitValue(
-                load_causal(tuned, "tuned", options, shapes.get("tuned")),
-                load_causal(untuned, "untuned", options, shapes.get("untuned", shapes.get("tuned"))),
+                load_causal(tuned, "tuned", of["tuned"], shapes.get("tuned")),
+                load_causal(untuned, "untuned", of["untuned"], shapes.get("untuned", shapes.get("tuned"))),
             )
-        loaded: dict[str, Value] = dict(values)
         if value is not None:
-            loaded["explicit"] = ExplicitValue.from_pretrained(value, template=shapes.get("value"), options=options)
+            values["explicit"] = ExplicitValue.from_pretrained(value, template=shapes.get("value"), options=of["value"])
         if reward is not None:
-            loaded["reward"] = load_reward(reward, template=shapes.get("reward"), options=options)
+            values["reward"] = load_reward(reward, template=shapes.get("reward"), options=of["reward"])
         if arm is not None:
-            loaded["arm"] = AutoregressiveReward(load_causal(arm, "arm", options, shapes.get("arm")))
-        return cls(load_causal(base, "base", options, shapes.get("base")), loaded, generation_config=generation_config)
+            values["arm"] = AutoregressiveReward(load_causal(arm, "arm", of["arm"], shapes.get("arm")))
+        return cls(load_causal(base, "base", of["base"], shapes.get("base")), values, generation_config=generation_config)
 
     @classmethod
-    def embedded(cls, options: LoadOptions | None = None) -> GuidedModel:
-        """The small movie-review models that come with the package."""
+    def embedded(cls, options: RoleOptions = None) -> GuidedModel:
+        """The small movie-review models that come with the package; ``options`` as in :meth:`from_pretrained`."""
         model = cls.from_pretrained(path("base"), tuned=path("tuned"), untuned=path("untuned"), value=path("value"), options=options)
-        other = ExplicitValue.from_pretrained(path("value-other"), options=options, name="explicit-other")
+        other = ExplicitValue.from_pretrained(path("value-other"), options=options_of(options, "value"), name="explicit-other")
         model.values["explicit-other"] = other
         return model
 
@@ -371,6 +370,11 @@ class GuidedModel:
     def guidance(self, value: str, beta: float = 1.0, candidates: int = 0, gate: float = 0.0) -> TokenGuidance:
         """Token guidance by the named value, for the pieces in ``ivg.integrations.transformers``."""
         return TokenGuidance(self.values[value], beta, candidates, gate=gate)
+
+
+def _check_roles(what: str, given: Iterable[str]) -> None:
+    if unknown := sorted(set(given) - set(ROLES)):
+        raise ConfigError(f"{what} for unknown role {', '.join(unknown)}\n  expected {', '.join(ROLES)}")
 
 
 def _reader(base: PromptEncoder) -> CachedLM:

@@ -129,7 +129,7 @@ def gold_reward(recipe: Recipe) -> RewardModel | FunctionValue:
     if ref is None:
         raise ConfigError("--judge gold needs a gold reward; the embedded one is for film reviews only\n  set gold in the recipe's [eval]")
     options = replace(load_options(recipe), revision=None, quantization=None)  # these are for the base
-    return load_reward(ref.path, template=ref.template, label=ref.label, options=options, name="gold")
+    return load_reward(ref.path, template=ref.template, label=ref.label, options=options.of(ref), name="gold")
 
 
 def show(out: Console, report: GuidanceReport, beta: float) -> None:

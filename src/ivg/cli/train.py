@@ -151,7 +151,7 @@ def scorer(recipe: Recipe) -> Any:
     found = recipe.models.reward
     if found is None:
         raise ConfigError("rollouts need a score\n  give --reward MODEL, or --reward file.py:function")
-    return load_reward(found.path, template=found.template, options=load_options(recipe))
+    return load_reward(found.path, template=found.template, options=load_options(recipe).of(found))
 
 
 _REFINEMENT = {

@@ -47,7 +47,7 @@ class Worker:
     def judges(self) -> dict[str, Reward]:
         """The gold reward and the other judges by name.
 
-        They are loaded in float32 unless the recipe names a dtype. The base's revision and quantization do not apply to them.
+        They are loaded in float32 unless the recipe names a dtype. What ``[run]`` says of revision and quantization does not apply to them.
 
         Raises:
             ModelError: a judge that cannot be loaded.
@@ -60,7 +60,7 @@ class Worker:
         options = load_options(self.plan.recipe)
         options = replace(options, dtype="float32" if options.dtype == "auto" else options.dtype, revision=None, quantization=None)
         return {
-            name: load_reward(ref.path, template=ref.template, label=ref.label, options=options, name=name)
+            name: load_reward(ref.path, template=ref.template, label=ref.label, options=options.of(ref), name=name)
             for name, ref in self.plan.judges.items()
         }
 

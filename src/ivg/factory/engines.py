@@ -15,7 +15,8 @@ from ivg.factory.values import make_value
 from ivg.model import GuidedModel
 from ivg.models.generation_config import read_generation_config
 from ivg.models.hub import find_model
-from ivg.models.loading import LoadOptions, eos_ids, load_config, load_tokenizer, pick_device, pick_dtype
+from ivg.models.loading import LoadOptions, eos_ids, load_config, load_tokenizer
+from ivg.models.placement import pick_device, pick_dtype
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.search.methods import get_method, resolve_fallbacks
 from ivg.settings.recipe import ModelRef, NamedValue, Recipe, VLLMConfig

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def load_options(recipe: Recipe) -> LoadOptions:
-    """Device, dtype and hub settings."""
+    """Device, dtype and hub settings of the models that set none themselves (``LoadOptions.of``)."""
     from ivg.models.loading import LoadOptions
 
     run = recipe.run
-    return LoadOptions(run.device, run.dtype, run.revision, run.trust_remote_code, run.quantization)
+    return LoadOptions(run.device, run.dtype, run.revision, run.trust_remote_code, run.quantization, attention=run.attention)
 
 
 def load_models(recipe: Recipe, *, every_guide: bool = False) -> GuidedModel:
@@ -65,7 +65,7 @@ def _with_other_missing(error: ModelError, recipe: Recipe, options: LoadOptions)
     for what, ref in {**recipe.local_models, **values}.items():
         if ":" not in ref.path:  # a function, or embedded
             try:
-                find_model(ref.path, what, options.hub())
+                find_model(ref.path, what, options.of(ref).hub())
             except ModelError as e:
                 found.append(str(e))
     lines = [text.partition("\n")[0] for text in (found if str(error) in found else [str(error), *found])]
@@ -85,7 +85,8 @@ def default_sampling(recipe: Recipe) -> SamplingParams:
     base = recipe.models.given.get("base")
     if recipe.run.engine.startswith(("http://", "https://")):
         return DEFAULT_SAMPLING
-    config = read_generation_config(locate(base.path if base else path("base")), revision=recipe.run.revision)
+    revision = (base.revision if base else None) or recipe.run.revision
+    config = read_generation_config(locate(base.path if base else path("base")), revision=revision)
     return replace(DEFAULT_SAMPLING, **defaults_of(config, "base", recipe.run.generation_config).settings)
 
 
@@ -99,4 +100,5 @@ def _models(recipe: Recipe, options: LoadOptions) -> GuidedModel:
     templates = {role: ref.template for role, ref in given.items() if ref.template is not None}
     paths: dict[str, Any] = {"base": path("base"), **{role: ref.path for role, ref in given.items()}}
     mode = recipe.run.generation_config
-    return GuidedModel.from_pretrained(**paths, templates=templates, options=options, generation_config=mode)
+    by_role = {role: options.of(given[role]) if role in given else options for role in paths}
+    return GuidedModel.from_pretrained(**paths, templates=templates, options=by_role, generation_config=mode)

@@ -19,6 +19,11 @@ VALUE_PLUGINS = Plugins("ivg.values")
 def make_value(name: str, config: NamedValue, options: LoadOptions) -> Value:
     """The value of the models, function or plugin that ``config`` names.
 
+    Args:
+        name: in usage and errors.
+        config: the models.
+        options: how they are loaded where ``config`` does not say it.
+
     Raises:
         ModelError, VocabularyError: a model that cannot be loaded, or a pair that does not fit.
     """
@@ -31,11 +36,12 @@ def make_value(name: str, config: NamedValue, options: LoadOptions) -> Value:
     if "tuned" in refs:
         tuned, untuned = refs["tuned"], refs["untuned"]
         return ImplicitValue(
-            load_causal(tuned.path, f"{name}.tuned", options, tuned.template),
-            load_causal(untuned.path, f"{name}.untuned", options, untuned.template or tuned.template),
+            load_causal(tuned.path, f"{name}.tuned", options.of(tuned), tuned.template),
+            load_causal(untuned.path, f"{name}.untuned", options.of(untuned), untuned.template or tuned.template),
             name,
         )
     ((role, ref),) = refs.items()
+    options = options.of(ref)
     if role == "value":
         return ExplicitValue.from_pretrained(ref.path, template=ref.template, options=options, name=name)
     if role == "plugin":

@@ -5,88 +5,96 @@ Everything that ``from_pretrained`` takes passes through: revision, dtype, quant
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
-from ivg.errors import ConfigError, IVGError, ModelError, reason
-from ivg.models import kernels
+from ivg.errors import ConfigError, IVGError, MissingDependencyError, ModelError, reason
 from ivg.models.cached_lm import CachedLM
 from ivg.models.hub import find_model
 from ivg.models.packed_linear import pack
+from ivg.models.placement import is_spread, pick_device, pick_dtype
 from ivg.models.runner import ModelRunner
 from ivg.models.weights import OTHER_HEADS, check_weights
-
-if TYPE_CHECKING:
-    import torch
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from ivg.settings.models import ModelRef
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How models are loaded.
+    """How a model is loaded.
 
     Attributes:
-        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; None: CUDA if there is one, else CPU.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; None: CUDA if there is one, else CPU. ``auto`` (or ``balanced``, ``sequential``,
+            or a mapping from modules to devices): over several devices, as transformers' ``device_map``, by accelerate.
         dtype: ``auto``: bfloat16 where the device computes in it natively, else float32.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code from the model's repository.
         quantization: passed as ``quantization_config`` (a transformers config, or its dictionary).
         pack: use oneDNN's packed linear layers where they help (``models.packed_linear``: CPUs in bfloat16); not for training.
+        extra: other arguments of ``from_pretrained``.
+        attention: passed as ``attn_implementation``.
+        max_memory: of each device, where the model is spread over several: ``{0: "20GiB", "cpu": "60GiB"}``.
     """
 
-    device: str | None = None
+    device: str | Mapping[str, str | int] | None = None
     dtype: str = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
     quantization: Any = None
     pack: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
+    attention: str | None = None
+    max_memory: Mapping[str, str | int] | None = None
+
+    def of(self, ref: ModelRef) -> LoadOptions:
+        """Those of one model: what ``ref`` sets itself, else as here."""
+        own = {name: getattr(ref, name) for name in ("device", "max_memory", "dtype", "revision", "attention", "quantization")}
+        return replace(self, **{name: value for name, value in own.items() if value is not None})
 
     def hub(self) -> dict[str, Any]:
         """Keyword arguments of ``from_pretrained`` that say where weights come from."""
         out: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, **self.extra}
         return out | ({"revision": self.revision} if self.revision else {})
 
+    def placed(self) -> dict[str, Any]:
+        """Keyword arguments of ``from_pretrained`` that say where the network lies and how it computes.
 
-def pick_device(name: str | None) -> torch.device:
-    """The named device; None: CUDA if there is one, else the CPU.
+        Raises:
+            ConfigError: no such device or dtype here.
+            MissingDependencyError: accelerate is to place it and is not installed.
+        """
+        device = pick_device(self.device)
+        out: dict[str, Any] = {"dtype": pick_dtype(self.dtype, device)}
+        if is_spread(self.device) or self.quantization is not None:
+            _require_accelerate()
+            out["device_map"] = self.device if is_spread(self.device) else {"": device}
+        elif self.max_memory is not None:
+            raise ConfigError(f"max_memory is for a model over several devices, got device {self.device!r}\n  set device to auto")
+        if self.max_memory is not None:
+            out["max_memory"] = {int(name) if str(name).isdecimal() else name: size for name, size in self.max_memory.items()}
+        more = {"quantization_config": self.quantization, "attn_implementation": self.attention}
+        return out | {name: value for name, value in more.items() if value is not None}
 
-    Raises:
-        ConfigError: no such device here.
-    """
-    import torch
 
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ConfigError(f"device {name!r} is not usable here: {str(e).splitlines()[0]}\n  expected e.g. cpu or cuda") from e
-    return device
+RoleOptions: TypeAlias = "LoadOptions | Mapping[str, LoadOptions] | None"
+"""One for all models, or those of some roles; the others are loaded as by ``LoadOptions()``."""
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The named dtype; ``auto`` is bfloat16 where the device multiplies in it natively, else float32.
+def options_of(options: RoleOptions, role: str) -> LoadOptions:
+    """How the model of ``role`` is loaded."""
+    if options is None or isinstance(options, LoadOptions):
+        return options or LoadOptions()
+    return options.get(role) or LoadOptions()
 
-    Raises:
-        ConfigError: unknown name.
-    """
-    import torch
 
-    if name not in DTYPES:
-        raise ConfigError(f"unknown dtype {name!r}\n  expected one of {', '.join(DTYPES)}")
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and kernels.has_native_bfloat16()
-    return torch.bfloat16 if native else torch.float32
+def _require_accelerate() -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        raise MissingDependencyError(
+            "models over several devices and quantised models need the package accelerate, which is not installed\n  pip install accelerate"
+        )
 
 
 def load_network(name: str | Path, auto_class: Any, options: LoadOptions, what: str, *, new_head: bool = False) -> Any:
@@ -105,10 +113,7 @@ def load_network(name: str | Path, auto_class: Any, options: LoadOptions, what: 
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    device = pick_device(options.device)
-    kwargs: dict[str, Any] = {"dtype": pick_dtype(options.dtype, device), **options.hub()}
-    if options.quantization is not None:
-        kwargs |= {"quantization_config": options.quantization, "device_map": {"": device}}
+    kwargs = {**options.placed(), **options.hub()}
     place = find_model(name, what, options.hub())
     with _loading(f"{what} {str(name)!r}", "a directory with config.json and weights"):
         network, info = auto_class.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
@@ -116,7 +121,7 @@ def load_network(name: str | Path, auto_class: Any, options: LoadOptions, what: 
         body = f"{network.base_model_prefix}."
         info = {**info, "missing_keys": [k for k in info["missing_keys"] if k.startswith(body) and ".pooler." not in k]}
     check_weights(f"{what} {str(name)!r}", network, info, lambda key: key.startswith(OTHER_HEADS))
-    return network.eval() if options.quantization is not None else network.to(device).eval()
+    return network.eval() if "device_map" in kwargs else network.to(pick_device(options.device)).eval()
 
 
 def load_config(name: str | Path, options: LoadOptions, what: str) -> Any:
@@ -173,7 +178,8 @@ def _load(name: str | Path, auto_class: Any, options: LoadOptions, what: str, to
     load_config(name, options, what)  # first: an error of the whole model should not name its tokenizer
     tokenizer = load_tokenizer(name, options, what) if tokenizer is None else tokenizer
     network = load_network(name, auto_class, options, what)
-    return pack(network) if options.pack and options.quantization is None else network, tokenizer
+    plain = options.quantization is None and not is_spread(options.device)
+    return pack(network) if options.pack and plain else network, tokenizer
 
 
 def eos_ids(network: Any, tokenizer: Any) -> Sequence[int]:

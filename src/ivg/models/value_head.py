@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ivg.errors import ModelError
+from ivg.models.placement import compute_dtype, input_device
 from ivg.models.weights import OTHER_HEADS, check_weights, read_tensor, tensor_names, weight_files
 
 HeadKind = Literal["vocabulary", "scalar"]
@@ -48,9 +49,7 @@ class ValueModel(nn.Module):
         self.config: Any = backbone.config
         size = cast("Any", backbone).config.get_text_config()
         outputs = size.vocab_size if kind == "vocabulary" else 1
-        self.head = nn.Linear(
-            size.hidden_size, outputs, bias=bias, dtype=next(p.dtype for p in backbone.parameters() if p.is_floating_point())
-        )
+        self.head = nn.Linear(size.hidden_size, outputs, bias=bias, dtype=compute_dtype(backbone))
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
 
@@ -90,6 +89,8 @@ class ValueModel(nn.Module):
         dtype: torch.dtype | None = None,
         quantization_config: Any = None,
         device_map: Any = None,
+        max_memory: Any = None,
+        attn_implementation: str | None = None,
         ignore_mismatched_sizes: bool = True,
         output_loading_info: bool = False,
         **hub: Any,
@@ -101,6 +102,8 @@ class ValueModel(nn.Module):
             dtype: of the weights; None: as stored.
             quantization_config: of the backbone, as transformers takes it.
             device_map: as transformers takes it.
+            max_memory: as transformers takes it.
+            attn_implementation: of the backbone, as transformers takes it.
             ignore_mismatched_sizes: report tensors of other shapes with the others, rather than raise.
             output_loading_info: return (model, what transformers reports of weights that are missing or left over), and check nothing.
             hub: ``revision``, ``trust_remote_code``, ``cache_dir``, ``token``.
@@ -121,7 +124,12 @@ class ValueModel(nn.Module):
                 + ("; a classifier with several labels is a reward model: --reward" if kind == "scalar" else "")
             )
         dtype = dtype or weight.dtype
-        placed = {k: v for k, v in (("quantization_config", quantization_config), ("device_map", device_map)) if v is not None}
+        placed = {
+            "quantization_config": quantization_config,
+            "device_map": device_map,
+            "max_memory": max_memory,
+            "attn_implementation": attn_implementation,
+        }
         backbone, info = AutoModel.from_pretrained(
             name,
             config=config,
@@ -129,7 +137,7 @@ class ValueModel(nn.Module):
             key_mapping=_WRAPPERS,
             output_loading_info=True,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
-            **placed,
+            **{k: v for k, v in placed.items() if v is not None},
             **hub,
         )
         info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not key.startswith((f"{head}.", *OTHER_HEADS))}
@@ -138,7 +146,7 @@ class ValueModel(nn.Module):
         model = cls(backbone, kind, bias=bias is not None)
         model.notes = {k: v for k, v in (getattr(config, "ivg_value", None) or {}).items() if k != "head"}
         # rows may be padded, or not padded, against the embedding
-        model.head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=dtype, device=backbone.device)
+        model.head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=dtype, device=input_device(backbone))
         model.head.load_state_dict({"weight": weight.to(dtype)} | ({} if bias is None else {"bias": bias.to(dtype)}))
         return (model.eval(), info) if output_loading_info else model.eval()
 

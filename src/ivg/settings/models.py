@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import field_validator, model_validator
 
+from ivg.settings import placement as p
 from ivg.settings.schema import Setting
 from ivg.settings.tables import Table
 
@@ -23,6 +25,17 @@ class ModelRef(Table):
             'Prompt template of the model: chat (its tokenizer\'s), or a text such as "Q: {prompt}\\nA:".', unset="the prompt as it is"
         ),
     ] = None
+    device: Annotated[p.Device | None, replace(p.DEVICE, unset=p.OF_RUN)] = None
+    max_memory: Annotated[
+        dict[str, str | int] | None,
+        Setting(
+            'Memory that the model may take of each device, for device = "auto": { 0 = "20GiB", cpu = "60GiB" }.', unset="what is free"
+        ),
+    ] = None
+    dtype: Annotated[p.Dtype | None, replace(p.DTYPE, unset=p.OF_RUN)] = None
+    revision: Annotated[str | None, replace(p.REVISION, unset=p.OF_RUN)] = None
+    attention: Annotated[str | None, replace(p.ATTENTION, unset=p.OF_RUN)] = None
+    quantization: Annotated[dict[str, Any] | None, replace(p.QUANTIZATION, unset=p.OF_RUN)] = None
 
 
 class RewardRef(ModelRef):

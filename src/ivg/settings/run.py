@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ivg.settings import placement as p
 from ivg.settings import rules as r
 from ivg.settings.schema import Setting
 from ivg.settings.tables import Table
@@ -15,7 +16,7 @@ _SHARE = r.number("in (0, 1]", 0, 1, open_low=True)
 
 
 class RunConfig(Table):
-    """How and where to run."""
+    """How and where to run. Device, dtype, revision, attention and quantization are defaults of all models that are loaded here."""
 
     engine: Annotated[
         str, Setting("transformers, vllm, or the URL of an OpenAI-compatible endpoint (http://…/v1).", flags=("--engine",))
@@ -23,15 +24,12 @@ class RunConfig(Table):
     seed: Annotated[int, Setting("Random seed.", r.SEED, flags=("--seed",))] = 0
     n: Annotated[int, Setting("Responses for each prompt.", _COUNT, flags=("--n",))] = 1
     batch_size: Annotated[int, Setting("Prompts at once.", _COUNT, flags=("--batch-size",))] = 16
-    device: Annotated[str | None, Setting("cpu, cuda, cuda:1 …", flags=("--device",), unset="the best available")] = None
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], Setting("auto, float32, bfloat16 or float16.", flags=("--dtype",))
-    ] = "auto"
-    revision: Annotated[str | None, Setting("Branch, tag or commit of models on the hub.", unset="main")] = None
+    device: Annotated[p.Device | None, p.DEVICE] = None
+    dtype: Annotated[p.Dtype, p.DTYPE] = "auto"
+    revision: Annotated[str | None, p.REVISION] = None
+    attention: Annotated[str | None, p.ATTENTION] = None
     trust_remote_code: Annotated[bool, Setting("Run Python code from the models' repositories.")] = False
-    quantization: Annotated[
-        dict[str, Any] | None, Setting("transformers' quantization settings for all models that are loaded here.", unset="none")
-    ] = None
+    quantization: Annotated[dict[str, Any] | None, p.QUANTIZATION] = None
     generation_config: Annotated[
         Literal["auto", "ignore"],
         Setting(

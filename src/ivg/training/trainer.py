@@ -11,7 +11,8 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from ivg.errors import ConfigError, ModelError
-from ivg.models.loading import LoadOptions, load_network, load_tokenizer, pick_dtype
+from ivg.models.loading import LoadOptions, load_network, load_tokenizer
+from ivg.models.placement import pick_dtype
 from ivg.settings.train import Mode, TrainSettings
 from ivg.training.data import held_out
 from ivg.training.run_dir import RunDir
