@@ -12,8 +12,8 @@ import torch
 import naive
 from ivg.errors import ConfigError
 from ivg.models import kernels
-from ivg.models.placement import pick_dtype
 from ivg.models.packed_linear import PackedLinear, can_pack, pack, packed_layers
+from ivg.models.placement import pick_dtype
 from ivg.models.runner import ModelRunner
 from ivg.testing import tiny_model
 

@@ -69,7 +69,7 @@ def test_settings_from_options():
 )
 def test_nodes_are_cut_into_workers(settings, nodes, device, expected):
     resources = [{"CPU": cpus, **({"GPU": gpus} if gpus else {})} for cpus, gpus in nodes]
-    assert plan_workers(RaySettings("auto", **settings), resources, 100, device) == expected
+    assert plan_workers(RaySettings("auto", **settings), resources, 100, [device]) == expected
 
 
 def test_never_more_workers_than_tasks():

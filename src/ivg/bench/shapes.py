@@ -19,8 +19,8 @@ from ivg.model import GuidedModel
 from ivg.models.cached_lm import CachedLM
 from ivg.models.chat_template import encode
 from ivg.models.loading import LoadOptions
-from ivg.models.placement import pick_device, pick_dtype
 from ivg.models.packed_linear import pack
+from ivg.models.placement import pick_device, pick_dtype
 from ivg.models.runner import ModelRunner
 from ivg.models.value_head import ValueModel
 from ivg.testing import byte_tokenizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -11,6 +11,7 @@ from ivg.cli.options import Options, command
 from ivg.cli.recipe_options import RecipeOptions
 from ivg.errors import ConfigError
 from ivg.settings.bench import BenchOptions
+from ivg.settings.placement import is_spread
 from ivg.settings.recipe import Recipe
 
 HELP = """Measure time and memory of a method on random models of a named shape, beside plain sampling.
@@ -44,7 +45,9 @@ def bench(
         given["baselines"] = _names(given["baselines"])
     search, run = recipe.search, recipe.run
     given |= {**search.settings(), **recipe.sampling.settings(), "method": search.method}
-    settings = BenchSettings(**given, device=run.device, dtype=run.dtype, seed=run.seed)
+    if is_spread(run.device):
+        raise ConfigError(f"ivg bench runs on one device, got {run.device!r}\n  expected e.g. cpu or cuda:0")
+    settings = BenchSettings(**given, device=cast("str | None", run.device), dtype=run.dtype, seed=run.seed)
 
     from ivg.bench import report, runner
     from ivg.utils import environment

@@ -33,7 +33,7 @@ PROMPTS = ("The movie was", "I have to say that", "In the end,", "What I like mo
 _OFFERED = {
     "search": ("token", "beta"),
     "sampling": ("temperature", "max_new_tokens", "stop", "ignore_eos"),
-    "run": ("generation_config", "seed", "batch_size", "device", "dtype"),
+    "run": ("generation_config", "seed", "batch_size", "device", "dtype", "revision", "attention"),
 }
 
 

@@ -29,7 +29,7 @@ FAILED = "(failed)"
 DEFAULT = ("base", "bon", "eft", "token-explicit", "cbs-implicit", "cbs-explicit", "ivg")
 
 
-_RUN = ("engine", "seed", "device", "dtype", "generation_config")
+_RUN = ("engine", "seed", "device", "dtype", "revision", "attention", "generation_config")
 
 
 @command(recipe=RecipeOptions("models", "search", "sampling", "run", only={"run": _RUN}))

@@ -28,7 +28,7 @@ Search options (-W, -K, -L, --beta) are for the nine "combinations"; a named met
 
 _OFFERED = {
     "search": ("width", "successors", "chunk_length", "beta", "draft"),
-    "run": ("generation_config", "seed", "batch_size", "device", "dtype"),
+    "run": ("generation_config", "seed", "batch_size", "device", "dtype", "revision", "attention"),
 }
 
 

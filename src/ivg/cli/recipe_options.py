@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ivg.cli.options import default_text, option, plain_value, typed
+from ivg.cli.role_options import PER_MODEL, ByRole, role_option, role_value, split, with_roles
 from ivg.errors import ConfigError
 from ivg.search.methods import get_method, unused_settings
 from ivg.settings.models import ROLES
@@ -48,13 +49,15 @@ class RecipeOptions:
         self.only, self.unset = only or {}, unset or {}
         self.tables = tuple(dict.fromkeys((*tables, *self.only)))
         self.method, self.check_method, self.adjust, self.bare = method, check_method, adjust, bare
+        self.by_role = PER_MODEL if "models" in self.tables and not bare else ()
 
     def parameters(self) -> Iterator[inspect.Parameter]:
         """See :class:`ivg.cli.options.OptionGroup`."""
         if not self.bare:
             yield _parameter("file", Path, "--recipe", help="TOML file with settings (docs/reference/settings.md); options override it.")
         for table, declared in self._options():
-            yield option(declared, _title(table), self._default(table, declared), name=f"{table}_{declared.name}")
+            made = option(declared, _title(table), self._default(table, declared), name=f"{table}_{declared.name}")
+            yield role_option(declared, made) if table == "run" and declared.name in self.by_role else made
         if "models" in self.tables and not self.bare:
             text = 'Prompt template of a model: ROLE=chat (its tokenizer\'s) or ROLE="... {prompt} ..."; may be repeated.'
             yield _parameter("template", list[str], "--template", help=text, rich_help_panel=_title("models"))
@@ -68,19 +71,33 @@ class RecipeOptions:
         Raises:
             ConfigError: unusable settings.
         """
-        file, templates, further = given.get("file"), given.get("template"), given.get("set")
+        file, further, by_role = given.get("file"), given.get("set"), self._by_role(given)
         found: Tables = {}
         for table in self.tables:
             kind = _kind(table)
             names = {name: f"{table}_{name}" for name in settings_of(kind)}
-            found[table] = typed(kind, {name: given[key] for name, key in names.items() if key in given})
+            found[table] = typed(kind, {name: given[key] for name, key in names.items() if key in given and name not in self.by_role})
+        if self.by_role:
+            every = {name: value for name in self.by_role if (value := split(name, given.get(f"run_{name}") or ())[0]) is not None}
+            found["run"] = {**found.get("run", {}), **every}
         for table, name, value in map(_assignment, further or ()):
             found.setdefault(table, {})[name] = value
         recipe = Recipe.load(file) if file is not None else Recipe()
         if self.adjust is not None:
             recipe, found = self.adjust(recipe, found)
-        recipe = build_recipe(recipe, found, templates or (), self.method)
+        recipe = build_recipe(recipe, found, by_role, self.method)
         return resolve_search(recipe) if self.check_method else recipe
+
+    def _by_role(self, given: Mapping[str, Any]) -> ByRole:
+        """What was typed of single models."""
+        out: ByRole = {}
+        for text in given.get("template") or ():
+            role, template = role_value("--template", text)
+            out.setdefault(role, {})["template"] = template
+        for name in self.by_role:
+            for role, value in split(name, given.get(f"run_{name}") or ())[1].items():
+                out.setdefault(role, {})[name] = value
+        return out
 
     def _options(self) -> Iterator[tuple[str, Declared]]:
         for table in self.tables:
@@ -117,24 +134,14 @@ def _parameter(name: str, kind: Any, *flags: str, **more: Any) -> inspect.Parame
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def build_recipe(recipe: Recipe, found: Tables, templates: Collection[str] = (), method: str | None = None) -> Recipe:
-    """``recipe`` with the settings ``found`` over it, and a method if neither names one.
+def build_recipe(recipe: Recipe, found: Tables, by_role: ByRole | None = None, method: str | None = None) -> Recipe:
+    """``recipe`` with the settings ``found`` over it, those of single models, and a method if neither names one.
 
     Raises:
-        ConfigError: unusable settings, or a template for a model that is not given.
+        ConfigError: unusable settings, or a setting of a model that is not given.
     """
     method_given = "method" in recipe.search.model_fields_set or "method" in found.get("search", {})
-    old, models = recipe.models.given, found.get("models", {})
-    named: dict[str, Any] = {role: {"path": path, "template": old[role].template if role in old else None} for role, path in models.items()}
-    for text in templates:
-        role, sign, template = text.partition("=")
-        if not sign or role not in ROLES:
-            raise ConfigError(f"--template {text!r}\n  expected ROLE=TEMPLATE with ROLE one of {', '.join(ROLES)}")
-        ref = named.get(role) or (old[role].model_dump() if role in old else None)
-        if ref is None:
-            raise ConfigError(f"--template {text!r}, but no model is given for {role}\n  give --{role} MODEL with it")
-        named[role] = {**ref, "template": template}
-    tables = {**found, "models": named}
+    tables = {**found, "models": with_roles(recipe, found.get("models", {}), by_role or {})}
     for table, name in (("eval", "judges"), ("eval", "options")):  # those of the recipe stay
         if name in found.get(table, {}):
             kept = recipe.model_dump(exclude_none=True)[table][name]

@@ -18,6 +18,7 @@ from ivg.cli.options import default_text
 from ivg.settings.bench import BenchOptions
 from ivg.settings.check import PreferenceSettings
 from ivg.settings.generate import GenerateSettings
+from ivg.settings.models import ModelRef
 from ivg.settings.ray import RaySettings
 from ivg.settings.recipe import Recipe
 from ivg.settings.rows import RowSettings
@@ -97,6 +98,13 @@ def settings() -> str:
         kind = next((k for k in (declared.type, *get_args(declared.type)) if hasattr(k, "model_fields")), None)
         shown = f"[{table}.NAME]" if table == "values" else f"[{table}]"
         parts += [f"## `{shown}`", "", (kind.__doc__ or "").splitlines()[0].replace("``", "`"), "", *_rows(kind, table), ""]
+        if table == "models":
+            parts += [
+                "Each of these is a path, or a table; so are the models of `[values.NAME]` and the judges of `[eval]`:",
+                "",
+                *_rows(ModelRef),
+                "",
+            ]
     parts += [
         "## Settings of single verbs",
         "",

@@ -22,7 +22,7 @@ Settings of requests that are not given there come from the recipe and from the 
 _OFFERED = {
     "search": ("method",),
     "sampling": ("temperature", "max_new_tokens"),
-    "run": ("generation_config", "engine", "device", "dtype"),
+    "run": ("generation_config", "engine", "device", "dtype", "revision", "attention"),
 }
 
 

@@ -105,7 +105,7 @@ def rollout(
 
         wanted = read_rows(read_prompts, prompts, rows)
         found = scorer(recipe)
-        about = answer_provenance(recipe, device_kind(recipe.run.device))
+        about = answer_provenance(recipe, device_kind(recipe))
         provenance = {k: v for k, v in about.items() if k not in ("method", "settings", "seed")}
         request = {**recipe.search.settings(), **recipe.sampling.settings(), "method": recipe.search.method, "seed": recipe.run.seed}
         with progress(-(-len(wanted) // r.BLOCK), f"blocks of {r.BLOCK} prompts") as advance:

@@ -14,7 +14,7 @@ from ivg.evaluation.methods import BASE_SAMPLES, MethodRow, method_settings
 from ivg.evaluation.task import Example, Task, digest, load_task
 from ivg.factory.recipe import default_sampling
 from ivg.jobs.fingerprints import fingerprints, weight_fingerprints
-from ivg.jobs.provenance import device_kind, run_provenance
+from ivg.jobs.provenance import device_kind, model_settings, run_provenance
 from ivg.settings.recipe import EvalConfig, Recipe, RewardRef
 from ivg.types import SamplingParams
 from ivg.utils.version import VERSION
@@ -133,15 +133,18 @@ class EvalPlan:
             "task": self.config.task,
             "prompts": len(self.examples),
             "examples": digest(self.examples),
-            "models": {role: ref.model_dump(exclude_none=True) for role, ref in self.recipe.models.given.items()} or "embedded",
+            "models": {role: {"path": ref.path, **model_settings(ref)} for role, ref in self.recipe.models.given.items()} or "embedded",
             "sampling": self.recipe.sampling.settings(),
             "seed": run.seed,
-            "device": device_kind(run.device),
+            "device": device_kind(self.recipe),
             **run_provenance(self.recipe),
             "threads": self.config.threads,
         }
         if self.recipe.values:
-            common["values"] = {k: v.model_dump(exclude_none=True) for k, v in self.recipe.values.items()}
+            common["values"] = {
+                name: {role: {"path": ref.path, **model_settings(ref)} for role, ref in value.given.items()}
+                for name, value in self.recipe.values.items()
+            }
         if label == BASE_SAMPLES:
             return {**common, "base_samples": self.config.base_samples}
         return {**common, "label": label, "method": method_settings(self.method_row(label).method)}

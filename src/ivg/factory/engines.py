@@ -19,6 +19,7 @@ from ivg.models.loading import LoadOptions, eos_ids, load_config, load_tokenizer
 from ivg.models.placement import pick_device, pick_dtype
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.search.methods import get_method, resolve_fallbacks
+from ivg.settings.placement import is_spread
 from ivg.settings.recipe import ModelRef, NamedValue, Recipe, VLLMConfig
 from ivg.types import Value
 
@@ -48,14 +49,11 @@ def vllm_model(recipe: Recipe, options: LoadOptions, *, every_guide: bool = Fals
     from ivg.engines.vllm.versions import check_vllm
 
     check_vllm()
-    if options.quantization is not None:
-        raise ConfigError(
-            "run.quantization is how transformers loads models; vLLM would ignore it\n"
-            "  for a base without guides: arguments in the table [vllm]; else the transformers engine"
-        )
     refs, named = _references(recipe)
     settings, base = recipe.vllm, refs["base"]
-    guides = inner_guides(recipe, options, every_guide=every_guide)[1]
+    others, options = options, options.of(base)
+    _check_vllm_can(options)
+    guides = inner_guides(recipe, others, every_guide=every_guide)[1]
     tokenizer = load_tokenizer(base.path, options, "base")
     cache = Path(settings.cache) if settings.cache else default_cache()
     folder = (
@@ -67,14 +65,14 @@ def vllm_model(recipe: Recipe, options: LoadOptions, *, every_guide: bool = Fals
     client = EngineClient(folder, _client_options(settings, options, shared=pooled), guided=bool(guides))
     with _closed_on_error(client):  # a value that does not load must not leave vLLM's processes behind
         encoder = _prompt_encoder("base", base, tokenizer, options, client.max_model_len)
-        inner = {name: VLLMGuide(name, partial(make_value, name, named[name], options)) for name in (guide.name for guide in guides)}
+        inner = {name: VLLMGuide(name, partial(make_value, name, named[name], others)) for name in (guide.name for guide in guides)}
         values: dict[str, Value] = dict(inner)
-        others = {name: value for name, value in named.items() if name not in inner}
-        for name, value in sorted(others.items(), key=lambda item: pooled and item[0] == "explicit"):  # the second engine last
+        outside = {name: value for name, value in named.items() if name not in inner}
+        for name, value in sorted(outside.items(), key=lambda item: pooled and item[0] == "explicit"):  # the second engine last
             if pooled and name == "explicit":
-                values[name] = _pooled_value(value.given["value"], cache, settings, options)
+                values[name] = _pooled_value(value.given["value"], cache, settings, others)
             else:
-                values[name] = make_value(name, value, options)
+                values[name] = make_value(name, value, others)
         submodels = ["base", *(part for guide in guides for part, _, _ in guide.parts)]
         engine = VLLMEngine(client, encoder, submodels, inner)
         return GuidedModel(encoder, {name: values[name] for name in named}, engine=engine, generation_config=recipe.run.generation_config)
@@ -112,6 +110,8 @@ def endpoint_model(recipe: Recipe, options: LoadOptions) -> GuidedModel:
 
     settings, given = recipe.endpoint, dict(recipe.models.given)
     base = given.get("base")
+    if base is not None and options.of(base) != options:
+        raise ConfigError(f"base runs on {recipe.run.engine}, which has loaded it\n  leave its device, dtype, revision … out of the recipe")
     model = settings.model or (base.path if base else None)
     if model is None:
         raise ConfigError(
@@ -177,7 +177,13 @@ def _guide(name: str, value: NamedValue, base: ModelRef, options: LoadOptions) -
 
     refs = value.given
     for role, ref in refs.items():
-        template = refs["tuned"].template if role == "untuned" and ref.template is None else _template(ref, options)
+        whole = options.of(base)
+        if whole.of(ref) != whole or options.of(ref).revision != whole.revision:
+            raise ConfigError(
+                f"{role} of {name} is to be loaded otherwise than the base (device, dtype, revision …); inside vLLM they are one model\n"
+                "  say it for all models in [run], or use the transformers engine"
+            )
+        template = refs["tuned"].template if role == "untuned" and ref.template is None else _template(ref, options.of(ref))
         if template != base.template:
             raise ConfigError(
                 f"{role} of {name} reads prompts by {template!r}, the base by {base.template!r}\n"
@@ -188,11 +194,27 @@ def _guide(name: str, value: NamedValue, base: ModelRef, options: LoadOptions) -
     ((role, ref),) = refs.items()
     if role == "arm":
         return Guide(name, ((name, ref.path, 1.0),))
-    if role == "value" and head_kind(ref.path, options) == "vocabulary":
+    if role == "value" and head_kind(ref.path, options.of(ref)) == "vocabulary":
         return Guide(name, ((name, ref.path, 1.0),), "vocabulary")
     raise ConfigError(
         f"{name} cannot guide inside vLLM: it needs a vocabulary head\n  expected a pair, an arm, or a value network with a vocabulary head"
     )
+
+
+def _check_vllm_can(options: LoadOptions) -> None:
+    """Raise for what vLLM would ignore.
+
+    Raises:
+        ConfigError: names the setting, and what takes its place.
+    """
+    if options.quantization is not None or options.attention is not None:
+        what = "quantization" if options.quantization is not None else "attention"
+        raise ConfigError(
+            f"{what} is how transformers loads models; vLLM would ignore it\n"
+            "  for a base without guides: arguments in the table [vllm]; else the transformers engine"
+        )
+    if is_spread(options.device):
+        raise ConfigError(f"device {options.device!r} is for transformers\n  in vLLM: tensor_parallel_size in the table [vllm]")
 
 
 def _client_options(settings: VLLMConfig, options: LoadOptions, *, shared: bool, value: bool = False) -> EngineClientOptions:
@@ -245,6 +267,8 @@ def _pooled_value(ref: ModelRef, cache: Path, settings: VLLMConfig, options: Loa
     from ivg.engines.vllm.value import PooledValue
     from ivg.models.value_head import read_head
 
+    options = options.of(ref)
+    _check_vllm_can(options)
     weight, bias = read_head(find_model(ref.path, "explicit", options.hub()), options.hub())
     tokenizer = load_tokenizer(ref.path, options, "explicit")
     folder = export_to_cache(lambda place: export_value(ref.path, place, options=options), cache)

@@ -84,8 +84,8 @@ class GenerateRun:
                 advance()
 
     def _provenance(self) -> dict[str, Any]:
-        device = self.recipe.run.device
-        return answer_provenance(self.recipe, device_kind(device) if self.cluster is None or device else None)
+        known = self.cluster is None or self.recipe.devices.get("base", self.recipe.run.device) is not None
+        return answer_provenance(self.recipe, device_kind(self.recipe) if known else None)
 
 
 def answer_row(job: Job, index: int, completion: Completion, provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ivg.jobs.fingerprints import weight_fingerprints
-from ivg.settings.recipe import Recipe
+from ivg.settings.placement import is_spread
+from ivg.settings.recipe import ModelRef, Recipe
 from ivg.utils.jsonl import to_json
 
 _IRRELEVANT = {
@@ -60,8 +61,11 @@ def _details(recipe: Recipe, device: str | None, remote: bool) -> dict[str, Any]
         if table != "run" and found:
             out[table] = found
     refs = dict(recipe.models.given) | {f"{n}.{role}": ref for n, v in recipe.values.items() for role, ref in v.given.items()}
-    templates = {role: ref.template for role, ref in refs.items() if ref.template is not None}
-    return out | ({"templates": templates} if templates else {}) | {"weights": weight_fingerprints(recipe)}
+    found = {role: model_settings(ref) for role, ref in refs.items()}
+    templates = {role: settings.pop("template") for role, settings in found.items() if "template" in settings}
+    loaded = {role: settings for role, settings in found.items() if settings}
+    more = {"templates": templates, "loaded": loaded}
+    return out | {name: value for name, value in more.items() if value} | {"weights": weight_fingerprints(recipe)}
 
 
 def run_provenance(recipe: Recipe) -> dict[str, Any]:
@@ -69,13 +73,21 @@ def run_provenance(recipe: Recipe) -> dict[str, Any]:
     return {k: v for k, v in recipe.run.model_dump().items() if k not in (_IRRELEVANT["run"] or ())}
 
 
-def device_kind(name: str | None) -> str:
-    """``cpu``, ``cuda`` …: the kind of the device ``name`` (None: the default device)."""
-    if name is not None:
-        return name.partition(":")[0]
+def device_kind(recipe: Recipe) -> str:
+    """``cpu``, ``cuda`` …: the kind of device that the recipe's base is on."""
+    device = recipe.devices.get("base", recipe.run.device)
+    if isinstance(device, str) and not is_spread(device):
+        return device.partition(":")[0]
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def model_settings(ref: ModelRef) -> dict[str, Any]:
+    """What answers depend on of one model's settings, but for its path: which device of a kind it lies on is left out."""
+    out = {name: value for name, value in ref.model_dump(exclude_none=True).items() if name not in ("path", "max_memory")}
+    device = out.pop("device", None)
+    return out if device is None or is_spread(device) else {**out, "device": device.partition(":")[0]}
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

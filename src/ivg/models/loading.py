@@ -16,10 +16,11 @@ from ivg.errors import ConfigError, IVGError, MissingDependencyError, ModelError
 from ivg.models.cached_lm import CachedLM
 from ivg.models.hub import find_model
 from ivg.models.packed_linear import pack
-from ivg.models.placement import is_spread, pick_device, pick_dtype
+from ivg.models.placement import pick_device, pick_dtype
 from ivg.models.runner import ModelRunner
 from ivg.models.weights import OTHER_HEADS, check_weights
 from ivg.settings.models import ModelRef
+from ivg.settings.placement import is_spread
 
 
 @dataclass(frozen=True)

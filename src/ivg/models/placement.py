@@ -13,14 +13,9 @@ from torch import nn
 
 from ivg.errors import ConfigError
 from ivg.models import kernels
-from ivg.settings.placement import SPREAD, Dtype
+from ivg.settings.placement import Dtype, is_spread
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
-
-
-def is_spread(device: str | Mapping[str, Any] | None) -> bool:
-    """Does ``device`` leave it to accelerate where each module lies?"""
-    return isinstance(device, Mapping) or device in SPREAD
 
 
 def pick_device(name: str | Mapping[str, Any] | None) -> torch.device:

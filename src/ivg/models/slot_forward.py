@@ -17,6 +17,7 @@ from ivg.models.attention import UnsupportedAttentionError, grouped_attention
 from ivg.models.cache import PassLimits
 from ivg.models.forward_metadata import PassLayout, RowLayout, build_metadata
 from ivg.models.kv_cache import KVCache
+from ivg.models.placement import compute_dtype, input_device
 from ivg.models.support import NetworkSupport, body_of
 
 
@@ -35,7 +36,7 @@ class SlotForward:
 
     def __init__(self, network: nn.Module, support: NetworkSupport, limits: PassLimits) -> None:
         self.network, self.support, self.limits = network, support, limits
-        self.device = next(network.parameters()).device
+        self.device = input_device(network)
         self.config = cast("Any", network).config.get_text_config()
         self.heads = int(getattr(self.config, "num_attention_heads", 1) or 1)
         self.groups_prefixes = bool(getattr(body_of(network), "_supports_attention_backend", False))
@@ -100,7 +101,7 @@ class SlotForward:
         for kind, window in self.support.windows.items():
             seen = causal if window is None else causal & (keys > positions[:, None, :, None] - window)
             if self._eager:
-                dtype = next(self.network.parameters()).dtype
+                dtype = compute_dtype(self.network)
                 seen = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill(~seen, torch.finfo(dtype).min)
             masks[kind] = seen
         return masks

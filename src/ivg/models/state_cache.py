@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ivg.models.cache import CacheRow, PassLimits, RowCache
+from ivg.models.placement import input_device
 from ivg.models.support import body_of
 
 STATE_NAMES = ("past_key_values", "cache_params", "state")
@@ -88,7 +89,7 @@ class StateCache(RowCache):
 
     def __init__(self, network: nn.Module, limits: PassLimits, *, one_by_one: bool = False, alone: bool = False) -> None:
         self.network, self.limits, self.one_by_one, self.alone = network, limits, one_by_one, alone
-        self.device = next(network.parameters()).device
+        self.device = input_device(network)
         self._arguments = set(inspect.signature(body_of(network).forward).parameters)
         if body_of(network) is not network:
             self._arguments.add("logits_to_keep")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
 
 from ivg.settings.schema import Setting
 
@@ -32,3 +33,8 @@ ATTENTION = Setting(
     unset="transformers' choice",
 )
 QUANTIZATION = Setting("transformers' quantization_config, e.g. { load_in_4bit = true } (package bitsandbytes).", unset="none")
+
+
+def is_spread(device: str | Mapping[str, Any] | None) -> bool:
+    """Does ``device`` leave it to accelerate where each module lies?"""
+    return isinstance(device, Mapping) or device in SPREAD

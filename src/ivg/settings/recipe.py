@@ -37,6 +37,7 @@ from ivg.settings.models import ModelRef as ModelRef
 from ivg.settings.models import ModelsConfig as ModelsConfig
 from ivg.settings.models import NamedValue as NamedValue
 from ivg.settings.models import RewardRef as RewardRef
+from ivg.settings.placement import Device
 from ivg.settings.requests import MethodConfig as MethodConfig
 from ivg.settings.requests import SamplingConfig as SamplingConfig
 from ivg.settings.requests import SearchConfig as SearchConfig
@@ -116,6 +117,12 @@ class Recipe(Table):
         """The models to load here, by role; the base of an endpoint is not among them."""
         remote = self.run.engine.startswith(("http://", "https://"))
         return {role: ref for role, ref in self.models.given.items() if not (remote and role == "base")}
+
+    @property
+    def devices(self) -> dict[str, Device | None]:
+        """The device of each model that is loaded here, by role (of a named value: NAME.ROLE); None: the best available."""
+        refs = {**self.local_models, **{f"{name}.{role}": ref for name, value in self.values.items() for role, ref in value.given.items()}}
+        return {role: self.run.device if ref.device is None else ref.device for role, ref in refs.items()} or {"base": self.run.device}
 
     def override(self, **tables: dict[str, Any]) -> Recipe:
         """A copy with other settings, by table and name; None: unchanged.

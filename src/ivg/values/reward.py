@@ -20,6 +20,7 @@ from ivg.embedded import PREFIX
 from ivg.errors import ConfigError, ModelError, PromptError, ScoreFault
 from ivg.models.chat_template import apply_chat_template, is_chat, render, text_ids, turns
 from ivg.models.loading import LoadOptions, load_config, load_network, load_tokenizer
+from ivg.models.placement import input_device
 from ivg.models.rotary import length_batches, rope_limits
 from ivg.models.support import context_of
 from ivg.models.weights import WeightsError
@@ -197,7 +198,8 @@ class RewardModel(Reward):
         width = max(map(len, rows))
         ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-        return {"input_ids": ids.to(self.network.device), "attention_mask": mask.to(self.network.device)}
+        device = input_device(self.network)
+        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
     def judge(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
         """The reward of each (prompt, response).

@@ -43,7 +43,7 @@ class RayBackend:
             ConfigError, VocabularyError: a method that does not fit the models.
         """
         with connected(self.settings) as ray:
-            plan = plan_workers(self.settings, nodes(ray), len(tasks), self.recipe.run.device)
+            plan = plan_workers(self.settings, nodes(ray), len(tasks), tuple(self.recipe.devices.values()))
             queue = TaskQueue(tasks, self.recipe.run.batch_size, plan.workers)
             pool = ActorPool(ray, plan, with_absolute_paths(self.recipe).model_dump_json(), trace=self.trace)
             try:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ivg.errors import ConfigError, IVGError
+from ivg.settings.placement import Device, is_spread
 from ivg.settings.ray import RaySettings
 from ivg.settings.recipe import ModelRef, NamedValue, Recipe
 
@@ -28,20 +29,22 @@ class WorkerPlan:
     gpus: float
 
 
-def plan_workers(settings: RaySettings, nodes: Sequence[Mapping[str, float]], tasks: int, device: str | None = None) -> WorkerPlan:
+def plan_workers(
+    settings: RaySettings, nodes: Sequence[Mapping[str, float]], tasks: int, devices: Sequence[Device | None] = (None,)
+) -> WorkerPlan:
     """Divide the nodes into workers; never more workers than tasks.
 
     Args:
         settings: of the cluster.
         nodes: resources of each, by Ray's names (``CPU``, ``GPU``).
         tasks: number of tasks.
-        device: of the models; None: a GPU if there is one.
+        devices: of the models; None: a GPU if there is one.
 
     Raises:
         RayError: no node has room for one worker.
     """
     node_cpus = [n.get("CPU", 0.0) for n in nodes if n.get("CPU", 0.0) >= 1]
-    may_use_gpus = device is None or device.startswith("cuda")
+    may_use_gpus = any(device is None or is_spread(device) or str(device).startswith("cuda") for device in devices)
     gpus = settings.gpus if settings.gpus is not None else float(may_use_gpus and any(n.get("GPU", 0.0) >= 1 for n in nodes))
     one_per_node = settings.cpus is None and not gpus and bool(node_cpus)
     if settings.cpus is not None:
@@ -70,17 +73,34 @@ def reconcile_gpus(recipe: Recipe, settings: RaySettings) -> tuple[Recipe, RaySe
     """
     split = recipe.vllm.tensor_parallel_size
     if recipe.run.engine != "vllm":
-        if (settings.gpus or 0) > 1:
-            raise ConfigError(
-                f"--gpus-per-worker {settings.gpus:g}, but the engine {recipe.run.engine} uses one GPU"
-                "\n  give --engine vllm, or at most one GPU for each of more workers"
-            )
-        return recipe, settings
+        return recipe, _with_gpus_of_models(recipe, settings)
     if settings.gpus is None:
         return recipe, settings if split is None else replace(settings, gpus=float(split))
     if split not in (None, max(1, settings.gpus)):
         raise ConfigError(f"--gpus-per-worker {settings.gpus:g}, but vllm.tensor_parallel_size is {split}\n  give one of the two")
     return recipe.model_copy(update={"vllm": recipe.vllm.model_copy(update={"tensor_parallel_size": max(1, int(settings.gpus))})}), settings
+
+
+def _with_gpus_of_models(recipe: Recipe, settings: RaySettings) -> RaySettings:
+    """As many GPUs for a worker as its models name (``cuda:1``: two); a model that is spread takes as many as are given.
+
+    Raises:
+        ConfigError: fewer are given than are named, or more than any model uses.
+    """
+    devices = recipe.devices.values()
+    named = [int(number) for d in devices if isinstance(d, str) and (number := d.removeprefix("cuda:")).isdecimal()]
+    wanted = max(named, default=0) + 1
+    if settings.gpus is None:
+        return settings if wanted == 1 else replace(settings, gpus=float(wanted))
+    if named and settings.gpus < wanted:
+        raise ConfigError(f"--gpus-per-worker {settings.gpus:g}, but a model is on cuda:{wanted - 1}\n  give {wanted} or leave it out")
+    if settings.gpus > wanted and settings.gpus > 1 and not any(map(is_spread, devices)):
+        use = "one GPU" if wanted == 1 else f"{wanted} GPUs"
+        raise ConfigError(
+            f"--gpus-per-worker {settings.gpus:g}, but the engine {recipe.run.engine} uses {use} with these models"
+            "\n  give --engine vllm, a device for each model, or more workers of fewer GPUs"
+        )
+    return settings
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
