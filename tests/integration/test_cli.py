@@ -352,6 +352,17 @@ def test_models_and_version(ivg):
     assert ivg("--version")[1].strip() == package.__version__
 
 
+def test_models_shows_what_methods_set(ivg):
+    """Each method with its settings that differ from the defaults; the first words of the lines survive a narrow terminal."""
+    found = {row["name"]: row["settings"] for row in json.loads(ivg("models", "--json")[1])["methods"]}
+    assert found["vas"] == {"beta": 3.0, "candidates": 20, "transform": "centered"}
+    assert found["adaptive"] == {"decay": 0.8}
+    assert found["ivg"] == found["base"] == {}
+    out = ivg("models")[1]
+    for text in ("beta 3", "decay 0.8", "gate 3", "rule reject", "normalise true"):
+        assert text in out
+
+
 def test_help_of_every_verb(ivg):
     for verb in ([], ["generate"], ["compare"], ["check"], ["models"]):
         code, out, _ = ivg(*verb, "--help")

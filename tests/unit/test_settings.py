@@ -344,6 +344,13 @@ def test_a_setting_that_is_declared_once_is_everywhere(code):
     assert done.returncode == 0, done.stderr
 
 
+def test_other_names_are_declared_only_where_they_work():
+    """Tables of recipes and HTTP bodies take them; the settings of single commands are options and arguments in Python."""
+    from ivg.cli.reference import OTHERS
+
+    assert not [(kind, name) for kind in OTHERS.values() for name, d in settings_of(kind).items() if d.setting.aliases]
+
+
 @pytest.mark.parametrize(
     ("kind", "mode", "rate"),
     [(TrainSettings, "full", 2e-5), (DPOSettings, "full", 5e-6), (DPOSettings, "lora", 5e-5), (ValueTrainSettings, "head", 1e-4)],

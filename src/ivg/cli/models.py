@@ -12,6 +12,9 @@ from rich.console import Console
 
 from ivg.cli.printing import plain_table
 
+_COLUMNS = ("width", "successors", "chunk_length", "token", "select")
+"""Settings of methods that have a column of their own."""
+
 HELP = "List the embedded models, the methods, the settings of methods, and plugins."
 
 
@@ -22,16 +25,19 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
     _table("Embedded models", found["models"], {"name": "model", "directory": "directory"})
-    columns = {"name": "method", "width": "W", "successors": "K", "chunk_length": "L", "token": "token guide", "select": "selected by"}
-    _table("\nMethods", found["methods"], {**columns, "summary": "what"})
-    title = "\nSettings of methods (--set KEY=VALUE; in recipes the table search)"
+    columns = {"name": "method", **dict(zip(_COLUMNS, ("W", "K", "L", "token", "select"), strict=True))}
+    _table("\nMethods", found["methods"], {**columns, "settings": "also set", "summary": "what"})
+    title = "\nSettings of methods (--set KEY=VALUE; in recipes the table search); default: where the table of methods says nothing else"
     _table(title, found["settings"], {"name": "setting", "help": "what"}, without=("aliases", "options"))
     if found["plugins"]:
         _table("\nPlugins of other packages", found["plugins"], {"name": "plugin", "group": "entry points", "source": "package"})
 
 
 def listing() -> dict[str, list[dict[str, Any]]]:
-    """The embedded ``models``, the ``methods`` with all their settings, what is known of each setting (``settings``), and ``plugins``."""
+    """The embedded ``models``, the ``methods``, what is known of each setting (``settings``), and ``plugins``.
+
+    A method has all its settings, and as ``settings`` those with another value than the default and no column of their own.
+    """
     from ivg.embedded import names, path
     from ivg.evaluation.task import TASK_PLUGINS
     from ivg.factory.values import VALUE_PLUGINS
@@ -45,12 +51,21 @@ def listing() -> dict[str, list[dict[str, Any]]]:
         config, weights = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
         size = {"parameters": _parameters(weights), "MB": round(weights.stat().st_size / 1e6, 1)}
         embedded.append({"name": name, "kind": _kind(config), **size, "directory": str(folder)})
-    methods = [{"name": m.name, "summary": m.summary, **asdict(m)} for m in all_methods().values()]
+    known = settings_of(SearchSettings)
+    methods = [
+        {
+            "name": m.name,
+            "summary": m.summary,
+            **asdict(m),
+            "settings": {key: got for key in known if key not in _COLUMNS and (got := getattr(m, key)) != known[key].default},
+        }
+        for m in all_methods().values()
+    ]
     groups = (METHOD_PLUGINS, VALUE_PLUGINS, TASK_PLUGINS)
     plugins = [{"name": name, "group": group.group, "source": group.source(name)} for group in groups for name in group.names]
     settings = [
         {"name": d.name, "default": d.default, "help": d.setting.help, "aliases": d.setting.aliases, "options": d.setting.flags}
-        for d in settings_of(SearchSettings).values()
+        for d in known.values()
     ]
     return {"models": embedded, "methods": methods, "settings": settings, "plugins": plugins}
 
@@ -58,15 +73,22 @@ def listing() -> dict[str, list[dict[str, Any]]]:
 def _table(title: str, rows: list[dict[str, Any]], names: dict[str, str], without: tuple[str, ...] = ()) -> None:
     columns = [name for name in rows[0] if name not in without] if len(names) < 3 else list(names)
     table = plain_table(*(names.get(name, name) for name in columns), title=title, title_justify="left")
+    table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(*(_cell(row[name]) for name in columns))
     Console(highlight=False).print(table)
 
 
 def _cell(value: Any) -> str:
-    if value in (None, ()):
+    if value in (None, (), {}):
         return "-"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_cell(of)}" for name, of in value.items())
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _kind(config: dict[str, Any]) -> str:

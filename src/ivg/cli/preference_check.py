@@ -120,12 +120,13 @@ def gold_reward(recipe: Recipe) -> RewardModel | FunctionValue:
     """
     from ivg.factory.recipe import load_options
     from ivg.jobs.fingerprints import same_source
+    from ivg.settings.eval import EMBEDDED_GOLD
     from ivg.settings.recipe import RewardRef
     from ivg.values.reward import load_reward
 
     base = recipe.models.base
     embedded = base is None or same_source(base.path, "embedded:base")
-    ref = recipe.eval.gold or (RewardRef(path="embedded:gold") if embedded else None)
+    ref = recipe.eval.gold or (RewardRef(path=EMBEDDED_GOLD) if embedded else None)
     if ref is None:
         raise ConfigError("--judge gold needs a gold reward; the embedded one is for film reviews only\n  set gold in the recipe's [eval]")
     options = replace(load_options(recipe), revision=None, quantization=None)  # these are for the base

@@ -15,6 +15,7 @@ import typer
 
 from ivg.cli.app import LazyCommand
 from ivg.cli.options import default_text
+from ivg.search.methods import METHODS
 from ivg.settings.bench import BenchOptions
 from ivg.settings.check import PreferenceSettings
 from ivg.settings.generate import GenerateSettings
@@ -37,6 +38,11 @@ from ivg.settings.train import (
 )
 
 NOTE = "Written by `make docs`; do not edit by hand."
+INTRODUCTION = """A recipe (TOML, `--recipe`) has these tables; each may be left out, and options of the command line override it.
+
+A setting has one name, help text, range and default everywhere. The names after "also called" work in recipes and in HTTP bodies.
+On the command line a setting has the spellings after "options", which may differ from its name (`candidates`:
+`--guide-candidates`); one without options is given by `--set`. Python takes the names alone."""
 OTHERS = {
     "Rows (`ivg generate`, `ivg check`, `ivg train`)": RowSettings,
     "Files (`ivg generate`)": GenerateSettings,
@@ -56,7 +62,7 @@ OTHERS = {
 
 
 def command_line() -> str:
-    """One section for each verb, those of ``ivg train`` included: its help, its arguments and options."""
+    """One section for each command, those of ``ivg train`` included: its help, its arguments and options."""
     from ivg.cli.app import app
 
     group: Any = typer.main.get_command(app)
@@ -91,9 +97,9 @@ def _commands(name: str, group: Any) -> list[str]:
 
 
 def settings() -> str:
-    """One section for each table of a recipe, then those of single verbs."""
+    """One section for each table of a recipe, then those of single commands."""
     parts = ["# Settings", "", NOTE, ""]
-    parts += ["A recipe (TOML, `--recipe`) has these tables; each may be left out, and options of the command line override it.", ""]
+    parts += [INTRODUCTION, ""]
     for table, declared in settings_of(Recipe).items():
         kind = next((k for k in (declared.type, *get_args(declared.type)) if hasattr(k, "model_fields")), None)
         shown = f"[{table}.NAME]" if table == "values" else f"[{table}]"
@@ -106,7 +112,7 @@ def settings() -> str:
                 "",
             ]
     parts += [
-        "## Settings of single verbs",
+        "## Settings of single commands",
         "",
         "These are options of the command line and arguments in Python; a recipe has no table for them.",
         "",
@@ -126,8 +132,17 @@ def _rows(kind: Any, table: str = "", *, inherited: bool = True) -> list[str]:
             continue
         setting = replace(declared.setting, flags=()) if table == "values" else declared.setting
         default = getattr(DEFAULT_SAMPLING, name) if table == "sampling" else defaults.get(name, declared).default
-        rows.append(f"| `{name}` | {_default(declared, default)} | {_cell(setting)} |")
+        text = _default(declared, default)
+        if table == "search":
+            text = "`ivg`, or what the models allow" if name == "method" else _by_method(name, text)
+        rows.append(f"| `{name}` | {text} | {_cell(setting)} |")
     return rows
+
+
+def _by_method(name: str, default: str) -> str:
+    """The default of a setting of the search; ``default``: where the method does not say it."""
+    same = all(getattr(method, name) == getattr(METHODS["base"], name) for method in METHODS.values())
+    return default if same else f"the method's; `custom`: {default}"
 
 
 def _default(declared: Declared, default: Any) -> str:

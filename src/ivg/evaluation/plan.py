@@ -15,6 +15,7 @@ from ivg.evaluation.task import Example, Task, digest, load_task
 from ivg.factory.recipe import default_sampling
 from ivg.jobs.fingerprints import fingerprints, weight_fingerprints
 from ivg.jobs.provenance import device_kind, model_settings, run_provenance
+from ivg.settings.eval import EMBEDDED_GOLD
 from ivg.settings.recipe import EvalConfig, Recipe, RewardRef
 from ivg.types import SamplingParams
 from ivg.utils.version import VERSION
@@ -78,7 +79,7 @@ class EvalPlan:
         """The gold reward and the further judges, gold first; the embedded models have an embedded gold reward."""
         gold = self.config.gold
         if gold is None and not self.recipe.models.given:
-            gold = RewardRef(path="embedded:gold")
+            gold = RewardRef(path=EMBEDDED_GOLD)
         return ({GOLD: gold} if gold is not None else {}) | self.config.judges
 
     @property

@@ -21,6 +21,7 @@ from ivg.models.prompt_encoder import PromptEncoder
 from ivg.search.methods import get_method, resolve_fallbacks
 from ivg.settings.placement import is_spread
 from ivg.settings.recipe import ModelRef, NamedValue, Recipe, VLLMConfig
+from ivg.settings.run import COMPOSITE_MEMORY, POOLING_MEMORY
 from ivg.types import Value
 
 if TYPE_CHECKING:
@@ -218,14 +219,14 @@ def _check_vllm_can(options: LoadOptions) -> None:
 
 
 def _client_options(settings: VLLMConfig, options: LoadOptions, *, shared: bool, value: bool = False) -> EngineClientOptions:
-    """Of the composite, or of the pooling engine; on a shared GPU they get 70 % and 20 % of its memory by default."""
+    """Of the composite, or of the pooling engine; ``shared``: both run on one GPU."""
     from ivg.engines.vllm.client import EngineClientOptions
 
     device = pick_device(options.device)
     dtype = str(pick_dtype(options.dtype, device)).removeprefix("torch.")
     memory = settings.value_memory if value else settings.gpu_memory_utilization
     if memory is None and device.type == "cuda" and shared:
-        memory = 0.2 if value else 0.7
+        memory = POOLING_MEMORY if value else COMPOSITE_MEMORY
     extra = dict(settings.arguments) | ({"revision": options.revision} if options.revision and not value else {})
     return EngineClientOptions(
         dtype,

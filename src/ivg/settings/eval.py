@@ -22,6 +22,9 @@ RESERVED_NAMES = frozenset({
 })  # fmt: skip
 """Columns of scores and results; no judge may have these names."""
 
+EMBEDDED_GOLD = "embedded:gold"
+"""The gold reward of the embedded models."""
+
 
 class EvalConfig(Table):
     """One evaluation."""
@@ -48,9 +51,14 @@ class EvalConfig(Table):
             unset="combinations",
         ),
     ] = Field(default_factory=lambda: [MethodConfig(method="combinations", label="combinations")])
-    gold: Annotated[RewardRef | None, Setting("Reward model that is reported; no method may use it.", flags=("--gold",), unset="none")] = (
-        None
-    )
+    gold: Annotated[
+        RewardRef | None,
+        Setting(
+            "Reward model that is reported; no method may use it.",
+            flags=("--gold",),
+            unset=f"{EMBEDDED_GOLD} for the embedded models, else none",
+        ),
+    ] = None
     judges: Annotated[dict[str, RewardRef], Setting("A further reward, NAME=PATH; may be repeated.", flags=("--judge",))] = Field(
         default_factory=dict
     )

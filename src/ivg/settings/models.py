@@ -76,7 +76,9 @@ class _Guides(Table):
 class ModelsConfig(_Guides):
     """The models. None given: the embedded ones."""
 
-    base: Annotated[ModelRef | None, Setting("Frozen model to guide: hub id or directory.", flags=("--base",))] = None
+    base: Annotated[
+        ModelRef | None, Setting("Frozen model to guide: hub id or directory.", flags=("--base",), unset="the embedded one")
+    ] = None
 
 
 class NamedValue(_Guides):

@@ -33,7 +33,7 @@ class SearchConfig(_Open):
 
 @table_of(SamplingParams)
 class SamplingConfig(_Open):
-    """How tokens are drawn; what is left out falls back on the defaults of ``GuidedModel``."""
+    """How tokens are drawn. What is left out: as the base's ``generation_config.json`` says, else the default given here."""
 
 
 class MethodConfig(SearchConfig):

@@ -14,6 +14,9 @@ from ivg.settings.tables import Table
 _COUNT = r.count(1)
 _SHARE = r.number("in (0, 1]", 0, 1, open_low=True)
 
+COMPOSITE_MEMORY, POOLING_MEMORY, CPU_MEMORY = 0.7, 0.2, 0.3
+"""Shares of memory by default: a GPU's for the composite beside the pooling engine, for the pooling engine; on a CPU for each engine."""
+
 
 class RunConfig(Table):
     """How and where to run. Device, dtype, revision, attention and quantization are defaults of all models that are loaded here."""
@@ -49,10 +52,18 @@ class VLLMConfig(Table):
     )
     max_model_len: Annotated[int | None, Setting("Largest number of tokens of prompt and response.", _COUNT, unset="vLLM's")] = None
     max_num_seqs: Annotated[int | None, Setting("Largest number of sequences at once.", _COUNT, unset="vLLM's")] = None
-    gpu_memory_utilization: Annotated[float | None, Setting("Share of a GPU's memory for the composite model.", _SHARE, unset="vLLM's")] = (
-        None
-    )
-    value_memory: Annotated[float | None, Setting("Share of a GPU's memory for the pooling engine.", _SHARE, unset="what is left")] = None
+    gpu_memory_utilization: Annotated[
+        float | None,
+        Setting(
+            "Share of a GPU's memory for the composite model.",
+            _SHARE,
+            unset=f"{COMPOSITE_MEMORY} beside the pooling engine, else vLLM's; on a CPU {CPU_MEMORY}",
+        ),
+    ] = None
+    value_memory: Annotated[
+        float | None,
+        Setting("Share of a GPU's memory for the pooling engine.", _SHARE, unset=f"{POOLING_MEMORY}; on a CPU {CPU_MEMORY}"),
+    ] = None
     tensor_parallel_size: Annotated[int | None, Setting("GPUs that share one model.", _COUNT, unset="1")] = None
     enforce_eager: Annotated[bool | None, Setting("Run without CUDA graphs.", unset="vLLM's")] = None
     cache: Annotated[str | None, Setting("Folder for the small directories of composite models.", unset="the user's cache")] = None

@@ -33,7 +33,7 @@ class SamplingParams:
     Token guidance acts on the logits first. Then, in this order: ``sequence_bias``, ``repetition_penalty``, ``no_repeat_ngram_size``,
     ``bad_words_ids``, ``min_length``, ``min_new_tokens``, ``forced_bos_token_id``, ``forced_eos_token_id``,
     ``exponential_decay_length_penalty``, ``suppress_tokens``, ``begin_suppress_tokens``; then temperature, top-k, top-p, min-p.
-    Settings that look back look at the prompt and the response. docs/settings.md describes each.
+    Settings that look back look at the prompt and the response. docs/reference/settings.md describes each.
 
     Raises:
         ConfigError: a field of the wrong type or out of range.

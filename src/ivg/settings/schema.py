@@ -6,7 +6,8 @@ A setting is a field of a frozen dataclass or of a :class:`~ivg.settings.tables.
     class SearchSettings:
         width: Annotated[int, Setting("Beams kept (W).", count(1), aliases=("W",), flags=("-W", "--width"))] = 1
 
-The recipe, the command line, the HTTP body, ``ivg models`` and the pages docs/cli.md and docs/settings.md are made from that line.
+The recipe, the command line, the HTTP body, ``ivg models`` and the pages cli.md and settings.md of docs/reference are made from that
+line.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ _WITHIN_1000 = r.number("within 1000 of 0", -1000, 1000)
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """Every setting of a search, with its default; docs/settings.md describes each.
+    """Every setting of a search, with its default; docs/reference/settings.md describes each.
 
     Raises:
         ConfigError: a field of the wrong type or out of range.

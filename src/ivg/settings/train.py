@@ -48,10 +48,10 @@ class DataSettings(RowSettings):
                 raise ConfigError(f"--{name}-format {text!r}\n  expected a text with {{{name}}} where the {name} goes")
 
 
-_Epochs = Annotated[float, Setting("Passes over the data.", r.POSITIVE, aliases=("epochs",), flags=("--num-train-epochs", "--epochs"))]
+_Epochs = Annotated[float, Setting("Passes over the data.", r.POSITIVE, flags=("--num-train-epochs", "--epochs"))]
 _BatchSize = Annotated[
     int,
-    Setting("Rows of each step and device.", _COUNT, aliases=("batch_size",), flags=("--per-device-train-batch-size", "--batch-size")),
+    Setting("Rows of each step and device.", _COUNT, flags=("--per-device-train-batch-size", "--batch-size")),
 ]
 _WeightDecay = Annotated[float, Setting("Weight decay of AdamW.", r.number("0 or more", 0), flags=("--weight-decay",))]
 _EvalShare = Annotated[
@@ -64,7 +64,6 @@ def _learning_rate(default: float) -> Setting:
     return Setting(
         "Peak learning rate; warm-up, then cosine to zero.",
         r.number("positive", 0, open_low=True, optional=True),
-        aliases=("lr",),
         flags=("--learning-rate", "--lr"),
         unset=f"{default:g}; ten times that for lora and head",
     )
@@ -88,9 +87,7 @@ class TrainSettings:
     per_device_train_batch_size: _BatchSize = 8
     gradient_accumulation_steps: Annotated[
         int,
-        Setting(
-            "Steps whose gradients are summed.", _COUNT, aliases=("accumulate",), flags=("--gradient-accumulation-steps", "--accumulate")
-        ),
+        Setting("Steps whose gradients are summed.", _COUNT, flags=("--gradient-accumulation-steps", "--accumulate")),
     ] = 4
     max_length: Annotated[
         int,
@@ -101,7 +98,6 @@ class TrainSettings:
         Setting(
             "Warm-up steps; below 1: their share of all steps.",
             r.number("0 or more", 0),
-            aliases=("warmup",),
             flags=("--warmup-steps", "--warmup"),
         ),
     ] = 0.1
@@ -114,9 +110,7 @@ class TrainSettings:
             flags=("--mode",),
         ),
     ] = "full"
-    lora_r: Annotated[
-        int, Setting("Rank of LoRA; alpha is twice that.", _COUNT, aliases=("lora_rank",), flags=("--lora-r", "--lora-rank"))
-    ] = 16
+    lora_r: Annotated[int, Setting("Rank of LoRA; alpha is twice that.", _COUNT, flags=("--lora-r", "--lora-rank"))] = 16
     eval_share: _EvalShare = 0.05
     evaluations: Annotated[int, Setting("Evaluations, the one at the end included.", _COUNT, flags=("--evaluations",))] = 4
     save_steps: Annotated[int, Setting("Steps between checkpoints.", _COUNT, flags=("--save-steps",))] = 200
@@ -142,7 +136,7 @@ class TrainSettings:
     trust_remote_code: Annotated[bool, Setting("Run Python code from the model's repository.", flags=("--trust-remote-code",))] = False
     trainer_args: Annotated[
         Mapping[str, Any],
-        Setting("Any field of the trainer's arguments: NAME=VALUE (JSON); may be repeated.", aliases=("extra",), flags=("--set",)),
+        Setting("Any field of the trainer's arguments: NAME=VALUE (JSON); may be repeated.", flags=("--set",)),
     ] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -212,9 +206,7 @@ class ValueSettings:
             flags=("--target",),
         ),
     ] = "fudge"
-    lam: Annotated[
-        float, Setting("Lambda of TD(lambda).", r.number("in [0, 1]", 0, 1, label="lambda"), flags=("--lambda",), aliases=("lambda",))
-    ] = 0.95
+    lam: Annotated[float, Setting("Lambda of TD(lambda).", r.number("in [0, 1]", 0, 1, label="lambda"), flags=("--lambda",))] = 0.95
     scale: Annotated[
         float, Setting("Factor of the rewards: the strength of token guidance at beta 1.", r.number(""), flags=("--scale",))
     ] = 1.0

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from ivg.engines.vllm.versions import check_vllm
 from ivg.errors import ConfigError, ModelError, shortened
+from ivg.settings.run import CPU_MEMORY
 
 PROCESSOR = "ivg.engines.vllm.processor:IVGBeta"
 
@@ -117,7 +118,7 @@ class EngineClient:
 
         given = {"enable_prefix_caching": True, "disable_log_stats": True, "use_tqdm_on_load": False, **self.options.arguments()}
         if _on_cpu():  # there it is the share of memory that must be free; VLLM_CPU_KVCACHE_SPACE sets the cache
-            given.setdefault("gpu_memory_utilization", 0.3)
+            given.setdefault("gpu_memory_utilization", CPU_MEMORY)
             given.setdefault("block_size", 32)  # the smallest there: tokens after the last whole block are read again
             given.setdefault("enable_chunked_prefill", False)  # vLLM 0.32 crashes on seeded requests whose prompt it splits
         if self.pooling:
