@@ -36,6 +36,26 @@ class Implicit:
         return sum(float(both[0][len(prompt) + i - 1, t] - both[1][len(prompt) + i - 1, t]) for i, t in enumerate(y))
 
 
+class Contrast(Implicit):
+    """One network behind two prefixes."""
+
+    def __init__(self, network, positive, negative):
+        self.network, self.positive, self.negative = network, positive, negative
+
+    def deltas(self, prompt, y):
+        return outputs(self.network, self.positive + prompt + y)[-1] - outputs(self.network, self.negative + prompt + y)[-1]
+
+    def draft(self, prompt, y, beta):
+        return outputs(self.network, self.negative + prompt + y)[-1] + beta * self.deltas(prompt, y)
+
+    def score(self, prompt, y):
+        return sum(self._logp(self.positive + prompt, y)) - sum(self._logp(self.negative + prompt, y))
+
+    def _logp(self, prompt, y):
+        logps = outputs(self.network, prompt + y).log_softmax(-1)
+        return [float(logps[len(prompt) + i - 1, t]) for i, t in enumerate(y)]
+
+
 class QHead:
     def __init__(self, network):
         self.network = network

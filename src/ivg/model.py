@@ -18,7 +18,7 @@ from ivg.models.cached_lm import CachedLM
 from ivg.models.generation_config import GenerationConfigMode, GenerationDefaults, defaults_of
 from ivg.models.loading import LoadOptions, RoleOptions, load_causal, options_of
 from ivg.models.prompt_encoder import PromptEncoder
-from ivg.search.methods import Method, get_method, method_names, resolve_fallbacks
+from ivg.search.methods import CONTRAST, Method, get_method, method_names, resolve_fallbacks
 from ivg.search.searcher import Request, Searcher, check_engine
 from ivg.settings.models import ROLES
 from ivg.settings.sampling import DEFAULT_SAMPLING as DEFAULT_SAMPLING
@@ -28,6 +28,7 @@ from ivg.types.scores import require_scores, score_each
 from ivg.utils import environment
 from ivg.utils.locks import FairLock
 from ivg.values.base import CompositeValue, as_value
+from ivg.values.contrast import PromptContrast, choose_contrast, contrast_of, follow_base
 from ivg.values.explicit import ExplicitValue
 from ivg.values.implicit import AutoregressiveReward, ImplicitValue
 from ivg.values.reward import load_reward
@@ -55,7 +56,7 @@ class GuidedModel:
 
     Args:
         base: the frozen model that writes; a :class:`~ivg.models.cached_lm.CachedLM`, unless ``engine`` runs it.
-        values: by name; methods use ``implicit``, ``explicit``, ``reward`` and ``arm``, settings can name any.
+        values: by name: ``implicit``, ``explicit``, ``reward``, ``arm``, or any; a base that runs here also gives ``contrast``.
         sampling: defaults of every request; None: :data:`DEFAULT_SAMPLING` with what the base's checkpoint sets.
         max_beams: hypotheses in flight at most.
         engine: makes beams longer; default: the transformers engine over ``base``.
@@ -90,6 +91,8 @@ class GuidedModel:
         self.lock = FairLock()
         self.engine: Engine = TransformersEngine(_reader(base)) if engine is None else engine
         self._composites: dict[tuple[tuple[float, int], ...], Value] = {}
+        self._contrast = contrast_of(base, here=isinstance(self.engine, TransformersEngine))
+        follow_base(base, *self.values.values())
 
     @classmethod
     def from_pretrained(
@@ -164,7 +167,8 @@ class GuidedModel:
             value = CompositeValue([(w, self.values[n]) for n, w in value.items()], name)
         if name in self.values and not replace:
             warnings.warn(f"add_value replaces the value {name!r}; pass replace=True if that is intended", stacklevel=2)
-        self.values[name] = as_value(value, name)
+        self.values[name] = found = as_value(value, name)
+        follow_base(self.base, found)
 
     def _combined(self, parts: Sequence[tuple[float, Value]], name: str) -> Value:
         """The same object for the same values and weights, so that requests with equal weights are scored together."""
@@ -182,12 +186,17 @@ class GuidedModel:
     def _allows(self, method: str) -> bool:
         try:
             chosen = self.get_method(method)
-            if not chosen.needs <= set(self.values):
+            if not chosen.needs - {CONTRAST} <= set(self.values):
                 return False
-            check_engine(self.engine, self.request("x", chosen))
+            check_engine(self.engine, self.request("x", self.with_instruction(chosen)))
         except IVGError:
             return False
         return True
+
+    def with_instruction(self, method: Method) -> Method:
+        """``method``, with some instruction where it needs one and has none: for checks before any request."""
+        takes = method.reads_contrast and isinstance(self.values.get(CONTRAST, self._contrast), PromptContrast)
+        return method.with_settings(contrast="x") if takes and not method.instructed else method
 
     def get_method(self, method: str | Method = "ivg", **settings: Any) -> Method:
         """A method with settings; the reward model takes the place of the explicit value where there is none."""
@@ -218,8 +227,12 @@ class GuidedModel:
         if isinstance(given.get("stop"), str):
             given["stop"] = (given["stop"],)
         rest = {k: v for k, v in settings.items() if k not in _SAMPLING}
-        search = self.get_method(method, **rest).search(self.values, self._combined)
-        wanted = Prompt.of(prompt)
+        chosen, values = self.get_method(method, **rest), self.values
+        if chosen.reads_contrast:
+            found = choose_contrast(values.get(CONTRAST), self._contrast, chosen.name, instructed=chosen.instructed)
+            values = {**values, CONTRAST: found}
+        search = chosen.search(values, self._combined)
+        wanted = replace(Prompt.of(prompt), contrast=chosen.contrast, negative=chosen.negative)
         sampling = self._sampling(wanted, given)
         own = {k: v for k, v in self.generation_config.items() if k not in given}
         return Request(wanted, search, sampling, seed, index, trace, record, alternatives, from_checkpoint=own)
@@ -317,12 +330,16 @@ class GuidedModel:
     @property
     def readers(self) -> list[CachedLM]:
         """All language models that run in this process, the base first."""
-        own = [self.base] if isinstance(self.base, CachedLM) else []
-        return list(dict.fromkeys([*own, *(model for value in self.values.values() for model in value.cached_lms())]))
+        found = [self.base, *(model for value in self._all_values for model in value.cached_lms())]
+        return [reader for reader in dict.fromkeys(found) if isinstance(reader, CachedLM)]
+
+    @property
+    def _all_values(self) -> list[Value]:
+        return [*self.values.values(), *filter(None, [self._contrast])]
 
     @property
     def _components(self) -> list[Engine | Value]:
-        return [self.engine, *self.values.values()]
+        return [self.engine, *self._all_values]
 
     def reset_caches(self) -> bool:
         """Empty all caches, so that later results do not depend on earlier calls, to the last bit.

@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 
+from ivg import GuidedModel
 from ivg.errors import OutputError
+from ivg.models.loading import LoadOptions
 from ivg.search.searcher import Searcher
 from ivg.testing import byte_tokenizer, tiny_model, tiny_value
 
@@ -60,6 +62,19 @@ def test_one_prompt(ivg, models):
     assert "base" in err
     assert ivg("generate", "The movie was", *models, "--seed", 3)[1] == out
     assert ivg("generate", "The movie was", *models, "--seed", 4)[1] != out
+
+
+def test_an_instruction_chooses_the_method(ivg, hub):
+    base = ["--base", str(hub / "base"), *LENGTH]
+    code, out, err = ivg("generate", "The movie was", *base, "--contrast", "Be kind.", "--beta", 2, "--seed", 3)
+    assert code == 0
+    assert "contrast · " in err
+    model = GuidedModel.from_pretrained(hub / "base", options=LoadOptions(device="cpu", dtype="float32"))
+    settings = {"contrast": "Be kind.", "beta": 2.0, "seed": 3, "max_new_tokens": 6, "ignore_eos": True}
+    assert model.generate("The movie was", "contrast", **settings).text.strip() in out
+    code, out, err = ivg("generate", "The movie was", *base, "--method", "base", "--contrast", "Be kind.")
+    assert code == 0
+    assert "note: contrast=Be kind. ignored: the method base does not use the value contrast (--method contrast does)" in err
 
 
 def test_file_to_file(ivg, models, tmp_path):

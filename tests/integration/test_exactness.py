@@ -29,9 +29,11 @@ class Bench:
             tiny_value("vocabulary", architecture, 5),
             tiny_value("scalar", architecture, 6),
         )
-        self.values = {"implicit": ImplicitValue(*pair), "explicit": q, "scalar": v, "arm": AutoregressiveReward(arm)}
+        contrast = ImplicitValue(*pair, "contrast")
+        self.values = {"implicit": ImplicitValue(*pair), "contrast": contrast, "explicit": q, "scalar": v, "arm": AutoregressiveReward(arm)}
         self.naive = {
             "implicit": naive.Implicit(*(r.model.network for r in pair)),
+            "contrast": naive.Implicit(*(r.model.network for r in pair)),
             "explicit": naive.QHead(q.network),
             "scalar": naive.VHead(v.network),
             "arm": naive.LogProb(arm.model.network),

@@ -22,6 +22,8 @@ def running():
 
 
 CONTEXT = 256
+READERS = ("base", "contrast.tuned", "contrast.untuned")
+"""What a base gives by itself."""
 
 
 def test_default_max_tokens_fills_the_context(running, library):
@@ -60,6 +62,23 @@ def test_context_length_error(running, path, body, param):
 def test_models_list_their_context_length(running):
     data = httpx.get(f"{running.url}/v1/models").json()["data"]
     assert {m["max_model_len"] for m in data} == {CONTEXT}
+
+
+def test_each_request_has_its_own_instruction(running, library):
+    asked = [{"contrast": "Be kind."}, {"contrast": "Be rude.", "negative": "Be kind."}, {"negative": "Be rude.", "beta": 0.5}]
+    for guidance in asked:
+        got = running.post(GOOD | {"model": "tiny:contrast", "guidance": guidance}).json()["choices"][0]["text"]
+        same = library.generate(GOOD["prompt"], "contrast", seed=GOOD["seed"], max_new_tokens=GOOD["max_tokens"], **guidance)
+        assert got == same.text
+    long = {"contrast": "x" * 250}
+    error = well_formed(running.post(GOOD | {"model": "tiny:contrast", "guidance": long}), 400, "prompt", "context_length_exceeded")
+    assert "The context is that of contrast.tuned." in error["message"]
+    error = running.post(GOOD | {"model": "tiny:contrast"})
+    assert error.status_code == 400
+    assert "the value contrast needs an instruction" in error.json()["error"]["message"]
+    error = running.post(GOOD | {"model": "tiny:base", "guidance": {"contrast": "Be kind."}})
+    assert error.status_code == 400
+    assert "an instruction for the value contrast, which this method does not use" in error.json()["error"]["message"]
 
 
 def test_context_length_is_the_smallest_of_all_models():
@@ -103,7 +122,7 @@ def test_token_ids_reach_every_model_of_the_vocabulary_as_they_are(running, libr
     assert tokens("Fil").input_ids != ids
     (one,) = served.prepare(CompletionRequest(model="tiny", prompt=ids, max_tokens=3)).requests
     root = served.model.engine.open(one.prompt, one.sampling)
-    assert [list(r.prompt_ids(root.prompt)) for r in served.model.readers] == [ids] * 3
+    assert {r.name: list(r.prompt_ids(root.prompt)) for r in served.model.readers} == dict.fromkeys((*READERS, "tuned", "untuned"), ids)
     body = GOOD | {"model": "tiny:ivg", "max_tokens": 6}
     same = [running.post(body | {"prompt": p}).json()["choices"] for p in ("Film", library.base.tokenizer("Film").input_ids)]
     assert same[0] == same[1]

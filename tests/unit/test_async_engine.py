@@ -14,7 +14,7 @@ from ivg.search.methods import METHODS
 from ivg.search.searcher import Search, Searcher
 from ivg.testing import AsyncFakeEngine, FakeEngine
 
-VALUES = dict.fromkeys(("implicit", "explicit", "arm"), COUNT_A)
+VALUES = dict.fromkeys(("implicit", "explicit", "arm", "contrast"), COUNT_A)
 
 
 def answers(engine, requests):

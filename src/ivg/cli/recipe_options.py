@@ -154,6 +154,8 @@ def default_method(recipe: Recipe) -> str:
     """The method where none is named: ``ivg``, or, of guides that do not allow it, what they do allow."""
     roles, s = set(recipe.models.given) - {"base"}, recipe.search
     token, select = "tuned" in roles, bool({"value", "reward"} & roles)
+    if s.contrast is not None or s.negative is not None:
+        return "contrast"
     names_values = any(value is not None for value in (s.token, s.select, s.weights, s.select_weights))
     if not roles or (token and select) or names_values:
         return str(s.method)

@@ -9,7 +9,7 @@ from typing import Any
 from ivg.embedded import PREFIX
 from ivg.errors import ConfigError
 from ivg.jobs.fingerprints import same_source
-from ivg.search.methods import Method, get_method, resolve_fallbacks
+from ivg.search.methods import CONTRAST, Method, get_method, resolve_fallbacks
 from ivg.settings.recipe import MethodConfig, ModelRef, Recipe
 from ivg.settings.schema import check
 from ivg.settings.search import SearchSettings
@@ -61,7 +61,7 @@ def method_rows(recipe: Recipe, search: Mapping[str, Any]) -> tuple[MethodRow, .
     if twice:
         raise ConfigError(f"methods: the label {', '.join(twice)} is used twice or reserved\n  give each method its own label")
     for m in found:
-        missing = sorted(m.method.needs - set(values))
+        missing = sorted(m.method.needs - {*values, CONTRAST})
         if missing:
             raise ConfigError(
                 f"{m.label}: needs the value {' and '.join(missing)}; the models provide {', '.join(sorted(values)) or 'none'}\n"

@@ -1,7 +1,8 @@
 """A language model or value network that reads hypotheses: in its own tokens, behind its own prompt, and only what is new of each.
 
-Maps hypotheses to cache rows. Must not depend on what its outputs mean (``values``), nor how beams are chosen. Nothing of a
-request is kept but its cache rows, which :meth:`CachedLM.release` frees.
+Maps hypotheses to cache rows. Several may read with one network, each behind its own prompt (:meth:`CachedLM.sharing`): one set of
+weights, one cache, and for each of them rows of its own. Must not depend on what its outputs mean (``values``), nor how beams are chosen.
+Nothing of a request is kept but its cache rows, which :meth:`CachedLM.release` frees.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -53,20 +54,68 @@ class CachedLM(PromptEncoder):
         tokenizer: its own.
         template: ``"chat"``, a format string with ``{prompt}``, or None (see ``models.chat_template``).
         eos_ids: ids that end a response; default: the tokenizer's.
+        name: in usage and errors; default: the network's.
+        system: an instruction that is read before every prompt (see ``models.chat_template.render``).
+        instruction: read the request's own behind it, where it has one: which of ``Prompt.contrast`` and ``Prompt.negative``.
     """
 
-    def __init__(self, model: ModelRunner, tokenizer: Any, template: str | None = None, eos_ids: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelRunner,
+        tokenizer: Any,
+        template: str | None = None,
+        eos_ids: Sequence[int] | None = None,
+        *,
+        name: str | None = None,
+        system: str | None = None,
+        instruction: Literal["contrast", "negative"] | None = None,
+    ) -> None:
         super().__init__(
-            model.name,
+            name or model.name,
             tokenizer,
             template,
             eos_ids,
             vocab_size=model.config.vocab_size,
             max_positions=model.max_positions,
             limit_reason=model.support.limit_reason,
+            system=system,
+            instruction=instruction,
         )
         self.model = model
-        self._entries: dict[int, _Entry] = {}
+        self._known: dict[int, _Entry] = {}
+        self._resets = model.resets
+        self._source: CachedLM | None = None
+        self._keeps_outputs = False
+        self._kept: tuple[dict[int, tuple[int, int]], Tensor] | None = None
+        """Of the last :meth:`outputs`: (tokens of the response, row) of each hypothesis, by key, and the rows."""
+
+    def follow(self, other: CachedLM) -> None:
+        """Where ``other``, which shares the network, has just read a hypothesis behind the same prompt, its outputs are taken.
+
+        For a guide that is the base itself: it then costs no pass.
+        """
+        if other is not self and other.model is self.model:
+            self._source, other._keeps_outputs = other, True
+
+    def sharing(
+        self,
+        name: str,
+        template: str | None = None,
+        *,
+        system: str | None = None,
+        instruction: Literal["contrast", "negative"] | None = None,
+    ) -> CachedLM:
+        """Another reader with the same network, cache and tokenizer, behind other prompts."""
+        out = CachedLM(self.model, self.tokenizer, template, name=name, system=system, instruction=instruction)
+        out.vocabulary, out.generation_config = self.vocabulary, self.generation_config
+        return out
+
+    @property
+    def _entries(self) -> dict[int, _Entry]:
+        """What is kept, by hypothesis; nothing, where a reader that shares the network has emptied the cache."""
+        if self._resets != self.model.resets:
+            self._known, self._resets = {}, self.model.resets
+        return self._known
 
     def release(self, keys: Sequence[int]) -> None:
         """Free the rows of these hypotheses."""
@@ -74,10 +123,12 @@ class CachedLM(PromptEncoder):
             entry = self._entries.pop(key, None)
             if entry is not None:
                 self.model.free(entry.row)
+        if self._kept is not None and not self._kept[0].keys() - set(keys):
+            self._kept = None
 
     def reset_cache(self) -> None:
-        """Forget every hypothesis and everything in the cache (see ``ModelRunner.reset_cache``)."""
-        self._entries.clear()
+        """Forget every hypothesis and everything in the cache (see ``ModelRunner.reset_cache``), that of readers that share it included."""
+        self._kept = None
         self.model.reset_cache()
 
     def inherit_cache(self, hypotheses: Sequence[Hypothesis]) -> None:
@@ -91,12 +142,15 @@ class CachedLM(PromptEncoder):
 
     def outputs(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
         """The network's output behind the last token, float32 [hypotheses, vocabulary or 1]."""
-        return self.logits(hypotheses).float()
+        out = self.logits(hypotheses)
+        if self._keeps_outputs:
+            kept = out.clone() if out.dtype == torch.float32 else out  # the caller may write over float32
+            self._kept = {h.key: (len(h.token_ids), i) for i, h in enumerate(hypotheses)}, kept
+        return out.float()
 
     def logits(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
         """As :meth:`outputs`, in the network's own dtype."""
-        entries, new = self._to_read(hypotheses, [1] * len(hypotheses))
-        return self.model.last_outputs([e.row for e in entries], new)
+        return read_together([self], hypotheses)[0]
 
     def last_token_outputs(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
         """The output one token earlier, at the entry of the last token: Q(s_t, y_t) = V(x, y_<=t); float32 [hypotheses]."""
@@ -147,6 +201,19 @@ class CachedLM(PromptEncoder):
                 keep = max(0, len(h.token_ids) - 1)
                 self.model.truncate(entry.row, entry.prompt_length + keep)
                 del entry.scored[keep:], entry.logps[keep:]
+
+    def _outputs_of_source(self, hypotheses: Sequence[Hypothesis]) -> Tensor | None:
+        """A copy of what the reader that this one follows has just read, where it holds for every hypothesis here, too."""
+        if self._source is None or self._source._kept is None:
+            return None
+        places, kept = self._source._kept
+        index = []
+        for h in hypotheses:
+            length, row = places.get(h.key, (-1, 0))
+            if length != len(h.token_ids) or self._source.prompt_ids(h.prompt) != self.prompt_ids(h.prompt):
+                return None
+            index.append(row)
+        return kept[torch.tensor(index, device=kept.device)]
 
     # What is still to be read
 
@@ -238,3 +305,30 @@ class CachedLM(PromptEncoder):
                 if unread := list(prompt[cached:]):
                     list(self.model.forward([row], [unread], [0]))
             self._entries[h.key] = _Entry(row, prompt_length, self.vocabulary.same_as(h.vocabulary), counted)
+
+
+def read_together(readers: Sequence[CachedLM], hypotheses: Sequence[Hypothesis]) -> list[Tensor]:
+    """:meth:`CachedLM.logits` of each reader, [hypotheses, vocabulary or 1]; those that share a network read in one pass.
+
+    A reader that follows another (:meth:`CachedLM.follow`) reads nothing where that one has just read the same.
+    """
+    out: dict[CachedLM, Tensor] = {}
+    for reader in readers:
+        if (known := reader._outputs_of_source(hypotheses)) is not None:
+            reader.inherit_cache(hypotheses)
+            out[reader] = known
+    for model in dict.fromkeys(reader.model for reader in readers if reader not in out):
+        some = [reader for reader in readers if reader.model is model and reader not in out]
+        read = [reader._to_read(hypotheses, [1] * len(hypotheses)) for reader in some]
+        rows, new = [entry.row for entries, _ in read for entry in entries], [tokens for _, pieces in read for tokens in pieces]
+        outputs = model.last_outputs(rows, new)
+        out |= {reader: outputs[i * len(hypotheses) : (i + 1) * len(hypotheses)] for i, reader in enumerate(some)}
+    return [out[reader] for reader in readers]
+
+
+def runners_of(readers: Sequence[CachedLM]) -> dict[str, ModelRunner]:
+    """The networks of ``readers`` with their caches, each once, by the name of its first reader."""
+    first: dict[ModelRunner, str] = {}
+    for reader in readers:
+        first.setdefault(reader.model, reader.name)
+    return {name: model for model, name in first.items()}

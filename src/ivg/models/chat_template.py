@@ -37,7 +37,7 @@ def prompt_text(prompt: Prompt) -> str:
     return "\n".join(f"{m.role}: {m.content}" for m in prompt.content)
 
 
-def render(prompt: Prompt, tokenizer: Any, template: str | None, name: str = "the model") -> str:
+def render(prompt: Prompt, tokenizer: Any, template: str | None, name: str = "the model", system: str | None = None) -> str:
     """The text that the model is to continue. A ``None`` template is ``"chat"`` for messages, else the text as it is.
 
     Args:
@@ -45,15 +45,17 @@ def render(prompt: Prompt, tokenizer: Any, template: str | None, name: str = "th
         tokenizer: of the model that reads it.
         template: see above.
         name: of the model, for errors.
+        system: instruction that this model reads before everything else: in a chat as its system turn (before the text of a system turn
+            that is there), else before the prompt, with a blank line between unless it ends with white space itself.
 
     Raises:
         PromptError: empty prompt, messages for a tokenizer without chat template or whose template refuses them, no Unicode text.
     """
     text = prompt_text(prompt)
     if prompt.token_ids is not None and prompt.vocabulary is not None:
-        if template is not None:
-            _check_not_rendered(prompt, template, name)
-        elif isinstance(prompt.content, str):
+        if template is not None or system is not None:
+            _check_not_rendered(prompt, "an instruction" if template is None else f"a template of its own ({template!r})", name)
+        if template is None and isinstance(prompt.content, str):
             text = prompt.vocabulary.text_for(prompt.token_ids, tokenizer)
     if not text.strip():
         raise PromptError("empty prompt\n  expected: some text, or messages with some content")
@@ -61,9 +63,38 @@ def render(prompt: Prompt, tokenizer: Any, template: str | None, name: str = "th
         assert template is not None
         text = template.replace("{prompt}", text)
     elif is_chat(prompt, template):
-        text = apply_chat_template(turns(prompt), tokenizer, name, add_generation_prompt=True)
+        return _checked(_chat_text(prompt, tokenizer, name, system))
+    return _checked(text if system is None else join_instruction(system, text))
+
+
+def join_instruction(system: str, text: str) -> str:
+    """An instruction and what follows it, a blank line between them unless the instruction ends with white space itself."""
+    return system + ("" if not system or system[-1].isspace() else "\n\n") + text
+
+
+def _checked(text: str) -> str:
     check_text(text, "the prompt")
     return text
+
+
+def _chat_text(prompt: Prompt, tokenizer: Any, name: str, system: str | None) -> str:
+    """The messages in the tokenizer's chat template, behind the instruction ``system``."""
+    messages = turns(prompt)
+    if system is not None:
+        own = messages[0]["role"] == "system"
+        content = join_instruction(system, messages[0]["content"]) if own else system
+        messages = [{"role": "system", "content": content}, *messages[1 if own else 0 :]]
+    text = apply_chat_template(messages, tokenizer, name, add_generation_prompt=True)
+    if system is not None and system.strip() not in text:
+        raise PromptError(
+            f"the chat template of {name} leaves the instruction {_shortened(system)} out: it has no system turn\n"
+            '  give this model a template such as "{prompt}", before which the instruction is put'
+        )
+    return text
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}…")
 
 
 def is_chat(prompt: Prompt, template: str | None) -> bool:
@@ -173,8 +204,8 @@ def encode_rendered(text: str, tokenizer: Any, response: str = "", *, chat: bool
     return ids
 
 
-def _check_not_rendered(prompt: Prompt, template: str, name: str) -> None:
-    """Raise where ``template`` would be applied to tokens that a chat template made.
+def _check_not_rendered(prompt: Prompt, reads: str, name: str) -> None:
+    """Raise where tokens that a chat template made would be rendered again; ``reads``: what the model has of its own.
 
     Raises:
         PromptError: names a special token.
@@ -183,6 +214,5 @@ def _check_not_rendered(prompt: Prompt, template: str, name: str) -> None:
         if token in prompt.vocabulary.special:
             raise PromptError(
                 f"the prompt is tokens that were rendered already (they hold {prompt.vocabulary.pieces.get(token)!r}), "
-                f"and {name} has a template of its own ({template!r})\n"
-                f"  give messages or text instead of tokens, or {name} no template: then it reads the same tokens"
+                f"and {name} has {reads}\n  give messages or text instead of tokens, or {name} none: then it reads the same tokens"
             )

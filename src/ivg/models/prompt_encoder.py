@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from ivg.errors import ContextLengthError, PromptError
 from ivg.models.cache import common_length
-from ivg.models.chat_template import check_template, encode_rendered, is_chat, render
+from ivg.models.chat_template import check_template, encode_rendered, is_chat, join_instruction, render
 from ivg.models.vocabulary import Vocabulary
 from ivg.types import Beam, Hypothesis, Prompt, new_key
 from ivg.types.messages import check_text
@@ -29,6 +29,8 @@ class PromptEncoder:
         vocab_size: rows of the model's embedding.
         max_positions: tokens that it can read at most; None: any number.
         limit_reason: why no more, where it is not simply the model's context.
+        system: an instruction that this model alone reads before every prompt (see ``models.chat_template.render``).
+        instruction: read the request's own behind it, where it has one: which of ``Prompt.contrast`` and ``Prompt.negative``.
     """
 
     reads_given_ids = False
@@ -44,8 +46,11 @@ class PromptEncoder:
         vocab_size: int,
         max_positions: int | None = None,
         limit_reason: str = "",
+        system: str | None = None,
+        instruction: Literal["contrast", "negative"] | None = None,
     ) -> None:
         check_template(template)
+        self.system, self.instruction = system, instruction
         self.name, self.tokenizer, self.template = name, tokenizer, template
         self.vocab_size, self.max_positions, self.limit_reason = vocab_size, max_positions, limit_reason
         self.vocabulary = Vocabulary(tokenizer, eos_ids, owner=name)
@@ -55,7 +60,12 @@ class PromptEncoder:
         self._rendered = lru_cache(maxsize=64)(self._render)
 
     def _render(self, prompt: Prompt) -> str:
-        return render(prompt, self.tokenizer, self.template, self.name)
+        return render(prompt, self.tokenizer, self.template, self.name, self.system_of(prompt))
+
+    def system_of(self, prompt: Prompt) -> str | None:
+        """The instruction that this model reads before ``prompt``; None: it reads the prompt alone."""
+        own = {"contrast": prompt.contrast, "negative": prompt.negative}[self.instruction] if self.instruction else None
+        return self.system if own is None else own if self.system is None else join_instruction(self.system, own)
 
     def own(self, prompt: Prompt) -> Prompt:
         """The prompt with this model's vocabulary, where it has tokens of the base without saying whose they are."""
@@ -88,7 +98,8 @@ class PromptEncoder:
         return Beam(new_key(), None, prompt, ids, response, vocabulary=self.vocabulary, inherits=False)
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        if prompt.token_ids is not None and (self.reads_given_ids or self.template is None):
+        plain = self.template is None and self.system_of(prompt) is None
+        if prompt.token_ids is not None and (self.reads_given_ids or plain):
             known = prompt.vocabulary is not None or self.reads_given_ids
             if known and self.vocabulary.same_as(prompt.vocabulary):
                 if self.reads_given_ids:

@@ -34,6 +34,7 @@ class ModelRunner:
         support: how the network is read, and up to which length.
         unshared_peak_bytes: what all rows in use would have held without sharing, at the busiest moment since :meth:`reset_cache`.
         peak_bytes: what they held.
+        resets: calls of :meth:`reset_cache`: rows that were opened before the last one are gone.
 
     Raises:
         ModelError: the network cannot be read row by row.
@@ -54,13 +55,14 @@ class ModelRunner:
         scalar = isinstance(network, ValueModel) and network.kind == "scalar"
         self._output_size = 1 if scalar else int(self.config.vocab_size)
         self.cache: RowCache = choose_cache(network, self.support, self.limits, name)
-        self.unshared_peak_bytes = self.peak_bytes = 0
+        self.unshared_peak_bytes = self.peak_bytes = self.resets = 0
 
     # Rows
 
     def reset_cache(self) -> None:
         """Forget all rows: what comes next is computed as by a fresh model, to the last bit."""
         self.cache.clear()
+        self.resets += 1
         self.unshared_peak_bytes = self.peak_bytes = 0
 
     def release_memory(self) -> None:

@@ -1,6 +1,6 @@
 """The table of methods. Each is a row of settings for the one loop in ``search.searcher`` (mathematics: docs/explanation/concepts.md).
 
-``token`` and ``select`` name values: "implicit", "explicit", "reward", "arm", or any name that the caller gives to a value.
+``token`` and ``select`` name values: "implicit", "explicit", "reward", "arm", "contrast", or any name that the caller gives to a value.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from ivg.settings.search import SearchSettings, Weights
 from ivg.types import TokenGuidance, Value
 from ivg.utils.plugins import Plugins
 
+CONTRAST = "contrast"
+"""The value that every base gives which runs in this process (``ivg.values.contrast``)."""
 _Kind = TypeVar("_Kind", TokenGuidance, Search, Rejection, Particles)
 Combine = Callable[[Sequence[tuple[float, Value]], str], Value]
 """Makes one value of (weight, value) pairs and a name: ``values.base.CompositeValue``, or a function that caches them."""
@@ -46,6 +48,12 @@ class Method(SearchSettings):
                 f"{self.name}: W·K = {self.width * self.successors} beams and no value to select by\n"
                 "  name one (select=explicit, implicit, reward …) or set width=1, successors=1"
             )
+        if self.instructed and not self.reads_contrast:
+            name = "contrast" if self.contrast else "negative"
+            raise ConfigError(
+                f"{self.name}: {name} is an instruction for the value contrast, which this method does not use\n"
+                "  give method=contrast, or token=contrast"
+            )
         if self.rule in ("reject", "particles"):
             least = self.segment_min if self.rule == "reject" else None
             check_rule(self, selects=bool(self.selectors), draft=self.draft, segment_min=least)
@@ -61,6 +69,16 @@ class Method(SearchSettings):
     def selectors(self) -> Weights:
         """(name, weight) of the values that select beams."""
         return self.select_weights or (((self.select, 1.0),) if self.select else ())
+
+    @property
+    def reads_contrast(self) -> bool:
+        """Does it name the value ``contrast``, which reads the instructions ``contrast`` and ``negative``?"""
+        return CONTRAST in {self.token, self.select, *(name for name, _ in (*self.weights, *self.select_weights))}
+
+    @property
+    def instructed(self) -> bool:
+        """Is there an instruction for the value ``contrast``?"""
+        return self.contrast is not None or self.negative is not None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -151,6 +169,7 @@ _TABLE = (
         transform="centered",
     ),
     Method("genarm", "GenARM: log-probabilities of base and autoregressive reward model", token="arm", normalise=True),
+    Method("contrast", "contrast of prompts (classifier-free guidance): the base with an instruction against itself", token="contrast"),
     Method("eft-gated", "EFT at uncertain tokens only: base entropy of 3 nats or more (SIA)", token="implicit", gate=3.0),
     Method("cbs-implicit", "chunk-level beam search by the implicit value (weak-to-strong search)", select="implicit", **_CHUNKED),
     Method("cbs-explicit", "chunk-level beam search by the explicit value", select="explicit", **_CHUNKED),
@@ -225,10 +244,13 @@ def unused_settings(method: str, given: Mapping[str, Any]) -> dict[str, str]:
     guided = given.get("token", row.token) not in (None, "none") or bool(given.get("weights", row.weights))
     selects = given.get("select", row.select) not in (None, "none") or bool(given.get("select_weights", row.select_weights))
     selects |= row.name == "custom"  # beams without a value to select by are an error there
-    active = {"": True, "guidance": guided, "selection": selects, given.get("rule", row.rule): True}
+    named = {given.get("token", row.token), given.get("select", row.select)}
+    contrasts = CONTRAST in named or any(CONTRAST in str(given.get(name, getattr(row, name))) for name in ("weights", "select_weights"))
+    active = {"": True, "guidance": guided, "selection": selects, "contrast": contrasts, given.get("rule", row.rule): True}
     reasons = {
         "guidance": f"the method {method} guides no tokens (--token VALUE makes it do so)",
         "selection": f"the method {method} selects among nothing (--select VALUE makes it a search)",
+        "contrast": f"the method {method} does not use the value contrast (--method contrast does)",
     }
     out = {}
     for name, value in given.items():

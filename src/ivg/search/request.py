@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ivg.errors import ConfigError
@@ -136,6 +136,10 @@ class Request:
 
     def __post_init__(self) -> None:
         validate(self, RequestSettings)
+
+    def with_prompt(self, prompt: Prompt) -> Request:
+        """The same for another prompt, behind the same instructions."""
+        return replace(self, prompt=replace(prompt, contrast=self.prompt.contrast, negative=self.prompt.negative))
 
     @property
     def draw_seed(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ivg.model import GuidedModel
+from ivg.models.cached_lm import runners_of
 from ivg.search.searcher import Searcher
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -42,9 +43,9 @@ class Metrics:
         self.queue_length.set(waiting)
         self.live_requests.set(searcher.live_requests)
         self.live_beams.set(searcher.live_beams)
-        for reader in model.readers:
-            self.cache_rows.labels(reader.name).set(reader.model.live_rows)
-            self.cache_bytes.labels(reader.name).set(reader.model.cache.used_bytes)
+        for name, runner in runners_of(model.readers).items():
+            self.cache_rows.labels(name).set(runner.live_rows)
+            self.cache_bytes.labels(name).set(runner.cache.used_bytes)
 
     def text(self) -> bytes:
         """In Prometheus' text format."""

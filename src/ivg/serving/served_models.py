@@ -80,7 +80,8 @@ class ServedModels:
         self.names = {self.name: recipe.search.method} | {f"{self.name}:{m}": m for m in model.methods}
         check_chat_templates(model)
         self.sampling = {**asdict(model.sampling), **recipe.sampling.settings()}
-        check_engine(model.engine, model.request("x", self.get_method(recipe.search.method, {}), **self.sampling))
+        method = model.with_instruction(self.get_method(recipe.search.method, {}))
+        check_engine(model.engine, model.request("x", method, **self.sampling))
 
     # Methods
 
@@ -125,7 +126,8 @@ class ServedModels:
 
     def _context_length(self, method: Method) -> int | None:
         """Tokens of prompt and completion together that all models of a method can read, as the base counts them."""
-        request = self.model.request("x", method, **self.sampling)
+        request = self.model.request("x", self.model.with_instruction(method), **self.sampling)
+        request = replace(request, prompt=Prompt("x", contrast=method.contrast, negative=method.negative))
         left = max_new_tokens(self.model, request)
         return None if left is None else left + len(self.model.base.prompt_ids(request.prompt))
 
@@ -167,7 +169,7 @@ class ServedModels:
         template = replace(template, stride=_stride(template) if body.stream else QUANTUM)
         param = "messages" if isinstance(body, ChatRequest) else "prompt"
         try:
-            firsts = [self._with_max_tokens(replace(template, prompt=prompt), body.limit) for prompt in self._prompts(body)]
+            firsts = [self._with_max_tokens(template.with_prompt(prompt), body.limit) for prompt in self._prompts(body)]
         except ContextLengthError as e:
             raise context_length_error(e, param, body.limit) from None
         except PromptError as e:
@@ -252,7 +254,7 @@ class ServedModels:
 
 def describe_method(method: Method) -> dict[str, Any]:
     """A method as JSON values."""
-    names = ("summary", "token", "select", "width", "successors", "chunk_length", "beta", "rule")
+    names = ("summary", "token", "select", "width", "successors", "chunk_length", "beta", "rule", "contrast", "negative")
     weights = {"weights": dict(method.weights), "select_weights": dict(method.select_weights)}
     return {"method": method.name, **{name: getattr(method, name) for name in names}, **weights}
 

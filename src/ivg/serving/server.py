@@ -14,6 +14,7 @@ import uvicorn
 from ivg.errors import ConfigError
 from ivg.factory.recipe import load_models
 from ivg.model import GuidedModel
+from ivg.models.cached_lm import runners_of
 from ivg.serving.app import create_app
 from ivg.serving.connections import connection_limits, limited_protocol, throttle_accept_errors
 from ivg.serving.logs import configure_logging, log_event
@@ -119,7 +120,7 @@ def serve(recipe: Recipe, settings: ServeSettings, load: Callable[[Recipe], Guid
         log_event("serving", url=f"http://{host}:{port}", model=served.name, methods=len(served.names) - 1, keys=len(settings.api_keys))
         server.run(sockets=[listener])
         stuck = server.worker.thread.is_alive()
-        rows = sum(reader.model.live_rows for reader in served.model.readers)
+        rows = sum(runner.live_rows for runner in runners_of(served.model.readers).values())
         log_event("stopped", cache_rows=rows, inside_a_step=stuck, signal=server.second_signal)
     code = 0 if server.second_signal is None else 128 + server.second_signal
     if stuck:

@@ -34,7 +34,7 @@ class Setting:
         unset: what None stands for, in words, for help texts and pages.
         secret: never shown in errors.
         escapes: on the command line, a backslash and an n are a line break.
-        group: of a search, what must be on for the setting to have an effect: guidance, selection, soft, reject or particles.
+        group: of a search, what must be on for the setting to have an effect: guidance, selection, contrast, soft, reject or particles.
     """
 
     help: str

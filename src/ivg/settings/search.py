@@ -1,7 +1,8 @@
 """The settings of a search: token guidance, beams, selection. Standard library only.
 
 ``ivg.search.methods`` has the named combinations. Sources: IVG, Liu et al. 2024 (arXiv 2409.17819); EFT, Mitchell et al. 2023; FUDGE,
-Yang & Klein 2021; VAS, Han et al. 2024; GenARM, Xu et al. 2024; CARDS, Li et al. 2024 (arXiv 2406.16306).
+Yang & Klein 2021; VAS, Han et al. 2024; GenARM, Xu et al. 2024; CARDS, Li et al. 2024 (arXiv 2406.16306); classifier-free guidance,
+Sanchez et al. 2023 (arXiv 2306.17806).
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class SearchSettings:
     token: Annotated[
         str | None,
         Setting(
-            "Value that guides every token: none, implicit, explicit, reward, arm, or the name of your own.",
+            "Value that guides every token: none, implicit, explicit, reward, arm, contrast, or the name of your own.",
             r.VALUE_NAME,
             aliases=("token_value",),
             flags=("--token",),
@@ -72,7 +73,7 @@ class SearchSettings:
     select: Annotated[
         str | None,
         Setting(
-            "Value that selects beams: none, implicit, explicit, reward, or the name of your own.",
+            "Value that selects beams: none, implicit, explicit, reward, contrast, or the name of your own.",
             r.VALUE_NAME,
             aliases=("select_value",),
             flags=("--select",),
@@ -100,6 +101,27 @@ class SearchSettings:
     beta: Annotated[
         float, Setting("Weight of token guidance.", _WITHIN_1000, aliases=("alpha", "guidance_weight"), flags=("--beta",), group="guidance")
     ] = 1.0
+    contrast: Annotated[
+        str | None,
+        Setting(
+            "Value contrast: an instruction to follow more closely. The base's own weights read the prompt with it and without it.",
+            r.INSTRUCTION,
+            flags=("--contrast",),
+            group="contrast",
+            unset="none",
+        ),
+    ] = None
+    negative: Annotated[
+        str | None,
+        Setting(
+            "Value contrast: an instruction to move away from, as a negative prompt.",
+            r.INSTRUCTION,
+            aliases=("negative_prompt",),
+            flags=("--negative",),
+            group="contrast",
+            unset="none",
+        ),
+    ] = None
     candidates: Annotated[
         int,
         Setting(

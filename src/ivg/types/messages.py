@@ -70,6 +70,10 @@ class Prompt:
     """
     vocabulary: Any = field(default=None, repr=False)
     """What ``token_ids`` mean (``models.vocabulary.Vocabulary``); engines fill it in."""
+    contrast: str | None = None
+    """An instruction that only the value ``contrast`` reads (:class:`ivg.values.contrast.PromptContrast`): to be followed more closely."""
+    negative: str | None = None
+    """As ``contrast``: to be moved away from."""
 
     @property
     def plain(self) -> str | list[dict[str, str]]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ivg.models.cached_lm import CachedLM
+from ivg.models.cached_lm import CachedLM, read_together
 from ivg.models.loading import LoadOptions, load_causal
 from ivg.types import Hypothesis
 from ivg.values.base import CachedLMValue
@@ -45,7 +45,8 @@ class ImplicitValue(CachedLMValue):
 
     def deltas(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
         """z_tuned - z_untuned on raw logits (EFT: Mitchell et al. 2023, arXiv 2310.12962), float32 [hypotheses, vocabulary]."""
-        return _difference(self.tuned.outputs(hypotheses), self.untuned.logits(hypotheses))
+        tuned, untuned = read_together([self.tuned, self.untuned], hypotheses)
+        return _difference(tuned.float(), untuned)
 
     def cached_lms(self) -> list[CachedLM]:
         """The tuned and the untuned model."""
@@ -78,9 +79,10 @@ class PairDrafter:
 
     def logits(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
         """Draft logits behind the last token, float32 [hypotheses, vocabulary]."""
-        known = drafted = self.value.tuned.outputs(hypotheses)
-        if self.beta != 1:
-            untuned = self.value.untuned.outputs(hypotheses)
+        if self.beta == 1:
+            known = drafted = self.value.tuned.outputs(hypotheses)
+        else:
+            known, untuned = (out.float() for out in read_together([self.value.tuned, self.value.untuned], hypotheses))
             known = _difference(known, untuned)
             drafted = untuned[:, : known.shape[1]] + self.beta * known
         for h, row in zip(hypotheses, known, strict=True):

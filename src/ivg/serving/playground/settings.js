@@ -12,7 +12,8 @@ const CONTROLS = [
 ];
 const WHOLE = 51;
 const SEARCH = ["beta", "width", "successors", "chunk_length"];
-const LINKED = { prompt: "p", method: "m", seed: "s", ...Object.fromEntries(CONTROLS.map((k) => [k.id, k.letter])) };
+const INSTRUCTIONS = ["contrast", "negative"];
+const LINKED = { prompt: "p", method: "m", seed: "s", contrast: "i", negative: "o", ...Object.fromEntries(CONTROLS.map((k) => [k.id, k.letter])) };
 
 /** All controls of the form. */
 export class Settings {
@@ -63,6 +64,7 @@ export class Settings {
     const m = this.method;
     for (const id of SEARCH) byId(id).value = m[id] ?? WHOLE;
     for (const name of this.values) byId(`weight-${name}`).value = this.ownWeight(name);
+    for (const id of INSTRUCTIONS) byId(id).value = m[id] ?? byId(id).value;
     this.refresh();
   }
 
@@ -80,6 +82,12 @@ export class Settings {
 
   get hasGuidance() {
     return this.customWeights ? Object.values(this.customWeights).some(Boolean) : Boolean(this.method.token || Object.keys(this.method.weights ?? {}).length);
+  }
+
+  /** Does the method use the value that reads an instruction? */
+  get hasInstruction() {
+    const { token, select, weights, select_weights } = this.method;
+    return [token, select, ...Object.keys({ ...weights, ...select_weights })].includes("contrast") && !this.values.includes("contrast");
   }
 
   get hasSelection() {
@@ -104,6 +112,7 @@ export class Settings {
       const over = drafts > most ? ` This server allows ${most}.` : "";
       byId("successors-help").textContent = `W · K = ${drafts} drafts at a time.${over}`;
     }
+    byId("instruction").hidden = !this.hasInstruction;
     byId("guided-sub").textContent = m.method === "ivg" ? "Integrated Value Guidance" : m.method;
   }
 
@@ -129,6 +138,7 @@ export class Settings {
   /** The guided request. */
   get guided() {
     const m = this.method, guidance = { method: m.method };
+    if (this.hasInstruction) for (const id of INSTRUCTIONS) if (byId(id).value.trim()) guidance[id] = byId(id).value;
     if (this.hasGuidance) guidance.beta = Number(byId("beta").value);
     if (this.customWeights && this.hasGuidance) guidance.weights = Object.fromEntries(Object.entries(this.customWeights).filter(([, w]) => w));
     else if (this.customWeights) guidance.token_value = "none";
