@@ -1,4 +1,4 @@
-"""ivg: align any causal language model at inference time, with small value functions and without touching its weights.
+"""ivg: align causal language models at inference time, with small value functions and without touching their weights.
 
 Importing this imports no torch; the names below are loaded when they are first used.
 """

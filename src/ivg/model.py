@@ -14,12 +14,15 @@ from typing import Any, overload
 from ivg.embedded import path
 from ivg.engines.transformers.engine import TransformersEngine
 from ivg.errors import ConfigError, IVGError, ModelError, PromptError
-from ivg.models.cached_lm import CachedLM
+from ivg.models.cached_lm import CachedLM, local_reader
+from ivg.models.chat_template import with_chat_settings
 from ivg.models.generation_config import GenerationConfigMode, GenerationDefaults, defaults_of
 from ivg.models.loading import LoadOptions, RoleOptions, load_causal, options_of
 from ivg.models.prompt_encoder import PromptEncoder
+from ivg.models.prompt_template import PromptTemplate
 from ivg.search.methods import CONTRAST, Method, get_method, method_names, resolve_fallbacks
 from ivg.search.searcher import Request, Searcher, check_engine
+from ivg.settings.chat import CHAT_SETTINGS
 from ivg.settings.models import ROLES
 from ivg.settings.sampling import DEFAULT_SAMPLING as DEFAULT_SAMPLING
 from ivg.types import Completion, Engine, Prompt, SamplingParams, TokenGuidance, Value
@@ -89,7 +92,7 @@ class GuidedModel:
         self.generation_config_left_out = dict(defaults.left_out)
         self.sampling = replace(DEFAULT_SAMPLING, **own) if sampling is None else sampling
         self.lock = FairLock()
-        self.engine: Engine = TransformersEngine(_reader(base)) if engine is None else engine
+        self.engine: Engine = TransformersEngine(local_reader(base)) if engine is None else engine
         self._composites: dict[tuple[tuple[float, int], ...], Value] = {}
         self._contrast = contrast_of(base, here=isinstance(self.engine, TransformersEngine))
         follow_base(base, *self.values.values())
@@ -104,7 +107,7 @@ class GuidedModel:
         value: str | Path | None = None,
         reward: str | Path | None = None,
         arm: str | Path | None = None,
-        templates: Mapping[str, str] | None = None,
+        templates: Mapping[str, str | PromptTemplate] | None = None,
         options: RoleOptions = None,
         generation_config: GenerationConfigMode = "auto",
     ) -> GuidedModel:
@@ -117,7 +120,7 @@ class GuidedModel:
             value: value network (any layout of ``models.value_head``): ``explicit``.
             reward: sequence classifier, or a Python function (``file.py:function``): ``reward``.
             arm: autoregressive reward model: ``arm``.
-            templates: how each role reads a prompt: ``{"base": "chat", "tuned": "{prompt}", ...}``; ``untuned`` follows ``tuned``.
+            templates: how each role reads a prompt: ``{"base": "chat", "tuned": PromptTemplate("raw")}``; ``untuned`` follows ``tuned``.
             options: device, dtype, revision and the like: of all models, or by role: ``{"base": LoadOptions(device="auto"), ...}``.
             generation_config: ``auto``, or ``ignore`` what the base's checkpoint sets for sampling.
         """
@@ -215,7 +218,7 @@ class GuidedModel:
         alternatives: int | None = None,
         **settings: Any,
     ) -> Request:
-        """One request. ``settings`` are those of :class:`SamplingParams` and :class:`~ivg.search.methods.Method`.
+        """One request. ``settings`` are those of ``SamplingParams``, ``Method`` and :class:`~ivg.settings.chat.ChatSettings`.
 
         ``record`` fills ``Completion.guide_shift``; ``trace`` also keeps the tree of beams; ``alternatives`` fills
         ``Completion.details`` with so many of the likeliest tokens at each position, guided and not.
@@ -226,13 +229,14 @@ class GuidedModel:
         given = {k: v for k, v in settings.items() if k in _SAMPLING and v is not None}
         if isinstance(given.get("stop"), str):
             given["stop"] = (given["stop"],)
-        rest = {k: v for k, v in settings.items() if k not in _SAMPLING}
+        rest = {k: v for k, v in settings.items() if k not in _SAMPLING | CHAT_SETTINGS}
         chosen, values = self.get_method(method, **rest), self.values
         if chosen.reads_contrast:
             found = choose_contrast(values.get(CONTRAST), self._contrast, chosen.name, instructed=chosen.instructed)
             values = {**values, CONTRAST: found}
         search = chosen.search(values, self._combined)
-        wanted = replace(Prompt.of(prompt), contrast=chosen.contrast, negative=chosen.negative)
+        wanted = with_chat_settings(prompt, settings, self.base.template)
+        wanted = replace(wanted, contrast=chosen.contrast, negative=chosen.negative)
         sampling = self._sampling(wanted, given)
         own = {k: v for k, v in self.generation_config.items() if k not in given}
         return Request(wanted, search, sampling, seed, index, trace, record, alternatives, from_checkpoint=own)
@@ -325,7 +329,7 @@ class GuidedModel:
         Raises:
             ConfigError: another engine runs it.
         """
-        return _reader(self.base)
+        return local_reader(self.base)
 
     @property
     def readers(self) -> list[CachedLM]:
@@ -392,9 +396,3 @@ class GuidedModel:
 def _check_roles(what: str, given: Iterable[str]) -> None:
     if unknown := sorted(set(given) - set(ROLES)):
         raise ConfigError(f"{what} for unknown role {', '.join(unknown)}\n  expected {', '.join(ROLES)}")
-
-
-def _reader(base: PromptEncoder) -> CachedLM:
-    if isinstance(base, CachedLM):
-        return base
-    raise ConfigError(f"{base.name} runs in another engine, and this needs its outputs here\n  leave engine out of the recipe's [run]")

@@ -174,7 +174,7 @@ TABLE = [
     ("train dpo --model embedded:base --data pairs.jsonl --out o --beta 0", "beta must be positive, got 0.0"),
     (
         "train dpo --model embedded:base --data pairs.jsonl --out o --template none",
-        "template must be \"chat\", or a text with {prompt} where the prompt goes, got 'none'",
+        'template must be "chat", "raw", "last_turn", or a text with {prompt} where the prompt goes, got \'none\'',
     ),
     (
         "train dpo --model embedded:base --data pairs.jsonl --out o --prompt-format x",

@@ -181,8 +181,19 @@ def test_templates_of_the_command_line(tmp_path):
     with pytest.raises(ConfigError, match="expected ROLE=TEMPLATE with ROLE one of base, tuned"):
         typed("--template", "chat")
     file = tmp_path / "recipe.toml"
-    file.write_text("[models]\nbase = { path = 'a', template = 'chat' }\n")
-    assert typed("--recipe", str(file), "--base", "b").models.base == ModelRef(path="b", template="chat")
+    file.write_text("[models]\nbase = { path = 'a', template = 'chat', chat_template_kwargs = { think = true } }\n")
+    assert typed("--recipe", str(file), "--base", "b").models.base == ModelRef(
+        path="b", template="chat", chat_template_kwargs={"think": True}
+    )
+    off = typed("--base", "b", "--chat-template-kwargs", 'base={"think": false, "x": [1]}').models.base
+    assert off == ModelRef(path="b", chat_template_kwargs={"think": False, "x": [1]})
+    with pytest.raises(ConfigError, match=r"--chat-template-kwargs 'base=\{\}', but no model is given for base"):
+        typed("--chat-template-kwargs", "base={}")
+    with pytest.raises(ConfigError, match="expected ROLE=KWARGS with ROLE one of base, tuned"):
+        typed("--chat-template-kwargs", "{}")
+    for wrong in ("5", '{"tokenize": true}', "no"):
+        with pytest.raises(ConfigError, match=r"models\.base\.chat_template_kwargs"):
+            typed("--base", "b", "--chat-template-kwargs", f"base={wrong}")
 
 
 def test_guides_alone_choose_their_method():

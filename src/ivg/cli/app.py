@@ -61,7 +61,7 @@ class LazyGroup(TyperGroup):
 
 app = typer.Typer(
     name="ivg",
-    help="Align any causal language model, frozen, with small value functions (Integrated Value Guidance).",
+    help="Align causal language models, frozen, with small value functions (Integrated Value Guidance).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

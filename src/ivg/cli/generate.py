@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -66,7 +66,7 @@ def _rows(prompts: list[str], files: GenerateSettings) -> Iterator[SourceRow]:
 
 def run(recipe: Recipe, rows: Iterable[SourceRow], files: GenerateSettings, cluster: RaySettings | None = None) -> None:
     """Answer every prompt that is not answered yet; what cannot be answered is reported, the others are done."""
-    from ivg.cli.printing import show
+    from ivg.cli.printing import prompt_line, show
     from ivg.cli.progress import print_error, progress
     from ivg.jobs.failures import Failures
     from ivg.jobs.generate import Callbacks, GenerateRun
@@ -78,12 +78,13 @@ def run(recipe: Recipe, rows: Iterable[SourceRow], files: GenerateSettings, clus
         raise ConfigError(f"{files.input} holds no rows\n  expected rows with prompt or messages")
     work = GenerateRun(recipe, jobs, failures, cluster, trace=files.trace is not None)
     traced: list[tuple[str, Completion]] = []
+    template = None if recipe.models.base is None else recipe.models.base.template
 
     def on_answer(job: Job, completion: Completion) -> None:
         if files.output is None:
-            show(_shown(job.prompt), completion, recipe.search.method, many=len(jobs) * recipe.run.n > 1)
+            show(job.prompt, template, completion, recipe.search.method, many=len(jobs) * recipe.run.n > 1)
         if files.trace is not None:
-            traced.append((_shown(job.prompt), completion))
+            traced.append((prompt_line(job.prompt), completion))
 
     callbacks = Callbacks(on_answer, lambda total: progress(total, "answers"), lambda text: typer.echo(text, err=True))
     try:
@@ -115,7 +116,3 @@ def _check_files(files: GenerateSettings) -> None:
         raise ConfigError(f"--failed {failed} is no file\n  expected a JSONL file for the rows that failed")
     if source is not None and source.is_dir():
         raise ConfigError(f"cannot read {source}: it is a folder\n  expected a file of rows")
-
-
-def _shown(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

@@ -119,6 +119,7 @@ def gold_reward(recipe: Recipe) -> RewardModel | FunctionValue:
         ConfigError: other models, and no ``eval.gold``.
     """
     from ivg.factory.recipe import load_options
+    from ivg.factory.values import prompt_template
     from ivg.jobs.fingerprints import same_source
     from ivg.settings.eval import EMBEDDED_GOLD
     from ivg.settings.recipe import RewardRef
@@ -130,7 +131,7 @@ def gold_reward(recipe: Recipe) -> RewardModel | FunctionValue:
     if ref is None:
         raise ConfigError("--judge gold needs a gold reward; the embedded one is for film reviews only\n  set gold in the recipe's [eval]")
     options = replace(load_options(recipe), revision=None, quantization=None)  # these are for the base
-    return load_reward(ref.path, template=ref.template, label=ref.label, options=options.of(ref), name="gold")
+    return load_reward(ref.path, template=prompt_template(ref), label=ref.label, options=options.of(ref), name="gold")
 
 
 def show(out: Console, report: GuidanceReport, beta: float) -> None:

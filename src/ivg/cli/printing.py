@@ -22,13 +22,44 @@ def plain_table(*columns: str, **options: Any) -> Table:
     return Table(*columns, box=None, pad_edge=False, **options)
 
 
-def show(prompt: str, completion: Completion, method: str, *, many: bool) -> None:
-    """Print prompt and answer, and its cost on standard error; one plain line for each of many answers if the output is no terminal."""
+def begun_text(prompt: Any, template: str | None) -> str:
+    """What an answer continues: the prompt, where the base reads it as it is, or the begun turn of a chat; empty: the answer is a turn.
+
+    Args:
+        prompt: text, or messages.
+        template: of the base.
+    """
+    if not isinstance(prompt, str):
+        return prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
+    return prompt if template in (None, "raw", "last_turn") or template.endswith("{prompt}") else ""
+
+
+def prompt_line(prompt: Any) -> str:
+    """A prompt as text: itself, or a transcript of its messages."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def show(prompt: Any, template: str | None, completion: Completion, method: str, *, many: bool) -> None:
+    """Print the answer, and its cost on standard error.
+
+    The text that it continues is before it. Of many answers each is one plain line if the output is no terminal; else a prompt that is
+    not continued is above its answer.
+
+    Args:
+        prompt: text, or messages.
+        template: of the base.
+        completion: the answer.
+        method: name of the method.
+        many: it is one of several.
+    """
     out = Console(soft_wrap=True, highlight=False)
+    begun = begun_text(prompt, template)
     if many and not out.is_terminal:
-        out.print(Text(f"{prompt}{completion.text}".replace("\n", " ")))
+        out.print(Text(f"{begun}{completion.text}".replace("\n", " ")))
         return
-    out.print(Text(prompt, style="dim") + Text(completion.text, style="bold"))
+    if many and not begun:
+        out.print(Text(prompt_line(prompt), style="dim"))
+    out.print(Text(begun, style="dim") + Text(completion.text, style="bold"))
     for note in completion.notes:
         Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"note: {note}"))
     score = "" if completion.score is None else f" · score {completion.score:.3f}"

@@ -59,8 +59,14 @@ class RecipeOptions:
             made = option(declared, _title(table), self._default(table, declared), name=f"{table}_{declared.name}")
             yield role_option(declared, made) if table == "run" and declared.name in self.by_role else made
         if "models" in self.tables and not self.bare:
-            text = 'Prompt template of a model: ROLE=chat (its tokenizer\'s) or ROLE="... {prompt} ..."; may be repeated.'
+            text = (
+                'Prompt template of a model: ROLE=chat (its tokenizer\'s), ROLE="... {prompt} ...", ROLE=raw (the contents of the '
+                "messages, joined), ROLE=last_turn (the last user message), "
+                "or ROLE=FILE (.jinja: a chat template, .txt: a text); may be repeated."
+            )
             yield _parameter("template", list[str], "--template", help=text, rich_help_panel=_title("models"))
+            text = "Variables of the chat template of a model: ROLE='{\"enable_thinking\": false}'; may be repeated."
+            yield _parameter("chat_template_kwargs", list[str], "--chat-template-kwargs", help=text, rich_help_panel=_title("models"))
         if not self.bare:
             text = "Any other setting: KEY=VALUE of the search, or TABLE.KEY=VALUE (docs/reference/settings.md); may be repeated."
             yield _parameter("set", list[str], "--set", help=text)
@@ -94,6 +100,9 @@ class RecipeOptions:
         for text in given.get("template") or ():
             role, template = role_value("--template", text)
             out.setdefault(role, {})["template"] = template
+        for text in given.get("chat_template_kwargs") or ():
+            role, kwargs = role_value("--chat-template-kwargs", text)
+            out.setdefault(role, {})["chat_template_kwargs"] = plain_value(kwargs)
         for name in self.by_role:
             for role, value in split(name, given.get(f"run_{name}") or ())[1].items():
                 out.setdefault(role, {})[name] = value

@@ -18,10 +18,10 @@ from ivg.settings.schema import Declared, settings_of
 PER_MODEL = tuple(name for name, d in settings_of(RunConfig).items() if d.setting.flags and name in settings_of(ModelRef))
 """Options that give a setting of ``[run]`` for all models, or that of one model."""
 
-_STAYS = {"template", "device", "max_memory", "dtype", "attention", "quantization"}
+_STAYS = {"template", "chat_template_kwargs", "device", "max_memory", "dtype", "attention", "quantization"}
 """What a recipe says of a model that also holds for another in its place, which ``--ROLE MODEL`` gives."""
 
-ByRole = dict[str, dict[str, str]]
+ByRole = dict[str, dict[str, Any]]
 """Settings of models, by role and name."""
 
 
@@ -61,7 +61,7 @@ def role_value(flag: str, text: str) -> tuple[str, str]:
     near = get_close_matches(role, ROLES, n=1) if sign else []
     raise ConfigError(
         f"{flag} {text!r}: " + (f"no model has the role {role!r}" if sign else "no role") + (f"; did you mean {near[0]}?" if near else "")
-        + f"\n  expected ROLE={flag[2:].upper()} with ROLE one of {', '.join(ROLES)}"
+        + f"\n  expected ROLE={flag[2:].rpartition('-')[2].upper()} with ROLE one of {', '.join(ROLES)}"
     )  # fmt: skip
 
 
@@ -81,6 +81,8 @@ def with_roles(recipe: Recipe, models: Mapping[str, str], by_role: ByRole) -> di
             ref = {"path": "embedded:base"}
         if ref is None:
             name, value = next(iter(settings.items()))
-            raise ConfigError(f"--{name} {f'{role}={value}'!r}, but no model is given for {role}\n  give --{role} MODEL with it")
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {f'{role}={value}'!r}, but no model is given for {role}\n  give --{role} MODEL with it"
+            )
         named[role] = {**ref, **settings}
     return named

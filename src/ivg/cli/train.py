@@ -146,12 +146,13 @@ def scorer(recipe: Recipe) -> Any:
         ConfigError: there is none.
     """
     from ivg.factory.recipe import load_options
+    from ivg.factory.values import prompt_template
     from ivg.values.reward import load_reward
 
     found = recipe.models.reward
     if found is None:
         raise ConfigError("rollouts need a score\n  give --reward MODEL, or --reward file.py:function")
-    return load_reward(found.path, template=found.template, options=load_options(recipe).of(found))
+    return load_reward(found.path, template=prompt_template(found), options=load_options(recipe).of(found))
 
 
 _REFINEMENT = {

@@ -55,12 +55,13 @@ class Worker:
         from dataclasses import replace
 
         from ivg.factory.recipe import load_options
+        from ivg.factory.values import prompt_template
         from ivg.values.reward import load_reward
 
         options = load_options(self.plan.recipe)
         options = replace(options, dtype="float32" if options.dtype == "auto" else options.dtype, revision=None, quantization=None)
         return {
-            name: load_reward(ref.path, template=ref.template, label=ref.label, options=options.of(ref), name=name)
+            name: load_reward(ref.path, template=prompt_template(ref), label=ref.label, options=options.of(ref), name=name)
             for name, ref in self.plan.judges.items()
         }
 

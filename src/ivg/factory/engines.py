@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from ivg.embedded import path
 from ivg.errors import ConfigError
-from ivg.factory.values import make_value
+from ivg.factory.values import make_value, prompt_template
 from ivg.model import GuidedModel
 from ivg.models.generation_config import read_generation_config
 from ivg.models.hub import find_model
 from ivg.models.loading import LoadOptions, eos_ids, load_config, load_tokenizer
 from ivg.models.placement import pick_device, pick_dtype
 from ivg.models.prompt_encoder import PromptEncoder
+from ivg.models.prompt_template import PromptTemplate
 from ivg.search.methods import get_method, resolve_fallbacks
 from ivg.settings.placement import is_spread
 from ivg.settings.recipe import ModelRef, NamedValue, Recipe, VLLMConfig
@@ -124,7 +125,7 @@ def endpoint_model(recipe: Recipe, options: LoadOptions) -> GuidedModel:
         model,
         api_key=os.environ.get(settings.api_key_env),
         tokenizer=tokenizer,
-        template=base.template if base else None,
+        template=prompt_template(base) if base else None,
         timeout=settings.timeout,
         concurrency=settings.concurrency,
         token_pieces=settings.token_pieces,
@@ -184,10 +185,10 @@ def _guide(name: str, value: NamedValue, base: ModelRef, options: LoadOptions) -
                 f"{role} of {name} is to be loaded otherwise than the base (device, dtype, revision …); inside vLLM they are one model\n"
                 "  say it for all models in [run], or use the transformers engine"
             )
-        template = refs["tuned"].template if role == "untuned" and ref.template is None else _template(ref, options.of(ref))
-        if template != base.template:
+        template = prompt_template(ref, refs["tuned"]) if role == "untuned" else _template(ref, options.of(ref))
+        if template != prompt_template(base):
             raise ConfigError(
-                f"{role} of {name} reads prompts by {template!r}, the base by {base.template!r}\n"
+                f"{role} of {name} reads prompts by {template}, the base by {prompt_template(base)}\n"
                 "  inside vLLM all models read the base's token ids; give them one template, or use the transformers engine"
             )
     if "tuned" in refs:
@@ -252,13 +253,12 @@ def _prompt_encoder(name: str, ref: ModelRef, tokenizer: Any, options: LoadOptio
     return encoder
 
 
-def _template(ref: ModelRef, options: LoadOptions) -> str | None:
+def _template(ref: ModelRef, options: LoadOptions) -> PromptTemplate:
     """How a model reads prompts: as configured, else as a value network was trained."""
     if ref.template is not None:
-        return ref.template
+        return prompt_template(ref)
     config = load_config(ref.path, options, "model")
-    template: str | None = (getattr(config, "ivg_value", None) or {}).get("template")
-    return template
+    return prompt_template(ref).with_default((getattr(config, "ivg_value", None) or {}).get("template"))
 
 
 def _pooled_value(ref: ModelRef, cache: Path, settings: VLLMConfig, options: LoadOptions) -> Value:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ivg.errors import ConfigError, ModelError
-from ivg.factory.values import make_value
+from ivg.factory.values import make_value, prompt_template
 from ivg.settings.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -97,7 +97,9 @@ def _models(recipe: Recipe, options: LoadOptions) -> GuidedModel:
     given = recipe.models.given
     if not given:
         return GuidedModel.embedded(options)
-    templates = {role: ref.template for role, ref in given.items() if ref.template is not None}
+    templates = {role: prompt_template(ref) for role, ref in given.items()}
+    if "tuned" in given and "untuned" in given:
+        templates["untuned"] = prompt_template(given["untuned"], given["tuned"])
     paths: dict[str, Any] = {"base": path("base"), **{role: ref.path for role, ref in given.items()}}
     mode = recipe.run.generation_config
     by_role = {role: options.of(given[role]) if role in given else options for role in paths}

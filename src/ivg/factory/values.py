@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ivg.errors import ConfigError, IVGError, reason
-from ivg.settings.recipe import NamedValue
+from ivg.settings.recipe import ModelRef, NamedValue
 from ivg.utils.plugins import Plugins
 
 if TYPE_CHECKING:
     from ivg.models.loading import LoadOptions
+    from ivg.models.prompt_template import PromptTemplate
     from ivg.types import Value
 
 VALUE_PLUGINS = Plugins("ivg.values")
@@ -36,19 +37,29 @@ def make_value(name: str, config: NamedValue, options: LoadOptions) -> Value:
     if "tuned" in refs:
         tuned, untuned = refs["tuned"], refs["untuned"]
         return ImplicitValue(
-            load_causal(tuned.path, f"{name}.tuned", options.of(tuned), tuned.template),
-            load_causal(untuned.path, f"{name}.untuned", options.of(untuned), untuned.template or tuned.template),
+            load_causal(tuned.path, f"{name}.tuned", options.of(tuned), prompt_template(tuned)),
+            load_causal(untuned.path, f"{name}.untuned", options.of(untuned), prompt_template(untuned, tuned)),
             name,
         )
     ((role, ref),) = refs.items()
     options = options.of(ref)
     if role == "value":
-        return ExplicitValue.from_pretrained(ref.path, template=ref.template, options=options, name=name)
+        return ExplicitValue.from_pretrained(ref.path, template=prompt_template(ref), options=options, name=name)
     if role == "plugin":
         return plugin_value(name, ref.path)
     if role == "reward":
-        return load_reward(ref.path, template=ref.template, options=options, name=name)
-    return AutoregressiveReward(load_causal(ref.path, name, options, ref.template), name)
+        return load_reward(ref.path, template=prompt_template(ref), options=options, name=name)
+    return AutoregressiveReward(load_causal(ref.path, name, options, prompt_template(ref)), name)
+
+
+def prompt_template(ref: ModelRef, default: ModelRef | None = None) -> PromptTemplate:
+    """How the model of ``ref`` reads prompts; what it does not say is that of ``default``."""
+    from ivg.models.prompt_template import PromptTemplate
+
+    template, kwargs = ref.template, ref.chat_template_kwargs
+    if default is not None:
+        template, kwargs = template or default.template, default.chat_template_kwargs if kwargs is None else kwargs
+    return PromptTemplate(template, kwargs or {})
 
 
 def plugin_value(name: str, spec: str) -> Value:

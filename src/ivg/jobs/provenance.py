@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ivg.jobs.fingerprints import weight_fingerprints
+from ivg.settings.models import is_template_file
 from ivg.settings.placement import is_spread
 from ivg.settings.recipe import ModelRef, Recipe
 from ivg.utils.jsonl import to_json
@@ -62,10 +64,16 @@ def _details(recipe: Recipe, device: str | None, remote: bool) -> dict[str, Any]
             out[table] = found
     refs = dict(recipe.models.given) | {f"{n}.{role}": ref for n, v in recipe.values.items() for role, ref in v.given.items()}
     found = {role: model_settings(ref) for role, ref in refs.items()}
-    templates = {role: settings.pop("template") for role, settings in found.items() if "template" in settings}
+    templates = {role: _template_text(settings.pop("template")) for role, settings in found.items() if "template" in settings}
+    kwargs = {role: settings.pop("chat_template_kwargs") for role, settings in found.items() if "chat_template_kwargs" in settings}
     loaded = {role: settings for role, settings in found.items() if settings}
-    more = {"templates": templates, "loaded": loaded}
+    more = {"templates": templates, "chat_template_kwargs": kwargs, "loaded": loaded}
     return out | {name: value for name, value in more.items() if value} | {"weights": weight_fingerprints(recipe)}
+
+
+def _template_text(template: str) -> str:
+    """The template itself; of a file, what is in it."""
+    return Path(template).read_text(encoding="utf-8") if is_template_file(template) and Path(template).is_file() else template
 
 
 def run_provenance(recipe: Recipe) -> dict[str, Any]:

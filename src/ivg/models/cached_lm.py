@@ -15,8 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ivg.errors import ConfigError
 from ivg.models.cache import CacheRow, common_length
 from ivg.models.prompt_encoder import PromptEncoder
+from ivg.models.prompt_template import PromptTemplate
 from ivg.models.runner import ModelRunner
 from ivg.types import Hypothesis
 
@@ -52,7 +54,7 @@ class CachedLM(PromptEncoder):
     Args:
         model: the network and its cache.
         tokenizer: its own.
-        template: ``"chat"``, a format string with ``{prompt}``, or None (see ``models.chat_template``).
+        template: see :class:`~ivg.models.prompt_template.PromptTemplate`.
         eos_ids: ids that end a response; default: the tokenizer's.
         name: in usage and errors; default: the network's.
         system: an instruction that is read before every prompt (see ``models.chat_template.render``).
@@ -63,7 +65,7 @@ class CachedLM(PromptEncoder):
         self,
         model: ModelRunner,
         tokenizer: Any,
-        template: str | None = None,
+        template: str | PromptTemplate | None = None,
         eos_ids: Sequence[int] | None = None,
         *,
         name: str | None = None,
@@ -100,7 +102,7 @@ class CachedLM(PromptEncoder):
     def sharing(
         self,
         name: str,
-        template: str | None = None,
+        template: str | PromptTemplate | None = None,
         *,
         system: str | None = None,
         instruction: Literal["contrast", "negative"] | None = None,
@@ -332,3 +334,14 @@ def runners_of(readers: Sequence[CachedLM]) -> dict[str, ModelRunner]:
     for reader in readers:
         first.setdefault(reader.model, reader.name)
     return {name: model for model, name in first.items()}
+
+
+def local_reader(model: PromptEncoder) -> CachedLM:
+    """``model``, which runs in this process.
+
+    Raises:
+        ConfigError: another engine runs it.
+    """
+    if isinstance(model, CachedLM):
+        return model
+    raise ConfigError(f"{model.name} runs in another engine, and this needs its outputs here\n  leave engine out of the recipe's [run]")

@@ -1,4 +1,4 @@
-"""How one model reads a prompt: its tokenizer's chat template, a format string, or the plain text.
+"""How one model reads a prompt: its tokenizer's chat template, one of a file, a format string, or the plain text.
 
 Base, guides and values may each have a template of their own; only the response is shared. Why: docs/explanation/concepts.md.
 """
@@ -6,26 +6,13 @@ Base, guides and values may each have a template of their own; only the response
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ivg.errors import ConfigError, PromptError
-from ivg.types.messages import Prompt, check_text
-
-CHAT = "chat"
-"""Template name: use the tokenizer's chat template; a plain text becomes one user message."""
-
-
-def check_template(template: str | None) -> None:
-    """Raise unless ``template`` is None, ``"chat"`` or a format string with the one field ``{prompt}``.
-
-    Raises:
-        ConfigError: otherwise.
-    """
-    if template in (None, CHAT):
-        return
-    assert template is not None
-    if "{prompt}" not in template:
-        raise ConfigError(f'unusable template {template!r}\n  expected: "chat", or a text with {{prompt}} where the prompt goes')
+from ivg.models.prompt_template import CHAT, LAST_TURN, NO_CHAT_SETTINGS, RAW
+from ivg.settings.chat import CHAT_SETTINGS
+from ivg.types.messages import Prompt, PromptLike, check_text
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -37,14 +24,24 @@ def prompt_text(prompt: Prompt) -> str:
     return "\n".join(f"{m.role}: {m.content}" for m in prompt.content)
 
 
-def render(prompt: Prompt, tokenizer: Any, template: str | None, name: str = "the model", system: str | None = None) -> str:
+def render(
+    prompt: Prompt,
+    tokenizer: Any,
+    template: str | None,
+    name: str = "the model",
+    settings: Mapping[str, Any] = NO_CHAT_SETTINGS,
+    system: str | None = None,
+) -> str:
     """The text that the model is to continue. A ``None`` template is ``"chat"`` for messages, else the text as it is.
+
+    Where the last turn is to be continued (:meth:`Prompt.continued`), its content ends the text, without what a template writes after it.
 
     Args:
         prompt: what to answer.
         tokenizer: of the model that reads it.
         template: see above.
         name: of the model, for errors.
+        settings: of ``apply_chat_template``; those of the prompt go over them.
         system: instruction that this model reads before everything else: in a chat as its system turn (before the text of a system turn
             that is there), else before the prompt, with a blank line between unless it ends with white space itself.
 
@@ -59,11 +56,10 @@ def render(prompt: Prompt, tokenizer: Any, template: str | None, name: str = "th
             text = prompt.vocabulary.text_for(prompt.token_ids, tokenizer)
     if not text.strip():
         raise PromptError("empty prompt\n  expected: some text, or messages with some content")
-    if template not in (None, CHAT):
-        assert template is not None
-        text = template.replace("{prompt}", text)
-    elif is_chat(prompt, template):
-        return _checked(_chat_text(prompt, tokenizer, name, system))
+    if is_chat(prompt, template):
+        return _checked(_chat_text(prompt, tokenizer, name, settings, system))
+    if template is not None:
+        text = _framed(prompt, text, template, name)
     return _checked(text if system is None else join_instruction(system, text))
 
 
@@ -77,14 +73,16 @@ def _checked(text: str) -> str:
     return text
 
 
-def _chat_text(prompt: Prompt, tokenizer: Any, name: str, system: str | None) -> str:
-    """The messages in the tokenizer's chat template, behind the instruction ``system``."""
+def _chat_text(prompt: Prompt, tokenizer: Any, name: str, settings: Mapping[str, Any], system: str | None) -> str:
+    """The messages in a chat template, behind the instruction ``system``."""
     messages = turns(prompt)
     if system is not None:
         own = messages[0]["role"] == "system"
         content = join_instruction(system, messages[0]["content"]) if own else system
         messages = [{"role": "system", "content": content}, *messages[1 if own else 0 :]]
-    text = apply_chat_template(messages, tokenizer, name, add_generation_prompt=True)
+    continued, begins = prompt.continued is not None, prompt.chat.add_generation_prompt
+    more = {"add_generation_prompt": not continued if begins is None else begins, "continue_final_message": continued}
+    text = apply_chat_template(messages, tokenizer, name, **{**settings, **prompt.chat.chat_template_kwargs, **more})
     if system is not None and system.strip() not in text:
         raise PromptError(
             f"the chat template of {name} leaves the instruction {_shortened(system)} out: it has no system turn\n"
@@ -97,9 +95,45 @@ def _shortened(text: str) -> str:
     return repr(text if len(text) <= 40 else f"{text[:37]}…")
 
 
+def _framed(prompt: Prompt, text: str, template: str, name: str) -> str:
+    """The prompt, whose plain text is ``text``, in a template that is no chat template."""
+    content, last = prompt.content, prompt.continued
+    if isinstance(content, str):
+        return text if template in (RAW, LAST_TURN) else template.replace("{prompt}", text)
+    if template == RAW:
+        return "".join(m.content for m in content)
+    before = content if last is None else content[:-1]
+    if template == LAST_TURN:
+        users = [m.content for m in before if m.role == "user"]
+        if not users:
+            roles = ", ".join(m.role for m in content)
+            raise PromptError(
+                f"{name} reads the last user turn, and there is none (roles: {roles})\n  give messages with a turn of the user"
+            )
+        return users[-1] + (last or "")
+    return template.replace("{prompt}", prompt_text(Prompt(before))) + (last or "")
+
+
 def is_chat(prompt: Prompt, template: str | None) -> bool:
     """Is ``prompt`` read in the tokenizer's chat template?"""
     return template == CHAT or (template is None and not isinstance(prompt.content, str))
+
+
+def with_chat_settings(prompt: PromptLike, settings: Mapping[str, Any], template: str | None) -> Prompt:
+    """The prompt with those of ``settings`` over its own that :class:`~ivg.settings.chat.ChatSettings` has and that are not None.
+
+    Raises:
+        ConfigError: they have no effect on this prompt for a base that reads in ``template``.
+    """
+    wanted, given = Prompt.of(prompt), {k: v for k, v in settings.items() if k in CHAT_SETTINGS and v is not None}
+    if not given:
+        return wanted
+    chat = replace(wanted.chat, **given)
+    if chat.chat_template_kwargs and not is_chat(wanted, template):
+        raise ConfigError("chat_template_kwargs, but the base reads this prompt in no chat template\n  give messages, or leave it out")
+    if chat.continue_final_message and isinstance(wanted.content, str):
+        raise ConfigError("continue_final_message, but the prompt is a text\n  give messages, or leave it out: a text is continued")
+    return replace(wanted, chat=chat)
 
 
 def turns(prompt: Prompt) -> list[dict[str, str]]:
@@ -118,7 +152,7 @@ def apply_chat_template(messages: Sequence[Mapping[str, str]], tokenizer: Any, n
         PromptError: there is no template, or it fails: it refuses these messages (a system turn, two user turns in a row), or needs what
             is not there. Names the model and the roles, and quotes the template's own message.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if not settings.get("chat_template") and not getattr(tokenizer, "chat_template", None):
         raise PromptError(
             f"{name} has no chat template, but the prompt is chat messages\n"
             '  give a text, or a template for this model such as "{prompt}"'
@@ -185,9 +219,16 @@ def _has_two_bos(ids: Sequence[int], tokenizer: Any) -> bool:
     return bos is not None and list(ids[:2]) == [bos, bos]
 
 
-def encode(prompt: Prompt, tokenizer: Any, template: str | None, response: str | None = None, name: str = "the model") -> list[int]:
+def encode(
+    prompt: Prompt,
+    tokenizer: Any,
+    template: str | None,
+    response: str | None = None,
+    name: str = "the model",
+    settings: Mapping[str, Any] = NO_CHAT_SETTINGS,
+) -> list[int]:
     """Token ids of the rendered prompt, and of ``response`` behind it when given. Errors as :func:`render`."""
-    text = render(prompt, tokenizer, template, name)
+    text = render(prompt, tokenizer, template, name, settings)
     return encode_rendered(text, tokenizer, response or "", chat=is_chat(prompt, template))
 
 

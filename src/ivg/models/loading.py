@@ -17,10 +17,14 @@ from ivg.models.cached_lm import CachedLM
 from ivg.models.hub import find_model
 from ivg.models.packed_linear import pack
 from ivg.models.placement import pick_device, pick_dtype
+from ivg.models.prompt_template import PromptTemplate
 from ivg.models.runner import ModelRunner
 from ivg.models.weights import OTHER_HEADS, check_weights
 from ivg.settings.models import ModelRef
 from ivg.settings.placement import is_spread
+
+Template = str | PromptTemplate | None
+"""How a model reads prompts (:class:`~ivg.models.prompt_template.PromptTemplate`, or its text)."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ def load_tokenizer(name: str | Path, options: LoadOptions, what: str) -> Any:
         return AutoTokenizer.from_pretrained(place, **options.hub())
 
 
-def load_causal(name: str | Path, what: str, options: LoadOptions | None = None, template: str | None = None) -> CachedLM:
+def load_causal(name: str | Path, what: str, options: LoadOptions | None = None, template: Template = None) -> CachedLM:
     """A causal language model with a cache; ``what`` is its name in usage and errors."""
     from transformers import AutoModelForCausalLM
 
@@ -162,7 +166,7 @@ def load_causal(name: str | Path, what: str, options: LoadOptions | None = None,
 
 
 def load_value(
-    name: str | Path, what: str, options: LoadOptions | None = None, template: str | None = None, tokenizer: Any = None
+    name: str | Path, what: str, options: LoadOptions | None = None, template: Template = None, tokenizer: Any = None
 ) -> CachedLM:
     """A value network (any layout of ``models.value_head``); ``tokenizer`` where the checkpoint has none of its own.
 
@@ -171,7 +175,7 @@ def load_value(
     from ivg.models.value_head import ValueModel
 
     network, tokenizer = _load(name, ValueModel, options or LoadOptions(), what, tokenizer)
-    return CachedLM(ModelRunner(network, what), tokenizer, network.notes.get("template") if template is None else template)
+    return CachedLM(ModelRunner(network, what), tokenizer, PromptTemplate.of(template).with_default(network.notes.get("template")))
 
 
 def _load(name: str | Path, auto_class: Any, options: LoadOptions, what: str, tokenizer: Any = None) -> tuple[Any, Any]:

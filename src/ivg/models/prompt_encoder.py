@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from ivg.errors import ContextLengthError, PromptError
 from ivg.models.cache import common_length
-from ivg.models.chat_template import check_template, encode_rendered, is_chat, join_instruction, render
+from ivg.models.chat_template import encode_rendered, is_chat, join_instruction, render
+from ivg.models.prompt_template import PromptTemplate
 from ivg.models.vocabulary import Vocabulary
 from ivg.types import Beam, Hypothesis, Prompt, new_key
 from ivg.types.messages import check_text
@@ -24,7 +25,7 @@ class PromptEncoder:
     Args:
         name: of the model, in usage and errors.
         tokenizer: its own.
-        template: ``"chat"``, a format string with ``{prompt}``, or None (see ``models.chat_template``).
+        template: see :class:`~ivg.models.prompt_template.PromptTemplate`.
         eos_ids: ids that end a response; default: the tokenizer's.
         vocab_size: rows of the model's embedding.
         max_positions: tokens that it can read at most; None: any number.
@@ -40,7 +41,7 @@ class PromptEncoder:
         self,
         name: str,
         tokenizer: Any,
-        template: str | None = None,
+        template: str | PromptTemplate | None = None,
         eos_ids: Sequence[int] | None = None,
         *,
         vocab_size: int,
@@ -49,9 +50,9 @@ class PromptEncoder:
         system: str | None = None,
         instruction: Literal["contrast", "negative"] | None = None,
     ) -> None:
-        check_template(template)
         self.system, self.instruction = system, instruction
-        self.name, self.tokenizer, self.template = name, tokenizer, template
+        self.name, self.tokenizer = name, tokenizer
+        self.template, self.chat_settings = PromptTemplate.of(template).resolved
         self.vocab_size, self.max_positions, self.limit_reason = vocab_size, max_positions, limit_reason
         self.vocabulary = Vocabulary(tokenizer, eos_ids, owner=name)
         self.generation_config: Any = None
@@ -60,7 +61,7 @@ class PromptEncoder:
         self._rendered = lru_cache(maxsize=64)(self._render)
 
     def _render(self, prompt: Prompt) -> str:
-        return render(prompt, self.tokenizer, self.template, self.name, self.system_of(prompt))
+        return render(prompt, self.tokenizer, self.template, self.name, self.chat_settings, self.system_of(prompt))
 
     def system_of(self, prompt: Prompt) -> str | None:
         """The instruction that this model reads before ``prompt``; None: it reads the prompt alone."""

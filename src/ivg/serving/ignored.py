@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ivg.errors import ServeError
@@ -62,11 +62,12 @@ MESSAGE: Mapping[str, tuple[Any, ...]] = {
 """Fields of a message besides role, content and name, with the values that a strict server accepts."""
 
 
-def remove_ignored(data: dict[str, Any], *, strict: bool) -> dict[str, Any]:
+def remove_ignored(data: dict[str, Any], known: Collection[str] = (), *, strict: bool) -> dict[str, Any]:
     """The fields that the schema knows, or that are unknown.
 
     Args:
         data: a request body.
+        known: fields of the schema that other bodies lack.
         strict: keep fields that would be ignored, so that the schema refuses them.
 
     Raises:
@@ -81,7 +82,7 @@ def remove_ignored(data: dict[str, Any], *, strict: bool) -> dict[str, Any]:
     for name, value in data.items():
         if name in LABELS or (not strict and (value is None or name in NO_EFFECT)):
             continue
-        neutral = unsupported.get(name)
+        neutral = None if name in known else unsupported.get(name)
         if neutral is None:
             out[name] = value
         elif value is not None and not is_one_of(value, neutral):

@@ -60,7 +60,11 @@ def check_prompt_length(base: PromptEncoder, prompt: Prompt) -> None:
         if len(text) <= 4 * limit:
             return
         longest = max(map(len, base.vocabulary.pieces.values()), default=1)
-        tokens = len(text) // longest if len(text) > longest * limit else len(encode(prompt, base.tokenizer, base.template))
+        tokens = (
+            len(text) // longest
+            if len(text) > longest * limit
+            else len(encode(prompt, base.tokenizer, base.template, settings=base.chat_settings))
+        )
     if tokens >= limit:
         message = f"prompt of at least {tokens} tokens > context of {base.name} ({limit})\n  shorten the prompt"
         raise ContextLengthError(message, model=base.name, length=tokens, new_tokens=1, limit=limit)

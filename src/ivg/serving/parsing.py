@@ -37,7 +37,7 @@ def parse_body(raw: bytes, headers: Mapping[str, str], kind: type[B], *, strict:
     """
     check_headers(headers)
     try:
-        return kind.model_validate(remove_ignored(parse_json(raw), strict=strict))
+        return kind.model_validate(remove_ignored(parse_json(raw), kind.model_fields, strict=strict))
     except ValidationError as e:
         raise validation_error(e.errors(include_url=False), kind) from None
     except RecursionError:

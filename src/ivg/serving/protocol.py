@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ivg.serving.fields import Messages, Prompts, Stop
+from ivg.settings.chat import ChatSettings
 from ivg.settings.requests import SearchConfig
 from ivg.settings.sampling import SamplingParams
 from ivg.settings.schema import Setting, settings_of
@@ -127,10 +128,16 @@ class _Request(Table):
         return self
 
 
+@table_of(ChatSettings)
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
     messages: Messages
+    if TYPE_CHECKING:
+        chat_template_kwargs: dict[str, Any] | None = None
+        add_generation_prompt: bool | None = None
+        continue_final_message: bool | None = None
+
     max_completion_tokens: Annotated[int | None, _MAX_TOKENS, _MAX_TOKENS_FIELD] = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -146,12 +153,19 @@ class ChatRequest(_Request):
         return "max_tokens" if self.max_tokens is not None else "max_completion_tokens"
 
     @property
+    def chat(self) -> dict[str, Any]:
+        """The settings of the chat template that were given."""
+        return {name: value for name in settings_of(ChatSettings) if (value := getattr(self, name)) is not None}
+
+    @property
     def n_logprobs(self) -> int | None:
         """Alternatives for each token; None: no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> ChatRequest:
+        if self.add_generation_prompt and self.continue_final_message:
+            raise ValueError("add_generation_prompt and continue_final_message are both true; give one of them")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:

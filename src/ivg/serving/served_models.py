@@ -13,6 +13,7 @@ from typing import Any
 
 from ivg.errors import ContextLengthError, PromptError, ServeError
 from ivg.model import GuidedModel
+from ivg.models.chat_template import is_chat
 from ivg.search.methods import Method, method_names
 from ivg.search.request import QUANTUM, Request
 from ivg.search.searcher import check_engine
@@ -26,6 +27,7 @@ from ivg.serving.lengths import (
     max_new_tokens,
 )
 from ivg.serving.protocol import Body, ChatRequest, Guidance
+from ivg.settings.chat import ChatSettings
 from ivg.settings.recipe import Recipe
 from ivg.settings.serve import ServeSettings
 from ivg.types import Message, Prompt
@@ -224,7 +226,7 @@ class ServedModels:
 
     def _prompts(self, body: Body) -> list[Prompt]:
         if isinstance(body, ChatRequest):
-            return [self._chat_prompt(body.messages)]
+            return [self._chat_prompt(body)]
         return [self._text_prompt(p) for p in body.prompts]
 
     def _text_prompt(self, given: str | Sequence[int]) -> Prompt:
@@ -242,12 +244,16 @@ class ServedModels:
             raise ServeError(message, 400, "invalid_value", "prompt")
         return Prompt(self.model.engine.vocabulary.prompt_text(given), tuple(given))
 
-    def _chat_prompt(self, messages: Sequence[Message]) -> Prompt:
+    def _chat_prompt(self, body: ChatRequest) -> Prompt:
         """The messages, if the base has a chat template; else their texts, one a line."""
         if has_chat_template(self.model.base):
-            prompt = Prompt(tuple(Message("system" if m.role == "developer" else m.role, m.content) for m in messages))
+            messages = tuple(Message("system" if m.role == "developer" else m.role, m.content) for m in body.messages)
+            prompt = Prompt(messages, chat=ChatSettings(**body.chat))
         else:
-            prompt = Prompt("\n".join(m.content for m in messages))
+            prompt = Prompt("\n".join(m.content for m in body.messages))
+        if body.chat_template_kwargs and not is_chat(prompt, self.model.base.template):
+            message = "chat_template_kwargs is not supported by this model, which has no chat template; leave it out"
+            raise ServeError(message, 400, "invalid_value", "chat_template_kwargs")
         check_prompt_length(self.model.base, prompt)
         return prompt
 

@@ -8,11 +8,21 @@ from typing import Annotated, Any
 from pydantic import field_validator, model_validator
 
 from ivg.settings import placement as p
+from ivg.settings.chat import TEMPLATE_KWARGS
 from ivg.settings.schema import Setting
 from ivg.settings.tables import Table
 
 ROLES = ("base", "tuned", "untuned", "value", "reward", "arm")
 """What a model can be for."""
+TEMPLATE_FILES = (".jinja", ".jinja2", ".j2")
+"""Files with a chat template."""
+TEXT_FILES = (".txt",)
+"""Files with a text that has ``{prompt}``."""
+
+
+def is_template_file(template: str) -> bool:
+    """Is ``template`` the name of a file rather than a template?"""
+    return template.endswith((*TEMPLATE_FILES, *TEXT_FILES)) and "{" not in template and "\n" not in template
 
 
 class ModelRef(Table):
@@ -22,7 +32,9 @@ class ModelRef(Table):
     template: Annotated[
         str | None,
         Setting(
-            'Prompt template of the model: chat (its tokenizer\'s), or a text such as "Q: {prompt}\\nA:".', unset="the prompt as it is"
+            'Prompt template of the model: chat (its tokenizer\'s), a text such as "Q: {prompt}\\nA:", raw (the contents of the messages, '
+            "joined), last_turn (the last user message), or a file (.jinja: a chat template, .txt: a text).",
+            unset="chat for messages, a text as it is",
         ),
     ] = None
     device: Annotated[p.Device | None, replace(p.DEVICE, unset=p.OF_RUN)] = None
@@ -36,6 +48,10 @@ class ModelRef(Table):
     revision: Annotated[str | None, replace(p.REVISION, unset=p.OF_RUN)] = None
     attention: Annotated[str | None, replace(p.ATTENTION, unset=p.OF_RUN)] = None
     quantization: Annotated[dict[str, Any] | None, replace(p.QUANTIZATION, unset=p.OF_RUN)] = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None,
+        Setting("Variables of the chat template of the model, such as enable_thinking.", TEMPLATE_KWARGS, unset="none"),
+    ] = None
 
 
 class RewardRef(ModelRef):

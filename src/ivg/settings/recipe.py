@@ -37,6 +37,7 @@ from ivg.settings.models import ModelRef as ModelRef
 from ivg.settings.models import ModelsConfig as ModelsConfig
 from ivg.settings.models import NamedValue as NamedValue
 from ivg.settings.models import RewardRef as RewardRef
+from ivg.settings.models import is_template_file
 from ivg.settings.placement import Device
 from ivg.settings.requests import MethodConfig as MethodConfig
 from ivg.settings.requests import SamplingConfig as SamplingConfig
@@ -137,7 +138,9 @@ class Recipe(Table):
 
 
 def _beside(folder: Path, ref: _Ref) -> _Ref:
-    """``ref`` with its path in ``folder``, if it is a directory there, or a function in a Python file there."""
+    """``ref`` with its path in ``folder``, if it is a directory there, or a function in a Python file there; a template's file alike."""
+    if ref.template is not None and is_template_file(ref.template) and (folder / ref.template).is_file():
+        ref = ref.model_copy(update={"template": str(folder / ref.template)})
     there = folder / ref.path
     file, sign, _ = ref.path.rpartition(":")
     found = there.is_dir() or (bool(sign) and file.endswith(".py") and (folder / file).is_file())

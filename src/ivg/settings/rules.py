@@ -207,7 +207,11 @@ WEIGHTS = Rule('names and finite numbers, each name once, e.g. {implicit = 1.0, 
 POSITIVE = number("positive", 0, open_low=True)
 SHARE = number("in [0, 1]", 0, 1)
 TEMPLATE = Rule(
-    "a text", _text, '"chat", or a text with {prompt} where the prompt goes', lambda v: v == "chat" or "{prompt}" in v, optional=True
+    "a text",
+    _text,
+    '"chat", "raw", "last_turn", or a text with {prompt} where the prompt goes',
+    lambda v: v in ("chat", "raw", "last_turn") or "{prompt}" in v,
+    optional=True,
 )
 STOPS = Rule("a list of texts", _texts, "texts that are not empty", lambda v: all(v))
 _IDS = "token ids, 0 or more"

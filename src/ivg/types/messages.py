@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ivg.errors import PromptError
+from ivg.settings.chat import ChatSettings
 
 _SHAPES = 'text, or messages [{"role": "user", "content": "…"}, …]'
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -74,11 +75,21 @@ class Prompt:
     """An instruction that only the value ``contrast`` reads (:class:`ivg.values.contrast.PromptContrast`): to be followed more closely."""
     negative: str | None = None
     """As ``contrast``: to be moved away from."""
+    chat: ChatSettings = field(default_factory=ChatSettings)
+    """How messages are rendered; no effect on a text."""
 
     @property
     def plain(self) -> str | list[dict[str, str]]:
         """The content as JSON has it; :meth:`of` reads it back."""
         return self.content if isinstance(self.content, str) else [{"role": m.role, "content": m.content} for m in self.content]
+
+    @property
+    def continued(self) -> str | None:
+        """The content of the last turn, where the response continues it (prefill); None: the response is a turn of its own."""
+        if isinstance(self.content, str) or not self.content:
+            return None
+        last = self.content[-1]
+        return last.content if self.chat.continues(last.role) else None
 
     @classmethod
     def of(cls, value: PromptLike) -> Prompt:

@@ -32,6 +32,7 @@ class PromptContrast(ImplicitValue):
             model.sharing(f"{name}.untuned", model.template, system=model.system, instruction="negative"),
             name,
         )
+        self.tuned.chat_settings = self.untuned.chat_settings = model.chat_settings
         follow_base(model, self)
 
 

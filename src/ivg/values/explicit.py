@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ivg.embedded import locate
 from ivg.models.cached_lm import CachedLM
-from ivg.models.loading import LoadOptions, load_value
+from ivg.models.loading import LoadOptions, Template, load_value
 from ivg.models.training_rows import copy_training_rows, source_of
 from ivg.models.value_head import HeadKind, ValueModel
 from ivg.types import Hypothesis
@@ -40,7 +40,7 @@ class ExplicitValue(CachedLMValue):
         cls,
         path: str | Path,
         *,
-        template: str | None = None,
+        template: Template = None,
         options: LoadOptions | None = None,
         tokenizer: Any = None,
         name: str = "explicit",

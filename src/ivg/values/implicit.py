@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ivg.models.cached_lm import CachedLM, read_together
-from ivg.models.loading import LoadOptions, load_causal
+from ivg.models.loading import LoadOptions, Template, load_causal
 from ivg.types import Hypothesis
 from ivg.values.base import CachedLMValue
 
@@ -38,7 +38,7 @@ class ImplicitValue(CachedLMValue):
 
     @classmethod
     def from_pretrained(
-        cls, tuned: str | Path, untuned: str | Path, *, template: str | None = None, options: LoadOptions | None = None
+        cls, tuned: str | Path, untuned: str | Path, *, template: Template = None, options: LoadOptions | None = None
     ) -> ImplicitValue:
         """Load both from directories or the hub."""
         return cls(load_causal(tuned, "tuned", options, template), load_causal(untuned, "untuned", options, template))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ivg.errors import ConfigError, ModelError, PromptError, ScoreFault
 from ivg.models.chat_template import apply_chat_template, is_chat, render, text_ids, turns
 from ivg.models.loading import LoadOptions, load_config, load_network, load_tokenizer
 from ivg.models.placement import input_device
+from ivg.models.prompt_template import NO_CHAT_SETTINGS, PromptTemplate
 from ivg.models.rotary import length_batches, rope_limits
 from ivg.models.support import context_of
 from ivg.models.weights import WeightsError
@@ -54,11 +55,14 @@ class RewardModel(Reward):
         batch_size: texts for each forward pass.
     """
 
+    chat_settings: Mapping[str, Any] = NO_CHAT_SETTINGS
+    """Of ``apply_chat_template``."""
+
     def __init__(
         self,
         network: Any,
         tokenizer: Any,
-        template: str | None = None,
+        template: str | PromptTemplate | None = None,
         label: int | None = None,
         name: str = "reward",
         batch_size: int = 64,
@@ -68,8 +72,9 @@ class RewardModel(Reward):
             raise ConfigError(f"{name} has {labels} labels\n  name the one that is the reward: label=0…{labels - 1}")
         if label is not None and not 0 <= label < labels:
             raise ConfigError(f"{name} has {labels} labels, got label={label}\n  expected 0…{labels - 1}")
-        self.network, self.tokenizer, self.template = network.eval(), tokenizer, template
-        if template is None:
+        self.network, self.tokenizer = network.eval(), tokenizer
+        self.template, self.chat_settings = _reward_template(template)
+        if self.template is None:
             self.template = getattr(network.config, "ivg_template", None)  # as it was trained
         self.label, self.name, self.batch_size = label, name, batch_size
         self.limit = min((n for n in (context_of(network), tokenizer.model_max_length) if n and 0 < n < 1 << 30), default=None)
@@ -82,7 +87,7 @@ class RewardModel(Reward):
         cls,
         path: str | Path,
         *,
-        template: str | None = None,
+        template: str | PromptTemplate | None = None,
         label: int | None = None,
         options: LoadOptions | None = None,
         name: str = "reward",
@@ -118,11 +123,17 @@ class RewardModel(Reward):
 
     def text(self, prompt: Prompt, response: str) -> str:
         """What the classifier reads."""
+        begun = prompt.continued
         if is_chat(prompt, self.template):
-            answer = {"role": "assistant", "content": response}
-            return apply_chat_template([*turns(prompt), answer], self.tokenizer, self.name)
-        text = render(prompt, self.tokenizer, self.template, self.name)
-        return text.replace("{response}", response) if "{response}" in (self.template or "") else text + response
+            given = turns(prompt)
+            last = {"role": "assistant", "content": response} if begun is None else {**given.pop(), "content": begun + response}
+            settings = {**self.chat_settings, **prompt.chat.chat_template_kwargs}
+            return apply_chat_template([*given, last], self.tokenizer, self.name, **settings)
+        if "{response}" not in (self.template or ""):
+            return render(prompt, self.tokenizer, self.template, self.name) + response
+        if begun is not None:
+            prompt, response = replace(prompt, content=prompt.content[:-1]), begun + response
+        return render(prompt, self.tokenizer, self.template, self.name).replace("{response}", response)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text of :meth:`text`, with one beginning-of-sequence token."""
@@ -242,8 +253,20 @@ class RewardModel(Reward):
         return [(self.name, self.network)]
 
 
+def _reward_template(template: str | PromptTemplate | None) -> tuple[str | None, Mapping[str, Any]]:
+    """As :attr:`PromptTemplate.resolved`; a format string may have ``{response}`` in place of ``{prompt}``."""
+    if isinstance(template, str) and "{response}" in template:
+        return template, NO_CHAT_SETTINGS
+    return PromptTemplate.of(template).resolved
+
+
 def load_reward(
-    path: str | Path, *, template: str | None = None, label: int | None = None, options: LoadOptions | None = None, name: str = "reward"
+    path: str | Path,
+    *,
+    template: str | PromptTemplate | None = None,
+    label: int | None = None,
+    options: LoadOptions | None = None,
+    name: str = "reward",
 ) -> RewardModel | FunctionValue:
     """A reward model from a directory or the hub, or a Python function: ``module:function``, ``path/to/file.py:function``.
 

@@ -6,6 +6,7 @@ The text is rendered again from the shorter prompt, so templates and special tok
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ivg.types import Message, Prompt
 
@@ -48,4 +49,4 @@ def drop_beginning(prompt: Prompt, count: int) -> Prompt:
             count -= len(message.content)
     if turns and turns[0].role == "assistant":
         turns.insert(0, Message("user", ""))
-    return Prompt(tuple(turns))
+    return replace(prompt, content=tuple(turns))

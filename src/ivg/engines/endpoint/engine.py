@@ -22,6 +22,7 @@ from ivg.engines.endpoint.client import CompletionClient, api_url
 from ivg.engines.endpoint.text_vocabulary import END, FILLER, EndpointPromptEncoder, TextVocabulary
 from ivg.engines.sequences import TokenSequence, as_beams, fail, fork, stop_at
 from ivg.errors import IVGError
+from ivg.models.prompt_template import PromptTemplate
 from ivg.settings.sampling import ONLY_TRANSFORMERS
 from ivg.types import AsyncEngine, Beam, DecodeState, ExpandOutput, ExpandRequest, Prompt, SamplingParams, new_key
 from ivg.utils.rng import mix
@@ -71,7 +72,7 @@ class EndpointEngine(AsyncEngine):
         *,
         api_key: str | None = None,
         tokenizer: Any = None,
-        template: str | None = None,
+        template: str | PromptTemplate | None = None,
         timeout: float = 120.0,
         retries: int = 2,
         concurrency: int = 64,

@@ -14,6 +14,7 @@ from typing import Any
 from ivg.errors import PromptError
 from ivg.models.chat_template import encode_rendered, is_chat, render, without_bos
 from ivg.models.prompt_encoder import PromptEncoder
+from ivg.models.prompt_template import PromptTemplate
 from ivg.models.vocabulary import Vocabulary
 from ivg.types import DecodeState, Prompt
 
@@ -114,7 +115,7 @@ class EndpointPromptEncoder(PromptEncoder):
         template: see :mod:`ivg.models.chat_template`.
     """
 
-    def __init__(self, vocabulary: TextVocabulary, tokenizer: Any = None, template: str | None = None) -> None:
+    def __init__(self, vocabulary: TextVocabulary, tokenizer: Any = None, template: str | PromptTemplate | None = None) -> None:
         # the embedding's size is not known
         super().__init__("base", vocabulary.tokenizer, template, vocab_size=sys.maxsize)
         self.vocabulary, self.renderer = vocabulary, tokenizer
@@ -132,7 +133,7 @@ class EndpointPromptEncoder(PromptEncoder):
                 f"{self.vocabulary.owner} gets text, and only its tokenizer can render chat messages\n"
                 '  give the tokenizer (a directory or hub id), or a template for this model such as "{prompt}"'
             )
-        text = render(prompt, self.renderer, self.template, self.name)
+        text = render(prompt, self.renderer, self.template, self.name, self.chat_settings)
         return text if self.renderer is None else without_bos(text, self.renderer)
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The reference engine: any transformers causal language model, all beams of all requests in one batch.
+"""The reference engine: causal language models of transformers, all beams of all requests in one batch.
 
 Grows many sequences by one token at a time, each with its own sampling settings, guidance and limits. The first token of all children
 of a beam is drawn from one forward pass of their parent. Must not depend on which beams are kept (``search.searcher``).
