@@ -4,6 +4,7 @@ Draws come from ivg.utils.rng so that tokens can be compared; nothing else of iv
 """
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -90,6 +91,10 @@ def entropy(z):
 def guided(z, s, value, prompt, y):
     if entropy(z) < s.gate:
         return z
+    if s.plausibility:
+        share = z.softmax(-1) / z.softmax(-1).max()
+        inner = guided(z, replace(s, plausibility=0.0), value, prompt, y)
+        return torch.where(share >= s.plausibility, inner, -math.inf)
     if s.normalise:
         z = z.log_softmax(-1)
     if s.candidates == 0 and value.deltas is not None:

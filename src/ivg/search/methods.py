@@ -169,6 +169,12 @@ _TABLE = (
         transform="centered",
     ),
     Method("genarm", "GenARM: log-probabilities of base and autoregressive reward model", token="arm", normalise=True),
+    Method(
+        "contrastive-decoding",
+        "contrastive decoding: the implicit value of an expert (tuned) and an amateur (untuned) over tokens that the base finds plausible",
+        token="implicit",
+        plausibility=0.1,
+    ),
     Method("contrast", "contrast of prompts (classifier-free guidance): the base with an instruction against itself", token="contrast"),
     Method("eft-gated", "EFT at uncertain tokens only: base entropy of 3 nats or more (SIA)", token="implicit", gate=3.0),
     Method("cbs-implicit", "chunk-level beam search by the implicit value (weak-to-strong search)", select="implicit", **_CHUNKED),

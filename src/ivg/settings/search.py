@@ -2,7 +2,7 @@
 
 ``ivg.search.methods`` has the named combinations. Sources: IVG, Liu et al. 2024 (arXiv 2409.17819); EFT, Mitchell et al. 2023; FUDGE,
 Yang & Klein 2021; VAS, Han et al. 2024; GenARM, Xu et al. 2024; CARDS, Li et al. 2024 (arXiv 2406.16306); classifier-free guidance,
-Sanchez et al. 2023 (arXiv 2306.17806).
+Sanchez et al. 2023 (arXiv 2306.17806); contrastive decoding, Li et al. 2023 (arXiv 2210.15097).
 """
 
 from __future__ import annotations
@@ -146,6 +146,15 @@ class SearchSettings:
             "Guide only tokens whose next-token entropy under the base is at least this many nats; 0: all.",
             r.number("0 (guide everywhere) or more nats", 0),
             flags=("--gate",),
+            group="guidance",
+        ),
+    ] = 0.0
+    plausibility: Annotated[
+        float,
+        Setting(
+            "Only tokens to which the base gives at least this share of its likeliest token's probability (contrastive decoding); 0: all.",
+            r.SHARE,
+            flags=("--plausibility",),
             group="guidance",
         ),
     ] = 0.0

@@ -37,6 +37,8 @@ class TokenGuidance:
             is that of the base's own distribution: all tokens, temperature 1.
         draft: tokens that the value drafts ahead of the base, at most; 0: none. Needs :meth:`Value.drafter`. The number changes the
             speed and no token; but with drafts tokens are drawn by rejection sampling, so 0 draws others, from the same distribution.
+        plausibility: where a token is guided, forbid those to which the base alone (temperature 1) gives less than this share of its
+            likeliest token's probability (contrastive decoding: Li et al. 2023, arXiv 2210.15097); 0 forbids none.
     """
 
     value: Value
@@ -46,6 +48,7 @@ class TokenGuidance:
     normalise: bool = SearchSettings.normalise
     gate: float = SearchSettings.gate
     draft: int = SearchSettings.draft
+    plausibility: float = SearchSettings.plausibility
 
     def __post_init__(self) -> None:
         validate(self, SearchSettings)

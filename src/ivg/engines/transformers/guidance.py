@@ -6,6 +6,9 @@ all other tokens forbidden (ARGS: Khanov et al. 2024, arXiv 2402.01694; FUDGE: Y
 for all candidates of a row, so leaving it out changes nothing. Candidates are hypotheses like any other: a value with another tokenizer
 reads their text. A value with the base's vocabulary scores all candidates in one pass.
 
+With ``plausibility`` alpha only tokens remain whose probability under the base is at least alpha times the largest (contrastive
+decoding: Li et al. 2023, arXiv 2210.15097, section 2.3): where the base is sure, the guides cannot make it say what it never would.
+
 With an entropy threshold (``gate``) only rows where the base is uncertain are guided. The guide does not read the others: its cache is
 handed on to the next hypothesis, and it reads what it has missed when it is needed again.
 """
@@ -93,6 +96,18 @@ def apply_guidance(
     return logits
 
 
+def implausible_tokens(base: Tensor, guidance: TokenGuidance) -> Tensor | None:
+    """Which tokens ``guidance`` forbids for the base's logits [rows, vocabulary], bool of the same shape; None: none."""
+    if guidance.plausibility == 0:
+        return None
+    return base < base.amax(-1, keepdim=True) + math.log(guidance.plausibility)
+
+
+def forbid(logits: Tensor, tokens: Tensor | None) -> Tensor:
+    """``logits``, which are written over, without ``tokens`` (bool of the same shape; None: none). NaN stays: it is an error to report."""
+    return logits if tokens is None else logits.masked_fill_(tokens & ~logits.isnan(), -math.inf)
+
+
 def add_deltas(base: Tensor, deltas: Tensor, beta: float, size: int) -> Tensor:
     """``base``, which is written over, + beta * ``deltas`` [rows, vocabulary]; columns beyond the guide's ``size`` keep their logits."""
     width = min(base.shape[1], deltas.shape[1], size)
@@ -120,6 +135,14 @@ def _guide_rows(
     logits: Tensor, hypotheses: Sequence[Beam | TokenSequence], guidance: TokenGuidance, faults: dict[int, ScoreFault] | None
 ) -> Tensor:
     """As :func:`apply_guidance`, every row."""
+    implausible = implausible_tokens(logits, guidance)  # before the logits are written over
+    return forbid(_guided_rows(logits, hypotheses, guidance, faults), implausible)
+
+
+def _guided_rows(
+    logits: Tensor, hypotheses: Sequence[Beam | TokenSequence], guidance: TokenGuidance, faults: dict[int, ScoreFault] | None
+) -> Tensor:
+    """As :func:`apply_guidance`, every row, all tokens."""
     value = guidance.value
     base = logits.log_softmax(-1) if guidance.normalise else logits
     if guidance.candidates == 0 and value.full_vocabulary():

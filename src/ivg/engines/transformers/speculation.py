@@ -23,7 +23,14 @@ from torch import Tensor
 
 from ivg.engines.sequences import TokenSequence, append_token
 from ivg.engines.transformers.draft_length import DraftLength
-from ivg.engines.transformers.guidance import add_deltas, compares_guidance, nan_error, no_token_error
+from ivg.engines.transformers.guidance import (
+    add_deltas,
+    compares_guidance,
+    forbid,
+    implausible_tokens,
+    nan_error,
+    no_token_error,
+)
 from ivg.engines.transformers.logprobs import compare_guidance
 from ivg.engines.transformers.processors import changes_logits, contexts_of, forbid_ignored_eos, process_logits
 from ivg.engines.transformers.rejection_sampling import accept, propose, resample
@@ -282,7 +289,9 @@ class Speculator:
         base = forbid_ignored_eos(base, proposals.params, self.base.vocabulary.eos_ids, in_place=False)
         kept = any(compares_guidance(s.request) for s in batch.rows) or bool(nonfinite_rows(base))
         guidance = batch.guidance
+        implausible = implausible_tokens(base, guidance)  # before the logits are written over
         guided = add_deltas(base.clone() if kept else base, deltas, guidance.beta, guidance.value.vocabulary.size)
+        guided = forbid(guided, implausible)
         return base if kept else guided, guided
 
 

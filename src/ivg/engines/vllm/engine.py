@@ -100,8 +100,8 @@ class VLLMEngine(AsyncEngine):
         """
         if guidance is None:
             return
-        for name, got in (("candidates", guidance.candidates), ("gate", guidance.gate), ("draft", guidance.draft)):
-            if got:
+        for name in ("candidates", "gate", "draft", "plausibility"):
+            if got := getattr(guidance, name):
                 raise ConfigError(f"{name}={got}: the engine vllm adds whole logits at every token\n  {_ELSEWHERE}")
         for _, value in _weighted_guides(guidance.value, 1.0):
             if self.guides.get(value.name) is not value:
