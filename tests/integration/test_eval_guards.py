@@ -29,7 +29,7 @@ from ivg.search.methods import get_method
 from ivg.settings.recipe import EvalConfig, Recipe
 from ivg.testing import tiny_value
 from ivg.types import SamplingParams
-from ivg.utils import environment
+from ivg.utils import cache, environment
 from ivg.utils.jsonl import as_lines, read_jsonl, write_json
 
 # Files of other settings
@@ -106,7 +106,7 @@ def test_fingerprints(tmp_path, monkeypatch):
 
 
 def test_every_byte_of_a_large_file_counts_and_its_digest_is_remembered(tmp_path, monkeypatch):
-    monkeypatch.setattr(fingerprints, "CACHE_FROM", 1 << 10)
+    monkeypatch.setattr(cache, "CACHE_FROM", 1 << 10)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder, marks, read = tmp_path / "model", [], []
     real = hashlib.file_digest

@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 VERBS: dict[str, tuple[str, str, str]] = {
     "generate": ("generate", "generate", "Answer prompts by a frozen model with value guidance."),
     "compare": ("compare", "compare", "Answer one prompt by several methods, with scores, tokens spent and seconds."),
-    "models": ("models", "models", "List the embedded models, the methods, and the settings of methods."),
+    "models": ("models", "app", "List models, methods and settings of methods; add small open models."),
     "train": ("train", "app", "Train a guide pair (sft, dpo), a reward model, and values from rollouts."),
     "check": ("check", "check", "Do these models fit together, and will guidance help?"),
     "eval": ("eval", "evaluate", "Compare methods on a task: sentiment, summarization or alpaca."),

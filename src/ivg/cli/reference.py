@@ -71,7 +71,6 @@ def command_line() -> str:
         parts += [f"## `ivg {name}`", "", _text(command.help or ""), ""]
         if hasattr(command, "commands"):
             parts += [*_commands(name, command), ""]
-            continue
         shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
         if shown:
             parts += ["| option | meaning |", "|---|---|"]

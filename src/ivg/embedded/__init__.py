@@ -29,13 +29,3 @@ def path(name: str) -> Path:
     if not (folder / "config.json").exists():
         raise ConfigError(f"no embedded model {name!r}\n  expected one of: {', '.join(names()) or 'none: this copy ships no models'}")
     return folder
-
-
-def locate(name: str | Path) -> str | Path:
-    """``embedded:NAME`` as the directory of that model; anything else as it is.
-
-    Raises:
-        ConfigError: no such embedded model.
-    """
-    text = str(name)
-    return path(text.removeprefix(PREFIX)) if text.startswith(PREFIX) else name

@@ -78,15 +78,17 @@ def default_sampling(recipe: Recipe) -> SamplingParams:
     Raises:
         ConfigError: the base's checkpoint sets what cannot be done.
     """
-    from ivg.embedded import locate, path
+    from ivg.embedded import path
     from ivg.model import DEFAULT_SAMPLING
     from ivg.models.generation_config import defaults_of, read_generation_config
+    from ivg.models.hub import find_local
 
     base = recipe.models.given.get("base")
     if recipe.run.engine.startswith(("http://", "https://")):
         return DEFAULT_SAMPLING
     revision = (base.revision if base else None) or recipe.run.revision
-    config = read_generation_config(locate(base.path if base else path("base")), revision=revision)
+    name = base.path if base else path("base")
+    config = read_generation_config(find_local(name, "base") or name, revision=revision)
     return replace(DEFAULT_SAMPLING, **defaults_of(config, "base", recipe.run.generation_config).settings)
 
 

@@ -9,20 +9,17 @@ import hashlib
 import importlib.util
 import json
 import os
-import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from ivg.embedded import PREFIX, locate, names
+from ivg.embedded import PREFIX, names
 from ivg.jobs.imports import local_imports
+from ivg.models.added import locate
 from ivg.settings.recipe import ModelRef, Recipe
+from ivg.utils.cache import file_digest
 
-CACHE_FROM = 64 << 20
-"""Bytes from which the digest of a file is cached (in ``$XDG_CACHE_HOME/ivg``), by path, size, modification time and inode."""
-_SETTLE_SECONDS = 2.0
-"""A file modified so recently is not cached: clocks of file systems are coarse."""
 _MODEL_FILES = (".safetensors", ".bin", ".pt", ".gguf", ".json", ".model", ".txt", ".jinja", ".py")
 _TRAINING_LOGS = (
     "trainer_state.json", "training_args.bin", "all_results.json", "train_results.json", "eval_results.json", "run.json", "log.json",
@@ -55,7 +52,7 @@ def fingerprint(path: str) -> str | None:
     if where.is_dir():
         return _directory(where)
     if where.is_file():
-        return _file(where)[:16]
+        return file_digest(where)[:16]
     file = function_file(path)
     return None if file is None else _function(file)
 
@@ -91,8 +88,8 @@ def _function(file: Path) -> str:
     """A hash of a function's file and of all local files that it imports; installed packages do not count."""
     files = local_imports(file)
     if len(files) == 1:
-        return _digest(file)[:16]
-    return hashlib.sha256("".join(f"{path.name}\0{_digest(path)}\0" for path in files).encode()).hexdigest()[:16]
+        return file_digest(file)[:16]
+    return hashlib.sha256("".join(f"{path.name}\0{file_digest(path)}\0" for path in files).encode()).hexdigest()[:16]
 
 
 def _directory(folder: Path) -> str:
@@ -100,40 +97,10 @@ def _directory(folder: Path) -> str:
     found = hashlib.sha256()
     paths = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name.endswith(_MODEL_FILES) and p.name not in _TRAINING_LOGS]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for path, digest in zip(paths, pool.map(_file, paths), strict=True):
+        for path, digest in zip(paths, pool.map(file_digest, paths), strict=True):
             found.update(f"{path.name}\0{digest}\0".encode())
     with suppress(OSError, ValueError, KeyError, TypeError):
         base = Path(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
         if base.is_dir() and base.resolve() != folder.resolve():
             found.update(_directory(base).encode())
     return found.hexdigest()[:16]
-
-
-def _file(path: Path) -> str:
-    """Digest of a file's content; that of a large file is cached."""
-    stat = path.stat()
-    if stat.st_size < CACHE_FROM:
-        return _digest(path)
-    key = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}"
-    cached = _cache() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.sha256"
-    with suppress(OSError, ValueError):
-        digest = cached.read_text(encoding="ascii").strip()
-        if len(digest) == 64:
-            return digest
-    digest = _digest(path)
-    if time.time() - stat.st_mtime > _SETTLE_SECONDS and path.stat().st_mtime_ns == stat.st_mtime_ns:
-        with suppress(OSError):
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            partial = cached.with_suffix(f".{os.getpid()}")
-            partial.write_text(digest, encoding="ascii")
-            partial.replace(cached)
-    return digest
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivg" / "digests"

@@ -1,4 +1,5 @@
-"""Finds a model by name: embedded, in a local directory, in the hub's cache, or on the hub. Fails at once where it is in none.
+"""Finds a model by name: embedded or added, in a local directory or GGUF file, in the hub's cache, or on the hub. Fails at once where it
+is in none.
 
 transformers asks the hub for every name that is no directory, and retries for a minute where it cannot be reached. Handles names and
 files; must not depend on what a model is for.
@@ -12,8 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ivg.embedded import PREFIX, locate
+from ivg.embedded import PREFIX
 from ivg.errors import ModelError
+from ivg.models.added import locate, not_added
+from ivg.models.gguf import converted, find_gguf
 from ivg.utils.hub_status import reachable, unreachable_reason
 
 _REPOSITORY = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
@@ -24,27 +27,31 @@ def find_model(name: str | Path, what: str, hub: Mapping[str, Any] | None = None
     """The directory of a model, or its hub id.
 
     Args:
-        name: directory, hub id, or ``embedded:NAME``.
+        name: directory, GGUF file, hub id, ``embedded:NAME``, or the name of an added model.
         what: the model's role, for errors.
         hub: ``revision`` and ``cache_dir``, where given.
         weights: True: a whole model; False: its tokenizer.
 
     Raises:
-        ModelError: neither a directory nor a hub id; not in the hub's cache while the hub cannot be reached; an adapter.
+        ModelError: neither a directory nor a hub id; not in the hub's cache while the hub cannot be reached; an adapter; a GGUF file that
+            cannot be converted.
     """
     if str(name).startswith(PREFIX):
         return locate(name)
     if not str(name).strip():
         raise ModelError(f"cannot load {what}: its name is empty\n  expected a directory with config.json and weights, or a hub id")
-    place, hub = Path(name).expanduser(), hub or {}
-    if place.is_dir():
+    title, hub = f"cannot load {what} {str(name)!r}", hub or {}
+    if (place := find_local(name, what)) is not None and place.is_dir():
         _check_directory(place, what, weights=weights)
         return place
-    title = f"cannot load {what} {str(name)!r}"
-    if place.exists():
+    if place is not None:
         raise ModelError(f"{title}: this is a file\n  expected a directory with config.json and weights, or a hub id")
+    if str(name).lower().endswith(".gguf"):
+        raise ModelError(f"{title}: no such file\n  expected a GGUF file, a directory with config.json and weights, or a hub id")
     if isinstance(name, Path) or not _REPOSITORY.fullmatch(str(name)) or str(name).startswith(".") or ".." in str(name):
         raise ModelError(f"{title}: no such directory\n  expected a directory with config.json and weights, or a hub id")
+    if (advice := not_added(str(name))) is not None:
+        raise ModelError(f"{title}: {advice}")
     cached = _snapshot(str(name), hub)
     if reachable():
         if (adapter := _file(str(name), _ADAPTER, hub)) is not None:
@@ -57,6 +64,18 @@ def find_model(name: str | Path, what: str, hub: Mapping[str, Any] | None = None
         )
     _check_directory(cached, what, weights=weights)
     return cached
+
+
+def find_local(name: str | Path, what: str) -> Path | None:
+    """What ``name`` stands for on this machine: a directory, that of an embedded or added model or of a converted GGUF file, or a file.
+
+    None: nothing here has that name. Raises for GGUF files as :func:`find_model`.
+    """
+    place = Path(locate(name)).expanduser()
+    if not place.exists():
+        return None
+    title = f"cannot load {what} {str(name)!r}"
+    return place if (file := find_gguf(place, title)) is None else converted(place, file, title)
 
 
 def _check_directory(place: Path, what: str, *, weights: bool) -> None:

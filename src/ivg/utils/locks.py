@@ -114,12 +114,13 @@ class FairLock:
 
 
 @contextmanager
-def lock_file(path: Path, *, wait: bool = False) -> Iterator[None]:
+def lock_file(path: Path, *, wait: bool = False, timeout: float | None = None) -> Iterator[None]:
     """Be the only process that writes ``path``; the lock ends with the process, however that ends.
 
     Args:
         path: of the file. ``.<name>.lock`` beside it exists while the lock is held; a link locks the file that it points to.
-        wait: also wait for a run that is alive, not only for child processes of a killed one; both for :data:`LOCK_TIMEOUT` seconds.
+        wait: also wait for a run that is alive, not only for child processes of a killed one.
+        timeout: seconds to wait; None: :data:`LOCK_TIMEOUT`; -1: until the lock is free.
 
     Raises:
         OutputError: another run is writing the file; no lock can be created there.
@@ -131,7 +132,9 @@ def lock_file(path: Path, *, wait: bool = False) -> Iterator[None]:
     held = FileLock(lock)
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        held.acquire(LOCK_TIMEOUT, poll_interval=0.05, cancel_check=lambda: not wait and _alive(_owner(lock)))
+        held.acquire(
+            LOCK_TIMEOUT if timeout is None else timeout, poll_interval=0.05, cancel_check=lambda: not wait and _alive(_owner(lock))
+        )
     except Timeout:
         owner = _owner(lock)
         who = f" (process {owner[0]} on {owner[1]})" if owner is not None else ""

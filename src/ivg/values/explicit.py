@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ivg.embedded import locate
+from ivg.models.added import locate
 from ivg.models.cached_lm import CachedLM
 from ivg.models.loading import LoadOptions, Template, load_value
 from ivg.models.training_rows import copy_training_rows, source_of

@@ -6,7 +6,6 @@ Reads no weights but the names of a value network's tensors, and needs no vLLM.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from ivg.models.generation_config import read_generation_config
 from ivg.models.hub import find_model
 from ivg.models.loading import LoadOptions, load_config, load_tokenizer
 from ivg.models.vocabulary import Vocabulary
+from ivg.utils.cache import cache_folder
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ def _digest(folder: Path) -> str:
 
 
 def default_cache() -> Path:
-    """``IVG_CACHE``, or ``~/.cache/ivg``."""
-    return Path(os.environ.get("IVG_CACHE") or Path.home() / ".cache" / "ivg") / "vllm"
+    """Where composites are cached."""
+    return cache_folder("vllm")
 
 
 def _part(name: str, path: str, options: LoadOptions, group: str = "", sign: float = 1.0, head: HeadKind = "language") -> Submodel:
