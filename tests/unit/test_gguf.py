@@ -343,7 +343,7 @@ def test_a_model_is_added_used_by_name_listed_and_removed(tmp_path, shop, ivg, c
     assert ivg("models", "add", "tiny")[1].startswith("tiny is there already")
     code, out, err = ivg("generate", "the", "--base", "tiny", "--method", "base", "--max-new-tokens", 4)
     assert code == 0 and out, err
-    listed = json.loads(ivg("models", "--json")[1])["added"]
+    listed = json.loads(ivg("models", "--json")[1])["addable"]
     assert [(row["name"], row["license"], row["directory"]) for row in listed] == [("tiny", "Apache-2.0", str(cache / "models" / "tiny"))]
     assert listed[0]["MB"] > 0 and "tiny" in ivg("models")[1]
     assert fingerprint("tiny") == fingerprint(str(cache / "models" / "tiny")) is not None

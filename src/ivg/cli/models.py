@@ -39,7 +39,7 @@ def models(
         return
     _table("Embedded models", found["models"], {"name": "model", "directory": "directory"})
     addable = {"name": "model", "model": "what", "license": "license", "MB": "MB", "directory": "directory"}
-    _table("\nModels that can be added (ivg models add NAME)", found["added"], addable)
+    _table("\nModels that can be added (ivg models add NAME)", found["addable"], addable)
     if found["converted"]:
         _table("\nConverted GGUF files (ivg models remove NAME)", found["converted"], {"name": "name", "source": "file", "MB": "MB"})
     columns = {"name": "method", **dict(zip(_COLUMNS, ("W", "K", "L", "token", "select"), strict=True))}
@@ -74,7 +74,7 @@ def remove(name: Annotated[str, typer.Argument(help="Name of the model.", metava
 
 
 def listing() -> dict[str, list[dict[str, Any]]]:
-    """The models: embedded (``models``), those that can be added (``added``) and ``converted`` GGUF files; the ``methods``, what is known
+    """The models: embedded (``models``), those that can be added (``addable``) and ``converted`` GGUF files; the ``methods``, what is known
     of each setting (``settings``), and ``plugins``.
 
     A method has all its settings, and as ``settings`` those with another value than the default and no column of their own.
@@ -110,7 +110,7 @@ def listing() -> dict[str, list[dict[str, Any]]]:
         {"name": d.name, "default": d.default, "help": d.setting.help, "aliases": d.setting.aliases, "options": d.setting.flags}
         for d in known.values()
     ]
-    files = {"models": embedded, "added": catalogue(), "converted": list(conversions())}
+    files = {"models": embedded, "addable": catalogue(), "converted": list(conversions())}
     return {**files, "methods": methods, "settings": settings, "plugins": plugins}
 
 

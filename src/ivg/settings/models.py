@@ -28,7 +28,7 @@ def is_template_file(template: str) -> bool:
 class ModelRef(Table):
     """One model. A bare string is the path."""
 
-    path: Annotated[str, Setting("Hub id or directory.")]
+    path: Annotated[str, Setting("Hub id, directory, GGUF file, or the name of an added model.")]
     template: Annotated[
         str | None,
         Setting(
@@ -93,7 +93,12 @@ class ModelsConfig(_Guides):
     """The models. None given: the embedded ones."""
 
     base: Annotated[
-        ModelRef | None, Setting("Frozen model to guide: hub id or directory.", flags=("--base",), unset="the embedded one")
+        ModelRef | None,
+        Setting(
+            "Frozen model to guide: hub id, directory, GGUF file, or the name of an added model.",
+            flags=("--base",),
+            unset="the embedded one",
+        ),
     ] = None
 
 
