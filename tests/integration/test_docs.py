@@ -45,9 +45,11 @@ def hub(tmp_path_factory):
     return folder
 
 
-def local(hub, path, role):
-    """``path``, or the tiny model for its role where it is a hub id."""
-    return path if path.startswith("embedded:") or Path(path).exists() else str(hub / role)
+def local(hub, path, role, base):
+    """``path``, or the tiny model for its role; beside an embedded base, where an earlier line trains it, the embedded model."""
+    if path.startswith("embedded:") or Path(path).exists():
+        return path
+    return f"embedded:{role}" if base.startswith("embedded:") else str(hub / role)
 
 
 @pytest.fixture
@@ -58,7 +60,8 @@ def from_hub(hub, monkeypatch):
     real = recipe.load_models
 
     def load_models(recipe, **how):
-        found = {role: ref.model_copy(update={"path": local(hub, ref.path, role)}) for role, ref in recipe.models.given.items()}
+        base = recipe.models.base.path if recipe.models.base else ""
+        found = {role: ref.model_copy(update={"path": local(hub, ref.path, role, base)}) for role, ref in recipe.models.given.items()}
         return real(recipe.model_copy(update={"models": recipe.models.model_copy(update=found)}), **how)
 
     monkeypatch.setattr(recipe, "load_models", load_models)
@@ -126,6 +129,23 @@ def test_lines_run(line, from_hub, tmp_path, monkeypatch, ivg):
     code, out, err = ivg(*shlex.split(line, comments=True)[1:])
     assert not code, err
     assert out or list(tmp_path.glob("*.jsonl")) or list(tmp_path.glob("*.html"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page", ["tutorials/first-steps.md", "how-to/training.md"])
+def test_what_is_trained_guides_in_the_same_folder(page, tmp_path, monkeypatch, ivg):
+    """The block that begins with rollouts, in order and without stand-ins: its last line loads what the others trained."""
+    found = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    block = next(code for code in found if "ivg train rollout" in code)
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text('{"prompt": "The movie was"}\n{"prompt": "I have to say"}\n')
+    commands = [line for line in block.replace("\\\n", " ").splitlines() if line.startswith("ivg ")]
+    assert len(commands) >= 3
+    for line in commands:
+        code, out, err = ivg(*shlex.split(line)[1:])
+        assert not code, err
+    assert "--value value" in commands[-1]
+    assert out
 
 
 def test_reference_is_up_to_date():
