@@ -25,6 +25,7 @@ from ivg.search.searcher import Request, Searcher, check_engine
 from ivg.settings.chat import CHAT_SETTINGS
 from ivg.settings.models import ROLES
 from ivg.settings.sampling import DEFAULT_SAMPLING as DEFAULT_SAMPLING
+from ivg.settings.search import MAX_BEAMS
 from ivg.types import Completion, Engine, Prompt, SamplingParams, TokenGuidance, Value
 from ivg.types.messages import Conversation, PromptLike, read_prompts
 from ivg.types.scores import require_scores, score_each
@@ -80,7 +81,7 @@ class GuidedModel:
         base: PromptEncoder,
         values: Mapping[str, Value] | None = None,
         sampling: SamplingParams | None = None,
-        max_beams: int = 256,
+        max_beams: int = MAX_BEAMS,
         engine: Engine | None = None,
         generation_config: GenerationConfigMode = "auto",
     ) -> None:

@@ -13,6 +13,14 @@ def test_a_device_that_is_not_known_differs_from_none():
     assert differences({"device": None, "a": {"b": 1}}, {"device": "cpu", "a": {"b": 1}}) == []
 
 
+def test_settings_that_are_the_methods_own_count_as_not_given():
+    plain = answer_provenance(Recipe.parse({"search": {"method": "ivg"}}), "cpu")
+    same = {"method": "ivg", "width": 4, "successors": 4, "chunk_length": 5, "beta": 1, "token": "implicit", "rule": "top"}
+    assert answer_provenance(Recipe.parse({"search": same}), "cpu") == plain
+    for change in ({"width": 3}, {"beta": 0.5}, {"token": "none"}, {"weights": {"implicit": 1.0}}):
+        assert answer_provenance(Recipe.parse({"search": {"method": "ivg", **change}}), "cpu") != plain
+
+
 def test_everything_that_makes_an_answer_counts_and_nothing_else(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -15,7 +15,7 @@ from ivg.jobs.formats import scan_rows
 from ivg.jobs.generate import Callbacks, GenerateRun
 from ivg.jobs.prompts import read_jobs
 from ivg.jobs.ray.worker import Worker
-from ivg.jobs.runner import LocalBackend, RequestSettings, Task
+from ivg.jobs.runner import LocalBackend, Task, TaskSettings
 from ivg.settings.ray import RaySettings
 from ivg.settings.recipe import Recipe
 from ivg.utils.jsonl import read_jsonl
@@ -106,10 +106,10 @@ def test_the_same_rows_in_process_over_ray_and_resumed_after_a_kill(hub, source,
 
 def test_results_do_not_depend_on_the_batch_size(hub):
     recipe = recipe_of(hub)
-    model, settings = load_models(recipe), RequestSettings.from_recipe(recipe)
+    model, settings = load_models(recipe), TaskSettings.from_recipe(recipe)
     found = []
     for batch_size in (1, 3, None):
-        backend = LocalBackend(model, RequestSettings(settings.method, settings.settings, batch_size, settings.max_beams))
+        backend = LocalBackend(model, TaskSettings(settings.method, settings.settings, batch_size, settings.max_beams))
         found.append({r.task.source: r.completion.token_ids for r in backend.run(tasks_of(5, n=2))})
     assert found[0] == found[1] == found[2]
     assert len(found[0]) == 10
@@ -118,9 +118,7 @@ def test_results_do_not_depend_on_the_batch_size(hub):
 def test_at_most_batch_size_requests_run_at_once_and_every_step_is_reported(hub):
     recipe = recipe_of(hub, batch_size=2)
     reported = []
-    backend = LocalBackend(
-        load_models(recipe), RequestSettings.from_recipe(recipe), lambda task, step: reported.append((task.source, step))
-    )
+    backend = LocalBackend(load_models(recipe), TaskSettings.from_recipe(recipe), lambda task, step: reported.append((task.source, step)))
     backend.submit(tasks_of(4))
     done = []
     while backend.busy:

@@ -271,7 +271,7 @@ def test_impossible_settings_are_errors(method, bad):
 @pytest.mark.parametrize("search", [
     {"decay": 2.0}, {"rejection": Rejection(), "particles": Particles(), "value": COUNT_A},
     {"rejection": Rejection()}, {"rejection": Rejection(), "value": COUNT_A, "successors": 2},
-    {"particles": Particles(), "value": COUNT_A, "rule": "soft"},
+    {"particles": Particles(), "value": COUNT_A, "rule": "soft"}, {"width": 2}, {"successors": 4},
     {"rejection": Rejection(segment_min=9), "value": COUNT_A, "chunk_length": 8},
 ], ids=lambda s: "+".join(s))  # fmt: skip
 def test_impossible_searches_are_refused(search):

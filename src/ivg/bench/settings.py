@@ -8,6 +8,7 @@ from typing import Any
 from ivg.search.methods import Method, get_method
 from ivg.settings.bench import BASELINES as BASELINES
 from ivg.settings.bench import BenchOptions
+from ivg.settings.sampling import DEFAULT_SAMPLING
 
 METHOD = "ivg"
 """Label of the method under test, beside the baselines."""
@@ -21,7 +22,7 @@ class BenchSettings(BenchOptions):
     width: int | None = None
     successors: int | None = None
     chunk_length: int | None = None
-    temperature: float = 0.7
+    temperature: float = DEFAULT_SAMPLING.temperature
     dtype: str = "auto"
     device: str | None = None
     seed: int = 0

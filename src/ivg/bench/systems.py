@@ -19,7 +19,7 @@ import torch
 from ivg.bench.settings import METHOD, BenchSettings
 from ivg.bench.shapes import networks
 from ivg.errors import MissingDependencyError, ModelError
-from ivg.jobs.runner import LocalBackend, RequestSettings, Task
+from ivg.jobs.runner import LocalBackend, Task, TaskSettings
 from ivg.model import GuidedModel
 from ivg.types import Prompt, Step
 
@@ -64,7 +64,7 @@ class GuidedSearch:
                 first.setdefault(task.source, time.perf_counter() - start)
 
         sampling = {"temperature": s.temperature, "max_new_tokens": new_tokens, "ignore_eos": True}
-        backend = LocalBackend(self.model, RequestSettings(s.resolved_method, sampling, max_beams=s.max_beams), on_step)
+        backend = LocalBackend(self.model, TaskSettings(s.resolved_method, sampling, max_beams=s.max_beams), on_step)
         read: Counter[str] = Counter()
         tokens = 0
         for result in backend.run([Task(prompt, seed, 0, i) for i, prompt in enumerate(prompts)]):

@@ -35,6 +35,11 @@ _OFFERED = {
 def _own_sizes(recipe: Recipe, found: Tables) -> tuple[Recipe, Tables]:
     """The recipe's sizes of the search are for its own methods, not for others that are typed."""
     if "combinations" not in found["eval"].get("methods", ["combinations"]):
+        if given := recipe.search.settings():
+            listed = ", ".join(f"{name}={value}" for name, value in given.items())
+            typer.echo(
+                f"note: {listed} of the recipe's [search] ignored: they are for 'combinations', and --methods names others", err=True
+            )
         recipe = recipe.model_copy(update={"search": SearchConfig()})
     return recipe, found
 

@@ -36,7 +36,7 @@ def run(out: Console, recipe: Recipe, options: PreferenceSettings) -> int:
     from ivg.factory.recipe import load_models
     from ivg.utils.jsonl import write_json
 
-    pairs, betas = _read(options), _betas(options.betas)
+    pairs, betas = _read(options), options.weights_of(options.betas)
     model = load_models(recipe)
     show_models(out, model)
     sweep = _sweep_settings(model, recipe, options, betas)
@@ -67,13 +67,6 @@ def _read(options: PreferenceSettings) -> list[Preference]:
     pairs = read_preferences(options.preferences, options.pairs, options=how)
     failures.close()
     return pairs
-
-
-def _betas(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(b) for b in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--betas {text!r}\n  expected numbers with commas between them, e.g. 0.25,0.5,1,2") from None
 
 
 def _names(recipe: Recipe) -> dict[str, str] | str:

@@ -24,6 +24,7 @@ from ivg.diagnostics.training_overlap import TrainingOverlap, training_overlap
 from ivg.diagnostics.verdict import Evidence, Verdict, decide
 from ivg.errors import ConfigError, PromptError
 from ivg.model import GuidedModel
+from ivg.settings.check import PreferenceSettings
 from ivg.types import Beam, Preference, Prompt, Value
 from ivg.values.implicit import AutoregressiveReward
 
@@ -54,7 +55,7 @@ class CheckSettings:
     """
 
     sweep: SweepSettings = field(default_factory=SweepSettings)
-    prompts: int = 16
+    prompts: int = PreferenceSettings.sweep
     guide: str | None = None
     judge: Judge | None = None
     beta: float = 1.0

@@ -32,6 +32,7 @@ from ivg.diagnostics.stats import (
 )
 from ivg.errors import ConfigError
 from ivg.model import GuidedModel
+from ivg.settings.check import PreferenceSettings
 from ivg.settings.sampling import PLAIN_SAMPLING
 from ivg.types import Beam, Prompt, SamplingParams, Value
 from ivg.types.scores import require_scores, score_each
@@ -53,9 +54,9 @@ class SweepSettings:
         batch: texts that are generated or scored together.
     """
 
-    betas: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0)
+    betas: tuple[float, ...] = PreferenceSettings.weights_of(PreferenceSettings.betas)
     sample_at: tuple[float, ...] | None = None
-    samples: int = 4
+    samples: int = PreferenceSettings.samples
     sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
     batch: int = 64

@@ -15,7 +15,7 @@ from ivg.evaluation.methods import MethodRow
 from ivg.evaluation.plan import EvalPlan
 from ivg.evaluation.worker import OnProgress, Worker
 from ivg.jobs.blocks import open_blocks
-from ivg.jobs.runner import LocalBackend, RequestSettings, Result, Task
+from ivg.jobs.runner import LocalBackend, Result, Task, TaskSettings
 from ivg.types import Completion, Prompt
 from ivg.utils import environment
 from ivg.utils.jsonl import append_lines, as_lines
@@ -62,7 +62,7 @@ def answer_rows(worker: Worker, label: str, positions: range) -> Iterator[Row]:
 def run_batch(model: GuidedModel, plan: EvalPlan, method: MethodRow, requests: Sequence[tuple[Prompt, int, int]]) -> list[Result[int]]:
     """Answer all (prompt, seed, index) in one batch; gives the results in their order."""
     sampling = {f.name: getattr(plan.sampling, f.name) for f in fields(plan.sampling)}
-    backend = LocalBackend(model, RequestSettings(method.method, {"record": True, **sampling}))
+    backend = LocalBackend(model, TaskSettings(method.method, {"record": True, **sampling}))
     results = backend.run([Task(*request, i) for i, request in enumerate(requests)])
     return sorted(results, key=lambda result: result.task.source)
 

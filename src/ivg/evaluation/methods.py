@@ -9,7 +9,7 @@ from typing import Any
 from ivg.embedded import PREFIX
 from ivg.errors import ConfigError
 from ivg.jobs.fingerprints import same_source
-from ivg.search.methods import CONTRAST, Method, get_method, resolve_fallbacks
+from ivg.search.methods import CONTRAST, METHODS, Method, get_method, resolve_fallbacks
 from ivg.settings.recipe import MethodConfig, ModelRef, Recipe
 from ivg.settings.schema import check
 from ivg.settings.search import SearchSettings
@@ -112,7 +112,7 @@ def _expand(given: MethodConfig, recipe: Recipe, search: Mapping[str, Any], valu
     if given.method != COMBINATIONS:
         return [MethodRow(given.label, resolve_fallbacks(get_method(given.method, **given.settings()), values))]
     settings = {**search, **recipe.search.settings(), **given.settings()}
-    sizes = {"width": 4, "successors": 4, "chunk_length": 5} | {k: settings[k] for k in _SIZES if k in settings}
+    sizes = {k: getattr(METHODS["ivg"], k) for k in _SIZES} | {k: settings[k] for k in _SIZES if k in settings}
     guiding = {k: settings[k] for k in _GUIDING if k in settings}
     found = []
     for token in _VALUES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ivg.jobs.runner import Backend, LocalBackend, RequestSettings, Result, T, Task
+from ivg.jobs.runner import Backend, LocalBackend, Result, T, Task, TaskSettings
 
 if TYPE_CHECKING:
     from ivg.settings.ray import RaySettings
@@ -31,5 +31,5 @@ def run_tasks(recipe: Recipe, tasks: Sequence[Task[T]], cluster: RaySettings | N
     else:
         from ivg.factory.recipe import load_models
 
-        backend = LocalBackend(load_models(recipe), RequestSettings.from_recipe(recipe, trace=trace))
+        backend = LocalBackend(load_models(recipe), TaskSettings.from_recipe(recipe, trace=trace))
     yield from backend.run(tasks)

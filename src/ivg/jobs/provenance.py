@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ivg.jobs.fingerprints import weight_fingerprints
+from ivg.search.methods import get_method, method_names
 from ivg.settings.models import is_template_file
 from ivg.settings.placement import is_spread
 from ivg.settings.recipe import ModelRef, Recipe
+from ivg.settings.schema import check
+from ivg.settings.search import SearchSettings
 from ivg.utils.jsonl import to_json
 
 _IRRELEVANT = {
@@ -38,7 +42,7 @@ def answer_provenance(recipe: Recipe, device: str | None) -> dict[str, Any]:
     out: dict[str, Any] = {
         "method": recipe.search.method,
         "seed": run.seed,
-        "settings": {**recipe.search.settings(), **recipe.sampling.settings()},
+        "settings": {**_search_settings(recipe), **recipe.sampling.settings()},
         "models": {role: ref.path for role, ref in recipe.models.given.items()} or "embedded",
     }
     if run.engine != "transformers":
@@ -48,6 +52,13 @@ def answer_provenance(recipe: Recipe, device: str | None) -> dict[str, Any]:
     if recipe.values:
         out["values"] = {name: {role: ref.path for role, ref in value.given.items()} for name, value in recipe.values.items()}
     return json.loads(json.dumps(out | {"provenance": _details(recipe, device, remote)}))
+
+
+def _search_settings(recipe: Recipe) -> dict[str, Any]:
+    """Those of ``[search]`` that are not the method's own. Of ``[sampling]`` all count, since a checkpoint may have other defaults."""
+    name, given = recipe.search.method, recipe.search.settings()
+    own = asdict(get_method(name)) if name in method_names() else {}
+    return {k: v for k, v in given.items() if k not in own or own[k] != (None if v == "none" else check(SearchSettings, k, v))}
 
 
 def _details(recipe: Recipe, device: str | None, remote: bool) -> dict[str, Any]:

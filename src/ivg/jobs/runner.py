@@ -57,7 +57,7 @@ class Backend(Protocol):
 
 
 @dataclass(frozen=True)
-class RequestSettings:
+class TaskSettings:
     """What all tasks of a run share.
 
     Attributes:
@@ -73,7 +73,7 @@ class RequestSettings:
     max_beams: int | None = None
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, *, trace: bool = False) -> RequestSettings:
+    def from_recipe(cls, recipe: Recipe, *, trace: bool = False) -> TaskSettings:
         """Those of a recipe; ``trace``: completions keep the tree of beams."""
         settings = {**recipe.search.settings(), **recipe.sampling.settings(), "trace": trace}
         return cls(recipe.search.method, settings, recipe.run.batch_size, max_beams=1 << 30)
@@ -88,7 +88,7 @@ class LocalBackend:
         on_step: called with every step of every task's search.
     """
 
-    def __init__(self, model: GuidedModel, settings: RequestSettings, on_step: Callable[[Task[Any], Step], None] | None = None) -> None:
+    def __init__(self, model: GuidedModel, settings: TaskSettings, on_step: Callable[[Task[Any], Step], None] | None = None) -> None:
         self.model, self.settings, self.on_step = model, settings, on_step
         self.searcher = model.searcher(settings.max_beams)
         self._waiting: deque[Task[Any]] = deque()

@@ -168,6 +168,8 @@ def check_search(search: Search) -> None:
     if len(given := [name for name, settings in rules.items() if settings]) > 1:
         raise ConfigError(f"got {' and '.join(given)}\n  a search has one selection rule; leave one of them out")
     if search.rejection is None and search.particles is None:
+        beams, selects = search.width * search.successors, search.value is not None or search.make_rule is not None
+        require("width · successors (W·K)", beams, selects or beams == 1, "1 without a value to select by")
         return
     draft = search.guidance.draft if search.guidance is not None else 0
     least = None if search.rejection is None else search.rejection.segment_min

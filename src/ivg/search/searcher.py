@@ -21,6 +21,7 @@ from ivg.search.request import QUANTUM, Particles, Rejection, Request, Search, c
 from ivg.search.rule import Scored, Selection, SelectionRule
 from ivg.search.selection import BeamRule
 from ivg.search.state import RequestState
+from ivg.settings.search import MAX_BEAMS
 from ivg.types import AsyncEngine, Beam, Completion, Engine, ExpandRequest, Step, TraceNode, Usage, Value
 from ivg.types.scores import Scores, require_scores, score_each
 from ivg.utils.locks import FairLock
@@ -52,7 +53,7 @@ class Searcher:
         lock: shared by all loops over one engine, in any thread, and held for one call at a time. Default: its own.
     """
 
-    def __init__(self, engine: Engine, max_beams: int = 256, lock: FairLock | None = None) -> None:
+    def __init__(self, engine: Engine, max_beams: int = MAX_BEAMS, lock: FairLock | None = None) -> None:
         self.engine, self.max_beams, self.lock = engine, max_beams, lock or FairLock()
         self._waiting: deque[RequestState] = deque()
         self._running: dict[int, RequestState] = {}

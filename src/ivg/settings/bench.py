@@ -8,6 +8,7 @@ from typing import Annotated
 from ivg.errors import ConfigError
 from ivg.settings import rules as r
 from ivg.settings.schema import Setting, validate
+from ivg.settings.search import MAX_BEAMS
 
 BASELINES = ("transformers", "vllm")
 """Plain sampling of the base model by transformers' ``generate``, and by vLLM where it is installed."""
@@ -49,7 +50,7 @@ class BenchOptions:
             unset="transformers",
         ),
     ] = ("transformers",)
-    max_beams: Annotated[int, Setting("Beams of all requests that run at once.", _COUNT, flags=("--max-beams",))] = 256
+    max_beams: Annotated[int, Setting("Beams of all requests that run at once.", _COUNT, flags=("--max-beams",))] = MAX_BEAMS
 
     def __post_init__(self) -> None:
         validate(self)

@@ -39,6 +39,18 @@ class PreferenceSettings(RowSettings):
     def __post_init__(self) -> None:
         validate(self)
 
+    @staticmethod
+    def weights_of(betas: str) -> tuple[float, ...]:
+        """The numbers of ``betas``.
+
+        Raises:
+            ConfigError: something else.
+        """
+        try:
+            return tuple(float(b) for b in betas.split(","))
+        except ValueError:
+            raise ConfigError(f"--betas {betas!r}\n  expected numbers with commas between them, e.g. 0.25,0.5,1,2") from None
+
     @classmethod
     def of(cls, **given: object) -> PreferenceSettings:
         """From options.

@@ -18,6 +18,9 @@ SelectionName = Literal["top", "soft", "reject", "particles"]
 Weights = tuple[tuple[str, float], ...]
 """(name, weight) of values."""
 
+MAX_BEAMS = 256
+"""Beams of all requests that run at once, where nothing is said."""
+
 _WITHIN_1000 = r.number("within 1000 of 0", -1000, 1000)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ivg.errors import ConfigError, ScoreFault
 from ivg.jobs.blocks import open_blocks
-from ivg.jobs.runner import LocalBackend, RequestSettings, Result, Task
+from ivg.jobs.runner import LocalBackend, Result, Task, TaskSettings
 from ivg.settings.train import RolloutSettings
 from ivg.training.run_dir import require_single_process
 from ivg.types import Prompt
@@ -111,7 +111,7 @@ def _sample(
         for number, prompt in prompts
         for index in range(samples)
     ]
-    for result in LocalBackend(model, RequestSettings(method, settings, max_beams=512)).run(tasks):
+    for result in LocalBackend(model, TaskSettings(method, settings, max_beams=512)).run(tasks):
         result.task.source.update(_columns(result, model.base.vocabulary.eos_ids))
     return [task.source for task in tasks]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ivg.errors import IVGError, ModelError
-from ivg.jobs.runner import LocalBackend, RequestSettings, Task
+from ivg.jobs.runner import LocalBackend, Task, TaskSettings
 
 if TYPE_CHECKING:
     from ivg.types import Completion
@@ -56,7 +56,7 @@ class Worker:
 
         try:
             parsed = Recipe.model_validate_json(recipe)
-            self.backend = LocalBackend(load_models(parsed), RequestSettings.from_recipe(parsed, trace=trace))
+            self.backend = LocalBackend(load_models(parsed), TaskSettings.from_recipe(parsed, trace=trace))
         except IVGError as e:
             return WorkerReport(error=e)
         except Exception as e:
