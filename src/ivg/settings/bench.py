@@ -50,7 +50,7 @@ class BenchOptions:
             unset="transformers",
         ),
     ] = ("transformers",)
-    max_beams: Annotated[int, Setting("Beams of all requests that run at once.", _COUNT, flags=("--max-beams",))] = MAX_BEAMS
+    max_beams: Annotated[int, Setting("Beams (W*K of each) of all requests that run at once.", _COUNT, flags=("--max-beams",))] = MAX_BEAMS
 
     def __post_init__(self) -> None:
         validate(self)

@@ -32,9 +32,9 @@ class ServeSettings(Table):
         str | None, Setting("Model name of the base for clients.", flags=("--name",), unset="embedded, or the last part of the base's path")
     ] = None
     api_keys: Annotated[tuple[str, ...], _LISTS, Setting("Accepted API keys; none: no key is required.", secret=True)] = ()
-    max_beams: Annotated[int, Setting("Maximum number of beams of all running requests together.", _COUNT, flags=("--max-beams",))] = (
-        MAX_BEAMS
-    )
+    max_beams: Annotated[
+        int, Setting("Maximum number of beams (W*K of each) of all running requests together.", _COUNT, flags=("--max-beams",))
+    ] = MAX_BEAMS
     max_hypotheses: Annotated[int, Setting("Upper limit of W*K of one request.", _COUNT, flags=("--max-hypotheses",))] = 64
     max_chunk_length: Annotated[int, Setting("Upper limit of chunk_length.", _COUNT)] = 512
     max_candidates: Annotated[int, Setting("Upper limit of candidates.", _COUNT)] = 128
