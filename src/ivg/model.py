@@ -17,13 +17,14 @@ from ivg.errors import ConfigError, IVGError, ModelError, PromptError
 from ivg.models.cached_lm import CachedLM, local_reader
 from ivg.models.chat_template import with_chat_settings
 from ivg.models.generation_config import GenerationConfigMode, GenerationDefaults, defaults_of
-from ivg.models.loading import LoadOptions, RoleOptions, load_causal, options_of
+from ivg.models.loading import LoadOptions, RoleOptions, options_of
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.prompt_template import PromptTemplate
+from ivg.models.shared import SharedNetworks
 from ivg.search.methods import CONTRAST, Method, get_method, method_names, resolve_fallbacks
 from ivg.search.searcher import Request, Searcher, check_engine
 from ivg.settings.chat import CHAT_SETTINGS
-from ivg.settings.models import ROLES
+from ivg.settings.models import ROLES, ModelSource, check_pair, check_roles
 from ivg.settings.sampling import DEFAULT_SAMPLING as DEFAULT_SAMPLING
 from ivg.settings.search import MAX_BEAMS
 from ivg.types import Completion, Engine, Prompt, SamplingParams, TokenGuidance, Value
@@ -101,21 +102,22 @@ class GuidedModel:
     @classmethod
     def from_pretrained(
         cls,
-        base: str | Path,
+        base: ModelSource,
         *,
-        tuned: str | Path | None = None,
-        untuned: str | Path | None = None,
+        tuned: ModelSource | None = None,
+        untuned: ModelSource | None = None,
         value: str | Path | None = None,
         reward: str | Path | None = None,
-        arm: str | Path | None = None,
+        arm: ModelSource | None = None,
         templates: Mapping[str, str | PromptTemplate] | None = None,
         options: RoleOptions = None,
         generation_config: GenerationConfigMode = "auto",
+        networks: SharedNetworks | None = None,
     ) -> GuidedModel:
-        """Load everything from directories or the hub.
+        """Load everything from directories or the hub; language models of one path share its weights.
 
         Args:
-            base: the model to guide.
+            base: the model to guide; a :class:`~ivg.settings.models.ModelRef` has an adapter, instruction or other settings of its own.
             tuned: small tuned guide; makes the value ``implicit`` together with ``untuned``.
             untuned: what ``tuned`` was tuned from.
             value: value network (any layout of ``models.value_head``): ``explicit``.
@@ -125,30 +127,29 @@ class GuidedModel:
             options: device, dtype, revision and the like: of all models, or by role: ``{"base": LoadOptions(device="auto"), ...}``.
             generation_config: ``auto``, or ``ignore`` what the base's checkpoint sets for sampling.
         """
-        if (tuned is None) != (untuned is None):
-            missing = "untuned" if untuned is None else "tuned"
-            raise ConfigError(f"the implicit value needs a pair; got no {missing} model\n  give both --tuned and --untuned")
+        check_pair(tuned, untuned)
         shapes, of = dict(templates or {}), {role: options_of(options, role) for role in ROLES}
-        _check_roles("template", shapes)
-        _check_roles("options", {} if options is None or isinstance(options, LoadOptions) else options)
-        values: dict[str, Value] = {}
+        check_roles("template", shapes)
+        check_roles("options", {} if options is None or isinstance(options, LoadOptions) else options)
+        values, load = dict[str, Value](), (networks or SharedNetworks()).load
         if tuned is not None and untuned is not None:
             values["implicit"] = ImplicitValue(
-                load_causal(tuned, "tuned", of["tuned"], shapes.get("tuned")),
-                load_causal(untuned, "untuned", of["untuned"], shapes.get("untuned", shapes.get("tuned"))),
+                load(tuned, "tuned", of["tuned"], shapes.get("tuned")),
+                load(untuned, "untuned", of["untuned"], shapes.get("untuned", shapes.get("tuned"))),
             )
         if value is not None:
             values["explicit"] = ExplicitValue.from_pretrained(value, template=shapes.get("value"), options=of["value"])
         if reward is not None:
             values["reward"] = load_reward(reward, template=shapes.get("reward"), options=of["reward"])
         if arm is not None:
-            values["arm"] = AutoregressiveReward(load_causal(arm, "arm", of["arm"], shapes.get("arm")))
-        return cls(load_causal(base, "base", of["base"], shapes.get("base")), values, generation_config=generation_config)
+            values["arm"] = AutoregressiveReward(load(arm, "arm", of["arm"], shapes.get("arm")))
+        return cls(load(base, "base", of["base"], shapes.get("base")), values, generation_config=generation_config)
 
     @classmethod
-    def embedded(cls, options: RoleOptions = None) -> GuidedModel:
+    def embedded(cls, options: RoleOptions = None, networks: SharedNetworks | None = None) -> GuidedModel:
         """The small movie-review models that come with the package; ``options`` as in :meth:`from_pretrained`."""
-        model = cls.from_pretrained(path("base"), tuned=path("tuned"), untuned=path("untuned"), value=path("value"), options=options)
+        guides: dict[str, Any] = {role: path(role) for role in ("tuned", "untuned", "value")}
+        model = cls.from_pretrained(path("base"), **guides, options=options, networks=networks)
         other = ExplicitValue.from_pretrained(path("value-other"), options=options_of(options, "value"), name="explicit-other")
         model.values["explicit-other"] = other
         return model

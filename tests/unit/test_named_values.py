@@ -169,13 +169,13 @@ def test_record_from_the_library():
 def test_every_setting_can_be_given_at_the_edge():
     settings = {f.name for f in fields(Method)} - {"name", "summary"}
     assert settings == set(SearchConfig.model_fields) - {"method"}
-    texts = {"weights": "a=1,b=2", "select_weights": "a=1", "token": "none", "select": "explicit", "transform": "centered", "rule": "top"}
-    texts["chunk_length"] = "4"
+    texts = {"select_weights": "a=1", "token": "none", "select": "explicit", "transform": "centered", "rule": "top"}
+    texts |= {"chunk_length": "4", "weights": "a=1,contrast=2", "contrast": "Be kind.", "negative": "Be rude."}
     given = [f"{name}={texts.get(name, {bool: 'false', int: '4', float: '0.5'}.get(type(f.default), '0.5'))}" for name, f in _fields()]
     read = RecipeOptions("search").build({"search_method": "custom", "set": given})
     assert set(read.search.settings()) == settings
     made = METHODS["cbs-explicit"].with_settings(**read.search.settings())
-    assert (made.weights, made.gate, made.tries, made.original) == ((("a", 1.0), ("b", 2.0)), 0.5, 4, False)
+    assert (made.weights, made.gate, made.tries, made.original) == ((("a", 1.0), ("contrast", 2.0)), 0.5, 4, False)
 
 
 def _fields():

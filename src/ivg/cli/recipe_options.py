@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ivg.cli.options import default_text, option, plain_value, typed
-from ivg.cli.role_options import PER_MODEL, ByRole, role_option, role_value, split, with_roles
+from ivg.cli.role_options import ONE_MODEL, PER_MODEL, ByRole, role_option, role_value, split, with_roles
 from ivg.errors import ConfigError
 from ivg.search.methods import get_method, unused_settings
 from ivg.settings.models import ROLES
@@ -67,6 +67,8 @@ class RecipeOptions:
             yield _parameter("template", list[str], "--template", help=text, rich_help_panel=_title("models"))
             text = "Variables of the chat template of a model: ROLE='{\"enable_thinking\": false}'; may be repeated."
             yield _parameter("chat_template_kwargs", list[str], "--chat-template-kwargs", help=text, rich_help_panel=_title("models"))
+            for name, (flag, text) in ONE_MODEL.items():
+                yield _parameter(name, list[str], flag, help=text, rich_help_panel=_title("models"))
         if not self.bare:
             text = "Any other setting: KEY=VALUE of the search, or TABLE.KEY=VALUE (docs/reference/settings.md); may be repeated."
             yield _parameter("set", list[str], "--set", help=text)
@@ -103,6 +105,9 @@ class RecipeOptions:
         for text in given.get("chat_template_kwargs") or ():
             role, kwargs = role_value("--chat-template-kwargs", text)
             out.setdefault(role, {})["chat_template_kwargs"] = plain_value(kwargs)
+        for name, (flag, _) in ONE_MODEL.items():
+            for role, text in (role_value(flag, text) for text in given.get(name) or ()):
+                out.setdefault(role, {})[name] = plain_value(text) if name == "scale" else text
         for name in self.by_role:
             for role, value in split(name, given.get(f"run_{name}") or ())[1].items():
                 out.setdefault(role, {})[name] = value

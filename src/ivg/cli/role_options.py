@@ -18,7 +18,14 @@ from ivg.settings.schema import Declared, settings_of
 PER_MODEL = tuple(name for name, d in settings_of(RunConfig).items() if d.setting.flags and name in settings_of(ModelRef))
 """Options that give a setting of ``[run]`` for all models, or that of one model."""
 
-_STAYS = {"template", "chat_template_kwargs", "device", "max_memory", "dtype", "attention", "quantization"}
+ONE_MODEL = {
+    "system": ("--system", "Instruction that a model alone reads before every prompt: ROLE=TEXT; may be repeated."),
+    "adapter": ("--adapter", "PEFT adapter of a model: ROLE=DIRECTORY; models of one path share its weights; may be repeated."),
+    "scale": ("--adapter-scale", "Factor of what a model's adapter changes: ROLE=NUMBER; may be repeated. (default: 1)"),
+}
+"""Settings of single models alone: their options and what these say."""
+
+_STAYS = {"template", "system", "chat_template_kwargs", "device", "max_memory", "dtype", "attention", "quantization"}
 """What a recipe says of a model that also holds for another in its place, which ``--ROLE MODEL`` gives."""
 
 ByRole = dict[str, dict[str, Any]]

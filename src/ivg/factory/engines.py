@@ -19,7 +19,9 @@ from ivg.models.loading import LoadOptions, eos_ids, load_config, load_tokenizer
 from ivg.models.placement import pick_device, pick_dtype
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.prompt_template import PromptTemplate
+from ivg.models.shared import SharedNetworks
 from ivg.search.methods import get_method, resolve_fallbacks
+from ivg.settings.models import check_pair
 from ivg.settings.placement import is_spread
 from ivg.settings.recipe import ModelRef, NamedValue, Recipe, VLLMConfig
 from ivg.settings.run import COMPOSITE_MEMORY, POOLING_MEMORY
@@ -53,6 +55,7 @@ def vllm_model(recipe: Recipe, options: LoadOptions, *, every_guide: bool = Fals
     check_vllm()
     refs, named = _references(recipe)
     settings, base = recipe.vllm, refs["base"]
+    check_plain("base", base, "inside vLLM")
     others, options = options, options.of(base)
     _check_vllm_can(options)
     guides = inner_guides(recipe, others, every_guide=every_guide)[1]
@@ -112,6 +115,8 @@ def endpoint_model(recipe: Recipe, options: LoadOptions) -> GuidedModel:
 
     settings, given = recipe.endpoint, dict(recipe.models.given)
     base = given.get("base")
+    if base is not None:
+        check_plain("base", base, f"on {recipe.run.engine}")
     if base is not None and options.of(base) != options:
         raise ConfigError(f"base runs on {recipe.run.engine}, which has loaded it\n  leave its device, dtype, revision … out of the recipe")
     model = settings.model or (base.path if base else None)
@@ -131,7 +136,8 @@ def endpoint_model(recipe: Recipe, options: LoadOptions) -> GuidedModel:
         token_pieces=settings.token_pieces,
         explicit=recipe.run.generation_config == "ignore",
     )
-    values = {name: make_value(name, value, options) for name, value in {**_roles(given), **recipe.values}.items()}
+    networks = SharedNetworks()
+    values = {name: make_value(name, value, options, networks) for name, value in {**_roles(given), **recipe.values}.items()}
     return GuidedModel(engine.base, values, engine=engine, generation_config=recipe.run.generation_config)
 
 
@@ -148,9 +154,7 @@ def _references(recipe: Recipe) -> tuple[dict[str, ModelRef], dict[str, NamedVal
 
 def _roles(refs: Mapping[str, ModelRef]) -> dict[str, NamedValue]:
     """The values of the table ``models``, by the names that methods use."""
-    if ("tuned" in refs) != ("untuned" in refs):
-        missing = "untuned" if "tuned" in refs else "tuned"
-        raise ConfigError(f"the implicit value needs a pair; got no {missing} model\n  give both --tuned and --untuned")
+    check_pair(refs.get("tuned"), refs.get("untuned"))
     out: dict[str, NamedValue] = {}
     if "tuned" in refs:
         out["implicit"] = NamedValue(tuned=refs["tuned"], untuned=refs["untuned"])
@@ -179,6 +183,7 @@ def _guide(name: str, value: NamedValue, base: ModelRef, options: LoadOptions) -
 
     refs = value.given
     for role, ref in refs.items():
+        check_plain(f"{role} of {name}", ref, "inside vLLM")
         whole = options.of(base)
         if whole.of(ref) != whole or options.of(ref).revision != whole.revision:
             raise ConfigError(
@@ -201,6 +206,21 @@ def _guide(name: str, value: NamedValue, base: ModelRef, options: LoadOptions) -
     raise ConfigError(
         f"{name} cannot guide inside vLLM: it needs a vocabulary head\n  expected a pair, an arm, or a value network with a vocabulary head"
     )
+
+
+def check_plain(what: str, ref: ModelRef, where: str) -> None:
+    """Raise for a model with an instruction or an adapter of its own, which other engines do not read with.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    for name in ("system", "adapter"):
+        if getattr(ref, name) is not None:
+            why = "all models read the same tokens" if name == "system" else "an adapter is not switched"
+            raise ConfigError(
+                f"{what} has {name} = {getattr(ref, name)!r}; {where} {why}\n"
+                "  use the transformers engine" + (", or give the merged model" if name == "adapter" else "")
+            )
 
 
 def _check_vllm_can(options: LoadOptions) -> None:

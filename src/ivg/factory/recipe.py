@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivg.errors import ConfigError, ModelError
 from ivg.factory.values import make_value, prompt_template
+from ivg.settings.models import LANGUAGE_MODELS
 from ivg.settings.recipe import Recipe
 
 if TYPE_CHECKING:
     from ivg.model import GuidedModel
     from ivg.models.loading import LoadOptions
+    from ivg.models.shared import SharedNetworks
     from ivg.types import SamplingParams
 
 
@@ -36,6 +39,8 @@ def load_models(recipe: Recipe, *, every_guide: bool = False) -> GuidedModel:
     for name in recipe.values:
         if name == "none" or set(name) & set("=,"):
             raise ConfigError(f"a value cannot be called {name!r}\n  expected a name without = and comma, other than none")
+    from ivg.models.shared import SharedNetworks
+
     options = load_options(recipe)
     if recipe.run.engine == "vllm":
         from ivg.factory.engines import vllm_model
@@ -48,9 +53,10 @@ def load_models(recipe: Recipe, *, every_guide: bool = False) -> GuidedModel:
     if recipe.run.engine != "transformers":
         raise ConfigError(f"unknown engine {recipe.run.engine!r}\n  expected transformers, vllm, or the URL of an endpoint (http://…/v1)")
     try:
-        model = _models(recipe, options)
+        networks = SharedNetworks()
+        model = _models(recipe, options, networks)
         for name, value in recipe.values.items():
-            model.add_value(name, make_value(name, value, options), replace=True)
+            model.add_value(name, make_value(name, value, options, networks), replace=True)
     except ModelError as e:
         raise _with_other_missing(e, recipe, options) from e
     return model
@@ -58,12 +64,13 @@ def load_models(recipe: Recipe, *, every_guide: bool = False) -> GuidedModel:
 
 def _with_other_missing(error: ModelError, recipe: Recipe, options: LoadOptions) -> ModelError:
     """``error`` with the other models of the recipe that are not found, so that all are named at once."""
+    from ivg.models.adapters import is_adapter
     from ivg.models.hub import find_model
 
     values = {f"{name}.{role}": ref for name, value in recipe.values.items() for role, ref in value.given.items()}
     found = []
     for what, ref in {**recipe.local_models, **values}.items():
-        if ":" not in ref.path:  # a function, or embedded
+        if ":" not in ref.path and not is_adapter(ref.path):  # a function, or embedded
             try:
                 find_model(ref.path, what, options.of(ref).hub())
             except ModelError as e:
@@ -80,6 +87,7 @@ def default_sampling(recipe: Recipe) -> SamplingParams:
     """
     from ivg.embedded import path
     from ivg.model import DEFAULT_SAMPLING
+    from ivg.models.adapters import base_of, is_adapter
     from ivg.models.generation_config import defaults_of, read_generation_config
     from ivg.models.hub import find_local
 
@@ -88,21 +96,22 @@ def default_sampling(recipe: Recipe) -> SamplingParams:
         return DEFAULT_SAMPLING
     revision = (base.revision if base else None) or recipe.run.revision
     name = base.path if base else path("base")
+    name = base_of(Path(name), "base") if is_adapter(name) else name
     config = read_generation_config(find_local(name, "base") or name, revision=revision)
     return replace(DEFAULT_SAMPLING, **defaults_of(config, "base", recipe.run.generation_config).settings)
 
 
-def _models(recipe: Recipe, options: LoadOptions) -> GuidedModel:
+def _models(recipe: Recipe, options: LoadOptions, networks: SharedNetworks) -> GuidedModel:
     from ivg.embedded import path
     from ivg.model import GuidedModel
 
     given = recipe.models.given
     if not given:
-        return GuidedModel.embedded(options)
+        return GuidedModel.embedded(options, networks)
     templates = {role: prompt_template(ref) for role, ref in given.items()}
     if "tuned" in given and "untuned" in given:
         templates["untuned"] = prompt_template(given["untuned"], given["tuned"])
-    paths: dict[str, Any] = {"base": path("base"), **{role: ref.path for role, ref in given.items()}}
+    models: dict[str, Any] = {"base": path("base"), **{role: ref if role in LANGUAGE_MODELS else ref.path for role, ref in given.items()}}
     mode = recipe.run.generation_config
-    by_role = {role: options.of(given[role]) if role in given else options for role in paths}
-    return GuidedModel.from_pretrained(**paths, templates=templates, options=by_role, generation_config=mode)
+    by_role = {role: options.of(given[role]) if role in given else options for role in models}
+    return GuidedModel.from_pretrained(**models, templates=templates, options=by_role, generation_config=mode, networks=networks)

@@ -11,34 +11,36 @@ from ivg.utils.plugins import Plugins
 if TYPE_CHECKING:
     from ivg.models.loading import LoadOptions
     from ivg.models.prompt_template import PromptTemplate
+    from ivg.models.shared import SharedNetworks
     from ivg.types import Value
 
 VALUE_PLUGINS = Plugins("ivg.values")
 """Kinds of values of other packages: entry points that name a function of one text, which returns a :class:`~ivg.Value`."""
 
 
-def make_value(name: str, config: NamedValue, options: LoadOptions) -> Value:
+def make_value(name: str, config: NamedValue, options: LoadOptions, networks: SharedNetworks | None = None) -> Value:
     """The value of the models, function or plugin that ``config`` names.
 
     Args:
         name: in usage and errors.
         config: the models.
         options: how they are loaded where ``config`` does not say it.
+        networks: share with what was loaded there.
 
     Raises:
         ModelError, VocabularyError: a model that cannot be loaded, or a pair that does not fit.
     """
-    from ivg.models.loading import load_causal
+    from ivg.models.shared import SharedNetworks
     from ivg.values.explicit import ExplicitValue
     from ivg.values.implicit import AutoregressiveReward, ImplicitValue
     from ivg.values.reward import load_reward
 
-    refs = config.given
+    refs, load = config.given, (networks or SharedNetworks()).load
     if "tuned" in refs:
         tuned, untuned = refs["tuned"], refs["untuned"]
         return ImplicitValue(
-            load_causal(tuned.path, f"{name}.tuned", options.of(tuned), prompt_template(tuned)),
-            load_causal(untuned.path, f"{name}.untuned", options.of(untuned), prompt_template(untuned, tuned)),
+            load(tuned, f"{name}.tuned", options, prompt_template(tuned)),
+            load(untuned, f"{name}.untuned", options, prompt_template(untuned, tuned)),
             name,
         )
     ((role, ref),) = refs.items()
@@ -49,7 +51,7 @@ def make_value(name: str, config: NamedValue, options: LoadOptions) -> Value:
         return plugin_value(name, ref.path)
     if role == "reward":
         return load_reward(ref.path, template=prompt_template(ref), options=options, name=name)
-    return AutoregressiveReward(load_causal(ref.path, name, options, prompt_template(ref)), name)
+    return AutoregressiveReward(load(ref, name, options, prompt_template(ref)), name)
 
 
 def prompt_template(ref: ModelRef, default: ModelRef | None = None) -> PromptTemplate:

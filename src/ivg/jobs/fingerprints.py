@@ -40,6 +40,8 @@ def weight_fingerprints(recipe: Recipe) -> dict[str, str]:
 def fingerprints(refs: Mapping[str, ModelRef | str]) -> dict[str, str]:
     """Fingerprints by name, of those that are on this machine."""
     found = {name: fingerprint(ref if isinstance(ref, str) else ref.path) for name, ref in refs.items()}
+    adapters = {name: ref.adapter for name, ref in refs.items() if isinstance(ref, ModelRef) and ref.adapter is not None}
+    found |= {f"{name}.adapter": fingerprint(adapter) for name, adapter in adapters.items()}
     return {name: digest for name, digest in sorted(found.items()) if digest is not None}
 
 

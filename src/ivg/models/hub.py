@@ -20,7 +20,7 @@ from ivg.models.gguf import converted, find_gguf
 from ivg.utils.hub_status import reachable, unreachable_reason
 
 _REPOSITORY = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
-_ADAPTER = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def find_model(name: str | Path, what: str, hub: Mapping[str, Any] | None = None, *, weights: bool = True) -> str | Path:
@@ -54,7 +54,7 @@ def find_model(name: str | Path, what: str, hub: Mapping[str, Any] | None = None
         raise ModelError(f"{title}: {advice}")
     cached = _snapshot(str(name), hub)
     if reachable():
-        if (adapter := _file(str(name), _ADAPTER, hub)) is not None:
+        if weights and (adapter := _file(str(name), ADAPTER_CONFIG, hub)) is not None:
             raise _adapter_error(title, adapter, whole=_file(str(name), "config.json", hub) is not None)
         return str(name)
     if cached is None:
@@ -85,8 +85,8 @@ def _check_directory(place: Path, what: str, *, weights: bool) -> None:
         ModelError: an adapter without its model; no configuration.
     """
     title, whole = f"cannot load {what} {str(place)!r}", (place / "config.json").is_file()
-    if (place / _ADAPTER).is_file():
-        raise _adapter_error(title, place / _ADAPTER, whole=whole)
+    if weights and (place / ADAPTER_CONFIG).is_file():
+        raise _adapter_error(title, place / ADAPTER_CONFIG, whole=whole)
     if weights and not whole:
         raise ModelError(f"{title}: the directory has no config.json\n  expected a directory with config.json and weights, or a hub id")
 
@@ -99,7 +99,7 @@ def _adapter_error(title: str, file: Path, *, whole: bool) -> ModelError:
         found = None
     base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
     what = "a model with a PEFT adapter beside it" if whole else f"a PEFT adapter of {base or 'some model'}, not a whole model"
-    other = f", or take {_ADAPTER} away for the model without it" if whole else ""
+    other = f", or take {ADAPTER_CONFIG} away for the model without it" if whole else ""
     return ModelError(
         f"{title}: this is {what}\n"
         "  merge it first: peft.AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER)\n"
@@ -111,7 +111,7 @@ def _snapshot(name: str, hub: Mapping[str, Any]) -> Path | None:
     """The directory of a model in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    for file in ("config.json", _ADAPTER):
+    for file in ("config.json", ADAPTER_CONFIG):
         found = try_to_load_from_cache(name, file, cache_dir=hub.get("cache_dir"), revision=hub.get("revision"))
         if isinstance(found, str):
             return Path(found).parent

@@ -155,6 +155,11 @@ def load_tokenizer(name: str | Path, options: LoadOptions, what: str) -> Any:
         return AutoTokenizer.from_pretrained(place, **options.hub())
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Does ``folder`` hold a tokenizer?"""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+
+
 def load_causal(name: str | Path, what: str, options: LoadOptions | None = None, template: Template = None) -> CachedLM:
     """A causal language model with a cache; ``what`` is its name in usage and errors."""
     from transformers import AutoModelForCausalLM

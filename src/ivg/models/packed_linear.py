@@ -109,6 +109,18 @@ def _pack_children(module: nn.Module) -> None:
             _pack_children(child)
 
 
+def unpack(network: nn.Module) -> None:
+    """Give every packed layer of ``network`` its plain weights back, in place."""
+    for name, child in list(network.named_children()):
+        if isinstance(child, PackedLinear):
+            plain = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(child.packed.to_dense(), requires_grad=False)
+            plain.register_parameter("bias", cast("nn.Parameter | None", child.bias))
+            setattr(network, name, plain)
+        else:
+            unpack(child)
+
+
 def packed_layers(network: nn.Module) -> list[PackedLinear]:
     """The layers of ``network`` whose weights are no parameters any more."""
     return [m for m in network.modules() if isinstance(m, PackedLinear)]

@@ -6,7 +6,7 @@ share a pass. Must not depend on how a cache keeps its rows (``models.cache``), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -34,6 +34,7 @@ class ModelRunner:
         support: how the network is read, and up to which length.
         unshared_peak_bytes: what all rows in use would have held without sharing, at the busiest moment since :meth:`reset_cache`.
         peak_bytes: what they held.
+        before_pass: called before every forward pass, where the network is shared by models that change it (``models.adapters``).
         resets: calls of :meth:`reset_cache`: rows that were opened before the last one are gone.
 
     Raises:
@@ -56,6 +57,7 @@ class ModelRunner:
         self._output_size = 1 if scalar else int(self.config.vocab_size)
         self.cache: RowCache = choose_cache(network, self.support, self.limits, name)
         self.unshared_peak_bytes = self.peak_bytes = self.resets = 0
+        self.before_pass: Callable[[], None] | None = None
 
     # Rows
 
@@ -177,6 +179,8 @@ class ModelRunner:
     @torch.no_grad()
     def _pass(self, rows: Sequence[CacheRow], pieces: Sequence[Sequence[int]], keep: int) -> tuple[Tensor, list[int]]:
         """One forward pass of rows of one rope range (see ``RowCache.forward``); notes rows whose outputs are not finite."""
+        if self.before_pass is not None:
+            self.before_pass()
         rope_range = rows[0].rope_range
         with rotary_factors_beyond(self._rope_limits[rope_range - 1] if rope_range else None, self._rotary):
             outputs, order = self.cache.forward(rows, pieces, keep)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeAlias
 
 from pydantic import field_validator, model_validator
 
+from ivg.errors import ConfigError
 from ivg.settings import placement as p
 from ivg.settings.chat import TEMPLATE_KWARGS
+from ivg.settings.rules import INSTRUCTION, number
 from ivg.settings.schema import Setting
 from ivg.settings.tables import Table
 
+_SCALE = number("within 100 of 0", -100, 100)
+
 ROLES = ("base", "tuned", "untuned", "value", "reward", "arm")
 """What a model can be for."""
+LANGUAGE_MODELS = ("base", "tuned", "untuned", "arm")
+"""Those that write, or have probabilities of tokens."""
 TEMPLATE_FILES = (".jinja", ".jinja2", ".j2")
 """Files with a chat template."""
 TEXT_FILES = (".txt",)
@@ -37,6 +45,21 @@ class ModelRef(Table):
             unset="chat for messages, a text as it is",
         ),
     ] = None
+    system: Annotated[
+        str | None,
+        Setting(
+            "Instruction that this model alone reads before every prompt: the system turn of a chat, else a text before it.",
+            INSTRUCTION,
+            unset="none",
+        ),
+    ] = None
+    adapter: Annotated[
+        str | None,
+        Setting(
+            "PEFT adapter of the network at path: hub id or directory. Models of one path share its weights (package peft).", unset="none"
+        ),
+    ] = None
+    scale: Annotated[float | None, Setting("Factor of what the adapter changes.", _SCALE, unset="1")] = None
     device: Annotated[p.Device | None, replace(p.DEVICE, unset=p.OF_RUN)] = None
     max_memory: Annotated[
         dict[str, str | int] | None,
@@ -53,11 +76,42 @@ class ModelRef(Table):
         Setting("Variables of the chat template of the model, such as enable_thinking.", TEMPLATE_KWARGS, unset="none"),
     ] = None
 
+    @model_validator(mode="after")
+    def _scale_of_an_adapter(self) -> Self:
+        if self.scale is not None and self.adapter is None:
+            raise ValueError("scale is the factor of an adapter; give adapter with it")
+        return self
+
+
+ModelSource: TypeAlias = "str | Path | ModelRef"
+"""A model by directory or hub id, or with settings of its own."""
+
 
 class RewardRef(ModelRef):
     """A reward model that judges; its template may have ``{prompt}`` and ``{response}``."""
 
     label: Annotated[int | None, Setting("Which logit is the reward.", unset="the only one")] = None
+
+
+def check_roles(what: str, given: Iterable[str]) -> None:
+    """Raise for names that are no roles.
+
+    Raises:
+        ConfigError: names them; ``what`` they were given.
+    """
+    if unknown := sorted(set(given) - set(ROLES)):
+        raise ConfigError(f"{what} for unknown role {', '.join(unknown)}\n  expected {', '.join(ROLES)}")
+
+
+def check_pair(tuned: object, untuned: object) -> None:
+    """Raise where one of a pair is None and the other is not.
+
+    Raises:
+        ConfigError: names the missing one.
+    """
+    if (tuned is None) != (untuned is None):
+        missing = "untuned" if untuned is None else "tuned"
+        raise ConfigError(f"the implicit value needs a pair; got no {missing} model\n  give both --tuned and --untuned")
 
 
 class _Guides(Table):
@@ -82,6 +136,14 @@ class _Guides(Table):
     @classmethod
     def _bare(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _only_language_models(self) -> Self:
+        for role, ref in self.given.items():
+            for name in ("system", "adapter", "scale"):
+                if role not in LANGUAGE_MODELS and getattr(ref, name) is not None:
+                    raise ValueError(f"{role}.{name}: only language models have it (base, tuned, untuned, arm)")
+        return self
 
     @property
     def given(self) -> dict[str, ModelRef]:

@@ -141,6 +141,8 @@ def _beside(folder: Path, ref: _Ref) -> _Ref:
     """``ref`` with its path in ``folder``, if it is a directory there, or a function in a Python file there; a template's file alike."""
     if ref.template is not None and is_template_file(ref.template) and (folder / ref.template).is_file():
         ref = ref.model_copy(update={"template": str(folder / ref.template)})
+    if ref.adapter is not None and (folder / ref.adapter).is_dir():
+        ref = ref.model_copy(update={"adapter": str(folder / ref.adapter)})
     there = folder / ref.path
     file, sign, _ = ref.path.rpartition(":")
     found = there.is_dir() or (bool(sign) and file.endswith(".py") and (folder / file).is_file())

@@ -8,11 +8,12 @@ arXiv 2405.19262).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ivg.models.cached_lm import CachedLM, read_together
-from ivg.models.loading import LoadOptions, Template, load_causal
+from ivg.models.loading import LoadOptions, Template
+from ivg.models.shared import SharedNetworks
+from ivg.settings.models import ModelSource
 from ivg.types import Hypothesis
 from ivg.values.base import CachedLMValue
 
@@ -38,10 +39,11 @@ class ImplicitValue(CachedLMValue):
 
     @classmethod
     def from_pretrained(
-        cls, tuned: str | Path, untuned: str | Path, *, template: Template = None, options: LoadOptions | None = None
+        cls, tuned: ModelSource, untuned: ModelSource, *, template: Template = None, options: LoadOptions | None = None
     ) -> ImplicitValue:
-        """Load both from directories or the hub."""
-        return cls(load_causal(tuned, "tuned", options, template), load_causal(untuned, "untuned", options, template))
+        """Load both from directories or the hub; of one path, its weights once."""
+        load = SharedNetworks().load
+        return cls(load(tuned, "tuned", options, template), load(untuned, "untuned", options, template))
 
     def deltas(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
         """z_tuned - z_untuned on raw logits (EFT: Mitchell et al. 2023, arXiv 2310.12962), float32 [hypotheses, vocabulary]."""

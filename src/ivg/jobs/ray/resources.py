@@ -117,6 +117,8 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 def _absolute(given: Mapping[str, ModelRef]) -> dict[str, ModelRef]:
     out = {}
     for role, ref in given.items():
+        if ref.adapter is not None and Path(ref.adapter).exists():
+            out[role] = ref = ref.model_copy(update={"adapter": str(Path(ref.adapter).resolve())})
         file, sign, function = ref.path.rpartition(":")
         if Path(ref.path).exists():
             out[role] = ref.model_copy(update={"path": str(Path(ref.path).resolve())})

@@ -1,0 +1,136 @@
+"""PEFT adapters of a network, of which one or none is on in each forward pass: one set of weights for several models.
+
+The modules of the network that an adapter changes are replaced in place, so that everything that holds the network reads with the adapter
+that is on. This is the one place that imports peft, and it does so when the first adapter is loaded. Must not depend on caches.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ivg.errors import ConfigError, MissingDependencyError, ModelError, reason
+from ivg.models.hub import ADAPTER_CONFIG
+
+PEFT_ADVICE = "pip install 'ivg[train]' (or peft)"
+
+
+class Adapters:
+    """The adapters of ``network``, which is changed in place.
+
+    Attributes:
+        active: name of the one that is on; None: the network is as it was loaded.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.active: str | None = None
+        self._names: dict[tuple[str, float], str] = {}
+        self._peft: Any = None
+
+    def add(self, folder: Path, scale: float, what: str) -> str:
+        """Load the adapter in ``folder``, times ``scale``; its name. The same one is loaded once.
+
+        Raises:
+            MissingDependencyError: peft is not installed.
+            ModelError: no adapter of this network, or one that cannot be switched off exactly.
+            ConfigError: a scale for an adapter that has none.
+        """
+        key = (str(folder.resolve()), scale)
+        if key in self._names:
+            return self._names[key]
+        peft, title = import_peft(what), f"{what}: the adapter {str(folder)!r}"
+        try:
+            config = peft.PeftConfig.from_pretrained(str(folder))
+        except Exception as e:
+            raise ModelError(f"{title} cannot be read: {reason(e)}\n  expected a directory that peft wrote") from e
+        _check_config(config, title, scale)
+        name = f"ivg{len(self._names)}"
+        try:
+            config.inference_mode = True
+            config.base_model_name_or_path = getattr(self.network, "name_or_path", None)  # peft warns where another was recorded
+            if self._peft is None:
+                self._peft = peft.get_peft_model(self.network, config, adapter_name=name)
+            result = self._peft.load_adapter(str(folder), name, torch_device=str(next(self.network.parameters()).device))
+        except Exception as e:
+            raise ModelError(f"{title} does not fit the network: {reason(e)}\n  expected an adapter that was trained on it") from e
+        if wrong := [*result.missing_keys, *result.unexpected_keys]:
+            raise ModelError(f"{title} does not fit the network: {len(wrong)} weights differ ({wrong[0]})\n  expected an adapter of it")
+        if scale != 1:
+            for layer in self.network.modules():
+                if isinstance(layer, peft.tuners.lora.LoraLayer) and name in layer.scaling:
+                    layer.set_scale(name, scale)
+        self.network.eval().requires_grad_(False)
+        self._names[key], self.active = name, name
+        self.activate(None)
+        return name
+
+    def activate(self, name: str | None) -> None:
+        """Switch to the adapter ``name``; None: none."""
+        if name == self.active:
+            return
+        tuner = self._peft.base_model
+        if name is None:
+            tuner.disable_adapter_layers()
+        else:
+            tuner.set_adapter(name, inference_mode=True)
+            if self.active is None:
+                tuner.enable_adapter_layers()
+        self.active = name
+
+
+def import_peft(what: str) -> Any:
+    """The package peft.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as e:
+        raise MissingDependencyError(f"{what} is a PEFT adapter, and the package peft is not installed\n  {PEFT_ADVICE}") from e
+    return peft
+
+
+def _check_config(config: Any, title: str, scale: float) -> None:
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if config.is_prompt_learning:
+        raise ModelError(f"{title} is of the kind {kind}, which adds tokens to the prompt\n  expected LoRA, or another that changes layers")
+    if getattr(config, "bias", "none") not in ("none", None):
+        raise ModelError(
+            f"{title} trained biases of the network (bias={config.bias!r}), which cannot be switched off exactly\n"
+            "  merge it into a model of its own: merge_and_unload().save_pretrained(FOLDER)"
+        )
+    if scale != 1 and (kind != "LORA" or getattr(config, "modules_to_save", None)):
+        what = "holds whole modules (modules_to_save)" if kind == "LORA" else f"is of the kind {kind}"
+        raise ConfigError(f"{title} {what}, which scale={scale:g} does not reach\n  leave scale out")
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Is ``folder`` a directory with an adapter and no whole model?"""
+    place = Path(folder).expanduser()
+    return (place / ADAPTER_CONFIG).is_file() and not (place / "config.json").is_file()
+
+
+def base_of(folder: Path, what: str) -> str:
+    """Path or hub id of the network that the adapter in ``folder`` was trained on; a relative path is looked up in ``folder``, then here.
+
+    Raises:
+        ModelError: its configuration names none, or a directory that is not there.
+    """
+    try:
+        named = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        named = None
+    title = f"{what}: the adapter {str(folder)!r}"
+    if not isinstance(named, str) or not named:
+        raise ModelError(f"{title} does not name its network\n  give {{ path = NETWORK, adapter = ADAPTER }}")
+    for place in (folder / Path(named).expanduser(), Path(named).expanduser()):
+        if place.is_dir():
+            return str(place)
+    if Path(named).is_absolute() or named.startswith((".", "~")):
+        raise ModelError(f"{title} is of {named!r}, which is not there\n  give {{ path = NETWORK, adapter = ADAPTER }}")
+    return named
