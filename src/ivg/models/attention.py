@@ -77,7 +77,9 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **other)
     cache = caches[-1]
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    metadata, masks = _checked(cache.metadata, layer, key, value, attention_mask, other)
+    metadata, masks = _checked(
+        None if cache.metadata is None else cache.metadata.on(query.device), layer, key, value, attention_mask, other
+    )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows, heads, columns, size = query.shape
     kv_heads = key.shape[1]  # each serves heads / kv_heads heads of queries

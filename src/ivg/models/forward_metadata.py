@@ -140,7 +140,7 @@ def build_metadata(
     Args:
         layout: the rows.
         suffix_capacity: positions of one suffix slot.
-        markers: for each kind of layer the tensor that stands for its mask, on the device of the cache.
+        markers: for each kind of layer the tensor that stands for its mask, on the device of the layers that use what is made.
         windows: for each kind of layer how far it sees; None: everything.
         grouped: attention goes by prefix groups; otherwise keys and values are concatenated for each row.
     """

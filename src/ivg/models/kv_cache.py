@@ -4,13 +4,14 @@ A *prefix slot* holds what all rows of one prefix group begin with, [prefix slot
 what it has behind that, [suffix slots, capacity, heads, size]. So a shared beginning is stored once, and read once by all rows that
 share it (``models.attention``).
 
-Handles transformers' cache interface. Must not depend on tokens, rows or prefix groups (``models.slot_cache``).
+Those of a layer lie on the layer's device. Handles transformers' cache interface. Must not depend on tokens, rows or prefix groups
+(``models.slot_cache``).
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -109,26 +110,49 @@ class Slots:
             return_pages(tensor, spans, tensor.stride(self.axis) * tensor.element_size())
 
 
+class PassMetadata:
+    """The metadata of one pass for each device that layers lie on.
+
+    Args:
+        build: makes it for a device.
+    """
+
+    def __init__(self, build: Callable[[torch.device], ForwardMetadata]) -> None:
+        self._build = build
+        self._made: dict[torch.device, ForwardMetadata] = {}
+
+    def on(self, device: torch.device) -> ForwardMetadata:
+        """With tensors on ``device``."""
+        if device not in self._made:
+            self._made[device] = self._build(device)
+        return self._made[device]
+
+    @property
+    def attention_pending(self) -> bool:
+        """Did a layer store keys and values without calling attention by prefix groups?"""
+        return any(made.pending_layer is not None for made in self._made.values())
+
+
 class KVCache(Cache):
     """Keys and values of all rows.
 
     Attributes:
         prefixes: the prefix slots.
         suffixes: the suffix slots.
-        metadata: of the pass that runs now.
+        metadata: of the pass that runs now, for the layers of one device; made when the first of them asks. None: no pass runs.
     """
 
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.prefixes, self.suffixes = Slots(axis=2, growth=4), Slots(axis=1, growth=8)
-        self.metadata: ForwardMetadata | None = None
+        self.metadata: PassMetadata | None = None
 
     # What transformers calls
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Pair:
         """Store the new [rows, heads, columns, size]; return what the rows can see, or, for attention by prefix groups, just the new."""
-        metadata = self.metadata
-        assert metadata is not None
+        assert self.metadata is not None
+        metadata = self.metadata.on(key_states.device)
         for slots in (self.prefixes, self.suffixes):
             if 2 * layer_idx == len(slots.tensors):
                 slots.add(key_states)
@@ -170,10 +194,10 @@ class KVCache(Cache):
         """(source slot, its first position, target slot, count): to the front of the target. All are read before any is written."""
         if not moves or not self.suffixes.tensors:
             return
-        source = _ranges([s * self.suffixes.capacity + first for s, first, _, _ in moves], [n for *_, n in moves]).to(self._device)
-        target = _ranges([t * self.suffixes.capacity for _, _, t, _ in moves], [n for *_, n in moves]).to(self._device)
+        source = _Beside(_ranges([s * self.suffixes.capacity + first for s, first, _, _ in moves], [n for *_, n in moves]))
+        target = _Beside(_ranges([t * self.suffixes.capacity for _, _, t, _ in moves], [n for *_, n in moves]))
         for flat in (t.flatten(0, 1) for t in self.suffixes.tensors):
-            flat.index_copy_(0, target, flat.index_select(0, source))
+            flat.index_copy_(0, target(flat), flat.index_select(0, source(flat)))
 
     @torch.no_grad()
     def move_to_prefixes(self, moves: Sequence[tuple[int, int, int, int, int]]) -> None:
@@ -181,20 +205,29 @@ class KVCache(Cache):
         if not moves or not self.suffixes.tensors:
             return
         counts = [m[4] for m in moves]
-        source = _ranges([s * self.suffixes.capacity + first for s, first, *_ in moves], counts).to(self._device)
-        slot = torch.tensor([m[2] for m in moves]).repeat_interleave(torch.tensor(counts)).to(self._device)
-        position = _ranges([m[3] for m in moves], counts).to(self._device)
+        source = _Beside(_ranges([s * self.suffixes.capacity + first for s, first, *_ in moves], counts))
+        slot = _Beside(torch.tensor([m[2] for m in moves]).repeat_interleave(torch.tensor(counts)))
+        position = _Beside(_ranges([m[3] for m in moves], counts))
         for suffixes, prefixes in zip(self.suffixes.tensors, self.prefixes.tensors, strict=True):
-            prefixes[slot, :, position] = suffixes.flatten(0, 1).index_select(0, source)
-
-    @property
-    def _device(self) -> torch.device:
-        return self.suffixes.tensors[0].device
+            prefixes[slot(prefixes), :, position(prefixes)] = suffixes.flatten(0, 1).index_select(0, source(suffixes))
 
     @property
     def token_bytes(self) -> int:
         """What one token takes in all layers; 0 before the first pass."""
         return sum(t.shape[2] * t.shape[3] * t.element_size() for t in self.suffixes.tensors)
+
+
+class _Beside:
+    """Indices where the tensor lies that they are for: one copy to each device."""
+
+    def __init__(self, indices: Tensor) -> None:
+        self._copies = {indices.device: indices}
+        self._indices = indices
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if tensor.device not in self._copies:
+            self._copies[tensor.device] = self._indices.to(tensor.device)
+        return self._copies[tensor.device]
 
 
 def _ranges(firsts: Sequence[int], counts: Sequence[int]) -> Tensor:

@@ -16,7 +16,7 @@ from ivg.errors import ConfigError, IVGError, MissingDependencyError, ModelError
 from ivg.models.cached_lm import CachedLM
 from ivg.models.hub import find_model
 from ivg.models.packed_linear import pack
-from ivg.models.placement import pick_device, pick_dtype
+from ivg.models.placement import check_device_map, pick_device, pick_dtype
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.runner import ModelRunner
 from ivg.models.weights import OTHER_HEADS, check_weights
@@ -122,6 +122,8 @@ def load_network(name: str | Path, auto_class: Any, options: LoadOptions, what: 
     place = find_model(name, what, options.hub())
     with _loading(f"{what} {str(name)!r}", "a directory with config.json and weights"):
         network, info = auto_class.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    if isinstance(options.device, Mapping):
+        check_device_map(getattr(network, "backbone", network), options.device, what)
     if new_head:
         body = f"{network.base_model_prefix}."
         info = {**info, "missing_keys": [k for k in info["missing_keys"] if k.startswith(body) and ".pooler." not in k]}

@@ -51,6 +51,21 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def check_device_map(network: nn.Module, devices: Mapping[str, Any], name: str) -> None:
+    """Raise for a table of modules and devices that does not fit: transformers would leave what it does not name on the CPU.
+
+    Raises:
+        ConfigError: a module that ``network`` does not have, or weights for which no device is named.
+    """
+    modules = [part for part, _ in network.named_modules() if part]
+    advice = f"expected names such as {', '.join(modules[:3])}; the empty name is for all others"
+    if unknown := [part for part in devices if part and part not in modules and part not in dict(network.named_parameters())]:
+        raise ConfigError(f"{name}: its table of devices names {unknown[0]}, which is no module of it\n  {advice}")
+    found = (key for key, _ in network.named_parameters() if not any(f"{key}.".startswith(f"{part}.") for part in devices if part))
+    if "" not in devices and (missing := next(found, None)) is not None:
+        raise ConfigError(f"{name}: its table of devices names none for {missing}\n  {advice}")
+
+
 def input_device(network: nn.Module) -> torch.device:
     """Where a network takes token ids and returns outputs: where its embedding computes.
 
@@ -62,12 +77,6 @@ def input_device(network: nn.Module) -> torch.device:
     table = _embedding(network)
     weights = [*(() if table is None else table.parameters()), *network.parameters()]
     return next((w.device for w in weights if w.device.type != "meta"), weights[0].device)
-
-
-def layer_devices(network: nn.Module) -> set[torch.device]:
-    """All devices on which its modules compute."""
-    found = {device for module in network.modules() if (device := _execution_device(module)) is not None}
-    return found or {input_device(network)}
 
 
 def compute_dtype(network: nn.Module) -> torch.dtype:
@@ -89,5 +98,5 @@ def _execution_device(module: nn.Module | None) -> torch.device | None:
     for one in getattr(hook, "hooks", [hook]):
         device = getattr(one, "execution_device", None)
         if device is not None:
-            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+            return torch.empty(0, device=device).device  # with its number
     return None

@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ivg.errors import ModelError, PromptError
+from ivg.errors import PromptError
 from ivg.models.cache import CacheRow, PassLimits, RowCache, common_length
 from ivg.models.choose_cache import choose_cache
-from ivg.models.placement import input_device, layer_devices
+from ivg.models.placement import input_device
 from ivg.models.rotary import rotary_factors_beyond, rotary_modules
 from ivg.models.support import check_support
 from ivg.models.value_head import ValueModel
@@ -45,10 +45,6 @@ class ModelRunner:
         self.network, self.name, self.limits = network.eval(), name, limits or PassLimits()
         self.device = input_device(network)
         self.config = cast("Any", network).config.get_text_config()
-        if len(devices := layer_devices(network)) > 1:
-            raise ModelError(
-                f"{name} computes on several devices: {', '.join(sorted(map(str, devices)))}\n  expected one, and offloaded weights"
-            )
         self.support = check_support(network, name)
         self.max_positions = self.support.max_positions
         self._rope_limits = self.support.rope_limits

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ivg.models.attention import UnsupportedAttentionError, grouped_attention
 from ivg.models.cache import PassLimits
 from ivg.models.forward_metadata import PassLayout, RowLayout, build_metadata
-from ivg.models.kv_cache import KVCache
+from ivg.models.kv_cache import KVCache, PassMetadata
 from ivg.models.placement import compute_dtype, input_device
 from ivg.models.support import NetworkSupport, body_of
 
@@ -41,7 +42,7 @@ class SlotForward:
         self.heads = int(getattr(self.config, "num_attention_heads", 1) or 1)
         self.groups_prefixes = bool(getattr(body_of(network), "_supports_attention_backend", False))
         self._eager = getattr(self.config, "_attn_implementation", "sdpa") == "eager"
-        self._markers = {kind: torch.zeros(1, 1, 1, 1, device=self.device) for kind in support.windows}
+        self._markers: dict[torch.device, dict[str, Tensor]] = {}
 
     def run(
         self,
@@ -74,8 +75,11 @@ class SlotForward:
         return self._call(memory, layout, inputs, grouped=False)
 
     def _call(self, memory: KVCache, layout: PassLayout, inputs: dict[str, Any], *, grouped: bool) -> Tensor:
-        memory.metadata = build_metadata(layout, memory.suffixes.capacity, self._markers, self.support.windows, grouped=grouped)
-        masks = self._markers if grouped else self._dense_masks(layout.positions.to(self.device), int(layout.positions.max()) + 1)
+        memory.metadata = PassMetadata(
+            lambda device: build_metadata(layout, memory.suffixes.capacity, self._markers_on(device), self.support.windows, grouped=grouped)
+        )
+        dense = None if grouped else self._dense_masks(layout.positions.to(self.device), int(layout.positions.max()) + 1)
+        masks = self._markers_on(self.device) if dense is None else dense
         try:
             with grouped_attention(self.config, memory) if grouped else nullcontext():
                 logits: Tensor = self.network(
@@ -84,11 +88,26 @@ class SlotForward:
                     past_key_values=memory,
                     use_cache=True,
                 ).logits
-            if grouped and memory.metadata.pending_layer is not None:
+            if grouped and memory.metadata.attention_pending:
                 raise UnsupportedAttentionError  # the network never called it
         finally:
             memory.metadata = None
         return logits
+
+    def _markers_on(self, device: torch.device) -> dict[str, Tensor]:
+        """What stands for the mask of each kind of layer on ``device``. accelerate moves arguments to a layer's device by ``to``."""
+        if device not in self._markers:
+            made = {kind: torch.zeros(1, 1, 1, 1, device=device) for kind in self.support.windows}
+            for kind, marker in made.items():
+                marker.to = partial(self._marker_to, kind, marker)  # type: ignore[method-assign]
+            self._markers[device] = made
+        return self._markers[device]
+
+    def _marker_to(self, kind: str, marker: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``marker.to(…)``: on another device the marker there, which is known by its address."""
+        moved = Tensor.to(marker, *args, **kwargs)
+        same = moved.dtype == marker.dtype
+        return self._markers_on(moved.device)[kind] if same and moved.device != marker.device else moved
 
     def _dense_masks(self, positions: Tensor, length: int) -> dict[str, Tensor]:
         """What every token may see [rows, 1, columns, length]; for each kind of layer.

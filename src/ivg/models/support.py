@@ -103,6 +103,8 @@ def _refusal(body: nn.Module, config: Any, *, tried: bool) -> str | None:
 
 def _state_reason(body: nn.Module, config: Any) -> str | None:
     """Why slots of keys and values do not do, so that each row has transformers' own cache; None: they do."""
+    if (attention := getattr(config, "_attn_implementation", None)) not in (None, "sdpa", "eager"):
+        return f"attends by {attention}, which may take no mask of its own for each token"
     if _has_alibi(config):
         return "takes distances (ALiBi) from columns of the batch, not from positions"
     if unknown := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}):

@@ -28,7 +28,8 @@ DEVICE = Setting(
 DTYPE = Setting("auto, float32, bfloat16 or float16.", flags=("--dtype",))
 REVISION = Setting("Branch, tag or commit of models on the hub.", flags=("--revision",), unset="main")
 ATTENTION = Setting(
-    "Attention implementation of transformers (attn_implementation): sdpa, eager …; passes of few tokens use ivg's own where it can.",
+    "Attention implementation of transformers (attn_implementation). sdpa, eager: passes of few tokens still use ivg's own; another, "
+    "such as flash_attention_2: rows have transformers' own cache.",
     flags=("--attention",),
     unset="transformers' choice",
 )

@@ -96,12 +96,12 @@ class CompositeValue(Value):
         return first
 
     def deltas(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
-        """sum_i w_i * deltas_i, float32 [hypotheses, smallest vocabulary of the parts]."""
+        """sum_i w_i * deltas_i, float32 [hypotheses, smallest vocabulary of the parts], on the device of the first."""
         if not self.full_vocabulary():
             return super().deltas(hypotheses)
         shifts = [weight * value.deltas(hypotheses) for weight, value in self.parts]
-        width = min(s.shape[1] for s in shifts)
-        return sum((s[:, :width] for s in shifts[1:]), shifts[0][:, :width])
+        width, device = min(s.shape[1] for s in shifts), shifts[0].device
+        return sum((s[:, :width].to(device) for s in shifts[1:]), shifts[0][:, :width])
 
 
 class CachedLMValue(Value):

@@ -86,7 +86,7 @@ class PairDrafter:
         else:
             known, untuned = (out.float() for out in read_together([self.value.tuned, self.value.untuned], hypotheses))
             known = _difference(known, untuned)
-            drafted = untuned[:, : known.shape[1]] + self.beta * known
+            drafted = untuned[:, : known.shape[1]].to(known.device) + self.beta * known
         for h, row in zip(hypotheses, known, strict=True):
             self._known.setdefault(h.key, []).append(row)
         return drafted
@@ -106,9 +106,9 @@ class PairDrafter:
 
 
 def _difference(tuned: Tensor, untuned: Tensor) -> Tensor:
-    """Over the columns that both have; ``tuned``, float32, is written over."""
+    """Over the columns that both have, on the device of ``tuned``, which is float32 and is written over."""
     width = min(tuned.shape[1], untuned.shape[1])
-    return tuned[:, :width].sub_(untuned[:, :width].float())  # mixed dtypes in one operation take several times as long
+    return tuned[:, :width].sub_(untuned[:, :width].to(tuned.device).float())  # mixed dtypes in one operation take several times as long
 
 
 class AutoregressiveReward(CachedLMValue):
