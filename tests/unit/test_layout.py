@@ -47,6 +47,12 @@ def test_no_import_goes_in_a_circle():
 FOREIGN = {
     "_attn_implementation": "transformers: which attention a network uses; restored after our passes",
     "_attn_implementation_internal": "transformers: the field that we set, watched by test_dependencies",
+    **dict.fromkeys(
+        ("_C", "_python_dispatch", "_pytree", "_make_wrapper_subclass", "_only_lift_cpu_tensors", "_set_only_lift_cpu_tensors"),
+        "torch: tensors that compute elsewhere than they say (tests/fake_devices.py), as PyTorch's own fake tensors do",
+    ),
+    **dict.fromkeys(("_to_copy", "_index_put_impl_"), "torch: names of operators"),
+    "_setup_privateuseone_for_python_backend": "torch: a device type that is written in Python; test_devices skips without it",
     "_forward_hooks": "torch: hooks left on a user's network",
     "_forward_pre_hooks": "torch: hooks left on a user's network",
     "_name_or_path": "transformers: what a checkpoint says of its origin",
