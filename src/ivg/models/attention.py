@@ -56,6 +56,13 @@ def grouped_attention(config: Any, cache: KVCache) -> Iterator[None]:
                 del _patched[id(config)]
 
 
+def own_implementation(config: Any) -> str | None:
+    """The attention implementation of networks with this ``config``, also while a pass of :func:`grouped_attention` runs elsewhere."""
+    with _lock:
+        known = _patched.get(id(config))
+        return getattr(config, "_attn_implementation", None) if known is None else known[0]
+
+
 def attend(
     module: nn.Module,
     query: Tensor,

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ivg.models.attention import UnsupportedAttentionError, grouped_attention
+from ivg.models.attention import UnsupportedAttentionError, grouped_attention, own_implementation
 from ivg.models.cache import PassLimits
 from ivg.models.forward_metadata import PassLayout, RowLayout, build_metadata
 from ivg.models.kv_cache import KVCache, PassMetadata
@@ -41,7 +41,7 @@ class SlotForward:
         self.config = cast("Any", network).config.get_text_config()
         self.heads = int(getattr(self.config, "num_attention_heads", 1) or 1)
         self.groups_prefixes = bool(getattr(body_of(network), "_supports_attention_backend", False))
-        self._eager = getattr(self.config, "_attn_implementation", "sdpa") == "eager"
+        self._eager = own_implementation(self.config) == "eager"
         self._markers: dict[torch.device, dict[str, Tensor]] = {}
 
     def run(

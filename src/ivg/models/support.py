@@ -16,6 +16,7 @@ from typing import Any, cast
 from torch import nn
 
 from ivg.errors import ModelError
+from ivg.models.attention import own_implementation
 from ivg.models.rotary import rope_limits, rope_types, rotary_modules
 from ivg.models.value_head import ValueModel
 
@@ -103,7 +104,7 @@ def _refusal(body: nn.Module, config: Any, *, tried: bool) -> str | None:
 
 def _state_reason(body: nn.Module, config: Any) -> str | None:
     """Why slots of keys and values do not do, so that each row has transformers' own cache; None: they do."""
-    if (attention := getattr(config, "_attn_implementation", None)) not in (None, "sdpa", "eager"):
+    if (attention := own_implementation(config)) not in (None, "sdpa", "eager"):
         return f"attends by {attention}, which may take no mask of its own for each token"
     if _has_alibi(config):
         return "takes distances (ALiBi) from columns of the batch, not from positions"
