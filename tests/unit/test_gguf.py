@@ -1,5 +1,6 @@
 """GGUF files: a tiny one is written, and what ivg loads from it is what was written."""
 
+import copy
 import hashlib
 import json
 import os
@@ -10,9 +11,10 @@ import sys
 import gguf
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import gguf_files
-from gguf_files import END, TEMPLATE, model, permuted, tokenizer, write, write_wheel
+from gguf_files import END, TEMPLATE, model, permuted, tokenizer, write, write_other, write_wheel
 from ivg.errors import ConfigError, MissingDependencyError, ModelError, OutputError
 from ivg.factory.recipe import default_sampling
 from ivg.jobs.fingerprints import fingerprint
@@ -65,6 +67,56 @@ def test_a_file_gives_exactly_the_logits_of_the_original(tmp_path, kind):
     for text in TEXTS:
         assert lm.tokenizer(text).input_ids == tokenizer()(text).input_ids
     assert lm.tokenizer.chat_template == TEMPLATE and lm.tokenizer.eos_token_id == 0
+
+
+GEMMA = {"attention.key_length": 16, "attention.value_length": 16, "attention.sliding_window": 6}
+OTHERS = {
+    "qwen2": ("qwen2", {"rope.freq_base": 1e6}, {"theta": 1e6}),
+    "qwen3": ("qwen3", {"rope.freq_base": 1e6, "attention.key_length": 16, "attention.value_length": 16}, {"theta": 1e6, "head_dim": 16}),
+    "qwen3moe": (
+        "qwen3_moe",
+        {"rope.freq_base": 1e6, "attention.key_length": 16, "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 24},
+        {"theta": 1e6, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    ),
+    "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 20.0}, {"head_dim": 16, "sliding_window": 6, "attn_logit_softcapping": 20.0}),
+    "gemma3": (
+        "gemma3_text",
+        {**GEMMA, "rope.freq_base": 1e6, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+        {"head_dim": 16, "sliding_window": 6},
+    ),
+    "phi3": (
+        "phi3",
+        {"rope.freq_base": 1e4, "rope.dimension_count": 6, "attention.sliding_window": 6},
+        {"theta": 1e4, "share": 0.75, "sliding_window": 6},
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_other_architectures_have_the_logits_of_the_original(tmp_path, architecture):
+    kind, keys, settings = copy.deepcopy(OTHERS[architecture])
+    rope = {"rope_type": "default", "rope_theta": settings.pop("theta", None), "partial_rotary_factor": settings.pop("share", 1.0)}
+    if kind == "gemma3_text":  # every sixth layer attends to everything, by other frequencies
+        rope = {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
+    settings |= {} if kind == "gemma2" else {"rope_parameters": rope}
+    settings |= {"query_pre_attn_scalar": 16} if "gemma" in kind else {}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    sizes |= {"vocab_size": 291, "max_position_embeddings": 128, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, initializer_range=0.3, **sizes, **settings)
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in network.named_parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter) if name.endswith(("norm.weight", "bias")) else 0
+    lm = load_causal(write_other(tmp_path / "m.gguf", network, architecture, keys), "base", FLOAT)
+    torch.testing.assert_close(logits(lm.model.network), logits(network), rtol=0, atol=2e-5)
+    got = lm.tokenizer.convert_ids_to_tokens(lm.tokenizer("the hat").input_ids)
+    if "qwen" in kind:
+        assert got == tokenizer().tokenize("the hat") and sorted(lm.vocabulary.eos_ids) == [0]
+    else:
+        assert got == ["<bos>", "the" if "gemma" in kind else "▁the", "▁", "h", "a", "t"] and sorted(lm.vocabulary.eos_ids) == [1]
 
 
 def test_matrices_that_were_quantised_are_those_that_gguf_dequantises(tmp_path):
@@ -401,8 +453,6 @@ def test_converted_files_are_listed_and_removed_by_name(tmp_path, ivg):
 
 @pytest.mark.long
 def test_smollm2_answers_as_generate_does(tmp_path, cache, monkeypatch):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     try:
         folder = added.add("smollm2")
     except (ModelError, MissingDependencyError) as e:

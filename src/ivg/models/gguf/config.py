@@ -38,7 +38,11 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|end_of_turn|>", "<|eot|>")
 """Tokens by which chat templates end a turn. llama.cpp ends answers at them, whatever the file calls its end of sequence."""
 _ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+"""Attributes of configurations and keys of the file; where there is no key, transformers keeps a default of its own."""
 _SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty"}
+_BLOCKS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
+"""Gemma scales attention by the size of a head, but in the models of these depths; files do not say so, llama.cpp knows."""
 
 
 def complete_config(config: Any, metadata: Mapping[str, Any], rope: Mapping[str, Tensor], title: str) -> None:
@@ -69,6 +73,14 @@ def complete_config(config: Any, metadata: Mapping[str, Any], rope: Mapping[str,
         if scaling["rope_type"] not in ("linear", "yarn") or "factor" not in scaling or _rope(config) is None:
             raise _unread(title, f"rotary scaling {scaling}")
         _rope(config).update(scaling)
+    for name, key in _IDS.items():
+        if f"tokenizer.ggml.{key}" not in metadata:
+            setattr(config, name, None)
+    if config.model_type == "mistral" and "attention.sliding_window" not in own:  # llama.cpp reads no window there, either
+        config.sliding_window = None
+    if config.model_type in _BLOCKS_OF_27B:
+        large = config.num_hidden_layers == _BLOCKS_OF_27B[config.model_type]
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if large else config.head_dim
     _check_heads(config, own, title)
     if rope:
         _set_frequencies(config, rope, title)
@@ -132,7 +144,7 @@ def _check_heads(config: Any, own: Mapping[str, Any], title: str) -> None:
         return
     share = _rope(config).get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
     if int(width * share) != rotated and getattr(config, "rotary_dim", None) != rotated:
-        if share == 1.0:
+        if share == 1.0 and config.model_type != "phi3":
             raise _unread(title, f"rope.dimension_count = {rotated} of {width}")
         _rope(config)["partial_rotary_factor"] = rotated / width
 
