@@ -36,6 +36,22 @@ def test_examples_run(visit):
     assert page.input_value("#prompt") == text == page.inner_text("#guided .prompt")
 
 
+def test_an_instruction_guides_and_is_in_the_link(visit):
+    page = visit("#m=contrast&n=4&i=A+wonderful+film.")
+    ready(page)
+    assert page.is_visible("#contrast")
+    assert page.input_value("#contrast") == "A wonderful film."
+    with page.expect_request(lambda r: r.method == "POST" and "contrast" in (r.post_data or "")) as asked:
+        run(page)
+    assert asked.value.post_data_json["guidance"]["contrast"] == "A wonderful film."
+    assert "negative" not in asked.value.post_data_json["guidance"]
+    page.fill("#contrast", "")
+    page.click("#run")
+    wait_for(lambda: "needs an instruction" in page.inner_text("#error"))
+    page.select_option("#method", "eft")
+    assert not page.is_visible("#contrast")
+
+
 FIELDS = ("prompt", "method", "beta", "width", "successors", "chunk_length", "temperature", "max_tokens", "seed", "weight-explicit")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import naive
+from benchmarks import one_network
 from ivg import GuidedModel
 from ivg.errors import ConfigError, MissingDependencyError, ModelError
 from ivg.factory.engines import inner_guides
@@ -357,3 +358,15 @@ def test_other_engines_refuse(hub, own):
     recipe = Recipe.parse({"models": {"base": base | own}, "run": {"engine": "http://127.0.0.1:1/v1"}})
     with pytest.raises(ConfigError, match=rf"base has {next(iter(own))} = .*; on http://127.0.0.1:1/v1"):
         load_models(recipe)
+
+
+def test_the_benchmark_measures_one_set_of_weights(tmp_path):
+    one_network.write(tmp_path, 32, 2)
+    for kind in ("instruction", "adapter"):
+        (three, tokens), (one, same) = (
+            one_network.measure(one_network.load(tmp_path, kind, shared=shared), PROMPTS[:2], 6) for shared in (False, True)
+        )
+        assert tokens == same
+        assert (three["passes"], one["passes"]) == (18, 12)  # an instruction: tuned beside base; an adapter: tuned beside base
+        assert one["weights MB"] < 0.5 * three["weights MB"]
+        assert one["keys and values MB"] < three["keys and values MB"]
