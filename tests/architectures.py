@@ -12,6 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ivg.testing.models import DEVICE
+
 REMOVE = "DEL"  # a setting that is not given
 LAYERS = 4
 _TABLES = json.loads(Path(__file__).with_suffix(".json").read_text())
@@ -83,10 +85,10 @@ def randomise(model, seed):
 
 
 def tiny(name, seed=1, **more):
-    """A network in float32; its end-of-sequence token is 0."""
+    """A network in float32 on the device of the tests; its end-of-sequence token is 0."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(name, **more)).float().eval()
     randomise(model, seed)
-    model.tie_weights()
+    model.to(DEVICE).tie_weights()
     model.generation_config.pad_token_id = model.generation_config.eos_token_id = 0
     return model

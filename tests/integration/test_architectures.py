@@ -217,7 +217,7 @@ def test_phi3_equals_transformers_generate_over_the_border():
     requests = [Request(Prompt(p), get_method("base").search({}), sampling, 0) for p in prompts]
     done = dict(Searcher(TransformersEngine(reader)).run(requests))
     for i, prompt in enumerate(prompts):
-        ids = torch.tensor([reader.tokenizer(prompt).input_ids])
+        ids = torch.tensor([reader.tokenizer(prompt).input_ids], device=reader.model.device)
         expected = network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)[
             0, ids.shape[1] :
         ].tolist()

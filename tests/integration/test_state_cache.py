@@ -118,7 +118,7 @@ def test_greedy_answers_equal_generate_and_do_not_depend_on_the_batch(name):
     engine = TransformersEngine(base)
     together = run(engine, get_method("base"), PROMPTS, temperature=0, max_new_tokens=12)
     for prompt, completion in zip(PROMPTS, together, strict=True):
-        ids = torch.tensor([base.tokenizer(prompt).input_ids])
+        ids = torch.tensor([base.tokenizer(prompt).input_ids], device=base.model.device)
         expected = base.model.network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         assert list(completion.token_ids) == expected[0, ids.shape[1] :].tolist()
     sampled = run(engine, get_method("base"), PROMPTS)
@@ -131,7 +131,9 @@ def test_greedy_answers_equal_generate_and_do_not_depend_on_the_batch(name):
 def test_guidance_and_values_equal_naive(name, head):
     base, tuned, untuned = (lm(name, role, seed) for seed, role in enumerate(("base", "tuned", "untuned"), 1))
     network = ValueModel(tiny(name, 4).base_model, head)
-    torch.nn.init.normal_(network.head.weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(network.head.weight, std=0.3)
+    network.to(base.model.device)
     values = {
         "implicit": ImplicitValue(tuned, untuned),
         "explicit": ExplicitValue(CachedLM(ModelRunner(network, "explicit"), byte_tokenizer())),
