@@ -118,14 +118,29 @@ def speculative(p, q, numbers):
     return token if numbers[1] * q[token] < p[token] else invert((p - q).clamp(min=0), numbers[2])
 
 
-def grow(base, values, s, prompt, y, rng_path, tokens, temperature, seed, limit, eos):
-    """Up to ``tokens`` more tokens; (response, finished)."""
-    y = list(y)
-    for _ in range(tokens):
+def answer_start(y, marker):
+    """Tokens of the response before its answer; None: it is still thinking."""
+    ends = (i + len(marker) for i in range(len(y)) if y[i : i + len(marker)] == marker)
+    return next(ends, None) if marker else 0
+
+
+def answer(y, s, marker):
+    return y if s.values_read == "all" else y[answer_start(y, marker) :]
+
+
+def grow(base, values, s, prompt, y, rng_path, tokens, temperature, seed, limit, eos, marker=()):
+    """Up to ``tokens`` more tokens of the answer, and the thinking before it; (response, finished)."""
+    y, grown = list(y), 0
+    while grown < tokens:
         z = outputs(base, prompt + y)[-1]
-        if s.token and s.beta:
-            z = guided(z, s, values[s.token], prompt, y)
-        if temperature == 0:
+        start = answer_start(y, marker)
+        grown += start is not None
+        if s.token and s.beta and start is not None:
+            z = guided(z, s, values[s.token], prompt, answer(y, s, marker))
+        over = -1 if start is not None or s.thinking_budget is None else len(y) - s.thinking_budget
+        if 0 <= over < len(marker):
+            token = marker[over]
+        elif temperature == 0:
             token = int(z.argmax())
         elif s.draft and s.token and s.beta:
             q = (values[s.token].draft(prompt, y, s.beta) / temperature).softmax(-1)
@@ -139,10 +154,15 @@ def grow(base, values, s, prompt, y, rng_path, tokens, temperature, seed, limit,
     return y, False
 
 
-def search(base, values, s, prompt, seed, temperature, limit, eos=0):
-    """CBS(W, K, L): (tokens, score)."""
+def search(base, values, s, prompt, seed, temperature, limit, eos=0, marker=()):
+    """CBS(W, K, L): (tokens, score). ``marker``: the tokens behind which the answer begins."""
     seed, chunk = mix(seed, 0), s.chunk_length or limit
-    score = (lambda y: values[s.select].score(prompt, y)) if s.select else (lambda y: 0.0)
+
+    def score(y):
+        if answer_start(y, marker) is None:
+            return -math.inf
+        return values[s.select].score(prompt, answer(y, s, marker)) if s.select else 0.0
+
     kept = [([], 0, False, 0.0)]
     plan = budgets(-(-limit // chunk), s.width * s.successors, s.decay, s.width)
     counts = [plan.pop(0)]
@@ -151,7 +171,7 @@ def search(base, values, s, prompt, seed, temperature, limit, eos=0):
         for (y, rng_path, done, _), count in zip(kept, counts, strict=False):
             for k in range(0 if done else count):
                 line = child_rng_path(rng_path, len(y), k)
-                new, end = grow(base, values, s, prompt, y, line, chunk, temperature, seed, limit, eos)
+                new, end = grow(base, values, s, prompt, y, line, chunk, temperature, seed, limit, eos, marker)
                 pool.append((new, line, end, score(new)))
         if s.rule == "top" and not s.original:
             pool = list({tuple(p[0]): p for p in reversed(pool)}.values())[::-1]

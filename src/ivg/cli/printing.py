@@ -59,7 +59,8 @@ def show(prompt: Any, template: str | None, completion: Completion, method: str,
         return
     if many and not begun:
         out.print(Text(prompt_line(prompt), style="dim"))
-    out.print(Text(begun, style="dim") + Text(completion.text, style="bold"))
+    thinking = completion.text[: len(completion.text) - len(completion.answer)]
+    out.print(Text(begun + thinking, style="dim") + Text(completion.answer, style="bold"))
     for note in completion.notes:
         Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"note: {note}"))
     score = "" if completion.score is None else f" · score {completion.score:.3f}"

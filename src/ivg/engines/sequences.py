@@ -30,6 +30,8 @@ class TokenSequence:
     ancestor_key: int | None = None
     inherits: bool = True
     paused: bool = False
+    answer_start: int | None = 0
+    answer_text: int = 0
     log_ratio: float = 0.0
     guide_shift: list[float] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
@@ -74,6 +76,8 @@ def fork(request: ExpandRequest) -> list[TokenSequence]:
             decoded=beam.decoded,
             written=beam.text,
             inherits=not request.keep,
+            answer_start=beam.answer_start,
+            answer_text=beam.answer_text,
             log_ratio=beam.log_ratio,
             guide_shift=list(beam.guide_shift),
             pieces=list(beam.pieces),
@@ -102,11 +106,25 @@ def append_token(child: TokenSequence, token: int, shift: float = 0.0, detail: T
     elif len(child.token_ids) >= sampling.max_new_tokens:
         child.end("length")
     new = child.text[before:]  # decodes the token
+    if child.answer_start is None:
+        _find_answer(child, before)
     if child.request.record:
         child.guide_shift.append(shift)
         child.pieces.append(new)
     if detail is not None:
         child.details.append(replace(detail, text=new))
+
+
+def _find_answer(child: TokenSequence, before: int) -> None:
+    """Note where the answer begins, if the marker ends behind position ``before`` of the text, and limit its first chunk."""
+    request = child.request
+    if request.thinking is None:
+        return
+    marker = request.thinking.guide_after
+    if (found := stop_at(child.text, before, [marker])) is not None:
+        child.answer_start, child.answer_text = len(child.token_ids), found + len(marker)
+        if request.answer_tokens is not None:
+            child.limit = min(child.limit, child.answer_start + request.answer_tokens)
 
 
 def stop_at(text: str, before: int, stops: Sequence[str]) -> int | None:
@@ -140,5 +158,7 @@ def _as_beam(child: TokenSequence) -> Beam:
         decoded=child.decoded,
         error=child.error,
         paused=child.paused,
+        answer_start=child.answer_start,
+        answer_text=child.answer_text,
         log_ratio=child.log_ratio,
     )

@@ -70,7 +70,7 @@ def run_batch(model: GuidedModel, plan: EvalPlan, method: MethodRow, requests: S
 def _completion_row(completion: Completion) -> Row:
     """The columns of a completion; none of them holds seconds, so that two runs write the same bytes."""
     return {
-        "text": completion.text,
+        "text": completion.answer,
         "token_ids": list(completion.token_ids),
         "score": None if completion.score is None else round(completion.score, 6),
         "finish_reason": completion.finish_reason,

@@ -116,6 +116,15 @@ class PromptEncoder:
                 f"prompt token {wrong} is outside the vocabulary of {self.name}\n  expected ids from 0 to {self.vocab_size - 1}"
             )
 
+    def has_thought(self, prompt: Prompt, marker: str) -> bool:
+        """Does the answer to ``prompt`` begin at once: is ``marker`` in the begun turn, or at the end of what a template begins it with?"""
+        begun = prompt.continued or ""
+        given = prompt.token_ids if self.reads_given_ids else None
+        text = self._rendered(prompt) if given is None else self.vocabulary.decode(given)
+        if begun and text.endswith(begun):
+            text = text[: -len(begun)]
+        return marker in begun or text.rstrip().endswith(marker.strip() or marker)
+
     def check_length(self, prompt: Prompt, new_tokens: int) -> int:
         """Length of the prompt in this model's tokens.
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from ivg.errors import ConfigError
-from ivg.search.request import Particles, Rejection, Search, check_rule
+from ivg.search.request import Particles, Rejection, Search, check_rule, check_thinking
 from ivg.settings.schema import settings_of
 from ivg.settings.search import SearchSettings, Weights
-from ivg.types import TokenGuidance, Value
+from ivg.types import Thinking, TokenGuidance, Value
 from ivg.utils.plugins import Plugins
 
 CONTRAST = "contrast"
 """The value that every base gives which runs in this process (``ivg.values.contrast``)."""
-_Kind = TypeVar("_Kind", TokenGuidance, Search, Rejection, Particles)
+_Kind = TypeVar("_Kind", TokenGuidance, Search, Rejection, Particles, Thinking)
 Combine = Callable[[Sequence[tuple[float, Value]], str], Value]
 """Makes one value of (weight, value) pairs and a name: ``values.base.CompositeValue``, or a function that caches them."""
 
@@ -53,6 +53,12 @@ class Method(SearchSettings):
             raise ConfigError(
                 f"{self.name}: {name} is an instruction for the value contrast, which this method does not use\n"
                 "  give method=contrast, or token=contrast"
+            )
+        if self.guide_after is not None:
+            check_thinking(draft=self.draft, rule=self.rule)
+        elif self.thinking_budget is not None:
+            raise ConfigError(
+                f"{self.name}: thinking_budget needs guide_after, the text that ends the thinking\n  give --guide-after '</think>'"
             )
         if self.rule in ("reject", "particles"):
             least = self.segment_min if self.rule == "reject" else None
@@ -132,6 +138,7 @@ class Method(SearchSettings):
             rule="soft" if self.rule == "soft" else "top",
             rejection=_settings(Rejection, self) if self.rule == "reject" else None,
             particles=_settings(Particles, self) if self.rule == "particles" else None,
+            thinking=_settings(Thinking, self) if self.guide_after is not None else None,
         )
 
     def _value(self, parts: Weights, weighted: bool, values: Mapping[str, Value], combine: Combine | None) -> Value | None:

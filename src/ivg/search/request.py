@@ -10,7 +10,7 @@ from ivg.errors import ConfigError
 from ivg.search.rule import SelectionRule
 from ivg.settings.schema import validate
 from ivg.settings.search import RequestSettings, SearchSettings
-from ivg.types import Prompt, SamplingParams, TokenGuidance, Value
+from ivg.types import Prompt, SamplingParams, Thinking, TokenGuidance, Value
 from ivg.utils.rng import mix
 
 QUANTUM = RequestSettings.stride
@@ -87,6 +87,7 @@ class Search:
         decay: < 1 spends the budget of W * K continuations for each chunk early (:func:`ivg.search.selection.budgets`).
         rejection: select by rejection of segments (CARDS).
         particles: select by a particle filter.
+        thinking: responses begin with thinking, which is neither guided nor selected; the first chunk is thinking and L tokens of answer.
         make_rule: makes your own :class:`~ivg.search.selection.SelectionRule` for a request.
     """
 
@@ -101,6 +102,7 @@ class Search:
     decay: float = SearchSettings.decay
     rejection: Rejection | None = None
     particles: Particles | None = None
+    thinking: Thinking | None = None
     make_rule: Callable[[Request], SelectionRule] | None = None
 
     def __post_init__(self) -> None:
@@ -154,6 +156,7 @@ def required_features(request: Request) -> set[str]:
         "pause": search.rejection is not None,
         "return_log_ratio": search.particles is not None and search.guidance is not None,
         "alternatives": request.alternatives is not None,
+        "thinking": search.thinking is not None,
     }
     return {name for name, needs in needed.items() if needs} | set(sampling.changed)
 
@@ -167,13 +170,25 @@ def check_search(search: Search) -> None:
     rules = {"rejection": search.rejection, "particles": search.particles, "make_rule": search.make_rule, "soft": search.rule == "soft"}
     if len(given := [name for name, settings in rules.items() if settings]) > 1:
         raise ConfigError(f"got {' and '.join(given)}\n  a search has one selection rule; leave one of them out")
+    draft = search.guidance.draft if search.guidance is not None else 0
+    if search.thinking is not None:
+        check_thinking(draft=draft, rule="reject" if search.rejection else "particles" if search.particles else "top")
     if search.rejection is None and search.particles is None:
         beams, selects = search.width * search.successors, search.value is not None or search.make_rule is not None
         require("width · successors (W·K)", beams, selects or beams == 1, "1 without a value to select by")
         return
-    draft = search.guidance.draft if search.guidance is not None else 0
     least = None if search.rejection is None else search.rejection.segment_min
     check_rule(search, selects=search.value is not None, draft=draft, segment_min=least)
+
+
+def check_thinking(*, draft: int, rule: str) -> None:
+    """Raise for settings that do not go with ``guide_after``.
+
+    Raises:
+        ConfigError: drafts, or a rule that compares beams at equal lengths.
+    """
+    require("draft", draft, draft == 0, "0 with guide_after: thinking is drawn from the base alone")
+    require("rule", rule, rule in ("top", "soft"), "top or soft with guide_after: beams that think have no value yet")
 
 
 def check_rule(search: Search | SearchSettings, *, selects: bool, draft: int, segment_min: int | None) -> None:

@@ -22,7 +22,7 @@ from ivg.search.rule import Scored, Selection, SelectionRule
 from ivg.search.selection import BeamRule
 from ivg.search.state import RequestState
 from ivg.settings.search import MAX_BEAMS
-from ivg.types import AsyncEngine, Beam, Completion, Engine, ExpandRequest, Step, TraceNode, Usage, Value
+from ivg.types import AsyncEngine, Beam, Completion, Engine, ExpandRequest, Hypothesis, Step, TraceNode, Usage, Value
 from ivg.types.scores import Scores, require_scores, score_each
 from ivg.utils.locks import FairLock
 
@@ -42,6 +42,7 @@ def check_engine(engine: Engine, request: Request) -> None:
     """
     engine.check_features(required_features(request))
     engine.check(request.search.guidance)
+    engine.check_thinking(request.search.thinking)
 
 
 class Searcher:
@@ -71,12 +72,15 @@ class Searcher:
         with self.lock:
             check_engine(self.engine, request)
             root = self.engine.open(request.prompt, sampling)
+            if search.thinking is not None and not self.engine.answers_at_once(request.prompt, search.thinking.guide_after):
+                root = replace(root, answer_start=None)
             for value in (search.guidance.value if search.guidance else None, search.value):
                 if value is not None:
                     value.check(root.prompt, sampling.max_new_tokens)
             tokens = self.engine.prompt_tokens(request.prompt)
             kept: list[Scored] = [(root, 0.0)]
             state = RequestState(next(self._ids), request, _rule(request), time.perf_counter(), kept, root.token_counter, tokens)
+            state.marker = search.thinking.guide_after if search.thinking is not None and root.answer_start is None else None
             scheduling.enqueue(self._waiting, state)
         return state.id
 
@@ -143,7 +147,7 @@ class Searcher:
         for state in done:
             self._grow(state, state.families)
             state.left, state.inside, state.families = state.left - state.round, True, {}
-        ready = [state for state in done if state.left <= 0 or not any(_grows(b) for b in state.growing)]
+        ready = [state for state in done if state.left <= 0 or not any(state.grows(b) for b in state.growing)]
         scores = self._score(ready)
         steps += [self._select(state, scores[state.id]) for state in ready]
         steps += [self._step_of(state, [], []) for state in [*done, *streamed] if state.id not in scores]  # beams may share new text
@@ -158,7 +162,7 @@ class Searcher:
         requests: list[ExpandRequest] = []
         for state in states:
             state.round = quantum
-            requests += self._expand_requests(state)
+            requests += state.expand_requests()
         found = {r.beam.key: family for r, family in zip(requests, self.engine.extend(requests), strict=True)}
         for state in states:
             state.families = found
@@ -171,7 +175,7 @@ class Searcher:
         self._begin(free)
         for state in free:
             state.round = state.left
-            requests = list(self._expand_requests(state))
+            requests = list(state.expand_requests())
             state.pending = {r.beam.key for r in requests}
             engine.submit(requests)
         owner = {key: state for state in states for key in state.pending}
@@ -190,7 +194,7 @@ class Searcher:
     def _begin(self, states: Sequence[RequestState]) -> None:
         for state in states:
             if state.left <= 0:
-                self._begin_chunk(state)
+                state.begin_chunk()
 
     def _admit(self) -> list[Step]:
         """Start waiting requests where there is room; those whose prompt the value cannot read end at once."""
@@ -219,37 +223,6 @@ class Searcher:
         advice = "cards starts from the value of the prompt; target=… with threshold_start=1 needs none"
         return ScoreFault(f"{found}\n  {advice}", said=f"{found.said}\n  {advice}", prompt=found.prompt)
 
-    @staticmethod
-    def _begin_chunk(state: RequestState) -> None:
-        chunk = state.rule.begin(state.kept)
-        state.chunk, state.kept, state.left, state.inside = chunk, chunk.held, chunk.tokens, False
-        state.growing = [replace(b, paused=False) if b.paused else b for b, _ in chunk.expansions]
-
-    @staticmethod
-    def _expand_requests(state: RequestState) -> Iterator[ExpandRequest]:
-        """What each growing beam gets this round: several children at the start of a chunk, one within it."""
-        r, chunk = state.request, state.chunk
-        assert chunk is not None
-        counts = {} if state.inside else {b.key: n for b, n in chunk.expansions}
-        return_log_ratio = state.rule.needs_log_ratio and r.search.guidance is not None
-        for beam in state.growing:
-            if _grows(beam):
-                yield ExpandRequest(
-                    beam,
-                    counts.get(beam.key, 1),
-                    state.round,
-                    r.sampling,
-                    r.search.guidance,
-                    r.draw_seed,
-                    record=state.records,
-                    return_log_ratio=return_log_ratio,
-                    first=0 if state.inside else chunk.first,
-                    keep=chunk.keep and not state.inside,
-                    pause=chunk.pause,
-                    alternatives=r.alternatives,
-                    stream=r.stride < QUANTUM,
-                )
-
     def _grow(self, state: RequestState, families: dict[int, list[Beam]]) -> None:
         """Put children in their parents' places, so that their order does not depend on how chunks were cut into rounds."""
         keep = state.chunk is not None and state.chunk.keep
@@ -273,15 +246,15 @@ class Searcher:
 
     def _score(self, ready: Sequence[RequestState]) -> dict[int, Scores]:
         """Scores of all hypotheses that completed a chunk, or faults; one call for each value, over all requests."""
-        groups: dict[int, tuple[Value, list[Beam]]] = {}
+        groups: dict[int, tuple[Value, list[Hypothesis]]] = {}
         for state in ready:
             value = state.request.search.value
             if value is not None and not any(b.error for b in state.growing):
-                groups.setdefault(id(value), (value, []))[1].extend(state.growing)
+                groups.setdefault(id(value), (value, []))[1].extend(state.answers)
         known: dict[int, float | ScoreFault] = {}
         for value, beams in groups.values():
             known |= {b.key: s for b, s in zip(beams, score_each(value, beams), strict=True)}
-        return {state.id: [known.get(b.key, 0.0) for b in state.growing] for state in ready}
+        return {state.id: state.scores(known) for state in ready}
 
     def _select(self, state: RequestState, found: Scores) -> Step:
         """Let the rule select, free the rest; end the request when nothing can grow."""
@@ -298,7 +271,7 @@ class Searcher:
         step = self._step_of(state, selection.kept, selection.dropped)
         if selection.answer is not None:
             best, score = selection.answer
-            return self._end(state, best, score if search.value is not None else None, None, step)
+            return self._end(state, best, None if search.value is None or best.answer_start is None else score, None, step)
         return step
 
     def _release_unselected(self, state: RequestState, selection: Selection) -> None:
@@ -312,7 +285,7 @@ class Searcher:
     def _step_of(self, state: RequestState, kept: Sequence[Scored], dropped: Sequence[Scored]) -> Step:
         scored = state.request.search.value is not None
         nodes = [
-            tuple({b.key: _node(b, s if scored else None, kept=mark) for b, s in pairs}.values())
+            tuple({b.key: _node(b, s if scored and b.answer_start is not None else None, kept=mark) for b, s in pairs}.values())
             for pairs, mark in ((kept, True), (dropped, False))
         ]
         growing = [b for beam in state.growing for b in state.families.get(beam.key, [beam])]
@@ -344,6 +317,7 @@ class Searcher:
             notes=tuple(state.token_counter.notes),
             sampling=state.request.sampling,
             generation_config=state.request.from_checkpoint,
+            guide_after=state.marker,
         )
         self._release_all(state)
         del self._running[state.id]
@@ -374,10 +348,6 @@ class Searcher:
         search = state.request.search
         if search.guidance is not None and search.value is None:
             search.guidance.value.release([parent.key])
-
-
-def _grows(beam: Beam) -> bool:
-    return not beam.finished and not beam.paused
 
 
 def _hold_back(text: str, stops: Sequence[str]) -> str:

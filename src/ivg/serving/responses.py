@@ -14,6 +14,7 @@ from typing import Any
 from ivg.models.vocabulary import Vocabulary
 from ivg.serving.served_models import RequestBatch
 from ivg.types import Completion, TokenLogprobs
+from ivg.types.thinking import split_reasoning
 
 MIN_LOGPROB = -9999.0
 """OpenAI's number for log 0."""
@@ -45,6 +46,7 @@ class ChoiceState:
         selections: number of ``ivg.beams`` events sent.
         beam_numbers: small numbers for beam keys, in order of appearance.
         completion: set when it is finished.
+        parts: thinking and answer, as far as they were sent.
     """
 
     index: int
@@ -55,6 +57,13 @@ class ChoiceState:
     selections: int = 0
     beam_numbers: dict[int, int] = field(default_factory=dict)
     completion: Completion | None = None
+    parts: tuple[str, str] = ("", "")
+
+    def take_parts(self, marker: str | None, *, final: bool) -> tuple[str, str]:
+        """(thinking, answer) in :attr:`text` that were not sent yet; all is answer where ``marker`` is None."""
+        thinking, answer = ("", self.text) if marker is None else split_reasoning(self.text, marker, final=final)
+        sent, self.parts = self.parts, (thinking, answer or "")
+        return thinking[len(sent[0]) :], (answer or "")[len(sent[1]) :]
 
     def take_tokens(self, details: Sequence[TokenLogprobs], limit: int, *, final: bool) -> list[TokenLogprobs]:
         """Tokens not sent yet that lie within the first ``limit`` characters; at the end without what a stop string cut off."""
@@ -96,16 +105,22 @@ class ResponseBuilder:
         """A whole choice."""
         tokens = state.take_tokens(completion.details, len(completion.text), final=True)
         out: dict[str, Any] = {"index": state.index, "finish_reason": completion.finish_reason, "logprobs": self.logprobs(tokens, 0)}
-        if self.chat:
-            return out | {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
-        return out | {"text": completion.text}
+        if not self.chat:
+            return out | {"text": completion.text}
+        message = {"role": "assistant", "content": completion.text, "refusal": None}
+        if (marker := self.batch.thinking[state.index]) is not None:
+            message["reasoning_content"], message["content"] = split_reasoning(completion.text, marker)
+        return out | {"message": message}
 
-    def delta(self, index: int, text: str, tokens: Sequence[TokenLogprobs], offset: int, finish: str | None = None) -> dict[str, Any]:
+    def delta(
+        self, index: int, text: str, tokens: Sequence[TokenLogprobs], offset: int, finish: str | None = None, thinking: str = ""
+    ) -> dict[str, Any]:
         """A piece of a choice; its tokens begin ``offset`` characters after the beginning of the choice."""
         out: dict[str, Any] = {"index": index, "finish_reason": finish, "logprobs": self.logprobs(tokens, offset) if tokens else None}
-        if self.chat:
-            return out | {"delta": {"content": text} if text or finish is None else {}}
-        return out | {"text": text}
+        if not self.chat:
+            return out | {"text": text}
+        reasoning = {"reasoning_content": thinking} if thinking else {}
+        return out | {"delta": reasoning | ({"content": text} if text or (finish is None and not thinking) else {})}
 
     def logprobs(self, tokens: Sequence[TokenLogprobs], offset: int) -> dict[str, Any] | None:
         """Log-probabilities under the guided distribution, in OpenAI's format for this endpoint."""

@@ -50,6 +50,7 @@ class RequestBatch:
         seed: of all requests.
         prompt_tokens: of all prompts, each counted once.
         n: completions for every prompt.
+        thinking: for each request what ends the thinking that its response begins with; None: it begins with its answer.
     """
 
     requests: list[Request]
@@ -57,6 +58,7 @@ class RequestBatch:
     seed: int
     prompt_tokens: int
     n: int
+    thinking: list[str | None]
 
 
 class ServedModels:
@@ -178,7 +180,15 @@ class ServedModels:
             raise client_error(e, param) from None
         n = body.n or 1
         prompt_tokens = sum(self.model.engine.prompt_tokens(first.prompt) for first in firsts)
-        return RequestBatch([replace(first, index=i) for first in firsts for i in range(n)], method.name, seed, prompt_tokens, n)
+        requests = [replace(first, index=i) for first in firsts for i in range(n)]
+        return RequestBatch(requests, method.name, seed, prompt_tokens, n, [self._marker(first) for first in firsts for _ in range(n)])
+
+    def _marker(self, request: Request) -> str | None:
+        """What ends the thinking that the response begins with."""
+        thinking = request.search.thinking
+        if thinking is None or self.model.engine.answers_at_once(request.prompt, thinking.guide_after):
+            return None
+        return thinking.guide_after
 
     def _with_max_tokens(self, request: Request, wanted: int | None) -> Request:
         """The request with its number of new tokens: as asked for, else as the settings say and all models can read."""

@@ -46,14 +46,16 @@ class StreamEncoder:
             yield encode_event(self._beams(state, progress), "ivg.beams")
         text = progress.committed
         assert text.startswith(state.text), "committed text was taken back"
-        new, offset = text[len(state.text) :], state.characters
+        offset = state.characters
         state.length = progress.tokens if completion is None else completion.usage.completion_tokens
         tokens = state.take_tokens(progress.details, len(text), final=completion is not None)
         state.text = text
+        marker = builder.batch.thinking[state.index] if builder.chat else None
+        thinking, new = state.take_parts(marker, final=completion is not None)
         if self.beams and tokens:
             yield encode_event({"index": state.index, "tokens": builder.guided_tokens(tokens)}, "ivg.tokens")
-        if new or (tokens and builder.top_logprobs is not None):
-            yield encode_event(self._chunk([builder.delta(state.index, new, tokens, offset)]))
+        if new or thinking or (tokens and builder.top_logprobs is not None):
+            yield encode_event(self._chunk([builder.delta(state.index, new, tokens, offset, thinking=thinking)]))
         if completion is not None:
             state.completion = completion
             last = builder.delta(state.index, "", (), offset, completion.finish_reason)

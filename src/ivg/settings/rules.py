@@ -204,6 +204,7 @@ TEXT = Rule("a text", _text)
 INSTRUCTION = Rule("a text", _text, "some text", lambda v: bool(v.strip()), optional=True)
 VALUE_NAME = Rule("the name of a value", _text, "no empty text", bool, optional=True)
 WEIGHTS = Rule('names and finite numbers, each name once, e.g. {implicit = 1.0, plain = 0.5} or "implicit=1.0,plain=0.5"', _weights)
+MARKER = Rule("a text", _text, "no empty text", bool, optional=True)
 POSITIVE = number("positive", 0, open_low=True)
 SHARE = number("in [0, 1]", 0, 1)
 TEMPLATE = Rule(

@@ -14,6 +14,7 @@ from ivg.settings import rules as r
 from ivg.settings.schema import Setting, validate
 
 Transform = Literal["identity", "log-sigmoid", "centered"]
+ValuesRead = Literal["answer", "all"]
 SelectionName = Literal["top", "soft", "reject", "particles"]
 Weights = tuple[tuple[str, float], ...]
 """(name, weight) of values."""
@@ -170,6 +171,33 @@ class SearchSettings:
             flags=("--draft",),
         ),
     ] = 0
+    guide_after: Annotated[
+        str | None,
+        Setting(
+            "Text after which the answer begins, such as </think>: the model's thinking before it is neither guided nor selected.",
+            r.MARKER,
+            flags=("--guide-after",),
+            unset="no thinking",
+            escapes=True,
+        ),
+    ] = None
+    thinking_budget: Annotated[
+        int | None,
+        Setting(
+            "After so many tokens of thinking without the text of guide_after, that text is forced.",
+            r.count(0, "0 or more tokens", optional=True),
+            aliases=("thinking_token_budget",),
+            flags=("--thinking-budget",),
+            unset="no limit",
+        ),
+    ] = None
+    values_read: Annotated[
+        ValuesRead,
+        Setting(
+            "With guide_after: what guides and values read: answer (the response without its thinking) or all.",
+            r.choice("answer", "all"),
+        ),
+    ] = "answer"
     rule: Annotated[
         SelectionName,
         Setting(

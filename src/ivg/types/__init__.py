@@ -9,6 +9,7 @@ An engine makes beams longer, a value turns beams into numbers, a selection rule
 ``engine``      :class:`Engine` and :class:`AsyncEngine`, base classes
 ``completion``  what comes back
 ``scores``      what values return, checked
+``thinking``    responses that begin with thinking
 ``preference``  pairs of responses
 ==============  =========================================================
 """
@@ -19,6 +20,7 @@ from ivg.types.completion import Completion, Step, TraceNode, Usage
 from ivg.types.engine import AsyncEngine, Engine, EntropyStop, ExpandOutput, ExpandRequest, TokenGuidance
 from ivg.types.messages import Message, Prompt
 from ivg.types.preference import Preference
+from ivg.types.thinking import Thinking
 from ivg.types.value import Drafter, Reward, Value
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "Reward",
     "SamplingParams",
     "Step",
+    "Thinking",
     "TokenCounter",
     "TokenGuidance",
     "TokenLogprobs",

@@ -151,6 +151,10 @@ class Beam:
     decoded: DecodeState = DecodeState()
     """How far ``text`` has been decoded."""
     error: str | None = None
+    answer_start: int | None = 0
+    """Tokens of the response before its answer; None: it is still thinking (:class:`~ivg.types.thinking.Thinking`)."""
+    answer_text: int = 0
+    """Characters of ``text`` before the answer."""
 
     @property
     def finished(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ivg.settings.sampling import SamplingParams
 from ivg.types.beam import FinishReason, TokenLogprobs
+from ivg.types.thinking import split_reasoning
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,18 @@ class Completion:
     """What to know of how it was made: a prompt that a reward model could not read whole, say."""
     sampling: SamplingParams | None = None
     generation_config: Mapping[str, Any] = field(default_factory=dict)
+    guide_after: str | None = None
+    """What ends the thinking that ``text`` begins with; None: it begins with the answer."""
+
+    @property
+    def reasoning_content(self) -> str | None:
+        """The thinking before the answer; None: there is none."""
+        return None if self.guide_after is None else split_reasoning(self.text, self.guide_after)[0]
+
+    @property
+    def answer(self) -> str:
+        """The text without thinking; empty where the answer has not begun."""
+        return self.text if self.guide_after is None else split_reasoning(self.text, self.guide_after)[1] or ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without the trace."""
@@ -101,6 +114,8 @@ class Completion:
             "finish_reason": self.finish_reason,
             "usage": asdict(self.usage) | {"seconds": round(self.usage.seconds, 4)},
         }
+        if self.guide_after is not None:
+            out |= {"reasoning_content": self.reasoning_content, "answer": self.answer}
         if self.generation_config:
             out["generation_config"] = dict(self.generation_config)
         return out | ({"notes": list(self.notes)} if self.notes else {}) | ({"error": self.error} if self.error else {})

@@ -20,6 +20,7 @@ from ivg.settings.schema import validate
 from ivg.settings.search import SearchSettings, Transform
 from ivg.types.beam import Beam
 from ivg.types.messages import Prompt
+from ivg.types.thinking import Thinking
 from ivg.types.value import Value
 
 
@@ -87,6 +88,10 @@ class ExpandRequest:
     pause: EntropyStop | None = None
     alternatives: int | None = None
     """Fill ``details`` of the children, each with so many alternatives."""
+    thinking: Thinking | None = None
+    """The response begins with thinking: guidance begins with its answer (``Beam.answer_start`` of the children)."""
+    answer_tokens: int | None = None
+    """A child whose answer begins grows by at most so many tokens of it; None: by ``tokens`` in all."""
     stream: bool = False
     """Show unfinished children meanwhile, where the engine can (:class:`AsyncEngine`)."""
 
@@ -144,6 +149,18 @@ class Engine(ABC):
                 "  use a method that selects chunks (cbs-explicit, bon …)"
             )
 
+    def check_thinking(self, thinking: Thinking | None) -> None:
+        """Raise where the marker of ``thinking`` cannot be found or forced. Default: it can.
+
+        Raises:
+            ConfigError: says why.
+        """
+
+    def answers_at_once(self, prompt: Prompt, marker: str) -> bool:
+        """Has the thinking before the answer to ``prompt`` ended already (``marker`` is in the begun turn)?"""
+        ended: bool = self.base.has_thought(prompt, marker)
+        return ended
+
     def check_request(self, request: ExpandRequest) -> None:
         """Raise where ``request`` needs what this engine does not support.
 
@@ -154,9 +171,11 @@ class Engine(ABC):
             "pause": request.pause is not None,
             "alternatives": request.alternatives is not None,
             "return_log_ratio": request.return_log_ratio,
+            "thinking": request.thinking is not None,
         }
         self.check_features({name for name, needs in needed.items() if needs} | set(request.sampling.changed))
         self.check(request.guidance)
+        self.check_thinking(request.thinking)
 
     def check_features(self, features: Collection[str]) -> None:
         """Raise where one of ``features`` (names as in :attr:`unsupported`) is not supported.

@@ -18,10 +18,12 @@ from ivg.engines.transformers.logprobs import compare_guidance
 from ivg.engines.transformers.processors import contexts_of, forbid_ignored_eos, process_logits
 from ivg.engines.transformers.sampling import entropy, nonfinite_rows, sample
 from ivg.engines.transformers.speculation import Speculator
+from ivg.engines.transformers.thinking import force, forced_token, is_guided, marker_ids
 from ivg.errors import ConfigError, ScoreFault
 from ivg.models.cached_lm import CachedLM
 from ivg.models.support import body_of
-from ivg.types import Beam, Engine, ExpandRequest, Hypothesis, TokenGuidance
+from ivg.types import Beam, Engine, ExpandRequest, Hypothesis, Thinking, TokenGuidance
+from ivg.types.thinking import answer_of
 from ivg.utils.rng import uniform
 
 
@@ -92,6 +94,11 @@ class TransformersEngine(Engine):
                     "  leave draft out"
                 )
 
+    def check_thinking(self, thinking: Thinking | None) -> None:
+        """Raise where the base's tokens do not spell the marker."""
+        if thinking is not None:
+            marker_ids(self.vocabulary, thinking.guide_after)
+
     def release(self, keys: Sequence[int]) -> None:
         """Free the base's rows of these beams."""
         self.base.release(keys)
@@ -120,10 +127,10 @@ class TransformersEngine(Engine):
     def _inherit_caches(self, sequences: Sequence[TokenSequence]) -> None:
         """Children of one token were never read: they inherit their parents' caches before those are released."""
         self.base.inherit_cache(sequences)
-        guided: dict[TokenGuidance, list[TokenSequence]] = {}
+        guided: dict[TokenGuidance, list[Hypothesis]] = {}
         for s in sequences:
-            if s.request.guidance is not None:
-                guided.setdefault(s.request.guidance, []).append(s)
+            if s.request.guidance is not None and s.answer_start is not None:
+                guided.setdefault(s.request.guidance, []).append(answer_of(s, s.request.thinking))
         for guidance, some in guided.items():
             guidance.value.inherit_cache(some)
 
@@ -159,7 +166,7 @@ class TransformersEngine(Engine):
         """
         groups: dict[TokenGuidance, list[int]] = {}
         for i, request in enumerate(step.requests):
-            if request.guidance is not None and request.guidance.beta != 0:
+            if request.guidance is not None and is_guided(request, step.nodes[i]):
                 groups.setdefault(request.guidance, []).append(i)
         forbid_ignored_eos(logits, [request.sampling for request in step.requests], self.vocabulary.eos_ids)
         base = logits
@@ -168,7 +175,8 @@ class TransformersEngine(Engine):
         faults: dict[int, ScoreFault] = {}
         for guidance, rows in groups.items():
             every = len(rows) == len(logits)
-            nodes, own = [step.nodes[i] for i in rows], None if entropies is None else entropies[rows]
+            nodes = [answer_of(step.nodes[i], step.requests[i].thinking) for i in rows]
+            own = None if entropies is None else entropies[rows]
             guided = apply_guidance(logits if every else logits[rows], nodes, guidance, own, faults)
             if every:
                 logits = guided
@@ -196,8 +204,13 @@ class TransformersEngine(Engine):
     def process_logits(
         self, logits: Tensor, nodes: Sequence[Hypothesis], requests: Sequence[ExpandRequest]
     ) -> tuple[Tensor, frozenset[int]]:
-        """Logits [rows, vocabulary] behind ``nodes`` as the requests' settings change them (see ``processors.process_logits``)."""
-        return process_logits(logits, [r.sampling for r in requests], contexts_of(self.base, nodes), self.vocabulary.eos_ids)
+        """Logits [rows, vocabulary] behind ``nodes`` as the requests' settings change them (see ``processors.process_logits``).
+
+        Where a budget of thinking is spent, only the marker's next token is left.
+        """
+        final, exhausted = process_logits(logits, [r.sampling for r in requests], contexts_of(self.base, nodes), self.vocabulary.eos_ids)
+        forced = [forced_token(self.vocabulary, r.thinking, node) for r, node in zip(requests, nodes, strict=True)]
+        return force(final, forced), exhausted - {row for row, token in enumerate(forced) if token is not None}
 
 
 def _end_nonfinite(step: _Step, logits: _Logits) -> None:

@@ -78,6 +78,7 @@ class VLLMEngine(AsyncEngine):
         "pause": _ELSEWHERE,
         "return_log_ratio": _ELSEWHERE,
         "alternatives": _ELSEWHERE,
+        "thinking": f"guidance inside vLLM begins with the first token, so no guide_after; {_ELSEWHERE}",
         **dict.fromkeys(
             ONLY_TRANSFORMERS,
             f"{_ELSEWHERE}; where the base's generation_config.json sets it: --generation-config ignore",
