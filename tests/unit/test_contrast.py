@@ -8,11 +8,15 @@ import naive
 from architectures import tiny
 from ivg import GuidedModel
 from ivg.errors import ConfigError, PromptError
+from ivg.evaluation.methods import method_rows
+from ivg.integrations.transformers import GuidanceLogitsProcessor, GuidedGenerate
 from ivg.models.cached_lm import CachedLM
 from ivg.models.runner import ModelRunner
 from ivg.search.methods import get_method
-from ivg.testing import FakeEngine, byte_tokenizer, tiny_lm
-from ivg.types import Prompt
+from ivg.settings.recipe import Recipe
+from ivg.testing import FakeEngine, byte_tokenizer, hypothesis, tiny_lm
+from ivg.types import Prompt, TokenGuidance
+from ivg.values.contrast import PromptContrast
 from ivg.values.implicit import ImplicitValue
 
 PROMPTS = ["The movie was", "I", "What a long prompt this one is"]
@@ -233,3 +237,37 @@ def test_a_value_of_this_name_is_used(llama):
     assert [c.token_ids for c in model.generate(PROMPTS, "contrast", seed=2, max_new_tokens=9)] == [c.token_ids for c in same]
     with pytest.raises(ConfigError, match="reads prompts of its own\n  leave contrast and negative out"):
         model.request("Hi", "contrast", contrast=KIND)
+
+
+# Inside transformers' generate
+
+
+def test_inside_generate(llama):
+    tokenizer, network = llama.base.tokenizer, llama.base.model.network
+    inputs = tokenizer("The movie was", return_tensors="pt")
+    search = GuidedGenerate(tokenizer, {}, "contrast", contrast=KIND, negative=RUDE, seed=4)
+    out = network.generate(**inputs, custom_generate=search, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=9)
+    same = llama.generate("The movie was", "contrast", contrast=KIND, negative=RUDE, seed=4, temperature=1.0, max_new_tokens=9)
+    assert tuple(out[0, inputs.input_ids.shape[1] :].tolist()) == same.token_ids
+    with pytest.raises(ConfigError, match="contrast: the value contrast needs an instruction"):
+        network.generate(**inputs, custom_generate=GuidedGenerate(tokenizer, {}, "contrast"), max_new_tokens=2)
+
+
+def test_a_prompt_without_instruction_is_an_error_and_not_zero(llama):
+    value = PromptContrast(llama.base)
+    beam = hypothesis("The movie", " was", llama.base)
+    for call in (value.deltas, value.score):
+        with pytest.raises(ConfigError, match=r"contrast: a prompt without instruction\n  give Prompt\(…, contrast=TEXT\)"):
+            call([beam])
+    processor = GuidanceLogitsProcessor(TokenGuidance(value), llama.base.tokenizer)
+    inputs = llama.base.tokenizer("The movie was", return_tensors="pt")
+    with pytest.raises(ConfigError, match="a prompt without instruction"):
+        llama.base.model.network.generate(**inputs, logits_processor=[processor], max_new_tokens=2)
+
+
+def test_rows_of_an_evaluation_need_an_instruction():
+    recipe = {"eval": {"task": "sentiment", "methods": [{"method": "contrast", "label": "kind"}]}}
+    with pytest.raises(ConfigError, match="kind: the value contrast needs an instruction"):
+        method_rows(Recipe.parse(recipe), {})
+    recipe["eval"]["methods"][0]["contrast"] = KIND
+    assert [row.label for row in method_rows(Recipe.parse(recipe), {})] == ["base", "kind"]

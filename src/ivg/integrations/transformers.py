@@ -36,10 +36,11 @@ from ivg.integrations.generate_args import (
 from ivg.models.cached_lm import CachedLM
 from ivg.models.runner import ModelRunner
 from ivg.models.vocabulary import Vocabulary
-from ivg.search.methods import get_method
+from ivg.search.methods import CONTRAST, get_method
 from ivg.search.searcher import Request, Search, Searcher
 from ivg.types import Beam, ExpandRequest, Hypothesis, Prompt, TokenGuidance, Value, new_key
 from ivg.values.base import CompositeValue
+from ivg.values.contrast import PromptContrast, choose_contrast
 
 
 class GuidanceLogitsProcessor(LogitsProcessor):
@@ -137,7 +138,7 @@ class GuidedGenerate:
 
     Args:
         tokenizer: the base model's.
-        values: by the names that the method uses.
+        values: by the names that the method uses; ``contrast`` is the base itself where it is not among them.
         method: see :mod:`ivg.search.methods`.
         seed: random seed.
         processors: logits processors of your own, behind transformers', each a function of (input_ids, scores) and nothing else: rows
@@ -156,7 +157,15 @@ class GuidedGenerate:
         **settings: Any,
     ) -> None:
         self.tokenizer, self.seed, self.processors = tokenizer, seed, tuple(processors)
-        self.search: Search = get_method(method, **settings).search(values, CompositeValue)
+        self.method, self.values = get_method(method, **settings), values
+        self.search = None if self.method.reads_contrast else self._search(values)
+
+    def _search(self, values: Mapping[str, Value]) -> Search:
+        return self.method.search(values, CompositeValue)
+
+    def _search_with_contrast(self, base: CachedLM) -> Search:
+        m, of_base = self.method, PromptContrast(base)
+        return self._search({**self.values, CONTRAST: choose_contrast(self.values.get(CONTRAST), of_base, m.name, instructed=m.instructed)})
 
     def __call__(
         self,
@@ -178,7 +187,7 @@ class GuidedGenerate:
         check_config(generation_config)
         mask = check_model_kwargs(model_kwargs)
         processors = [*read_processors(logits_processor or (), generation_config), *self.processors]
-        if processors and self.search.guidance is not None and self.search.guidance.draft:
+        if processors and self.method.draft:
             names = ", ".join(type(p).__name__ for p in processors)
             raise ConfigError(f"draft reads several tokens at once, and {names} one by one\n  leave draft out, or these processors")
         streamer = _streamer_of_caller()
@@ -187,13 +196,15 @@ class GuidedGenerate:
         sampling = sampling_params(generation_config, input_ids.shape[1], read_stops(stopping_criteria or (), generation_config))
         kind = _FiniteLM if removes_invalid_logits(logits_processor or ()) else CachedLM
         base = kind(ModelRunner(model, "base"), self.tokenizer, None, end_ids(generation_config))
+        search = self.search or self._search_with_contrast(base)
+        contrast, negative = self.method.contrast, self.method.negative
         requests, padded = [], {}
         mask = torch.ones_like(input_ids) if mask is None else mask
         for row, (ids, seen) in enumerate(zip(input_ids, mask.bool(), strict=True)):
             tokens = tuple(ids[seen].tolist())
             padded[tokens] = ids.tolist()
-            prompt = Prompt(base.vocabulary.prompt_text(tokens), tokens)
-            requests.append(Request(prompt, self.search, sampling, self.seed, row))
+            prompt = Prompt(base.vocabulary.prompt_text(tokens), tokens, contrast=contrast, negative=negative)
+            requests.append(Request(prompt, search, sampling, self.seed, row))
         done = dict(Searcher(_Processed(base, processors, padded)).run(requests))
         failed = next((f"row {row}: {c.error}" for row, c in sorted(done.items()) if c.error), None)
         if failed is not None:

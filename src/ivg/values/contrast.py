@@ -7,11 +7,17 @@ arXiv 2306.17806), whose negative prompt takes the place of x alone; the contras
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from ivg.errors import ConfigError
 from ivg.models.cached_lm import CachedLM
 from ivg.models.prompt_encoder import PromptEncoder
-from ivg.types import Value
+from ivg.types import Hypothesis, Value
 from ivg.values.implicit import ImplicitValue
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class PromptContrast(ImplicitValue):
@@ -34,6 +40,25 @@ class PromptContrast(ImplicitValue):
         )
         self.tuned.chat_settings = self.untuned.chat_settings = model.chat_settings
         follow_base(model, self)
+
+    def deltas(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
+        """z(instruction, prompt) - z(prompt), float32 [hypotheses, vocabulary].
+
+        Raises:
+            ConfigError: a prompt without instruction, for which all would be 0.
+        """
+        _require_instructions(hypotheses, self.name)
+        return super().deltas(hypotheses)
+
+    def token_scores(self, hypotheses: Sequence[Hypothesis]) -> list[list[float]]:
+        """The log-ratio of every response token, in nats; raises as :meth:`deltas`."""
+        _require_instructions(hypotheses, self.name)
+        return super().token_scores(hypotheses)
+
+
+def _require_instructions(hypotheses: Sequence[Hypothesis], name: str) -> None:
+    if any(h.prompt.contrast is None and h.prompt.negative is None for h in hypotheses):
+        raise ConfigError(f"{name}: a prompt without instruction\n  give Prompt(…, contrast=TEXT), negative, or both")
 
 
 def contrast_of(base: PromptEncoder, *, here: bool) -> PromptContrast | None:
