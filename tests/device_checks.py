@@ -15,11 +15,15 @@ from accelerate import dispatch_model
 from architectures import tiny
 from fake_devices import TYPE, fake_devices
 from ivg import GuidedModel
+from ivg.diagnostics.preference_check import CheckSettings, check_preferences
+from ivg.diagnostics.sweep import SweepSettings
+from ivg.integrations.transformers import GuidanceLogitsProcessor
 from ivg.models.cached_lm import CachedLM
 from ivg.models.runner import ModelRunner
 from ivg.models.slot_cache import SlotCache
 from ivg.models.state_cache import StateCache
 from ivg.testing import byte_tokenizer, models, tiny_model, tiny_value
+from ivg.types import Preference, Prompt, SamplingParams, TokenGuidance
 from ivg.values.explicit import ExplicitValue
 from ivg.values.implicit import AutoregressiveReward, ImplicitValue
 from ivg.values.reward import RewardModel
@@ -42,6 +46,7 @@ METHODS = {
     "composite selects": {"method": "custom", "select_weights": {"implicit": 0.5, "explicit": 2.0}, "successors": 3, "chunk_length": 4},
     "bon": {"method": "bon", "select": "reward", "successors": 3},
     "cards": {},
+    "contrast": {"contrast": "Answer in one word.", "beta": 1.5},
     "smc": {"method": "smc"},
 }
 
@@ -125,6 +130,28 @@ def test_a_guide_elsewhere_costs_one_copy_a_step(copies):
     completion = model.generate("The film", "eft", max_new_tokens=12, temperature=0)
     assert copies[f"{SECOND} -> {FIRST}"] == len(completion.token_ids)
     assert not copies[f"{FIRST} -> {SECOND}"]
+
+
+def test_preferences_are_measured_alike(copies):
+    pairs = [Preference(Prompt(f"Film {i}"), f" is good{i}", " was so bad") for i in range(3)]
+    sampling = SamplingParams(max_new_tokens=4)
+    settings = CheckSettings(SweepSettings(batch=2, samples=2, sampling=sampling), prompts=2, guide="implicit")
+    place = {"base": FIRST, "tuned": SECOND, "untuned": FIRST, "explicit": SECOND, "arm": "cpu"}
+    expected, got = (check_preferences(guided(where), pairs, settings) for where in (dict.fromkeys(networks(), "cpu"), place))
+    assert [row.kl.mean for row in got.sweep] == pytest.approx([row.kl.mean for row in expected.sweep], abs=1e-3)
+    assert got.divergence_on_chosen.guided_base == pytest.approx(expected.divergence_on_chosen.guided_base, abs=1e-3)
+
+
+def test_guidance_inside_transformers_by_a_pair_elsewhere(copies):
+    tokenizer, texts = byte_tokenizer(), []
+    for device, other in (("cpu", "cpu"), (FIRST, SECOND)):
+        found = {name: network.to(other) for name, network in networks().items() if name in ("tuned", "untuned")}
+        pair = ImplicitValue(*(CachedLM(ModelRunner(network, name), tokenizer) for name, network in found.items()))
+        base = tiny_model(seed=0).to(device)
+        ids = torch.tensor([tokenizer("The film").input_ids]).to(device)
+        with GuidanceLogitsProcessor(TokenGuidance(pair, 1.0), tokenizer) as processor:
+            texts.append(base.generate(ids, max_new_tokens=6, do_sample=False, logits_processor=[processor]).tolist())
+    assert texts[0] == texts[1]
 
 
 def spread(network):

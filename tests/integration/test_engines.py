@@ -9,6 +9,7 @@ from ivg.embedded import path
 from ivg.engines.vllm.value import VLLMGuide
 from ivg.errors import ConfigError, ModelError
 from ivg.factory import engines
+from ivg.factory.recipe import load_options
 from ivg.model import GuidedModel
 from ivg.models.loading import LoadOptions
 from ivg.settings.recipe import Recipe
@@ -85,6 +86,31 @@ def test_what_vllm_would_ignore_is_refused(cores):
     with pytest.raises(ConfigError, match="quantization is how transformers loads"):
         engines.vllm_model(recipe, LoadOptions(quantization={"load_in_4bit": True}))
     assert not cores
+
+
+@pytest.mark.parametrize(
+    ("models", "run", "line"),
+    [
+        ({"tuned": {"device": "cuda:1"}}, {}, "tuned of implicit is to be loaded otherwise than the base"),
+        ({"untuned": {"dtype": "float32"}}, {"dtype": "float16"}, "untuned of implicit is to be loaded otherwise"),
+        ({"base": {"revision": "v2"}}, {}, "tuned of implicit is to be loaded otherwise"),  # it would be read from the base's branch
+        ({"base": {"device": "auto"}}, {}, "device 'auto' is for transformers\n  in vLLM: tensor_parallel_size"),
+        ({"base": {"attention": "eager"}}, {}, "attention is how transformers loads models"),
+        ({"value": {"quantization": {"load_in_8bit": True}}}, {}, "quantization is how transformers loads models"),
+    ],
+)
+def test_models_that_are_one_in_vllm_are_loaded_alike(cores, tmp_path, models, run, line):
+    refs = {role: {"path": str(path(role)), **models.get(role, {})} for role in ("base", "tuned", "untuned", "value")}
+    recipe = Recipe.parse({"models": refs, "run": {"engine": "vllm", **run}, "vllm": {"cache": str(tmp_path)}})
+    with pytest.raises(ConfigError, match=line):
+        engines.vllm_model(recipe, load_options(recipe))
+    assert all(core.closed for core in cores)
+
+
+def test_a_base_behind_an_endpoint_is_not_loaded_here():
+    recipe = Recipe.parse({"models": {"base": {"path": "m", "dtype": "float16"}}, "run": {"engine": "http://localhost:1/v1"}})
+    with pytest.raises(ConfigError, match="base runs on http://localhost:1/v1, which has loaded it"):
+        engines.endpoint_model(recipe, load_options(recipe))
 
 
 def test_reset_caches_includes_a_value_that_guides_and_selects():

@@ -1,5 +1,7 @@
 """What settings of a model reach transformers' ``from_pretrained``."""
 
+import sys
+
 import pytest
 import torch
 import transformers
@@ -9,7 +11,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ivg import GuidedModel, LoadOptions
 from ivg.embedded import path
-from ivg.errors import ModelError
+from ivg.errors import ConfigError, MissingDependencyError, ModelError
 from ivg.factory.recipe import load_models
 from ivg.models.loading import load_causal, load_value
 from ivg.models.slot_cache import SlotCache
@@ -97,6 +99,26 @@ def test_torchao_weights_of_eight_bits():
     got = lm.outputs([h])[0]
     assert torch.allclose(got, expected, atol=1e-3)
     assert 1e-4 < float((got - plain.outputs([h])[0]).abs().max()) < 2.0  # quantised, and still that model
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (LoadOptions("cuda:99"), "tuned: device 'cuda:99' is not usable here"),
+        (LoadOptions("nothing"), "tuned: device 'nothing' is not usable here"),
+        (LoadOptions("cpu", "float8"), "tuned: unknown dtype 'float8'"),
+        (LoadOptions("cpu", max_memory={"cpu": "1GiB"}), "tuned: max_memory is for a model over several devices"),
+    ],
+)
+def test_a_place_that_does_not_exist_names_the_model(options, line):
+    with pytest.raises(ConfigError, match=line):
+        load_causal(place("tuned"), "tuned", options)
+
+
+def test_a_model_over_several_devices_needs_accelerate(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(MissingDependencyError, match=r"need the package accelerate.*\n  pip install accelerate"):
+        load_causal(place("base"), "base", LoadOptions("auto"))
 
 
 # Attention

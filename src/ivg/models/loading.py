@@ -118,7 +118,10 @@ def load_network(name: str | Path, auto_class: Any, options: LoadOptions, what: 
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    kwargs = {**options.placed(), **options.hub()}
+    try:
+        kwargs = {**options.placed(), **options.hub()}
+    except ConfigError as e:
+        raise ConfigError(f"{what}: {e}") from e
     place = find_model(name, what, options.hub())
     with _loading(f"{what} {str(name)!r}", "a directory with config.json and weights"):
         network, info = auto_class.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
