@@ -108,6 +108,7 @@ def test_fingerprints(tmp_path, monkeypatch):
 def test_every_byte_of_a_large_file_counts_and_its_digest_is_remembered(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "CACHE_FROM", 1 << 10)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("IVG_CACHE", raising=False)
     folder, marks, read = tmp_path / "model", [], []
     real = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda file, name: read.append(file.name) or real(file, name))

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import gguf_files
 from gguf_files import END, TEMPLATE, model, permuted, tokenizer, write, write_other, write_wheel
 from ivg.errors import ConfigError, MissingDependencyError, ModelError, OutputError
-from ivg.factory.recipe import default_sampling
+from ivg.factory.recipe import default_sampling, load_models
 from ivg.jobs.fingerprints import fingerprint
 from ivg.model import GuidedModel
 from ivg.models import added
@@ -24,7 +24,9 @@ from ivg.models.gguf import conversion
 from ivg.models.gguf.config import llama3_factors
 from ivg.models.hub import find_model
 from ivg.models.loading import LoadOptions, load_causal
+from ivg.serving.served_models import ServedModels
 from ivg.settings.recipe import Recipe
+from ivg.settings.serve import ServeSettings
 from ivg.values.explicit import ExplicitValue
 from killed import run_killed
 
@@ -399,8 +401,11 @@ def test_a_model_is_added_used_by_name_listed_and_removed(tmp_path, shop, ivg, c
     assert [(row["name"], row["license"], row["directory"]) for row in listed] == [("tiny", "Apache-2.0", str(cache / "models" / "tiny"))]
     assert listed[0]["MB"] > 0 and "tiny" in ivg("models")[1]
     assert fingerprint("tiny") == fingerprint(str(cache / "models" / "tiny")) is not None
-    lm = load_causal("tiny", "base", FLOAT)
-    assert torch.equal(logits(lm.model.network), logits(model()))
+    tables = {"values": {"other": {"arm": "tiny"}}, "run": {"dtype": "float32"}, "search": {"method": "base"}}
+    recipe = Recipe.parse({"models": {"base": "tiny", "arm": "tiny"}, **tables})
+    loaded = load_models(recipe)
+    assert torch.equal(logits(loaded.base.model.network), logits(model())) and {"arm", "other"} <= set(loaded.values)
+    assert ServedModels(loaded, recipe, ServeSettings()).name == "tiny"
     (tmp_path / "tiny").mkdir()  # a folder of that name comes first
     with pytest.raises(ModelError, match=r"the directory has no config.json"):
         find_model("tiny", "base")
