@@ -65,7 +65,7 @@ TABLE = [
     ),
     (
         "check --recipe value.toml",
-        "value.toml: values.mine: a named value is tuned and untuned, or value, or reward, or arm, or plugin; got tuned, "
+        "value.toml: values.mine: a named value is tuned and untuned, or value, or reward, or arm, or contrast, or plugin; got tuned, "
         "got {'tuned': 'x'}",
     ),
     ("check --recipe engine.toml", "unknown engine 'tensorrt' - expected transformers, vllm, or the URL of an endpoint (http://…/v1)"),

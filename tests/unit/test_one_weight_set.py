@@ -325,6 +325,20 @@ def test_settings_that_make_no_sense(models, message):
         Recipe.parse({"models": models})
 
 
+def test_a_smaller_network_reads_the_instructions(hub):
+    recipe = {"models": {"base": str(hub / "base")}, "values": {"contrast": {"contrast": str(hub / "other")}}, "run": EXACT}
+    model = load_models(Recipe.parse(recipe))
+    made, other = get_method("contrast", contrast=KIND, beta=1.5), model.values["contrast"].tuned.model.network
+    assert other is not model.base.model.network
+    prefix = byte_tokenizer()(f"{KIND}\n\n").input_ids
+    for prompt, tokens in zip(PROMPTS, answers(model, made), strict=True):
+        ids = byte_tokenizer()(prompt).input_ids
+        expected, _ = naive.search(model.base.model.network, {"contrast": naive.Contrast(other, prefix, [])}, made, ids, 3, 1.0, 8)
+        assert list(tokens) == expected
+    with pytest.raises(ConfigError, match=r"values.kind: .*\n  call the table \[values.contrast\]"):
+        load_models(Recipe.parse(recipe | {"values": {"kind": {"contrast": str(hub / "other")}}}))
+
+
 # The command line, and other engines
 
 

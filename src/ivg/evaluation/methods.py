@@ -67,7 +67,8 @@ def method_rows(recipe: Recipe, search: Mapping[str, Any]) -> tuple[MethodRow, .
                 f"{m.label}: needs the value {' and '.join(missing)}; the models provide {', '.join(sorted(values)) or 'none'}\n"
                 "  give its models (e.g. --tuned and --untuned for implicit, --value for explicit), or leave the method out"
             )
-        if CONTRAST in m.method.needs and CONTRAST not in values and not m.method.instructed:
+        own = recipe.values.get(CONTRAST)
+        if CONTRAST in m.method.needs and (own is None or own.contrast is not None) and not m.method.instructed:
             raise ConfigError(f"{m.label}: the value contrast needs an instruction\n  give contrast = TEXT, negative, or both in its row")
     _check_search_is_used(recipe.search.settings(), [m.method for m in found])
     return tuple(found)

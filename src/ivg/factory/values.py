@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ivg.errors import ConfigError, IVGError, reason
+from ivg.search.methods import CONTRAST
 from ivg.settings.recipe import ModelRef, NamedValue
 from ivg.utils.plugins import Plugins
 
@@ -31,6 +32,7 @@ def make_value(name: str, config: NamedValue, options: LoadOptions, networks: Sh
         ModelError, VocabularyError: a model that cannot be loaded, or a pair that does not fit.
     """
     from ivg.models.shared import SharedNetworks
+    from ivg.values.contrast import PromptContrast
     from ivg.values.explicit import ExplicitValue
     from ivg.values.implicit import AutoregressiveReward, ImplicitValue
     from ivg.values.reward import load_reward
@@ -51,6 +53,12 @@ def make_value(name: str, config: NamedValue, options: LoadOptions, networks: Sh
         return plugin_value(name, ref.path)
     if role == "reward":
         return load_reward(ref.path, template=prompt_template(ref), options=options, name=name)
+    if role == "contrast":
+        if name != CONTRAST:
+            raise ConfigError(
+                f"values.{name}: a network that reads instructions is the value contrast\n  call the table [values.{CONTRAST}]"
+            )
+        return PromptContrast(load(ref, name, options, prompt_template(ref)), name)
     return AutoregressiveReward(load(ref, name, options, prompt_template(ref)), name)
 
 

@@ -20,7 +20,7 @@ _SCALE = number("within 100 of 0", -100, 100)
 
 ROLES = ("base", "tuned", "untuned", "value", "reward", "arm")
 """What a model can be for."""
-LANGUAGE_MODELS = ("base", "tuned", "untuned", "arm")
+LANGUAGE_MODELS = ("base", "tuned", "untuned", "arm", "contrast")
 """Those that write, or have probabilities of tokens."""
 TEMPLATE_FILES = (".jinja", ".jinja2", ".j2")
 """Files with a chat template."""
@@ -142,7 +142,7 @@ class _Guides(Table):
         for role, ref in self.given.items():
             for name in ("system", "adapter", "scale"):
                 if role not in LANGUAGE_MODELS and getattr(ref, name) is not None:
-                    raise ValueError(f"{role}.{name}: only language models have it (base, tuned, untuned, arm)")
+                    raise ValueError(f"{role}.{name}: only language models have it ({', '.join(LANGUAGE_MODELS)})")
         return self
 
     @property
@@ -165,18 +165,23 @@ class ModelsConfig(_Guides):
 
 
 class NamedValue(_Guides):
-    """A further value: a pair ``tuned`` and ``untuned``, or one of ``value``, ``reward``, ``arm`` and ``plugin``."""
+    """A further value: a pair ``tuned`` and ``untuned``, or one of ``value``, ``reward``, ``arm``, ``contrast`` and ``plugin``."""
 
+    contrast: Annotated[
+        ModelRef | None,
+        Setting("Of [values.contrast]: the network that reads each request's instruction, against itself without it.", unset="the base"),
+    ] = None
     plugin: Annotated[ModelRef | None, Setting("Value of another package, KIND:ARGUMENT (ivg models lists the kinds).")] = None
 
     @property
     def given(self) -> dict[str, ModelRef]:
         """The roles that are filled."""
-        return super().given | ({} if self.plugin is None else {"plugin": self.plugin})
+        more = {"contrast": self.contrast, "plugin": self.plugin}
+        return super().given | {role: ref for role, ref in more.items() if ref is not None}
 
     @model_validator(mode="after")
     def _one_value(self) -> NamedValue:
-        if set(self.given) not in ({"tuned", "untuned"}, {"value"}, {"reward"}, {"arm"}, {"plugin"}):
+        if set(self.given) not in ({"tuned", "untuned"}, {"value"}, {"reward"}, {"arm"}, {"contrast"}, {"plugin"}):
             got = ", ".join(self.given) or "nothing"
-            raise ValueError(f"a named value is tuned and untuned, or value, or reward, or arm, or plugin; got {got}")
+            raise ValueError(f"a named value is tuned and untuned, or value, or reward, or arm, or contrast, or plugin; got {got}")
         return self
