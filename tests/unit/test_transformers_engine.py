@@ -126,7 +126,8 @@ class Scripted(torch.nn.Module):
 def scripted(text, prompt, eos_ids=None, tail=()):
     tokenizer = byte_tokenizer()
     script = [*tokenizer(text).input_ids, *tail]
-    return CachedLM(ModelRunner(Scripted(script, len(tokenizer(prompt).input_ids)), "base"), tokenizer, None, eos_ids)
+    model = ModelRunner(Scripted(script, len(tokenizer(prompt).input_ids)), "base", trial=False)
+    return CachedLM(model, tokenizer, None, eos_ids)
 
 
 def answer(base, prompt, method=None, **sampling):

@@ -28,7 +28,7 @@ _PIECES = ((3, 3, 0), (1, 1, 2), (4, 4, 0))
 """How many tokens of each text the passes read, the last of them behind a fork of the first."""
 
 
-def choose_cache(network: nn.Module, support: NetworkSupport, limits: PassLimits, name: str) -> RowCache:
+def choose_cache(network: nn.Module, support: NetworkSupport, limits: PassLimits, name: str, *, trial: bool = True) -> RowCache:
     """The cache for ``network``, whose rows are then exact as far as a trial tells.
 
     Args:
@@ -36,12 +36,13 @@ def choose_cache(network: nn.Module, support: NetworkSupport, limits: PassLimits
         support: how it is read.
         limits: of one pass.
         name: for errors.
+        trial: try networks whose code is not transformers'; False: trust them.
 
     Raises:
         ModelError: no cache gives the outputs of a plain pass; says which and how far off they are.
     """
-    foreign = not type(body_of(network)).__module__.startswith("transformers.")
-    if support.state_reason is None and not foreign:
+    known = type(body_of(network)).__module__.startswith("transformers.")
+    if support.state_reason is None and (known or not trial):
         return SlotCache(network, support, limits)
     fault: str | None = "takes and returns no cache"
     for cache in _candidates(network, support, limits):

@@ -28,6 +28,7 @@ class ModelRunner:
         network: a decoder of transformers, or a value network on one.
         name: in usage and errors.
         limits: of one forward pass.
+        trial: try the cache out where the network's code is not transformers' (``models.choose_cache``); False: trust it.
 
     Attributes:
         config: of the text model.
@@ -41,7 +42,7 @@ class ModelRunner:
         ModelError: the network cannot be read row by row.
     """
 
-    def __init__(self, network: nn.Module, name: str, limits: PassLimits | None = None) -> None:
+    def __init__(self, network: nn.Module, name: str, limits: PassLimits | None = None, *, trial: bool = True) -> None:
         self.network, self.name, self.limits = network.eval(), name, limits or PassLimits()
         self.device = input_device(network)
         self.config = cast("Any", network).config.get_text_config()
@@ -51,7 +52,7 @@ class ModelRunner:
         self._rotary = rotary_modules(network) if self._rope_limits else []
         scalar = isinstance(network, ValueModel) and network.kind == "scalar"
         self._output_size = 1 if scalar else int(self.config.vocab_size)
-        self.cache: RowCache = choose_cache(network, self.support, self.limits, name)
+        self.cache: RowCache = choose_cache(network, self.support, self.limits, name, trial=trial)
         self.unshared_peak_bytes = self.peak_bytes = self.resets = 0
         self.before_pass: Callable[[], None] | None = None
 
