@@ -267,6 +267,10 @@ def test_a_recipe_says_how_each_model_reads(models):
     readers = [model.base, *model.values["implicit"].cached_lms()]
     texts = [text_of(lm, Prompt.of(HI)) for lm in readers]
     assert texts == ["<user>Hi\n<assistant><think></think>", "(Hi).", "(Hi)."]  # untuned follows tuned
+    other = Recipe.parse(
+        {"models": {**recipe.models.model_dump(exclude_none=True), "untuned": {"path": f"{models}/untuned", "template": "raw"}}}
+    )
+    assert text_of(load_models(other).values["implicit"].untuned, Prompt.of(HI)) == "Hi"
     first = answer_provenance(recipe, "cpu")["provenance"]
     assert first["chat_template_kwargs"] == {"base": {"enable_thinking": False}, "tuned": {"quiet": True}}
     (models / "file.jinja").write_text("(other)", encoding="utf-8")

@@ -63,12 +63,13 @@ def make_value(name: str, config: NamedValue, options: LoadOptions, networks: Sh
 
 
 def prompt_template(ref: ModelRef, default: ModelRef | None = None) -> PromptTemplate:
-    """How the model of ``ref`` reads prompts; what it does not say is that of ``default``."""
+    """How the model of ``ref`` reads prompts; what it does not say is that of ``default``, where both read in one template."""
     from ivg.models.prompt_template import PromptTemplate
 
     template, kwargs = ref.template, ref.chat_template_kwargs
     if default is not None:
-        template, kwargs = template or default.template, default.chat_template_kwargs if kwargs is None else kwargs
+        template = template or default.template
+        kwargs = default.chat_template_kwargs if kwargs is None and template == default.template else kwargs
     return PromptTemplate(template, kwargs or {})
 
 
