@@ -108,7 +108,8 @@ TABLE = [
     ),
     (
         "check --template nobody=chat",
-        "--template 'nobody=chat' - expected ROLE=TEMPLATE with ROLE one of base, tuned, untuned, value, reward, arm",
+        "--template 'nobody=chat': no model has the role 'nobody' "
+        "- expected ROLE=TEMPLATE with ROLE one of base, tuned, untuned, value, reward, arm",
     ),
     ("check --template base=chat", "--template 'base=chat', but no model is given for base - give --base MODEL with it"),
     # check
@@ -257,7 +258,7 @@ TABLE = [
 ]
 TYPED = [
     ("nothing", "Error: No such command 'nothing'."),
-    ("models extra", "Error: Got unexpected extra argument(s) (extra)"),
+    ("models extra", "Error: No such command 'extra'."),
     ("check --nothing", "Error: No such option: --nothing"),
     ("train nothing", "Error: No such command 'nothing'."),
     ("train dpo", "Error: Missing option '--model'."),
