@@ -17,13 +17,14 @@ from ivg.errors import ConfigError, IVGError, ModelError, PromptError
 from ivg.models.cached_lm import CachedLM, local_reader
 from ivg.models.chat_template import with_chat_settings
 from ivg.models.generation_config import GenerationConfigMode, GenerationDefaults, defaults_of
-from ivg.models.loading import LoadOptions, RoleOptions, options_of
+from ivg.models.loading import LoadOptions, RoleOptions, enable_images, options_of
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.shared import SharedNetworks
 from ivg.search.methods import CONTRAST, Method, get_method, method_names, resolve_fallbacks
 from ivg.search.searcher import Request, Searcher, check_engine
 from ivg.settings.chat import CHAT_SETTINGS
+from ivg.settings.images import ImagesConfig
 from ivg.settings.models import ROLES, ModelSource, check_pair, check_roles
 from ivg.settings.sampling import DEFAULT_SAMPLING as DEFAULT_SAMPLING
 from ivg.settings.search import MAX_BEAMS
@@ -39,9 +40,7 @@ from ivg.values.implicit import AutoregressiveReward, ImplicitValue
 from ivg.values.reward import load_reward
 
 _SAMPLING = frozenset(f.name for f in fields(SamplingParams))
-
-_COMPOSITES = 256
-"""Weighted sums of values that are cached: a server may see any number of weights."""
+_COMPOSITES = 256  # weighted sums of values that are cached: a server may see any number of weights
 
 
 class GuidedModel:
@@ -113,6 +112,7 @@ class GuidedModel:
         options: RoleOptions = None,
         generation_config: GenerationConfigMode = "auto",
         networks: SharedNetworks | None = None,
+        images: bool | ImagesConfig = False,
     ) -> GuidedModel:
         """Load everything from directories or the hub; language models of one path share its weights.
 
@@ -126,9 +126,11 @@ class GuidedModel:
             templates: how each role reads a prompt: ``{"base": "chat", "tuned": PromptTemplate("raw")}``; ``untuned`` follows ``tuned``.
             options: device, dtype, revision and the like: of all models, or by role: ``{"base": LoadOptions(device="auto"), ...}``.
             generation_config: ``auto``, or ``ignore`` what the base's checkpoint sets for sampling.
+            images: load for pictures a base that transformers can also load for text alone; or all settings of pictures.
         """
         check_pair(tuned, untuned)
-        shapes, of = dict(templates or {}), {role: options_of(options, role) for role in ROLES}
+        media = ImagesConfig(enabled=images) if isinstance(images, bool) else images
+        shapes, of = dict(templates or {}), {role: replace(options_of(options, role), images=media.enabled) for role in ROLES}
         check_roles("template", shapes)
         check_roles("options", {} if options is None or isinstance(options, LoadOptions) else options)
         values, load = dict[str, Value](), (networks or SharedNetworks()).load
@@ -143,7 +145,8 @@ class GuidedModel:
             values["reward"] = load_reward(reward, template=shapes.get("reward"), options=of["reward"])
         if arm is not None:
             values["arm"] = AutoregressiveReward(load(arm, "arm", of["arm"], shapes.get("arm")))
-        return cls(load(base, "base", of["base"], shapes.get("base")), values, generation_config=generation_config)
+        writer = enable_images(load(base, "base", of["base"], shapes.get("base")), of["base"], media)
+        return cls(writer, values, generation_config=generation_config)
 
     @classmethod
     def embedded(cls, options: RoleOptions = None, networks: SharedNetworks | None = None) -> GuidedModel:
@@ -238,7 +241,7 @@ class GuidedModel:
             values = {**values, CONTRAST: found}
         search = chosen.search(values, self._combined)
         wanted = with_chat_settings(prompt, settings, self.base.template)
-        wanted = replace(wanted, contrast=chosen.contrast, negative=chosen.negative)
+        wanted = replace(self.base.read_images(wanted), contrast=chosen.contrast, negative=chosen.negative)
         sampling = self._sampling(wanted, given)
         own = {k: v for k, v in self.generation_config.items() if k not in given}
         return Request(wanted, search, sampling, seed, index, trace, record, alternatives, from_checkpoint=own)
@@ -393,8 +396,3 @@ class GuidedModel:
     def guidance(self, value: str, beta: float = 1.0, candidates: int = 0, gate: float = 0.0) -> TokenGuidance:
         """Token guidance by the named value, for the pieces in ``ivg.integrations.transformers``."""
         return TokenGuidance(self.values[value], beta, candidates, gate=gate)
-
-
-def _check_roles(what: str, given: Iterable[str]) -> None:
-    if unknown := sorted(set(given) - set(ROLES)):
-        raise ConfigError(f"{what} for unknown role {', '.join(unknown)}\n  expected {', '.join(ROLES)}")

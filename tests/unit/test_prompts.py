@@ -49,7 +49,19 @@ def test_what_is_a_prompt(value, content):
     assert Prompt.of(json.loads(json.dumps(found.plain))) == found
 
 
-IMAGE = {"type": "image_url", "image_url": {"url": "data:…"}}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:…", "detail": "low"}}
+
+
+def test_pictures_keep_their_place_and_their_shape():
+    parts = [{"type": "text", "text": "a "}, IMAGE, {"type": "text", "text": "b"}, {"type": "image", "path": "x.png"}]
+    found = Prompt.of([USER, {"role": "user", "content": parts}])
+    assert found.plain == [USER, {"role": "user", "content": parts}]
+    assert Prompt.of(json.loads(json.dumps(found.plain))) == found
+    assert found.content[1].content == "a b"
+    assert [image.source for image in found.images] == ["data:…", "x.png"]
+    assert [image.kind for image in found.images] == ["data", "path"]
+    other = Prompt.of([USER, {"role": "user", "content": [*parts[:3], {"type": "image", "path": "y.png"}]}])
+    assert other != found
 
 
 @pytest.mark.parametrize(
@@ -77,7 +89,13 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:…"}}
         ([{"role": "user", "content": []}], "messages[0].content is an empty list"),
         ([{"role": "user", "content": ["x"]}], "messages[0].content[0] is 'x'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text is null"),
-        ([USER, {"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]}], "messages[1].content[1]: parts of type 'image_url'"),
+        ([USER, {"role": "user", "content": [{"type": "image_url"}]}], "messages[1].content[0] is a picture with type"),
+        (
+            [{"role": "user", "content": [{"type": "image", "path": "a", "url": "b"}]}],
+            "messages[0].content[0] is a picture with type, path, url",
+        ),
+        ([{"role": "user", "content": [{"type": "image", "image": 7}]}], "messages[0].content[0] is a picture of type int"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": " "}}]}], "messages[0].content[0] is a picture with"),
         ([{"role": "user", "content": [{"type": "input_audio"}]}], "messages[0].content[0]: parts of type 'input_audio'"),
         ([{**USER, "tool_calls": [{"id": "1"}]}], "messages[0].tool_calls is not supported"),
         ("a\ud83d b", "the prompt is no Unicode text: character 1 is half of a surrogate pair (U+D83D)"),

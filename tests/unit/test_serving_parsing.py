@@ -110,8 +110,8 @@ def test_any_body_is_parsed_or_refused(change, strict, good):
 
 
 CHATS = [
-    ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]},
-     "messages[0].content[0]: parts of type 'image_url' are not supported; only text is read; leave the part out",
+    ({"content": [{"type": "input_audio", "input_audio": {"data": "x"}}]},
+     "messages[0].content[0]: parts of type 'input_audio' are not supported; only text and pictures are read; leave the part out",
      "messages[0].content[0]"),
     ({"content": None}, "messages[0].content is null; expected text", "messages[0].content"),
     ({"role": "tool"}, "messages[0].role must be one of system, developer, user, assistant, got 'tool'", "messages[0].role"),

@@ -14,6 +14,7 @@ from ivg.errors import ConfigError
 from ivg.settings.generate import GenerateSettings
 from ivg.settings.ray import RaySettings
 from ivg.settings.recipe import Recipe
+from ivg.types.messages import Prompt
 
 if TYPE_CHECKING:
     from ivg.jobs.formats import SourceRow
@@ -24,15 +25,19 @@ HELP = """Answer prompts by a frozen model with value guidance.
 
     ivg generate "The movie was"
 
+    ivg generate --image cat.png "What is it?" --base path/to/llava
     ivg generate --input prompts.jsonl --output out.jsonl --method ivg -W 4 -K 4 -L 5
 
 Input rows are {"id", "prompt"} or {"id", "messages"}; other columns are copied to the output (docs/reference/data.md). Output rows are
 appended as they are done; the same command again resumes."""
 
 
+_IMAGES = {"images": ("enabled", "allowed_media_domains")}
+
+
 @command(
     files=Options(GenerateSettings, "Files"),
-    recipe=RecipeOptions("models", "search", "sampling", "run", check_method=True),
+    recipe=RecipeOptions("models", "search", "sampling", "run", only=_IMAGES, check_method=True),
     cluster=Options(RaySettings, "Many machines (docs/how-to/scaling.md)", make=RaySettings.of),
 )
 def generate(
@@ -45,6 +50,8 @@ def generate(
     """See HELP."""
     if bool(prompts) == (files.input is not None):
         raise ConfigError("give prompts, or --input FILE (exactly one of the two)")
+    if files.image and files.input is not None:
+        raise ConfigError("--image goes with prompts of the command line\n  rows of --input name their pictures in their messages")
     _check_files(files)
     run(recipe, _rows(prompts or [], files), files, cluster)
 
@@ -53,7 +60,8 @@ def _rows(prompts: list[str], files: GenerateSettings) -> Iterator[SourceRow]:
     from ivg.jobs.formats import SourceRow, scan_rows
 
     if files.input is None:
-        yield from (SourceRow(f"prompt {i}", {"prompt": p}) for i, p in enumerate(prompts))
+        for i, prompt in enumerate(prompts):
+            yield SourceRow(f"prompt {i}", {"messages": _with_images(prompt, files.image)} if files.image else {"prompt": prompt})
         return
     names = files.column_names
     for row in scan_rows(files.input, format=files.format, hub=False):
@@ -62,6 +70,12 @@ def _rows(prompts: list[str], files: GenerateSettings) -> Iterator[SourceRow]:
                 raise ConfigError(f"{files.input}: no column {', '.join(missing)}\n  got {', '.join(row.data)}")
             row = replace(row, data={**row.data, **{name: row.data[column] for name, column in names.items()}})
         yield row
+
+
+def _with_images(prompt: str, images: Iterable[str]) -> list[dict[str, object]]:
+    """One user message: the pictures, and the text behind them."""
+    parts: list[dict[str, str]] = [{"type": "image", "url" if "://" in image else "path": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
 
 
 def run(recipe: Recipe, rows: Iterable[SourceRow], files: GenerateSettings, cluster: RaySettings | None = None) -> None:
@@ -76,6 +90,8 @@ def run(recipe: Recipe, rows: Iterable[SourceRow], files: GenerateSettings, clus
     jobs = list(read_jobs(rows, failures))
     if not jobs and not failures.count:
         raise ConfigError(f"{files.input} holds no rows\n  expected rows with prompt or messages")
+    if any(Prompt.of(job.prompt).images for job in jobs if not isinstance(job.prompt, str)):
+        recipe = recipe.override(images={"enabled": True})
     work = GenerateRun(recipe, jobs, failures, cluster, trace=files.trace is not None)
     traced: list[tuple[str, Completion]] = []
     template = None if recipe.models.base is None else recipe.models.base.template

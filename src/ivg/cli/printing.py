@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ivg.types.messages import Message, Prompt
+
 if TYPE_CHECKING:
     from ivg.types import Completion
 
@@ -30,13 +32,17 @@ def begun_text(prompt: Any, template: str | None) -> str:
         template: of the base.
     """
     if not isinstance(prompt, str):
-        return prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
+        last = Message.of(prompt[-1])
+        return last.content if last.role == "assistant" else ""
     return prompt if template in (None, "raw", "last_turn") or template.endswith("{prompt}") else ""
 
 
 def prompt_line(prompt: Any) -> str:
     """A prompt as text: itself, or a transcript of its messages."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    found = Prompt.of(prompt)
+    if isinstance(found.content, str):
+        return found.content
+    return "\n".join(f"{m.role}: {'[picture] ' * len(m.images)}{m.content}" for m in found.content)
 
 
 def show(prompt: Any, template: str | None, completion: Completion, method: str, *, many: bool) -> None:

@@ -23,6 +23,7 @@ _OFFERED = {
     "search": ("method",),
     "sampling": ("temperature", "max_new_tokens"),
     "run": ("generation_config", "engine", "device", "dtype", "revision", "attention"),
+    "images": ("enabled", "allowed_media_domains", "allowed_local_media_path"),
 }
 
 

@@ -141,9 +141,13 @@ def read_data(config: EvalConfig, published: str, split: str) -> Iterator[dict[s
 
 def digest(examples: Sequence[Example]) -> str:
     """A fingerprint of ids and prompts."""
-    shown = [
-        [e.id, e.prompt.content if isinstance(e.prompt.content, str) else [[m.role, m.content] for m in e.prompt.content]] for e in examples
-    ]
+
+    def content(prompt: Prompt) -> Any:
+        if isinstance(prompt.content, str):
+            return prompt.content
+        return [[m.role, m.content, *(image.source for image in m.images)] for m in prompt.content]
+
+    shown = [[e.id, content(e.prompt)] for e in examples]
     return hashlib.sha256(json.dumps(shown, ensure_ascii=False).encode()).hexdigest()[:16]
 
 

@@ -114,4 +114,6 @@ def _models(recipe: Recipe, options: LoadOptions, networks: SharedNetworks) -> G
     models: dict[str, Any] = {"base": path("base"), **{role: ref if role in LANGUAGE_MODELS else ref.path for role, ref in given.items()}}
     mode = recipe.run.generation_config
     by_role = {role: options.of(given[role]) if role in given else options for role in models}
-    return GuidedModel.from_pretrained(**models, templates=templates, options=by_role, generation_config=mode, networks=networks)
+    return GuidedModel.from_pretrained(
+        **models, templates=templates, options=by_role, generation_config=mode, networks=networks, images=recipe.images
+    )

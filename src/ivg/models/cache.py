@@ -11,9 +11,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ivg.models.image_prompts import ImageInputs
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class CacheRow:
         rope_range: which rotary factors it was read with (``models.rotary``).
         nonfinite: the network returned NaN or infinity for it.
         finite_length: tokens that were read before that pass; the state of the others may be spoilt.
+        images: what is read beside the first ``images.length`` tokens, in one pass with all of them.
     """
 
     group: Any
@@ -54,6 +58,12 @@ class CacheRow:
     rope_range: int = 0
     nonfinite: bool = False
     finite_length: int = 0
+    images: ImageInputs | None = None
+
+    @property
+    def unread_images(self) -> int:
+        """Tokens of which the next pass takes at least so many: the row begins with pictures that were not read."""
+        return self.images.length if self.images is not None and not self.ids else 0
 
 
 class RowCache(ABC):
@@ -74,6 +84,10 @@ class RowCache(ABC):
 
         ``mark``: length to which rows that descend from it are likely to be cut.
         """
+
+    def open_with_images(self, ids: Sequence[int], rope_range: int, images: ImageInputs) -> CacheRow:
+        """As :meth:`open`, for a text whose first ``images.length`` tokens are read with pictures; that is also its mark."""
+        raise NotImplementedError
 
     @abstractmethod
     def fork(self, row: CacheRow) -> CacheRow:

@@ -14,13 +14,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ivg.errors import ConfigError
 from ivg.models.cache import CacheRow, common_length
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.runner import ModelRunner
-from ivg.types import Hypothesis
+from ivg.models.support import body_of
+from ivg.types import Beam, Hypothesis, Prompt
 
 
 @dataclass(slots=True)
@@ -118,6 +120,20 @@ class CachedLM(PromptEncoder):
         if self._resets != self.model.resets:
             self._known, self._resets = {}, self.model.resets
         return self._known
+
+    @property
+    @override
+    def title(self) -> str:
+        config: Any = self.model.network.config
+        place = getattr(config, "name_or_path", "")
+        return f"{self.name} ({type(body_of(self.model.network)).__name__}{f', {place}' if place else ''})"
+
+    @override
+    def root(self, prompt: Prompt, new_tokens: int) -> Beam:
+        beam = super().root(prompt, new_tokens)
+        if (images := self.image_inputs(beam.prompt)) is not None:
+            self.model.try_images(images)
+        return beam
 
     def release(self, keys: Sequence[int]) -> None:
         """Free the rows of these hypotheses."""
@@ -289,18 +305,20 @@ class CachedLM(PromptEncoder):
         """
         targets = [self.ids(h) for h in roots]
         prompts = [tuple(ids[: length - 1]) for ids, length in targets]
-        sharing = Counter(prompts)
-        first_rows: dict[tuple[int, tuple[int, ...]], CacheRow] = {}
-        for h, (ids, prompt_length), prompt in zip(roots, targets, prompts, strict=True):
-            first = first_rows.get((id(h.token_counter), prompt)) if prompt else None
+        pictures = [self.image_inputs(h.prompt) for h in roots]
+        keys = [(prompt, "" if images is None else images.digest) for prompt, images in zip(prompts, pictures, strict=True)]
+        sharing = Counter(keys)
+        first_rows: dict[tuple[int, tuple[tuple[int, ...], str]], CacheRow] = {}
+        for h, (ids, prompt_length), prompt, images, key in zip(roots, targets, prompts, pictures, keys, strict=True):
+            first = first_rows.get((id(h.token_counter), key)) if prompt else None
             if first is None:
-                row = self.model.open(ids[: len(ids) - drop], len(prompt))
+                row = self.model.open(ids[: len(ids) - drop], len(prompt), images)
             else:
                 row = self.model.fork(first)
                 self.model.truncate(row, len(prompt))
             counted = 0 if first is None else len(prompt)  # a request counts what its hypotheses share once
-            if first is None and prompt and sharing[prompt] > 1:
-                first_rows[id(h.token_counter), prompt] = row
+            if first is None and prompt and sharing[key] > 1:
+                first_rows[id(h.token_counter), key] = row
                 cached = min(len(row.ids), len(prompt))
                 h.token_counter.add(self.name, len(prompt), cached)
                 counted = len(prompt)

@@ -55,6 +55,8 @@ def render(
         if template is None and isinstance(prompt.content, str):
             text = prompt.vocabulary.text_for(prompt.token_ids, tokenizer)
     if not text.strip():
+        if prompt.images:
+            raise PromptError(f"the prompt has pictures and no text, and {name} reads text alone\n  put some text beside the pictures")
         raise PromptError("empty prompt\n  expected: some text, or messages with some content")
     if is_chat(prompt, template):
         return _checked(_chat_text(prompt, tokenizer, name, settings, system))
@@ -80,9 +82,7 @@ def _chat_text(prompt: Prompt, tokenizer: Any, name: str, settings: Mapping[str,
         own = messages[0]["role"] == "system"
         content = join_instruction(system, messages[0]["content"]) if own else system
         messages = [{"role": "system", "content": content}, *messages[1 if own else 0 :]]
-    continued, begins = prompt.continued is not None, prompt.chat.add_generation_prompt
-    more = {"add_generation_prompt": not continued if begins is None else begins, "continue_final_message": continued}
-    text = apply_chat_template(messages, tokenizer, name, **{**settings, **prompt.chat.chat_template_kwargs, **more})
+    text = apply_chat_template(messages, tokenizer, name, **chat_arguments(prompt, settings))
     if system is not None and system.strip() not in text:
         raise PromptError(
             f"the chat template of {name} leaves the instruction {_shortened(system)} out: it has no system turn\n"
@@ -137,9 +137,18 @@ def with_chat_settings(prompt: PromptLike, settings: Mapping[str, Any], template
 
 
 def turns(prompt: Prompt) -> list[dict[str, str]]:
-    """The messages of a prompt; a text is one user message."""
-    content = prompt.plain
-    return [{"role": "user", "content": content}] if isinstance(content, str) else content
+    """The messages of a prompt, without pictures; a text is one user message."""
+    content = prompt.content
+    if isinstance(content, str):
+        return [{"role": "user", "content": content}]
+    return [{"role": m.role, "content": m.content} for m in content]
+
+
+def chat_arguments(prompt: Prompt, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``apply_chat_template`` besides the messages: those of the prompt over a model's own ``settings``."""
+    continued, begins = prompt.continued is not None, prompt.chat.add_generation_prompt
+    more = {"add_generation_prompt": not continued if begins is None else begins, "continue_final_message": continued}
+    return {**settings, **prompt.chat.chat_template_kwargs, **more}
 
 
 def apply_chat_template(messages: Sequence[Mapping[str, str]], tokenizer: Any, name: str, **settings: Any) -> str:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from ivg.errors import ModelError
 from ivg.models.cache import CacheRow, PassLimits, RowCache
+from ivg.models.image_prompts import ImageInputs
+from ivg.models.image_support import plain_output, untaken
 from ivg.models.slot_cache import SlotCache
 from ivg.models.state_cache import StateCache
 from ivg.models.support import NetworkSupport, body_of
@@ -52,6 +54,35 @@ def choose_cache(network: nn.Module, support: NetworkSupport, limits: PassLimits
     title = f"{name}: {type(body_of(network)).__name__}"
     reason = f"{support.state_reason}, and " if support.state_reason else ""
     raise ModelError(f"{title} {reason}{fault}\n  expected a decoder whose cache gives the outputs of a pass over the whole text")
+
+
+def images_fault(network: nn.Module, images: ImageInputs, limits: PassLimits) -> str | None:
+    """Why rows that begin with the pictures of ``images`` are not exact on ``network``; None: they are."""
+    if names := untaken(network, images):
+        return f"does not take {', '.join(names)}, which its processor gives"
+    if not StateCache.takes(network):
+        return "takes and returns no cache"
+    cache = StateCache(network, limits)
+    try:
+        pairs = list(_image_outputs(cache, network, images))
+    except Exception as e:  # the network's code may raise anything
+        message = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
+        return f"cannot read them: {message}"
+    error = max(_error(got.float(), plain.float()) for got, plain in pairs)
+    if error <= TOLERANCE.get(pairs[0][0].dtype, _LOW_PRECISION_TOLERANCE):
+        return None
+    return f"gives other outputs when the answer is read behind a cached prompt (error {error:.1g} standard deviations)"
+
+
+@torch.no_grad()
+def _image_outputs(cache: StateCache, network: nn.Module, images: ImageInputs) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of outputs behind the prompt and some tokens: through the cache, with a fork, and in a pass without cache."""
+    ids = list(images.ids)
+    row = cache.open_with_images(ids, 0, images)
+    for new in (ids, ids[-1:], ids[-1:]):
+        outputs, _ = cache.forward([row], [new], 1)
+        yield outputs[0, -1], plain_output(network, row.ids, images)
+        row = cache.fork(row)
 
 
 def _candidates(network: nn.Module, support: NetworkSupport, limits: PassLimits) -> Iterator[RowCache]:

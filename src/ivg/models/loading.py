@@ -15,11 +15,14 @@ from typing import Any, TypeAlias
 from ivg.errors import ConfigError, IVGError, MissingDependencyError, ModelError, reason
 from ivg.models.cached_lm import CachedLM
 from ivg.models.hub import find_model
+from ivg.models.image_prompts import ImageEncoder
 from ivg.models.packed_linear import pack
 from ivg.models.placement import check_device_map, pick_device, pick_dtype
+from ivg.models.processor import can_read_images, image_class, load_processor, reads_images
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.runner import ModelRunner
 from ivg.models.weights import OTHER_HEADS, check_weights
+from ivg.settings.images import ImagesConfig
 from ivg.settings.models import ModelRef
 from ivg.settings.placement import is_spread
 
@@ -42,6 +45,7 @@ class LoadOptions:
         extra: other arguments of ``from_pretrained``.
         attention: passed as ``attn_implementation``.
         max_memory: of each device, where the model is spread over several: ``{0: "20GiB", "cpu": "60GiB"}``.
+        images: load a vision-language checkpoint for pictures, where transformers can also load it for text alone.
     """
 
     device: str | Mapping[str, str | int] | None = None
@@ -53,6 +57,7 @@ class LoadOptions:
     extra: dict[str, Any] = field(default_factory=dict)
     attention: str | None = None
     max_memory: Mapping[str, str | int] | None = None
+    images: bool = False
 
     def of(self, ref: ModelRef) -> LoadOptions:
         """Those of one model: what ``ref`` sets itself, else as here."""
@@ -166,12 +171,33 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_causal(name: str | Path, what: str, options: LoadOptions | None = None, template: Template = None) -> CachedLM:
-    """A causal language model with a cache; ``what`` is its name in usage and errors."""
-    from transformers import AutoModelForCausalLM
+    """A causal language model with a cache; ``what`` is its name in usage and errors.
 
-    network, tokenizer = _load(name, AutoModelForCausalLM, options or LoadOptions(), what)
+
+    A vision-language checkpoint reads text alone until :func:`enable_images`.
+    """
+    options = options or LoadOptions()
+    network, tokenizer = _load(name, image_class(load_config(name, options, what), wanted=options.images), options, what)
     lm = CachedLM(ModelRunner(network, what), tokenizer, template, eos_ids(network, tokenizer))
     lm.generation_config = getattr(network, "generation_config", None)
+    return lm
+
+
+def enable_images(lm: CachedLM, options: LoadOptions, images: ImagesConfig) -> CachedLM:
+    """Let a model that was loaded with ``options`` read pictures, if its network does; its processor is loaded when the first comes.
+
+    Args:
+        lm: the base.
+        options: how it was loaded.
+        images: where pictures may come from, and how large they may be.
+    """
+    network: Any = lm.model.network
+    place = getattr(network.config, "name_or_path", "")
+    if reads_images(network):
+        own: dict[str, Any] = {"template": lm.template, "settings": lm.chat_settings, "system": lm.system}
+        lm.images = ImageEncoder(lm.title, lambda: load_processor(place, network.config, **options.hub()), images, **own)
+    elif place and can_read_images(load_config(place, options, "base")):
+        lm.images_advice = "it was loaded for text; give --images (from_pretrained(images=True)), so that it reads pictures, too"
     return lm
 
 

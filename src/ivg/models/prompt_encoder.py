@@ -5,18 +5,49 @@ Handles templates, vocabularies, lengths. Must not depend on networks: they may 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from ivg.errors import ContextLengthError, PromptError
 from ivg.models.cache import common_length
 from ivg.models.chat_template import encode_rendered, is_chat, join_instruction, render
+from ivg.models.image_prompts import ImageEncoder, ImageInputs
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.vocabulary import Vocabulary
 from ivg.types import Beam, Hypothesis, Prompt, new_key
 from ivg.types.messages import check_text
+
+T = TypeVar("T")
+
+
+class PromptCache(Generic[T]):
+    """A function of prompts, whose last ``size`` results are kept; the content of pictures is not."""
+
+    def __init__(self, function: Callable[[Prompt], T], size: int) -> None:
+        self.function, self.size = function, size
+        self._of_text = lru_cache(maxsize=size)(function)
+        self._of_images: OrderedDict[Prompt, T] = OrderedDict()
+        self.cache_info = self._of_text.cache_info
+
+    def cache_clear(self) -> None:
+        """Forget all results."""
+        self._of_text.cache_clear()
+        self._of_images.clear()
+
+    def __call__(self, prompt: Prompt) -> T:
+        """The function's result."""
+        if not prompt.images:
+            return self._of_text(prompt)
+        key = prompt.without_data
+        if key not in self._of_images:
+            self._of_images[key] = self.function(prompt)
+            while len(self._of_images) > self.size:
+                self._of_images.popitem(last=False)
+        self._of_images.move_to_end(key)
+        return self._of_images[key]
 
 
 class PromptEncoder:
@@ -57,8 +88,10 @@ class PromptEncoder:
         self.vocabulary = Vocabulary(tokenizer, eos_ids, owner=name)
         self.generation_config: Any = None
         """The checkpoint's sampling defaults (transformers' ``GenerationConfig``), where it has any."""
-        self.prompt_ids = lru_cache(maxsize=512)(self._prompt_ids)
-        self._rendered = lru_cache(maxsize=64)(self._render)
+        self.images: ImageEncoder | None = None
+        """Reads prompts with pictures, where the model can; all others read the text of such a prompt alone."""
+        self.prompt_ids = PromptCache(self._prompt_ids, 512)
+        self._rendered = PromptCache(self._render, 64)
 
     def _render(self, prompt: Prompt) -> str:
         return render(prompt, self.tokenizer, self.template, self.name, self.chat_settings, self.system_of(prompt))
@@ -76,12 +109,36 @@ class PromptEncoder:
         """The empty response to ``prompt`` by this model, the base.
 
         Raises:
-            PromptError: empty, or too long together with ``new_tokens``.
+            PromptError: empty, or too long together with ``new_tokens``, or with pictures for a model that reads none.
         """
-        prompt = self.own(prompt)
+        prompt = self.read_images(self.own(prompt))
         self.check_length(prompt, new_tokens)
         state = self.vocabulary.start_decoding(self.prompt_ids(prompt))
         return Beam(new_key(), None, prompt, vocabulary=self.vocabulary, inherits=False, decoded=state)
+
+    def read_images(self, prompt: Prompt) -> Prompt:
+        """``prompt`` with the content of its pictures (see :class:`~ivg.models.images.ImageReader`).
+
+        Raises:
+            PromptError: this model reads none; or one cannot be read.
+        """
+        if not prompt.images:
+            return prompt
+        if self.images is None:
+            raise PromptError(f"the prompt has pictures, but {self.title} reads text alone\n  {self.images_advice}")
+        return self.images.reader.read(prompt)
+
+    @property
+    def title(self) -> str:
+        """The model in an error: its role and what it is."""
+        return self.name
+
+    images_advice = "expected a vision-language model with a processor, on the engine transformers"
+    """What to do where there are pictures that the model does not read."""
+
+    def image_inputs(self, prompt: Prompt) -> ImageInputs | None:
+        """What the model takes beside the tokens of ``prompt``; None: nothing."""
+        return self.images.inputs(prompt) if self.images is not None and prompt.images else None
 
     def make_beam(self, prompt: Prompt, response: str) -> Beam:
         """A beam for a response that was not generated here, in this model's tokens.
@@ -99,6 +156,8 @@ class PromptEncoder:
         return Beam(new_key(), None, prompt, ids, response, vocabulary=self.vocabulary, inherits=False)
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if (inputs := self.image_inputs(prompt)) is not None:
+            return inputs.ids
         plain = self.template is None and self.system_of(prompt) is None
         if prompt.token_ids is not None and (self.reads_given_ids or plain):
             known = prompt.vocabulary is not None or self.reads_given_ids

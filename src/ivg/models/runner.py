@@ -14,10 +14,14 @@ from torch import Tensor, nn
 
 from ivg.errors import PromptError
 from ivg.models.cache import CacheRow, PassLimits, RowCache, common_length
-from ivg.models.choose_cache import choose_cache
+from ivg.models.choose_cache import choose_cache, images_fault
+from ivg.models.image_cache import TextAndImageCache
+from ivg.models.image_prompts import ImageInputs
 from ivg.models.placement import input_device
+from ivg.models.processor import reads_images
 from ivg.models.rotary import rotary_factors_beyond, rotary_modules
-from ivg.models.support import check_support
+from ivg.models.state_cache import StateCache
+from ivg.models.support import body_of, check_support
 from ivg.models.value_head import ValueModel
 
 
@@ -53,6 +57,9 @@ class ModelRunner:
         scalar = isinstance(network, ValueModel) and network.kind == "scalar"
         self._output_size = 1 if scalar else int(self.config.vocab_size)
         self.cache: RowCache = choose_cache(network, self.support, self.limits, name, trial=trial)
+        if reads_images(network) and not isinstance(self.cache, StateCache) and StateCache.takes(network):
+            self.cache = TextAndImageCache(self.cache, StateCache(network, self.limits))
+        self._images_tried = False
         self.unshared_peak_bytes = self.peak_bytes = self.resets = 0
         self.before_pass: Callable[[], None] | None = None
 
@@ -76,12 +83,27 @@ class ModelRunner:
         """Rows in use."""
         return self.cache.num_rows
 
-    def open(self, ids: Sequence[int], mark: int = 0) -> CacheRow:
+    def open(self, ids: Sequence[int], mark: int = 0, images: ImageInputs | None = None) -> CacheRow:
         """A row for ``ids``, holding already as many of them as the cache knows (all but the last at most).
 
-        ``mark``: length to which rows that descend from it are likely to be cut: that of their prompt.
+        ``mark``: length to which rows that descend from it are likely to be cut: that of their prompt. ``images``: what is read beside it.
         """
+        if images is not None:
+            return self.cache.open_with_images(ids, self._rope_range(len(ids)), images)
         return self.cache.open(ids, self._rope_range(len(ids)), mark)
+
+    def try_images(self, images: ImageInputs) -> None:
+        """Once, with the first prompt that has pictures: are rows that begin with them exact?
+
+        Raises:
+            PromptError: they are not; says why.
+        """
+        if not self._images_tried and self.before_pass is not None:
+            self.before_pass()
+        if not self._images_tried and (fault := images_fault(self.network, images, self.limits)) is not None:
+            kind = type(body_of(self.network)).__name__
+            raise PromptError(f"{self.name}: {kind} cannot be used with pictures: it {fault}\n  give text, or another base")
+        self._images_tried = True
 
     def fork(self, row: CacheRow) -> CacheRow:
         """A second row with the same tokens."""
@@ -145,7 +167,7 @@ class ModelRunner:
         pending = list(range(len(rows)))
         self._prepare(rows, new)
         while pending:
-            sizes = {i: self._piece_length(len(new[i]) - done[i], keep[i]) for i in pending}
+            sizes = {i: max(rows[i].unread_images, self._piece_length(len(new[i]) - done[i], keep[i])) for i in pending}
             wanted = {i: max(0, min(sizes[i], done[i] + sizes[i] - (len(new[i]) - keep[i]))) for i in pending}
             for batch in self.cache.batches(rows, sizes, wanted, self._output_size):
                 pieces = [list(new[i][done[i] : done[i] + sizes[i]]) for i in batch]

@@ -4,7 +4,7 @@ Recurrent and hybrid networks, chunked, indexed and compressed attention, ALiBi:
 given back with the next tokens. Rows of equal length that are read together are one object, a batch, as in ``generate``; without
 padding, so that no row depends on others. While the rows of a batch are read together nothing is copied; rows that were forked, or that
 others left, are copied into a new batch. A state cannot be cut: a row that is cut goes back to a snapshot, which is taken at its prompt's
-end and where it was forked, or to the beginning.
+end and where it was forked, or to the beginning. A prompt with pictures is read in one pass, alone, beside what its processor made.
 
 Knows transformers' forward signature and nothing of what a cache holds but that the first axis of its tensors is the batch. Must not
 know prompts, beams, tokenizers.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ivg.models.cache import CacheRow, PassLimits, RowCache
+from ivg.models.image_prompts import ImageInputs
+from ivg.models.image_support import first_pass, position_offset
 from ivg.models.placement import input_device
 from ivg.models.support import body_of
 
@@ -58,6 +60,13 @@ class Snapshot:
     rope_range: int
     batch: Batch
     index: int
+    digest: str = ""
+    offset: int = 0
+
+    @property
+    def key(self) -> tuple[int, tuple[int, ...], str]:
+        """What tells it from others."""
+        return self.rope_range, self.ids, self.digest
 
 
 @dataclass(eq=False, slots=True)
@@ -67,12 +76,19 @@ class StateRow(CacheRow):
     Attributes:
         mark: a snapshot is taken where the row has so many tokens.
         snapshots: states of its beginning, the shortest first: at the mark, and where it was forked.
+        offset: what is added to the number of a token behind pictures to get its position (Qwen-VL).
     """
 
     batch: Batch | None = None
     index: int = 0
     mark: int = 0
     snapshots: tuple[Snapshot, ...] = ()
+    offset: int = 0
+
+    @property
+    def digest(self) -> str:
+        """Of the pictures; none: empty."""
+        return "" if self.images is None else self.images.digest
 
 
 class StateCache(RowCache):
@@ -104,7 +120,7 @@ class StateCache(RowCache):
     @override
     def clear(self) -> None:
         self.rows: dict[StateRow, None] = {}
-        self.prompts: OrderedDict[tuple[int, tuple[int, ...]], Snapshot] = OrderedDict()
+        self.prompts: OrderedDict[tuple[int, tuple[int, ...], str], Snapshot] = OrderedDict()
         """Snapshots at marks, for later prompts. The one that has not been used for longest comes first."""
 
     # Rows
@@ -112,6 +128,13 @@ class StateCache(RowCache):
     @override
     def open(self, ids: Sequence[int], rope_range: int = 0, mark: int = 0) -> StateRow:
         row = StateRow(object(), [], mark=mark)
+        self.rows[row] = None
+        self._begin(row, ids, rope_range)
+        return row
+
+    @override
+    def open_with_images(self, ids: Sequence[int], rope_range: int, images: ImageInputs) -> StateRow:
+        row = StateRow(object(), [], images=images, mark=images.length)
         self.rows[row] = None
         self._begin(row, ids, rope_range)
         return row
@@ -154,11 +177,11 @@ class StateCache(RowCache):
     def _begin(self, row: StateRow, ids: Sequence[int], rope_range: int) -> None:
         """Start ``row`` from the longest snapshot that ``ids`` begin with."""
         row.rope_range = rope_range
-        fitting = [s for s in self.prompts.values() if s.rope_range == rope_range and len(s.ids) < len(ids)]
+        fitting = [s for s in self.prompts.values() if (s.rope_range, s.digest) == (rope_range, row.digest) and len(s.ids) < len(ids)]
         found = max((s for s in fitting if tuple(ids[: len(s.ids)]) == s.ids), key=lambda s: len(s.ids), default=None)
         row.snapshots = ()
         if found is not None:
-            self.prompts.move_to_end((rope_range, found.ids))
+            self.prompts.move_to_end(found.key)
             row.snapshots = (found,)
         self._go_to_last_snapshot(row)
 
@@ -166,21 +189,22 @@ class StateCache(RowCache):
     def _go_to_last_snapshot(row: StateRow) -> None:
         """Go back to the longest snapshot, or to the beginning."""
         if not row.snapshots:
-            row.ids, row.batch = [], None
+            row.ids, row.batch, row.offset = [], None, 0
             return
         last = row.snapshots[-1]
-        row.ids, row.batch, row.index = list(last.ids), last.batch, last.index
+        row.ids, row.batch, row.index, row.offset = list(last.ids), last.batch, last.index, last.offset
 
     @staticmethod
     def _become_fork(row: StateRow, other: StateRow) -> None:
         if other.batch is not None:
             other.batch.frozen = True
             if not other.snapshots or len(other.snapshots[-1].ids) < len(other.ids):
-                here = Snapshot(tuple(other.ids), other.rope_range, other.batch, other.index)
+                here = Snapshot(tuple(other.ids), other.rope_range, other.batch, other.index, other.digest, other.offset)
                 other.snapshots = (*(s for s in other.snapshots if len(s.ids) <= other.mark), here)
         row.ids, row.batch, row.index = list(other.ids), other.batch, other.index
         row.rope_range, row.mark, row.snapshots = other.rope_range, other.mark, other.snapshots
         row.nonfinite, row.finite_length = other.nonfinite, other.finite_length
+        row.images, row.offset = other.images, other.offset
 
     # The pass
 
@@ -191,12 +215,14 @@ class StateCache(RowCache):
 
     @override
     def batches(self, rows: Sequence[CacheRow], counts: dict[int, int], outputs: dict[int, int], output_size: int) -> Iterator[list[int]]:
-        """Rows that hold equally many tokens and read equally many share a pass."""
+        """Rows that hold equally many tokens and read equally many share a pass; one whose pictures are read has its own."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for i in counts:
             row = cast("StateRow", rows[i])
-            groups.setdefault((row.rope_range, len(row.ids), counts[i], max(0, row.mark - len(row.ids))), []).append(i)
-        for (_, _, count, _), some in groups.items():
+            alone = i + 1 if row.unread_images else 0
+            key = (counts[i], row.rope_range, len(row.ids), max(0, row.mark - len(row.ids)), row.offset, alone)
+            groups.setdefault(key, []).append(i)
+        for (count, *_), some in groups.items():
             wanted = max(outputs.get(i, 1) for i in some)
             most = len(some) if wanted <= 1 else self.limits.outputs // (wanted * output_size)
             most = 1 if self.alone else max(1, min(most, self.limits.batch_tokens // count))
@@ -212,7 +238,7 @@ class StateCache(RowCache):
         outputs: list[Tensor] = []
         try:
             for begin, end in self._steps(held, count, mark):
-                outputs.append(self._call(batch, tokens[:, begin:end], held + begin, keep))
+                outputs.append(self._call(batch, tokens[:, begin:end], held + begin, keep, states[0]))
                 if held + end == mark:
                     for row, piece in zip(states, pieces, strict=True):
                         self._save(row, [*row.ids, *piece[:end]])
@@ -235,20 +261,29 @@ class StateCache(RowCache):
             yield begin, end
             begin = end
 
-    def _call(self, batch: Batch, tokens: Tensor, held: int, keep: int) -> Tensor:
-        """Outputs of the last ``keep`` tokens at most; the batch then holds the tokens, too."""
+    def _call(self, batch: Batch, tokens: Tensor, held: int, keep: int, row: StateRow) -> Tensor:
+        """Outputs of the last ``keep`` tokens at most; the batch, one of whose rows is ``row``, then holds the tokens, too."""
         count = tokens.shape[1]
         positions = torch.arange(held, held + count, device=self.device)
         inputs = {
-            "position_ids": positions.expand(len(tokens), -1),
+            "position_ids": (positions + row.offset).expand(len(tokens), -1),
             "cache_position": positions,
             "logits_to_keep": min(keep, count),
             self._state_name: batch.state,
         }
-        given = {name: value for name, value in inputs.items() if name in self._arguments}
-        out = self.network(input_ids=tokens, use_cache=True, **given)
+        if row.images is not None and not held:
+            del inputs["position_ids"]  # the network makes those of pictures itself
+            with first_pass(self.network):
+                out = self._run(tokens, inputs, row.images.for_pass(count, self.device, cast("Any", self.network).dtype))
+                row.offset = position_offset(self.network)
+        else:
+            out = self._run(tokens, inputs, {})
         batch.state = getattr(out, self._state_name)
         return cast("Tensor", out.logits[:, -min(keep, count) :])
+
+    def _run(self, tokens: Tensor, inputs: Mapping[str, Any], pictures: Mapping[str, Tensor]) -> Any:
+        given = {name: value for name, value in inputs.items() if name in self._arguments}
+        return self.network(input_ids=tokens, use_cache=True, **given, **pictures)
 
     def _join(self, rows: Sequence[StateRow]) -> tuple[Batch, list[int]]:
         """The rows as one batch that may be written over, and the order in which they lie there, as indices into ``rows``."""
@@ -267,11 +302,11 @@ class StateCache(RowCache):
 
     def _save(self, row: StateRow, ids: Sequence[int]) -> None:
         """Take a snapshot of a row that holds ``ids``, for itself, its forks and later prompts."""
-        key = (row.rope_range, tuple(ids))
+        key = (row.rope_range, tuple(ids), row.digest)
         if key not in self.prompts:
             assert row.batch is not None
             batch = Batch(_select(row.batch, [row.index], self.device), 1, frozen=True)
-            self.prompts[key] = Snapshot(tuple(ids), row.rope_range, batch, 0)
+            self.prompts[key] = Snapshot(tuple(ids), row.rope_range, batch, 0, row.digest, row.offset)
             while len(self.prompts) > _PROMPTS:
                 self.prompts.popitem(last=False)
         self.prompts.move_to_end(key)

@@ -106,6 +106,8 @@ def _state_reason(body: nn.Module, config: Any) -> str | None:
     """Why slots of keys and values do not do, so that each row has transformers' own cache; None: they do."""
     if (attention := own_implementation(config)) not in (None, "sdpa", "eager"):
         return f"attends by {attention}, which may take no mask of its own for each token"
+    if _is_vision_language(body):
+        return "is a vision-language network"
     if _has_alibi(config):
         return "takes distances (ALiBi) from columns of the batch, not from positions"
     if unknown := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}):
@@ -121,6 +123,14 @@ def _state_reason(body: nn.Module, config: Any) -> str | None:
     if getattr(config, "attn_temperature_tuning", False) and config.model_type == "llama4_text":
         return "scales its attention by columns of the batch, not by positions"
     return None
+
+
+def _is_vision_language(body: nn.Module) -> bool:
+    """Is there no class for the text alone, so that the slot cache was never measured with it?"""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    name = type(body).__name__
+    return name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values() and name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def _has_alibi(config: Any) -> bool:

@@ -138,6 +138,8 @@ class Request:
 
     def __post_init__(self) -> None:
         validate(self, RequestSettings)
+        if self.prompt.images and self.search.guidance is not None and (draft := self.search.guidance.draft):
+            raise ConfigError(f"draft={draft} takes back tokens, and a prompt with pictures cannot be cut\n  leave draft out")
 
     def with_prompt(self, prompt: Prompt) -> Request:
         """The same for another prompt, behind the same instructions."""

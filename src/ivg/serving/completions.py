@@ -48,8 +48,10 @@ class CompletionEndpoint:
         body: Body = parse_body(await request.body(), request.headers, kind, strict=settings.strict)
         handle = RequestHandle(body, worker.served.count_completions(body), settings.deadline)
         if settings.log_prompts:
-            log_event("prompt", request_id=request.state.request_id, body=body.model_dump(exclude_none=True))
+            log_event("prompt", request_id=request.state.request_id, body=_loggable(body))
         worker.served.resolve_method(body.model, body.guidance)  # unknown models are refused before they are queued
+        if isinstance(body, ChatRequest) and any(message.images for message in body.messages):
+            handle.body = await _until_disconnect(request.receive, asyncio.to_thread(worker.served.read_images, body))
         worker.submit(handle)
         try:
             batch = await _until_disconnect(request.receive, _next_event(handle, worker))
@@ -62,6 +64,15 @@ class CompletionEndpoint:
         except BaseException:
             worker.cancel(handle)
             raise
+
+
+def _loggable(body: Body) -> dict[str, Any]:
+    """The body for the log, without the content of pictures."""
+    out = body.model_dump(exclude_none=True)
+    if isinstance(body, ChatRequest):
+        turns = [{"role": m.role, "content": m.content, "images": [image.shown for image in m.images]} for m in body.messages]
+        out["messages"] = [{name: value for name, value in turn.items() if value != []} for turn in turns]
+    return out
 
 
 def _stream_encoder(builder: ResponseBuilder, body: Body) -> StreamEncoder:

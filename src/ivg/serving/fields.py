@@ -93,7 +93,10 @@ def _list_of(items: dict[str, Any], most: int | None = None) -> dict[str, Any]:
     return {"type": "array", "items": items, "minItems": 1} | ({} if most is None else {"maxItems": most})
 
 
-_PART = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": _TEXT}}
+_TEXT_PART = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": _TEXT}}
+_URL = {"type": "object", "required": ["url"], "properties": {"url": _TEXT}}
+_IMAGE_PART = {"type": "object", "required": ["type", "image_url"], "properties": {"type": {"const": "image_url"}, "image_url": _URL}}
+_PART = {"anyOf": [_TEXT_PART, _IMAGE_PART]}
 _MESSAGE = {
     "type": "object",
     "required": ["role", "content"],

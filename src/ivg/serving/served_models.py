@@ -14,6 +14,7 @@ from typing import Any
 from ivg.errors import ContextLengthError, PromptError, ServeError
 from ivg.model import GuidedModel
 from ivg.models.chat_template import is_chat
+from ivg.models.images import ImageReader
 from ivg.search.methods import Method, method_names
 from ivg.search.request import QUANTUM, Request
 from ivg.search.searcher import check_engine
@@ -30,12 +31,14 @@ from ivg.serving.protocol import Body, ChatRequest, Guidance
 from ivg.settings.chat import ChatSettings
 from ivg.settings.recipe import Recipe
 from ivg.settings.serve import ServeSettings
-from ivg.types import Message, Prompt
+from ivg.types import Prompt
 
 PLAYGROUND_TOP_LOGPROBS = 5
 """Alternatives for each token with ``include_beams``."""
 DEFAULT_MAX_TOKENS = 2048
 """Where neither client, server nor checkpoint sets a length, and no model has a limit."""
+MAX_BODY_WITH_IMAGES = 32 << 20
+"""Bytes of a request body where the base reads pictures, unless the setting says otherwise."""
 LONG_CHUNK = 8
 """Chunks of at least this many tokens are streamed while they grow."""
 
@@ -78,6 +81,8 @@ class ServedModels:
     """
 
     def __init__(self, model: GuidedModel, recipe: Recipe, settings: ServeSettings) -> None:
+        if model.base.images is not None and "max_body_bytes" not in settings.model_fields_set:
+            settings = settings.model_copy(update={"max_body_bytes": MAX_BODY_WITH_IMAGES})
         self.model, self.recipe, self.settings = model, recipe, settings
         base = recipe.models.given.get("base")
         self.name = settings.name or ("embedded" if base is None else base.path.rstrip("/").rpartition("/")[2].replace(":", "-"))
@@ -190,6 +195,25 @@ class ServedModels:
             return None
         return thinking.guide_after
 
+    def read_images(self, body: Body) -> Body:
+        """``body`` with the content of its pictures, which clients may name as data: URLs, or as the settings allow.
+
+        May wait for other hosts: not for the worker's thread.
+
+        Raises:
+            ServeError: a base that reads text alone; a picture that is not allowed, not found or too large.
+        """
+        if not isinstance(body, ChatRequest) or not any(message.images for message in body.messages):
+            return body
+        prompt = Prompt(body.messages)
+        try:
+            if self.model.base.images is None:
+                self.model.base.read_images(prompt)
+            found = ImageReader(self.recipe.images, local=False).read(prompt)
+        except PromptError as e:
+            raise client_error(e, "messages") from None
+        return body.model_copy(update={"messages": found.content})
+
     def _with_max_tokens(self, request: Request, wanted: int | None) -> Request:
         """The request with its number of new tokens: as asked for, else as the settings say and all models can read."""
         left = max_new_tokens(self.model, request)
@@ -255,9 +279,9 @@ class ServedModels:
         return Prompt(self.model.engine.vocabulary.prompt_text(given), tuple(given))
 
     def _chat_prompt(self, body: ChatRequest) -> Prompt:
-        """The messages, if the base has a chat template; else their texts, one a line."""
-        if has_chat_template(self.model.base):
-            messages = tuple(Message("system" if m.role == "developer" else m.role, m.content) for m in body.messages)
+        """The messages, if the base has a chat template or there are pictures; else their texts, one a line."""
+        if has_chat_template(self.model.base) or any(m.images for m in body.messages):
+            messages = tuple(replace(m, role="system" if m.role == "developer" else m.role) for m in body.messages)
             prompt = Prompt(messages, chat=ChatSettings(**body.chat))
         else:
             prompt = Prompt("\n".join(m.content for m in body.messages))

@@ -22,6 +22,10 @@ class GenerateSettings(RowSettings):
             unset="the prompts of the command line",
         ),
     ] = None
+    image: Annotated[
+        tuple[str, ...],
+        Setting("Picture before the text of every prompt of the command line: file or URL; may be repeated.", flags=("--image",)),
+    ] = ()
     output: Annotated[
         Path | None,
         Setting("JSONL file to append answers to; - is standard output.", flags=("--output", "-o"), unset="answers go to the screen"),

@@ -1,7 +1,7 @@
 """The recipe: all settings of a run, from a TOML file and the command line. Unknown names are errors; aliases are accepted.
 
-A recipe has the tables ``models``, ``values``, ``search``, ``sampling``, ``run``, ``vllm``, ``endpoint``, ``eval`` and ``serve``; each may
-be left out::
+A recipe has the tables ``models``, ``values``, ``search``, ``sampling``, ``run``, ``images``, ``vllm``, ``endpoint``, ``eval`` and
+``serve``; each may be left out::
 
     [models]
     base = "mistralai/Mistral-7B-Instruct-v0.2"
@@ -31,6 +31,7 @@ from pydantic import Field, ValidationError
 
 from ivg.errors import ConfigError
 from ivg.settings.eval import EvalConfig as EvalConfig
+from ivg.settings.images import ImagesConfig
 from ivg.settings.messages import explain
 from ivg.settings.models import ROLES as ROLES
 from ivg.settings.models import ModelRef as ModelRef
@@ -60,6 +61,7 @@ class Recipe(Table):
     search: Annotated[SearchConfig, Setting("Search")] = SearchConfig()
     sampling: Annotated[SamplingConfig, Setting("Sampling")] = SamplingConfig()
     run: Annotated[RunConfig, Setting("Run")] = RunConfig()
+    images: Annotated[ImagesConfig, Setting("Pictures (docs/how-to/images.md)")] = ImagesConfig()
     vllm: Annotated[VLLMConfig, Setting("vLLM")] = VLLMConfig()
     endpoint: Annotated[EndpointConfig, Setting("Endpoint")] = EndpointConfig()
     eval: Annotated[EvalConfig, Setting("Evaluation")] = EvalConfig()

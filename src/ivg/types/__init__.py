@@ -4,6 +4,7 @@ An engine makes beams longer, a value turns beams into numbers, a selection rule
 
 ==============  =========================================================
 ``messages``    prompts and chat messages
+``images``      pictures in messages
 ``beam``        hypotheses of a response
 ``value``       :class:`Value` and :class:`Reward`, base classes
 ``engine``      :class:`Engine` and :class:`AsyncEngine`, base classes
@@ -18,6 +19,7 @@ from ivg.settings.sampling import SamplingParams
 from ivg.types.beam import Beam, DecodeState, FinishReason, Hypothesis, TokenCounter, TokenLogprobs, new_key
 from ivg.types.completion import Completion, Step, TraceNode, Usage
 from ivg.types.engine import AsyncEngine, Engine, EntropyStop, ExpandOutput, ExpandRequest, TokenGuidance
+from ivg.types.images import Image
 from ivg.types.messages import Message, Prompt
 from ivg.types.preference import Preference
 from ivg.types.thinking import Thinking
@@ -35,6 +37,7 @@ __all__ = [
     "ExpandRequest",
     "FinishReason",
     "Hypothesis",
+    "Image",
     "Message",
     "Preference",
     "Prompt",

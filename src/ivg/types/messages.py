@@ -1,17 +1,19 @@
 """What is to be answered: one parser of prompts for library, command line, server and training. Standard library only.
 
-A prompt is a text or the messages of one conversation. Contents may be lists of parts (OpenAI's shape), whose texts are joined.
+A prompt is a text or the messages of one conversation. Contents may be lists of parts (OpenAI's shape), whose texts are joined; pictures
+among them stay where they are, for a base that reads them.
 What cannot be read is refused with its place (``messages[1].content[0]``); how a model renders a prompt is ``models.chat_template``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ivg.errors import PromptError
 from ivg.settings.chat import ChatSettings
+from ivg.types.images import IMAGE_PARTS, Image
 
 _SHAPES = 'text, or messages [{"role": "user", "content": "…"}, …]'
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -22,10 +24,28 @@ _TOOLS = ("tool_calls", "function_call", "audio")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a chat."""
+    """One turn of a chat.
+
+    Attributes:
+        role: who speaks.
+        content: the text, without pictures.
+        parts: texts and pictures in order, where there are pictures; else nothing.
+    """
 
     role: str
     content: str
+    parts: tuple[str | Image, ...] = ()
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """The pictures."""
+        return tuple(part for part in self.parts if isinstance(part, Image))
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The turn as JSON has it."""
+        parts = [part.plain if isinstance(part, Image) else {"type": "text", "text": part} for part in self.parts]
+        return {"role": self.role, "content": parts or self.content}
 
     @classmethod
     def of(cls, value: Message | Mapping[str, Any], where: str = "message") -> Message:
@@ -55,7 +75,7 @@ class Message:
         for name in _TOOLS:
             if value.get(name):
                 raise PromptError(f"{where}.{name} is not supported: only the text of a message is read\n  leave it out")
-        return cls(role, content_text(value["content"], f"{where}.content"))
+        return cls(role, *read_content(value["content"], f"{where}.content"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +99,22 @@ class Prompt:
     """How messages are rendered; no effect on a text."""
 
     @property
-    def plain(self) -> str | list[dict[str, str]]:
+    def plain(self) -> str | list[dict[str, Any]]:
         """The content as JSON has it; :meth:`of` reads it back."""
-        return self.content if isinstance(self.content, str) else [{"role": m.role, "content": m.content} for m in self.content]
+        return self.content if isinstance(self.content, str) else [m.plain for m in self.content]
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """The pictures of all messages, in order."""
+        return () if isinstance(self.content, str) else tuple(image for m in self.content if m.parts for image in m.images)
+
+    @property
+    def without_data(self) -> Prompt:
+        """An equal prompt without the content of its pictures: to remember it by."""
+        if isinstance(self.content, str):
+            return self
+        turns = [replace(m, parts=tuple(replace(p, data=None) if isinstance(p, Image) else p for p in m.parts)) for m in self.content]
+        return replace(self, content=tuple(turns))
 
     @property
     def continued(self) -> str | None:
@@ -143,30 +176,39 @@ def read_prompts(value: PromptLike | Sequence[Conversation]) -> tuple[list[Promp
 
 
 def content_text(content: Any, where: str = "content") -> str:
-    """The text of a message's content: itself, or that of all its parts, joined without anything between.
+    """The text of a message's content: see :func:`read_content`."""
+    return read_content(content, where)[0]
+
+
+def read_content(content: Any, where: str = "content") -> tuple[str, tuple[str | Image, ...]]:
+    """(the text of a message's content, its parts if there are pictures): the texts of all parts are joined without anything between.
 
     Raises:
-        PromptError: null, or a part that is no text; names the place.
+        PromptError: null, or a part that is neither text nor picture; names the place.
     """
     if isinstance(content, str):
         check_text(content, where)
-        return content
+        return content, ()
     if content is None:
         raise PromptError(f"{where} is null\n  expected text")
     if isinstance(content, bytes | bytearray | memoryview | Mapping) or not isinstance(content, Iterable):
         raise PromptError(f'{where} is {_shown(content)}\n  expected text, or parts [{{"type": "text", "text": "…"}}, …]')
-    parts = list(content)
-    if not parts:
+    given = list(content)
+    if not given:
         raise PromptError(f"{where} is an empty list\n  expected text, or at least one part")
-    return "".join(_part_text(part, f"{where}[{i}]") for i, part in enumerate(parts))
+    parts = tuple(_part(part, f"{where}[{i}]") for i, part in enumerate(given))
+    text = "".join(part for part in parts if isinstance(part, str))
+    return text, parts if any(isinstance(part, Image) for part in parts) else ()
 
 
-def _part_text(part: Any, where: str) -> str:
+def _part(part: Any, where: str) -> str | Image:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(kind, str):
         raise PromptError(f'{where} is {_shown(part)}\n  expected a part {{"type": "text", "text": "…"}}')
+    if kind in IMAGE_PARTS:
+        return Image.of(part, where)
     if kind not in _TEXT_PARTS:
-        raise PromptError(f"{where}: parts of type {kind!r} are not supported\n  only text is read; leave the part out")
+        raise PromptError(f"{where}: parts of type {kind!r} are not supported\n  only text and pictures are read; leave the part out")
     text = part.get("text")
     if not isinstance(text, str):
         raise PromptError(f"{where}.text is {_shown(text)}\n  expected text")

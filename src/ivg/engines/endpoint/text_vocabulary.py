@@ -127,6 +127,7 @@ class EndpointPromptEncoder(PromptEncoder):
         Raises:
             PromptError: an empty prompt, or messages that cannot be rendered here.
         """
+        self.read_images(prompt)
         chat = is_chat(prompt, self.template)
         if self.renderer is None and chat:
             raise PromptError(
