@@ -10,6 +10,7 @@ import torch
 import naive
 from benchmarks import one_network
 from ivg import GuidedModel
+from ivg.diagnostics.cost import parameters
 from ivg.errors import ConfigError, MissingDependencyError, ModelError
 from ivg.factory.engines import inner_guides
 from ivg.factory.recipe import load_models
@@ -157,6 +158,9 @@ def test_an_adapter_adds_its_own_weights_alone(hub):
     assert weights(model) == alone + own
     assert own < alone / 4
     assert weights(three) == 3 * alone
+    counted = parameters(model)
+    assert counted["base"] == counted["untuned"] == parameters(three)["base"]
+    assert counted["tuned"] == counted["base"] + own // 4
     pointers = {p.data_ptr() for name, p in model.values["implicit"].tuned.model.network.named_parameters() if "lora_" not in name}
     assert pointers == {
         p.data_ptr() for name, p in model.values["implicit"].untuned.model.network.named_parameters() if "lora_" not in name

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ivg.model import GuidedModel
+from ivg.models.adapters import of_other_adapter
 from ivg.models.cached_lm import CachedLM
 from ivg.models.packed_linear import packed_layers
 from ivg.types import Value
@@ -25,7 +26,7 @@ def language_models(model: GuidedModel) -> dict[str, CachedLM]:
 
 def parameters(model: GuidedModel) -> dict[str, int]:
     """Active parameters by the names in ``Usage.forward_tokens``."""
-    out = {name: active_parameters(lm.model.network) for name, lm in language_models(model).items()}
+    out = {name: active_parameters(lm.model.network, lm.model.adapter) for name, lm in language_models(model).items()}
     for value in model.values.values():
         for name, network in value.networks():
             if name not in out:
@@ -38,8 +39,8 @@ def flops(forward_tokens: Mapping[str, float], sizes: Mapping[str, int]) -> floa
     return float(sum(2 * sizes.get(name, 0) * tokens for name, tokens in forward_tokens.items()))
 
 
-def active_parameters(network: Any) -> int:
-    """Parameters of ``network`` that take part in the forward pass of one token."""
+def active_parameters(network: Any, adapter: str | None = None) -> int:
+    """Parameters of ``network`` that take part in the forward pass of one token; of its adapters, those of ``adapter`` (None: none)."""
     config = network.config.get_text_config()
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     active = (getattr(config, "num_experts_per_tok", None) or experts) / experts if experts else 1.0
@@ -51,7 +52,7 @@ def active_parameters(network: Any) -> int:
         lookup = None
     total = float(sum(layer.num_weights for layer in packed_layers(network)))
     for name, parameter in network.named_parameters():
-        if parameter is not lookup:
+        if parameter is not lookup and not of_other_adapter(name, adapter):
             total += num_weights(parameter) * (active if "experts" in name else 1.0)
     return round(total)
 

@@ -7,6 +7,7 @@ that is on. This is the one place that imports peft, and it does so when the fir
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import nn
 from ivg.errors import ConfigError, MissingDependencyError, ModelError, reason
 from ivg.models.hub import ADAPTER_CONFIG
 
+_NAME = re.compile(r"ivg\d+")
+"""Names that adapters are given."""
 PEFT_ADVICE = "pip install 'ivg[train]' (or peft)"
 
 
@@ -107,6 +110,12 @@ def _check_config(config: Any, title: str, scale: float) -> None:
     if scale != 1 and (kind != "LORA" or getattr(config, "modules_to_save", None)):
         what = "holds whole modules (modules_to_save)" if kind == "LORA" else f"is of the kind {kind}"
         raise ConfigError(f"{title} {what}, which scale={scale:g} does not reach\n  leave scale out")
+
+
+def of_other_adapter(parameter: str, adapter: str | None) -> bool:
+    """Does the parameter of this name belong to another adapter than ``adapter`` (None: to any)?"""
+    names = [part for part in parameter.split(".") if _NAME.fullmatch(part)]
+    return bool(names) and names != [adapter]
 
 
 def is_adapter(folder: str | Path) -> bool:

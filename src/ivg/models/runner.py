@@ -39,6 +39,7 @@ class ModelRunner:
         support: how the network is read, and up to which length.
         unshared_peak_bytes: what all rows in use would have held without sharing, at the busiest moment since :meth:`reset_cache`.
         peak_bytes: what they held.
+        adapter: name of the adapter that it reads with (``models.adapters``).
         before_pass: called before every forward pass, where the network is shared by models that change it (``models.adapters``).
         resets: calls of :meth:`reset_cache`: rows that were opened before the last one are gone.
 
@@ -62,6 +63,7 @@ class ModelRunner:
         self._images_tried = False
         self.unshared_peak_bytes = self.peak_bytes = self.resets = 0
         self.before_pass: Callable[[], None] | None = None
+        self.adapter: str | None = None
 
     # Rows
 

@@ -87,7 +87,7 @@ class SharedNetworks:
         if name not in found.runners:
             found.adapters.activate(name)
             runner = found.runners[name] = ModelRunner(found.lm.model.network, what)
-            runner.before_pass = partial(found.adapters.activate, name)
+            runner.adapter, runner.before_pass = name, partial(found.adapters.activate, name)
         own = load_tokenizer(folder, options, what) if has_tokenizer(folder) else None
         tokenizer, ends = found.lm.tokenizer if own is None else own, sorted(found.lm.vocabulary.eos_ids)
         lm = CachedLM(found.runners[name], tokenizer, template, ends, name=what, system=system)
