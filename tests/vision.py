@@ -15,6 +15,7 @@ from ivg.models.processor import load_processor, without_videos
 from ivg.testing import byte_tokenizer
 
 KINDS = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3")
+MORE = ("llava_next", "idefics3")
 _PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
 _QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _GEMMA = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
@@ -67,6 +68,36 @@ def _llava():
     return processor, AutoConfig.for_model("llava", vision_config=tower, text_config=text, vision_feature_layer=-1, **ids)
 
 
+def _llava_next():
+    from transformers import LlavaNextProcessor
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    tok, grid = _tokenizer(["<image>"]), [[32, 64], [64, 32]]
+    processor = LlavaNextProcessor(
+        LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=_SIDE, image_grid_pinpoints=grid),
+        tok,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template("<image>"),
+    )
+    more = {"vision_feature_layer": -1, "image_grid_pinpoints": grid, **_ids(tok, ["image_token_id"], ["<image>"])}
+    tower, text = _TOWER | {"model_type": "clip_vision_model"}, _text(tok, model_type="llama")
+    return processor, AutoConfig.for_model("llava_next", vision_config=tower, text_config=text, **more)
+
+
+def _idefics3():
+    from transformers import Idefics3Processor
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    tok = _tokenizer(["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"])
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False)
+    processor = Idefics3Processor(images, tok, image_seq_len=4, chat_template=template("<image>"))
+    tower, text = _TOWER | {"model_type": "idefics3_vision"}, _text(tok, model_type="llama")
+    ids = _ids(tok, ["image_token_id"], ["<image>"])
+    return processor, AutoConfig.for_model("idefics3", vision_config=tower, text_config=text, scale_factor=2, **ids)
+
+
 def _qwen(kind):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -104,11 +135,12 @@ def _gemma3():
 
 
 def checkpoint(kind, folder, seed=0):
-    """A directory in hub layout with a random network of one of :data:`KINDS` and its processor.
+    """A directory in hub layout with a random network of one of :data:`KINDS` or :data:`MORE`, and its processor.
 
     Its last token means the same as a picture's: where an answer holds that, a pass with pixels would take it for one more picture.
     """
-    processor, config = {"llava": _llava, "gemma3": _gemma3}[kind]() if kind in ("llava", "gemma3") else _qwen(kind)
+    others = {"llava": _llava, "gemma3": _gemma3, "llava_next": _llava_next, "idefics3": _idefics3}
+    processor, config = others[kind]() if kind in others else _qwen(kind)
     torch.manual_seed(seed)
     network = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").float().eval()
     randomise(network, seed)

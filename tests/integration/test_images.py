@@ -12,7 +12,7 @@ from ivg.settings.models import ModelRef
 from ivg.testing import byte_tokenizer, tiny_lm, tiny_value
 from ivg.types import Prompt
 from ivg.values.implicit import ImplicitValue
-from vision import KINDS, BehindOwnPrompt, WithPictures, asking, checkpoint, data_url, picture, processed
+from vision import KINDS, MORE, BehindOwnPrompt, WithPictures, asking, checkpoint, data_url, picture, processed
 
 pytestmark = pytest.mark.numerics
 
@@ -28,7 +28,7 @@ CHATS = [
 ]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[*KINDS, *(pytest.param(kind, marks=pytest.mark.long) for kind in MORE)])
 def folder(request, tmp_path_factory):
     return checkpoint(request.param, tmp_path_factory.mktemp(request.param))
 
