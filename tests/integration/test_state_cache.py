@@ -131,7 +131,7 @@ def test_greedy_answers_equal_generate_and_do_not_depend_on_the_batch(name):
 def test_guidance_and_values_equal_naive(name, head):
     base, tuned, untuned = (lm(name, role, seed) for seed, role in enumerate(("base", "tuned", "untuned"), 1))
     whole = tiny(name, 4)
-    body = whole.base_model if whole.base_model is not whole else whole.get_decoder()  # Llama 4
+    body = whole.base_model if whole.base_model is not whole else whole.model  # Llama 4
     network = ValueModel(body, head)
     torch.manual_seed(0)
     torch.nn.init.normal_(network.head.weight, std=0.3)
