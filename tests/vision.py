@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedToke
 from architectures import randomise
 from ivg.models.processor import load_processor, without_videos
 from ivg.testing import byte_tokenizer
+from naive import device_of
 
 KINDS = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3")
 MORE = ("llava_next", "idefics3")
@@ -209,7 +210,7 @@ class BehindOwnPrompt:
 
     def __call__(self, input_ids):
         answer = input_ids[0, self.length :].tolist()
-        logits = self.network(input_ids=torch.tensor([self.prompt + answer])).logits
+        logits = self.network(input_ids=torch.tensor([self.prompt + answer], device=device_of(self.network))).logits
         out = logits.new_zeros(1, self.length + len(answer), logits.shape[2])
         out[:, self.length - 1 :] = logits[:, len(self.prompt) - 1 :]
         return SimpleNamespace(logits=out)
