@@ -46,8 +46,9 @@ class Image:
 
     @property
     def shown(self) -> str:
-        """The source in an error."""
-        return self.source if len(self.source) <= 80 and self.kind != "data" else f"{self.source[:40]}…"
+        """The source in an error: paths and addresses whole, unless they are very long."""
+        longest = 40 if self.kind == "data" else 500
+        return self.source if len(self.source) <= longest else f"{self.source[:longest]}…"
 
     @classmethod
     def of(cls, part: Mapping[str, Any], where: str) -> Image:
