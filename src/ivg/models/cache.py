@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ivg.errors import ModelError
+
 if TYPE_CHECKING:
     from ivg.models.image_prompts import ImageInputs
 
@@ -86,8 +88,12 @@ class RowCache(ABC):
         """
 
     def open_with_images(self, ids: Sequence[int], rope_range: int, images: ImageInputs) -> CacheRow:
-        """As :meth:`open`, for a text whose first ``images.length`` tokens are read with pictures; that is also its mark."""
-        raise NotImplementedError
+        """As :meth:`open`, for a text whose first ``images.length`` tokens are read with pictures; that is also its mark.
+
+        Raises:
+            ModelError: a cache of networks that read no pictures (the default).
+        """
+        raise ModelError("this model reads no pictures\n  give text")
 
     @abstractmethod
     def fork(self, row: CacheRow) -> CacheRow:

@@ -45,11 +45,13 @@ class Batch:
         state: the cache object.
         size: rows in it.
         frozen: several rows or snapshots need it as it is.
+        nbytes: of its tensors; None: not counted since the last pass.
     """
 
     state: Any
     size: int
     frozen: bool = False
+    nbytes: int | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -278,7 +280,7 @@ class StateCache(RowCache):
                 row.offset = position_offset(self.network)
         else:
             out = self._run(tokens, inputs, {})
-        batch.state = getattr(out, self._state_name)
+        batch.state, batch.nbytes = getattr(out, self._state_name), None
         return cast("Tensor", out.logits[:, -min(keep, count) :])
 
     def _run(self, tokens: Tensor, inputs: Mapping[str, Any], pictures: Mapping[str, Tensor]) -> Any:
@@ -371,6 +373,8 @@ def _holds_state(thing: Any) -> bool:
 
 
 def _bytes(batch: Batch) -> int:
-    sizes: list[int] = []
-    _merge([batch.state], lambda found, axis: sizes.append(found[0].nbytes) or found[0])  # type: ignore[func-returns-value]
-    return sum(sizes)
+    if batch.nbytes is None:
+        sizes: list[int] = []
+        _merge([batch.state], lambda found, axis: sizes.append(found[0].nbytes) or found[0])  # type: ignore[func-returns-value]
+        batch.nbytes = sum(sizes)
+    return batch.nbytes

@@ -118,18 +118,10 @@ class ValueModel(nn.Module):
         weight, bias = read_head(name, hub)
         text = config.get_text_config()
         if (kind == "scalar" and weight.shape[0] != 1) or weight.shape[1] != text.hidden_size:
-            raise ModelError(
-                f"{name}: {head}.weight has shape {tuple(weight.shape)}\n  expected "
-                f"({'1' if kind == 'scalar' else text.vocab_size}, {text.hidden_size}) for a {kind} head"
-                + ("; a classifier with several labels is a reward model: --reward" if kind == "scalar" else "")
-            )
+            raise _wrong_shape(name, kind, head, weight, text)
         dtype = dtype or weight.dtype
-        placed = {
-            "quantization_config": quantization_config,
-            "device_map": device_map,
-            "max_memory": max_memory,
-            "attn_implementation": attn_implementation,
-        }
+        placed = {"device_map": device_map, "max_memory": max_memory}
+        placed |= {"quantization_config": quantization_config, "attn_implementation": attn_implementation}
         backbone, info = AutoModel.from_pretrained(
             name,
             config=config,
@@ -167,6 +159,14 @@ def _shell(config: Any, kind: HeadKind) -> Any:
             return AutoModelForSequenceClassification.from_config(config)
         except ValueError:  # transformers has no classifier of this architecture
             return AutoModelForCausalLM.from_config(config)
+
+
+def _wrong_shape(name: str | Path, kind: HeadKind, head: str, weight: Tensor, text: Any) -> ModelError:
+    return ModelError(
+        f"{name}: {head}.weight has shape {tuple(weight.shape)}\n  expected "
+        f"({'1' if kind == 'scalar' else text.vocab_size}, {text.hidden_size}) for a {kind} head"
+        + ("; a classifier with several labels is a reward model: --reward" if kind == "scalar" else "")
+    )
 
 
 def find_head(name: str | Path, hub: dict[str, Any]) -> tuple[HeadKind, str]:
