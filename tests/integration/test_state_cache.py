@@ -51,6 +51,9 @@ def test_rows_that_are_read_together_stay_one_batch():
         for row, out in zip(rows, model.last_outputs(rows, [[9 + step + i] for i in range(4)]), strict=True):
             compare(out, outputs_of(model, row.ids), 1e-3)
         assert all(row.batch is batch for row in rows)
+    for row, out in zip(rows[::-1], model.last_outputs(rows[::-1], [[20 + i] for i in range(4)]), strict=True):  # in another order
+        compare(out, outputs_of(model, row.ids), 1e-3)
+    assert root.batch is batch
     model.free(rows.pop(1))
     for row, out in zip(rows, model.last_outputs(rows, [[3]] * 3), strict=True):
         compare(out, outputs_of(model, row.ids), 1e-3)

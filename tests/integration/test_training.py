@@ -320,3 +320,25 @@ def test_errors(tmp_path, model):
     for train, settings in ((tune.dpo, DPOSettings()), (tune.reward, TrainSettings())):
         with pytest.raises(ConfigError, match="in all 2 pairs chosen and rejected are the same text"):
             train(model, 2 * [Preference(Prompt("p"), "r", "r")], tmp_path / train.__name__, settings)
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo", "reward", "value"])
+def test_a_missing_extra_is_one_line(command, tmp_path):
+    """In a process of its own, where accelerate is not installed."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b", "score": 1.0}\n')
+    code = """
+import sys
+
+class Absent:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] == "accelerate":
+            raise ModuleNotFoundError("No module named 'accelerate'", name="accelerate")
+
+sys.meta_path.insert(0, Absent)
+from ivg.cli import main
+main()
+"""
+    arguments = ["train", command, "--model", "embedded:untuned", "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (2, "error: training needs accelerate - pip install 'ivg[train]'")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import accelerate  # noqa: F401  (transformers' Trainer needs it, and says so only after the rows are read and the model is loaded)
 import torch
 
 from ivg.errors import ConfigError, ModelError
