@@ -275,6 +275,8 @@ def test_without_peft_the_error_names_the_extra(hub, monkeypatch):
 def test_what_cannot_be_switched_exactly_is_refused(hub, tmp_path):
     cases = {
         "bias": ({"bias": "lora_only"}, {}, ModelError, "trained biases of the network"),
+        "pissa": ({"init_lora_weights": "pissa"}, {}, ModelError, r"changes the network itself \(init_lora_weights='pissa'\)"),
+        "olora": ({"init_lora_weights": "olora"}, {}, ModelError, "changes the network itself"),
         "modules": ({"modules_to_save": ["lm_head"]}, {"scale": 0.5}, ConfigError, "holds whole modules .* which scale=0.5 does not reach"),
     }
     for name, (settings, own, error, message) in cases.items():

@@ -19,6 +19,9 @@ from ivg.models.hub import ADAPTER_CONFIG
 _NAME = re.compile(r"ivg\d+")
 """Names that adapters are given."""
 PEFT_ADVICE = "pip install 'ivg[train]' (or peft)"
+MERGE_ADVICE = "merge it into a model of its own: merge_and_unload().save_pretrained(FOLDER)"
+INITS_OF_ADAPTERS_ALONE = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+"""Values of ``init_lora_weights`` that are a text and leave the network as it is when peft loads the adapter."""
 
 
 class Adapters:
@@ -104,9 +107,11 @@ def _check_config(config: Any, title: str, scale: float) -> None:
         raise ModelError(f"{title} is of the kind {kind}, which adds tokens to the prompt\n  expected LoRA, or another that changes layers")
     if getattr(config, "bias", "none") not in ("none", None):
         raise ModelError(
-            f"{title} trained biases of the network (bias={config.bias!r}), which cannot be switched off exactly\n"
-            "  merge it into a model of its own: merge_and_unload().save_pretrained(FOLDER)"
+            f"{title} trained biases of the network (bias={config.bias!r}), which cannot be switched off exactly\n  {MERGE_ADVICE}"
         )
+    init = getattr(config, "init_lora_weights", None)
+    if isinstance(init, str) and init.lower() not in INITS_OF_ADAPTERS_ALONE:
+        raise ModelError(f"{title} changes the network itself (init_lora_weights={init!r}), which others read, too\n  {MERGE_ADVICE}")
     if scale != 1 and (kind != "LORA" or getattr(config, "modules_to_save", None)):
         what = "holds whole modules (modules_to_save)" if kind == "LORA" else f"is of the kind {kind}"
         raise ConfigError(f"{title} {what}, which scale={scale:g} does not reach\n  leave scale out")
