@@ -269,7 +269,7 @@ def test_without_judges_there_is_still_a_report(hub, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["judges"] == []
     assert "Reward" in markdown(results, [], [])
-    assert tables(results)[0].header == ["method", "KL to base, nats"]
+    assert tables(results)[0].header == ["method", "KL to base, nats", "distinct-2", "repetition", "words", "tokens"]
 
 
 # What cannot be

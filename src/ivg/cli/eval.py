@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ivg.cli.options import command
+from ivg.cli.options import command, plain_value
 from ivg.cli.recipe_options import RecipeOptions, Tables
 from ivg.errors import ConfigError, MissingDependencyError
 from ivg.settings.recipe import EvalConfig, Recipe, SearchConfig
@@ -24,7 +24,9 @@ HELP = """Compare methods on a task: sentiment, summarization or alpaca.
 Three stages, each of which writes files in --out and resumes: generate (transcripts/), score (scores/), report
 (results.json, report.md, report.html, figures/).
 
-Search options (-W, -K, -L, --beta) are for the nine "combinations"; a named method takes others from its table in a recipe."""
+Search options (-W, -K, -L, --beta) are for the nine "combinations"; a named method takes others from its table in a recipe.
+
+    ivg eval sentiment --methods bon --sweep eft:beta=0.25,0.5,1 --sweep cbs-explicit:width=1,2,4:successors=2,4,4 ..."""
 
 _OFFERED = {
     "search": ("width", "successors", "chunk_length", "beta", "draft"),
@@ -52,12 +54,24 @@ def evaluate(
     docs: Annotated[
         Path | None, typer.Option("--docs", help="Copy report.md (without samples: they quote the data), results.json and figures here.")
     ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            help="A method with several values of a setting, METHOD:SETTING=V,V,V (lists of several settings, with : between them, go "
+            "together), beside --methods; may be repeated. With neither methods nor a recipe's: only these and the base.",
+        ),
+    ] = None,
     *,
     recipe: Recipe,
 ) -> None:
     """See HELP."""
     from ivg.evaluation.plan import make_plan
     from ivg.evaluation.runner import STAGES
+
+    if sweep:
+        given = recipe.eval.model_dump(exclude_none=True)["methods"] if "methods" in recipe.eval.model_fields_set else []
+        recipe = recipe.override(eval={"methods": [*given, *map(_sweep, sweep)]})
 
     if "task" in recipe.eval.model_fields_set and recipe.eval.task != task:
         raise ConfigError(f"the recipe is for the task {recipe.eval.task!r}, got {task!r}\n  give the task that the recipe is for")
@@ -67,6 +81,19 @@ def evaluate(
     if recipe.eval.data == "-" and recipe.eval.jobs > 1:
         raise ConfigError("--data - is standard input, which only one process can read\n  give --jobs 1, or a file")
     run(make_plan(recipe.override(eval={"task": task}), out), stage or STAGES, docs)
+
+
+def _sweep(text: str) -> dict[str, Any]:
+    """A method of a recipe from METHOD:SETTING=V,V,V:SETTING=V,V,V.
+
+    Raises:
+        ConfigError: of another form.
+    """
+    method, *settings = text.split(":")
+    pairs = [part.partition("=") for part in settings]
+    if not method or not pairs or not all(name.strip() and sign and values.strip() for name, sign, values in pairs):
+        raise ConfigError(f"--sweep {text!r}\n  expected METHOD:SETTING=V,V,V, for example eft:beta=0.25,0.5,1")
+    return {"method": method, "sweep": {name.strip(): [plain_value(v.strip()) for v in values.split(",")] for name, _, values in pairs}}
 
 
 def run(plan: EvalPlan, stages: Sequence[str], docs: Path | None) -> None:

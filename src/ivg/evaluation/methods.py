@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ivg.embedded import PREFIX
 from ivg.errors import ConfigError
 from ivg.jobs.fingerprints import same_source
-from ivg.search.methods import CONTRAST, METHODS, Method, get_method, resolve_fallbacks
+from ivg.search.methods import CONTRAST, METHODS, Method, get_method, resolve_fallbacks, unused_settings
 from ivg.settings.recipe import MethodConfig, ModelRef, Recipe
+from ivg.settings.requests import point_label
 from ivg.settings.schema import check
 from ivg.settings.search import SearchSettings
 
@@ -29,10 +30,19 @@ _EMBEDDED = {"implicit": ("tuned", "untuned"), "explicit": ("value",), "explicit
 
 @dataclass(frozen=True)
 class MethodRow:
-    """One row of the report: a label, and a method with all its settings."""
+    """One row of the report.
+
+    Attributes:
+        label: its name.
+        method: with all its settings.
+        sweep: name of the sweep that it is a point of; None: of none.
+        point: the settings that differ between the points of that sweep.
+    """
 
     label: str
     method: Method
+    sweep: str | None = None
+    point: Mapping[str, int | float] = field(default_factory=dict)
 
     @property
     def is_base(self) -> bool:
@@ -53,9 +63,14 @@ def method_rows(recipe: Recipe, search: Mapping[str, Any]) -> tuple[MethodRow, .
             ``search`` table that no method uses.
     """
     values = model_refs_by_value(recipe)
-    found = [m for given in recipe.eval.methods for m in _expand(given, recipe, search, values)]
+    found: list[MethodRow] = []
+    for given in recipe.eval.methods:
+        for point in given.points() or [{}]:
+            rows = _combinations(point, given, recipe, search) if given.method == COMBINATIONS else [_row(point, given, values)]
+            found += [row for row in rows if not (row.sweep is None and point and row in found)]  # of the nine that it does not change
     if not any(m.is_base for m in found):
         found.insert(0, MethodRow(BASE, get_method(BASE)))
+    _check_sweeps(found)
     labels = [m.label for m in found]
     twice = sorted({x for x in labels if labels.count(x) > 1 or x == BASE_SAMPLES})
     if twice:
@@ -111,10 +126,36 @@ def method_settings(method: Method) -> dict[str, Any]:
     return {k: v for k, v in asdict(method).items() if k != "summary"}
 
 
-def _expand(given: MethodConfig, recipe: Recipe, search: Mapping[str, Any], values: Collection[str]) -> list[MethodRow]:
-    if given.method != COMBINATIONS:
-        return [MethodRow(given.label, resolve_fallbacks(get_method(given.method, **given.settings()), values))]
-    settings = {**search, **recipe.search.settings(), **given.settings()}
+def _check_sweeps(rows: Sequence[MethodRow]) -> None:
+    """The points of a sweep differ in the same settings; two sweeps of one name would be drawn as one."""
+    settings: dict[str, set[tuple[str, ...]]] = {}
+    for row in rows:
+        if row.sweep is not None:
+            settings.setdefault(row.sweep, set()).add(tuple(row.point))
+    twice = [name for name, different in settings.items() if len(different) > 1]
+    if twice:
+        raise ConfigError(f"methods: two sweeps are called {', '.join(twice)}\n  give each sweep its own label")
+
+
+def _row(point: Mapping[str, Any], given: MethodConfig, values: Collection[str]) -> MethodRow:
+    """A named method, or one point of its sweep."""
+    settings = {**given.settings(), **point}
+    unused = {k: why for k, why in unused_settings(given.method, settings).items() if k in point}
+    if unused:
+        name, why = next(iter(unused.items()))
+        raise ConfigError(f"{given.label}: the sweep of {name} has no effect: {why}\n  sweep a setting that the method uses")
+    method = resolve_fallbacks(get_method(given.method, **settings), values)
+    return MethodRow(given.label + point_label(point), method, given.label if point else None, dict(point))
+
+
+def _combinations(point: Mapping[str, Any], given: MethodConfig, recipe: Recipe, search: Mapping[str, Any]) -> list[MethodRow]:
+    """The nine; of a sweep the point of each that what is swept has an effect on."""
+    settings = {**search, **recipe.search.settings(), **given.settings(), **point}
+    if unknown := sorted(set(point) - {*_SIZES, *_GUIDING}):
+        raise ConfigError(
+            f"{given.label}: {', '.join(unknown)} cannot be swept\n"
+            "  expected some of: width, successors, chunk_length, beta, candidates, gate, draft"
+        )
     sizes = {k: getattr(METHODS["ivg"], k) for k in _SIZES} | {k: settings[k] for k in _SIZES if k in settings}
     guiding = {k: settings[k] for k in _GUIDING if k in settings}
     found = []
@@ -124,7 +165,8 @@ def _expand(given: MethodConfig, recipe: Recipe, search: Mapping[str, Any], valu
             chosen: dict[str, Any] = {"token": token, "select": select}
             chosen |= {k: v for k, v in guiding.items() if token != "none" and (k != "draft" or token == "implicit")}
             chosen |= sizes if select != "none" else {}
-            found.append(MethodRow(f"{token}×{select}", get_method("custom", **chosen)))
+            own, name = {k: v for k, v in point.items() if k in chosen}, f"{token}×{select}"
+            found.append(MethodRow(name + point_label(own), get_method("custom", **chosen), name if own else None, own))
     return found
 
 

@@ -45,10 +45,17 @@ def report(plan: EvalPlan) -> Results:
 
 
 def read_results(path: Path) -> Results:
-    """A results.json; one of version 0.1 gets today's names."""
+    """A results.json, of any version; what an older one lacks is empty or None."""
     results: Results = json.loads(path.read_text(encoding="utf-8"))
-    if "bank" not in results:
-        return results
+    if "bank" in results:
+        results = _renamed(results)
+    missing: Results = {"sweep": None, "point": {}, "words": None}
+    results["methods"] = {label: {**missing, **method} for label, method in results["methods"].items()}
+    return results
+
+
+def _renamed(results: Results) -> Results:
+    """Results of version 0.1 with today's names."""
     renamed = {"bank": "base_samples", "clock": "timings"}
     out = {renamed.get(k, k): v for k, v in results.items()}
     out["methods"] = {label: {"method" if k == "strategy" else k: v for k, v in m.items()} for label, m in results["methods"].items()}

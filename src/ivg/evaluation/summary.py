@@ -72,6 +72,8 @@ def _method(plan: EvalPlan, row: MethodRow, base: Sequence[ScoredRow], sizes: di
         "label": row.label,
         "family": family(row.method),
         "method": method_settings(row.method),
+        "sweep": row.sweep,
+        "point": dict(row.point),
         "answers": len(good),
         "errors": len(pairs) - len(good),
         **{judge: mean_over_prompts((r["id"], s[judge]) for r, s in good) for judge in plan.judges},
@@ -115,6 +117,7 @@ def _text_metrics(pairs: Sequence[ScoredRow]) -> Row:
         by_seed[r["seed"]].append(r["text"])
     return {
         "length": sum(s["tokens"] for _, s in pairs) / len(pairs),
+        "words": sum(len(r["text"].split()) for r, _ in pairs) / len(pairs),
         **{f"distinct_{n}": sum(metrics.distinct(texts, n) for texts in by_seed.values()) / len(by_seed) for n in (1, 2)},
         "repetition": sum(metrics.repetition(r["token_ids"]) for r, _ in pairs) / len(pairs),
     }

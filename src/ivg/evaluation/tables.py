@@ -63,6 +63,12 @@ def _rewards(results: Results) -> Table:
     columns.append(("KL to base, nats", lambda m: divergence(m["kl"])))
     if results["base_samples"]:
         columns.append(("best-of-N at equal compute", lambda m: best_of_n(m["best_of_n"])))
+    columns += [
+        ("distinct-2", lambda m: number(m["distinct_2"], 3)),
+        ("repetition", lambda m: number(m["repetition"], 3)),
+        ("words", lambda m: number(m["words"], 1)),
+        ("tokens", lambda m: number(m["length"], 1)),
+    ]
     return Table.of("Reward", columns, results, _reward_note(results))
 
 
@@ -83,6 +89,11 @@ def _reward_note(results: Results) -> str:
             "Best-of-N: the largest N, the same for all prompts, whose mean FLOPs are at most those of the method's answers; selected by "
             f"the {samples['selected_by']} value (+: limited by the {samples['size']} base samples)."
         )
+    parts.append(
+        "Distinct-2: distinct word pairs divided by all, within the answers of one seed (Li et al. 2016). Repetition: fraction of an "
+        "answer's token 4-grams that repeat earlier ones (seq-rep-4, Welleck et al. 2020). A reward that rises while variety or another "
+        "judge falls is a sign of over-optimisation."
+    )
     return " ".join(parts)
 
 
@@ -98,17 +109,10 @@ def _texts(results: Results) -> Table:
     columns: list[Column] = [
         ("perplexity under base", lambda m: number(m["perplexity"], 1)),
         ("surprisal, nats", lambda m: number(m["surprisal"]["mean"], 1)),
-        ("tokens", lambda m: number(m["length"], 1)),
         ("distinct-1", lambda m: number(m["distinct_1"], 3)),
-        ("distinct-2", lambda m: number(m["distinct_2"], 3)),
-        ("repetition", lambda m: number(m["repetition"], 3)),
     ]
-    note = (
-        "Perplexity and surprisal (−log π_base of an answer) at temperature 1. Distinct-n: distinct word n-grams divided by all, within "
-        "the answers of one seed (Li et al. 2016). Repetition: fraction of an answer's token 4-grams that repeat earlier ones (seq-rep-4, "
-        "Welleck et al. 2020)."
-    )
-    return Table.of("Texts", columns, results, note)
+    note = "Perplexity and surprisal (−log π_base of an answer) at temperature 1. Distinct-1: distinct words divided by all."
+    return Table.of("Texts under the base", columns, results, note)
 
 
 def _costs(results: Results) -> Table:

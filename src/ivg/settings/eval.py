@@ -18,7 +18,7 @@ RESERVED_NAMES = frozenset({
     "gold", "label", "family", "method", "answers", "errors", "win_rate", "kl",
     "kl_note", "surprisal", "perplexity", "length", "distinct_1", "distinct_2", "repetition", "forward_tokens",
     "flops", "best_of_n", "task", "primary", "seed", "id", "fingerprint", "base_logp",
-    "tokens", "error",
+    "tokens", "error", "sweep", "point", "words",
 })  # fmt: skip
 """Columns of scores and results; no judge may have these names."""
 
@@ -46,7 +46,7 @@ class EvalConfig(Table):
         list[MethodConfig],
         Setting(
             "Methods, with commas between them; combinations: the nine of token guidance and selection. In recipes also tables of a "
-            "method and its settings.",
+            'method and its settings; a list where a setting takes a number is a sweep: { method = "eft", beta = [0.5, 1, 2] }.',
             flags=("--methods",),
             unset="combinations",
         ),
