@@ -122,6 +122,7 @@ def test_lines_run(line, from_hub, tmp_path, monkeypatch, ivg):
     (tmp_path / "instructions.json").write_text(json.dumps([{"instruction": f"Say {w}", "output": w} for w in ("hi", "ho")]))
     prompts = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.endswith("> prompts.jsonl"))
     subprocess.run(prompts, shell=True, cwd=tmp_path, check=True)
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": f"The film number {i} was good."}) + "\n" for i in range(20)))
     write_preferences(tmp_path / "preferences.jsonl")
     if "train rollout" not in line:
         write_rollouts(tmp_path / "rollouts.jsonl")

@@ -148,9 +148,32 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class SFTSettings(TrainSettings):
-    """Settings of supervised fine-tuning."""
+    """Settings of supervised fine-tuning.
+
+    Attributes:
+        NEW_LEARNING_RATE: of a new network, in place of the default.
+    """
+
+    NEW_LEARNING_RATE: ClassVar[float] = 1e-3
 
     loss: Annotated[Loss, Setting("Tokens in the loss: response or all.", r.choice("response", "all"), flags=("--loss",))] = "response"
+    config_overrides: Annotated[
+        str | None,
+        Setting(
+            "Train a new network: random weights, the configuration of --model with these changes (hidden_size=96,num_hidden_layers=4), "
+            f"and its tokenizer. The learning rate is then {NEW_LEARNING_RATE:g} by default.",
+            flags=("--config-overrides",),
+            unset="start from the weights of --model",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.config_overrides is not None:
+            if self.mode != "full":
+                raise ConfigError(f"config_overrides makes a new network, got mode={self.mode}\n  a new network is trained in mode full")
+            if self.learning_rate is None:
+                object.__setattr__(self, "learning_rate", self.NEW_LEARNING_RATE)
+        super().__post_init__()
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,8 @@ class RunDir:
             rows: the training rows. Their fingerprints are written, with those of the model that training started from.
         """
         if first_process():
-            write_training_rows(self.path, (answer for row in rows for answer in answers(row)), self.provenance["model"])
+            start = None if self.provenance.get("config_overrides") else self.provenance["model"]  # a new network has seen nothing
+            write_training_rows(self.path, (answer for row in rows for answer in answers(row)), start)
             write_text(self.path / "README.md", model_card(title, self.provenance, metrics, usage))
             write_json(self.path / "metrics.json", dict(metrics))
             shutil.rmtree(self.checkpoints, ignore_errors=True)  # last: without them nothing could be resumed
@@ -177,7 +178,9 @@ class RunDir:
 def model_card(title: str, provenance: Mapping[str, Any], metrics: Mapping[str, Any], usage: str) -> str:
     """A model card: origin, usage, settings, metrics."""
     model = provenance["model"]
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists()
+    new = provenance.get("config_overrides")
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists() and not new
+    origin = f"a new network: configuration of `{model}` with `{new}`, random weights, its tokenizer" if new else f"`{model}`"
     parent = f"base_model: {model}\n" if on_hub else ""
     return f"""---
 library_name: transformers
@@ -185,7 +188,7 @@ library_name: transformers
 ---
 # {title}
 
-Trained by [ivg](https://arxiv.org/abs/2409.17819) (`ivg train {provenance["what"]}`) from `{model}`
+Trained by [ivg](https://arxiv.org/abs/2409.17819) (`ivg train {provenance["what"]}`) from {origin}
 on {", ".join(f"`{source}`" for source in provenance["data"])}.
 
 {usage}

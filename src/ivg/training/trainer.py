@@ -19,6 +19,8 @@ from ivg.training.data import held_out
 from ivg.training.run_dir import RunDir
 
 T = TypeVar("T")
+CHECKPOINTED = 50_000_000
+"""Parameters up to which a network on a GPU keeps its activations: faster, and they fit."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,14 @@ def split_rows(rows: Sequence[Any], settings: TrainSettings, encode: Callable[[S
     return Split(first, train, test, len(rows) - len(train) - len(test))
 
 
-def trainer_arguments(kind: Any, settings: TrainSettings, run: RunDir, *, evaluate: bool, **fixed: Any) -> Any:
+def trainer_arguments(kind: Any, settings: TrainSettings, run: RunDir, network: Any, *, evaluate: bool, **fixed: Any) -> Any:
     """``kind`` (transformers' ``TrainingArguments`` or a subclass); ``settings.trainer_args`` has the last word.
 
     Args:
         kind: the class.
         settings: those with the name of a field of ``kind`` are passed on.
         run: where checkpoints go.
+        network: what is trained; on a GPU large ones recompute activations (gradient checkpointing) to save memory.
         evaluate: are there held-out rows?
         fixed: further fields.
 
@@ -88,7 +91,7 @@ def trainer_arguments(kind: Any, settings: TrainSettings, run: RunDir, *, evalua
         "lr_scheduler_type": "cosine",
         "bf16": pick_dtype("auto", device) == torch.bfloat16,
         "use_cpu": not cuda,
-        "gradient_checkpointing": cuda,
+        "gradient_checkpointing": cuda and sum(p.numel() for p in network.parameters()) > CHECKPOINTED,
         "dataloader_pin_memory": cuda,
         "logging_steps": 0.02,
         "save_total_limit": 1,
@@ -132,15 +135,25 @@ def load_for_training(
     frozen = mode != "full" and torch.cuda.is_available()
     options = LoadOptions(device="cpu", dtype="bfloat16" if frozen else "float32", trust_remote_code=trust_remote_code, extra=kwargs)
     network = load_network(name, auto_class, options, what, new_head=auto_class is AutoModelForSequenceClassification)
+    tokenizer = tokenizer_for_training(name, trust_remote_code, what)
+    config = network.config.get_text_config()
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return network, tokenizer
+
+
+def tokenizer_for_training(name: str | Path, trust_remote_code: bool = False, what: str = "model") -> Any:
+    """The tokenizer of ``name`` with a padding token.
+
+    Raises:
+        ModelError: no tokenizer, or one without a token to pad with.
+    """
     tokenizer = load_tokenizer(name, LoadOptions(trust_remote_code=trust_remote_code), what)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"the tokenizer of {name} has neither a padding nor an end-of-sequence token\n  add one of them")
         tokenizer.pad_token = tokenizer.eos_token
-    config = network.config.get_text_config()
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
-    return network, tokenizer
+    return tokenizer
 
 
 def drop_timing_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ivg.errors import ConfigError
 from ivg.settings.train import DPOSettings, SFTSettings, TrainSettings
 from ivg.training.data import SFTExample
 from ivg.training.encoding import encode_for_reward, encode_preferences, encode_sft
+from ivg.training.new_network import new_network
 from ivg.training.run_dir import RunDir, first_process, open_run, process_count, run_provenance
 from ivg.training.trainer import drop_timing_metrics, load_for_training, lora_config, split_rows, trainer_arguments
 from ivg.types import Preference
@@ -36,14 +37,14 @@ def sft(model: str | Path, rows: Sequence[SFTExample], out: str | Path, settings
     """Supervised fine-tuning (TRL's ``SFTTrainer``).
 
     Args:
-        model: causal language model, directory or hub id.
+        model: causal language model, directory or hub id; with ``settings.config_overrides`` its architecture and tokenizer only.
         rows: prompts and responses.
         out: folder of the run.
         settings: of the trainer.
         sources: where the rows come from; named in the model card.
 
     Raises:
-        ConfigError: no usable row, or ``out`` holds another run.
+        ConfigError: no usable row, ``out`` holds another run, or no network can be made with the overrides.
     """
     task = _Task(
         "sft",
@@ -52,6 +53,7 @@ def sft(model: str | Path, rows: Sequence[SFTExample], out: str | Path, settings
         ("Supervised fine-tuning", "Load it with transformers; as a base (`--base`), or as the untuned guide (`--untuned`) of a pair."),
         lambda _, tokenizer: partial(encode_sft, tokenizer=tokenizer, template=settings.template, max_length=settings.max_length),
         {"packing": False, "completion_only_loss": settings.loss == "response"},
+        settings.config_overrides,
     )
     return _run(task, model, rows, out, settings, sources)
 
@@ -122,6 +124,7 @@ class _Task:
         card: title and usage of the model card.
         encoder: from network and tokenizer to a function from rows to the columns that the trainer reads.
         arguments: further fields of ``config``.
+        overrides: train a new network with this change of the configuration.
     """
 
     command: str
@@ -130,6 +133,7 @@ class _Task:
     card: tuple[str, str]
     encoder: Callable[[Any, Any], Encoder]
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    overrides: str | None = None
 
 
 class _PlainLossSFTTrainer(SFTTrainer):
@@ -158,11 +162,17 @@ def _run(task: _Task, model: str | Path, rows: Sequence[Any], out: str | Path, s
             raise ConfigError("mode head trains the head of a value\n  expected full or lora")
         set_seed(settings.seed)
         kind, labels = (AutoModelForSequenceClassification, {"num_labels": 1}) if task.command == "reward" else (AutoModelForCausalLM, {})
-        network, tokenizer = load_for_training(kind, model, "model", settings.trust_remote_code, settings.mode, **labels)
+        if task.overrides is None:
+            network, tokenizer = load_for_training(kind, model, "model", settings.trust_remote_code, settings.mode, **labels)
+        else:
+            network, tokenizer = new_network(model, task.overrides, settings.trust_remote_code)
+            counts["parameters"] = network.num_parameters()
         split = split_rows(rows, settings, task.encoder(network, tokenizer))
         trainer = task.trainer(
             model=network.train(),
-            args=trainer_arguments(task.config, settings, run, evaluate=bool(split.test), **{**task.arguments, "max_length": None}),
+            args=trainer_arguments(
+                task.config, settings, run, network, evaluate=bool(split.test), **{**task.arguments, "max_length": None}
+            ),
             train_dataset=Dataset.from_list(split.train),
             eval_dataset=Dataset.from_list(split.test) if split.test else None,
             processing_class=tokenizer,

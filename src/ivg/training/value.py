@@ -79,7 +79,7 @@ def _fit(model: ValueModelWithLoss, split: Split[Encoded], collator: ValueCollat
     own: dict[str, Any] = {"remove_unused_columns": False, "label_names": ["rewards", "groups"], "adam_beta2": 0.98}
     trainer = Trainer(
         model=model,
-        args=trainer_arguments(TrainingArguments, settings, run, evaluate=bool(split.test), **own),
+        args=trainer_arguments(TrainingArguments, settings, run, model.model.backbone, evaluate=bool(split.test), **own),
         train_dataset=cast("Any", split.train),
         eval_dataset=cast("Any", split.test or None),
         data_collator=collator,
