@@ -161,11 +161,11 @@ def search(base, values, s, prompt, seed, temperature, limit, eos=0, marker=()):
     def score(y):
         if answer_start(y, marker) is None:
             return -math.inf
-        return values[s.select].score(prompt, answer(y, s, marker)) if s.select else 0.0
+        return selection_score(values, s, prompt, answer(y, s, marker))
 
     kept = [([], 0, False, 0.0)]
     plan = budgets(-(-limit // chunk), s.width * s.successors, s.decay, s.width)
-    counts = [plan.pop(0)]
+    counts, chunks = [plan.pop(0)], 0
     while not all(done for _, _, done, _ in kept):
         pool = [hypothesis for hypothesis in kept if hypothesis[2] for _ in range(s.successors if s.original else 1)]
         for (y, rng_path, done, _), count in zip(kept, counts, strict=False):
@@ -176,17 +176,33 @@ def search(base, values, s, prompt, seed, temperature, limit, eos=0, marker=()):
         if s.rule == "top" and not s.original:
             pool = list({tuple(p[0]): p for p in reversed(pool)}.values())[::-1]
         if s.rule == "soft":
-            weights = [math.exp((p[3] - max(q[3] for q in pool)) / s.soft_scale) for p in pool]
-            at, total, pick = uniform(seed, max(len(p[0]) for p in pool), 0, 0x50F7) * sum(weights), 0.0, None
-            for i, w in enumerate(weights):
-                total += w
-                pick = i if pick is None and total > at else pick
-            kept = [pool[pick]]
+            chunks, kept = chunks + 1, []
+            while pool and len(kept) < s.width:
+                weights = [math.exp((p[3] - max(q[3] for q in pool)) / s.soft_scale) for p in pool]
+                kept.append(pool.pop(weighted_draw(weights, uniform(seed, chunks, len(kept), 0x50F7))))
         else:
             kept = sorted(pool, key=lambda p: -p[3])[: s.width]
         budget = plan.pop(0) if plan else 0
         counts = [budget // s.width + (i < budget % s.width) for i in range(s.width)]
     return kept[0][0], kept[0][3]
+
+
+def selection_score(values, s, prompt, y):
+    """What a response is selected by: one value, or several by their weighted sum or the worst of them."""
+    levels = dict(s.select_reference)
+    each = [w * (values[name].score(prompt, y) - levels.get(name, 0.0)) for name, w in s.select_weights]
+    if each:
+        return min(each) if s.select_combine == "min" else sum(each)
+    return values[s.select].score(prompt, y) if s.select else 0.0
+
+
+def weighted_draw(weights, u):
+    total, at = 0.0, u * sum(weights)
+    for i, w in enumerate(weights):
+        total += w
+        if total > at:
+            return i
+    return len(weights) - 1
 
 
 def budgets(chunks, each, decay, least):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ivg.search.methods import METHODS, Method, get_method
     from ivg.search.searcher import Request, Search, Searcher
     from ivg.types import AsyncEngine, Beam, Completion, Engine, Message, Prompt, Reward, SamplingParams, Step, TokenGuidance, Usage, Value
-    from ivg.values.base import CompositeValue, FunctionValue
+    from ivg.values.base import CompositeValue, FunctionValue, WorstCaseValue
     from ivg.values.explicit import ExplicitValue
     from ivg.values.implicit import AutoregressiveReward, ImplicitValue
     from ivg.values.reward import RewardModel
@@ -51,7 +51,7 @@ _HOME = {
         "Usage",
         "Value",
     ),
-    "ivg.values.base": ("CompositeValue", "FunctionValue"),
+    "ivg.values.base": ("CompositeValue", "FunctionValue", "WorstCaseValue"),
     "ivg.values.explicit": ("ExplicitValue",),
     "ivg.values.implicit": ("AutoregressiveReward", "ImplicitValue"),
     "ivg.values.reward": ("RewardModel",),
@@ -89,6 +89,7 @@ __all__ = [
     "TransformersEngine",
     "Usage",
     "Value",
+    "WorstCaseValue",
     "__version__",
     "get_method",
 ]

@@ -33,7 +33,7 @@ from ivg.types.messages import Conversation, PromptLike, read_prompts
 from ivg.types.scores import require_scores, score_each
 from ivg.utils import environment
 from ivg.utils.locks import FairLock
-from ivg.values.base import CompositeValue, as_value
+from ivg.values.base import CompositeValue, as_value, combine_values
 from ivg.values.contrast import PromptContrast, choose_contrast, contrast_of, follow_base
 from ivg.values.explicit import ExplicitValue
 from ivg.values.implicit import AutoregressiveReward, ImplicitValue
@@ -94,7 +94,7 @@ class GuidedModel:
         self.sampling = replace(DEFAULT_SAMPLING, **own) if sampling is None else sampling
         self.lock = FairLock()
         self.engine: Engine = TransformersEngine(local_reader(base)) if engine is None else engine
-        self._composites: dict[tuple[tuple[float, int], ...], Value] = {}
+        self._composites: dict[tuple[Any, ...], Value] = {}
         self._contrast = contrast_of(base, here=isinstance(self.engine, TransformersEngine))
         follow_base(base, *self.values.values())
 
@@ -178,13 +178,13 @@ class GuidedModel:
         self.values[name] = found = as_value(value, name)
         follow_base(self.base, found)
 
-    def _combined(self, parts: Sequence[tuple[float, Value]], name: str) -> Value:
+    def _combined(self, parts: Sequence[tuple[float, Value]], name: str, reference: Sequence[float] | None = None) -> Value:
         """The same object for the same values and weights, so that requests with equal weights are scored together."""
-        key = tuple((weight, id(value)) for weight, value in parts)
+        key = (reference, *((weight, id(value)) for weight, value in parts))
         with self.lock:
             while key not in self._composites and len(self._composites) >= _COMPOSITES:
                 del self._composites[next(iter(self._composites))]
-            return self._composites.setdefault(key, CompositeValue(parts, name))  # it holds its parts, so no id is reused
+            return self._composites.setdefault(key, combine_values(parts, name, reference))  # it holds its parts, so no id is reused
 
     @property
     def methods(self) -> list[str]:

@@ -10,7 +10,7 @@ from ivg.search.methods import METHODS, get_method
 from ivg.search.searcher import Request, Search, Searcher
 from ivg.testing import ARCHITECTURES, byte_tokenizer, tiny_lm, tiny_model, tiny_value
 from ivg.types import Prompt, SamplingParams
-from ivg.values.base import CompositeValue
+from ivg.values.base import CompositeValue, combine_values
 from ivg.values.implicit import AutoregressiveReward, ImplicitValue
 
 pytestmark = pytest.mark.numerics
@@ -42,7 +42,7 @@ class Bench:
         self.readers = [self.base, *pair, arm, q.model, v.model]
 
     def generate(self, prompts, s, sampling, seed=5):
-        requests = [Request(Prompt(p), s.search(self.values), sampling, seed) for p in prompts]
+        requests = [Request(Prompt(p), s.search(self.values, combine_values), sampling, seed) for p in prompts]
         done = dict(self.searcher.run(requests))
         return [done[i] for i in range(len(prompts))]
 
@@ -91,7 +91,7 @@ def test_strategy_equals_naive(bench, name):
     for prompt, got in zip(prompts, bench.generate(prompts, s, sampling), strict=True):
         tokens, score = bench.reference(prompt, s, sampling)
         assert list(got.token_ids) == tokens
-        if s.select:
+        if s.selectors:
             assert got.score == pytest.approx(score, abs=2e-4)
     assert all(r.model.live_rows == 0 for r in bench.readers)
 
@@ -134,6 +134,16 @@ NEIGHBOURS = {
     "gated so that little is left": {"token": "implicit", "gate": 4.55},
     "adaptive, guided": {"token": "implicit", "select": "explicit", "decay": 0.6, "width": 2, "successors": 3, "chunk_length": 4},
     "soft, sharper": {"select": "implicit", "rule": "soft", "soft_scale": 0.2, "successors": 4, "chunk_length": 3},
+    "soft, several beams": {"select": "implicit", "rule": "soft", "width": 3, "successors": 2, "chunk_length": 3},
+    "worst of three": {
+        "select_weights": "implicit=1,explicit=4,scalar=2",
+        "select_combine": "min",
+        "select_reference": "scalar=-0.1,explicit=0.05",
+        "token": "implicit",
+        "width": 2,
+        "successors": 3,
+        "chunk_length": 4,
+    },
     "adaptive, soft": {"select": "explicit", "rule": "soft", "decay": 0.6, "successors": 3, "chunk_length": 4},
 }
 

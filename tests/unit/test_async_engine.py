@@ -13,6 +13,7 @@ from ivg.errors import ConfigError
 from ivg.search.methods import METHODS
 from ivg.search.searcher import Search, Searcher
 from ivg.testing import AsyncFakeEngine, FakeEngine
+from ivg.values.base import combine_values
 
 VALUES = dict.fromkeys(("implicit", "explicit", "arm", "contrast"), COUNT_A)
 
@@ -23,7 +24,7 @@ def answers(engine, requests):
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_same_answers_at_any_pace(name):
-    search = METHODS[name].search(VALUES)
+    search = METHODS[name].search(VALUES, combine_values)
     requests = [request(search, seed, stop=("cab",), max_new_tokens=20 + 7 * seed) for seed in range(4)]
     paced = AsyncFakeEngine()
     assert answers(paced, requests) == answers(FakeEngine(), requests)

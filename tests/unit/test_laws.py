@@ -33,7 +33,7 @@ from ivg.testing import (
     tiny_value,
 )
 from ivg.types import Prompt, Value
-from ivg.values.base import CompositeValue, FunctionValue, as_value
+from ivg.values.base import CompositeValue, FunctionValue, WorstCaseValue, as_value
 from ivg.values.implicit import AutoregressiveReward, ImplicitValue
 from ivg.values.reward import RewardModel
 
@@ -74,6 +74,7 @@ VALUES = {
     "reward": reward_model,
     "composite": lambda: CompositeValue([(2.0, pair()), (-0.5, tiny_value("vocabulary", seed=4))]),
     "composite, scores only": lambda: CompositeValue([(2.0, pair()), (1.0, FunctionValue(lambda p, r: len(r)))]),
+    "worst case": lambda: WorstCaseValue([(2.0, pair()), (-0.5, tiny_value("vocabulary", seed=4))], reference=[0.5, 0.0]),
     "composite of none": lambda: CompositeValue([]),
     "guide inside vLLM": lambda: VLLMGuide("implicit", pair),
 }

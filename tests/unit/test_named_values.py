@@ -169,7 +169,15 @@ def test_record_from_the_library():
 def test_every_setting_can_be_given_at_the_edge():
     settings = {f.name for f in fields(Method)} - {"name", "summary"}
     assert settings == set(SearchConfig.model_fields) - {"method"}
-    texts = {"select_weights": "a=1", "token": "none", "select": "explicit", "transform": "centered", "rule": "top"}
+    texts = {
+        "select_weights": "a=1",
+        "select_combine": "min",
+        "select_reference": "a=0.5",
+        "token": "none",
+        "select": "explicit",
+        "transform": "centered",
+        "rule": "top",
+    }
     texts |= {"chunk_length": "4", "weights": "a=1,contrast=2", "contrast": "Be kind.", "negative": "Be rude."}
     texts |= {"guide_after": "</think>", "thinking_budget": "4", "values_read": "all", "draft": "0"}
     given = [f"{name}={texts.get(name, {bool: 'false', int: '4', float: '0.5'}.get(type(f.default), '0.5'))}" for name, f in _fields()]

@@ -14,7 +14,7 @@ from ivg.search.methods import METHODS, get_method
 from ivg.search.searcher import Particles, Rejection, Request, Search, Searcher
 from ivg.testing import FakeEngine
 from ivg.types import Prompt, SamplingParams
-from ivg.values.base import FunctionValue
+from ivg.values.base import FunctionValue, combine_values
 
 COUNT_A = FunctionValue(lambda p, r: r.count("a"))
 
@@ -125,7 +125,7 @@ def test_committed_text_is_never_taken_back(name):
     s = get_method(name, token="none") if METHODS[name].token else get_method(name)
     for seed in range(5):
         committed = ""
-        for step in run(FakeEngine(), request(s.search(values), seed, stop=("cab", "bb"), max_new_tokens=30)):
+        for step in run(FakeEngine(), request(s.search(values, combine_values), seed, stop=("cab", "bb"), max_new_tokens=30)):
             assert step.committed.startswith(committed)
             committed = step.committed
             if step.completion:

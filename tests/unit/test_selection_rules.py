@@ -1,4 +1,4 @@
-"""CARDS, particles and adaptive budgets with a fake engine: formulas by hand, behaviour, distributions by enumeration."""
+"""CARDS, particles, adaptive budgets with a fake engine: formulas by hand, behaviour, distributions by enumeration."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ from ivg.search.searcher import Request, Search, Searcher
 from ivg.search.selection import budgets
 from ivg.testing import FakeEngine
 from ivg.types import Prompt, SamplingParams, TokenGuidance, Value
-from ivg.values.base import FunctionValue
+from ivg.values.base import FunctionValue, combine_values
 
 pytestmark = pytest.mark.numerics
 
@@ -294,5 +294,6 @@ def test_weights_need_their_values_and_a_way_to_combine():
         s.search({"a": COUNT_A})
     with pytest.raises(ConfigError, match="way to combine"):
         s.search({"a": COUNT_A, "b": COUNT_A})
+    assert s.search({"a": COUNT_A, "b": COUNT_A}, combine_values).guidance.value.is_sum
     assert hash(s) != hash(get_method("eft"))
     assert get_method("eft", weights="a=1,b=2", beta=0).search({}).guidance is None

@@ -88,7 +88,7 @@ def settings_for(recipe: Recipe, method: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in left_out}
 
 
-_DEFINING = ("token", "select", "weights", "select_weights", "rule")
+_DEFINING = ("token", "select", "weights", "select_weights", "select_combine", "select_reference", "rule")
 
 
 def _notes(recipe: Recipe, methods: list[str]) -> list[str]:

@@ -174,7 +174,7 @@ def _check_search_is_used(search: Mapping[str, Any], all_methods: Sequence[Metho
     """The ``search`` table is for ``combinations``; every setting in it must be a setting of some method."""
     for key, value in search.items():
         wanted = value
-        if key in ("weights", "select_weights"):
+        if key in ("weights", "select_weights", "select_reference"):
             wanted = check(SearchSettings, key, value)
         elif value == "none":
             wanted = None

@@ -39,7 +39,7 @@ from ivg.models.vocabulary import Vocabulary
 from ivg.search.methods import CONTRAST, get_method
 from ivg.search.searcher import Request, Search, Searcher
 from ivg.types import Beam, ExpandRequest, Hypothesis, Prompt, TokenGuidance, Value, new_key
-from ivg.values.base import CompositeValue
+from ivg.values.base import combine_values
 from ivg.values.contrast import PromptContrast, choose_contrast
 
 
@@ -161,7 +161,7 @@ class GuidedGenerate:
         self.search = None if self.method.reads_contrast else self._search(values)
 
     def _search(self, values: Mapping[str, Value]) -> Search:
-        return self.method.search(values, CompositeValue)
+        return self.method.search(values, combine_values)
 
     def _search_with_contrast(self, base: CachedLM) -> Search:
         m, of_base = self.method, PromptContrast(base)

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ivg.errors import ConfigError
 from ivg.search.request import Particles, Rejection, Search, check_rule, check_thinking
@@ -19,8 +19,14 @@ from ivg.utils.plugins import Plugins
 CONTRAST = "contrast"
 """The value that every base gives which runs in this process (``ivg.values.contrast``)."""
 _Kind = TypeVar("_Kind", TokenGuidance, Search, Rejection, Particles, Thinking)
-Combine = Callable[[Sequence[tuple[float, Value]], str], Value]
-"""Makes one value of (weight, value) pairs and a name: ``values.base.CompositeValue``, or a function that caches them."""
+
+
+class Combine(Protocol):
+    """Makes one value of several: ``values.base.combine_values``, or a function that caches what it makes."""
+
+    def __call__(self, parts: Sequence[tuple[float, Value]], name: str, reference: Sequence[float] | None = None, /) -> Value:
+        """The weighted sum of (weight, value) pairs; with ``reference``, the worst of them (``values.base.WorstCaseValue``)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,13 @@ class Method(SearchSettings):
                 f"{self.name}: W·K = {self.width * self.successors} beams and no value to select by\n"
                 "  name one (select=explicit, implicit, reward …) or set width=1, successors=1"
             )
+        if self.select_combine == "min" and not self.select_weights:
+            raise ConfigError(
+                f"{self.name}: select_combine=min is the worst of several values, and there is one\n"
+                "  give select_weights=NAME=WEIGHT,NAME=WEIGHT, or select_combine=sum"
+            )
+        if self.select_reference:
+            self._check_reference()
         if self.instructed and not self.reads_contrast:
             name = "contrast" if self.contrast else "negative"
             raise ConfigError(
@@ -63,6 +76,18 @@ class Method(SearchSettings):
         if self.rule in ("reject", "particles"):
             least = self.segment_min if self.rule == "reject" else None
             check_rule(self, selects=bool(self.selectors), draft=self.draft, segment_min=least)
+
+    def _check_reference(self) -> None:
+        if self.select_combine != "min":
+            raise ConfigError(
+                f"{self.name}: select_reference shifts a sum by a constant, which changes no selection\n"
+                "  give select_combine=min with it, or leave it out"
+            )
+        if others := {name for name, _ in self.select_reference} - {name for name, _ in self.select_weights}:
+            listed = ", ".join(name for name, _ in self.select_weights)
+            raise ConfigError(
+                f"{self.name}: select_reference names {', '.join(sorted(others))}\n  expected names of select_weights: {listed}"
+            )
 
     @property
     def guides(self) -> Weights:
@@ -101,6 +126,8 @@ class Method(SearchSettings):
         if unknown := set(settings) - {*known, "name", "summary"}:
             raise ConfigError(f"unknown setting {', '.join(sorted(unknown))}\n  expected: {', '.join(known)}")
         given = {k: v for k, v in settings.items() if v is not None}
+        if given.get("select") and self.select is None and "select_weights" not in given:
+            given["select_weights"] = ()  # one value in place of several
         for role in ("token", "select"):
             if given.get(role) == "none":
                 given[role] = None
@@ -111,7 +138,7 @@ class Method(SearchSettings):
 
         Args:
             values: by name.
-            combine: makes one value of several, for ``weights`` and ``select_weights``.
+            combine: makes one value of several, for ``weights`` and ``select_weights``: ``values.base.combine_values``.
 
         Raises:
             ConfigError: a value is missing.
@@ -127,6 +154,10 @@ class Method(SearchSettings):
                 f"  give {advice}"
             )
         guide = self._value(self.guides, bool(self.weights), values, combine)
+        reference = None
+        if self.select_combine == "min":
+            levels = dict(self.select_reference)
+            reference = tuple(levels.get(name, 0.0) for name, _ in self.select_weights)
         guidance = None
         if guide is not None:
             guidance = _settings(TokenGuidance, self, value=guide)
@@ -134,22 +165,32 @@ class Method(SearchSettings):
             Search,
             self,
             guidance=guidance,
-            value=self._value(self.selectors, bool(self.select_weights), values, combine),
+            value=self._value(self.selectors, bool(self.select_weights), values, combine, reference),
             rule="soft" if self.rule == "soft" else "top",
             rejection=_settings(Rejection, self) if self.rule == "reject" else None,
             particles=_settings(Particles, self) if self.rule == "particles" else None,
             thinking=_settings(Thinking, self) if self.guide_after is not None else None,
         )
 
-    def _value(self, parts: Weights, weighted: bool, values: Mapping[str, Value], combine: Combine | None) -> Value | None:
-        """The value that ``parts`` name, or their weighted sum."""
+    def _value(
+        self,
+        parts: Weights,
+        weighted: bool,
+        values: Mapping[str, Value],
+        combine: Combine | None,
+        reference: Sequence[float] | None = None,
+    ) -> Value | None:
+        """The value that ``parts`` name, or their weighted sum; with ``reference`` the worst of them."""
         if not parts:
             return None
         if not weighted:
             return values[parts[0][0]]
         if combine is None:
-            raise ConfigError(f"{self.name}: weights make a composite value\n  give search() a way to combine: CompositeValue")
-        return combine([(weight, values[name]) for name, weight in parts], "+".join(f"{weight:g}*{name}" for name, weight in parts))
+            raise ConfigError(f"{self.name}: weights make a composite value\n  give search() a way to combine: combine_values")
+        weighted_parts, texts = [(weight, values[name]) for name, weight in parts], [f"{weight:g}*{name}" for name, weight in parts]
+        if reference is None:
+            return combine(weighted_parts, "+".join(texts))
+        return combine(weighted_parts, f"min({', '.join(texts)})", reference)
 
 
 def _settings(kind: type[_Kind], method: Method, **more: Any) -> _Kind:
@@ -186,6 +227,21 @@ _TABLE = (
     Method("eft-gated", "EFT at uncertain tokens only: base entropy of 3 nats or more (SIA)", token="implicit", gate=3.0),
     Method("cbs-implicit", "chunk-level beam search by the implicit value (weak-to-strong search)", select="implicit", **_CHUNKED),
     Method("cbs-explicit", "chunk-level beam search by the explicit value", select="explicit", **_CHUNKED),
+    Method(
+        "cbs-soft",
+        "soft chunk selection: beams drawn without replacement, likelier if their value is better",
+        select="explicit",
+        rule="soft",
+        **_CHUNKED,
+    ),
+    Method(
+        "rmod",
+        "robust multi-objective decoding: the chunk whose worst value is best",
+        successors=16,
+        chunk_length=16,
+        select_weights=(("implicit", 1.0), ("explicit", 1.0)),
+        select_combine="min",
+    ),
     Method("cd-blockwise", "blockwise controlled decoding: the best of K chunks", successors=16, chunk_length=5, select="explicit"),
     Method(
         "adaptive",

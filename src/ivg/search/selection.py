@@ -47,8 +47,8 @@ class BeamRule(SelectionRule):
             pool = unique(pool)
         scores = [s for _, s in pool]
         if search.rule == "soft":
-            seed, position = self.request.draw_seed, max(len(b.token_ids) for b, _ in pool)
-            chosen = ranking.soft(scores, search.width, search.soft_scale, lambda i: uniform(seed, position, i, 0x50F7))
+            seed, chunk = self.request.draw_seed, self.chunks
+            chosen = ranking.soft(scores, search.width, search.soft_scale, lambda i: uniform(seed, chunk, i, 0x50F7))
         else:
             chosen = ranking.top(scores, search.width)
         kept = [pool[i] for i in chosen]

@@ -100,7 +100,7 @@ class ServedModels:
         if {"weights", "token"} & set(given):
             defaults = {k: v for k, v in defaults.items() if k not in ("weights", "token")}
         if {"select_weights", "select"} & set(given):
-            defaults = {k: v for k, v in defaults.items() if k not in ("select_weights", "select")}
+            defaults = {k: v for k, v in defaults.items() if not k.startswith("select")}
         return self.model.get_method(method, **{**defaults, **given})
 
     def resolve_method(self, name: str, guidance: Guidance | None) -> str:
@@ -294,8 +294,8 @@ class ServedModels:
 
 def describe_method(method: Method) -> dict[str, Any]:
     """A method as JSON values."""
-    names = ("summary", "token", "select", "width", "successors", "chunk_length", "beta", "rule", "contrast", "negative")
-    weights = {"weights": dict(method.weights), "select_weights": dict(method.select_weights)}
+    names = ("summary", "token", "select", "width", "successors", "chunk_length", "beta", "rule", "contrast", "negative", "select_combine")
+    weights = {name: dict(getattr(method, name)) for name in ("weights", "select_weights", "select_reference")}
     return {"method": method.name, **{name: getattr(method, name) for name in names}, **weights}
 
 

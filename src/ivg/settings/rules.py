@@ -204,6 +204,12 @@ TEXT = Rule("a text", _text)
 INSTRUCTION = Rule("a text", _text, "some text", lambda v: bool(v.strip()), optional=True)
 VALUE_NAME = Rule("the name of a value", _text, "no empty text", bool, optional=True)
 WEIGHTS = Rule('names and finite numbers, each name once, e.g. {implicit = 1.0, plain = 0.5} or "implicit=1.0,plain=0.5"', _weights)
+LEVELS = Rule(
+    'names and finite numbers, each name once, e.g. {explicit = 0.5} or "explicit=0.5"',
+    _weights,
+    "within 1e9 of 0",
+    lambda v: all(abs(number) <= 1e9 for _, number in v),
+)
 MARKER = Rule("a text", _text, "no empty text", bool, optional=True)
 POSITIVE = number("positive", 0, open_low=True)
 SHARE = number("in [0, 1]", 0, 1)

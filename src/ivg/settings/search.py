@@ -2,7 +2,8 @@
 
 ``ivg.search.methods`` has the named combinations. Sources: IVG, Liu et al. 2024 (arXiv 2409.17819); EFT, Mitchell et al. 2023; FUDGE,
 Yang & Klein 2021; VAS, Han et al. 2024; GenARM, Xu et al. 2024; CARDS, Li et al. 2024 (arXiv 2406.16306); classifier-free guidance,
-Sanchez et al. 2023 (arXiv 2306.17806); contrastive decoding, Li et al. 2023 (arXiv 2210.15097).
+Sanchez et al. 2023 (arXiv 2306.17806); contrastive decoding, Li et al. 2023 (arXiv 2210.15097);
+RMOD, Son et al. 2025 (arXiv 2503.08796).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ivg.settings.schema import Setting, validate
 Transform = Literal["identity", "log-sigmoid", "centered"]
 ValuesRead = Literal["answer", "all"]
 SelectionName = Literal["top", "soft", "reject", "particles"]
+Combination = Literal["sum", "min"]
 Weights = tuple[tuple[str, float], ...]
 """(name, weight) of values."""
 
@@ -100,6 +102,25 @@ class SearchSettings:
             r.WEIGHTS,
             flags=("--select-weights",),
             accepts=dict[str, float] | str,
+        ),
+    ] = ()
+    select_combine: Annotated[
+        Combination,
+        Setting(
+            "How the values of select_weights make one score: sum, or min (the worst of them, each times its weight).",
+            r.choice("sum", "min"),
+            flags=("--select-combine",),
+            group="selection",
+        ),
+    ] = "sum"
+    select_reference: Annotated[
+        Weights,
+        Setting(
+            "With select_combine=min: the level of a value that counts as 0, subtracted before its weight: NAME=NUMBER,NAME=NUMBER.",
+            r.LEVELS,
+            flags=("--select-reference",),
+            accepts=dict[str, float] | str,
+            group="selection",
         ),
     ] = ()
     beta: Annotated[

@@ -37,7 +37,9 @@ class Value(ABC):
     name: str = "value"
     """In usage, traces and errors."""
     parts: tuple[tuple[float, Value], ...] = ()
-    """(weight, value) pairs whose weighted sum this value is; empty: it is not made of others."""
+    """(weight, value) pairs that this value is made of; empty: it is not made of others."""
+    is_sum: bool = True
+    """It is the weighted sum of :attr:`parts`; False: another function of them."""
 
     @abstractmethod
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:

@@ -62,8 +62,7 @@ class CompositeValue(Value):
 
     def __init__(self, parts: Sequence[tuple[float, Value]], name: str = "composite") -> None:
         for weight, value in parts:
-            if not isinstance(weight, int | float) or not math.isfinite(weight):
-                raise ConfigError(f"the weight of {value.name} must be a finite number, got {weight!r}")
+            _check_finite(f"the weight of {value.name}", weight)
         self.parts, self.name = tuple(parts), name
 
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
@@ -102,6 +101,57 @@ class CompositeValue(Value):
         shifts = [weight * value.deltas(hypotheses) for weight, value in self.parts]
         width, device = min(s.shape[1] for s in shifts), shifts[0].device
         return sum((s[:, :width].to(device) for s in shifts[1:]), shifts[0][:, :width])
+
+
+class WorstCaseValue(Value):
+    """The worst of several values: min_i w_i * (V_i - r_i), the achievement function of Wierzbicki (1980).
+
+    Weights bring values of different scales to one; the references r_i say which level of each is as good as which of the others. To
+    select the best candidate by it is what RMOD (Son et al. 2025, arXiv 2503.08796) plays for, with one candidate in place of a
+    mixture of them: the minimum over weights of the simplex of a candidate's weighted sum is its worst value.
+
+    Args:
+        parts: (weight, value) pairs, at least one.
+        name: in traces.
+        reference: r_i, one number for each part; None: zeros.
+
+    Raises:
+        ConfigError: no parts; a weight or a reference that is no finite number; another number of references.
+    """
+
+    is_sum = False
+
+    def __init__(self, parts: Sequence[tuple[float, Value]], name: str = "worst case", reference: Sequence[float] | None = None) -> None:
+        levels = [0.0] * len(parts) if reference is None else reference
+        if not parts or len(levels) != len(parts):
+            raise ConfigError(f"{name} has {len(parts)} values and {len(levels)} references\n  expected a reference for each of its values")
+        for (weight, value), level in zip(parts, levels, strict=True):
+            _check_finite(f"the weight of {value.name}", weight)
+            _check_finite(f"the reference of {value.name}", level)
+        self.parts, self.name, self.reference = tuple(parts), name, tuple(levels)
+
+    def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
+        """min_i w_i * (V_i - r_i) for each hypothesis.
+
+        Raises:
+            ScoreError: a part has no finite number for some of them; has the scores of all others.
+        """
+        worst: Scores = [math.inf] * len(hypotheses)
+        for (weight, value), level in zip(self.parts, self.reference, strict=True):
+            for i, (least, score) in enumerate(zip(worst, score_each(value, hypotheses), strict=True)):
+                if not isinstance(least, ScoreFault):
+                    worst[i] = score if isinstance(score, ScoreFault) else min(least, weight * (score - level))
+        return require_scores(worst)
+
+
+def combine_values(parts: Sequence[tuple[float, Value]], name: str, reference: Sequence[float] | None = None) -> Value:
+    """The weighted sum of (weight, value) pairs; with ``reference`` the worst of them (:class:`WorstCaseValue`)."""
+    return CompositeValue(parts, name) if reference is None else WorstCaseValue(parts, name, reference)
+
+
+def _check_finite(what: str, number: object) -> None:
+    if not isinstance(number, int | float) or not math.isfinite(number):
+        raise ConfigError(f"{what} must be a finite number, got {number!r}")
 
 
 class CachedLMValue(Value):

@@ -176,7 +176,7 @@ def _scores_from_deltas(hypotheses: Sequence[Hypothesis], guidance: TokenGuidanc
 def _shares_tokens(value: Value, vocabulary: Vocabulary) -> bool:
     """Has ``value``, with all its parts, a number for every next token of ``vocabulary``?"""
     if value.parts:  # first: a composite of two vocabularies has none of its own
-        return all(_shares_tokens(part, vocabulary) for _, part in value.parts)
+        return value.is_sum and all(_shares_tokens(part, vocabulary) for _, part in value.parts)
     return value.full_vocabulary() and value.vocabulary.same_as(vocabulary)
 
 

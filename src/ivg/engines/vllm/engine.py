@@ -252,7 +252,7 @@ def _check_finished(child: TokenSequence, reason: str, already: int) -> None:
 
 def _weighted_guides(value: Value, weight: float) -> Iterable[tuple[float, Value]]:
     """(weight, value) of the guides that ``value`` is made of."""
-    if isinstance(value, VLLMGuide) or not value.parts:
+    if isinstance(value, VLLMGuide) or not (value.parts and value.is_sum):
         yield weight, value
         return
     for share, part in value.parts:
