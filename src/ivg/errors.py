@@ -126,6 +126,10 @@ class UpstreamError(str):
         return made
 
 
+class NoTokenFault(str):
+    """Why no token can be drawn: a request's own settings forbid them all. A text, like every error of a hypothesis."""
+
+
 def reason(e: BaseException, longest: int = 400) -> str:
     """The first line of what an exception says, and the next where it goes on there; what is too long ends between words."""
     first, *rest = (str(e).strip() or type(e).__name__).splitlines()

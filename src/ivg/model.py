@@ -259,7 +259,9 @@ class GuidedModel:
                 more["max_new_tokens"] = left
         if "min_new_tokens" in given and "min_length" not in given:
             more["min_length"] = 0  # as in transformers: one replaces the other
-        return replace(self.sampling, **{**more, **given})
+        found = replace(self.sampling, **{**more, **given})
+        found.check_token_ids(self.base.vocab_size, without=self.generation_config.keys() - given.keys())  # generate lets those pass
+        return found
 
     def searcher(self, max_beams: int | None = None) -> Searcher:
         """A new search loop over this model's engine, which takes turns with the model's other loops."""

@@ -1,6 +1,7 @@
 """A checkpoint's generation_config.json: honoured as transformers' generate does, below what the user says, or refused by name."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -230,6 +231,29 @@ def test_settings_that_forbid_every_token_end_the_answer_with_an_error(checkpoin
         for temperature in (0.0, 1.0):
             got = model.generate("abc", method, suppress_tokens=range(257), temperature=temperature, **more)
             assert got.finish_reason == "error" and "no token may be drawn after 0 tokens" in got.error
+
+
+OUTSIDE = {
+    "suppress_tokens": [3, 257],
+    "begin_suppress_tokens": [1 << 40],
+    "bad_words_ids": [[3], [4, 257]],
+    "sequence_bias": [[[257, 3], 1.0]],
+    "forced_bos_token_id": 257,
+    "forced_eos_token_id": [0, 9999],
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_token_ids_outside_the_vocabulary_are_refused_by_name(checkpoint, ivg, name):
+    folder = checkpoint({"suppress_tokens": [9999]})  # of a checkpoint they have no effect, as in generate
+    model = GuidedModel.from_pretrained(folder)
+    assert not model.generate("abc", "base", max_new_tokens=2).error
+    with pytest.raises(ConfigError, match=rf"{name} has the token id \d+, outside the base's vocabulary\n  expected ids from 0 to 256"):
+        model.generate("abc", "base", **{name: OUTSIDE[name]})
+    inside = json.loads(re.sub(r"257|9999|1099511627776", "256", json.dumps(OUTSIDE[name])))
+    assert not model.generate("abc", "base", **{name: inside}, max_new_tokens=2).error
+    code, out, err = ivg("generate", "abc", "--base", folder, "--method", "base", "--set", f"sampling.{name}={json.dumps(OUTSIDE[name])}")
+    assert code == 2 and not out and f"{name} has the token id" in err
 
 
 def test_export_lists_what_vllm_s_server_ignores(checkpoint, tmp_path):

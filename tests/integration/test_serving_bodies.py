@@ -50,6 +50,13 @@ def running():
         ({"guidance": {"beta": 1e30}}, "guidance.beta"),
         ({"guidance": {"method": "genarm"}}, "guidance.method"),
         ({"model": "tiny:eft", "guidance": {"method": "ivg"}}, "guidance.method"),
+        ({"guidance": {"forced_eos_token_id": 9999}}, "guidance.forced_eos_token_id"),
+        ({"guidance": {"forced_eos_token_id": -1}}, "guidance.forced_eos_token_id"),
+        ({"guidance": {"forced_bos_token_id": 257}}, "guidance.forced_bos_token_id"),
+        ({"guidance": {"suppress_tokens": [1, 257]}}, "guidance.suppress_tokens"),
+        ({"guidance": {"bad_words_ids": [[257]]}}, "guidance.bad_words_ids"),
+        ({"guidance": {"sequence_bias": [[[1, 257], 2.0]]}}, "guidance.sequence_bias"),
+        ({"guidance": {"suppress_tokens": list(range(257))}}, "guidance"),  # all of them: no token may be drawn
         ({"prompt": ""}, "prompt"),
         ({"prompt": [70000]}, "prompt"),
         ({"prompt": []}, None),

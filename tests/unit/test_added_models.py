@@ -94,13 +94,22 @@ def test_where_pip_finds_nothing_one_line_says_so(shop, ivg):
     assert code == 2 and "no model 'large' to add" in err and "expected one of: tiny" in err
 
 
-def test_without_pip_it_is_said_what_to_do(shop, monkeypatch):
+@pytest.mark.parametrize(
+    ("package", "advice"),
+    [("pip", "install it: uv pip install pip"), ("gguf", r"pip install 'ivg\[gguf\]'"), ("accelerate", r"pip install 'ivg\[gguf\]'")],
+)
+def test_a_missing_package_is_named_before_the_download(shop, ivg, cache, monkeypatch, package, advice):
     import importlib.util
 
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "pip" else real(name, *more))
-    with pytest.raises(MissingDependencyError, match="install it: uv pip install pip"):
+    real, asked = importlib.util.find_spec, []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else real(name, *more))
+    monkeypatch.setattr(added.subprocess, "run", lambda *a, **k: asked.append(a))
+    with pytest.raises(MissingDependencyError, match=advice):
         added.add("tiny")
+    code, out, err = ivg("models", "add", "tiny")
+    assert code == 2 and not out and "downloading" not in err and not asked, err
+    assert "downloading" not in ivg("models", "add", "large")[2]
+    assert list((cache / "models").iterdir()) == []
 
 
 def test_converted_files_are_listed_and_removed_by_name(tmp_path, ivg):

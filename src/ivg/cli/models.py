@@ -58,9 +58,7 @@ def add(name: Annotated[str, typer.Argument(help="Name of the model (ivg models 
     from ivg.models.gguf import size_in_mb
 
     there = added(name)
-    if there is None:
-        typer.echo(f"downloading and converting {name} (a minute) …", err=True)
-    folder = fetch(name)
+    folder = fetch(name, lambda: typer.echo(f"downloading and converting {name} (a minute) …", err=True))
     known = "is there already" if there else "added"
     typer.echo(f"{name} {known}: {folder} ({size_in_mb(folder):g} MB)\ntry: ivg generate --base {name} --template base=chat PROMPT")
 

@@ -198,6 +198,7 @@ class GuidedGenerate:
         base = kind(ModelRunner(model, "base"), self.tokenizer, None, end_ids(generation_config))
         search = self.search or self._search_with_contrast(base)
         contrast, negative = self.method.contrast, self.method.negative
+        sampling.check_token_ids(base.vocab_size)
         requests, padded = [], {}
         mask = torch.ones_like(input_ids) if mask is None else mask
         for row, (ids, seen) in enumerate(zip(input_ids, mask.bool(), strict=True)):

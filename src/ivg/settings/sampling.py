@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Annotated, Any
 
+from ivg.errors import ConfigError
 from ivg.settings import rules as r
 from ivg.settings.schema import Setting, validate
 
@@ -126,11 +129,32 @@ class SamplingParams:
     def __post_init__(self) -> None:
         validate(self)
 
+    def check_token_ids(self, size: int, without: Collection[str] = ()) -> None:
+        """Raise for token ids outside a vocabulary of ``size`` tokens; fields ``without`` are not looked at.
+
+        Raises:
+            ConfigError: names the field and the id.
+        """
+        for name in sorted(_TOKEN_IDS.keys() - set(without)):
+            wrong = next((i for i in _TOKEN_IDS[name](getattr(self, name)) if i >= size), None)
+            if wrong is not None:
+                raise ConfigError(f"{name} has the token id {wrong}, outside the base's vocabulary\n  expected ids from 0 to {size - 1}")
+
     @property
     def changed(self) -> dict[str, Any]:
         """The fields that are not at their defaults."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
+
+_TOKEN_IDS: Mapping[str, Callable[[Any], Iterable[int]]] = {
+    "suppress_tokens": tuple,
+    "begin_suppress_tokens": tuple,
+    "forced_eos_token_id": tuple,
+    "forced_bos_token_id": lambda value: () if value is None else (value,),
+    "bad_words_ids": chain.from_iterable,
+    "sequence_bias": lambda value: chain.from_iterable(ids for ids, _ in value),
+}
+"""The token ids in each field that has some."""
 
 DEFAULT_SAMPLING = SamplingParams(temperature=0.7, max_new_tokens=50)
 """Where nothing is said: as for sentiment in Liu et al. 2024 (arXiv 2409.17819)."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ivg.engines.sequences import TokenSequence
 from ivg.engines.transformers.sampling import entropy
-from ivg.errors import ConfigError, ScoreFault
+from ivg.errors import ConfigError, NoTokenFault, ScoreFault
 from ivg.models.vocabulary import Vocabulary
 from ivg.types import Beam, ExpandRequest, Hypothesis, TokenGuidance, Value, new_key
 from ivg.types.scores import require_scores, score_each
@@ -126,9 +126,11 @@ def nan_error(base: Tensor | None, tokens: int) -> str:
     return f"{'the base model' if by_base else 'token guidance'} gave NaN or infinity after {tokens} tokens"
 
 
-def no_token_error(tokens: int) -> str:
+def no_token_error(tokens: int) -> NoTokenFault:
     """Message for a row where the sampling settings forbid every token."""
-    return f"no token may be drawn after {tokens} tokens: suppress_tokens, bad_words_ids, no_repeat_ngram_size and the like forbid all"
+    return NoTokenFault(
+        f"no token may be drawn after {tokens} tokens: suppress_tokens, bad_words_ids, no_repeat_ngram_size and the like forbid all"
+    )
 
 
 def _guide_rows(
