@@ -71,10 +71,13 @@ def add_byte_level(writer, pre, size=0):
     writer.add_pad_token_id(0)
 
 
-def write(path, network=None, kind="F32", *, pre="gpt-2", extra=None, without=(), more_tensors=(), chat=True):
-    """Write a GGUF file of ``network``; matrices as ``kind``, vectors as F32; ``extra``: further metadata by key."""
+def write(path, network=None, kind="F32", *, pre="gpt-2", extra=None, without=(), more_tensors=(), chat=True, split=0):
+    """Write a GGUF file of ``network``; matrices as ``kind``, vectors as F32; ``extra``: further metadata by key;
+    ``split``: tensors of each file of a split model (``NAME-00001-of-…``).
+    """
     network, config = network or model(), (network or model()).config
-    writer = gguf.GGUFWriter(path, "llama")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=split)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)

@@ -278,19 +278,49 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         find_model("no/such.gguf", "base")
 
 
-def test_a_folder_with_several_files_and_a_split_model_are_refused(tmp_path):
+def test_a_folder_with_several_models_is_refused(tmp_path):
     write(tmp_path / "a-q4.gguf")
     shutil.copy(tmp_path / "a-q4.gguf", tmp_path / "a-q8.gguf")
-    with pytest.raises(ModelError, match=r"the folder holds 2 GGUF files \(a-q4.gguf, a-q8.gguf\)\n  give one of them: .*a-q4.gguf"):
+    with pytest.raises(ModelError, match=r"the folder holds 2 GGUF models \(a-q4.gguf, a-q8.gguf\)\n  give one of them: .*a-q4.gguf"):
         find_model(tmp_path, "base")
     (tmp_path / "a-q8.gguf").rename(tmp_path / "mmproj-a.gguf")  # of a vision model, beside the language model
     assert find_model(tmp_path, "base").is_dir()
-    part = shutil.copy(tmp_path / "a-q4.gguf", tmp_path / "a-00001-of-00003.gguf")
-    for place in (part, tmp_path):
-        with pytest.raises(ModelError, match="the model is split into 3 GGUF files\n  join them: llama-gguf-split --merge"):
-            find_model(place, "base")
-    with pytest.raises(ModelError, match="the model is split into 2 GGUF files"):
+    with pytest.raises(ModelError, match="this is part 1 of a model in 2 GGUF files\n  name it so \\(NAME-00001-of-00002.gguf\\)"):
         find_model(write(tmp_path / "b.gguf", extra={"split.count": 2}), "base")
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_a_split_model_is_read_as_the_whole_one(tmp_path, kind):
+    whole = find_model(write(tmp_path / "whole" / "m.gguf", kind=kind), "base")
+    folder = tmp_path / "parts"
+    write(folder / "m.gguf", kind=kind, split=9)
+    parts = sorted(folder.iterdir())
+    assert [p.name for p in parts] == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    found = {find_model(place, "base") for place in (folder, *parts)}
+    assert len(found) == 1 and whole not in found
+    (split,) = found
+    assert not list(split.glob("*.gguf")) and not (split / "source").exists()
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "generation_config.json", "chat_template.jinja"):
+        assert (split / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_parts_that_are_missing_swapped_or_damaged_are_named(tmp_path, caplog):
+    write(tmp_path / "m.gguf", split=9)
+    parts = sorted(tmp_path.iterdir())
+    first, second, third = (p.read_bytes() for p in parts)
+    parts[1].unlink()
+    for place in (tmp_path, parts[0], parts[2]):
+        with pytest.raises(ModelError, match="is split into 3 GGUF files, not all of them here: m-00002-of-00003.gguf\n  put all"):
+            find_model(place, "base")
+    parts[1].write_bytes(third)
+    with pytest.raises(ModelError, match="m-00002-of-00003.gguf is not part 2 of 3 by its content"):
+        find_model(tmp_path, "base")
+    parts[1].write_bytes(second[:200])
+    with pytest.raises(ModelError, match=r"the GGUF file m-00002-of-00003.gguf is damaged or incomplete \("):
+        find_model(tmp_path, "base")
+    assert not caplog.records  # nothing is said to be converted
+    parts[1].write_bytes(second)
+    assert find_model(parts[0], "base").is_dir() and len(caplog.records) == 1
 
 
 def test_other_weights_in_a_folder_come_first(tmp_path):

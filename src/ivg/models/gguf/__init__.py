@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ivg.errors import ModelError, OutputError
+from ivg.models.gguf.parts import parts_of
 from ivg.utils.cache import cache_folder, file_digest
 from ivg.utils.locks import lock_file
 
@@ -26,7 +26,6 @@ NOTES = "gguf.json"
 _FORMAT = 1
 """Part of the cache's key: a conversion that gives something else has another number."""
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 
 log = logging.getLogger("ivg")
 
@@ -41,10 +40,10 @@ def is_gguf(file: Path) -> bool:
 
 
 def find_gguf(place: Path, title: str) -> Path | None:
-    """The GGUF file that ``place`` is or holds; None: it is none, or holds other weights or no GGUF file.
+    """The GGUF file that ``place`` is or holds, of a split model the first; None: it is none, or holds other weights or no GGUF file.
 
     Raises:
-        ModelError: a folder with several, or one file of several that make up a model; begins with ``title``.
+        ModelError: a folder with several models, or a part of a model without the others; begins with ``title``.
     """
     if place.is_file():
         found = [place] if is_gguf(place) else []
@@ -54,13 +53,10 @@ def find_gguf(place: Path, title: str) -> Path | None:
         found = sorted(p for p in place.iterdir() if p.suffix.lower() == ".gguf" and p.is_file() and not p.name.startswith("mmproj"))
     if not found:
         return None
-    if part := next(filter(None, (_PART.search(file.name) for file in found)), None):
-        raise ModelError(
-            f"{title}: the model is split into {int(part[2])} GGUF files\n  join them: llama-gguf-split --merge FIRST-FILE JOINED.gguf"
-        )
+    found = list(dict.fromkeys(parts_of(file, title)[0] for file in found))
     if len(found) > 1:
         listed = ", ".join(file.name for file in found[:4]) + (" …" if len(found) > 4 else "")
-        raise ModelError(f"{title}: the folder holds {len(found)} GGUF files ({listed})\n  give one of them: {found[0]}")
+        raise ModelError(f"{title}: the folder holds {len(found)} GGUF models ({listed})\n  give one of them: {found[0]}")
     return found[0]
 
 
@@ -71,7 +67,7 @@ def converted(place: Path, file: Path, title: str) -> Path:
 
     Args:
         place: what was named: the file, or the folder with it, whose :data:`COMPANIONS` then count.
-        file: the GGUF file.
+        file: the GGUF file; of a split model the first.
         title: begins errors.
 
     Raises:
@@ -80,18 +76,27 @@ def converted(place: Path, file: Path, title: str) -> Path:
         OutputError: the cache cannot be written.
     """
     beside = [place / name for name in COMPANIONS if (place / name).is_file()] if place.is_dir() else []
-    key = f"{_FORMAT}\0{file_digest(file)}" + "".join(f"\0{path.name}\0{file_digest(path)}" for path in beside)
+    parts = parts_of(file, title)
+    key = "\0".join([str(_FORMAT), *map(file_digest, parts)]) + "".join(f"\0{path.name}\0{file_digest(path)}" for path in beside)
     target = cache_folder("gguf") / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not target.is_dir():
         with lock_file(target, wait=True, timeout=-1):
             if not target.is_dir():
                 _remove_interrupted(target)
-                log.warning("converting %s (%.0f MB) once, into %s", file, file.stat().st_size / 1e6, target)
-                convert_to(target, file, title, beside)
+                size = sum(part.stat().st_size for part in parts) / 1e6
+                note = f"converting {file} ({size:.0f} MB) once, into {target}"
+                convert_to(target, file, title, beside, on_read=lambda: log.warning(note))
     return target
 
 
-def convert_to(target: Path, file: Path, title: str, beside: list[Path] | None = None, source: str | None = None) -> None:
+def convert_to(
+    target: Path,
+    file: Path,
+    title: str,
+    beside: list[Path] | None = None,
+    source: str | None = None,
+    on_read: Callable[[], None] = lambda: None,
+) -> None:
     """Convert ``file`` into the directory ``target``, which appears when it is whole. The caller holds the lock of ``target``.
 
     Args:
@@ -100,6 +105,7 @@ def convert_to(target: Path, file: Path, title: str, beside: list[Path] | None =
         title: begins errors.
         beside: files of the original model that take precedence (:data:`COMPANIONS`).
         source: where the file comes from, for the list of models; None: its path.
+        on_read: called once it is known what the file holds.
     """
     from ivg.models.gguf.conversion import convert
 
@@ -107,7 +113,7 @@ def convert_to(target: Path, file: Path, title: str, beside: list[Path] | None =
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        notes = convert(file, partial, title, beside or [])
+        notes = convert(parts_of(file, title), partial, title, beside or [], on_read)
         (partial / NOTES).write_text(json.dumps({"source": source or str(file.resolve()), **notes}, indent=2) + "\n", encoding="utf-8")
         partial.rename(target)
     except OSError as e:

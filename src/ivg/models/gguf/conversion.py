@@ -10,7 +10,7 @@ import io
 import math
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ivg.errors import IVGError, MissingDependencyError, ModelError, reason
 from ivg.models.gguf.config import complete_config, generation_settings
+from ivg.models.gguf.parts import damaged, join
 from ivg.models.gguf.tokenizer import check_saved, load_tokenizer
 from ivg.models.weights import check_weights
 
@@ -56,26 +57,34 @@ class GGUFContents:
         return str(self.metadata.get("general.architecture"))
 
 
-def convert(file: Path, folder: Path, title: str, beside: Sequence[Path] = ()) -> dict[str, Any]:
-    """Write config, weights, tokenizer and generation config of ``file`` into ``folder``; returns what it was made from.
+def convert(
+    parts: Sequence[Path], folder: Path, title: str, beside: Sequence[Path] = (), on_read: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Write config, weights, tokenizer and generation config of a GGUF file into ``folder``; returns what it was made from.
 
     Tensors that the file holds as F32, F16 or BF16 are kept exactly; quantised ones are dequantised and stored in float16.
 
     Args:
-        file: GGUF file.
+        parts: the GGUF file, or those of a split model.
         folder: an empty directory.
         title: begins errors.
         beside: files of the original model that take precedence.
+        on_read: called once the metadata is read.
 
     Raises:
         ModelError: a damaged file, or a model that transformers' reader does not read rightly; names what.
         MissingDependencyError: without the packages gguf and accelerate.
     """
     _require_packages()
-    contents = read(file, title)
     source = folder / "source"
     source.mkdir()
-    _link(file, source / "model.gguf")  # alone in a folder: transformers prefers other files beside it
+    file = source / "model.gguf"  # alone in a folder: transformers prefers other files beside it
+    if len(parts) == 1:
+        _link(parts[0], file)
+    else:
+        join(parts, file, title)
+    contents = read(file, title)
+    on_read()
     for path in beside:
         shutil.copyfile(path, folder / path.name)
     with _converting(title):
@@ -98,18 +107,17 @@ def read(file: Path, title: str) -> GGUFContents:
     """
     from gguf import GGUFReader
 
-    damaged = f"{title}: the GGUF file is damaged or incomplete"
     try:
         reader = GGUFReader(file)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
         tensors = reader.tensors
         rope = {t.name: torch.tensor(t.data.copy(), dtype=torch.float32) for t in tensors if t.name in _ROPE}
     except Exception as e:  # whatever the reader meets in a damaged file
-        raise ModelError(f"{damaged} ({reason(e, 120)})\n  expected a whole GGUF file (version 2 or 3); download it again") from e
+        raise damaged(title, reason(e, 120)) from e
     if (count := int(metadata.get("split.count", 0))) > 1:
-        raise ModelError(
-            f"{title}: the model is split into {count} GGUF files\n  join them: llama-gguf-split --merge FIRST-FILE JOINED.gguf"
-        )
+        number = int(metadata.get("split.no", 0)) + 1
+        name = f"NAME-{number:05d}-of-{count:05d}.gguf"
+        raise ModelError(f"{title}: this is part {number} of a model in {count} GGUF files\n  name it so ({name}), beside the others")
     kind = _KINDS.get(str(metadata.get("general.type"))) or (None if tensors else "a GGUF file without weights")
     if kind or "general.architecture" not in metadata:
         raise ModelError(
