@@ -321,7 +321,7 @@ def test_adapters_of_something_else(hub, tmp_path):
     ("models", "message"),
     [
         ({"tuned": {"path": "x", "scale": 0.5}}, "models.tuned: scale is the factor of an adapter"),
-        ({"value": {"path": "x", "adapter": "y"}}, "models: value.adapter: only language models have it"),
+        ({"value": {"path": "x", "scale": 2.0}}, "models.value: scale is the factor of an adapter"),
         ({"reward": {"path": "x", "system": "y"}}, "models: reward.system: only language models have it"),
         ({"tuned": {"path": "x", "system": " "}}, "system must be some text"),
     ],

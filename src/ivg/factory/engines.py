@@ -288,6 +288,7 @@ def _pooled_value(ref: ModelRef, cache: Path, settings: VLLMConfig, options: Loa
     from ivg.engines.vllm.value import PooledValue
     from ivg.models.value_head import read_head
 
+    check_plain("value", ref, "inside vLLM")
     options = options.of(ref)
     _check_vllm_can(options)
     weight, bias = read_head(find_model(ref.path, "explicit", options.hub()), options.hub())

@@ -95,14 +95,14 @@ def _function(file: Path) -> str:
 
 
 def _directory(folder: Path) -> str:
-    """A hash of all files of the model in ``folder``; for an adapter, with the base that it names, if that is a folder here."""
+    """A hash of all files of the model in ``folder``; for an adapter, with the base that it names, if that is on this machine."""
     found = hashlib.sha256()
     paths = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name.endswith(_MODEL_FILES) and p.name not in _TRAINING_LOGS]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for path, digest in zip(paths, pool.map(file_digest, paths), strict=True):
             found.update(f"{path.name}\0{digest}\0".encode())
     with suppress(OSError, ValueError, KeyError, TypeError):
-        base = Path(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+        base = Path(locate(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]))
         if base.is_dir() and base.resolve() != folder.resolve():
             found.update(_directory(base).encode())
     return found.hexdigest()[:16]

@@ -56,7 +56,7 @@ class Adapters:
         _check_config(config, title, scale)
         name = f"ivg{len(self._names)}"
         try:
-            config.inference_mode = True
+            config.inference_mode, config.task_type = True, None  # peft would look for the methods of that task
             config.base_model_name_or_path = getattr(self.network, "name_or_path", None)  # peft warns where another was recorded
             if self._peft is None:
                 self._peft = peft.get_peft_model(self.network, config, adapter_name=name)
@@ -86,6 +86,12 @@ class Adapters:
             if self.active is None:
                 tuner.enable_adapter_layers()
         self.active = name
+
+    def merge(self, name: str) -> Any:
+        """The network with the weights of the adapter ``name`` added to its own, and from now on without adapters."""
+        self.activate(name)
+        network, self._peft, self._names = self._peft.merge_and_unload(adapter_names=[name]), None, {}
+        return network.eval().requires_grad_(False)
 
 
 def import_peft(what: str) -> Any:
@@ -143,7 +149,7 @@ def base_of(folder: Path, what: str) -> str:
     if not isinstance(named, str) or not named:
         raise ModelError(f"{title} does not name its network\n  give {{ path = NETWORK, adapter = ADAPTER }}")
     for place in (folder / Path(named).expanduser(), Path(named).expanduser()):
-        if place.is_dir():
+        if place.exists():
             return str(place)
     if Path(named).is_absolute() or named.startswith((".", "~")):
         raise ModelError(f"{title} is of {named!r}, which is not there\n  give {{ path = NETWORK, adapter = ADAPTER }}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ivg.errors import ConfigError, IVGError, MissingDependencyError, ModelError, reason
+from ivg.models.adapter_directory import AdapterSource, find_adapter
 from ivg.models.cached_lm import CachedLM
 from ivg.models.hub import find_model
 from ivg.models.image_prompts import ImageEncoder
@@ -46,6 +47,8 @@ class LoadOptions:
         attention: passed as ``attn_implementation``.
         max_memory: of each device, where the model is spread over several: ``{0: "20GiB", "cpu": "60GiB"}``.
         images: load a vision-language checkpoint for pictures, where transformers can also load it for text alone.
+        adapter: PEFT adapter of the network, directory or hub id.
+        scale: factor of what the adapter changes; None: 1.
     """
 
     device: str | Mapping[str, str | int] | None = None
@@ -58,10 +61,15 @@ class LoadOptions:
     attention: str | None = None
     max_memory: Mapping[str, str | int] | None = None
     images: bool = False
+    adapter: str | None = None
+    scale: float | None = None
 
     def of(self, ref: ModelRef) -> LoadOptions:
         """Those of one model: what ``ref`` sets itself, else as here."""
-        own = {name: getattr(ref, name) for name in ("device", "max_memory", "dtype", "revision", "attention", "quantization")}
+        own = {
+            name: getattr(ref, name)
+            for name in ("device", "max_memory", "dtype", "revision", "attention", "quantization", "adapter", "scale")
+        }
         return replace(self, **{name: value for name, value in own.items() if value is not None})
 
     def hub(self) -> dict[str, Any]:
@@ -122,6 +130,8 @@ def load_network(name: str | Path, auto_class: Any, options: LoadOptions, what: 
     """
     from transformers.utils import logging
 
+    if (source := _adapter(name, options, what)) is not None:
+        return _load_merged(source, auto_class, options, what, new_head=new_head)
     logging.disable_progress_bar()
     try:
         kwargs = {**options.placed(), **options.hub()}
@@ -139,6 +149,36 @@ def load_network(name: str | Path, auto_class: Any, options: LoadOptions, what: 
     return network.eval() if "device_map" in kwargs else network.to(pick_device(options.device)).eval()
 
 
+def _adapter(name: str | Path, options: LoadOptions, what: str) -> AdapterSource | None:
+    """The adapter that ``name`` is, or that ``options`` add to it."""
+    return find_adapter(name, options.adapter, options.scale, what, replace(options, revision=None).hub())
+
+
+def _load_merged(source: AdapterSource, auto_class: Any, options: LoadOptions, what: str, *, new_head: bool) -> Any:
+    """See :func:`~ivg.models.merged.load_merged`.
+
+    Raises:
+        ModelError: the network is to be quantised, or lie on several devices.
+    """
+    from transformers import AutoModel
+
+    from ivg.models.merged import load_merged
+    from ivg.models.value_head import ValueModel
+
+    if options.quantization is not None or is_spread(options.device):
+        how = "quantised" if options.quantization is not None else "spread over devices"
+        why = f"{what}: the adapter {str(source.folder)!r} is added to weights that are {how}"
+        raise ModelError(f"{why}\n  load it without that, or give a model that it was merged into")
+    plain = replace(options, adapter=None, scale=None)
+
+    def load(kind: Any, *, new_head: bool = False, **extra: Any) -> Any:
+        if kind is AutoModel and getattr(load_config(source.base, plain, what), "ivg_value", None) is not None:
+            return load_network(source.base, ValueModel, plain, what).backbone
+        return load_network(source.base, kind, replace(plain, extra={**plain.extra, **extra}), what, new_head=new_head)
+
+    return load_merged(source, auto_class, what, load, new_head=new_head)
+
+
 def load_config(name: str | Path, options: LoadOptions, what: str) -> Any:
     """The configuration at ``name``.
 
@@ -147,19 +187,23 @@ def load_config(name: str | Path, options: LoadOptions, what: str) -> Any:
     """
     from transformers import AutoConfig
 
+    if (source := _adapter(name, options, what)) is not None:
+        return source.apply_to(load_config(source.base, replace(options, adapter=None, scale=None), what))
     place = find_model(name, what, options.hub())
     with _loading(f"{what} {str(name)!r}", "a directory with config.json and weights"):
         return AutoConfig.from_pretrained(place, **options.hub())
 
 
 def load_tokenizer(name: str | Path, options: LoadOptions, what: str) -> Any:
-    """The tokenizer at ``name``.
+    """The tokenizer at ``name``; of an adapter without one, its network's.
 
     Raises:
         ModelError: there is none.
     """
     from transformers import AutoTokenizer
 
+    if (source := _adapter(name, options, what)) is not None:
+        name = source.folder if has_tokenizer(source.folder) else source.base
     place = find_model(name, f"the tokenizer of {what}", options.hub(), weights=False)
     with _loading(f"the tokenizer of {what} {str(name)!r}", "tokenizer.json, or the files that it is made from, beside the weights"):
         return AutoTokenizer.from_pretrained(place, **options.hub())

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from ivg.errors import ModelError, reason
-from ivg.models.adapters import Adapters, base_of, import_peft, is_adapter
+from ivg.errors import ModelError
+from ivg.models.adapter_directory import AdapterSource, find_adapter
+from ivg.models.adapters import Adapters, import_peft
+from ivg.models.added import locate
 from ivg.models.cached_lm import CachedLM
-from ivg.models.hub import ADAPTER_CONFIG, find_model
 from ivg.models.loading import LoadOptions, Template, has_tokenizer, load_causal, load_tokenizer
 from ivg.models.packed_linear import unpack
 from ivg.models.prompt_template import PromptTemplate
@@ -54,18 +54,18 @@ class SharedNetworks:
         """
         ref = model if isinstance(model, ModelRef) else ModelRef(path=str(model))
         options = (options or LoadOptions()).of(ref)
+        source = find_adapter(ref.path, options.adapter, options.scale, what, replace(options, revision=None).hub())
+        options = replace(options, adapter=None, scale=None)
         if template is None and isinstance(model, ModelRef):
             template = PromptTemplate(ref.template, ref.chat_template_kwargs or {})
-        path, adapter = ref.path, ref.adapter
-        if adapter is None and is_adapter(path):
-            path, adapter = base_of(Path(path).expanduser(), what), path
-        if adapter is not None:
-            return self._with_adapter(path, adapter, 1.0 if ref.scale is None else ref.scale, what, options, template, ref.system)
-        found = self._network(path, what, options)
+        if source is not None:
+            return self._with_adapter(source, what, options, template, ref.system)
+        found = self._network(ref.path, what, options)
         return found.lm.sharing(what, template, system=ref.system)
 
     def _network(self, path: str, what: str, options: LoadOptions) -> _Loaded:
-        place = str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else path
+        where = Path(locate(path)).expanduser()
+        place = str(where.resolve()) if where.exists() else path
         for found in self._loaded:
             if (found.path, found.options) == (place, options):
                 return found
@@ -73,17 +73,18 @@ class SharedNetworks:
         self._loaded.append(_Loaded(place, options, lm, runners={None: lm.model}))
         return self._loaded[-1]
 
-    def _with_adapter(
-        self, path: str, adapter: str, scale: float, what: str, options: LoadOptions, template: Template, system: str | None
-    ) -> CachedLM:
+    def _with_adapter(self, source: AdapterSource, what: str, options: LoadOptions, template: Template, system: str | None) -> CachedLM:
+        if source.value_notes is not None or source.labels is not None:
+            kind, flag = ("value", "--value") if source.labels is None else ("reward model", "--reward")
+            raise ModelError(f"{what} {str(source.folder)!r} is the adapter of a {kind}, not of a language model\n  give it as {flag}")
         import_peft(what)
-        folder = _folder_of(adapter, what, options)
-        found = self._network(path, what, options)
+        folder = source.folder
+        found = self._network(source.base, what, options)
         if found.adapters is None:
             unpack(found.lm.model.network)  # peft knows plain layers only
             found.adapters = Adapters(found.lm.model.network)
             found.lm.model.before_pass = partial(found.adapters.activate, None)
-        name = found.adapters.add(folder, scale, what)
+        name = found.adapters.add(folder, source.scale, what)
         if name not in found.runners:
             found.adapters.activate(name)
             runner = found.runners[name] = ModelRunner(found.lm.model.network, what)
@@ -95,23 +96,3 @@ class SharedNetworks:
         if own is None:
             lm.vocabulary = found.lm.vocabulary
         return lm
-
-
-def _folder_of(adapter: str, what: str, options: LoadOptions) -> Path:
-    """The directory of an adapter: here, or downloaded from the hub."""
-    place = Path(adapter).expanduser()
-    if not place.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            find_model(adapter, f"the adapter of {what}", options.hub(), weights=False)
-            more: dict[str, Any] = {k: v for k, v in replace(options, revision=None).hub().items() if k in ("cache_dir", "token")}
-            place = Path(snapshot_download(adapter, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja"], **more))
-        except ModelError:
-            raise
-        except Exception as e:
-            why = f"cannot load the adapter {adapter!r} of {what}: {reason(e)}"
-            raise ModelError(f"{why}\n  expected a directory that peft wrote, or a hub id") from e
-    if not (place / ADAPTER_CONFIG).is_file():
-        raise ModelError(f"{what}: {str(place)!r} is no PEFT adapter: no {ADAPTER_CONFIG} there\n  expected a directory that peft wrote")
-    return place

@@ -56,7 +56,9 @@ class ModelRef(Table):
     adapter: Annotated[
         str | None,
         Setting(
-            "PEFT adapter of the network at path: hub id or directory. Models of one path share its weights (package peft).", unset="none"
+            "PEFT adapter of the network at path: hub id or directory (package peft). Language models of one path share its weights; "
+            "a value or reward has its own, with the adapter merged.",
+            unset="none",
         ),
     ] = None
     scale: Annotated[float | None, Setting("Factor of what the adapter changes.", _SCALE, unset="1")] = None
@@ -140,9 +142,8 @@ class _Guides(Table):
     @model_validator(mode="after")
     def _only_language_models(self) -> Self:
         for role, ref in self.given.items():
-            for name in ("system", "adapter", "scale"):
-                if role not in LANGUAGE_MODELS and getattr(ref, name) is not None:
-                    raise ValueError(f"{role}.{name}: only language models have it ({', '.join(LANGUAGE_MODELS)})")
+            if role not in LANGUAGE_MODELS and ref.system is not None:
+                raise ValueError(f"{role}.system: only language models have it ({', '.join(LANGUAGE_MODELS)})")
         return self
 
     @property

@@ -111,6 +111,14 @@ class TrainSettings:
         ),
     ] = "full"
     lora_r: Annotated[int, Setting("Rank of LoRA; alpha is twice that.", _COUNT, flags=("--lora-r", "--lora-rank"))] = 16
+    keep_adapter: Annotated[
+        bool,
+        Setting(
+            "Of mode lora: write the adapter and the head (float16, a few megabytes) in place of the whole model.",
+            r.FLAG,
+            flags=("--keep-adapter/--merge",),
+        ),
+    ] = False
     eval_share: _EvalShare = 0.05
     evaluations: Annotated[int, Setting("Evaluations, the one at the end included.", _COUNT, flags=("--evaluations",))] = 4
     save_steps: Annotated[int, Setting("Steps between checkpoints.", _COUNT, flags=("--save-steps",))] = 200
@@ -141,6 +149,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         validate(self)
+        if self.keep_adapter and self.mode != "lora":
+            raise ConfigError(f"keep_adapter, and mode {self.mode} trains no adapter\n  give --mode lora with it")
         if self.learning_rate is None:
             factor = 1 if self.mode == "full" else 10  # few weights need larger steps
             object.__setattr__(self, "learning_rate", factor * self.DEFAULT_LEARNING_RATE)
@@ -234,6 +244,14 @@ class ValueSettings:
         float, Setting("Factor of the rewards: the strength of token guidance at beta 1.", r.number(""), flags=("--scale",))
     ] = 1.0
     factored: Annotated[bool, Setting("Train a vocabulary head in shared parts.", r.FLAG, flags=("--factored/--plain",))] = True
+    compact_head: Annotated[
+        bool,
+        Setting(
+            "Train the shared parts of a vocabulary head only: one function of each token's embedding, and small beside --keep-adapter.",
+            r.FLAG,
+            flags=("--compact-head/--whole-head",),
+        ),
+    ] = False
     base: Annotated[str | None, Setting("The policy of cd-q and of --rounds: hub id or directory.", flags=("--base",), unset="none")] = None
     base_template: Annotated[
         str | None,
@@ -248,6 +266,8 @@ class ValueSettings:
 
     def __post_init__(self) -> None:
         validate(self)
+        if self.compact_head and (self.head != "vocabulary" or not self.factored):
+            raise ConfigError("compact_head leaves out a part of a factored vocabulary head\n  it needs head=vocabulary and factored=true")
         if self.target == "cd-q" and (self.head != "vocabulary" or self.base is None):
             raise ConfigError("cd-q averages over the base's next tokens\n  it needs head=vocabulary and a base model (--base)")
 

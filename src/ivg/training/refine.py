@@ -18,7 +18,7 @@ from ivg.models.loading import LoadOptions, load_causal
 from ivg.settings.train import RefineSettings, ValueSettings, ValueTrainSettings
 from ivg.training.data import RatedResponse, read_rated
 from ivg.training.rollout import rollout
-from ivg.training.run_dir import RunDir, hash_rows, open_run, require_single_process, run_provenance
+from ivg.training.run_dir import RunDir, hash_rows, open_run, recorded, require_single_process, run_provenance
 from ivg.training.value import train_value
 from ivg.types import Prompt, Reward
 from ivg.utils.jsonl import write_json
@@ -60,11 +60,13 @@ def refine(
         ``{"rounds": [metrics of each round]}``.
 
     Raises:
-        ConfigError: no ``value.base``, several processes, or ``out`` holds another run.
+        ConfigError: no ``value.base``, an adapter is to be kept, several processes, or ``out`` holds another run.
     """
     require_single_process("refinement")
     if value.base is None:
         raise ConfigError("refinement samples from a policy that the value guides\n  give it as base (--base MODEL)")
+    if settings.keep_adapter:
+        raise ConfigError("refinement starts each round from the value before it, which is a whole model\n  leave --keep-adapter out")
     prompts = list(prompts) or list(dict.fromkeys(row.prompt for row in rows))
     how = {
         "method": rollouts.method,
@@ -74,7 +76,7 @@ def refine(
         "load": asdict(load or LoadOptions()),
     }
     names = {"base": value.base, "reward": reward_name or reward.name}
-    shared = {**names, "value": asdict(value), "rounds": rollouts.rounds, "rollouts": how, "made_from": fingerprints(names)}
+    shared = {**names, "value": recorded(value), "rounds": rollouts.rounds, "rollouts": how, "made_from": fingerprints(names)}
     refinement = _Refinement(model, settings, value, rollouts, reward, prompts, load, shared)
     with open_run(out, run_provenance("value", model, sources, rows, settings, **shared)) as run:
         return run.metrics or refinement.run(run, list(rows), [str(source) for source in sources], on_progress)

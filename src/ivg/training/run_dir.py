@@ -21,8 +21,9 @@ from typing import Any
 from ivg.errors import ConfigError
 from ivg.jobs.fingerprints import fingerprint
 from ivg.jobs.provenance import differences
+from ivg.models.hub import ADAPTER_CONFIG
 from ivg.models.training_rows import write_training_rows
-from ivg.settings.train import TrainSettings
+from ivg.settings.train import TrainSettings, ValueSettings
 from ivg.training.data import RatedResponse, SFTExample, answers
 from ivg.types import Preference
 from ivg.utils.jsonl import jsonable, write_json, write_text
@@ -31,6 +32,8 @@ from ivg.utils.locks import lock_file
 Row = Preference | RatedResponse | SFTExample
 _IRRELEVANT = ("report_to", "save_steps")
 """Settings that change no result."""
+_OFF = ("keep_adapter", "compact_head")
+"""Settings that are recorded where they are on: older runs, which lack them, are resumed."""
 
 
 def first_process() -> bool:
@@ -73,9 +76,14 @@ def run_provenance(
         "data": [str(source) for source in sources],
         "rows": len(rows),
         "rows_sha256": hash_rows(rows),
-        **{name: value for name, value in asdict(settings).items() if name not in _IRRELEVANT},
+        **{name: value for name, value in recorded(settings).items() if name not in _IRRELEVANT},
         **more,
     }
+
+
+def recorded(settings: TrainSettings | ValueSettings) -> dict[str, Any]:
+    """Settings as a run records them."""
+    return {name: value for name, value in asdict(settings).items() if value or name not in _OFF}
 
 
 def hash_rows(rows: Sequence[Any]) -> str:
@@ -119,7 +127,7 @@ class RunDir:
                 raise ConfigError(
                     f"{path}: settings differ from those of its run: {'; '.join(different)}\n  use another --out, or remove the folder"
                 )
-        elif (path / "config.json").exists():
+        elif (path / "config.json").exists() or (path / ADAPTER_CONFIG).exists():
             raise ConfigError(f"{path} holds a model already\n  use another --out")
         elif first_process():
             write_json(note, self.provenance)
@@ -183,7 +191,7 @@ def model_card(title: str, provenance: Mapping[str, Any], metrics: Mapping[str, 
     origin = f"a new network: configuration of `{model}` with `{new}`, random weights, its tokenizer" if new else f"`{model}`"
     parent = f"base_model: {model}\n" if on_hub else ""
     return f"""---
-library_name: transformers
+library_name: {"peft" if provenance.get("keep_adapter") else "transformers"}
 {parent}tags: [ivg, inference-time-alignment]
 ---
 # {title}

@@ -1,7 +1,7 @@
 """Supervised fine-tuning, DPO and reward modelling, by TRL.
 
 TRL's trainers get tokenised rows (:mod:`ivg.training.encoding`), so that prompts are rendered, and responses end, as at inference. LoRA
-adapters (PEFT) are merged at the end and kept in ``adapter/``. Each function returns the metrics of the run.
+adapters (PEFT) are merged at the end and kept in ``adapter/``, or kept alone. Each function returns the metrics of the run.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ivg.errors import ConfigError
 from ivg.settings.train import DPOSettings, SFTSettings, TrainSettings
 from ivg.training.data import SFTExample
 from ivg.training.encoding import encode_for_reward, encode_preferences, encode_sft
+from ivg.training.kept_adapter import check_start, round_to_half, save_adapter
 from ivg.training.new_network import new_network
 from ivg.training.run_dir import RunDir, first_process, open_run, process_count, run_provenance
 from ivg.training.trainer import drop_timing_metrics, load_for_training, lora_config, split_rows, trainer_arguments
@@ -158,6 +159,8 @@ def _run(task: _Task, model: str | Path, rows: Sequence[Any], out: str | Path, s
         counts = {}
         if task.command != "sft":
             rows, counts["ties_left_out"] = _without_ties(rows)
+        if settings.keep_adapter:
+            check_start(model)
         if settings.mode == "head":
             raise ConfigError("mode head trains the head of a value\n  expected full or lora")
         set_seed(settings.seed)
@@ -179,8 +182,13 @@ def _run(task: _Task, model: str | Path, rows: Sequence[Any], out: str | Path, s
             peft_config=lora_config(settings, "SEQ_CLS" if task.command == "reward" else "CAUSAL_LM"),
         )
         run.train(trainer)
+        if settings.keep_adapter:
+            round_to_half(p for p in trainer.model.parameters() if p.requires_grad)
         held_out = {"held_out": drop_timing_metrics(trainer.evaluate())} if split.test else {}
-        _save(trainer, tokenizer, run)
+        if settings.keep_adapter:
+            _keep(trainer, run, model)
+        else:
+            _save(trainer, tokenizer, run)
         return run.finish({**split.counts, **counts, **held_out}, *task.card, split.rows)
 
 
@@ -194,6 +202,14 @@ def _without_ties(rows: Sequence[Preference]) -> tuple[list[Preference], int]:
     if rows and not kept:
         raise ConfigError(f"in all {len(rows)} pairs chosen and rejected are the same text\n  expected two different responses to a prompt")
     return kept, len(rows) - len(kept)
+
+
+def _keep(trainer: Any, run: RunDir, base: str | Path) -> None:
+    if first_process():
+        network = trainer.accelerator.unwrap_model(trainer.model)
+        config = network.config
+        reward = {"ivg_template": getattr(config, "ivg_template", None), "pad_token_id": config.get_text_config().pad_token_id}
+        save_adapter(network, run.path, base, reward if isinstance(trainer, RewardTrainer) else {}, {})
 
 
 def _save(trainer: Any, tokenizer: Any, run: RunDir) -> None:

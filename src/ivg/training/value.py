@@ -6,7 +6,6 @@ Built on transformers' ``Trainer`` (devices, precision, checkpoints, trackers); 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +20,8 @@ from ivg.models.vocabulary import Vocabulary
 from ivg.settings.train import Target, TrainSettings, ValueSettings, ValueTrainSettings
 from ivg.training.data import RatedResponse
 from ivg.training.encoding import Encoded, encode_rated
-from ivg.training.run_dir import RunDir, first_process, open_run, run_provenance
+from ivg.training.kept_adapter import check_start, save_adapter
+from ivg.training.run_dir import RunDir, first_process, open_run, recorded, run_provenance
 from ivg.training.trainer import Split, drop_timing_metrics, load_for_training, lora_config, split_rows, trainer_arguments
 from ivg.training.value_loss import PARTS, ValueCollator, ValueModelWithLoss
 
@@ -53,22 +53,30 @@ def train_value(
         ModelError: a model that cannot be loaded.
     """
     value = value or ValueSettings()
-    with open_run(out, run_provenance("value", model, sources, rows, settings, value=asdict(value))) as run:
+    with open_run(out, run_provenance("value", model, sources, rows, settings, value=recorded(value))) as run:
         if run.metrics is not None:
             return run.metrics
         _check_scores(rows, value)
+        if settings.keep_adapter:
+            check_start(model)
         torch.manual_seed(settings.seed)
         network, tokenizer = load_value_network(model, value, settings)
+        if settings.keep_adapter and value.compact_head and network.head.weight.any():
+            raise ConfigError(f"{model} has a head already, to which a compact one cannot be added\n  leave --compact-head out")
         base, base_tokenizer = _load_base(value, tokenizer, settings)
         policy = (base_tokenizer, value.base_template) if base is not None else None
         split = split_rows(rows, settings, lambda part: encode_rated(part, tokenizer, settings.template, settings.max_length, policy))
         trained = ValueModelWithLoss(network, value, base)
         metrics = split.counts | _fit(trained, split, ValueCollator(tokenizer.pad_token_id, value.scale), settings, run)
         if first_process():
-            finished = trained.finished()
-            finished.notes = {"target": value.target, "scale": value.scale, "template": settings.template}
-            finished.save_pretrained(run.path)
-            tokenizer.save_pretrained(run.path)
+            notes = {"target": value.target, "scale": value.scale, "template": settings.template}
+            if settings.keep_adapter:
+                save_adapter(network.backbone, run.path, model, {"ivg_value": {"head": network.kind, **notes}}, trained.stored_head())
+            else:
+                finished = trained.finished()
+                finished.notes = notes
+                finished.save_pretrained(run.path)
+                tokenizer.save_pretrained(run.path)
         title = f"Explicit value ({value.head} head, {value.target} targets)"
         usage = 'Load it with `ivg.ExplicitValue.from_pretrained(THIS)`, or `--value THIS`.\nIts unit is that of the rewards times "scale".'
         return run.finish(metrics, title, usage, split.rows)
@@ -88,6 +96,8 @@ def _fit(model: ValueModelWithLoss, split: Split[Encoded], collator: ValueCollat
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise ConfigError("a value's head is read outside its module, which ZeRO and FSDP do not allow\n  train it with plain DDP, or LoRA")
     run.train(trainer)
+    if settings.keep_adapter:
+        model.settle()
     measured = drop_timing_metrics(trainer.evaluate()) if split.test else {}
     return {k.removeprefix("eval_"): round(v, 5) for k, v in measured.items()}
 

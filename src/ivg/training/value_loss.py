@@ -16,10 +16,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ivg.models.adapter_directory import fitted
 from ivg.models.value_head import ValueModel
 from ivg.settings.train import ValueSettings
 from ivg.training import targets
 from ivg.training.encoding import Encoded
+from ivg.training.kept_adapter import round_to_half
 
 BLOCK = 512
 """Positions for which values of the whole vocabulary are computed at once (CD-Q)."""
@@ -28,22 +30,32 @@ PARTS = (25, 50, 75, 100)
 
 
 class FactoredHead(nn.Module):
-    """A vocabulary head in training: W = start + 1·shared + embedding·map + own, [vocabulary, hidden]."""
+    """A vocabulary head in training: W = start + 1·shared + embedding·map + own, [vocabulary, hidden].
 
-    def __init__(self, head: nn.Linear, width: int) -> None:
+    Args:
+        head: as training starts.
+        width: of the embedding.
+        own: False: leave the last part out.
+    """
+
+    def __init__(self, head: nn.Linear, width: int, *, own: bool = True) -> None:
         super().__init__()
         size, hidden = head.weight.shape
         self.shared = nn.Parameter(torch.zeros(hidden))
         self.map = nn.Parameter(torch.zeros(width, hidden))
-        self.own = nn.Embedding(size, hidden)
-        nn.init.zeros_(self.own.weight)
+        self.own: nn.Embedding | None = None
+        if own:
+            self.own = nn.Embedding(size, hidden)
+            nn.init.zeros_(self.own.weight)
 
     def rows(self, start: Tensor, embedding: Tensor, tokens: Tensor | None = None) -> Tensor:
         """The head's rows for ``tokens`` [...] (None: all), [..., hidden]."""
         if tokens is None:
-            return start + self.shared + embedding @ self.map + self.own.weight
-        looked_up = nn.functional.embedding(tokens, embedding)
-        return nn.functional.embedding(tokens, start) + self.shared + looked_up @ self.map + self.own(tokens)
+            together = start + self.shared + embedding.float() @ self.map
+            return together if self.own is None else together + self.own.weight
+        looked_up = nn.functional.embedding(tokens, embedding).float()
+        together = nn.functional.embedding(tokens, start) + self.shared + looked_up @ self.map
+        return together if self.own is None else together + self.own(tokens)
 
 
 class ValueModelWithLoss(nn.Module):
@@ -61,15 +73,14 @@ class ValueModelWithLoss(nn.Module):
         self.factors: FactoredHead | None = None
         if model.kind == "vocabulary" and settings.factored:
             model.head.weight.requires_grad_(False)
-            self.factors = FactoredHead(model.head, self.embedding.shape[1])
+            self.factors = FactoredHead(model.head, self.embedding.shape[1], own=not settings.compact_head)
         self._base = (base,)  # in a tuple, so that it is not a submodule
 
     @property
     def embedding(self) -> Tensor:
         """Input embeddings of the body, [vocabulary, width]; cut or padded to the head's rows."""
         weight: Tensor = cast("Any", self.model.backbone).get_input_embeddings().weight
-        size = self.model.head.weight.shape[0]
-        return weight[:size] if len(weight) >= size else nn.functional.pad(weight, (0, 0, 0, size - len(weight)))
+        return fitted(weight, self.model.head.weight.shape[0])
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Trade compute for memory in the body."""
@@ -136,6 +147,22 @@ class ValueModelWithLoss(nn.Module):
         """The head as one matrix, float32 [vocabulary or 1, hidden]."""
         weight = self.model.head.weight
         return (weight if self.factors is None else self.factors.rows(weight, self.embedding)).float()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Round what was trained to float16, in which an adapter is stored; a head in parts becomes one matrix, unless it is compact."""
+        if self.factors is None or not self.settings.compact_head:
+            self.model.head.float().weight.copy_(self.matrix())
+            self.factors = None
+            self.model.head.weight.requires_grad_(True)  # a parameter that was trained
+        round_to_half(p for p in self.parameters() if p.requires_grad)
+
+    def stored_head(self) -> dict[str, Tensor]:
+        """The tensors of the head, named as in :mod:`ivg.models.adapter_directory`."""
+        if self.factors is not None:
+            return {"score_head.shared": self.factors.shared, "score_head.map": self.factors.map}
+        name = "score_head" if self.model.kind == "vocabulary" else "score"
+        return {f"{name}.{part}": tensor for part, tensor in self.model.head.named_parameters()}
 
     @torch.no_grad()
     def finished(self) -> ValueModel:

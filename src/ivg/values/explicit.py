@@ -54,7 +54,7 @@ class ExplicitValue(CachedLMValue):
             tokenizer: where the checkpoint has none beside it.
             name: in usage and traces.
         """
-        readme = Path(locate(path)) / "README.md"
+        readme = Path(locate(path if options is None or options.adapter is None else options.adapter)) / "README.md"
         card = readme.read_text(encoding="utf-8") if readme.is_file() else None
         return cls(load_value(path, name, options, template, tokenizer), name, card)
 

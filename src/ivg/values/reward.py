@@ -273,10 +273,12 @@ def load_reward(
     The function takes prompt and response as texts and returns a number, higher is better.
 
     Raises:
-        ConfigError: no such function.
+        ConfigError: no such function, or a function with an adapter.
         ModelError: no such model.
     """
     if is_function(path):
+        if options is not None and options.adapter is not None:
+            raise ConfigError(f"{name} {str(path)!r} is a Python function, which has no adapter\n  leave adapter out")
         return FunctionValue(load_function(str(path)), name)
     return RewardModel.from_pretrained(path, template=template, label=label, options=options, name=name)
 
