@@ -60,8 +60,15 @@ ADAPTER = (
 )
 FOLDERS = {
     "empty": (empty, "cannot load {what} '{place}': the directory has no config.json" + EXPECTED),
-    "adapter": (lambda f: empty(f, adapter_config_json='{"base_model_name_or_path": "org/base"}'), ADAPTER),
-    "adapter of nothing": (lambda f: empty(f, adapter_config_json="{"), ADAPTER.replace("org/base", "some model")),
+    "adapter": (
+        lambda f: empty(f, adapter_config_json='{"base_model_name_or_path": "org/base"}'),
+        "cannot load {what} (network of the adapter '{place}') 'org/base': no such directory here, not in the hub's cache, and"
+        " HF_HUB_OFFLINE is set\n  expected a directory with config.json and weights, or a hub id that was downloaded before",
+    ),
+    "adapter of nothing": (
+        lambda f: empty(f, adapter_config_json="{"),
+        "{what}: the adapter '{place}' does not name its network\n  give {{ path = NETWORK, adapter = ADAPTER }}",
+    ),
     "adapter beside its model": (
         lambda f: (f / "adapter_config.json").write_text("{}"),
         ADAPTER.replace("a PEFT adapter of org/base, not a whole model", "a model with a PEFT adapter beside it")

@@ -50,6 +50,10 @@ class AdapterSource:
     folder: Path
     scale: float = 1.0
 
+    def network_of(self, what: str) -> str:
+        """``what``, a model's role, as errors about the network say it."""
+        return f"{what} (network of the adapter {str(self.folder)!r})"
+
     @cached_property
     def head_config(self) -> Mapping[str, Any]:
         """Settings of the head; none: no file.

@@ -169,12 +169,12 @@ def _load_merged(source: AdapterSource, auto_class: Any, options: LoadOptions, w
         how = "quantised" if options.quantization is not None else "spread over devices"
         why = f"{what}: the adapter {str(source.folder)!r} is added to weights that are {how}"
         raise ModelError(f"{why}\n  load it without that, or give a model that it was merged into")
-    plain = replace(options, adapter=None, scale=None)
+    plain, network = replace(options, adapter=None, scale=None), source.network_of(what)
 
     def load(kind: Any, *, new_head: bool = False, **extra: Any) -> Any:
-        if kind is AutoModel and getattr(load_config(source.base, plain, what), "ivg_value", None) is not None:
-            return load_network(source.base, ValueModel, plain, what).backbone
-        return load_network(source.base, kind, replace(plain, extra={**plain.extra, **extra}), what, new_head=new_head)
+        if kind is AutoModel and getattr(load_config(source.base, plain, network), "ivg_value", None) is not None:
+            return load_network(source.base, ValueModel, plain, network).backbone
+        return load_network(source.base, kind, replace(plain, extra={**plain.extra, **extra}), network, new_head=new_head)
 
     return load_merged(source, auto_class, what, load, new_head=new_head)
 
@@ -188,7 +188,7 @@ def load_config(name: str | Path, options: LoadOptions, what: str) -> Any:
     from transformers import AutoConfig
 
     if (source := _adapter(name, options, what)) is not None:
-        return source.apply_to(load_config(source.base, replace(options, adapter=None, scale=None), what))
+        return source.apply_to(load_config(source.base, replace(options, adapter=None, scale=None), source.network_of(what)))
     place = find_model(name, what, options.hub())
     with _loading(f"{what} {str(name)!r}", "a directory with config.json and weights"):
         return AutoConfig.from_pretrained(place, **options.hub())
@@ -203,7 +203,8 @@ def load_tokenizer(name: str | Path, options: LoadOptions, what: str) -> Any:
     from transformers import AutoTokenizer
 
     if (source := _adapter(name, options, what)) is not None:
-        name = source.folder if has_tokenizer(source.folder) else source.base
+        own = has_tokenizer(source.folder)
+        name, what = (source.folder, what) if own else (source.base, source.network_of(what))
     place = find_model(name, f"the tokenizer of {what}", options.hub(), weights=False)
     with _loading(f"the tokenizer of {what} {str(name)!r}", "tokenizer.json, or the files that it is made from, beside the weights"):
         return AutoTokenizer.from_pretrained(place, **options.hub())
