@@ -26,6 +26,7 @@ from ivg.testing import byte_tokenizer, tiny_model, tiny_value
 from ivg.utils.jsonl import as_lines, read_jsonl
 from killed import run_killed
 
+FIGURES = ("reward-kl", "reward-compute", "reward-kl-other", "reward-compute-other", "pareto-gold-other")
 METHODS = ["base", "eft", "bon", {"label": "ivg|2", "method": "ivg", "width": 2, "successors": 2, "chunk_length": 3}]
 
 
@@ -211,16 +212,14 @@ def test_report_files(done):
     text = (done.out / "report.md").read_text()
     assert "Never &lt;b&gt;again" in page
     assert "<b>again" not in page
-    assert page.count('<svg role="img"') == 3
+    assert page.count('<svg role="img"') == 5
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://creativecommons.org", "")
     assert "src=" not in page
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert "`ivg\\|2`" in text
     assert "≤" in text
-    assert {p.name for p in (done.out / "figures").iterdir()} == {
-        f"{name}.{kind}" for name in ("reward-kl", "reward-compute", "pareto-gold-other") for kind in ("svg", "png")
-    }
+    assert {p.name for p in (done.out / "figures").iterdir()} == {f"{name}.{kind}" for name in FIGURES for kind in ("svg", "png")}
     for name in re.findall(r"\((figures/[^)]+)\)", text):
         assert (done.out / name).exists()
     import torch

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+import numpy as np
+
 from ivg.errors import MissingDependencyError
+from ivg.evaluation.kl import selection_bound
 from ivg.evaluation.label_placement import LabeledPoint, place_labels
 from ivg.evaluation.metrics import pareto
 
@@ -78,8 +81,9 @@ def draw(results: Results) -> list[Figure]:
     judges, first = results["judges"], leading_metric(results)
     with mpl.rc_context(_STYLE | {"svg.fonttype": "none", "svg.hashsalt": "ivg"}):
         out = []
-        if first is not None:
-            out += [_divergence(results, *first), _compute(results, *first)]
+        shown = [(judge, judge_name(judge)) for judge in judges] or ([first] if first is not None else [])
+        for judge, name in shown:
+            out += [_divergence(results, judge, name), _compute(results, judge, name)]
         if len(judges) > 1:
             out += [_pareto(results, judges[0], other) for other in judges[1:]]
     return out
@@ -91,49 +95,46 @@ def draw(results: Results) -> list[Figure]:
 def _divergence(results: Results, judge: str, name: str) -> Figure:
     known = {k: m for k, m in results["methods"].items() if m["kl"] is not None}
     fig, ax = _axes(f"{name} against divergence from the base", "KL(method ‖ base) of an answer, nats", f"{name}, mean over prompts")
-    points = [_point(ax, k, m["family"], m["kl"], m[judge], bound=m["kl"]["bound"]) for k, m in known.items()]
-    bounds = [k for k, m in known.items() if m["kl"]["bound"]]
-    note = "hollow with an arrow: an upper bound, since the KL of selection can only be bounded" if bounds else ""
+    if results["sweeps"]:  # on this scale rewards are interpolated
+        ax.set_xscale("function", functions=(_root, _square))
+        ax.set_xlabel("KL(method ‖ base) of an answer, nats (√ scale)")
+        most = max((m["kl"].get("high", m["kl"]["mean"]) for m in known.values()), default=1.0)
+        ax.set_xticks([t for t in (0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if t <= 1.2 * most])
+    curve = _best_of_n(results, judge)
+    _draw_best_of_n(ax, [selection_bound([c["n"]], best_of_chunks=True) for c in curve], curve)
+    points = [_point(ax, _short_label(results, k, "kl"), m["family"], m["kl"], m[judge], bound=m["kl"]["bound"]) for k, m in known.items()]
+    notes = ["hollow with an arrow: an upper bound, since the KL of selection can only be bounded"] if any(p.arrow for p in points) else []
+    notes += [f"grey line: best-of-N by {results['base_samples']['selected_by']}, an upper bound as well"] if curve else []
+    notes += _draw_sweeps(ax, results, known, judge, "kl")
     missing = [k for k in results["methods"] if k not in known]
-    note += f"{'; ' if note else ''}not shown, since no KL is known: {', '.join(missing)}" if missing else ""
-    _legend(fig, ax, known, note)
+    notes += [f"not shown, since no KL is known: {', '.join(missing)}"] if missing else []
+    _legend(fig, ax, known, "; ".join(notes))
     place_labels(ax, points)
     listed = "; ".join(
         f"{k}: {m['kl']['mean']:.1f} nats{' at most' if m['kl']['bound'] else ''}, {m[judge]['mean']:+.2f}" for k, m in known.items()
     )
-    return _figure(fig, "reward-kl", f"{name} against KL to the base", listed)
+    return _figure(fig, _file_name("reward-kl", results, judge), f"{name} against KL to the base", listed)
 
 
 def _compute(results: Results, judge: str, name: str) -> Figure:
-    methods, samples = results["methods"], results["base_samples"]
+    methods = {k: m for k, m in results["methods"].items() if m["flops"]}
     fig, ax = _axes(f"{name} against computation", "FLOPs of an answer", f"{name}, mean over prompts")
     ax.set_xscale("log")
-    curve = [c for c in samples["curve"] if c["gold"]] if samples and judge == "gold" else []
-    if curve:
-        x = [c["flops"] for c in curve]
-        ax.plot(x, [c["gold"]["mean"] for c in curve], color=_LIGHT["muted"], lw=1.6, zorder=1.5)
-        ax.fill_between(x, [c["gold"]["low"] for c in curve], [c["gold"]["high"] for c in curve], color=_LIGHT["grid"], lw=0, zorder=1)
-        for c in (c for c in curve if c["n"] & (c["n"] - 1) == 0):
-            ax.plot(c["flops"], c["gold"]["mean"], "|", color=_LIGHT["muted"], ms=7, zorder=1.6)
-            ax.annotate(
-                f"N={c['n']}",
-                (c["flops"], c["gold"]["mean"]),
-                (0, -15),
-                textcoords="offset points",
-                ha="center",
-                color=_LIGHT["muted"],
-                fontsize=7.5,
-            )
-    points = [_point(ax, k, m["family"], {"mean": m["flops"]}, m[judge]) for k, m in methods.items() if m["flops"]]
-    _legend(fig, ax, methods, f"grey line: best-of-N by {samples['selected_by']}, with 95 % interval" if curve else "")
+    curve = _best_of_n(results, judge)
+    _draw_best_of_n(ax, [c["flops"] for c in curve], curve)
+    points = [_point(ax, _short_label(results, k, "flops"), m["family"], {"mean": m["flops"]}, m[judge]) for k, m in methods.items()]
+    notes = [f"grey line: best-of-N by {results['base_samples']['selected_by']}, with 95 % interval"] if curve else []
+    notes += _draw_sweeps(ax, results, methods, judge, "flops")
+    _legend(fig, ax, methods, "; ".join(notes))
     place_labels(ax, points)
-    listed = "; ".join(f"{k}: {m['flops']:.3g} FLOPs, {m[judge]['mean']:+.2f}" for k, m in methods.items())
-    return _figure(fig, "reward-compute", f"{name} against computation, best-of-N beside", listed)
+    listed = "; ".join(f"{k}: {m['flops']:.3g} FLOPs, {m[judge]['mean']:+.2f}" for k, m in results["methods"].items())
+    title = f"{name} against computation{', best-of-N beside' if curve else ''}"
+    return _figure(fig, _file_name("reward-compute", results, judge), title, listed)
 
 
 def _pareto(results: Results, first: str, second: str) -> Figure:
     methods = results["methods"]
-    x, y = _judge_name(first), _judge_name(second)
+    x, y = judge_name(first), judge_name(second)
     fig, ax = _axes(f"{y} against {x}", f"{x}, mean over prompts", f"{y}, mean over prompts")
     both = [(m[first]["mean"], m[second]["mean"]) for m in methods.values()]
     front = pareto(both)
@@ -146,7 +147,69 @@ def _pareto(results: Results, first: str, second: str) -> Figure:
     return _figure(fig, f"pareto-{first}-{second}", f"{y} against {x}", listed)
 
 
+# Best-of-N and sweeps
+
+
+def _best_of_n(results: Results, judge: str) -> list[Results]:
+    """The curve of best-of-N, of which only the gold reward is known."""
+    samples = results["base_samples"]
+    return [c for c in samples["curve"] if c["gold"]] if samples and judge == "gold" else []
+
+
+def _draw_best_of_n(ax: Any, x: Sequence[float], curve: Sequence[Results]) -> None:
+    """A grey line with its interval, and a tick at every power of 2."""
+    if not curve:
+        return
+    ax.plot(x, [c["gold"]["mean"] for c in curve], color=_LIGHT["muted"], lw=1.6, zorder=1.5)
+    ax.fill_between(x, [c["gold"]["low"] for c in curve], [c["gold"]["high"] for c in curve], color=_LIGHT["grid"], lw=0, zorder=1)
+    for at, c in ((at, c) for at, c in zip(x, curve, strict=True) if c["n"] & (c["n"] - 1) == 0):
+        ax.plot(at, c["gold"]["mean"], "|", color=_LIGHT["muted"], ms=7, zorder=1.6)
+        below = {"textcoords": "offset points", "ha": "center", "color": _LIGHT["muted"], "fontsize": 7.5}
+        ax.annotate(f"N={c['n']}", (at, c["gold"]["mean"]), (0, -15), **below)
+
+
+def _draw_sweeps(ax: Any, results: Results, known: Results, judge: str, axis: str) -> list[str]:
+    """A line through the points of each sweep that are known; gives the note that says so."""
+    drawn: dict[str, int] = {}
+    for sweep in results["sweeps"].values():
+        labels = [k for k in sweep["points"][sweep["first_by_cost"] if axis == "flops" else 0 :] if k in known]
+        points = sorted((known[k]["kl"]["mean"] if axis == "kl" else known[k]["flops"], known[k][judge]["mean"]) for k in labels)
+        if len(points) < 2:
+            continue
+        family = known[labels[-1]]["family"]  # the first may be the base
+        style = _LINES[drawn.setdefault(family, 0) % len(_LINES)]
+        drawn[family] += 1
+        ax.plot([x for x, _ in points], [y for _, y in points], color=_LIGHT[family], lw=1.3, ls=style, zorder=2)
+    return ["lines join the points of a sweep"] if drawn else []
+
+
+def _short_label(results: Results, label: str, axis: str) -> str:
+    """A point of a sweep has its numbers alone, but for the last one, which has the sweep's name as well."""
+    m = results["methods"][label]
+    if m["sweep"] is None:
+        return label
+    same = [k for k, other in results["methods"].items() if other["sweep"] == m["sweep"] and (axis == "flops" or other["kl"] is not None)]
+    last = max(same, key=lambda k: results["methods"][k]["kl"]["mean"] if axis == "kl" else results["methods"][k]["flops"])
+    return label if label == last else label.removeprefix(f"{m['sweep']}-")
+
+
+def _root(x: Any) -> Any:
+    """√x; below 0, where the interval of an estimate may reach, −√−x."""
+    return np.sign(x) * np.sqrt(np.abs(x))
+
+
+def _square(x: Any) -> Any:
+    return x * np.abs(x)
+
+
+def _file_name(name: str, results: Results, judge: str) -> str:
+    """The figure of the first judge has the plain name."""
+    return name if judge in ("primary", *results["judges"][:1]) else f"{name}-{judge}"
+
+
 # Shared parts
+
+_LINES: Any = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)))
 
 _STYLE: Any = {
     "font.family": "sans-serif", "font.size": 9.5, "axes.edgecolor": _LIGHT["muted"], "axes.labelcolor": _LIGHT["ink"],
@@ -223,14 +286,15 @@ def _adaptive(svg: str, alt: str) -> str:
     return f"{svg[:end]}\n <title>{escape(alt)}</title>\n <style>{STYLE}</style>{svg[end:]}"
 
 
-def _judge_name(judge: str) -> str:
+def judge_name(judge: str) -> str:
+    """A judge's name in texts."""
     return "gold reward" if judge == "gold" else judge
 
 
 def leading_metric(results: Mapping[str, Any]) -> tuple[str, str] | None:
     """(key in a method's results, name) of the metric that orders the methods and is drawn: the first judge, else the task's own."""
     if results["judges"]:
-        return results["judges"][0], _judge_name(results["judges"][0])
+        return results["judges"][0], judge_name(results["judges"][0])
     return ("primary", results["primary"].replace("_", " ")) if results.get("primary") else None
 
 

@@ -15,13 +15,20 @@ With one beam (W = 1) every chunk is the best of K, and the chain rule with the 
 arXiv 2401.01879) for each chunk is tighter; a method whose answers are all one chunk is best-of-(W*K). This does not hold for an answer
 of several beams that happens to end in its first chunk, since it continued to compete. Where the number of draws varies between chunks,
 W K^C becomes the product of the draws; so it does for soft selection, to which the tighter bound does not apply.
+
+**A lower bound of any method** comes from the rewards of its answers alone: KL does not grow when only a function of the answer is looked
+at (data processing), and KL of the mixtures over prompts is at most the mean KL. With f(y) = (reward(y) > t),
+
+    KL(p || pi_base) >= p_t log(p_t/q_t) + (1 - p_t) log((1 - p_t)/(1 - q_t)),    p_t = P_p(reward > t), q_t = P_base(reward > t).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from ivg.evaluation.metrics import mean_over_prompts
 from ivg.search.methods import Method
@@ -38,6 +45,14 @@ def kl_to_base(method: Method, sampling: SamplingParams, rows: Sequence[dict[str
         sampling: of the answers.
         rows: transcript rows without errors.
     """
+    kls, reason = kl_by_answer(method, sampling, rows)
+    return (None, reason) if kls is None else ({**mean_over_prompts(kls), "bound": bool(method.selectors)}, None)
+
+
+def kl_by_answer(
+    method: Method, sampling: SamplingParams, rows: Sequence[dict[str, Any]]
+) -> tuple[list[tuple[str, float]] | None, str | None]:
+    """(prompt, KL in nats) of every answer, whose mean is the estimate or bound; or None and the reason, see :func:`kl_to_base`."""
     selects, limit = bool(method.selectors), sampling.max_new_tokens
     cut = truncations(sampling)
     if method.guides and cut:
@@ -52,7 +67,7 @@ def kl_to_base(method: Method, sampling: SamplingParams, rows: Sequence[dict[str
                 return None, "no useful bound is known for the method"
             added = selection_bound(draws, best_of_chunks=best_of_chunks, soft=method.rule == "soft")
         kls.append((row["id"], row["shift"] + added))
-    return {**mean_over_prompts(kls), "bound": selects}, None
+    return kls, None
 
 
 def selection_bound(draws: Sequence[int], *, best_of_chunks: bool, soft: bool = False) -> float:
@@ -101,3 +116,34 @@ def truncations(sampling: SamplingParams) -> str | None:
         "min-p": sampling.min_p > 0,
     } | {name.replace("_", " "): True for name in sampling.changed if name in PLAIN_SAMPLING and name not in ("top_k", "top_p", "min_p")}
     return ", ".join(name for name, on in settings.items() if on) or None
+
+
+def kl_from_rewards(rewards: Mapping[str, Sequence[float]], base: Mapping[str, Sequence[float]]) -> float:
+    """Lower bound of the KL of a method from the base, in nats, estimated from rewards (see the module's text); 0 where it says nothing.
+
+    The threshold is chosen on the prompts of even position and used on those of odd position, and the other way round, since one chosen on
+    the same answers would find a difference in noise. Base answers above the threshold are counted as one more than there are, so that
+    none above it does not mean an infinite KL.
+
+    Args:
+        rewards: of the method's answers, by prompt.
+        base: of the base's answers, by prompt.
+    """
+    ids = [i for i in rewards if i in base]
+    folds = [[np.array([v for i in ids[half::2] for v in x[i]], dtype=np.float64) for x in (rewards, base)] for half in (0, 1)]
+    if not all(len(x) for fold in folds for x in fold):
+        return 0.0
+    found = []
+    for (method_here, base_here), (method_there, base_there) in (folds, folds[::-1]):
+        thresholds = np.unique(np.concatenate([method_here, base_here]))
+        best = max(thresholds.tolist(), key=lambda t: _binary_kl(method_here, base_here, t))
+        found.append(_binary_kl(method_there, base_there, best))
+    return max(0.0, sum(found) / len(found))
+
+
+def _binary_kl(method: Any, base: Any, threshold: float) -> float:
+    """KL of (reward > threshold); of a method whose answers are the lower ones 0."""
+    p, q = float((method > threshold).mean()), (float((base > threshold).sum()) + 1) / (len(base) + 1)
+    if p <= q:
+        return 0.0
+    return p * math.log(p / q) + ((1 - p) * math.log((1 - p) / (1 - q)) if p < 1 else 0.0)

@@ -49,9 +49,9 @@ def read_results(path: Path) -> Results:
     results: Results = json.loads(path.read_text(encoding="utf-8"))
     if "bank" in results:
         results = _renamed(results)
-    missing: Results = {"sweep": None, "point": {}, "words": None}
+    missing: Results = dict.fromkeys(("sweep", "words", "kl_at_least", "surprisal_above_base")) | {"point": {}}
     results["methods"] = {label: {**missing, **method} for label, method in results["methods"].items()}
-    return results
+    return {"sweeps": {}, "equal_kl": None, "equal_compute": None, **results}
 
 
 def _renamed(results: Results) -> Results:

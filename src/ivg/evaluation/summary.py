@@ -11,7 +11,8 @@ from ivg.diagnostics.cost import flops
 from ivg.errors import ConfigError
 from ivg.evaluation import metrics
 from ivg.evaluation.base_samples import SampleGroup, sample_group
-from ivg.evaluation.kl import kl_to_base
+from ivg.evaluation.curves import sweep_results
+from ivg.evaluation.kl import kl_from_rewards, kl_to_base
 from ivg.evaluation.methods import BASE_SAMPLES, MethodRow, method_settings
 from ivg.evaluation.metrics import mean_over_prompts
 from ivg.evaluation.plan import GOLD, EvalPlan
@@ -34,10 +35,11 @@ def summarise(plan: EvalPlan) -> Row:
     """
     sizes = _parameters(plan)
     judges = list(plan.judges)
-    base = read_scored(plan, plan.base_row.label)
+    scored = {m.label: read_scored(plan, m.label) for m in plan.method_rows}
+    base = scored[plan.base_row.label]
     groups = _sample_groups(plan, sizes, base) if plan.config.base_samples else []
     curve = _best_of_n_curve(groups) if groups else []
-    methods = [_method(plan, m, base, sizes, curve) for m in plan.method_rows]
+    methods = [_method(plan, m, scored[m.label], base, sizes, curve) for m in plan.method_rows]
     return {
         "task": plan.config.task,
         "prompts": len(plan.examples),
@@ -47,6 +49,7 @@ def summarise(plan: EvalPlan) -> Row:
         "base": plan.base_row.label,
         "parameters": sizes,
         "methods": {m["label"]: m for m in methods},
+        **sweep_results(plan, scored, sizes, groups),
         "base_samples": {"size": plan.config.base_samples, "selected_by": _selected_by(plan), "curve": curve} if groups else None,
         "timings": _timings(plan),
     }
@@ -59,9 +62,10 @@ def _parameters(plan: EvalPlan) -> dict[str, int]:
     return dict(json.loads(path.read_text(encoding="utf-8"))["parameters"])
 
 
-def _method(plan: EvalPlan, row: MethodRow, base: Sequence[ScoredRow], sizes: dict[str, int], curve: Sequence[Row]) -> Row:
+def _method(
+    plan: EvalPlan, row: MethodRow, pairs: Sequence[ScoredRow], base: Sequence[ScoredRow], sizes: dict[str, int], curve: Sequence[Row]
+) -> Row:
     """The metrics of one method; ``curve`` is that of best-of-N."""
-    pairs = read_scored(plan, row.label)
     good = [(r, s) for r, s in pairs if "error" not in r]
     if not good:
         raise ConfigError(f"{row.label}: no answer succeeded; the first error: {pairs[0][0]['error']}")
@@ -80,6 +84,8 @@ def _method(plan: EvalPlan, row: MethodRow, base: Sequence[ScoredRow], sizes: di
         "win_rate": _win_rate(good, base) if GOLD in plan.judges else None,
         "kl": kl,
         "kl_note": kl_note,
+        "kl_at_least": _kl_at_least(good, base) if GOLD in plan.judges else None,
+        "surprisal_above_base": _surprisal_above_base(good, base),
         "surprisal": mean_over_prompts((r["id"], -s["base_logp"]) for r, s in good),
         "perplexity": metrics.perplexity([s["base_logp"] for _, s in good], [s["tokens"] for _, s in good]),
         **_text_metrics(good),
@@ -108,6 +114,23 @@ def _win_rate(pairs: Sequence[ScoredRow], base: Sequence[ScoredRow]) -> dict[str
     base_scores = {(r["id"], r["seed"]): s[GOLD] for r, s in base if "error" not in r}
     wins = [(r["id"], metrics.win(s[GOLD], base_scores[key])) for r, s in pairs if (key := (r["id"], r["seed"])) in base_scores]
     return mean_over_prompts(wins) if wins else None
+
+
+def _kl_at_least(pairs: Sequence[ScoredRow], base: Sequence[ScoredRow]) -> float:
+    """Lower bound of the KL, from gold rewards."""
+    found: list[dict[str, list[float]]] = [{}, {}]
+    for rewards, rows in zip(found, (pairs, base), strict=True):
+        for r, s in rows:
+            if "error" not in r:
+                rewards.setdefault(r["id"], []).append(s[GOLD])
+    return round(kl_from_rewards(*found), 6)
+
+
+def _surprisal_above_base(pairs: Sequence[ScoredRow], base: Sequence[ScoredRow]) -> dict[str, float] | None:
+    """Mean -log pi_base of the answers minus that of the base's answers to the same prompts, at temperature 1, in nats."""
+    usual = metrics.mean_by_key((r["id"], -s["base_logp"]) for r, s in base if "error" not in r)
+    gaps = [(r["id"], -s["base_logp"] - usual[r["id"]]) for r, s in pairs if r["id"] in usual]
+    return mean_over_prompts(gaps) if gaps else None
 
 
 def _text_metrics(pairs: Sequence[ScoredRow]) -> Row:

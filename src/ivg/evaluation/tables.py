@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ivg.evaluation.figures import order
+from ivg.evaluation.figures import judge_name, order
 
 Results = Mapping[str, Any]
 Column = tuple[str, Callable[[Results], str]]
@@ -48,16 +48,15 @@ def _markdown_row(cells: list[str]) -> str:
 
 
 def tables(results: Results) -> list[Table]:
-    """Rewards, the task's own metrics where it has some, text statistics, costs."""
-    found = [_rewards(results), _texts(results), _costs(results)]
+    """Rewards, those at equal KL and equal compute where there are sweeps, the task's own metrics, text statistics, costs."""
     own = _task_metrics(results)
-    return found if own is None else [found[0], own, *found[1:]]
+    return [_rewards(results), *sweep_tables(results), *([own] if own is not None else []), _texts(results), _costs(results)]
 
 
 def _rewards(results: Results) -> Table:
     columns: list[Column] = []
     for judge in results["judges"]:
-        columns.append((f"{'gold reward' if judge == 'gold' else judge} (95 % interval)", _interval_of(judge)))
+        columns.append((f"{judge_name(judge)} (95 % interval)", _interval_of(judge)))
     if "gold" in results["judges"]:
         columns.append(("wins against base", lambda m: "–" if m["label"] == results["base"] else percent(m["win_rate"])))
     columns.append(("KL to base, nats", lambda m: divergence(m["kl"])))
@@ -107,12 +106,21 @@ def _task_metrics(results: Results) -> Table | None:
 
 def _texts(results: Results) -> Table:
     columns: list[Column] = [
-        ("perplexity under base", lambda m: number(m["perplexity"], 1)),
+        ("KL to base, nats", lambda m: divergence(m["kl"])),
+        ("KL at least", lambda m: number(m["kl_at_least"], 2)),
+        ("surprisal above base", lambda m: "–" if m["surprisal_above_base"] is None else interval(m["surprisal_above_base"])),
         ("surprisal, nats", lambda m: number(m["surprisal"]["mean"], 1)),
+        ("perplexity under base", lambda m: number(m["perplexity"], 1)),
         ("distinct-1", lambda m: number(m["distinct_1"], 3)),
     ]
-    note = "Perplexity and surprisal (−log π_base of an answer) at temperature 1. Distinct-1: distinct words divided by all."
-    return Table.of("Texts under the base", columns, results, note)
+    note = (
+        "KL at least: a lower bound for any method, from how often answers pass a threshold of the gold reward, which is chosen on half of "
+        "the prompts and measured on the other half; it cannot exceed the logarithm of the number of answers. Surprisal: −log π_base of "
+        "an answer at temperature 1. Surprisal above base is no KL but a proxy: KL is what it says plus the entropy that the answers have "
+        "lost, so a method whose answers are more alike has a larger KL than this, which may even be negative. Distinct-1: distinct "
+        "words divided by all."
+    )
+    return Table.of("Distance from the base", columns, results, note)
 
 
 def _costs(results: Results) -> Table:
@@ -131,6 +139,58 @@ def _costs(results: Results) -> Table:
         "answers; other processes of the machine count. Memory: of the process with its weights (of the GPU where there is one)."
     )
     return Table.of("Cost of an answer", columns, results, note)
+
+
+# Sweeps
+
+_KL_NOTE = (
+    "Interpolated between the two nearest measured points of a sweep, linearly in √KL, and never beyond its points (–). √KL, since near "
+    "the base the reward of a tilted distribution grows with it. Intervals: bootstrap over prompts, the same resamples for all sweeps, "
+    "interpolated anew in each; where its points do not reach the budget, the nearest counts. KL is estimated without bias for token "
+    "guidance. ≤: an upper bound, since selection can only be bounded: such a row may have much less KL than its column says, and is "
+    "at a disadvantage. Choosing the best column of a row is a choice made on these prompts."
+)
+_COMPUTE_NOTE = (
+    "FLOPs of an answer, measured, as multiples of plain base sampling. Interpolated between the two nearest measured points of a sweep, "
+    "linearly in log FLOPs, and never beyond its points (–). Intervals as above."
+)
+
+
+def sweep_tables(results: Results) -> list[Table]:
+    """Rewards at equal KL and at equal compute, for each judge; none without sweeps."""
+    return [*_at_budgets(results, "kl", "at equal KL", _KL_NOTE), *_at_budgets(results, "flops", "at equal compute", _COMPUTE_NOTE)]
+
+
+def _at_budgets(results: Results, axis: str, title: str, note: str) -> Iterator[Table]:
+    found = results["equal_kl" if axis == "kl" else "equal_compute"]
+    if found is None or not found["budgets"]:
+        return
+    sweeps, text = results["sweeps"], " ".join([note, *_sweep_notes(results, found["left_out"], axis)])
+    columns = ["sweep", *(["KL"] if axis == "kl" else []), *(_budget(b, axis) for b in found["budgets"])]
+    for i, (judge, rows) in enumerate(found["rewards"].items()):
+        cells = []
+        for name, row in rows.items():
+            kind = ["≤" if sweeps[name]["bound"] else "estimated"] if axis == "kl" else []
+            cells.append([name, *kind, *("–" if c is None else interval(c) for c in row)])
+        yield Table(f"{'Reward' if judge == 'gold' else judge} {title}", columns, cells, text if i == 0 else "")
+
+
+def _budget(budget: Results, axis: str) -> str:
+    if axis == "flops":
+        return f"{budget['name']} ({budget['flops'] / 1e9:,.3g} GFLOPs)"
+    return f"{budget['kl']:.3g} nats" + (f" ({budget['name']})" if budget["name"] else "")
+
+
+def _sweep_notes(results: Results, left_out: Sequence[str], axis: str) -> list[str]:
+    """Which sweeps begin with the base, and which are missing and why."""
+    sweeps = results["sweeps"]
+    based = [name for name, s in sweeps.items() if results["base"] in s["points"] and not (axis == "flops" and s["first_by_cost"])]
+    notes = [f"The base is the first point of {', '.join(based)}."] if based else []
+    if axis == "flops":
+        base = results["methods"][results["base"]]["flops"]
+        costs = [f"{name} ({sweeps[name]['flops'][-1] / base:.1f}×)" for name in left_out]
+        return [*notes, f"Not here, since all their points cost about the same: {', '.join(costs)}."] if costs else notes
+    return notes + [f"Not here: {name} ({sweeps[name]['kl_note']})." for name in left_out]
 
 
 # Cells

@@ -1,0 +1,106 @@
+"""From scored answers to the curves of sweeps (``ivg.evaluation.sweeps``), and what results.json and reports say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ivg.diagnostics.cost import flops
+from ivg.evaluation.base_samples import SampleGroup
+from ivg.evaluation.kl import kl_by_answer, selection_bound
+from ivg.evaluation.methods import MethodRow
+from ivg.evaluation.metrics import mean_by_key
+from ivg.evaluation.plan import GOLD, EvalPlan
+from ivg.evaluation.sweeps import BEST_OF_N, Curve, Floats, curve_summary, equal_compute, equal_kl
+
+Row = dict[str, Any]
+Scored = Mapping[str, Sequence[tuple[Row, Row]]]
+"""Rows of transcripts with their rows of scores, by label."""
+
+
+def sweep_results(plan: EvalPlan, scored: Scored, sizes: dict[str, int], groups: Sequence[SampleGroup]) -> Row:
+    """``sweeps``, ``equal_kl`` and ``equal_compute`` of results.json; empty or None without sweeps.
+
+    Args:
+        plan: of the evaluation.
+        scored: of every method.
+        sizes: parameters by model.
+        groups: base samples, which give best-of-N for every N; [] without.
+    """
+    rows: dict[str, list[MethodRow]] = {}
+    for row in plan.method_rows:
+        if row.sweep is not None:
+            rows.setdefault(row.sweep, []).append(row)
+    if not rows:
+        return {"sweeps": {}, "equal_kl": None, "equal_compute": None}
+    curves, summaries = {}, {}
+    for name, points in rows.items():
+        anchored = [plan.base_row, *points] if starts_at_base(points) else points
+        curves[name], reason = _curve(plan, anchored, scored, sizes)
+        summaries[name] = curve_summary(curves[name], list(points[0].point), reason)
+    if groups and any(gold is not None for g in groups for gold in g.golds):
+        curves[BEST_OF_N] = best_of_n_curve(groups, [e.id for e in plan.examples])
+        summaries[BEST_OF_N] = curve_summary(curves[BEST_OF_N], ["N"], None)
+    base = _matrix(plan, [_costs(scored[plan.base_row.label], sizes)])
+    return {"sweeps": summaries, "equal_kl": equal_kl(curves), "equal_compute": equal_compute(curves, float(np.nanmean(base)))}
+
+
+def starts_at_base(points: Sequence[MethodRow]) -> bool:
+    """Is plain base sampling a point of this sweep: beta = 0 of token guidance alone, or W = K = 1 of selection alone?
+
+    Not where guidance keeps only some tokens (``candidates``, ``plausibility``), which it may do for any beta.
+    """
+    m, swept = points[0].method, set(points[0].point)
+    if m.rule not in ("top", "soft"):
+        return False
+    if swept == {"beta"}:
+        return not (m.selectors or m.candidates or m.plausibility)
+    return bool(swept) and swept <= {"width", "successors"} and not any(p.method.guides for p in points)
+
+
+def _curve(plan: EvalPlan, rows: Sequence[MethodRow], scored: Scored, sizes: dict[str, int]) -> tuple[Curve, str | None]:
+    """A curve, and why it has no KL (None where it has)."""
+    good = [[(r, s) for r, s in scored[row.label] if "error" not in r] for row in rows]
+    kls: list[list[tuple[str, float]]] = []
+    reason = None
+    for row, pairs in zip(rows, good, strict=True):
+        found, why = kl_by_answer(row.method, plan.sampling, [r for r, _ in pairs])
+        reason = reason or why
+        kls.append(found or [])
+    rewards = {judge: _matrix(plan, [[(r["id"], s[judge]) for r, s in pairs] for pairs in good]) for judge in plan.judges}
+    curve = Curve(
+        labels=tuple(row.label for row in rows),
+        kl=None if reason else _matrix(plan, kls),
+        bound=any(row.method.selectors for row in rows),
+        flops=_matrix(plan, [_costs(pairs, sizes) for pairs in good]),
+        rewards=rewards,
+        first_by_cost=int(rows[0].is_base and bool(rows[-1].method.guides)),
+    )
+    return curve, reason
+
+
+def best_of_n_curve(groups: Sequence[SampleGroup], ids: Sequence[str]) -> Curve:
+    """Best-of-N by gold reward for N = 1, 2, 4 … and all base samples; its KL is log N - (N - 1)/N at most."""
+    size = min(g.size for g in groups)
+    numbers = [n for n in (2**i for i in range(size.bit_length())) if n < size] + [size]
+    costs = [[(g.id, g.flops[n - 1]) for g in groups] for n in numbers]
+    golds = [[(g.id, gold) for g in groups if (gold := g.golds[g.best(n)]) is not None] for n in numbers]
+    known = _by_id(ids, golds)
+    kl = np.array([[selection_bound([n], best_of_chunks=True)] for n in numbers])
+    return Curve(tuple(f"N={n}" for n in numbers), np.where(np.isnan(known), np.nan, kl), True, _by_id(ids, costs), {GOLD: known})
+
+
+def _costs(pairs: Sequence[tuple[Row, Row]], sizes: dict[str, int]) -> list[tuple[str, float]]:
+    return [(r["id"], flops(r["forward_tokens"], sizes)) for r, _ in pairs if "error" not in r]
+
+
+def _matrix(plan: EvalPlan, points: Sequence[Iterable[tuple[str, float]]]) -> Floats:
+    return _by_id([e.id for e in plan.examples], points)
+
+
+def _by_id(ids: Sequence[str], points: Sequence[Iterable[tuple[str, float]]]) -> Floats:
+    """Means over seeds of (id, value) pairs, in the order of the prompts; NaN where there is none [points, prompts]."""
+    means = [mean_by_key(pairs) for pairs in points]
+    return np.array([[found.get(i, np.nan) for i in ids] for found in means], dtype=np.float64)
