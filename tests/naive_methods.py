@@ -67,3 +67,40 @@ def smc(base, values, s, prompt, seed, temperature, limit, eos=0):
             w = torch.full((n,), 1 / n, dtype=torch.float64)
     answer = particles[int((w.cumsum(0) <= uniform(seed, chunks, 0xA25)).sum())]
     return answer[0], answer[4]
+
+
+def speculate(base, values, s, prompt, seed, temperature, limit, eos=0):
+    """Guided speculative chunks (RSD, arXiv 2501.19324; GSI, arXiv 2506.04118): (tokens, value)."""
+    seed, value, draft = mix(seed, 0), values[s.select], values[s.drafter].tuned
+    threshold = value.score(prompt, []) if s.accept_threshold is None else s.accept_threshold
+    chunk, y, rng_path, done, score = s.chunk_length or limit, [], 0, False, None
+
+    def chunks(network, first):
+        out = []
+        for k in range(s.successors):
+            line = child_rng_path(rng_path, len(y), first + k)
+            new, end = grow(network, {}, s, prompt, y, line, chunk, temperature, seed, limit, eos)
+            out.append((new, line, end, value.score(prompt, new)))
+        return out
+
+    def draw(scores, purpose):
+        weights = (torch.tensor(scores, dtype=torch.float64) / s.soft_scale).softmax(0)
+        return int((weights.cumsum(0) <= uniform(seed, len(y), purpose)).sum())
+
+    def logp(network, new):
+        rows = (outputs(network, prompt + new)[len(prompt) + len(y) - 1 : -1] / temperature).log_softmax(-1)
+        return sum(float(rows[i, t]) for i, t in enumerate(new[len(y) :]))
+
+    while not done:
+        drafts = chunks(draft, s.successors)
+        scores = [r + s.soft_scale * (logp(base, new) - logp(draft, new)) * s.tilt for new, _, _, r in drafts]
+        pick = draw(scores, 0xD4AF7)
+        x = (scores[pick] - threshold) / s.accept_scale
+        chance = {"threshold": float(x >= 0), "clip": min(1, max(0, x)), "sigmoid": 1 / (1 + math.exp(-x))}[s.acceptance]
+        if uniform(seed, len(y), 0xD4ACC) < chance:
+            chosen = drafts[pick]
+        else:
+            written = chunks(base, 0)
+            chosen = written[draw([r for *_, r in written], 0xD4BA5)]
+        y, rng_path, done, score = chosen
+    return y, score

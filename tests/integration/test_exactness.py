@@ -48,7 +48,8 @@ class Bench:
 
     def reference(self, prompt, s, sampling, seed=5):
         ids = self.base.tokenizer(prompt).input_ids
-        method = {"reject": naive_methods.cards, "particles": naive_methods.smc}.get(s.rule, naive.search)
+        rules = {"reject": naive_methods.cards, "particles": naive_methods.smc, "speculate": naive_methods.speculate}
+        method = rules.get(s.rule, naive.search)
         return method(self.base.model.network, self.naive, s, ids, seed, sampling.temperature, sampling.max_new_tokens)
 
 
@@ -69,6 +70,7 @@ def small(name):
     sizes |= {"candidates": 4} if s.candidates else {}
     sizes |= {"segment_min": 2, "segment_entropy": 4.2, "tries": 4} if s.rule == "reject" else {}
     sizes |= {"gate": 4.2} if s.gate else {}
+    sizes |= {"chunk_length": 3} if s.rule == "speculate" else {}
     return s.with_settings(**sizes)
 
 
@@ -87,7 +89,9 @@ FREE = {
 @pytest.mark.parametrize("name", list(METHODS))
 def test_strategy_equals_naive(bench, name):
     s, sampling = small(name), SamplingParams(temperature=1.3, max_new_tokens=8)
-    prompts = PROMPTS[:2] if s.rule != "reject" else PROMPTS[2:4]  # a vocabulary head has no value of a prompt of one token
+    prompts = (
+        PROMPTS[:2] if s.rule not in ("reject", "speculate") else PROMPTS[2:4]
+    )  # a vocabulary head has no value of a prompt of one token
     for prompt, got in zip(prompts, bench.generate(prompts, s, sampling), strict=True):
         tokens, score = bench.reference(prompt, s, sampling)
         assert list(got.token_ids) == tokens
@@ -109,7 +113,18 @@ def test_free_combinations_equal_naive(llama, settings, length, limit):
 
 SEGMENTS = {"rule": "reject", "chunk_length": 64, "tries": 3, "segment_min": 2}
 FILTER = {"rule": "particles", "width": 4, "chunk_length": 3}
+DRAFTS = {"rule": "speculate", "chunk_length": 4, "select": "explicit", "accept_threshold": 2.0, "acceptance": "sigmoid"}
+GSI = {**DRAFTS, "tilt": True, "successors": 3, "soft_scale": 0.1}
 NEIGHBOURS = {
+    "rsd, the drafter judges itself": {**DRAFTS, "select": "implicit", "accept_threshold": 10.0, "acceptance": "threshold"},
+    "rsd, clipped": {**DRAFTS, "select": "scalar", "acceptance": "clip", "accept_scale": 3.0, "accept_threshold": -1.0},
+    "rsd, several": {**DRAFTS, "successors": 3, "soft_scale": 0.4},
+    "rsd, chunks longer than a round": {**DRAFTS, "chunk_length": 20},
+    "rsd, whole responses": {**DRAFTS, "chunk_length": None},
+    "gsi, one draft": {**GSI, "successors": 1, "soft_scale": 0.5, "accept_threshold": -6.0, "acceptance": "threshold"},
+    "gsi, several": GSI,
+    "gsi, the drafter judges itself": {**GSI, "select": "implicit", "accept_threshold": 30.0, "soft_scale": 0.3},
+    "gsi, chunks longer than a round": {**GSI, "chunk_length": 20, "soft_scale": 0.05},
     "cards, guided": {**SEGMENTS, "token": "implicit", "select": "explicit", "segment_entropy": 4.3},
     "cards, one value twice": {**SEGMENTS, "token": "implicit", "select": "implicit", "segment_entropy": 4.4, "gate": 4.3},
     "cards, segments longer than a round": {**SEGMENTS, "select": "implicit", "segment_entropy": 4.55, "target": 3.0},
@@ -215,10 +230,10 @@ def test_greedy_base_equals_transformers(bench):
         assert list(got.token_ids) == expected[0, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("name", ["base", "eft", "eft-gated", "args", "cbs-explicit", "adaptive", "cards", "smc", "ivg"])
+@pytest.mark.parametrize("name", ["base", "eft", "eft-gated", "args", "cbs-explicit", "adaptive", "cards", "smc", "rsd", "gsi", "ivg"])
 def test_batch_of_eight_equals_each_alone(llama, name):
     s, sampling = small(name), SamplingParams(max_new_tokens=12)
-    prompts = [p for p in PROMPTS if p != "I"] if name == "cards" else PROMPTS
+    prompts = [p for p in PROMPTS if p != "I"] if name in ("cards", "rsd", "gsi") else PROMPTS
     together = llama.generate(prompts, s, sampling)
     for prompt, got in zip(prompts, together, strict=True):
         assert got.token_ids == llama.generate([prompt], s, sampling)[0].token_ids

@@ -82,8 +82,8 @@ def test_everything_is_released():
     run(
         engine,
         *(
-            request(get_method(n).search({"explicit": COUNT_A}), seed)
-            for n in ("base", "bon", "soft-bon", "cbs-explicit", "cd-blockwise", "cards", "smc", "adaptive")
+            request(get_method(n).search({"explicit": COUNT_A, "implicit": COUNT_A}), seed)
+            for n in ("base", "bon", "soft-bon", "cbs-explicit", "cd-blockwise", "cards", "smc", "adaptive", "rsd", "gsi")
             for seed in range(5)
         ),
     )

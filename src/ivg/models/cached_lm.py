@@ -158,6 +158,13 @@ class CachedLM(PromptEncoder):
 
     # Reading
 
+    def prefill(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """Read those of which nothing was read, all but the last token, so that their children share it."""
+        unread = [h for h in hypotheses if h.key not in self._entries and self._known_ancestor(h) is None]
+        entries, new = self._to_read(unread, [0] * len(unread), drop=1)
+        some = [i for i, tokens in enumerate(new) if tokens]
+        list(self.model.forward([entries[i].row for i in some], [new[i] for i in some], [0] * len(some)))
+
     def outputs(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
         """The network's output behind the last token, float32 [hypotheses, vocabulary or 1]."""
         out = self.logits(hypotheses)
@@ -177,13 +184,13 @@ class CachedLM(PromptEncoder):
         out = self.model.last_outputs([e.row for e in entries], new)
         return out.gather(1, torch.tensor(lasts, device=out.device)[:, None])[:, 0].float()
 
-    def recent_outputs(self, hypotheses: Sequence[Hypothesis], counts: Sequence[int]) -> list[Tensor]:
+    def recent_outputs(self, hypotheses: Sequence[Hypothesis], counts: Sequence[int], drop: int = 0) -> list[Tensor]:
         """The network's outputs behind each of the last ``counts[i]`` tokens, in order; float32 [counts[i], vocabulary or 1].
 
         One pass where nothing of them has been read before. Prompt tokens count: behind the last of them stands the first token
-        of the response.
+        of the response. The last ``drop`` tokens are left out: with 1, the outputs are what the last ``counts[i]`` tokens were drawn from.
         """
-        entries, new = self._to_read(hypotheses, counts)
+        entries, new = self._to_read(hypotheses, counts, drop)
         out: list[list[Tensor]] = [[] for _ in hypotheses]
         for i, output in self.model.forward([e.row for e in entries], new, counts):
             out[i].append(output.float())

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeVar
 
 from ivg.errors import ConfigError
-from ivg.search.request import Particles, Rejection, Search, check_rule, check_thinking
+from ivg.search.request import Particles, Rejection, Search, Speculation, check_rule, check_speculation, check_thinking
 from ivg.settings.schema import settings_of
 from ivg.settings.search import SearchSettings, Weights
 from ivg.types import Thinking, TokenGuidance, Value
@@ -18,7 +18,7 @@ from ivg.utils.plugins import Plugins
 
 CONTRAST = "contrast"
 """The value that every base gives which runs in this process (``ivg.values.contrast``)."""
-_Kind = TypeVar("_Kind", TokenGuidance, Search, Rejection, Particles, Thinking)
+_Kind = TypeVar("_Kind", TokenGuidance, Search, Rejection, Particles, Speculation, Thinking)
 
 
 class Combine(Protocol):
@@ -76,6 +76,8 @@ class Method(SearchSettings):
         if self.rule in ("reject", "particles"):
             least = self.segment_min if self.rule == "reject" else None
             check_rule(self, selects=bool(self.selectors), draft=self.draft, segment_min=least)
+        if self.rule == "speculate":
+            check_speculation(self, selects=bool(self.selectors), guided=bool(self.guides))
 
     def _check_reference(self) -> None:
         if self.select_combine != "min":
@@ -114,7 +116,8 @@ class Method(SearchSettings):
     @property
     def needs(self) -> frozenset[str]:
         """Names of the values that the method uses."""
-        return frozenset(name for name, _ in (*self.guides, *self.selectors))
+        drafters = {self.drafter} if self.rule == "speculate" else set()
+        return frozenset(drafters | {name for name, _ in (*self.guides, *self.selectors)})
 
     def with_settings(self, **settings: Any) -> Method:
         """A copy with other settings. None: unchanged; "none" for ``token`` or ``select``: no value.
@@ -169,6 +172,7 @@ class Method(SearchSettings):
             rule="soft" if self.rule == "soft" else "top",
             rejection=_settings(Rejection, self) if self.rule == "reject" else None,
             particles=_settings(Particles, self) if self.rule == "particles" else None,
+            speculation=_settings(Speculation, self, drafter=values[self.drafter]) if self.rule == "speculate" else None,
             thinking=_settings(Thinking, self) if self.guide_after is not None else None,
         )
 
@@ -266,6 +270,23 @@ _TABLE = (
         rule="particles",
     ),
     Method(
+        "rsd",
+        "reward-guided speculative decoding: the tuned guide drafts each chunk, the base writes it where the value refuses",
+        chunk_length=10,
+        select="explicit",
+        rule="speculate",
+    ),
+    Method(
+        "gsi",
+        "guided speculative inference: as rsd with K drafts, weighted by base and value",
+        successors=4,
+        chunk_length=10,
+        select="explicit",
+        rule="speculate",
+        tilt=True,
+        soft_scale=0.25,
+    ),
+    Method(
         "ivg",
         "integrated value guidance: implicit token by token, explicit chunk by chunk",
         token="implicit",
@@ -324,8 +345,8 @@ def unused_settings(method: str, given: Mapping[str, Any]) -> dict[str, str]:
     out = {}
     for name, value in given.items():
         group = settings_of(SearchSettings)[name].setting.group
-        if not active.get(group, False) and value != getattr(row, name):
-            out[name] = reasons.get(group, f"it belongs to rule={group}")
+        if not any(active.get(name, False) for name in group.split("|")) and value != getattr(row, name):
+            out[name] = reasons.get(group, f"it belongs to rule={' or '.join(group.split('|'))}")
     return out
 
 

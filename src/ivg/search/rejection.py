@@ -39,6 +39,8 @@ def acceptance(settings: Rejection, value: float, threshold: float) -> float:
 class RejectionRule(SelectionRule):
     """One prefix, which is kept while segments behind it are tried."""
 
+    prompt_advice = "cards starts from the value of the prompt; target=… with threshold_start=1 needs none"
+
     def __init__(self, request: Request) -> None:
         assert request.search.rejection is not None
         self.request, self.settings = request, request.search.rejection

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from ivg.errors import ConfigError
 from ivg.search.rule import SelectionRule
-from ivg.settings.schema import validate
-from ivg.settings.search import RequestSettings, SearchSettings
+from ivg.settings.schema import check, validate
+from ivg.settings.search import Acceptance, RequestSettings, SearchSettings
 from ivg.types import Prompt, SamplingParams, Thinking, TokenGuidance, Value
 from ivg.utils.rng import mix
 
@@ -70,6 +70,31 @@ class Particles:
 
 
 @dataclass(frozen=True, slots=True)
+class Speculation:
+    """Settings of guided speculative chunks; see :mod:`ivg.search.speculation`.
+
+    Attributes:
+        drafter: its :meth:`~ivg.types.Value.draft_model` writes the drafts.
+        tilt: judge drafts by value + soft_scale * log(pi_base / pi_draft) (GSI).
+        acceptance: ``threshold``, ``clip`` or ``sigmoid``: how the probability that a draft is kept depends on its value.
+        accept_threshold: from which value on it is kept; None: the value of the prompt.
+        accept_scale: of ``clip`` and ``sigmoid``, in units of the value.
+        soft_scale: of the draw among drafts, or among chunks of the base, in units of the value.
+    """
+
+    drafter: Value
+    tilt: bool = SearchSettings.tilt
+    acceptance: Acceptance = SearchSettings.acceptance
+    accept_threshold: float | None = SearchSettings.accept_threshold
+    accept_scale: float = SearchSettings.accept_scale
+    soft_scale: float = SearchSettings.soft_scale
+
+    def __post_init__(self) -> None:
+        for name in ("tilt", "acceptance", "accept_threshold", "accept_scale", "soft_scale"):  # the drafter is no name here
+            object.__setattr__(self, name, check(SearchSettings, name, getattr(self, name)))
+
+
+@dataclass(frozen=True, slots=True)
 class Search:
     """How to search: chunk-level beam search of width W with K successors and chunks of L tokens, its guidance and its selection.
 
@@ -87,6 +112,7 @@ class Search:
         decay: < 1 spends the budget of W * K continuations for each chunk early (:func:`ivg.search.selection.budgets`).
         rejection: select by rejection of segments (CARDS).
         particles: select by a particle filter.
+        speculation: a small model drafts chunks, and the base writes where they are refused.
         thinking: responses begin with thinking, which is neither guided nor selected; the first chunk is thinking and L tokens of answer.
         make_rule: makes your own :class:`~ivg.search.selection.SelectionRule` for a request.
     """
@@ -102,11 +128,19 @@ class Search:
     decay: float = SearchSettings.decay
     rejection: Rejection | None = None
     particles: Particles | None = None
+    speculation: Speculation | None = None
     thinking: Thinking | None = None
     make_rule: Callable[[Request], SelectionRule] | None = None
 
     def __post_init__(self) -> None:
         validate(self, SearchSettings)
+
+    @property
+    def values(self) -> list[Value]:
+        """The values that read prompts and responses."""
+        guide = None if self.guidance is None else self.guidance.value
+        drafter = None if self.speculation is None else self.speculation.drafter
+        return [value for value in (guide, self.value, drafter) if value is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +174,8 @@ class Request:
         validate(self, RequestSettings)
         if self.prompt.images and self.search.guidance is not None and (draft := self.search.guidance.draft):
             raise ConfigError(f"draft={draft} takes back tokens, and a prompt with pictures cannot be cut\n  leave draft out")
+        if self.alternatives is not None and self.search.speculation is not None:
+            raise ConfigError("alternatives (logprobs) compare every token with the base, and rule=speculate does not\n  leave them out")
 
     def with_prompt(self, prompt: Prompt) -> Request:
         """The same for another prompt, behind the same instructions."""
@@ -169,12 +205,17 @@ def check_search(search: Search) -> None:
     Raises:
         ConfigError: two selection rules at once, or a rule without the value that it needs.
     """
-    rules = {"rejection": search.rejection, "particles": search.particles, "make_rule": search.make_rule, "soft": search.rule == "soft"}
-    if len(given := [name for name, settings in rules.items() if settings]) > 1:
+    rules = {"rejection": search.rejection, "particles": search.particles, "speculation": search.speculation}
+    others = {"make_rule": search.make_rule is not None, "soft": search.rule == "soft"}
+    if len(given := [name for name, settings in (*rules.items(), *others.items()) if settings]) > 1:
         raise ConfigError(f"got {' and '.join(given)}\n  a search has one selection rule; leave one of them out")
     draft = search.guidance.draft if search.guidance is not None else 0
     if search.thinking is not None:
-        check_thinking(draft=draft, rule="reject" if search.rejection else "particles" if search.particles else "top")
+        names = {"reject": search.rejection, "particles": search.particles, "speculate": search.speculation}
+        check_thinking(draft=draft, rule=next((name for name, settings in names.items() if settings), "top"))
+    if search.speculation is not None:
+        check_speculation(search, selects=search.value is not None, guided=search.guidance is not None)
+        return
     if search.rejection is None and search.particles is None:
         beams, selects = search.width * search.successors, search.value is not None or search.make_rule is not None
         require("width · successors (W·K)", beams, selects or beams == 1, "1 without a value to select by")
@@ -215,3 +256,23 @@ def check_rule(search: Search | SearchSettings, *, selects: bool, draft: int, se
         require("width · successors (W·K)", search.width * search.successors, search.width * search.successors == 1, f"1 with {name}")
         longest = search.chunk_length
         require("segment_min", segment_min, longest is None or segment_min <= longest, f"at most chunk_length ({longest})")
+
+
+def check_speculation(search: Search | SearchSettings, *, selects: bool, guided: bool) -> None:
+    """Raise for settings that contradict the selection rule ``speculate``.
+
+    Args:
+        search: has the rule.
+        selects: there is a value that judges drafts.
+        guided: tokens are guided.
+
+    Raises:
+        ConfigError: no value to judge drafts by, or another setting that does not go with the rule.
+    """
+    name = "rule=speculate"
+    if not selects:
+        raise ConfigError(f"{name} needs a value to judge drafts by\n  name one (select=explicit, reward …)")
+    if search.decay != SearchSettings.decay or search.original:
+        raise ConfigError(f"{name} does not use decay and original\n  leave them out")
+    require("width (W)", search.width, search.width == 1, f"1 with {name}, which has one prefix")
+    require("token", "a value", not guided, f"none with {name}: a draft model writes, or the base alone")

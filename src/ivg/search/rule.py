@@ -22,6 +22,7 @@ class Chunk:
         first: number of the first child of each beam (:func:`ivg.utils.rng.child_rng_path`).
         keep: the beams will be extended again.
         pause: where the chunk ends early.
+        drafted: the drafter's model writes it (:class:`~ivg.search.request.Speculation`).
     """
 
     expansions: list[tuple[Beam, int]]
@@ -30,6 +31,7 @@ class Chunk:
     first: int = 0
     keep: bool = False
     pause: EntropyStop | None = None
+    drafted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +62,13 @@ class SelectionRule(ABC):
 
     reads_prompt: bool = False
     """Set :attr:`prompt_value`, the value of the empty response, before the first chunk."""
+    prompt_advice: str = ""
+    """What to do where there is no such value."""
     needs_log_ratio: bool = False
-    """Fill ``Beam.log_ratio`` where the proposal is guided."""
+    """Fill ``Beam.log_ratio`` where the proposal is guided, or drafted."""
     prompt_value: float = 0.0
+    drafted_tokens: int = 0
+    """Tokens of the kept hypothesis that a draft model wrote."""
 
     @property
     @abstractmethod

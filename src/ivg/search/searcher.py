@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -20,6 +20,7 @@ from ivg.search.rejection import RejectionRule
 from ivg.search.request import QUANTUM, Particles, Rejection, Request, Search, check_search, required_features
 from ivg.search.rule import Scored, Selection, SelectionRule
 from ivg.search.selection import BeamRule
+from ivg.search.speculation import SpeculationRule
 from ivg.search.state import RequestState
 from ivg.settings.search import MAX_BEAMS
 from ivg.types import AsyncEngine, Beam, Completion, Engine, ExpandRequest, Hypothesis, Step, TraceNode, Usage, Value
@@ -31,7 +32,12 @@ __all__ = ["QUANTUM", "Particles", "Rejection", "Request", "Search", "Searcher"]
 
 def _rule(request: Request) -> SelectionRule:
     search = request.search
-    return (search.make_rule or (RejectionRule if search.rejection else ParticleRule if search.particles else BeamRule))(request)
+    named: list[tuple[object, Callable[[Request], SelectionRule]]] = [
+        (search.rejection, RejectionRule),
+        (search.particles, ParticleRule),
+        (search.speculation, SpeculationRule),
+    ]
+    return (search.make_rule or next((make for settings, make in named if settings), BeamRule))(request)
 
 
 def check_engine(engine: Engine, request: Request) -> None:
@@ -42,6 +48,7 @@ def check_engine(engine: Engine, request: Request) -> None:
     """
     engine.check_features(required_features(request))
     engine.check(request.search.guidance)
+    engine.check_drafter(request.search.speculation.drafter if request.search.speculation else None)
     engine.check_thinking(request.search.thinking)
 
 
@@ -74,9 +81,8 @@ class Searcher:
             root = self.engine.open(request.prompt, sampling)
             if search.thinking is not None and not self.engine.answers_at_once(request.prompt, search.thinking.guide_after):
                 root = replace(root, answer_start=None)
-            for value in (search.guidance.value if search.guidance else None, search.value):
-                if value is not None:
-                    value.check(root.prompt, sampling.max_new_tokens)
+            for value in search.values:
+                value.check(root.prompt, sampling.max_new_tokens)
             tokens = self.engine.prompt_tokens(request.prompt)
             kept: list[Scored] = [(root, 0.0)]
             state = RequestState(next(self._ids), request, _rule(request), time.perf_counter(), kept, root.token_counter, tokens)
@@ -220,7 +226,7 @@ class Searcher:
         if not isinstance(found, ScoreFault):
             state.rule.prompt_value = found
             return None
-        advice = "cards starts from the value of the prompt; target=… with threshold_start=1 needs none"
+        advice = state.rule.prompt_advice
         return ScoreFault(f"{found}\n  {advice}", said=f"{found.said}\n  {advice}", prompt=found.prompt)
 
     def _grow(self, state: RequestState, families: dict[int, list[Beam]]) -> None:
@@ -303,7 +309,7 @@ class Searcher:
         """The step with the completion; frees everything that is kept for the request."""
         seconds = time.perf_counter() - state.started
         read, cached = dict(state.token_counter.forward_tokens), dict(state.token_counter.cached_tokens)
-        usage = Usage(read, state.prompt_tokens, len(best.token_ids), seconds, cached)
+        usage = Usage(read, state.prompt_tokens, len(best.token_ids), seconds, cached, state.rule.drafted_tokens)
         completion = Completion(
             text=best.text,
             token_ids=best.token_ids,

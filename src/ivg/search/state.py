@@ -74,7 +74,7 @@ class RequestState:
         r, chunk = self.request, self.chunk
         assert chunk is not None
         counts = {} if self.inside else {b.key: n for b, n in chunk.expansions}
-        return_log_ratio = self.rule.needs_log_ratio and r.search.guidance is not None
+        return_log_ratio = self.rule.needs_log_ratio and (r.search.guidance is not None or chunk.drafted)
         for beam in self.growing:
             if self.grows(beam):
                 yield ExpandRequest(
@@ -93,6 +93,8 @@ class RequestState:
                     thinking=r.search.thinking,
                     answer_tokens=self.answer_tokens,
                     stream=r.stride < QUANTUM,
+                    drafter=None if r.search.speculation is None else r.search.speculation.drafter,
+                    drafted=chunk.drafted,
                 )
 
     def _tokens(self, beam: Beam) -> int:

@@ -203,6 +203,7 @@ FLAG = Rule("true or false", _truth)
 TEXT = Rule("a text", _text)
 INSTRUCTION = Rule("a text", _text, "some text", lambda v: bool(v.strip()), optional=True)
 VALUE_NAME = Rule("the name of a value", _text, "no empty text", bool, optional=True)
+WRITER_NAME = Rule("the name of a value", _text, "no empty text", bool)
 WEIGHTS = Rule('names and finite numbers, each name once, e.g. {implicit = 1.0, plain = 0.5} or "implicit=1.0,plain=0.5"', _weights)
 LEVELS = Rule(
     'names and finite numbers, each name once, e.g. {explicit = 0.5} or "explicit=0.5"',

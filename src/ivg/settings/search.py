@@ -2,8 +2,8 @@
 
 ``ivg.search.methods`` has the named combinations. Sources: IVG, Liu et al. 2024 (arXiv 2409.17819); EFT, Mitchell et al. 2023; FUDGE,
 Yang & Klein 2021; VAS, Han et al. 2024; GenARM, Xu et al. 2024; CARDS, Li et al. 2024 (arXiv 2406.16306); classifier-free guidance,
-Sanchez et al. 2023 (arXiv 2306.17806); contrastive decoding, Li et al. 2023 (arXiv 2210.15097);
-RMOD, Son et al. 2025 (arXiv 2503.08796).
+Sanchez et al. 2023 (arXiv 2306.17806); contrastive decoding, Li et al. 2023 (arXiv 2210.15097); RMOD, Son et al. 2025 (arXiv
+2503.08796); RSD, Liao et al. 2025 (arXiv 2501.19324); GSI, Geuter et al. 2025 (arXiv 2506.04118).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from ivg.settings.schema import Setting, validate
 
 Transform = Literal["identity", "log-sigmoid", "centered"]
 ValuesRead = Literal["answer", "all"]
-SelectionName = Literal["top", "soft", "reject", "particles"]
+SelectionName = Literal["top", "soft", "reject", "particles", "speculate"]
 Combination = Literal["sum", "min"]
+Acceptance = Literal["threshold", "clip", "sigmoid"]
 Weights = tuple[tuple[str, float], ...]
 """(name, weight) of values."""
 
@@ -223,11 +224,15 @@ class SearchSettings:
         SelectionName,
         Setting(
             "Selection rule. top: the best; soft: drawn with probability proportional to exp(score / soft_scale); reject: CARDS; "
-            "particles: a particle filter of W*K particles.",
-            r.choice("top", "soft", "reject", "particles"),
+            "particles: a particle filter of W*K particles; speculate: a small model drafts K chunks, and the base writes where the value "
+            "accepts none (RSD, GSI).",
+            r.choice("top", "soft", "reject", "particles", "speculate"),
         ),
     ] = "top"
-    soft_scale: Annotated[float, Setting("Scale of rule soft, in units of the score.", r.POSITIVE, group="soft")] = 1.0
+    soft_scale: Annotated[
+        float,
+        Setting("Rules soft and speculate: draws are proportional to exp(score / soft_scale).", r.POSITIVE, group="soft|speculate"),
+    ] = 1.0
     decay: Annotated[
         float,
         Setting(
@@ -251,7 +256,12 @@ class SearchSettings:
         ),
     ] = None
     accept_scale: Annotated[
-        float, Setting("Rule reject: accept with probability min(1, exp((value - threshold) / accept_scale)).", r.POSITIVE, group="reject")
+        float,
+        Setting(
+            "Rule reject: accept with probability min(1, exp((value - threshold) / accept_scale)). Rule speculate: see acceptance.",
+            r.POSITIVE,
+            group="reject|speculate",
+        ),
     ] = 0.7
     threshold_start: Annotated[float, Setting("Rule reject: share of the target in the first threshold.", r.SHARE, group="reject")] = 0.5
     tries: Annotated[int, Setting("Rule reject: largest number of segments tried for one place.", r.count(1), group="reject")] = 20
@@ -271,6 +281,43 @@ class SearchSettings:
             group="reject",
         ),
     ] = 4
+    drafter: Annotated[
+        str,
+        Setting(
+            "Rule speculate: value whose language model writes the drafts: implicit (its tuned model), arm, or the name of your own.",
+            r.WRITER_NAME,
+            aliases=("draft_model",),
+            flags=("--drafter",),
+            group="speculate",
+        ),
+    ] = "implicit"
+    tilt: Annotated[
+        bool,
+        Setting(
+            "Rule speculate: judge drafts by value + soft_scale * log(p_base / p_draft) (GSI). The base then reads every draft.",
+            r.FLAG,
+            group="speculate",
+        ),
+    ] = False
+    acceptance: Annotated[
+        Acceptance,
+        Setting(
+            "Rule speculate: probability that a draft is accepted, with x = (value - accept_threshold) / accept_scale. "
+            "threshold: 1 if x >= 0, else 0; clip: min(1, max(0, x)); sigmoid: 1 / (1 + exp(-x)).",
+            r.choice("threshold", "clip", "sigmoid"),
+            group="speculate",
+        ),
+    ] = "threshold"
+    accept_threshold: Annotated[
+        float | None,
+        Setting(
+            "Rule speculate: value from which a draft is accepted.",
+            r.number("a finite value, within 1e9 of 0", -1e9, 1e9, optional=True),
+            flags=("--accept-threshold",),
+            unset="the value of the prompt",
+            group="speculate",
+        ),
+    ] = None
     particle_beta: Annotated[
         float, Setting("Rule particles: weight of the value in the target distribution.", _WITHIN_1000, group="particles")
     ] = 1.0

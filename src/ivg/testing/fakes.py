@@ -18,6 +18,7 @@ from ivg.types import (
     Prompt,
     SamplingParams,
     TokenGuidance,
+    Value,
     new_key,
 )
 from ivg.utils.rng import child_rng_path, uniform
@@ -29,7 +30,7 @@ class FakeEngine(Engine):
     Args:
         alphabet: letters.
         weights: of the letters and the end, given the text so far; the base's distribution up to a factor.
-        proposal: the same for requests with guidance, whose value itself is not called.
+        proposal: the same for requests with guidance, and for drafts; the value itself is not called.
 
     Attributes:
         held: keys of beams that are not released.
@@ -60,6 +61,9 @@ class FakeEngine(Engine):
         return len(str(prompt.content))
 
     def check(self, guidance: TokenGuidance | None) -> None:
+        """Anything goes."""
+
+    def check_drafter(self, drafter: Value | None) -> None:
         """Anything goes."""
 
     def release(self, keys: Sequence[int]) -> None:
@@ -94,13 +98,13 @@ class FakeEngine(Engine):
                 paused = True
                 break
             base = self._distribution(text, allow_eos=not request.sampling.ignore_eos)
-            guided = self.proposal is not None and request.guidance is not None
+            guided = self.proposal is not None and (request.guidance is not None or request.drafted)
             used = self._distribution(text, allow_eos=not request.sampling.ignore_eos, guided=True) if guided else base
             token = sample_from_weights(used, uniform(request.seed, rng_path, len(ids)))
             if request.return_log_ratio:
                 ratio += (math.log(base[token]) if base[token] else -math.inf) - math.log(used[token])
             ids.append(token)
-            beam.token_counter.add("fake", 1)
+            beam.token_counter.add("draft" if request.drafted else "fake", 1)
             text += "" if token == self.eos else self.alphabet[token]
             found = [text.find(s) for s in request.sampling.stop if s in text]
             if token == self.eos or found:

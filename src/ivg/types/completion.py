@@ -23,6 +23,7 @@ class Usage:
         seconds: from the request to its end.
         cached_tokens: by model, those of ``forward_tokens`` that were not computed, because other requests had cached them.
             Models without any are left out. What was computed for this request is ``forward_tokens`` less these.
+        drafted_tokens: of the response, those that a draft model wrote and the base did not (rule ``speculate``).
     """
 
     forward_tokens: Mapping[str, int]
@@ -30,6 +31,7 @@ class Usage:
     completion_tokens: int
     seconds: float = field(compare=False)
     cached_tokens: Mapping[str, int] = field(default_factory=dict, compare=False)
+    drafted_tokens: int = 0
 
     @property
     def total_forward_tokens(self) -> int:
@@ -76,7 +78,7 @@ class Completion:
     ``guide_shift``, empty unless recorded or traced, has for each token y_t what guidance made of its log-probability:
     log pi_guided(y_t) - log pi_base(y_t) in nats, both softmaxes at the request's temperature (greedy requests: at 1) over
     the tokens that may be drawn, before all that :class:`SamplingParams` does to logits but temperature. Over texts drawn from
-    pi_guided the mean of its sum is KL(pi_guided || pi_base).
+    pi_guided the mean of its sum is KL(pi_guided || pi_base). It is 0 for tokens of a draft model (rule ``speculate``).
     """
 
     text: str
@@ -114,6 +116,8 @@ class Completion:
             "finish_reason": self.finish_reason,
             "usage": asdict(self.usage) | {"seconds": round(self.usage.seconds, 4)},
         }
+        if not self.usage.drafted_tokens:
+            del out["usage"]["drafted_tokens"]
         if self.guide_after is not None:
             out |= {"reasoning_content": self.reasoning_content, "answer": self.answer}
         if self.generation_config:

@@ -94,6 +94,10 @@ class ExpandRequest:
     """A child whose answer begins grows by at most so many tokens of it; None: by ``tokens`` in all."""
     stream: bool = False
     """Show unfinished children meanwhile, where the engine can (:class:`AsyncEngine`)."""
+    drafter: Value | None = None
+    """Its :meth:`Value.draft_model` writes some chunks of the response; what it has read follows the beams."""
+    drafted: bool = False
+    """These children are written by the drafter's model, without guidance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,18 @@ class Engine(ABC):
                 "  use a method that selects chunks (cbs-explicit, bon …)"
             )
 
+    def check_drafter(self, drafter: Value | None) -> None:
+        """Raise where the model of ``drafter`` cannot write in the base's place. Default: none can.
+
+        Raises:
+            ConfigError, VocabularyError: says why.
+        """
+        if drafter is not None:
+            raise ConfigError(
+                f"drafts by {drafter.name} (rule=speculate) need both models in this process; the engine {self.name} runs the base alone\n"
+                "  use the transformers engine"
+            )
+
     def check_thinking(self, thinking: Thinking | None) -> None:
         """Raise where the marker of ``thinking`` cannot be found or forced. Default: it can.
 
@@ -175,6 +191,7 @@ class Engine(ABC):
         }
         self.check_features({name for name, needs in needed.items() if needs} | set(request.sampling.changed))
         self.check(request.guidance)
+        self.check_drafter(request.drafter)
         self.check_thinking(request.thinking)
 
     def check_features(self, features: Collection[str]) -> None:

@@ -99,6 +99,13 @@ class Value(ABC):
         """Drafts a stretch of tokens guided with weight ``beta``. Default: None, it cannot draft."""
         return None
 
+    def draft_model(self) -> Any:
+        """The language model of this value that can write chunks in the base's place (:class:`ivg.models.cached_lm.CachedLM`).
+
+        Default: None, it has none.
+        """
+        return None
+
     # Life cycle
 
     def reset_caches(self) -> None:

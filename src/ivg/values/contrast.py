@@ -50,6 +50,9 @@ class PromptContrast(ImplicitValue):
         _require_instructions(hypotheses, self.name)
         return super().deltas(hypotheses)
 
+    def draft_model(self) -> None:
+        """None: a draft would cost what the base costs."""
+
     def token_scores(self, hypotheses: Sequence[Hypothesis]) -> list[list[float]]:
         """The log-ratio of every response token, in nats; raises as :meth:`deltas`."""
         _require_instructions(hypotheses, self.name)

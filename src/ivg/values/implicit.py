@@ -58,6 +58,10 @@ class ImplicitValue(CachedLMValue):
         """Drafts from the pair alone (see :class:`PairDrafter`)."""
         return PairDrafter(self, beta)
 
+    def draft_model(self) -> CachedLM | None:
+        """The tuned model."""
+        return self.tuned
+
     def token_scores(self, hypotheses: Sequence[Hypothesis]) -> list[list[float]]:
         """The log-ratio of every response token, in nats; their sum is the score."""
         tuned, untuned = self.tuned.token_logps(hypotheses), self.untuned.token_logps(hypotheses)
@@ -133,3 +137,7 @@ class AutoregressiveReward(CachedLMValue):
     def cached_lms(self) -> list[CachedLM]:
         """The model."""
         return [self.model]
+
+    def draft_model(self) -> CachedLM:
+        """The model."""
+        return self.model

@@ -13,6 +13,7 @@ from functools import partial
 from torch import Tensor
 
 from ivg.engines.sequences import TokenSequence, append_token, as_beams, fork
+from ivg.engines.transformers.draft_model import DraftWriter
 from ivg.engines.transformers.guidance import apply_guidance, check_guidance, compares_guidance, nan_error, no_token_error
 from ivg.engines.transformers.logprobs import compare_guidance
 from ivg.engines.transformers.processors import contexts_of, forbid_ignored_eos, process_logits
@@ -22,7 +23,7 @@ from ivg.engines.transformers.thinking import force, forced_token, is_guided, ma
 from ivg.errors import ConfigError, ScoreFault
 from ivg.models.cached_lm import CachedLM
 from ivg.models.support import body_of
-from ivg.types import Beam, Engine, ExpandRequest, Hypothesis, Thinking, TokenGuidance
+from ivg.types import Beam, Engine, ExpandRequest, Hypothesis, Thinking, TokenGuidance, Value
 from ivg.types.thinking import answer_of
 from ivg.utils.rng import uniform
 
@@ -80,6 +81,7 @@ class TransformersEngine(Engine):
         base.reads_given_ids = True
         self.vocabulary = base.vocabulary
         self.speculation = Speculator(base)
+        self.draft_writer = DraftWriter(base)
 
     def check(self, guidance: TokenGuidance | None) -> None:
         """Raise where ``guidance`` does not fit the base (see :func:`check_guidance`), or drafts and a model cannot be cut back."""
@@ -94,18 +96,25 @@ class TransformersEngine(Engine):
                     "  leave draft out"
                 )
 
+    def check_drafter(self, drafter: Value | None) -> None:
+        """Raise where ``drafter`` has no model that writes the base's tokens."""
+        if drafter is not None:
+            self.draft_writer.check(drafter)
+
     def check_thinking(self, thinking: Thinking | None) -> None:
         """Raise where the base's tokens do not spell the marker."""
         if thinking is not None:
             marker_ids(self.vocabulary, thinking.guide_after)
 
     def release(self, keys: Sequence[int]) -> None:
-        """Free the base's rows of these beams."""
+        """Free the base's rows of these beams, and those of draft models."""
         self.base.release(keys)
+        self.draft_writer.release(keys)
 
     def reset_caches(self) -> None:
-        """Empty the base's cache."""
+        """Empty the base's cache, and those of draft models."""
         self.base.reset_cache()
+        self.draft_writer.reset_caches()
 
     def release_memory(self) -> None:
         """Return memory of the base's cache that nothing needs to the operating system."""
@@ -118,15 +127,18 @@ class TransformersEngine(Engine):
         """
         children = [fork(request) for request in requests]
         pairs = list(zip(requests, children, strict=True))
-        drafting = [self.speculation.can_draft(request) for request in requests]
-        self.speculation.extend([(r.beam, some) for (r, some), drafts in zip(pairs, drafting, strict=True) if drafts])
-        self._extend([pair for pair, drafts in zip(pairs, drafting, strict=True) if not drafts])
+        self.draft_writer.extend([pair for pair in pairs if pair[0].drafted])
+        written = [pair for pair in pairs if not pair[0].drafted]
+        drafting = [self.speculation.can_draft(request) for request, _ in written]
+        self.speculation.extend([(r.beam, some) for (r, some), drafts in zip(written, drafting, strict=True) if drafts])
+        self._extend([pair for pair, drafts in zip(written, drafting, strict=True) if not drafts])
         self._inherit_caches([s for some in children for s in some if s.finish is None and not s.paused])
         return [as_beams(request.beam, some) for request, some in pairs]
 
     def _inherit_caches(self, sequences: Sequence[TokenSequence]) -> None:
         """Children of one token were never read: they inherit their parents' caches before those are released."""
         self.base.inherit_cache(sequences)
+        self.draft_writer.inherit_cache(sequences)
         guided: dict[TokenGuidance, list[Hypothesis]] = {}
         for s in sequences:
             if s.request.guidance is not None and s.answer_start is not None:
