@@ -14,9 +14,9 @@ from ivg.cli.options import command
 from ivg.cli.recipe_options import RecipeOptions
 from ivg.errors import ConfigError
 from ivg.search.methods import Method, get_method
-from ivg.search.request import Particles, Rejection, Request, Search
+from ivg.search.request import Particles, Rejection, Request, Search, Speculation
 from ivg.settings.recipe import ModelRef, Recipe, SamplingConfig, SearchConfig
-from ivg.settings.rules import WEIGHTS
+from ivg.settings.rules import LEVELS, WEIGHTS
 from ivg.settings.schema import rules_of, settings_of
 from ivg.settings.search import RequestSettings, SearchSettings
 from ivg.settings.train import DPOSettings, TrainSettings, ValueTrainSettings
@@ -39,6 +39,7 @@ MAKERS = {
     TokenGuidance: {"value": VALUE},
     Rejection: {},
     Particles: {},
+    Speculation: {"value": VALUE},
     Request: {"prompt": Prompt("x")},
 }
 OPTIONAL = {name for name, rule in RULES.items() if rule.optional}
@@ -61,6 +62,7 @@ def bad_values(name):
         "a list of lists of token ids": [*BAD_LISTS, [1], [[]], [[-1]], [[2.5]], ["ab"]],
         "a list of (token ids, bias)": [1, "ab", [1], [[1, 2]], [[[1], NAN]], [[[1], "x"]], [[[-1], 1.0]], [[[], 1.0]], [[[1], True]]],
         "a pair (start, factor)": [1, [1], [1, 2, 3], [-1, 1.5], [1, NAN], [1, 0], [1.5, 2.0], "ab"],
+        LEVELS.kind: [1, "implicit", "a=1,a=2", [("a", NAN)], [("a", True)], [(1, 1.0)], [("a",)], {"a": 1e10}],
         WEIGHTS.kind: [1, "implicit", {}, "a=1,a=2", [("a", NAN)], [("a", True)], [(1, 1.0)], [("a",)]],
     }[kind]
     allowed = [None] if name in OPTIONAL else []
@@ -91,7 +93,7 @@ def test_every_setting_has_a_rule():
     assert set(SearchConfig.model_fields) - {"method"} <= {f.name for f in fields(Method)}
 
 
-@pytest.mark.parametrize("kind", [TokenGuidance, Search, Rejection, Particles, Request], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [TokenGuidance, Search, Rejection, Particles, Speculation, Request], ids=lambda kind: kind.__name__)
 def test_objects_of_a_search_have_the_declared_defaults(kind):
     declared = settings_of(SearchSettings) | settings_of(RequestSettings)
     same = {f.name: f.default for f in fields(kind) if f.name in declared}

@@ -172,7 +172,7 @@ class Method(SearchSettings):
             rule="soft" if self.rule == "soft" else "top",
             rejection=_settings(Rejection, self) if self.rule == "reject" else None,
             particles=_settings(Particles, self) if self.rule == "particles" else None,
-            speculation=_settings(Speculation, self, drafter=values[self.drafter]) if self.rule == "speculate" else None,
+            speculation=_settings(Speculation, self, value=values[self.drafter]) if self.rule == "speculate" else None,
             thinking=_settings(Thinking, self) if self.guide_after is not None else None,
         )
 

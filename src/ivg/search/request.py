@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ivg.errors import ConfigError
 from ivg.search.rule import SelectionRule
-from ivg.settings.schema import check, validate
+from ivg.settings.schema import validate
 from ivg.settings.search import Acceptance, RequestSettings, SearchSettings
 from ivg.types import Prompt, SamplingParams, Thinking, TokenGuidance, Value
 from ivg.utils.rng import mix
@@ -74,7 +74,7 @@ class Speculation:
     """Settings of guided speculative chunks; see :mod:`ivg.search.speculation`.
 
     Attributes:
-        drafter: its :meth:`~ivg.types.Value.draft_model` writes the drafts.
+        value: its :meth:`~ivg.types.Value.draft_model` writes the drafts.
         tilt: judge drafts by value + soft_scale * log(pi_base / pi_draft) (GSI).
         acceptance: ``threshold``, ``clip`` or ``sigmoid``: how the probability that a draft is kept depends on its value.
         accept_threshold: from which value on it is kept; None: the value of the prompt.
@@ -82,7 +82,7 @@ class Speculation:
         soft_scale: of the draw among drafts, or among chunks of the base, in units of the value.
     """
 
-    drafter: Value
+    value: Value
     tilt: bool = SearchSettings.tilt
     acceptance: Acceptance = SearchSettings.acceptance
     accept_threshold: float | None = SearchSettings.accept_threshold
@@ -90,8 +90,7 @@ class Speculation:
     soft_scale: float = SearchSettings.soft_scale
 
     def __post_init__(self) -> None:
-        for name in ("tilt", "acceptance", "accept_threshold", "accept_scale", "soft_scale"):  # the drafter is no name here
-            object.__setattr__(self, name, check(SearchSettings, name, getattr(self, name)))
+        validate(self, SearchSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +138,7 @@ class Search:
     def values(self) -> list[Value]:
         """The values that read prompts and responses."""
         guide = None if self.guidance is None else self.guidance.value
-        drafter = None if self.speculation is None else self.speculation.drafter
+        drafter = None if self.speculation is None else self.speculation.value
         return [value for value in (guide, self.value, drafter) if value is not None]
 
 

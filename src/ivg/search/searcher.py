@@ -48,7 +48,7 @@ def check_engine(engine: Engine, request: Request) -> None:
     """
     engine.check_features(required_features(request))
     engine.check(request.search.guidance)
-    engine.check_drafter(request.search.speculation.drafter if request.search.speculation else None)
+    engine.check_drafter(request.search.speculation.value if request.search.speculation else None)
     engine.check_thinking(request.search.thinking)
 
 

@@ -93,7 +93,7 @@ class RequestState:
                     thinking=r.search.thinking,
                     answer_tokens=self.answer_tokens,
                     stream=r.stride < QUANTUM,
-                    drafter=None if r.search.speculation is None else r.search.speculation.drafter,
+                    drafter=None if r.search.speculation is None else r.search.speculation.value,
                     drafted=chunk.drafted,
                 )
 
