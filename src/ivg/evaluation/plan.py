@@ -155,6 +155,13 @@ class EvalPlan:
         return weight_fingerprints(self.recipe)
 
     @cached_property
+    def judged_prompts(self) -> str | None:
+        """Fingerprint of what judges read of the prompts; None: the prompts themselves."""
+        judged = [replace(e, prompt=self.task.judged(e, "")[0]) for e in self.examples]
+        mark = digest(judged)
+        return None if mark == digest(self.examples) else mark
+
+    @cached_property
     def judge_fingerprints(self) -> dict[str, str]:
         """Fingerprints of those judges that are on this machine."""
         return fingerprints(self.judges)

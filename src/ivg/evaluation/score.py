@@ -85,7 +85,8 @@ def _block_size(p: EvalPlan) -> int:
 
 def _provenance(p: EvalPlan, label: str) -> dict[str, Any]:
     judges = {name: ref.model_dump(exclude_none=True) for name, ref in p.judges.items()}
-    return {"transcripts": p.provenance(label), "judges": judges, "judge_weights": p.judge_fingerprints}
+    read = {} if p.judged_prompts is None else {"judged_prompts": p.judged_prompts}
+    return {"transcripts": p.provenance(label), "judges": judges, "judge_weights": p.judge_fingerprints, **read}
 
 
 def _score_answers(worker: Worker, rows: Sequence[Row]) -> Iterator[Row]:

@@ -3,7 +3,7 @@
 The column of the data decides:
 
 * ``prompt`` (such as openai_summarize_comparisons): a post. ``TL;DR:`` at its end is removed, since each model's template adds it.
-* ``email`` (AESLC): the first words of the e-mail and ``Subject:``.
+* ``email`` (AESLC): the first words of the e-mail and ``Subject:``; judges read the whole e-mail.
 
 References (``annotated_subjects``, ``references``, ``subject``, ``response``, ``label``) are for the report.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class Summarization(Task):
         Raises:
             ConfigError: no column ``prompt`` or ``email``; a row without it; fewer texts than asked for; an unknown option.
         """
-        words = _words(config)
+        words, judge_words = _words(config)
         source = config.data or DATA
         rows = list(read_data(config, DATA, "test"))
         if not rows:
@@ -55,7 +56,8 @@ class Summarization(Task):
             if text.strip() and text not in found:  # comparisons have several rows for one post
                 all_references = list(_references(row))
                 first = all_references[0] if all_references else None
-                found[text] = Example(str(row.get("id", i)), Prompt(text), first, {"references": all_references})
+                judged = _mail(row["email"], judge_words) if column == "email" else text
+                found[text] = Example(str(row.get("id", i)), Prompt(text), first, {"references": all_references, "judged": judged})
             if len(found) == (config.prompts or PROMPTS):
                 break
         check_count(len(found), config, source)
@@ -69,19 +71,23 @@ class Summarization(Task):
         }
 
     def judged(self, example: Example, response: str) -> tuple[Prompt, str]:
-        """The summary without trailing white space."""
-        return example.prompt, response.rstrip()
+        """The text, of an e-mail the whole of it (or ``judge_words``), and the summary without trailing white space."""
+        return Prompt(example.extra.get("judged", example.prompt.content)), response.rstrip()
 
 
-def _words(config: EvalConfig) -> int:
-    unknown = set(config.options) - {"words"}
+def _words(config: EvalConfig) -> tuple[int, int | None]:
+    """(words of an e-mail that are answered, words that judges read; None: all)."""
+    unknown = set(config.options) - {"words", "judge_words"}
     try:
-        words = int(config.options.get("words", WORDS))
+        words, judged = (int(config.options.get(name, default)) for name, default in (("words", WORDS), ("judge_words", 0)))
     except (TypeError, ValueError):
-        words = 0
-    if unknown or words < 1:
-        raise ConfigError(f"options of the task summarization: expected words = 1 or more (of an e-mail), got {dict(config.options)}")
-    return words
+        words, judged = 0, 0
+    if unknown or words < 1 or judged < 0:
+        raise ConfigError(
+            f"options of the task summarization: got {dict(config.options)}\n"
+            "  expected words = 1 or more (of an e-mail), judge_words = 1 or more (0: all)"
+        )
+    return words, judged or None
 
 
 def _post(text: str) -> str:
@@ -90,8 +96,8 @@ def _post(text: str) -> str:
     return stripped[: -len(CUE)].rstrip() + "\n" if stripped.endswith(CUE) else text
 
 
-def _mail(text: str, words: int) -> str:
-    """The first words of an e-mail and ``Subject:``."""
+def _mail(text: str, words: int | None) -> str:
+    """The first words of an e-mail (None: all) and ``Subject:``."""
     return " ".join(text.split()[:words]) + "\n\nSubject:" if text.strip() else ""
 
 
@@ -116,5 +122,5 @@ def _unique(examples: Iterable[Example]) -> list[Example]:
     for place, e in enumerate(examples):
         name = e.id if e.id not in seen else f"{e.id}-{place}"
         seen.add(name)
-        out.append(Example(name, e.prompt, e.reference, e.extra))
+        out.append(replace(e, id=name))
     return out
