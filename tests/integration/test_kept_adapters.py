@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import naive
 from ivg import GuidedModel, testing
+from ivg.diagnostics.training_overlap import training_overlap
 from ivg.errors import ConfigError, ModelError
 from ivg.factory.recipe import load_models
 from ivg.jobs.fingerprints import fingerprint
@@ -193,6 +195,14 @@ def test_they_load_wherever_a_model_is_named(runs):
     assert torch.equal(rewards_of(half), rewards_of(load_reward(runs / "reward", options=FLOAT32)))
 
 
+def test_rows_that_it_was_trained_on_are_known(runs):
+    pair = [Preference(Prompt("p1"), "1aa", "1bb"), Preference(Prompt("other"), "1aa", "1bb")]
+    found = training_overlap(RewardModel.from_pretrained(runs / "reward", options=FLOAT32), pair)
+    assert found.seen.tolist() == [True, False] and not found.unknown
+    found = training_overlap(ExplicitValue.from_pretrained(runs / "compact", options=FLOAT32), [Preference(Prompt("p1"), "aaba", "x")])
+    assert found.seen.tolist() == [True] and not found.unknown
+
+
 def test_a_reward_is_a_scalar_value(runs):
     value = ExplicitValue.from_pretrained(runs / "reward", options=FLOAT32)
     reward = RewardModel.from_pretrained(runs / "reward", options=FLOAT32)
@@ -257,6 +267,23 @@ def test_a_template_is_kept(tmp_path, runs):
     train("scalar", runs / "model", tmp_path / "v", template="<{prompt}>")
     assert RewardModel.from_pretrained(tmp_path / "r", options=FLOAT32).text(Prompt("p"), "r") == "<p>r"
     assert ExplicitValue.from_pretrained(tmp_path / "v", options=FLOAT32).model.template == "<{prompt}>"
+
+
+@pytest.mark.parametrize("kind", ["reward", *HEADS])
+def test_a_frozen_body_in_bfloat16(tmp_path, runs, kind, monkeypatch):
+    """As on a GPU: heads and adapters are trained in float32, and what is stored was evaluated."""
+    from ivg.training import trainer
+
+    monkeypatch.setattr(trainer, "body_dtype", lambda mode: "bfloat16")
+    for keep in (True, False):
+        train(kind, runs / "model", tmp_path / str(keep), keep=keep, trainer_args={"bf16": True})
+    with safe_open(tmp_path / "True" / "adapter_model.safetensors", "pt") as file:
+        assert all(file.get_tensor(name).dtype == torch.float16 for name in file.keys())  # noqa: SIM118 - not a mapping
+    load, read = (RewardModel, rewards_of) if kind == "reward" else (ExplicitValue, lambda value: values_of(value)[0])
+    kept, merged, whole = (
+        read(load.from_pretrained(f, options=FLOAT32)) for f in (tmp_path / "True", tmp_path / "False", runs / f"{kind}-merged")
+    )
+    assert torch.allclose(kept, merged, atol=0.2) and torch.allclose(kept, whole, atol=0.3)  # bfloat16 in training
 
 
 def test_what_is_refused(tmp_path, runs):

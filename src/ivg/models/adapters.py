@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ class Adapters:
             config.inference_mode, config.task_type = True, None  # peft would look for the methods of that task
             config.base_model_name_or_path = getattr(self.network, "name_or_path", None)  # peft warns where another was recorded
             if self._peft is None:
-                self._peft = peft.get_peft_model(self.network, config, adapter_name=name)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a property of an old name
+                    self._peft = peft.get_peft_model(self.network, config, adapter_name=name)
             result = self._peft.load_adapter(str(folder), name, torch_device=str(next(self.network.parameters()).device))
         except Exception as e:
             raise ModelError(f"{title} does not fit the network: {reason(e)}\n  expected an adapter that was trained on it") from e

@@ -120,21 +120,29 @@ def lora_config(settings: TrainSettings, task_type: str) -> Any:
     return LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type=task_type, modules_to_save=whole)
 
 
+def body_dtype(mode: Mode) -> str:
+    """The dtype of a network in training: float32; on a machine with a GPU bfloat16 where the body is frozen (``lora``, ``head``)."""
+    return "bfloat16" if mode != "full" and torch.cuda.is_available() else "float32"
+
+
 def load_for_training(
     auto_class: Any, name: str | Path, what: str, trust_remote_code: bool = False, mode: Mode = "full", **kwargs: Any
 ) -> tuple[Any, Any]:
     """Load a network on the CPU and its tokenizer, which gets a padding token.
 
-    The dtype is float32; on a machine with a GPU bfloat16 where the body is frozen (``lora``, ``head``).
+    The dtype is :func:`body_dtype`; a head that is trained is in float32.
 
     Raises:
         ModelError: no usable model at ``name``.
     """
     from transformers import AutoModelForSequenceClassification
 
-    frozen = mode != "full" and torch.cuda.is_available()
-    options = LoadOptions(device="cpu", dtype="bfloat16" if frozen else "float32", trust_remote_code=trust_remote_code, extra=kwargs)
-    network = load_network(name, auto_class, options, what, new_head=auto_class is AutoModelForSequenceClassification)
+    classifies = auto_class is AutoModelForSequenceClassification
+    options = LoadOptions(device="cpu", dtype=body_dtype(mode), trust_remote_code=trust_remote_code, extra=kwargs)
+    network = load_network(name, auto_class, options, what, new_head=classifies)
+    for part, module in network.named_children() if classifies else ():
+        if part != network.base_model_prefix:
+            module.float()
     tokenizer = tokenizer_for_training(name, trust_remote_code, what)
     config = network.config.get_text_config()
     if config.pad_token_id is None:

@@ -159,6 +159,7 @@ def load_value_network(model: str | Path, value: ValueSettings, settings: TrainS
     else:
         body, tokenizer = load_for_training(AutoModel, model, "model", trust, mode)
         network = ValueModel(body, value.head, bias=False)
+    network.head.float()
     if mode == "head":
         network.backbone.requires_grad_(False)
     elif (adapter := lora_config(settings, "FEATURE_EXTRACTION")) is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ivg.models.adapter_directory import fitted
+from ivg.models.placement import compute_dtype
 from ivg.models.value_head import ValueModel
 from ivg.settings.train import ValueSettings
 from ivg.training import targets
@@ -152,7 +153,7 @@ class ValueModelWithLoss(nn.Module):
     def settle(self) -> None:
         """Round what was trained to float16, in which an adapter is stored; a head in parts becomes one matrix, unless it is compact."""
         if self.factors is None or not self.settings.compact_head:
-            self.model.head.float().weight.copy_(self.matrix())
+            self.model.head.weight.copy_(self.matrix())
             self.factors = None
             self.model.head.weight.requires_grad_(True)  # a parameter that was trained
         round_to_half(p for p in self.parameters() if p.requires_grad)
@@ -168,6 +169,7 @@ class ValueModelWithLoss(nn.Module):
     def finished(self) -> ValueModel:
         """The value network for inference: head summed, LoRA merged."""
         self.model.head.weight.copy_(self.matrix())
+        self.model.head.to(compute_dtype(self.model.backbone))
         body: Any = self.model.backbone
         if hasattr(body, "merge_and_unload"):
             self.model.backbone = body.merge_and_unload()
