@@ -1,5 +1,6 @@
 """Training on tiny models: values learn their targets, models trained by TRL load, killed runs give the same files."""
 
+import json
 import os
 import re
 import subprocess
@@ -220,6 +221,54 @@ def test_a_reward_model_learns_its_preferences(tmp_path, model):
     reward = RewardModel.from_pretrained(tmp_path / "rm", options=FLOAT32)
     good, bad = reward.rewards([reward.text(Prompt("p99"), r) for r in ("9aa", "9bb")])[0]
     assert good > bad
+
+
+@pytest.mark.parametrize("more", [[], ["--mode", "lora"], ["--control-length", "--like-length", "0.5"]])
+def test_a_reward_of_rated_responses_is_measured_on_all_held_out_ones(tmp_path, model, more):
+    from typer.testing import CliRunner
+
+    from ivg.cli.app import app
+    from ivg.values.reward import RewardModel
+
+    rows = [
+        {"question": f"p{i}", "answer": "ab " * (1 + int(5 * uniform(i, k))) + "abcd"[k % 4] * (k + 1), "score": 4 * uniform(k, i)}
+        for i in range(10)
+        for k in range(6)
+    ]
+    (tmp_path / "rows.jsonl").write_text(as_lines(rows))
+    command = ["train", "reward", "--model", str(model), "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "rm")]
+    command += ["--columns", "prompt=question,response=answer", "--pairs-per-prompt", "4", "--label", "higher", "--min-margin", "0.25"]
+    done = CliRunner().invoke(app, [*command, "--eval-share", "0.3", "--lr", "1e-3", "--set", "bf16=false", "--max-length", "64", *more])
+    assert done.exit_code == 0, done.stderr
+    metrics = json.loads((tmp_path / "rm" / "metrics.json").read_text())
+    assert metrics == json.loads(done.stdout[done.stdout.rindex('{\n  "rows"') :])
+    assert (metrics["rows"], metrics["rows_held_out"]) == (28, 12)
+    found = metrics["ranking_by_given_scores" if "--control-length" in more else "ranking"]
+    assert ("length_slope" in metrics) == ("ranking_by_given_scores" in metrics) == ("--control-length" in more)
+    reward = RewardModel.from_pretrained(tmp_path / "rm", options=FLOAT32)
+    held = [(row, r) for row in rows[42:] for r in reward.judge([(Prompt(row["question"]), row["answer"])])]
+    pairs = [(a, b) for a in held for b in held if a[0]["question"] == b[0]["question"] and a[0]["score"] > b[0]["score"]]
+    clear = [(a, b) for a, b in pairs if a[0]["score"] > b[0]["score"] + 1]
+    for kind, some in (("pairs", pairs), ("clear_pairs", clear)):
+        assert found[kind]["count"] == len(some)
+        right = sum(0.5 if abs(a[1] - b[1]) <= 1e-4 else a[1] > b[1] for a, b in some)
+        assert found[kind]["reward"]["rate"] == pytest.approx(right / len(some), abs=0.02)
+    assert (found["responses"], found["responses_left_out"], found["spearman_within_prompts"]["prompts"]) == (18, 0, 3)
+    assert "clear_pairs_of_like_length" in (tmp_path / "rm" / "README.md").read_text()
+    again = CliRunner().invoke(app, [*command, "--eval-share", "0.3", "--lr", "1e-3", "--set", "bf16=false", "--max-length", "64"])
+    assert (again.exit_code, "settings differ" in str(again.exception or "") + again.stderr) == ((0, False) if not more else (1, True))
+
+
+def test_values_are_fitted_to_scores_without_length(model, tmp_path):
+    from ivg.settings.train import ValueSettings
+    from ivg.training.value import train_value
+
+    rows = [RatedResponse(Prompt(f"p{i}"), "a " * (k + 1), float(k), None, False) for i in range(10) for k in range(4)]
+    plain, controlled = (train_value(model, rows, tmp_path / str(c), FAST, ValueSettings(control_length=c)) for c in (False, True))
+    assert "length_slope" not in plain
+    x = np.log1p(np.arange(1, 5))
+    assert controlled["length_slope"] == pytest.approx(((x - x.mean()) @ np.arange(4)) / ((x - x.mean()) ** 2).sum())
+    assert controlled["rmse_100"] != plain["rmse_100"]
 
 
 VALUE = "train value --model {model} --data {data} --out {out} --epochs 2.5 --lr 1e-3 --batch-size 16 --save-steps 7 --set bf16=false"

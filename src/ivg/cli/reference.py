@@ -29,6 +29,7 @@ from ivg.settings.search import SearchSettings
 from ivg.settings.train import (
     DataSettings,
     DPOSettings,
+    PairSettings,
     RefineSettings,
     RolloutSettings,
     SFTSettings,
@@ -52,6 +53,7 @@ OTHERS = {
     "Trainers (`ivg train reward`, and what the others share)": TrainSettings,
     "Supervised fine-tuning (`ivg train sft`)": SFTSettings,
     "Preference optimisation (`ivg train dpo`)": DPOSettings,
+    "Pairs of rated responses (`ivg train reward`, `ivg train dpo`)": PairSettings,
     "Rollouts (`ivg train rollout`)": RolloutSettings,
     "Values (`ivg train value`)": ValueSettings,
     "Trainer of values (`ivg train value`)": ValueTrainSettings,

@@ -12,12 +12,13 @@ import typer
 
 from ivg.cli.options import Options, command
 from ivg.cli.recipe_options import RecipeOptions
-from ivg.cli.train_run import finish, read_rows, train_extra
+from ivg.cli.train_run import finish, read_comparisons, read_rows, train_extra
 from ivg.errors import ConfigError
 from ivg.settings.recipe import Recipe
 from ivg.settings.train import (
     DataSettings,
     DPOSettings,
+    PairSettings,
     RefineSettings,
     RolloutSettings,
     SFTSettings,
@@ -39,6 +40,7 @@ Out = Annotated[Path, typer.Option("--out", help="Folder of the run; the same co
 PushTo = Annotated[str | None, typer.Option("--push-to", help="Upload the finished folder to this repository on the hub.")]
 
 ROWS = Options(DataSettings, "Data")
+PAIRS = Options(PairSettings, "Pairs of rated responses")
 
 
 @app.command("sft", help="Supervised fine-tuning (TRL): a base, or the untuned guide of a pair.")
@@ -53,27 +55,29 @@ def sft(model: Model, data: Data, out: Out, push_to: PushTo = None, *, options: 
         finish(out, tune.sft(model, found, out, options, sources=data), options, push_to)
 
 
-@app.command("dpo", help="The tuned guide by direct preference optimisation (TRL), from preferences or rated rollouts.")
-@command(options=Options(DPOSettings, "Training"), rows=ROWS)
-def dpo(model: Model, data: Data, out: Out, push_to: PushTo = None, *, options: DPOSettings, rows: DataSettings) -> None:
+@app.command("dpo", help="The tuned guide by direct preference optimisation (TRL), from preferences or rated responses.")
+@command(options=Options(DPOSettings, "Training"), pairs=PAIRS, rows=ROWS)
+def dpo(
+    model: Model, data: Data, out: Out, push_to: PushTo = None, *, options: DPOSettings, pairs: PairSettings, rows: DataSettings
+) -> None:
     """See the command's help."""
     with train_extra():
         from ivg.training import tune
-        from ivg.training.data import read_preferences
 
-        found = read_rows(read_preferences, data, rows, seed=options.seed)
+        found = read_comparisons(data, rows, pairs, options)
         finish(out, tune.dpo(model, found, out, options, sources=data), options, push_to)
 
 
-@app.command("reward", help="A reward model by Bradley and Terry (TRL), from preferences or rated rollouts.")
-@command(options=Options(TrainSettings, "Training"), rows=ROWS)
-def reward(model: Model, data: Data, out: Out, push_to: PushTo = None, *, options: TrainSettings, rows: DataSettings) -> None:
+@app.command("reward", help="A reward model by Bradley and Terry (TRL), from preferences or rated responses.")
+@command(options=Options(TrainSettings, "Training"), pairs=PAIRS, rows=ROWS)
+def reward(
+    model: Model, data: Data, out: Out, push_to: PushTo = None, *, options: TrainSettings, pairs: PairSettings, rows: DataSettings
+) -> None:
     """See the command's help."""
     with train_extra():
         from ivg.training import tune
-        from ivg.training.data import read_preferences
 
-        found = read_rows(read_preferences, data, rows, seed=options.seed)
+        found = read_comparisons(data, rows, pairs, options)
         finish(out, tune.reward(model, found, out, options, sources=data), options, push_to)
 
 

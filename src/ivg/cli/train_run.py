@@ -6,12 +6,15 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ivg.errors import ConfigError
-from ivg.settings.train import DataSettings, TrainSettings
+from ivg.settings.train import DataSettings, PairSettings, TrainSettings
+
+if TYPE_CHECKING:
+    from ivg.training.pairing import Comparisons
 
 
 @contextmanager
@@ -27,6 +30,11 @@ def train_extra() -> Iterator[None]:
 
 def read_rows(reader: Callable[..., list[Any]], sources: Sequence[str], settings: DataSettings, **more: Any) -> list[Any]:
     """Rows of all sources together, at most ``limit``; those that cannot be used are reported, counted and left out."""
+    return [row for rows in read_sources(reader, sources, settings, **more) for row in rows][: settings.limit]
+
+
+def read_sources(reader: Callable[..., list[Any]], sources: Sequence[str], settings: DataSettings, **more: Any) -> list[list[Any]]:
+    """The rows of each source; those that cannot be used are reported, counted and left out."""
     from ivg.cli.progress import print_error
     from ivg.jobs.failures import Failures
     from ivg.training.data import ColumnMapping, ReadOptions
@@ -34,11 +42,20 @@ def read_rows(reader: Callable[..., list[Any]], sources: Sequence[str], settings
     mapping = ColumnMapping(settings.column_names or None, settings.prompt_format, settings.response_format)
     failures = Failures(print_error, settings.failed)
     options = ReadOptions(settings.split, mapping, settings.format, failures.add_unreadable)
-    rows = [row for source in sources for row in reader(source, options=options, **more)]
+    found = [reader(source, options=options, **more) for source in sources]
     failures.close()
     if failures.count:
-        typer.echo(f"read {len(rows)}, left out {failures.count}", err=True)
-    return rows[: settings.limit]
+        typer.echo(f"read {sum(map(len, found))}, left out {failures.count}", err=True)
+    return found
+
+
+def read_comparisons(sources: Sequence[str], settings: DataSettings, pairs: PairSettings, training: TrainSettings) -> Comparisons:
+    """The pairs of all sources, at most ``limit``, and the prompts that are held out."""
+    from ivg.training.data import read_comparable
+    from ivg.training.pairing import compare
+
+    rows = read_sources(read_comparable, sources, settings, by_score=pairs.by_score)
+    return compare(rows, pairs, seed=training.seed, eval_share=training.eval_share, limit=settings.limit)
 
 
 def finish(out: Path, metrics: Mapping[str, Any], settings: TrainSettings, push_to: str | None) -> None:

@@ -16,8 +16,17 @@ Mode = Literal["full", "lora", "head"]
 Loss = Literal["response", "all"]
 HeadKind = Literal["vocabulary", "scalar"]
 Target = Literal["fudge", "td", "cd-q", "binary"]
+PairLabel = Literal["sampled", "higher"]
 
 _COUNT = r.count(1)
+_ControlLength = Annotated[
+    bool,
+    Setting(
+        "Subtract from each score what length explains of it: a line fitted to scores over log(1 + words) within prompts.",
+        r.FLAG,
+        flags=("--control-length",),
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +165,55 @@ class TrainSettings:
             object.__setattr__(self, "learning_rate", factor * self.DEFAULT_LEARNING_RATE)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PairSettings:
+    """Which pairs are made of rated responses (``prompt, response, score``).
+
+    Raises:
+        ConfigError: a setting out of range, or settings that do not go together.
+    """
+
+    pairs_per_prompt: Annotated[
+        int | None,
+        Setting(
+            "Different pairs drawn for each prompt, each response about equally often.",
+            r.count(1, optional=True),
+            flags=("--pairs-per-prompt",),
+            unset="consecutive responses to a prompt, each in one pair",
+        ),
+    ] = None
+    min_margin: Annotated[
+        float, Setting("Smallest difference of scores; other pairs are left out.", r.number("0 or more", 0), flags=("--min-margin",))
+    ] = 0.0
+    label: Annotated[
+        PairLabel,
+        Setting(
+            "Chosen response: sampled (by the Bradley-Terry model of the scores) or higher (the one with the higher score).",
+            r.choice("sampled", "higher"),
+            flags=("--label",),
+        ),
+    ] = "sampled"
+    like_length: Annotated[
+        float,
+        Setting(
+            "Share of the drawn pairs, at least, whose word counts are within 20 % of each other, where a prompt has such pairs.",
+            r.SHARE,
+            flags=("--like-length",),
+        ),
+    ] = 0.0
+    control_length: _ControlLength = False
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.like_length and self.pairs_per_prompt is None:
+            raise ConfigError("--like-length is a share of drawn pairs\n  give --pairs-per-prompt too")
+
+    @property
+    def by_score(self) -> bool:
+        """Do these settings need the scores of single responses, where the data have finished pairs too?"""
+        return self.pairs_per_prompt is not None or self.label == "higher" or self.control_length
+
+
 @dataclass(frozen=True)
 class SFTSettings(TrainSettings):
     """Settings of supervised fine-tuning.
@@ -252,6 +310,7 @@ class ValueSettings:
             flags=("--compact-head/--whole-head",),
         ),
     ] = False
+    control_length: _ControlLength = False
     base: Annotated[str | None, Setting("The policy of cd-q and of --rounds: hub id or directory.", flags=("--base",), unset="none")] = None
     base_template: Annotated[
         str | None,
@@ -270,6 +329,8 @@ class ValueSettings:
             raise ConfigError("compact_head leaves out a part of a factored vocabulary head\n  it needs head=vocabulary and factored=true")
         if self.target == "cd-q" and (self.head != "vocabulary" or self.base is None):
             raise ConfigError("cd-q averages over the base's next tokens\n  it needs head=vocabulary and a base model (--base)")
+        if self.target == "binary" and self.control_length:
+            raise ConfigError("binary outcomes are no scores that length explains in part\n  leave out --control-length, or use fudge")
 
 
 @dataclass(frozen=True, kw_only=True)

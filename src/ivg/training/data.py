@@ -30,6 +30,7 @@ from ivg.utils.jsonl import RowError
 from ivg.utils.rng import uniform
 
 Item = TypeVar("Item")
+Key = TypeVar("Key")
 PREFERENCE = ("prompt", "chosen", "rejected")
 CONVERSATIONS = ("chosen", "rejected")
 RATED = ("prompt", "response", "score")
@@ -130,18 +131,38 @@ def read_preferences(
     Raises:
         ConfigError: unreadable, wrong columns, no row.
     """
-    rows = _Rows(source, options)
-    if rows.have(*RATED_LISTS, "chosen"):
-        out = rows.each(_labelled)
-    elif rows.have(*RATED_LISTS) or rows.have(*RATED):
-        out = pair_up(_rated_rows(rows), seed)
-    elif rows.have(*CONVERSATIONS):
-        out = rows.each(_preference)
-    else:
-        raise rows.wrong_columns("preferences", PREFERENCE, RATED, RATED_LISTS)
+    out: list[Preference] = []
+    rated: list[RatedResponse] = []
+    for row in read_comparable(source, options):
+        if isinstance(row, Preference):
+            out.append(row)
+        else:
+            rated.append(row)
+    out += pair_up(rated, seed)
     if not out:
         raise ConfigError(f"{source} holds no pair of different responses to one prompt")
     return out[:limit]
+
+
+def read_comparable(source: str | Path, options: ReadOptions | None = None, *, by_score: bool = False) -> list[Preference | RatedResponse]:
+    """Finished pairs as preferences, or rated responses, of which :func:`ivg.training.pairing.compare` makes pairs.
+
+    Args:
+        source: file, folder, id on the hub, or ``-``.
+        options: how it is read. Preferences whose two responses are the same text cannot be used.
+        by_score: rows of imdb_preference are rated responses; else the column ``chosen`` makes pairs of them.
+
+    Raises:
+        ConfigError: unreadable, wrong columns, no row.
+    """
+    rows = _Rows(source, options)
+    if rows.have(*RATED_LISTS, "chosen") and not by_score:
+        return [*rows.each(_labelled)]
+    if rows.have(*RATED_LISTS) or rows.have(*RATED):
+        return [*_rated_rows(rows)]
+    if rows.have(*CONVERSATIONS):
+        return [*rows.each(_preference)]
+    raise rows.wrong_columns("preferences", PREFERENCE, RATED, RATED_LISTS)
 
 
 def read_rated(source: str | Path, options: ReadOptions | None = None) -> list[RatedResponse]:
@@ -190,19 +211,32 @@ def pair_up(rated: Iterable[RatedResponse], seed: int = 0) -> list[Preference]:
     So the preferences of Liu et al. 2024 (arXiv 2409.17819) were made. Pairs of the same text are left out. A label depends on ``seed`` and
     the position of the pair only.
     """
-    out: list[Preference] = []
-    unpaired: dict[Prompt, RatedResponse] = {}
+    rows = list(rated)
+    return [sampled_preference(rows[i], rows[j], uniform(seed, j)) for i, j in consecutive_pairs(rows)]
+
+
+def consecutive_pairs(rated: Sequence[RatedResponse]) -> list[tuple[int, int]]:
+    """Indices of the first and second, third and fourth, … response to each prompt, in the order of the later one; no two same texts."""
+    out: list[tuple[int, int]] = []
+    unpaired: dict[Prompt, int] = {}
     for number, row in enumerate(rated):
-        first, second = unpaired.pop(row.prompt, None), row
+        first = unpaired.pop(row.prompt, None)
         if first is None:
-            unpaired[row.prompt] = row
-            continue
-        if first.response == second.response:
-            continue
-        if uniform(seed, number) >= 1 / (1 + math.exp(min(700.0, second.score - first.score))):
-            first, second = second, first
-        out.append(Preference(first.prompt, first.response, second.response, first.score - second.score, first.ends, second.ends))
+            unpaired[row.prompt] = number
+        elif rated[first].response != row.response:
+            out.append((first, number))
     return out
+
+
+def preference(chosen: RatedResponse, rejected: RatedResponse) -> Preference:
+    """Two rated responses to one prompt as a preference, whose margin is the difference of their scores."""
+    return Preference(chosen.prompt, chosen.response, rejected.response, chosen.score - rejected.score, chosen.ends, rejected.ends)
+
+
+def sampled_preference(first: RatedResponse, second: RatedResponse, draw: float) -> Preference:
+    """The first is chosen with the probability sigmoid(difference of scores); ``draw``: uniform in [0, 1)."""
+    chance = 1 / (1 + math.exp(min(700.0, second.score - first.score)))
+    return preference(first, second) if draw < chance else preference(second, first)
 
 
 def answers(row: Preference | RatedResponse | SFTExample) -> list[tuple[Prompt | None, str]]:
@@ -214,9 +248,14 @@ def answers(row: Preference | RatedResponse | SFTExample) -> list[tuple[Prompt |
 def held_out(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
     """(training, evaluation): evaluation gets the items of the last ``share`` of the prompts, so that no prompt is in both."""
     keys = [getattr(item, "prompt", None) or number for number, item in enumerate(items)]
-    distinct = list(dict.fromkeys(keys))
-    last = set(distinct[len(distinct) - round(len(distinct) * share) :])
+    last = last_share(keys, share)
     return [i for i, k in zip(items, keys, strict=True) if k not in last], [i for i, k in zip(items, keys, strict=True) if k in last]
+
+
+def last_share(keys: Iterable[Key], share: float) -> frozenset[Key]:
+    """The last ``share`` of the different keys (prompts), in order of appearance."""
+    distinct = list(dict.fromkeys(keys))
+    return frozenset(distinct[len(distinct) - round(len(distinct) * share) :])
 
 
 class _Rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from ivg.models.chat_template import encode
@@ -56,10 +57,16 @@ def encode_sft(rows: Sequence[SFTExample], tokenizer: Any, template: str | None,
 
 def encode_preferences(rows: Sequence[Preference], tokenizer: Any, template: str | None, max_length: int) -> list[dict[str, list[int]]]:
     """``prompt_ids``, ``chosen_ids``, ``rejected_ids`` for TRL's DPO; rows longer than ``max_length`` are left out."""
-    out, vocabulary = [], Vocabulary(tokenizer)
+    vocabulary = Vocabulary(tokenizer)
+
+    @cache
+    def read(prompt: Prompt, response: str, ends: bool) -> tuple[list[int], list[int]]:  # a response may be in many pairs
+        return response_ids(prompt, response, vocabulary, template, ends=ends)
+
+    out = []
     for row in rows:
-        before, chosen = response_ids(row.prompt, row.chosen, vocabulary, template, ends=row.chosen_ends)
-        _, rejected = response_ids(row.prompt, row.rejected, vocabulary, template, ends=row.rejected_ends)
+        before, chosen = read(row.prompt, row.chosen, row.chosen_ends)
+        _, rejected = read(row.prompt, row.rejected, row.rejected_ends)
         if chosen and rejected and len(before) + max(len(chosen), len(rejected)) <= max_length:
             out.append({"prompt_ids": before, "chosen_ids": chosen, "rejected_ids": rejected})
     return out
@@ -88,9 +95,14 @@ def encode_rated(
 
 def encode_for_reward(rows: Sequence[Preference], reader: RewardModel, max_length: int) -> list[dict[str, list[int]]]:
     """``chosen_ids`` and ``rejected_ids`` for TRL's reward trainer: the texts that ``reader`` scores at inference."""
+
+    @cache
+    def read(prompt: Prompt, response: str) -> list[int]:  # a response may be in many pairs
+        return reader.ids(reader.text(prompt, response))
+
     out = []
     for row in rows:
-        chosen, rejected = (reader.ids(reader.text(row.prompt, text)) for text in (row.chosen, row.rejected))
+        chosen, rejected = read(row.prompt, row.chosen), read(row.prompt, row.rejected)
         if max(len(chosen), len(rejected)) <= max_length:
             out.append({"chosen_ids": chosen, "rejected_ids": rejected})
     return out

@@ -51,14 +51,26 @@ def split_rows(rows: Sequence[Any], settings: TrainSettings, encode: Callable[[S
     Raises:
         ConfigError: no row is left to train on.
     """
-    first, last = held_out(rows, settings.eval_share)
+    return encode_split(held_out(rows, settings.eval_share), settings, encode)
+
+
+def encode_split(
+    parts: tuple[Sequence[Any], Sequence[Any]], settings: TrainSettings, encode: Callable[[Sequence[Any]], list[T]]
+) -> Split[T]:
+    """Encode (training rows, rows held out for evaluation).
+
+    Raises:
+        ConfigError: no row is left to train on.
+    """
+    first, last = parts
     train, test = encode(first), encode(last)
+    count = len(first) + len(last)
     if not train:
         raise ConfigError(
-            f"no row is left to train on: {len(rows)} rows, at most {settings.max_length} tokens each, {settings.eval_share:.0%} of the"
+            f"no row is left to train on: {count} rows, at most {settings.max_length} tokens each, {settings.eval_share:.0%} of the"
             " prompts held out\n  raise --max-length, give more prompts, or lower --eval-share"
         )
-    return Split(first, train, test, len(rows) - len(train) - len(test))
+    return Split(first, train, test, count - len(train) - len(test))
 
 
 def trainer_arguments(kind: Any, settings: TrainSettings, run: RunDir, network: Any, *, evaluate: bool, **fixed: Any) -> Any:

@@ -20,12 +20,14 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 from ivg.diagnostics.pairs import is_tie
 from ivg.errors import ConfigError
 from ivg.settings.train import DPOSettings, SFTSettings, TrainSettings
-from ivg.training.data import SFTExample
+from ivg.training.data import SFTExample, held_out
 from ivg.training.encoding import encode_for_reward, encode_preferences, encode_sft
 from ivg.training.kept_adapter import check_start, round_to_half, save_adapter
 from ivg.training.new_network import new_network
+from ivg.training.pairing import Comparisons
+from ivg.training.ranking import measure_ranking
 from ivg.training.run_dir import RunDir, first_process, open_run, process_count, run_provenance
-from ivg.training.trainer import drop_timing_metrics, load_for_training, lora_config, split_rows, trainer_arguments
+from ivg.training.trainer import drop_timing_metrics, encode_split, load_for_training, lora_config, trainer_arguments
 from ivg.types import Preference
 from ivg.values.reward import RewardModel
 
@@ -59,12 +61,14 @@ def sft(model: str | Path, rows: Sequence[SFTExample], out: str | Path, settings
     return _run(task, model, rows, out, settings, sources)
 
 
-def dpo(model: str | Path, rows: Sequence[Preference], out: str | Path, settings: DPOSettings, *, sources: Sources = ()) -> dict[str, Any]:
+def dpo(
+    model: str | Path, rows: Sequence[Preference] | Comparisons, out: str | Path, settings: DPOSettings, *, sources: Sources = ()
+) -> dict[str, Any]:
     """Direct preference optimisation (Rafailov et al. 2023; TRL's ``DPOTrainer``): from the untuned guide ``model`` to the tuned one.
 
     Args:
         model: the initial policy and the reference: directory or hub id.
-        rows: preferences; those whose two responses are the same are left out.
+        rows: preferences (those whose two responses are the same are left out), or pairs of :func:`ivg.training.pairing.compare`.
         out: folder of the run.
         settings: of the trainer. Liu et al. 2024 (arXiv 2409.17819) use for IMDb 3 epochs, learning rate 5e-4, batch size 32, weight
             decay 0.05, warm-up 0.25.
@@ -90,13 +94,16 @@ def dpo(model: str | Path, rows: Sequence[Preference], out: str | Path, settings
 
 
 def reward(
-    model: str | Path, rows: Sequence[Preference], out: str | Path, settings: TrainSettings, *, sources: Sources = ()
+    model: str | Path, rows: Sequence[Preference] | Comparisons, out: str | Path, settings: TrainSettings, *, sources: Sources = ()
 ) -> dict[str, Any]:
     """A reward model with the Bradley-Terry loss (TRL's ``RewardTrainer``): its one logit is the reward of prompt and response.
 
+    The metrics have ``ranking``: how it orders the held-out responses, beside what their length alone does
+    (:func:`ivg.training.ranking.measure_ranking`).
+
     Args:
         model: any model on which transformers can put a sequence classifier.
-        rows: preferences; those whose two responses are the same are left out.
+        rows: preferences (those whose two responses are the same are left out), or pairs of :func:`ivg.training.pairing.compare`.
         out: folder of the run.
         settings: of the trainer.
         sources: where the rows come from; named in the model card.
@@ -151,9 +158,13 @@ class _TokenisedDPOTrainer(DPOTrainer):
         return dataset
 
 
-def _run(task: _Task, model: str | Path, rows: Sequence[Any], out: str | Path, settings: TrainSettings, sources: Sources) -> dict[str, Any]:
+def _run(
+    task: _Task, model: str | Path, data: Sequence[Any] | Comparisons, out: str | Path, settings: TrainSettings, sources: Sources
+) -> dict[str, Any]:
     """Load, train, evaluate, save."""
-    with open_run(out, run_provenance(task.command, model, sources, rows, settings)) as run:
+    made = data if isinstance(data, Comparisons) else None
+    rows: Sequence[Any] = data.pairs if isinstance(data, Comparisons) else data
+    with open_run(out, run_provenance(task.command, model, sources, rows, settings, **(made.provenance if made else {}))) as run:
         if run.metrics is not None:
             return run.metrics
         counts = {}
@@ -164,13 +175,15 @@ def _run(task: _Task, model: str | Path, rows: Sequence[Any], out: str | Path, s
         if settings.mode == "head":
             raise ConfigError("mode head trains the head of a value\n  expected full or lora")
         set_seed(settings.seed)
-        kind, labels = (AutoModelForSequenceClassification, {"num_labels": 1}) if task.command == "reward" else (AutoModelForCausalLM, {})
+        is_reward = task.command == "reward"
+        kind, labels = (AutoModelForSequenceClassification, {"num_labels": 1}) if is_reward else (AutoModelForCausalLM, {})
         if task.overrides is None:
             network, tokenizer = load_for_training(kind, model, "model", settings.trust_remote_code, settings.mode, **labels)
         else:
             network, tokenizer = new_network(model, task.overrides, settings.trust_remote_code)
             counts["parameters"] = network.num_parameters()
-        split = split_rows(rows, settings, task.encoder(network, tokenizer))
+        parts = made.split() if made is not None else held_out(rows, settings.eval_share)
+        split = encode_split(parts, settings, task.encoder(network, tokenizer))
         trainer = task.trainer(
             model=network.train(),
             args=trainer_arguments(
@@ -179,17 +192,26 @@ def _run(task: _Task, model: str | Path, rows: Sequence[Any], out: str | Path, s
             train_dataset=Dataset.from_list(split.train),
             eval_dataset=Dataset.from_list(split.test) if split.test else None,
             processing_class=tokenizer,
-            peft_config=lora_config(settings, "SEQ_CLS" if task.command == "reward" else "CAUSAL_LM"),
+            peft_config=lora_config(settings, "SEQ_CLS" if is_reward else "CAUSAL_LM"),
         )
         run.train(trainer)
         if settings.keep_adapter:
             round_to_half(p for p in trainer.model.parameters() if p.requires_grad)
-        held_out = {"held_out": drop_timing_metrics(trainer.evaluate())} if split.test else {}
+        metrics: dict[str, Any] = {**split.counts, **counts, **(made.metrics if made is not None else {})}
+        if split.test:
+            metrics["held_out"] = drop_timing_metrics(trainer.evaluate())
+        if is_reward:
+            metrics |= _ranking(trainer, tokenizer, made or parts[1], settings)
         if settings.keep_adapter:
             _keep(trainer, run, model)
         else:
             _save(trainer, tokenizer, run)
-        return run.finish({**split.counts, **counts, **held_out}, *task.card, split.rows)
+        return run.finish(metrics, *task.card, split.rows)
+
+
+def _ranking(trainer: Any, tokenizer: Any, rows: Comparisons | Sequence[Preference], settings: TrainSettings) -> dict[str, Any]:
+    network, batch = trainer.accelerator.unwrap_model(trainer.model), 2 * settings.per_device_train_batch_size
+    return measure_ranking(RewardModel(network, tokenizer, settings.template, batch_size=batch), rows, settings.max_length)
 
 
 def _without_ties(rows: Sequence[Preference]) -> tuple[list[Preference], int]:

@@ -18,9 +18,10 @@ from ivg.models.loading import LoadOptions, load_config
 from ivg.models.value_head import ValueModel
 from ivg.models.vocabulary import Vocabulary
 from ivg.settings.train import Target, TrainSettings, ValueSettings, ValueTrainSettings
-from ivg.training.data import RatedResponse
+from ivg.training.data import RatedResponse, last_share
 from ivg.training.encoding import Encoded, encode_rated
 from ivg.training.kept_adapter import check_start, save_adapter
+from ivg.training.length import length_controlled
 from ivg.training.run_dir import RunDir, first_process, open_run, recorded, run_provenance
 from ivg.training.trainer import Split, drop_timing_metrics, load_for_training, lora_config, split_rows, trainer_arguments
 from ivg.training.value_loss import PARTS, ValueCollator, ValueModelWithLoss
@@ -59,6 +60,9 @@ def train_value(
         _check_scores(rows, value)
         if settings.keep_adapter:
             check_start(model)
+        slope = {}
+        if value.control_length:
+            rows, slope["length_slope"] = length_controlled(rows, last_share([row.prompt for row in rows], settings.eval_share))
         torch.manual_seed(settings.seed)
         network, tokenizer = load_value_network(model, value, settings)
         if settings.keep_adapter and value.compact_head and network.head.weight.any():
@@ -67,7 +71,7 @@ def train_value(
         policy = (base_tokenizer, value.base_template) if base is not None else None
         split = split_rows(rows, settings, lambda part: encode_rated(part, tokenizer, settings.template, settings.max_length, policy))
         trained = ValueModelWithLoss(network, value, base)
-        metrics = split.counts | _fit(trained, split, ValueCollator(tokenizer.pad_token_id, value.scale), settings, run)
+        metrics = split.counts | slope | _fit(trained, split, ValueCollator(tokenizer.pad_token_id, value.scale), settings, run)
         if first_process():
             notes = {"target": value.target, "scale": value.scale, "template": settings.template}
             if settings.keep_adapter:
