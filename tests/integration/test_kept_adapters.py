@@ -294,7 +294,7 @@ def test_what_is_refused(tmp_path, runs):
     with pytest.raises(ConfigError, match="it needs head=vocabulary"):
         ValueSettings(head="scalar", compact_head=True)
     with pytest.raises(ModelError, match="is a value network, not a sequence classifier\n  give it as --value"):
-        RewardModel.from_pretrained(runs / "scalar")
+        RewardModel.from_pretrained(runs / "vocabulary")
     with pytest.raises(ModelError, match="has no value head"):
         ExplicitValue.from_pretrained(runs / "dpo")
     for kind, flag in (("scalar", "--value"), ("reward", "--reward")):
@@ -323,3 +323,22 @@ def test_what_is_refused(tmp_path, runs):
             train("dpo", runs / "model", runs / "dpo")
         finally:
             (tmp_path / "run.json").rename(runs / "dpo" / "run.json")
+
+
+def test_a_scalar_value_is_a_reward_too(runs, tmp_path):
+    """As a whole model is: a classifier of one label, which reads prompts as it was trained to."""
+    kept, merged = (RewardModel.from_pretrained(runs / name, options=FLOAT32) for name in ("scalar", "scalar-merged"))
+    assert torch.allclose(rewards_of(kept), rewards_of(merged), atol=2e-3)
+    assert rewards_of(kept).std() > 0.01
+    value = ExplicitValue.from_pretrained(runs / "scalar", options=FLOAT32)
+    assert rewards_of(kept).tolist() == pytest.approx(
+        [naive.outputs(value.model.model.network, kept.ids(t))[-1, 0].item() for t in TEXTS], abs=1e-4
+    )
+    shutil.copytree(runs / "scalar", tmp_path / "templated")
+    config = json.loads((tmp_path / "templated" / "head_config.json").read_text())
+    config["ivg_value"]["template"] = "<{prompt}>"
+    (tmp_path / "templated" / "head_config.json").write_text(json.dumps(config))
+    templated = RewardModel.from_pretrained(tmp_path / "templated", options=FLOAT32)
+    assert templated.text(Prompt("a"), "b") == "<a>b"
+    with pytest.raises(ModelError, match="--value"):
+        RewardModel.from_pretrained(runs / "vocabulary", options=FLOAT32)

@@ -112,9 +112,20 @@ def rollout(
         about = answer_provenance(recipe, device_kind(recipe))
         provenance = {k: v for k, v in about.items() if k not in ("method", "settings", "seed")}
         request = {**recipe.search.settings(), **recipe.sampling.settings(), "method": recipe.search.method, "seed": recipe.run.seed}
-        with progress(-(-len(wanted) // r.BLOCK), f"blocks of {r.BLOCK} prompts") as advance:
+        size = settings.batch_size
+        with progress(-(-len(wanted) // size), f"blocks of {size} prompts") as advance:
             model = load_models(_without_scorer(recipe))
-            r.rollout(model, wanted, out, found, samples=settings.samples, provenance=provenance, on_progress=advance, **request)
+            r.rollout(
+                model,
+                wanted,
+                out,
+                found,
+                samples=settings.samples,
+                batch_size=size,
+                provenance=provenance,
+                on_progress=advance,
+                **request,
+            )
     _report_failures(out, [row.get("error") for row in read_jsonl(out.with_suffix(".jsonl"))])
 
 

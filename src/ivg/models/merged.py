@@ -38,6 +38,8 @@ def load_merged(source: AdapterSource, auto_class: Any, what: str, load: LoadBas
     if auto_class is ValueModel:
         return _value(source, what, load)
     if source.value_notes is not None:
+        if auto_class is AutoModelForSequenceClassification and source.value_notes.get("head") == "scalar":
+            return _classifier(source, what, load)
         if auto_class is AutoModelForSequenceClassification:
             raise ModelError(f"{what} {str(source.folder)!r} is a value network, not a sequence classifier\n  give it as --value")
         raise ModelError(f"{what} {str(source.folder)!r} is the adapter of a value\n  give it as --value")
@@ -63,6 +65,20 @@ def load_merged(source: AdapterSource, auto_class: Any, what: str, load: LoadBas
 def _merge(network: Any, source: AdapterSource, what: str) -> Any:
     adapters = Adapters(network)
     return adapters.merge(adapters.add(source.folder, source.scale, what))
+
+
+def _classifier(source: AdapterSource, what: str, load: LoadBase) -> Any:
+    """A scalar value as the classifier of one label that it is."""
+    from transformers import AutoModelForSequenceClassification
+
+    value = _value(source, what, load)
+    if value.head.bias is not None:
+        raise ModelError(f"{what} {str(source.folder)!r} is a value whose head has a bias, which no classifier has\n  give it as --value")
+    network = load(AutoModelForSequenceClassification, new_head=True, num_labels=1)
+    setattr(network, network.base_model_prefix, value.backbone)
+    network.score.weight = value.head.weight
+    source.apply_to(network.config)
+    return network.eval()
 
 
 def _value(source: AdapterSource, what: str, load: LoadBase) -> ValueModel:

@@ -269,9 +269,12 @@ class ValueTrainSettings(TrainSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings:
-    """How many responses are sampled."""
+    """How many responses are sampled, and how many together."""
 
     samples: Annotated[int, Setting("Responses for each prompt.", _COUNT, flags=("--samples",))] = 4
+    batch_size: Annotated[
+        int, Setting("Prompts that are answered, scored and saved together; a GPU wants more.", _COUNT, flags=("--batch-size",))
+    ] = 64
 
     def __post_init__(self) -> None:
         validate(self)

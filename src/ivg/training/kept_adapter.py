@@ -16,7 +16,9 @@ from torch import Tensor
 from ivg.embedded import PREFIX
 from ivg.errors import ConfigError, ModelError
 from ivg.models.adapter_directory import HEAD_CONFIG, HEAD_WEIGHTS
-from ivg.models.hub import ADAPTER_CONFIG, adapter_at
+from ivg.models.adapters import is_adapter
+from ivg.models.added import locate
+from ivg.models.hub import ADAPTER_CONFIG
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -27,7 +29,7 @@ def check_start(model: str | Path) -> None:
     Raises:
         ConfigError: ``model`` is an adapter, whose weights are merged before training.
     """
-    if adapter_at(model) is not None:
+    if is_adapter(locate(model)):
         raise ConfigError(
             f"{model} is an adapter, which training merges into its network: another adapter has no network to be kept for\n"
             "  leave --keep-adapter out, or start from the network"

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from ivg.types import Reward
 
 
-BLOCK = 64
-"""Prompts that are answered, scored and saved together."""
+_MAX_BEAMS = 512
+"""Beams of one batch, where the caller's blocks do not ask for more."""
 
 
 def rollout(
@@ -40,7 +40,7 @@ def rollout(
     method: str = "base",
     samples: int = RolloutSettings.samples,
     seed: int = 0,
-    block: int = BLOCK,
+    batch_size: int = RolloutSettings.batch_size,
     provenance: Mapping[str, Any] | None = None,
     on_progress: Callable[[], None] = lambda: None,
     **settings: Any,
@@ -55,7 +55,7 @@ def rollout(
         method: any that ``model`` allows; with ``settings`` as for ``GuidedModel.request``.
         samples: responses for each prompt.
         seed: random seed.
-        block: prompts of each block, which are one batch.
+        batch_size: prompts that are answered, scored and saved together.
         provenance: what else the rows depend on (names of models), for resuming.
         on_progress: called for each block, including those that are done already.
 
@@ -72,9 +72,9 @@ def rollout(
     jsonl = out.with_suffix(".jsonl")
     sampling = {k: v for k, v in asdict(model.sampling).items() if k not in settings}
     own = {"method": method, "settings": settings, "sampling": sampling, "samples": samples, "seed": seed}
-    with open_blocks(jsonl, block * samples, len(prompts) * samples, {**own, **(provenance or {})}) as file:
+    with open_blocks(jsonl, batch_size * samples, len(prompts) * samples, {**own, **(provenance or {})}) as file:
         _check_prompts(jsonl, prompts, samples, file.rows)
-        for _ in range(0, file.rows, block * samples):
+        for _ in range(0, file.rows, batch_size * samples):
             on_progress()
         for span in file.missing():
             numbers = range(span.start // samples, -(-span.stop // samples))
@@ -111,7 +111,7 @@ def _sample(
         for number, prompt in prompts
         for index in range(samples)
     ]
-    for result in LocalBackend(model, TaskSettings(method, settings, max_beams=512)).run(tasks):
+    for result in LocalBackend(model, TaskSettings(method, settings, max_beams=max(_MAX_BEAMS, len(tasks)))).run(tasks):
         result.task.source.update(_columns(result, model.base.vocabulary.eos_ids))
     return [task.source for task in tasks]
 

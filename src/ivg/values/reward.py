@@ -75,7 +75,8 @@ class RewardModel(Reward):
         self.network, self.tokenizer = network.eval(), tokenizer
         self.template, self.chat_settings = _reward_template(template)
         if self.template is None:
-            self.template = getattr(network.config, "ivg_template", None)  # as it was trained
+            trained = getattr(network.config, "ivg_value", None) or {}  # of a scalar value, which is a classifier of one label
+            self.template = getattr(network.config, "ivg_template", None) or trained.get("template")  # as it was trained
         self.label, self.name, self.batch_size = label, name, batch_size
         self.limit = min((n for n in (context_of(network), tokenizer.model_max_length) if n and 0 < n < 1 << 30), default=None)
         """Tokens that the classifier reads at most; None: no limit."""

@@ -1,0 +1,178 @@
+"""The steps of the three experiments, in order. Each is a command of ``ivg`` that resumes, or a function that writes one file."""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ivg.utils.jsonl import as_lines, read_jsonl, write_text
+
+REVIEW = "Here is a movie review from imdb: {prompt}"
+"""How the base reads the beginning of a review (Liu et al. 2024, section 4)."""
+SUBJECT = "<|im_start|>user\nWrite a short subject line for this e-mail.\n\n{prompt}<|im_end|>\n<|im_start|>assistant\nSubject:"
+"""How base and guides read an e-mail: SmolLM2's chat format, with the beginning of the answer."""
+MAIL = "{prompt}\n\nSubject:"
+"""How the reward model reads an e-mail."""
+SMALL = "hidden_size=96,num_hidden_layers=4,num_attention_heads=4,num_key_value_heads=4,head_dim=24,intermediate_size=256"
+"""A Llama of 5 M parameters with the base's vocabulary, 4.7 M of them embeddings."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much, and how many rows at once.
+
+    Attributes:
+        rows: share of the rows; below 1 for a rehearsal.
+        prompts: of a batch of rollouts; a GPU takes more.
+        train: further options of each training.
+    """
+
+    rows: float = 1.0
+    prompts: int = 64
+    train: str = ""
+
+    def count(self, rows: int) -> int:
+        """That share of ``rows``."""
+        return max(16, round(rows * self.rows))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: ``command`` is what follows ``ivg``; ``after`` are the steps whose results it reads."""
+
+    name: str
+    command: str | Callable[[], None]
+    after: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> list[str]:
+        """The command as arguments."""
+        assert isinstance(self.command, str)
+        return shlex.split(self.command)
+
+
+def steps(experiment: str, base: str, work: Path, scale: Scale) -> list[Step]:
+    """The steps of ``sentiment``, ``summarization`` or ``instructions``."""
+    return {"sentiment": _sentiment, "summarization": _summarization, "instructions": _instructions}[experiment](base, work, scale)
+
+
+def _sentiment(base: str, work: Path, scale: Scale) -> list[Step]:
+    out, train = work / "sentiment", f"--accumulate 1 --evaluations 1 {scale.train}"
+    write = f"--max-new-tokens 50 --ignore-eos --temperature 1 --batch-size {scale.prompts}"
+    return [
+        Step(
+            "gold",
+            f"train value --model {base} --mode lora --lora-r 8 --keep-adapter --head scalar --target binary"
+            f" --data {work}/imdb-labels.jsonl --out {out}/gold --epochs 2 --lr 2e-4 --batch-size 64 --max-length 160 {train}",
+        ),
+        Step(
+            "untuned",
+            f"train sft --model {base} --config-overrides {SMALL} --data {work}/imdb-reviews.jsonl --out {out}/untuned --loss all"
+            f" --epochs 2 --lr 3e-3 --batch-size 128 --max-length 224 --eval-share 0.01 --weight-decay 0.02 {train}",
+        ),
+        Step(
+            "pair-rollouts",
+            f"train rollout --base {out}/untuned --reward {out}/gold --prompts {work}/imdb-prompts.jsonl --samples 2 {write} --seed 2"
+            f" --out {out}/rollouts-pair.jsonl",
+            ("gold", "untuned"),
+        ),
+        Step(
+            "tuned",
+            f"train dpo --model {out}/untuned --data {out}/rollouts-pair.jsonl --out {out}/tuned --epochs 3 --lr 5e-4 --warmup 0.25"
+            f" --batch-size 64 --weight-decay 0.05 --max-length 224 {train}",
+            ("pair-rollouts",),
+        ),
+        Step(
+            "value-rollouts",
+            f"train rollout --base {base} --template {shlex.quote('base=' + REVIEW)} --reward {out}/gold"
+            f" --prompts {work}/imdb-prompts.jsonl --limit {scale.count(4000)} --samples 4 {write} --seed 3"
+            f" --out {out}/rollouts-value.jsonl",
+            ("gold",),
+        ),
+        Step(
+            "value",
+            f"train value --model {out}/untuned --data {out}/rollouts-value.jsonl --data {out}/rollouts-pair.jsonl --out {out}/value"
+            f" --epochs 3 --lr 2e-3 --batch-size 64 --max-length 224 --weight-decay 0.02 {train}",
+            ("pair-rollouts", "value-rollouts"),
+        ),
+    ]
+
+
+def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
+    out = work / "summarization"
+    subject, mail = shlex.quote(SUBJECT), shlex.quote(MAIL)
+    write = f"--template {shlex.quote('base=' + SUBJECT)} --max-new-tokens 24 --stop '\\n' --temperature 1 --batch-size {scale.prompts}"
+    train = f"--mode lora --lora-r 8 --keep-adapter --accumulate 1 --max-length 448 --evaluations 1 {scale.train}"
+    return [
+        Step(
+            "samples",
+            f"generate --method base --base {base} --input {work}/aeslc-reward.jsonl --output {out}/samples.jsonl {write} --seed 7",
+        ),
+        Step("pairs", lambda: subject_pairs(work / "aeslc-reward.jsonl", out / "samples.jsonl", out / "pairs.jsonl"), ("samples",)),
+        Step(
+            "gold",
+            f"train reward --model {base} --data {out}/pairs.jsonl --out {out}/gold --template {mail} --lr 2e-4 --batch-size 32 {train}",
+            ("pairs",),
+        ),
+        Step(
+            "rollouts",
+            f"train rollout --base {base} --reward {out}/gold --prompts {work}/aeslc-prompts.jsonl --samples 4 {write} --seed 2"
+            f" --out {out}/rollouts.jsonl",
+            ("gold",),
+        ),
+        Step(
+            "tuned",
+            f"train dpo --model {base} --data {out}/rollouts.jsonl --out {out}/tuned --template {subject} --lr 1e-4"
+            f" --batch-size 32 {train}",
+            ("rollouts",),
+        ),
+        Step(
+            "value",
+            f"train value --model {base} --data {out}/rollouts.jsonl --out {out}/value --compact-head --template {subject}"
+            f" --epochs 2 --lr 3e-4 --batch-size 64 {train}",
+            ("rollouts",),
+        ),
+    ]
+
+
+def _instructions(base: str, work: Path, scale: Scale) -> list[Step]:
+    out = work / "instructions"
+    train = f"--mode lora --lora-r 8 --keep-adapter --template chat --accumulate 1 --max-length 768 --evaluations 1 {scale.train}"
+    judged = f"--data {work}/alpaca-judged.jsonl --pairs-per-prompt 24 --label higher --min-margin 0.5 --like-length 0.3 --eval-share 0.2"
+    reward = f"train reward --model {base} {judged} --batch-size 32 --lr 2e-4 {train}"
+    return [
+        Step("gold", f"{reward} --out {out}/gold"),
+        Step("gold-length", f"{reward} --out {out}/gold-length --control-length"),
+        Step(
+            "rollouts",
+            f"train rollout --base {base} --template base=chat --reward {out}/gold-length --prompts {work}/alpaca-prompts.jsonl"
+            f" --samples 16 --max-new-tokens 128 --temperature 1 --top-k 50 --batch-size {scale.prompts // 4} --seed 2"
+            f" --out {out}/rollouts.jsonl",
+            ("gold-length",),
+        ),
+        Step(
+            "tuned",
+            f"train dpo --model {base} --data {out}/rollouts.jsonl --pairs-per-prompt 8 --label higher --out {out}/tuned --lr 1e-4"
+            f" --batch-size 32 {train}",
+            ("rollouts",),
+        ),
+        Step(
+            "value",
+            f"train value --model {base} --data {out}/rollouts.jsonl --out {out}/value --compact-head --epochs 2 --lr 3e-4"
+            f" --batch-size 64 {train}",
+            ("rollouts",),
+        ),
+    ]
+
+
+def subject_pairs(mails: Path, samples: Path, out: Path) -> None:
+    """The sender's subject against a sampled one, and against those of the next two e-mails: the reward must read the e-mail."""
+    rows = list(read_jsonl(mails))
+    sampled = {row["id"]: row["text"] for row in read_jsonl(samples) if not row.get("error")}
+    pairs = []
+    for place, row in enumerate(rows):
+        others = [rows[(place + step) % len(rows)]["response"] for step in (1, 2)]
+        for text in (sampled.get(row["id"], ""), *others):
+            if text.strip() and text.strip().lower() != row["response"].strip().lower():
+                pairs.append({"prompt": row["prompt"], "chosen": row["response"], "rejected": text.rstrip()})
+    write_text(out, as_lines(pairs))

@@ -1,0 +1,146 @@
+"""The experiments on SmolLM2 (benchmarks/smollm2, recipes/smollm2): rows, judges, every step and every recipe, on a tiny base."""
+
+import hashlib
+import importlib.util
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from benchmarks.smollm2.data import is_test, prepare
+from benchmarks.smollm2.steps import Scale, steps
+from benchmarks.smollm2.words import fit_words, log_odds
+from ivg.utils.jsonl import read_jsonl
+
+ROOT = Path(__file__).parents[2]
+RECIPES = {"sentiment": "sentiment", "summarization": "summarization", "instructions": "alpaca"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Made-up rows in the form of the data sets."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+
+    def text(words, count):
+        return " ".join(rng.choice(words) for _ in range(count))
+
+    def save(name, rows):
+        (folder / name).parent.mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), folder / name)
+
+    plain = ["the", "film", "a", "plot", "of", "and", "scene", "actor", "was", "is", "long", "short"]
+    labelled = [{"text": text([*plain, *(["great", "lovely"] if i % 2 else ["awful", "dull"])], 70), "label": i % 2} for i in range(60)]
+    save("imdb/train.parquet", labelled)
+    save("imdb/unsupervised.parquet", [{"text": text(plain, 30), "label": -1} for _ in range(10)])
+    save("imdb/test.parquet", [{"text": f"{i} {text(plain, 12)}", "label": i % 2} for i in range(700)])
+    mails = [
+        {"id": str(i), "email": f"mail{i} {text(plain, 20)}", "subject": f"about mail{i}", "annotated_subjects": ["x y"]} for i in range(80)
+    ]
+    for split, rows in (("train", mails[:40]), ("dev", mails[40:60]), ("test", mails[60:])):
+        save(f"aeslc/{split}.parquet", rows)
+    asked = [f"question {i}" for i in range(60)]
+    train, test = [q for q in asked if not is_test(q)], [q for q in asked if is_test(q)]
+    judged = [{"instruction": q, "output": text(plain, 3 + 5 * k), "score": k - 1.5 + rng.random()} for q in train for k in range(4)]
+    save("alpaca_eval/judged.parquet", judged)
+    import gzip
+
+    with gzip.open(folder / "alpaca_eval" / "reference_outputs_gpt4_1106_preview.json.gz", "wt") as file:
+        json.dump([{"instruction": q, "output": "an answer", "dataset": "made up", "generator": "gpt4"} for q in asked], file)
+    assert test
+    return folder
+
+
+@pytest.fixture(scope="module")
+def work(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    prepare(data, folder, scale=0.002)
+    return folder
+
+
+def judges(work, monkeypatch):
+    monkeypatch.setenv("IVG_SMOLLM2", str(work))
+    spec = importlib.util.spec_from_file_location("judges", ROOT / "recipes" / "smollm2" / "judges.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_row_of_training_is_in_the_test(work):
+    """Prompts that measure are of other reviews, e-mails and instructions than those that train."""
+    for train, test in (("imdb-prompts", "imdb-test"), ("aeslc-prompts", "aeslc-test"), ("aeslc-reward", "aeslc-test")):
+        rows = [{r["prompt"] for r in read_jsonl(work / f"{name}.jsonl")} for name in (train, test)]
+        assert rows[0] and rows[1] and not rows[0] & rows[1]
+    asked = {r["instruction"] for r in read_jsonl(work / "alpaca-test.jsonl")}
+    assert asked and all(int(hashlib.sha256(q.encode()).hexdigest(), 16) % 4 == 0 for q in asked)
+    assert not asked & {r["prompt"] for r in read_jsonl(work / "alpaca-judged.jsonl")}
+    assert {r["score"] for r in read_jsonl(work / "imdb-labels.jsonl")} == {0, 1}
+    assert not {r["prompt"] + r["response"] for r in read_jsonl(work / "imdb-labels.jsonl")} & {
+        r["prompt"] + r["response"] for r in read_jsonl(work / "imdb-labels-2.jsonl")
+    }
+
+
+def test_words_are_fitted_as_a_logistic_regression():
+    """Two words, one for each label in 9 of 10 texts: the log-odds are those of the counts, but for the penalty."""
+    rows = [("good", 1)] * 900 + [("good", 0)] * 100 + [("bad", 0)] * 900 + [("bad", 1)] * 100
+    weights = fit_words(rows)
+    assert log_odds(weights, "good") == pytest.approx(2.197, abs=0.05)
+    assert log_odds(weights, "a bad one") == pytest.approx(-2.197, abs=0.05)
+
+
+def test_judges_by_hand(work, monkeypatch):
+    j = judges(work, monkeypatch)
+    weights = json.loads((work / "words.json").read_text())
+    assert j.bag_of_words("great", " film") == pytest.approx(
+        weights[""] + weights["great"] + weights["film"] + weights.get("great film", 0.0)
+    )
+    mail = next(read_jsonl(work / "aeslc-test.jsonl"))
+    own = mail["response"]
+    assert j.agreement(mail["prompt"], own) == 1
+    assert j.agreement(mail["prompt"], own + " and more words") == pytest.approx(2 * 2 / (2 + 5))
+    assert j.agreement(mail["prompt"], "nothing") == j.agreement(mail["prompt"], "") == 0
+    assert j.retrieval(mail["prompt"], own) == 1  # no other e-mail has its number
+    assert j.retrieval(mail["prompt"], "") == 0.5  # fits all alike
+    other = list(read_jsonl(work / "aeslc-test.jsonl"))[1]
+    assert j.retrieval(mail["prompt"], other["response"]) < 0.5
+
+
+def tiny_base(folder):
+    from ivg.testing import byte_tokenizer, tiny_model
+
+    tiny_model("llama", 1, context=4096).save_pretrained(folder)
+    byte_tokenizer(chat=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("experiment", RECIPES)
+def test_all_steps_and_the_recipe(experiment, work, tmp_path, ivg, monkeypatch):
+    """Each step is a command that works and that finds its results the second time; then the recipe's methods answer and are scored."""
+    base = tiny_base(tmp_path / "base")
+    found = steps(experiment, str(base), work, Scale(rows=0.002, prompts=16, train="--set max_steps=1 --max-length 2000"))
+    done = set()
+    for step in found:
+        assert done >= set(step.after)
+        done.add(step.name)
+        if callable(step.command):
+            step.command()
+        else:
+            code, _, err = ivg(*step.words)
+            assert code == 0, (step.name, err)
+    for step in found:
+        if not callable(step.command):
+            assert ivg(*step.words)[0] == 0
+    judges(work, monkeypatch)
+    recipe = (ROOT / "recipes" / "smollm2" / f"{RECIPES[experiment]}.toml").read_text()
+    recipe = recipe.replace('"smollm2"', f'"{base}"').replace("../../build/smollm2", str(work)).replace("build/smollm2", str(work))
+    recipe = recipe.replace('"judges.py', f'"{ROOT}/recipes/smollm2/judges.py').replace('"../grounded', f'"{ROOT}/recipes/grounded')
+    (tmp_path / "recipe.toml").write_text(recipe)
+    small = ("--prompts", 2, "--seeds", 1, "--base-samples", 2, "--max-new-tokens", 6, "--dtype", "float32")
+    code, _, err = ivg("eval", RECIPES[experiment], "--recipe", tmp_path / "recipe.toml", "--out", tmp_path / "eval", *small)
+    assert code == 0, err
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert len(results["methods"]) > 14 and all(not m["errors"] for m in results["methods"].values())
