@@ -76,6 +76,22 @@ class VHead(QHead):
         return float(outputs(self.network, prompt + y)[-1, 0])
 
 
+class ProcessReward(Implicit):
+    """A classifier of tokens with two labels behind each step and its separator."""
+
+    deltas = None
+
+    def __init__(self, network, ids, text, how, separator):
+        self.network, self.ids, self.text, self.how, self.separator = network, ids, text, how, separator
+
+    def score(self, prompt, y):
+        read, p = list(prompt), []
+        for step in [x for x in self.text(y).split(self.separator) if x.strip()] or [self.text(y)]:
+            read += [*self.ids(step), *self.ids(self.separator)]
+            p.append(float(outputs(self.network, read)[-1].softmax(-1)[1]))
+        return {"last": p[-1], "min": min(p), "mean": sum(p) / len(p), "product": math.log(math.prod(p))}[self.how]
+
+
 class LogProb(Implicit):
     def __init__(self, arm):
         self.arm = arm
@@ -128,8 +144,8 @@ def answer(y, s, marker):
     return y if s.values_read == "all" else y[answer_start(y, marker) :]
 
 
-def grow(base, values, s, prompt, y, rng_path, tokens, temperature, seed, limit, eos, marker=()):
-    """Up to ``tokens`` more tokens of the answer, and the thinking before it; (response, finished)."""
+def grow(base, values, s, prompt, y, rng_path, tokens, temperature, seed, limit, eos, marker=(), text=None):
+    """Up to ``tokens`` more tokens of the answer, and the thinking before it; (response, finished). ``text``: decodes."""
     y, grown = list(y), 0
     while grown < tokens:
         z = outputs(base, prompt + y)[-1]
@@ -151,10 +167,16 @@ def grow(base, values, s, prompt, y, rng_path, tokens, temperature, seed, limit,
         y.append(token)
         if token == eos or len(y) == limit:
             return y, True
+        if s.chunk_until and steps_ended(text(y), s.chunk_until) > steps_ended(text(y[:-1]), s.chunk_until):
+            return y, False
     return y, False
 
 
-def search(base, values, s, prompt, seed, temperature, limit, eos=0, marker=()):
+def steps_ended(text, separator):
+    return sum(1 for piece in text.split(separator)[:-1] if piece.strip())
+
+
+def search(base, values, s, prompt, seed, temperature, limit, eos=0, marker=(), text=None):
     """CBS(W, K, L): (tokens, score). ``marker``: the tokens behind which the answer begins."""
     seed, chunk = mix(seed, 0), s.chunk_length or limit
 
@@ -165,13 +187,14 @@ def search(base, values, s, prompt, seed, temperature, limit, eos=0, marker=()):
 
     kept = [([], 0, False, 0.0)]
     plan = budgets(-(-limit // chunk), s.width * s.successors, s.decay, s.width)
-    counts, chunks = [plan.pop(0)], 0
+    budget, chunks = plan.pop(0), 0
+    counts = [budget]
     while not all(done for _, _, done, _ in kept):
         pool = [hypothesis for hypothesis in kept if hypothesis[2] for _ in range(s.successors if s.original else 1)]
         for (y, rng_path, done, _), count in zip(kept, counts, strict=False):
             for k in range(0 if done else count):
                 line = child_rng_path(rng_path, len(y), k)
-                new, end = grow(base, values, s, prompt, y, line, chunk, temperature, seed, limit, eos, marker)
+                new, end = grow(base, values, s, prompt, y, line, chunk, temperature, seed, limit, eos, marker, text)
                 pool.append((new, line, end, score(new)))
         if s.rule == "top" and not s.original:
             pool = list({tuple(p[0]): p for p in reversed(pool)}.values())[::-1]
@@ -182,7 +205,7 @@ def search(base, values, s, prompt, seed, temperature, limit, eos=0, marker=()):
                 kept.append(pool.pop(weighted_draw(weights, uniform(seed, chunks, len(kept), 0x50F7))))
         else:
             kept = sorted(pool, key=lambda p: -p[3])[: s.width]
-        budget = plan.pop(0) if plan else 0
+        budget = plan.pop(0) if plan else budget  # chunks that end early are more than planned
         counts = [budget // s.width + (i < budget % s.width) for i in range(s.width)]
     return kept[0][0], kept[0][3]
 

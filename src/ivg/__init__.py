@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ivg.values.base import CompositeValue, FunctionValue, WorstCaseValue
     from ivg.values.explicit import ExplicitValue
     from ivg.values.implicit import AutoregressiveReward, ImplicitValue
+    from ivg.values.process import ProcessReward
     from ivg.values.reward import RewardModel
 
 __version__ = VERSION
@@ -54,6 +55,7 @@ _HOME = {
     "ivg.values.base": ("CompositeValue", "FunctionValue", "WorstCaseValue"),
     "ivg.values.explicit": ("ExplicitValue",),
     "ivg.values.implicit": ("AutoregressiveReward", "ImplicitValue"),
+    "ivg.values.process": ("ProcessReward",),
     "ivg.values.reward": ("RewardModel",),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
@@ -77,6 +79,7 @@ __all__ = [
     "Message",
     "Method",
     "ModelRunner",
+    "ProcessReward",
     "Prompt",
     "Request",
     "Reward",

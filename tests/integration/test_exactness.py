@@ -86,7 +86,7 @@ FREE = {
 }
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", [name for name, m in METHODS.items() if "reward" not in m.needs])  # test_process_rewards.py has those
 def test_strategy_equals_naive(bench, name):
     s, sampling = small(name), SamplingParams(temperature=1.3, max_new_tokens=8)
     prompts = (

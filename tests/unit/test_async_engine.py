@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from test_search import COUNT_A, request, run
+from test_search import COUNT_A, CountSteps, request, run
 
 from ivg.errors import ConfigError
 from ivg.search.methods import METHODS
@@ -15,7 +15,7 @@ from ivg.search.searcher import Search, Searcher
 from ivg.testing import AsyncFakeEngine, FakeEngine
 from ivg.values.base import combine_values
 
-VALUES = dict.fromkeys(("implicit", "explicit", "arm", "contrast"), COUNT_A)
+VALUES = dict.fromkeys(("implicit", "explicit", "arm", "contrast"), COUNT_A) | {"reward": CountSteps("reward")}
 
 
 def answers(engine, requests):

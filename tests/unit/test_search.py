@@ -14,9 +14,19 @@ from ivg.search.methods import METHODS, get_method
 from ivg.search.searcher import Particles, Rejection, Request, Search, Searcher
 from ivg.testing import FakeEngine
 from ivg.types import Prompt, SamplingParams
+from ivg.types.steps import split_steps
 from ivg.values.base import FunctionValue, combine_values
+from ivg.values.process import StepLogProbs, StepReward
 
 COUNT_A = FunctionValue(lambda p, r: r.count("a"))
+
+
+class CountSteps(StepReward):
+    """A step is right with probability e^-(letters without an a)."""
+
+    def log_probabilities(self, pairs):
+        steps = [split_steps(response, self.separator) for _, response in pairs]
+        return [StepLogProbs([float(step.count("a") - len(step) - 99 * (not step)) for step in some], 1) for some in steps]
 
 
 def run(engine, *requests, **settings):
@@ -121,7 +131,7 @@ def test_original_lets_copies_of_a_finished_hypothesis_fill_all_places():
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_committed_text_is_never_taken_back(name):
-    values = {"explicit": COUNT_A, "implicit": COUNT_A}
+    values = {"explicit": COUNT_A, "implicit": COUNT_A, "reward": CountSteps("reward")}
     s = get_method(name, token="none") if METHODS[name].token else get_method(name)
     for seed in range(5):
         committed = ""

@@ -9,10 +9,11 @@ import pytest
 
 from ivg import GuidedModel
 from ivg.errors import ConfigError, VocabularyError
-from ivg.search.methods import get_method, unused_settings
+from ivg.search.methods import get_method
 from ivg.search.request import Request, Search, Speculation
 from ivg.search.searcher import Searcher
 from ivg.search.speculation import acceptance
+from ivg.search.unused import unused_settings
 from ivg.testing import AsyncFakeEngine, FakeEngine, byte_tokenizer, tiny_lm, tiny_value
 from ivg.types import Engine, Prompt, SamplingParams
 from ivg.values.base import FunctionValue

@@ -75,7 +75,8 @@ def _gold() -> RewardModel:
 
 def settings_for(recipe: Recipe, method: str) -> dict[str, Any]:
     """The recipe's search settings that a method can use; those that define the recipe's own method are left out for others."""
-    from ivg.search.methods import get_method, unused_settings
+    from ivg.search.methods import get_method
+    from ivg.search.unused import unused_settings
 
     settings, row = recipe.search.settings(), get_method(method)
     if method == recipe.search.method:

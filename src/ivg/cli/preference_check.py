@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from ivg.model import GuidedModel
     from ivg.settings.check import PreferenceSettings
     from ivg.settings.recipe import Recipe
-    from ivg.types import Preference
-    from ivg.values.base import FunctionValue
-    from ivg.values.reward import RewardModel
+    from ivg.types import Preference, Reward
 
 MAX_REASONS = 4
 """Printed reasons for pairs that were left out."""
@@ -105,7 +103,7 @@ def pick_judge(model: GuidedModel, recipe: Recipe, name: str | None) -> Judge | 
     raise ConfigError(f"no value called {name!r} for --judge\n  expected one of: {', '.join([*model.values, 'gold', 'none'])}")
 
 
-def gold_reward(recipe: Recipe) -> RewardModel | FunctionValue:
+def gold_reward(recipe: Recipe) -> Reward:
     """The recipe's ``eval.gold``; of the embedded models, their own.
 
     Raises:

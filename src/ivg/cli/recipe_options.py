@@ -12,7 +12,8 @@ import typer
 from ivg.cli.options import default_text, option, plain_value, typed
 from ivg.cli.role_options import ONE_MODEL, PER_MODEL, ByRole, role_option, role_value, split, with_roles
 from ivg.errors import ConfigError
-from ivg.search.methods import get_method, unused_settings
+from ivg.search.methods import get_method
+from ivg.search.unused import unused_settings
 from ivg.settings.models import ROLES
 from ivg.settings.recipe import Recipe
 from ivg.settings.sampling import DEFAULT_SAMPLING

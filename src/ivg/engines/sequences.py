@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ivg.types import Beam, DecodeState, ExpandRequest, FinishReason, Prompt, TokenCounter, TokenLogprobs, new_key
+from ivg.types.steps import finished_steps
 from ivg.utils.rng import child_rng_path
 
 
@@ -96,7 +97,7 @@ def fail(request: ExpandRequest, message: str) -> list[Beam]:
 
 
 def append_token(child: TokenSequence, token: int, shift: float = 0.0, detail: TokenLogprobs | None = None) -> None:
-    """Append a token; finishes the sequence at an end-of-sequence token, a stop string or the length limit."""
+    """Append a token; finishes the sequence at an end-of-sequence token, a stop string or the length limit, pauses it at a step's end."""
     sampling, before = child.request.sampling, len(child.text)
     child.token_ids.append(token)
     if token in child.request.beam.vocabulary.eos_ids and not sampling.ignore_eos:
@@ -108,6 +109,8 @@ def append_token(child: TokenSequence, token: int, shift: float = 0.0, detail: T
     new = child.text[before:]  # decodes the token
     if child.answer_start is None:
         _find_answer(child, before)
+    if child.request.until is not None and child.answer_start is not None and child.finish is None:
+        child.paused = ends_step(child.text[child.answer_text :], before - child.answer_text, child.request.until)
     if child.request.record:
         child.guide_shift.append(shift)
         child.pieces.append(new)
@@ -131,6 +134,13 @@ def stop_at(text: str, before: int, stops: Sequence[str]) -> int | None:
     """Start of the first stop string that ends after position ``before``."""
     found = [text.find(s, max(0, before - len(s) + 1)) for s in stops if s]
     return min((f for f in found if f >= 0), default=None)
+
+
+def ends_step(text: str, before: int, separator: str) -> bool:
+    """Has the part of ``text`` behind position ``before`` ended a step?"""
+    if stop_at(text, max(0, before), [separator]) is None:
+        return False
+    return finished_steps(text, separator) > finished_steps(text[: max(0, before)], separator)
 
 
 def as_beams(beam: Beam, family: list[TokenSequence]) -> list[Beam]:

@@ -9,7 +9,8 @@ from typing import Any
 from ivg.embedded import PREFIX
 from ivg.errors import ConfigError
 from ivg.jobs.fingerprints import same_source
-from ivg.search.methods import CONTRAST, METHODS, Method, get_method, resolve_fallbacks, unused_settings
+from ivg.search.methods import CONTRAST, METHODS, Method, get_method, resolve_fallbacks
+from ivg.search.unused import unused_settings
 from ivg.settings.recipe import MethodConfig, ModelRef, Recipe
 from ivg.settings.requests import point_label
 from ivg.settings.schema import check

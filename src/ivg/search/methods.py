@@ -13,12 +13,12 @@ from ivg.errors import ConfigError
 from ivg.search.request import Particles, Rejection, Search, Speculation, check_rule, check_speculation, check_thinking
 from ivg.settings.schema import settings_of
 from ivg.settings.search import SearchSettings, Weights
-from ivg.types import Thinking, TokenGuidance, Value
+from ivg.types import Steps, Thinking, TokenGuidance, Value
 from ivg.utils.plugins import Plugins
 
 CONTRAST = "contrast"
 """The value that every base gives which runs in this process (``ivg.values.contrast``)."""
-_Kind = TypeVar("_Kind", TokenGuidance, Search, Rejection, Particles, Speculation, Thinking)
+_Kind = TypeVar("_Kind", TokenGuidance, Search, Rejection, Particles, Speculation, Thinking, Steps)
 
 
 class Combine(Protocol):
@@ -156,6 +156,7 @@ class Method(SearchSettings):
                 f"method {self.name} needs the value {' and '.join(sorted(missing))}, got {', '.join(sorted(values)) or 'none'}\n"
                 f"  give {advice}"
             )
+        values = self._with_steps(values)
         guide = self._value(self.guides, bool(self.weights), values, combine)
         reference = None
         if self.select_combine == "min":
@@ -175,6 +176,20 @@ class Method(SearchSettings):
             speculation=_settings(Speculation, self, value=values[self.drafter]) if self.rule == "speculate" else None,
             thinking=_settings(Thinking, self) if self.guide_after is not None else None,
         )
+
+    def _with_steps(self, values: Mapping[str, Value]) -> Mapping[str, Value]:
+        """``values``, those that score steps as the settings say."""
+        steps = _settings(Steps, self)
+        if steps == Steps():
+            return values
+        found = {name: stepped for name in self.needs if (stepped := values[name].with_steps(steps)) is not None}
+        if not found:
+            setting = "step_separator" if self.step_aggregation is None else "step_aggregation"
+            raise ConfigError(
+                f"{self.name}: {setting}={getattr(self, setting)!r} is for process rewards, and no value here scores steps\n"
+                "  give --reward, a classifier of tokens (with step_aggregation also one of texts), and select=reward"
+            )
+        return {**values, **found}
 
     def _value(
         self,
@@ -245,6 +260,15 @@ _TABLE = (
         chunk_length=16,
         select_weights=(("implicit", 1.0), ("explicit", 1.0)),
         select_combine="min",
+    ),
+    Method(
+        "prm",
+        "process rewards: beams of steps (lines), selected by a classifier of steps",
+        width=4,
+        successors=4,
+        chunk_until="\n",
+        select="reward",
+        step_aggregation="last",
     ),
     Method("cd-blockwise", "blockwise controlled decoding: the best of K chunks", successors=16, chunk_length=5, select="explicit"),
     Method(
@@ -326,28 +350,6 @@ def get_method(name: str, **settings: Any) -> Method:
     if found is None:
         raise ConfigError(f"unknown method {name!r}\n  expected one of: {', '.join(method_names())}, custom")
     return replace(found, name=name).with_settings(**settings)
-
-
-def unused_settings(method: str, given: Mapping[str, Any]) -> dict[str, str]:
-    """Those of the given settings that have no effect on a method, each with the reason."""
-    row = get_method(method) if method in method_names() else Method("custom", "")
-    guided = given.get("token", row.token) not in (None, "none") or bool(given.get("weights", row.weights))
-    selects = given.get("select", row.select) not in (None, "none") or bool(given.get("select_weights", row.select_weights))
-    selects |= row.name == "custom"  # beams without a value to select by are an error there
-    named = {given.get("token", row.token), given.get("select", row.select)}
-    contrasts = CONTRAST in named or any(CONTRAST in str(given.get(name, getattr(row, name))) for name in ("weights", "select_weights"))
-    active = {"": True, "guidance": guided, "selection": selects, "contrast": contrasts, given.get("rule", row.rule): True}
-    reasons = {
-        "guidance": f"the method {method} guides no tokens (--token VALUE makes it do so)",
-        "selection": f"the method {method} selects among nothing (--select VALUE makes it a search)",
-        "contrast": f"the method {method} does not use the value contrast (--method contrast does)",
-    }
-    out = {}
-    for name, value in given.items():
-        group = settings_of(SearchSettings)[name].setting.group
-        if not any(active.get(name, False) for name in group.split("|")) and value != getattr(row, name):
-            out[name] = reasons.get(group, f"it belongs to rule={' or '.join(group.split('|'))}")
-    return out
 
 
 def resolve_fallbacks(chosen: Method, values: Collection[str]) -> Method:

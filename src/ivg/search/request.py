@@ -103,6 +103,7 @@ class Search:
         width: beams kept (W).
         successors: continuations of each kept beam (K).
         chunk_length: tokens between selections (L); None: the whole response.
+        chunk_until: a chunk also ends where this text ends a step of the answer (:mod:`ivg.types.steps`).
         guidance: guides every token.
         value: ranks hypotheses.
         rule: ``top``: keep the best; ``soft``: draw with probability proportional to exp(score / soft_scale).
@@ -119,6 +120,7 @@ class Search:
     width: int = SearchSettings.width
     successors: int = SearchSettings.successors
     chunk_length: int | None = SearchSettings.chunk_length
+    chunk_until: str | None = SearchSettings.chunk_until
     guidance: TokenGuidance | None = None
     value: Value | None = None
     rule: Literal["top", "soft"] = "top"
@@ -191,6 +193,7 @@ def required_features(request: Request) -> set[str]:
     search, sampling = request.search, request.sampling
     needed = {
         "pause": search.rejection is not None,
+        "until": search.chunk_until is not None,
         "return_log_ratio": search.particles is not None and search.guidance is not None,
         "alternatives": request.alternatives is not None,
         "thinking": search.thinking is not None,

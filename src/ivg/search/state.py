@@ -89,6 +89,7 @@ class RequestState:
                     first=0 if self.inside else chunk.first,
                     keep=chunk.keep and not self.inside,
                     pause=chunk.pause,
+                    until=r.search.chunk_until,
                     alternatives=r.alternatives,
                     thinking=r.search.thinking,
                     answer_tokens=self.answer_tokens,

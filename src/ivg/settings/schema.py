@@ -34,8 +34,8 @@ class Setting:
         unset: what None stands for, in words, for help texts and pages.
         secret: never shown in errors.
         escapes: on the command line, a backslash and an n are a line break.
-        group: of a search, what must be on for the setting to have an effect: guidance, selection, contrast, or a rule that is not top;
-            of several, any one: ``soft|speculate``.
+        group: of a search, what must be on for the setting to have an effect: guidance, selection, contrast, steps, or a rule
+            that is not top; of several, any one: ``soft|speculate``.
     """
 
     help: str

@@ -19,6 +19,7 @@ ValuesRead = Literal["answer", "all"]
 SelectionName = Literal["top", "soft", "reject", "particles", "speculate"]
 Combination = Literal["sum", "min"]
 Acceptance = Literal["threshold", "clip", "sigmoid"]
+StepAggregation = Literal["last", "min", "mean", "product"]
 Weights = tuple[tuple[str, float], ...]
 """(name, weight) of values."""
 
@@ -65,6 +66,17 @@ class SearchSettings:
             flags=("-L", "--chunk-length"),
             group="selection",
             unset="the whole response",
+        ),
+    ] = None
+    chunk_until: Annotated[
+        str | None,
+        Setting(
+            "Text at which a chunk ends, such as \\n: chunks are steps; L is the most tokens of one.",
+            r.MARKER,
+            flags=("--chunk-until",),
+            group="selection",
+            unset="none",
+            escapes=True,
         ),
     ] = None
     token: Annotated[
@@ -124,6 +136,28 @@ class SearchSettings:
             group="selection",
         ),
     ] = ()
+    step_aggregation: Annotated[
+        StepAggregation | None,
+        Setting(
+            "Process rewards: the probabilities that the steps of a response are right make one number by last, min, mean or product "
+            "(its logarithm). A sequence classifier is then read at the end of each step.",
+            r.choice("last", "min", "mean", "product", optional=True),
+            flags=("--step-aggregation",),
+            group="steps",
+            unset="last for a classifier of tokens; a sequence classifier reads the whole response",
+        ),
+    ] = None
+    step_separator: Annotated[
+        str | None,
+        Setting(
+            "Process rewards: text that ends a step, as the reward was trained with.",
+            r.MARKER,
+            flags=("--step-separator",),
+            group="steps",
+            unset="a line break",
+            escapes=True,
+        ),
+    ] = None
     beta: Annotated[
         float, Setting("Weight of token guidance.", _WITHIN_1000, aliases=("alpha", "guidance_weight"), flags=("--beta",), group="guidance")
     ] = 1.0

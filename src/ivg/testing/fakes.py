@@ -21,6 +21,7 @@ from ivg.types import (
     Value,
     new_key,
 )
+from ivg.types.steps import finished_steps
 from ivg.utils.rng import child_rng_path, uniform
 
 
@@ -112,6 +113,9 @@ class FakeEngine(Engine):
                 break
             if len(ids) == request.sampling.max_new_tokens:
                 finish = "length"
+                break
+            if request.until is not None and finished_steps(text, request.until) > finished_steps(text[:-1], request.until):
+                paused = True
                 break
         key = new_key()
         self.held.add(key)

@@ -10,6 +10,7 @@ An engine makes beams longer, a value turns beams into numbers, a selection rule
 ``engine``      :class:`Engine` and :class:`AsyncEngine`, base classes
 ``completion``  what comes back
 ``scores``      what values return, checked
+``steps``       steps of a response
 ``thinking``    responses that begin with thinking
 ``preference``  pairs of responses
 ==============  =========================================================
@@ -22,6 +23,7 @@ from ivg.types.engine import AsyncEngine, Engine, EntropyStop, ExpandOutput, Exp
 from ivg.types.images import Image
 from ivg.types.messages import Message, Prompt
 from ivg.types.preference import Preference
+from ivg.types.steps import Steps
 from ivg.types.thinking import Thinking
 from ivg.types.value import Drafter, Reward, Value
 
@@ -44,6 +46,7 @@ __all__ = [
     "Reward",
     "SamplingParams",
     "Step",
+    "Steps",
     "Thinking",
     "TokenCounter",
     "TokenGuidance",

@@ -143,7 +143,7 @@ class Beam:
     log_ratio: float = 0.0
     """Sum over tokens of log pi_base - log pi_proposal, both as sampled (temperature and filters). 0 unless requested."""
     paused: bool = False
-    """The chunk ended early, at a point of high entropy (see :class:`~ivg.types.EntropyStop`)."""
+    """The chunk ended early: at a point of high entropy (:class:`~ivg.types.EntropyStop`), or at a text (``ExpandRequest.until``)."""
     pieces: tuple[str, ...] = ()
     """Per token: the text that it added. Empty unless recorded."""
     details: tuple[TokenLogprobs, ...] = ()

@@ -86,6 +86,8 @@ class ExpandRequest:
     keep: bool = False
     """The beam will be extended again: its cache is copied, not taken over."""
     pause: EntropyStop | None = None
+    until: str | None = None
+    """A child is :attr:`Beam.paused` behind a token with which its answer has one more step that this text ends."""
     alternatives: int | None = None
     """Fill ``details`` of the children, each with so many alternatives."""
     thinking: Thinking | None = None
@@ -185,6 +187,7 @@ class Engine(ABC):
         """
         needed = {
             "pause": request.pause is not None,
+            "until": request.until is not None,
             "alternatives": request.alternatives is not None,
             "return_log_ratio": request.return_log_ratio,
             "thinking": request.thinking is not None,

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from ivg.errors import ConfigError
 from ivg.types.beam import Hypothesis
 from ivg.types.messages import Prompt
+from ivg.types.steps import Steps
 
 
 class Drafter(Protocol):
@@ -58,6 +59,10 @@ class Value(ABC):
         """
         for _, part in self.parts:
             part.check(prompt, new_tokens)
+
+    def with_steps(self, steps: Steps) -> Value | None:
+        """This value with other settings of steps (the same object for the same settings); None: it scores no steps, the default."""
+        return None
 
     # Caches of hypotheses
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,10 +25,15 @@ from ivg.models.prompt_template import NO_CHAT_SETTINGS, PromptTemplate
 from ivg.models.rotary import length_batches, rope_limits
 from ivg.models.support import context_of
 from ivg.models.weights import WeightsError
-from ivg.types import Hypothesis, Prompt, Reward
-from ivg.types.scores import Scores, finite_score, require_scores
+from ivg.types import Hypothesis, Prompt, Reward, Steps
+from ivg.types.scores import finite_score, require_scores
+from ivg.types.steps import DEFAULT_SEPARATOR
 from ivg.values.base import FunctionValue
+from ivg.values.process import ProcessReward, StepLogProbs, StepReward
 from ivg.values.truncation import truncate_prompt
+
+if TYPE_CHECKING:
+    from ivg.settings.search import StepAggregation
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class RewardModel(Reward):
             trained = getattr(network.config, "ivg_value", None) or {}  # of a scalar value, which is a classifier of one label
             self.template = getattr(network.config, "ivg_template", None) or trained.get("template")  # as it was trained
         self.label, self.name, self.batch_size = label, name, batch_size
+        self._stepwise: StepwiseReward | None = None
         self.limit = min((n for n in (context_of(network), tokenizer.model_max_length) if n and 0 < n < 1 << 30), default=None)
         """Tokens that the classifier reads at most; None: no limit."""
         self._config = network.config.get_text_config()
@@ -106,7 +112,7 @@ class RewardModel(Reward):
         if "TokenClassification" in written:
             raise ModelError(
                 f"{name} {str(path)!r} is a {written}: it scores every token or step (a process reward), not a whole response\n"
-                "  expected a sequence classifier; process rewards cannot be used yet"
+                "  expected a sequence classifier; ivg.ProcessReward and --reward read process rewards"
             )
         tokenizer = load_tokenizer(path, options, name)
         try:
@@ -219,31 +225,41 @@ class RewardModel(Reward):
         Raises:
             ScoreError: some cannot be read; has the scores of all others.
         """
-        return require_scores(self._scores(self._readings(pairs)))
+        return require_scores([score for score, _ in self.read_all(pairs)])
 
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
         """The reward of prompt + response for each hypothesis; raises as :meth:`judge`."""
-        readings = self._readings([(h.prompt, h.text) for h in hypotheses])
-        scores = self._scores(readings)
-        for h, reading in zip(hypotheses, readings, strict=True):
-            if isinstance(reading, Reading):
+        found = self.read_all([(h.prompt, h.text) for h in hypotheses])
+        for h, (_, reading) in zip(hypotheses, found, strict=True):
+            if reading is not None:
                 h.token_counter.add(self.name, len(reading.ids))
                 if reading.note:
                     h.token_counter.note(reading.note)
-        return require_scores(scores)
+        return require_scores([score for score, _ in found])
 
-    def _readings(self, pairs: Sequence[tuple[Prompt, str]]) -> list[Reading | ScoreFault]:
-        out: list[Reading | ScoreFault] = []
+    def read_all(self, pairs: Sequence[tuple[Prompt, str]]) -> list[tuple[float | ScoreFault, Reading | None]]:
+        """The reward of each (prompt, response) with what was read for it, or why there is none."""
+        readings: list[Reading | ScoreFault] = []
         for prompt, response in pairs:
             try:
-                out.append(self.read(prompt, response))
+                readings.append(self.read(prompt, response))
             except PromptError as e:
-                out.append(ScoreFault(str(e), prompt=True))
-        return out
-
-    def _scores(self, readings: Sequence[Reading | ScoreFault]) -> Scores:
+                readings.append(ScoreFault(str(e), prompt=True))
         rewards = iter(self.logits([r.ids for r in readings if isinstance(r, Reading)]))
-        return [finite_score(f"the value {self.name}", next(rewards)) if isinstance(r, Reading) else r for r in readings]
+        name = f"the value {self.name}"
+        return [(finite_score(name, next(rewards)), r) if isinstance(r, Reading) else (r, None) for r in readings]
+
+    def with_steps(self, steps: Steps) -> StepwiseReward | None:
+        """This classifier read at the end of each step, where ``steps`` say how the steps make one number.
+
+        Raises:
+            ConfigError: it is read by one label of several.
+        """
+        if steps.step_aggregation is None:
+            return None
+        if self._stepwise is None:
+            self._stepwise = StepwiseReward(self)
+        return self._stepwise.with_steps(steps)
 
     def check(self, prompt: Prompt, new_tokens: int) -> None:
         """Raise PromptError where the template refuses the prompt; any length is accepted, see :meth:`read`."""
@@ -252,6 +268,64 @@ class RewardModel(Reward):
     def networks(self) -> list[tuple[str, Any]]:
         """The classifier."""
         return [(self.name, self.network)]
+
+
+class StepwiseReward(StepReward):
+    """A classifier of texts, read at the end of each step: p = sigmoid(reward of prompt and response up to there).
+
+    Args:
+        reward: a reward model whose number is a log-odds: of one label, or of two (label 1 minus label 0).
+        aggregation: see :class:`StepReward`.
+        separator: ends a step.
+    """
+
+    def __init__(self, reward: RewardModel, aggregation: StepAggregation = "last", separator: str = DEFAULT_SEPARATOR) -> None:
+        super().__init__(reward.name, aggregation, separator)
+        if reward.label is not None and reward.network.config.num_labels > 1:
+            raise ConfigError(
+                f"{reward.name} is read by label {reward.label}, whose logit is no log-odds\n"
+                "  for step_aggregation use a classifier of one label or two, without label"
+            )
+        self.reward = reward
+
+    def log_probabilities(self, pairs: Sequence[tuple[Prompt, str]]) -> list[StepLogProbs | ScoreFault]:
+        """Log p of each step, from one text for each."""
+        texts = [[(prompt, text) for text in _up_to_each_step(response, self.separator)] for prompt, response in pairs]
+        found = iter(self.reward.read_all([pair for some in texts for pair in some]))
+        out: list[StepLogProbs | ScoreFault] = []
+        for some in texts:
+            read = [next(found) for _ in some]
+            fault = next((score for score, _ in read if isinstance(score, ScoreFault)), None)
+            if fault is not None:
+                out.append(fault)
+                continue
+            readings = [reading for _, reading in read if reading is not None]
+            logits = torch.tensor([score for score, _ in read], dtype=torch.float64)
+            note = next((r.note for r in readings if r.note), None)
+            out.append(StepLogProbs(torch.nn.functional.logsigmoid(logits).tolist(), sum(len(r.ids) for r in readings), note))
+        return out
+
+    def note(self, prompt: Prompt, response: str) -> str | None:
+        """What is left out when the longest text is scored; None: nothing."""
+        return self.reward.note(prompt, response)
+
+    def check(self, prompt: Prompt, new_tokens: int) -> None:
+        """As the reward model."""
+        self.reward.check(prompt, new_tokens)
+
+    def networks(self) -> list[tuple[str, Any]]:
+        """The classifier."""
+        return self.reward.networks()
+
+
+def _up_to_each_step(response: str, separator: str) -> list[str]:
+    """The response up to the end of each of its steps, separators between them as they are, none at the end."""
+    ends, place = [], 0
+    for piece in response.split(separator):
+        if piece.strip():
+            ends.append(place + len(piece))
+        place += len(piece) + len(separator)
+    return [response[:end] for end in ends] or [response]
 
 
 def _reward_template(template: str | PromptTemplate | None) -> tuple[str | None, Mapping[str, Any]]:
@@ -268,8 +342,10 @@ def load_reward(
     label: int | None = None,
     options: LoadOptions | None = None,
     name: str = "reward",
-) -> RewardModel | FunctionValue:
-    """A reward model from a directory or the hub, or a Python function: ``module:function``, ``path/to/file.py:function``.
+) -> RewardModel | ProcessReward | FunctionValue:
+    """A reward from a directory or the hub, or a Python function: ``module:function``, ``path/to/file.py:function``.
+
+    A classifier of texts is a reward model, a classifier of tokens a process reward.
 
     The function takes prompt and response as texts and returns a number, higher is better.
 
@@ -281,7 +357,10 @@ def load_reward(
         if options is not None and options.adapter is not None:
             raise ConfigError(f"{name} {str(path)!r} is a Python function, which has no adapter\n  leave adapter out")
         return FunctionValue(load_function(str(path)), name)
-    return RewardModel.from_pretrained(path, template=template, label=label, options=options, name=name)
+    options = options or LoadOptions()
+    written = getattr(load_config(path, options, name), "architectures", None) or ()
+    kind = ProcessReward if any("TokenClassification" in architecture for architecture in written) else RewardModel
+    return kind.from_pretrained(path, template=template, label=label, options=options, name=name)
 
 
 def is_function(path: str | Path) -> bool:

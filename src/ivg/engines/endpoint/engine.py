@@ -57,6 +57,7 @@ class EndpointEngine(AsyncEngine):
 
     unsupported: Mapping[str, str] = {
         "pause": "an endpoint gives text, not the base's entropy; use a method that selects chunks (cbs-explicit, bon …)",
+        "until": "chunks of an endpoint have a length in tokens, so no chunk_until; use the transformers engine",
         "thinking": "chunks of an endpoint have a length in all, so no guide_after; use the transformers engine",
         "alternatives": "an endpoint gives text, not distributions; leave them out",
         "return_log_ratio": "an endpoint gives text, not probabilities; leave token guidance out",

@@ -110,7 +110,7 @@ class DraftWriter:
                 else:
                     s.log_ratio -= logp
                     append_token(s, token)
-            active = [s for s in active if s.finish is None and len(s.token_ids) < s.limit]
+            active = [s for s in active if s.finish is None and not s.paused and len(s.token_ids) < s.limit]
             nodes, row_of = active, list(range(len(active)))
 
     def _logps(self, final: Tensor, row_of: Sequence[int], sequences: Sequence[TokenSequence], tokens: Tensor) -> list[float]:

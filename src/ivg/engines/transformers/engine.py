@@ -132,7 +132,7 @@ class TransformersEngine(Engine):
         drafting = [self.speculation.can_draft(request) for request, _ in written]
         self.speculation.extend([(r.beam, some) for (r, some), drafts in zip(written, drafting, strict=True) if drafts])
         self._extend([pair for pair, drafts in zip(written, drafting, strict=True) if not drafts])
-        self._inherit_caches([s for some in children for s in some if s.finish is None and not s.paused])
+        self._inherit_caches([s for some in children for s in some if s.finish is None and not (s.paused and s.request.pause)])
         return [as_beams(request.beam, some) for request, some in pairs]
 
     def _inherit_caches(self, sequences: Sequence[TokenSequence]) -> None:

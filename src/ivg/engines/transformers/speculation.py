@@ -175,7 +175,7 @@ class Speculator:
         if len(rows) > len(group) and self._choose(controller, rows) == 0:  # siblings share the pass of their parent
             parents = [i for i, (_, some) in enumerate(group) for _ in some]
             self._round(_batch(guidance, rows, [beam for beam, _ in group], parents), controller, 0)
-        while active := [s for s in rows if s.finish is None and len(s.token_ids) < s.limit]:
+        while active := [s for s in rows if s.finish is None and not s.paused and len(s.token_ids) < s.limit]:
             reads_prompts = any(not s.token_ids for s in active)
             ahead, started = self._choose(controller, active), time.perf_counter()
             longest = self._round(_batch(guidance, active, active, list(range(len(active)))), controller, ahead)
@@ -207,11 +207,11 @@ class Speculator:
         for row, s in enumerate(rows):
             del s.token_ids[before[row] :]
             for k in range(proposals.start[row], stops[row]):
-                if s.finish is None:
+                if s.finish is None and not s.paused:
                     shift, ratio, detail = compared[k]
                     s.log_ratio -= ratio
                     append_token(s, tokens[k], shift, detail)
-            if s.finish is None and (stop := stops[row]) < proposals.start[row + 1] and stop in nonfinite | exhausted:
+            if s.finish is None and not s.paused and (stop := stops[row]) < proposals.start[row + 1] and stop in nonfinite | exhausted:
                 count = len(s.token_ids)
                 s.finish = "error"
                 s.error = no_token_error(count) if stop in exhausted else nan_error(None if base is guided else base[stop], count)

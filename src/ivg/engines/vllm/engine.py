@@ -76,6 +76,7 @@ class VLLMEngine(AsyncEngine):
     name = "vllm"
     unsupported: Mapping[str, str] = {
         "pause": _ELSEWHERE,
+        "until": f"chunks inside vLLM have a length in tokens, so no chunk_until; {_ELSEWHERE}",
         "return_log_ratio": _ELSEWHERE,
         "alternatives": _ELSEWHERE,
         "thinking": f"guidance inside vLLM begins with the first token, so no guide_after; {_ELSEWHERE}",

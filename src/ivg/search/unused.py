@@ -1,0 +1,44 @@
+"""Which settings have no effect on a method: for notes and errors where settings are given for several methods at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ivg.search.methods import CONTRAST, Method, get_method, method_names
+from ivg.settings.schema import settings_of
+from ivg.settings.search import SearchSettings
+
+_NO_STEPS = ("implicit", "arm", CONTRAST)
+
+
+def unused_settings(method: str, given: Mapping[str, Any]) -> dict[str, str]:
+    """Those of the given settings that have no effect on a method, each with the reason."""
+    row = get_method(method) if method in method_names() else Method("custom", "")
+    guided = given.get("token", row.token) not in (None, "none") or bool(given.get("weights", row.weights))
+    selects = given.get("select", row.select) not in (None, "none") or bool(given.get("select_weights", row.select_weights))
+    selects |= row.name == "custom"  # beams without a value to select by are an error there
+    named = {given.get("token", row.token), given.get("select", row.select)}
+    contrasts = CONTRAST in named or any(CONTRAST in str(given.get(name, getattr(row, name))) for name in ("weights", "select_weights"))
+    weighted = {*_names(given.get("weights", row.weights)), *_names(given.get("select_weights", row.select_weights))}
+    steps = bool((named | weighted) - {None, "none", *_NO_STEPS})
+    active = {"": True, "guidance": guided, "selection": selects, "contrast": contrasts, "steps": steps, given.get("rule", row.rule): True}
+    reasons = {
+        "guidance": f"the method {method} guides no tokens (--token VALUE makes it do so)",
+        "selection": f"the method {method} selects among nothing (--select VALUE makes it a search)",
+        "steps": f"the method {method} uses no reward (--select reward makes it do so)",
+        "contrast": f"the method {method} does not use the value contrast (--method contrast does)",
+    }
+    out = {}
+    for name, value in given.items():
+        group = settings_of(SearchSettings)[name].setting.group
+        if not any(active.get(name, False) for name in group.split("|")) and value != getattr(row, name):
+            out[name] = reasons.get(group, f"it belongs to rule={' or '.join(group.split('|'))}")
+    return out
+
+
+def _names(weights: Any) -> Iterator[str]:
+    """The names in weights as a recipe or the command line gives them."""
+    if isinstance(weights, str):
+        return (part.partition("=")[0].strip() for part in weights.split(","))
+    return iter(weights) if isinstance(weights, Mapping) else (name for name, _ in weights)
