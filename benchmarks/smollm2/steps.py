@@ -137,9 +137,10 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
 
 def _instructions(base: str, work: Path, scale: Scale) -> list[Step]:
     out = work / "instructions"
-    train = f"--mode lora --lora-r 8 --keep-adapter --template chat --accumulate 1 --max-length 768 --evaluations 1 {scale.train}"
-    judged = f"--data {work}/alpaca-judged.jsonl --pairs-per-prompt 24 --label higher --min-margin 0.5 --like-length 0.3 --eval-share 0.2"
-    reward = f"train reward --model {base} {judged} --batch-size 32 --lr 2e-4 {train}"
+    train = f"--mode lora --lora-r 8 --keep-adapter --template chat --accumulate 1 --evaluations 1 --max-length 640 {scale.train}"
+    judged = f"--data {work}/alpaca-judged.jsonl --pairs-per-prompt 16 --label higher --min-margin 0.5 --like-length 0.3 --eval-share 0.2"
+    long = "--max-length 1024 --set gradient_checkpointing=true"  # answers of the best models are long
+    reward = f"train reward --model {base} {judged} --batch-size 16 --lr 2e-4 {train} {long}"
     return [
         Step("gold", f"{reward} --out {out}/gold"),
         Step("gold-length", f"{reward} --out {out}/gold-length --control-length"),
