@@ -59,6 +59,26 @@ def test_other_methods_settings_are_not_reported(done, tmp_path):  # noqa: F811
         read_transcripts(make_plan(other, p.out), "ivg|2")
 
 
+def test_rows_of_before_a_setting_existed_can_be_reported(done, tmp_path):  # noqa: F811
+    """A run is generated on one machine, and its report made by a later version: a new setting has its default there."""
+    p = copy(done, tmp_path / "run")
+
+    def forget(path, *names):
+        meta = path.with_name(f"{path.name}.meta.json")
+        content = json.loads(meta.read_text())
+        method = (content.get("transcripts") or content)["method"]
+        for name in names:
+            del method[name]
+        write_json(meta, content)
+
+    for path in (p.transcripts("ivg|2"), p.scores("ivg|2")):
+        forget(path, "soft_scale", "select_weights")
+    report(p)
+    forget(p.transcripts("ivg|2"), "width")  # which is 2, and 1 by default
+    with pytest.raises(ConfigError, match=r"method\.width is 2, was not set"):
+        report(p)
+
+
 def recipe_with(p, **settings):
     return p.recipe.override(eval=settings)
 

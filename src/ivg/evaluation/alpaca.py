@@ -16,14 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ivg.errors import ConfigError, reason
 from ivg.evaluation.judges import AlpacaEvalJudge, ChatJudge, Judge, RewardJudge, judge_all
-from ivg.evaluation.length_control import length_controlled
-from ivg.evaluation.task import Answer, Example, Tables, Task, check_count
+from ivg.evaluation.length_control import difficulty_file, length_controlled
+from ivg.evaluation.task import Answer, Comparison, Example, Tables, Task, check_count
 from ivg.evaluation.winrate import average_over_seeds, win_rate
 from ivg.jobs.fingerprints import fingerprint
 from ivg.jobs.formats import read_rows
 from ivg.settings.recipe import EvalConfig
 from ivg.types import Prompt
-from ivg.utils.jsonl import write_json
+from ivg.utils.jsonl import as_lines, write_json, write_text
 from ivg.utils.locks import lock_file
 
 HUB = "tatsu-lab/alpaca_eval"
@@ -129,9 +129,14 @@ class Alpaca(Task):
                 str(i),
                 Prompt(row["instruction"]),
                 row.get("output"),
-                {"index": i, "dataset": row.get("dataset", ""), "generator": row.get("generator", "reference"), "alpaca_eval": complete},
+                {
+                    "index": place,
+                    "dataset": row.get("dataset", ""),
+                    "generator": row.get("generator", "reference"),
+                    "alpaca_eval": complete,
+                },
             )
-            for i, row in enumerate(rows)
+            for i, (row, place) in enumerate(zip(rows, _places(rows, config), strict=True))
         ]
         check_count(len(found), config, str(config.data or HUB))
         if config.shuffle is not None:
@@ -181,6 +186,29 @@ class Alpaca(Task):
         if missing:
             metrics["unreadable"] = missing
         return metrics | _length_controlled(options, answers, rows)
+
+    def against_base(self, config: EvalConfig, out: Path, label: str, comparisons: Sequence[Comparison]) -> Mapping[str, Any]:
+        """Writes ``against_base/<label>.jsonl``: judgements by the gold reward with the base as reference, in alpaca_eval's form.
+
+        Gives alpaca_eval's own length-controlled rate of them where its file of difficulties is named (the option ``difficulty``, or
+        ``IVG_ALPACA_DIFFICULTY``).
+        """
+        options = Options.of(config)
+        rows = [
+            {**_row(c.answer, label), "output_1": _text(c.base), "generator_1": "base", "preference": 1 + c.win, "annotator": "gold reward"}
+            for c in comparisons
+        ]
+        write_text(out / "against_base" / f"{label}.jsonl", as_lines(rows))
+        if difficulty_file(options.difficulty) is None:
+            return {}
+        found = length_controlled(rows, options.difficulty)
+        if found.win_rate is None:
+            return {"against_base": f"No length-controlled wins against base by alpaca_eval's function: {' '.join(found.reason.split())}."}
+        return {
+            "length_controlled_wins_against_base": found.win_rate,
+            "length_controlled_wins_against_base_standard_error": found.standard_error,
+            "against_base": "Length-controlled wins against base: by alpaca_eval's own function, from the gold reward's judgements.",
+        }
 
     def settings(self, config: EvalConfig) -> Mapping[str, Any]:
         """The judge's settings, without those of its connection."""
@@ -238,6 +266,24 @@ def _rows(config: EvalConfig) -> Iterable[dict[str, Any]]:
             "  give a copy of it, or any JSON list with instruction and output, as --data FILE"
         ) from e
     return read_rows(path)
+
+
+def _places(rows: Sequence[Mapping[str, Any]], config: EvalConfig) -> list[int]:
+    """Positions of the instructions in AlpacaEval: the column ``index``, else those in the file.
+
+    Raises:
+        ConfigError: a column ``index`` with other things than different whole numbers.
+    """
+    if not any("index" in row for row in rows):
+        return list(range(len(rows)))
+    found = [row.get("index") for row in rows]
+    places = [i for i in found if isinstance(i, int) and not isinstance(i, bool) and i >= 0]
+    if len(set(places)) < len(rows):
+        raise ConfigError(
+            f"{config.data or HUB}: the column index must have a different whole number in every row\n"
+            "  it is the instruction's position in AlpacaEval, from 0 on; rename the column if it is something else"
+        )
+    return places
 
 
 def _fingerprint(instructions: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Stage 3 of an evaluation: results.json, report.md, report.html and figures/ from transcripts and scores alone; loads no model."""
+"""Stage 3 of an evaluation: results.json, report.md, report.html, samples.md, samples.html and figures/; loads no model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ivg.evaluation.figures import STYLE, Figure, draw, order
+from ivg.evaluation.figures import STYLE, Figure, draw, judge_name, order
 from ivg.evaluation.plan import EvalPlan
-from ivg.evaluation.samples import Sample, samples
+from ivg.evaluation.samples import IN_REPORT, Sample, samples
 from ivg.evaluation.summary import run_metadata, summarise
 from ivg.evaluation.tables import signed, tables
 from ivg.utils import environment
@@ -40,7 +40,9 @@ def report(plan: EvalPlan) -> Results:
         write_text(plan.out / "figures" / f"{figure.name}.svg", figure.svg)
         (plan.out / "figures" / f"{figure.name}.png").write_bytes(figure.png)
     write_text(plan.out / "report.md", markdown(results, figures, shown[:SAMPLES_IN_MARKDOWN]))
-    write_text(plan.out / "report.html", html(results, figures, shown))
+    write_text(plan.out / "report.html", html(results, figures, shown[:IN_REPORT]))
+    for name, text in sample_pages(results, shown).items():
+        write_text(plan.out / name, text)
     return results
 
 
@@ -49,7 +51,7 @@ def read_results(path: Path) -> Results:
     results: Results = json.loads(path.read_text(encoding="utf-8"))
     if "bank" in results:
         results = _renamed(results)
-    missing: Results = dict.fromkeys(("sweep", "words", "kl_at_least", "surprisal_above_base")) | {"point": {}}
+    missing: Results = dict.fromkeys(("sweep", "words", "kl_at_least", "surprisal_above_base", "win_rate_at_equal_length")) | {"point": {}}
     results["methods"] = {label: {**missing, **method} for label, method in results["methods"].items()}
     return {"sweeps": {}, "equal_kl": None, "equal_compute": None, **results}
 
@@ -83,6 +85,16 @@ def html(results: Results, figures: Sequence[Figure], shown: Sequence[Sample]) -
     """The report as one self-contained page."""
     recipe = json.dumps(jsonable(results["made"]["recipe"]), indent=2, ensure_ascii=False, allow_nan=False)
     return _render("report.html.jinja", results, figures, shown, style=STYLE, recipe_json=recipe)
+
+
+def sample_pages(results: Results, shown: Sequence[Sample]) -> dict[str, str]:
+    """``samples.md`` and ``samples.html``: the answers of all methods to each prompt, side by side, for people to read."""
+    title = f"{results['task'].capitalize()}: answers of {len(results['methods'])} methods to {len(shown)} prompts"
+    common = {"title": title, "results": results, "samples": shown, "signed": signed, "judge_name": judge_name}
+    return {
+        "samples.md": render("ivg.evaluation", "samples.md.jinja", flat=_one_line, **common).rstrip() + "\n",
+        "samples.html": render("ivg.evaluation", "samples.html.jinja", style=STYLE, **common),
+    }
 
 
 def _render(template: str, results: Results, figures: Sequence[Figure], shown: Sequence[Sample], **more: Any) -> str:

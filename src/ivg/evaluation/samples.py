@@ -1,25 +1,40 @@
-"""The first prompts of a run answered by all methods, for the report."""
+"""Answers of all methods side by side: the first prompts of a run in the report, more of them in ``samples.md`` and ``samples.html``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ivg.evaluation.plan import GOLD, EvalPlan
 from ivg.evaluation.score import read_scored
 from ivg.models.chat_template import prompt_text
 
-MAX_SAMPLES = 8
+IN_REPORT = 8
+MAX_SAMPLES = 50
 
 
 @dataclass(frozen=True)
 class SampleAnswer:
-    """One method's answer: text, gold reward (None without one), error (None if there is an answer)."""
+    """One method's answer.
+
+    Attributes:
+        label: of the method.
+        text: of the answer.
+        gold: gold reward; None without one.
+        error: why there is no answer; None if there is one.
+        scores: rewards by judge, gold among them.
+    """
 
     label: str
     text: str
     gold: float | None
     error: str | None
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def words(self) -> int:
+        """Length, divided by spaces."""
+        return len(self.text.split())
 
 
 @dataclass(frozen=True)
@@ -32,12 +47,14 @@ class Sample:
     answers: tuple[SampleAnswer, ...]
 
 
-def samples(plan: EvalPlan, labels: Sequence[str]) -> list[Sample]:
-    """The first :data:`MAX_SAMPLES` prompts, answered by every method with the first seed."""
+def samples(plan: EvalPlan, labels: Sequence[str], count: int = MAX_SAMPLES) -> list[Sample]:
+    """The first ``count`` prompts, answered by every method with the first seed: the base first, then in the order of ``labels``."""
+    base = plan.base_row.label
     answers: dict[str, list[SampleAnswer]] = {}
-    for label in labels:
-        for row, scores in read_scored(plan, label)[:MAX_SAMPLES]:
+    for label in (base, *(label for label in labels if label != base)):
+        for row, found in read_scored(plan, label)[:count]:
             if row["seed"] == plan.recipe.run.seed:
-                gold = scores.get(GOLD) if GOLD in plan.judges else None
-                answers.setdefault(row["id"], []).append(SampleAnswer(label, row["text"], gold, row.get("error")))
-    return [Sample(e.id, prompt_text(e.prompt), e.reference, tuple(answers[e.id])) for e in plan.examples[:MAX_SAMPLES] if e.id in answers]
+                scores = {judge: found[judge] for judge in plan.judges if judge in found}
+                answer = SampleAnswer(label, row["text"], scores.get(GOLD), row.get("error"), scores)
+                answers.setdefault(row["id"], []).append(answer)
+    return [Sample(e.id, prompt_text(e.prompt), e.reference, tuple(answers[e.id])) for e in plan.examples[:count] if e.id in answers]

@@ -12,11 +12,13 @@ from ivg.errors import ConfigError
 from ivg.evaluation import metrics
 from ivg.evaluation.base_samples import SampleGroup, sample_group
 from ivg.evaluation.curves import sweep_results
+from ivg.evaluation.equal_length import win_rate_at_equal_length
 from ivg.evaluation.kl import kl_from_rewards, kl_to_base
 from ivg.evaluation.methods import BASE_SAMPLES, MethodRow, method_settings
 from ivg.evaluation.metrics import mean_over_prompts
 from ivg.evaluation.plan import GOLD, EvalPlan
 from ivg.evaluation.score import read_scored, read_task_metrics
+from ivg.evaluation.task import Answer, Comparison
 from ivg.search.methods import Method
 from ivg.utils.jsonl import read_jsonl
 
@@ -72,6 +74,8 @@ def _method(
     tokens = {name: n / len(good) for name, n in metrics.sum_counts(r["forward_tokens"] for r, _ in good).items()}
     kl, kl_note = kl_to_base(row.method, plan.sampling, [r for r, _ in good])
     cost = flops(tokens, sizes)
+    compared = _comparisons(plan, good, base) if GOLD in plan.judges else []
+    own = {} if row is plan.base_row or not compared else plan.task.against_base(plan.config, plan.out, row.label, compared)
     return {
         "label": row.label,
         "family": family(row.method),
@@ -81,7 +85,8 @@ def _method(
         "answers": len(good),
         "errors": len(pairs) - len(good),
         **{judge: mean_over_prompts((r["id"], s[judge]) for r, s in good) for judge in plan.judges},
-        "win_rate": _win_rate(good, base) if GOLD in plan.judges else None,
+        "win_rate": _win_rate(compared),
+        "win_rate_at_equal_length": _win_rate_at_equal_length(plan, compared) if row is not plan.base_row else None,
         "kl": kl,
         "kl_note": kl_note,
         "kl_at_least": _kl_at_least(good, base) if GOLD in plan.judges else None,
@@ -92,7 +97,7 @@ def _method(
         "forward_tokens": {k: round(v, 2) for k, v in tokens.items()},
         "flops": cost,
         "best_of_n": best_of_n_within(cost, curve) if curve else None,
-        "task": read_task_metrics(plan, row.label, [r for r, _ in pairs]),
+        "task": {**read_task_metrics(plan, row.label, [r for r, _ in pairs]), **own},
     }
 
 
@@ -109,11 +114,38 @@ def _add_primary(plan: EvalPlan, methods: Sequence[Row]) -> str | None:
     return name
 
 
-def _win_rate(pairs: Sequence[ScoredRow], base: Sequence[ScoredRow]) -> dict[str, float] | None:
-    """How often gold prefers the answer to the base's answer with the same prompt and seed; ties count half."""
-    base_scores = {(r["id"], r["seed"]): s[GOLD] for r, s in base if "error" not in r}
-    wins = [(r["id"], metrics.win(s[GOLD], base_scores[key])) for r, s in pairs if (key := (r["id"], r["seed"])) in base_scores]
-    return mean_over_prompts(wins) if wins else None
+def _comparisons(plan: EvalPlan, pairs: Sequence[ScoredRow], base: Sequence[ScoredRow]) -> list[Comparison]:
+    """Each answer beside the base's answer with the same prompt and seed, where both succeeded."""
+    usual = {(r["id"], r["seed"]): (r, s) for r, s in base if "error" not in r}
+    examples = plan.examples_by_id
+
+    def answer(row: Row) -> Answer:
+        return Answer(examples[row["id"]], row["seed"], row["text"])
+
+    out = []
+    for r, s in pairs:
+        other = usual.get((r["id"], r["seed"]))
+        if other is not None:
+            out.append(Comparison(answer(r), answer(other[0]), metrics.win(s[GOLD], other[1][GOLD])))
+    return out
+
+
+def _win_rate(compared: Sequence[Comparison]) -> dict[str, float] | None:
+    """How often gold prefers the answer to the base's; ties count half."""
+    return mean_over_prompts((c.answer.example.id, c.win) for c in compared) if compared else None
+
+
+def _win_rate_at_equal_length(plan: EvalPlan, compared: Sequence[Comparison]) -> dict[str, float] | None:
+    """The same at equal length in characters; None for answers of a fixed number of tokens, or where the fit says nothing."""
+    if not compared or plan.sampling.ignore_eos:
+        return None
+    found = win_rate_at_equal_length(
+        [c.answer.example.id for c in compared],
+        [c.win for c in compared],
+        [len(c.answer.text.strip()) for c in compared],
+        [len(c.base.text.strip()) for c in compared],
+    )
+    return None if found is None else found.to_dict()
 
 
 def _kl_at_least(pairs: Sequence[ScoredRow], base: Sequence[ScoredRow]) -> float:

@@ -59,6 +59,8 @@ def _rewards(results: Results) -> Table:
         columns.append((f"{judge_name(judge)} (95 % interval)", _interval_of(judge)))
     if "gold" in results["judges"]:
         columns.append(("wins against base", lambda m: "–" if m["label"] == results["base"] else percent(m["win_rate"])))
+    if _has_equal_length(results):
+        columns.append(("wins at equal length", lambda m: percent(m["win_rate_at_equal_length"])))
     columns.append(("KL to base, nats", lambda m: divergence(m["kl"])))
     if results["base_samples"]:
         columns.append(("best-of-N at equal compute", lambda m: best_of_n(m["best_of_n"])))
@@ -71,9 +73,18 @@ def _rewards(results: Results) -> Table:
     return Table.of("Reward", columns, results, _reward_note(results))
 
 
+def _has_equal_length(results: Results) -> bool:
+    return any(m["win_rate_at_equal_length"] for m in results["methods"].values())
+
+
 def _reward_note(results: Results) -> str:
     methods = results["methods"]
     parts = ["Intervals: bootstrap over prompts, averaged over seeds first."]
+    if _has_equal_length(results):
+        parts.append(
+            "Wins at equal length: predicted by a logistic regression of the wins on the difference of length in characters (as Dubois et "
+            "al. 2024, without their term for each instruction); – where an equal length was not measured."
+        )
     if any(m["kl"] and m["kl"]["bound"] for m in methods.values()):
         parts.append(
             "KL: an unbiased estimate; with ≤ an upper bound: that of token guidance (measured) plus the most that selection adds."

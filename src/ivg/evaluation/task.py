@@ -57,6 +57,15 @@ class Answer:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """An answer and the base's answer to the same example with the same seed; 1 where gold prefers the answer, 0.5 for a tie, else 0."""
+
+    answer: Answer
+    base: Answer
+    win: float
+
+
 class Task(ABC):
     """An evaluation task. Only :meth:`examples` has no default."""
 
@@ -98,6 +107,10 @@ class Task(ABC):
         Returns:
             Numbers, which become columns of the report, and texts, which become notes below its table.
         """
+        return {}
+
+    def against_base(self, config: EvalConfig, out: Path, label: str, comparisons: Sequence[Comparison]) -> Mapping[str, Any]:
+        """Further metrics of one method from comparisons with the base by the gold reward; called by the report, which loads no model."""
         return {}
 
 

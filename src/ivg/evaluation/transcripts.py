@@ -12,6 +12,8 @@ from ivg.errors import ConfigError
 from ivg.evaluation.plan import EvalPlan
 from ivg.evaluation.task import Answer
 from ivg.jobs.blocks import check_provenance
+from ivg.settings.schema import settings_of
+from ivg.settings.search import SearchSettings
 from ivg.utils.jsonl import read_jsonl
 
 Row = dict[str, Any]
@@ -54,14 +56,16 @@ def fingerprint(row: Mapping[str, Any]) -> str:
 def check_file_provenance(path: Path, wanted: Row) -> None:
     """Check the settings that a file's rows were made with.
 
-    A model that is not on this machine has no fingerprint here (a report may be made elsewhere); the recorded one is accepted.
+    A model that is not on this machine has no fingerprint here (a report may be made elsewhere); the recorded one is accepted. So are rows
+    that were made before a search setting existed, where the method has that setting's default.
 
     Raises:
         ConfigError: other settings; names what differs.
     """
     meta = path.with_name(f"{path.name}.meta.json")
     if meta.exists():
-        wanted = _with_recorded_fingerprints(wanted, json.loads(meta.read_text(encoding="utf-8")))
+        found = json.loads(meta.read_text(encoding="utf-8"))
+        wanted = _without_newer_settings(_with_recorded_fingerprints(wanted, found), found)
     check_provenance(path, wanted)
 
 
@@ -72,4 +76,15 @@ def _with_recorded_fingerprints(wanted: Row, found: Row) -> Row:
             out[key] = {**found.get(key, {}), **out[key]}
     if "transcripts" in out:
         out["transcripts"] = _with_recorded_fingerprints(out["transcripts"], found.get("transcripts", {}))
+    return out
+
+
+def _without_newer_settings(wanted: Row, found: Row) -> Row:
+    """``wanted`` without search settings that have their default and that the rows know nothing of."""
+    out = dict(wanted)
+    if "method" in out and "method" in found:
+        defaults = {name: declared.default for name, declared in settings_of(SearchSettings).items()}
+        out["method"] = {k: v for k, v in out["method"].items() if k in found["method"] or k not in defaults or v != defaults[k]}
+    if "transcripts" in out:
+        out["transcripts"] = _without_newer_settings(out["transcripts"], found.get("transcripts", {}))
     return out

@@ -19,6 +19,7 @@ RESERVED_NAMES = frozenset({
     "kl_note", "surprisal", "perplexity", "length", "distinct_1", "distinct_2", "repetition", "forward_tokens",
     "flops", "best_of_n", "task", "primary", "seed", "id", "fingerprint", "base_logp",
     "tokens", "error", "sweep", "point", "words", "kl_at_least", "surprisal_above_base",
+    "win_rate_at_equal_length",
 })  # fmt: skip
 """Columns of scores and results; no judge may have these names."""
 
