@@ -26,6 +26,7 @@ from ivg.training.data import RatedResponse, SFTExample
 from ivg.types import Preference, Prompt
 from ivg.values.base import FunctionValue
 from ivg.values.explicit import ExplicitValue
+from ivg.values.implicit import ImplicitValue
 from ivg.values.reward import RewardModel, load_reward
 
 peft = pytest.importorskip("peft", reason="no peft: pip install -c constraints.txt -e '.[train]'")
@@ -201,6 +202,8 @@ def test_rows_that_it_was_trained_on_are_known(runs):
     assert found.seen.tolist() == [True, False] and not found.unknown
     found = training_overlap(ExplicitValue.from_pretrained(runs / "compact", options=FLOAT32), [Preference(Prompt("p1"), "aaba", "x")])
     assert found.seen.tolist() == [True] and not found.unknown
+    tuned = ImplicitValue.from_pretrained(runs / "dpo", runs / "model", options=FLOAT32)  # the network itself has no fingerprints
+    assert training_overlap(tuned, pair).seen.tolist() == [True, False]
 
 
 def test_a_reward_is_a_scalar_value(runs):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ivg.models.cached_lm import CachedLM
 from ivg.models.training_rows import read_training_rows, seen, source_of
 from ivg.types import Preference, Value
 
@@ -18,7 +20,7 @@ class TrainingOverlap:
 
     Attributes:
         seen: True for each pair with a response that the value was trained on [pairs].
-        unknown: names of its networks that have no fingerprints beside the weights.
+        unknown: names of its networks (or their adapters) that have no fingerprints beside the weights.
     """
 
     seen: NDArray[np.bool_]
@@ -26,14 +28,17 @@ class TrainingOverlap:
 
 
 def training_overlap(value: Value, pairs: Sequence[Preference]) -> TrainingOverlap:
-    """The overlap of pairs with the training data of every network of a value (a Python function has none).
+    """The overlap of pairs with the training data of every network and adapter of a value (a Python function has none).
 
     Raises:
         ModelError: a damaged file of fingerprints.
     """
     found, unknown = np.zeros(len(pairs), dtype=bool), []
-    for name, network in value.networks():
-        source = source_of(network)
+    sources: list[tuple[str, str | Path | None]] = [(name, source_of(network)) for name, network in value.networks()]
+    for lm in value.cached_lms():
+        if isinstance(lm, CachedLM) and lm.model.adapter_folder is not None:
+            sources.append((lm.name, lm.model.adapter_folder))
+    for name, source in sources:
         rows = None if source is None else read_training_rows(source)
         if rows is None:
             unknown.append(name)

@@ -7,6 +7,7 @@ share a pass. Must not depend on how a cache keeps its rows (``models.cache``), 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -40,6 +41,7 @@ class ModelRunner:
         unshared_peak_bytes: what all rows in use would have held without sharing, at the busiest moment since :meth:`reset_cache`.
         peak_bytes: what they held.
         adapter: name of the adapter that it reads with (``models.adapters``).
+        adapter_folder: where that adapter was loaded from.
         before_pass: called before every forward pass, where the network is shared by models that change it (``models.adapters``).
         resets: calls of :meth:`reset_cache`: rows that were opened before the last one are gone.
 
@@ -64,6 +66,7 @@ class ModelRunner:
         self.unshared_peak_bytes = self.peak_bytes = self.resets = 0
         self.before_pass: Callable[[], None] | None = None
         self.adapter: str | None = None
+        self.adapter_folder: Path | None = None
 
     # Rows
 

@@ -88,6 +88,7 @@ class SharedNetworks:
         if name not in found.runners:
             found.adapters.activate(name)
             runner = found.runners[name] = ModelRunner(found.lm.model.network, what)
+            runner.adapter_folder = folder
             runner.adapter, runner.before_pass = name, partial(found.adapters.activate, name)
         own = load_tokenizer(folder, options, what) if has_tokenizer(folder) else None
         tokenizer, ends = found.lm.tokenizer if own is None else own, sorted(found.lm.vocabulary.eos_ids)
