@@ -104,3 +104,38 @@ def speculate(base, values, s, prompt, seed, temperature, limit, eos=0):
             chosen = written[draw([r for *_, r in written], 0xD4BA5)]
         y, rng_path, done, score = chosen
     return y, score
+
+
+def tree(base, values, s, prompt, seed, temperature, limit, eos=0):
+    """Tree search over chunks (UCT; arXiv 2511.11518), everything counted anew for every expansion: (tokens, value)."""
+    seed, value, chunk = mix(seed, 0), values[s.select], s.chunk_length or limit
+    nodes, finished = {(): (0, 0.0)}, []  # response: (random path, value); of unfinished ones
+    expanded = []
+
+    def below(node):
+        return [other for other in nodes if other[: len(node)] == node]
+
+    def visits(node):
+        return (node != ()) + sum(other in expanded for other in below(node))
+
+    def best(node):
+        return max((nodes[leaf][1] for leaf in below(node) if leaf not in expanded), default=-math.inf)
+
+    left = s.width * s.successors * limit
+    while leaves := [n for n in nodes if n not in expanded and s.successors * min(chunk, limit - len(n)) <= left]:
+        leaves = [leaf for leaf in leaves if s.successors * (limit - len(leaf)) <= left] or leaves
+        node = ()
+        while node in expanded:
+            steps = [other for other in below(node) if len(other) == len(node) + chunk and any(leaf in below(other) for leaf in leaves)]
+            node = max(steps, key=lambda n: best(n) + s.exploration * math.sqrt(math.log(visits(node)) / visits(n)))
+        expanded.append(node)
+        for k in range(s.successors):
+            line = child_rng_path(nodes[node][0], len(node), k)
+            new, end = grow(base, values, s, prompt, list(node), line, chunk, temperature, seed, limit, eos)
+            left -= len(new) - len(node)
+            if end:
+                finished.append((value.score(prompt, new), -len(finished), new))
+            else:
+                nodes.setdefault(tuple(new), (line, value.score(prompt, new)))
+    score, _, tokens = max(finished)
+    return tokens, score

@@ -49,6 +49,7 @@ class Bench:
     def reference(self, prompt, s, sampling, seed=5):
         ids = self.base.tokenizer(prompt).input_ids
         rules = {"reject": naive_methods.cards, "particles": naive_methods.smc, "speculate": naive_methods.speculate}
+        rules |= {"tree": naive_methods.tree}
         method = rules.get(s.rule, naive.search)
         return method(self.base.model.network, self.naive, s, ids, seed, sampling.temperature, sampling.max_new_tokens)
 
@@ -115,6 +116,7 @@ SEGMENTS = {"rule": "reject", "chunk_length": 64, "tries": 3, "segment_min": 2}
 FILTER = {"rule": "particles", "width": 4, "chunk_length": 3}
 DRAFTS = {"rule": "speculate", "chunk_length": 4, "select": "explicit", "accept_threshold": 2.0, "acceptance": "sigmoid"}
 GSI = {**DRAFTS, "tilt": True, "successors": 3, "soft_scale": 0.1}
+TREE = {"rule": "tree", "width": 3, "successors": 2, "chunk_length": 3, "select": "explicit"}
 NEIGHBOURS = {
     "rsd, the drafter judges itself": {**DRAFTS, "select": "implicit", "accept_threshold": 10.0, "acceptance": "threshold"},
     "rsd, clipped": {**DRAFTS, "select": "scalar", "acceptance": "clip", "accept_scale": 3.0, "accept_threshold": -1.0},
@@ -125,6 +127,13 @@ NEIGHBOURS = {
     "gsi, several": GSI,
     "gsi, the drafter judges itself": {**GSI, "select": "implicit", "accept_threshold": 30.0, "soft_scale": 0.3},
     "gsi, chunks longer than a round": {**GSI, "chunk_length": 20, "soft_scale": 0.05},
+    "tree": {**TREE},
+    "tree, guided": {**TREE, "token": "implicit", "select": "explicit", "exploration": 0.3},
+    "tree, best first": {**TREE, "exploration": 0.0, "successors": 3},
+    "tree, wide": {**TREE, "exploration": 100.0, "select": "scalar"},
+    "tree, drafted": {**TREE, "token": "implicit", "draft": 3},
+    "tree, chunks longer than a round": {**TREE, "chunk_length": 20, "exploration": 5.0},
+    "tree, one value twice": {**TREE, "token": "implicit", "select": "implicit", "exploration": 4.0},
     "cards, guided": {**SEGMENTS, "token": "implicit", "select": "explicit", "segment_entropy": 4.3},
     "cards, one value twice": {**SEGMENTS, "token": "implicit", "select": "implicit", "segment_entropy": 4.4, "gate": 4.3},
     "cards, segments longer than a round": {**SEGMENTS, "select": "implicit", "segment_entropy": 4.55, "target": 3.0},
@@ -230,7 +239,9 @@ def test_greedy_base_equals_transformers(bench):
         assert list(got.token_ids) == expected[0, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("name", ["base", "eft", "eft-gated", "args", "cbs-explicit", "adaptive", "cards", "smc", "rsd", "gsi", "ivg"])
+@pytest.mark.parametrize(
+    "name", ["base", "eft", "eft-gated", "args", "cbs-explicit", "adaptive", "cards", "smc", "rsd", "gsi", "mcts", "ivg"]
+)
 def test_batch_of_eight_equals_each_alone(llama, name):
     s, sampling = small(name), SamplingParams(max_new_tokens=12)
     prompts = [p for p in PROMPTS if p != "I"] if name in ("cards", "rsd", "gsi") else PROMPTS

@@ -15,7 +15,7 @@ def running():
         yield server
 
 
-@pytest.mark.parametrize("method", ["base", "eft", "ivg", "bon", "cbs-implicit", "smc", "token-explicit"])
+@pytest.mark.parametrize("method", ["base", "eft", "ivg", "bon", "cbs-implicit", "smc", "token-explicit", "rsd", "gsi", "mcts"])
 def test_completion_equals_the_librarys(running, library, method):
     got = running.client().completions.create(model=f"tiny:{method}", prompt="The movie", seed=7, **SAMPLING)
     want = expected(library, "The movie", method, 7)

@@ -93,7 +93,7 @@ def test_everything_is_released():
         engine,
         *(
             request(get_method(n).search({"explicit": COUNT_A, "implicit": COUNT_A}), seed)
-            for n in ("base", "bon", "soft-bon", "cbs-explicit", "cd-blockwise", "cards", "smc", "adaptive", "rsd", "gsi")
+            for n in ("base", "bon", "soft-bon", "cbs-explicit", "cd-blockwise", "cards", "smc", "adaptive", "rsd", "gsi", "mcts")
             for seed in range(5)
         ),
     )

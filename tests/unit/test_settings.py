@@ -14,7 +14,7 @@ from ivg.cli.options import command
 from ivg.cli.recipe_options import RecipeOptions
 from ivg.errors import ConfigError
 from ivg.search.methods import Method, get_method
-from ivg.search.request import Particles, Rejection, Request, Search, Speculation
+from ivg.search.request import Particles, Rejection, Request, Search, Speculation, Tree
 from ivg.settings.recipe import ModelRef, Recipe, SamplingConfig, SearchConfig
 from ivg.settings.rules import LEVELS, WEIGHTS
 from ivg.settings.schema import rules_of, settings_of
@@ -40,6 +40,7 @@ MAKERS = {
     Rejection: {},
     Particles: {},
     Speculation: {"value": VALUE},
+    Tree: {},
     Request: {"prompt": Prompt("x")},
 }
 OPTIONAL = {name for name, rule in RULES.items() if rule.optional}
@@ -93,7 +94,7 @@ def test_every_setting_has_a_rule():
     assert set(SearchConfig.model_fields) - {"method"} <= {f.name for f in fields(Method)}
 
 
-@pytest.mark.parametrize("kind", [TokenGuidance, Search, Rejection, Particles, Speculation, Request], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [TokenGuidance, Search, Rejection, Particles, Speculation, Tree, Request], ids=lambda kind: kind.__name__)
 def test_objects_of_a_search_have_the_declared_defaults(kind):
     declared = settings_of(SearchSettings) | settings_of(RequestSettings)
     same = {f.name: f.default for f in fields(kind) if f.name in declared}

@@ -84,6 +84,20 @@ def test_refused_drafts_do_not_shape_what_the_base_writes():
     assert texts["a"] / 4000 == pytest.approx(0.25, abs=4 * math.sqrt(0.19 / 4000))
 
 
+def test_drafts_end_at_steps():
+    """Chunks that end at a comma, as the steps of RSD end at a blank line."""
+    engine = FakeEngine("a,", lambda t: [0, 1, 0], lambda t: [1, 0, 0] if t[-2:] in ("", ",", "a,") else [0, 1, 0])
+    asked = []
+
+    def worth(text):
+        asked.append(text)
+        return 0.0
+
+    (done,) = run(engine, replace(speculative(worth, chunk_length=5, accept_threshold=0.0), chunk_until=","), max_new_tokens=7)
+    assert asked == ["a,", "a,a,", "a,a,a,", "a,a,a,a"]
+    assert done.text == "a,a,a,a"
+
+
 BASE, DRAFT = [3, 1, 0], [1, 1, 0]
 WORTH = {"a": 0.2, "b": 0.9}
 
@@ -270,7 +284,7 @@ def test_nan_of_the_draft_model_ends_the_request():
     [
         ({"width": 2}, "width"),
         ({"token": "implicit"}, "token"),
-        ({"select": "none"}, "judge drafts"),
+        ({"select": "none"}, "value to select by"),
         ({"decay": 0.5}, "decay"),
         ({"original": True}, "original"),
         ({"guide_after": "x"}, "guide_after"),
@@ -300,7 +314,7 @@ def test_impossible_searches_are_refused(model):
         model.generate(PROMPT, "rsd", drafter="foreign")
     with pytest.raises(ConfigError, match="one selection rule"):
         Searcher(FakeEngine()).add(Request(Prompt("p"), replace(speculative(len), rule="soft")))
-    with pytest.raises(ConfigError, match="value to judge drafts by"):
+    with pytest.raises(ConfigError, match="needs a value"):
         Searcher(FakeEngine()).add(Request(Prompt("p"), replace(speculative(len), value=None)))
 
 

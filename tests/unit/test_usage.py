@@ -34,6 +34,7 @@ METHODS = {
     "cbs-explicit": {"select": "other", "width": 2, "successors": 2},
     "cards": {"tries": 3, "segment_entropy": 1.0, "chunk_length": 8},
     "smc": {"width": 3},
+    "mcts": {"width": 2, "successors": 2, "chunk_length": 4},
     "rsd": {"chunk_length": 4, "accept_threshold": 1.0, "acceptance": "sigmoid"},
     "gsi": {"chunk_length": 4, "successors": 2},
 }

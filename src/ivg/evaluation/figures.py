@@ -26,7 +26,7 @@ FAMILIES = {
     "token": ("token guidance", "^"),
     "select": ("selection", "s"),
     "both": ("token guidance and selection", "D"),
-    "other": ("rejection, particles, drafts", "P"),
+    "other": ("rejection, particles, drafts, trees", "P"),
 }
 _LIGHT = {
     "paper": "#fefdfb", "ink": "#1c1b19", "muted": "#6c6a63", "grid": "#e4e2db",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeVar
 
 from ivg.errors import ConfigError
-from ivg.search.request import Particles, Rejection, Search, Speculation, check_rule, check_speculation, check_thinking
+from ivg.search.request import Particles, Rejection, Search, Speculation, Tree, check_rule, check_thinking
 from ivg.settings.schema import settings_of
 from ivg.settings.search import SearchSettings, Weights
 from ivg.types import Steps, Thinking, TokenGuidance, Value
@@ -18,7 +18,7 @@ from ivg.utils.plugins import Plugins
 
 CONTRAST = "contrast"
 """The value that every base gives which runs in this process (``ivg.values.contrast``)."""
-_Kind = TypeVar("_Kind", TokenGuidance, Search, Rejection, Particles, Speculation, Thinking, Steps)
+_Kind = TypeVar("_Kind", TokenGuidance, Search, Rejection, Particles, Speculation, Tree, Thinking, Steps)
 
 
 class Combine(Protocol):
@@ -73,11 +73,10 @@ class Method(SearchSettings):
             raise ConfigError(
                 f"{self.name}: thinking_budget needs guide_after, the text that ends the thinking\n  give --guide-after '</think>'"
             )
-        if self.rule in ("reject", "particles"):
+        if self.rule not in ("top", "soft"):
             least = self.segment_min if self.rule == "reject" else None
-            check_rule(self, selects=bool(self.selectors), draft=self.draft, segment_min=least)
-        if self.rule == "speculate":
-            check_speculation(self, selects=bool(self.selectors), guided=bool(self.guides))
+            selects, guided = bool(self.selectors), bool(self.guides)
+            check_rule(self, self.rule, selects=selects, guided=guided, draft=self.draft, segment_min=least)
 
     def _check_reference(self) -> None:
         if self.select_combine != "min":
@@ -174,6 +173,7 @@ class Method(SearchSettings):
             rejection=_settings(Rejection, self) if self.rule == "reject" else None,
             particles=_settings(Particles, self) if self.rule == "particles" else None,
             speculation=_settings(Speculation, self, value=values[self.drafter]) if self.rule == "speculate" else None,
+            tree=_settings(Tree, self) if self.rule == "tree" else None,
             thinking=_settings(Thinking, self) if self.guide_after is not None else None,
         )
 
@@ -292,6 +292,13 @@ _TABLE = (
         chunk_length=5,
         select="explicit",
         rule="particles",
+    ),
+    Method(
+        "mcts",
+        "tree search (MCTS) over chunks with the budget of chunk-level beam search (W2S-AlignTree)",
+        select="explicit",
+        rule="tree",
+        **_CHUNKED,
     ),
     Method(
         "rsd",

@@ -94,6 +94,20 @@ class Speculation:
 
 
 @dataclass(frozen=True, slots=True)
+class Tree:
+    """Settings of tree search; see :mod:`ivg.search.tree`.
+
+    Attributes:
+        exploration: weight of sqrt(ln N(parent) / N(child)) beside the value of a child, in units of the value.
+    """
+
+    exploration: float = SearchSettings.exploration
+
+    def __post_init__(self) -> None:
+        validate(self, SearchSettings)
+
+
+@dataclass(frozen=True, slots=True)
 class Search:
     """How to search: chunk-level beam search of width W with K successors and chunks of L tokens, its guidance and its selection.
 
@@ -113,6 +127,7 @@ class Search:
         rejection: select by rejection of segments (CARDS).
         particles: select by a particle filter.
         speculation: a small model drafts chunks, and the base writes where they are refused.
+        tree: search a tree of chunks, sampling at most the tokens of W beams.
         thinking: responses begin with thinking, which is neither guided nor selected; the first chunk is thinking and L tokens of answer.
         make_rule: makes your own :class:`~ivg.search.selection.SelectionRule` for a request.
     """
@@ -130,6 +145,7 @@ class Search:
     rejection: Rejection | None = None
     particles: Particles | None = None
     speculation: Speculation | None = None
+    tree: Tree | None = None
     thinking: Thinking | None = None
     make_rule: Callable[[Request], SelectionRule] | None = None
 
@@ -207,23 +223,20 @@ def check_search(search: Search) -> None:
     Raises:
         ConfigError: two selection rules at once, or a rule without the value that it needs.
     """
-    rules = {"rejection": search.rejection, "particles": search.particles, "speculation": search.speculation}
+    rules = {"reject": search.rejection, "particles": search.particles, "speculate": search.speculation, "tree": search.tree}
+    named = [rule for rule, settings in rules.items() if settings is not None]
     others = {"make_rule": search.make_rule is not None, "soft": search.rule == "soft"}
-    if len(given := [name for name, settings in (*rules.items(), *others.items()) if settings]) > 1:
+    if len(given := named + [name for name, there in others.items() if there]) > 1:
         raise ConfigError(f"got {' and '.join(given)}\n  a search has one selection rule; leave one of them out")
     draft = search.guidance.draft if search.guidance is not None else 0
     if search.thinking is not None:
-        names = {"reject": search.rejection, "particles": search.particles, "speculate": search.speculation}
-        check_thinking(draft=draft, rule=next((name for name, settings in names.items() if settings), "top"))
-    if search.speculation is not None:
-        check_speculation(search, selects=search.value is not None, guided=search.guidance is not None)
+        check_thinking(draft=draft, rule=named[0] if named else "top")
+    if named:
+        least = None if search.rejection is None else search.rejection.segment_min
+        check_rule(search, named[0], selects=search.value is not None, guided=search.guidance is not None, draft=draft, segment_min=least)
         return
-    if search.rejection is None and search.particles is None:
-        beams, selects = search.width * search.successors, search.value is not None or search.make_rule is not None
-        require("width · successors (W·K)", beams, selects or beams == 1, "1 without a value to select by")
-        return
-    least = None if search.rejection is None else search.rejection.segment_min
-    check_rule(search, selects=search.value is not None, draft=draft, segment_min=least)
+    beams, selects = search.width * search.successors, search.value is not None or search.make_rule is not None
+    require("width · successors (W·K)", beams, selects or beams == 1, "1 without a value to select by")
 
 
 def check_thinking(*, draft: int, rule: str) -> None:
@@ -236,45 +249,33 @@ def check_thinking(*, draft: int, rule: str) -> None:
     require("rule", rule, rule in ("top", "soft"), "top or soft with guide_after: beams that think have no value yet")
 
 
-def check_rule(search: Search | SearchSettings, *, selects: bool, draft: int, segment_min: int | None) -> None:
-    """Raise for settings that contradict the selection rule ``reject`` or ``particles``.
+def check_rule(
+    search: Search | SearchSettings, rule: str, *, selects: bool, guided: bool, draft: int, segment_min: int | None = None
+) -> None:
+    """Raise for settings that contradict a selection rule that has a module of its own.
 
     Args:
         search: has the rule.
+        rule: ``reject``, ``particles``, ``speculate`` or ``tree``.
         selects: there is a value to select by.
+        guided: tokens are guided.
         draft: of the token guidance.
-        segment_min: of the rule ``reject``; None: the rule is ``particles``.
+        segment_min: of the rule ``reject``.
 
     Raises:
         ConfigError: no value to select by, or another setting that does not go with the rule.
     """
-    name = "rule=particles" if segment_min is None else "rule=reject"
+    name, beams = f"rule={rule}", search.width * search.successors
     if not selects:
         raise ConfigError(f"{name} needs a value to select by\n  name one (select=explicit, reward …)")
     if search.decay != SearchSettings.decay or search.original:
         raise ConfigError(f"{name} does not use decay and original\n  leave them out")
-    if segment_min is not None:
+    if rule == "speculate":
+        require("width (W)", search.width, search.width == 1, f"1 with {name}, which has one prefix")
+        require("token", "a value", not guided, f"none with {name}: a draft model writes, or the base alone")
+    if rule == "reject":
         require("draft", draft, draft == 0, f"0 with {name}, whose segments end where the base is uncertain")
-        require("width · successors (W·K)", search.width * search.successors, search.width * search.successors == 1, f"1 with {name}")
+        require("width · successors (W·K)", beams, beams == 1, f"1 with {name}")
         longest = search.chunk_length
-        require("segment_min", segment_min, longest is None or segment_min <= longest, f"at most chunk_length ({longest})")
-
-
-def check_speculation(search: Search | SearchSettings, *, selects: bool, guided: bool) -> None:
-    """Raise for settings that contradict the selection rule ``speculate``.
-
-    Args:
-        search: has the rule.
-        selects: there is a value that judges drafts.
-        guided: tokens are guided.
-
-    Raises:
-        ConfigError: no value to judge drafts by, or another setting that does not go with the rule.
-    """
-    name = "rule=speculate"
-    if not selects:
-        raise ConfigError(f"{name} needs a value to judge drafts by\n  name one (select=explicit, reward …)")
-    if search.decay != SearchSettings.decay or search.original:
-        raise ConfigError(f"{name} does not use decay and original\n  leave them out")
-    require("width (W)", search.width, search.width == 1, f"1 with {name}, which has one prefix")
-    require("token", "a value", not guided, f"none with {name}: a draft model writes, or the base alone")
+        fits = segment_min is None or longest is None or segment_min <= longest
+        require("segment_min", segment_min, fits, f"at most chunk_length ({longest})")

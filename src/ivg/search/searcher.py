@@ -22,6 +22,7 @@ from ivg.search.rule import Scored, Selection, SelectionRule
 from ivg.search.selection import BeamRule
 from ivg.search.speculation import SpeculationRule
 from ivg.search.state import RequestState
+from ivg.search.tree import TreeRule
 from ivg.settings.search import MAX_BEAMS
 from ivg.types import AsyncEngine, Beam, Completion, Engine, ExpandRequest, Hypothesis, Step, TraceNode, Usage, Value
 from ivg.types.scores import Scores, require_scores, score_each
@@ -36,6 +37,7 @@ def _rule(request: Request) -> SelectionRule:
         (search.rejection, RejectionRule),
         (search.particles, ParticleRule),
         (search.speculation, SpeculationRule),
+        (search.tree, TreeRule),
     ]
     return (search.make_rule or next((make for settings, make in named if settings), BeamRule))(request)
 

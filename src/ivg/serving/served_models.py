@@ -18,6 +18,7 @@ from ivg.models.images import ImageReader
 from ivg.search.methods import Method, method_names
 from ivg.search.request import QUANTUM, Request
 from ivg.search.searcher import check_engine
+from ivg.search.tree import most_leaves
 from ivg.serving.errors import client_error
 from ivg.serving.lengths import (
     check_chat_templates,
@@ -222,6 +223,9 @@ class ServedModels:
             wanted = min((n for n in limits if n is not None), default=DEFAULT_MAX_TOKENS)
         elif left is not None and wanted > left:
             check_lengths(self.model, request, wanted)
+        if request.search.tree is not None and (rows := most_leaves(request.search, wanted)) > self.settings.max_beams:
+            message = f"a tree of {wanted} tokens holds up to {rows} responses, this server allows {self.settings.max_beams}"
+            raise ServeError(f"{message}; give a larger chunk_length, or fewer tokens", 400, "over_limit", "guidance.chunk_length")
         own = {k: v for k, v in request.from_checkpoint.items() if (k, v) == ("max_new_tokens", wanted) or k != "max_new_tokens"}
         return replace(request, sampling=replace(request.sampling, max_new_tokens=wanted), from_checkpoint=own)
 

@@ -3,7 +3,8 @@
 ``ivg.search.methods`` has the named combinations. Sources: IVG, Liu et al. 2024 (arXiv 2409.17819); EFT, Mitchell et al. 2023; FUDGE,
 Yang & Klein 2021; VAS, Han et al. 2024; GenARM, Xu et al. 2024; CARDS, Li et al. 2024 (arXiv 2406.16306); classifier-free guidance,
 Sanchez et al. 2023 (arXiv 2306.17806); contrastive decoding, Li et al. 2023 (arXiv 2210.15097); RMOD, Son et al. 2025 (arXiv
-2503.08796); RSD, Liao et al. 2025 (arXiv 2501.19324); GSI, Geuter et al. 2025 (arXiv 2506.04118).
+2503.08796); RSD, Liao et al. 2025 (arXiv 2501.19324); GSI, Geuter et al. 2025 (arXiv 2506.04118);
+W2S-AlignTree, Ding et al. 2025 (arXiv 2511.11518).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ivg.settings.schema import Setting, validate
 
 Transform = Literal["identity", "log-sigmoid", "centered"]
 ValuesRead = Literal["answer", "all"]
-SelectionName = Literal["top", "soft", "reject", "particles", "speculate"]
+SelectionName = Literal["top", "soft", "reject", "particles", "speculate", "tree"]
 Combination = Literal["sum", "min"]
 Acceptance = Literal["threshold", "clip", "sigmoid"]
 StepAggregation = Literal["last", "min", "mean", "product"]
@@ -259,8 +260,8 @@ class SearchSettings:
         Setting(
             "Selection rule. top: the best; soft: drawn with probability proportional to exp(score / soft_scale); reject: CARDS; "
             "particles: a particle filter of W*K particles; speculate: a small model drafts K chunks, and the base writes where the value "
-            "accepts none (RSD, GSI).",
-            r.choice("top", "soft", "reject", "particles", "speculate"),
+            "accepts none (RSD, GSI); tree: Monte Carlo tree search with the budget of W beams.",
+            r.choice("top", "soft", "reject", "particles", "speculate", "tree"),
         ),
     ] = "top"
     soft_scale: Annotated[
@@ -315,6 +316,16 @@ class SearchSettings:
             group="reject",
         ),
     ] = 4
+    exploration: Annotated[
+        float,
+        Setting(
+            "Rule tree: weight of exploration, in units of the value; 0: always the best leaf.",
+            r.number("0 (best first) or more", 0),
+            aliases=("uct_constant",),
+            flags=("--exploration",),
+            group="tree",
+        ),
+    ] = 1.0
     drafter: Annotated[
         str,
         Setting(
