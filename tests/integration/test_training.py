@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -329,6 +331,61 @@ def test_a_value_reads_prompts_as_it_was_trained(tmp_path, model):
     found = measure(tmp_path / "v", held)
     assert found["rmse_50"] == pytest.approx(metrics["rmse_50"], abs=1e-3)
     assert found["pair_accuracy_75"] == pytest.approx(metrics["pair_accuracy_75"], abs=1e-4)
+
+
+JINJA = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+QUICK = TrainSettings(**{**FAST.__dict__, "num_train_epochs": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kept", "same", "keep"),
+    [("t.txt", "<{prompt}>", "<{prompt}>", "<{prompt}>", False), ("t.jinja", JINJA, "chat", "[{prompt}]>", True)],
+)
+def test_a_template_file_is_trained_with_and_kept_by_its_content(tmp_path, model, name, text, kept, same, keep):
+    from ivg.training.value import train_value
+
+    (tmp_path / name).write_text(text)
+    lora = {"mode": "lora", "lora_r": 2, "keep_adapter": True} if keep else {}
+    runs = {}
+    for given in (str(tmp_path / name), same):
+        folder = tmp_path / f"v{len(runs)}"
+        runs[given] = train_value(model, letters(40), folder, replace(QUICK, template=given, **lora)), folder
+    (found, folder), (expected, _) = runs.values()
+    assert found == expected  # the same tokens
+    with pytest.raises(ConfigError, match="template"):
+        train_value(model, letters(40), folder, replace(QUICK, template="chat", **lora))
+    (tmp_path / name).write_text(text.replace(">", "+"))
+    with pytest.raises(ConfigError, match="template"):  # another text of the file is another run
+        train_value(model, letters(40), folder, replace(QUICK, template=str(tmp_path / name), **lora))
+    (tmp_path / name).unlink()
+    loaded = ExplicitValue.from_pretrained(folder, options=FLOAT32).model
+    assert loaded.template == kept
+    ids = loaded.prompt_ids(Prompt("hello"))
+    assert loaded.tokenizer.decode(ids) == same.replace("{prompt}", "hello")
+    with pytest.raises(ConfigError, match=r"cannot read the template .*: No such file"):
+        train_value(model, letters(40), tmp_path / "none", replace(QUICK, template=str(tmp_path / name)))
+
+
+def test_the_template_file_of_a_reward(tmp_path, model, ivg):
+    from transformers import AutoTokenizer
+
+    rows = [{"prompt": f"p{i}", "chosen": "aa", "rejected": "bb"} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text(as_lines(rows))
+    (tmp_path / "t.jinja").write_text(JINJA)
+    own = shutil.copytree(model, tmp_path / "own")
+    tokenizer = AutoTokenizer.from_pretrained(own)
+    tokenizer.chat_template = JINJA
+    tokenizer.save_pretrained(own)
+    losses = []
+    for start, template in ((model, tmp_path / "t.jinja"), (own, "chat")):
+        folder = tmp_path / f"run{len(losses)}"
+        common = ["--data", tmp_path / "rows.jsonl", "--epochs", 1, "--eval-share", 0, "--evaluations", 1]
+        code, _, err = ivg("train", "reward", *common, "--model", start, "--template", template, "--out", folder)
+        assert code == 0, err
+        losses.append([row["loss"] for row in json.loads((folder / "log.json").read_text()) if "loss" in row])
+    assert losses[0] and losses[0] == losses[1]
+    assert AutoTokenizer.from_pretrained(tmp_path / "run0").chat_template == JINJA
+    assert json.loads((tmp_path / "run0" / "config.json").read_text())["ivg_template"] == "chat"
 
 
 @pytest.mark.parametrize(("rows", "share", "says"), [(2, "0.1", True), (2, "0", False), (8, "0.5", False)])

@@ -10,9 +10,9 @@ from typing import Any
 
 from ivg.jobs.fingerprints import weight_fingerprints
 from ivg.search.methods import get_method, method_names
-from ivg.settings.models import is_template_file
 from ivg.settings.placement import is_spread
 from ivg.settings.recipe import ModelRef, Recipe
+from ivg.settings.rules import is_template_file
 from ivg.settings.schema import check
 from ivg.settings.search import SearchSettings
 from ivg.utils.jsonl import to_json

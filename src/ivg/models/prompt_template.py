@@ -10,7 +10,7 @@ from typing import Any
 
 from ivg.errors import ConfigError
 from ivg.settings.chat import TEMPLATE_KWARGS, TemplateKwargs
-from ivg.settings.models import TEMPLATE_FILES, TEXT_FILES, is_template_file
+from ivg.settings.rules import TEMPLATE_FILES, TEXT_FILES, is_template_file
 
 CHAT = "chat"
 """Template name: use the tokenizer's chat template; a plain text becomes one user message."""

@@ -22,15 +22,6 @@ ROLES = ("base", "tuned", "untuned", "value", "reward", "arm")
 """What a model can be for."""
 LANGUAGE_MODELS = ("base", "tuned", "untuned", "arm", "contrast")
 """Those that write, or have probabilities of tokens."""
-TEMPLATE_FILES = (".jinja", ".jinja2", ".j2")
-"""Files with a chat template."""
-TEXT_FILES = (".txt",)
-"""Files with a text that has ``{prompt}``."""
-
-
-def is_template_file(template: str) -> bool:
-    """Is ``template`` the name of a file rather than a template?"""
-    return template.endswith((*TEMPLATE_FILES, *TEXT_FILES)) and "{" not in template and "\n" not in template
 
 
 class ModelRef(Table):

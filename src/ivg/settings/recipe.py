@@ -38,11 +38,11 @@ from ivg.settings.models import ModelRef as ModelRef
 from ivg.settings.models import ModelsConfig as ModelsConfig
 from ivg.settings.models import NamedValue as NamedValue
 from ivg.settings.models import RewardRef as RewardRef
-from ivg.settings.models import is_template_file
 from ivg.settings.placement import Device
 from ivg.settings.requests import MethodConfig as MethodConfig
 from ivg.settings.requests import SamplingConfig as SamplingConfig
 from ivg.settings.requests import SearchConfig as SearchConfig
+from ivg.settings.rules import is_template_file
 from ivg.settings.run import EndpointConfig as EndpointConfig
 from ivg.settings.run import RunConfig as RunConfig
 from ivg.settings.run import VLLMConfig as VLLMConfig

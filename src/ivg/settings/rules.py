@@ -21,6 +21,10 @@ MOST_BEAMS = 1 << 16
 """Largest width, and largest number of successors."""
 MIN_TEMPERATURE = 1e-3
 """The lowest temperature besides 0: logits divided by less leave the range of float32."""
+TEMPLATE_FILES = (".jinja", ".jinja2", ".j2")
+"""Files with a chat template."""
+TEXT_FILES = (".txt",)
+"""Files with a text that has ``{prompt}``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +203,11 @@ def choice(*names: str, optional: bool = False) -> Rule:
     return Rule("a name", _text, listed, lambda v: v in names, optional)
 
 
+def is_template_file(template: str) -> bool:
+    """Is ``template`` the name of a file rather than a template?"""
+    return template.endswith((*TEMPLATE_FILES, *TEXT_FILES)) and "{" not in template and "\n" not in template
+
+
 FLAG = Rule("true or false", _truth)
 TEXT = Rule("a text", _text)
 INSTRUCTION = Rule("a text", _text, "some text", lambda v: bool(v.strip()), optional=True)
@@ -217,8 +226,8 @@ SHARE = number("in [0, 1]", 0, 1)
 TEMPLATE = Rule(
     "a text",
     _text,
-    '"chat", "raw", "last_turn", or a text with {prompt} where the prompt goes',
-    lambda v: v in ("chat", "raw", "last_turn") or "{prompt}" in v,
+    '"chat", "raw", "last_turn", a text with {prompt} where the prompt goes, or a file (.jinja, .txt)',
+    lambda v: v in ("chat", "raw", "last_turn") or "{prompt}" in v or is_template_file(v),
     optional=True,
 )
 STOPS = Rule("a list of texts", _texts, "texts that are not empty", lambda v: all(v))

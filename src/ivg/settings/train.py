@@ -142,7 +142,8 @@ class TrainSettings:
     template: Annotated[
         str | None,
         Setting(
-            'Prompt template of the model: chat (its tokenizer\'s), or a text such as "Q: {prompt}\\nA:".',
+            'Prompt template of the model: chat (its tokenizer\'s), a text such as "Q: {prompt}\\nA:", or a file (.jinja: a chat template, '
+            ".txt: a text).",
             r.TEMPLATE,
             flags=("--template",),
             unset="the prompt as it is",

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from ivg.models.chat_template import encode
+from ivg.models.prompt_template import PromptTemplate
 from ivg.models.vocabulary import Vocabulary
 from ivg.training.data import RatedResponse, SFTExample
 from ivg.types import Preference, Prompt
@@ -31,6 +32,18 @@ class Encoded:
     score: float = 0.0
     group: int = 0
     policy_prompt: tuple[int, ...] = ()
+
+
+def read_template(template: str | None, tokenizer: Any) -> str | None:
+    """``template`` as a trained model keeps it: of a file its text; a chat template in a file becomes that of ``tokenizer``: ``chat``.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no template.
+    """
+    found, settings = PromptTemplate(template).resolved
+    if settings:
+        tokenizer.chat_template = settings["chat_template"]
+    return found
 
 
 def response_ids(

@@ -19,6 +19,7 @@ from ivg.models.adapter_directory import HEAD_CONFIG, HEAD_WEIGHTS
 from ivg.models.adapters import is_adapter
 from ivg.models.added import locate
 from ivg.models.hub import ADAPTER_CONFIG
+from ivg.models.prompt_template import PromptTemplate
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -74,6 +75,12 @@ def save_adapter(network: Any, folder: Path, base: str | Path, head_config: Mapp
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base_name(base)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def keep_tokenizer(tokenizer: Any, template: str | None, folder: Path) -> None:
+    """Write the tokenizer beside the adapter, where its chat template is that of the file ``template`` and not the network's."""
+    if PromptTemplate(template).resolved[1]:
+        tokenizer.save_pretrained(folder)
 
 
 def base_name(base: str | Path) -> str:

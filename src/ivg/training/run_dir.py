@@ -22,6 +22,7 @@ from ivg.errors import ConfigError
 from ivg.jobs.fingerprints import fingerprint
 from ivg.jobs.provenance import differences
 from ivg.models.hub import ADAPTER_CONFIG
+from ivg.models.prompt_template import PromptTemplate
 from ivg.models.training_rows import write_training_rows
 from ivg.settings.train import TrainSettings, ValueSettings
 from ivg.training.data import RatedResponse, SFTExample, answers
@@ -82,8 +83,16 @@ def run_provenance(
 
 
 def recorded(settings: TrainSettings | ValueSettings) -> dict[str, Any]:
-    """Settings as a run records them."""
-    return {name: value for name, value in asdict(settings).items() if value or name not in _OFF}
+    """Settings as a run records them; of a template file its text.
+
+    Raises:
+        ConfigError: a template file that cannot be read.
+    """
+    found = {name: value for name, value in asdict(settings).items() if value or name not in _OFF}
+    for name in {"template", "base_template"} & found.keys():
+        text, more = PromptTemplate(found[name]).resolved
+        found[name] = more.get("chat_template", text)
+    return found
 
 
 def hash_rows(rows: Sequence[Any]) -> str:

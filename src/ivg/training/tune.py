@@ -7,7 +7,7 @@ adapters (PEFT) are merged at the end and kept in ``adapter/``, or kept alone. E
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from ivg.diagnostics.pairs import is_tie
 from ivg.errors import ConfigError
 from ivg.settings.train import DPOSettings, SFTSettings, TrainSettings
 from ivg.training.data import SFTExample, held_out
-from ivg.training.encoding import encode_for_reward, encode_preferences, encode_sft
-from ivg.training.kept_adapter import check_start, round_to_half, save_adapter
+from ivg.training.encoding import encode_for_reward, encode_preferences, encode_sft, read_template
+from ivg.training.kept_adapter import check_start, keep_tokenizer, round_to_half, save_adapter
 from ivg.training.new_network import new_network
 from ivg.training.pairing import Comparisons
 from ivg.training.ranking import measure_ranking
@@ -54,7 +54,7 @@ def sft(model: str | Path, rows: Sequence[SFTExample], out: str | Path, settings
         SFTTrainer if torch.cuda.is_available() else _PlainLossSFTTrainer,
         SFTConfig,
         ("Supervised fine-tuning", "Load it with transformers; as a base (`--base`), or as the untuned guide (`--untuned`) of a pair."),
-        lambda _, tokenizer: partial(encode_sft, tokenizer=tokenizer, template=settings.template, max_length=settings.max_length),
+        lambda _, tokenizer, template: partial(encode_sft, tokenizer=tokenizer, template=template, max_length=settings.max_length),
         {"packing": False, "completion_only_loss": settings.loss == "response"},
         settings.config_overrides,
     )
@@ -87,7 +87,7 @@ def dpo(
         _TokenisedDPOTrainer,
         DPOConfig,
         ("DPO-tuned guide", f"The tuned guide of a pair: `--tuned THIS --untuned {model}`."),
-        lambda _, tokenizer: partial(encode_preferences, tokenizer=tokenizer, template=settings.template, max_length=settings.max_length),
+        lambda _, tokenizer, template: partial(encode_preferences, tokenizer=tokenizer, template=template, max_length=settings.max_length),
         arguments,
     )
     return _run(task, model, rows, out, settings, sources)
@@ -112,10 +112,10 @@ def reward(
         ConfigError: settings out of range, no usable row, or ``out`` holds another run.
     """
 
-    def encoder(network: Any, tokenizer: Any) -> Encoder:
+    def encoder(network: Any, tokenizer: Any, template: str | None) -> Encoder:
         network.config.pad_token_id = tokenizer.pad_token_id
-        network.config.ivg_template = settings.template
-        return partial(encode_for_reward, reader=RewardModel(network, tokenizer, settings.template), max_length=settings.max_length)
+        network.config.ivg_template = template
+        return partial(encode_for_reward, reader=RewardModel(network, tokenizer, template), max_length=settings.max_length)
 
     task = _Task("reward", RewardTrainer, RewardConfig, ("Reward model", "As a reward: `--reward THIS`, or `gold` of `ivg eval`."), encoder)
     return _run(task, model, rows, out, settings, sources)
@@ -130,7 +130,7 @@ class _Task:
         trainer: its class.
         config: the class of its arguments.
         card: title and usage of the model card.
-        encoder: from network and tokenizer to a function from rows to the columns that the trainer reads.
+        encoder: from network, tokenizer and template to a function from rows to the columns that the trainer reads.
         arguments: further fields of ``config``.
         overrides: train a new network with this change of the configuration.
     """
@@ -139,7 +139,7 @@ class _Task:
     trainer: Any
     config: Any
     card: tuple[str, str]
-    encoder: Callable[[Any, Any], Encoder]
+    encoder: Callable[[Any, Any, str | None], Encoder]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     overrides: str | None = None
 
@@ -182,8 +182,9 @@ def _run(
         else:
             network, tokenizer = new_network(model, task.overrides, settings.trust_remote_code)
             counts["parameters"] = network.num_parameters()
+        template = read_template(settings.template, tokenizer)
         parts = made.split() if made is not None else held_out(rows, settings.eval_share)
-        split = encode_split(parts, settings, task.encoder(network, tokenizer))
+        split = encode_split(parts, settings, task.encoder(network, tokenizer, template))
         trainer = task.trainer(
             model=network.train(),
             args=trainer_arguments(
@@ -201,9 +202,11 @@ def _run(
         if split.test:
             metrics["held_out"] = drop_timing_metrics(trainer.evaluate())
         if is_reward:
-            metrics |= _ranking(trainer, tokenizer, made or parts[1], settings)
+            metrics |= _ranking(trainer, tokenizer, made or parts[1], replace(settings, template=template))
         if settings.keep_adapter:
             _keep(trainer, run, model)
+            if first_process():
+                keep_tokenizer(tokenizer, settings.template, run.path)
         else:
             _save(trainer, tokenizer, run)
         return run.finish(metrics, *task.card, split.rows)

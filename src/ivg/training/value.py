@@ -19,8 +19,8 @@ from ivg.models.value_head import ValueModel
 from ivg.models.vocabulary import Vocabulary
 from ivg.settings.train import Target, TrainSettings, ValueSettings, ValueTrainSettings
 from ivg.training.data import RatedResponse, last_share
-from ivg.training.encoding import Encoded, encode_rated
-from ivg.training.kept_adapter import check_start, save_adapter
+from ivg.training.encoding import Encoded, encode_rated, read_template
+from ivg.training.kept_adapter import check_start, keep_tokenizer, save_adapter
 from ivg.training.length import length_controlled
 from ivg.training.run_dir import RunDir, first_process, open_run, recorded, run_provenance
 from ivg.training.trainer import Split, drop_timing_metrics, load_for_training, lora_config, split_rows, trainer_arguments
@@ -67,15 +67,16 @@ def train_value(
         network, tokenizer = load_value_network(model, value, settings)
         if settings.keep_adapter and value.compact_head and network.head.weight.any():
             raise ConfigError(f"{model} has a head already, to which a compact one cannot be added\n  leave --compact-head out")
-        base, base_tokenizer = _load_base(value, tokenizer, settings)
-        policy = (base_tokenizer, value.base_template) if base is not None else None
-        split = split_rows(rows, settings, lambda part: encode_rated(part, tokenizer, settings.template, settings.max_length, policy))
+        template, (base, base_tokenizer) = read_template(settings.template, tokenizer), _load_base(value, tokenizer, settings)
+        policy = (base_tokenizer, read_template(value.base_template, base_tokenizer)) if base is not None else None
+        split = split_rows(rows, settings, lambda part: encode_rated(part, tokenizer, template, settings.max_length, policy))
         trained = ValueModelWithLoss(network, value, base)
         metrics = split.counts | slope | _fit(trained, split, ValueCollator(tokenizer.pad_token_id, value.scale), settings, run)
         if first_process():
-            notes = {"target": value.target, "scale": value.scale, "template": settings.template}
+            notes = {"target": value.target, "scale": value.scale, "template": template}
             if settings.keep_adapter:
                 save_adapter(network.backbone, run.path, model, {"ivg_value": {"head": network.kind, **notes}}, trained.stored_head())
+                keep_tokenizer(tokenizer, settings.template, run.path)
             else:
                 finished = trained.finished()
                 finished.notes = notes
@@ -199,7 +200,7 @@ def measure(
         batch: rows for each pass.
     """
     network, tokenizer = load_for_training(ValueModel, model, "value")
-    found = encode_rated(rows, tokenizer, template or network.notes.get("template"), max_length)
+    found = encode_rated(rows, tokenizer, read_template(template or network.notes.get("template"), tokenizer), max_length)
     target: Target = "binary" if network.notes.get("target") == "binary" else "fudge"
     trained = ValueModelWithLoss(network.eval(), ValueSettings(head=network.kind, target=target, factored=False))
     collator = ValueCollator(tokenizer.pad_token_id, network.notes.get("scale", 1.0))
