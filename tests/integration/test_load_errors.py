@@ -48,6 +48,7 @@ NAMES = {
     "~/missing": "cannot load {what} '~/missing': no such directory" + EXPECTED,
     "runs/of/mine": "cannot load {what} 'runs/of/mine': no such directory" + EXPECTED,
     "my model": "cannot load {what} 'my model': no such directory" + EXPECTED,
+    "org/model-": "cannot load {what} 'org/model-': no such directory" + EXPECTED,
     "": "cannot load {what}: its name is empty" + EXPECTED,
     "org/model": "cannot load {what} 'org/model': no such directory here, not in the hub's cache, and HF_HUB_OFFLINE is set"
     + EXPECTED

@@ -13,7 +13,8 @@ from ivg import GuidedModel
 from ivg.diagnostics.cost import parameters
 from ivg.errors import ConfigError, MissingDependencyError, ModelError
 from ivg.factory.engines import inner_guides
-from ivg.factory.recipe import load_models
+from ivg.factory.recipe import default_sampling, load_models
+from ivg.models.hub import adapter_at
 from ivg.models.loading import LoadOptions
 from ivg.models.shared import SharedNetworks
 from ivg.search.methods import get_method
@@ -252,6 +253,78 @@ def test_a_recipe_finds_adapters_beside_it(hub):
         '[run]\ndtype = "float32"\ndevice = "cpu"\n'
     )
     assert answers(load_models(Recipe.load(hub / "recipe.toml"))) == merged(hub, "scaled")
+
+
+# The hub
+
+
+@pytest.fixture
+def cached(hub, tmp_path, monkeypatch):
+    """The hub's cache with org/net and org/lora, an adapter of it, as the hub's client lays them out; nobody can be reached."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for name, source in (("net", "base"), ("lora", "adapter")):
+        place = tmp_path / f"models--org--{name}"
+        for branch in ("main", *(["v2"] if name == "net" else [])):  # the adapter has no v2: a revision is the network's
+            (place / "refs").mkdir(parents=True, exist_ok=True)
+            (place / "refs" / branch).write_text(f"abc{branch}")
+            shutil.copytree(hub / source, place / "snapshots" / f"abc{branch}")
+    lora = tmp_path / "models--org--lora" / "snapshots" / "abcmain"
+    config = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/net"}))
+    return lora
+
+
+@pytest.mark.parametrize(
+    "tuned",
+    [
+        {"path": "org/net", "adapter": "org/lora"},
+        {"path": "org/net", "adapter": "org/lora", "revision": "v2"},
+        {"path": "org/lora"},
+        {"path": "org/lora", "revision": "v2"},
+    ],
+    ids=["adapter", "adapter-revision", "path", "path-revision"],
+)
+def test_adapters_of_the_hub_are_read_from_its_cache(hub, cached, tuned):
+    model = GuidedModel.from_pretrained("org/net", tuned=ModelRef(**tuned), untuned="org/net", options=FLOAT32)
+    assert answers(model) == merged(hub, "merged")
+    shared = model.values["implicit"].tuned.model.network is model.base.model.network
+    assert shared == (tuned.get("revision") != "v2")
+
+
+def test_adapters_of_the_hub_in_recipes_and_on_the_command_line(hub, cached, ivg):
+    recipe = Recipe.parse({"models": {"base": "org/net", "tuned": "org/lora", "untuned": "org/net"}, "run": EXACT})
+    assert answers(load_models(recipe)) == merged(hub, "merged")
+    (cached.parents[2] / "models--org--net" / "snapshots" / "abcmain" / "generation_config.json").write_text('{"top_k": 7}')
+    assert default_sampling(Recipe.parse({"models": {"base": "org/lora"}})).top_k == 7
+    settings = ["--base", "org/net", "--untuned", "org/net", "--dtype", "float32", "--max-new-tokens", 4]
+    texts = [
+        ivg("generate", "The movie was", *settings, *tuned)
+        for tuned in (["--tuned", "org/lora"], ["--tuned", "org/net", "--adapter", "tuned=org/lora"])
+    ]
+    assert texts[0][0] == 0 and texts[0][1] == texts[1][1], texts
+    code, _, err = ivg("generate", "The movie was", *settings, "--tuned", "org/net", "--adapter", "tuned=org/none")
+    assert code == 2 and "cannot load the adapter of tuned 'org/none': no such directory here, not in the hub's cache, and HF_HUB" in err
+
+
+def test_adapters_are_downloaded_where_the_hub_can_be_reached(hub, cached, monkeypatch):
+    asked = []
+
+    def download(name, **settings):
+        asked.append((name, settings))
+        return str(cached)
+
+    monkeypatch.setattr("ivg.models.hub.reachable", lambda: True)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    options = LoadOptions(device="cpu", dtype="float32", revision="v2", extra={"token": "abc"})
+    networks, found = SharedNetworks(), ModelRef(path=str(hub / "base"), adapter="org/lora")
+    lm = networks.load(found, "tuned", options)
+    assert lm.model is networks.load(ModelRef(path=str(hub / "base"), adapter=str(cached)), "tuned", options).model
+    assert [name for name, _ in asked] == ["org/lora"] and asked[0][1]["token"] == "abc"
+    assert "revision" not in asked[0][1] and "*.safetensors" in asked[0][1]["allow_patterns"]
+    assert adapter_at("org/lora") == cached and adapter_at("org/net") is None
 
 
 # Errors

@@ -20,7 +20,10 @@ PER_MODEL = tuple(name for name, d in settings_of(RunConfig).items() if d.settin
 
 ONE_MODEL = {
     "system": ("--system", "Instruction that a model alone reads before every prompt: ROLE=TEXT; may be repeated."),
-    "adapter": ("--adapter", "PEFT adapter of a model: ROLE=DIRECTORY; models of one path share its weights; may be repeated."),
+    "adapter": (
+        "--adapter",
+        "PEFT adapter of a model: ROLE=DIRECTORY or hub id; models of one path share weights; may be repeated.",
+    ),
     "scale": ("--adapter-scale", "Factor of what a model's adapter changes: ROLE=NUMBER; may be repeated. (default: 1)"),
 }
 """Settings of single models alone: their options and what these say."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivg.errors import ConfigError, ModelError
@@ -64,15 +63,15 @@ def load_models(recipe: Recipe, *, every_guide: bool = False) -> GuidedModel:
 
 def _with_other_missing(error: ModelError, recipe: Recipe, options: LoadOptions) -> ModelError:
     """``error`` with the other models of the recipe that are not found, so that all are named at once."""
-    from ivg.models.adapters import is_adapter
-    from ivg.models.hub import find_model
+    from ivg.models.hub import adapter_at, find_model
 
     values = {f"{name}.{role}": ref for name, value in recipe.values.items() for role, ref in value.given.items()}
     found = []
     for what, ref in {**recipe.local_models, **values}.items():
-        if ":" not in ref.path and not is_adapter(ref.path):  # a function, or embedded
+        if ":" not in ref.path:  # a function, or embedded
             try:
-                find_model(ref.path, what, options.of(ref).hub())
+                if adapter_at(ref.path) is None:
+                    find_model(ref.path, what, options.of(ref).hub())
             except ModelError as e:
                 found.append(str(e))
     lines = [text.partition("\n")[0] for text in (found if str(error) in found else [str(error), *found])]
@@ -87,16 +86,17 @@ def default_sampling(recipe: Recipe) -> SamplingParams:
     """
     from ivg.embedded import path
     from ivg.model import DEFAULT_SAMPLING
-    from ivg.models.adapters import base_of, is_adapter
+    from ivg.models.adapters import base_of
     from ivg.models.generation_config import defaults_of, read_generation_config
-    from ivg.models.hub import find_local
+    from ivg.models.hub import adapter_at, find_local
 
     base = recipe.models.given.get("base")
     if recipe.run.engine.startswith(("http://", "https://")):
         return DEFAULT_SAMPLING
     revision = (base.revision if base else None) or recipe.run.revision
     name = base.path if base else path("base")
-    name = base_of(Path(name), "base") if is_adapter(name) else name
+    if (adapter := adapter_at(name)) is not None:
+        name = base_of(adapter, "base")
     config = read_generation_config(find_local(name, "base") or name, revision=revision)
     return replace(DEFAULT_SAMPLING, **defaults_of(config, "base", recipe.run.generation_config).settings)
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from ivg.errors import ModelError, reason
-from ivg.models.adapters import base_of, is_adapter
+from ivg.models.adapters import base_of
 from ivg.models.added import locate
-from ivg.models.hub import ADAPTER_CONFIG, find_model
+from ivg.models.hub import ADAPTER_CONFIG, adapter_at, download_adapter
 from ivg.models.weights import read_tensor, tensor_names
 
 HEAD_CONFIG = "head_config.json"
@@ -135,8 +135,8 @@ def find_adapter(
     """
     if adapter is not None:
         return AdapterSource(str(name), adapter_folder(adapter, what, hub or {}), 1.0 if scale is None else scale)
-    folder = Path(locate(name)).expanduser()
-    return AdapterSource(base_of(folder, what), folder) if is_adapter(folder) else None
+    folder = adapter_at(name, hub)
+    return None if folder is None else AdapterSource(base_of(folder, what), folder)
 
 
 def adapter_folder(adapter: str, what: str, hub: Mapping[str, Any]) -> Path:
@@ -147,17 +147,7 @@ def adapter_folder(adapter: str, what: str, hub: Mapping[str, Any]) -> Path:
     """
     place = Path(locate(adapter)).expanduser()
     if not place.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            find_model(adapter, f"the adapter of {what}", hub, weights=False)
-            more: dict[str, Any] = {k: v for k, v in hub.items() if k in ("cache_dir", "token")}
-            place = Path(snapshot_download(adapter, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja"], **more))
-        except ModelError:
-            raise
-        except Exception as e:
-            why = f"cannot load the adapter {adapter!r} of {what}: {reason(e)}"
-            raise ModelError(f"{why}\n  expected a directory that peft wrote, or a hub id") from e
+        place = download_adapter(adapter, f"the adapter of {what}", hub)
     if not (place / ADAPTER_CONFIG).is_file():
         raise ModelError(f"{what}: {str(place)!r} is no PEFT adapter: no {ADAPTER_CONFIG} there\n  expected a directory that peft wrote")
     return place

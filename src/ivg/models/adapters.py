@@ -132,12 +132,6 @@ def of_other_adapter(parameter: str, adapter: str | None) -> bool:
     return bool(names) and names != [adapter]
 
 
-def is_adapter(folder: str | Path) -> bool:
-    """Is ``folder`` a directory with an adapter and no whole model?"""
-    place = Path(folder).expanduser()
-    return (place / ADAPTER_CONFIG).is_file() and not (place / "config.json").is_file()
-
-
 def base_of(folder: Path, what: str) -> str:
     """Path or hub id of the network that the adapter in ``folder`` was trained on; a relative path is looked up in ``folder``, then here.
 

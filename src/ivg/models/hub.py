@@ -8,18 +8,16 @@ files; must not depend on what a model is for.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ivg.embedded import PREFIX
-from ivg.errors import ModelError
+from ivg.errors import ModelError, reason
 from ivg.models.added import locate, not_added
 from ivg.models.gguf import converted, find_gguf
 from ivg.utils.hub_status import reachable, unreachable_reason
 
-_REPOSITORY = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -48,7 +46,7 @@ def find_model(name: str | Path, what: str, hub: Mapping[str, Any] | None = None
         raise ModelError(f"{title}: this is a file\n  expected a directory with config.json and weights, or a hub id")
     if str(name).lower().endswith(".gguf"):
         raise ModelError(f"{title}: no such file\n  expected a GGUF file, a directory with config.json and weights, or a hub id")
-    if isinstance(name, Path) or not _REPOSITORY.fullmatch(str(name)) or str(name).startswith(".") or ".." in str(name):
+    if not _is_hub_id(name):
         raise ModelError(f"{title}: no such directory\n  expected a directory with config.json and weights, or a hub id")
     if (advice := not_added(str(name))) is not None:
         raise ModelError(f"{title}: {advice}")
@@ -76,6 +74,51 @@ def find_local(name: str | Path, what: str) -> Path | None:
         return None
     title = f"cannot load {what} {str(name)!r}"
     return place if (file := find_gguf(place, title)) is None else converted(place, file, title)
+
+
+def adapter_at(name: str | Path, hub: Mapping[str, Any] | None = None) -> Path | None:
+    """The directory of the PEFT adapter that ``name`` is, here or on the hub; None: it is a whole model, or nothing that is found.
+
+    Raises:
+        ModelError: it cannot be downloaded.
+    """
+    place, hub = Path(locate(name)).expanduser(), hub or {}
+    if not place.exists():
+        if not _is_hub_id(name) or not_added(name := str(name)) is not None:
+            return None
+        if reachable():
+            bare = _file(name, "config.json", hub) is None and _file(name, ADAPTER_CONFIG, hub) is not None
+            return download_adapter(name, "an adapter", hub) if bare else None
+        place = _snapshot(name, hub) or place
+    return place if (place / ADAPTER_CONFIG).is_file() and not (place / "config.json").is_file() else None
+
+
+def download_adapter(name: str, what: str, hub: Mapping[str, Any]) -> Path:
+    """The directory of a PEFT adapter of the hub: in its cache, or downloaded into it.
+
+    Raises:
+        ModelError: as :func:`find_model`; or it cannot be downloaded.
+    """
+    from huggingface_hub import snapshot_download
+
+    place = find_model(name, what, hub, weights=False)
+    if isinstance(place, Path):
+        return place
+    options = {k: v for k, v in hub.items() if k in ("revision", "cache_dir", "token")}
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja"], **options))
+    except Exception as e:
+        raise ModelError(f"cannot load {what} {name!r}: {reason(e)}\n  expected a directory that peft wrote, or a hub id") from e
+
+
+def _is_hub_id(name: str | Path) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(str(name))
+    except HFValidationError:
+        return False
+    return not isinstance(name, Path) and str(name).isascii()
 
 
 def _check_directory(place: Path, what: str, *, weights: bool) -> None:

@@ -16,9 +16,7 @@ from torch import Tensor
 from ivg.embedded import PREFIX
 from ivg.errors import ConfigError, ModelError
 from ivg.models.adapter_directory import HEAD_CONFIG, HEAD_WEIGHTS
-from ivg.models.adapters import is_adapter
-from ivg.models.added import locate
-from ivg.models.hub import ADAPTER_CONFIG
+from ivg.models.hub import ADAPTER_CONFIG, adapter_at
 from ivg.models.prompt_template import PromptTemplate
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -30,7 +28,7 @@ def check_start(model: str | Path) -> None:
     Raises:
         ConfigError: ``model`` is an adapter, whose weights are merged before training.
     """
-    if is_adapter(locate(model)):
+    if adapter_at(model) is not None:
         raise ConfigError(
             f"{model} is an adapter, which training merges into its network: another adapter has no network to be kept for\n"
             "  leave --keep-adapter out, or start from the network"
