@@ -84,12 +84,13 @@ def adapter_at(name: str | Path, hub: Mapping[str, Any] | None = None) -> Path |
     """
     place, hub = Path(locate(name)).expanduser(), hub or {}
     if not place.exists():
-        if not _is_hub_id(name) or not_added(name := str(name)) is not None:
+        text = str(name)
+        if not _is_hub_id(name) or not_added(text) is not None:
             return None
         if reachable():
-            bare = _file(name, "config.json", hub) is None and _file(name, ADAPTER_CONFIG, hub) is not None
-            return download_adapter(name, "an adapter", hub) if bare else None
-        place = _snapshot(name, hub) or place
+            bare = _file(text, "config.json", hub) is None and _file(text, ADAPTER_CONFIG, hub) is not None
+            return download_adapter(text, "an adapter", hub) if bare else None
+        place = _snapshot(text, hub) or place
     return place if (place / ADAPTER_CONFIG).is_file() and not (place / "config.json").is_file() else None
 
 
