@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ivg.evaluation.base_samples import SampleGroup
-from ivg.evaluation.curves import best_of_n_curve, starts_at_base
+from ivg.evaluation.curves import best_of_n_curve, is_another_point, starts_at_base
 from ivg.evaluation.kl import kl_from_rewards
 from ivg.evaluation.methods import MethodRow, method_rows
 from ivg.evaluation.sweeps import SCALES, Curve, equal_compute, equal_kl, interpolate, resampled_means, resamples, reward_at
@@ -122,6 +122,7 @@ def test_best_of_n_of_base_samples_is_a_sweep():
         ({"method": "eft", "gate": [1, 2]}, False),
         ({"method": "cbs-explicit", "width": [1, 2], "successors": [2, 2]}, True),
         ({"method": "cbs-explicit", "chunk_length": [1, 2]}, False),
+        ({"method": "cbs-explicit", "width": [1, 2], "chunk_length": [5, 5]}, True),  # equal numbers are no difference
         ({"method": "bon", "successors": [2, 4]}, True),
         ({"method": "ivg", "beta": [0.5, 1]}, False),  # without guidance it still selects
         ({"method": "ivg", "successors": [2, 4]}, False),  # without selection it still guides
@@ -135,6 +136,26 @@ def test_when_the_base_is_a_point_of_a_sweep(method, expected):
 
 def test_rows_of_no_sweep_have_no_point():
     assert not starts_at_base([MethodRow("eft", get_method("eft"))])
+
+
+def test_rows_with_the_settings_of_a_sweep_are_points_of_it():
+    methods = [
+        "combinations",
+        "cd-blockwise",
+        {"label": "weak", "method": "eft", "gate": 2.0},
+        {"method": "eft", "beta": [0.5, 2]},
+        {"method": "cbs-explicit", "width": [1, 2], "successors": [2, 4], "chunk_length": [5, 5]},
+        {"label": "long", "method": "cbs-explicit", "width": [1, 2], "chunk_length": 9},
+    ]
+    rows = method_rows(Recipe.parse({"eval": {"methods": methods}}), {})
+
+    def others(sweep):
+        points = [m for m in rows if m.sweep == sweep]
+        return [m.label for m in rows if is_another_point(m, points)]
+
+    assert others("eft") == ["implicit×none"]  # beta = 1
+    assert others("cbs-explicit") == ["none×explicit"]  # W = K = 4; cd-blockwise is W = 1, K = 16, another method
+    assert others("long") == []
 
 
 # The lower bound of the KL

@@ -13,6 +13,7 @@ from ivg.evaluation.label_placement import best_place, overlap
 from ivg.evaluation.summary import best_of_n_within, family
 from ivg.search.methods import get_method
 from ivg.testing import tiny_model, tiny_value
+from ivg.types import SamplingParams
 
 
 def test_seeds_are_averaged_first():
@@ -72,6 +73,20 @@ def test_draws_of_methods():
     assert len(adaptive) == 10
     assert adaptive[0] > 16
     assert sorted(adaptive, reverse=True) == adaptive
+
+
+def test_chunks_that_end_at_a_text():
+    """A chunk ends with a step, or after L tokens: at most one more than the steps that ended, and those of L tokens."""
+    steps = "One.\nTwo.\n\nThree"
+    assert kl.draws_per_chunk(get_method("prm"), 12, 50, steps) == [16, 4, 4]
+    assert kl.draws_per_chunk(get_method("prm", chunk_length=5), 12, 50, steps) == [16, 4, 4, 4, 4]
+    assert kl.draws_per_chunk(get_method("prm"), 0, 50, "") == []
+    assert kl.draws_per_chunk(get_method("prm", decay=0.5), 12, 50, steps) is None
+    row = {"id": "a", "token_ids": [1] * 12, "text": steps, "shift": 0.0}
+    found, _ = kl.kl_to_base(get_method("prm"), SamplingParams(max_new_tokens=50), [row])
+    assert found["mean"] == pytest.approx(math.log(16 * 4 * 4), abs=1e-6)  # not the bound of the best of 16
+    found, _ = kl.kl_to_base(get_method("prm", width=1, successors=3), SamplingParams(max_new_tokens=50), [row])
+    assert found["mean"] == pytest.approx(3 * (math.log(3) - 2 / 3), abs=1e-6)
 
 
 def divergence(p, q):

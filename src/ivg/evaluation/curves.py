@@ -10,10 +10,11 @@ import numpy as np
 from ivg.diagnostics.cost import flops
 from ivg.evaluation.base_samples import SampleGroup
 from ivg.evaluation.kl import kl_by_answer, selection_bound
-from ivg.evaluation.methods import MethodRow
+from ivg.evaluation.methods import MethodRow, method_settings
 from ivg.evaluation.metrics import mean_by_key
 from ivg.evaluation.plan import GOLD, EvalPlan
 from ivg.evaluation.sweeps import BEST_OF_N, Curve, Floats, curve_summary, equal_compute, equal_kl
+from ivg.search.methods import Method
 
 Row = dict[str, Any]
 Scored = Mapping[str, Sequence[tuple[Row, Row]]]
@@ -36,10 +37,11 @@ def sweep_results(plan: EvalPlan, scored: Scored, sizes: dict[str, int], groups:
     if not rows:
         return {"sweeps": {}, "equal_kl": None, "equal_compute": None}
     curves, summaries = {}, {}
-    for name, points in rows.items():
+    for name, swept in rows.items():
+        points = [*swept, *(row for row in plan.method_rows if is_another_point(row, swept))]
         anchored = [plan.base_row, *points] if starts_at_base(points) else points
         curves[name], reason = _curve(plan, anchored, scored, sizes)
-        summaries[name] = curve_summary(curves[name], list(points[0].point), reason)
+        summaries[name] = curve_summary(curves[name], list(swept[0].point), reason)
     if groups and any(gold is not None for g in groups for gold in g.golds):
         curves[BEST_OF_N] = best_of_n_curve(groups, [e.id for e in plan.examples])
         summaries[BEST_OF_N] = curve_summary(curves[BEST_OF_N], ["N"], None)
@@ -47,12 +49,32 @@ def sweep_results(plan: EvalPlan, scored: Scored, sizes: dict[str, int], groups:
     return {"sweeps": summaries, "equal_kl": equal_kl(curves), "equal_compute": equal_compute(curves, float(np.nanmean(base)))}
 
 
+def is_another_point(row: MethodRow, points: Sequence[MethodRow]) -> bool:
+    """Is ``row`` a point of this sweep, too: of the same method or one of the ``combinations``, and different in nothing but what is swept?
+
+    So ``implicit×none`` of the combinations is the point beta = 1 of a sweep of ``eft``.
+    """
+    first = points[0].method
+    if row.sweep is not None or row.method.name not in (first.name, "custom") or row.is_base:
+        return False
+    return _unswept(row.method, points) == _unswept(first, points)
+
+
+def _unswept(method: Method, points: Sequence[MethodRow]) -> Row:
+    return {name: value for name, value in method_settings(method).items() if name != "name" and name not in _varying(points)}
+
+
+def _varying(points: Sequence[MethodRow]) -> set[str]:
+    """The settings that do differ between the points."""
+    return {name for name in points[0].point if len({getattr(p.method, name) for p in points}) > 1}
+
+
 def starts_at_base(points: Sequence[MethodRow]) -> bool:
     """Is plain base sampling a point of this sweep: beta = 0 of token guidance alone, or W = K = 1 of selection alone?
 
     Not where guidance keeps only some tokens (``candidates``, ``plausibility``), which it may do for any beta.
     """
-    m, swept = points[0].method, set(points[0].point)
+    m, swept = points[0].method, _varying(points)
     if m.rule not in ("top", "soft"):
         return False
     if swept == {"beta"}:

@@ -35,6 +35,7 @@ from ivg.search.methods import Method
 from ivg.search.selection import budgets
 from ivg.settings.sampling import PLAIN_SAMPLING
 from ivg.types import SamplingParams
+from ivg.types.steps import finished_steps
 
 
 def kl_to_base(method: Method, sampling: SamplingParams, rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any] | None, str | None]:
@@ -57,12 +58,13 @@ def kl_by_answer(
     cut = truncations(sampling)
     if method.guides and cut:
         return None, f"guidance is measured before {cut}, which {'changes' if ',' not in cut else 'change'} the distribution"
-    best_of_chunks = method.width == 1 or method.chunk_length is None or method.chunk_length >= limit
+    one_chunk = method.chunk_until is None and (method.chunk_length is None or method.chunk_length >= limit)
+    best_of_chunks = method.width == 1 or one_chunk
     kls = []
     for row in rows:
         added = 0.0
         if selects:
-            draws = draws_per_chunk(method, len(row["token_ids"]), limit)
+            draws = draws_per_chunk(method, len(row["token_ids"]), limit, row["text"])
             if draws is None:
                 return None, "no useful bound is known for the method"
             added = selection_bound(draws, best_of_chunks=best_of_chunks, soft=method.rule == "soft")
@@ -83,18 +85,21 @@ def selection_bound(draws: Sequence[int], *, best_of_chunks: bool, soft: bool = 
     return sum(math.log(n) - (n - 1) / n for n in draws)
 
 
-def draws_per_chunk(method: Method, tokens: int, limit: int) -> list[int] | None:
-    """Upper bound of the draws for each chunk of an answer of ``tokens`` tokens; None for rules without such a bound.
+def draws_per_chunk(method: Method, tokens: int, limit: int, text: str = "") -> list[int] | None:
+    """Upper bound of the draws for each chunk of an answer; None for rules without such a bound.
 
     Args:
-        method: its width, successors, chunk length and decay.
+        method: its width, successors, chunks and decay.
         tokens: of the answer.
         limit: ``max_new_tokens`` of the request.
+        text: of the answer, in which chunks may end (``chunk_until``).
     """
-    if method.rule not in ("top", "soft"):
+    if method.rule not in ("top", "soft") or (method.decay < 1.0 and method.chunk_until is not None):
         return None
-    chunks = num_chunks(tokens, method.chunk_length)
     decay, w, k = method.decay, method.width, method.successors
+    chunks = num_chunks(tokens, method.chunk_length)
+    if method.chunk_until is not None and tokens:  # a chunk ends with a step, or L tokens after it began
+        chunks = finished_steps(text, method.chunk_until) + 1 + (tokens // method.chunk_length if method.chunk_length else 0)
     if decay < 1.0:
         length = method.chunk_length or limit
         planned = budgets(-(-limit // length), w * k, decay, w)[:chunks]
@@ -103,7 +108,7 @@ def draws_per_chunk(method: Method, tokens: int, limit: int) -> list[int] | None
 
 
 def num_chunks(tokens: int, chunk_length: int | None) -> int:
-    """The number of chunks of an answer."""
+    """The number of chunks of an answer, where chunks have a length alone."""
     return 0 if tokens == 0 else 1 if chunk_length is None else -(-tokens // chunk_length)
 
 
