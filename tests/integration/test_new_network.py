@@ -13,9 +13,12 @@ from ivg.settings.train import SFTSettings
 from ivg.training.data import SFTExample
 
 pytest.importorskip("trl")
+from trl import SFTConfig
+
 from ivg.models.training_rows import read_training_rows, row_hashes
-from ivg.training import tune
+from ivg.training import trainer, tune
 from ivg.training.new_network import changed_config, new_network, parse_overrides
+from ivg.training.run_dir import open_run
 
 SMALL = "hidden_size=48,num_hidden_layers=1,num_attention_heads=3,num_key_value_heads=1,intermediate_size=40"
 
@@ -138,3 +141,27 @@ def test_all_tokens_of_a_text_are_in_the_loss():
     assert row["completion_mask"] == [1] * 4 and row["input_ids"][-1] == 0
     (row,) = encode_sft([SFTExample(None, "abc")], testing.byte_tokenizer(bos=True), None, 99)
     assert row["completion_mask"] == [0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "size", "given", "expected"),
+    [
+        (True, 10, {}, False),
+        (True, trainer.CHECKPOINTED + 1, {}, True),
+        (True, trainer.CHECKPOINTED + 1, {"gradient_checkpointing": False}, False),
+        (False, trainer.CHECKPOINTED + 1, {}, False),
+    ],
+)
+def test_large_networks_recompute_activations_on_a_gpu(monkeypatch, tmp_path, cuda, size, given, expected):
+    class Arguments(SFTConfig):
+        """Keeps what it is given: a real one would look for the GPU."""
+
+        def __init__(self, **given):
+            self.given = given
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(trainer, "pick_dtype", lambda *_: torch.float32)
+    network = torch.nn.Linear(size, 1, bias=False, device="meta")
+    with open_run(tmp_path / "run", {}) as run:
+        made = trainer.trainer_arguments(Arguments, SFTSettings(trainer_args=given), run, network, evaluate=False)
+    assert made.given["gradient_checkpointing"] is expected
