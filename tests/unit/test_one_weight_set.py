@@ -445,9 +445,11 @@ def test_on_the_command_line(ivg, hub):
 def test_other_engines_refuse(hub, own):
     base = {"path": str(hub / "base")}
     own = {name: str(hub / text) if name == "adapter" else text for name, text in own.items()}
-    recipe = Recipe.parse({"models": {"base": base, "tuned": base | own, "untuned": base}, "search": {"method": "eft"}})
-    with pytest.raises(ConfigError, match=rf"tuned of implicit has {next(iter(own))} = .*; inside vLLM .*\n  use the transformers engine"):
-        inner_guides(recipe, FLOAT32, every_guide=False)
+    if "system" in own:
+        for role, what in (("base", "base"), ("tuned", "tuned of implicit")):
+            models = {"base": base, "tuned": base, "untuned": base} | {role: base | own}
+            with pytest.raises(ConfigError, match=rf"{what} has system = .*; inside vLLM .*\n  use the transformers engine"):
+                inner_guides(Recipe.parse({"models": models, "search": {"method": "eft"}}), FLOAT32, every_guide=False)
     recipe = Recipe.parse({"models": {"base": base | own}, "run": {"engine": "http://127.0.0.1:1/v1"}})
     with pytest.raises(ConfigError, match=rf"base has {next(iter(own))} = .*; on http://127.0.0.1:1/v1"):
         load_models(recipe)

@@ -6,15 +6,18 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from ivg.cli.app import app
 from ivg.embedded import path
 from ivg.engines.vllm.config import IVGConfig, betas_of
-from ivg.engines.vllm.export import Guide, export_composite, export_to_cache, export_value, head_kind, pair
+from ivg.engines.vllm.export import Guide, export_composite, export_to_cache, export_value, head_kind, pair, running_parts
 from ivg.errors import ConfigError, MissingDependencyError, ModelError
 from ivg.models.loading import LoadOptions, load_tokenizer
 from ivg.models.vocabulary import Vocabulary
+from ivg.settings.models import ModelRef
 
 BASE, TUNED, UNTUNED, VALUE = (str(path(name)) for name in ("base", "tuned", "untuned", "value"))
 
@@ -30,6 +33,65 @@ def test_a_composite_names_its_parts_and_copies_no_weights(tmp_path):
     assert (folder / "generation_config.json").read_bytes() == (path("base") / "generation_config.json").read_bytes()
     again = IVGConfig.from_pretrained(folder)
     assert again.to_dict() == config.to_dict()
+
+
+def write_lora(folder, **settings):
+    """An adapter of the embedded tuned network, as peft writes them."""
+    folder.mkdir()
+    size = json.loads((path("tuned") / "config.json").read_text())["hidden_size"]
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none"} | settings))
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
+    save_file({name.format("A"): torch.ones(2, size), name.format("B"): torch.ones(3, 2)}, folder / "adapter_model.safetensors")
+    return str(folder)
+
+
+def test_models_of_one_network_run_once_for_each_adapter(tmp_path):
+    adapter = write_lora(tmp_path / "adapter", base_model_name_or_path=TUNED)
+    half = ModelRef(path=TUNED, adapter=adapter, scale=0.5)
+    guides = [
+        pair(half, TUNED),
+        pair(ModelRef(path=TUNED, adapter=adapter), TUNED, "whole"),
+        pair(half, UNTUNED, "other"),
+        pair(adapter, BASE, "bare"),
+    ]
+    folder = export_composite(TUNED, guides, tmp_path / "c")
+    config = IVGConfig.from_pretrained(folder)
+    assert config.sources == {
+        "base": "base", "tuned": "tuned", "untuned": "base", "whole_tuned": "whole_tuned", "whole_untuned": "base",
+        "other_tuned": "tuned", "other_untuned": "other_untuned", "bare_tuned": "whole_tuned", "bare_untuned": "bare_untuned",
+    }  # fmt: skip
+    assert running_parts(folder) == ["base", "tuned", "whole_tuned", "other_untuned", "bare_untuned"]
+    parts = {part.name: part for part in config.submodels}
+    assert (parts["tuned"].adapter, parts["tuned"].scale, parts["whole_tuned"].scale) == (adapter, 0.5, 1.0)
+    assert len({part.network for part in config.submodels}) == 3
+    again = export_to_cache(lambda place: export_composite(TUNED, guides, place), tmp_path / "cache")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 5}))
+    other = export_to_cache(lambda place: export_composite(TUNED, guides[:3], place), tmp_path / "cache")
+    assert again != other
+    changed = {part.name: part for part in IVGConfig.from_pretrained(other).submodels}
+    assert changed["tuned"].adapter_digest != parts["tuned"].adapter_digest != ""
+
+
+def test_a_composite_of_an_earlier_version_has_no_adapters():
+    old = {"name": "base", "config": json.loads((path("base") / "config.json").read_text()), "weights": BASE, "revision": None}
+    config = IVGConfig(
+        [old | {"group": "", "sign": 1.0, "head": "language"}, old | {"name": "tuned", "weights": TUNED, "group": "implicit"}]
+    )
+    assert config.sources == {"base": "base", "tuned": "tuned"}
+    assert config.submodels[0].adapter is None
+
+
+def test_an_adapter_on_the_command_line(tmp_path):
+    adapter = write_lora(tmp_path / "adapter")
+    given = ["--base", BASE, "--tuned", TUNED, "--adapter", f"tuned={adapter}", "--adapter-scale", "tuned=0.5", "--untuned", TUNED]
+    done = CliRunner().invoke(app, ["export", *given, "--out", str(tmp_path / "c")])
+    assert done.exit_code == 0, done.output
+    tuned = IVGConfig.from_pretrained(tmp_path / "c").submodels[1]
+    assert (tuned.weights, tuned.adapter, tuned.scale) == (str(path("tuned").resolve()), adapter, 0.5)
+    write_lora(tmp_path / "dora", use_dora=True)
+    given[5] = f"tuned={tmp_path / 'dora'}"
+    done = CliRunner().invoke(app, ["export", *given, "--out", str(tmp_path / "d")])
+    assert isinstance(done.exception, ModelError) and "has use_dora=True; here an adapter is plain LoRA" in str(done.exception)
 
 
 def test_the_same_content_has_the_same_place(tmp_path):

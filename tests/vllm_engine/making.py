@@ -35,6 +35,9 @@ ARCHITECTURES = {
     | {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
     "padded-llama": _WIDE | {"model_type": "llama", "vocab_size": VOCABULARY + 64},
     "granite": _WIDE | {"logits_scaling": 4.0, "tie_word_embeddings": False},
+    "experts": _WIDE
+    | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    "bloom": {"hidden_size": 128, "n_layer": 2, "n_head": 4},
     "opt": {"hidden_size": 128, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
 
@@ -87,6 +90,38 @@ def with_biased_head(folder: Path, source: str) -> str:
         weight = tensors["score_head.weight"]
         noise = torch.randn(len(weight), generator=torch.Generator().manual_seed(1))
         save_file(tensors | {"score_head.bias": (6 * noise).to(weight.dtype)}, place / "model.safetensors", metadata={"format": "pt"})
+    return str(place)
+
+
+def make_adapter(folder: Path, kind: str, seed: int, **settings) -> str:
+    """A LoRA adapter with random weights of the network ``make(folder, kind, 1)``."""
+    import peft
+
+    place = folder / f"{kind}-adapter-{seed}"
+    if not place.exists():
+        torch.manual_seed(seed)
+        network = AutoModelForCausalLM.from_pretrained(make(folder, kind, 1), dtype=torch.float32)
+        config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **settings})
+        made = peft.get_peft_model(network, config)
+        for name, parameter in made.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        made.save_pretrained(place)
+    return str(place)
+
+
+def merge(source: str, adapter: str, scale: float) -> str:
+    """A copy of a network with ``scale`` times the change of an adapter in its weights."""
+    import peft
+
+    place = Path(f"{adapter}-merged-{scale}")
+    if not place.exists():
+        made = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), adapter)
+        for module in made.modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer):
+                module.scaling = {name: value * scale for name, value in module.scaling.items()}
+        made.merge_and_unload().save_pretrained(place)
+        AutoTokenizer.from_pretrained(source).save_pretrained(place)
     return str(place)
 
 

@@ -46,7 +46,7 @@ def export(
     reference, chosen = inner_guides(recipe, load_options(recipe), every_guide=True)
     if not chosen:
         raise ConfigError("got no model that guides\n  give --tuned and --untuned, or --arm, or --value with --guides explicit")
-    write(reference.path, chosen, out, betas={chosen[0].name: beta}, options=load_options(recipe).of(reference))
+    write(reference, chosen, out, betas={chosen[0].name: beta}, options=load_options(recipe).of(reference))
     names = ", ".join(f"{guide.name} ({' - '.join(part for part, _, _ in guide.parts)})" for guide in chosen)
     for note in _dropped(out):
         typer.echo(note, err=True)

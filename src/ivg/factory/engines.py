@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from ivg.model import GuidedModel
 from ivg.models.generation_config import read_generation_config
 from ivg.models.hub import find_model
 from ivg.models.loading import LoadOptions, eos_ids, load_config, load_tokenizer
+from ivg.models.network import Network, resolve, without_adapter
 from ivg.models.placement import pick_device, pick_dtype
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.prompt_template import PromptTemplate
@@ -48,26 +49,27 @@ def vllm_model(recipe: Recipe, options: LoadOptions, *, every_guide: bool = Fals
     """
     from ivg.engines.vllm.client import EngineClient
     from ivg.engines.vllm.engine import VLLMEngine
-    from ivg.engines.vllm.export import default_cache, export_composite, export_to_cache
+    from ivg.engines.vllm.export import default_cache, export_composite, export_to_cache, running_parts
     from ivg.engines.vllm.value import VLLMGuide
     from ivg.engines.vllm.versions import check_vllm
 
     check_vllm()
     refs, named = _references(recipe)
     settings, base = recipe.vllm, refs["base"]
-    check_plain("base", base, "inside vLLM")
-    others, options = options, options.of(base)
+    others, options = options, without_adapter(options.of(base))
     _check_vllm_can(options)
     guides = inner_guides(recipe, others, every_guide=every_guide)[1]
-    tokenizer = load_tokenizer(base.path, options, "base")
+    network = resolve(base, "base", options)
+    _check_adapters([("base", network), *_networks(guides, options)], settings)
+    tokenizer = load_tokenizer(network.tokenizer, options, "base")
     cache = Path(settings.cache) if settings.cache else default_cache()
     folder = (
-        export_to_cache(lambda place: export_composite(base.path, guides, place, options=options), cache)
-        if guides
-        else Path(find_model(base.path, "base", options.hub()))
+        export_to_cache(lambda place: export_composite(base, guides, place, options=options), cache)
+        if guides or network.adapter
+        else Path(find_model(network.path, "base", options.hub()))
     )
     pooled = settings.value == "pooling" and "explicit" in named and "value" in named["explicit"].given
-    client = EngineClient(folder, _client_options(settings, options, shared=pooled), guided=bool(guides))
+    client = EngineClient(folder, _client_options(settings, options, shared=pooled), guided=bool(guides or network.adapter))
     with _closed_on_error(client):  # a value that does not load must not leave vLLM's processes behind
         encoder = _prompt_encoder("base", base, tokenizer, options, client.max_model_len)
         inner = {name: VLLMGuide(name, partial(make_value, name, named[name], others)) for name in (guide.name for guide in guides)}
@@ -78,8 +80,7 @@ def vllm_model(recipe: Recipe, options: LoadOptions, *, every_guide: bool = Fals
                 values[name] = _pooled_value(value.given["value"], cache, settings, others)
             else:
                 values[name] = make_value(name, value, others)
-        submodels = ["base", *(part for guide in guides for part, _, _ in guide.parts)]
-        engine = VLLMEngine(client, encoder, submodels, inner)
+        engine = VLLMEngine(client, encoder, running_parts(folder) if guides else ["base"], inner)
         return GuidedModel(encoder, {name: values[name] for name in named}, engine=engine, generation_config=recipe.run.generation_config)
 
 
@@ -99,6 +100,7 @@ def inner_guides(recipe: Recipe, options: LoadOptions, *, every_guide: bool) -> 
         ConfigError: guides that cannot run inside vLLM.
     """
     refs, named = _references(recipe)
+    check_plain("base", refs["base"], "inside vLLM", adapters=True)
     return refs["base"], [_guide(name, named[name], refs["base"], options) for name in _inside(recipe, named, every_guide=every_guide)]
 
 
@@ -183,9 +185,9 @@ def _guide(name: str, value: NamedValue, base: ModelRef, options: LoadOptions) -
 
     refs = value.given
     for role, ref in refs.items():
-        check_plain(f"{role} of {name}", ref, "inside vLLM")
-        whole = options.of(base)
-        if whole.of(ref) != whole or options.of(ref).revision != whole.revision:
+        check_plain(f"{role} of {name}", ref, "inside vLLM", adapters=role != "value")
+        whole = without_adapter(options.of(base))
+        if without_adapter(whole.of(ref)) != whole or options.of(ref).revision != whole.revision:
             raise ConfigError(
                 f"{role} of {name} is to be loaded otherwise than the base (device, dtype, revision …); inside vLLM they are one model\n"
                 "  say it for all models in [run], or use the transformers engine"
@@ -197,10 +199,10 @@ def _guide(name: str, value: NamedValue, base: ModelRef, options: LoadOptions) -
                 "  inside vLLM all models read the base's token ids; give them one template, or use the transformers engine"
             )
     if "tuned" in refs:
-        return pair(refs["tuned"].path, refs["untuned"].path, name)
+        return pair(refs["tuned"], refs["untuned"], name)
     ((role, ref),) = refs.items()
     if role == "arm":
-        return Guide(name, ((name, ref.path, 1.0),))
+        return Guide(name, ((name, ref, 1.0),))
     if role == "value" and head_kind(ref.path, options.of(ref)) == "vocabulary":
         return Guide(name, ((name, ref.path, 1.0),), "vocabulary")
     raise ConfigError(
@@ -208,19 +210,44 @@ def _guide(name: str, value: NamedValue, base: ModelRef, options: LoadOptions) -
     )
 
 
-def check_plain(what: str, ref: ModelRef, where: str) -> None:
+def check_plain(what: str, ref: ModelRef, where: str, *, adapters: bool = False) -> None:
     """Raise for a model with an instruction or an adapter of its own, which other engines do not read with.
+
+    Args:
+        what: the model.
+        ref: its settings.
+        where: the engine, for the error.
+        adapters: the engine reads with adapters.
 
     Raises:
         ConfigError: names the setting.
     """
-    for name in ("system", "adapter"):
+    for name in ("system",) if adapters else ("system", "adapter"):
         if getattr(ref, name) is not None:
             why = "all models read the same tokens" if name == "system" else "an adapter is not switched"
             raise ConfigError(
                 f"{what} has {name} = {getattr(ref, name)!r}; {where} {why}\n"
                 "  use the transformers engine" + (", or give the merged model" if name == "adapter" else "")
             )
+
+
+def _networks(guides: Sequence[Guide], options: LoadOptions) -> list[tuple[str, Network]]:
+    """The models of guides, by their names in usage."""
+    return [(name, resolve(model, name, options)) for guide in guides for name, model, _ in guide.parts]
+
+
+def _check_adapters(networks: Sequence[tuple[str, Network]], settings: VLLMConfig) -> None:
+    """Raise for adapters over several GPUs.
+
+    Raises:
+        ConfigError: names the model.
+    """
+    size = settings.tensor_parallel_size or 1
+    if size > 1 and (names := [name for name, network in networks if network.adapter]):
+        raise ConfigError(
+            f"{names[0]} has an adapter; inside vLLM that works on one GPU, got tensor_parallel_size={size}\n"
+            "  leave tensor_parallel_size out, or give the merged model"
+        )
 
 
 def _check_vllm_can(options: LoadOptions) -> None:
@@ -263,8 +290,9 @@ def _client_options(settings: VLLMConfig, options: LoadOptions, *, shared: bool,
 
 def _prompt_encoder(name: str, ref: ModelRef, tokenizer: Any, options: LoadOptions, longest: int) -> PromptEncoder:
     """How a model in another engine reads prompts."""
-    found = find_model(ref.path, name, options.hub())
-    config = load_config(ref.path, options, name)
+    path = resolve(ref, name, options).path
+    found = find_model(path, name, options.hub())
+    config = load_config(path, options, name)
     generation = read_generation_config(found, revision=options.revision)
     ends = eos_ids(SimpleNamespace(generation_config=generation, config=config), tokenizer)
     text = config.get_text_config()
@@ -288,6 +316,7 @@ def _pooled_value(ref: ModelRef, cache: Path, settings: VLLMConfig, options: Loa
     from ivg.engines.vllm.value import PooledValue
     from ivg.models.value_head import read_head
 
+    check_plain("value", ref, "inside vLLM")
     check_plain("value", ref, "inside vLLM")
     options = options.of(ref)
     _check_vllm_can(options)

@@ -10,6 +10,7 @@ reward or a vocabulary head +1), and a request's logits are
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -40,6 +41,9 @@ class Submodel:
         group: what it guides for; empty: the base.
         sign: of its logits in the group's.
         head: ``language``: the model's own; ``vocabulary``: a value network's ``score_head``.
+        adapter: directory of the LoRA adapter that it reads with.
+        scale: factor of what the adapter changes.
+        adapter_digest: of the adapter's files (:func:`ivg.models.plain_lora.lora_digest`).
     """
 
     name: str
@@ -49,6 +53,20 @@ class Submodel:
     group: str = ""
     sign: float = 1.0
     head: HeadKind = "language"
+    adapter: str | None = None
+    scale: float = 1.0
+    adapter_digest: str = ""
+
+    @property
+    def network(self) -> tuple[str, ...]:
+        """Equal for submodels with one set of weights. A value network has its own."""
+        settings = json.dumps(self.config, sort_keys=True, default=str)
+        return (self.weights, self.revision or "", settings, "" if self.head == "language" else self.name)
+
+    @property
+    def outputs(self) -> tuple[Any, ...]:
+        """Equal for submodels with the same outputs."""
+        return (*self.network, self.adapter, self.adapter_digest, self.scale if self.adapter else 1.0)
 
     def network_config(self) -> PreTrainedConfig:
         """As transformers' config object, of a causal language model."""
@@ -93,6 +111,12 @@ class IVGConfig(PreTrainedConfig):
     def submodels(self) -> list[Submodel]:
         """The submodels, the base first."""
         return [Submodel(**part) for part in self.parts]
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """For each submodel the name of the first with the same outputs, which is the one that runs."""
+        first: dict[tuple[Any, ...], str] = {}
+        return {part.name: first.setdefault(part.outputs, part.name) for part in self.submodels}
 
     @property
     def groups(self) -> list[str]:

@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,10 @@ from ivg.errors import ConfigError
 from ivg.models.generation_config import read_generation_config
 from ivg.models.hub import find_model
 from ivg.models.loading import LoadOptions, load_config, load_tokenizer
+from ivg.models.network import Network, resolve, without_adapter
+from ivg.models.plain_lora import check_plain_lora, lora_digest
 from ivg.models.vocabulary import Vocabulary
+from ivg.settings.models import ModelSource
 from ivg.utils.cache import cache_folder
 
 
@@ -32,28 +35,35 @@ class Guide:
 
     Attributes:
         name: of the group: ``implicit``, ``arm``, ``explicit`` …
-        parts: (name in usage, path, sign) of its models.
+        parts: (name in usage, path or reference, sign) of its models.
         head: ``vocabulary`` if the model is a value network.
     """
 
     name: str
-    parts: tuple[tuple[str, str, float], ...]
+    parts: tuple[tuple[str, ModelSource, float], ...]
     head: HeadKind = "language"
 
 
-def pair(tuned: str, untuned: str, name: str = "implicit") -> Guide:
+def pair(tuned: ModelSource, untuned: ModelSource, name: str = "implicit") -> Guide:
     """The implicit value of a tuned model and the untuned one that it was tuned from."""
     own = "" if name == "implicit" else f"{name}_"
     return Guide(name, ((f"{own}tuned", tuned, 1.0), (f"{own}untuned", untuned, -1.0)))
 
 
 def export_composite(
-    base: str, guides: Sequence[Guide], folder: str | Path, *, betas: Mapping[str, float] | None = None, options: LoadOptions | None = None
+    base: ModelSource,
+    guides: Sequence[Guide],
+    folder: str | Path,
+    *,
+    betas: Mapping[str, float] | None = None,
+    options: LoadOptions | None = None,
 ) -> Path:
     """Write the directory of a composite; vLLM loads it like any model, where this package is installed.
 
+    Models of one path are one set of weights there; what their LoRA adapters change is added to it.
+
     Args:
-        base: directory or hub id.
+        base: directory or hub id, of a network or of an adapter; or a reference, of which the path, the adapter and its scale are used.
         guides: the first is the one that ``ivg_beta`` weighs.
         folder: a directory of its own, created if necessary; one with another kind of model is refused.
         betas: default weights by the guides' names; default: 1 for the first, 0 for the others.
@@ -62,9 +72,9 @@ def export_composite(
     Raises:
         ConfigError: no guide, two of one name, something else in ``folder``.
         VocabularyError: a guide whose token ids mean something else than the base's.
-        ModelError: a model that cannot be read.
+        ModelError: a model that cannot be read, an adapter that is more than LoRA.
     """
-    options, folder = options or LoadOptions(), Path(folder)
+    options, folder = without_adapter(options or LoadOptions()), Path(folder)
     names = [guide.name for guide in guides]
     if len(set(names)) < len(names):
         raise ConfigError(f"got several guides of one name: {', '.join(names)}\n  expected each once")
@@ -72,20 +82,27 @@ def export_composite(
         raise ConfigError(
             f"got a weight for {', '.join(sorted(unknown))}\n  expected guides of this composite: {', '.join(names) or 'none'}"
         )
-    vocabulary = Vocabulary(load_tokenizer(base, options, "base"), owner="base")
-    parts = [_part("base", base, options)]
+    first = resolve(base, "base", options)
+    vocabulary = Vocabulary(load_tokenizer(first.tokenizer, options, "base"), owner="base")
+    parts = [_part("base", first, options)]
     columns: dict[str, int] = {}
     for guide in guides:
         for name, path, sign in guide.parts:
-            own = Vocabulary(load_tokenizer(path, options, name), owner=name)
+            found = resolve(path, name, options)
+            own = Vocabulary(load_tokenizer(found.tokenizer, options, name), owner=name)
             vocabulary.require_same(own, "inside vLLM guides read the base's token ids; use the transformers engine for this pair")
-            parts.append(_part(name, path, options, guide.name, sign, guide.head))
+            parts.append(_part(name, found, options, guide.name, sign, guide.head))
             # padding rows have logits, too; the tokenizer of a pair is the tuned model's, as in the transformers engine
             columns[guide.name] = min(columns.get(guide.name, own.size), parts[-1].vocab_size)
     chosen = {name: 1.0 if i == 0 else 0.0 for i, name in enumerate(names)} | dict(betas or {})
     config = IVGConfig([part.to_dict() for part in parts], chosen, columns, architectures=["IVGForCausalLM"])
-    _write(folder, config, base, {"ivg_beta": torch.tensor(config.default_betas or [0.0])}, options)
+    _write(folder, config, first, {"ivg_beta": torch.tensor(config.default_betas or [0.0])}, options)
     return folder
+
+
+def running_parts(folder: Path) -> list[str]:
+    """Names of the submodels of a composite that compute; others have the outputs of one of them."""
+    return list(dict.fromkeys(IVGConfig.from_pretrained(folder).sources.values()))
 
 
 def export_value(path: str, folder: str | Path, *, options: LoadOptions | None = None) -> tuple[Path, HeadKind]:
@@ -97,8 +114,8 @@ def export_value(path: str, folder: str | Path, *, options: LoadOptions | None =
     """
     options, folder = options or LoadOptions(), Path(folder)
     kind = head_kind(path, options)
-    part = _part("value", path, options, head=kind)
-    _write(folder, IVGValueConfig(part.to_dict(), architectures=["IVGForValue"]), path, {"unused": torch.zeros(1)}, options)
+    part = _part("value", Network(path), options, head=kind)
+    _write(folder, IVGValueConfig(part.to_dict(), architectures=["IVGForValue"]), Network(path), {"unused": torch.zeros(1)}, options)
     return folder, kind
 
 
@@ -143,24 +160,27 @@ def default_cache() -> Path:
     return cache_folder("vllm")
 
 
-def _part(name: str, path: str, options: LoadOptions, group: str = "", sign: float = 1.0, head: HeadKind = "language") -> Submodel:
-    found = find_model(path, name, options.hub())
-    config = load_config(path, options, name)
+def _part(name: str, network: Network, options: LoadOptions, group: str = "", sign: float = 1.0, head: HeadKind = "language") -> Submodel:
+    found = find_model(network.path, name, options.hub())
+    config = load_config(network.path, options, name)
     local = Path(found).is_dir()
     part = Submodel(name, config.to_dict(), str(Path(found).resolve()) if local else str(found), options.revision, group, sign, head)
     part.network_config()  # raises for other than causal language models
-    return part
+    if network.adapter is None:
+        return part
+    check_plain_lora(network.adapter, name)
+    return replace(part, adapter=str(network.adapter.resolve()), scale=network.scale, adapter_digest=lora_digest(network.adapter))
 
 
-def _write(folder: Path, config: Any, tokenizer_of: str, tensors: dict[str, torch.Tensor], options: LoadOptions) -> None:
+def _write(folder: Path, config: Any, main: Network, tensors: dict[str, torch.Tensor], options: LoadOptions) -> None:
     """Write the files; an earlier composite is overwritten."""
     existing = folder / "config.json"
     if existing.exists() and json.loads(existing.read_text()).get("model_type") not in ("ivg", "ivg_value"):
         raise ConfigError(f"{folder} holds another model\n  give the composite a directory of its own")
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
-    load_tokenizer(tokenizer_of, options, "base").save_pretrained(folder)
-    found = find_model(tokenizer_of, "base", options.hub())
+    load_tokenizer(main.tokenizer, options, "base").save_pretrained(folder)
+    found = find_model(main.path, "base", options.hub())
     generation = Path(found) / "generation_config.json"
     if generation.is_file():  # it names the tokens that end an answer
         shutil.copyfile(generation, folder / "generation_config.json")

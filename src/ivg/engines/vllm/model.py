@@ -15,7 +15,8 @@ from vllm.config import VllmConfig
 
 from ivg.engines.vllm.batch_betas import batch_betas
 from ivg.engines.vllm.config import IVGConfig, Submodel
-from ivg.engines.vllm.submodels import build_submodel, renamed, source_of
+from ivg.engines.vllm.shared_weights import SharedNetwork, by_network
+from ivg.engines.vllm.submodels import renamed, source_of
 from ivg.errors import ConfigError
 
 
@@ -26,14 +27,19 @@ class IVGForCausalLM(nn.Module):
         super().__init__()
         config: IVGConfig = vllm_config.model_config.hf_config
         self.config, self.vllm_config = config, vllm_config
-        self.submodels = config.submodels
-        self.secondary_weights = []
-        for part in self.submodels:
-            self.add_module(part.name, build_submodel(part, vllm_config, prefix))
-            self.secondary_weights.append(source_of(part))
+        self.submodels, self.sources = config.submodels, config.sources
+        running = [part for part in self.submodels if self.sources[part.name] == part.name]
+        self.networks = [SharedNetwork(parts, vllm_config, prefix) for parts in by_network(running)]
+        self.running = [part for network in self.networks for part in network.parts]
+        """The submodels that compute, in the order in which they were built: vLLM may count layers of experts in a pass. Others have the
+        outputs of one of them."""
+        for network in self.networks:
+            for name, module in network.modules.items():
+                self.add_module(name, module)
+        self.secondary_weights = [source_of(network.parts[0]) for network in self.networks]
         self.groups, self.columns, self.batch_betas = config.groups, config.group_columns, batch_betas(vllm_config)
         self.widths: list[int] = []  # of the submodels' hidden states; configurations do not name it alike (OPT projects them)
-        self.vocabularies = [(part.vocab_size, _end(part)) for part in self.submodels]
+        self.vocabularies = [(part.vocab_size, _end(part)) for part in self.running]
         self.biases = nn.ParameterDict({part.name: _zeros(part.vocab_size) for part in self.submodels if part.head == "vocabulary"})
         self.ivg_beta = nn.Parameter(torch.tensor(config.default_betas or [0.0], dtype=torch.float32), requires_grad=False)
 
@@ -47,10 +53,10 @@ class IVGForCausalLM(nn.Module):
     def forward(
         self, input_ids: Tensor | None, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Tensor | None = None
     ) -> Tensor:
-        """Hidden states of all submodels side by side, [tokens, sum of widths]."""
+        """Hidden states of the submodels that run, side by side, [tokens, sum of widths]."""
         if input_ids is None:
             raise ConfigError("prompts as embeddings cannot be guided: guides have embeddings of their own\n  give tokens or text")
-        hidden = [self._network(part.name)(self._known(input_ids, i), positions) for i, part in enumerate(self.submodels)]
+        hidden = [self._network(part.name)(self._known(input_ids, i), positions) for i, part in enumerate(self.running)]
         self.widths = [h.shape[-1] for h in hidden]
         return torch.cat(hidden, -1)
 
@@ -61,17 +67,18 @@ class IVGForCausalLM(nn.Module):
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Guided logits [rows, the base's vocabulary], float32; None on ranks that have none."""
-        logits = [
-            self._network(part.name).compute_logits(hidden.contiguous())
-            for part, hidden in zip(self.submodels, hidden_states.split(self.widths, -1), strict=True)
-        ]
+        logits = {
+            part.name: self._network(part.name).compute_logits(hidden.contiguous())
+            for part, hidden in zip(self.running, hidden_states.split(self.widths, -1), strict=True)
+        }
         given = self.batch_betas.pop(len(hidden_states))
-        if logits[0] is None:
+        base = logits[self.submodels[0].name]
+        if base is None:
             return None
-        mixed = logits[0].float()
+        mixed = base.to(torch.float32, copy=True)  # a guide may have the base's logits, too
         weights = self.ivg_beta.expand(len(mixed), -1) if given is None else given.to(mixed.device)
         for group, (name, columns) in enumerate(zip(self.groups, self.columns, strict=True)):
-            members = [(part, z) for part, z in zip(self.submodels, logits, strict=True) if part.group == name]
+            members = [(part, logits[self.sources[part.name]]) for part in self.submodels if part.group == name]
             width = min(columns, mixed.shape[1])  # columns behind keep the base's logits
             for part, z in members:
                 if len(members) == 1 and part.head == "language" and width < mixed.shape[1]:
@@ -83,16 +90,18 @@ class IVGForCausalLM(nn.Module):
         return z + self.biases[part.name][: z.shape[1]] if part.name in self.biases else z
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Each submodel by its own loader; vLLM's loader yields the weights of one after the other."""
+        """Each network by its own loader; vLLM's loader yields the weights of one after the other. Then the adapters."""
         loaded: set[str] = set()
-        parts = {part.name: part for part in self.submodels}
+        networks = {network.parts[0].name: network for network in self.networks}
         for name, group in _by_owner(weights):
             if name == "ivg_beta":
                 self.ivg_beta.data.copy_(next(iter(group))[1].float().to(self.ivg_beta.device))
                 loaded.add("ivg_beta")
                 continue
-            found = self._network(name).load_weights(self._without_bias(parts[name], group))
+            found = self._network(name).load_weights(networks[name].watch(self._without_bias(networks[name].parts[0], group)))
             loaded |= {f"{name}.{key}" for key in found or ()}
+        for network in self.networks:
+            loaded |= network.add_adapters()
         return loaded | {f"biases.{name}" for name in self.biases}  # most heads have none, and stay at 0
 
     def _without_bias(self, part: Submodel, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
