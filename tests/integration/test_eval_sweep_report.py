@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from test_eval import hub, recipe  # noqa: F401  (fixtures)
 
+from ivg.errors import ConfigError
 from ivg.evaluation import runner
 from ivg.evaluation.plan import make_plan
-from ivg.evaluation.report import read_results
+from ivg.evaluation.report import read_results, report
 from ivg.evaluation.score import read_scored
 from ivg.evaluation.tables import tables
 
@@ -122,9 +123,36 @@ def test_the_kl_is_bounded_from_both_sides(results):
         assert (label == "base") <= (m["surprisal_above_base"]["mean"] == 0.0 and m["kl_at_least"] == 0.0)
 
 
+def test_differences_from_a_method(done, results):
+    assert results["differences"] is None
+    with pytest.raises(ConfigError, match="expected one of: base, eft-beta"):
+        make_plan(done.recipe.override(eval={"compare_to": "ivg"}), done.out)
+    found = report(make_plan(done.recipe.override(eval={"compare_to": "search-W1-K2"}), done.out))
+    differences = found["differences"]
+    gold = {label: by_prompt(read_scored(done, label), lambda _, s: s["gold"]) for label in found["methods"]}
+    assert set(differences["methods"]) == set(gold) - {"search-W1-K2"}
+    for label, m in differences["methods"].items():
+        assert m["rewards"]["gold"]["mean"] == pytest.approx(gold[label] - gold["search-W1-K2"], abs=1e-5)
+        assert m["flops"] == pytest.approx(found["methods"][label]["flops"] / found["methods"]["search-W1-K2"]["flops"], rel=1e-6)
+    assert set(differences["sweeps"]) == {"eft", "best-of-N"}  # not the sweep that it is a point of
+    assert "flops" not in differences["sweeps"]["eft"]
+    assert differences["sweeps"]["best-of-N"]["kl"]["gold"]["mean"] == pytest.approx(
+        np.interp(
+            *(math.sqrt(found["sweeps"]["search"]["kl"][1]), np.sqrt(found["sweeps"]["best-of-N"]["kl"])),
+            found["sweeps"]["best-of-N"]["rewards"]["gold"],
+        )
+        - gold["search-W1-K2"],
+        abs=1e-4,
+    )
+    table = next(t for t in tables(found) if t.title == "Differences from search-W1-K2")
+    assert table.header == ["method", "gold reward", "other", "FLOPs"]
+    assert any(row[0] == "best-of-N at its FLOPs" for row in table.rows)
+    report(done)
+
+
 def test_results_without_sweeps_can_be_read(results, tmp_path):
     """Those of 0.2 before there were sweeps lack all that belongs to them."""
-    old = {k: v for k, v in results.items() if k not in ("sweeps", "equal_kl", "equal_compute")}
+    old = {k: v for k, v in results.items() if k not in ("sweeps", "equal_kl", "equal_compute", "differences")}
     new = ("sweep", "point", "words", "kl_at_least", "surprisal_above_base")
     old["methods"] = {label: {k: v for k, v in m.items() if k not in new} for label, m in results["methods"].items()}
     (tmp_path / "results.json").write_text(json.dumps(old))

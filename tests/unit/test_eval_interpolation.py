@@ -9,7 +9,18 @@ from ivg.evaluation.base_samples import SampleGroup
 from ivg.evaluation.curves import best_of_n_curve, is_another_point, starts_at_base
 from ivg.evaluation.kl import kl_from_rewards
 from ivg.evaluation.methods import MethodRow, method_rows
-from ivg.evaluation.sweeps import SCALES, Curve, equal_compute, equal_kl, interpolate, resampled_means, resamples, reward_at
+from ivg.evaluation.sweeps import (
+    SCALES,
+    Curve,
+    difference_at,
+    equal_compute,
+    equal_kl,
+    interpolate,
+    mean_difference,
+    resampled_means,
+    resamples,
+    reward_at,
+)
 from ivg.search.methods import get_method
 from ivg.settings.recipe import Recipe
 
@@ -67,6 +78,26 @@ def test_a_prompt_without_answer_is_left_out_of_that_point():
     values = np.array([[1.0, NAN, 3.0], [2.0, 4.0, 6.0]])
     assert resampled_means(values, np.array([[1.0, 1, 1], [0, 3, 0], [2, 1, 0]])).tolist()[::2] == [[2.0, 4.0], [1.0, 8 / 3]]
     assert np.isnan(resampled_means(values, np.array([[0.0, 3, 0]]))[0, 0])
+
+
+def test_differences_on_the_same_prompts():
+    """Means 2 and 1: the difference is 1 for both prompts, though the rewards differ between them; the third has no answer of one."""
+    counts = resamples(3)
+    found = mean_difference(np.array([[1.0, 3.0, 5.0]]), np.array([[0.0, 2.0, NAN]]), counts)
+    assert found == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert mean_difference(np.array([[NAN, 1.0]]), np.array([[1.0, NAN]]), resamples(2)) is None
+
+
+def test_differences_at_another_method_s_kl():
+    """A sweep through (1, 0) and (4, 2) against a method of KL 2.25 and reward 0.5: 1 - 0.5."""
+    x, y = np.array([[1.0, 1.0], [4.0, 4.0]]), np.array([[0.0, 0.0], [2.0, 2.0]])
+    other = (np.array([[2.25, 2.25]]), np.array([[0.5, 0.5]]))
+    assert difference_at(x, y, other, ROOT, resamples(2)) == {"mean": 0.5, "low": 0.5, "high": 0.5, "outside": 0.0}
+    # KLs of 1 and 3.5: in a resample of one prompt alone the budget is that prompt's, so at most 2 (√3.5 - 1) - 0.5
+    found = difference_at(x, y, (np.array([[1.0, 3.5]]), other[1]), ROOT, resamples(2))
+    assert (found["mean"], found["low"]) == (0.5, -0.5)
+    assert found["high"] == pytest.approx(2 * (math.sqrt(3.5) - 1) - 0.5, abs=1e-6)
+    assert difference_at(x, y, (np.array([[5.0, 5.0]]), other[1]), ROOT, resamples(2)) is None
 
 
 def curve(kl, flops, gold, **more):

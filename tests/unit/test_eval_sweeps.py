@@ -76,6 +76,7 @@ def test_a_recipe_is_kept_as_it_was_written(tmp_path):
         ([{"method": "eft", "beta": [1, 1.0]}], "the label eft-beta1 is used twice"),
         ([{"method": "combinations", "soft_scale": [1, 2]}], "soft_scale cannot be swept"),
         ([{"method": "ivg", "beta": [1, 2]}, {"method": "ivg", "width": [1, 2]}], "two sweeps are called ivg"),
+        ([{"method": "bon", "label": "best-of-N", "successors": [2, 4]}], "or the name is reserved"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(methods, says):

@@ -10,10 +10,20 @@ import numpy as np
 from ivg.diagnostics.cost import flops
 from ivg.evaluation.base_samples import SampleGroup
 from ivg.evaluation.kl import kl_by_answer, selection_bound
-from ivg.evaluation.methods import MethodRow, method_settings
+from ivg.evaluation.methods import BEST_OF_N, MethodRow, method_settings
 from ivg.evaluation.metrics import mean_by_key
 from ivg.evaluation.plan import GOLD, EvalPlan
-from ivg.evaluation.sweeps import BEST_OF_N, Curve, Floats, curve_summary, equal_compute, equal_kl
+from ivg.evaluation.sweeps import (
+    SCALES,
+    Curve,
+    Floats,
+    curve_summary,
+    difference_at,
+    equal_compute,
+    equal_kl,
+    mean_difference,
+    resamples,
+)
 from ivg.search.methods import Method
 
 Row = dict[str, Any]
@@ -22,7 +32,7 @@ Scored = Mapping[str, Sequence[tuple[Row, Row]]]
 
 
 def sweep_results(plan: EvalPlan, scored: Scored, sizes: dict[str, int], groups: Sequence[SampleGroup]) -> Row:
-    """``sweeps``, ``equal_kl`` and ``equal_compute`` of results.json; empty or None without sweeps.
+    """``sweeps``, ``equal_kl``, ``equal_compute`` and ``differences`` of results.json; empty or None without sweeps, or ``compare_to``.
 
     Args:
         plan: of the evaluation.
@@ -34,8 +44,6 @@ def sweep_results(plan: EvalPlan, scored: Scored, sizes: dict[str, int], groups:
     for row in plan.method_rows:
         if row.sweep is not None:
             rows.setdefault(row.sweep, []).append(row)
-    if not rows:
-        return {"sweeps": {}, "equal_kl": None, "equal_compute": None}
     curves, summaries = {}, {}
     for name, swept in rows.items():
         points = [*swept, *(row for row in plan.method_rows if is_another_point(row, swept))]
@@ -45,8 +53,37 @@ def sweep_results(plan: EvalPlan, scored: Scored, sizes: dict[str, int], groups:
     if groups and any(gold is not None for g in groups for gold in g.golds):
         curves[BEST_OF_N] = best_of_n_curve(groups, [e.id for e in plan.examples])
         summaries[BEST_OF_N] = curve_summary(curves[BEST_OF_N], ["N"], None)
-    base = _matrix(plan, [_costs(scored[plan.base_row.label], sizes)])
-    return {"sweeps": summaries, "equal_kl": equal_kl(curves), "equal_compute": equal_compute(curves, float(np.nanmean(base)))}
+    other = plan.config.compare_to
+    found: Row = {"sweeps": {}, "equal_kl": None, "equal_compute": None}
+    if rows:
+        base = float(np.nanmean(_matrix(plan, [_costs(scored[plan.base_row.label], sizes)])))
+        found = {"sweeps": summaries, "equal_kl": equal_kl(curves), "equal_compute": equal_compute(curves, base)}
+    return {**found, "differences": None if other is None else _differences(plan, other, curves, scored, sizes)}
+
+
+def _differences(plan: EvalPlan, label: str, curves: Mapping[str, Curve], scored: Scored, sizes: dict[str, int]) -> Row:
+    """Rewards minus those of the method ``label``, on the same prompts: of every method, and of sweeps at that method's KL and FLOPs."""
+    other, reason = _curve(plan, [plan.method_row(label)], scored, sizes)
+    counts = resamples(len(plan.examples))
+    methods = {}
+    for row in plan.method_rows:
+        if row.label != label:
+            one = _curve(plan, [row], scored, sizes)[0]
+            found = {judge: mean_difference(one.rewards[judge], other.rewards[judge], counts) for judge in plan.judges}
+            methods[row.label] = {"rewards": found, "flops": float(np.nanmean(one.flops) / np.nanmean(other.flops))}
+    sweeps: Row = {}
+    for name, curve in curves.items():
+        if label in curve.labels:
+            continue  # at its own KL it is itself
+        sweeps[name] = {}
+        for axis, budget in (("kl", other.kl), ("flops", other.flops)):
+            along = curve.along(axis)
+            if along is not None and budget is not None:
+                x, rewards = along
+                sweeps[name][axis] = {
+                    judge: difference_at(x, y, (budget, other.rewards[judge]), SCALES[axis], counts) for judge, y in rewards.items()
+                }
+    return {"from": label, "bound": other.bound, "kl_note": reason, "methods": methods, "sweeps": sweeps}
 
 
 def is_another_point(row: MethodRow, points: Sequence[MethodRow]) -> bool:

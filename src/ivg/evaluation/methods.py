@@ -21,6 +21,8 @@ COMBINATIONS = "combinations"
 BASE = "base"
 BASE_SAMPLES = "base_samples"
 """Label of the base samples that best-of-N selects from; no method may have it."""
+BEST_OF_N = "best-of-N"
+"""Name of the sweep over N that base samples give; no other may have it."""
 SELECTION_VALUES = ("explicit", "reward", "implicit")
 """Best-of-N selects by the first of these values that the models have."""
 _VALUES = ("none", "implicit", "explicit")
@@ -133,9 +135,9 @@ def _check_sweeps(rows: Sequence[MethodRow]) -> None:
     for row in rows:
         if row.sweep is not None:
             settings.setdefault(row.sweep, set()).add(tuple(row.point))
-    twice = [name for name, different in settings.items() if len(different) > 1]
+    twice = [name for name, different in settings.items() if len(different) > 1 or name == BEST_OF_N]
     if twice:
-        raise ConfigError(f"methods: two sweeps are called {', '.join(twice)}\n  give each sweep its own label")
+        raise ConfigError(f"methods: two sweeps are called {', '.join(twice)}, or the name is reserved\n  give each sweep its own label")
 
 
 def _row(point: Mapping[str, Any], given: MethodConfig, values: Collection[str]) -> MethodRow:

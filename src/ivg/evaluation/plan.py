@@ -177,5 +177,8 @@ def make_plan(recipe: Recipe, out: str | Path) -> EvalPlan:
         raise ConfigError(f"ivg eval needs the engine transformers, got run.engine = {recipe.run.engine!r}\n  leave engine out of [run]")
     sampling = {**load_task(recipe.eval.task).defaults().get("sampling", {}), **recipe.sampling.settings()}
     plan = EvalPlan(recipe.override(sampling=sampling), Path(out))
+    labels = [m.label for m in plan.method_rows]
+    if recipe.eval.compare_to not in (None, *labels):
+        raise ConfigError(f"eval.compare_to is {recipe.eval.compare_to!r}\n  expected one of: {', '.join(labels)}")
     methods.check_no_leakage(plan.judges.get(GOLD), recipe, plan.method_rows)  # before any model is loaded
     return plan

@@ -53,7 +53,7 @@ def read_results(path: Path) -> Results:
         results = _renamed(results)
     missing: Results = dict.fromkeys(("sweep", "words", "kl_at_least", "surprisal_above_base", "win_rate_at_equal_length")) | {"point": {}}
     results["methods"] = {label: {**missing, **method} for label, method in results["methods"].items()}
-    return {"sweeps": {}, "equal_kl": None, "equal_compute": None, **results}
+    return {"sweeps": {}, "equal_kl": None, "equal_compute": None, "differences": None, **results}
 
 
 def _renamed(results: Results) -> Results:

@@ -24,8 +24,6 @@ SCALES: dict[str, Scale] = {"kl": np.sqrt, "flops": np.log}
 ROUNDS = 2000
 SAME_COST = 1.25
 """Where the largest FLOPs of a sweep are less than so many times the smallest, it has no range to interpolate in."""
-BEST_OF_N = "best-of-N"
-"""Name of the sweep of N that base samples give."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +57,23 @@ class Curve:
         return (x, rewards) if means.max() >= SAME_COST * means.min() else None
 
 
-def interpolate(x: Floats, y: Floats, at: float, scale: Scale) -> tuple[Floats, NDArray[np.bool_]]:
+def interpolate(x: Floats, y: Floats, at: float | Floats, scale: Scale) -> tuple[Floats, NDArray[np.bool_]]:
     """(reward at ``at``, is ``at`` within the points?) of each row; outside, the reward of the nearest point.
 
     Args:
         x: KL or FLOPs, in any order [rows, points].
         y: rewards [rows, points].
-        at: KL or FLOPs.
+        at: KL or FLOPs, one for all or one for each row [rows].
         scale: see :data:`SCALES`.
     """
+    budget = np.broadcast_to(np.asarray(at, np.float64), len(x))
     order = np.argsort(x, axis=1, kind="stable")
     x, y = np.take_along_axis(x, order, 1), np.take_along_axis(y, order, 1)
-    slack = 1e-9 * abs(at)  # a point at the budget itself is within
-    inside = (x[:, 0] - slack <= at) & (at <= x[:, -1] + slack)
-    s, target = scale(np.maximum(x, 0.0)), float(scale(np.array([at]))[0])
+    slack = 1e-9 * np.abs(budget)  # a point at the budget itself is within
+    inside = (x[:, 0] - slack <= budget) & (budget <= x[:, -1] + slack)
+    s, target = scale(np.maximum(x, 0.0)), scale(np.maximum(budget, 0.0))
     rows, last = np.arange(len(x)), x.shape[1] - 1
-    upper = np.minimum((s < target).sum(1), last)
+    upper = np.minimum((s < target[:, None]).sum(1), last)
     lower = np.maximum(upper - 1, 0)
     left, right = s[rows, lower], s[rows, upper]
     width = np.where(right > left, right - left, 1.0)
@@ -114,16 +113,50 @@ def reward_at(x: Floats, y: Floats, at: float, scale: Scale, counts: Floats) -> 
     """
     every = np.ones((1, x.shape[1]))
     mean, inside = interpolate(resampled_means(x, every), resampled_means(y, every), at, scale)
+    return _estimate(mean, inside, *interpolate(resampled_means(x, counts), resampled_means(y, counts), at, scale))
+
+
+def mean_difference(a: Floats, b: Floats, counts: Floats) -> dict[str, float] | None:
+    """Mean of ``a - b`` over the prompts that have both, with its 95 % interval; None without any.
+
+    Args:
+        a: rewards [1, prompts].
+        b: rewards on the same prompts [1, prompts].
+        counts: of :func:`resamples`.
+    """
+    if np.isnan(a - b).all():
+        return None
+    means = resampled_means(a - b, counts)[:, 0]
+    numbers = {"mean": np.nanmean(a - b), **dict(zip(("low", "high"), np.nanquantile(means, [0.025, 0.975]), strict=True))}
+    return {name: round(float(v), 6) for name, v in numbers.items()}
+
+
+def difference_at(x: Floats, y: Floats, other: tuple[Floats, Floats], scale: Scale, counts: Floats) -> dict[str, float] | None:
+    """Reward at another method's KL or FLOPs minus that method's reward, with its 95 % interval; None outside the measured points.
+
+    Args:
+        x: KL or FLOPs [points, prompts].
+        y: rewards [points, prompts].
+        other: KL or FLOPs and rewards of the other method [1, prompts] each.
+        scale: see :data:`SCALES`.
+        counts: of :func:`resamples`; each resample has its own budget, too.
+    """
+
+    def differences(drawn: Floats) -> tuple[Floats, NDArray[np.bool_]]:
+        at, reward = (resampled_means(values, drawn)[:, 0] for values in other)
+        found, inside = interpolate(resampled_means(x, drawn), resampled_means(y, drawn), at, scale)
+        return found - reward, inside
+
+    mean, inside = differences(np.ones((1, x.shape[1])))
+    return _estimate(mean, inside, *differences(counts))
+
+
+def _estimate(mean: Floats, inside: NDArray[np.bool_], rewards: Floats, within: NDArray[np.bool_]) -> dict[str, float] | None:
     if not inside[0] or not np.isfinite(mean[0]):
         return None
-    rewards, within = interpolate(resampled_means(x, counts), resampled_means(y, counts), at, scale)
     low, high = np.nanquantile(rewards, [0.025, 0.975])
-    return {
-        "mean": round(float(mean[0]), 6),
-        "low": round(float(low), 6),
-        "high": round(float(high), 6),
-        "outside": round(float(1 - within.mean()), 4),
-    }
+    numbers = {"mean": mean[0], "low": low, "high": high}
+    return {name: round(float(v), 6) for name, v in numbers.items()} | {"outside": round(float(1 - within.mean()), 4)}
 
 
 def equal_kl(curves: Mapping[str, Curve]) -> dict[str, Any]:

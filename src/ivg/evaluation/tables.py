@@ -169,7 +169,31 @@ _COMPUTE_NOTE = (
 
 def sweep_tables(results: Results) -> list[Table]:
     """Rewards at equal KL and at equal compute, for each judge; none without sweeps."""
-    return [*_at_budgets(results, "kl", "at equal KL", _KL_NOTE), *_at_budgets(results, "flops", "at equal compute", _COMPUTE_NOTE)]
+    found = [*_at_budgets(results, "kl", "at equal KL", _KL_NOTE), *_at_budgets(results, "flops", "at equal compute", _COMPUTE_NOTE)]
+    return [*found, _differences(results)] if results["differences"] else found
+
+
+def _differences(results: Results) -> Table:
+    """Differences from the method that the recipe names."""
+    found, judges = results["differences"], results["judges"]
+
+    def cells(rewards: Results) -> list[str]:
+        return [interval(e) if (e := rewards.get(judge)) is not None else "–" for judge in judges]
+
+    rows = [[label, *cells(m["rewards"]), f"{m['flops']:.2f}"] for label in order(results) if (m := found["methods"].get(label))]
+    for name, axes in found["sweeps"].items():
+        for axis, text, cost in (("kl", "its KL", "–"), ("flops", "its FLOPs", "1")):
+            if any(axes.get(axis, {}).values()):
+                rows.append([f"{name} at {text}", *cells(axes[axis]), cost])
+    parts = [
+        f"Rewards minus those of {found['from']}, on the same prompts; intervals by bootstrap over prompts: one that leaves out 0 is a "
+        "difference. FLOPs: as a multiple of that method's. Many rows are many chances of a difference."
+    ]
+    if len(rows) > len(found["methods"]):
+        parts.append("Sweeps at its KL or its FLOPs: interpolated between measured points, linearly in √KL or log FLOPs.")
+        if found["bound"] and any("kl" in axes for axes in found["sweeps"].values()):
+            parts.append(f"The KL of {found['from']} is an upper bound, so that sweeps of token guidance may have more KL than it has.")
+    return Table(f"Differences from {found['from']}", ["method", *map(judge_name, judges), "FLOPs"], rows, " ".join(parts))
 
 
 def _at_budgets(results: Results, axis: str, title: str, note: str) -> Iterator[Table]:

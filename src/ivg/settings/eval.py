@@ -72,6 +72,14 @@ class EvalConfig(Table):
             deprecated=("bank",),
         ),
     ] = 0
+    compare_to: Annotated[
+        str | None,
+        Setting(
+            "Label of a method: the report has the differences from it, on the same prompts, also at its KL and its FLOPs.",
+            flags=("--compare-to",),
+            unset="none",
+        ),
+    ] = None
     threads: Annotated[
         int | None, Setting("PyTorch's threads in each process.", r.count(1), flags=("--threads",), unset="PyTorch's default")
     ] = None
