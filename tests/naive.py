@@ -152,7 +152,10 @@ def grow(base, values, s, prompt, y, rng_path, tokens, temperature, seed, limit,
         start = answer_start(y, marker)
         grown += start is not None
         if s.token and s.beta and start is not None:
-            z = guided(z, s, values[s.token], prompt, answer(y, s, marker))
+            moved = guided(z, s, values[s.token], prompt, answer(y, s, marker))
+            if s.kl_budget is not None:
+                moved, _ = within(z, moved, s.kl_budget - kl_spent(base, values, s, prompt, y, temperature), temperature or 1.0)
+            z = moved
         over = -1 if start is not None or s.thinking_budget is None else len(y) - s.thinking_budget
         if 0 <= over < len(marker):
             token = marker[over]
@@ -170,6 +173,35 @@ def grow(base, values, s, prompt, y, rng_path, tokens, temperature, seed, limit,
         if s.chunk_until and steps_ended(text(y), s.chunk_until) > steps_ended(text(y[:-1]), s.chunk_until):
             return y, False
     return y, False
+
+
+def kl(z, moved, temperature):
+    p, q = ((x.double() / temperature).log_softmax(-1) for x in (moved, z))
+    return sum(math.exp(a) * (a - b) for a, b in zip(p.tolist(), q.tolist(), strict=True) if a > -math.inf)
+
+
+def within(z, moved, left, temperature):
+    """(logits between base and guided whose divergence is at most ``left``, what of it they take), by bisection."""
+    if left <= 0:
+        return z, 0.0
+    nats = kl(z, moved, temperature)
+    if nats <= left:
+        return moved, nats
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        s = (low + high) / 2
+        between = torch.where(moved.isneginf(), -math.inf, z + s * (moved - z))
+        low, high = (s, high) if kl(z, between, temperature) <= left else (low, s)
+    return (torch.where(moved.isneginf(), -math.inf, z + low * (moved - z)) if low else z), left
+
+
+def kl_spent(base, values, s, prompt, y, temperature):
+    """What the tokens of a response have taken of the budget, from the first on."""
+    total = 0.0
+    for i in range(len(y)):
+        z = outputs(base, prompt + y[:i])[-1]
+        total += within(z, guided(z, s, values[s.token], prompt, y[:i]), s.kl_budget - total, temperature or 1.0)[1]
+    return total
 
 
 def steps_ended(text, separator):

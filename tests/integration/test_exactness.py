@@ -168,6 +168,9 @@ NEIGHBOURS = {
         "successors": 3,
         "chunk_length": 4,
     },
+    "budget of KL": {"token": "implicit", "select": "explicit", "kl_budget": 6.0, "width": 2, "successors": 2, "chunk_length": 4},
+    "budget of KL, candidates and a gate": {"token": "scalar", "candidates": 4, "kl_budget": 4.0, "gate": 4.3},
+    "budget of KL, one value twice": {"token": "implicit", "select": "implicit", "kl_budget": 3.0, "successors": 2, "chunk_length": 6},
     "adaptive, soft": {"select": "explicit", "rule": "soft", "decay": 0.6, "successors": 3, "chunk_length": 4},
 }
 

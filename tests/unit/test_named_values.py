@@ -178,7 +178,7 @@ def test_every_setting_can_be_given_at_the_edge():
         "transform": "centered",
         "rule": "top",
     }
-    texts |= {"chunk_until": ";", "step_aggregation": "mean", "step_separator": ";"}
+    texts |= {"drafter": "arm", "acceptance": "clip", "chunk_until": ";", "step_aggregation": "mean", "step_separator": ";"}
     texts |= {"chunk_length": "4", "weights": "a=1,contrast=2", "contrast": "Be kind.", "negative": "Be rude."}
     texts |= {"guide_after": "</think>", "thinking_budget": "4", "values_read": "all", "draft": "0"}
     given = [f"{name}={texts.get(name, {bool: 'false', int: '4', float: '0.5'}.get(type(f.default), '0.5'))}" for name, f in _fields()]

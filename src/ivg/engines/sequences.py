@@ -34,6 +34,7 @@ class TokenSequence:
     answer_start: int | None = 0
     answer_text: int = 0
     log_ratio: float = 0.0
+    kl_spent: float = 0.0
     guide_shift: list[float] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     details: list[TokenLogprobs] = field(default_factory=list)
@@ -80,6 +81,7 @@ def fork(request: ExpandRequest) -> list[TokenSequence]:
             answer_start=beam.answer_start,
             answer_text=beam.answer_text,
             log_ratio=beam.log_ratio,
+            kl_spent=beam.kl_spent,
             guide_shift=list(beam.guide_shift),
             pieces=list(beam.pieces),
             details=list(beam.details),
@@ -171,4 +173,5 @@ def _as_beam(child: TokenSequence) -> Beam:
         answer_start=child.answer_start,
         answer_text=child.answer_text,
         log_ratio=child.log_ratio,
+        kl_spent=child.kl_spent,
     )

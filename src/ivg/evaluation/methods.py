@@ -27,7 +27,7 @@ SELECTION_VALUES = ("explicit", "reward", "implicit")
 """Best-of-N selects by the first of these values that the models have."""
 _VALUES = ("none", "implicit", "explicit")
 _SIZES = ("width", "successors", "chunk_length", "original")
-_GUIDING = ("beta", "candidates", "transform", "gate", "draft")
+_GUIDING = ("beta", "candidates", "transform", "gate", "kl_budget", "draft")
 _EMBEDDED = {"implicit": ("tuned", "untuned"), "explicit": ("value",), "explicit-other": ("value-other",)}
 
 
@@ -157,7 +157,7 @@ def _combinations(point: Mapping[str, Any], given: MethodConfig, recipe: Recipe,
     if unknown := sorted(set(point) - {*_SIZES, *_GUIDING}):
         raise ConfigError(
             f"{given.label}: {', '.join(unknown)} cannot be swept\n"
-            "  expected some of: width, successors, chunk_length, beta, candidates, gate, draft"
+            "  expected some of: width, successors, chunk_length, beta, candidates, gate, kl_budget, draft"
         )
     sizes = {k: getattr(METHODS["ivg"], k) for k in _SIZES} | {k: settings[k] for k in _SIZES if k in settings}
     guiding = {k: settings[k] for k in _GUIDING if k in settings}

@@ -59,6 +59,11 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         self.guidance, self.tokenizer, self.attention_mask = guidance, tokenizer, attention_mask
         self.vocabulary = Vocabulary(tokenizer, owner="base")
         check_guidance(guidance, self.vocabulary)
+        if guidance.kl_budget is not None:
+            raise ConfigError(
+                f"kl_budget={guidance.kl_budget:g}: a logits processor does not know the temperature, nor what an answer has cost\n"
+                "  use GuidedGenerate(tokenizer, values, 'eft', kl_budget=…)"
+            )
         self._start = 0
         self._prompts: dict[tuple[int, ...], Prompt] = {}
         self._seen: dict[tuple[int, ...], Beam] = {}

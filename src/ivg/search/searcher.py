@@ -309,7 +309,7 @@ class Searcher:
 
     def _end(self, state: RequestState, best: Beam, score: float | None, error: str | None, step: Step | None = None) -> Step:
         """The step with the completion; frees everything that is kept for the request."""
-        seconds = time.perf_counter() - state.started
+        seconds, guidance = time.perf_counter() - state.started, state.request.search.guidance
         read, cached = dict(state.token_counter.forward_tokens), dict(state.token_counter.cached_tokens)
         usage = Usage(read, state.prompt_tokens, len(best.token_ids), seconds, cached, state.rule.drafted_tokens)
         completion = Completion(
@@ -326,6 +326,7 @@ class Searcher:
             sampling=state.request.sampling,
             generation_config=state.request.from_checkpoint,
             guide_after=state.marker,
+            kl_spent=best.kl_spent if guidance is not None and guidance.kl_budget is not None else None,
         )
         self._release_all(state)
         del self._running[state.id]

@@ -219,6 +219,16 @@ class SearchSettings:
             group="guidance",
         ),
     ] = 0.0
+    kl_budget: Annotated[
+        float | None,
+        Setting(
+            "Nats of KL divergence from the base that token guidance may take in one answer: full guidance while they last, then none.",
+            r.number("0 or more nats", 0, optional=True),
+            flags=("--kl-budget",),
+            group="guidance",
+            unset="no limit",
+        ),
+    ] = None
     draft: Annotated[
         int,
         Setting(

@@ -142,6 +142,8 @@ class Beam:
     """Per token: log pi_guided - log pi_base, in nats (see :attr:`Completion.guide_shift`). Empty unless recorded."""
     log_ratio: float = 0.0
     """Sum over tokens of log pi_base - log pi_proposal, both as sampled (temperature and filters). 0 unless requested."""
+    kl_spent: float = 0.0
+    """Nats of the budget of token guidance that the tokens have cost (``TokenGuidance.kl_budget``)."""
     paused: bool = False
     """The chunk ended early: at a point of high entropy (:class:`~ivg.types.EntropyStop`), or at a text (``ExpandRequest.until``)."""
     pieces: tuple[str, ...] = ()

@@ -96,6 +96,8 @@ class Completion:
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     guide_after: str | None = None
     """What ends the thinking that ``text`` begins with; None: it begins with the answer."""
+    kl_spent: float | None = None
+    """Nats that token guidance has taken of its budget: the sum of KL(pi_guided || pi_base) over the tokens; None: it has no budget."""
 
     @property
     def reasoning_content(self) -> str | None:
@@ -120,6 +122,8 @@ class Completion:
             del out["usage"]["drafted_tokens"]
         if self.guide_after is not None:
             out |= {"reasoning_content": self.reasoning_content, "answer": self.answer}
+        if self.kl_spent is not None:
+            out["kl_spent"] = round(self.kl_spent, 6)
         if self.generation_config:
             out["generation_config"] = dict(self.generation_config)
         return out | ({"notes": list(self.notes)} if self.notes else {}) | ({"error": self.error} if self.error else {})

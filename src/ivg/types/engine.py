@@ -40,6 +40,8 @@ class TokenGuidance:
             speed and no token; but with drafts tokens are drawn by rejection sampling, so 0 draws others, from the same distribution.
         plausibility: where a token is guided, forbid those to which the base alone (temperature 1) gives less than this share of its
             likeliest token's probability (contrastive decoding: Li et al. 2023, arXiv 2210.15097); 0 forbids none.
+        kl_budget: nats of KL(pi_guided || pi_base) that the tokens of one answer may cost together, both softmaxes at the request's
+            temperature (greedy: 1) before top-k, top-p and the like; where they do not suffice, guidance is weakened; None: no limit.
     """
 
     value: Value
@@ -50,6 +52,7 @@ class TokenGuidance:
     gate: float = SearchSettings.gate
     draft: int = SearchSettings.draft
     plausibility: float = SearchSettings.plausibility
+    kl_budget: float | None = SearchSettings.kl_budget
 
     def __post_init__(self) -> None:
         validate(self, SearchSettings)

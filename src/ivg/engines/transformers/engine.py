@@ -15,6 +15,7 @@ from torch import Tensor
 from ivg.engines.sequences import TokenSequence, append_token, as_beams, fork
 from ivg.engines.transformers.draft_model import DraftWriter
 from ivg.engines.transformers.guidance import apply_guidance, check_guidance, compares_guidance, nan_error, no_token_error
+from ivg.engines.transformers.kl_budget import BudgetRow, guide_within_budget
 from ivg.engines.transformers.logprobs import compare_guidance
 from ivg.engines.transformers.processors import contexts_of, forbid_ignored_eos, process_logits
 from ivg.engines.transformers.sampling import entropy, nonfinite_rows, sample
@@ -64,11 +65,13 @@ class _Logits:
         base: of the base model alone.
         guided: with token guidance.
         faults: why the guide has no number for a node, by its key.
+        costs: nats of the budget of guidance that the token of a row takes, by row.
     """
 
     base: Tensor
     guided: Tensor
     faults: Mapping[int, ScoreFault]
+    costs: Mapping[int, float]
 
 
 class TransformersEngine(Engine):
@@ -182,19 +185,29 @@ class TransformersEngine(Engine):
                 groups.setdefault(request.guidance, []).append(i)
         forbid_ignored_eos(logits, [request.sampling for request in step.requests], self.vocabulary.eos_ids)
         base = logits
-        if groups and (any(map(compares_guidance, step.requests)) or nonfinite_rows(logits)):
+        limited = any(guidance.kl_budget is not None for guidance in groups)
+        if groups and (limited or any(map(compares_guidance, step.requests)) or nonfinite_rows(logits)):
             base = logits.clone()
         faults: dict[int, ScoreFault] = {}
+        costs: dict[int, float] = {}
         for guidance, rows in groups.items():
             every = len(rows) == len(logits)
             nodes = [answer_of(step.nodes[i], step.requests[i].thinking) for i in rows]
             own = None if entropies is None else entropies[rows]
-            guided = apply_guidance(logits if every else logits[rows], nodes, guidance, own, faults)
+            if guidance.kl_budget is None:
+                guided = apply_guidance(logits if every else logits[rows], nodes, guidance, own, faults)
+            else:
+                known = [
+                    BudgetRow(node, step.nodes[i].kl_spent, step.requests[i].sampling.temperature)
+                    for node, i in zip(nodes, rows, strict=True)
+                ]
+                guided, nats = guide_within_budget(base[rows], known, guidance, own, faults)
+                costs |= zip(rows, nats, strict=True)
             if every:
                 logits = guided
             else:
                 logits[rows] = guided
-        return _Logits(base, logits, faults)
+        return _Logits(base, logits, faults, costs)
 
     def _draw(self, step: _Step, logits: _Logits) -> None:
         """Draw one token for every sequence from its row."""
@@ -208,9 +221,10 @@ class TransformersEngine(Engine):
         uniforms = [uniform(s.request.seed, s.rng_path, len(s.token_ids)) for s in sequences]
         tokens = sample(final, [s.request.sampling for s in sequences], uniforms, row_of)
         compared = compare_guidance([s.request for s in sequences], row_of, tokens, logits.base, logits.guided, final, process)
-        for s, token, (shift, ratio, detail) in zip(sequences, tokens.tolist(), compared, strict=True):
+        for s, row, token, (shift, ratio, detail) in zip(sequences, row_of, tokens.tolist(), compared, strict=True):
             if s.finish is None:
                 s.log_ratio -= ratio
+                s.kl_spent += logits.costs.get(row, 0.0)
                 append_token(s, token, shift, detail)
 
     def process_logits(

@@ -59,6 +59,10 @@ def check_draft(guidance: TokenGuidance) -> None:
     for name in ("candidates", "normalise", "gate"):
         if got := getattr(guidance, name):
             raise ConfigError(f"draft={guidance.draft} verifies z_base + beta * delta at every token, got {name}={got}\n  leave one out")
+    if guidance.kl_budget is not None:
+        raise ConfigError(
+            f"draft={guidance.draft} verifies one distribution for each token, got kl_budget={guidance.kl_budget:g}\n  leave one out"
+        )
     if guidance.value.drafter(guidance.beta) is None:
         raise ConfigError(
             f"draft={guidance.draft} needs a value that can draft tokens: a pair of tuned and untuned (implicit)\n"

@@ -102,8 +102,8 @@ class VLLMEngine(AsyncEngine):
         """
         if guidance is None:
             return
-        for name in ("candidates", "gate", "draft", "plausibility"):
-            if got := getattr(guidance, name):
+        for name in ("candidates", "gate", "draft", "plausibility", "kl_budget"):
+            if (got := getattr(guidance, name)) or (got is not None and name == "kl_budget"):
                 raise ConfigError(f"{name}={got}: the engine vllm adds whole logits at every token\n  {_ELSEWHERE}")
         for _, value in _weighted_guides(guidance.value, 1.0):
             if self.guides.get(value.name) is not value:
