@@ -9,6 +9,7 @@ from ivg.errors import ConfigError
 from ivg.evaluation import task
 from ivg.evaluation.plan import make_plan
 from ivg.evaluation.runner import run
+from ivg.settings.eval import EvalConfig
 from ivg.settings.recipe import Recipe
 from ivg.utils.plugins import Plugins
 
@@ -55,3 +56,11 @@ def test_what_is_no_task_is_refused(haiku):
         task.load_task("other")
     with pytest.raises(ConfigError, match="unknown task 'sonnet'\n  expected one of: sentiment, summarization, alpaca, haiku, other"):
         task.load_task("sonnet")
+
+
+@pytest.mark.parametrize("name", ["sentiment", "summarization", "alpaca"])
+def test_variables_of_chat_templates_in_rows_are_refused_by_name(tmp_path, name):
+    row = {"prompt": "The movie", "instruction": "x", "output": "y", "chat_template_kwargs": {"enable_thinking": False}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ConfigError, match="row 1: chat_template_kwargs are not read for each row"):
+        task.load_task(name).examples(EvalConfig(data=str(tmp_path / "rows.jsonl"), options={"judge": "none"} if name == "alpaca" else {}))

@@ -16,6 +16,7 @@ from typing import Any
 
 from ivg.errors import ConfigError
 from ivg.jobs.formats import read_rows
+from ivg.jobs.prompts import KWARGS
 from ivg.settings.recipe import EvalConfig
 from ivg.types import Prompt
 from ivg.utils.plugins import Plugins
@@ -164,6 +165,16 @@ def digest(examples: Sequence[Example]) -> str:
     return hashlib.sha256(json.dumps(shown, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
+def check_no_kwargs(row: Mapping[str, Any], where: str) -> None:
+    """Raise for a row with variables of chat templates of its own, which tasks do not read.
+
+    Raises:
+        ConfigError: names the row ``where``.
+    """
+    if row.get(KWARGS):
+        raise ConfigError(f"{where}: {KWARGS} are not read for each row\n  remove the column, and set them for the models of the recipe")
+
+
 def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
     """The text in a column; ``where`` names the row in errors.
 
@@ -171,6 +182,7 @@ def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
         ConfigError: no text, or something else such as messages.
     """
     found = row.get(column)
+    check_no_kwargs(row, where)
     if not isinstance(found, str):
         got = "nothing" if found is None else "messages" if isinstance(found, list) else repr(found)[:40]
         raise ConfigError(f"{where}: expected a text in {column}, got {got}\n  remove the row, or give its text")

@@ -65,7 +65,7 @@ class GenerateRun:
         provenance = {} if output is None else self._provenance()
         with ExitStack() as stack:
             rows = None if output is None else stack.enter_context(open_rows(output, self.jobs, provenance, callbacks.on_superseded))
-            wanted = [Task(job.prompt, self.recipe.run.seed, k, job) for job in self.jobs for k in range(self.recipe.run.n)]
+            wanted = [Task(job.request_prompt, self.recipe.run.seed, k, job) for job in self.jobs for k in range(self.recipe.run.n)]
             tasks = [task for task in wanted if rows is None or not rows.done(task.source, task.index)]
             self.counts.update({"already done": len(wanted) - len(tasks), "skipped": len(tasks)})
             advance = stack.enter_context(callbacks.progress(len(tasks)))

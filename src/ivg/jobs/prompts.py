@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ivg.errors import PromptError
+from ivg.errors import ConfigError, PromptError
 from ivg.jobs.formats import SourceRow
 from ivg.types.messages import Prompt
 from ivg.utils.jsonl import jsonable, to_json
@@ -20,6 +20,9 @@ ANSWER_COLUMNS = frozenset({
 })  # fmt: skip
 """Columns of answers; columns of the input with such a name are kept in ``input_columns``."""
 
+KWARGS = "chat_template_kwargs"
+"""Column of rows, as in TRL: variables of the chat templates for one prompt."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -28,6 +31,7 @@ class Job:
     Attributes:
         id: unique in the run.
         prompt: text, or messages.
+        chat_template_kwargs: variables of the chat templates for this prompt.
         place: file and line, for error messages; default: the id.
         row: the row of the input.
     """
@@ -36,6 +40,7 @@ class Job:
     prompt: Any
     place: str = ""
     row: Mapping[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "place", self.place or f"prompt {self.id}")
@@ -44,6 +49,16 @@ class Job:
     def key(self) -> str:
         """The id as JSON, so that ids of different types differ (1 and "1")."""
         return id_key(self.id)
+
+    @property
+    def prompt_key(self) -> str:
+        """A hash of what is answered."""
+        return prompt_key(self.prompt, self.chat_template_kwargs)
+
+    @property
+    def request_prompt(self) -> Prompt:
+        """The prompt as a request has it."""
+        return with_kwargs(Prompt.of(self.prompt), self.chat_template_kwargs)
 
     def extra_columns(self, answer: Iterable[str]) -> dict[str, Any]:
         """The further columns of the input; those named like a column of the ``answer`` under ``input_columns``."""
@@ -66,8 +81,10 @@ def read_jobs(rows: Iterable[SourceRow], fail: Callable[[str, str, Mapping[str, 
             continue
         row = jsonable(source.data)
         try:
-            prompt = prompt_of(row).plain
-            job = Job(row["id"] if row.get("id") not in (None, "") else _new_id(prompt, places), prompt, source.place, row)
+            found = prompt_of(row)
+            prompt, kwargs = found.plain, found.chat.chat_template_kwargs
+            own = row["id"] if row.get("id") not in (None, "") else _new_id(prompt_key(prompt, kwargs), places)
+            job = Job(own, prompt, source.place, row, kwargs)
             if job.key in places:
                 raise PromptError(f"the id {job.key} is also that of {places[job.key]}\n  give each row an id of its own, or none")
         except PromptError as e:
@@ -78,13 +95,37 @@ def read_jobs(rows: Iterable[SourceRow], fail: Callable[[str, str, Mapping[str, 
 
 
 def prompt_of(row: Mapping[str, Any]) -> Prompt:
-    """The prompt of a row: its column ``prompt``, or ``messages`` where that is empty.
+    """The prompt of a row: its column ``prompt``, or ``messages`` where that is empty, with its ``chat_template_kwargs``.
 
-    Messages may be JSON in a text, as CSV has them.
+    Messages and variables may be JSON in a text, as CSV has them.
 
     Raises:
         PromptError: neither, or an invalid one.
     """
+    return with_kwargs(_content_of(row), row.get(KWARGS))
+
+
+def with_kwargs(prompt: Prompt, kwargs: Any) -> Prompt:
+    """``prompt`` with variables of the chat templates for it alone: a mapping, the same as JSON in a text, or nothing.
+
+    Raises:
+        PromptError: something else.
+    """
+    if kwargs in (None, "") or kwargs == {}:
+        return prompt
+    found = kwargs
+    if isinstance(kwargs, str):
+        try:
+            found = json.loads(kwargs)
+        except (ValueError, RecursionError):
+            found = kwargs
+    try:
+        return replace(prompt, chat=replace(prompt.chat, chat_template_kwargs=found))
+    except ConfigError as e:
+        raise PromptError(str(e)) from None
+
+
+def _content_of(row: Mapping[str, Any]) -> Prompt:
     prompt, messages = row.get("prompt"), row.get("messages")
     if prompt not in (None, "") or (prompt == "" and messages in (None, "")):
         return Prompt.of(prompt)  # type: ignore[arg-type]
@@ -109,14 +150,15 @@ def id_key(identity: Any) -> str:
     return json.dumps(identity, sort_keys=True)
 
 
-def prompt_key(prompt: Any) -> str:
-    """A hash of a prompt (text or messages)."""
-    return hashlib.sha256(to_json(prompt).encode()).hexdigest()[:16]
+def prompt_key(prompt: Any, chat_template_kwargs: Any = None) -> str:
+    """A hash of a prompt (text or messages) and of the variables of chat templates for it."""
+    kwargs = dict(with_kwargs(Prompt(""), chat_template_kwargs).chat.chat_template_kwargs)
+    return hashlib.sha256(to_json([prompt, kwargs] if kwargs else prompt).encode()).hexdigest()[:16]
 
 
-def _new_id(prompt: Any, taken: Mapping[str, str]) -> str:
-    """An id that does not depend on the row's position, so that rows may be added anywhere."""
-    name, count = prompt_key(prompt), 1
+def _new_id(name: str, taken: Mapping[str, str]) -> str:
+    """An id that does not depend on the row's position, so that rows may be added anywhere; ``name``: the prompt's hash."""
+    count = 1
     while id_key(new := name if count == 1 else f"{name}-{count}") in taken:
         count += 1
     return new

@@ -124,13 +124,17 @@ def with_chat_settings(prompt: PromptLike, settings: Mapping[str, Any], template
 
     Raises:
         ConfigError: they have no effect on this prompt for a base that reads in ``template``.
+        PromptError: its own variables of a chat template have none.
     """
     wanted, given = Prompt.of(prompt), {k: v for k, v in settings.items() if k in CHAT_SETTINGS and v is not None}
+    unread = "chat_template_kwargs, but the base reads this prompt in no chat template\n  give messages, or leave it out"
+    if wanted.chat.chat_template_kwargs and not is_chat(wanted, template):
+        raise PromptError(unread)
     if not given:
         return wanted
     chat = replace(wanted.chat, **given)
     if chat.chat_template_kwargs and not is_chat(wanted, template):
-        raise ConfigError("chat_template_kwargs, but the base reads this prompt in no chat template\n  give messages, or leave it out")
+        raise ConfigError(unread)
     if chat.continue_final_message and isinstance(wanted.content, str):
         raise ConfigError("continue_final_message, but the prompt is a text\n  give messages, or leave it out: a text is continued")
     return replace(wanted, chat=chat)

@@ -327,6 +327,7 @@ class Searcher:
             generation_config=state.request.from_checkpoint,
             guide_after=state.marker,
             kl_spent=best.kl_spent if guidance is not None and guidance.kl_budget is not None else None,
+            answer_start=best.answer_start,
         )
         self._release_all(state)
         del self._running[state.id]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ivg.errors import PromptError
+from ivg.jobs.prompts import KWARGS, with_kwargs
 from ivg.models.chat_template import prompt_text
 from ivg.types.messages import Message, Prompt, check_text
 from ivg.utils.jsonl import RowError
@@ -56,9 +57,9 @@ def responses_of(row: Row) -> list[tuple[str, float]]:
     return [(response_text(text), finite_score(score)) for text, score in zip(responses, scores, strict=True)]
 
 
-def usable_prompt(value: Any) -> Prompt:
-    """A prompt that is not empty."""
-    found = Prompt.of(value)
+def prompt_in(row: Row, value: Any = None) -> Prompt:
+    """The prompt of a row, which is not empty, with its ``chat_template_kwargs``; ``value``: where it is not in the column ``prompt``."""
+    found = with_kwargs(Prompt.of(cell(row, "prompt") if value is None else value), row.get(KWARGS))
     if not prompt_text(found).strip():
         raise PromptError("the prompt is empty")
     return found

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from ivg.errors import ConfigError, PromptError
 from ivg.jobs.formats import SourceRow, scan_rows
 from ivg.jobs.prompts import prompt_of
-from ivg.training.columns import Row, cell, finite_score, flag, list_of, response_text, responses_of, usable_prompt
+from ivg.training.columns import Row, cell, finite_score, flag, list_of, prompt_in, response_text, responses_of
 from ivg.types import Preference, Prompt
 from ivg.utils.jsonl import RowError
 from ivg.utils.rng import uniform
@@ -185,7 +185,7 @@ def read_sft_examples(source: str | Path, options: ReadOptions | None = None) ->
     if name == "chosen" and rows.have(*RATED_LISTS):
         return list(dict.fromkeys(SFTExample(pair.prompt, pair.chosen) for pair in rows.each(_labelled)))
     if name is not None and rows.have("prompt"):
-        return rows.each(lambda row: [SFTExample(usable_prompt(cell(row, "prompt")), response_text(cell(row, name)))])
+        return rows.each(lambda row: [SFTExample(prompt_in(row), response_text(cell(row, name)))])
     if rows.have("messages"):
         return rows.each(_conversation)
     if rows.have("text"):
@@ -202,7 +202,7 @@ def read_prompts(source: str | Path, options: ReadOptions | None = None) -> list
     rows = _Rows(source, options)
     if not (rows.have("prompt") or rows.have("messages")):
         raise rows.wrong_columns("prompts", ("prompt",), ("messages",))
-    return list(dict.fromkeys(rows.each(lambda row: [usable_prompt(prompt_of(row))])))
+    return list(dict.fromkeys(rows.each(lambda row: [prompt_in(row, prompt_of(row))])))
 
 
 def pair_up(rated: Iterable[RatedResponse], seed: int = 0) -> list[Preference]:
@@ -323,7 +323,7 @@ class _Rows:
 
 def _rated_rows(rows: _Rows) -> list[RatedResponse]:
     if rows.have(*RATED_LISTS):
-        return rows.each(lambda row: [RatedResponse(usable_prompt(cell(row, "prompt")), text, score) for text, score in responses_of(row)])
+        return rows.each(lambda row: [RatedResponse(prompt_in(row), text, score) for text, score in responses_of(row)])
     if rows.have(*RATED):
         return rows.each(lambda row: [_rated(row)])
     raise rows.wrong_columns("rated responses", RATED, RATED_LISTS)
@@ -332,14 +332,12 @@ def _rated_rows(rows: _Rows) -> list[RatedResponse]:
 def _rated(row: Row) -> RatedResponse:
     ids = None if row.get("token_ids") in (None, "") else tuple(list_of(row, "token_ids"))
     ended = flag(row["ended"]) if row.get("ended") not in (None, "") else row.get("finish_reason", "stop") == "stop"
-    return RatedResponse(
-        usable_prompt(cell(row, "prompt")), response_text(cell(row, "response")), finite_score(cell(row, "score")), ids, ended
-    )
+    return RatedResponse(prompt_in(row), response_text(cell(row, "response")), finite_score(cell(row, "score")), ids, ended)
 
 
 def _labelled(row: Row) -> list[Preference]:
     """Rows of imdb_preference: ``chosen`` is the index of the better response in ``responses``."""
-    prompt, found, index = usable_prompt(cell(row, "prompt")), responses_of(row), cell(row, "chosen")
+    prompt, found, index = prompt_in(row), responses_of(row), cell(row, "chosen")
     if isinstance(index, str) and index.isdigit():
         index = int(index)
     if not isinstance(index, int) or not 0 <= index < len(found):
@@ -351,7 +349,7 @@ def _labelled(row: Row) -> list[Preference]:
 def _preference(row: Row) -> list[Preference]:
     both = cell(row, "chosen"), cell(row, "rejected")
     if "prompt" in row:
-        prompt = usable_prompt(cell(row, "prompt"))
+        prompt = prompt_in(row)
         chosen, rejected = both
     else:  # whole conversations: their common prefix is the prompt
         if any(not isinstance(side, list | tuple) for side in both):
@@ -359,7 +357,7 @@ def _preference(row: Row) -> list[Preference]:
         shared = 0
         while shared < min(map(len, both)) - 1 and both[0][shared] == both[1][shared]:
             shared += 1
-        prompt, chosen, rejected = usable_prompt(both[0][:shared]), both[0][shared:], both[1][shared:]
+        prompt, chosen, rejected = prompt_in(row, both[0][:shared]), both[0][shared:], both[1][shared:]
     scores = row.get("chosen_score", row.get("score_chosen")), row.get("rejected_score", row.get("score_rejected"))
     margin = None if None in scores else finite_score(scores[0]) - finite_score(scores[1])
     found = Preference(prompt, response_text(chosen), response_text(rejected), margin)
@@ -370,4 +368,4 @@ def _preference(row: Row) -> list[Preference]:
 
 def _conversation(row: Row) -> list[SFTExample]:
     turns = list_of(row, "messages")
-    return [SFTExample(usable_prompt(turns[:-1]), response_text(turns[-1:]))]
+    return [SFTExample(prompt_in(row, turns[:-1]), response_text(turns[-1:]))]

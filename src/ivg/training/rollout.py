@@ -2,7 +2,10 @@
 
 Columns: ``prompt`` (text or messages), ``index``, ``response``, ``token_ids`` (of the base), ``finish_reason``, ``ended`` (by an
 end-of-sequence token), ``score``; ``error`` instead if the prompt cannot be answered or the response not scored; ``notes`` say what a
-reward model could not read. Blocks of prompts have their own seeds: an interrupted run gives the same file.
+reward model could not read. Of models that think ``response`` and ``token_ids`` are what values read (``values_read``: the answer, or all),
+and ``reasoning_content`` is the thinking. ``chat_template_kwargs`` are those of the prompt, where it has some.
+
+Blocks of prompts have their own seeds: an interrupted run gives the same file.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ivg.errors import ConfigError, ScoreFault
 from ivg.jobs.blocks import open_blocks
+from ivg.jobs.prompts import KWARGS, prompt_of
 from ivg.jobs.runner import LocalBackend, Result, Task, TaskSettings
 from ivg.settings.train import RolloutSettings
 from ivg.training.run_dir import require_single_process
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from ivg.types import Reward
 
 
+_THINKING = ("guide_after", "thinking_budget", "values_read")
 _MAX_BEAMS = 512
 """Beams of one batch, where the caller's blocks do not ask for more."""
 
@@ -97,7 +102,8 @@ def _check_prompts(path: Path, prompts: Sequence[Prompt], samples: int, rows: in
         return
     for number, row in zip(range(rows), read_jsonl(path), strict=False):
         index = number // samples
-        if index < len(prompts) and row["prompt"] != prompts[index].plain:
+        was = {name: row[name] for name in ("prompt", KWARGS) if row.get(name)}
+        if index < len(prompts) and was != _prompt_columns(prompts[index]):
             raise ConfigError(f"{path}, row {number + 1}: answers another prompt than this run\n  use another --out, or remove the file")
 
 
@@ -106,33 +112,47 @@ def _sample(
 ) -> list[dict[str, Any]]:
     """Rows without scores, prompt by prompt."""
     model.reset_caches()  # what earlier blocks left in the caches may change how sums are rounded
+    whole = model.get_method(method, **{k: v for k, v in settings.items() if k in _THINKING}).values_read == "all"
     tasks = [
-        Task(prompt, as_seed(mix(seed, number)), index, {"prompt": prompt.plain, "index": index})
+        Task(prompt, as_seed(mix(seed, number)), index, {**_prompt_columns(prompt), "index": index})
         for number, prompt in prompts
         for index in range(samples)
     ]
     for result in LocalBackend(model, TaskSettings(method, settings, max_beams=max(_MAX_BEAMS, len(tasks)))).run(tasks):
-        result.task.source.update(_columns(result, model.base.vocabulary.eos_ids))
+        result.task.source.update(_columns(result, model.base.vocabulary.eos_ids, whole=whole))
     return [task.source for task in tasks]
 
 
 def _score(reward: Reward, rows: Sequence[dict[str, Any]]) -> None:
     """Add the scores, or errors, and notes to rows of answers."""
-    pairs = [(Prompt.of(row["prompt"]), row["response"]) for row in rows]
+    pairs = [(prompt_of(row), row["response"]) for row in rows]
     for row, pair, score in zip(rows, pairs, judge_each(reward, pairs), strict=True):
         row |= {"error": " ".join(score.split())} if isinstance(score, ScoreFault) else {"score": round(score, 4)}
         if note := reward.note(*pair):
             row["notes"] = [*row.get("notes", []), note]
 
 
-def _columns(result: Result[Any], eos: Collection[int]) -> dict[str, Any]:
+def _prompt_columns(prompt: Prompt) -> dict[str, Any]:
+    kwargs = dict(prompt.chat.chat_template_kwargs)
+    return {"prompt": prompt.plain} | ({KWARGS: kwargs} if kwargs else {})
+
+
+def _columns(result: Result[Any], eos: Collection[int], *, whole: bool) -> dict[str, Any]:
+    """Of one answer; ``whole``: values read its thinking, too."""
     completion = result.completion
     if completion is None:
         return {"error": (result.error or "").split("\n")[0]}
-    ids = list(completion.token_ids)
+    ids, text, thinking = list(completion.token_ids), completion.text, dict[str, Any]()
+    if completion.guide_after is not None:
+        thinking = {"reasoning_content": completion.reasoning_content}
+        if completion.answer_start is None:
+            why = f"no answer: {completion.guide_after!r} (guide_after) has not come; give a thinking_budget, or more max_new_tokens"
+            return thinking | {"error": why}
+        if not whole:
+            ids, text = ids[completion.answer_start :], completion.answer
     ended = completion.finish_reason == "stop" and bool(ids) and ids[-1] in eos  # rather than by a stop string
     notes = {"notes": list(completion.notes)} if completion.notes else {}
-    return notes | {"response": completion.text, "token_ids": ids, "finish_reason": completion.finish_reason, "ended": ended}
+    return notes | thinking | {"response": text, "token_ids": ids, "finish_reason": completion.finish_reason, "ended": ended}
 
 
 def _to_parquet(jsonl: Path, out: Path) -> None:

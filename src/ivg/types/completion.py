@@ -99,6 +99,9 @@ class Completion:
     kl_spent: float | None = None
     """Nats that token guidance has taken of its budget: the sum of KL(pi_guided || pi_base) over the tokens; None: it has no budget."""
 
+    answer_start: int | None = 0
+    """How many of ``token_ids`` come before the answer; None: it has not begun."""
+
     @property
     def reasoning_content(self) -> str | None:
         """The thinking before the answer; None: there is none."""
