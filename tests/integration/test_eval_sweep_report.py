@@ -85,7 +85,7 @@ def test_rewards_at_equal_kl_are_interpolated_from_the_files(done, results):
         assert cell["mean"] == pytest.approx(np.interp(math.sqrt(budget["kl"]), np.sqrt(np.maximum(x, 0)), y), abs=1e-4)
         assert cell["low"] <= cell["mean"] <= cell["high"]
     assert set(found["rewards"]) == {"gold", "other"}
-    assert set(found["rewards"]["other"]) == {"eft", "search"}  # base samples have gold rewards alone
+    assert set(found["rewards"]["other"]) == {"eft", "search", "best-of-N"}
 
 
 def test_rewards_at_equal_compute_are_interpolated_from_the_files(done, results):
@@ -98,6 +98,15 @@ def test_rewards_at_equal_compute_are_interpolated_from_the_files(done, results)
         assert (None if cell is None else pytest.approx(cell["mean"], abs=1e-5)) == expected
     assert found["rewards"]["gold"]["search"][1] is not None
     assert found["left_out"] == ["eft"]  # all its points read the same tokens
+
+
+def test_best_of_n_is_judged_by_every_judge(done, results):
+    curve = results["base_samples"]["curve"]
+    rows = [(r, s) for r, s in read_scored(done, "base_samples") if "error" not in r]
+    for n in (1, 4):
+        for judge, found in (("gold", curve[n - 1]["gold"]), ("other", curve[n - 1]["judges"]["other"])):
+            chosen = [(r, s[judge][str(max(range(n), key=lambda i: r["samples"][i]["value"]))]) for r, s in rows]
+            assert found["mean"] == pytest.approx(by_prompt(chosen, lambda _, reward: reward), abs=1e-5)
 
 
 def test_the_report_shows_them(done, results):

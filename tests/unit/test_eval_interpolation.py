@@ -131,13 +131,15 @@ def test_tables_have_the_budgets_that_some_sweep_covers():
 
 
 def test_best_of_n_of_base_samples_is_a_sweep():
+    flops = (10.0, 20.0, 30.0)
     groups = [
-        SampleGroup("a", 0, (1.0, 2.0, 0.0), (0.5, 3.0, None), (1, 1, 1), (10.0, 20.0, 30.0)),
-        SampleGroup("a", 1, (1.0, 0.0, 5.0), (1.5, None, 7.0), (1, 1, 1), (10.0, 20.0, 30.0)),
+        SampleGroup("a", 0, (1.0, 2.0, 0.0), (0.5, 3.0, None), (1, 1, 1), flops, {"other": (1.0, 0.0, None)}),
+        SampleGroup("a", 1, (1.0, 0.0, 5.0), (1.5, None, 7.0), (1, 1, 1), flops, {"other": (2.0, None, 4.0)}),
     ]
-    found = best_of_n_curve(groups, ["a", "b"])
+    found = best_of_n_curve(groups, ["a", "b"], ["gold", "other"])
     assert found.labels == ("N=1", "N=2", "N=3")
     assert found.rewards["gold"][:, 0].tolist() == [1.0, 2.25, 5.0]  # means over the two seeds
+    assert found.rewards["other"][:, 0].tolist() == [1.5, 1.0, 2.0]  # of the samples that the value selects
     assert np.isnan(found.rewards["gold"][:, 1]).all()  # no samples of b
     assert found.kl[:, 0] == pytest.approx([0.0, math.log(2) - 1 / 2, math.log(3) - 2 / 3])
     assert found.flops[:, 0].tolist() == [10.0, 20.0, 30.0]

@@ -8,7 +8,7 @@ explicit value, else the reward model, else the implicit value. The gold reward 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from ivg.diagnostics.cost import classifier_names, flops
 from ivg.errors import PromptError, ScoreFault
 from ivg.evaluation.generate import run_batch
 from ivg.evaluation.methods import SELECTION_VALUES
+from ivg.evaluation.plan import GOLD
 from ivg.evaluation.worker import Worker
 from ivg.jobs.runner import Result
 from ivg.types import Beam, Completion, Prompt, TokenCounter, new_key
@@ -122,6 +123,7 @@ class SampleGroup:
         golds: gold rewards of the samples that some N selects; None for the others [samples].
         tokens: length of every sample [samples].
         flops: cost of best-of-N for N = 1, 2, … [samples].
+        judged: as ``golds``, of the other judges.
     """
 
     id: str
@@ -130,6 +132,7 @@ class SampleGroup:
     golds: tuple[float | None, ...]
     tokens: tuple[int, ...]
     flops: tuple[float, ...]
+    judged: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -139,6 +142,11 @@ class SampleGroup:
     def best(self, n: int) -> int:
         """Index of the sample that best-of-``n`` selects; the first among equals."""
         return max(range(n), key=lambda i: (self.values[i], -i))
+
+    def reward(self, judge: str, n: int) -> float | None:
+        """The judge's reward of best-of-``n``; None where it is not known."""
+        rewards = self.golds if judge == GOLD else self.judged.get(judge)
+        return rewards[self.best(n)] if rewards else None
 
 
 def prefix_maxima(values: Sequence[float]) -> list[int]:
@@ -151,9 +159,13 @@ def prefix_maxima(values: Sequence[float]) -> list[int]:
 
 
 def sample_group(
-    row: Mapping[str, Any], golds: Mapping[int, float], sizes: Mapping[str, int], prompt_tokens: int | None = None
+    row: Mapping[str, Any],
+    golds: Mapping[int, float],
+    sizes: Mapping[str, int],
+    prompt_tokens: int | None = None,
+    judged: Mapping[str, Mapping[int, float]] | None = None,
 ) -> SampleGroup:
-    """A row of base samples with the gold rewards of its :func:`prefix_maxima`, and the cost of each N.
+    """A row of base samples with the rewards of its :func:`prefix_maxima`, and the cost of each N.
 
     Args:
         row: of the file of base samples.
@@ -161,6 +173,7 @@ def sample_group(
         sizes: parameters by model.
         prompt_tokens: prompt tokens that the base read for the base method, which shares the start of prompts within a batch; with it
             N = 1 costs exactly what the base method does. None: the whole prompt.
+        judged: rewards of other judges, by judge and index of the sample.
     """
     samples = row["samples"]
     base = next(iter(row["shared_tokens"]))  # the value's readers follow it
@@ -178,4 +191,5 @@ def sample_group(
         tuple(golds.get(i) for i in range(len(samples))),
         tuple(s["tokens"] for s in samples),
         tuple(costs),
+        {judge: tuple(rewards.get(i) for i in range(len(samples))) for judge, rewards in (judged or {}).items()},
     )

@@ -12,7 +12,7 @@ from ivg.evaluation.base_samples import SampleGroup
 from ivg.evaluation.kl import kl_by_answer, selection_bound
 from ivg.evaluation.methods import BEST_OF_N, MethodRow, method_settings
 from ivg.evaluation.metrics import mean_by_key
-from ivg.evaluation.plan import GOLD, EvalPlan
+from ivg.evaluation.plan import EvalPlan
 from ivg.evaluation.sweeps import (
     SCALES,
     Curve,
@@ -50,8 +50,9 @@ def sweep_results(plan: EvalPlan, scored: Scored, sizes: dict[str, int], groups:
         anchored = [plan.base_row, *points] if starts_at_base(points) else points
         curves[name], reason = _curve(plan, anchored, scored, sizes)
         summaries[name] = curve_summary(curves[name], list(swept[0].point), reason)
-    if groups and any(gold is not None for g in groups for gold in g.golds):
-        curves[BEST_OF_N] = best_of_n_curve(groups, [e.id for e in plan.examples])
+    judges = [judge for judge in plan.judges if groups and all(g.reward(judge, 1) is not None for g in groups)]
+    if judges:
+        curves[BEST_OF_N] = best_of_n_curve(groups, [e.id for e in plan.examples], judges)
         summaries[BEST_OF_N] = curve_summary(curves[BEST_OF_N], ["N"], None)
     other = plan.config.compare_to
     found: Row = {"sweeps": {}, "equal_kl": None, "equal_compute": None}
@@ -140,15 +141,23 @@ def _curve(plan: EvalPlan, rows: Sequence[MethodRow], scored: Scored, sizes: dic
     return curve, reason
 
 
-def best_of_n_curve(groups: Sequence[SampleGroup], ids: Sequence[str]) -> Curve:
-    """Best-of-N by gold reward for N = 1, 2, 4 … and all base samples; its KL is log N - (N - 1)/N at most."""
+def best_of_n_curve(groups: Sequence[SampleGroup], ids: Sequence[str], judges: Sequence[str]) -> Curve:
+    """Best-of-N for N = 1, 2, 4 … and all base samples; its KL is log N - (N - 1)/N at most.
+
+    Args:
+        groups: base samples of each prompt and seed.
+        ids: of the prompts, in their order.
+        judges: those who scored the samples.
+    """
     size = min(g.size for g in groups)
     numbers = [n for n in (2**i for i in range(size.bit_length())) if n < size] + [size]
-    costs = [[(g.id, g.flops[n - 1]) for g in groups] for n in numbers]
-    golds = [[(g.id, gold) for g in groups if (gold := g.golds[g.best(n)]) is not None] for n in numbers]
-    known = _by_id(ids, golds)
+    costs = _by_id(ids, [[(g.id, g.flops[n - 1]) for g in groups] for n in numbers])
+    rewards = {
+        judge: _by_id(ids, [[(g.id, found) for g in groups if (found := g.reward(judge, n)) is not None] for n in numbers])
+        for judge in judges
+    }
     kl = np.array([[selection_bound([n], best_of_chunks=True)] for n in numbers])
-    return Curve(tuple(f"N={n}" for n in numbers), np.where(np.isnan(known), np.nan, kl), True, _by_id(ids, costs), {GOLD: known})
+    return Curve(tuple(f"N={n}" for n in numbers), np.where(np.isnan(costs), np.nan, kl), True, costs, rewards)
 
 
 def _costs(pairs: Sequence[tuple[Row, Row]], sizes: dict[str, int]) -> list[tuple[str, float]]:

@@ -151,21 +151,23 @@ def _pareto(results: Results, first: str, second: str) -> Figure:
 
 
 def _best_of_n(results: Results, judge: str) -> list[Results]:
-    """The curve of best-of-N, of which only the gold reward is known."""
+    """The curve of best-of-N: ``n``, ``flops`` and the judge's ``reward``, for those N where it is known."""
     samples = results["base_samples"]
-    return [c for c in samples["curve"] if c["gold"]] if samples and judge == "gold" else []
+    found = [{**c, "reward": c["gold"] if judge == "gold" else c.get("judges", {}).get(judge)} for c in samples["curve"]] if samples else []
+    return [c for c in found if c["reward"]]
 
 
 def _draw_best_of_n(ax: Any, x: Sequence[float], curve: Sequence[Results]) -> None:
     """A grey line with its interval, and a tick at every power of 2."""
     if not curve:
         return
-    ax.plot(x, [c["gold"]["mean"] for c in curve], color=_LIGHT["muted"], lw=1.6, zorder=1.5)
-    ax.fill_between(x, [c["gold"]["low"] for c in curve], [c["gold"]["high"] for c in curve], color=_LIGHT["grid"], lw=0, zorder=1)
+    rewards = [c["reward"] for c in curve]
+    ax.plot(x, [e["mean"] for e in rewards], color=_LIGHT["muted"], lw=1.6, zorder=1.5)
+    ax.fill_between(x, [e["low"] for e in rewards], [e["high"] for e in rewards], color=_LIGHT["grid"], lw=0, zorder=1)
     for at, c in ((at, c) for at, c in zip(x, curve, strict=True) if c["n"] & (c["n"] - 1) == 0):
-        ax.plot(at, c["gold"]["mean"], "|", color=_LIGHT["muted"], ms=7, zorder=1.6)
+        ax.plot(at, c["reward"]["mean"], "|", color=_LIGHT["muted"], ms=7, zorder=1.6)
         below = {"textcoords": "offset points", "ha": "center", "color": _LIGHT["muted"], "fontsize": 7.5}
-        ax.annotate(f"N={c['n']}", (at, c["gold"]["mean"]), (0, -15), **below)
+        ax.annotate(f"N={c['n']}", (at, c["reward"]["mean"]), (0, -15), **below)
 
 
 def _draw_sweeps(ax: Any, results: Results, known: Results, judge: str, axis: str) -> list[str]:

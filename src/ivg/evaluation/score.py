@@ -117,14 +117,18 @@ def _scores_or_error(rewards: Mapping[str, float | ScoreFault]) -> Row:
 
 
 def _score_base_samples(worker: Worker, rows: Sequence[Row]) -> Iterator[Row]:
-    """Gold rewards of those samples that best-of-N selects for some N."""
-    p, known, gold = worker.plan, worker.plan.examples_by_id, worker.judges.get(GOLD)
-    for row in rows:
-        places = prefix_maxima([s["value"] for s in row["samples"]])
-        pairs = [p.task.judged(known[row["id"]], row["samples"][i]["text"]) for i in places]
-        chosen = _scores_or_error({str(i): r for i, r in zip(places, judge_each(gold, pairs), strict=True)} if gold is not None else {})
-        found = chosen if "error" in chosen else {GOLD: chosen}
-        yield {"label": BASE_SAMPLES, "seed": row["seed"], "id": row["id"], "fingerprint": fingerprint(row), **found}
+    """Rewards, by judge, of those samples that best-of-N selects for some N."""
+    p, known = worker.plan, worker.plan.examples_by_id
+    places = [prefix_maxima([s["value"] for s in row["samples"]]) for row in rows]
+    pairs = [p.task.judged(known[r["id"]], r["samples"][i]["text"]) for r, chosen in zip(rows, places, strict=True) for i in chosen]
+    rewards = {name: iter(judge_each(judge, pairs)) for name, judge in worker.judges.items()}
+    for row, chosen in zip(rows, places, strict=True):
+        found: Row = {GOLD: {}}
+        for name, scores in rewards.items():
+            found[name] = _scores_or_error({str(i): next(scores) for i in chosen})
+        failed = next((scores["error"] for scores in found.values() if "error" in scores), None)
+        result = found if failed is None else {"error": failed}
+        yield {"label": BASE_SAMPLES, "seed": row["seed"], "id": row["id"], "fingerprint": fingerprint(row), **result}
 
 
 def base_logps(model: GuidedModel, rows: Sequence[Row]) -> list[float]:

@@ -195,7 +195,12 @@ def _sample_groups(plan: EvalPlan, sizes: dict[str, int], base: Sequence[ScoredR
     rows = [(r, s) for r, s in read_scored(plan, BASE_SAMPLES) if "error" not in r]
     if not rows:
         raise ConfigError(f"{BASE_SAMPLES}: no answer succeeded\n  ask for shorter answers, or leave them out (--base-samples 0)")
-    return [sample_group(r, {int(i): gold for i, gold in s[GOLD].items()}, sizes, prompt_tokens.get((r["id"], r["seed"]))) for r, s in rows]
+    out = []
+    for r, s in rows:  # rows of scores that were made before other judges scored base samples have gold alone
+        rewards = {judge: {int(i): reward for i, reward in s[judge].items()} for judge in (GOLD, *plan.judges) if judge in s}
+        others = {judge: found for judge, found in rewards.items() if judge != GOLD}
+        out.append(sample_group(r, rewards[GOLD], sizes, prompt_tokens.get((r["id"], r["seed"])), others))
+    return out
 
 
 def _prompt_tokens_read(row: Row) -> int:
@@ -208,12 +213,16 @@ def _selected_by(plan: EvalPlan) -> str | None:
 
 
 def _best_of_n_curve(groups: Sequence[SampleGroup]) -> list[Row]:
-    """Gold reward and mean FLOPs of best-of-N for every N; gold is None without a gold reward."""
+    """Rewards and mean FLOPs of best-of-N for every N; ``gold`` is None without a gold reward, ``judges`` has the other judges."""
+    others = [judge for judge in groups[0].judged if all(judge in g.judged for g in groups)]
     out = []
     for n in range(1, min(g.size for g in groups) + 1):
-        golds = [(g.id, gold) for g in groups if (gold := g.golds[g.best(n)]) is not None]
-        mean = mean_over_prompts(golds, CURVE_ROUNDS) if golds else None
-        out.append({"n": n, "gold": mean, "flops": sum(g.flops[n - 1] for g in groups) / len(groups)})
+        means: dict[str, Any] = {}
+        for judge in (GOLD, *others):
+            found = [(g.id, reward) for g in groups if (reward := g.reward(judge, n)) is not None]
+            means[judge] = mean_over_prompts(found, CURVE_ROUNDS) if found else None
+        cost = sum(g.flops[n - 1] for g in groups) / len(groups)
+        out.append({"n": n, "gold": means.pop(GOLD), "judges": means, "flops": cost})
     return out
 
 
