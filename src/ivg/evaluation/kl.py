@@ -64,7 +64,7 @@ def kl_by_answer(
     for row in rows:
         added = 0.0
         if selects:
-            draws = draws_per_chunk(method, len(row["token_ids"]), limit, row["text"])
+            draws = draws_per_chunk(method, len(row["token_ids"]), limit, row["text"] if method.chunk_until is not None else "")
             if draws is None:
                 return None, "no useful bound is known for the method"
             added = selection_bound(draws, best_of_chunks=best_of_chunks, soft=method.rule == "soft")
