@@ -48,6 +48,9 @@ METHODS = {
     "cards": {},
     "contrast": {"contrast": "Answer in one word.", "beta": 1.5},
     "smc": {"method": "smc"},
+    "rsd": {"acceptance": "sigmoid", "accept_threshold": 0.0, "chunk_length": 4},
+    "gsi": {"acceptance": "sigmoid", "accept_threshold": 0.0, "chunk_length": 4, "successors": 2},
+    "mcts": {"width": 2, "successors": 2, "chunk_length": 4},
 }
 
 

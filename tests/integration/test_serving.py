@@ -25,12 +25,13 @@ def test_completion_equals_the_librarys(running, library, method):
     assert got.usage.completion_tokens == len(want.token_ids)
     assert got.ivg["method"] == method
     assert got.ivg["usage"] == dict(want.usage.forward_tokens)
+    assert got.ivg.get("drafted_tokens", 0) == want.usage.drafted_tokens
     assert got.ivg["tokens_read"] == want.usage.total_forward_tokens
     assert "choices" not in got.ivg  # it would say the same twice
     assert got.ivg["score"] == (None if want.score is None else pytest.approx(want.score, abs=1e-4))
 
 
-@pytest.mark.parametrize("method", ["base", "eft", "ivg", "bon"])
+@pytest.mark.parametrize("method", ["base", "eft", "ivg", "bon", "rsd", "mcts"])
 def test_streams_add_up(running, library, method):
     chunks = list(running.client().completions.create(
         model=f"tiny:{method}", prompt="The movie", seed=3, stream=True, stream_options={"include_usage": True}, **SAMPLING

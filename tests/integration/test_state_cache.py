@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import naive
+import naive_methods
 from architectures import tiny
 from ivg.engines.transformers.engine import TransformersEngine
 from ivg.errors import ConfigError
@@ -165,6 +166,23 @@ def test_the_implicit_value_that_also_selects_equals_naive():
         tokens, score = naive.search(base.model.network, reference, method, base.tokenizer(prompt).input_ids, 5, 1.0, 8)
         assert list(completion.token_ids) == tokens
         assert completion.score == pytest.approx(score, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["rsd", "gsi", "mcts"])
+@pytest.mark.parametrize("name", ["mamba", "qwen3_next"])
+def test_chunks_of_a_draft_model_and_trees_equal_naive(name, method):
+    """Whole chunks need no cut: refused ones are dropped with their rows."""
+    base, tuned, untuned = (lm(name, role, seed) for seed, role in enumerate(("base", "tuned", "untuned"), 1))
+    reference = {"implicit": naive.Implicit(tuned.model.network, untuned.model.network)}
+    values = {"implicit": ImplicitValue(tuned, untuned)}
+    more = {"acceptance": "sigmoid", "accept_threshold": 0.5} if method != "mcts" else {"width": 2}
+    chosen = get_method(method, select="implicit", successors=2, chunk_length=3, **more)
+    expected = naive_methods.tree if method == "mcts" else naive_methods.speculate
+    for prompt, completion in zip(PROMPTS[:3], run(TransformersEngine(base), chosen, PROMPTS[:3], values), strict=True):
+        tokens, score = expected(base.model.network, reference, chosen, base.tokenizer(prompt).input_ids, 5, 1.0, 8)
+        assert list(completion.token_ids) == tokens
+        assert completion.score == pytest.approx(score, abs=1e-3)
+    assert all(model.model.live_rows == 0 for model in (base, tuned, untuned))
 
 
 def test_drafts_are_refused_where_a_state_cannot_be_cut():

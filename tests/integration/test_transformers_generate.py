@@ -178,6 +178,9 @@ def test_other_inputs_are_refused_by_name(base, tokenizer):
     drafting = GuidedGenerate(tokenizer, {"implicit": pair}, "eft", draft=3)
     with pytest.raises(ConfigError, match="draft reads several tokens at once, and NoRepeatNGram"):
         generate(base, tokenizer, ["abc"], drafting, max_new_tokens=2, no_repeat_ngram_size=2)
+    chunks = GuidedGenerate(tokenizer, {"implicit": pair}, "rsd", select="implicit")
+    with pytest.raises(ConfigError, match="rule=speculate reads several tokens at once, and NoRepeatNGram"):
+        generate(base, tokenizer, ["abc"], chunks, max_new_tokens=2, no_repeat_ngram_size=2)
 
 
 def test_forbidden_tokens_stay_forbidden_under_guidance_and_search(base, tokenizer):

@@ -70,8 +70,9 @@ def show(prompt: Any, template: str | None, completion: Completion, method: str,
     for note in completion.notes:
         Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"note: {note}"))
     score = "" if completion.score is None else f" · score {completion.score:.3f}"
+    drafted = f", {n} of a draft model" if (n := completion.usage.drafted_tokens) else ""
     tokens = ", ".join(f"{name} {count}" for name, count in completion.usage.forward_tokens.items())
     Console(stderr=True, highlight=False, soft_wrap=True).print(
-        f"[dim]{method}{score} · {len(completion.token_ids)} tokens ({completion.finish_reason}) · read: {tokens} · "
+        f"[dim]{method}{score} · {len(completion.token_ids)} tokens{drafted} ({completion.finish_reason}) · read: {tokens} · "
         f"{completion.usage.seconds:.1f} s[/dim]"
     )

@@ -77,4 +77,6 @@ def _completion_row(completion: Completion) -> Row:
         "prompt_tokens": completion.usage.prompt_tokens,
         "forward_tokens": dict(sorted(completion.usage.forward_tokens.items())),
         "shift": round(sum(completion.guide_shift), 6),
-    } | ({"notes": list(completion.notes)} if completion.notes else {})
+        **({"drafted_tokens": completion.usage.drafted_tokens} if completion.usage.drafted_tokens else {}),
+        **({"notes": list(completion.notes)} if completion.notes else {}),
+    }

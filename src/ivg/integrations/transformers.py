@@ -192,9 +192,9 @@ class GuidedGenerate:
         check_config(generation_config)
         mask = check_model_kwargs(model_kwargs)
         processors = [*read_processors(logits_processor or (), generation_config), *self.processors]
-        if processors and self.method.draft:
-            names = ", ".join(type(p).__name__ for p in processors)
-            raise ConfigError(f"draft reads several tokens at once, and {names} one by one\n  leave draft out, or these processors")
+        if processors and (self.method.draft or self.method.rule == "speculate"):
+            names, what = ", ".join(type(p).__name__ for p in processors), "draft" if self.method.draft else "rule=speculate"
+            raise ConfigError(f"{what} reads several tokens at once, and {names} one by one\n  leave {what} out, or these processors")
         streamer = _streamer_of_caller()
         if streamer is not None and len(input_ids) > 1:
             raise ConfigError(f"streamer: a streamer shows one row, got {len(input_ids)}\n  leave it out, or give one prompt")
