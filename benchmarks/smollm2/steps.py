@@ -72,7 +72,8 @@ def _sentiment(base: str, work: Path, scale: Scale) -> list[Step]:
         ),
         Step(
             "pair-rollouts",
-            f"train rollout --base {out}/untuned --reward {out}/gold --prompts {work}/imdb-prompts.jsonl --samples 2 {write} --seed 2"
+            f"train rollout --base {out}/untuned --reward {out}/gold --prompts {work}/imdb-prompts.jsonl"
+            f" --limit {scale.count(4096)} --samples 2 {write} --seed 2"
             f" --out {out}/rollouts-pair.jsonl",
             ("gold", "untuned"),
         ),
@@ -85,14 +86,14 @@ def _sentiment(base: str, work: Path, scale: Scale) -> list[Step]:
         Step(
             "value-rollouts",
             f"train rollout --base {base} --template {shlex.quote('base=' + REVIEW)} --reward {out}/gold"
-            f" --prompts {work}/imdb-prompts.jsonl --limit {scale.count(4000)} --samples 4 {write} --seed 3"
+            f" --prompts {work}/imdb-prompts.jsonl --limit {scale.count(1024)} --samples 4 {write} --seed 3"
             f" --out {out}/rollouts-value.jsonl",
             ("gold",),
         ),
         Step(
             "value",
             f"train value --model {out}/untuned --data {out}/rollouts-value.jsonl --data {out}/rollouts-pair.jsonl --out {out}/value"
-            f" --epochs 3 --lr 2e-3 --batch-size 64 --max-length 224 --weight-decay 0.02 {train}",
+            f" --epochs 2 --lr 2e-3 --batch-size 64 --max-length 224 --weight-decay 0.02 {train}",
             ("pair-rollouts", "value-rollouts"),
         ),
     ]
