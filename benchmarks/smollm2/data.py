@@ -83,8 +83,8 @@ def _mails(data: Path, split: str) -> Iterable[dict[str, Any]]:
 
 def instructions(data: Path, work: Path, scale: float) -> None:
     """The judged answers, their instructions, and the instructions of the test (which nothing was judged on)."""
-    judged = list(read_rows(data / "judged.parquet"))
-    seen = list(dict.fromkeys(r["instruction"] for r in judged))[: _count(585, scale)]
+    judged = sorted(read_rows(data / "judged.parquet"), key=lambda r: hashlib.sha256(f"x{r['instruction']}".encode()).digest())
+    seen = list(dict.fromkeys(r["instruction"] for r in judged))[: _count(585, scale)]  # sorted: the file goes by data set
     if leaked := [text for text in seen if is_test(text)]:
         raise ValueError(f"{len(leaked)} instructions of the test are among the judged ones")
     kept = set(seen)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.smollm2 import calibration
 from ivg.utils.jsonl import as_lines, read_jsonl, write_text
 
 REVIEW = "Here is a movie review from imdb: {prompt}"
@@ -96,6 +97,7 @@ def _sentiment(base: str, work: Path, scale: Scale) -> list[Step]:
             f" --epochs 2 --lr 2e-3 --batch-size 64 --max-length 224 --weight-decay 0.02 {train}",
             ("pair-rollouts", "value-rollouts"),
         ),
+        Step("calibration", lambda: calibration.report(work), ("gold",)),
     ]
 
 
@@ -144,7 +146,8 @@ def _instructions(base: str, work: Path, scale: Scale) -> list[Step]:
     reward = f"train reward --model {base} {judged} --batch-size 16 --lr 2e-4 {train} {long}"
     return [
         Step("gold", f"{reward} --out {out}/gold"),
-        Step("gold-length", f"{reward} --out {out}/gold-length --control-length"),
+        # below this margin the line of length over-corrects: half of the answers have the lowest score (docs/how-to/training.md)
+        Step("gold-length", f"{reward} --out {out}/gold-length --control-length --min-margin 3"),
         Step(
             "rollouts",
             f"train rollout --base {base} --template base=chat --reward {out}/gold-length --prompts {work}/alpaca-prompts.jsonl"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.smollm2.calibration import calibration
 from benchmarks.smollm2.data import is_test, prepare
 from benchmarks.smollm2.steps import Scale, steps
 from benchmarks.smollm2.words import fit_words, log_odds
@@ -89,6 +90,15 @@ def test_words_are_fitted_as_a_logistic_regression():
     weights = fit_words(rows)
     assert log_odds(weights, "good") == pytest.approx(2.197, abs=0.05)
     assert log_odds(weights, "a bad one") == pytest.approx(-2.197, abs=0.05)
+
+
+def test_calibration_by_hand():
+    """Two texts of p = 0.731, one of them positive; two of p = 0.269, both negative."""
+    found = calibration([1.0, 1.0, -1.0, -1.0], [1, 0, 0, 0])
+    assert found["accuracy"] == 0.75
+    assert found["calibration_error"] == pytest.approx((0.7311 - 0.5 + 0.2689) / 2, abs=1e-3)
+    assert found["log_loss"] == pytest.approx((3 * 0.31326 + 1.31326) / 4, abs=1e-4)
+    assert (found["lowest"], found["highest"]) == (-1, 1)
 
 
 def test_judges_by_hand(work, monkeypatch):
