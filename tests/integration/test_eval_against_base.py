@@ -12,7 +12,8 @@ from ivg.evaluation import runner
 from ivg.evaluation.alpaca import Alpaca
 from ivg.evaluation.equal_length import win_rate_at_equal_length
 from ivg.evaluation.plan import make_plan
-from ivg.evaluation.report import report
+from ivg.evaluation.report import report, sample_pages
+from ivg.evaluation.samples import Sample, SampleAnswer
 from ivg.evaluation.score import read_scored
 from ivg.evaluation.tables import tables
 from ivg.evaluation.winrate import average_over_seeds, read_judgements, win_rate
@@ -96,10 +97,26 @@ def test_answers_side_by_side(done):
     for row, scores in read_scored(done, "eft-beta3")[:COUNT]:
         assert escape(row["text"].strip(), quote=False) in page.replace("&#39;", "'").replace("&#34;", '"')
         assert f"gold reward {scores['gold']:+.2f}".replace("-", "−") in page
-    labels = [line.split("`")[1] for line in text.splitlines() if line.startswith("- `")]
+    labels = [line.split("`")[1] for line in text.splitlines() if line.startswith("`")]
     assert labels[0] == "base"
     assert sorted(labels[:4]) == sorted(m.label for m in done.method_rows)
     assert labels == labels[:4] * COUNT
+
+
+def test_a_page_of_samples_by_hand():
+    answers = (
+        SampleAnswer("base", " Two *lines*\n\n# of text ", -0.5, None, {"gold": -0.5, "brief": 2.0}),
+        SampleAnswer("eft", "", None, "too long"),
+    )
+    results = {"task": "alpaca", "methods": {"base": {}, "eft": {}}, "judges": ["gold", "brief"], "base": "base"}
+    pages = sample_pages(results, [Sample("0", "Say\n<b>it", "So.", answers)])
+    assert pages["samples.md"].partition("## 1\n")[2] == (
+        "\n**Say ⏎ \\<b\\>it**\n\nReference, 1 word:\n\n> So.\n\n"
+        "`base`: gold reward −0.50, brief +2.00, 5 words\n\n> Two \\*lines\\*  \n>   \n> \\# of text\n\n"
+        "`eft`: 0 words\n\n*too long*\n"
+    )
+    assert "failed: too long" in pages["samples.html"]
+    assert "gold reward −0.50 · brief +2.00 · 5 words" in pages["samples.html"]
 
 
 @pytest.mark.parametrize("rows", [[{"index": 1}, {"index": 1}], [{"index": "a"}, {"index": 2}], [{"index": 0}, {}]])

@@ -90,9 +90,9 @@ def html(results: Results, figures: Sequence[Figure], shown: Sequence[Sample]) -
 def sample_pages(results: Results, shown: Sequence[Sample]) -> dict[str, str]:
     """``samples.md`` and ``samples.html``: the answers of all methods to each prompt, side by side, for people to read."""
     title = f"{results['task'].capitalize()}: answers of {len(results['methods'])} methods to {len(shown)} prompts"
-    common = {"title": title, "results": results, "samples": shown, "signed": signed, "judge_name": judge_name}
+    common = {"title": title, "results": results, "samples": shown, "signed": signed, "judge_name": judge_name, "words": _words}
     return {
-        "samples.md": render("ivg.evaluation", "samples.md.jinja", flat=_one_line, **common).rstrip() + "\n",
+        "samples.md": render("ivg.evaluation", "samples.md.jinja", flat=_one_line, quoted=_quoted, **common).rstrip() + "\n",
         "samples.html": render("ivg.evaluation", "samples.html.jinja", style=STYLE, **common),
     }
 
@@ -122,5 +122,18 @@ def _facts(metadata: Results) -> Results:
 
 def _one_line(text: str | None) -> str:
     """Text in one line, escaped for Markdown; ⏎ marks line breaks."""
-    flat = " ⏎ ".join(line.strip() for line in (text or "").strip().splitlines())
-    return re.sub(r"([\\`*_\[\]<>])", r"\\\1", flat)
+    return _escaped(" ⏎ ".join(line.strip() for line in (text or "").strip().splitlines()))
+
+
+def _words(text: str) -> str:
+    count = len(text.split())
+    return f"{count} word" if count == 1 else f"{count} words"
+
+
+def _quoted(text: str) -> str:
+    """Text as a quotation of Markdown with its lines, each escaped."""
+    return "  \n".join(f"> {_escaped(line.strip())}" for line in text.strip().splitlines()) or "> "
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]<>#])", r"\\\1", text)

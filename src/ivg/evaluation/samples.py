@@ -31,11 +31,6 @@ class SampleAnswer:
     error: str | None
     scores: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def words(self) -> int:
-        """Length, divided by spaces."""
-        return len(self.text.split())
-
 
 @dataclass(frozen=True)
 class Sample:

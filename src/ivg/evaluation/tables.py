@@ -159,7 +159,8 @@ _KL_NOTE = (
     "the base the reward of a tilted distribution grows with it. Intervals: bootstrap over prompts, the same resamples for all sweeps, "
     "interpolated anew in each; where its points do not reach the budget, the nearest counts. KL is estimated without bias for token "
     "guidance. ≤: an upper bound, since selection can only be bounded: such a row may have much less KL than its column says, and is "
-    "at a disadvantage. Choosing the best column of a row is a choice made on these prompts."
+    "at a disadvantage (for best-of-N the bound is nearly exact, as long as equal samples are rare). Choosing the best column of a row is "
+    "a choice made on these prompts."
 )
 _COMPUTE_NOTE = (
     "FLOPs of an answer, measured, as multiples of plain base sampling. Interpolated between the two nearest measured points of a sweep, "
