@@ -227,6 +227,15 @@ class CachedLM(PromptEncoder):
                 self.model.truncate(entry.row, entry.prompt_length + keep)
                 del entry.scored[keep:], entry.logps[keep:]
 
+    def keep_common(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """These hypotheses, in this model's vocabulary, may have other tokens than before: forget all behind the first that differs."""
+        for h in hypotheses:
+            entry = self._entries.get(h.key)
+            if entry is not None:
+                same = common_length(entry.row.ids[entry.prompt_length :], self.own_ids(h.token_ids))
+                self.model.truncate(entry.row, entry.prompt_length + same)
+                del entry.scored[same:], entry.logps[same:]
+
     def _outputs_of_source(self, hypotheses: Sequence[Hypothesis]) -> Tensor | None:
         """A copy of what the reader that this one follows has just read, where it holds for every hypothesis here, too."""
         if self._source is None or self._source._kept is None:

@@ -50,7 +50,8 @@ def check_engine(engine: Engine, request: Request) -> None:
     """
     engine.check_features(required_features(request))
     engine.check(request.search.guidance)
-    engine.check_drafter(request.search.speculation.value if request.search.speculation else None)
+    if (speculation := request.search.speculation) is not None:
+        engine.check_drafter(speculation.value, request.sampling, compared=speculation.tilt)
     engine.check_thinking(request.search.thinking)
 
 
@@ -169,13 +170,19 @@ class Searcher:
         quantum = min(QUANTUM, *(min(state.left, state.request.stride) for state in states))
         requests: list[ExpandRequest] = []
         for state in states:
-            state.round = quantum
+            state.round = state.left if self._is_whole(state) else quantum
             requests += state.expand_requests()
         found = {r.beam.key: family for r, family in zip(requests, self.engine.extend(requests), strict=True)}
         for state in states:
             state.families = found
         scheduling.advance(running, turns, quantum)
         return states
+
+    def _is_whole(self, state: RequestState) -> bool:
+        """Must the engine be asked for the whole chunk at once?"""
+        speculation, chunk = state.request.search.speculation, state.chunk
+        drafted = chunk is not None and chunk.drafted
+        return drafted and speculation is not None and self.engine.writes_whole_chunks(speculation.value)
 
     def _collect(self, engine: AsyncEngine, states: Sequence[RequestState]) -> tuple[list[RequestState], list[RequestState]]:
         """Submit whole chunks and collect outputs: (requests whose chunk is complete, others with new text to stream)."""

@@ -64,7 +64,7 @@ class FakeEngine(Engine):
     def check(self, guidance: TokenGuidance | None) -> None:
         """Anything goes."""
 
-    def check_drafter(self, drafter: Value | None) -> None:
+    def check_drafter(self, drafter: Value | None, sampling: SamplingParams, *, compared: bool = False) -> None:
         """Anything goes."""
 
     def release(self, keys: Sequence[int]) -> None:

@@ -158,8 +158,13 @@ class Engine(ABC):
                 "  use a method that selects chunks (cbs-explicit, bon …)"
             )
 
-    def check_drafter(self, drafter: Value | None) -> None:
+    def check_drafter(self, drafter: Value | None, sampling: SamplingParams, *, compared: bool = False) -> None:
         """Raise where the model of ``drafter`` cannot write in the base's place. Default: none can.
+
+        Args:
+            drafter: None: there are no drafts.
+            sampling: of the request.
+            compared: its drafts are compared with the base token by token (``return_log_ratio``).
 
         Raises:
             ConfigError, VocabularyError: says why.
@@ -169,6 +174,10 @@ class Engine(ABC):
                 f"drafts by {drafter.name} (rule=speculate) need both models in this process; the engine {self.name} runs the base alone\n"
                 "  use the transformers engine"
             )
+
+    def writes_whole_chunks(self, drafter: Value) -> bool:
+        """Must a chunk that the model of ``drafter`` writes be asked for in one request? Default: no."""
+        return False
 
     def check_thinking(self, thinking: Thinking | None) -> None:
         """Raise where the marker of ``thinking`` cannot be found or forced. Default: it can.
@@ -197,7 +206,7 @@ class Engine(ABC):
         }
         self.check_features({name for name, needs in needed.items() if needs} | set(request.sampling.changed))
         self.check(request.guidance)
-        self.check_drafter(request.drafter)
+        self.check_drafter(request.drafter, request.sampling, compared=request.return_log_ratio)
         self.check_thinking(request.thinking)
 
     def check_features(self, features: Collection[str]) -> None:

@@ -3,6 +3,7 @@
 The draft model draws as the base does: the request's settings, one number of the counter-based generator for each token. Where the rule
 asks for it, the base then reads all new tokens of all drafts in one pass, and ``log_ratio`` grows by log pi_base - log pi_draft, both as
 sampled. Otherwise the base reads nothing; what it has read of the prefix follows the drafts, so it reads a kept one when it writes again.
+A draft model with another vocabulary than the base's writes text (``draft_text``).
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from ivg.engines.sequences import TokenSequence, append_token
+from ivg.engines.transformers.draft_text import MORE_TOKENS, has_text, in_own_tokens, reader_of, take_over
 from ivg.engines.transformers.guidance import no_token_error
-from ivg.engines.transformers.processors import contexts_of, forbid_ignored_eos, process_logits
+from ivg.engines.transformers.processors import changing_settings, contexts_of, forbid_ignored_eos, process_logits
 from ivg.engines.transformers.sampling import nonfinite_rows, sample, token_logps
 from ivg.engines.transformers.speculation import MAX_ROUND_LOGITS
 from ivg.errors import ConfigError
 from ivg.models.cached_lm import CachedLM
-from ivg.types import Beam, ExpandRequest, Value
+from ivg.types import Beam, ExpandRequest, SamplingParams, Value
 from ivg.utils.rng import uniform
 
 Family = tuple[ExpandRequest, Sequence[TokenSequence]]
@@ -36,15 +38,20 @@ class DraftWriter:
 
     def __init__(self, base: CachedLM) -> None:
         self.base = base
-        self.models: dict[CachedLM, None] = {}
-        """All that have read anything here, in order."""
+        self.readers: dict[CachedLM, CachedLM] = {}
+        """By draft model what reads with it: itself, or a reader with rows of its own."""
 
-    def check(self, drafter: Value) -> None:
-        """Raise where ``drafter`` has no model that writes the base's tokens.
+    def check(self, drafter: Value, sampling: SamplingParams, *, compared: bool) -> None:
+        """Raise where ``drafter`` has no model that can write in the base's place.
+
+        Args:
+            drafter: a value.
+            sampling: of the request.
+            compared: its drafts are compared with the base token by token.
 
         Raises:
-            ConfigError: it has none.
-            VocabularyError: its tokens are others.
+            ConfigError: it has none; or one with other tokens than the base's, and settings that name the base's tokens.
+            VocabularyError: one with other tokens, and they are to be compared.
         """
         model = drafter.draft_model()
         if not isinstance(model, CachedLM):
@@ -52,32 +59,48 @@ class DraftWriter:
                 f"drafter={drafter.name}: {type(drafter).__name__} has no model that can write drafts\n"
                 "  give the name of a pair (implicit) or of an autoregressive reward (arm)"
             )
-        self.base.vocabulary.require_same(model.vocabulary, "a draft model writes the base's tokens; give a drafter with its vocabulary")
+        if not self.writes_text(drafter):
+            return
+        if compared:
+            self.base.vocabulary.require_same(model.vocabulary, "tilt (gsi) compares tokens; leave it out (rsd), or give another drafter")
+        if changes := changing_settings(sampling):
+            raise ConfigError(
+                f"{', '.join(changes)}: about the base's tokens, and {model.name}, which drafts, has others\n"
+                "  leave them out (where the checkpoint sets them: --generation-config ignore), or give another drafter"
+            )
+
+    def writes_text(self, drafter: Value) -> bool:
+        """Has the model of ``drafter`` other tokens than the base?"""
+        return not self.base.vocabulary.same_as(drafter.draft_model().vocabulary)
 
     def inherit_cache(self, sequences: Sequence[TokenSequence]) -> None:
         """What the draft model of each sequence's request has read of its parent becomes its own."""
         for model, some in self._by_model(sequences).items():
-            model.inherit_cache(some)
+            if model in self.readers:
+                self.readers[model].inherit_cache(some)
 
     def release(self, keys: Sequence[int]) -> None:
         """Free the rows of these hypotheses."""
-        for model in self.models:
-            model.release(keys)
+        for reader in self.readers.values():
+            reader.release(keys)
 
     def reset_caches(self) -> None:
         """Empty the caches of all draft models."""
-        for model in self.models:
-            model.reset_cache()
-        self.models.clear()
+        for reader in self.readers.values():
+            reader.reset_cache()
+        self.readers.clear()
 
     def extend(self, families: Sequence[Family]) -> None:
         """Every child up to its limit, or its end."""
         parent = {id(s): request.beam for request, some in families for s in some}
         self.base.prefill([request.beam for request, _ in families if request.return_log_ratio])
         for model, sequences in self._by_model([s for _, some in families for s in some]).items():
-            self.models[model] = None
+            if not self.base.vocabulary.same_as(model.vocabulary):
+                self._write_text(self.readers.setdefault(model, reader_of(model)), sequences)
+                continue
+            self.readers[model] = model
             known = [len(s.token_ids) for s in sequences]
-            self._write(model, sequences, [parent[id(s)] for s in sequences])
+            self._write(model, self.base, sequences, [parent[id(s)] for s in sequences])
             judged = [
                 (s, len(s.token_ids) - n)
                 for s, n in zip(sequences, known, strict=True)
@@ -86,19 +109,42 @@ class DraftWriter:
             for some in self._blocks(judged):
                 self._judge(some)
 
-    def _write(self, model: CachedLM, sequences: Sequence[TokenSequence], parents: Sequence[Beam]) -> None:
-        """Token after token; siblings share the pass of their parent."""
+    def _write_text(self, reader: CachedLM, sequences: Sequence[TokenSequence]) -> None:
+        """Whole chunks in other tokens than the base's, which become the base's."""
+        families: dict[int, list[TokenSequence]] = {}
+        for s in sequences:
+            families.setdefault(s.parent, []).append(s)
+        own, parents = list[TokenSequence](), list[Beam | TokenSequence]()
+        for some in families.values():
+            beam, written = in_own_tokens(reader, some[0].request, some)
+            own, parents = [*own, *written], [*parents, *([beam] * len(written))]
+        reader.keep_common(list({p.key: p for p in parents}.values()))
+        self._write(reader, reader, own, parents)
+        children = [s for some in families.values() for s in some]
+        for _ in range(MORE_TOKENS):
+            going = [w for w, s in zip(own, children, strict=True) if not has_text(w, s.text)]
+            for w in going:
+                w.limit += 1
+            self._write(reader, reader, going, going)
+        for s, w in zip(children, own, strict=True):
+            take_over(self.base, s, w)
+
+    def _write(
+        self, model: CachedLM, target: CachedLM, sequences: Sequence[TokenSequence], parents: Sequence[Beam | TokenSequence]
+    ) -> None:
+        """Token after token, in the vocabulary of ``target``; siblings share the pass of their parent."""
+        eos = target.vocabulary.eos_ids
         nodes: Sequence[Beam | TokenSequence] = list({p.key: p for p in parents}.values())
         places = {node.key: i for i, node in enumerate(nodes)}
         active, row_of = list(sequences), [places[p.key] for p in parents]
         while active:
             owner = dict(zip(row_of, active, strict=True))  # any sequence of a row: they belong to one request
             params = [owner[i].request.sampling for i in range(len(nodes))]
-            logits = forbid_ignored_eos(self._base_columns(model, model.outputs(nodes)), params, self.base.vocabulary.eos_ids)
+            logits = forbid_ignored_eos(_columns(model, target, model.outputs(nodes)), params, eos)
             unusable = set(nonfinite_rows(logits))
             if unusable:
                 logits[sorted(unusable)] = 0.0
-            final, exhausted = process_logits(logits, params, contexts_of(self.base, nodes), self.base.vocabulary.eos_ids)
+            final, exhausted = process_logits(logits, params, contexts_of(target, nodes), eos)
             settings = [s.request.sampling for s in active]
             tokens = sample(final, settings, [uniform(s.request.seed, s.rng_path, len(s.token_ids)) for s in active], row_of)
             logps = self._logps(final, row_of, active, tokens)
@@ -123,13 +169,6 @@ class DraftWriter:
             for k, logp in zip(wanted, found.tolist(), strict=True):
                 out[k] = logp
         return out
-
-    def _base_columns(self, model: CachedLM, logits: Tensor) -> Tensor:
-        """Logits [rows, vocabulary] over the base's columns; a copy. Columns that the draft model lacks are forbidden."""
-        columns, width = self.base.model.config.vocab_size, min(logits.shape[1], model.vocabulary.size, self.base.vocabulary.size)
-        out = logits.new_full((len(logits), columns), -torch.inf)
-        out[:, :width] = logits[:, :width]
-        return out.to(self.base.model.device)
 
     # What the base thinks of drafts
 
@@ -181,3 +220,16 @@ class DraftWriter:
             if drafter is not None:
                 out.setdefault(drafter.draft_model(), []).append(s)
         return out
+
+
+def _columns(model: CachedLM, target: CachedLM, logits: Tensor) -> Tensor:
+    """Logits [rows, vocabulary] of ``model`` over the columns of ``target``; a copy.
+
+    Columns that the model lacks are forbidden, and where it is the target itself special tokens, which have no text.
+    """
+    columns, width = target.model.config.vocab_size, min(logits.shape[1], model.vocabulary.size, target.vocabulary.size)
+    out = logits.new_full((len(logits), columns), -torch.inf)
+    out[:, :width] = logits[:, :width]
+    if model is target:
+        out[:, sorted(i for i in model.vocabulary.special - model.vocabulary.eos_ids if i < columns)] = -torch.inf
+    return out.to(target.model.device)

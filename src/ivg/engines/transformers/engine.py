@@ -24,7 +24,7 @@ from ivg.engines.transformers.thinking import force, forced_token, is_guided, ma
 from ivg.errors import ConfigError, ScoreFault
 from ivg.models.cached_lm import CachedLM
 from ivg.models.support import body_of
-from ivg.types import Beam, Engine, ExpandRequest, Hypothesis, Thinking, TokenGuidance, Value
+from ivg.types import Beam, Engine, ExpandRequest, Hypothesis, SamplingParams, Thinking, TokenGuidance, Value
 from ivg.types.thinking import answer_of
 from ivg.utils.rng import uniform
 
@@ -99,10 +99,14 @@ class TransformersEngine(Engine):
                     "  leave draft out"
                 )
 
-    def check_drafter(self, drafter: Value | None) -> None:
-        """Raise where ``drafter`` has no model that writes the base's tokens."""
+    def check_drafter(self, drafter: Value | None, sampling: SamplingParams, *, compared: bool = False) -> None:
+        """Raise where ``drafter`` has no model that can write in the base's place (see :meth:`DraftWriter.check`)."""
         if drafter is not None:
-            self.draft_writer.check(drafter)
+            self.draft_writer.check(drafter, sampling, compared=compared)
+
+    def writes_whole_chunks(self, drafter: Value) -> bool:
+        """Where the draft model has other tokens than the base."""
+        return self.draft_writer.writes_text(drafter)
 
     def check_thinking(self, thinking: Thinking | None) -> None:
         """Raise where the base's tokens do not spell the marker."""

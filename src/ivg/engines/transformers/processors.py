@@ -27,7 +27,12 @@ Contexts = Callable[[int], tuple[Ids, Ids]]
 
 def changes_logits(params: SamplingParams) -> bool:
     """Does :func:`process_logits` change anything for ``params``?"""
-    return any(getattr(params, name) != getattr(_OFF, name) for name in _PROCESSED)
+    return bool(changing_settings(params))
+
+
+def changing_settings(params: SamplingParams) -> list[str]:
+    """Names of the settings in ``params`` for which :func:`process_logits` changes anything."""
+    return [name for name in _PROCESSED if getattr(params, name) != getattr(_OFF, name)]
 
 
 def contexts_of(base: PromptEncoder, nodes: Sequence[Hypothesis]) -> Contexts:
