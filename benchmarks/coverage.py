@@ -31,9 +31,13 @@ MEMORY = 6 << 30
 """Bytes that one type may take."""
 SECONDS = 300
 NOT_BUILT = {
-    "blt": "needs a patcher model; its default size does not fit",
-    "gemma3n": "the text part is gemma3n_text",
+    "blt": "refused when it is loaded: it cuts its text into patches",
+    "gemma3n": "pictures and sound too; its text part is gemma3n_text",
     "dots3_note": "the text part is dots3_note_text",
+    "gemma4_assistant": "refused when it is loaded: it drafts tokens for a Gemma 4 and takes that network's states",
+    "gemma4_unified_assistant": "as gemma4_assistant",
+    "musicgen": "writes codes of sound, not text",
+    "musicgen_melody": "as musicgen",
 }
 """Types that are refused or tested under another name, and why no tiny one is made."""
 STEPS_DIFFER = {"zamba2": "its time steps have a lower bound in passes over several tokens only (transformers' code)"}

@@ -183,7 +183,9 @@ def resolve_search(recipe: Recipe) -> Recipe:
     Raises:
         ConfigError: an unknown method, or settings that do not go together.
     """
-    search = recipe.search
+    search, models = recipe.search, recipe.models
+    if models.tuned is not None and models.tuned == models.untuned:
+        typer.echo("note: tuned and untuned are the same model: the implicit value is 0 everywhere", err=True)
     unused = unused_settings(search.method, search.settings())
     for reason in dict.fromkeys(unused.values()):
         listed = ", ".join(f"{name}={getattr(search, name)}" for name, why in unused.items() if why == reason)

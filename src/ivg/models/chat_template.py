@@ -167,8 +167,8 @@ def apply_chat_template(messages: Sequence[Mapping[str, str]], tokenizer: Any, n
     """
     if not settings.get("chat_template") and not getattr(tokenizer, "chat_template", None):
         raise PromptError(
-            f"{name} has no chat template, but the prompt is chat messages\n"
-            '  give a text, or a template for this model such as "{prompt}"'
+            f"{name} has no chat template, in which it is to read this prompt\n"
+            '  give this model a template such as "{prompt}" or raw; a text needs none'
         )
     plain, problem = _rendered(messages, tokenizer, settings)
     if plain is not None and _has_content(plain, messages):

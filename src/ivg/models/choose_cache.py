@@ -17,8 +17,9 @@ from ivg.errors import ModelError
 from ivg.models.cache import CacheRow, PassLimits, RowCache
 from ivg.models.image_prompts import ImageInputs
 from ivg.models.image_support import plain_output, untaken
+from ivg.models.placement import compute_dtype, input_device
 from ivg.models.slot_cache import SlotCache
-from ivg.models.state_cache import StateCache
+from ivg.models.state_cache import STATE_NAMES, StateCache
 from ivg.models.support import NetworkSupport, body_of
 
 TOLERANCE = {torch.float32: 0.02}
@@ -26,6 +27,7 @@ TOLERANCE = {torch.float32: 0.02}
 _LOW_PRECISION_TOLERANCE = 0.3
 """In other dtypes: rounding is larger, and may switch experts."""
 _TEXTS = ((1, 4, 2, 5, 3, 7, 6, 8), (6, 2, 9, 1, 5, 5, 3, 2), (4, 3))
+_NO_CACHE = f"takes no cache ({', '.join(STATE_NAMES)})"
 _PIECES = ((3, 3, 0), (1, 1, 2), (4, 4, 0))
 """How many tokens of each text the passes read, the last of them behind a fork of the first."""
 
@@ -46,12 +48,14 @@ def choose_cache(network: nn.Module, support: NetworkSupport, limits: PassLimits
     known = type(body_of(network)).__module__.startswith("transformers.")
     if support.state_reason is None and (known or not trial):
         return SlotCache(network, support, limits)
-    fault: str | None = "takes and returns no cache"
+    fault: str | None = _NO_CACHE
     for cache in _candidates(network, support, limits):
         fault = _fault(cache, network)
         if fault is None:
             return cache
     title = f"{name}: {type(body_of(network)).__name__}"
+    if not _is_causal(network):
+        raise ModelError(f"{title} is not causal: its outputs behind a text change with the tokens after it\n  expected a decoder")
     reason = f"{support.state_reason}, and " if support.state_reason else ""
     raise ModelError(f"{title} {reason}{fault}\n  expected a decoder whose cache gives the outputs of a pass over the whole text")
 
@@ -61,7 +65,7 @@ def images_fault(network: nn.Module, images: ImageInputs, limits: PassLimits) ->
     if names := untaken(network, images):
         return f"does not take {', '.join(names)}, which its processor gives"
     if not StateCache.takes(network):
-        return "takes and returns no cache"
+        return _NO_CACHE
     cache = StateCache(network, limits)
     try:
         pairs = list(_image_outputs(cache, network, images))
@@ -94,13 +98,28 @@ def _candidates(network: nn.Module, support: NetworkSupport, limits: PassLimits)
                 yield StateCache(network, limits, one_by_one=one_by_one, alone=alone)
 
 
+@torch.no_grad()
+def _is_causal(network: nn.Module) -> bool:
+    """Are the outputs behind a text the same, whatever follows it in the pass?"""
+    size = int(cast("Any", network).config.get_text_config().vocab_size)
+    device = input_device(network)
+    ids = torch.tensor([[token % size for token in _TEXTS[0]]], device=device)
+    try:
+        whole, begin = (network(input_ids=part, use_cache=False).logits[0, 3].float() for part in (ids, ids[:, :4]))
+    except Exception:  # the network's code may raise anything
+        return True  # not known to be otherwise
+    return _error(whole, begin) <= TOLERANCE.get(compute_dtype(network), _LOW_PRECISION_TOLERANCE)
+
+
 def _fault(cache: RowCache, network: nn.Module) -> str | None:
     """What is wrong with the outputs through ``cache``; None: nothing."""
     try:
         pairs = _outputs(cache, network)
     except Exception as e:  # the network's code may raise anything
         message = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
-        return f"cannot be read row by row: {message}"
+        if "no attribute 'past_key_values'" in message:
+            return "returns no cache"
+        return f"cannot be read in pieces behind its own cache: {message}"
     finally:
         cache.clear()
     error = max(_error(got.float(), plain.float()) for got, plain in pairs)

@@ -277,6 +277,15 @@ def eos_ids(network: Any, tokenizer: Any) -> Sequence[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
+_ADVICE = {
+    "trust_remote_code": "read that code, then set trust_remote_code in [run] (LoadOptions(trust_remote_code=True)) to run it",
+    "FlashAttention": "install what it needs, or give another attention, such as sdpa",
+    "attn_implementation": "give another attention, such as sdpa or eager",
+    "accelerator device": "name in max_memory the devices that are here",
+}
+"""What to do, by words of transformers' error; the first that occurs counts."""
+
+
 @contextmanager
 def _loading(title: str, expected: str) -> Iterator[None]:
     """Within, transformers prints no warnings: :func:`~ivg.models.weights.check_weights` raises for missing weights.
@@ -294,9 +303,7 @@ def _loading(title: str, expected: str) -> Iterator[None]:
         raise
     except Exception as e:
         why = "it has none" if "Couldn't instantiate the backend tokenizer" in str(e) else reason(e)
-        advice = f"expected {expected}, or a hub id"
-        if "trust_remote_code" in str(e):
-            advice = "read that code, then set trust_remote_code in [run] (LoadOptions(trust_remote_code=True)) to run it"
+        advice = next((text for words, text in _ADVICE.items() if words.lower() in str(e).lower()), f"expected {expected}, or a hub id")
         raise ModelError(f"cannot load {title}: {why}\n  {advice}") from e
     finally:
         logging.set_verbosity(before)

@@ -319,6 +319,7 @@ class Searcher:
         seconds, guidance = time.perf_counter() - state.started, state.request.search.guidance
         read, cached = dict(state.token_counter.forward_tokens), dict(state.token_counter.cached_tokens)
         usage = Usage(read, state.prompt_tokens, len(best.token_ids), seconds, cached, state.rule.drafted_tokens)
+        unfinished = [] if error or best.answer_start is not None else [f"no answer: {state.marker!r} (guide_after) has not come"]
         completion = Completion(
             text=best.text,
             token_ids=best.token_ids,
@@ -329,7 +330,7 @@ class Searcher:
             trace=tuple(state.trace),
             guide_shift=best.guide_shift,
             details=best.details,
-            notes=tuple(state.token_counter.notes),
+            notes=(*state.token_counter.notes, *unfinished),
             sampling=state.request.sampling,
             generation_config=state.request.from_checkpoint,
             guide_after=state.marker,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, get_args
 
@@ -36,6 +36,8 @@ def explain(error: Any, recipe: type[BaseModel]) -> str:
     if _is_secret(recipe, error["loc"]):
         return f"{where}: {error['msg'].removeprefix('Value error, ')}"
     words = next((text for kind, text in _EXPECTED.items() if error["type"].startswith(kind)), None)
+    if words is None and isinstance(error["input"], Mapping):  # of a whole table, which would hide what is wrong with it
+        return f"{where}: {error['msg'].removeprefix('Value error, ')}"
     if words is not None:
         words = "expected " + words.format(**error.get("ctx", {}))
     return f"{where}: {words or error['msg'].removeprefix('Value error, ')}, got {error['input']!r}"

@@ -146,8 +146,7 @@ def _columns(result: Result[Any], eos: Collection[int], *, whole: bool) -> dict[
     if completion.guide_after is not None:
         thinking = {"reasoning_content": completion.reasoning_content}
         if completion.answer_start is None:
-            why = f"no answer: {completion.guide_after!r} (guide_after) has not come; give a thinking_budget, or more max_new_tokens"
-            return thinking | {"error": why}
+            return thinking | {"error": f"{completion.notes[-1]}; give a thinking_budget, or more max_new_tokens"}
         if not whole:
             ids, text = ids[completion.answer_start :], completion.answer
     ended = completion.finish_reason == "stop" and bool(ids) and ids[-1] in eos  # rather than by a stop string
