@@ -65,8 +65,7 @@ TABLE = [
     ),
     (
         "check --recipe value.toml",
-        "value.toml: values.mine: a named value is tuned and untuned, or value, or reward, or arm, or contrast, or plugin; got tuned, "
-        "got {'tuned': 'x'}",
+        "value.toml: values.mine: a named value is tuned and untuned, or value, or reward, or arm, or contrast, or plugin; got tuned",
     ),
     ("check --recipe engine.toml", "unknown engine 'tensorrt' - expected transformers, vllm, or the URL of an endpoint (http://…/v1)"),
     # methods, values, engines, models
@@ -80,7 +79,8 @@ TABLE = [
     ),
     (
         "generate x --base embedded:base --method ivg",
-        "method ivg needs the value explicit and implicit, got none - give --value for explicit, --tuned and --untuned for implicit; the base alone: --method base",
+        "method ivg needs the value explicit and implicit, got none - "
+        "give --value for explicit, --tuned and --untuned for implicit; the base alone: --method base",
     ),
     ("check --base no/such/directory", f"cannot load base 'no/such/directory': no such directory{DIRECTORY}"),
     (
@@ -175,7 +175,7 @@ TABLE = [
     ("train dpo --model embedded:base --data pairs.jsonl --out o --beta 0", "beta must be positive, got 0.0"),
     (
         "train dpo --model embedded:base --data pairs.jsonl --out o --template none",
-        'template must be "chat", "raw", "last_turn", or a text with {prompt} where the prompt goes, got \'none\'',
+        'template must be "chat", "raw", "last_turn", a text with {prompt} where the prompt goes, or a file (.jinja, .txt), got \'none\'',
     ),
     (
         "train dpo --model embedded:base --data pairs.jsonl --out o --prompt-format x",

@@ -153,7 +153,7 @@ class Method(SearchSettings):
             )
             raise ConfigError(
                 f"method {self.name} needs the value {' and '.join(sorted(missing))}, got {', '.join(sorted(values)) or 'none'}\n"
-                f"  give {advice}; the base alone: --method base"
+                f"  give {advice}{'' if values else '; the base alone: --method base'}"
             )
         values = self._with_steps(values)
         guide = self._value(self.guides, bool(self.weights), values, combine)
