@@ -17,6 +17,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from ivg.errors import ConfigError
 from ivg.models.plain_lora import LoraChange
 
+_ROWS = 256
 _ADVICE = "give the merged model, or use the transformers engine"
 
 
@@ -140,8 +141,7 @@ class LayerCheck:
             own = name.removesuffix(".weight")
             for module, products in self._expected.items():
                 if own != name and (own == module or module.endswith(f".{own}") or own.endswith(f".{module}")) and tensor.ndim == 2:
-                    whole = tensor.to(self.dtype).float().cpu()
-                    products += [whole @ _vector(whole.shape[1]), whole.T @ _vector(whole.shape[0])]  # some networks store the transpose
+                    products += _products(tensor, self.dtype)  # some networks store the transpose
             yield name, tensor
 
     def require_same(self, network: nn.Module, targets: Mapping[str, Target], what: str) -> None:
@@ -152,12 +152,22 @@ class LayerCheck:
         """
         for module, (layer, first, last) in targets.items():
             weight: Any = network.get_submodule(layer).weight
-            rows = weight[first:last].detach().float().cpu()
-            got = rows @ _vector(rows.shape[1])
+            got, _ = _products(weight[first:last].detach(), self.dtype)
             if not any(_close(got, expected) for expected in self._expected[module]):
                 raise ConfigError(
                     f"the adapter of {what} changes {module}, whose weights vLLM keeps in another order than the checkpoint\n  {_ADVICE}"
                 )
+
+
+def _products(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(matrix @ v, matrix.T @ v), read in ``dtype``; a few rows at a time, since copies of whole layers would stay in the process."""
+    rows, columns = (_vector(size) for size in matrix.shape)
+    straight, transposed = [], torch.zeros_like(columns)
+    for block, part in zip(matrix.split(_ROWS), rows.split(_ROWS), strict=True):
+        few = block.to(dtype).float().cpu()
+        straight.append(few @ columns)
+        transposed += part @ few
+    return torch.cat(straight), transposed
 
 
 def _close(got: Tensor, expected: Tensor) -> bool:
