@@ -117,7 +117,6 @@ class Search:
         width: beams kept (W).
         successors: continuations of each kept beam (K).
         chunk_length: tokens between selections (L); None: the whole response.
-        chunk_until: a chunk also ends where this text ends a step of the answer (:mod:`ivg.types.steps`).
         guidance: guides every token.
         value: ranks hypotheses.
         rule: ``top``: keep the best; ``soft``: draw with probability proportional to exp(score / soft_scale).
@@ -126,16 +125,16 @@ class Search:
         decay: < 1 spends the budget of W * K continuations for each chunk early (:func:`ivg.search.selection.budgets`).
         rejection: select by rejection of segments (CARDS).
         particles: select by a particle filter.
-        speculation: a small model drafts chunks, and the base writes where they are refused.
-        tree: search a tree of chunks, sampling at most the tokens of W beams.
         thinking: responses begin with thinking, which is neither guided nor selected; the first chunk is thinking and L tokens of answer.
         make_rule: makes your own :class:`~ivg.search.selection.SelectionRule` for a request.
+        chunk_until: a chunk also ends where this text ends a step of the answer (:mod:`ivg.types.steps`).
+        speculation: a small model drafts chunks, and the base writes where they are refused.
+        tree: search a tree of chunks, sampling at most the tokens of W beams.
     """
 
     width: int = SearchSettings.width
     successors: int = SearchSettings.successors
     chunk_length: int | None = SearchSettings.chunk_length
-    chunk_until: str | None = SearchSettings.chunk_until
     guidance: TokenGuidance | None = None
     value: Value | None = None
     rule: Literal["top", "soft"] = "top"
@@ -144,10 +143,11 @@ class Search:
     decay: float = SearchSettings.decay
     rejection: Rejection | None = None
     particles: Particles | None = None
-    speculation: Speculation | None = None
-    tree: Tree | None = None
     thinking: Thinking | None = None
     make_rule: Callable[[Request], SelectionRule] | None = None
+    chunk_until: str | None = SearchSettings.chunk_until
+    speculation: Speculation | None = None
+    tree: Tree | None = None
 
     def __post_init__(self) -> None:
         validate(self, SearchSettings)
