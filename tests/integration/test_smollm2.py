@@ -45,7 +45,11 @@ def data(tmp_path_factory):
         save(f"aeslc/{split}.parquet", rows)
     asked = [f"question {i}" for i in range(60)]
     train, test = [q for q in asked if not is_test(q)], [q for q in asked if is_test(q)]
-    judged = [{"instruction": q, "output": text(plain, 3 + 5 * k), "score": (-6, 5, -2, 3)[k] + rng.random()} for q in train for k in range(4)]
+    judged = [
+        {"instruction": q, "output": text(plain, 3 + 5 * k), "score": score + rng.random()}
+        for q in train
+        for k, score in enumerate((-6, 5, -2, 3))
+    ]
     save("alpaca_eval/judged.parquet", judged)
     import gzip
 
