@@ -146,7 +146,7 @@ def answer(y, s, marker):
 
 def grow(base, values, s, prompt, y, rng_path, tokens, temperature, seed, limit, eos, marker=(), text=None):
     """Up to ``tokens`` more tokens of the answer, and the thinking before it; (response, finished). ``text``: decodes."""
-    y, grown = list(y), 0
+    y, grown, state = list(y), 0, None
     while grown < tokens:
         z = outputs(base, prompt + y)[-1]
         start = answer_start(y, marker)
@@ -154,7 +154,9 @@ def grow(base, values, s, prompt, y, rng_path, tokens, temperature, seed, limit,
         if s.token and s.beta and start is not None:
             moved = guided(z, s, values[s.token], prompt, answer(y, s, marker))
             if s.kl_budget is not None:
-                moved, _ = within(z, moved, s.kl_budget - kl_spent(base, values, s, prompt, y, temperature), temperature or 1.0)
+                left, rate = state or budget_state(base, values, s, prompt, y, temperature, limit)
+                moved, cost, c = paced(z, moved, left, rate, len(y), limit, temperature or 1.0)
+                state = left - cost, rate + c
             z = moved
         over = -1 if start is not None or s.thinking_budget is None else len(y) - s.thinking_budget
         if 0 <= over < len(marker):
@@ -195,13 +197,26 @@ def within(z, moved, left, temperature):
     return (torch.where(moved.isneginf(), -math.inf, z + low * (moved - z)) if low else z), left
 
 
-def kl_spent(base, values, s, prompt, y, temperature):
-    """What the tokens of a response have taken of the budget, from the first on."""
-    total = 0.0
+def paced(z, moved, left, rate, before, limit, temperature):
+    """(logits, cost, c) of the next token: the share s with which limit - before tokens like those so far take ``left``, c = cost / s^2."""
+    if left <= 0:
+        return z, 0.0, 0.0
+    full = kl(z, moved, temperature)
+    ratio = left * (before + 1) / ((rate + full) * (limit - before)) if rate + full else 1.0
+    s = min(1.0, math.sqrt(ratio))
+    between = moved if s == 1 else torch.where(moved.isneginf(), -math.inf, z + s * (moved - z))
+    out, cost = within(z, between, left, temperature)
+    return out, cost, full if (moved.isneginf() & ~z.isneginf()).any() else cost / s**2
+
+
+def budget_state(base, values, s, prompt, y, temperature, limit):
+    """(what is left of the budget, sum of c) behind a response, its tokens one after the other."""
+    left, rate = s.kl_budget, 0.0
     for i in range(len(y)):
         z = outputs(base, prompt + y[:i])[-1]
-        total += within(z, guided(z, s, values[s.token], prompt, y[:i]), s.kl_budget - total, temperature or 1.0)[1]
-    return total
+        _, cost, c = paced(z, guided(z, s, values[s.token], prompt, y[:i]), left, rate, i, limit, temperature or 1.0)
+        left, rate = left - cost, rate + c
+    return left, rate
 
 
 def steps_ended(text, separator):

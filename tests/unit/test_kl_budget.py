@@ -1,4 +1,4 @@
-"""A budget of KL divergence for token guidance: the formula by hand, and the bound for every answer."""
+"""A budget of KL divergence for token guidance: formulas by hand, the bound for every answer, the pace."""
 
 import math
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from ivg.engines.transformers.engine import TransformersEngine
-from ivg.engines.transformers.kl_budget import limit_divergence
+from ivg.engines.transformers.kl_budget import BudgetRow, guide_within_budget, limit_divergence, share_of_guidance
 from ivg.errors import ConfigError
 from ivg.integrations.transformers import GuidanceLogitsProcessor
 from ivg.model import GuidedModel
 from ivg.search.searcher import Request, Search, Searcher
-from ivg.testing import byte_tokenizer, tiny_lm, tiny_value
-from ivg.types import Prompt, SamplingParams, TokenGuidance
+from ivg.testing import byte_tokenizer, hypothesis, tiny_lm, tiny_value
+from ivg.types import Prompt, SamplingParams, TokenGuidance, Value
 from ivg.values.base import FunctionValue
 from ivg.values.implicit import ImplicitValue
 
@@ -73,25 +73,83 @@ def divergence(detail):
 @pytest.mark.parametrize("kind", ["implicit", "candidates", "plausibility"])
 @pytest.mark.parametrize("budget", [0.3, 5.0])
 def test_no_answer_exceeds_its_budget(models, settings, kind, budget):
-    """The divergences of all tokens of an answer sum to at most the budget; to what is reported, where it is not cut."""
+    """The divergences of all tokens of an answer sum to at most the budget; to what is reported, where guidance is a sum of logits."""
     guidance = {
         "implicit": TokenGuidance(models[1], kl_budget=budget),
         "candidates": TokenGuidance(models[2], 3.0, candidates=6, kl_budget=budget),
         "plausibility": TokenGuidance(models[1], 0.5, plausibility=0.2, kl_budget=budget),
     }[kind]
     without = TokenGuidance(guidance.value, guidance.beta, guidance.candidates, plausibility=guidance.plausibility)
-    unlimited = answers(models, without, 4, **settings)
-    for got, free in zip(answers(models, guidance, 4, **settings), unlimited, strict=True):
+    for got in answers(models, guidance, 4, **settings):
         nats = [divergence(d) for d in got.details]
         assert sum(nats) <= budget + 1e-4
         assert sum(nats) <= got.kl_spent + 1e-4 <= budget + 2e-4
         assert kind != "implicit" or sum(nats) == pytest.approx(got.kl_spent, abs=1e-3)  # candidates are all or nothing
-        pairs = enumerate(zip(nats, map(divergence, free.details), strict=False))
-        first = next((i for i, (a, b) in pairs if abs(a - b) > 1e-3), None)
-        if first is not None and "value" not in settings:  # guidance is full before
-            assert sum(divergence(d) for d in free.details[: first + 1]) > budget - 1e-4
-        assert free.kl_spent is None
-    assert budget > 1 or any(sum(divergence(d) for d in free.details) > budget for free in unlimited)  # it does cut
+    unlimited = answers(models, without, 4, **settings)
+    assert all(free.kl_spent is None for free in unlimited)
+    assert budget > 1 or any(sum(map(divergence, free.details)) > budget for free in unlimited)  # it does cut
+
+
+def test_the_share_by_hand():
+    """c = 0.25 on the average, 16 tokens left: s = 1 takes 4 nats, s = 1/2 one nat. Four nats or more leave guidance as it is."""
+    assert share_of_guidance(4.0, 8, 16, 2.0) == 1.0
+    assert share_of_guidance(1.0, 8, 16, 2.0) == pytest.approx(0.5)
+    assert share_of_guidance(100.0, 8, 16, 2.0) == share_of_guidance(1.0, 1, 50, 0.0) == 1.0
+    assert share_of_guidance(0.25, 8, 16, 2.0) == pytest.approx(0.25)
+
+
+def test_the_pace_by_hand():
+    """Two equal tokens, guidance of ln 3 on one. First token of 50, one nat: c = FULL, s = sqrt(1 / (50 * FULL)), then c = cost / s^2."""
+    base, value = torch.zeros(1, 3), Constant([LN3, 0.0, -math.inf])
+    base[0, 2] = -math.inf
+    share = math.sqrt(1 / (50 * FULL))
+    first = 1 / (1 + 3**-share)
+    cost = first * math.log(2 * first) + (1 - first) * math.log(2 * (1 - first))
+    beam = hypothesis("x", "", tiny_lm("base"))
+    row = BudgetRow(beam, spent=0.0, rate=0.0, tokens=1, remaining=50, temperature=1.0)
+    guidance = TokenGuidance(value, kl_budget=1.0)
+    logits, costs = guide_within_budget(base, [row], guidance, None, {})
+    assert logits[0].tolist() == [pytest.approx(share * LN3, abs=1e-5), 0.0, -math.inf]
+    assert costs == [(pytest.approx(cost, abs=1e-6), pytest.approx(cost / share**2, abs=1e-4))]
+    last = BudgetRow(beam, spent=1 - HALF, rate=0.0, tokens=50, remaining=1, temperature=0.0)  # what is left is for one token
+    logits, costs = guide_within_budget(base, [last], guidance, None, {})
+    assert costs[0][0] == pytest.approx(HALF)
+    assert logits[0, 0] == pytest.approx(LN3 / 2, abs=1e-5)
+    spent = BudgetRow(beam, spent=1.0, rate=3.0, tokens=9, remaining=9, temperature=1.0)
+    logits, costs = guide_within_budget(base, [spent], guidance, None, {})
+    assert (logits.tolist(), costs) == (base.tolist(), [(0.0, 0.0)])
+
+
+class Constant(Value):
+    """Adds the same to the logits of every row."""
+
+    def __init__(self, shift):
+        self.shift, self.vocabulary_ = torch.tensor([shift]), tiny_lm("base").vocabulary
+
+    def score(self, hypotheses):
+        return [0.0] * len(hypotheses)
+
+    def full_vocabulary(self):
+        return True
+
+    @property
+    def vocabulary(self):
+        return self.vocabulary_
+
+    def deltas(self, hypotheses):
+        return self.shift.expand(len(hypotheses), -1).nan_to_num(0.0, neginf=0.0)
+
+
+def test_a_large_budget_changes_nothing_and_a_small_one_is_taken_to_the_end(models):
+    """Guidance that would cost more is spread over the whole answer: nearly all of the budget is used, at the last token too."""
+    settings = {"ignore_eos": True, "max_new_tokens": 40}
+    free, wide, tight = (answers(models, TokenGuidance(models[1], kl_budget=b), 6, **settings) for b in (None, 1e6, 8.0))
+    assert [c.token_ids for c in wide] == [c.token_ids for c in free]
+    for c, unlimited in zip(tight, free, strict=True):
+        assert sum(map(divergence, unlimited.details)) > 16
+        nats = [divergence(d) for d in c.details]
+        assert 0.85 * 8 < sum(nats) <= 8 + 1e-4
+        assert 0.25 * 8 < sum(nats[:20]) < 0.75 * 8
 
 
 def test_the_mean_of_the_shifts_is_the_mean_of_what_was_spent(models):
@@ -103,18 +161,16 @@ def test_the_mean_of_the_shifts_is_the_mean_of_what_was_spent(models):
     assert 1.0 < float(spent.mean()) <= 4.0
 
 
-def test_a_spent_budget_costs_no_more_passes(models):
-    """Behind it the guide reads nothing, and the base alone draws."""
+def test_no_budget_needs_no_guide(models):
     base, value, _ = models
     model = GuidedModel(base, {"implicit": value})
-    free, limited, none = (
-        model.generate("I am", "eft", seed=1, ignore_eos=True, max_new_tokens=30, temperature=1.0, kl_budget=b) for b in (None, 2.0, 0)
-    )
-    assert none.text == model.generate("I am", "base", seed=1, ignore_eos=True, max_new_tokens=30, temperature=1.0).text
-    read = [c.usage.forward_tokens.get("tuned", 0) for c in (free, limited, none)]
-    assert read[0] > read[1] > read[2] == 0
-    assert (limited.kl_spent, none.kl_spent, limited.to_dict()["kl_spent"]) == (pytest.approx(2.0), 0.0, 2.0)
-    assert "kl_spent" not in free.to_dict()
+    plain, none = (model.generate("I am", m, seed=1, max_new_tokens=30, **s) for m, s in (("base", {}), ("eft", {"kl_budget": 0})))
+    assert none.token_ids == plain.token_ids
+    assert (none.kl_spent, none.usage.forward_tokens.get("tuned", 0)) == (0.0, 0)
+    some = model.generate("I am", "eft", seed=1, max_new_tokens=30, kl_budget=2.0)
+    assert some.to_dict()["kl_spent"] == pytest.approx(some.kl_spent, abs=1e-6)
+    assert 0 < some.kl_spent <= 2
+    assert "kl_spent" not in plain.to_dict()
     assert model.get_method("eft-kl").kl_budget == 10.0
 
 

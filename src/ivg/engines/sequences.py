@@ -35,6 +35,7 @@ class TokenSequence:
     answer_text: int = 0
     log_ratio: float = 0.0
     kl_spent: float = 0.0
+    kl_rate: float = 0.0
     guide_shift: list[float] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     details: list[TokenLogprobs] = field(default_factory=list)
@@ -82,6 +83,7 @@ def fork(request: ExpandRequest) -> list[TokenSequence]:
             answer_text=beam.answer_text,
             log_ratio=beam.log_ratio,
             kl_spent=beam.kl_spent,
+            kl_rate=beam.kl_rate,
             guide_shift=list(beam.guide_shift),
             pieces=list(beam.pieces),
             details=list(beam.details),
@@ -174,4 +176,5 @@ def _as_beam(child: TokenSequence) -> Beam:
         answer_text=child.answer_text,
         log_ratio=child.log_ratio,
         kl_spent=child.kl_spent,
+        kl_rate=child.kl_rate,
     )

@@ -244,7 +244,7 @@ _TABLE = (
     ),
     Method("contrast", "contrast of prompts (classifier-free guidance): the base with an instruction against itself", token="contrast"),
     Method("eft-gated", "EFT at uncertain tokens only: base entropy of 3 nats or more (SIA)", token="implicit", gate=3.0),
-    Method("eft-kl", "EFT within 10 nats of KL divergence from the base for each answer", token="implicit", kl_budget=10.0),
+    Method("eft-kl", "EFT with a budget of 10 nats of KL divergence from the base for each answer", token="implicit", kl_budget=10.0),
     Method("cbs-implicit", "chunk-level beam search by the implicit value (weak-to-strong search)", select="implicit", **_CHUNKED),
     Method("cbs-explicit", "chunk-level beam search by the explicit value", select="explicit", **_CHUNKED),
     Method(

@@ -222,7 +222,7 @@ class SearchSettings:
     kl_budget: Annotated[
         float | None,
         Setting(
-            "Nats of KL divergence from the base that token guidance may take in one answer: full guidance while they last, then none.",
+            "Nats of KL divergence from the base that token guidance may take in one answer; beta is then its largest weight.",
             r.number("0 or more nats", 0, optional=True),
             flags=("--kl-budget",),
             group="guidance",

@@ -144,6 +144,8 @@ class Beam:
     """Sum over tokens of log pi_base - log pi_proposal, both as sampled (temperature and filters). 0 unless requested."""
     kl_spent: float = 0.0
     """Nats of the budget of token guidance that the tokens have cost (``TokenGuidance.kl_budget``)."""
+    kl_rate: float = 0.0
+    """Sum over the tokens of what each costs at full guidance, nearly (:mod:`ivg.engines.transformers.kl_budget`)."""
     paused: bool = False
     """The chunk ended early: at a point of high entropy (:class:`~ivg.types.EntropyStop`), or at a text (``ExpandRequest.until``)."""
     pieces: tuple[str, ...] = ()

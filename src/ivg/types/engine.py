@@ -41,7 +41,8 @@ class TokenGuidance:
         plausibility: where a token is guided, forbid those to which the base alone (temperature 1) gives less than this share of its
             likeliest token's probability (contrastive decoding: Li et al. 2023, arXiv 2210.15097); 0 forbids none.
         kl_budget: nats of KL(pi_guided || pi_base) that the tokens of one answer may cost together, both softmaxes at the request's
-            temperature (greedy: 1) before top-k, top-p and the like; where they do not suffice, guidance is weakened; None: no limit.
+            temperature (greedy: 1) before top-k, top-p and the like. The weight is at most beta, and so much that the tokens up to
+            ``max_new_tokens`` take the budget; None: no limit.
     """
 
     value: Value

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -65,13 +66,13 @@ class _Logits:
         base: of the base model alone.
         guided: with token guidance.
         faults: why the guide has no number for a node, by its key.
-        costs: nats of the budget of guidance that the token of a row takes, by row.
+        costs: what the token of a row adds to ``kl_spent`` and ``kl_rate``, by row.
     """
 
     base: Tensor
     guided: Tensor
     faults: Mapping[int, ScoreFault]
-    costs: Mapping[int, float]
+    costs: Mapping[int, tuple[float, float]]
 
 
 class TransformersEngine(Engine):
@@ -193,7 +194,7 @@ class TransformersEngine(Engine):
         if groups and (limited or any(map(compares_guidance, step.requests)) or nonfinite_rows(logits)):
             base = logits.clone()
         faults: dict[int, ScoreFault] = {}
-        costs: dict[int, float] = {}
+        costs: dict[int, tuple[float, float]] = {}
         for guidance, rows in groups.items():
             every = len(rows) == len(logits)
             nodes = [answer_of(step.nodes[i], step.requests[i].thinking) for i in rows]
@@ -201,12 +202,9 @@ class TransformersEngine(Engine):
             if guidance.kl_budget is None:
                 guided = apply_guidance(logits if every else logits[rows], nodes, guidance, own, faults)
             else:
-                known = [
-                    BudgetRow(node, step.nodes[i].kl_spent, step.requests[i].sampling.temperature)
-                    for node, i in zip(nodes, rows, strict=True)
-                ]
-                guided, nats = guide_within_budget(base[rows], known, guidance, own, faults)
-                costs |= zip(rows, nats, strict=True)
+                known = [_budget_row(node, step.nodes[i], step.requests[i]) for node, i in zip(nodes, rows, strict=True)]
+                guided, found = guide_within_budget(base[rows], known, guidance, own, faults)
+                costs |= zip(rows, found, strict=True)
             if every:
                 logits = guided
             else:
@@ -228,7 +226,8 @@ class TransformersEngine(Engine):
         for s, row, token, (shift, ratio, detail) in zip(sequences, row_of, tokens.tolist(), compared, strict=True):
             if s.finish is None:
                 s.log_ratio -= ratio
-                s.kl_spent += logits.costs.get(row, 0.0)
+                nats, rate = logits.costs.get(row, (0.0, 0.0))
+                s.kl_spent, s.kl_rate = s.kl_spent + nats, s.kl_rate + rate
                 append_token(s, token, shift, detail)
 
     def process_logits(
@@ -252,6 +251,13 @@ def _end_nonfinite(step: _Step, logits: _Logits) -> None:
             if row == i:  # the two are one tensor where nothing guides, or where the base was found to be finite
                 finite = logits.base is logits.guided and s.request.guidance is not None and s.request.guidance.beta != 0
                 s.finish, s.error = "error", logits.faults.get(step.nodes[i].key) or nan_error(None if finite else base, len(s.token_ids))
+
+
+def _budget_row(answer: Any, node: Beam | TokenSequence, request: ExpandRequest) -> BudgetRow:
+    """What the budget of guidance knows of the row of ``node``, whose answer is ``answer``."""
+    before, sampling = len(node.token_ids), request.sampling
+    tokens = before - (node.answer_start or 0) + 1
+    return BudgetRow(answer, node.kl_spent, node.kl_rate, tokens, sampling.max_new_tokens - before, sampling.temperature)
 
 
 def _pausing(entropies: Tensor, step: _Step) -> set[int]:
