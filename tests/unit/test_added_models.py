@@ -51,6 +51,8 @@ def test_a_model_is_added_used_by_name_listed_and_removed(tmp_path, shop, ivg, c
     monkeypatch.chdir(tmp_path)
     code, _, err = ivg("generate", "the", "--base", "tiny")
     assert code == 2 and "cannot load base 'tiny': it is not on this machine (1 MB to download)" in err and "ivg models add tiny" in err
+    code, _, err = ivg("generate", "the", "--base", "tinny")
+    assert code == 2 and "or a hub id that was downloaded before; did you mean tiny (ivg models add tiny)?" in err
     code, out, err = ivg("models", "add", "tiny")
     assert code == 0 and out.startswith(f"tiny added: {cache / 'models' / 'tiny'} ("), err
     assert ivg("models", "add", "tiny")[1].startswith("tiny is there already")

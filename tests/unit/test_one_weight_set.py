@@ -441,6 +441,16 @@ def test_on_the_command_line(ivg, hub):
     assert ivg("generate", "The movie was", "--base", str(hub / "merged"), "--method", "base", *common[4:])[1] == out
 
 
+def test_a_pair_of_one_model_is_noted(ivg, hub):
+    base = str(hub / "base")
+    common = ["generate", "The", "--base", base, "--tuned", base, "--untuned", base, "--max-new-tokens", 2]
+    said = "note: tuned and untuned are the same model: the implicit value is 0 everywhere"
+    assert said in ivg(*common)[2]
+    for more in (["--system", f"tuned={KIND}"], ["--adapter", f"tuned={hub / 'adapter'}"]):
+        code, _, err = ivg(*common, *more)
+        assert code == 0 and said not in err
+
+
 @pytest.mark.parametrize("own", [{"system": KIND}, {"adapter": "adapter"}])
 def test_other_engines_refuse(hub, own):
     base = {"path": str(hub / "base")}

@@ -230,6 +230,15 @@ def test_what_is_refused(method, settings, line):
         model.generate("I", method, max_new_tokens=2, **settings)
 
 
+def test_an_answer_that_has_not_begun_is_noted():
+    model = GuidedModel(tiny_lm("base"))
+    settings = {"max_new_tokens": 8, "ignore_eos": True}
+    never = model.generate("I", "base", guide_after="no such text", **settings)
+    begun = model.generate("I", "base", guide_after="</t>", thinking_budget=0, **settings)
+    assert never.notes == ("no answer: 'no such text' (guide_after) has not come",) and never.answer_start is None
+    assert begun.notes == () and begun.token_ids[begun.answer_start :] and begun.answer == begun.text.removeprefix("</t>")
+
+
 def test_rules_are_checked_without_methods():
     with pytest.raises(ConfigError, match="draft must be 0 with guide_after"):
         pair = ImplicitValue(tiny_lm("tuned", seed=1), tiny_lm("untuned", seed=2))

@@ -25,6 +25,11 @@ DEPRECATED = {"pack": "export"}
 """Old names of verbs; removed in 0.3."""
 
 
+def _reflowed(text: str) -> str:
+    """Help whose paragraphs are one line each, which the terminal breaks; indented lines stay."""
+    return "\n\n".join(part if part.startswith("    ") else part.replace("\n", " ") for part in text.split("\n\n"))
+
+
 class LazyCommand(TyperCommand):
     """A verb's name and first line of help; the rest is loaded when it is called."""
 
@@ -35,7 +40,7 @@ class LazyCommand(TyperCommand):
         found = getattr(module, VERBS[name][1])
         if not isinstance(found, typer.Typer):
             verb, found = found, typer.Typer(add_completion=False)
-            found.command(name, help=module.HELP)(verb)
+            found.command(name, help=_reflowed(module.HELP))(verb)
         loaded: Any = typer.main.get_command(found)
         loaded.name = self.name
         return loaded

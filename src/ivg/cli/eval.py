@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 HELP = """Compare methods on a task: sentiment, summarization or alpaca.
 
-    ivg eval sentiment --recipe recipes/embedded-sentiment.toml --data imdb --out results
-
 Three stages, each of which writes files in --out and resumes: generate (transcripts/), score (scores/), report
 (results.json, report.md, report.html, figures/).
+
+    ivg eval sentiment --recipe recipes/embedded-sentiment.toml --data imdb --out results
 
 Search options (-W, -K, -L, --beta) are for the nine "combinations"; a named method takes others from its table in a recipe.
 

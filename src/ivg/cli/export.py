@@ -15,12 +15,13 @@ from ivg.settings.recipe import Recipe
 
 HELP = """Write a composite model for vLLM: base and guides, weights by reference.
 
+Requests say how much they are guided: {"vllm_xargs": {"ivg_beta": 0.5}}. Without models: the embedded ones.
+See docs/how-to/vllm.md.
+
     ivg export --base meta-llama/Llama-3.1-8B --tuned PATH --untuned PATH --out composite
 
     vllm serve composite --logits-processors ivg.engines.vllm.processor:IVGBeta
-
-Requests then say how much they are guided: {"vllm_xargs": {"ivg_beta": 0.5}}. Without models: the embedded ones.
-See docs/how-to/vllm.md."""
+"""
 
 
 @command(recipe=RecipeOptions("models", only={"models": ("base", "tuned", "untuned", "value", "arm")}))

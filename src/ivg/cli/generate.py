@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 HELP = """Answer prompts by a frozen model with value guidance.
 
+Input rows are {"id", "prompt"} or {"id", "messages"}; other columns are copied to the output (docs/reference/data.md). Output rows are
+appended as they are done; the same command again resumes.
+
     ivg generate "The movie was"
 
     ivg generate --image cat.png "What is it?" --base path/to/llava
-    ivg generate --input prompts.jsonl --output out.jsonl --method ivg -W 4 -K 4 -L 5
 
-Input rows are {"id", "prompt"} or {"id", "messages"}; other columns are copied to the output (docs/reference/data.md). Output rows are
-appended as they are done; the same command again resumes."""
+    ivg generate --input prompts.jsonl --output out.jsonl --method ivg -W 4 -K 4 -L 5"""
 
 
 _IMAGES = {"images": ("enabled", "allowed_media_domains")}

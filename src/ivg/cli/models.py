@@ -17,11 +17,12 @@ _COLUMNS = ("width", "successors", "chunk_length", "token", "select")
 
 HELP = """List the embedded models, the methods, the settings of methods, and plugins.
 
+An added model is named like a directory: --base smollm2, in recipes, and in Python. See docs/how-to/models.md.
+
     ivg models add smollm2
 
     ivg generate --base smollm2 --template base=chat "Why is the sky blue?"
-
-An added model is named like a directory: --base smollm2, in recipes, and in Python. See docs/how-to/models.md."""
+"""
 
 app = typer.Typer(name="models", help=HELP, add_completion=False)
 

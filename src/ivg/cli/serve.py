@@ -14,10 +14,11 @@ from ivg.settings.recipe import Recipe
 
 HELP = """Serve the models: OpenAI's protocol at /v1, a playground at /.
 
-    ivg serve --port 8000
-
 Settings of requests that are not given there come from the recipe and from the options here. Listens on this machine only, unless
---host says otherwise; a key is required if --api-key-file or IVG_API_KEYS gives any. See docs/how-to/serving.md."""
+--host says otherwise; a key is required if --api-key-file or IVG_API_KEYS gives any. See docs/how-to/serving.md.
+
+    ivg serve --port 8000
+"""
 
 _OFFERED = {
     "search": ("method",),

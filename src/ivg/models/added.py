@@ -9,6 +9,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,12 @@ def not_added(name: str) -> str | None:
     if name not in SOURCES:
         return None
     return f"it is not on this machine ({SOURCES[name].megabytes[0]} MB to download)\n  ivg models add {name}"
+
+
+def like_added(name: str) -> str:
+    """``; did you mean …?`` where a model that can be added has nearly this name; else nothing."""
+    near = get_close_matches(name, SOURCES, n=1, cutoff=0.8)
+    return f"; did you mean {near[0]} (ivg models add {near[0]})?" if near else ""
 
 
 def _source(name: str) -> Source:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ivg.embedded import PREFIX
 from ivg.errors import ModelError, reason
-from ivg.models.added import locate, not_added
+from ivg.models.added import like_added, locate, not_added
 from ivg.models.gguf import converted, find_gguf
 from ivg.utils.hub_status import reachable, unreachable_reason
 
@@ -58,7 +58,7 @@ def find_model(name: str | Path, what: str, hub: Mapping[str, Any] | None = None
     if cached is None:
         raise ModelError(
             f"{title}: no such directory here, not in the hub's cache, and {unreachable_reason()}\n"
-            "  expected a directory with config.json and weights, or a hub id that was downloaded before"
+            f"  expected a directory with config.json and weights, or a hub id that was downloaded before{like_added(str(name))}"
         )
     _check_directory(cached, what, weights=weights)
     return cached
