@@ -104,6 +104,23 @@ def test_company_stop_strings_and_the_pair_as_judge(model):
     assert all(reader.model.live_rows == 0 for reader in model.readers)
 
 
+def test_requests_of_other_methods_share_the_rounds(model):
+    """A chunk that is drafted whole beside chunks that are cut into rounds: the same texts as alone."""
+    plans = [
+        ("rsd", {"select": "vowels", "chunk_length": 21, "acceptance": "sigmoid", "accept_threshold": 0.5}),
+        ("base", {}),
+        ("custom", {"select": "vowels", "width": 2, "successors": 2, "chunk_length": 5}),
+        ("mcts", {"select": "vowels", "width": 2, "successors": 2, "chunk_length": 19}),
+        ("rsd", {"select": "vowels", "chunk_length": 3, "accept_threshold": 0.2}),
+    ]
+    requests = [model.request(PROMPT, method, seed=i, max_new_tokens=40, **settings) for i, (method, settings) in enumerate(plans)]
+    together = dict(model.run(requests))
+    for i, request in enumerate(requests):
+        ((_, alone),) = model.run([request])
+        assert (together[i].token_ids, together[i].usage.forward_tokens) == (alone.token_ids, alone.usage.forward_tokens), plans[i]
+    assert all(reader.model.live_rows == 0 for reader in model.readers)
+
+
 def _beam(model, prompt, completion):
     from dataclasses import replace
 
