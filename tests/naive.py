@@ -172,8 +172,11 @@ def grow(base, values, s, prompt, y, rng_path, tokens, temperature, seed, limit,
         y.append(token)
         if token == eos or len(y) == limit:
             return y, True
-        if s.chunk_until and steps_ended(text(y), s.chunk_until) > steps_ended(text(y[:-1]), s.chunk_until):
-            return y, False
+        begun = answer_start(y, marker)
+        if s.chunk_until and begun is not None:
+            now, before = (steps_ended(text(ids[begun:]), s.chunk_until) for ids in (y, y[:-1]))
+            if now > before:
+                return y, False
     return y, False
 
 
@@ -248,7 +251,8 @@ def search(base, values, s, prompt, seed, temperature, limit, eos=0, marker=(), 
         if s.rule == "soft":
             chunks, kept = chunks + 1, []
             while pool and len(kept) < s.width:
-                weights = [math.exp((p[3] - max(q[3] for q in pool)) / s.soft_scale) for p in pool]
+                best = max(p[3] for p in pool)
+                weights = [math.exp((p[3] - best) / s.soft_scale) if best > -math.inf else 1.0 for p in pool]
                 kept.append(pool.pop(weighted_draw(weights, uniform(seed, chunks, len(kept), 0x50F7))))
         else:
             kept = sorted(pool, key=lambda p: -p[3])[: s.width]

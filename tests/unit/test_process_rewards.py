@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from test_rewards import saved
-from test_search import CountSteps, completion, request, run
+from test_search import CountSteps, request, run
 
 import naive
 from ivg.cli.recipe_options import RecipeOptions
@@ -258,10 +258,23 @@ def test_white_space_is_no_step_and_the_length_is_a_limit():
 
 
 def test_soft_selection_draws_anew_in_every_chunk():
-    """Beams of other lengths: a finished beam that stays the longest does not make two chunks share a random number."""
-    weights = lambda text: [0, 1, 0] if text == "" else [1, 0, 0]  # noqa: E731
-    search = Search(width=1, successors=2, chunk_until="b", rule="soft", value=FunctionValue(lambda p, r: 0.0))
-    assert completion(FakeEngine("ab", weights), search, max_new_tokens=5).text == "baaaa"
+    """A finished beam that stays the longest: which of two equal beams comes first is drawn again in the next chunk."""
+
+    def weights(text):  # aaaaaa and the end, or the steps bc bc bc …
+        if not text:
+            return [1, 1, 0, 0]
+        return [0, 1, 0, 0] if text[-1] == "c" else [0, 0, 1, 0] if text[-1] == "b" else [1, 0, 0, 0] if len(text) < 6 else [0, 0, 0, 1]
+
+    search = Search(width=2, successors=1, chunk_until="c", rule="soft", value=FunctionValue(lambda p, r: 0.0))
+    same = []
+    for seed in range(400):
+        kept = [s.kept for s in run(FakeEngine("abc", weights), request(search, seed, max_new_tokens=12)) if s.kept]
+        long = next((n for n in kept[0] if n.text == "aaaaaa"), None)
+        short = next((n for n in kept[0] if n.text == "bc"), None)
+        if long is not None and short is not None and long.key < short.key and len(kept) > 1:
+            same.append((kept[0][0].text == "aaaaaa") == (kept[1][0].text == "aaaaaa"))
+    assert len(same) > 50
+    assert 0.3 < sum(same) / len(same) < 0.7
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +301,7 @@ def ascii_lm(name, seed):
 @pytest.mark.parametrize("settings", [
     {"step_aggregation": "last"}, {"step_aggregation": "min", "chunk_length": 6}, {"step_aggregation": "mean", "rule": "soft"},
     {"step_aggregation": "product", "token": "implicit", "beta": 0.3}, {"token": "implicit", "draft": 3, "beta": 0.3}, {"width": 1},
+    {"guide_after": "e", "rule": "soft"}, {"guide_after": "e", "token": "implicit", "beta": 0.3},
 ], ids=lambda s: "-".join(map(str, s.values())))  # fmt: skip
 def test_the_search_over_steps_equals_naive(ascii_base, settings):
     pair = tiny_lm("tuned", seed=2), tiny_lm("untuned", seed=3)
@@ -304,10 +318,13 @@ def test_the_search_over_steps_equals_naive(ascii_base, settings):
     for seed in range(3):
         prompt = ascii_base.tokenizer("why").input_ids
         ((_, got),) = searcher.run([Request(Prompt("why"), s.search(values), SamplingParams(max_new_tokens=20), seed, trace=True)])
+        marker = ascii_base.tokenizer(s.guide_after or "").input_ids
         with_bos = {**oracle, "reward": BehindBos(oracle["reward"])}
-        tokens, score = naive.search(ascii_base.model.network, with_bos, s, prompt, seed, 1.0, 20, text=lambda y: text([t for t in y if t]))
+        tokens, score = naive.search(
+            ascii_base.model.network, with_bos, s, prompt, seed, 1.0, 20, marker=marker, text=lambda y: text([t for t in y if t])
+        )
         assert list(got.token_ids) == tokens
-        assert got.score == pytest.approx(score, abs=1e-4)
+        assert (-math.inf if got.score is None else got.score) == pytest.approx(score, abs=1e-4)  # None: no answer has begun
         ended += sum("\n" in node.text for step in got.trace for node in step.kept)
     assert ended > 3
     assert ascii_base.model.live_rows == 0
