@@ -15,10 +15,11 @@ from ivg.cli.recipe_options import RecipeOptions
 from ivg.errors import ConfigError
 from ivg.search.methods import Method, get_method
 from ivg.search.request import Particles, Rejection, Request, Search, Speculation, Tree
+from ivg.settings.per_request import RequestSettings
 from ivg.settings.recipe import ModelRef, Recipe, SamplingConfig, SearchConfig
 from ivg.settings.rules import LEVELS, WEIGHTS
 from ivg.settings.schema import rules_of, settings_of
-from ivg.settings.search import RequestSettings, SearchSettings
+from ivg.settings.search import SearchSettings
 from ivg.settings.train import DPOSettings, TrainSettings, ValueTrainSettings
 from ivg.types import Prompt, SamplingParams, TokenGuidance
 from ivg.utils.rng import as_seed, mix

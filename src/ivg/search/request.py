@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from ivg.errors import ConfigError
 from ivg.search.rule import SelectionRule
+from ivg.settings.per_request import RequestSettings
 from ivg.settings.schema import validate
-from ivg.settings.search import Acceptance, RequestSettings, SearchSettings
+from ivg.settings.search import Acceptance, SearchSettings
 from ivg.types import Prompt, SamplingParams, Thinking, TokenGuidance, Value
 from ivg.utils.rng import mix
 

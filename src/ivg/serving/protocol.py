@@ -15,10 +15,10 @@ from pydantic import Field, model_validator
 
 from ivg.serving.fields import Messages, Prompts, Stop
 from ivg.settings.chat import ChatSettings
+from ivg.settings.per_request import RequestSettings
 from ivg.settings.requests import SearchConfig
 from ivg.settings.sampling import SamplingParams
 from ivg.settings.schema import Setting, settings_of
-from ivg.settings.search import RequestSettings
 from ivg.settings.tables import Table, table_of
 
 _OPENAI_NAMES = ("max_new_tokens", "stop")
