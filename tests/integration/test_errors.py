@@ -145,14 +145,6 @@ TABLE = [
     ("check --beta nan", "settings: search.beta: expected a finite number, got nan"),
     # train
     ("train dpo --model embedded:base --data none.jsonl --out o", f"no such file: none.jsonl{FILE}"),
-    (
-        "train dpo --model embedded:base --data ties.jsonl --out o",
-        TIES,
-    ),
-    (
-        "train reward --model embedded:base --data ties.jsonl --out o",
-        TIES,
-    ),
     ("train dpo --model embedded:base --data pairs.jsonl --out model", "model holds a model already - use another --out"),
     (
         "train dpo --model embedded:base --data pairs.jsonl --out rewards.py",
@@ -291,6 +283,13 @@ def stderr_of(folder, monkeypatch, ivg):
 @pytest.mark.parametrize("line,said", [pytest.param(line, said, id=line) for line, said in TABLE])
 def test_the_exact_line(line, said, stderr_of):
     assert stderr_of(line) == [f"error: {text}" for text in ([said] if isinstance(said, str) else said)]
+
+
+@pytest.mark.parametrize("command", ["dpo", "reward"])
+def test_rows_of_training_that_are_left_out_are_counted(command, stderr_of):
+    said = stderr_of(f"train {command} --model embedded:base --data ties.jsonl --out o")
+    counted = ["read 0, left out 3", "error: the data hold no pair of different responses to one prompt"]
+    assert said == [*(f"error: {line}" for line in TIES[:3]), *counted]
 
 
 @pytest.mark.parametrize("line,said", [pytest.param(line, said, id=line) for line, said in TYPED])
