@@ -15,7 +15,9 @@ def running():
         yield server
 
 
-@pytest.mark.parametrize("method", ["base", "eft", "ivg", "bon", "cbs-implicit", "smc", "token-explicit", "rsd", "gsi", "mcts"])
+@pytest.mark.parametrize(
+    "method", ["base", "eft", "ivg", "bon", "cbs-implicit", "smc", "token-explicit", "rsd", "gsi", "mcts", "eft-kl", "rmod", "cbs-soft"]
+)
 def test_completion_equals_the_librarys(running, library, method):
     got = running.client().completions.create(model=f"tiny:{method}", prompt="The movie", seed=7, **SAMPLING)
     want = expected(library, "The movie", method, 7)
@@ -27,6 +29,7 @@ def test_completion_equals_the_librarys(running, library, method):
     assert got.ivg["usage"] == dict(want.usage.forward_tokens)
     assert got.ivg.get("drafted_tokens", 0) == want.usage.drafted_tokens
     assert got.ivg["tokens_read"] == want.usage.total_forward_tokens
+    assert got.ivg.get("kl_spent") == (None if want.kl_spent is None else pytest.approx(want.kl_spent, abs=1e-3))
     assert "choices" not in got.ivg  # it would say the same twice
     assert got.ivg["score"] == (None if want.score is None else pytest.approx(want.score, abs=1e-4))
 

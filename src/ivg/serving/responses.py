@@ -170,7 +170,8 @@ class ResponseBuilder:
     def ivg_object(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """The field ``ivg``: method, seed, score, tokens read by each model and in all, seconds.
 
-        If there are any, also tokens of a draft model, notes, and the settings that came from the checkpoint's ``generation_config.json``.
+        If there are any, also nats of a budget of KL, tokens of a draft model, notes, and the settings that came from the checkpoint's
+        ``generation_config.json``.
         """
         from_checkpoint = completions[0].generation_config
         read: Counter[str] = Counter()
@@ -183,6 +184,7 @@ class ResponseBuilder:
             "usage": dict(read),
             "tokens_read": sum(read.values()),
             "seconds": round(max(c.usage.seconds for c in completions), 4),
+            **({"kl_spent": round(spent, 6)} if (spent := completions[0].kl_spent) is not None else {}),
             **({"drafted_tokens": drafted} if (drafted := sum(c.usage.drafted_tokens for c in completions)) else {}),
             **({"notes": notes} if (notes := list(dict.fromkeys(note for c in completions for note in c.notes))) else {}),
             **({"generation_config": dict(from_checkpoint)} if from_checkpoint else {}),
