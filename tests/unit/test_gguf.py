@@ -285,7 +285,7 @@ def test_a_folder_with_several_models_is_refused(tmp_path):
         find_model(tmp_path, "base")
     (tmp_path / "a-q8.gguf").rename(tmp_path / "mmproj-a.gguf")  # of a vision model, beside the language model
     assert find_model(tmp_path, "base").is_dir()
-    with pytest.raises(ModelError, match=r"this is part 1 of a model in 2 GGUF files\n  name it so \(NAME-00001-of-00002.gguf\\)"):
+    with pytest.raises(ModelError, match=r"this is part 1 of a model in 2 GGUF files\n  name it so \(NAME-00001-of-00002.gguf\)"):
         find_model(write(tmp_path / "b.gguf", extra={"split.count": 2}), "base")
 
 

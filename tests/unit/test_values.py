@@ -116,7 +116,7 @@ def test_scalar_layouts(tmp_path, name, prefix):
     value = ExplicitValue.from_pretrained(tmp_path, options=FLOAT32)
     ids = byte_tokenizer()("The movie was").input_ids
     hidden = network.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
-    expected = float(hidden @ head[0]) + (0.7 if bias is not None else 0.0)
+    expected = (hidden @ head[0]).item() + (0.7 if bias is not None else 0.0)
     assert value.head == "scalar"
     assert value.score([hypothesis("The movie", " was", tiny_lm("base"))])[0] == pytest.approx(expected, abs=1e-4)
 
