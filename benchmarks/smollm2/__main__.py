@@ -1,5 +1,7 @@
 """The paper's three experiments on SmolLM2: data, rewards, guides, values, each by a command of ivg that resumes.
 
+Needs the extras train, eval and gguf. What `instructions` trains is for the task alpaca of `ivg eval`.
+
 ivg models add smollm2
 python -m benchmarks.smollm2 sentiment --data ../shared/data
 ivg eval sentiment --recipe recipes/smollm2/sentiment.toml --out build/smollm2/sentiment/eval
@@ -34,16 +36,20 @@ def run(step: Step, needed: list[Future[None]], free: threading.Semaphore) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.smollm2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("experiment", choices=["data", "sentiment", "summarization", "instructions"])
     parser.add_argument("--data", type=Path, help="folder with imdb, aeslc and alpaca_eval; needed where the rows are not made yet")
-    parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument(
+        "--work", type=Path, default=WORK, help="folder of what is made; default: build/smollm2, where the recipes look for it"
+    )
     parser.add_argument("--base", default="smollm2", help="another base, for a rehearsal")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the rows, for a rehearsal")
     parser.add_argument("--prompts", type=int, default=64, help="prompts of a batch of rollouts; a GPU takes 512")
     parser.add_argument("--train", default="", help="further options of each training, such as '--set gradient_checkpointing=false'")
     parser.add_argument("--jobs", type=int, default=1, help="steps at the same time")
-    parser.add_argument("--steps", nargs="+", help="only these")
+    parser.add_argument("--steps", nargs="+", help="only these; a step's name is printed when it begins")
     args = parser.parse_args()
     if not (args.work / "alpaca-test.jsonl").exists():
         if args.data is None:
