@@ -26,10 +26,10 @@ from ivg.models.loading import LoadOptions, load_network, load_tokenizer
 from ivg.models.placement import input_device
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.rotary import length_batches, rope_limits
-from ivg.models.support import context_of
 from ivg.types import Hypothesis, Prompt, Reward, Steps
 from ivg.types.scores import Scores, finite_score, require_scores
 from ivg.types.steps import DEFAULT_SEPARATOR, aggregate, split_steps
+from ivg.values.classifier import check_label, token_limit
 from ivg.values.truncation import truncate_prompt
 
 if TYPE_CHECKING:
@@ -144,18 +144,14 @@ class ProcessReward(StepReward):
         separator: str = DEFAULT_SEPARATOR,
     ) -> None:
         super().__init__(name, aggregation, separator)
-        labels = network.config.num_labels
-        if label is None and labels > 2:
-            raise ConfigError(f"{name} has {labels} labels for each step\n  name the one that means right: label=0…{labels - 1}")
-        if label is not None and not 0 <= label < labels:
-            raise ConfigError(f"{name} has {labels} labels, got label={label}\n  expected 0…{labels - 1}")
+        check_label(network, label, name, "means right")
         if isinstance(template, str) and "{response}" in template:
             raise ConfigError(
                 f"{name} reads steps behind the prompt, so its template has no {{response}}\n  give one with {{prompt}} alone"
             )
         self.network, self.tokenizer, self.label, self.batch_size = network.eval(), tokenizer, label, batch_size
         self.template, self.chat_settings = PromptTemplate.of(template).resolved
-        self.limit = min((n for n in (context_of(network), tokenizer.model_max_length) if n and 0 < n < 1 << 30), default=None)
+        self.limit = token_limit(network, tokenizer)
         """Tokens that the classifier reads at most; None: no limit."""
 
     @classmethod

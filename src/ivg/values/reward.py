@@ -23,12 +23,12 @@ from ivg.models.loading import LoadOptions, load_config, load_network, load_toke
 from ivg.models.placement import input_device
 from ivg.models.prompt_template import NO_CHAT_SETTINGS, PromptTemplate
 from ivg.models.rotary import length_batches, rope_limits
-from ivg.models.support import context_of
 from ivg.models.weights import WeightsError
 from ivg.types import Hypothesis, Prompt, Reward, Steps
 from ivg.types.scores import finite_score, require_scores
 from ivg.types.steps import DEFAULT_SEPARATOR
 from ivg.values.base import FunctionValue
+from ivg.values.classifier import check_label, token_limit
 from ivg.values.process import ProcessReward, StepLogProbs, StepReward
 from ivg.values.truncation import truncate_prompt
 
@@ -72,11 +72,7 @@ class RewardModel(Reward):
         name: str = "reward",
         batch_size: int = 64,
     ) -> None:
-        labels = network.config.num_labels
-        if label is None and labels > 2:
-            raise ConfigError(f"{name} has {labels} labels\n  name the one that is the reward: label=0…{labels - 1}")
-        if label is not None and not 0 <= label < labels:
-            raise ConfigError(f"{name} has {labels} labels, got label={label}\n  expected 0…{labels - 1}")
+        check_label(network, label, name, "is the reward")
         self.network, self.tokenizer = network.eval(), tokenizer
         self.template, self.chat_settings = _reward_template(template)
         if self.template is None:
@@ -84,7 +80,7 @@ class RewardModel(Reward):
             self.template = getattr(network.config, "ivg_template", None) or trained.get("template")  # as it was trained
         self.label, self.name, self.batch_size = label, name, batch_size
         self._stepwise: StepwiseReward | None = None
-        self.limit = min((n for n in (context_of(network), tokenizer.model_max_length) if n and 0 < n < 1 << 30), default=None)
+        self.limit = token_limit(network, tokenizer)
         """Tokens that the classifier reads at most; None: no limit."""
         self._config = network.config.get_text_config()
         self._padding: int | None = self._config.pad_token_id
