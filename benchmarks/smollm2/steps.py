@@ -119,8 +119,8 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
         ),
         Step(
             "rollouts",
-            f"train rollout --base {base} --reward {out}/gold --prompts {work}/aeslc-prompts.jsonl --samples 4 {write} --seed 2"
-            f" --out {out}/rollouts.jsonl",
+            f"train rollout --base {base} --reward {out}/gold --prompts {work}/aeslc-prompts.jsonl --limit {scale.count(5000)}"
+            f" --samples 4 {write} --seed 2 --out {out}/rollouts.jsonl",
             ("gold",),
         ),
         Step(
