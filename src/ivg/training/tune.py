@@ -20,6 +20,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 from ivg.diagnostics.pairs import is_tie
 from ivg.errors import ConfigError
 from ivg.settings.train import DPOSettings, SFTSettings, TrainSettings
+from ivg.training.cpu_head import score_on_cpu
 from ivg.training.data import SFTExample, held_out
 from ivg.training.encoding import encode_for_reward, encode_preferences, encode_sft, read_template
 from ivg.training.kept_adapter import check_start, keep_tokenizer, round_to_half, save_adapter
@@ -152,7 +153,15 @@ class _PlainLossSFTTrainer(SFTTrainer):
 
 
 class _TokenisedDPOTrainer(DPOTrainer):
-    """For tokenised rows: TRL would add an end of sequence to responses that were cut at their length limit."""
+    """For tokenised rows: TRL would add an end of sequence to responses that were cut at their length limit. On a CPU with our own head."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.accelerator.device.type == "cpu":
+            model: Any = self.model
+            score_on_cpu(model.get_base_model() if hasattr(model, "get_base_model") else model)
+            if self.ref_model is not None:
+                score_on_cpu(self.ref_model)
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset

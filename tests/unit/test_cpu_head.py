@@ -1,0 +1,73 @@
+"""Log-probabilities for DPO on a CPU: TRL's own numbers and gradients."""
+
+import copy
+
+import pytest
+import torch
+from trl.trainer.utils import add_fused_lm_head
+
+from ivg.testing import tiny_model
+from ivg.training import cpu_head
+
+OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
+
+
+def scored(model, ids, mask, labels):
+    """What the fused head gives, and the gradients of a weighted sum of the log-probabilities."""
+    found = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+    weights = torch.linspace(-1, 1, found.log_probs.numel()).view_as(found.log_probs)
+    (found.log_probs * weights).sum().backward()
+    return found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("rows_in_a_block", [1, 3, 1000])
+def test_it_gives_the_numbers_and_gradients_of_trl(architecture, rows_in_a_block, monkeypatch):
+    monkeypatch.setattr(cpu_head, "BLOCK_BYTES", 4 * 257 * rows_in_a_block)
+    ours = tiny_model(architecture)
+    theirs = copy.deepcopy(ours)
+    for model in (ours, theirs):
+        add_fused_lm_head(model, outputs=OUTPUTS)
+    cpu_head.score_on_cpu(ours)
+    ids = torch.randint(0, 257, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :4] = -100
+    labels[2] = -100  # a row of which nothing is scored
+    own, own_gradients = scored(ours, ids, mask, labels)
+    other, other_gradients = scored(theirs, ids, mask, labels)
+    for name in ("loss", "log_probs", "entropy", "mean_logits"):
+        torch.testing.assert_close(getattr(own, name), getattr(other, name).detach() if name != "log_probs" else other.log_probs)
+    assert torch.equal(own.is_top1, other.is_top1) and torch.equal(own.label_mask, other.label_mask)
+    assert own_gradients.keys() == other_gradients.keys()
+    for name, gradient in own_gradients.items():
+        torch.testing.assert_close(gradient, other_gradients[name], msg=name)
+
+
+def test_nothing_scored_gives_zero_and_a_gradient_of_zero():
+    model = tiny_model()
+    add_fused_lm_head(model, outputs=OUTPUTS)
+    cpu_head.score_on_cpu(model)
+    ids = torch.arange(12).view(2, 6)
+    found, gradients = scored(model, ids, torch.ones_like(ids), torch.full_like(ids, -100))
+    assert not found.log_probs.any() and all(not gradient.any() for gradient in gradients.values())
+
+
+def test_models_that_scale_their_logits_keep_trls_head():
+    model = tiny_model()
+    model.config.logit_scale = 0.5
+    add_fused_lm_head(model, outputs=OUTPUTS)
+    before = model.forward
+    cpu_head.score_on_cpu(model)
+    assert model.forward == before
+
+
+def test_logits_are_those_of_the_model_without_it():
+    model = tiny_model().eval()
+    add_fused_lm_head(model, outputs=OUTPUTS)
+    ids = torch.arange(12).view(2, 6)
+    expected = model(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    cpu_head.score_on_cpu(model)
+    torch.testing.assert_close(model(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0], expected)
+    torch.testing.assert_close(model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs, expected)
