@@ -24,6 +24,7 @@ def scored(model, ids, mask, labels):
 @pytest.mark.parametrize("rows_in_a_block", [1, 3, 1000])
 def test_it_gives_the_numbers_and_gradients_of_trl(architecture, rows_in_a_block, monkeypatch):
     monkeypatch.setattr(cpu_head, "BLOCK_BYTES", 4 * 257 * rows_in_a_block)
+    monkeypatch.setattr(cpu_head, "BACKWARD_ROWS", 5)
     ours = tiny_model(architecture)
     theirs = copy.deepcopy(ours)
     for model in (ours, theirs):

@@ -14,7 +14,9 @@ from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput
 
 BLOCK_BYTES = 8 << 20
-"""Size of a block of float32 logits."""
+"""Size of a block of float32 logits. Its memory is kept from block to block: to ask the system for it anew takes longer than the work."""
+BACKWARD_ROWS = 256
+"""Positions of a block in the backward pass. A part of the vocabulary at once: its gradient stays in the cache."""
 SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 """Settings of models that change their logits behind the head; such models keep TRL's own forward."""
 
@@ -28,49 +30,81 @@ class LabelLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Shapes: hidden [positions, width], weight [vocabulary, width], bias [vocabulary], labels [positions]."""
-        parts: list[tuple[Tensor, ...]] = [tuple(hidden.new_zeros(0, dtype=torch.float32) for _ in range(4))]
-        totals = [hidden.new_zeros(0, dtype=torch.float32)]
-        for at in _blocks(hidden, weight):
-            logits = _logits(hidden[at], weight, bias)
-            total = logits.logsumexp(-1)
+        rows = max(1, BLOCK_BYTES // (4 * len(weight)))
+        tile = _Tile(hidden, weight, bias, min(rows, len(hidden)), len(weight))
+        spare = torch.empty_like(tile.logits)
+        out = torch.zeros(5, len(hidden))
+        for start in range(0, len(hidden), rows):
+            at = slice(start, start + rows)
+            logits = tile.fill(at, slice(0, len(weight)))
+            scaled = _view(spare, tuple(logits.shape))
+            best, mean = logits.amax(-1), logits.mean(-1)
             label = logits.gather(1, labels[at, None])[:, 0]
-            mean, best = logits.mean(-1), logits.argmax(-1) == labels[at]
-            expected = (logits.sub(total[:, None]).exp_().mul_(logits)).sum(-1)
-            parts.append((label - total, total - expected, mean, best.float()))
-            totals.append(total)
-        log_probs, entropy, mean_logits, is_top1 = (torch.cat(part) for part in zip(*parts, strict=True))
-        ctx.save_for_backward(hidden, weight, bias, labels, torch.cat(totals))
-        ctx.mark_non_differentiable(entropy, mean_logits, is_top1)
-        return log_probs, entropy, mean_logits, is_top1
+            total = torch.exp(logits.sub_(best[:, None]), out=scaled).sum(-1)
+            expected = scaled.mul_(logits).sum(-1) / total
+            is_best = label >= best
+            if is_best.any():  # of equal logits the first token counts
+                is_best[is_best.clone()] = logits[is_best].argmax(-1) == labels[at][is_best]
+            out[:, at] = torch.stack([label - best - total.log(), total.log() - expected, mean, is_best.float(), best + total.log()])
+        ctx.save_for_backward(hidden, weight, bias, labels, out[4])
+        ctx.mark_non_differentiable(out[1], out[2], out[3])
+        return out[0], out[1], out[2], out[3]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        """Gradients of the log-probabilities; sums over blocks are float32."""
+        """Gradients of the log-probabilities; sums over blocks are float32, since rounded for each block they would drift."""
         hidden, weight, bias, labels, totals = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        of_hidden = torch.zeros_like(hidden) if wanted[0] else None
+        of_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         of_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] else None
-        for at in _blocks(hidden, weight):
-            change = _logits(hidden[at], weight, bias).sub_(totals[at, None]).exp_()  # d log p(label) / d logits = 1[label] - p
-            change.scatter_add_(1, labels[at, None], change.new_full((len(change), 1), -1.0)).mul_(-grads[0][at, None])
-            as_read = change.to(weight.dtype)
-            if of_hidden is not None:
-                of_hidden[at] = as_read @ weight
-            if of_weight is not None:
-                of_weight.addmm_(change.T, hidden[at].float())  # in float32: rounded for each block it would drift
-            if of_bias is not None:
-                of_bias += change.sum(0)
-        return of_hidden, None if of_weight is None else of_weight.to(weight.dtype), of_bias, None
+        columns = max(1, BLOCK_BYTES // (4 * BACKWARD_ROWS))
+        tile = _Tile(hidden, weight, bias, min(BACKWARD_ROWS, len(hidden)), min(columns, len(weight)))
+        for start in range(0, len(hidden), BACKWARD_ROWS):
+            at = slice(start, start + BACKWARD_ROWS)
+            read, factor = hidden[at].float(), grads[0][at, None]
+            for first in range(0, len(weight), columns):
+                part = slice(first, first + columns)
+                change = tile.fill(at, part).sub_(totals[at, None]).exp_().mul_(-factor)  # d log p(label) / d logits = 1[label] - p
+                inside = ((labels[at] >= first) & (labels[at] < first + change.shape[1])).nonzero()[:, 0]
+                change[inside, labels[at][inside] - first] += grads[0][at][inside]
+                if of_hidden is not None:
+                    of_hidden[at] += tile.rounded(change) @ weight[part]
+                if of_weight is not None:
+                    of_weight[part].addmm_(change.T, read)
+                if of_bias is not None:
+                    of_bias[part] += change.sum(0)
+        return (
+            None if of_hidden is None else of_hidden.to(hidden.dtype),
+            None if of_weight is None else of_weight.to(weight.dtype),
+            None if of_bias is None else of_bias.to(bias.dtype),
+            None,
+        )
 
 
-def _blocks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    rows = max(1, BLOCK_BYTES // (4 * len(weight)))
-    return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
+class _Tile:
+    """Memory for the logits of ``rows`` positions and ``columns`` tokens, in the type of the weights and in float32."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.logits = torch.empty(rows * columns)
+        self.product = self.logits if weight.dtype == torch.float32 else torch.empty(rows * columns, dtype=weight.dtype)
+
+    def fill(self, rows: slice, columns: slice) -> Tensor:
+        """Float32 logits [positions, tokens], valid until the next call."""
+        hidden, weight = self.hidden[rows], self.weight[columns]
+        shape = len(hidden), len(weight)
+        product = torch.mm(hidden, weight.T, out=_view(self.product, shape))
+        logits = product if self.product is self.logits else _view(self.logits, shape).copy_(product)
+        return logits if self.bias is None else logits.add_(self.bias[columns])
+
+    def rounded(self, logits: Tensor) -> Tensor:
+        """``logits`` in the type of the weights."""
+        return logits if self.product is self.logits else _view(self.product, tuple(logits.shape)).copy_(logits)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(hidden, weight, bias).float()
+def _view(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return memory[: shape[0] * shape[1]].view(shape)
 
 
 def score_on_cpu(model: Any) -> None:
