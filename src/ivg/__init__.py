@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ivg.models.runner import ModelRunner
     from ivg.search.methods import METHODS, Method, get_method
     from ivg.search.searcher import Request, Search, Searcher
+    from ivg.search.text_stream import AsyncTextStream, TextStream
     from ivg.types import AsyncEngine, Beam, Completion, Engine, Message, Prompt, Reward, SamplingParams, Step, TokenGuidance, Usage, Value
     from ivg.values.base import CompositeValue, FunctionValue, WorstCaseValue
     from ivg.values.explicit import ExplicitValue
@@ -31,6 +32,7 @@ __version__ = VERSION
 
 _HOME = {
     "ivg.search.searcher": ("Request", "Search", "Searcher"),
+    "ivg.search.text_stream": ("AsyncTextStream", "TextStream"),
     "ivg.search.methods": ("METHODS", "Method", "get_method"),
     "ivg.engines.transformers.engine": ("TransformersEngine",),
     "ivg.integrations.transformers": ("GuidanceLogitsProcessor", "GuidedGenerate"),
@@ -63,6 +65,7 @@ _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "METHODS",
     "AsyncEngine",
+    "AsyncTextStream",
     "AutoregressiveReward",
     "Beam",
     "CachedLM",
@@ -88,6 +91,7 @@ __all__ = [
     "Search",
     "Searcher",
     "Step",
+    "TextStream",
     "TokenGuidance",
     "TransformersEngine",
     "Usage",

@@ -126,6 +126,10 @@ class UpstreamError(str):
         return made
 
 
+class GenerationError(IVGError, RuntimeError):
+    """A response that failed while it was streamed (``Completion.error``), or whose stream was closed before its end."""
+
+
 class NoTokenFault(str):
     """Why no token can be drawn: a request's own settings forbid them all. A text, like every error of a hypothesis."""
 

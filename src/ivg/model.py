@@ -6,10 +6,10 @@ It knows which methods its values allow and turns settings into requests; the se
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NoReturn
 
 from ivg.embedded import path
 from ivg.engines.transformers.engine import TransformersEngine
@@ -21,6 +21,7 @@ from ivg.models.loading import LoadOptions, RoleOptions, enable_images, options_
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.shared import SharedNetworks
+from ivg.search.generation import GenerationMixin
 from ivg.search.methods import CONTRAST, Method, get_method, method_names, resolve_fallbacks
 from ivg.search.searcher import Request, Searcher, check_engine
 from ivg.settings.chat import CHAT_SETTINGS
@@ -28,8 +29,8 @@ from ivg.settings.images import ImagesConfig
 from ivg.settings.models import ROLES, ModelSource, check_pair, check_roles
 from ivg.settings.sampling import DEFAULT_SAMPLING as DEFAULT_SAMPLING
 from ivg.settings.search import MAX_BEAMS
-from ivg.types import Completion, Engine, Prompt, SamplingParams, TokenGuidance, Value
-from ivg.types.messages import Conversation, PromptLike, read_prompts
+from ivg.types import Engine, Prompt, SamplingParams, TokenGuidance, Value
+from ivg.types.messages import PromptLike
 from ivg.types.scores import require_scores, score_each
 from ivg.utils import environment
 from ivg.utils.locks import FairLock
@@ -43,7 +44,7 @@ _SAMPLING = frozenset(f.name for f in fields(SamplingParams))
 _COMPOSITES = 256  # weighted sums of values that are cached: a server may see any number of weights
 
 
-class GuidedModel:
+class GuidedModel(GenerationMixin):
     """A base model and named values.
 
     >>> from ivg import GuidedModel
@@ -267,48 +268,6 @@ class GuidedModel:
         """A new search loop over this model's engine, which takes turns with the model's other loops."""
         return Searcher(self.engine, max_beams or self.max_beams, self.lock)
 
-    def run(self, requests: Iterable[Request], max_beams: int | None = None) -> Iterator[tuple[int, Completion]]:
-        """Run requests together; yields (position, completion) as each is done. Abandoning the iteration cancels the rest."""
-        return self.searcher(max_beams).run(requests)
-
-    @overload
-    def generate(self, prompts: PromptLike, method: str | Method = "ivg", *, n: None = None, **settings: Any) -> Completion: ...
-    @overload
-    def generate(
-        self, prompts: Sequence[Conversation], method: str | Method = "ivg", *, n: None = None, **settings: Any
-    ) -> list[Completion]: ...
-    @overload
-    def generate(self, prompts: PromptLike, method: str | Method = "ivg", *, n: int, **settings: Any) -> list[Completion]: ...
-    @overload
-    def generate(
-        self, prompts: Sequence[Conversation], method: str | Method = "ivg", *, n: int, **settings: Any
-    ) -> list[list[Completion]]: ...
-    def generate(
-        self, prompts: PromptLike | Sequence[Conversation], method: str | Method = "ivg", *, n: int | None = None, **settings: Any
-    ) -> Completion | list[Completion] | list[list[Completion]]:
-        """Answer one prompt (text, one message, or the messages of one conversation), or a list of them in one batch.
-
-        Args:
-            prompts: one prompt, or a list of prompts.
-            method: a name of :attr:`methods`, ``custom``, or a :class:`~ivg.Method`.
-            n: samples for each prompt; None: one. Sample i has index i of :meth:`request`, so sample 0 is that of a single answer.
-            settings: see :meth:`request`.
-
-        Returns:
-            A completion for one prompt, a list in the same order for a list; with ``n``, a list of n completions in place of each.
-        """
-        items, single = read_prompts(prompts)
-        if n is not None and n < 1:
-            raise ConfigError(f"n must be at least 1 sample, got {n}")
-        first = settings.pop("index", 0)
-        requests = [self.request(p, method, index=first + i, **settings) for p in items for i in range(n or 1)]
-        done = dict(self.run(requests))
-        if n is None:
-            out = [done[i] for i in range(len(items))]
-            return out[0] if single else out
-        samples = [[done[i] for i in range(start, start + n)] for start in range(0, len(requests), n)]
-        return samples[0] if single else samples
-
     def score(self, prompt: PromptLike, responses: Sequence[str], value: str = "explicit") -> list[float]:
         """Scores of given responses by the named value.
 
@@ -394,6 +353,29 @@ class GuidedModel:
         """Stop what runs in other processes; the model cannot be used afterwards."""
         for component in self._components:
             component.close()
+
+    def to(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Models are placed when they are loaded: moving them would leave caches, packed weights and other processes behind.
+
+        Raises:
+            ConfigError: always; says how.
+        """
+        wanted = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
+        raise ConfigError(
+            f"GuidedModel.to({wanted}): models stay where they were loaded\n"
+            "  load with from_pretrained(…, options=LoadOptions(device=…, dtype=…)), or {ROLE: LoadOptions(…)} for single models"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse pickle and deepcopy: a model holds locks, caches and maybe other processes.
+
+        Raises:
+            ConfigError: always; says what to send instead.
+        """
+        raise ConfigError(
+            "a GuidedModel cannot be pickled or copied\n"
+            "  send what it is loaded from, and call from_pretrained (or load_models(recipe)) in the other process"
+        )
 
     def guidance(self, value: str, beta: float = 1.0, candidates: int = 0, gate: float = 0.0) -> TokenGuidance:
         """Token guidance by the named value, for the pieces in ``ivg.integrations.transformers``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from ivg.utils.rng import mix
 
 QUANTUM = RequestSettings.stride
 """Tokens of one round at most, so that long chunks do not keep other requests waiting. Changes no result."""
+LONG_CHUNK = 8
+"""Chunks of at least this many tokens are streamed while they grow."""
 
 
 def require(name: str, got: object, fine: bool, expected: str) -> None:
@@ -203,6 +206,16 @@ class Request:
     def draw_seed(self) -> int:
         """Seed of this request's draws."""
         return mix(self.seed, self.index)
+
+
+def streaming_stride(request: Request) -> int:
+    """Tokens of a stream's rounds: 1 where a single beam grows, few where chunks are long; speculative decoding needs whole rounds."""
+    search = request.search
+    if search.guidance is not None and search.guidance.draft:
+        return QUANTUM
+    if search.width * search.successors == 1:
+        return 1
+    return 4 if (search.chunk_length or math.inf) >= LONG_CHUNK else QUANTUM
 
 
 def required_features(request: Request) -> set[str]:

@@ -118,6 +118,11 @@ class Searcher:
         return sum(state.rule.rows for state in self._running.values())
 
     @property
+    def full(self) -> bool:
+        """Would another request have to wait for the running ones, or for those in the queue?"""
+        return self.live_beams + sum(state.rule.rows for state in self._waiting) >= self.max_beams
+
+    @property
     def waiting_requests(self) -> int:
         """Requests in the queue."""
         return len(self._waiting)

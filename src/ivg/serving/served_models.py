@@ -5,7 +5,6 @@ Turns request bodies into search requests, within the server's limits. Runs in t
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,7 @@ from ivg.model import GuidedModel
 from ivg.models.chat_template import is_chat
 from ivg.models.images import ImageReader
 from ivg.search.methods import Method, method_names
-from ivg.search.request import QUANTUM, Request
+from ivg.search.request import QUANTUM, Request, streaming_stride
 from ivg.search.searcher import check_engine
 from ivg.search.tree import most_leaves
 from ivg.serving.errors import client_error
@@ -40,8 +39,6 @@ DEFAULT_MAX_TOKENS = 2048
 """Where neither client, server nor checkpoint sets a length, and no model has a limit."""
 MAX_BODY_WITH_IMAGES = 32 << 20
 """Bytes of a request body where the base reads pictures, unless the setting says otherwise."""
-LONG_CHUNK = 8
-"""Chunks of at least this many tokens are streamed while they grow."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +173,7 @@ class ServedModels:
             self._at_most(body.limit_field, body.limit, self.settings.max_tokens)
         sampling = self.recipe.sampling.settings() | body.sampling
         template = self.model.request("x", method, seed=seed, record=body.include_beams, alternatives=top_logprobs, **sampling)
-        template = replace(template, stride=_stride(template) if body.stream else QUANTUM)
+        template = replace(template, stride=streaming_stride(template) if body.stream else QUANTUM)
         param = "messages" if isinstance(body, ChatRequest) else "prompt"
         try:
             firsts = [self._with_max_tokens(template.with_prompt(prompt), body.limit) for prompt in self._prompts(body)]
@@ -301,13 +298,3 @@ def describe_method(method: Method) -> dict[str, Any]:
     names = ("summary", "token", "select", "width", "successors", "chunk_length", "beta", "rule", "contrast", "negative", "select_combine")
     weights = {name: dict(getattr(method, name)) for name in ("weights", "select_weights", "select_reference")}
     return {"method": method.name, **{name: getattr(method, name) for name in names}, **weights}
-
-
-def _stride(request: Request) -> int:
-    """Tokens of each step: 1 where a single beam grows, few where chunks are long; speculative decoding needs room for its drafts."""
-    search = request.search
-    if search.guidance is not None and search.guidance.draft:
-        return QUANTUM
-    if search.width * search.successors == 1:
-        return 1
-    return 4 if (search.chunk_length or math.inf) >= LONG_CHUNK else QUANTUM
