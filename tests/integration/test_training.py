@@ -208,6 +208,22 @@ def test_dpo_appends_no_end_to_incomplete_responses(tmp_path, model, monkeypatch
     assert len(seen[0]["chosen_ids"]) == 2
 
 
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="TRL's head is for GPUs")
+def test_dpo_reads_labels_only_on_a_cpu_in_all_passes(tmp_path, model, mode, monkeypatch):
+    from trl.trainer import utils
+
+    from ivg.training import tune
+
+    def refuse(*_):
+        raise AssertionError("TRL's head was used")
+
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", refuse)
+    pairs = [Preference(Prompt(f"p{i}"), f"{i}aa", f"{i}bb") for i in range(20)]
+    metrics = tune.dpo(model, pairs, tmp_path / "t", DPOSettings(num_train_epochs=1, eval_share=0.2, mode=mode))
+    assert metrics["held_out"]["eval_loss"] > 0
+
+
 def test_a_reward_model_learns_its_preferences(tmp_path, model):
     from ivg.training import tune
     from ivg.values.reward import RewardModel

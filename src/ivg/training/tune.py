@@ -155,13 +155,24 @@ class _PlainLossSFTTrainer(SFTTrainer):
 class _TokenisedDPOTrainer(DPOTrainer):
     """For tokenised rows: TRL would add an end of sequence to responses that were cut at their length limit. On a CPU with our own head."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.accelerator.device.type == "cpu":
-            model: Any = self.model
-            score_on_cpu(model.get_base_model() if hasattr(model, "get_base_model") else model)
-            if self.ref_model is not None:
-                score_on_cpu(self.ref_model)
+    on_cpu = False
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        self._score_on_cpu()
+        return super().compute_ref_log_probs(model, inputs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self._score_on_cpu()
+        return super().compute_loss(*args, **kwargs)
+
+    def _score_on_cpu(self) -> None:
+        """Once, before the first pass, which is the reference's: TRL makes that while the trainer is made."""
+        if self.on_cpu or self.accelerator.device.type != "cpu":
+            return
+        self.on_cpu = True
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                score_on_cpu(model.get_base_model() if hasattr(model, "get_base_model") else model)
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
