@@ -25,7 +25,7 @@ class Scale:
     Attributes:
         rows: share of the rows; below 1 for a rehearsal.
         prompts: of a batch of rollouts; a GPU takes more.
-        train: further options of each training.
+        train: further options of each training; they override its own.
     """
 
     rows: float = 1.0
@@ -140,10 +140,11 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
 
 def _instructions(base: str, work: Path, scale: Scale) -> list[Step]:
     out = work / "instructions"
-    train = f"--mode lora --lora-r 8 --keep-adapter --template chat --accumulate 1 --evaluations 1 --max-length 640 {scale.train}"
+    train = "--mode lora --lora-r 8 --keep-adapter --template chat --accumulate 1 --evaluations 1"
     judged = f"--data {work}/alpaca-judged.jsonl --pairs-per-prompt 16 --label higher --min-margin 0.5 --like-length 0.3 --eval-share 0.2"
     long = "--max-length 1024 --set gradient_checkpointing=true"  # answers of the best models are long
-    reward = f"train reward --model {base} {judged} --batch-size 16 --lr 2e-4 {train} {long}"
+    reward = f"train reward --model {base} {judged} --batch-size 16 --lr 2e-4 {train} {long} {scale.train}"
+    train += f" --max-length 640 {scale.train}"
     return [
         Step("gold", f"{reward} --out {out}/gold"),
         # below this margin the line of length over-corrects: half of the answers have the lowest score (docs/how-to/training.md)
