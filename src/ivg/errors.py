@@ -6,6 +6,7 @@ A message says what was got, what was expected and what to do.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class IVGError(Exception):
@@ -146,3 +147,11 @@ def reason(e: BaseException, longest: int = 400) -> str:
 def shortened(line: str, longest: int = 400) -> str:
     """``line``, of which at most ``longest`` characters are shown: whole words, and a sign that there were more."""
     return line if len(line) <= longest else f"{line[:longest].rpartition(' ')[0] or line[:longest]} …"
+
+
+def show_value(value: Any) -> str:
+    """A value in an error: its beginning, and JSON's word for nothing."""
+    if value is None:
+        return "null"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

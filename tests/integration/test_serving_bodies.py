@@ -83,7 +83,7 @@ def test_bad_bodies_name_the_field(running, change, param):
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, None),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "critic", "content": "x"}]}, "messages[0].role"),
     ],
 )
 def test_bad_chats_name_the_field(running, change, param):

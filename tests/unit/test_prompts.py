@@ -97,7 +97,7 @@ def test_pictures_keep_their_place_and_their_shape():
         ([{"role": "user", "content": [{"type": "image", "image": 7}]}], "messages[0].content[0] is a picture of type int"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": " "}}]}], "messages[0].content[0] is a picture with"),
         ([{"role": "user", "content": [{"type": "input_audio"}]}], "messages[0].content[0]: parts of type 'input_audio'"),
-        ([{**USER, "tool_calls": [{"id": "1"}]}], "messages[0].tool_calls is not supported"),
+        ([{**USER, "tool_calls": [{"id": "1"}]}], "messages[0].tool_calls, but the role is 'user'"),
         ("a\ud83d b", "the prompt is no Unicode text: character 1 is half of a surrogate pair (U+D83D)"),
         ([{"role": "user", "content": "\udc00"}], "messages[0].content is no Unicode text"),
         ([{"role": "us\udc00", "content": "x"}], "messages[0].role is no Unicode text"),

@@ -70,7 +70,8 @@ def test_a_row_with_other_variables_is_answered_again(ivg, base, tmp_path):
     assert "already done 1" in run(ivg, base, written(source, [row | {"chat_template_kwargs": json.dumps(OFF)}]), output)[2]
     err = run(ivg, base, written(source, [row | {"chat_template_kwargs": ON}]), output)[2]
     assert "prompts have changed under the same id" in err and "answered 1" in err
-    assert prompt_key(HI) == prompt_key(HI, {}) == prompt_key(HI, None) != prompt_key(HI, ON) != prompt_key(HI, OFF)
+    on, off, none = ({"chat_template_kwargs": kwargs} for kwargs in (ON, OFF, None))
+    assert prompt_key(HI) == prompt_key(HI, {}) == prompt_key(HI, none) != prompt_key(HI, on) != prompt_key(HI, off)
 
 
 def test_rows_without_an_id_are_told_apart_by_their_variables(ivg, base, tmp_path):

@@ -114,8 +114,8 @@ CHATS = [
      "messages[0].content[0]: parts of type 'input_audio' are not supported; only text and pictures are read; leave the part out",
      "messages[0].content[0]"),
     ({"content": None}, "messages[0].content is null; expected text", "messages[0].content"),
-    ({"role": "tool"}, "messages[0].role must be one of system, developer, user, assistant, got 'tool'", "messages[0].role"),
-    ({"tool_calls": [{}]}, "messages[0].tool_calls is not supported: only the text of a message is read; leave it out",
+    ({"role": "critic"}, "messages[0].role must be one of system, developer, user, assistant, tool, got 'critic'", "messages[0].role"),
+    ({"tool_calls": [{}]}, "messages[0].tool_calls, but the role is 'user'; expected them in turns of the assistant",
      "messages[0].tool_calls"),
 ]  # fmt: skip
 

@@ -33,7 +33,7 @@ def begun_text(prompt: Any, template: str | None) -> str:
     """
     if not isinstance(prompt, str):
         last = Message.of(prompt[-1])
-        return last.content if last.role == "assistant" else ""
+        return last.content if last.role == "assistant" and not last.tool_calls else ""
     return prompt if template in (None, "raw", "last_turn") or template.endswith("{prompt}") else ""
 
 
@@ -42,7 +42,7 @@ def prompt_line(prompt: Any) -> str:
     found = Prompt.of(prompt)
     if isinstance(found.content, str):
         return found.content
-    return "\n".join(f"{m.role}: {'[picture] ' * len(m.images)}{m.content}" for m in found.content)
+    return "\n".join(f"{m.role}: {'[picture] ' * len(m.images)}{m.text}" for m in found.content)
 
 
 def show(prompt: Any, template: str | None, completion: Completion, method: str, *, many: bool) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ivg.errors import ConfigError
 from ivg.jobs.formats import read_rows
-from ivg.jobs.prompts import KWARGS
+from ivg.jobs.prompts import CHAT_COLUMNS
 from ivg.settings.recipe import EvalConfig
 from ivg.types import Prompt
 from ivg.utils.plugins import Plugins
@@ -159,20 +159,21 @@ def digest(examples: Sequence[Example]) -> str:
     def content(prompt: Prompt) -> Any:
         if isinstance(prompt.content, str):
             return prompt.content
-        return [[m.role, m.content, *(image.source for image in m.images)] for m in prompt.content]
+        return [[m.role, m.text, *(image.source for image in m.images)] for m in prompt.content]
 
     shown = [[e.id, content(e.prompt)] for e in examples]
     return hashlib.sha256(json.dumps(shown, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def check_no_kwargs(row: Mapping[str, Any], where: str) -> None:
-    """Raise for a row with variables of chat templates of its own, which tasks do not read.
+    """Raise for a row with tools or variables of chat templates of its own, which tasks do not read.
 
     Raises:
         ConfigError: names the row ``where``.
     """
-    if row.get(KWARGS):
-        raise ConfigError(f"{where}: {KWARGS} are not read for each row\n  remove the column, and set them for the models of the recipe")
+    for name in CHAT_COLUMNS:
+        if row.get(name):
+            raise ConfigError(f"{where}: {name} are not read for each row\n  remove the column; variables may be set for each model")
 
 
 def text_of(row: Mapping[str, Any], column: str, where: str) -> str:

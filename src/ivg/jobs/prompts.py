@@ -20,8 +20,8 @@ ANSWER_COLUMNS = frozenset({
 })  # fmt: skip
 """Columns of answers; columns of the input with such a name are kept in ``input_columns``."""
 
-KWARGS = "chat_template_kwargs"
-"""Column of rows, as in TRL: variables of the chat templates for one prompt."""
+KWARGS, TOOLS = CHAT_COLUMNS = ("chat_template_kwargs", "tools")
+"""Columns of rows, as in TRL: variables of the chat templates for one prompt, and the functions that its answer may call."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Job:
     Attributes:
         id: unique in the run.
         prompt: text, or messages.
-        chat_template_kwargs: variables of the chat templates for this prompt.
+        chat: what its row says of the chat templates (:data:`CHAT_COLUMNS`).
         place: file and line, for error messages; default: the id.
         row: the row of the input.
     """
@@ -40,7 +40,7 @@ class Job:
     prompt: Any
     place: str = ""
     row: Mapping[str, Any] = field(default_factory=dict)
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    chat: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "place", self.place or f"prompt {self.id}")
@@ -53,12 +53,12 @@ class Job:
     @property
     def prompt_key(self) -> str:
         """A hash of what is answered."""
-        return prompt_key(self.prompt, self.chat_template_kwargs)
+        return prompt_key(self.prompt, self.chat)
 
     @property
     def request_prompt(self) -> Prompt:
         """The prompt as a request has it."""
-        return with_kwargs(Prompt.of(self.prompt), self.chat_template_kwargs)
+        return with_chat_columns(Prompt.of(self.prompt), self.chat)
 
     def extra_columns(self, answer: Iterable[str]) -> dict[str, Any]:
         """The further columns of the input; those named like a column of the ``answer`` under ``input_columns``."""
@@ -82,9 +82,9 @@ def read_jobs(rows: Iterable[SourceRow], fail: Callable[[str, str, Mapping[str, 
         row = jsonable(source.data)
         try:
             found = prompt_of(row)
-            prompt, kwargs = found.plain, found.chat.chat_template_kwargs
-            own = row["id"] if row.get("id") not in (None, "") else _new_id(prompt_key(prompt, kwargs), places)
-            job = Job(own, prompt, source.place, row, kwargs)
+            prompt, chat = found.plain, chat_columns(found)
+            own = row["id"] if row.get("id") not in (None, "") else _new_id(prompt_key(prompt, chat), places)
+            job = Job(own, prompt, source.place, row, chat)
             if job.key in places:
                 raise PromptError(f"the id {job.key} is also that of {places[job.key]}\n  give each row an id of its own, or none")
         except PromptError as e:
@@ -95,34 +95,44 @@ def read_jobs(rows: Iterable[SourceRow], fail: Callable[[str, str, Mapping[str, 
 
 
 def prompt_of(row: Mapping[str, Any]) -> Prompt:
-    """The prompt of a row: its column ``prompt``, or ``messages`` where that is empty, with its ``chat_template_kwargs``.
+    """The prompt of a row: its column ``prompt``, or ``messages`` where that is empty, with its ``chat_template_kwargs`` and ``tools``.
 
-    Messages and variables may be JSON in a text, as CSV has them.
+    Messages, variables and tools may be JSON in a text, as CSV has them.
 
     Raises:
         PromptError: neither, or an invalid one.
     """
-    return with_kwargs(_content_of(row), row.get(KWARGS))
+    return with_chat_columns(_content_of(row), row)
 
 
-def with_kwargs(prompt: Prompt, kwargs: Any) -> Prompt:
-    """``prompt`` with variables of the chat templates for it alone: a mapping, the same as JSON in a text, or nothing.
+def with_chat_columns(prompt: Prompt, row: Mapping[str, Any]) -> Prompt:
+    """``prompt`` with what the :data:`CHAT_COLUMNS` of its row say: JSON values, the same as text, or nothing.
 
     Raises:
         PromptError: something else.
     """
-    if kwargs in (None, "") or kwargs == {}:
+    given = {name: _of_json(value) for name in CHAT_COLUMNS if (value := row.get(name)) not in (None, "", {}, [])}
+    if not given:
         return prompt
-    found = kwargs
-    if isinstance(kwargs, str):
-        try:
-            found = json.loads(kwargs)
-        except (ValueError, RecursionError):
-            found = kwargs
     try:
-        return replace(prompt, chat=replace(prompt.chat, chat_template_kwargs=found))
+        return replace(prompt, chat=replace(prompt.chat, **given))
     except ConfigError as e:
         raise PromptError(str(e)) from None
+
+
+def chat_columns(prompt: Prompt) -> dict[str, Any]:
+    """What :func:`with_chat_columns` reads back."""
+    found = {KWARGS: dict(prompt.chat.chat_template_kwargs), TOOLS: list(prompt.chat.tools)}
+    return {name: value for name, value in found.items() if value}
+
+
+def _of_json(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def _content_of(row: Mapping[str, Any]) -> Prompt:
@@ -150,10 +160,11 @@ def id_key(identity: Any) -> str:
     return json.dumps(identity, sort_keys=True)
 
 
-def prompt_key(prompt: Any, chat_template_kwargs: Any = None) -> str:
-    """A hash of a prompt (text or messages) and of the variables of chat templates for it."""
-    kwargs = dict(with_kwargs(Prompt(""), chat_template_kwargs).chat.chat_template_kwargs)
-    return hashlib.sha256(to_json([prompt, kwargs] if kwargs else prompt).encode()).hexdigest()[:16]
+def prompt_key(prompt: Any, row: Mapping[str, Any] | None = None) -> str:
+    """A hash of a prompt (text or messages) and of the :data:`CHAT_COLUMNS` of its row."""
+    chat = chat_columns(with_chat_columns(Prompt(""), row or {}))
+    more = [*([chat[KWARGS]] if KWARGS in chat else []), *([{TOOLS: chat[TOOLS]}] if TOOLS in chat else [])]
+    return hashlib.sha256(to_json([prompt, *more] if more else prompt).encode()).hexdigest()[:16]
 
 
 def _new_id(name: str, taken: Mapping[str, str]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from ivg.errors import ConfigError, OutputError
-from ivg.jobs.prompts import KWARGS, Job, id_key, prompt_key
+from ivg.jobs.prompts import Job, id_key, prompt_key
 from ivg.jobs.provenance import differences
 from ivg.utils.jsonl import RowError, append_lines, parse_row, to_json, truncate_lines
 from ivg.utils.locks import lock_file
@@ -85,7 +85,7 @@ class ResumableRows:
         truncate_lines(path)
         for number, row in self._rows():
             self._check(number, row, provenance)
-            self._done[id_key(row["id"]), row["index"]] = prompt_key(row["prompt"], row.get(KWARGS))
+            self._done[id_key(row["id"]), row["index"]] = prompt_key(row["prompt"], row)
 
     def done(self, job: Job, index: int) -> bool:
         """Is this sample of the job there already?"""
@@ -94,7 +94,7 @@ class ResumableRows:
     def append(self, row: Mapping[str, Any]) -> None:
         """One more row, whole or not at all."""
         append_lines(self.path, to_json(row) + "\n")
-        self._done[id_key(row["id"]), row["index"]] = prompt_key(row["prompt"], row.get(KWARGS))
+        self._done[id_key(row["id"]), row["index"]] = prompt_key(row["prompt"], row)
 
     def supersede(self, jobs: Iterable[Job], on_superseded: Callable[[str], None]) -> None:
         """Move rows that answer another prompt than the job of their id to a file beside this one."""

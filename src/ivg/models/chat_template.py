@@ -11,8 +11,9 @@ from typing import Any
 
 from ivg.errors import ConfigError, PromptError
 from ivg.models.prompt_template import CHAT, LAST_TURN, NO_CHAT_SETTINGS, RAW
-from ivg.settings.chat import CHAT_SETTINGS
-from ivg.types.messages import Prompt, PromptLike, check_text
+from ivg.models.tool_prompts import Messages, check_tools_shown, with_readable_arguments
+from ivg.settings.chat import CHAT_SETTINGS, ChatSettings
+from ivg.types.messages import Message, Prompt, PromptLike, check_text
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -20,8 +21,8 @@ def prompt_text(prompt: Prompt) -> str:
     if isinstance(prompt.content, str):
         return prompt.content
     if len(prompt.content) == 1:
-        return prompt.content[0].content
-    return "\n".join(f"{m.role}: {m.content}" for m in prompt.content)
+        return prompt.content[0].text
+    return "\n".join(f"{m.role}: {m.text}" for m in prompt.content)
 
 
 def render(
@@ -101,7 +102,7 @@ def _framed(prompt: Prompt, text: str, template: str, name: str) -> str:
     if isinstance(content, str):
         return text if template in (RAW, LAST_TURN) else template.replace("{prompt}", text)
     if template == RAW:
-        return "".join(m.content for m in content)
+        return "".join(m.text for m in content)
     before = content if last is None else content[:-1]
     if template == LAST_TURN:
         users = [m.content for m in before if m.role == "user"]
@@ -127,35 +128,53 @@ def with_chat_settings(prompt: PromptLike, settings: Mapping[str, Any], template
         PromptError: its own variables of a chat template have none.
     """
     wanted, given = Prompt.of(prompt), {k: v for k, v in settings.items() if k in CHAT_SETTINGS and v is not None}
-    unread = "chat_template_kwargs, but the base reads this prompt in no chat template\n  give messages, or leave it out"
-    if wanted.chat.chat_template_kwargs and not is_chat(wanted, template):
-        raise PromptError(unread)
+    if (own := _template_settings(wanted.chat)) and not is_chat(wanted, template):
+        raise PromptError(_UNREAD.format(name=own))
     if not given:
         return wanted
     chat = replace(wanted.chat, **given)
-    if chat.chat_template_kwargs and not is_chat(wanted, template):
-        raise ConfigError(unread)
+    if (own := _template_settings(chat)) and not is_chat(wanted, template):
+        raise ConfigError(_UNREAD.format(name=own))
     if chat.continue_final_message and isinstance(wanted.content, str):
         raise ConfigError("continue_final_message, but the prompt is a text\n  give messages, or leave it out: a text is continued")
     return replace(wanted, chat=chat)
 
 
-def turns(prompt: Prompt) -> list[dict[str, str]]:
-    """The messages of a prompt, without pictures; a text is one user message."""
+_UNREAD = "{name}, but the base reads this prompt in no chat template\n  give messages, or leave it out"
+
+
+def _template_settings(chat: ChatSettings) -> str:
+    """The first setting among ``chat`` that only a chat template reads; empty: none."""
+    return "chat_template_kwargs" if chat.chat_template_kwargs else "tools" if chat.tools else ""
+
+
+def turns(prompt: Prompt) -> list[dict[str, Any]]:
+    """The messages of a prompt as chat templates read them, without pictures; a text is one user message."""
     content = prompt.content
     if isinstance(content, str):
         return [{"role": "user", "content": content}]
-    return [{"role": m.role, "content": m.content} for m in content]
+    return [turn_fields(m) for m in content]
+
+
+def turn_fields(message: Message) -> dict[str, Any]:
+    """One message as chat templates read it, without pictures: arguments of calls are objects."""
+    calls = {"tool_calls": [call.parsed for call in message.tool_calls]} if message.tool_calls else {}
+    return {"role": message.role, "content": message.content, **message.tool_fields, **calls}
 
 
 def chat_arguments(prompt: Prompt, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``apply_chat_template`` besides the messages: those of the prompt over a model's own ``settings``."""
     continued, begins = prompt.continued is not None, prompt.chat.add_generation_prompt
     more = {"add_generation_prompt": not continued if begins is None else begins, "continue_final_message": continued}
-    return {**settings, **prompt.chat.chat_template_kwargs, **more}
+    return {**settings, **template_arguments(prompt), **more}
 
 
-def apply_chat_template(messages: Sequence[Mapping[str, str]], tokenizer: Any, name: str, **settings: Any) -> str:
+def template_arguments(prompt: Prompt) -> dict[str, Any]:
+    """Tools and variables of a chat template that a prompt brings."""
+    return {**prompt.chat.chat_template_kwargs, **({"tools": list(prompt.chat.tools)} if prompt.chat.tools else {})}
+
+
+def apply_chat_template(messages: Sequence[Mapping[str, Any]], tokenizer: Any, name: str, **settings: Any) -> str:
     """The text that the tokenizer's chat template renders ``messages`` to.
 
     Templates of multimodal models often read lists of content parts alone, and leave a plain text out silently, or fail. Where no content
@@ -163,21 +182,29 @@ def apply_chat_template(messages: Sequence[Mapping[str, str]], tokenizer: Any, n
 
     Raises:
         PromptError: there is no template, or it fails: it refuses these messages (a system turn, two user turns in a row), or needs what
-            is not there. Names the model and the roles, and quotes the template's own message.
+            is not there. Names the model and the roles, and quotes the template's own message. Or it leaves tools out.
     """
     if not settings.get("chat_template") and not getattr(tokenizer, "chat_template", None):
         raise PromptError(
             f"{name} has no chat template, in which it is to read this prompt\n"
             '  give this model a template such as "{prompt}" or raw; a text needs none'
         )
+
+    def as_text(found: Messages, more: Mapping[str, Any]) -> str | None:
+        return _rendered(found, tokenizer, {**settings, **more})[0]
+
+    def as_parts(found: Messages, more: Mapping[str, Any]) -> str | None:
+        return as_text([{**m, "content": [{"type": "text", "text": m["content"]}]} for m in found], more)
+
+    for form in (as_text, as_parts):
+        readable = with_readable_arguments(messages, form)
+        text = form(readable, {})
+        if text is not None and _has_content(text, messages) and not (form is as_parts and _shows_parts(text)):
+            check_tools_shown(text, readable, settings.get("tools") or (), name, form)
+            return text
     plain, problem = _rendered(messages, tokenizer, settings)
-    if plain is not None and _has_content(plain, messages):
-        return plain
-    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-    other, _ = _rendered(parts, tokenizer, settings)
-    if other is not None and _has_content(other, messages) and not _shows_parts(other):
-        return other
     if plain is not None:
+        check_tools_shown(plain, messages, settings.get("tools") or (), name, as_text)
         return plain  # the template changes the contents itself
     message = " ".join(str(problem).split()) or type(problem).__name__
     roles = ", ".join(m["role"] for m in messages)
@@ -187,7 +214,7 @@ def apply_chat_template(messages: Sequence[Mapping[str, str]], tokenizer: Any, n
     )
 
 
-def _rendered(messages: Sequence[Mapping[str, Any]], tokenizer: Any, settings: Mapping[str, Any]) -> tuple[str | None, Exception | None]:
+def _rendered(messages: Messages, tokenizer: Any, settings: Mapping[str, Any]) -> tuple[str | None, Exception | None]:
     """(the text, why there is none)."""
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **settings)), None
@@ -195,7 +222,7 @@ def _rendered(messages: Sequence[Mapping[str, Any]], tokenizer: Any, settings: M
         return None, e
 
 
-def _has_content(text: str, messages: Sequence[Mapping[str, str]]) -> bool:
+def _has_content(text: str, messages: Messages) -> bool:
     """Does ``text`` hold the content of any message?"""
     contents = [m["content"].strip() for m in messages]
     return any(content and content in text for content in contents)

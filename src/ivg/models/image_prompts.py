@@ -8,16 +8,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ivg.errors import PromptError, reason
-from ivg.models.chat_template import chat_arguments, join_instruction, turns
+from ivg.models.chat_template import chat_arguments, join_instruction, turn_fields, turns
 from ivg.models.images import ImageReader
 from ivg.models.prompt_template import CHAT, NO_CHAT_SETTINGS
+from ivg.models.tool_prompts import Messages, check_tools_shown
 from ivg.settings.images import ImagesConfig
 from ivg.types import Image, Message, Prompt
 
@@ -151,6 +152,7 @@ class ImageEncoder:
                 problem = problem or e
                 continue
             if text != without and all(part in text for part in texts) and "{'type': 'image'" not in text:
+                check_tools_shown(text, messages, arguments.get("tools") or (), self.name, partial(self._attempt, arguments=arguments))
                 return messages
         why = f": {reason(problem)}" if problem is not None else ": it leaves out pictures or text"
         raise PromptError(f"the chat template of {self.name} cannot read these messages with pictures{why}")
@@ -165,21 +167,27 @@ class ImageEncoder:
             raise PromptError(f"{self.name} has an instruction of its own, and the system turn has pictures\n  put them into a user turn")
         return [Message("system", join_instruction(self.system, first.content)), *given[1:]]
 
-    def _rendered(self, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> str:
+    def _attempt(self, messages: Messages, more: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | None:
+        try:
+            return self._rendered(list(messages), {**arguments, **more})
+        except Exception:  # the template is code of the checkpoint
+            return None
+
+    def _rendered(self, messages: list[Any], arguments: Mapping[str, Any]) -> str:
         return str(self.processor.apply_chat_template(messages, tokenize=False, **arguments))
 
 
 def _message(turn: Message, pictures: Any, *, as_parts: bool) -> dict[str, Any]:
     """A message for a processor; without ``pictures``, its text alone. ``as_parts``: messages of text alone are lists of parts, too."""
     if not turn.parts and not as_parts:
-        return {"role": turn.role, "content": turn.content}
+        return turn_fields(turn)
     parts: list[dict[str, Any]] = []
     for part in turn.parts or (turn.content,):
         if isinstance(part, Image):
             parts += [] if pictures is None else [{"type": "image", "image": next(pictures)}]
         else:
             parts.append({"type": "text", "text": part})
-    return {"role": turn.role, "content": parts}
+    return {**turn_fields(turn), "content": parts}
 
 
 def _image_inputs(found: Mapping[str, Any], name: str) -> ImageInputs:

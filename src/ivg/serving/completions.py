@@ -70,7 +70,9 @@ def _loggable(body: Body) -> dict[str, Any]:
     """The body for the log, without the content of pictures."""
     out = body.model_dump(exclude_none=True)
     if isinstance(body, ChatRequest):
-        turns = [{"role": m.role, "content": m.content, "images": [image.shown for image in m.images]} for m in body.messages]
+        turns = [
+            {"role": m.role, "content": m.content, "images": [image.shown for image in m.images], **m.tool_fields} for m in body.messages
+        ]
         out["messages"] = [{name: value for name, value in turn.items() if value != []} for turn in turns]
     return out
 

@@ -11,7 +11,7 @@ from ivg.types.messages import Message, Prompt, check_text
 
 MAX_MESSAGES = 1024
 MAX_STOPS = 16
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def _stop(value: Any) -> str | list[str] | None:
@@ -30,7 +30,7 @@ def _stop(value: Any) -> str | list[str] | None:
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
-    """The messages of a chat; roles for tools are not supported."""
+    """The messages of a chat."""
     if not isinstance(value, list):
         raise PromptError(f"messages must be a list of messages, got {show_json(value)}")
     if not 1 <= len(value) <= MAX_MESSAGES:
@@ -97,10 +97,21 @@ _TEXT_PART = {"type": "object", "required": ["type", "text"], "properties": {"ty
 _URL = {"type": "object", "required": ["url"], "properties": {"url": _TEXT}}
 _IMAGE_PART = {"type": "object", "required": ["type", "image_url"], "properties": {"type": {"const": "image_url"}, "image_url": _URL}}
 _PART = {"anyOf": [_TEXT_PART, _IMAGE_PART]}
+_FUNCTION = {"type": "object", "required": ["name", "arguments"], "properties": {"name": _TEXT, "arguments": _TEXT}}
+_CALL = {
+    "type": "object",
+    "required": ["id", "type", "function"],
+    "properties": {"id": _TEXT, "type": {"const": "function"}, "function": _FUNCTION},
+}
 _MESSAGE = {
     "type": "object",
     "required": ["role", "content"],
-    "properties": {"role": {"enum": list(ROLES)}, "content": {"anyOf": [_TEXT, _list_of(_PART)]}},
+    "properties": {
+        "role": {"enum": list(ROLES)},
+        "content": {"anyOf": [_TEXT, _list_of(_PART), {"type": "null"}]},
+        "tool_calls": _list_of(_CALL),
+        "tool_call_id": _TEXT,
+    },
 }
 Stop = Annotated[
     Any,

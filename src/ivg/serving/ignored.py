@@ -57,9 +57,12 @@ VLLM: Mapping[str, tuple[Any, ...]] = {
 }
 """Unsupported fields of vLLM and similar servers, with their neutral values; unknown fields to a strict server."""
 MESSAGE: Mapping[str, tuple[Any, ...]] = {
-    "refusal": (None,), "tool_calls": (None, []), "function_call": (None,), "audio": (None,), "annotations": (None, []),
+    "refusal": (None,), "function_call": (None,), "audio": (None,), "annotations": (None, []),
 }  # fmt: skip
-"""Fields of a message besides role, content and name, with the values that a strict server accepts."""
+"""Fields of a message that are not read, with the values that a strict server accepts."""
+
+READ = ("role", "content", "name", "tool_calls", "tool_call_id")
+"""Fields of a message that are read."""
 
 
 def remove_ignored(data: dict[str, Any], known: Collection[str] = (), *, strict: bool) -> dict[str, Any]:
@@ -127,5 +130,5 @@ def _check_messages(messages: Any) -> None:
             path = f"messages[{i}].{name}"
             if name in MESSAGE and not is_one_of(value, MESSAGE[name]):
                 raise ServeError(f"{path} is not supported; leave it out", 400, "invalid_value", path)
-            if name not in ("role", "content", "name", *MESSAGE):
+            if name not in (*READ, *MESSAGE):
                 raise ServeError(f"unknown field {path}", 400, "unknown_field", path)

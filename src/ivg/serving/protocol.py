@@ -128,7 +128,7 @@ class _Request(Table):
         return self
 
 
-@table_of(ChatSettings)
+@table_of(ChatSettings, without=("tools",))
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
@@ -155,7 +155,7 @@ class ChatRequest(_Request):
     @property
     def chat(self) -> dict[str, Any]:
         """The settings of the chat template that were given."""
-        return {name: value for name in settings_of(ChatSettings) if (value := getattr(self, name)) is not None}
+        return {name: value for name in settings_of(ChatSettings) if (value := getattr(self, name, None)) is not None}
 
     @property
     def n_logprobs(self) -> int | None:

@@ -285,7 +285,7 @@ class ServedModels:
             messages = tuple(replace(m, role="system" if m.role == "developer" else m.role) for m in body.messages)
             prompt = Prompt(messages, chat=ChatSettings(**body.chat))
         else:
-            prompt = Prompt("\n".join(m.content for m in body.messages))
+            prompt = Prompt("\n".join(m.text for m in body.messages))
         if body.chat_template_kwargs and not is_chat(prompt, self.model.base.template):
             message = "chat_template_kwargs is not supported by this model, which has no chat template; leave it out"
             raise ServeError(message, 400, "invalid_value", "chat_template_kwargs")

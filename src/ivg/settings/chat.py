@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from ivg.errors import ConfigError
 from ivg.settings.rules import FLAG, Rule
 from ivg.settings.schema import Setting, validate
+from ivg.settings.tools import NO_TOOLS, TOOLS, Tools
 
 RESERVED = frozenset({
     "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
@@ -85,6 +86,10 @@ class ChatSettings:
             accepts=dict[str, Any],
         ),
     ] = TemplateKwargs()
+    tools: Annotated[
+        Tools,
+        Setting("Functions that the model may call; chat templates write them into the prompt.", TOOLS, accepts=list[dict[str, Any]]),
+    ] = NO_TOOLS
     add_generation_prompt: Annotated[
         bool | None,
         Setting("Begin a new turn of the assistant after the last one.", _OPTIONAL_FLAG, unset="unless the last turn is continued"),

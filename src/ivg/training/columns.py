@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ivg.errors import PromptError
-from ivg.jobs.prompts import KWARGS, with_kwargs
+from ivg.jobs.prompts import with_chat_columns
 from ivg.models.chat_template import prompt_text
 from ivg.types.messages import Message, Prompt, check_text
 from ivg.utils.jsonl import RowError
@@ -58,8 +58,13 @@ def responses_of(row: Row) -> list[tuple[str, float]]:
 
 
 def prompt_in(row: Row, value: Any = None) -> Prompt:
-    """The prompt of a row, which is not empty, with its ``chat_template_kwargs``; ``value``: where it is not in the column ``prompt``."""
-    found = with_kwargs(Prompt.of(cell(row, "prompt") if value is None else value), row.get(KWARGS))
+    """The prompt of a row, which is not empty, with its variables of chat templates and tools.
+
+    Args:
+        row: the row.
+        value: the prompt, where it is not in the column ``prompt``.
+    """
+    found = with_chat_columns(Prompt.of(cell(row, "prompt") if value is None else value), row)
     if not prompt_text(found).strip():
         raise PromptError("the prompt is empty")
     return found
@@ -71,7 +76,10 @@ def response_text(value: Any) -> str:
         check_text(value, "the response")
         return value
     if isinstance(value, list | tuple) and len(value) == 1:
-        return Message.of(value[0]).content
+        message = Message.of(value[0])
+        if message.tool_calls:
+            raise RowError("the response calls tools, which each chat template writes in a way of its own; give it as the model writes it")
+        return message.content
     raise RowError(f"expected a response as text, or as a list of one message; got {str(value)[:80]}")
 
 

@@ -3,7 +3,7 @@
 Columns: ``prompt`` (text or messages), ``index``, ``response``, ``token_ids`` (of the base), ``finish_reason``, ``ended`` (by an
 end-of-sequence token), ``score``; ``error`` instead if the prompt cannot be answered or the response not scored; ``notes`` say what a
 reward model could not read. Of models that think ``response`` and ``token_ids`` are what values read (``values_read``: the answer, or all),
-and ``reasoning_content`` is the thinking. ``chat_template_kwargs`` are those of the prompt, where it has some.
+and ``reasoning_content`` is the thinking. ``chat_template_kwargs`` and ``tools`` are those of the prompt, where it has some.
 
 Blocks of prompts have their own seeds: an interrupted run gives the same file.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ivg.errors import ConfigError, ScoreFault
 from ivg.jobs.blocks import open_blocks
-from ivg.jobs.prompts import KWARGS, prompt_of
+from ivg.jobs.prompts import CHAT_COLUMNS, chat_columns, prompt_of
 from ivg.jobs.runner import LocalBackend, Result, Task, TaskSettings
 from ivg.settings.train import RolloutSettings
 from ivg.training.run_dir import require_single_process
@@ -102,7 +102,7 @@ def _check_prompts(path: Path, prompts: Sequence[Prompt], samples: int, rows: in
         return
     for number, row in zip(range(rows), read_jsonl(path), strict=False):
         index = number // samples
-        was = {name: row[name] for name in ("prompt", KWARGS) if row.get(name)}
+        was = {name: row[name] for name in ("prompt", *CHAT_COLUMNS) if row.get(name)}
         if index < len(prompts) and was != _prompt_columns(prompts[index]):
             raise ConfigError(f"{path}, row {number + 1}: answers another prompt than this run\n  use another --out, or remove the file")
 
@@ -133,8 +133,7 @@ def _score(reward: Reward, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _prompt_columns(prompt: Prompt) -> dict[str, Any]:
-    kwargs = dict(prompt.chat.chat_template_kwargs)
-    return {"prompt": prompt.plain} | ({KWARGS: kwargs} if kwargs else {})
+    return {"prompt": prompt.plain, **chat_columns(prompt)}
 
 
 def _columns(result: Result[Any], eos: Collection[int], *, whole: bool) -> dict[str, Any]:

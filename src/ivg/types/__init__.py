@@ -5,6 +5,7 @@ An engine makes beams longer, a value turns beams into numbers, a selection rule
 ==============  =========================================================
 ``messages``    prompts and chat messages
 ``images``      pictures in messages
+``tool_calls``  calls of functions in messages
 ``beam``        hypotheses of a response
 ``value``       :class:`Value` and :class:`Reward`, base classes
 ``engine``      :class:`Engine` and :class:`AsyncEngine`, base classes
@@ -25,6 +26,7 @@ from ivg.types.messages import Message, Prompt
 from ivg.types.preference import Preference
 from ivg.types.steps import Steps
 from ivg.types.thinking import Thinking
+from ivg.types.tool_calls import ToolCall
 from ivg.types.value import Drafter, Reward, Value
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "TokenCounter",
     "TokenGuidance",
     "TokenLogprobs",
+    "ToolCall",
     "TraceNode",
     "Usage",
     "Value",

@@ -1,7 +1,7 @@
 """What is to be answered: one parser of prompts for library, command line, server and training. Standard library only.
 
-A prompt is a text or the messages of one conversation. Contents may be lists of parts (OpenAI's shape), whose texts are joined; pictures
-among them stay where they are, for a base that reads them.
+A prompt is a text or the messages of one conversation, calls of tools and their results among them. Contents may be lists of parts
+(OpenAI's shape), whose texts are joined; pictures among them stay where they are, for a base that reads them.
 What cannot be read is refused with its place (``messages[1].content[0]``); how a model renders a prompt is ``models.chat_template``.
 """
 
@@ -11,15 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ivg.errors import PromptError
+from ivg.errors import PromptError, show_value
 from ivg.settings.chat import ChatSettings
 from ivg.types.images import IMAGE_PARTS, Image
+from ivg.types.tool_calls import ToolCall
 
 _SHAPES = 'text, or messages [{"role": "user", "content": "…"}, …]'
 _TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of content parts that hold text: of chat completions, and of OpenAI's Responses API."""
-_TOOLS = ("tool_calls", "function_call", "audio")
-"""Fields of messages that chat templates write into the prompt, and that nothing here can; other unknown fields are ignored."""
+_UNREADABLE = ("function_call", "audio")
+"""Fields of messages that are part of the conversation, and that nothing here reads; other unknown fields are ignored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,17 @@ class Message:
         role: who speaks.
         content: the text, without pictures.
         parts: texts and pictures in order, where there are pictures; else nothing.
+        tool_calls: functions that the assistant calls in this turn.
+        tool_call_id: of a turn of a tool: the call whose result it is.
+        name: of a turn of a tool: the function, where it is said.
     """
 
     role: str
     content: str
     parts: tuple[str | Image, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -45,7 +52,19 @@ class Message:
     def plain(self) -> dict[str, Any]:
         """The turn as JSON has it."""
         parts = [part.plain if isinstance(part, Image) else {"type": "text", "text": part} for part in self.parts]
-        return {"role": self.role, "content": parts or self.content}
+        return {"role": self.role, "content": parts or self.content, **self.tool_fields}
+
+    @property
+    def tool_fields(self) -> dict[str, Any]:
+        """What a turn has besides role and content, in OpenAI's shape."""
+        calls = [call.plain for call in self.tool_calls] or None
+        found = {"tool_calls": calls, "tool_call_id": self.tool_call_id, "name": self.name}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def text(self) -> str:
+        """The turn for a model without a chat template: its text, then each call as a line of JSON."""
+        return "\n".join([*([self.content] if self.content or not self.tool_calls else []), *(call.text for call in self.tool_calls)])
 
     @classmethod
     def of(cls, value: Message | Mapping[str, Any], where: str = "message") -> Message:
@@ -63,19 +82,23 @@ class Message:
             check_text(value.content, f"{where}.content")
             return value
         if not isinstance(value, Mapping):
-            raise PromptError(f'{where} is {_shown(value)}\n  expected {{"role": …, "content": …}}')
-        for name in ("role", "content"):
+            raise PromptError(f'{where} is {show_value(value)}\n  expected {{"role": …, "content": …}}')
+        calls = value.get("tool_calls") or ()
+        for name in ("role",) if calls else ("role", "content"):
             if name not in value:
                 got = ", ".join(map(str, value)) or "nothing"
                 raise PromptError(f'{where} has no {name}, got {got}\n  expected {{"role": …, "content": …}}')
         role = value["role"]
         if not isinstance(role, str) or not role.strip():
-            raise PromptError(f"{where}.role is {_shown(role)}\n  expected text such as system, user or assistant")
+            raise PromptError(f"{where}.role is {show_value(role)}\n  expected text such as system, user or assistant")
         check_text(role, f"{where}.role")
-        for name in _TOOLS:
+        for name in _UNREADABLE:
             if value.get(name):
-                raise PromptError(f"{where}.{name} is not supported: only the text of a message is read\n  leave it out")
-        return cls(role, *read_content(value["content"], f"{where}.content"))
+                advice = "give tool_calls instead" if name == "function_call" else "leave it out"
+                raise PromptError(f"{where}.{name} is not supported\n  {advice}")
+        content = value.get("content")
+        text, parts = ("", ()) if calls and content in (None, "", []) else read_content(content, f"{where}.content")
+        return cls(role, text, parts, _read_calls(calls, role, where), **_tool_result(value, role, where))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +145,7 @@ class Prompt:
         if isinstance(self.content, str) or not self.content:
             return None
         last = self.content[-1]
-        return last.content if self.chat.continues(last.role) else None
+        return last.content if self.chat.continues(last.role) and not last.tool_calls else None
 
     @classmethod
     def of(cls, value: PromptLike) -> Prompt:
@@ -142,12 +165,12 @@ class Prompt:
             return cls((_lone_message(value),))
         if isinstance(value, bytes | bytearray | memoryview) or not isinstance(value, Iterable):
             advice = "\n  decode it first: prompt.decode()" if isinstance(value, bytes | bytearray) else ""
-            raise PromptError(f"unusable prompt {_shown(value)}\n  expected {_SHAPES}{advice}")
+            raise PromptError(f"unusable prompt {show_value(value)}\n  expected {_SHAPES}{advice}")
         turns = list(value)
         if not turns:
             raise PromptError(f"empty prompt: no messages\n  expected {_SHAPES}")
         if not any(isinstance(turn, Message | Mapping) for turn in turns):
-            raise PromptError(f"unusable prompt {_shown(turns)}\n  expected {_SHAPES}")
+            raise PromptError(f"unusable prompt {show_value(turns)}\n  expected {_SHAPES}")
         return cls(tuple(Message.of(turn, f"messages[{i}]") for i, turn in enumerate(turns)))
 
 
@@ -175,6 +198,26 @@ def read_prompts(value: PromptLike | Sequence[Conversation]) -> tuple[list[Promp
     return ([Prompt.of(items)], True) if turns else ([Prompt.of(item) for item in items], False)
 
 
+def _read_calls(calls: Any, role: str, where: str) -> tuple[ToolCall, ...]:
+    if not calls:
+        return ()
+    if role != "assistant":
+        raise PromptError(f"{where}.tool_calls, but the role is {role!r}\n  expected them in turns of the assistant")
+    if isinstance(calls, str | bytes | Mapping) or not isinstance(calls, Iterable):
+        raise PromptError(f"{where}.tool_calls is {show_value(calls)}\n  expected a list of calls")
+    return tuple(ToolCall.of(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls))
+
+
+def _tool_result(value: Mapping[str, Any], role: str, where: str) -> dict[str, str]:
+    """``tool_call_id`` and ``name`` of a turn of a tool; ignored elsewhere."""
+    out: dict[str, str] = {}
+    for name in ("tool_call_id", "name") if role == "tool" else ():
+        if (found := value.get(name)) is not None:
+            check_text(found, f"{where}.{name}")
+            out[name] = found
+    return out
+
+
 def content_text(content: Any, where: str = "content") -> str:
     """The text of a message's content: see :func:`read_content`."""
     return read_content(content, where)[0]
@@ -192,7 +235,7 @@ def read_content(content: Any, where: str = "content") -> tuple[str, tuple[str |
     if content is None:
         raise PromptError(f"{where} is null\n  expected text")
     if isinstance(content, bytes | bytearray | memoryview | Mapping) or not isinstance(content, Iterable):
-        raise PromptError(f'{where} is {_shown(content)}\n  expected text, or parts [{{"type": "text", "text": "…"}}, …]')
+        raise PromptError(f'{where} is {show_value(content)}\n  expected text, or parts [{{"type": "text", "text": "…"}}, …]')
     given = list(content)
     if not given:
         raise PromptError(f"{where} is an empty list\n  expected text, or at least one part")
@@ -204,14 +247,14 @@ def read_content(content: Any, where: str = "content") -> tuple[str, tuple[str |
 def _part(part: Any, where: str) -> str | Image:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(kind, str):
-        raise PromptError(f'{where} is {_shown(part)}\n  expected a part {{"type": "text", "text": "…"}}')
+        raise PromptError(f'{where} is {show_value(part)}\n  expected a part {{"type": "text", "text": "…"}}')
     if kind in IMAGE_PARTS:
         return Image.of(part, where)
     if kind not in _TEXT_PARTS:
         raise PromptError(f"{where}: parts of type {kind!r} are not supported\n  only text and pictures are read; leave the part out")
     text = part.get("text")
     if not isinstance(text, str):
-        raise PromptError(f"{where}.text is {_shown(text)}\n  expected text")
+        raise PromptError(f"{where}.text is {show_value(text)}\n  expected text")
     check_text(text, f"{where}.text")
     return text
 
@@ -223,7 +266,7 @@ def check_text(text: Any, where: str) -> None:
         PromptError: no text, or half of a surrogate pair in it, which JSON and some file readers let through.
     """
     if not isinstance(text, str):
-        raise PromptError(f"{where} is {_shown(text)}\n  expected text")
+        raise PromptError(f"{where} is {show_value(text)}\n  expected text")
     try:
         text.encode()
     except UnicodeEncodeError as e:
@@ -238,11 +281,3 @@ def _lone_message(value: Mapping[str, Any]) -> Message:
     if inner and "role" not in value:
         raise PromptError(f"got a row {{{', '.join(repr(k) for k in value)}}} as a prompt\n  give what is in it: row[{inner[0]!r}]")
     return Message.of(value)
-
-
-def _shown(value: Any) -> str:
-    """A value in an error: its beginning, and JSON's word for nothing."""
-    if value is None:
-        return "null"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"

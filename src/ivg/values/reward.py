@@ -18,7 +18,7 @@ import torch
 
 from ivg.embedded import PREFIX
 from ivg.errors import ConfigError, ModelError, PromptError, ScoreFault
-from ivg.models.chat_template import apply_chat_template, is_chat, render, text_ids, turns
+from ivg.models.chat_template import apply_chat_template, is_chat, render, template_arguments, text_ids, turns
 from ivg.models.loading import LoadOptions, load_config, load_network, load_tokenizer
 from ivg.models.placement import input_device
 from ivg.models.prompt_template import NO_CHAT_SETTINGS, PromptTemplate
@@ -130,7 +130,7 @@ class RewardModel(Reward):
         if is_chat(prompt, self.template):
             given = turns(prompt)
             last = {"role": "assistant", "content": response} if begun is None else {**given.pop(), "content": begun + response}
-            settings = {**self.chat_settings, **prompt.chat.chat_template_kwargs}
+            settings = {**self.chat_settings, **template_arguments(prompt)}
             return apply_chat_template([*given, last], self.tokenizer, self.name, **settings)
         if "{response}" not in (self.template or ""):
             return render(prompt, self.tokenizer, self.template, self.name) + response

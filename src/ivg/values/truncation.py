@@ -36,17 +36,17 @@ def truncate_prompt(prompt: Prompt, fits: Callable[[Prompt], bool]) -> Prompt | 
 def drop_beginning(prompt: Prompt, count: int) -> Prompt:
     """``prompt`` without its first ``count`` characters; turns without text are left out.
 
-    If an assistant's turn would come first, an empty user turn is put before it, as most chat templates require.
+    If a turn of the assistant or of a tool would come first, an empty user turn is put before it, as most chat templates require.
     """
     if isinstance(prompt.content, str):
         return Prompt(prompt.content[count:])
     turns: list[Message] = []
     for message in prompt.content:
         if turns or count < len(message.content):
-            turns.append(Message(message.role, message.content[count:]))
+            turns.append(replace(message, content=message.content[count:], parts=()))
             count = 0
         else:
             count -= len(message.content)
-    if turns and turns[0].role == "assistant":
+    if turns and turns[0].role in ("assistant", "tool"):
         turns.insert(0, Message("user", ""))
     return replace(prompt, content=tuple(turns))
