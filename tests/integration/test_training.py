@@ -16,7 +16,7 @@ from ivg import testing
 from ivg.errors import ConfigError, ModelError
 from ivg.models.loading import LoadOptions
 from ivg.models.training_rows import read_training_rows, row_hashes, seen
-from ivg.settings.train import DPOSettings, SFTSettings, TrainSettings
+from ivg.settings.train import DPOSettings, SFTSettings, TrainSettings, ValueTrainSettings
 from ivg.training.data import RatedResponse, SFTExample
 from ivg.types import Preference, Prompt
 from ivg.utils.jsonl import as_lines
@@ -178,10 +178,10 @@ def test_the_pair_comes_from_sft_and_dpo(tmp_path, model, mode):
 
     given = {**FAST.__dict__, "mode": mode, "learning_rate": 3e-3 if mode == "full" else 2e-2}
     options = SFTSettings(**given)
-    rows = [SFTExample(Prompt(f"p{i}"), "abab") for i in range(40)]
+    rows = [SFTExample(Prompt(f"p{i}"), "abab") for i in range(400)]
     said = tune.sft(model, rows, tmp_path / "untuned", options, sources=["demos"])
     assert said["held_out"]["eval_loss"] < 4.0  # from log(257) = 5.5
-    pairs = [Preference(Prompt(f"p{i}"), "aaaa", "bbbb") for i in range(40)]
+    pairs = [Preference(Prompt(f"p{i}"), "aaaa", "bbbb") for i in range(400)]
     tune.dpo(tmp_path / "untuned", pairs, tmp_path / "tuned", DPOSettings(**given))
     value = ImplicitValue.from_pretrained(tmp_path / "tuned", tmp_path / "untuned", options=FLOAT32)
     good, bad = value.score([testing.hypothesis("p3", text, value.tuned) for text in ("aaaa", "bbbb")])
@@ -206,6 +206,40 @@ def test_dpo_appends_no_end_to_incomplete_responses(tmp_path, model, monkeypatch
     with pytest.raises(ZeroDivisionError):
         tune.dpo(model, cut, tmp_path / "t", DPOSettings(eval_share=0))
     assert len(seen[0]["chosen_ids"]) == 2
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo", "reward", "value"])
+def test_rows_of_like_length_share_a_batch_in_every_training(tmp_path, model, command, monkeypatch):
+    from transformers import Trainer
+
+    from ivg.training import tune, value
+    from ivg.training.trainer import row_length
+
+    seen = []
+
+    def look(self, **_):
+        order = list(self._get_train_sampler())
+        lengths = [row_length(self.train_dataset[i]) for i in order]
+        seen.append([lengths[i : i + 4] for i in range(0, len(lengths), 4)])
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Trainer, "train", look)
+    given = {"eval_share": 0, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    given["trainer_args"] = {"train_sampling_strategy": "group_by_length"}
+    texts = ["ab" * (1 + i % 10) for i in range(400)]
+    rows = {
+        "sft": [SFTExample(Prompt("p"), text) for text in texts],
+        "value": [RatedResponse(Prompt("p"), text, float(i)) for i, text in enumerate(texts)],
+    }
+    pairs = [Preference(Prompt("p"), text, "x") for text in texts]
+    with pytest.raises(ZeroDivisionError):
+        if command == "value":
+            value.train_value(model, rows[command], tmp_path / "run", ValueTrainSettings(**given))
+        else:
+            settings = {"sft": SFTSettings, "dpo": DPOSettings, "reward": TrainSettings}[command](**given)
+            getattr(tune, command)(model, rows.get(command, pairs), tmp_path / "run", settings)
+    assert len(seen[0]) == 100
+    assert sum(len(set(batch)) > 2 for batch in seen[0]) <= 1  # of ten lengths; the longest row comes first
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])

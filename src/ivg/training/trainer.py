@@ -10,12 +10,14 @@ from typing import Any, Generic, TypeVar
 
 import accelerate  # noqa: F401  (transformers' Trainer needs it, and says so only after the rows are read and the model is loaded)
 import torch
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ivg.errors import ConfigError, ModelError
 from ivg.models.loading import LoadOptions, load_network, load_tokenizer
 from ivg.models.placement import pick_dtype
 from ivg.settings.train import Mode, TrainSettings
 from ivg.training.data import held_out
+from ivg.training.encoding import Encoded
 from ivg.training.run_dir import RunDir
 
 T = TypeVar("T")
@@ -114,6 +116,28 @@ def trainer_arguments(kind: Any, settings: TrainSettings, run: RunDir, network: 
         **settings.trainer_args,
     }
     return kind(**arguments)
+
+
+class GroupedByLength:
+    """A trainer whose ``train_sampling_strategy=group_by_length`` knows our rows; transformers' own knows ``input_ids`` only."""
+
+    args: Any
+    train_dataset: Any
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        lengths = [row_length(row) for row in (self.train_dataset if train_dataset is None else train_dataset)]
+        return LengthGroupedSampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths)
+
+
+def row_length(row: Any) -> int:
+    """Tokens of a row as a trainer pads it: of a pair those of its longer text."""
+    if isinstance(row, Encoded):
+        return len(row.ids)
+    columns = {name: len(row[name]) for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if name in row}
+    longer = max(columns.pop("chosen_ids", 0), columns.pop("rejected_ids", 0))
+    return sum(columns.values()) + longer
 
 
 def lora_config(settings: TrainSettings, task_type: str) -> Any:

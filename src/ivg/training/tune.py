@@ -28,7 +28,7 @@ from ivg.training.new_network import new_network
 from ivg.training.pairing import Comparisons
 from ivg.training.ranking import measure_ranking
 from ivg.training.run_dir import RunDir, first_process, open_run, process_count, run_provenance
-from ivg.training.trainer import drop_timing_metrics, encode_split, load_for_training, lora_config, trainer_arguments
+from ivg.training.trainer import GroupedByLength, drop_timing_metrics, encode_split, load_for_training, lora_config, trainer_arguments
 from ivg.types import Preference
 from ivg.values.reward import RewardModel
 
@@ -52,7 +52,7 @@ def sft(model: str | Path, rows: Sequence[SFTExample], out: str | Path, settings
     """
     task = _Task(
         "sft",
-        SFTTrainer if torch.cuda.is_available() else _PlainLossSFTTrainer,
+        _SFTTrainer if torch.cuda.is_available() else _PlainLossSFTTrainer,
         SFTConfig,
         ("Supervised fine-tuning", "Load it with transformers; as a base (`--base`), or as the untuned guide (`--untuned`) of a pair."),
         lambda _, tokenizer, template: partial(encode_sft, tokenizer=tokenizer, template=template, max_length=settings.max_length),
@@ -118,7 +118,9 @@ def reward(
         network.config.ivg_template = template
         return partial(encode_for_reward, reader=RewardModel(network, tokenizer, template), max_length=settings.max_length)
 
-    task = _Task("reward", RewardTrainer, RewardConfig, ("Reward model", "As a reward: `--reward THIS`, or `gold` of `ivg eval`."), encoder)
+    task = _Task(
+        "reward", _RewardTrainer, RewardConfig, ("Reward model", "As a reward: `--reward THIS`, or `gold` of `ivg eval`."), encoder
+    )
     return _run(task, model, rows, out, settings, sources)
 
 
@@ -145,14 +147,22 @@ class _Task:
     overrides: str | None = None
 
 
-class _PlainLossSFTTrainer(SFTTrainer):
+class _SFTTrainer(GroupedByLength, SFTTrainer):
+    """TRL's."""
+
+
+class _RewardTrainer(GroupedByLength, RewardTrainer):
+    """TRL's."""
+
+
+class _PlainLossSFTTrainer(_SFTTrainer):
     """With the model's own loss. TRL computes it from a float32 head in tiles, for GPUs; on a CPU that takes most of the time."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         return Trainer.compute_loss(self, *args, **kwargs)
 
 
-class _TokenisedDPOTrainer(DPOTrainer):
+class _TokenisedDPOTrainer(GroupedByLength, DPOTrainer):
     """For tokenised rows: TRL would add an end of sequence to responses that were cut at their length limit. On a CPU with our own head."""
 
     on_cpu = False

@@ -23,7 +23,7 @@ from ivg.training.encoding import Encoded, encode_rated, read_template
 from ivg.training.kept_adapter import check_start, keep_tokenizer, save_adapter
 from ivg.training.length import length_controlled
 from ivg.training.run_dir import RunDir, first_process, open_run, recorded, run_provenance
-from ivg.training.trainer import Split, drop_timing_metrics, load_for_training, lora_config, split_rows, trainer_arguments
+from ivg.training.trainer import GroupedByLength, Split, drop_timing_metrics, load_for_training, lora_config, split_rows, trainer_arguments
 from ivg.training.value_loss import PARTS, ValueCollator, ValueModelWithLoss
 
 
@@ -90,7 +90,7 @@ def train_value(
 def _fit(model: ValueModelWithLoss, split: Split[Encoded], collator: ValueCollator, settings: TrainSettings, run: RunDir) -> dict[str, Any]:
     """Train, and return the metrics of the held-out rows."""
     own: dict[str, Any] = {"remove_unused_columns": False, "label_names": ["rewards", "groups"], "adam_beta2": 0.98}
-    trainer = Trainer(
+    trainer = _ValueTrainer(
         model=model,
         args=trainer_arguments(TrainingArguments, settings, run, model.model.backbone, evaluate=bool(split.test), **own),
         train_dataset=cast("Any", split.train),
@@ -105,6 +105,10 @@ def _fit(model: ValueModelWithLoss, split: Split[Encoded], collator: ValueCollat
         model.settle()
     measured = drop_timing_metrics(trainer.evaluate()) if split.test else {}
     return {k.removeprefix("eval_"): round(v, 5) for k, v in measured.items()}
+
+
+class _ValueTrainer(GroupedByLength, Trainer):
+    """transformers'."""
 
 
 def part_metrics(parts: Tensor, rewards: Tensor, groups: Tensor) -> dict[str, float]:
