@@ -9,12 +9,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, overload
 
 from ivg.embedded import path
+from ivg.engines.components import Components
 from ivg.engines.transformers.engine import TransformersEngine
-from ivg.errors import ConfigError, IVGError, ModelError, PromptError
-from ivg.models.cached_lm import CachedLM, local_reader
+from ivg.errors import ConfigError, IVGError, PromptError
+from ivg.models.cached_lm import local_reader
 from ivg.models.chat_template import with_chat_settings
 from ivg.models.generation_config import GenerationConfigMode, GenerationDefaults, defaults_of
 from ivg.models.loading import LoadOptions, RoleOptions, enable_images, options_of
@@ -22,6 +23,7 @@ from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.shared import SharedNetworks
 from ivg.search.generation import GenerationMixin
+from ivg.search.given import NEUTRAL, given_logprobs
 from ivg.search.methods import CONTRAST, Method, get_method, method_names, resolve_fallbacks
 from ivg.search.searcher import Request, Searcher, check_engine
 from ivg.settings.chat import CHAT_SETTINGS
@@ -29,10 +31,9 @@ from ivg.settings.images import ImagesConfig
 from ivg.settings.models import ROLES, ModelSource, check_pair, check_roles
 from ivg.settings.sampling import DEFAULT_SAMPLING as DEFAULT_SAMPLING
 from ivg.settings.search import MAX_BEAMS
-from ivg.types import Engine, Prompt, SamplingParams, TokenGuidance, Value
-from ivg.types.messages import PromptLike
+from ivg.types import Engine, Prompt, ResponseLogprobs, SamplingParams, TokenGuidance, Value
+from ivg.types.messages import Conversation, PromptLike, read_prompts
 from ivg.types.scores import require_scores, score_each
-from ivg.utils import environment
 from ivg.utils.locks import FairLock
 from ivg.values.base import CompositeValue, as_value, combine_values
 from ivg.values.contrast import PromptContrast, choose_contrast, contrast_of, follow_base
@@ -41,10 +42,12 @@ from ivg.values.implicit import AutoregressiveReward, ImplicitValue
 from ivg.values.reward import load_reward
 
 _SAMPLING = frozenset(f.name for f in fields(SamplingParams))
+Response = str | Sequence[int]
+"""A response that is given: text, or tokens of the base."""
 _COMPOSITES = 256  # weighted sums of values that are cached: a server may see any number of weights
 
 
-class GuidedModel(GenerationMixin):
+class GuidedModel(GenerationMixin, Components):
     """A base model and named values.
 
     >>> from ivg import GuidedModel
@@ -288,71 +291,57 @@ class GuidedModel(GenerationMixin):
             finally:
                 found.release([h.key for h in hypotheses])
 
-    @property
-    def reader(self) -> CachedLM:
-        """The base as a model that runs in this process.
+    @overload
+    def logprobs(
+        self, prompts: PromptLike, responses: Response, method: str | Method, *, alternatives: int = 1, **settings: Any
+    ) -> ResponseLogprobs: ...
+    @overload
+    def logprobs(
+        self,
+        prompts: Sequence[Conversation],
+        responses: Sequence[Response],
+        method: str | Method,
+        *,
+        alternatives: int = 1,
+        **settings: Any,
+    ) -> list[ResponseLogprobs]: ...
+    def logprobs(
+        self,
+        prompts: PromptLike | Sequence[Conversation],
+        responses: Response | Sequence[Response],
+        method: str | Method,
+        *,
+        alternatives: int = 1,
+        **settings: Any,
+    ) -> ResponseLogprobs | list[ResponseLogprobs]:
+        """Log-probabilities of given responses under the distribution from which ``method`` draws tokens.
+
+        At each position that is softmax(z), z the base's logits with the method's token guidance; at temperature 1, without filters,
+        whatever the model's defaults are, unless ``settings`` ask for others. Every model reads prompt and response once. A token that
+        the method never draws (outside its ``candidates``, say) has minus infinity.
+
+        Args:
+            prompts: one prompt, or a list of prompts.
+            responses: text, or tokens of the base (with an end-of-sequence token, where the end counts); for a list, one for each prompt.
+            method: one that guides tokens alone (``eft``, ``token-explicit``, ``args`` …), or ``base``.
+            alternatives: so many of the likeliest tokens at each position.
+            settings: as for :meth:`request`.
+
+        Returns:
+            A :class:`~ivg.types.ResponseLogprobs` for one prompt, a list of them for a list.
 
         Raises:
-            ConfigError: another engine runs it.
+            ConfigError: a method that selects chunks, whose texts have no normalised distribution; temperature 0.
+            PromptError: prompt and response that a model cannot read; another number of responses than of prompts.
         """
-        return local_reader(self.base)
-
-    @property
-    def readers(self) -> list[CachedLM]:
-        """All language models that run in this process, the base first."""
-        found = [self.base, *(model for value in self._all_values for model in value.cached_lms())]
-        return [reader for reader in dict.fromkeys(found) if isinstance(reader, CachedLM)]
-
-    @property
-    def _all_values(self) -> list[Value]:
-        return [*self.values.values(), *filter(None, [self._contrast])]
-
-    @property
-    def _components(self) -> list[Engine | Value]:
-        return [self.engine, *self._all_values]
-
-    def reset_caches(self) -> bool:
-        """Empty all caches, so that later results do not depend on earlier calls, to the last bit.
-
-        What runs in another process and died is started again. True if something had died.
-
-        Raises:
-            ModelError: it does not start; all others have been reset.
-        """
-        failed: Exception | None = None
-        died = False
-        with self.lock:
-            for component in self._components:
-                try:
-                    component.reset_caches()
-                    died = component.restart() or died
-                except Exception as e:
-                    failed = failed or e
-        if failed is not None:
-            raise failed if isinstance(failed, IVGError) else ModelError(f"a model cannot be restarted: {failed}") from failed
-        return died
-
-    def release_memory(self) -> None:
-        """Give memory that is not needed now back to the system; results do not change. For long-lived processes."""
-        with self.lock:
-            for component in self._components:
-                component.release_memory()
-        environment.malloc_trim()
-
-    def forget(self) -> bool:
-        """Deprecated name of :meth:`reset_caches`."""
-        warnings.warn("GuidedModel.forget is now reset_caches; the old name works until 0.3", DeprecationWarning, stacklevel=2)
-        return self.reset_caches()
-
-    def give_back(self) -> None:
-        """Deprecated name of :meth:`release_memory`."""
-        warnings.warn("GuidedModel.give_back is now release_memory; the old name works until 0.3", DeprecationWarning, stacklevel=2)
-        self.release_memory()
-
-    def close(self) -> None:
-        """Stop what runs in other processes; the model cannot be used afterwards."""
-        for component in self._components:
-            component.close()
+        items, single = read_prompts(prompts)
+        given: list[Any] = [responses] if single else list(responses)
+        if len(given) != len(items):
+            raise PromptError(f"logprobs got {len(items)} prompts and {len(given)} responses\n  expected a response for each prompt")
+        requests = [self.request(prompt, method, **{**NEUTRAL, **settings}) for prompt in items]
+        tokens = [self.base.response_tokens(r.prompt, response) for r, response in zip(requests, given, strict=True)]
+        found = given_logprobs(self.engine, self.lock, requests, tokens, alternatives)
+        return found[0] if single else found
 
     def to(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Models are placed when they are loaded: moving them would leave caches, packed weights and other processes behind.

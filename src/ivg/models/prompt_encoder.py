@@ -6,7 +6,7 @@ Handles templates, vocabularies, lengths. Must not depend on networks: they may 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Generic, Literal, TypeVar
@@ -155,6 +155,21 @@ class PromptEncoder:
         ids = tuple(self.vocabulary.response_ids(before, response))
         return Beam(new_key(), None, prompt, ids, response, vocabulary=self.vocabulary, inherits=False)
 
+    def response_tokens(self, prompt: Prompt, response: str | Sequence[int]) -> tuple[int, ...]:
+        """A response that was not generated here, in this model's tokens; those that are given are kept.
+
+        Raises:
+            PromptError: no Unicode text; a token id outside the vocabulary.
+        """
+        if isinstance(response, str):
+            return self.make_beam(prompt, response).token_ids
+        given = tuple(response) if isinstance(response, Iterable) else (response,)
+        ids = tuple(i for i in given if isinstance(i, int))
+        if len(ids) < len(given):
+            raise PromptError(f"unusable response {str(response)[:60]}\n  expected text, or a list of token ids")
+        self._check_ids(ids, "response")
+        return ids
+
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         if (inputs := self.image_inputs(prompt)) is not None:
             return inputs.ids
@@ -167,12 +182,12 @@ class PromptEncoder:
                 return tuple(self.own_ids(prompt.token_ids))
         return tuple(encode_rendered(self._rendered(prompt), self.tokenizer, chat=is_chat(prompt, self.template)))
 
-    def _check_ids(self, ids: Sequence[int]) -> None:
+    def _check_ids(self, ids: Sequence[int], what: str = "prompt") -> None:
         """Raise PromptError for token ids that the model has no embedding for."""
         wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
         if wrong is not None:
             raise PromptError(
-                f"prompt token {wrong} is outside the vocabulary of {self.name}\n  expected ids from 0 to {self.vocab_size - 1}"
+                f"{what} token {wrong} is outside the vocabulary of {self.name}\n  expected ids from 0 to {self.vocab_size - 1}"
             )
 
     def has_thought(self, prompt: Prompt, marker: str) -> bool:

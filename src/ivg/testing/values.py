@@ -34,6 +34,7 @@ def check_value(make: Callable[[], Value], chains: Sequence[Sequence[Beam]], tol
     check_cache(make, chains, tolerance)
     check_inherit_cache(make, chains, tolerance)
     check_vocabulary(value, ends)
+    check_recent_deltas(value, ends, tolerance)
     check_drafter(value, ends)
     check_value_life_cycle(value, ends)
 
@@ -88,6 +89,21 @@ def check_vocabulary(value: Value, hypotheses: Sequence[Hypothesis]) -> None:
     assert value.vocabulary is not None, f"{value.name} has deltas and no vocabulary"
     assert len(deltas) == len(hypotheses) and deltas.shape[1] >= value.vocabulary.size, f"deltas of shape {tuple(deltas.shape)}"
     assert str(deltas.dtype) == "torch.float32" and bool(deltas.isfinite().all()), f"deltas of {deltas.dtype}, not all finite"
+
+
+def check_recent_deltas(value: Value, hypotheses: Sequence[Hypothesis], tolerance: float = 1e-4) -> None:
+    """Deltas of many positions at once, where there are any, are those of one prefix after the other; in the value's own vocabulary."""
+    counts = [min(3, len(h.token_ids)) for h in hypotheses]
+    own = value.full_vocabulary() and all(value.vocabulary.same_as(h.vocabulary) for h in hypotheses)
+    found = value.recent_deltas(hypotheses, counts) if own and all(counts) else None
+    value.release([h.key for h in hypotheses])
+    if found is None:
+        return
+    for h, count, got in zip(hypotheses, counts, found, strict=True):
+        ends = range(len(h.token_ids) - count, len(h.token_ids))
+        prefixes = [_Growing(h.prompt, list(h.token_ids[:end]), h.vocabulary, new_key()) for end in ends]
+        difference = float((got - _fresh_deltas(value, prefixes)).abs().max())
+        assert difference <= tolerance, f"{h.text!r}: recent_deltas differ by {difference} from deltas"
 
 
 @dataclass

@@ -19,8 +19,8 @@ An engine makes beams longer, a value turns beams into numbers, a selection rule
 
 from ivg.settings.sampling import SamplingParams
 from ivg.types.beam import Beam, DecodeState, FinishReason, Hypothesis, TokenCounter, TokenLogprobs, new_key
-from ivg.types.completion import Completion, Step, TraceNode, Usage
-from ivg.types.engine import AsyncEngine, Engine, EntropyStop, ExpandOutput, ExpandRequest, TokenGuidance
+from ivg.types.completion import Completion, ResponseLogprobs, Step, TraceNode, Usage
+from ivg.types.engine import AsyncEngine, Engine, EntropyStop, ExpandOutput, ExpandRequest, LogprobsRequest, TokenGuidance
 from ivg.types.images import Image
 from ivg.types.messages import Message, Prompt
 from ivg.types.preference import Preference
@@ -42,9 +42,11 @@ __all__ = [
     "FinishReason",
     "Hypothesis",
     "Image",
+    "LogprobsRequest",
     "Message",
     "Preference",
     "Prompt",
+    "ResponseLogprobs",
     "Reward",
     "SamplingParams",
     "Step",

@@ -69,6 +69,37 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class ResponseLogprobs:
+    """Log-probabilities, in nats, of the tokens of a response that was given (:meth:`ivg.GuidedModel.logprobs`).
+
+    ``tokens`` has for each the guided and the base's log-probability, each distribution with the filters that were asked for; ``top`` has
+    at least the likeliest token.
+    """
+
+    tokens: tuple[TokenLogprobs, ...]
+
+    @property
+    def logprob(self) -> float:
+        """Log-probability of the whole response under the guided distribution."""
+        return sum(t.logprob for t in self.tokens)
+
+    @property
+    def base_logprob(self) -> float:
+        """The same under the base alone."""
+        return sum(t.base_logprob for t in self.tokens)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The response in the base's tokens."""
+        return tuple(t.token for t in self.tokens)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Is every token the likeliest one, so that greedy decoding would write the response?"""
+        return all(t.logprob >= t.top[0][1] for t in self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """The answer to one request. ``trace`` and ``details`` are empty unless requested.
 

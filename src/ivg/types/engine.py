@@ -18,7 +18,7 @@ from ivg.errors import ConfigError, ModelError
 from ivg.settings.sampling import SamplingParams
 from ivg.settings.schema import validate
 from ivg.settings.search import SearchSettings, Transform
-from ivg.types.beam import Beam
+from ivg.types.beam import Beam, TokenLogprobs
 from ivg.types.messages import Prompt
 from ivg.types.thinking import Thinking
 from ivg.types.value import Value
@@ -107,6 +107,25 @@ class ExpandRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class LogprobsRequest:
+    """What :meth:`Engine.logprobs` is asked for: log-probabilities of a response that is given.
+
+    Attributes:
+        beam: the empty response to the prompt (:meth:`Engine.open`).
+        token_ids: the response, in the base's tokens; at least one.
+        sampling: temperature, filters and processors of the distributions.
+        guidance: of every token; without ``kl_budget``.
+        alternatives: so many of the likeliest tokens at each position, and at least one.
+    """
+
+    beam: Beam
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    guidance: TokenGuidance | None = None
+    alternatives: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class ExpandOutput:
     """The children of ``beam`` (its key): complete if ``done``, else as far as they have come."""
 
@@ -146,6 +165,18 @@ class Engine(ABC):
 
         A child that cannot be made has ``finish="error"`` and affects no other.
         """
+
+    def logprobs(self, requests: Sequence[LogprobsRequest]) -> list[list[TokenLogprobs]]:
+        """Log-probabilities of given tokens, one entry for each token of each request. Default: they cannot be had.
+
+        Raises:
+            ConfigError: by default.
+            ModelError: a model gave NaN or infinity.
+            ScoreError: a value has no number for a candidate.
+        """
+        raise ConfigError(
+            f"the engine {self.name} gives no log-probabilities of given texts\n  use the transformers engine (leave --engine out)"
+        )
 
     def check(self, guidance: TokenGuidance | None) -> None:
         """Raise where token guidance does not fit the base. Default: there can be none.

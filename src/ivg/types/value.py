@@ -100,6 +100,19 @@ class Value(ABC):
         """
         raise ConfigError(f"{self.name} needs a vocabulary head to shift all logits\n  give candidates to re-score (--guide-candidates 20)")
 
+    def recent_deltas(self, hypotheses: Sequence[Hypothesis], counts: Sequence[int]) -> list[Any] | None:
+        """:meth:`deltas` behind the prefixes that the last ``counts[i]`` tokens of each hypothesis followed, in one pass.
+
+        Float32 tensors [counts[i], vocabulary], in order, for hypotheses in its own vocabulary. Default: None, there is no faster way than
+        :meth:`deltas` of one prefix after the other; so it is for a class that overrides :meth:`deltas` and not this.
+        """
+        return None
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "deltas" in cls.__dict__ and "recent_deltas" not in cls.__dict__:
+            cls.recent_deltas = Value.recent_deltas  # type: ignore[method-assign]
+
     def drafter(self, beta: float) -> Drafter | None:
         """Drafts a stretch of tokens guided with weight ``beta``. Default: None, it cannot draft."""
         return None

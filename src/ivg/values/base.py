@@ -98,9 +98,19 @@ class CompositeValue(Value):
         """sum_i w_i * deltas_i, float32 [hypotheses, smallest vocabulary of the parts], on the device of the first."""
         if not self.full_vocabulary():
             return super().deltas(hypotheses)
-        shifts = [weight * value.deltas(hypotheses) for weight, value in self.parts]
-        width, device = min(s.shape[1] for s in shifts), shifts[0].device
-        return sum((s[:, :width].to(device) for s in shifts[1:]), shifts[0][:, :width])
+        return _sum_of_deltas([weight * value.deltas(hypotheses) for weight, value in self.parts])
+
+    def recent_deltas(self, hypotheses: Sequence[Hypothesis], counts: Sequence[int]) -> list[Tensor] | None:
+        """See :meth:`ivg.types.Value.recent_deltas`; None where a part has none."""
+        found = [value.recent_deltas(hypotheses, counts) for _, value in self.parts]
+        weighted = [[weight * d for d in deltas] for (weight, _), deltas in zip(self.parts, found, strict=True) if deltas is not None]
+        return [_sum_of_deltas(rows) for rows in zip(*weighted, strict=True)] if len(weighted) == len(found) else None
+
+
+def _sum_of_deltas(shifts: Sequence[Tensor]) -> Tensor:
+    """The sum over the columns that all have, on the device of the first."""
+    width, device = min(s.shape[1] for s in shifts), shifts[0].device
+    return sum((s[:, :width].to(device) for s in shifts[1:]), shifts[0][:, :width])
 
 
 class WorstCaseValue(Value):

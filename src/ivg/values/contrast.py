@@ -50,6 +50,11 @@ class PromptContrast(ImplicitValue):
         _require_instructions(hypotheses, self.name)
         return super().deltas(hypotheses)
 
+    def recent_deltas(self, hypotheses: Sequence[Hypothesis], counts: Sequence[int]) -> list[Tensor]:
+        """See :meth:`ivg.types.Value.recent_deltas`; raises as :meth:`deltas`."""
+        _require_instructions(hypotheses, self.name)
+        return super().recent_deltas(hypotheses, counts)
+
     def draft_model(self) -> None:
         """None: a draft would cost what the base costs."""
 

@@ -103,6 +103,10 @@ class ExplicitValue(CachedLMValue):
             return super().deltas(hypotheses)
         return self.model.outputs(hypotheses)
 
+    def recent_deltas(self, hypotheses: Sequence[Hypothesis], counts: Sequence[int]) -> list[Tensor] | None:
+        """See :meth:`ivg.types.Value.recent_deltas`; None for a scalar head."""
+        return None if self.head == "scalar" else self.model.recent_outputs(hypotheses, counts, drop=1)
+
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
         """V(x, y_<=t) for each hypothesis, in units of the reward that the network was trained on."""
         if not hypotheses:

@@ -50,6 +50,11 @@ class ImplicitValue(CachedLMValue):
         tuned, untuned = read_together([self.tuned, self.untuned], hypotheses)
         return _difference(tuned.float(), untuned)
 
+    def recent_deltas(self, hypotheses: Sequence[Hypothesis], counts: Sequence[int]) -> list[Tensor]:
+        """See :meth:`ivg.types.Value.recent_deltas`."""
+        tuned, untuned = (model.recent_outputs(hypotheses, counts, drop=1) for model in (self.tuned, self.untuned))
+        return [_difference(t, u) for t, u in zip(tuned, untuned, strict=True)]
+
     def cached_lms(self) -> list[CachedLM]:
         """The tuned and the untuned model."""
         return [self.tuned, self.untuned]
@@ -129,6 +134,10 @@ class AutoregressiveReward(CachedLMValue):
     def deltas(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
         """Log pi_arm(. | prefix), float32 [hypotheses, vocabulary]."""
         return self.model.outputs(hypotheses).log_softmax(-1)
+
+    def recent_deltas(self, hypotheses: Sequence[Hypothesis], counts: Sequence[int]) -> list[Tensor]:
+        """See :meth:`ivg.types.Value.recent_deltas`."""
+        return [outputs.log_softmax(-1) for outputs in self.model.recent_outputs(hypotheses, counts, drop=1)]
 
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
         """Log pi_arm(response), in nats."""

@@ -21,11 +21,23 @@ from ivg.engines.transformers.logprobs import compare_guidance
 from ivg.engines.transformers.processors import contexts_of, forbid_ignored_eos, process_logits
 from ivg.engines.transformers.sampling import entropy, nonfinite_rows, sample
 from ivg.engines.transformers.speculation import Speculator
+from ivg.engines.transformers.teacher_forcing import given_logprobs
 from ivg.engines.transformers.thinking import force, forced_token, is_guided, marker_ids
 from ivg.errors import ConfigError, ScoreFault
 from ivg.models.cached_lm import CachedLM
 from ivg.models.support import body_of
-from ivg.types import Beam, Engine, ExpandRequest, Hypothesis, SamplingParams, Thinking, TokenGuidance, Value
+from ivg.types import (
+    Beam,
+    Engine,
+    ExpandRequest,
+    Hypothesis,
+    LogprobsRequest,
+    SamplingParams,
+    Thinking,
+    TokenGuidance,
+    TokenLogprobs,
+    Value,
+)
 from ivg.types.thinking import answer_of
 from ivg.utils.rng import uniform
 
@@ -127,6 +139,10 @@ class TransformersEngine(Engine):
     def release_memory(self) -> None:
         """Return memory of the base's cache that nothing needs to the operating system."""
         self.base.model.release_memory()
+
+    def logprobs(self, requests: Sequence[LogprobsRequest]) -> list[list[TokenLogprobs]]:
+        """Log-probabilities of given tokens (see :func:`~ivg.engines.transformers.teacher_forcing.given_logprobs`)."""
+        return given_logprobs(self.base, requests)
 
     def extend(self, requests: Sequence[ExpandRequest]) -> list[list[Beam]]:
         """The children of every request's beam, each ``tokens`` longer, or finished, or paused.

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -100,6 +101,36 @@ def apply_guidance(
     return logits
 
 
+def reads_ahead(guidance: TokenGuidance, vocabulary: Vocabulary) -> bool:
+    """Does ``guidance`` need nothing but its value's deltas, where the base has this ``vocabulary`` (:func:`apply_deltas`)?"""
+    if guidance.candidates == 0 and guidance.value.full_vocabulary():
+        return True
+    return guidance.transform != "log-sigmoid" and _shares_tokens(guidance.value, vocabulary)
+
+
+def apply_deltas(logits: Tensor, deltas: Tensor, guidance: TokenGuidance) -> Tensor | None:
+    """As :func:`apply_guidance`, where the value's deltas are known; None where they lack a candidate, and nothing has changed.
+
+    Args:
+        logits: of the base, float32 [rows, vocabulary]; may be written over.
+        deltas: of the value, float32 [rows, vocabulary].
+        guidance: :func:`reads_ahead` is true of it.
+    """
+    if guidance.gate > 0:
+        rows = (entropy(logits) >= guidance.gate).nonzero()[:, 0]
+        guided = apply_deltas(logits[rows], deltas[rows.to(deltas.device)], replace(guidance, gate=0.0))
+        return None if guided is None else logits.index_copy_(0, rows, guided)
+    implausible = implausible_tokens(logits, guidance)
+    base = logits.log_softmax(-1) if guidance.normalise else logits
+    if guidance.candidates == 0 and guidance.value.full_vocabulary():
+        return forbid(add_deltas(base, deltas, guidance.beta, guidance.value.vocabulary.size), implausible)
+    top = base.topk(min(guidance.candidates or DEFAULT_CANDIDATES, base.shape[1]))
+    if top.indices.numel() and int(top.indices.max()) >= deltas.shape[1]:
+        return None
+    scores = deltas.gather(1, top.indices.to(deltas.device))
+    return forbid(_shift_candidates(base, top.values, top.indices, scores, guidance), implausible)
+
+
 def implausible_tokens(base: Tensor, guidance: TokenGuidance) -> Tensor | None:
     """Which tokens ``guidance`` forbids for the base's logits [rows, vocabulary], bool of the same shape; None: none."""
     if guidance.plausibility == 0:
@@ -163,8 +194,13 @@ def _guided_rows(
             faults.update({hypotheses[i // top.indices.shape[1]].key: s for i, s in enumerate(found) if isinstance(s, ScoreFault)})
         scores = torch.tensor(numbers, dtype=torch.float32).view(top.indices.shape)
         value.release([c.key for c in candidates])
-    guided = top.values + guidance.beta * _transformed(scores.to(base.device), guidance)
-    return torch.full_like(base, -math.inf).scatter(1, top.indices, guided)
+    return _shift_candidates(base, top.values, top.indices, scores, guidance)
+
+
+def _shift_candidates(base: Tensor, logits: Tensor, ids: Tensor, scores: Tensor, guidance: TokenGuidance) -> Tensor:
+    """Logits like ``base`` [rows, vocabulary] of the candidates ``ids`` alone, whose ``logits`` and ``scores`` are [rows, candidates]."""
+    guided = logits + guidance.beta * _transformed(scores.to(base.device), guidance)
+    return torch.full_like(base, -math.inf).scatter(1, ids, guided)
 
 
 def _scores_from_deltas(hypotheses: Sequence[Hypothesis], guidance: TokenGuidance, ids: Tensor) -> Tensor | None:

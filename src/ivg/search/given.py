@@ -1,0 +1,119 @@
+"""Log-probabilities of responses that are given, under the distribution from which a method draws tokens.
+
+It exists where every token is drawn from one distribution: the base's, with or without token guidance. A search that compares whole
+chunks has none. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from ivg.errors import ConfigError, PromptError
+from ivg.search.request import Request, Search
+from ivg.search.searcher import check_engine
+from ivg.types import Engine, LogprobsRequest, Prompt, ResponseLogprobs, SamplingParams, TokenCounter, Value
+from ivg.utils.locks import FairLock
+
+BATCH = 32
+"""Responses that are read together."""
+NEUTRAL: dict[str, Any] = {f.name: f.default for f in fields(SamplingParams)}
+"""Settings that leave the distribution as it is: temperature 1, no filters, no processors."""
+
+
+def given_logprobs(
+    engine: Engine, lock: FairLock, requests: Sequence[Request], responses: Sequence[tuple[int, ...]], alternatives: int = 1
+) -> list[ResponseLogprobs]:
+    """Log-probabilities of each request's response.
+
+    Args:
+        engine: has the base.
+        lock: held for one batch at a time.
+        requests: prompt, search and sampling.
+        responses: tokens of the base, one sequence for each request.
+        alternatives: so many of the likeliest tokens at each position.
+
+    Raises:
+        ConfigError: a method without such a distribution, or settings that have no meaning here; or the engine cannot.
+        PromptError: prompt and response that a model cannot read.
+    """
+    for request in {id(r.search): r for r in requests}.values():
+        check_distribution(request)
+    out = [ResponseLogprobs(())] * len(requests)
+    some = [i for i, tokens in enumerate(responses) if tokens]
+    for start in range(0, len(some), BATCH):
+        index = some[start : start + BATCH]
+        with lock:
+            counters: dict[Prompt, TokenCounter] = {}
+            batch = [replace(_engine_request(engine, requests[i], responses[i], counters), alternatives=alternatives) for i in index]
+            for i, found in zip(index, engine.logprobs(batch), strict=True):
+                out[i] = ResponseLogprobs(tuple(found))
+    return out
+
+
+def _engine_request(engine: Engine, request: Request, tokens: tuple[int, ...], counters: dict[Prompt, TokenCounter]) -> LogprobsRequest:
+    """Responses to one prompt share a counter, by which the models know that they may share its cache."""
+    check_engine(engine, request)
+    root = engine.open(request.prompt, replace(request.sampling, max_new_tokens=len(tokens)))
+    root = replace(root, token_counter=counters.setdefault(request.prompt.without_data, root.token_counter))
+    guidance = request.search.guidance
+    if guidance is not None:
+        guidance.value.check(root.prompt, len(tokens))
+    return LogprobsRequest(root, tokens, request.sampling, guidance)
+
+
+def check_distribution(request: Request) -> None:
+    """Raise where tokens are not drawn from one distribution each, or where settings have no meaning for given texts.
+
+    Raises:
+        ConfigError: names what, and what to do instead.
+    """
+    search, sampling = request.search, request.sampling
+    if (why := _selects(search)) is not None:
+        raise ConfigError(
+            f"log-probabilities: {why}, so whole texts have no normalised distribution\n"
+            "  give a method that guides tokens alone (eft, token-explicit, genarm …), or base"
+        )
+    if search.thinking is not None:
+        raise ConfigError("log-probabilities of a response that begins with thinking are not supported\n  leave guide_after out")
+    if search.guidance is not None and search.guidance.kl_budget is not None:
+        raise ConfigError(
+            "log-probabilities: with kl_budget a token's distribution depends on max_new_tokens, which a given text has not\n"
+            "  leave kl_budget out"
+        )
+    if sampling.temperature == 0:
+        raise ConfigError("log-probabilities need a temperature above 0, got 0\n  leave it out for the distribution at temperature 1")
+    for name in ("stop", "forced_eos_token_id"):
+        if getattr(sampling, name):
+            raise ConfigError(f"log-probabilities: {name} is about where an answer ends, and this one is given\n  leave it out")
+
+
+def _selects(search: Search) -> str | None:
+    """What in ``search`` chooses among texts; None: nothing."""
+    if search.width * search.successors > 1:
+        return f"the method selects among {search.width * search.successors} beams"
+    rules = {"reject": search.rejection, "particles": search.particles, "speculate": search.speculation, "tree": search.tree}
+    if named := [rule for rule, settings in rules.items() if settings is not None]:
+        return f"rule={named[0]} selects chunks"
+    return "make_rule selects chunks" if search.make_rule is not None else None
+
+
+def require_same_tokens(prompt: Prompt, base: Any, value: Value | None) -> None:
+    """Raise unless every model of ``value`` reads ``prompt`` as the very tokens that the base reads.
+
+    Args:
+        prompt: with the base's vocabulary, where it has tokens.
+        base: reads prompts as the base does (:class:`ivg.models.prompt_encoder.PromptEncoder`).
+        value: guides tokens; None: there is none.
+
+    Raises:
+        PromptError: names the model that does not.
+    """
+    expected = tuple(base.prompt_ids(prompt))
+    for model in () if value is None else value.cached_lms():
+        if tuple(model.prompt_ids(prompt)) != expected:
+            raise PromptError(
+                f"log-probabilities of a prompt: {model.name} reads it as other tokens than the base (a template, another tokenizer)\n"
+                "  give prompt and response apart (GuidedModel.logprobs), or templates that leave the prompt as it is (raw)"
+            )
