@@ -10,6 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 
 VERBS: dict[str, tuple[str, str, str]] = {
     "generate": ("generate", "generate", "Answer prompts by a frozen model with value guidance."),
+    "chat": ("chat", "chat", "Talk with a guided model, in the terminal or through a pipe."),
     "compare": ("compare", "compare", "Answer one prompt by several methods, with scores, tokens spent and seconds."),
     "models": ("models", "app", "List models, methods and settings of methods; add small open models."),
     "train": ("train", "app", "Train a guide pair (sft, dpo), a reward model, and values from rollouts."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,8 @@ from rich.text import Text
 
 from ivg.cli.options import command
 from ivg.cli.recipe_options import RecipeOptions
-from ivg.errors import ScoreError
+from ivg.cli.standard_input import texts_of
+from ivg.errors import ConfigError, ScoreError
 from ivg.settings.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -34,8 +36,12 @@ _RUN = ("engine", "seed", "device", "dtype", "revision", "attention", "generatio
 
 @command(recipe=RecipeOptions("models", "search", "sampling", "run", only={"run": _RUN}))
 def compare(
-    prompt: Annotated[str, typer.Argument(help="What to answer.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to answer; -, or nothing and a pipe: standard input.", metavar="PROMPT")
+    ] = None,
     methods: Annotated[str | None, typer.Option("--methods", help="Comma-separated. (default: those that the models allow)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no notes.")] = False,
     *,
     recipe: Recipe,
 ) -> None:
@@ -44,6 +50,10 @@ def compare(
     from ivg.factory.recipe import load_models
     from ivg.search.methods import get_method
 
+    texts = texts_of(None if prompt is None else [prompt])
+    if not texts:
+        raise ConfigError("no prompt\n  give one, or send it through a pipe: echo PROMPT | ivg compare")
+    (text,) = texts
     wanted = [m.strip() for m in methods.split(",")] if methods else list(DEFAULT)
     for name in wanted:
         get_method(name)
@@ -54,16 +64,19 @@ def compare(
         judge = next((v for v in ("explicit", "reward", "implicit") if v in model.values), None)
         gold = _gold() if not recipe.models.given and recipe.endpoint.model is None else None
         rows, problems = [], list[str]()
-        for note in _notes(recipe, wanted):
+        for note in () if quiet else _notes(recipe, wanted):
             typer.echo(note, err=True)
         for name in wanted:
-            rows.append(_row(model, prompt, name, recipe, judge, gold, problems))
+            rows.append(_row(model, text, name, recipe, judge, gold, problems))
             advance()
-    _print(prompt, rows, judge, gold is not None)
+    if as_json:
+        typer.echo(json.dumps({"prompt": text, "judge": judge, "answers": rows}, ensure_ascii=False, indent=2))
+    else:
+        _print(text, rows, judge, gold is not None)
     for problem in problems:
         print_error(problem)
     if problems:
-        raise typer.Exit(2 if all(row[1] == FAILED for row in rows) else 1)
+        raise typer.Exit(2 if all(row["text"] is None for row in rows) else 1)
 
 
 def _gold() -> RewardModel:
@@ -104,36 +117,57 @@ def _notes(recipe: Recipe, methods: list[str]) -> list[str]:
 
 def _row(
     model: GuidedModel, prompt: str, method: str, recipe: Recipe, judge: str | None, gold: RewardModel | None, problems: list[str]
-) -> tuple[str, ...]:
-    """Cells of one method; what failed goes to ``problems``."""
+) -> dict[str, Any]:
+    """What one method did; None stands for what failed, and its reason goes to ``problems``."""
     from ivg.types import Prompt
 
     completion = model.generate(prompt, method, seed=recipe.run.seed, **recipe.sampling.settings(), **settings_for(recipe, method))
+    row: dict[str, Any] = {"method": method, "text": None}
     if completion.error:
         problems.append(f"{method}: {completion.error}")
-        return (method, FAILED, "", "", "", "")
+        return row
 
-    def number(ask: Callable[[], list[float]], form: str) -> str:
+    def number(ask: Callable[[], list[float]]) -> float | None:
         try:
-            return format(ask()[0], form)
+            return ask()[0]
         except ScoreError as e:
             problems.append(f"{method}: {e}")
-            return FAILED
+            return None
 
-    score = number(lambda: model.score(prompt, [completion.text], judge), ".2f") if judge else ""
-    golden = number(lambda: gold.judge([(Prompt(prompt), completion.text)]), "+.2f") if gold is not None else ""
-    usage = completion.usage
-    return (method, completion.text.strip(), score, golden, f"{usage.total_forward_tokens:,}", f"{usage.seconds:.2f}")
+    row |= {"text": completion.text, "tokens": completion.usage.total_forward_tokens, "seconds": completion.usage.seconds}
+    if judge:
+        row["value"] = number(lambda: model.score(prompt, [completion.text], judge))
+    if gold is not None:
+        row["gold"] = number(lambda: gold.judge([(Prompt(prompt), completion.text)]))
+    return row
 
 
-def _print(prompt: str, rows: list[tuple[str, ...]], judge: str | None, gold: bool) -> None:
+_COLUMNS = {"value": ".2f", "gold": "+.2f", "tokens": ",", "seconds": ".2f"}
+"""Columns of numbers, and how they are written."""
+
+
+def _print(prompt: str, rows: list[dict[str, Any]], judge: str | None, gold: bool) -> None:
     out = Console(highlight=False)
-    heads = ("method", f"{prompt} …", "value", "gold", "tokens", "s")
-    notes = (f"value: score by {judge}", "gold: score by a reward model that no method uses", "tokens: read by all models", "s: seconds")
-    keep = [i for i in range(6) if not (i == 3 and not gold) and not (i == 2 and judge is None)]
-    table = Table(show_lines=True, expand=True, caption=" · ".join(notes[i - 2] for i in keep if i > 1), caption_justify="left")
-    for i in keep:
-        table.add_column(Text(heads[i]), ratio=1 if i == 1 else None, justify="left" if i < 2 else "right", no_wrap=i != 1)
+    notes = {
+        "value": f"value: score by {judge}",
+        "gold": "gold: score by a reward model that no method uses",
+        "tokens": "tokens: read by all models",
+        "seconds": "s: seconds",
+    }
+    keep = [name for name in _COLUMNS if not (name == "gold" and not gold) and not (name == "value" and judge is None)]
+    table = Table(show_lines=True, expand=True, caption=" · ".join(notes[name] for name in keep), caption_justify="left")
+    table.add_column("method", no_wrap=True)
+    table.add_column(Text(f"{prompt} …"), ratio=1)
+    for name in keep:
+        table.add_column("s" if name == "seconds" else name, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(row[i]) for i in keep))
+        text = FAILED if row["text"] is None else row["text"].strip()
+        table.add_row(row["method"], Text(text), *(_cell(row, name) for name in keep))
     out.print(table)
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    """A number as it is written; nothing where the answer failed."""
+    if name not in row:
+        return ""
+    return FAILED if row[name] is None else format(row[name], _COLUMNS[name])

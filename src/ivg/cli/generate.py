@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ivg.cli.options import Options, command
 from ivg.cli.recipe_options import RecipeOptions
+from ivg.cli.standard_input import DASH, texts_of
 from ivg.errors import ConfigError
 from ivg.settings.generate import GenerateSettings
 from ivg.settings.ray import RaySettings
@@ -30,6 +32,8 @@ appended as they are done; the same command again resumes.
 
     ivg generate --image cat.png "What is it?" --base path/to/llava
 
+    echo "The movie was" | ivg generate --json
+
     ivg generate --input prompts.jsonl --output out.jsonl --method ivg -W 4 -K 4 -L 5"""
 
 
@@ -42,19 +46,32 @@ _IMAGES = {"images": ("enabled", "allowed_media_domains")}
     cluster=Options(RaySettings, "Many machines (docs/how-to/scaling.md)", make=RaySettings.of),
 )
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, each one argument.", metavar="PROMPT...")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts, each one argument; - is standard input.", metavar="PROMPT...")
+    ] = None,
     *,
     files: GenerateSettings,
     recipe: Recipe,
     cluster: RaySettings | None,
 ) -> None:
     """See HELP."""
+    if files.input is None:
+        prompts = texts_of(prompts)
     if bool(prompts) == (files.input is not None):
         raise ConfigError("give prompts, or --input FILE (exactly one of the two)")
+    if files.json:
+        files = _as_rows(files)
     if files.image and files.input is not None:
         raise ConfigError("--image goes with prompts of the command line\n  rows of --input name their pictures in their messages")
     _check_files(files)
     run(recipe, _rows(prompts or [], files), files, cluster)
+
+
+def _as_rows(files: GenerateSettings) -> GenerateSettings:
+    """``files`` with rows on standard output."""
+    if files.output is not None and str(files.output) != DASH:
+        raise ConfigError(f"got --json and --output {files.output}\n  rows go to the file as JSON; leave --json out")
+    return replace(files, output=Path(DASH))
 
 
 def _rows(prompts: list[str], files: GenerateSettings) -> Iterator[SourceRow]:
@@ -99,11 +116,13 @@ def run(recipe: Recipe, rows: Iterable[SourceRow], files: GenerateSettings, clus
 
     def on_answer(job: Job, completion: Completion) -> None:
         if files.output is None:
-            show(job.prompt, template, completion, recipe.search.method, many=len(jobs) * recipe.run.n > 1)
+            show(job.prompt, template, completion, recipe.search.method, many=len(jobs) * recipe.run.n > 1, quiet=files.quiet)
         if files.trace is not None:
             traced.append((prompt_line(job.prompt), completion))
 
-    callbacks = Callbacks(on_answer, lambda total: progress(total, "answers"), lambda text: typer.echo(text, err=True))
+    callbacks = Callbacks(
+        on_answer, lambda total: progress(total, "answers"), lambda text: None if files.quiet else typer.echo(text, err=True)
+    )
     try:
         work.run(files.output, callbacks)
     finally:
@@ -112,7 +131,7 @@ def run(recipe: Recipe, rows: Iterable[SourceRow], files: GenerateSettings, clus
 
             write_trace(files.trace, traced, recipe.search.method)
         failures.close()
-        if "skipped" in work.counts and (files.input is not None or files.output is not None):
+        if "skipped" in work.counts and not files.quiet and (files.input is not None or files.output is not None):
             typer.echo(", ".join(f"{name} {work.counts[name]}" for name in ("answered", "skipped", "failed", "already done")), err=True)
     if failures.count:
         raise typer.Exit(1 if work.counts["answered"] or work.counts["already done"] else 2)

@@ -45,7 +45,7 @@ def prompt_line(prompt: Any) -> str:
     return "\n".join(f"{m.role}: {'[picture] ' * len(m.images)}{m.text}" for m in found.content)
 
 
-def show(prompt: Any, template: str | None, completion: Completion, method: str, *, many: bool) -> None:
+def show(prompt: Any, template: str | None, completion: Completion, method: str, *, many: bool, quiet: bool = False) -> None:
     """Print the answer, and its cost on standard error.
 
     The text that it continues is before it. Of many answers each is one plain line if the output is no terminal; else a prompt that is
@@ -57,6 +57,7 @@ def show(prompt: Any, template: str | None, completion: Completion, method: str,
         completion: the answer.
         method: name of the method.
         many: it is one of several.
+        quiet: print nothing on standard error.
     """
     out = Console(soft_wrap=True, highlight=False)
     begun = begun_text(prompt, template)
@@ -67,12 +68,18 @@ def show(prompt: Any, template: str | None, completion: Completion, method: str,
         out.print(Text(prompt_line(prompt), style="dim"))
     thinking = completion.text[: len(completion.text) - len(completion.answer)]
     out.print(Text(begun + thinking, style="dim") + Text(completion.answer, style="bold"))
+    if quiet:
+        return
     for note in completion.notes:
         Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"note: {note}"))
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(cost_line(completion, method), style="dim"))
+
+
+def cost_line(completion: Completion, method: str) -> str:
+    """One line: method, score, tokens written and read, seconds."""
+    usage = completion.usage
     score = "" if completion.score is None else f" · score {completion.score:.3f}"
-    drafted = f", {n} of a draft model" if (n := completion.usage.drafted_tokens) else ""
-    tokens = ", ".join(f"{name} {count}" for name, count in completion.usage.forward_tokens.items())
-    Console(stderr=True, highlight=False, soft_wrap=True).print(
-        f"[dim]{method}{score} · {len(completion.token_ids)} tokens{drafted} ({completion.finish_reason}) · read: {tokens} · "
-        f"{completion.usage.seconds:.1f} s[/dim]"
-    )
+    drafted = f", {n} of a draft model" if (n := usage.drafted_tokens) else ""
+    tokens = ", ".join(f"{name} {count}" for name, count in usage.forward_tokens.items())
+    written = f"{usage.completion_tokens} tokens{drafted} ({completion.finish_reason})"
+    return f"{method}{score} · {written} · read: {tokens} · {usage.seconds:.1f} s"

@@ -35,6 +35,7 @@ class RecipeOptions:
         adjust: called with the recipe of the file and what was typed; gives both back.
         unset: what some settings are that are not typed, in words.
         bare: without ``--recipe``, ``--template`` and ``--set``.
+        without: options of single models (``ONE_MODEL``) that the verb means otherwise.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class RecipeOptions:
         adjust: Callable[[Recipe, Tables], tuple[Recipe, Tables]] | None = None,
         unset: Mapping[str, str] | None = None,
         bare: bool = False,
+        without: Collection[str] = (),
     ) -> None:
         self.only, self.unset = only or {}, unset or {}
         self.tables = tuple(dict.fromkeys((*tables, *self.only)))
         self.method, self.check_method, self.adjust, self.bare = method, check_method, adjust, bare
+        self.one_model = {name: option for name, option in ONE_MODEL.items() if name not in without}
         self.by_role = PER_MODEL if "models" in self.tables and not bare else ()
 
     def parameters(self) -> Iterator[inspect.Parameter]:
@@ -68,7 +71,7 @@ class RecipeOptions:
             yield _parameter("template", list[str], "--template", help=text, rich_help_panel=_title("models"))
             text = "Variables of the chat template of a model: ROLE='{\"enable_thinking\": false}'; may be repeated."
             yield _parameter("chat_template_kwargs", list[str], "--chat-template-kwargs", help=text, rich_help_panel=_title("models"))
-            for name, (flag, text) in ONE_MODEL.items():
+            for name, (flag, text) in self.one_model.items():
                 yield _parameter(name, list[str], flag, help=text, rich_help_panel=_title("models"))
         if not self.bare:
             text = "Any other setting: KEY=VALUE of the search, or TABLE.KEY=VALUE (docs/reference/settings.md); may be repeated."
@@ -106,7 +109,7 @@ class RecipeOptions:
         for text in given.get("chat_template_kwargs") or ():
             role, kwargs = role_value("--chat-template-kwargs", text)
             out.setdefault(role, {})["chat_template_kwargs"] = plain_value(kwargs)
-        for name, (flag, _) in ONE_MODEL.items():
+        for name, (flag, _) in self.one_model.items():
             for role, text in (role_value(flag, text) for text in given.get(name) or ()):
                 out.setdefault(role, {})[name] = plain_value(text) if name == "scale" else text
         for name in self.by_role:

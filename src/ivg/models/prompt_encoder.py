@@ -250,3 +250,8 @@ class PromptEncoder:
         if len(ids) < 2:
             raise PromptError(f"{self.name}: a vocabulary head gives no value for a text of one token")
         return ids[-1]
+
+
+def has_chat_template(base: PromptEncoder) -> bool:
+    """Can the base read messages?"""
+    return base.template is not None or bool(getattr(base.tokenizer, "chat_template", None))

@@ -8,6 +8,7 @@ from ivg.errors import ConfigError, ContextLengthError, PromptError, ServeError
 from ivg.model import GuidedModel
 from ivg.models.chat_template import encode, prompt_text
 from ivg.models.prompt_encoder import PromptEncoder
+from ivg.models.prompt_encoder import has_chat_template as has_chat_template
 from ivg.search.request import Request
 from ivg.settings.recipe import ROLES
 from ivg.types import Message, Prompt
@@ -68,11 +69,6 @@ def check_prompt_length(base: PromptEncoder, prompt: Prompt) -> None:
     if tokens >= limit:
         message = f"prompt of at least {tokens} tokens > context of {base.name} ({limit})\n  shorten the prompt"
         raise ContextLengthError(message, model=base.name, length=tokens, new_tokens=1, limit=limit)
-
-
-def has_chat_template(base: PromptEncoder) -> bool:
-    """Can the base read messages?"""
-    return base.template is not None or bool(getattr(base.tokenizer, "chat_template", None))
 
 
 def check_chat_templates(model: GuidedModel) -> None:

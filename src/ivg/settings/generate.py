@@ -19,7 +19,7 @@ class GenerateSettings(RowSettings):
         Setting(
             "Rows with prompts: JSONL, JSON, CSV, Parquet, gzipped or not; - is standard input.",
             flags=("--input", "-i"),
-            unset="the prompts of the command line",
+            unset="the prompts of the command line, or one text through a pipe",
         ),
     ] = None
     image: Annotated[
@@ -34,3 +34,5 @@ class GenerateSettings(RowSettings):
         Path | None, Setting("JSONL file for the rows that failed, each with the reason.", flags=("--failed",), unset="none")
     ] = None
     trace: Annotated[Path | None, Setting("Write the search as one HTML page.", flags=("--trace",), unset="none")] = None
+    json: Annotated[bool, Setting("Print answers as JSON rows, as --output - does.", flags=("--json",))] = False
+    quiet: Annotated[bool, Setting("Print answers alone: no costs, notes or counts.", flags=("--quiet", "-q"))] = False
