@@ -60,6 +60,7 @@ def steps(experiment: str, base: str, work: Path, scale: Scale) -> list[Step]:
 def _sentiment(base: str, work: Path, scale: Scale) -> list[Step]:
     out, train = work / "sentiment", f"--accumulate 1 --evaluations 1 {scale.train}"
     write = f"--max-new-tokens 50 --ignore-eos --temperature 1 --batch-size {scale.prompts}"
+    value = f"--compact-head --epochs 1 --lr 1e-3 --batch-size 64 --max-length 224 --weight-decay 0.1 {train}"
     return [
         Step(
             "gold",
@@ -79,12 +80,6 @@ def _sentiment(base: str, work: Path, scale: Scale) -> list[Step]:
             ("gold", "untuned"),
         ),
         Step(
-            "tuned",
-            f"train dpo --model {out}/untuned --data {out}/rollouts-pair.jsonl --out {out}/tuned --epochs 3 --lr 5e-4 --warmup 0.25"
-            f" --batch-size 64 --weight-decay 0.05 --max-length 224 {train}",
-            ("pair-rollouts",),
-        ),
-        Step(
             "value-rollouts",
             f"train rollout --base {base} --template {shlex.quote('base=' + REVIEW)} --reward {out}/gold"
             f" --prompts {work}/imdb-prompts.jsonl --limit {scale.count(1024)} --samples 4 {write} --seed 3"
@@ -92,10 +87,23 @@ def _sentiment(base: str, work: Path, scale: Scale) -> list[Step]:
             ("gold",),
         ),
         Step(
-            "value",
-            f"train value --model {out}/untuned --data {out}/rollouts-value.jsonl --data {out}/rollouts-pair.jsonl --out {out}/value"
-            f" --epochs 2 --lr 2e-3 --batch-size 64 --max-length 224 --weight-decay 0.02 {train}",
+            "tuned",
+            f"train dpo --model {out}/untuned --data {out}/rollouts-pair.jsonl --data {out}/rollouts-value.jsonl --pairs-per-prompt 3"
+            f" --min-margin 0.5 --label higher --out {out}/tuned --epochs 1 --lr 5e-4 --warmup 0.25 --batch-size 64"
+            f" --weight-decay 0.05 --max-length 224 {train}",
             ("pair-rollouts", "value-rollouts"),
+        ),
+        # first the labels of real reviews, then the scores of what the base writes; one map for all tokens, since rows are few
+        Step(
+            "value-labels",
+            f"train value --model {out}/untuned --data {work}/imdb-labels.jsonl --target binary --out {out}/value-labels {value}",
+            ("untuned",),
+        ),
+        Step(
+            "value",
+            f"train value --model {out}/value-labels --data {out}/rollouts-value.jsonl --data {out}/rollouts-pair.jsonl"
+            f" --out {out}/value {value}",
+            ("value-labels", "pair-rollouts", "value-rollouts"),
         ),
         Step("calibration", lambda: calibration.report(work), ("gold",)),
     ]
@@ -125,8 +133,8 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
         ),
         Step(
             "tuned",
-            f"train dpo --model {base} --data {out}/rollouts.jsonl --out {out}/tuned --template {subject} --lr 1e-4"
-            f" --batch-size 32 {train}",
+            f"train dpo --model {base} --data {out}/rollouts.jsonl --pairs-per-prompt 2 --min-margin 1 --label higher --out {out}/tuned"
+            f" --template {subject} --lr 1e-4 --batch-size 32 {train}",
             ("rollouts",),
         ),
         Step(
