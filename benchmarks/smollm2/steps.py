@@ -133,7 +133,7 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
         ),
         Step(
             "tuned",
-            f"train dpo --model {base} --data {out}/rollouts.jsonl --pairs-per-prompt 2 --min-margin 1 --label higher --out {out}/tuned"
+            f"train dpo --model {base} --data {out}/rollouts.jsonl --pairs-per-prompt 1 --min-margin 1 --label higher --out {out}/tuned"
             f" --template {subject} --lr 1e-4 --batch-size 32 {train}",
             ("rollouts",),
         ),
