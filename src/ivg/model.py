@@ -25,7 +25,8 @@ from ivg.models.shared import SharedNetworks
 from ivg.search.generation import GenerationMixin
 from ivg.search.given import NEUTRAL, given_logprobs
 from ivg.search.methods import CONTRAST, Method, get_method, method_names, resolve_fallbacks
-from ivg.search.searcher import Request, Searcher, check_engine
+from ivg.search.request import Request
+from ivg.search.searcher import Searcher, check_engine
 from ivg.settings.chat import CHAT_SETTINGS
 from ivg.settings.images import ImagesConfig
 from ivg.settings.models import ROLES, ModelSource, check_pair, check_roles
@@ -35,7 +36,7 @@ from ivg.types import Engine, Prompt, ResponseLogprobs, SamplingParams, TokenGui
 from ivg.types.messages import Conversation, PromptLike, read_prompts
 from ivg.types.scores import require_scores, score_each
 from ivg.utils.locks import FairLock
-from ivg.values.base import CompositeValue, as_value, combine_values
+from ivg.values.base import CombinedValues, CompositeValue, as_value
 from ivg.values.contrast import PromptContrast, choose_contrast, contrast_of, follow_base
 from ivg.values.explicit import ExplicitValue
 from ivg.values.implicit import AutoregressiveReward, ImplicitValue
@@ -44,7 +45,6 @@ from ivg.values.reward import load_reward
 _SAMPLING = frozenset(f.name for f in fields(SamplingParams))
 Response = str | Sequence[int]
 """A response that is given: text, or tokens of the base."""
-_COMPOSITES = 256  # weighted sums of values that are cached: a server may see any number of weights
 
 
 class GuidedModel(GenerationMixin, Components):
@@ -98,7 +98,7 @@ class GuidedModel(GenerationMixin, Components):
         self.sampling = replace(DEFAULT_SAMPLING, **own) if sampling is None else sampling
         self.lock = FairLock()
         self.engine: Engine = TransformersEngine(local_reader(base)) if engine is None else engine
-        self._composites: dict[tuple[Any, ...], Value] = {}
+        self._combined = CombinedValues()
         self._contrast = contrast_of(base, here=isinstance(self.engine, TransformersEngine))
         follow_base(base, *self.values.values())
 
@@ -181,14 +181,6 @@ class GuidedModel(GenerationMixin, Components):
             warnings.warn(f"add_value replaces the value {name!r}; pass replace=True if that is intended", stacklevel=2)
         self.values[name] = found = as_value(value, name)
         follow_base(self.base, found)
-
-    def _combined(self, parts: Sequence[tuple[float, Value]], name: str, reference: Sequence[float] | None = None) -> Value:
-        """The same object for the same values and weights, so that requests with equal weights are scored together."""
-        key = (reference, *((weight, id(value)) for weight, value in parts))
-        with self.lock:
-            while key not in self._composites and len(self._composites) >= _COMPOSITES:
-                del self._composites[next(iter(self._composites))]
-            return self._composites.setdefault(key, combine_values(parts, name, reference))  # it holds its parts, so no id is reused
 
     @property
     def methods(self) -> list[str]:

@@ -87,6 +87,21 @@ def test_http_request_has_the_settings_of_the_request(serve):
     assert first["seed"] != second["seed"] and all(0 <= b["seed"] < 1 << 31 for b in server.requests)
 
 
+def test_settings_of_openai_and_vllm_are_sent(serve):
+    server, engine = serve()
+    params = {"frequency_penalty": 0.5, "presence_penalty": -0.5, "logit_bias": {7: -100}, "stop_token_ids": (5,), "bad_words": ("x",)}
+    answers(engine, [ask(Search(), min_new_tokens=4, **params)])
+    sent = params | {"logit_bias": {"7": -100.0}, "stop_token_ids": [5], "bad_words": ["x"], "min_tokens": 4}
+    assert server.requests[0].items() >= sent.items()
+    for name in ("frequency_penalty", "presence_penalty", "bad_words"):
+        with pytest.raises(ConfigError, match=f"{name} in chunks: the engine endpoint cannot do that"):
+            answers(engine, [ask(Search(chunk_length=4), **{name: params[name]})])
+    root = expand_request(engine).beam
+    for tokens, least in ((0, 8), (4, 6), (9, 1)):  # of each chunk what is left, and at most its length
+        family(engine, 1, 8, beam=replace(root, key=new_key(), token_ids=(FILLER,) * tokens), min_new_tokens=10)
+        assert server.requests[-1]["min_tokens"] == least
+
+
 def test_seeds_differ_by_place_and_reproduce(serve):
     server, engine = serve()
     for more in ({}, {}, {"seed": 1}, {"first": 3}):

@@ -135,7 +135,12 @@ def test_logprobs_of_completions(running, library):
     kept = [d for d in want.details if d.text or d.token not in library.base.vocabulary.eos_ids][: len(got.logprobs.tokens)]
     assert "".join(got.logprobs.tokens) == got.text == want.text
     assert got.logprobs.token_logprobs == pytest.approx([d.logprob for d in kept], abs=1e-4)
-    assert all(max(top.values()) <= 0 and len(top) <= 3 for top in got.logprobs.top_logprobs)
+    assert all(max(top.values()) <= 0 and len(top) <= 4 for top in got.logprobs.top_logprobs)
+    pairs = zip(got.logprobs.top_logprobs, got.logprobs.token_logprobs, strict=True)
+    drawn = [next(p for p in top.values() if p == logp) for top, logp in pairs]
+    assert drawn == got.logprobs.token_logprobs  # the drawn token is among them, as OpenAI says
+    alone = running.client().completions.create(model="tiny:eft", prompt="Film", seed=6, logprobs=0, **SAMPLING).choices[0].logprobs
+    assert [list(top.values()) for top in alone.top_logprobs] == [[p] for p in alone.token_logprobs]
     assert got.logprobs.text_offset[:2] == [0, len(got.logprobs.tokens[0])]
     stream = running.client().completions.create(model="tiny:eft", prompt="Film", seed=6, logprobs=3, stream=True, **SAMPLING)
     pieces = [c.choices[0].logprobs for c in stream if c.choices and c.choices[0].logprobs]

@@ -152,6 +152,26 @@ def test_vllm_names_at_the_top_level(running, library):
     assert running.post(body | {"top_k": -1}).json()["choices"][0]["text"] == expected(library, "Film", "eft", 4).text
 
 
+def test_openai_s_penalties_and_biases(running, library):
+    """By OpenAI's own client, on the guided logits; vLLM's fields as ``extra_body``."""
+    openai_s = {"frequency_penalty": 0.7, "presence_penalty": 0.4, "logit_bias": {"60": 2.5}}
+    vllm_s = {"stop_token_ids": [101, 102], "bad_words": ["e"]}
+    want = expected(library, "Film", "eft", 4, **openai_s, **vllm_s)
+    assert want.token_ids != expected(library, "Film", "eft", 4).token_ids
+    got = running.client().completions.create(model="tiny:eft", prompt="Film", seed=4, **SAMPLING, **openai_s, extra_body=vllm_s)
+    assert got.choices[0].text == want.text
+
+
+def test_best_of_returns_the_likeliest(running, library):
+    every = [expected(library, "Film", "eft", 4, index=i, alternatives=0) for i in range(5)]
+    ranked = sorted(every, key=lambda c: -sum(d.logprob for d in c.details) / len(c.details))
+    body = {"model": "tiny:eft", "prompt": ["Film", "Film"], "seed": 4, **SAMPLING}
+    got = running.post(body | {"best_of": 5, "n": 2}).json()
+    assert [c["text"] for c in got["choices"]] == [c.text for c in ranked[:2]] * 2
+    assert [c["index"] for c in got["choices"]] == [0, 1, 2, 3] and got["choices"][0]["logprobs"] is None
+    assert got["usage"]["completion_tokens"] == 2 * sum(len(c.token_ids) for c in every)
+
+
 @pytest.mark.parametrize("method", ["base", "ivg"])
 def test_continuous_usage_stats(running, method):
     options = {"include_usage": True, "continuous_usage_stats": True}

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,10 +25,12 @@ from ivg.values.implicit import ImplicitValue
 
 pytestmark = pytest.mark.numerics
 
+NO_ENDS = SimpleNamespace(eos_ids=())
+
 
 def coupled(p, q, params, seen, uniforms):
     """The whole rule for every row, from its three numbers: (ids, whether each is q's proposal)."""
-    p, q = (process_logits(z, params, lambda i: ((), seen[i]), ())[0] for z in (p, q))
+    p, q = (process_logits(z, params, lambda i: ((), seen[i]), NO_ENDS)[0] for z in (p, q))
     tokens, logps = propose(q, params, [u for u, _, _ in uniforms])
     kept = accept(p, params, tokens, logps, [u for _, u, _ in uniforms])
     rows = (~kept).nonzero()[:, 0].tolist()
@@ -77,7 +80,7 @@ def test_coupled_draws_have_the_target_distribution(settings, apart):
     rows, params = 20_000, SamplingParams(**settings)
     p = torch.randn(8) * 1.5
     q = p + apart * torch.randn(8)
-    p, q = (process_logits(z[None], [params], lambda _: ((1,), (2, 2)), ())[0][0] for z in (p, q))
+    p, q = (process_logits(z[None], [params], lambda _: ((1,), (2, 2)), NO_ENDS)[0][0] for z in (p, q))
     params = replace(params, repetition_penalty=1.0)  # it has acted, once for all rows
     tokens, kept = coupled(p.expand(rows, -1), q.expand(rows, -1), [params] * rows, [[]] * rows, numbers(rows))
     target, proposed = softmax(p, params), softmax(q, params)

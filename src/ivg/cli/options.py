@@ -154,7 +154,8 @@ def _converted(declared: Declared, value: Any) -> Any:
     if len(kinds) == 1 and _is_mapping(kinds[0]):
         return assignments(value, setting.flags[0])
     if len(kinds) == 1 and get_origin(kinds[0]) is list and isinstance(value, str):
-        return [part.strip() for part in value.split(",")]
+        parts = [part.strip() for part in value.split(",")]
+        return [plain_value(part) for part in parts] if get_args(kinds[0])[0] is int else parts
     return value
 
 

@@ -41,6 +41,16 @@ class TokenSequence:
     details: list[TokenLogprobs] = field(default_factory=list)
 
     @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end it, besides end-of-sequence tokens."""
+        return self.request.sampling.stop_token_ids
+
+    def ends_at(self, token: int) -> bool:
+        """Does ``token`` end the response?"""
+        sampling = self.request.sampling
+        return token in sampling.stop_token_ids or (token in self.request.beam.vocabulary.eos_ids and not sampling.ignore_eos)
+
+    @property
     def text(self) -> str:
         """The response so far; decoded on access."""
         if self.decoded.tokens < len(self.token_ids):
@@ -48,10 +58,9 @@ class TokenSequence:
         return self.written
 
     def end(self, finish: FinishReason) -> None:
-        """Finish the sequence and decode the text that was held back. An end-of-sequence token adds no text."""
+        """Finish the sequence and decode the text that was held back. A token that ends the response adds no text."""
         self.finish = finish
-        beam = self.request.beam
-        if finish == "stop" and self.token_ids and self.token_ids[-1] in beam.vocabulary.eos_ids:
+        if finish == "stop" and self.token_ids and self.ends_at(self.token_ids[-1]):
             self._decode(self.token_ids[:-1], final=True)
             self.decoded = replace(self.decoded, tokens=len(self.token_ids))
         else:
@@ -104,7 +113,7 @@ def append_token(child: TokenSequence, token: int, shift: float = 0.0, detail: T
     """Append a token; finishes the sequence at an end-of-sequence token, a stop string or the length limit, pauses it at a step's end."""
     sampling, before = child.request.sampling, len(child.text)
     child.token_ids.append(token)
-    if token in child.request.beam.vocabulary.eos_ids and not sampling.ignore_eos:
+    if child.ends_at(token):
         child.end("stop")
     elif sampling.stop and (cut := stop_at(child.text, before, sampling.stop)) is not None:
         child.written, child.finish = child.text[:cut], "stop"
@@ -171,6 +180,7 @@ def _as_beam(child: TokenSequence) -> Beam:
         details=tuple(child.details),
         decoded=child.decoded,
         error=child.error,
+        stop_token_ids=child.stop_token_ids,
         paused=child.paused,
         answer_start=child.answer_start,
         answer_text=child.answer_text,

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 GenerationConfigMode = Literal["auto", "ignore"]
 """``auto``: the checkpoint's settings are defaults; ``ignore``: they are not. Its end-of-sequence tokens are always used."""
 
-_OWN_NAMES = {f.name: f.name for f in fields(SamplingParams) if f.name not in ("stop", "ignore_eos")} | {"stop_strings": "stop"}
+_NOT_IN_FILES = frozenset({"stop", "ignore_eos", "frequency_penalty", "presence_penalty", "logit_bias", "stop_token_ids", "bad_words"})
+_OWN_NAMES = {f.name: f.name for f in fields(SamplingParams) if f.name not in _NOT_IN_FILES} | {"stop_strings": "stop"}
 """transformers' names -> those of :class:`SamplingParams`."""
 
 SERVED_BY_VLLM = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens"})

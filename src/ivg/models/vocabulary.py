@@ -50,6 +50,7 @@ class Vocabulary:
         self.eos_ids: frozenset[int] = frozenset(own if eos_ids is None else eos_ids)
         self._same: dict[int, tuple[Vocabulary, bool]] = {}
         self._lengths: dict[int, int] = {}
+        self._words: dict[str, list[tuple[int, ...]]] = {}
 
     @cached_property
     def pieces(self) -> dict[int, str]:
@@ -189,6 +190,14 @@ class Vocabulary:
             if before and both[: len(before)] == before and self.response_text(prompt_ids, both[len(before) :]) == text:
                 return both[len(before) :]
         return alone
+
+    def word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """How tokens spell ``words``, each at the beginning of a text and behind a space; cached."""
+        for word in words:
+            if word not in self._words:
+                texts = (word.lstrip(), f" {word.lstrip()}")
+                self._words[word] = [tuple(self.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+        return tuple(dict.fromkeys(ids for word in words for ids in self._words[word] if ids))
 
     def _append(self, token: int, state: DecodeState) -> tuple[str, DecodeState]:
         """The text that is final once ``token`` is appended, and the new state."""

@@ -15,7 +15,7 @@ from ivg.search.methods import Method
 from ivg.search.request import Request, streaming_stride
 from ivg.search.searcher import Searcher
 from ivg.search.text_stream import AsyncTextStream, TextStream
-from ivg.types import Completion, Message, Prompt, Step
+from ivg.types import Completion, Message, Prompt, Step, likeliest
 from ivg.types.messages import Conversation, PromptLike, read_prompts
 from ivg.utils.locks import FairLock
 
@@ -90,7 +90,8 @@ class GenerationMixin(ABC):
             method: a name of :attr:`GuidedModel.methods`, ``custom``, or a :class:`~ivg.Method`.
             n: samples for each prompt; None: one. Sample i has index i of :meth:`request`, so sample 0 is that of a single answer.
             on_progress: called with (done, total) after each answer; what it raises ends the run.
-            settings: see :meth:`request`.
+            settings: see :meth:`request`; and ``best_of``: generate so many samples, and return the n (None: the one) with the highest
+                :attr:`Completion.mean_logprob`, best first.
 
         Returns:
             A completion for one prompt, a list in the same order for a list; with ``n``, a list of n completions in place of each.
@@ -101,7 +102,7 @@ class GenerationMixin(ABC):
             done[position] = completion
             if on_progress is not None:
                 on_progress(len(done), len(requests))
-        return _in_order(done, n, single)
+        return _in_order(done, n, single, _drawn(n, settings))
 
     @overload
     def generate_iter(
@@ -123,9 +124,9 @@ class GenerationMixin(ABC):
             prompts: any iterable, endless ones too.
             method, n, settings: as in :meth:`generate`.
         """
-        _check_samples(n)
-        for answers in self._iterate(prompts, method, n or 1, settings):
-            yield answers if n is not None else answers[0]  # type: ignore[misc]
+        for answers in self._iterate(prompts, method, _drawn(n, settings), settings):
+            chosen = likeliest(answers, n or 1)
+            yield chosen if n is not None else chosen[0]  # type: ignore[misc]
 
     def _iterate(
         self, prompts: Iterable[Conversation], method: str | Method, n: int, settings: dict[str, Any]
@@ -242,18 +243,20 @@ class GenerationMixin(ABC):
         finally:
             for job in jobs:
                 job.cancel()
-        return _in_order(done, n, single)
+        return _in_order(done, n, single, _drawn(n, settings))
 
     def _requests(
         self, prompts: PromptLike | Sequence[Conversation], method: str | Method, n: int | None, settings: dict[str, Any]
     ) -> tuple[list[Request], bool]:
         """(n requests for each prompt, is it one prompt alone)."""
         items, single = read_prompts(prompts)
-        _check_samples(n)
-        return [request for item in items for request in self._samples(item, method, n or 1, settings)], single
+        count = _drawn(n, settings)
+        return [request for item in items for request in self._samples(item, method, count, settings)], single
 
     def _samples(self, prompt: PromptLike, method: str | Method, n: int, settings: dict[str, Any]) -> list[Request]:
-        rest = {name: value for name, value in settings.items() if name != "index"}
+        rest = {name: value for name, value in settings.items() if name not in ("index", "best_of")}
+        if settings.get("best_of") is not None:
+            rest.setdefault("alternatives", 0)  # it selects by log-probabilities
         return [self.request(prompt, method, index=settings.get("index", 0) + i, **rest) for i in range(n)]
 
     def _streamed(self, prompt: PromptLike, method: str | Method, settings: dict[str, Any]) -> Request:
@@ -268,9 +271,18 @@ class GenerationMixin(ABC):
             return self._background
 
 
-def _check_samples(n: int | None) -> None:
+def _drawn(n: int | None, settings: Mapping[str, Any]) -> int:
+    """Samples that are generated for each prompt.
+
+    Raises:
+        ConfigError: none, or fewer than are returned.
+    """
     if n is not None and n < 1:
         raise ConfigError(f"n must be at least 1 sample, got {n}")
+    best_of: int | None = settings.get("best_of")
+    if best_of is not None and best_of < (n or 1):
+        raise ConfigError(f"best_of must be at least n ({n or 1}), got {best_of}")
+    return best_of or n or 1
 
 
 def _conversation(item: Any) -> Conversation:
@@ -286,9 +298,8 @@ def _conversation(item: Any) -> Conversation:
     return item  # type: ignore[no-any-return]
 
 
-def _in_order(done: dict[int, Completion], n: int | None, single: bool) -> Answers:
-    if n is None:
-        out = [done[i] for i in range(len(done))]
-        return out[0] if single else out
-    samples = [[done[i] for i in range(start, start + n)] for start in range(0, len(done), n)]
-    return samples[0] if single else samples
+def _in_order(done: dict[int, Completion], n: int | None, single: bool, drawn: int) -> Answers:
+    """The answers of each prompt: of the ``drawn`` samples the n likeliest."""
+    samples = [likeliest([done[i] for i in range(start, start + drawn)], n or 1) for start in range(0, len(done), drawn)]
+    out: Any = samples if n is not None else [some[0] for some in samples]
+    return out[0] if single else out

@@ -228,7 +228,8 @@ def required_features(request: Request) -> set[str]:
         "alternatives": request.alternatives is not None,
         "thinking": search.thinking is not None,
     }
-    return {name for name, needs in needed.items() if needs} | set(sampling.changed)
+    chunked = search.chunk_length is not None and search.chunk_length < sampling.max_new_tokens
+    return {name for name, needs in needed.items() if needs} | sampling.features(chunked=chunked)
 
 
 def check_search(search: Search) -> None:

@@ -81,7 +81,7 @@ class Searcher:
         check_search(search)
         with self.lock:
             check_engine(self.engine, request)
-            root = self.engine.open(request.prompt, sampling)
+            root = replace(self.engine.open(request.prompt, sampling), stop_token_ids=sampling.stop_token_ids)
             if search.thinking is not None and not self.engine.answers_at_once(request.prompt, search.thinking.guide_after):
                 root = replace(root, answer_start=None)
             for value in search.values:

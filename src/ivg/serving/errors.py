@@ -6,18 +6,20 @@ Independent of models and web frameworks.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 from ivg.errors import ConfigError, NoTokenFault, PromptError, ScoreFault, ServeError, UpstreamError
 from ivg.serving.protocol import Guidance
 
 
-def client_error(error: Exception, param: str = "prompt") -> ServeError:
+def client_error(error: Exception, param: str = "prompt", given: Collection[str] = ()) -> ServeError:
     """The HTTP error for an error that ivg raised on purpose.
 
     Args:
         error: any :class:`~ivg.errors.IVGError`.
         param: the field of the body that holds the prompt.
+        given: fields of the body at its top level; other settings were given in ``guidance``.
     """
     if isinstance(error, ServeError):
         return error
@@ -27,7 +29,8 @@ def client_error(error: Exception, param: str = "prompt") -> ServeError:
         return ServeError(message, 400, "invalid_prompt", path[0] if path else param)
     if isinstance(error, ConfigError | ValueError):
         field = message.partition(" ")[0]
-        return ServeError(message, 400, "invalid_value", f"guidance.{field}" if field in Guidance.model_fields else "guidance")
+        inner = f"guidance.{field}" if field in Guidance.model_fields else "guidance"
+        return ServeError(message, 400, "invalid_value", field if field in given else inner)
     return ServeError(message, 500, "model_error")
 
 

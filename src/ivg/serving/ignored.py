@@ -16,9 +16,6 @@ NO_EFFECT = frozenset({
 })  # fmt: skip
 """Fields that never change the response; ignored, unless the server is strict."""
 OPENAI: Mapping[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none",),
@@ -41,8 +38,6 @@ OPENAI: Mapping[str, tuple[Any, ...]] = {
 VLLM: Mapping[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "use_beam_search": (False,),
-    "stop_token_ids": ([],),
-    "bad_words": ([],),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),

@@ -32,7 +32,6 @@ def _renamed(name: str) -> tuple[Setting, Any]:
 
 
 _MAX_TOKENS, _MAX_TOKENS_FIELD = _renamed("max_new_tokens")
-_MIN_TOKENS, _MIN_TOKENS_FIELD = _renamed("min_new_tokens")
 
 
 @table_of(SamplingParams, without=("temperature", "top_p", *_OPENAI_NAMES))
@@ -74,7 +73,6 @@ class _Request(Table):
     n: int | None = Field(None, ge=1)
     stop: Stop = None
     max_tokens: Annotated[int | None, _MAX_TOKENS, _MAX_TOKENS_FIELD] = None
-    min_tokens: Annotated[int | None, _MIN_TOKENS, _MIN_TOKENS_FIELD] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     guidance: Guidance | None = None
@@ -88,8 +86,6 @@ class _Request(Table):
         own = {name: value for name in settings_of(SamplingParams) if (value := getattr(self, name, None)) is not None}
         if isinstance(self.stop, str):
             own["stop"] = [self.stop]
-        if self.min_tokens is not None:
-            own["min_new_tokens"] = self.min_tokens
         return own | (self.guidance.sampling if self.guidance else {})
 
     @property
@@ -106,6 +102,11 @@ class _Request(Table):
     def limit_field(self) -> str:
         """The field that gives :attr:`limit`."""
         return "max_tokens"
+
+    @property
+    def samples(self) -> int:
+        """Completions that are generated for every prompt."""
+        return self.n or 1
 
     @model_validator(mode="before")
     @classmethod
@@ -191,10 +192,17 @@ class CompletionRequest(_Request):
         given: Any = self.prompt
         return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
+    @property
+    def samples(self) -> int:
+        """Completions that are generated for every prompt; the ``n`` likeliest are returned."""
+        return self.best_of or self.n or 1
+
     @model_validator(mode="after")
-    def _no_best_of(self) -> CompletionRequest:
-        if self.best_of not in (None, self.n or 1):
-            raise ValueError('best_of is not supported; guidance={"method": "bon", "successors": N} selects the best of N by a value')
+    def _check_best_of(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise ValueError(f"best_of must be at least n ({self.n or 1}), got {self.best_of}")
+        if self.samples > (self.n or 1) and self.stream:
+            raise ValueError("best_of cannot be streamed: the best is known at the end; leave stream out")
         return self
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ivg.models.vocabulary import Vocabulary
 from ivg.serving.served_models import RequestBatch
-from ivg.types import Completion, TokenLogprobs
+from ivg.types import Completion, TokenLogprobs, likeliest
 from ivg.types.thinking import split_reasoning
 
 MIN_LOGPROB = -9999.0
@@ -133,7 +133,7 @@ class ResponseBuilder:
         return {
             "tokens": [t.text for t in tokens],
             "token_logprobs": [clamp(t.logprob) for t in tokens],
-            "top_logprobs": [{self.token_text.decode(i): clamp(p) for i, p in t.top[:n]} for t in tokens] if n else None,
+            "top_logprobs": [{self.token_text.decode(i): clamp(p) for i, p in (*t.top[:n], (t.token, t.logprob))} for t in tokens],
             "text_offset": offsets,
         }
 
@@ -192,10 +192,12 @@ class ResponseBuilder:
 
     def build_response(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """The body of a response that is not streamed; ``ivg.choices`` has the fields of ``ivg`` for each of several choices."""
-        choices = [self.choice(ChoiceState(i), c) for i, c in enumerate(completions)]
+        n = self.batch.n
+        chosen = [c for i in range(0, len(completions), n) for c in likeliest(completions[i : i + n], self.batch.returned)]
+        choices = [self.choice(ChoiceState(i), c) for i, c in enumerate(chosen)]
         ivg = self.ivg_object(completions)
-        if len(completions) > 1:
-            ivg["choices"] = [self.ivg_object([c]) | {"index": i} for i, c in enumerate(completions)]
+        if len(chosen) > 1:
+            ivg["choices"] = [self.ivg_object([c]) | {"index": i} for i, c in enumerate(chosen)]
         return self.envelope(choices) | {"usage": self.usage(completions), "ivg": ivg}
 
 

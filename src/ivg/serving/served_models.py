@@ -50,8 +50,9 @@ class RequestBatch:
         method: name of the method.
         seed: of all requests.
         prompt_tokens: of all prompts, each counted once.
-        n: completions for every prompt.
+        n: completions that are generated for every prompt.
         thinking: for each request what ends the thinking that its response begins with; None: it begins with its answer.
+        returned: completions that are returned for every prompt, of ``n`` the likeliest.
     """
 
     requests: list[Request]
@@ -60,6 +61,7 @@ class RequestBatch:
     prompt_tokens: int
     n: int
     thinking: list[str | None]
+    returned: int
 
 
 class ServedModels:
@@ -167,6 +169,8 @@ class ServedModels:
         method = self._check_limits(self.get_method(name, body.guidance.search if body.guidance else {}))
         seed = random.getrandbits(31) if body.seed is None else body.seed
         top_logprobs = body.n_logprobs
+        if body.samples > (body.n or 1):
+            top_logprobs = top_logprobs or 0  # it selects by them
         if body.include_beams and "alternatives" not in self.model.engine.unsupported:
             top_logprobs = max(top_logprobs or 0, PLAYGROUND_TOP_LOGPROBS)
         if body.limit is not None and self.settings.max_tokens is not None:
@@ -181,10 +185,11 @@ class ServedModels:
             raise context_length_error(e, param, body.limit) from None
         except PromptError as e:
             raise client_error(e, param) from None
-        n = body.n or 1
+        n = body.samples
         prompt_tokens = sum(self.model.engine.prompt_tokens(first.prompt) for first in firsts)
         requests = [replace(first, index=i) for first in firsts for i in range(n)]
-        return RequestBatch(requests, method.name, seed, prompt_tokens, n, [self._marker(first) for first in firsts for _ in range(n)])
+        markers = [self._marker(first) for first in firsts for _ in range(n)]
+        return RequestBatch(requests, method.name, seed, prompt_tokens, n, markers, body.n or 1)
 
     def _marker(self, request: Request) -> str | None:
         """What ends the thinking that the response begins with."""
@@ -251,8 +256,8 @@ class ServedModels:
         Raises:
             ServeError: more than the server allows in one request.
         """
-        count = (body.n or 1) * (1 if isinstance(body, ChatRequest) else len(body.prompts))
-        field = "n" if (body.n or 1) > 1 else "prompt"
+        count = body.samples * (1 if isinstance(body, ChatRequest) else len(body.prompts))
+        field = "prompt" if body.samples == 1 else "n" if body.samples == body.n else "best_of"
         if count > self.settings.max_n:
             raise ServeError(f"{count} completions requested, this server allows at most {self.settings.max_n}", 400, "over_limit", field)
         return count

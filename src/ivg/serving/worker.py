@@ -195,7 +195,8 @@ class Worker:
                 log.exception("a request could not be prepared")
             for running in added:
                 self.searcher.cancel(running.number)
-            error = client_error(e) if isinstance(e, IVGError) else ServeError("internal server error", 500, "server_error")
+            known, given = isinstance(e, IVGError), handle.body.model_fields_set
+            error = client_error(e, given=given) if known else ServeError("internal server error", 500, "server_error")
             self._fail(handle, error)
             return
         self._running |= {r.number: r for r in added}

@@ -10,7 +10,7 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ivg.errors import ConfigError
@@ -20,7 +20,7 @@ MOST_TOKENS = 1 << 40
 MOST_BEAMS = 1 << 16
 """Largest width, and largest number of successors."""
 MIN_TEMPERATURE = 1e-3
-"""The lowest temperature besides 0: logits divided by less leave the range of float32."""
+"""The lowest temperature: logits divided by less leave the range of float32, so less is 0."""
 TEMPLATE_FILES = (".jinja", ".jinja2", ".j2")
 """Files with a chat template."""
 TEXT_FILES = (".txt",)
@@ -138,6 +138,18 @@ def _biases(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
     return tuple(out)
 
 
+def _logit_biases(value: Any) -> tuple[tuple[int, float], ...]:
+    pairs = value.items() if isinstance(value, Mapping) else _items(value)
+    found = {int(i) if isinstance(i, str) and i.isdecimal() else whole(i): float(real(bias)) for i, bias in pairs}
+    return tuple(sorted(found.items()))
+
+
+def _temperature(value: Any) -> float:
+    """Less than the lowest temperature is 0: the limit, greedy."""
+    got = real(value)
+    return 0.0 if 0 < got < MIN_TEMPERATURE else got
+
+
 def _decay(value: Any) -> tuple[int, float]:
     start, factor = _items(value)
     return whole(start), float(real(factor))
@@ -221,6 +233,8 @@ LEVELS = Rule(
     lambda v: all(abs(number) <= 1e9 for _, number in v),
 )
 MARKER = Rule("a text", _text, "no empty text", bool, optional=True)
+TEMPERATURE = replace(number("0 (greedy) or more", 0, most=1000), convert=_temperature)
+PENALTY = number("in [-2, 2]", -2, 2)
 POSITIVE = number("positive", 0, open_low=True)
 SHARE = number("in [0, 1]", 0, 1)
 TEMPLATE = Rule(
@@ -231,12 +245,19 @@ TEMPLATE = Rule(
     optional=True,
 )
 STOPS = Rule("a list of texts", _texts, "texts that are not empty", lambda v: all(v))
+WORDS = Rule("a list of texts", _texts, "texts that are not blank", lambda v: all(word.strip() for word in v))
 _IDS = "token ids, 0 or more"
 TOKEN_ID = count(0, "a token id, 0 or more", optional=True)
 TOKEN_IDS = Rule("a list of token ids", _ids, _IDS, _not_negative)
 ONE_OR_MORE_IDS = Rule("a token id or a list of them", _one_or_more_ids, _IDS, _not_negative)
 ID_SEQUENCES = Rule("a list of lists of token ids", _sequences, _IDS, lambda v: all(s and _not_negative(s) for s in v))
 BIASES = Rule("a list of (token ids, bias)", _biases, _IDS, lambda v: all(s and _not_negative(s) for s, _ in v))
+LOGIT_BIAS = Rule(
+    "token ids, each with a finite number",
+    _logit_biases,
+    "token ids of 0 or more, and numbers in [-100, 100]",
+    lambda v: all(i >= 0 and abs(bias) <= 100 for i, bias in v),
+)
 LENGTH_DECAY = Rule(
     "a pair (start, factor)", _decay, "a start of 0 or more and a positive factor", lambda v: v[0] >= 0 and v[1] > 0, optional=True
 )

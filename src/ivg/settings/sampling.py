@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Annotated, Any
 
@@ -23,20 +23,26 @@ ONLY_TRANSFORMERS = (
 )
 """Settings of ``generate`` that neither vLLM nor endpoints have a field for."""
 
+LOOK_BACK = frozenset({"frequency_penalty", "presence_penalty", "bad_words"})
+"""Settings that look at the whole response and no further: a server that is asked for a part of it sees that part alone."""
+IN_CHUNKS = " in chunks"
+STOPS_BESIDE_EOS = "stop_token_ids beside ignore_eos"
+COMBINATIONS = frozenset({STOPS_BESIDE_EOS, *(f"{name}{IN_CHUNKS}" for name in LOOK_BACK)})
+"""Features that are no setting by themselves (:meth:`SamplingParams.features`)."""
+
 _OFF = r.count(0, "0 (off) or more")
-_TEMPERATURE = replace(
-    r.number(f"0 (greedy), or {r.MIN_TEMPERATURE:g} or more", 0, most=1000), fine=lambda v: v == 0 or v >= r.MIN_TEMPERATURE
-)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are drawn and when a response ends. Names and meanings are those of transformers' ``GenerationConfig``.
 
-    Token guidance acts on the logits first. Then, in this order: ``sequence_bias``, ``repetition_penalty``, ``no_repeat_ngram_size``,
-    ``bad_words_ids``, ``min_length``, ``min_new_tokens``, ``forced_bos_token_id``, ``forced_eos_token_id``,
+    Token guidance acts on the logits first. Then, in this order: ``sequence_bias``, ``logit_bias``, ``repetition_penalty``,
+    ``frequency_penalty``, ``presence_penalty``, ``no_repeat_ngram_size``, ``bad_words_ids``, ``bad_words``, ``min_length``,
+    ``min_new_tokens``, ``forced_bos_token_id``, ``forced_eos_token_id``,
     ``exponential_decay_length_penalty``, ``suppress_tokens``, ``begin_suppress_tokens``; then temperature, top-k, top-p, min-p.
-    Settings that look back look at the prompt and the response. docs/reference/settings.md describes each.
+    What transformers lacks has vLLM's names and meanings: those settings look back at the response alone, the others at prompt and
+    response. docs/reference/settings.md describes each.
 
     Raises:
         ConfigError: a field of the wrong type or out of range.
@@ -45,8 +51,8 @@ class SamplingParams:
     temperature: Annotated[
         float,
         Setting(
-            "Sampling temperature, applied after guidance; 0 is greedy.",
-            _TEMPERATURE,
+            f"Sampling temperature, applied after guidance; 0, or less than {r.MIN_TEMPERATURE:g}, is greedy.",
+            r.TEMPERATURE,
             flags=("--temperature", "-t"),
         ),
     ] = 1.0
@@ -75,6 +81,31 @@ class SamplingParams:
             flags=("--repetition-penalty",),
         ),
     ] = 1.0
+    frequency_penalty: Annotated[
+        float,
+        Setting(
+            "Subtracted from the logit of a token for each time that the response has it already; 0 is off.",
+            r.PENALTY,
+            flags=("--frequency-penalty",),
+        ),
+    ] = 0.0
+    presence_penalty: Annotated[
+        float,
+        Setting(
+            "Subtracted from the logits of all tokens that the response has already; 0 is off.",
+            r.PENALTY,
+            flags=("--presence-penalty",),
+        ),
+    ] = 0.0
+    logit_bias: Annotated[
+        tuple[tuple[int, float], ...],
+        Setting(
+            "Number in [-100, 100] that is added to the logit of a token: ID=NUMBER; may be repeated.",
+            r.LOGIT_BIAS,
+            flags=("--logit-bias",),
+            accepts=dict[str, float],
+        ),
+    ] = ()
     max_new_tokens: Annotated[
         int,
         Setting("Largest number of tokens in a response.", r.count(1), aliases=("max_tokens",), flags=("--max-new-tokens",)),
@@ -89,9 +120,24 @@ class SamplingParams:
             escapes=True,
         ),
     ] = ()
+    stop_token_ids: Annotated[
+        tuple[int, ...],
+        Setting(
+            "Token ids that end the response, besides the base's end-of-sequence tokens; their text is not part of it.",
+            r.TOKEN_IDS,
+            flags=("--stop-token-ids",),
+            accepts=list[int],
+        ),
+    ] = ()
     ignore_eos: Annotated[bool, Setting("Never draw an end-of-sequence token.", r.FLAG, flags=("--ignore-eos",))] = False
     min_new_tokens: Annotated[
-        int, Setting("No end-of-sequence token before the response has this many tokens; 0 is off.", _OFF, flags=("--min-new-tokens",))
+        int,
+        Setting(
+            "No token that ends the response before it has this many tokens; 0 is off.",
+            _OFF,
+            aliases=("min_tokens",),
+            flags=("--min-new-tokens",),
+        ),
     ] = 0
     min_length: Annotated[int, Setting("The same for prompt and response together; 0 is off.", _OFF)] = 0
     no_repeat_ngram_size: Annotated[int, Setting("Draw no sequence of this many tokens twice; 0 is off.", _OFF)] = 0
@@ -100,6 +146,15 @@ class SamplingParams:
     bad_words_ids: Annotated[
         tuple[tuple[int, ...], ...],
         Setting("Sequences of token ids that are never completed.", r.ID_SEQUENCES, accepts=list[list[int]]),
+    ] = ()
+    bad_words: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Text that is never completed, as the base's tokens spell it at the beginning of a text and behind a space; may be repeated.",
+            r.WORDS,
+            flags=("--bad-words",),
+            accepts=list[str],
+        ),
     ] = ()
     sequence_bias: Annotated[
         tuple[tuple[tuple[int, ...], float], ...],
@@ -140,6 +195,17 @@ class SamplingParams:
             if wrong is not None:
                 raise ConfigError(f"{name} has the token id {wrong}, outside the base's vocabulary\n  expected ids from 0 to {size - 1}")
 
+    def features(self, *, chunked: bool) -> set[str]:
+        """What an engine must be able to do: the names of :attr:`changed` settings, and of some combinations.
+
+        Args:
+            chunked: the response is generated in several requests.
+        """
+        names = set(self.changed)
+        if self.ignore_eos and self.stop_token_ids:
+            names.add(STOPS_BESIDE_EOS)
+        return names | ({f"{name}{IN_CHUNKS}" for name in LOOK_BACK & names} if chunked else set())
+
     @property
     def changed(self) -> dict[str, Any]:
         """The fields that are not at their defaults."""
@@ -152,6 +218,8 @@ _TOKEN_IDS: Mapping[str, Callable[[Any], Iterable[int]]] = {
     "forced_eos_token_id": tuple,
     "forced_bos_token_id": lambda value: () if value is None else (value,),
     "bad_words_ids": chain.from_iterable,
+    "stop_token_ids": tuple,
+    "logit_bias": lambda value: (i for i, _ in value),
     "sequence_bias": lambda value: chain.from_iterable(ids for ids, _ in value),
 }
 """The token ids in each field that has some."""
@@ -160,6 +228,8 @@ DEFAULT_SAMPLING = SamplingParams(temperature=0.7, max_new_tokens=50)
 """Where nothing is said: as for sentiment in Liu et al. 2024 (arXiv 2409.17819)."""
 
 PLAIN_SAMPLING: dict[str, Any] = {
-    f.name: f.default for f in fields(SamplingParams) if f.name not in ("temperature", "max_new_tokens", "stop", "ignore_eos")
+    f.name: f.default
+    for f in fields(SamplingParams)
+    if f.name not in ("temperature", "max_new_tokens", "stop", "stop_token_ids", "ignore_eos")
 }
 """Settings with which tokens are drawn from the softmax at the request's temperature and from nothing else."""

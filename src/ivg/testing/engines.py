@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 
 from ivg.errors import ConfigError
+from ivg.settings.sampling import COMBINATIONS
 from ivg.types import AsyncEngine, Beam, Engine, ExpandRequest, Prompt, SamplingParams, new_key
 
 LIMIT_SECONDS = 60.0
@@ -104,8 +105,8 @@ def check_chunks(engine: Engine, prompt: Prompt, tokens: int = 8) -> None:
 
 
 def check_unsupported(engine: Engine, prompt: Prompt) -> None:
-    """What an engine does not support are known fields, each with advice, and requests for them are refused."""
-    known = {f.name for f in (*fields(ExpandRequest), *fields(SamplingParams))}
+    """What an engine does not support are known features, each with advice, and requests for them are refused."""
+    known = {*COMBINATIONS, *(f.name for f in (*fields(ExpandRequest), *fields(SamplingParams)))}
     assert set(engine.unsupported) <= known, f"unsupported: {sorted(set(engine.unsupported) - known)} are no settings"
     for name, advice in engine.unsupported.items():
         assert advice, f"unsupported[{name!r}] gives no advice"

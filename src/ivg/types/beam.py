@@ -155,6 +155,8 @@ class Beam:
     decoded: DecodeState = DecodeState()
     """How far ``text`` has been decoded."""
     error: str | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the response and are not part of its text, besides end-of-sequence tokens."""
     answer_start: int | None = 0
     """Tokens of the response before its answer; None: it is still thinking (:class:`~ivg.types.thinking.Thinking`)."""
     answer_text: int = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -143,6 +144,11 @@ class Completion:
         """The text without thinking; empty where the answer has not begun."""
         return self.text if self.guide_after is None else split_reasoning(self.text, self.guide_after)[1] or ""
 
+    @property
+    def mean_logprob(self) -> float:
+        """Mean log-probability of its tokens in nats, of those in ``details``; -inf where there are none."""
+        return sum(t.logprob for t in self.details) / len(self.details) if self.details else -math.inf
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without the trace."""
         out: dict[str, Any] = {
@@ -161,3 +167,13 @@ class Completion:
         if self.generation_config:
             out["generation_config"] = dict(self.generation_config)
         return out | ({"notes": list(self.notes)} if self.notes else {}) | ({"error": self.error} if self.error else {})
+
+
+def likeliest(completions: Sequence[Completion], n: int) -> list[Completion]:
+    """The ``n`` with the highest :attr:`Completion.mean_logprob`, best first (OpenAI's ``best_of``); no more than n: as they are.
+
+    Those with an error come last.
+    """
+    if len(completions) <= n:
+        return list(completions)
+    return sorted(completions, key=lambda c: (c.error is not None, -c.mean_logprob))[:n]

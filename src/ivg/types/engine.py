@@ -236,7 +236,8 @@ class Engine(ABC):
             "return_log_ratio": request.return_log_ratio,
             "thinking": request.thinking is not None,
         }
-        self.check_features({name for name, needs in needed.items() if needs} | set(request.sampling.changed))
+        chunked = bool(request.beam.token_ids) or request.tokens < request.sampling.max_new_tokens
+        self.check_features({name for name, needs in needed.items() if needs} | request.sampling.features(chunked=chunked))
         self.check(request.guidance)
         self.check_drafter(request.drafter, request.sampling, compared=request.return_log_ratio)
         self.check_thinking(request.thinking)

@@ -6,6 +6,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from ivg.errors import ConfigError, IVGError, ScoreFault
@@ -157,6 +158,26 @@ class WorstCaseValue(Value):
 def combine_values(parts: Sequence[tuple[float, Value]], name: str, reference: Sequence[float] | None = None) -> Value:
     """The weighted sum of (weight, value) pairs; with ``reference`` the worst of them (:class:`WorstCaseValue`)."""
     return CompositeValue(parts, name) if reference is None else WorstCaseValue(parts, name, reference)
+
+
+class CombinedValues:
+    """:func:`combine_values` with the same object for the same values and weights, so that equal requests are scored together.
+
+    Args:
+        size: combinations that are kept; a server may see any number of weights.
+    """
+
+    def __init__(self, size: int = 256) -> None:
+        self._size, self._lock = size, Lock()
+        self._known: dict[tuple[Any, ...], Value] = {}
+
+    def __call__(self, parts: Sequence[tuple[float, Value]], name: str, reference: Sequence[float] | None = None) -> Value:
+        """See :func:`combine_values`."""
+        key = (reference, *((weight, id(value)) for weight, value in parts))
+        with self._lock:
+            while key not in self._known and len(self._known) >= self._size:
+                del self._known[next(iter(self._known))]
+            return self._known.setdefault(key, combine_values(parts, name, reference))  # it holds its parts, so no id is reused
 
 
 def _check_finite(what: str, number: object) -> None:

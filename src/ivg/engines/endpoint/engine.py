@@ -23,7 +23,7 @@ from ivg.engines.endpoint.text_vocabulary import END, FILLER, EndpointPromptEnco
 from ivg.engines.sequences import TokenSequence, as_beams, fail, fork, stop_at
 from ivg.errors import IVGError
 from ivg.models.prompt_template import PromptTemplate
-from ivg.settings.sampling import ONLY_TRANSFORMERS
+from ivg.settings.sampling import IN_CHUNKS, LOOK_BACK, ONLY_TRANSFORMERS
 from ivg.types import AsyncEngine, Beam, DecodeState, ExpandOutput, ExpandRequest, Prompt, SamplingParams, new_key
 from ivg.utils.rng import mix
 
@@ -62,7 +62,11 @@ class EndpointEngine(AsyncEngine):
         "alternatives": "an endpoint gives text, not distributions; leave them out",
         "return_log_ratio": "an endpoint gives text, not probabilities; leave token guidance out",
         **dict.fromkeys(
-            ("min_new_tokens", "min_length", *ONLY_TRANSFORMERS),
+            [f"{name}{IN_CHUNKS}" for name in LOOK_BACK],
+            "the server sees one chunk at a time, not the response before it; use a method without chunks (bon)",
+        ),
+        **dict.fromkeys(
+            ("min_length", *ONLY_TRANSFORMERS),
             "endpoints share no field for it; set it on the server, or use the transformers engine",
         ),
     }
@@ -159,16 +163,26 @@ class EndpointEngine(AsyncEngine):
             "min_p": (s.min_p, s.min_p > 0),
             "repetition_penalty": (s.repetition_penalty, s.repetition_penalty != 1),
             "ignore_eos": (s.ignore_eos, s.ignore_eos),
+            "min_tokens": (least := min(max(0, s.min_new_tokens - len(beam.token_ids)), _limit(request)), least > 0),
+            "stop_token_ids": (list(s.stop_token_ids), bool(s.stop_token_ids)),
+            "bad_words": (list(s.bad_words), bool(s.bad_words)),
         }
         extra = {name: value for name, (value, wanted) in given.items() if wanted or self.explicit} | self.extra
-        body = {
+        body: dict[str, Any] = {
             "model": self.model,
             "prompt": self.base.text(beam.prompt) + beam.text,
             "max_tokens": _limit(request),
             "temperature": s.temperature,
             "top_p": s.top_p,
         }
-        return body | ({"stop": list(s.stop)} if s.stop else {}) | ({"logprobs": 0} if self.token_pieces else {}) | {"extra_body": extra}
+        shared = {
+            "frequency_penalty": s.frequency_penalty,
+            "presence_penalty": s.presence_penalty,
+            "logit_bias": {str(i): bias for i, bias in s.logit_bias},
+            "stop": list(s.stop),
+        }
+        body |= {name: value for name, value in shared.items() if value}
+        return body | ({"logprobs": 0} if self.token_pieces else {}) | {"extra_body": extra}
 
     def _children(self, request: ExpandRequest, replies: Sequence[Any]) -> list[Beam]:
         for reply in replies:

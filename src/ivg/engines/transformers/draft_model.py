@@ -63,7 +63,7 @@ class DraftWriter:
             return
         if compared:
             self.base.vocabulary.require_same(model.vocabulary, "tilt (gsi) compares tokens; leave it out (rsd), or give another drafter")
-        if changes := changing_settings(sampling):
+        if changes := [*changing_settings(sampling), *(["stop_token_ids"] if sampling.stop_token_ids else [])]:
             raise ConfigError(
                 f"{', '.join(changes)}: about the base's tokens, and {model.name}, which drafts, has others\n"
                 "  leave them out (where the checkpoint sets them: --generation-config ignore), or give another drafter"
@@ -144,7 +144,7 @@ class DraftWriter:
             unusable = set(nonfinite_rows(logits))
             if unusable:
                 logits[sorted(unusable)] = 0.0
-            final, exhausted = process_logits(logits, params, contexts_of(target, nodes), eos)
+            final, exhausted = process_logits(logits, params, contexts_of(target, nodes), target.vocabulary)
             settings = [s.request.sampling for s in active]
             tokens = sample(final, settings, [uniform(s.request.seed, s.rng_path, len(s.token_ids)) for s in active], row_of)
             logps = self._logps(final, row_of, active, tokens)
@@ -198,7 +198,7 @@ class DraftWriter:
             logits[sorted(unusable)] = 0.0
         prompts = self.base.prompt_ids
         final, exhausted = process_logits(
-            logits, params, lambda i: (prompts(owners[i].prompt), owners[i].token_ids[: lengths[i]]), self.base.vocabulary.eos_ids
+            logits, params, lambda i: (prompts(owners[i].prompt), owners[i].token_ids[: lengths[i]]), self.base.vocabulary
         )
         ids = torch.tensor(list(chain.from_iterable(s.token_ids[len(s.token_ids) - n :] for s, n in drafts)), device=final.device)
         logps = token_logps(final, params, ids, filters=True)

@@ -253,7 +253,7 @@ class TransformersEngine(Engine):
 
         Where a budget of thinking is spent, only the marker's next token is left.
         """
-        final, exhausted = process_logits(logits, [r.sampling for r in requests], contexts_of(self.base, nodes), self.vocabulary.eos_ids)
+        final, exhausted = process_logits(logits, [r.sampling for r in requests], contexts_of(self.base, nodes), self.vocabulary)
         forced = [forced_token(self.vocabulary, r.thinking, node) for r, node in zip(requests, nodes, strict=True)]
         return force(final, forced), exhausted - {row for row, token in enumerate(forced) if token is not None}
 

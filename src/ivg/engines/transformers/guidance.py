@@ -227,7 +227,7 @@ def _candidates(hypotheses: Sequence[Beam | TokenSequence], ids: Tensor) -> list
     for h, row in zip(hypotheses, ids.tolist(), strict=True):
         for token in row:
             tokens = (*h.token_ids, token)
-            ends = token in h.vocabulary.eos_ids  # adds no text, but shows what was held back
+            ends = token in h.vocabulary.eos_ids or token in h.stop_token_ids  # adds no text, but shows what was held back
             text = h.text + h.vocabulary.continue_text(h.token_ids if ends else tokens, h.decoded, final=ends)[0]
             out.append(Beam(new_key(), h.key, h.prompt, tokens, text, None, h.token_counter, h.vocabulary, inherits=False))
     return out

@@ -2,22 +2,29 @@
 
 The same as transformers' logits processors of the same names (``transformers/generation/logits_process.py``), in the order in which
 ``generate`` applies them, so that greedy decoding of the base alone equals ``generate``. Where they look back they see prompt and
-response. Unlike theirs they work on rows with different settings, and on nothing but the rows that have any.
+response. What transformers lacks is as in vLLM (``vllm/v1/sample``), and looks back at the response alone: ``logit_bias`` stands beside
+``sequence_bias``, frequency and presence penalty behind the repetition penalty. Unlike transformers' they work on rows with different
+settings, and on nothing but the rows that have any.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ivg.models.prompt_encoder import PromptEncoder
+from ivg.models.vocabulary import Vocabulary
 from ivg.settings.sampling import ONLY_TRANSFORMERS
 from ivg.types import Hypothesis, SamplingParams
 
 _FORBIDDEN = float("-inf")
-_PROCESSED = ("repetition_penalty", "min_length", "min_new_tokens", *ONLY_TRANSFORMERS)
+_PROCESSED = (
+    *("repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "bad_words", "min_length", "min_new_tokens"),
+    *ONLY_TRANSFORMERS,
+)
 _OFF = SamplingParams()
 
 Ids = Sequence[int]
@@ -41,7 +48,7 @@ def contexts_of(base: PromptEncoder, nodes: Sequence[Hypothesis]) -> Contexts:
 
 
 def process_logits(
-    logits: Tensor, params: Sequence[SamplingParams], contexts: Contexts, eos: Collection[int]
+    logits: Tensor, params: Sequence[SamplingParams], contexts: Contexts, vocabulary: Vocabulary
 ) -> tuple[Tensor, frozenset[int]]:
     """(logits [rows, vocabulary] as ``params`` change them, rows whose tokens are all forbidden, which become uniform).
 
@@ -51,7 +58,7 @@ def process_logits(
         logits: guidance mixed in, float32.
         params: one for each row.
         contexts: called for rows that change alone.
-        eos: end-of-sequence tokens.
+        vocabulary: of the columns.
     """
     known = {id(p): p for p in params}
     changed = {key for key, p in known.items() if changes_logits(p)}
@@ -59,10 +66,9 @@ def process_logits(
     if not rows:
         return logits, frozenset()
     out = logits.clone()
-    ends = torch.tensor(sorted(e for e in eos if e < logits.shape[1]), dtype=torch.long, device=logits.device)
     for row in rows:
         prompt, response = contexts(row)
-        _process(out[row], params[row], prompt, response, ends)
+        _process(out[row], params[row], prompt, response, vocabulary)
     return out, clear_exhausted(out)
 
 
@@ -82,19 +88,27 @@ def forbid_ignored_eos(logits: Tensor, params: Sequence[SamplingParams], eos: Co
     return logits
 
 
-def _process(z: Tensor, p: SamplingParams, prompt: Ids, response: Ids, ends: Tensor) -> None:
+def _process(z: Tensor, p: SamplingParams, prompt: Ids, response: Ids, vocabulary: Vocabulary) -> None:
     """Change one row [vocabulary] in place."""
     new, total = len(response), len(prompt) + len(response)
+    ends = _columns(z, [*vocabulary.eos_ids, *p.stop_token_ids])
     text = [*prompt, *response] if p.sequence_bias or p.bad_words_ids or p.no_repeat_ngram_size or p.repetition_penalty != 1.0 else []
     if p.sequence_bias:
         _bias(z, text, dict(p.sequence_bias).items())  # of a sequence that is given twice the last bias counts
+    if p.logit_bias:
+        _bias(z, (), [((i,), bias) for i, bias in p.logit_bias])
     if p.repetition_penalty != 1.0:
         _penalise(z, text, p.repetition_penalty)
+    if response and (p.frequency_penalty or p.presence_penalty):
+        counts = Counter(response)
+        _bias(z, (), [((i,), -p.frequency_penalty * count - p.presence_penalty) for i, count in counts.items()])
     if p.no_repeat_ngram_size:
         _forbid(z, _completions(text, p.no_repeat_ngram_size))
     if p.bad_words_ids:
-        ending = {(end,) for end in ends.tolist()}
+        ending = {(end,) for end in vocabulary.eos_ids}
         _bias(z, text, [(word, _FORBIDDEN) for word in p.bad_words_ids if word not in ending])
+    if p.bad_words:
+        _bias(z, response, [(word, _FORBIDDEN) for word in vocabulary.word_ids(p.bad_words)])
     if total < p.min_length or new < p.min_new_tokens:
         z[ends] = _FORBIDDEN
     if p.forced_bos_token_id is not None and total == 1:

@@ -197,9 +197,7 @@ class Speculator:
         base, guided = self._targets(batch, proposals)
         if nonfinite := set(nonfinite_rows(guided)):
             guided[sorted(nonfinite)] = 0.0
-        process = partial(
-            process_logits, params=proposals.params, contexts=proposals.contexts.__getitem__, eos=self.base.vocabulary.eos_ids
-        )
+        process = partial(process_logits, params=proposals.params, contexts=proposals.contexts.__getitem__, vocabulary=self.base.vocabulary)
         final, exhausted = process(guided)
         stops, tokens = _verify(rows, proposals, final, nonfinite | exhausted)
         requests, ids = [rows[r].request for r in proposals.row], torch.tensor(tokens, device=guided.device)
@@ -236,7 +234,7 @@ class Speculator:
 
     def _propose(self, batch: _Batch, ahead: int) -> _Proposals:
         """Draw from the draft distribution, token after token; each row has all its proposals but the last appended."""
-        rows, eos = batch.rows, self.base.vocabulary.eos_ids
+        rows = batch.rows
         before = [len(s.token_ids) for s in rows]
         drafts: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in rows]  # (token, its log-probability, logits)
         active = list(range(len(rows)))
@@ -250,8 +248,7 @@ class Speculator:
             for k, (i, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
                 s = rows[i]
                 drafts[i].append((token, logps[k], q[k]))
-                ends = k in nonfinite or (token in eos and not s.request.sampling.ignore_eos)
-                if step < ahead and not ends and len(s.token_ids) + 1 < s.limit:
+                if step < ahead and k not in nonfinite and not s.ends_at(token) and len(s.token_ids) + 1 < s.limit:
                     s.token_ids.append(token)
                     going.append(i)
             active = going
@@ -275,7 +272,7 @@ class Speculator:
         if nonfinite := nonfinite_rows(q):
             q = q.clone()
             q[nonfinite] = 0.0
-        q, _ = process_logits(q, params, contexts_of(self.base, rows), self.base.vocabulary.eos_ids)
+        q, _ = process_logits(q, params, contexts_of(self.base, rows), self.base.vocabulary)
         return q, nonfinite
 
     def _targets(self, batch: _Batch, proposals: _Proposals) -> tuple[Tensor, Tensor]:

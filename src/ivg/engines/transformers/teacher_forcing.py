@@ -161,7 +161,7 @@ def _final(base: CachedLM, logits: Tensor, block: _Block, params: Sequence[Sampl
         row, before = places[position]
         return base.prompt_ids(row.request.beam.prompt), row.request.token_ids[:before]
 
-    logits, exhausted = process_logits(logits, params, contexts, base.vocabulary.eos_ids)
+    logits, exhausted = process_logits(logits, params, contexts, base.vocabulary)
     if exhausted:
         raise ModelError(no_token_error(places[min(exhausted)][1]))
     if all(p.temperature == 1 and p.top_k == 0 and p.top_p == 1 and p.min_p == 0 for p in params):

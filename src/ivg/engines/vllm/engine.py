@@ -21,7 +21,7 @@ from ivg.engines.vllm.value import VLLMGuide
 from ivg.errors import ConfigError, ModelError
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.vocabulary import Vocabulary
-from ivg.settings.sampling import ONLY_TRANSFORMERS
+from ivg.settings.sampling import IN_CHUNKS, LOOK_BACK, ONLY_TRANSFORMERS, STOPS_BESIDE_EOS
 from ivg.types import AsyncEngine, ExpandOutput, ExpandRequest, TokenGuidance, Value
 from ivg.utils.rng import mix
 
@@ -80,6 +80,11 @@ class VLLMEngine(AsyncEngine):
         "return_log_ratio": _ELSEWHERE,
         "alternatives": _ELSEWHERE,
         "thinking": f"guidance inside vLLM begins with the first token, so no guide_after; {_ELSEWHERE}",
+        STOPS_BESIDE_EOS: f"vLLM would forbid both; leave one out, or {_ELSEWHERE}",
+        **dict.fromkeys(
+            [f"{name}{IN_CHUNKS}" for name in LOOK_BACK],
+            f"vLLM sees one chunk at a time, not the response before it; use a method without chunks (eft, bon), or {_ELSEWHERE}",
+        ),
         **dict.fromkeys(
             ONLY_TRANSFORMERS,
             f"{_ELSEWHERE}; where the base's generation_config.json sets it: --generation-config ignore",
@@ -162,7 +167,7 @@ class VLLMEngine(AsyncEngine):
         from vllm import SamplingParams as Params
         from vllm.sampling_params import RequestOutputKind
 
-        s, eos = request.sampling, sorted(self.vocabulary.eos_ids)
+        s = request.sampling
         seed = mix(request.seed, request.beam.rng_path, len(request.beam.token_ids), request.first) >> 2  # child i has seed + i
         return Params(
             n=request.successors // copies,
@@ -171,10 +176,14 @@ class VLLMEngine(AsyncEngine):
             top_k=s.top_k,
             min_p=s.min_p,
             repetition_penalty=s.repetition_penalty,
+            frequency_penalty=s.frequency_penalty,
+            presence_penalty=s.presence_penalty,
+            logit_bias=dict(s.logit_bias) or None,
+            bad_words=list(s.bad_words) or None,
             seed=None if s.temperature == 0 else seed,
             max_tokens=tokens,
             min_tokens=tokens if s.ignore_eos else self._least(request, tokens),  # forbids the tokens that stop, for so long
-            stop_token_ids=eos,
+            stop_token_ids=sorted({*self.vocabulary.eos_ids, *s.stop_token_ids}),
             ignore_eos=True,  # of the model's files; the search gives its own as stop_token_ids
             stop=list(s.stop) or None,
             detokenize=bool(s.stop),
