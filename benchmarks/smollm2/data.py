@@ -40,6 +40,8 @@ def sentiment(data: Path, work: Path, scale: float) -> None:
     half = len(train) // 2
     for name, rows in (("imdb-labels.jsonl", train[:half]), ("imdb-labels-2.jsonl", train[half:])):
         _write(work / name, _labelled(rows[: _count(half, scale)]))
+    praise = [text for text, label in train[:half] if label == 1][: _count(half, scale)]
+    _write(work / "imdb-praise.jsonl", ({"text": _first_words(text, REVIEW_WORDS)} for text in praise))
     write_json(work / "words.json", fit_words([(text, label) for text, label in train[half:]]))
     count = _count(10_000, scale)
     _write(work / "imdb-prompts.jsonl", _prompts(opening_words([text for text, _ in train], count, seed=SEED)))
