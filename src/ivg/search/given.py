@@ -47,8 +47,8 @@ def given_logprobs(
         with lock:
             counters: dict[Prompt, TokenCounter] = {}
             batch = [replace(_engine_request(engine, requests[i], responses[i], counters), alternatives=alternatives) for i in index]
-            for i, found in zip(index, engine.logprobs(batch), strict=True):
-                out[i] = ResponseLogprobs(tuple(found))
+            for i, given, found in zip(index, batch, engine.logprobs(batch), strict=True):
+                out[i] = ResponseLogprobs(tuple(found), dict(given.beam.token_counter.forward_tokens))
     return out
 
 
@@ -99,8 +99,8 @@ def _selects(search: Search) -> str | None:
     return "make_rule selects chunks" if search.make_rule is not None else None
 
 
-def require_same_tokens(prompt: Prompt, base: Any, value: Value | None) -> None:
-    """Raise unless every model of ``value`` reads ``prompt`` as the very tokens that the base reads.
+def split_prompt(prompt: Prompt, base: Any, value: Value | None) -> tuple[Prompt, tuple[int, ...]]:
+    """(the first token of ``prompt`` as a prompt, its other tokens as the response): for log-probabilities of the prompt itself.
 
     Args:
         prompt: with the base's vocabulary, where it has tokens.
@@ -108,12 +108,34 @@ def require_same_tokens(prompt: Prompt, base: Any, value: Value | None) -> None:
         value: guides tokens; None: there is none.
 
     Raises:
-        PromptError: names the model that does not.
+        PromptError: a model reads other tokens than the base, or texts of prompt and response, so it cannot tell which this is; names it.
     """
-    expected = tuple(base.prompt_ids(prompt))
-    for model in () if value is None else value.cached_lms():
-        if tuple(model.prompt_ids(prompt)) != expected:
+    ids = tuple(base.prompt_ids(prompt))
+    text = base.vocabulary.prompt_text(ids[:1])
+    first = replace(prompt, content=text, token_ids=ids[:1], vocabulary=base.vocabulary)
+    for model in _readers(value):
+        read = tuple(model.prompt_ids(prompt))
+        if read[len(read) - len(ids) :] != ids or tuple(model.prompt_ids(first)) != read[: len(read) - len(ids) + 1]:
             raise PromptError(
                 f"log-probabilities of a prompt: {model.name} reads it as other tokens than the base (a template, another tokenizer)\n"
-                "  give prompt and response apart (GuidedModel.logprobs), or templates that leave the prompt as it is (raw)"
+                "  give prompt and response apart (GuidedModel.logprobs), or all models the template raw"
             )
+    return first, ids[1:]
+
+
+def _readers(value: Value | None) -> list[Any]:
+    """The language models of ``value``.
+
+    Raises:
+        PromptError: a part of it has none.
+    """
+    if value is None:
+        return []
+    if value.parts:
+        return [model for _, part in value.parts for model in _readers(part)]
+    if not (models := value.cached_lms()):
+        raise PromptError(
+            f"log-probabilities of a prompt: {value.name} scores a response to a prompt, and this is a prompt alone\n"
+            "  give prompt and response apart (GuidedModel.logprobs)"
+        )
+    return models

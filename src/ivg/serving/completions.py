@@ -18,7 +18,7 @@ from ivg.errors import ServeError
 from ivg.serving.connections import EVENT_STREAM
 from ivg.serving.logs import log_event
 from ivg.serving.parsing import B, parse_body
-from ivg.serving.protocol import Body, ChatRequest
+from ivg.serving.protocol import Body, ChatRequest, CompletionRequest
 from ivg.serving.requests import Event, Progress, RequestHandle
 from ivg.serving.responses import ResponseBuilder, TokenText
 from ivg.serving.served_models import RequestBatch
@@ -56,7 +56,10 @@ class CompletionEndpoint:
         try:
             batch = await _until_disconnect(request.receive, _next_event(handle, worker))
             assert isinstance(batch, RequestBatch)
-            builder = ResponseBuilder(isinstance(body, ChatRequest), body.model, batch, body.n_logprobs, self._token_text)
+            more: dict[str, Any] = {}
+            if isinstance(body, CompletionRequest):
+                more = {"echo": bool(body.echo), "prompt_logprobs": body.prompt_logprobs}
+            builder = ResponseBuilder(isinstance(body, ChatRequest), body.model, batch, body.n_logprobs, self._token_text, **more)
             if body.stream:
                 return EventStream(_stream_encoder(builder, body), handle, worker)
             completions = await _until_disconnect(request.receive, _gather(handle, worker))

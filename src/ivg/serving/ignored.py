@@ -28,6 +28,7 @@ OPENAI: Mapping[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
     "echo": (False,),
+    "prompt_logprobs": (),
     "suffix": ("",),
     "parallel_tool_calls": (False, True),
     "service_tier": ("auto", "default"),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from ivg.errors import ScoreFault, UpstreamError
 from ivg.model import GuidedModel
 from ivg.models.cached_lm import runners_of
 from ivg.search.searcher import Searcher
+from ivg.types import Completion
+
+log = logging.getLogger("ivg.serve")
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -37,6 +42,17 @@ class Metrics:
         """Add tokens read, by model."""
         for model, count in tokens.items():
             self.tokens_read.labels(model).inc(count)
+
+    def count_completion(self, completion: Completion) -> None:
+        """Add the tokens of a finished completion; a failure of a model is counted and logged."""
+        self.count_tokens_read(completion.usage.forward_tokens)
+        self.tokens_written.inc(completion.usage.completion_tokens)
+        error = completion.error
+        if isinstance(error, UpstreamError):
+            log.error("upstream: %s", error)
+        if isinstance(error, ScoreFault) and not error.prompt:
+            self.failures.inc()
+            log.error("%s", error)
 
     def set_gauges(self, model: GuidedModel, searcher: Searcher, waiting: int) -> None:
         """Set every gauge to its value now."""

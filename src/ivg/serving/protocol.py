@@ -178,13 +178,30 @@ class CompletionRequest(_Request):
     """POST /v1/completions."""
 
     prompt: Prompts
+    max_tokens: int | None = Field(None, ge=0, description=f"{_MAX_TOKENS.help} 0 gives log-probabilities of the prompt alone.")
     logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, ge=1)
 
     @property
     def n_logprobs(self) -> int | None:
         """Alternatives for each token; None: no log-probabilities."""
         return self.logprobs
+
+    @property
+    def n_prompt_logprobs(self) -> int | None:
+        """Alternatives for each token of the prompt; None: no log-probabilities."""
+        wanted = [n for n in (self.logprobs if self.echo else None, self.prompt_logprobs) if n is not None]
+        return max(wanted, default=None)
+
+    @model_validator(mode="after")
+    def _check_prompts(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise ValueError("max_tokens must be at least 1, got 0; 0 needs echo=true or prompt_logprobs")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs needs stream=false; a stream has those of echo=true with logprobs")
+        return self
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

@@ -13,7 +13,7 @@ from ivg.errors import ServeError
 from ivg.search.request import Request
 from ivg.serving.protocol import Body
 from ivg.serving.served_models import RequestBatch
-from ivg.types import Completion, TokenLogprobs, TraceNode
+from ivg.types import Completion, Step, TokenLogprobs, TraceNode
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,30 @@ class RequestHandle:
         """No more events will be sent."""
 
 
+class Outbox:
+    """Events that wait to be delivered; used by one thread."""
+
+    def __init__(self) -> None:
+        self._events: dict[RequestHandle, list[Event]] = {}
+
+    def post(self, handle: RequestHandle, event: Event) -> None:
+        """Add an event."""
+        self._events.setdefault(handle, []).append(event)
+
+    def send(self) -> list[RequestHandle]:
+        """Deliver all events, with one call for each event loop; the requests whose loop is closed."""
+        loops: dict[asyncio.AbstractEventLoop, list[tuple[RequestHandle, list[Event]]]] = {}
+        for handle, events in self._events.items():
+            loops.setdefault(handle.loop, []).append((handle, events))
+        self._events, lost = {}, []
+        for loop, batches in loops.items():
+            try:
+                loop.call_soon_threadsafe(deliver_all, batches)
+            except RuntimeError:  # the loop is closed
+                lost += [handle for handle, _ in batches]
+        return lost
+
+
 def deliver_all(batches: list[tuple[RequestHandle, list[Event]]]) -> None:
     """Queue the events of several requests; called in their event loop."""
     for handle, events in batches:
@@ -92,3 +116,26 @@ class RunningRequest:
     selections_sent: int = 0
     selections_seen: int = 0
     retried: bool = False
+
+    def advance(self, step: Step) -> Progress | None:
+        """What ``step`` adds to what the client has received; None: nothing.
+
+        Raises:
+            ServeError: the text is another one than before it was run again.
+        """
+        completion = step.completion
+        committed = step.committed if completion is None else completion.text
+        if not (committed.startswith(self.committed) or self.committed.startswith(committed)):
+            raise ServeError("the completion changed when it was run again after a failure", 500, "server_error")
+        selection = bool(step.kept or step.dropped)
+        self.selections_seen += selection
+        is_new = selection and self.selections_seen > self.selections_sent
+        self.selections_sent = max(self.selections_sent, self.selections_seen)
+        longer = len(committed) > len(self.committed)
+        self.committed = committed if longer else self.committed
+        beams = is_new and self.request.record
+        if not (longer or beams or completion is not None):
+            return None
+        kept, dropped = (step.kept, step.dropped) if beams else ((), ())
+        details = step.details if completion is None else completion.details
+        return Progress(self.index, self.committed, kept, dropped, details, completion, step.tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import uuid
@@ -12,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from ivg.models.vocabulary import Vocabulary
+from ivg.serving.echo import EchoedPrompt
 from ivg.serving.served_models import RequestBatch
 from ivg.types import Completion, TokenLogprobs, likeliest
 from ivg.types.thinking import split_reasoning
@@ -27,6 +29,10 @@ class TokenText:
         self._vocabulary = vocabulary
         self._context = vocabulary.tokenizer("a", add_special_tokens=False).input_ids
         self.decode = lru_cache(maxsize=65536)(self._decode)
+
+    def piece(self, token: int) -> str:
+        """The token as the tokenizer's vocabulary writes it: no two tokens have the same."""
+        return self._vocabulary.pieces.get(token, f"token_id:{token}")
 
     def _decode(self, token: int) -> str:
         """Decoded after other text, because some tokenizers drop a leading space; a special token by its name."""
@@ -47,6 +53,7 @@ class ChoiceState:
         beam_numbers: small numbers for beam keys, in order of appearance.
         completion: set when it is finished.
         parts: thinking and answer, as far as they were sent.
+        echoed: characters of the prompt that were sent before.
     """
 
     index: int
@@ -58,6 +65,7 @@ class ChoiceState:
     beam_numbers: dict[int, int] = field(default_factory=dict)
     completion: Completion | None = None
     parts: tuple[str, str] = ("", "")
+    echoed: int = 0
 
     def take_parts(self, marker: str | None, *, final: bool) -> tuple[str, str]:
         """(thinking, answer) in :attr:`text` that were not sent yet; all is answer where ``marker`` is None."""
@@ -89,10 +97,23 @@ class ResponseBuilder:
         batch: what is answered.
         top_logprobs: alternatives for each token; None: no log-probabilities.
         token_text: text of tokens.
+        echo: choices begin with their prompts.
+        prompt_logprobs: alternatives for each token of the prompts, in vLLM's form; None: leave it out.
     """
 
-    def __init__(self, chat: bool, model: str, batch: RequestBatch, top_logprobs: int | None, token_text: TokenText) -> None:
+    def __init__(
+        self,
+        chat: bool,
+        model: str,
+        batch: RequestBatch,
+        top_logprobs: int | None,
+        token_text: TokenText,
+        *,
+        echo: bool = False,
+        prompt_logprobs: int | None = None,
+    ) -> None:
         self.chat, self.model, self.batch, self.top_logprobs, self.token_text = chat, model, batch, top_logprobs, token_text
+        self.echo, self.prompt_logprobs = echo, prompt_logprobs
         self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
         self.created = int(time.time())
 
@@ -104,9 +125,12 @@ class ResponseBuilder:
     def choice(self, state: ChoiceState, completion: Completion) -> dict[str, Any]:
         """A whole choice."""
         tokens = state.take_tokens(completion.details, len(completion.text), final=True)
-        out: dict[str, Any] = {"index": state.index, "finish_reason": completion.finish_reason, "logprobs": self.logprobs(tokens, 0)}
+        prompt = self.echoed(state.index)
+        out: dict[str, Any] = {"index": state.index, "finish_reason": completion.finish_reason}
+        out["logprobs"] = self.logprobs(tokens, len(prompt.text) if prompt else 0, prompt)
         if not self.chat:
-            return out | {"text": completion.text}
+            own = {} if self.prompt_logprobs is None else {"prompt_logprobs": self._vllm_prompt_logprobs(state.index)}
+            return out | {"text": (prompt.text if prompt else "") + completion.text} | own
         message = {"role": "assistant", "content": completion.text, "refusal": None}
         if (marker := self.batch.thinking[state.index]) is not None:
             message["reasoning_content"], message["content"] = split_reasoning(completion.text, marker)
@@ -122,20 +146,64 @@ class ResponseBuilder:
         reasoning = {"reasoning_content": thinking} if thinking else {}
         return out | {"delta": reasoning | ({"content": text} if text or (finish is None and not thinking) else {})}
 
-    def logprobs(self, tokens: Sequence[TokenLogprobs], offset: int) -> dict[str, Any] | None:
-        """Log-probabilities under the guided distribution, in OpenAI's format for this endpoint."""
+    def echoed(self, index: int) -> EchoedPrompt | None:
+        """The prompt of a choice, where its text begins with it."""
+        job = self.batch.echo
+        return job.echoed[index // self.batch.returned] if self.echo and job is not None else None
+
+    def echo_delta(self, index: int) -> dict[str, Any] | None:
+        """The prompt of a choice, which begins its stream."""
+        prompt = self.echoed(index)
+        if prompt is None:
+            return None
+        return {"index": index, "finish_reason": None, "logprobs": self.logprobs([], 0, prompt), "text": prompt.text}
+
+    def _vllm_prompt_logprobs(self, index: int) -> list[dict[str, Any] | None]:
+        """VLLM's form: for each token of the prompt but the first, log-probability, rank and text by token id."""
+        assert self.batch.echo is not None and self.prompt_logprobs is not None
+        rest = self.batch.echo.echoed[index // self.batch.returned].rest
+        out: list[dict[str, Any] | None] = [None]
+        for t in () if rest is None else rest.tokens:
+            ranks = {i: (rank, p) for rank, (i, p) in enumerate(t.top, 1)}
+            own = {t.token: ranks.get(t.token, (None, t.logprob))}
+            shown = own | dict(list(ranks.items())[: self.prompt_logprobs])
+            out.append({
+                str(i): {"logprob": clamp(p), "rank": rank, "decoded_token": self.token_text.decode(i)} for i, (rank, p) in shown.items()
+            })  # fmt: skip
+        return out
+
+    def logprobs(self, tokens: Sequence[TokenLogprobs], offset: int, prompt: EchoedPrompt | None = None) -> dict[str, Any] | None:
+        """Log-probabilities under the guided distribution, in OpenAI's format for this endpoint.
+
+        Args:
+            tokens: of the completion.
+            offset: characters of the choice before them.
+            prompt: tokens that come first.
+        """
         if self.top_logprobs is None:
             return None
         n = self.top_logprobs
         if self.chat:
             return {"content": [self._chat_token(t, n) for t in tokens], "refusal": None}
-        offsets = [offset + sum(len(t.text) for t in tokens[:i]) for i in range(len(tokens))]
+        first, before = ([], ()) if prompt is None or prompt.rest is None else ([prompt.first[1]], prompt.rest.tokens)
+        texts = [*first, *(t.text for t in before)]
+        starts = [0, *itertools.accumulate(map(len, texts))][: len(texts)]
+        starts += itertools.accumulate([len(t.text) for t in tokens[:-1]], initial=offset) if tokens else []
+        none: list[None] = [None] * len(first)
         return {
-            "tokens": [t.text for t in tokens],
-            "token_logprobs": [clamp(t.logprob) for t in tokens],
-            "top_logprobs": [{self.token_text.decode(i): clamp(p) for i, p in (*t.top[:n], (t.token, t.logprob))} for t in tokens],
-            "text_offset": offsets,
+            "tokens": texts + [t.text for t in tokens],
+            "token_logprobs": [*none, *(clamp(t.logprob) for t in (*before, *tokens))],
+            "top_logprobs": [*none, *(self._tops(t, n) for t in before), *(self._tops(t, n) for t in tokens)],
+            "text_offset": starts,
         }
+
+    def _tops(self, t: TokenLogprobs, n: int) -> dict[str, float]:
+        """The likeliest tokens by text, and the token itself; the second with one text by its piece."""
+        out: dict[str, float] = {}
+        for i, p in {**dict(t.top[:n]), t.token: t.logprob}.items():
+            text = self.token_text.decode(i)
+            out[self.token_text.piece(i) if text in out else text] = clamp(p)
+        return out
 
     def _chat_token(self, t: TokenLogprobs, n: int) -> dict[str, Any]:
         top = [{**_token_object(self.token_text.decode(i)), "logprob": clamp(p)} for i, p in t.top[:n]]
@@ -177,6 +245,8 @@ class ResponseBuilder:
         read: Counter[str] = Counter()
         for c in completions:
             read.update(c.usage.forward_tokens)
+        if self.batch.echo is not None:
+            read.update(self.batch.echo.forward_tokens)
         return {
             "method": self.batch.method,
             "seed": self.batch.seed,

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ivg.errors import ContextLengthError, PromptError, ServeError
+from ivg.errors import ConfigError, ContextLengthError, PromptError, ServeError
 from ivg.model import GuidedModel
 from ivg.models.chat_template import is_chat
 from ivg.models.images import ImageReader
+from ivg.search.given import NEUTRAL
 from ivg.search.methods import Method, method_names
 from ivg.search.request import QUANTUM, Request, streaming_stride
 from ivg.search.searcher import check_engine
 from ivg.search.tree import most_leaves
-from ivg.serving.errors import client_error
+from ivg.serving.echo import EchoJob
+from ivg.serving.errors import client_error, one_line
 from ivg.serving.lengths import (
     check_chat_templates,
     check_lengths,
@@ -53,6 +55,8 @@ class RequestBatch:
         n: completions that are generated for every prompt.
         thinking: for each request what ends the thinking that its response begins with; None: it begins with its answer.
         returned: completions that are returned for every prompt, of ``n`` the likeliest.
+        echo: the prompts, where the response shows anything of them; done before any text is generated.
+        generate: is any text wanted?
     """
 
     requests: list[Request]
@@ -62,6 +66,8 @@ class RequestBatch:
     n: int
     thinking: list[str | None]
     returned: int
+    echo: EchoJob | None = None
+    generate: bool = True
 
 
 class ServedModels:
@@ -180,7 +186,9 @@ class ServedModels:
         template = replace(template, stride=streaming_stride(template) if body.stream else QUANTUM)
         param = "messages" if isinstance(body, ChatRequest) else "prompt"
         try:
-            firsts = [self._with_max_tokens(template.with_prompt(prompt), body.limit) for prompt in self._prompts(body)]
+            wanted = 1 if body.limit == 0 else body.limit
+            firsts = [self._with_max_tokens(template.with_prompt(prompt), wanted) for prompt in self._prompts(body)]
+            echo = self._echo(body, method, [first.prompt for first in firsts])
         except ContextLengthError as e:
             raise context_length_error(e, param, body.limit) from None
         except PromptError as e:
@@ -189,7 +197,21 @@ class ServedModels:
         prompt_tokens = sum(self.model.engine.prompt_tokens(first.prompt) for first in firsts)
         requests = [replace(first, index=i) for first in firsts for i in range(n)]
         markers = [self._marker(first) for first in firsts for _ in range(n)]
-        return RequestBatch(requests, method.name, seed, prompt_tokens, n, markers, body.n or 1)
+        return RequestBatch(requests, method.name, seed, prompt_tokens, n, markers, body.n or 1, echo, body.limit != 0)
+
+    def _echo(self, body: Body, method: Method, prompts: list[Prompt]) -> EchoJob | None:
+        """What the response shows of the prompts."""
+        if isinstance(body, ChatRequest) or not (body.echo or body.prompt_logprobs is not None):
+            return None
+        alternatives = body.n_prompt_logprobs
+        template = None if alternatives is None else self.model.request("x", method, **NEUTRAL)
+        job = EchoJob(self.model, template, prompts, alternatives or 0)
+        try:
+            job.check()
+        except ConfigError as e:
+            field = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
+            raise ServeError(one_line(str(e)), 400, "invalid_value", field) from None
+        return job
 
     def _marker(self, request: Request) -> str | None:
         """What ends the thinking that the response begins with."""

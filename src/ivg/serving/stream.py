@@ -33,11 +33,15 @@ class StreamEncoder:
         self.choices = [ChoiceState(i) for i in range(len(builder.batch.requests))]
 
     def start(self) -> Iterator[bytes]:
-        """Before any text: the role, for chats."""
+        """Before any text: the role, for chats; the prompts, where they are echoed."""
         if self.builder.chat:
             for c in self.choices:
                 choice = {"index": c.index, "finish_reason": None, "logprobs": None, "delta": {"role": "assistant", "content": ""}}
                 yield encode_event(self._chunk([choice]))
+        for c in self.choices:
+            if (prompt := self.builder.echo_delta(c.index)) is not None:
+                c.echoed = len(prompt["text"])
+                yield encode_event(self._chunk([prompt]))
 
     def update(self, progress: Progress) -> Iterator[bytes]:
         """The events for ``progress``."""
@@ -46,7 +50,7 @@ class StreamEncoder:
             yield encode_event(self._beams(state, progress), "ivg.beams")
         text = progress.committed
         assert text.startswith(state.text), "committed text was taken back"
-        offset = state.characters
+        offset = state.echoed + state.characters
         state.length = progress.tokens if completion is None else completion.usage.completion_tokens
         tokens = state.take_tokens(progress.details, len(text), final=completion is not None)
         state.text = text

@@ -9,22 +9,23 @@ Handles requests, deadlines and the search; must not depend on HTTP.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 
-from ivg.errors import IVGError, ScoreFault, ServeError, UpstreamError
+from ivg.errors import IVGError, ServeError
 from ivg.search.searcher import Searcher
+from ivg.serving.echo import no_completion
 from ivg.serving.errors import client_error, completion_error, unavailable
 from ivg.serving.isolation import FailureIsolation
 from ivg.serving.metrics import Metrics
-from ivg.serving.requests import Event, Progress, RequestHandle, RunningRequest, deliver_all
-from ivg.serving.served_models import ServedModels
-from ivg.types import Completion, Step
+from ivg.serving.requests import Event, Outbox, Progress, RequestHandle, RunningRequest
+from ivg.serving.served_models import RequestBatch, ServedModels
+from ivg.types import Step
 
 log = logging.getLogger("ivg.serve")
 GAUGE_SECONDS = 0.25
@@ -61,7 +62,9 @@ class Worker:
         self._running: dict[int, RunningRequest] = {}
         """By their number in the searcher."""
         self._isolation = FailureIsolation()
-        self._outbox: dict[RequestHandle, list[Event]] = {}
+        self._echoes: deque[tuple[RequestHandle, RequestBatch]] = deque()
+        """Requests whose prompts are to be read for their log-probabilities before any text is generated."""
+        self._outbox = Outbox()
         self._stop_at = math.inf
         self._gauged_at = 0.0
         self._released_at = time.monotonic()
@@ -95,6 +98,7 @@ class Worker:
     def waiting(self) -> int:
         """Completions that are not being generated yet."""
         deferred = list(self._isolation.deferred)  # one operation: the worker may change it
+        deferred += [handle for handle, _ in list(self._echoes)]
         return self._submitted + self.searcher.waiting_requests + sum(handle.count for handle in deferred)
 
     def submit(self, handle: RequestHandle) -> None:
@@ -134,6 +138,8 @@ class Worker:
                     self._restart_models()
                 self._expire()
                 self._continue_isolation()
+                if self._echoes:
+                    self._read_prompts()
                 self._send()  # before the step, so that clients learn at once whether they were accepted
                 if self.searcher.busy:
                     self._step()
@@ -151,7 +157,7 @@ class Worker:
 
     @property
     def _busy(self) -> bool:
-        return self.searcher.busy or self._isolation.busy
+        return self.searcher.busy or self._isolation.busy or bool(self._echoes)
 
     def _new_searcher(self) -> Searcher:
         return self.model.searcher(self.settings.max_beams)
@@ -184,23 +190,55 @@ class Worker:
         if self.restarting:
             self._fail(handle, unavailable())
             return
-        added: list[RunningRequest] = []
         try:
             batch = self.served.prepare(handle.body)
-            for i, request in enumerate(batch.requests):
-                added.append(RunningRequest(handle, i, request))
-                added[-1].number = self.searcher.add(request)
         except Exception as e:
-            if not isinstance(e, IVGError):
-                log.exception("a request could not be prepared")
+            self._refuse(handle, e)
+            return
+        if batch.echo is not None:
+            self._echoes.append((handle, batch))
+        else:
+            self._start(handle, batch)
+
+    def _read_prompts(self) -> None:
+        """Some of the prompts of the first request that waits for their log-probabilities; when it has all, it starts."""
+        handle, batch = self._echoes[0]
+        assert batch.echo is not None
+        try:
+            batch.echo.step()
+        except Exception as e:
+            self._refuse(handle, e)
+            return
+        if batch.echo.done:
+            self._echoes.popleft()
+            self.metrics.count_tokens_read(batch.echo.forward_tokens)
+            self._start(handle, batch)
+
+    def _start(self, handle: RequestHandle, batch: RequestBatch) -> None:
+        """Add the completions of a request to the search; where no text is wanted, they are done."""
+        if not batch.generate:
+            self._post(handle, batch)
+            for i, request in enumerate(batch.requests):
+                self._post(handle, Progress(i, "", (), (), (), no_completion(self.model.engine.prompt_tokens(request.prompt))))
+            return
+        added: list[RunningRequest] = []
+        try:
+            for i, request in enumerate(batch.requests):
+                added.append(RunningRequest(handle, i, request, self.searcher.add(request)))
+        except Exception as e:
             for running in added:
                 self.searcher.cancel(running.number)
-            known, given = isinstance(e, IVGError), handle.body.model_fields_set
-            error = client_error(e, given=given) if known else ServeError("internal server error", 500, "server_error")
-            self._fail(handle, error)
+            self._refuse(handle, e)
             return
         self._running |= {r.number: r for r in added}
         self._post(handle, batch)
+
+    def _refuse(self, handle: RequestHandle, e: Exception) -> None:
+        """Fail a request that could not be prepared."""
+        if not isinstance(e, IVGError):
+            log.exception("a request could not be prepared", exc_info=e)
+        known, given = isinstance(e, IVGError), handle.body.model_fields_set
+        self._fail(handle, client_error(e, given=given) if known else ServeError("internal server error", 500, "server_error"))
 
     def _step(self) -> None:
         """One step of the search for all requests."""
@@ -216,43 +254,22 @@ class Worker:
             if running is None:
                 continue
             if step.completion is not None:
-                self._count_completion(running, step.completion)
+                del self._running[running.number]
+                self.metrics.count_completion(step.completion)
             if step.completion is not None and step.completion.error is not None:
                 self._fail(running.handle, completion_error(step.completion.error))
             else:
                 self._report(running, step)
 
-    def _count_completion(self, running: RunningRequest, completion: Completion) -> None:
-        """Forget a finished completion; count its tokens, log its error."""
-        del self._running[running.number]
-        self.metrics.count_tokens_read(completion.usage.forward_tokens)
-        self.metrics.tokens_written.inc(completion.usage.completion_tokens)
-        error = completion.error
-        if isinstance(error, UpstreamError):
-            log.error("upstream: %s", error)
-        if isinstance(error, ScoreFault) and not error.prompt:
-            self.metrics.failures.inc()
-            log.error("%s", error)
-
     def _report(self, running: RunningRequest, step: Step) -> None:
         """Send what the client has not received yet."""
-        completion = step.completion
-        committed = step.committed if completion is None else completion.text
-        if not (committed.startswith(running.committed) or running.committed.startswith(committed)):
-            error = ServeError("the completion changed when it was run again after a failure", 500, "server_error")
-            self._fail(running.handle, error)
+        try:
+            progress = running.advance(step)
+        except ServeError as e:
+            self._fail(running.handle, e)
             return
-        selection = bool(step.kept or step.dropped)
-        running.selections_seen += selection
-        is_new = selection and running.selections_seen > running.selections_sent
-        running.selections_sent = max(running.selections_sent, running.selections_seen)
-        longer = len(committed) > len(running.committed)
-        running.committed = committed if longer else running.committed
-        beams = is_new and running.request.record
-        if longer or beams or completion is not None:
-            kept, dropped = (step.kept, step.dropped) if beams else ((), ())
-            details = step.details if completion is None else completion.details
-            self._post(running.handle, Progress(running.index, running.committed, kept, dropped, details, completion, step.tokens))
+        if progress is not None:
+            self._post(running.handle, progress)
 
     # Failures
 
@@ -320,6 +337,7 @@ class Worker:
     def _handles(self) -> Iterator[RequestHandle]:
         yield from (r.handle for r in self._running.values())
         yield from self._isolation.handles()
+        yield from (handle for handle, _ in self._echoes)
 
     def _abort_all(self, error: ServeError) -> None:
         """Fail every request with ``error``."""
@@ -346,6 +364,7 @@ class Worker:
             except Exception as e:  # an engine that died while no step ran
                 failure = e
         self._isolation.drop(handle)
+        self._echoes = deque(waiting for waiting in self._echoes if waiting[0] is not handle)
         self._gauged_at = 0.0
         if failure is not None:
             self._recover(failure)
@@ -353,20 +372,12 @@ class Worker:
     # Output
 
     def _post(self, handle: RequestHandle, event: Event) -> None:
-        self._outbox.setdefault(handle, []).append(event)
+        self._outbox.post(handle, event)
 
     def _send(self) -> None:
-        """Deliver all events, with one call for each event loop."""
-        loops: dict[asyncio.AbstractEventLoop, list[tuple[RequestHandle, list[Event]]]] = {}
-        for handle, events in self._outbox.items():
-            loops.setdefault(handle.loop, []).append((handle, events))
-        self._outbox = {}
-        for loop, batches in loops.items():
-            try:
-                loop.call_soon_threadsafe(deliver_all, batches)
-            except RuntimeError:  # the loop is closed
-                for handle, _ in batches:
-                    self._drop(handle)
+        """Deliver all events."""
+        for handle in self._outbox.send():
+            self._drop(handle)
 
     def _housekeeping(self) -> None:
         """Update gauges and return unused memory, each now and then."""

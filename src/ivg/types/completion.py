@@ -74,10 +74,11 @@ class ResponseLogprobs:
     """Log-probabilities, in nats, of the tokens of a response that was given (:meth:`ivg.GuidedModel.logprobs`).
 
     ``tokens`` has for each the guided and the base's log-probability, each distribution with the filters that were asked for; ``top`` has
-    at least the likeliest token.
+    at least the likeliest token. ``forward_tokens`` are those that each model read, together with the other responses to the same prompt.
     """
 
     tokens: tuple[TokenLogprobs, ...]
+    forward_tokens: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     @property
     def logprob(self) -> float:
