@@ -1,97 +1,72 @@
 """A language model or value network that reads hypotheses: in its own tokens, behind its own prompt, and only what is new of each.
 
-Maps hypotheses to cache rows. Several may read with one network, each behind its own prompt (:meth:`CachedLM.sharing`): one set of
-weights, one cache, and for each of them rows of its own. Must not depend on what its outputs mean (``values``), nor how beams are chosen.
-Nothing of a request is kept but its cache rows, which :meth:`CachedLM.release` frees.
+Several may read with one network, each behind its own prompt (:meth:`CachedLM.sharing`). Must not depend on what its outputs mean
+(``values``), nor how beams are chosen. Which rows hypotheses have: ``models.hypothesis_rows``.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from ivg.errors import ConfigError
-from ivg.models.cache import CacheRow, common_length
+from ivg.models.cache import common_length
+from ivg.models.candidates import CandidateGroup, CandidateOutputs, read_candidates
+from ivg.models.hypothesis_rows import HypothesisRows, RowEntry
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.runner import ModelRunner
-from ivg.models.support import body_of
-from ivg.types import Beam, Hypothesis, Prompt
+from ivg.types import Hypothesis
 
 
 @dataclass(slots=True)
-class _Entry:
-    """What is kept for one hypothesis.
+class _Candidates:
+    """The candidates behind one hypothesis.
 
     Attributes:
-        row: its cache row.
-        prompt_length: leading tokens of the row that are prompt.
-        same_tokens: the base's very tokens are read, so the row holds a beginning of them, and a hypothesis that grows only adds.
-        counted: leading tokens of the row that the request's token counter has; what the row holds beyond came from the cache.
-        scored: response tokens whose log-probability is known.
-        logps: their log-probabilities.
+        parent: that hypothesis.
+        entry: its.
+        index: which of all candidates they are.
+        ids: tokens of each, prompt and response.
+        prompt_lengths: how many of them are prompt.
     """
 
-    row: CacheRow
-    prompt_length: int
-    same_tokens: bool
-    counted: int = 0
-    scored: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
+    parent: Hypothesis
+    entry: RowEntry
+    index: list[int]
+    ids: list[list[int]]
+    prompt_lengths: list[int]
 
-    def fork(self, row: CacheRow) -> _Entry:
-        """The same for another hypothesis, whose row is ``row``."""
-        return replace(self, row=row, scored=list(self.scored), logps=list(self.logps))
+    @property
+    def own_length(self) -> int | None:
+        """Tokens that the parent itself has; None: it is text, whose tokens may change."""
+        return self.entry.prompt_length + len(self.parent.token_ids) if self.entry.same_tokens else None
+
+    def keep_scores(self, logps: Sequence[Sequence[float]]) -> None:
+        """Let the parent keep the log-probabilities of the response tokens that all candidates have."""
+        first, length = self.ids[0], self.prompt_lengths[0]
+        if any(n != length for n in self.prompt_lengths):
+            return
+        same = min(common_length(first, ids) for ids in self.ids)
+        same = max(0, (same if self.own_length is None else min(same, self.own_length)) - length)
+        self.entry.prompt_length, self.entry.scored, self.entry.logps = length, first[length : length + same], list(logps[0][:same])
 
 
-class CachedLM(PromptEncoder):
-    """A model with its cache, tokenizer and template.
+class CachedLM(HypothesisRows):
+    """A model that reads hypotheses: its outputs behind their tokens, the log-probabilities of these.
 
-    Args:
-        model: the network and its cache.
-        tokenizer: its own.
-        template: see :class:`~ivg.models.prompt_template.PromptTemplate`.
-        eos_ids: ids that end a response; default: the tokenizer's.
-        name: in usage and errors; default: the network's.
-        system: an instruction that is read before every prompt (see ``models.chat_template.render``).
-        instruction: read the request's own behind it, where it has one: which of ``Prompt.contrast`` and ``Prompt.negative``.
+    Args: those of :class:`~ivg.models.hypothesis_rows.HypothesisRows`.
     """
 
-    def __init__(
-        self,
-        model: ModelRunner,
-        tokenizer: Any,
-        template: str | PromptTemplate | None = None,
-        eos_ids: Sequence[int] | None = None,
-        *,
-        name: str | None = None,
-        system: str | None = None,
-        instruction: Literal["contrast", "negative"] | None = None,
-    ) -> None:
-        super().__init__(
-            name or model.name,
-            tokenizer,
-            template,
-            eos_ids,
-            vocab_size=model.config.vocab_size,
-            max_positions=model.max_positions,
-            limit_reason=model.support.limit_reason,
-            system=system,
-            instruction=instruction,
-        )
-        self.model = model
-        self._known: dict[int, _Entry] = {}
-        self._resets = model.resets
-        self._source: CachedLM | None = None
-        self._keeps_outputs = False
-        self._kept: tuple[dict[int, tuple[int, int]], Tensor] | None = None
-        """Of the last :meth:`outputs`: (tokens of the response, row) of each hypothesis, by key, and the rows."""
+    _source: CachedLM | None = None
+    _keeps_outputs = False
+    _kept: tuple[dict[int, tuple[int, int]], Tensor] | None = None
+    """Of the last :meth:`outputs`: (tokens of the response, row) of each hypothesis, by key, and the rows."""
 
     def follow(self, other: CachedLM) -> None:
         """Where ``other``, which shares the network, has just read a hypothesis behind the same prompt, its outputs are taken.
@@ -114,47 +89,16 @@ class CachedLM(PromptEncoder):
         out.vocabulary, out.generation_config = self.vocabulary, self.generation_config
         return out
 
-    @property
-    def _entries(self) -> dict[int, _Entry]:
-        """What is kept, by hypothesis; nothing, where a reader that shares the network has emptied the cache."""
-        if self._resets != self.model.resets:
-            self._known, self._resets = {}, self.model.resets
-        return self._known
-
-    @property
     @override
-    def title(self) -> str:
-        config: Any = self.model.network.config
-        place = getattr(config, "name_or_path", "")
-        return f"{self.name} ({type(body_of(self.model.network)).__name__}{f', {place}' if place else ''})"
-
-    @override
-    def root(self, prompt: Prompt, new_tokens: int) -> Beam:
-        beam = super().root(prompt, new_tokens)
-        if (images := self.image_inputs(beam.prompt)) is not None:
-            self.model.try_images(images)
-        return beam
-
     def release(self, keys: Sequence[int]) -> None:
-        """Free the rows of these hypotheses."""
-        for key in keys:
-            entry = self._entries.pop(key, None)
-            if entry is not None:
-                self.model.free(entry.row)
+        super().release(keys)
         if self._kept is not None and not self._kept[0].keys() - set(keys):
             self._kept = None
 
+    @override
     def reset_cache(self) -> None:
-        """Forget every hypothesis and everything in the cache (see ``ModelRunner.reset_cache``), that of readers that share it included."""
         self._kept = None
-        self.model.reset_cache()
-
-    def inherit_cache(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """Give hypotheses the rows of their ancestors without reading anything: what is not read now can be read later.
-
-        For callers that read only some of them (guidance above an entropy threshold). Hypotheses without an ancestor here get nothing.
-        """
-        self._get_entries([h for h in hypotheses if h.key not in self._entries and self._known_ancestor(h) is not None])
+        super().reset_cache()
 
     # Reading
 
@@ -215,27 +159,6 @@ class CachedLM(PromptEncoder):
             entry.scored += tokens
         return [list(e.logps) for e in entries]
 
-    def truncate(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """The last tokens of these hypotheses were changed: forget what was read beyond their first ``len(token_ids) - 1``.
-
-        Everywhere else a hypothesis only grows, and a child begins with its parent's tokens; readers rely on it.
-        """
-        for h in hypotheses:
-            entry = self._entries.get(h.key)
-            if entry is not None:
-                keep = max(0, len(h.token_ids) - 1)
-                self.model.truncate(entry.row, entry.prompt_length + keep)
-                del entry.scored[keep:], entry.logps[keep:]
-
-    def keep_common(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """These hypotheses, in this model's vocabulary, may have other tokens than before: forget all behind the first that differs."""
-        for h in hypotheses:
-            entry = self._entries.get(h.key)
-            if entry is not None:
-                same = common_length(entry.row.ids[entry.prompt_length :], self.own_ids(h.token_ids))
-                self.model.truncate(entry.row, entry.prompt_length + same)
-                del entry.scored[same:], entry.logps[same:]
-
     def _outputs_of_source(self, hypotheses: Sequence[Hypothesis]) -> Tensor | None:
         """A copy of what the reader that this one follows has just read, where it holds for every hypothesis here, too."""
         if self._source is None or self._source._kept is None:
@@ -249,37 +172,7 @@ class CachedLM(PromptEncoder):
             index.append(row)
         return kept[torch.tensor(index, device=kept.device)]
 
-    # What is still to be read
-
-    def _to_read(self, hypotheses: Sequence[Hypothesis], counts: Sequence[int], drop: int = 0) -> tuple[list[_Entry], list[list[int]]]:
-        """Entries, and the tokens to read so that outputs come behind each of the last ``counts[i]``, ``drop`` left out at the end."""
-        entries = self._get_entries(hypotheses, drop)
-        new = []
-        for h, entry, count in zip(hypotheses, entries, counts, strict=True):
-            new.append(self._unread(h, entry, drop, count))
-            self._count(h, entry, len(new[-1]))
-        return entries, new
-
-    def _count(self, h: Hypothesis, entry: _Entry, new: int) -> None:
-        """Count ``new`` tokens that the row is about to read, and those that the cache held before."""
-        held = len(entry.row.ids)
-        cached = max(0, held - entry.counted)
-        h.token_counter.add(self.name, cached + new, cached)
-        entry.counted = held + new
-
-    def _unread(self, h: Hypothesis, entry: _Entry, drop: int, count: int) -> list[int]:
-        """Tokens that the row lacks, at least the last ``count`` but for ``drop``; the row is cut to what lies before them."""
-        row = entry.row
-        held = row.finite_length if row.nonfinite else len(row.ids)
-        if entry.same_tokens:  # then the row holds a beginning of this hypothesis: its cost does not grow with the text
-            self.model.truncate(row, max(0, min(held, entry.prompt_length + len(h.token_ids) - drop - count)))
-            if len(row.ids) >= entry.prompt_length:
-                return self.own_ids(h.token_ids[len(row.ids) - entry.prompt_length : len(h.token_ids) - drop])
-        ids, entry.prompt_length = self.ids(h)
-        self.model.truncate(row, max(0, min(held, common_length(row.ids, ids), len(ids) - drop - count)))
-        return ids[len(row.ids) : len(ids) - drop]
-
-    def _unscored(self, h: Hypothesis, entry: _Entry) -> list[int]:
+    def _unscored(self, h: Hypothesis, entry: RowEntry) -> list[int]:
         """Response tokens whose log-probability is not known."""
         if entry.same_tokens:
             return self.own_ids(h.token_ids[len(entry.logps) :])
@@ -289,58 +182,94 @@ class CachedLM(PromptEncoder):
         entry.prompt_length = prompt_length
         return ids[prompt_length + same :]
 
-    def _known_ancestor(self, h: Hypothesis) -> int | None:
-        return next((a for a in (h.parent, h.ancestor_key) if a is not None and a in self._entries), None)
+    # Candidates of the next token
 
-    def _get_entries(self, hypotheses: Sequence[Hypothesis], drop: int = 0) -> list[_Entry]:
-        """The entry of every hypothesis: its own, a fork of its ancestor's (the last child takes that over), or a new one."""
-        children: dict[int, list[Hypothesis]] = {}
-        roots: list[Hypothesis] = []
-        for h in hypotheses:
-            if h.key in self._entries:
-                continue
-            ancestor = self._known_ancestor(h)
-            if ancestor is not None:
-                children.setdefault(ancestor, []).append(h)
-            else:
-                roots.append(h)
-        if roots:
-            self._open(roots, drop)
-        for ancestor, some in children.items():
-            entry = self._entries[ancestor]
-            for child in some[:-1] if some[-1].inherits else some:
-                self._entries[child.key] = entry.fork(self.model.fork(entry.row))
-            if some[-1].inherits:
-                self._entries[some[-1].key] = self._entries.pop(ancestor)
-        return [self._entries[h.key] for h in hypotheses]
+    def candidate_outputs(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> Tensor:
+        """As :meth:`outputs` of ``candidates``, each one token more than its ``parent``, which is one of ``hypotheses``.
 
-    def _open(self, roots: Sequence[Hypothesis], drop: int) -> None:
-        """Rows for hypotheses without ancestors here. A prompt that several share is read once.
-
-        Those of one request become one prefix group; those of others copy the prompt, because their texts diverge.
+        Nothing is kept of the candidates. What all candidates of a hypothesis begin with is read once, and that hypothesis keeps it.
         """
-        targets = [self.ids(h) for h in roots]
-        prompts = [tuple(ids[: length - 1]) for ids, length in targets]
-        pictures = [self.image_inputs(h.prompt) for h in roots]
-        keys = [(prompt, "" if images is None else images.digest) for prompt, images in zip(prompts, pictures, strict=True)]
-        sharing = Counter(keys)
-        first_rows: dict[tuple[int, tuple[tuple[int, ...], str]], CacheRow] = {}
-        for h, (ids, prompt_length), prompt, images, key in zip(roots, targets, prompts, pictures, keys, strict=True):
-            first = first_rows.get((id(h.token_counter), key)) if prompt else None
-            if first is None:
-                row = self.model.open(ids[: len(ids) - drop], len(prompt), images)
-            else:
-                row = self.model.fork(first)
-                self.model.truncate(row, len(prompt))
-            counted = 0 if first is None else len(prompt)  # a request counts what its hypotheses share once
-            if first is None and prompt and sharing[key] > 1:
-                first_rows[id(h.token_counter), key] = row
-                cached = min(len(row.ids), len(prompt))
-                h.token_counter.add(self.name, len(prompt), cached)
-                counted = len(prompt)
-                if unread := list(prompt[cached:]):
-                    list(self.model.forward([row], [unread], [0]))
-            self._entries[h.key] = _Entry(row, prompt_length, self.vocabulary.same_as(h.vocabulary), counted)
+        found = self._group(hypotheses, candidates)
+        read = self._read_groups(found, [[1] * len(some.ids) for some in found])
+        return _scatter(found, [out.outputs[[place for (place,) in out.places]] for out in read]).float()
+
+    def candidate_last_token_outputs(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> Tensor:
+        """As :meth:`last_token_outputs` of ``candidates`` (see :meth:`candidate_outputs`); float32 [candidates]."""
+        found = self._group(hypotheses, candidates)
+        for some in found:
+            for ids in some.ids:
+                self.check_two_tokens(ids)
+        read = self._read_groups(found, [[1] * len(some.ids) for some in found], drop=1)
+        lasts = ([ids[-1] for ids in some.ids] for some in found)
+        return _scatter(found, [out.outputs[[p for (p,) in out.places], last] for out, last in zip(read, lasts, strict=True)]).float()
+
+    def candidate_logps(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> list[list[float]]:
+        """As :meth:`token_logps` of ``candidates`` (see :meth:`candidate_outputs`)."""
+        found = self._group(hypotheses, candidates)
+        known = [[_scored_length(some.entry, ids, n) for ids, n in zip(some.ids, some.prompt_lengths, strict=True)] for some in found]
+        counts = [
+            [len(ids) - n - same for ids, n, same in zip(some.ids, some.prompt_lengths, before, strict=True)]
+            for some, before in zip(found, known, strict=True)
+        ]
+        out: list[list[float]] = [[] for _ in candidates]
+        for some, before, new, read in zip(found, known, counts, self._read_groups(found, counts, drop=1), strict=True):
+            targets = [ids[len(ids) - count :] for ids, count in zip(some.ids, new, strict=True)]
+            logps = [
+                some.entry.logps[:same] + rest for same, rest in zip(before, _target_logps(read.outputs, read.places, targets), strict=True)
+            ]
+            for i, found_logps in zip(some.index, logps, strict=True):
+                out[i] = found_logps
+            some.keep_scores(logps)
+        return out
+
+    def _group(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> list[_Candidates]:
+        """The candidates by their parents."""
+        known = {h.key: h for h in hypotheses}
+        index: dict[int, list[int]] = {}
+        for i, candidate in enumerate(candidates):
+            index.setdefault(known[candidate.parent or 0].key, []).append(i)
+        parents = [known[key] for key in index]
+        ids = self.ids_of(candidates)
+        return [
+            _Candidates(h, entry, index[h.key], [ids[i][0] for i in index[h.key]], [ids[i][1] for i in index[h.key]])
+            for h, entry in zip(parents, self._get_entries(parents), strict=True)
+        ]
+
+    def _read_groups(self, found: Sequence[_Candidates], counts: Sequence[Sequence[int]], drop: int = 0) -> list[CandidateOutputs]:
+        """Outputs behind the last ``counts`` tokens of every candidate, whose last ``drop`` tokens are left out; counts what is read."""
+        groups = [
+            CandidateGroup(some.entry.row, [ids[: len(ids) - drop] for ids in some.ids], own, some.own_length)
+            for some, own in zip(found, counts, strict=True)
+        ]
+        out = read_candidates(self.model, groups)
+        for some, read in zip(found, out, strict=True):
+            cached = max(0, read.held - some.entry.counted)
+            some.parent.token_counter.add(self.name, cached + read.read, cached)
+            some.entry.counted = read.kept
+        return out
+
+
+def _scored_length(entry: RowEntry, ids: list[int], prompt_length: int) -> int:
+    """Response tokens of ``ids`` whose log-probability ``entry`` has."""
+    return common_length(entry.scored, ids[prompt_length:]) if prompt_length == entry.prompt_length else 0
+
+
+def _target_logps(outputs: Tensor, places: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Log-probabilities of ``targets``, each behind its place in ``outputs`` [places, vocabulary]."""
+    flat = [(place, token) for some, tokens in zip(places, targets, strict=True) for place, token in zip(some, tokens, strict=True)]
+    if not flat:
+        return [[] for _ in targets]
+    rows, tokens = torch.tensor(flat, device=outputs.device).T
+    outputs = outputs.float()
+    logps = iter((outputs[rows, tokens] - outputs.logsumexp(1)[rows]).tolist())
+    return [[next(logps) for _ in some] for some in targets]
+
+
+def _scatter(found: Sequence[_Candidates], rows: Sequence[Tensor]) -> Tensor:
+    """``rows`` of all groups in the order of the candidates."""
+    order = torch.tensor([i for some in found for i in some.index])
+    together = torch.cat(list(rows))
+    return together[order.argsort().to(together.device)]
 
 
 def read_together(readers: Sequence[CachedLM], hypotheses: Sequence[Hypothesis]) -> list[Tensor]:

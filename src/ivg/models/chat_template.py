@@ -277,9 +277,24 @@ def encode_rendered(text: str, tokenizer: Any, response: str = "", *, chat: bool
 
     A chat template writes its own special tokens; otherwise the tokenizer adds those it puts before a text.
     """
-    ids = text_ids(text + response, tokenizer, special=not chat)
-    if not chat and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token or "\0"):
-        ids = ids[:-1]  # some tokenizers end every text; a prompt continues
+    return _continued(list(tokenizer(text + response, add_special_tokens=not chat).input_ids), text, tokenizer, chat)
+
+
+def encode_each(texts: Sequence[tuple[str, str]], tokenizer: Any, *, chat: bool) -> list[list[int]]:
+    """:func:`encode_rendered` of many (rendered prompt, response), in one call of the tokenizer."""
+    if len(texts) <= 1:
+        return [encode_rendered(text, tokenizer, response, chat=chat) for text, response in texts]
+    encoded = tokenizer([text + response for text, response in texts], add_special_tokens=not chat).input_ids
+    return [_continued(list(ids), text, tokenizer, chat) for (text, _), ids in zip(texts, encoded, strict=True)]
+
+
+def _continued(ids: list[int], text: str, tokenizer: Any, chat: bool) -> list[int]:
+    """``ids`` of a rendered prompt ``text`` and what follows it, without special tokens of the tokenizer's that a prompt does not have."""
+    if not chat:
+        if _has_two_bos(ids, tokenizer):
+            ids = ids[1:]
+        if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token or "\0"):
+            ids = ids[:-1]  # some tokenizers end every text; a prompt continues
     if not ids:
         raise PromptError(f"the prompt {text!r} has no tokens\n  expected: some text")
     return ids

@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from ivg.errors import ContextLengthError, PromptError
 from ivg.models.cache import common_length
-from ivg.models.chat_template import encode_rendered, is_chat, join_instruction, render
+from ivg.models.chat_template import encode_each, encode_rendered, is_chat, join_instruction, render
 from ivg.models.image_prompts import ImageEncoder, ImageInputs
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.vocabulary import Vocabulary
@@ -224,15 +224,28 @@ class PromptEncoder:
         """(all tokens of prompt and response, how many of them are prompt).
 
         With the base's vocabulary: its very tokens. With another: the text is tokenised again, and a token that spans the end of the
-        prompt counts as response. An end-of-sequence token of the base becomes this model's own.
+        prompt counts as response, but for the first of all, which no output comes before. An end-of-sequence token of the base becomes
+        this model's own.
         """
+        return self.ids_of([h])[0]
+
+    def ids_of(self, hypotheses: Sequence[Hypothesis]) -> list[tuple[list[int], int]]:
+        """:meth:`ids` of each; texts are tokenised together."""
+        texts = [h for h in hypotheses if h.text and not self.vocabulary.same_as(h.vocabulary)]
+        tokenised: dict[int, list[int]] = {}
+        for chat in (False, True):
+            some = [h for h in texts if is_chat(h.prompt, self.template) == chat]
+            encoded = encode_each([(self._rendered(h.prompt), h.text) for h in some], self.tokenizer, chat=chat)
+            tokenised |= {id(h): ids for h, ids in zip(some, encoded, strict=True)}
+        return [self._joined(h, tokenised.get(id(h))) for h in hypotheses]
+
+    def _joined(self, h: Hypothesis, tokenised: list[int] | None) -> tuple[list[int], int]:
+        """As :meth:`ids`; ``tokenised``: prompt and text, where this model has another vocabulary."""
         prompt = self.prompt_ids(h.prompt)
         if self.vocabulary.same_as(h.vocabulary):
             return [*prompt, *self.own_ids(h.token_ids)], len(prompt)
-        ids = list(prompt)
-        if h.text:
-            ids = encode_rendered(self._rendered(h.prompt), self.tokenizer, h.text, chat=is_chat(h.prompt, self.template))
-        prompt_length = common_length(prompt, ids)
+        ids = list(prompt) if tokenised is None else list(tokenised)
+        prompt_length = max(1, common_length(prompt, ids))
         if h.token_ids and h.token_ids[-1] in h.vocabulary.eos_ids and self.vocabulary.eos_ids:
             ids.append(min(self.vocabulary.eos_ids))
         return ids, prompt_length
@@ -247,9 +260,13 @@ class PromptEncoder:
         if h.token_ids and self.vocabulary.same_as(h.vocabulary) and len(self.prompt_ids(h.prompt)) + len(h.token_ids) > 1:
             return self.own_ids(h.token_ids[-1:])[0]
         ids, _ = self.ids(h)
+        self.check_two_tokens(ids)
+        return ids[-1]
+
+    def check_two_tokens(self, ids: Sequence[int]) -> None:
+        """Raise PromptError where ``ids`` is one token: nothing comes before it."""
         if len(ids) < 2:
             raise PromptError(f"{self.name}: a vocabulary head gives no value for a text of one token")
-        return ids[-1]
 
 
 def has_chat_template(base: PromptEncoder) -> bool:

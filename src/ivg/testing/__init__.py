@@ -24,6 +24,7 @@ from ivg.testing.models import ARCHITECTURES, EOS, byte_tokenizer, hypothesis, t
 from ivg.testing.values import (
     check_batch_invariance,
     check_cache,
+    check_candidates,
     check_drafter,
     check_inherit_cache,
     check_linearity,
@@ -42,6 +43,7 @@ __all__ = [
     "byte_tokenizer",
     "check_batch_invariance",
     "check_cache",
+    "check_candidates",
     "check_children",
     "check_chunks",
     "check_drafter",

@@ -33,6 +33,7 @@ def check_value(make: Callable[[], Value], chains: Sequence[Sequence[Beam]], tol
     check_batch_invariance(value, ends, tolerance)
     check_cache(make, chains, tolerance)
     check_inherit_cache(make, chains, tolerance)
+    check_candidates(make, chains, tolerance)
     check_vocabulary(value, ends)
     check_recent_deltas(value, ends, tolerance)
     check_drafter(value, ends)
@@ -73,6 +74,20 @@ def check_inherit_cache(make: Callable[[], Value], chains: Sequence[Sequence[Hyp
         value.release([child.key])
         (fresh,) = make().score([child])
         assert abs(score - fresh) <= tolerance, f"{child.text!r}: {score} with an inherited cache, {fresh} without"
+
+
+def check_candidates(make: Callable[[], Value], chains: Sequence[Sequence[Hypothesis]], tolerance: float = 1e-4) -> None:
+    """Candidates score as any hypotheses, whatever was read of their parents, and the parents as before."""
+    value, pairs = make(), [(chain[0], chain[1]) for chain in chains if len(chain) > 1]
+    parents, children = [parent for parent, _ in pairs], [child for _, child in pairs]
+    for _ in range(2):
+        for h, score in zip(children, value.score_candidates(parents, children), strict=True):
+            (fresh,) = make().score([h])
+            assert abs(score - fresh) <= tolerance, f"{h.text!r}: {score} as a candidate, {fresh} otherwise"
+        for h, score in zip(parents, value.score(parents), strict=True):
+            (fresh,) = make().score([h])
+            assert abs(score - fresh) <= tolerance, f"{h.text!r}: {score} behind its candidates, {fresh} without"
+    value.release([h.key for h in parents])
 
 
 def check_vocabulary(value: Value, hypotheses: Sequence[Hypothesis]) -> None:

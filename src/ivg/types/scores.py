@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from ivg.errors import IVGError, PromptError, ScoreError, ScoreFault
@@ -58,6 +59,11 @@ def checked_scores(name: str, score: Callable[[Sequence[T]], Any], items: Sequen
 def score_each(value: Value, hypotheses: Sequence[Hypothesis]) -> Scores:
     """The value of each hypothesis (:func:`checked_scores`)."""
     return checked_scores(f"the value {value.name}", value.score, hypotheses)
+
+
+def score_each_candidate(value: Value, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> Scores:
+    """The value of each candidate (:meth:`Value.score_candidates`), checked as by :func:`score_each`."""
+    return checked_scores(f"the value {value.name}", partial(value.score_candidates, hypotheses), candidates)
 
 
 def judge_each(reward: Reward, pairs: Sequence[tuple[Prompt, str]]) -> Scores:

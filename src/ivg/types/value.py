@@ -51,6 +51,16 @@ class Value(ABC):
             PromptError: a text that cannot be read.
         """
 
+    def score_candidates(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> list[float]:
+        """As :meth:`score` of ``candidates``, each one token more than its ``parent``, which is one of ``hypotheses``.
+
+        Nothing is kept of the candidates; what is kept of ``hypotheses`` is released as usual.
+        """
+        try:
+            return self.score(candidates)
+        finally:
+            self.release([h.key for h in candidates])
+
     def check(self, prompt: Prompt, new_tokens: int) -> None:
         """Raise where prompt and a response of ``new_tokens`` base tokens cannot be read. Default: any can.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ivg.errors import ConfigError, IVGError, ScoreFault
 from ivg.models.chat_template import prompt_text
 from ivg.types import Hypothesis, Prompt, Reward, Value
-from ivg.types.scores import Scores, exception_fault, finite_score, require_scores, score_each
+from ivg.types.scores import Scores, exception_fault, finite_score, require_scores, score_each, score_each_candidate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,9 +72,17 @@ class CompositeValue(Value):
         Raises:
             ScoreError: a part has no finite number for some of them; has the scores of all others.
         """
-        totals: Scores = [0.0] * len(hypotheses)
-        for weight, value in self.parts:
-            for i, (total, score) in enumerate(zip(totals, score_each(value, hypotheses), strict=True)):
+        return self._sum([score_each(value, hypotheses) for _, value in self.parts], len(hypotheses))
+
+    def score_candidates(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> list[float]:
+        """sum_i w_i * V_i for each candidate; raises as :meth:`score`."""
+        return self._sum([score_each_candidate(value, hypotheses, candidates) for _, value in self.parts], len(candidates))
+
+    def _sum(self, scores: Sequence[Scores], count: int) -> list[float]:
+        """The sums of the parts' ``scores`` of ``count`` hypotheses."""
+        totals: Scores = [0.0] * count
+        for (weight, _), found in zip(self.parts, scores, strict=True):
+            for i, (total, score) in enumerate(zip(totals, found, strict=True)):
                 if not isinstance(total, ScoreFault):
                     totals[i] = score if isinstance(score, ScoreFault) else total + weight * score
         return require_scores(totals)
@@ -147,9 +155,17 @@ class WorstCaseValue(Value):
         Raises:
             ScoreError: a part has no finite number for some of them; has the scores of all others.
         """
-        worst: Scores = [math.inf] * len(hypotheses)
-        for (weight, value), level in zip(self.parts, self.reference, strict=True):
-            for i, (least, score) in enumerate(zip(worst, score_each(value, hypotheses), strict=True)):
+        return self._least([score_each(value, hypotheses) for _, value in self.parts], len(hypotheses))
+
+    def score_candidates(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> list[float]:
+        """min_i w_i * (V_i - r_i) for each candidate; raises as :meth:`score`."""
+        return self._least([score_each_candidate(value, hypotheses, candidates) for _, value in self.parts], len(candidates))
+
+    def _least(self, scores: Sequence[Scores], count: int) -> list[float]:
+        """The worst of the parts' ``scores`` of ``count`` hypotheses."""
+        worst: Scores = [math.inf] * count
+        for (weight, _), level, found in zip(self.parts, self.reference, scores, strict=True):
+            for i, (least, score) in enumerate(zip(worst, found, strict=True)):
                 if not isinstance(least, ScoreFault):
                     worst[i] = score if isinstance(score, ScoreFault) else min(least, weight * (score - level))
         return require_scores(worst)

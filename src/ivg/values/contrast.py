@@ -63,6 +63,11 @@ class PromptContrast(ImplicitValue):
         _require_instructions(hypotheses, self.name)
         return super().token_scores(hypotheses)
 
+    def score_candidates(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> list[float]:
+        """As :meth:`score` of ``candidates``; raises as :meth:`deltas`."""
+        _require_instructions(candidates, self.name)
+        return super().score_candidates(hypotheses, candidates)
+
 
 def _require_instructions(hypotheses: Sequence[Hypothesis], name: str) -> None:
     if any(h.prompt.contrast is None and h.prompt.negative is None for h in hypotheses):

@@ -114,3 +114,11 @@ class ExplicitValue(CachedLMValue):
         if self.head == "vocabulary":
             return self.model.last_token_outputs(hypotheses).tolist()
         return self.model.outputs(hypotheses)[:, 0].tolist()
+
+    def score_candidates(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> list[float]:
+        """As :meth:`score` of ``candidates``; what they share is read once."""
+        if not candidates:
+            return []
+        if self.head == "vocabulary":
+            return self.model.candidate_last_token_outputs(hypotheses, candidates).tolist()
+        return self.model.candidate_outputs(hypotheses, candidates)[:, 0].tolist()

@@ -69,12 +69,20 @@ class ImplicitValue(CachedLMValue):
 
     def token_scores(self, hypotheses: Sequence[Hypothesis]) -> list[list[float]]:
         """The log-ratio of every response token, in nats; their sum is the score."""
-        tuned, untuned = self.tuned.token_logps(hypotheses), self.untuned.token_logps(hypotheses)
-        return [[a - b for a, b in zip(t, u, strict=True)] for t, u in zip(tuned, untuned, strict=True)]
+        return _log_ratios(self.tuned.token_logps(hypotheses), self.untuned.token_logps(hypotheses))
 
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
         """Sum of log-ratios over the response, in nats."""
         return [sum(scores) for scores in self.token_scores(hypotheses)]
+
+    def score_candidates(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> list[float]:
+        """As :meth:`score` of ``candidates``; what they share is read once."""
+        read = [model.candidate_logps(hypotheses, candidates) for model in (self.tuned, self.untuned)]
+        return [sum(scores) for scores in _log_ratios(*read)]
+
+
+def _log_ratios(tuned: Sequence[Sequence[float]], untuned: Sequence[Sequence[float]]) -> list[list[float]]:
+    return [[a - b for a, b in zip(t, u, strict=True)] for t, u in zip(tuned, untuned, strict=True)]
 
 
 class PairDrafter:
@@ -142,6 +150,10 @@ class AutoregressiveReward(CachedLMValue):
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
         """Log pi_arm(response), in nats."""
         return [sum(logps) for logps in self.model.token_logps(hypotheses)]
+
+    def score_candidates(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> list[float]:
+        """As :meth:`score` of ``candidates``; what they share is read once."""
+        return [sum(logps) for logps in self.model.candidate_logps(hypotheses, candidates)]
 
     def cached_lms(self) -> list[CachedLM]:
         """The model."""

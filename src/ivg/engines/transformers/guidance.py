@@ -27,7 +27,7 @@ from ivg.engines.transformers.sampling import entropy
 from ivg.errors import ConfigError, NoTokenFault, ScoreFault
 from ivg.models.vocabulary import Vocabulary
 from ivg.types import Beam, ExpandRequest, Hypothesis, TokenGuidance, Value, new_key
-from ivg.types.scores import require_scores, score_each
+from ivg.types.scores import require_scores, score_each_candidate
 
 DEFAULT_CANDIDATES = 20
 
@@ -187,13 +187,12 @@ def _guided_rows(
     top = base.topk(min(guidance.candidates or DEFAULT_CANDIDATES, base.shape[1]))
     scores = _scores_from_deltas(hypotheses, guidance, top.indices)
     if scores is None:
-        candidates = _candidates(hypotheses, top.indices)
-        found = score_each(value, candidates)
+        value.inherit_cache(hypotheses)  # all at once: the last child takes its parent's cache over
+        found = score_each_candidate(value, hypotheses, _candidates(hypotheses, top.indices))
         numbers = require_scores(found) if faults is None else [math.nan if isinstance(s, ScoreFault) else s for s in found]
         if faults is not None:
             faults.update({hypotheses[i // top.indices.shape[1]].key: s for i, s in enumerate(found) if isinstance(s, ScoreFault)})
         scores = torch.tensor(numbers, dtype=torch.float32).view(top.indices.shape)
-        value.release([c.key for c in candidates])
     return _shift_candidates(base, top.values, top.indices, scores, guidance)
 
 
