@@ -177,10 +177,10 @@ class CachedLM(HypothesisRows):
         if entry.same_tokens:
             return self.own_ids(h.token_ids[len(entry.logps) :])
         ids, prompt_length = self.ids(h)
-        same = common_length(entry.scored, ids[prompt_length:]) if prompt_length == entry.prompt_length else 0
-        del entry.scored[same:], entry.logps[same:]
-        entry.prompt_length = prompt_length
-        return ids[prompt_length + same :]
+        logps = _known_logps(entry, ids, prompt_length)
+        end = prompt_length + len(logps)
+        entry.prompt_length, entry.scored, entry.logps = prompt_length, ids[prompt_length:end], logps
+        return ids[end:]
 
     # Candidates of the next token
 
@@ -206,19 +206,17 @@ class CachedLM(HypothesisRows):
     def candidate_logps(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> list[list[float]]:
         """As :meth:`token_logps` of ``candidates`` (see :meth:`candidate_outputs`)."""
         found = self._group(hypotheses, candidates)
-        known = [[_scored_length(some.entry, ids, n) for ids, n in zip(some.ids, some.prompt_lengths, strict=True)] for some in found]
-        counts = [
-            [len(ids) - n - same for ids, n, same in zip(some.ids, some.prompt_lengths, before, strict=True)]
+        known = [[_known_logps(some.entry, ids, n) for ids, n in zip(some.ids, some.prompt_lengths, strict=True)] for some in found]
+        targets = [
+            [ids[n + len(logps) :] for ids, n, logps in zip(some.ids, some.prompt_lengths, before, strict=True)]
             for some, before in zip(found, known, strict=True)
         ]
+        read = self._read_groups(found, [[len(tokens) for tokens in wanted] for wanted in targets], drop=1)
         out: list[list[float]] = [[] for _ in candidates]
-        for some, before, new, read in zip(found, known, counts, self._read_groups(found, counts, drop=1), strict=True):
-            targets = [ids[len(ids) - count :] for ids, count in zip(some.ids, new, strict=True)]
-            logps = [
-                some.entry.logps[:same] + rest for same, rest in zip(before, _target_logps(read.outputs, read.places, targets), strict=True)
-            ]
-            for i, found_logps in zip(some.index, logps, strict=True):
-                out[i] = found_logps
+        for some, before, wanted, outputs in zip(found, known, targets, read, strict=True):
+            logps = [old + new for old, new in zip(before, _target_logps(outputs, wanted), strict=True)]
+            for i, all_of_one in zip(some.index, logps, strict=True):
+                out[i] = all_of_one
             some.keep_scores(logps)
         return out
 
@@ -249,18 +247,19 @@ class CachedLM(HypothesisRows):
         return out
 
 
-def _scored_length(entry: RowEntry, ids: list[int], prompt_length: int) -> int:
-    """Response tokens of ``ids`` whose log-probability ``entry`` has."""
-    return common_length(entry.scored, ids[prompt_length:]) if prompt_length == entry.prompt_length else 0
+def _known_logps(entry: RowEntry, ids: list[int], prompt_length: int) -> list[float]:
+    """Those of the response tokens of ``ids`` that ``entry`` has. That of the first token of all is 0: nothing before it says more."""
+    same = common_length(entry.scored, ids[prompt_length:]) if prompt_length == entry.prompt_length else 0
+    return entry.logps[:same] if same or prompt_length else [0.0]
 
 
-def _target_logps(outputs: Tensor, places: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Log-probabilities of ``targets``, each behind its place in ``outputs`` [places, vocabulary]."""
-    flat = [(place, token) for some, tokens in zip(places, targets, strict=True) for place, token in zip(some, tokens, strict=True)]
+def _target_logps(read: CandidateOutputs, targets: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Log-probabilities of ``targets``, the tokens behind the places of each text."""
+    flat = [pair for places, tokens in zip(read.places, targets, strict=True) for pair in zip(places, tokens, strict=True)]
     if not flat:
         return [[] for _ in targets]
-    rows, tokens = torch.tensor(flat, device=outputs.device).T
-    outputs = outputs.float()
+    rows, tokens = torch.tensor(flat, device=read.outputs.device).T
+    outputs = read.outputs.float()
     logps = iter((outputs[rows, tokens] - outputs.logsumexp(1)[rows]).tolist())
     return [[next(logps) for _ in some] for some in targets]
 

@@ -207,7 +207,7 @@ class HypothesisRows(PromptEncoder):
         Those of one request become one prefix group; those of others copy the prompt, because their texts diverge.
         """
         targets = [self.ids(h) for h in roots]
-        prompts = [tuple(ids[: length - 1]) for ids, length in targets]
+        prompts = [tuple(ids[: max(0, length - 1)]) for ids, length in targets]
         pictures = [self.image_inputs(h.prompt) for h in roots]
         keys = [(prompt, "" if images is None else images.digest) for prompt, images in zip(prompts, pictures, strict=True)]
         sharing = Counter(keys)

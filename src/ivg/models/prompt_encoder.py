@@ -224,8 +224,7 @@ class PromptEncoder:
         """(all tokens of prompt and response, how many of them are prompt).
 
         With the base's vocabulary: its very tokens. With another: the text is tokenised again, and a token that spans the end of the
-        prompt counts as response, but for the first of all, which no output comes before. An end-of-sequence token of the base becomes
-        this model's own.
+        prompt counts as response. An end-of-sequence token of the base becomes this model's own.
         """
         return self.ids_of([h])[0]
 
@@ -245,7 +244,7 @@ class PromptEncoder:
         if self.vocabulary.same_as(h.vocabulary):
             return [*prompt, *self.own_ids(h.token_ids)], len(prompt)
         ids = list(prompt) if tokenised is None else list(tokenised)
-        prompt_length = max(1, common_length(prompt, ids))
+        prompt_length = common_length(prompt, ids)
         if h.token_ids and h.token_ids[-1] in h.vocabulary.eos_ids and self.vocabulary.eos_ids:
             ids.append(min(self.vocabulary.eos_ids))
         return ids, prompt_length
