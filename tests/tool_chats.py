@@ -40,12 +40,14 @@ PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if
 
 
 def template(name):
-    """A template of TRL's, by its file name; ``mistral`` is the one above."""
-    return MISTRAL if name == "mistral" else (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    """A template of TRL's, by its file name; ``mistral`` is the one above, and a template is itself."""
+    if "{" in name or name == "mistral":
+        return MISTRAL if name == "mistral" else name
+    return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def tokenizer(name):
-    """A tokenizer of bytes with a family's template, or with a template that is given."""
+    """A tokenizer of bytes with the template of :func:`template`."""
     out = byte_tokenizer()
-    out.chat_template = name if "{" in name else template(name)
+    out.chat_template = template(name)
     return out

@@ -133,34 +133,40 @@ def test_invalid_messages(change, message, param):
 
 HARMLESS = {
     "metadata": {"run": "7"}, "store": True, "service_tier": "flex", "user": "me", "safety_identifier": "x", "prompt_cache_key": "k",
-    "parallel_tool_calls": True, "extra_body": {}, "response_format": None, "some_new_field": None, "length_penalty": 1.0,
+    "extra_body": {}, "response_format": None, "some_new_field": None, "length_penalty": 1.0,
     "skip_special_tokens": True,
 }  # fmt: skip
-
-
-TOOLS = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"}
 
 
 NEW_MESSAGE = {"messages": [{"role": "user", "content": "Film", "name": "me", "reasoning_content": "hm", "cache_control": {"type": "x"}}]}
 
 
-@pytest.mark.parametrize("change", [{k: v} for k, v in HARMLESS.items()] + [TOOLS, {"tool_choice": "auto"}, NEW_MESSAGE])
+@pytest.mark.parametrize("change", [{k: v} for k, v in HARMLESS.items()] + [NEW_MESSAGE])
 def test_fields_without_effect_are_ignored_unless_strict(change):
     body = json.dumps(CHAT | change).encode()
     assert parsing.parse_body(body, JSON, ChatRequest) == parsing.parse_body(json.dumps(CHAT).encode(), JSON, ChatRequest)
-    welcome = set(change) & {"user", "safety_identifier", "prompt_cache_key", "response_format", "parallel_tool_calls"}
+    welcome = set(change) & {"user", "safety_identifier", "prompt_cache_key", "response_format"}
     if not welcome:
         with pytest.raises(ServeError):
             parsing.parse_body(body, JSON, ChatRequest, strict=True)
 
 
 @pytest.mark.parametrize(
-    "change", [{"tools": TOOLS["tools"]}, {"response_format": {"type": "json_object"}}, {"reasoning_effort": "high"}, {"x": 1}]
+    "change", [{"functions": [{"name": "f"}]}, {"response_format": {"type": "json_object"}}, {"reasoning_effort": "high"}, {"x": 1}]
 )
 def test_unsupported_fields_are_refused(change):
     with pytest.raises(ServeError) as e:
         parsing.parse_body(json.dumps(CHAT | change).encode(), JSON, ChatRequest)
     assert e.value.param == next(iter(change))
+
+
+def test_tools_that_are_not_offered():
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for change in ({"tools": tools, "tool_choice": "none"}, {"tool_choice": "auto"}, {"parallel_tool_calls": True}, {"tools": []}):
+        body = parsing.parse_body(json.dumps(CHAT | change).encode(), JSON, ChatRequest)
+        assert not body.offered_tools and "tools" not in body.chat
+    body = parsing.parse_body(json.dumps(CHAT | {"tools": tools}).encode(), JSON, ChatRequest, strict=True)
+    assert body.offered_tools == body.chat["tools"] == tools
 
 
 def test_messages_contain_no_file_paths():

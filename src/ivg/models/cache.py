@@ -166,7 +166,7 @@ class RowCache(ABC):
         """What they hold, shared parts counted once."""
 
 
-def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
     """How many tokens two lists begin with in common; compares slices, which is fast."""
     if type(a) is not type(b):  # slices of a tuple and of a list are never equal
         a, b = list(a), list(b)

@@ -6,7 +6,7 @@ piece of text in both. Rows that only pad the embedding (32000 against 32016, 15
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -51,6 +51,7 @@ class Vocabulary:
         self._same: dict[int, tuple[Vocabulary, bool]] = {}
         self._lengths: dict[int, int] = {}
         self._words: dict[str, list[tuple[int, ...]]] = {}
+        self._shown: frozenset[int] = frozenset()
 
     @cached_property
     def pieces(self) -> dict[int, str]:
@@ -115,6 +116,12 @@ class Vocabulary:
         """Ids that are not text: decoding leaves them out."""
         names = special_tokens(self.tokenizer)
         return frozenset(i for i, piece in self.pieces.items() if piece in names) if names else frozenset()
+
+    def show(self, names: Collection[str]) -> None:
+        """Let special tokens be text: those among ``names`` that there are. Before anything is decoded."""
+        special = self.special
+        self._shown = frozenset(i for name in names if (i := self._ids_of.get(name)) is not None and i in special)
+        self.special = special - self._shown
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, special tokens left out, spaces unchanged.
@@ -231,7 +238,9 @@ class Vocabulary:
         return known
 
     def _tokenizer_decode(self, ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        skip = self._shown.isdisjoint(ids)
+        kept = list(ids) if skip else [i for i in ids if i not in self.special]
+        text: str = self.tokenizer.decode(kept, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
         return text
 
     def _decode_bytewise(self, ids: Sequence[int]) -> str:

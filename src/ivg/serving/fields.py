@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import PlainValidator, WithJsonSchema
@@ -40,6 +41,24 @@ def _messages(value: Any) -> tuple[Message, ...]:
         if turn.role not in ROLES:
             raise PromptError(f"messages[{i}].role must be one of {', '.join(ROLES)}, got {turn.role!r}")
     return tuple(turns)
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionChoice:
+    """The one function that a response must call."""
+
+    name: str
+
+
+def _tool_choice(value: Any) -> str | FunctionChoice | None:
+    """``none``, ``auto``, ``required``, or a function."""
+    if value is None or (isinstance(value, str) and value in ("none", "auto", "required")):
+        return value
+    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        words = 'none, auto, required or {"type": "function", "function": {"name": …}}'
+        raise PromptError(f"tool_choice must be {words}, got {show_json(value)}")
+    return FunctionChoice(function["name"])
 
 
 def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
@@ -113,6 +132,11 @@ _MESSAGE = {
         "tool_call_id": _TEXT,
     },
 }
+_NAMED = {"type": "object", "required": ["name"], "properties": {"name": _TEXT}}
+_CHOICE = {"type": "object", "required": ["type", "function"], "properties": {"type": {"const": "function"}, "function": _NAMED}}
+ToolChoice = Annotated[
+    Any, PlainValidator(_tool_choice), WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, _CHOICE, {"type": "null"}]})
+]
 Stop = Annotated[
     Any,
     PlainValidator(_stop),

@@ -75,11 +75,12 @@ def remove_ignored(data: dict[str, Any], known: Collection[str] = (), *, strict:
     if strict:
         _check_messages(data.get("messages"))
     else:
-        data = _remove_tools(_move_extra_body(data))
+        data = _move_extra_body(data)
+        data = _remove_tools(data, known)
     unsupported = OPENAI if strict else {**OPENAI, **VLLM}
     out = {}
     for name, value in data.items():
-        if name in LABELS or (not strict and (value is None or name in NO_EFFECT)):
+        if name in LABELS or (not strict and (value is None or (name in NO_EFFECT and name not in known))):
             continue
         neutral = None if name in known else unsupported.get(name)
         if neutral is None:
@@ -95,9 +96,11 @@ def is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
     return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)
 
 
-def _remove_tools(data: dict[str, Any]) -> dict[str, Any]:
+def _remove_tools(data: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
     """Without tools that the model must not call."""
     for choice, offered in (("tool_choice", "tools"), ("function_call", "functions")):
+        if offered in known:
+            continue
         if data.get(choice) == "none":
             data = {k: v for k, v in data.items() if k not in (choice, offered)}
         elif data.get(choice) == "auto" and not data.get(offered):

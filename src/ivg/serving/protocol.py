@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ivg.serving.fields import Messages, Prompts, Stop
+from ivg.serving.fields import FunctionChoice, Messages, Prompts, Stop, ToolChoice
 from ivg.settings.chat import ChatSettings
 from ivg.settings.per_request import RequestSettings
 from ivg.settings.requests import SearchConfig
@@ -129,7 +129,7 @@ class _Request(Table):
         return self
 
 
-@table_of(ChatSettings, without=("tools",))
+@table_of(ChatSettings)
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
@@ -138,7 +138,10 @@ class ChatRequest(_Request):
         chat_template_kwargs: dict[str, Any] | None = None
         add_generation_prompt: bool | None = None
         continue_final_message: bool | None = None
+        tools: list[dict[str, Any]] | None = None
 
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: Annotated[int | None, _MAX_TOKENS, _MAX_TOKENS_FIELD] = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -154,9 +157,16 @@ class ChatRequest(_Request):
         return "max_tokens" if self.max_tokens is not None else "max_completion_tokens"
 
     @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """The functions that the response may call; none with ``tool_choice: none``."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
     def chat(self) -> dict[str, Any]:
         """The settings of the chat template that were given."""
-        return {name: value for name in settings_of(ChatSettings) if (value := getattr(self, name, None)) is not None}
+        return {name: value for name in settings_of(ChatSettings) if name != "tools" and (value := getattr(self, name)) is not None} | (
+            {"tools": self.offered_tools} if self.offered_tools else {}
+        )
 
     @property
     def n_logprobs(self) -> int | None:
@@ -165,6 +175,11 @@ class ChatRequest(_Request):
 
     @model_validator(mode="after")
     def _check_pairs(self) -> ChatRequest:
+        names = [tool["function"]["name"] for tool in self.tools or ()]
+        if self.tool_choice not in (None, "none", "auto") and not names:
+            raise ValueError("tool_choice needs tools")
+        if isinstance(self.tool_choice, FunctionChoice) and self.tool_choice.name not in names:
+            raise ValueError(f"tool_choice.function.name is {self.tool_choice.name!r}, and no tool has that name")
         if self.add_generation_prompt and self.continue_final_message:
             raise ValueError("add_generation_prompt and continue_final_message are both true; give one of them")
         if self.top_logprobs is not None and not self.logprobs:

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
+from ivg.models.tool_reader import CallText
 from ivg.models.vocabulary import Vocabulary
 from ivg.serving.echo import EchoedPrompt
 from ivg.serving.served_models import RequestBatch
+from ivg.serving.tools import call_deltas, message_calls
 from ivg.types import Completion, TokenLogprobs, likeliest
 from ivg.types.thinking import split_reasoning
 
@@ -39,6 +41,15 @@ class TokenText:
         return self._vocabulary.response_text(self._context, [token]) or self._vocabulary.pieces.get(token, "")
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a response consists of; ``content`` is None where it has not begun."""
+
+    thinking: str | None = None
+    content: str | None = ""
+    calls: tuple[CallText, ...] = ()
+
+
 @dataclass
 class ChoiceState:
     """One choice of a response, as far as it has been sent.
@@ -52,7 +63,7 @@ class ChoiceState:
         selections: number of ``ivg.beams`` events sent.
         beam_numbers: small numbers for beam keys, in order of appearance.
         completion: set when it is finished.
-        parts: thinking and answer, as far as they were sent.
+        parts: thinking, answer and calls of tools, as far as they were sent.
         echoed: characters of the prompt that were sent before.
     """
 
@@ -64,14 +75,8 @@ class ChoiceState:
     selections: int = 0
     beam_numbers: dict[int, int] = field(default_factory=dict)
     completion: Completion | None = None
-    parts: tuple[str, str] = ("", "")
+    parts: Parts = Parts()
     echoed: int = 0
-
-    def take_parts(self, marker: str | None, *, final: bool) -> tuple[str, str]:
-        """(thinking, answer) in :attr:`text` that were not sent yet; all is answer where ``marker`` is None."""
-        thinking, answer = ("", self.text) if marker is None else split_reasoning(self.text, marker, final=final)
-        sent, self.parts = self.parts, (thinking, answer or "")
-        return thinking[len(sent[0]) :], (answer or "")[len(sent[1]) :]
 
     def take_tokens(self, details: Sequence[TokenLogprobs], limit: int, *, final: bool) -> list[TokenLogprobs]:
         """Tokens not sent yet that lie within the first ``limit`` characters; at the end without what a stop string cut off."""
@@ -86,6 +91,15 @@ class ChoiceState:
             self.characters = end
         self.tokens += len(out)
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of a choice: of its thinking, of its text, and ``tool_calls`` of deltas."""
+
+    thinking: str = ""
+    content: str = ""
+    calls: tuple[dict[str, Any], ...] = ()
 
 
 class ResponseBuilder:
@@ -125,26 +139,57 @@ class ResponseBuilder:
     def choice(self, state: ChoiceState, completion: Completion) -> dict[str, Any]:
         """A whole choice."""
         tokens = state.take_tokens(completion.details, len(completion.text), final=True)
-        prompt = self.echoed(state.index)
-        out: dict[str, Any] = {"index": state.index, "finish_reason": completion.finish_reason}
+        prompt, parts = self.echoed(state.index), self.parts(state.index, completion.text)
+        out: dict[str, Any] = {"index": state.index, "finish_reason": self.finish_reason(completion, parts)}
         out["logprobs"] = self.logprobs(tokens, len(prompt.text) if prompt else 0, prompt)
         if not self.chat:
             own = {} if self.prompt_logprobs is None else {"prompt_logprobs": self._vllm_prompt_logprobs(state.index)}
             return out | {"text": (prompt.text if prompt else "") + completion.text} | own
-        message = {"role": "assistant", "content": completion.text, "refusal": None}
-        if (marker := self.batch.thinking[state.index]) is not None:
-            message["reasoning_content"], message["content"] = split_reasoning(completion.text, marker)
+        message: dict[str, Any] = {"role": "assistant", "content": parts.content, "refusal": None}
+        if parts.thinking is not None:
+            message["reasoning_content"] = parts.thinking
+        if parts.calls:
+            message |= {"content": parts.content or None, "tool_calls": message_calls(parts.calls, self._call_ids(state.index, parts))}
         return out | {"message": message}
 
+    def parts(self, index: int, text: str, *, final: bool = True) -> Parts:
+        """What the text of a choice, or the beginning of it, consists of."""
+        if not self.chat:
+            return Parts(content=text)
+        marker, tools = self.batch.thinking[index], self.batch.tools
+        thinking, answer = (None, text) if marker is None else split_reasoning(text, marker, final=final)
+        if tools is None or answer is None:
+            return Parts(thinking, answer)
+        found = tools.parse(answer, final=final)
+        return Parts(thinking, found.content, found.calls)
+
+    def take_delta(self, state: ChoiceState, *, final: bool) -> Delta:
+        """What of :attr:`ChoiceState.text` was not sent yet."""
+        sent, now = state.parts, self.parts(state.index, state.text, final=final)
+        state.parts = now
+        calls = tuple(call_deltas(sent.calls, now.calls, self._call_ids(state.index, now)))
+        return Delta((now.thinking or "")[len(sent.thinking or "") :], (now.content or "")[len(sent.content or "") :], calls)
+
+    def _call_ids(self, index: int, parts: Parts) -> list[str]:
+        tools = self.batch.tools
+        return [] if tools is None else [tools.call_id(self.id, index, i) for i in range(len(parts.calls))]
+
+    @staticmethod
+    def finish_reason(completion: Completion, parts: Parts) -> str:
+        """``tool_calls`` where a response ended after calls."""
+        return "tool_calls" if parts.calls and completion.finish_reason == "stop" else completion.finish_reason
+
     def delta(
-        self, index: int, text: str, tokens: Sequence[TokenLogprobs], offset: int, finish: str | None = None, thinking: str = ""
+        self, index: int, piece: Delta, tokens: Sequence[TokenLogprobs] = (), offset: int = 0, finish: str | None = None
     ) -> dict[str, Any]:
         """A piece of a choice; its tokens begin ``offset`` characters after the beginning of the choice."""
         out: dict[str, Any] = {"index": index, "finish_reason": finish, "logprobs": self.logprobs(tokens, offset) if tokens else None}
         if not self.chat:
-            return out | {"text": text}
-        reasoning = {"reasoning_content": thinking} if thinking else {}
-        return out | {"delta": reasoning | ({"content": text} if text or (finish is None and not thinking) else {})}
+            return out | {"text": piece.content}
+        reasoning = {"reasoning_content": piece.thinking} if piece.thinking else {}
+        calls = {"tool_calls": list(piece.calls)} if piece.calls else {}
+        is_text = piece.content or (finish is None and not reasoning and not calls)
+        return out | {"delta": reasoning | ({"content": piece.content} if is_text else {}) | calls}
 
     def echoed(self, index: int) -> EchoedPrompt | None:
         """The prompt of a choice, where its text begins with it."""

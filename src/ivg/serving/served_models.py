@@ -30,6 +30,7 @@ from ivg.serving.lengths import (
     max_new_tokens,
 )
 from ivg.serving.protocol import Body, ChatRequest, Guidance
+from ivg.serving.tools import OfferedTools, offered_tools, tool_format
 from ivg.settings.chat import ChatSettings
 from ivg.settings.recipe import Recipe
 from ivg.settings.serve import ServeSettings
@@ -57,6 +58,7 @@ class RequestBatch:
         returned: completions that are returned for every prompt, of ``n`` the likeliest.
         echo: the prompts, where the response shows anything of them; done before any text is generated.
         generate: is any text wanted?
+        tools: the functions that the responses may call; None: none.
     """
 
     requests: list[Request]
@@ -68,6 +70,7 @@ class RequestBatch:
     returned: int
     echo: EchoJob | None = None
     generate: bool = True
+    tools: OfferedTools | None = None
 
 
 class ServedModels:
@@ -94,6 +97,7 @@ class ServedModels:
         self.name = settings.name or ("embedded" if base is None else base.path.rstrip("/").rpartition("/")[2].replace(":", "-"))
         self.names = {self.name: recipe.search.method} | {f"{self.name}:{m}": m for m in model.methods}
         check_chat_templates(model)
+        self.tool_format = tool_format(model, settings.tool_call_parser)
         self.sampling = {**asdict(model.sampling), **recipe.sampling.settings()}
         method = model.with_instruction(self.get_method(recipe.search.method, {}))
         check_engine(model.engine, model.request("x", method, **self.sampling))
@@ -197,7 +201,8 @@ class ServedModels:
         prompt_tokens = sum(self.model.engine.prompt_tokens(first.prompt) for first in firsts)
         requests = [replace(first, index=i) for first in firsts for i in range(n)]
         markers = [self._marker(first) for first in firsts for _ in range(n)]
-        return RequestBatch(requests, method.name, seed, prompt_tokens, n, markers, body.n or 1, echo, body.limit != 0)
+        offered = offered_tools(body, self.tool_format) if isinstance(body, ChatRequest) else None
+        return RequestBatch(requests, method.name, seed, prompt_tokens, n, markers, body.n or 1, echo, body.limit != 0, offered)
 
     def _echo(self, body: Body, method: Method, prompts: list[Prompt]) -> EchoJob | None:
         """What the response shows of the prompts."""
@@ -313,9 +318,10 @@ class ServedModels:
             prompt = Prompt(messages, chat=ChatSettings(**body.chat))
         else:
             prompt = Prompt("\n".join(m.text for m in body.messages))
-        if body.chat_template_kwargs and not is_chat(prompt, self.model.base.template):
-            message = "chat_template_kwargs is not supported by this model, which has no chat template; leave it out"
-            raise ServeError(message, 400, "invalid_value", "chat_template_kwargs")
+        for name, given in (("chat_template_kwargs", body.chat_template_kwargs), ("tools", body.offered_tools)):
+            if given and not is_chat(prompt, self.model.base.template):
+                message = f"{name} is not supported by this model, which has no chat template; leave it out"
+                raise ServeError(message, 400, "invalid_value", name)
         check_prompt_length(self.model.base, prompt)
         return prompt
 

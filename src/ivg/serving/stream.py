@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from ivg.errors import ServeError
 from ivg.serving.errors import error_body
 from ivg.serving.requests import Progress
-from ivg.serving.responses import ChoiceState, ResponseBuilder, clamp, finite_or_none
+from ivg.serving.responses import ChoiceState, Delta, ResponseBuilder, clamp, finite_or_none
 from ivg.types import TraceNode
 
 DONE = b"data: [DONE]\n\n"
@@ -54,15 +55,16 @@ class StreamEncoder:
         state.length = progress.tokens if completion is None else completion.usage.completion_tokens
         tokens = state.take_tokens(progress.details, len(text), final=completion is not None)
         state.text = text
-        marker = builder.batch.thinking[state.index] if builder.chat else None
-        thinking, new = state.take_parts(marker, final=completion is not None)
+        new = builder.take_delta(state, final=completion is not None)
         if self.beams and tokens:
             yield encode_event({"index": state.index, "tokens": builder.guided_tokens(tokens)}, "ivg.tokens")
-        if new or thinking or (tokens and builder.top_logprobs is not None):
-            yield encode_event(self._chunk([builder.delta(state.index, new, tokens, offset, thinking=thinking)]))
+        if new.content or new.thinking or (tokens and builder.top_logprobs is not None):
+            yield encode_event(self._chunk([builder.delta(state.index, replace(new, calls=()), tokens, offset)]))
+        for call in new.calls:  # one in each chunk, as OpenAI sends them
+            yield encode_event(self._chunk([builder.delta(state.index, Delta(calls=(call,)))]))
         if completion is not None:
             state.completion = completion
-            last = builder.delta(state.index, "", (), offset, completion.finish_reason)
+            last = builder.delta(state.index, Delta(), finish=builder.finish_reason(completion, state.parts))
             yield encode_event(self._chunk([last]) | {"ivg": builder.ivg_object([completion]) | {"index": state.index}})
 
     def finish(self) -> Iterator[bytes]:

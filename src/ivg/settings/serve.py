@@ -70,6 +70,15 @@ class ServeSettings(Table):
     cors_origins: Annotated[
         tuple[str, ...], _LISTS, Setting("Web origin that may send requests from a browser; may be repeated.", flags=("--cors-origin",))
     ] = ()
+    tool_call_parser: Annotated[
+        str | None,
+        Setting(
+            "How the base writes calls of tools: hermes, llama3_json, mistral (as in vLLM), or none.",
+            r.choice("hermes", "llama3_json", "mistral", "none", optional=True),
+            flags=("--tool-call-parser",),
+            unset="as its chat template does",
+        ),
+    ] = None
     log_prompts: Annotated[bool, Setting("Write prompts to the log.", flags=("--log-prompts",))] = False
 
     @field_validator("name")

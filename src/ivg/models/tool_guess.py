@@ -1,0 +1,35 @@
+"""The format of the calls of tools that a chat template writes: a call is rendered, and the format that reads it back is the one."""
+
+from __future__ import annotations
+
+from ivg.errors import PromptError
+from ivg.models.cache import common_length
+from ivg.models.chat_template import is_chat, render
+from ivg.models.prompt_encoder import PromptEncoder
+from ivg.models.tool_formats import ToolFormat, format_of_turn
+from ivg.models.tool_reader import CallText
+from ivg.settings.chat import ChatSettings
+from ivg.settings.tools import Tools
+from ivg.types import Message, Prompt, ToolCall
+
+_NAME, _ARGUMENTS = "look_up", '{"word": "tool"}'
+_PARAMETERS = {"type": "object", "properties": {"word": {"type": "string", "description": "A word."}}, "required": ["word"]}
+_TOOL = {"type": "function", "function": {"name": _NAME, "description": "Look a word up.", "parameters": _PARAMETERS}}
+_ASKED = Message("user", "What is it?")
+_CALLED = Message("assistant", "", tool_calls=(ToolCall(_NAME, _ARGUMENTS, "call12345"),))
+
+
+def format_of_template(base: PromptEncoder) -> ToolFormat | None:
+    """The format of the calls that the chat template of ``base`` writes; None: it writes none, or in no known format."""
+    if not is_chat(Prompt((_ASKED,)), base.template):
+        return None
+    chat = ChatSettings(tools=Tools([_TOOL]))
+    try:
+        asked, called = (
+            render(Prompt(turns, chat=chat), base.tokenizer, base.template, base.name, base.chat_settings)
+            for turns in ((_ASKED,), (_ASKED, _CALLED))
+        )
+    except PromptError:
+        return None
+    turn = called[common_length(asked, called) :]
+    return format_of_turn(turn, CallText(_NAME, _ARGUMENTS))

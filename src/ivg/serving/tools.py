@@ -1,0 +1,100 @@
+"""Calls of tools in responses: which request may have them, and how OpenAI's objects show them. Independent of HTTP and threads."""
+
+from __future__ import annotations
+
+import hashlib
+import string
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ivg.errors import ServeError
+from ivg.model import GuidedModel
+from ivg.models.tool_formats import FORMATS, ParsedResponse, ToolFormat
+from ivg.models.tool_guess import format_of_template
+from ivg.models.tool_reader import CallText
+from ivg.serving.protocol import ChatRequest
+
+_LETTERS = string.ascii_letters + string.digits
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedTools:
+    """The functions that a response may call.
+
+    Attributes:
+        format: how the model writes calls.
+        names: of the functions.
+        parallel: may there be several calls? Else those after the first are left out.
+    """
+
+    format: ToolFormat
+    names: frozenset[str]
+    parallel: bool = True
+
+    def parse(self, text: str, *, final: bool) -> ParsedResponse:
+        """Text and calls of a response, or of its beginning unless it is ``final``."""
+        found = self.format.parse(text, self.names, final=final)
+        return found if self.parallel else ParsedResponse(found.content, found.calls[:1])
+
+    def call_id(self, response: str, choice: int, number: int) -> str:
+        """The id of a call: the same in a stream and in a whole response of this id."""
+        digest = hashlib.sha256(f"{response}/{choice}/{number}".encode()).digest()
+        letters = "".join(_LETTERS[byte % len(_LETTERS)] for byte in digest)
+        return letters[:9] if self.format.short_ids else f"call_{letters[:24]}"
+
+
+def tool_format(model: GuidedModel, name: str | None) -> ToolFormat | None:
+    """The format in which the base writes calls, whose special tokens are text from now on; None: none is known.
+
+    Args:
+        model: with the base.
+        name: of the format, or ``none``; None: the one that the base's chat template writes.
+    """
+    found = format_of_template(model.base) if name is None else FORMATS.get(name)
+    if found is not None:
+        model.base.vocabulary.show(found.tokens)
+    return found
+
+
+def offered_tools(body: ChatRequest, known: ToolFormat | None) -> OfferedTools | None:
+    """The functions that the response to ``body`` may call; None: none.
+
+    Args:
+        body: of the request.
+        known: the format in which the base writes calls.
+
+    Raises:
+        ServeError: there is no format, or a call is required.
+    """
+    if not body.offered_tools:
+        return None
+    if known is None:
+        message = (
+            "tools is not supported by this model: its chat template writes calls in no known form"
+            f" (the server's --tool-call-parser takes {', '.join(FORMATS)})"
+        )
+        raise ServeError(message, 400, "invalid_value", "tools")
+    if body.tool_choice not in (None, "auto"):
+        message = 'tool_choice must be "auto" or "none" on this server; a call cannot be required'
+        raise ServeError(message, 400, "invalid_value", "tool_choice")
+    names = frozenset(tool["function"]["name"] for tool in body.offered_tools)
+    return OfferedTools(known, names, body.parallel_tool_calls is not False)
+
+
+def message_calls(calls: Sequence[CallText], ids: Sequence[str]) -> list[dict[str, Any]]:
+    """``tool_calls`` of a message."""
+    return [_call(call, identity, call.arguments) for call, identity in zip(calls, ids, strict=True)]
+
+
+def call_deltas(sent: Sequence[CallText], calls: Sequence[CallText], ids: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """``tool_calls`` of deltas: for each call its id and name first, then pieces of its arguments."""
+    for i, (call, identity) in enumerate(zip(calls, ids, strict=True)):
+        if i >= len(sent):
+            yield {"index": i, **_call(call, identity, "")}
+        if piece := call.arguments[len(sent[i].arguments) if i < len(sent) else 0 :]:
+            yield {"index": i, "function": {"arguments": piece}}
+
+
+def _call(call: CallText, identity: str, arguments: str) -> dict[str, Any]:
+    return {"id": identity, "type": "function", "function": {"name": call.name, "arguments": arguments}}
