@@ -178,10 +178,10 @@ def test_the_pair_comes_from_sft_and_dpo(tmp_path, model, mode):
 
     given = {**FAST.__dict__, "mode": mode, "learning_rate": 3e-3 if mode == "full" else 2e-2}
     options = SFTSettings(**given)
-    rows = [SFTExample(Prompt(f"p{i}"), "abab") for i in range(400)]
+    rows = [SFTExample(Prompt(f"p{i}"), "abab") for i in range(40)]
     said = tune.sft(model, rows, tmp_path / "untuned", options, sources=["demos"])
     assert said["held_out"]["eval_loss"] < 4.0  # from log(257) = 5.5
-    pairs = [Preference(Prompt(f"p{i}"), "aaaa", "bbbb") for i in range(400)]
+    pairs = [Preference(Prompt(f"p{i}"), "aaaa", "bbbb") for i in range(40)]
     tune.dpo(tmp_path / "untuned", pairs, tmp_path / "tuned", DPOSettings(**given))
     value = ImplicitValue.from_pretrained(tmp_path / "tuned", tmp_path / "untuned", options=FLOAT32)
     good, bad = value.score([testing.hypothesis("p3", text, value.tuned) for text in ("aaaa", "bbbb")])

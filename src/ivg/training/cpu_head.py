@@ -1,4 +1,4 @@
-"""Log-probabilities of labels on a CPU, for TRL's ``DPOTrainer``.
+"""Log-probabilities of labels on a CPU, for TRL's ``SFTTrainer`` and ``DPOTrainer``.
 
 TRL computes them from the hidden states in tiles of 128 MB, made for GPUs, and outside a GPU at every position, also of the prompt.
 Here only positions with a label are read, in blocks of a few megabytes that stay in the processor's cache. Same numbers.
@@ -107,10 +107,30 @@ def _view(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
     return memory[: shape[0] * shape[1]].view(shape)
 
 
-def score_on_cpu(model: Any) -> None:
-    """Give ``model``, on which TRL has put its fused head, the one of this module; nothing where the logits are scaled behind the head."""
+class ScoredOnCpu:
+    """A trainer of TRL that reads labels with the head of this module where there is no GPU."""
+
+    model: Any
+    ref_model: Any = None
+    accelerator: Any
+    _scored: bool | None = None
+
+    def score_on_cpu(self) -> bool:
+        """Put the head on the models, once, before their first pass (TRL makes the reference's while the trainer is made). Is it there?"""
+        if self._scored is None:
+            models = (
+                [m.get_base_model() if hasattr(m, "get_base_model") else m for m in (self.model, self.ref_model) if m is not None]
+                if self.accelerator.device.type == "cpu"
+                else []
+            )
+            self._scored = bool(models) and all(map(score_on_cpu, models))
+        return self._scored
+
+
+def score_on_cpu(model: Any) -> bool:
+    """Give ``model``, on which TRL has put its fused head, the one of this module; False where the logits are scaled behind the head."""
     if any(getattr(model.config.get_text_config(), name, None) not in (None, 1.0) for name in SCALES):
-        return
+        return False
     others: Callable[..., Any] = model.forward
 
     def forward(*args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
@@ -131,3 +151,4 @@ def score_on_cpu(model: Any) -> None:
         )
 
     model.forward = forward
+    return True

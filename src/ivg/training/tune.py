@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, set_seed
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -20,7 +19,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 from ivg.diagnostics.pairs import is_tie
 from ivg.errors import ConfigError
 from ivg.settings.train import DPOSettings, SFTSettings, TrainSettings
-from ivg.training.cpu_head import score_on_cpu
+from ivg.training.cpu_head import ScoredOnCpu
 from ivg.training.data import SFTExample, held_out
 from ivg.training.encoding import encode_for_reward, encode_preferences, encode_sft, read_template
 from ivg.training.kept_adapter import check_start, keep_tokenizer, round_to_half, save_adapter
@@ -52,7 +51,7 @@ def sft(model: str | Path, rows: Sequence[SFTExample], out: str | Path, settings
     """
     task = _Task(
         "sft",
-        _SFTTrainer if torch.cuda.is_available() else _PlainLossSFTTrainer,
+        _SFTTrainer,
         SFTConfig,
         ("Supervised fine-tuning", "Load it with transformers; as a base (`--base`), or as the untuned guide (`--untuned`) of a pair."),
         lambda _, tokenizer, template: partial(encode_sft, tokenizer=tokenizer, template=template, max_length=settings.max_length),
@@ -147,42 +146,28 @@ class _Task:
     overrides: str | None = None
 
 
-class _SFTTrainer(GroupedByLength, SFTTrainer):
-    """TRL's."""
+class _SFTTrainer(ScoredOnCpu, GroupedByLength, SFTTrainer):
+    """TRL's. On a CPU without its head: that reads all positions in large tiles, and takes most of the time."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        read_here = self.score_on_cpu() or self.accelerator.device.type != "cpu"
+        return super().compute_loss(*args, **kwargs) if read_here else Trainer.compute_loss(self, *args, **kwargs)
 
 
 class _RewardTrainer(GroupedByLength, RewardTrainer):
     """TRL's."""
 
 
-class _PlainLossSFTTrainer(_SFTTrainer):
-    """With the model's own loss. TRL computes it from a float32 head in tiles, for GPUs; on a CPU that takes most of the time."""
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        return Trainer.compute_loss(self, *args, **kwargs)
-
-
-class _TokenisedDPOTrainer(GroupedByLength, DPOTrainer):
+class _TokenisedDPOTrainer(ScoredOnCpu, GroupedByLength, DPOTrainer):
     """For tokenised rows: TRL would add an end of sequence to responses that were cut at their length limit. On a CPU with our own head."""
 
-    on_cpu = False
-
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        self._score_on_cpu()
+        self.score_on_cpu()
         return super().compute_ref_log_probs(model, inputs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        self._score_on_cpu()
+        self.score_on_cpu()
         return super().compute_loss(*args, **kwargs)
-
-    def _score_on_cpu(self) -> None:
-        """Once, before the first pass, which is the reference's: TRL makes that while the trainer is made."""
-        if self.on_cpu or self.accelerator.device.type != "cpu":
-            return
-        self.on_cpu = True
-        for model in (self.model, self.ref_model):
-            if model is not None:
-                score_on_cpu(model.get_base_model() if hasattr(model, "get_base_model") else model)
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
