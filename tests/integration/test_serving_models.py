@@ -189,3 +189,19 @@ def test_continuous_usage_stats(running, method):
 def test_usage_counts_every_prompt_once(running):
     body = GOOD | {"prompt": ["One", "One", "Three"], "n": 2}
     assert running.post(body).json()["usage"]["prompt_tokens"] == 11
+
+
+def test_several_names(library):
+    with Running(tiny(), name=("small", "gpt-4o")) as running:
+        listed = [m.id for m in running.client().models.list()]
+        assert listed[:2] == ["small", "gpt-4o"] and {"small:eft", "gpt-4o:eft"} < set(listed) and len(set(listed)) == len(listed)
+        answers = [running.post({**GOOD, "model": name}).json() for name in ("small:base", "gpt-4o:base")]
+        assert [a["model"] for a in answers] == ["small:base", "gpt-4o:base"]
+        assert answers[0]["choices"] == answers[1]["choices"]
+        both = running.post({**GOOD, "model": "gpt-4o", "guidance": {"method": "eft"}}).json()
+        assert both["ivg"]["method"] == "eft"
+        well_formed(running.post({**GOOD, "model": "tiny"}), 404, "model")
+    assert ServeSettings(name="a").name == ("a",) and ServeSettings(name=None).name == ()
+    for names in (["a", "a"], ["a:b"], [""]):
+        with pytest.raises(ConfigError, match=r"serve\.name"):
+            Recipe.parse({"serve": {"name": names}})

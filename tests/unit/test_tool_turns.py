@@ -232,3 +232,13 @@ def test_a_shortened_prompt_keeps_its_calls():
     kept = drop_beginning(Prompt.of(ANSWERED), 4)
     assert kept.content[0].content == "is the weather?" and kept.content[1:] == Prompt.of(ANSWERED).content[1:]
     assert [m.role for m in drop_beginning(Prompt.of(ANSWERED), 25).content] == ["user", "tool"]
+
+
+def test_developer_turns_are_system_turns_unless_the_template_knows_them():
+    messages = [{"role": "developer", "content": "Be brief."}, *ASKED]
+    as_system = [{"role": "system", "content": "Be brief."}, *ASKED]
+    assert render(Prompt.of(messages), tokenizer("qwen2_5"), None) == render(Prompt.of(as_system), tokenizer("qwen2_5"), None)
+    knowing = PLAIN + "{# developer #}"
+    assert render(Prompt.of(messages), tokenizer(knowing), None).startswith("<developer>Be brief.\n<user>")
+    joined = render(Prompt.of(messages), tokenizer(knowing), None, system="Rhyme.")
+    assert joined.startswith("<developer>Rhyme.\n\nBe brief.\n<user>")

@@ -15,6 +15,9 @@ from ivg.models.tool_prompts import Messages, check_tools_shown, with_readable_a
 from ivg.settings.chat import CHAT_SETTINGS, ChatSettings
 from ivg.types.messages import Message, Prompt, PromptLike, check_text
 
+SYSTEM_ROLES = ("system", "developer")
+"""Roles of instructions; the second is OpenAI's newer name."""
+
 
 def prompt_text(prompt: Prompt) -> str:
     """The prompt as plain text: the text itself, a lone user message, or a transcript ``role: content``."""
@@ -80,9 +83,9 @@ def _chat_text(prompt: Prompt, tokenizer: Any, name: str, settings: Mapping[str,
     """The messages in a chat template, behind the instruction ``system``."""
     messages = turns(prompt)
     if system is not None:
-        own = messages[0]["role"] == "system"
+        own = messages[0]["role"] in SYSTEM_ROLES
         content = join_instruction(system, messages[0]["content"]) if own else system
-        messages = [{"role": "system", "content": content}, *messages[1 if own else 0 :]]
+        messages = [{"role": messages[0]["role"] if own else "system", "content": content}, *messages[1 if own else 0 :]]
     text = apply_chat_template(messages, tokenizer, name, **chat_arguments(prompt, settings))
     if system is not None and system.strip() not in text:
         raise PromptError(
@@ -189,6 +192,7 @@ def apply_chat_template(messages: Sequence[Mapping[str, Any]], tokenizer: Any, n
             f"{name} has no chat template, in which it is to read this prompt\n"
             '  give this model a template such as "{prompt}" or raw; a text needs none'
         )
+    messages = with_known_roles(messages, tokenizer, settings)
 
     def as_text(found: Messages, more: Mapping[str, Any]) -> str | None:
         return _rendered(found, tokenizer, {**settings, **more})[0]
@@ -212,6 +216,19 @@ def apply_chat_template(messages: Sequence[Mapping[str, Any]], tokenizer: Any, n
         f"the chat template of {name} refuses these messages (roles: {roles}): {message}\n"
         f'  give other messages, or a template for this model such as "{{prompt}}"'
     )
+
+
+def with_known_roles(messages: Messages, reader: Any, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """``messages`` with turns of the role ``developer`` as system turns, unless the template knows that role.
+
+    Args:
+        messages: as chat templates read them.
+        reader: a tokenizer or processor, with its chat template.
+        settings: of ``apply_chat_template``.
+    """
+    source = settings.get("chat_template") or getattr(reader, "chat_template", None)
+    known = "developer" in str(source)
+    return [{**m, "role": "system"} if m["role"] == "developer" and not known else dict(m) for m in messages]
 
 
 def _rendered(messages: Messages, tokenizer: Any, settings: Mapping[str, Any]) -> tuple[str | None, Exception | None]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ivg.errors import PromptError, reason
-from ivg.models.chat_template import chat_arguments, join_instruction, turn_fields, turns
+from ivg.models.chat_template import SYSTEM_ROLES, chat_arguments, join_instruction, turn_fields, turns, with_known_roles
 from ivg.models.images import ImageReader
 from ivg.models.prompt_template import CHAT, NO_CHAT_SETTINGS
 from ivg.models.tool_prompts import Messages, check_tools_shown
@@ -117,7 +117,7 @@ class ImageEncoder:
         messages = self._messages(prompt, pictures)
         try:
             more = chat_arguments(prompt, self.settings)
-            found = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **more)
+            found = processor.apply_chat_template(self._known(messages), tokenize=True, return_dict=True, return_tensors="pt", **more)
         except Exception as e:  # templates and processors are code of the checkpoint
             raise PromptError(f"the processor of {self.name} refuses this prompt with pictures: {reason(e)}") from e
         inputs = _image_inputs(found, self.name)
@@ -161,11 +161,14 @@ class ImageEncoder:
         if self.system is None:
             return list(given)
         first = given[0]
-        if first.role != "system":
+        if first.role not in SYSTEM_ROLES:
             return [Message("system", self.system), *given]
         if first.parts:
             raise PromptError(f"{self.name} has an instruction of its own, and the system turn has pictures\n  put them into a user turn")
-        return [Message("system", join_instruction(self.system, first.content)), *given[1:]]
+        return [Message(first.role, join_instruction(self.system, first.content)), *given[1:]]
+
+    def _known(self, messages: Messages) -> list[dict[str, Any]]:
+        return with_known_roles(messages, self.processor, self.settings)
 
     def _attempt(self, messages: Messages, more: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | None:
         try:
@@ -174,7 +177,7 @@ class ImageEncoder:
             return None
 
     def _rendered(self, messages: list[Any], arguments: Mapping[str, Any]) -> str:
-        return str(self.processor.apply_chat_template(messages, tokenize=False, **arguments))
+        return str(self.processor.apply_chat_template(self._known(messages), tokenize=False, **arguments))
 
 
 def _message(turn: Message, pictures: Any, *, as_parts: bool) -> dict[str, Any]:

@@ -82,7 +82,8 @@ class ServedModels:
         settings: limits.
 
     Attributes:
-        name: of the base.
+        name: of the base, the first one.
+        bare_names: all names of the base, without a method.
         names: every model name that clients may use, with its method.
 
     Raises:
@@ -94,8 +95,11 @@ class ServedModels:
             settings = settings.model_copy(update={"max_body_bytes": MAX_BODY_WITH_IMAGES})
         self.model, self.recipe, self.settings = model, recipe, settings
         base = recipe.models.given.get("base")
-        self.name = settings.name or ("embedded" if base is None else base.path.rstrip("/").rpartition("/")[2].replace(":", "-"))
-        self.names = {self.name: recipe.search.method} | {f"{self.name}:{m}": m for m in model.methods}
+        own = "embedded" if base is None else base.path.rstrip("/").rpartition("/")[2].replace(":", "-")
+        self.bare_names = settings.name or (own,)
+        self.name = self.bare_names[0]
+        self.names = dict.fromkeys(self.bare_names, recipe.search.method)
+        self.names |= {f"{name}:{m}": m for name in self.bare_names for m in model.methods}
         check_chat_templates(model)
         self.tool_format = tool_format(model, settings.tool_call_parser)
         self.sampling = {**asdict(model.sampling), **recipe.sampling.settings()}
@@ -129,7 +133,7 @@ class ServedModels:
         if wanted not in method_names() and wanted != "custom":
             known = ", ".join([*method_names(), "custom"])
             raise ServeError(f"unknown method {wanted!r}; expected one of: {known}", 400, "invalid_value", "guidance.method")
-        if name != self.name and wanted != self.names[name]:
+        if name not in self.bare_names and wanted != self.names[name]:
             message = f"model {name!r} has the method {self.names[name]}, but guidance.method is {wanted!r}; give one of them"
             raise ServeError(message, 400, "invalid_value", "guidance.method")
         return wanted
@@ -314,8 +318,7 @@ class ServedModels:
     def _chat_prompt(self, body: ChatRequest) -> Prompt:
         """The messages, if the base has a chat template or there are pictures; else their texts, one a line."""
         if has_chat_template(self.model.base) or any(m.images for m in body.messages):
-            messages = tuple(replace(m, role="system" if m.role == "developer" else m.role) for m in body.messages)
-            prompt = Prompt(messages, chat=ChatSettings(**body.chat))
+            prompt = Prompt(body.messages, chat=ChatSettings(**body.chat))
         else:
             prompt = Prompt("\n".join(m.text for m in body.messages))
         for name, given in (("chat_template_kwargs", body.chat_template_kwargs), ("tools", body.offered_tools)):

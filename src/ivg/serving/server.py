@@ -117,7 +117,7 @@ def serve(recipe: Recipe, settings: ServeSettings, load: Callable[[Recipe], Guid
         served = ServedModels(load(recipe), recipe, settings)
         server = make_server(served)
         host, port = listener.getsockname()[:2]
-        log_event("serving", url=f"http://{host}:{port}", model=served.name, methods=len(served.names) - 1, keys=len(settings.api_keys))
+        log_event("serving", url=f"http://{host}:{port}", model=served.name, methods=len(served.model.methods), keys=len(settings.api_keys))
         server.run(sockets=[listener])
         stuck = server.worker.thread.is_alive()
         rows = sum(runner.live_rows for runner in runners_of(served.model.readers).values())

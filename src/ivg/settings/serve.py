@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
@@ -29,8 +29,12 @@ class ServeSettings(Table):
         ),
     ] = 8000
     name: Annotated[
-        str | None, Setting("Model name of the base for clients.", flags=("--name",), unset="embedded, or the last part of the base's path")
-    ] = None
+        tuple[str, ...],
+        _LISTS,
+        Setting(
+            "Model name of the base for clients; may be repeated.", flags=("--name",), unset="embedded, or the last part of the base's path"
+        ),
+    ] = ()
     api_keys: Annotated[tuple[str, ...], _LISTS, Setting("Accepted API keys; none: no key is required.", secret=True)] = ()
     max_beams: Annotated[
         int, Setting("Maximum number of beams (W*K of each) of all running requests together.", _COUNT, flags=("--max-beams",))
@@ -81,12 +85,19 @@ class ServeSettings(Table):
     ] = None
     log_prompts: Annotated[bool, Setting("Write prompts to the log.", flags=("--log-prompts",))] = False
 
+    @field_validator("name", mode="before")
+    @classmethod
+    def _one_or_more(cls, name: Any) -> Any:
+        return (name,) if isinstance(name, str) else () if name is None else name
+
     @field_validator("name")
     @classmethod
-    def _has_no_colon(cls, name: str | None) -> str | None:
-        if name is not None and (not name or ":" in name or any(c.isspace() for c in name)):
+    def _has_no_colon(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not name or ":" in name or any(c.isspace() for c in name) for name in names):
             raise ValueError("a name has no colon and no white space")
-        return name
+        if len(set(names)) < len(names):
+            raise ValueError("the same name twice")
+        return names
 
     @field_validator("api_keys")
     @classmethod
