@@ -90,7 +90,7 @@ def _sentiment(base: str, work: Path, scale: Scale) -> list[Step]:
         Step(
             "praise",
             f"train sft --model {out}/untuned --data {work}/imdb-praise.jsonl --out {out}/praise --loss all"
-            f" --epochs 2 --lr 1e-3 --batch-size 64 --max-length 224 --eval-share 0.02 --weight-decay 0.02 {train}",
+            f" --epochs 1 --lr 1e-3 --batch-size 64 --max-length 224 --eval-share 0.02 --weight-decay 0.02 {train}",
             ("untuned",),
         ),
         Step(
