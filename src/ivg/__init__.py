@@ -21,8 +21,22 @@ if TYPE_CHECKING:
     from ivg.search.methods import METHODS, Method, get_method
     from ivg.search.searcher import Request, Search, Searcher
     from ivg.search.text_stream import AsyncTextStream, TextStream
-    from ivg.types import AsyncEngine, Beam, Completion, Engine, Message, Prompt, Reward, SamplingParams, Step, TokenGuidance, Usage, Value
-    from ivg.values.base import CompositeValue, FunctionValue, WorstCaseValue
+    from ivg.types import (
+        AsyncEngine,
+        Beam,
+        Completion,
+        Engine,
+        Message,
+        Posterior,
+        Prompt,
+        Reward,
+        SamplingParams,
+        Step,
+        TokenGuidance,
+        Usage,
+        Value,
+    )
+    from ivg.values.base import CompositeValue, FunctionValue, NormalizedValue, WorstCaseValue, batched
     from ivg.values.explicit import ExplicitValue
     from ivg.values.implicit import AutoregressiveReward, ImplicitValue
     from ivg.values.process import ProcessReward
@@ -46,6 +60,7 @@ _HOME = {
         "Completion",
         "Engine",
         "Message",
+        "Posterior",
         "Prompt",
         "Reward",
         "SamplingParams",
@@ -54,7 +69,7 @@ _HOME = {
         "Usage",
         "Value",
     ),
-    "ivg.values.base": ("CompositeValue", "FunctionValue", "WorstCaseValue"),
+    "ivg.values.base": ("CompositeValue", "FunctionValue", "NormalizedValue", "WorstCaseValue", "batched"),
     "ivg.values.explicit": ("ExplicitValue",),
     "ivg.values.implicit": ("AutoregressiveReward", "ImplicitValue"),
     "ivg.values.process": ("ProcessReward",),
@@ -82,6 +97,8 @@ __all__ = [
     "Message",
     "Method",
     "ModelRunner",
+    "NormalizedValue",
+    "Posterior",
     "ProcessReward",
     "Prompt",
     "Request",
@@ -98,6 +115,7 @@ __all__ = [
     "Value",
     "WorstCaseValue",
     "__version__",
+    "batched",
     "get_method",
 ]
 

@@ -221,6 +221,7 @@ class GuidedModel(GenerationMixin, Components):
     ) -> Request:
         """One request. ``settings`` are those of ``SamplingParams``, ``Method`` and :class:`~ivg.settings.chat.ChatSettings`.
 
+        ``token`` and ``select`` are names of values, or values themselves (``select=2 * a - b``); ``rule`` may be a function of your own.
         ``record`` fills ``Completion.guide_shift``; ``trace`` also keeps the tree of beams; ``alternatives`` fills
         ``Completion.details`` with so many of the likeliest tokens at each position, guided and not.
 
@@ -231,7 +232,8 @@ class GuidedModel(GenerationMixin, Components):
         if isinstance(given.get("stop"), str):
             given["stop"] = (given["stop"],)
         rest = {k: v for k, v in settings.items() if k not in _SAMPLING | CHAT_SETTINGS}
-        chosen, values = self.get_method(method, **rest), self.values
+        values = self._with_given(rest)
+        chosen = self.get_method(method, **rest)
         if chosen.reads_contrast:
             found = choose_contrast(values.get(CONTRAST), self._contrast, chosen.name, instructed=chosen.instructed)
             values = {**values, CONTRAST: found}
@@ -241,6 +243,20 @@ class GuidedModel(GenerationMixin, Components):
         sampling = self._sampling(wanted, given)
         own = {k: v for k, v in self.generation_config.items() if k not in given}
         return Request(wanted, search, sampling, seed, index, trace, record, alternatives, from_checkpoint=own)
+
+    def _with_given(self, settings: dict[str, Any]) -> dict[str, Value]:
+        """The values by name, with those that ``token`` and ``select`` give as objects, whose names then stand in their places."""
+        values = dict(self.values)
+        for role in ("token", "select"):
+            if (given := settings.get(role)) is None or isinstance(given, str):
+                continue
+            value = given if isinstance(given, Value) else as_value(given, getattr(given, "__name__", role))
+            if values.setdefault(value.name, value) is not value:
+                raise ConfigError(
+                    f"{role} is a value called {value.name!r}, and the model has another of that name\n  give it another name"
+                )
+            settings[role] = value.name
+        return values
 
     def _sampling(self, prompt: Prompt, given: Mapping[str, Any]) -> SamplingParams:
         """The request's settings over the model's defaults; a default length is cut to what the context has left."""

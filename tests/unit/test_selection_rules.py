@@ -2,12 +2,14 @@
 
 import itertools
 import math
+import statistics
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 
-from ivg.errors import ConfigError, PromptError
+from ivg import GuidedModel
+from ivg.errors import ConfigError, GenerationError, PromptError
 from ivg.search import ranking
 from ivg.search.methods import get_method
 from ivg.search.particles import effective_size, normalised
@@ -15,7 +17,7 @@ from ivg.search.rejection import acceptance, threshold
 from ivg.search.request import Particles, Rejection
 from ivg.search.searcher import Request, Search, Searcher
 from ivg.search.selection import budgets
-from ivg.testing import FakeEngine
+from ivg.testing import FakeEngine, tiny_lm
 from ivg.types import Prompt, SamplingParams, TokenGuidance, Value
 from ivg.values.base import FunctionValue, combine_values
 
@@ -297,3 +299,74 @@ def test_weights_need_their_values_and_a_way_to_combine():
     assert s.search({"a": COUNT_A, "b": COUNT_A}, combine_values).guidance.value.is_sum
     assert hash(s) != hash(get_method("eft"))
     assert get_method("eft", weights="a=1,b=2", beta=0).search({}).guidance is None
+
+
+# The posterior of particles
+
+
+def partition(length, beta):
+    """Z = sum over texts of pi_base * exp(beta * r), by enumeration."""
+    mass = 0.0
+    for n in range(length + 1):
+        for text in map("".join, itertools.product("ab", repeat=n)):
+            p = math.prod(letters(text[:i])["ab".index(letter)] / sum(letters(text[:i])) for i, letter in enumerate(text))
+            p *= letters(text)[2] / sum(letters(text)) if n < length else 1.0
+            mass += p * math.exp(beta * reward(text))
+    return mass
+
+
+@pytest.mark.parametrize("guidance", [None, GUIDE], ids=["unguided", "guided"])
+@pytest.mark.parametrize("resample_below", [0.0, 0.5, 1.0])
+def test_posterior_and_partition_function_against_enumeration(guidance, resample_below):
+    """Z is estimated without bias by few particles, and the particles weighted by Z are the target."""
+    engine = FakeEngine("ab", letters, guided_letters)
+    value = FunctionValue(lambda p, r: reward(r))
+    particles = Particles(particle_beta=1.5, resample_below=resample_below)
+    search = Search(width=8, chunk_length=2, guidance=guidance, value=value, particles=particles)
+    found = [c.posterior for c in answers(engine, search, 1000, max_new_tokens=4, ignore_eos=False)]
+    z, expected = [math.exp(p.log_z) for p in found], target(4, 1.5)
+    mean, deviation = statistics.mean(z), statistics.stdev(z)
+    assert abs(mean - partition(4, 1.5)) < 4 * deviation / math.sqrt(len(z)) < 0.1 * mean
+    mixture = Counter()
+    for weight, posterior in zip(z, found, strict=True):
+        assert sum(posterior.decoded.values()) == pytest.approx(1) and 1 <= posterior.effective_sample_size <= 8 + 1e-9
+        for text, p in posterior.decoded.items():
+            mixture[text] += weight * p / sum(z)
+    assert sum(abs(mixture[text] - p) for text, p in expected.items()) / 2 < 0.06
+
+
+def test_many_particles_are_the_posterior():
+    search = Search(width=3000, chunk_length=2, value=FunctionValue(lambda p, r: reward(r)), particles=Particles(particle_beta=1.5))
+    ((_, found),) = Searcher(FakeEngine("ab", letters)).run([Request(Prompt("x"), search, SamplingParams(max_new_tokens=4), 1)])
+    expected, posterior = target(4, 1.5), found.posterior
+    assert posterior.log_z == pytest.approx(math.log(partition(4, 1.5)), abs=0.05)
+    assert sum(abs(posterior.decoded.get(t, 0.0) - p) for t, p in expected.items()) / 2 < 0.05
+    mean = sum(p * text.count("a") for text, p in expected.items())
+    assert posterior.expectation(lambda text: text.count("a")) == pytest.approx(mean, abs=0.05)
+    assert len(posterior.particles) == 3000 and list(posterior.decoded) == sorted(posterior.decoded, key=lambda t: -posterior.decoded[t])
+    assert found.text in posterior.decoded and found.to_dict()["log_z"] == round(posterior.log_z, 6)
+
+
+def test_log_z_by_hand():
+    """One letter, value 1 for a: Z = (e + 1) / 2, whatever is drawn, with weights e and 1."""
+    engine = FakeEngine("ab", lambda text: [1, 1, 0])
+    value = FunctionValue(lambda p, r: float(r == "a"))
+    search = Search(width=5, value=value, particles=Particles(resample_below=1.0))
+    ((_, found),) = Searcher(engine).run([Request(Prompt("x"), search, SamplingParams(max_new_tokens=1), 1)])
+    a = sum(p.text == "a" for p in found.posterior.particles)
+    total = a * math.e + 5 - a
+    assert found.posterior.log_z == pytest.approx(math.log(total / 5))
+    assert found.posterior.decoded == pytest.approx({t: w / total for t, w in (("a", a * math.e), ("b", 5.0 - a)) if w})
+    assert found.posterior.effective_sample_size == pytest.approx(total**2 / (a * math.e**2 + 5 - a))
+
+
+def test_posterior_of_a_model():
+    model = GuidedModel(tiny_lm(), {"explicit": FunctionValue(lambda p, r: float(r.count("a")))}, SamplingParams(max_new_tokens=4))
+    found = model.posterior("x", width=6, seed=2)
+    assert found == model.generate("x", "smc", width=6, seed=2).posterior and len(found.particles) == 6
+    with pytest.raises(ConfigError, match="the rule particles"):
+        model.posterior("x", "bon")
+    assert model.generate("x", "base").posterior is None
+    model.add_value("broken", lambda p, r: 1 / 0)
+    with pytest.raises(GenerationError, match="broken raised ZeroDivisionError"):
+        model.posterior("x", select="broken")

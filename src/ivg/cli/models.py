@@ -36,7 +36,7 @@ def models(
         return
     found = listing()
     if as_json:
-        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False, default=str))
         return
     _table("Embedded models", found["models"], {"name": "model", "directory": "directory"})
     addable = {"name": "model", "model": "what", "license": "license", "MB": "MB", "directory": "directory"}

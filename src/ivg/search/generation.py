@@ -9,13 +9,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, overload
 
-from ivg.errors import ConfigError, PromptError
+from ivg.errors import ConfigError, GenerationError, PromptError
 from ivg.search.background import BackgroundSearch
 from ivg.search.methods import Method
 from ivg.search.request import Request, streaming_stride
 from ivg.search.searcher import Searcher
 from ivg.search.text_stream import AsyncTextStream, TextStream
-from ivg.types import Completion, Message, Prompt, Step, likeliest
+from ivg.types import Completion, Message, Posterior, Prompt, Step, likeliest
 from ivg.types.messages import Conversation, PromptLike, read_prompts
 from ivg.utils.locks import FairLock
 
@@ -162,6 +162,24 @@ class GenerationMixin(ABC):
         finally:
             for number in place:
                 self.lock.later(partial(searcher.cancel, number))
+
+    def posterior(self, prompt: PromptLike, method: str | Method = "smc", **settings: Any) -> Posterior:
+        """All weighted responses of a particle filter, with the effective sample size and log Z, in place of one draw.
+
+        Args:
+            prompt, method, settings: as in :meth:`request`; the rule of the method is ``particles``.
+
+        Raises:
+            ConfigError: another rule.
+            GenerationError: the filter failed.
+        """
+        request = self.request(prompt, method, **settings)
+        if request.search.particles is None:
+            raise ConfigError("posterior needs weighted responses, which the rule particles has\n  give method='smc', or rule='particles'")
+        ((_, completion),) = self.run([request])
+        if completion.posterior is None:
+            raise GenerationError(completion.error or "the filter has no particles")
+        return completion.posterior
 
     def stream(self, prompt: PromptLike, method: str | Method = "ivg", **settings: Any) -> TextStream:
         """Answer one prompt piece by piece: an iterator over texts that join to the answer.

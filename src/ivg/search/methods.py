@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from ivg.errors import ConfigError
 from ivg.search.request import Particles, Rejection, Search, Speculation, Tree, check_rule, check_thinking
+from ivg.search.selection import FunctionRule
 from ivg.settings.schema import settings_of
 from ivg.settings.search import SearchSettings, Weights
 from ivg.types import Steps, Thinking, TokenGuidance, Value
@@ -49,7 +51,7 @@ class Method(SearchSettings):
         super().__post_init__()
         if self.draft and not (self.token or self.weights):
             raise ConfigError(f"{self.name}: draft={self.draft} and no value that guides tokens\n  give token=implicit, or leave draft out")
-        if self.width * self.successors > 1 and not self.selectors:
+        if self.width * self.successors > 1 and not self.selectors and not callable(self.rule):
             raise ConfigError(
                 f"{self.name}: W·K = {self.width * self.successors} beams and no value to select by\n"
                 "  name one (select=explicit, implicit, reward …) or set width=1, successors=1"
@@ -68,12 +70,12 @@ class Method(SearchSettings):
                 "  give method=contrast, or token=contrast"
             )
         if self.guide_after is not None:
-            check_thinking(draft=self.draft, rule=self.rule)
+            check_thinking(draft=self.draft, rule=self.rule_name)
         elif self.thinking_budget is not None:
             raise ConfigError(
                 f"{self.name}: thinking_budget needs guide_after, the text that ends the thinking\n  give --guide-after '</think>'"
             )
-        if self.rule not in ("top", "soft"):
+        if isinstance(self.rule, str) and self.rule not in ("top", "soft"):
             least = self.segment_min if self.rule == "reject" else None
             selects, guided = bool(self.selectors), bool(self.guides)
             check_rule(self, self.rule, selects=selects, guided=guided, draft=self.draft, segment_min=least)
@@ -101,6 +103,11 @@ class Method(SearchSettings):
     def selectors(self) -> Weights:
         """(name, weight) of the values that select beams."""
         return self.select_weights or (((self.select, 1.0),) if self.select else ())
+
+    @property
+    def rule_name(self) -> str:
+        """The selection rule, or the name of the function that is one."""
+        return self.rule if isinstance(self.rule, str) else getattr(self.rule, "__name__", type(self.rule).__name__)
 
     @property
     def reads_contrast(self) -> bool:
@@ -170,6 +177,7 @@ class Method(SearchSettings):
             guidance=guidance,
             value=self._value(self.selectors, bool(self.select_weights), values, combine, reference),
             rule="soft" if self.rule == "soft" else "top",
+            make_rule=None if isinstance(self.rule, str) else partial(FunctionRule, self.rule),
             rejection=_settings(Rejection, self) if self.rule == "reject" else None,
             particles=_settings(Particles, self) if self.rule == "particles" else None,
             speculation=_settings(Speculation, self, value=values[self.drafter]) if self.rule == "speculate" else None,

@@ -9,7 +9,8 @@ filter works and not what it converges to, as long as the proposal reaches every
 min-p or candidates may take some away). V before the first chunk is 0: as a constant of the prompt it cancels. When the
 effective sample size falls below a share of N, particles are resampled systematically and weights are equal again. A finished
 particle stays as it is, its weight too. The answer is one particle drawn by weight: with N it converges to a draw from
-the target, which the best particle does not. At temperature 0 all particles are the same.
+the target, which the best particle does not. At temperature 0 all particles are the same. Z, the sum of the target's numerator over all
+responses, is estimated by the product of the mean weights before each resampling and at the end, without bias (Del Moral 2004).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from ivg.search import ranking
 from ivg.search.request import Request
 from ivg.search.rule import Chunk, Scored, Selection, SelectionRule
+from ivg.types import Particle, Posterior
 from ivg.utils.rng import uniform
 
 _RESAMPLE, _ANSWER = 0x5E5A, 0xA25
@@ -32,6 +34,12 @@ def normalised(log_weights: Sequence[float]) -> list[float]:
     weights = [math.exp(w - top) for w in log_weights]
     total = sum(weights)
     return [w / total for w in weights]
+
+
+def log_mean(log_weights: Sequence[float]) -> float:
+    """The logarithm of the mean weight; at least one must not be -inf."""
+    top = max(log_weights)
+    return top + math.log(sum(math.exp(w - top) for w in log_weights) / len(log_weights))
 
 
 def effective_size(weights: Sequence[float]) -> float:
@@ -49,6 +57,8 @@ class ParticleRule(SelectionRule):
         self.request, self.settings = request, request.search.particles
         self.count = request.search.width * request.search.successors
         self.chunks = 0
+        self.log_z = 0.0
+        """Log of the product of mean weights before each resampling."""
         self.log_weights: dict[int, list[float]] = {}
         """By key of the kept beams: one for each time that it is kept."""
         self._before: list[tuple[float, float, float]] = []
@@ -89,11 +99,14 @@ class ParticleRule(SelectionRule):
         unfinished = not all(b.finished for b, _ in particles)
         if unfinished and effective_size(weights) < self.settings.resample_below * self.count:
             chosen = ranking.systematic(weights, self.count, uniform(seed, self.chunks, _RESAMPLE))
+            self.log_z += log_mean(log_weights)
             log_weights, weights = [0.0] * self.count, [1 / self.count] * self.count
         kept = [particles[i] for i in chosen]
         answer = None
         if all(b.finished for b, _ in kept):  # without resampling just now, kept are the particles, in their order
             answer = kept[ranking.systematic(weights, 1, uniform(seed, self.chunks, _ANSWER))[0]]
+            found = [Particle(b.text, b.token_ids, s, w, b.finish or "length") for (b, s), w in zip(kept, weights, strict=True)]
+            self.posterior = Posterior(tuple(found), self.log_z + log_mean(log_weights))
         self.log_weights = {}
         for i in chosen:
             self.log_weights.setdefault(particles[i][0].key, []).append(log_weights[i])

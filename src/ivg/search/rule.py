@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
-from ivg.types import Beam, EntropyStop
+from ivg.types import Beam, EntropyStop, Posterior
 
 Scored = tuple[Beam, float]
 """A hypothesis and its score by the selecting value (0 where there is none)."""
@@ -67,6 +67,8 @@ class SelectionRule(ABC):
     needs_log_ratio: bool = False
     """Fill ``Beam.log_ratio`` where the proposal is guided, or drafted."""
     prompt_value: float = 0.0
+    posterior: Posterior | None = None
+    """All weighted hypotheses, once the answer is chosen, where the rule has weights."""
     drafted_tokens: int = 0
     """Tokens of the kept hypothesis that a draft model wrote."""
 

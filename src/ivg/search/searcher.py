@@ -341,6 +341,7 @@ class Searcher:
             guide_after=state.marker,
             kl_spent=best.kl_spent if guidance is not None and guidance.kl_budget is not None else None,
             answer_start=best.answer_start,
+            posterior=None if error else state.rule.posterior,
         )
         self._release_all(state)
         del self._running[state.id]

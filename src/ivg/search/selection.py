@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 from ivg.search import ranking
 from ivg.search.request import Request
 from ivg.search.rule import Chunk, Scored, Selection, SelectionRule
+from ivg.settings.search import SelectionFunction
+from ivg.types.scores import exception_fault
 from ivg.utils.rng import uniform
 
-__all__ = ["BeamRule", "Chunk", "Scored", "Selection", "SelectionRule", "budgets", "unique"]
+__all__ = ["BeamRule", "Chunk", "FunctionRule", "Scored", "Selection", "SelectionRule", "budgets", "unique"]
 
 
 class BeamRule(SelectionRule):
@@ -58,6 +61,38 @@ class BeamRule(SelectionRule):
         if all(b.finished for b, _ in kept):
             answer = max(kept, key=lambda pair: pair[1]) if search.rule == "top" else kept[0]
         return Selection(kept, dropped, [b for b, _ in dropped], answer)
+
+
+class FunctionRule(BeamRule):
+    """A function of (beams, scores) selects: it gives the positions of those that are kept, the best first; some may be repeated.
+
+    The beams are those that were finished and kept before, then the children of this chunk; the scores are those of the selecting value, 0
+    where there is none. When all that is kept is finished, the first is the answer.
+
+    Args:
+        function: see above. What it raises, and what it gives besides 1 to W positions, is the error of the request.
+        request: what is answered.
+    """
+
+    def __init__(self, function: SelectionFunction, request: Request) -> None:
+        super().__init__(request)
+        self.function = function
+        self.name = f"the rule {getattr(function, '__name__', type(function).__name__)}"
+
+    def choose(self, held: list[Scored], grown: list[Scored]) -> Selection:
+        """Keep what the function chooses."""
+        pool, width = held + grown, self.search.width
+        try:
+            found = self.function([b for b, _ in pool], [s for _, s in pool])
+            chosen = [operator.index(i) for i in found]
+        except Exception as e:  # whatever a user's function raises, or gives
+            return Selection(pool, [], [], error=exception_fault(self.name, e))
+        if not 1 <= len(chosen) <= width or not all(0 <= i < len(pool) for i in chosen):
+            return Selection(pool, [], [], error=f"{self.name} gave {chosen}: expected 1 to {width} positions among {len(pool)} beams")
+        kept = [pool[i] for i in chosen]
+        keys = {b.key for b, _ in kept}
+        dropped = [(b, s) for b, s in grown if b.key not in keys]
+        return Selection(kept, dropped, [b for b, _ in dropped], kept[0] if all(b.finished for b, _ in kept) else None)
 
 
 def unique(pool: Sequence[Scored]) -> list[Scored]:

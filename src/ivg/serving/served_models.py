@@ -331,6 +331,6 @@ class ServedModels:
 
 def describe_method(method: Method) -> dict[str, Any]:
     """A method as JSON values."""
-    names = ("summary", "token", "select", "width", "successors", "chunk_length", "beta", "rule", "contrast", "negative", "select_combine")
+    names = ("summary", "token", "select", "width", "successors", "chunk_length", "beta", "contrast", "negative", "select_combine")
     weights = {name: dict(getattr(method, name)) for name in ("weights", "select_weights", "select_reference")}
-    return {"method": method.name, **{name: getattr(method, name) for name in names}, **weights}
+    return {"method": method.name, "rule": method.rule_name, **{name: getattr(method, name) for name in names}, **weights}

@@ -215,6 +215,12 @@ def choice(*names: str, optional: bool = False) -> Rule:
     return Rule("a name", _text, listed, lambda v: v in names, optional)
 
 
+def choice_or_function(*names: str) -> Rule:
+    """One of some names, or a function, which only Python can give."""
+    named = choice(*names)
+    return Rule("a name", lambda v: v if callable(v) else _text(v), named.expected, lambda v: callable(v) or named.fine(v))
+
+
 def is_template_file(template: str) -> bool:
     """Is ``template`` the name of a file rather than a template?"""
     return template.endswith((*TEMPLATE_FILES, *TEXT_FILES)) and "{" not in template and "\n" not in template

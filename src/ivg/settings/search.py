@@ -9,8 +9,9 @@ W2S-AlignTree, Ding et al. 2025 (arXiv 2511.11518).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from ivg.settings import rules as r
 from ivg.settings.schema import Setting, validate
@@ -18,6 +19,8 @@ from ivg.settings.schema import Setting, validate
 Transform = Literal["identity", "log-sigmoid", "centered"]
 ValuesRead = Literal["answer", "all"]
 SelectionName = Literal["top", "soft", "reject", "particles", "speculate", "tree"]
+SelectionFunction = Callable[[Sequence[Any], Sequence[float]], Sequence[int]]
+"""A selection rule of (beams, their scores): the positions of those that are kept, the best first, at most W."""
 Combination = Literal["sum", "min"]
 Acceptance = Literal["threshold", "clip", "sigmoid"]
 StepAggregation = Literal["last", "min", "mean", "product"]
@@ -266,12 +269,13 @@ class SearchSettings:
         ),
     ] = "answer"
     rule: Annotated[
-        SelectionName,
+        SelectionName | SelectionFunction,
         Setting(
             "Selection rule. top: the best; soft: drawn with probability proportional to exp(score / soft_scale); reject: CARDS; "
             "particles: a particle filter of W*K particles; speculate: a small model drafts K chunks, and the base writes where the value "
-            "accepts none (RSD, GSI); tree: Monte Carlo tree search with the budget of W beams.",
-            r.choice("top", "soft", "reject", "particles", "speculate", "tree"),
+            "accepts none (RSD, GSI); tree: Monte Carlo tree search with the budget of W beams. In Python also a function of your own.",
+            r.choice_or_function("top", "soft", "reject", "particles", "speculate", "tree"),
+            accepts=SelectionName,
         ),
     ] = "top"
     soft_scale: Annotated[

@@ -7,7 +7,8 @@ An engine makes beams longer, a value turns beams into numbers, a selection rule
 ``images``      pictures in messages
 ``tool_calls``  calls of functions in messages
 ``beam``        hypotheses of a response
-``value``       :class:`Value` and :class:`Reward`, base classes
+``value``       :class:`Value`, the base class, and sums of values
+``reward``      :class:`Reward`, base class of values of whole texts
 ``engine``      :class:`Engine` and :class:`AsyncEngine`, base classes
 ``completion``  what comes back
 ``scores``      what values return, checked
@@ -19,15 +20,16 @@ An engine makes beams longer, a value turns beams into numbers, a selection rule
 
 from ivg.settings.sampling import SamplingParams
 from ivg.types.beam import Beam, DecodeState, FinishReason, Hypothesis, TokenCounter, TokenLogprobs, new_key
-from ivg.types.completion import Completion, ResponseLogprobs, Step, TraceNode, Usage, likeliest
+from ivg.types.completion import Completion, Particle, Posterior, ResponseLogprobs, Step, TraceNode, Usage, likeliest
 from ivg.types.engine import AsyncEngine, Engine, EntropyStop, ExpandOutput, ExpandRequest, LogprobsRequest, TokenGuidance
 from ivg.types.images import Image
 from ivg.types.messages import Message, Prompt
 from ivg.types.preference import Preference
+from ivg.types.reward import Reward
 from ivg.types.steps import Steps
 from ivg.types.thinking import Thinking
 from ivg.types.tool_calls import ToolCall
-from ivg.types.value import Drafter, Reward, Value
+from ivg.types.value import Drafter, Value
 
 __all__ = [
     "AsyncEngine",
@@ -44,6 +46,8 @@ __all__ = [
     "Image",
     "LogprobsRequest",
     "Message",
+    "Particle",
+    "Posterior",
     "Preference",
     "Prompt",
     "ResponseLogprobs",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -38,6 +38,56 @@ class Usage:
     def total_forward_tokens(self) -> int:
         """Tokens read by all models together."""
         return sum(self.forward_tokens.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Particle:
+    """One weighted response of a particle filter.
+
+    Attributes:
+        text: the response.
+        token_ids: in base tokens.
+        score: its value.
+        weight: share of all particles' weight, in [0, 1].
+        finish_reason: why it ended.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    score: float
+    weight: float
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Posterior:
+    """All particles of one particle filter: an estimate of the target pi_base(y) * exp(particle_beta * V(y)) / Z.
+
+    Attributes:
+        particles: every one of them; some may be equal.
+        log_z: estimate of log Z in nats, Z = E_base[exp(particle_beta * V(y))]; its exponential is unbiased. The base as it is sampled:
+            temperature and filters included.
+    """
+
+    particles: tuple[Particle, ...]
+    log_z: float
+
+    @property
+    def effective_sample_size(self) -> float:
+        """1 / sum of squared weights: between 1 and the number of particles (Kong 1992)."""
+        return 1 / sum(p.weight**2 for p in self.particles)
+
+    @property
+    def decoded(self) -> dict[str, float]:
+        """The probability of each text, the likeliest first; equal texts of several particles, or of other tokens, are one."""
+        mass: dict[str, float] = {}
+        for p in self.particles:
+            mass[p.text] = mass.get(p.text, 0.0) + p.weight
+        return dict(sorted(mass.items(), key=lambda item: -item[1]))
+
+    def expectation(self, function: Callable[[str], float]) -> float:
+        """The mean of a function of the text under the posterior."""
+        return sum(p * function(text) for text, p in self.decoded.items() if p)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +184,8 @@ class Completion:
 
     answer_start: int | None = 0
     """How many of ``token_ids`` come before the answer; None: it has not begun."""
+    posterior: Posterior | None = None
+    """Of a particle filter: all particles with their weights; ``text`` is one drawn from them."""
 
     @property
     def reasoning_content(self) -> str | None:
@@ -165,6 +217,8 @@ class Completion:
             out |= {"reasoning_content": self.reasoning_content, "answer": self.answer}
         if self.kl_spent is not None:
             out["kl_spent"] = round(self.kl_spent, 6)
+        if (found := self.posterior) is not None:
+            out |= {"log_z": round(found.log_z, 6), "effective_sample_size": round(found.effective_sample_size, 6)}
         if self.generation_config:
             out["generation_config"] = dict(self.generation_config)
         return out | ({"notes": list(self.notes)} if self.notes else {}) | ({"error": self.error} if self.error else {})

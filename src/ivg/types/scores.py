@@ -8,15 +8,39 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from ivg.errors import IVGError, PromptError, ScoreError, ScoreFault
+from ivg.errors import ConfigError, IVGError, PromptError, ScoreError, ScoreFault
 from ivg.types.beam import Hypothesis
 from ivg.types.messages import Prompt
-from ivg.types.value import Reward, Value
 
 T = TypeVar("T")
 Scores = list["float | ScoreFault"]
+
+
+class Scorer(Protocol):
+    """A :class:`~ivg.types.value.Value`."""
+
+    @property
+    def name(self) -> str:
+        """In errors."""
+
+    def score(self, hypotheses: Sequence[Hypothesis], /) -> list[float]:
+        """One number for each hypothesis."""
+
+    def score_candidates(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis], /) -> list[float]:
+        """One number for each candidate."""
+
+
+class Judge(Protocol):
+    """A :class:`~ivg.types.value.Reward`."""
+
+    @property
+    def name(self) -> str:
+        """In errors."""
+
+    def judge(self, pairs: Sequence[tuple[Prompt, str]], /) -> list[float]:
+        """One number for each (prompt, response)."""
 
 
 def checked_scores(name: str, score: Callable[[Sequence[T]], Any], items: Sequence[T]) -> Scores:
@@ -56,17 +80,17 @@ def checked_scores(name: str, score: Callable[[Sequence[T]], Any], items: Sequen
     return [*checked_scores(name, score, items[:half]), *checked_scores(name, score, items[half:])]
 
 
-def score_each(value: Value, hypotheses: Sequence[Hypothesis]) -> Scores:
+def score_each(value: Scorer, hypotheses: Sequence[Hypothesis]) -> Scores:
     """The value of each hypothesis (:func:`checked_scores`)."""
     return checked_scores(f"the value {value.name}", value.score, hypotheses)
 
 
-def score_each_candidate(value: Value, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> Scores:
+def score_each_candidate(value: Scorer, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> Scores:
     """The value of each candidate (:meth:`Value.score_candidates`), checked as by :func:`score_each`."""
     return checked_scores(f"the value {value.name}", partial(value.score_candidates, hypotheses), candidates)
 
 
-def judge_each(reward: Reward, pairs: Sequence[tuple[Prompt, str]]) -> Scores:
+def judge_each(reward: Judge, pairs: Sequence[tuple[Prompt, str]]) -> Scores:
     """The reward of each (prompt, response) (:func:`checked_scores`)."""
     return checked_scores(f"the reward {reward.name}", reward.judge, pairs)
 
@@ -118,3 +142,13 @@ def _shown(found: Any) -> str:
         return f"a {type(found).__name__} of shape {tuple(shape)}"
     text = repr(found)
     return text if len(text) <= 60 else f"a {type(found).__name__}"
+
+
+def check_finite(what: str, number: object) -> None:
+    """Raise unless ``number`` is a finite number.
+
+    Raises:
+        ConfigError: names ``what``.
+    """
+    if not isinstance(number, int | float) or not math.isfinite(number):
+        raise ConfigError(f"{what} must be a finite number, got {number!r}")

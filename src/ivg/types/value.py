@@ -1,4 +1,4 @@
-"""The interface of values: numbers for hypotheses. Standard library only.
+"""The interface of values: numbers for hypotheses; sums of values, and normalised ones. Standard library only.
 
 Only :meth:`Value.score` must be written. Everything else has a default, which does the same for the values that a value is made of
 (:attr:`Value.parts`) and nothing where there are none. :mod:`ivg.testing` has the laws that every value obeys.
@@ -6,13 +6,15 @@ Only :meth:`Value.score` must be written. Everything else has a default, which d
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from ivg.errors import ConfigError
+from ivg.errors import ConfigError, ScoreFault
 from ivg.types.beam import Hypothesis
 from ivg.types.messages import Prompt
+from ivg.types.scores import Scores, check_finite, finite_score, require_scores, score_each, score_each_candidate
 from ivg.types.steps import Steps
 
 
@@ -170,22 +172,226 @@ class Value(ABC):
         """(name in usage, network) of all networks in this process."""
         return [pair for _, part in self.parts for pair in part.networks()]
 
+    # Algebra: values are logarithms of weights, so their sums are products of these
 
-class Reward(Value):
-    """A value of whole texts, which needs no hypotheses: a reward model, or a Python function."""
+    def __add__(self, other: Value | Literal[0]) -> Value:
+        """The sum of two values; 0 is taken for ``sum(values)``."""
+        if isinstance(other, Value):
+            return CompositeValue.of([*_terms(self), *_terms(other)])
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
-    @abstractmethod
-    def judge(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
-        """The reward of each (prompt, response).
+    __radd__ = __add__
+
+    def __sub__(self, other: Value) -> Value:
+        """The difference of two values."""
+        return self + -other if isinstance(other, Value) else NotImplemented
+
+    def __neg__(self) -> Value:
+        """The opposite: what this value finds good is bad."""
+        return -1.0 * self
+
+    def __mul__(self, factor: float) -> Value:
+        """This value times a number.
 
         Raises:
-            ScoreError: some have no finite number; has the scores of all others.
+            ConfigError: infinity or NaN.
         """
+        if isinstance(factor, bool) or not isinstance(factor, int | float):
+            return NotImplemented
+        return CompositeValue.of([(factor * weight, value) for weight, value in _terms(self)])
 
-    def note(self, prompt: Prompt, response: str) -> str | None:
-        """What is left out when this is scored; None: nothing."""
-        return None
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Value:
+        """This value divided by a number."""
+        return self * (1 / divisor) if isinstance(divisor, int | float) else NotImplemented
+
+    def normalize(self) -> NormalizedValue:
+        """Log-probabilities in place of weights of next tokens (:class:`NormalizedValue`).
+
+        Raises:
+            ConfigError: it has no number for every next token.
+        """
+        return NormalizedValue(self)
+
+
+class CompositeValue(Value):
+    """A weighted sum of values: linear in its parts, weights of either sign.
+
+    Args:
+        parts: (weight, value) pairs.
+        name: in traces.
+
+    Raises:
+        ConfigError: a weight that is no finite number.
+    """
+
+    def __init__(self, parts: Sequence[tuple[float, Value]], name: str = "composite") -> None:
+        for weight, value in parts:
+            check_finite(f"the weight of {value.name}", weight)
+        self.parts, self.name = tuple(parts), name
+
+    @classmethod
+    def of(cls, terms: Sequence[tuple[float, Value]]) -> CompositeValue:
+        """The sum of weighted values, each once, named after them: ``2*tuned-0.5*length``."""
+        weights: dict[int, tuple[float, Value]] = {}
+        for weight, value in terms:
+            weights[id(value)] = weights.get(id(value), (0.0, value))[0] + weight, value
+        signed = [("-" if w < 0 else "+") + ("" if abs(w) == 1 else f"{abs(w):g}*") + v.name for w, v in weights.values()]
+        return cls(list(weights.values()), "".join(signed).removeprefix("+"))
 
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
-        """The reward of prompt and response of each hypothesis; raises as :meth:`judge`."""
-        return self.judge([(h.prompt, h.text) for h in hypotheses])
+        """sum_i w_i * V_i for each hypothesis.
+
+        Raises:
+            ScoreError: a part has no finite number for some of them; has the scores of all others.
+        """
+        return self._sum([score_each(value, hypotheses) for _, value in self.parts], len(hypotheses))
+
+    def score_candidates(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> list[float]:
+        """sum_i w_i * V_i for each candidate; raises as :meth:`score`."""
+        return self._sum([score_each_candidate(value, hypotheses, candidates) for _, value in self.parts], len(candidates))
+
+    def _sum(self, scores: Sequence[Scores], count: int) -> list[float]:
+        """The sums of the parts' ``scores`` of ``count`` hypotheses."""
+        totals: Scores = [0.0] * count
+        for (weight, _), found in zip(self.parts, scores, strict=True):
+            for i, (total, score) in enumerate(zip(totals, found, strict=True)):
+                if not isinstance(total, ScoreFault):
+                    totals[i] = score if isinstance(score, ScoreFault) else total + weight * score
+        return require_scores(totals)
+
+    def full_vocabulary(self) -> bool:
+        """True when every part has a number for every next token."""
+        return bool(self.parts) and all(value.full_vocabulary() for _, value in self.parts)
+
+    @property
+    def vocabulary(self) -> Any:
+        """The vocabulary that the parts share.
+
+        Raises:
+            VocabularyError: when they do not share one.
+        """
+        first, *others = (value.vocabulary for _, value in self.parts if value.full_vocabulary())
+        for other in others:
+            first.require_same(other, "give the composite candidates to re-score (--guide-candidates 20)")
+        return first
+
+    def deltas(self, hypotheses: Sequence[Hypothesis]) -> Any:
+        """sum_i w_i * deltas_i, float32 [hypotheses, smallest vocabulary of the parts], on the device of the first."""
+        if not self.full_vocabulary():
+            return super().deltas(hypotheses)
+        return _sum_of_deltas([weight * value.deltas(hypotheses) for weight, value in self.parts])
+
+    def recent_deltas(self, hypotheses: Sequence[Hypothesis], counts: Sequence[int]) -> list[Any] | None:
+        """See :meth:`ivg.types.Value.recent_deltas`; None where a part has none."""
+        found = [value.recent_deltas(hypotheses, counts) for _, value in self.parts]
+        weighted = [[weight * d for d in deltas] for (weight, _), deltas in zip(self.parts, found, strict=True) if deltas is not None]
+        return [_sum_of_deltas(rows) for rows in zip(*weighted, strict=True)] if len(weighted) == len(found) else None
+
+
+def _sum_of_deltas(shifts: Sequence[Any]) -> Any:
+    """The sum over the columns that all have, on the device of the first."""
+    width, device = min(s.shape[1] for s in shifts), shifts[0].device
+    return sum((s[:, :width].to(device) for s in shifts[1:]), shifts[0][:, :width])
+
+
+def _terms(value: Value) -> list[tuple[float, Value]]:
+    """(weight, value) pairs whose sum ``value`` is."""
+    return list(value.parts) if type(value) is CompositeValue else [(1.0, value)]
+
+
+class NormalizedValue(Value):
+    """Log-probabilities of the distribution over next tokens that another value's numbers define.
+
+    With d_t the value's :meth:`~Value.deltas` behind the first t tokens, the numbers for next tokens are log softmax(d_t), and the score is
+    sum_t log softmax(d_t)[y_t] <= 0: the log-probability of the response, its end included. An autoregressive reward is normalised already.
+    Guidance of tokens by one value stays the same (a constant of a position cancels); sums, selection and particle filters do not.
+
+    Args:
+        value: has a number for every next token of the base's vocabulary.
+        name: in traces; default: that of the value, marked.
+
+    Raises:
+        ConfigError: it has not.
+    """
+
+    is_sum = False
+
+    def __init__(self, value: Value, name: str | None = None) -> None:
+        if not value.full_vocabulary():
+            raise ConfigError(f"{value.name} has no number for every next token, so it cannot be normalised\n  use it as it is")
+        self.value, self.name, self.parts = value, name or f"normalize({value.name})", ((1.0, value),)
+        self._known: dict[int, tuple[int, float]] = {}
+        """By key of a hypothesis: how many of its tokens have been read, and the sum over these."""
+
+    @property
+    def vocabulary(self) -> Any:
+        """That of the value."""
+        return self.value.vocabulary
+
+    def full_vocabulary(self) -> bool:
+        """Yes."""
+        return True
+
+    def deltas(self, hypotheses: Sequence[Hypothesis]) -> Any:
+        """Log softmax of the value's numbers, float32 [hypotheses, vocabulary]."""
+        return self.value.deltas(hypotheses).log_softmax(-1)
+
+    def recent_deltas(self, hypotheses: Sequence[Hypothesis], counts: Sequence[int]) -> list[Any] | None:
+        """See :meth:`Value.recent_deltas`."""
+        found = self.value.recent_deltas(hypotheses, counts)
+        return None if found is None else [deltas.log_softmax(-1) for deltas in found]
+
+    def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
+        """The log-probability of each response, in nats; only tokens behind the last scored ancestor are read.
+
+        Raises:
+            ConfigError: the value cannot read several positions (:meth:`Value.recent_deltas`).
+            VocabularyError: the response has other tokens than the value.
+            ScoreError: a token that the value does not know.
+        """
+        starts = {h.key: self._before(h) for h in hypotheses}
+        new = {h.key: h for h in hypotheses if len(h.token_ids) > starts[h.key][0]}
+        for h in new.values():
+            self.vocabulary.require_same(h.vocabulary, "a normalised value scores responses in its own tokens")
+        counts = [len(h.token_ids) - starts[h.key][0] for h in new.values()]
+        rows = self.recent_deltas(list(new.values()), counts) if new else []
+        if rows is None:
+            raise ConfigError(f"{self.value.name} reads one position at a time, so its normalised form cannot score\n  use it as it is")
+        for h, row, count in zip(new.values(), rows, counts, strict=True):
+            tokens = h.token_ids[-count:]
+            inside = max(tokens) < row.shape[1]
+            total = float(row.gather(1, row.new_tensor(tokens).long().unsqueeze(1)).double().sum()) if inside else -math.inf
+            self._known[h.key] = len(h.token_ids), starts[h.key][1] + total
+        return require_scores([finite_score(f"the value {self.name}", self._before(h)[1]) for h in hypotheses])
+
+    def _before(self, h: Hypothesis) -> tuple[int, float]:
+        """What is known of a hypothesis, or of an ancestor."""
+        known = [found for key in (h.key, h.parent, h.ancestor_key) if key is not None and (found := self._known.get(key)) is not None]
+        return max((found for found in known if found[0] <= len(h.token_ids)), default=(0, 0.0))
+
+    def inherit_cache(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """See :meth:`Value.inherit_cache`."""
+        super().inherit_cache(hypotheses)
+        for h in hypotheses:
+            if (found := self._before(h))[0]:
+                self._known[h.key] = found
+
+    def truncate(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """See :meth:`Value.truncate`."""
+        super().truncate(hypotheses)
+        for h in hypotheses:
+            if self._known.get(h.key, (0, 0.0))[0] >= len(h.token_ids):
+                del self._known[h.key]
+
+    def release(self, keys: Sequence[int]) -> None:
+        """See :meth:`Value.release`."""
+        super().release(keys)
+        for key in keys:
+            self._known.pop(key, None)
+
+    def reset_caches(self) -> None:
+        """See :meth:`Value.reset_caches`."""
+        super().reset_caches()
+        self._known = {}

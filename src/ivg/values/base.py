@@ -12,114 +12,83 @@ from typing import TYPE_CHECKING, Any
 from ivg.errors import ConfigError, IVGError, ScoreFault
 from ivg.models.chat_template import prompt_text
 from ivg.types import Hypothesis, Prompt, Reward, Value
-from ivg.types.scores import Scores, exception_fault, finite_score, require_scores, score_each, score_each_candidate
+from ivg.types.scores import (
+    Scores,
+    check_finite,
+    checked_scores,
+    exception_fault,
+    finite_score,
+    require_scores,
+    score_each,
+    score_each_candidate,
+)
+from ivg.types.value import CompositeValue as CompositeValue
+from ivg.types.value import NormalizedValue as NormalizedValue
+
+RewardFunction = Callable[[str, str], float]
+"""Of (prompt text, response text)."""
+BatchFunction = Callable[[list[str], list[str]], Sequence[float]]
+"""Of prompts and responses: one number for each pair."""
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ivg.models.cached_lm import CachedLM
     from ivg.models.vocabulary import Vocabulary
 
 
+_MARK = "ivg_batched"
+
+
+def batched(function: BatchFunction) -> BatchFunction:
+    """Mark a function of (prompts, responses) that gives one number for each pair, as TRL's reward functions do; for use as a decorator.
+
+    ``add_value``, ``--reward file.py:function`` and recipes then call it once for all hypotheses of all requests that are scored together.
+    """
+    setattr(function, _MARK, True)
+    return function
+
+
 class FunctionValue(Reward):
-    """A value from a Python function of (prompt text, response text).
+    """A value from a Python function of (prompt text, response text); or of lists of both, where it is batched.
 
     Args:
-        function: higher is better; called once for each hypothesis.
+        function: higher is better; called once for each hypothesis, or once for all of them: ``f(prompts, responses)`` gives as many
+            numbers, in a list, an array or a tensor.
         name: in usage and traces.
+        batched: is it a function of lists? None: if it is marked by :func:`batched`.
     """
 
-    def __init__(self, function: Callable[[str, str], float], name: str = "function") -> None:
-        self.function, self.name = function, name
+    def __init__(self, function: RewardFunction | BatchFunction, name: str = "function", *, batched: bool | None = None) -> None:
+        self.function: Callable[..., Any] = function
+        self.name = name
+        self.batched = bool(getattr(function, _MARK, False)) if batched is None else batched
 
     def judge(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
-        """The function's number for each (prompt, response); every pair is scored once, whatever the others do.
+        """The function's number for each (prompt, response).
+
+        A batched function that raises is called again with halves of the pairs, so that one bad pair does not cost the others; another
+        function is called once for every pair.
 
         Raises:
             ScoreError: some raise, or have no finite number; has the scores of all others.
         """
+        if self.batched:
+            return require_scores(checked_scores(f"the value {self.name}", self._call_all, pairs))
         return require_scores([self._call(prompt, response) for prompt, response in pairs])
+
+    def _call_all(self, pairs: Sequence[tuple[Prompt, str]]) -> Any:
+        return self.function([prompt_text(prompt) for prompt, _ in pairs], [response for _, response in pairs])
 
     def _call(self, prompt: Prompt, response: str) -> float | ScoreFault:
         name = f"the value {self.name}"
         try:
-            return finite_score(name, self.function(prompt_text(prompt), response))
+            found = self.function(prompt_text(prompt), response)
+            if isinstance(found, list | tuple):
+                return ScoreFault(f"{name} gave a {type(found).__name__}: expected a number; a function of lists: @ivg.batched")
+            return finite_score(name, found)
         except IVGError:
             raise
         except Exception as e:  # whatever a user's function raises
             return exception_fault(name, e)
-
-
-class CompositeValue(Value):
-    """A weighted sum of values: linear in its parts, weights of either sign.
-
-    Args:
-        parts: (weight, value) pairs.
-        name: in traces.
-
-    Raises:
-        ConfigError: a weight that is no finite number.
-    """
-
-    def __init__(self, parts: Sequence[tuple[float, Value]], name: str = "composite") -> None:
-        for weight, value in parts:
-            _check_finite(f"the weight of {value.name}", weight)
-        self.parts, self.name = tuple(parts), name
-
-    def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
-        """sum_i w_i * V_i for each hypothesis.
-
-        Raises:
-            ScoreError: a part has no finite number for some of them; has the scores of all others.
-        """
-        return self._sum([score_each(value, hypotheses) for _, value in self.parts], len(hypotheses))
-
-    def score_candidates(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> list[float]:
-        """sum_i w_i * V_i for each candidate; raises as :meth:`score`."""
-        return self._sum([score_each_candidate(value, hypotheses, candidates) for _, value in self.parts], len(candidates))
-
-    def _sum(self, scores: Sequence[Scores], count: int) -> list[float]:
-        """The sums of the parts' ``scores`` of ``count`` hypotheses."""
-        totals: Scores = [0.0] * count
-        for (weight, _), found in zip(self.parts, scores, strict=True):
-            for i, (total, score) in enumerate(zip(totals, found, strict=True)):
-                if not isinstance(total, ScoreFault):
-                    totals[i] = score if isinstance(score, ScoreFault) else total + weight * score
-        return require_scores(totals)
-
-    def full_vocabulary(self) -> bool:
-        """True when every part has a number for every next token."""
-        return bool(self.parts) and all(value.full_vocabulary() for _, value in self.parts)
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The vocabulary that the parts share.
-
-        Raises:
-            VocabularyError: when they do not share one.
-        """
-        first, *others = (value.vocabulary for _, value in self.parts if value.full_vocabulary())
-        for other in others:
-            first.require_same(other, "give the composite candidates to re-score (--guide-candidates 20)")
-        return first
-
-    def deltas(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
-        """sum_i w_i * deltas_i, float32 [hypotheses, smallest vocabulary of the parts], on the device of the first."""
-        if not self.full_vocabulary():
-            return super().deltas(hypotheses)
-        return _sum_of_deltas([weight * value.deltas(hypotheses) for weight, value in self.parts])
-
-    def recent_deltas(self, hypotheses: Sequence[Hypothesis], counts: Sequence[int]) -> list[Tensor] | None:
-        """See :meth:`ivg.types.Value.recent_deltas`; None where a part has none."""
-        found = [value.recent_deltas(hypotheses, counts) for _, value in self.parts]
-        weighted = [[weight * d for d in deltas] for (weight, _), deltas in zip(self.parts, found, strict=True) if deltas is not None]
-        return [_sum_of_deltas(rows) for rows in zip(*weighted, strict=True)] if len(weighted) == len(found) else None
-
-
-def _sum_of_deltas(shifts: Sequence[Tensor]) -> Tensor:
-    """The sum over the columns that all have, on the device of the first."""
-    width, device = min(s.shape[1] for s in shifts), shifts[0].device
-    return sum((s[:, :width].to(device) for s in shifts[1:]), shifts[0][:, :width])
 
 
 class WorstCaseValue(Value):
@@ -145,8 +114,8 @@ class WorstCaseValue(Value):
         if not parts or len(levels) != len(parts):
             raise ConfigError(f"{name} has {len(parts)} values and {len(levels)} references\n  expected a reference for each of its values")
         for (weight, value), level in zip(parts, levels, strict=True):
-            _check_finite(f"the weight of {value.name}", weight)
-            _check_finite(f"the reference of {value.name}", level)
+            check_finite(f"the weight of {value.name}", weight)
+            check_finite(f"the reference of {value.name}", level)
         self.parts, self.name, self.reference = tuple(parts), name, tuple(levels)
 
     def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
@@ -194,11 +163,6 @@ class CombinedValues:
             while key not in self._known and len(self._known) >= self._size:
                 del self._known[next(iter(self._known))]
             return self._known.setdefault(key, combine_values(parts, name, reference))  # it holds its parts, so no id is reused
-
-
-def _check_finite(what: str, number: object) -> None:
-    if not isinstance(number, int | float) or not math.isfinite(number):
-        raise ConfigError(f"{what} must be a finite number, got {number!r}")
 
 
 class CachedLMValue(Value):
