@@ -120,7 +120,8 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
     out = work / "summarization"
     subject, mail = shlex.quote(SUBJECT), shlex.quote(MAIL)
     write = f"--template {shlex.quote('base=' + SUBJECT)} --max-new-tokens 24 --stop '\\n' --temperature 1 --batch-size {scale.prompts}"
-    train = f"--mode lora --lora-r 8 --keep-adapter --accumulate 1 --max-length 448 --evaluations 1 {scale.train}"
+    rest = f"--accumulate 1 --max-length 448 --evaluations 1 {scale.train}"
+    train = f"--mode lora --lora-r 8 --keep-adapter {rest}"
     return [
         Step(
             "samples",
@@ -146,8 +147,8 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
         ),
         Step(
             "value",
-            f"train value --model {base} --data {out}/rollouts.jsonl --out {out}/value --compact-head --template {subject}"
-            f" --epochs 2 --lr 3e-4 --batch-size 64 {train}",
+            f"train value --model {base} --data {out}/rollouts.jsonl --out {out}/value --mode head --compact-head --template {subject}"
+            f" --epochs 2 --lr 1e-3 --batch-size 64 {rest}",
             ("rollouts",),
         ),
     ]
