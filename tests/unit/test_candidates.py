@@ -249,3 +249,20 @@ def test_a_candidate_that_cannot_be_read_is_the_only_one_without_a_score():
     assert list(faults) == [rows[0].key]
     assert "reads at most 8 tokens" in str(faults[rows[0].key])
     assert out[1, TOKENS[:3]].isfinite().all()
+
+
+def test_a_pair_tokenises_texts_once_where_both_read_alike():
+    tokenizer = TOKENIZERS["byte level"]
+    tuned, untuned = tiny_lm("tuned", seed=1, tokenizer=tokenizer()), tiny_lm("untuned", seed=2, tokenizer=tokenizer())
+    assert untuned.encodes_as(tuned)
+    assert not tiny_lm("other", tokenizer=byte_tokenizer([("t", "h")])).encodes_as(tuned)
+    framed = CachedLM(untuned.model, tokenizer(), "Q: {prompt} A:", name="untuned")
+    assert not framed.encodes_as(tuned)
+    rows = [beam("a film", BASE.response_ids((), " is"))]
+    for pair in (ImplicitValue(tuned, untuned), ImplicitValue(tuned, framed)):
+        candidates = [beam("a film", (*rows[0].token_ids, t), rows[0]) for t in TOKENS]
+        got = pair.score_candidates(rows, candidates)
+        pair.reset_caches()
+        for h, score in zip(candidates, got, strict=True):
+            assert pair.score([h])[0] == pytest.approx(score, abs=1e-3)
+            pair.release([h.key])

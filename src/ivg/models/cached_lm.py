@@ -203,9 +203,11 @@ class CachedLM(HypothesisRows):
         lasts = ([ids[-1] for ids in some.ids] for some in found)
         return _scatter(found, [out.outputs[[p for (p,) in out.places], last] for out, last in zip(read, lasts, strict=True)]).float()
 
-    def candidate_logps(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> list[list[float]]:
-        """As :meth:`token_logps` of ``candidates`` (see :meth:`candidate_outputs`)."""
-        found = self._group(hypotheses, candidates)
+    def candidate_logps(
+        self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis], ids: Sequence[tuple[list[int], int]] | None = None
+    ) -> list[list[float]]:
+        """As :meth:`token_logps` of ``candidates`` (see :meth:`candidate_outputs`); ``ids``: :meth:`ids_of` them, where that is known."""
+        found = self._group(hypotheses, candidates, ids)
         known = [[_known_logps(some.entry, ids, n) for ids, n in zip(some.ids, some.prompt_lengths, strict=True)] for some in found]
         targets = [
             [ids[n + len(logps) :] for ids, n, logps in zip(some.ids, some.prompt_lengths, before, strict=True)]
@@ -220,14 +222,16 @@ class CachedLM(HypothesisRows):
             some.keep_scores(logps)
         return out
 
-    def _group(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> list[_Candidates]:
+    def _group(
+        self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis], ids: Sequence[tuple[list[int], int]] | None = None
+    ) -> list[_Candidates]:
         """The candidates by their parents."""
         known = {h.key: h for h in hypotheses}
         index: dict[int, list[int]] = {}
         for i, candidate in enumerate(candidates):
             index.setdefault(known[candidate.parent or 0].key, []).append(i)
         parents = [known[key] for key in index]
-        ids = self.ids_of(candidates)
+        ids = self.ids_of(candidates) if ids is None else ids
         return [
             _Candidates(h, entry, index[h.key], [ids[i][0] for i in index[h.key]], [ids[i][1] for i in index[h.key]])
             for h, entry in zip(parents, self._get_entries(parents), strict=True)

@@ -90,6 +90,7 @@ class PromptEncoder:
         """The checkpoint's sampling defaults (transformers' ``GenerationConfig``), where it has any."""
         self.images: ImageEncoder | None = None
         """Reads prompts with pictures, where the model can; all others read the text of such a prompt alone."""
+        self._encodes_as: dict[int, tuple[PromptEncoder, bool]] = {}
         self.prompt_ids = PromptCache(self._prompt_ids, 512)
         self._rendered = PromptCache(self._render, 64)
 
@@ -238,6 +239,13 @@ class PromptEncoder:
             tokenised |= {id(h): ids for h, ids in zip(some, encoded, strict=True)}
         return [self._joined(h, tokenised.get(id(h))) for h in hypotheses]
 
+    def encodes_as(self, other: PromptEncoder) -> bool:
+        """Does :meth:`ids` give for any hypothesis what it gives for ``other``? False where that is not known. Cached for each pair."""
+        known = self._encodes_as.get(id(other))
+        if known is None:
+            known = self._encodes_as[id(other)] = (other, other is self or _settings_of(self) == _settings_of(other))
+        return known[1]
+
     def _joined(self, h: Hypothesis, tokenised: list[int] | None) -> tuple[list[int], int]:
         """As :meth:`ids`; ``tokenised``: prompt and text, where this model has another vocabulary."""
         prompt = self.prompt_ids(h.prompt)
@@ -266,6 +274,17 @@ class PromptEncoder:
         """Raise PromptError where ``ids`` is one token: nothing comes before it."""
         if len(ids) < 2:
             raise PromptError(f"{self.name}: a vocabulary head gives no value for a text of one token")
+
+
+def _settings_of(encoder: PromptEncoder) -> Any:
+    """All that tokens depend on, to be compared; what cannot be compared equals nothing."""
+    tokenizer = encoder.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or encoder.images is not None:
+        return object()
+    own = (encoder.template, encoder.chat_settings, encoder.system, encoder.instruction, encoder.reads_given_ids, encoder.vocab_size)
+    special = (tokenizer.special_tokens_map, tokenizer.chat_template, sorted(encoder.vocabulary.eos_ids))
+    return type(tokenizer), own, special, backend.to_str()
 
 
 def has_chat_template(base: PromptEncoder) -> bool:

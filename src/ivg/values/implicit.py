@@ -77,8 +77,10 @@ class ImplicitValue(CachedLMValue):
 
     def score_candidates(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> list[float]:
         """As :meth:`score` of ``candidates``; what they share is read once."""
-        read = [model.candidate_logps(hypotheses, candidates) for model in (self.tuned, self.untuned)]
-        return [sum(scores) for scores in _log_ratios(*read)]
+        ids = self.tuned.ids_of(candidates)
+        tuned = self.tuned.candidate_logps(hypotheses, candidates, ids)
+        untuned = self.untuned.candidate_logps(hypotheses, candidates, ids if self.untuned.encodes_as(self.tuned) else None)
+        return [sum(scores) for scores in _log_ratios(tuned, untuned)]
 
 
 def _log_ratios(tuned: Sequence[Sequence[float]], untuned: Sequence[Sequence[float]]) -> list[list[float]]:
