@@ -26,15 +26,21 @@ class Scale:
         rows: share of the rows; below 1 for a rehearsal.
         prompts: of a batch of rollouts; a GPU takes more.
         train: further options of each training; they override its own.
+        trained: does a reward tell answers apart? Not in a rehearsal.
     """
 
     rows: float = 1.0
     prompts: int = 64
     train: str = ""
+    trained: bool = True
 
     def count(self, rows: int) -> int:
         """That share of ``rows``."""
         return max(16, round(rows * self.rows))
+
+    def clear(self, pairs: int, margin: float) -> str:
+        """Options for ``pairs`` pairs of answers to a prompt, whose scores differ by ``margin`` or more, labelled by the score."""
+        return f"--pairs-per-prompt {pairs} --min-margin {margin} --label higher" if self.trained else ""
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,8 @@ def _sentiment(base: str, work: Path, scale: Scale) -> list[Step]:
         ),
         Step(
             "tuned",
-            f"train dpo --model {out}/praise --data {out}/rollouts-pair.jsonl --data {out}/rollouts-value.jsonl --pairs-per-prompt 2"
-            f" --min-margin 2 --label higher --out {out}/tuned --epochs 1 --lr 1e-4 --warmup 0.25 --batch-size 64"
+            f"train dpo --model {out}/praise --data {out}/rollouts-pair.jsonl --data {out}/rollouts-value.jsonl"
+            f" {scale.clear(2, 2)} --out {out}/tuned --epochs 1 --lr 1e-4 --warmup 0.25 --batch-size 64"
             f" --weight-decay 0.05 --max-length 224 {train}",
             ("praise", "pair-rollouts", "value-rollouts"),
         ),
@@ -141,7 +147,7 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
         ),
         Step(
             "tuned",
-            f"train dpo --model {base} --data {out}/rollouts.jsonl --pairs-per-prompt 1 --min-margin 1 --label higher --out {out}/tuned"
+            f"train dpo --model {base} --data {out}/rollouts.jsonl {scale.clear(1, 1)} --out {out}/tuned"
             f" --template {subject} --lr 1e-4 --batch-size 32 {train}",
             ("rollouts",),
         ),

@@ -135,7 +135,7 @@ def tiny_base(folder):
 def test_all_steps_and_the_recipe(experiment, work, tmp_path, ivg, monkeypatch):
     """Each step is a command that works and that finds its results the second time; then the recipe's methods answer and are scored."""
     base = tiny_base(tmp_path / "base")
-    found = steps(experiment, str(base), work, Scale(rows=0.002, prompts=16, train="--set max_steps=1 --max-length 2000"))
+    found = steps(experiment, str(base), work, Scale(0.002, 16, "--set max_steps=1 --max-length 2000", trained=False))
     done = set()
     for step in found:
         assert done >= set(step.after)
