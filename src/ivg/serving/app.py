@@ -20,11 +20,12 @@ from ivg.serving.metrics import CONTENT_TYPE
 from ivg.serving.middleware import RequestMiddleware, error_response, internal_error
 from ivg.serving.openapi import describe, request_body
 from ivg.serving.protocol import ChatRequest, CompletionRequest
+from ivg.serving.responses_api.request import ResponsesRequest
 from ivg.serving.served_models import ServedModels
 from ivg.serving.worker import Worker
 
 PLAYGROUND = Path(__file__).parent / "playground"
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/ready", "/metrics", "/openapi.json", "/")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health", "/ready", "/metrics", "/openapi.json", "/")
 LAST_STEP_SECONDS = 5.0
 """When the time to drain is over, the worker's current step gets this long to end."""
 
@@ -71,6 +72,11 @@ def _add_openai(app: FastAPI, worker: Worker) -> None:
     async def completions(request: Request) -> Response:
         """Continue a text."""
         return await endpoint.respond(request, CompletionRequest)
+
+    @app.post("/v1/responses", response_class=JSON, openapi_extra=request_body(ResponsesRequest))
+    async def responses(request: Request) -> Response:
+        """Answer a chat, in the form of OpenAI's Responses API; nothing is stored."""
+        return await endpoint.respond_to_response(request)
 
     @app.get("/v1/models", response_class=JSON)
     async def models() -> Response:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -17,12 +17,15 @@ from starlette.types import Receive, Scope, Send
 from ivg.errors import ServeError
 from ivg.serving.connections import EVENT_STREAM
 from ivg.serving.logs import log_event
-from ivg.serving.parsing import B, parse_body
+from ivg.serving.parsing import parse_body, parse_data
 from ivg.serving.protocol import Body, ChatRequest, CompletionRequest
 from ivg.serving.requests import Event, Progress, RequestHandle
 from ivg.serving.responses import ResponseBuilder, TokenText
+from ivg.serving.responses_api.events import ResponseEncoder
+from ivg.serving.responses_api.items import ResponseObjects
+from ivg.serving.responses_api.request import ResponsesRequest, renamed
 from ivg.serving.served_models import RequestBatch
-from ivg.serving.stream import StreamEncoder
+from ivg.serving.stream import EventEncoder, StreamEncoder
 from ivg.serving.worker import Worker
 from ivg.types import Completion
 
@@ -32,20 +35,49 @@ T = TypeVar("T")
 
 
 class CompletionEndpoint:
-    """Answers ``/v1/completions`` and ``/v1/chat/completions``."""
+    """Answers ``/v1/completions``, ``/v1/chat/completions`` and ``/v1/responses``."""
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self._token_text = TokenText(worker.model.engine.vocabulary)
 
-    async def respond(self, request: Request, kind: type[B]) -> Response:
+    async def respond(self, request: Request, kind: type[ChatRequest | CompletionRequest]) -> Response:
         """The response to one HTTP request.
 
         Raises:
             ServeError: a wrong body, a full queue, a failed model.
         """
+        body = parse_body(await request.body(), request.headers, kind, strict=self.worker.settings.strict)
+        return await self._answer(request, body, lambda builder: _stream_encoder(builder, body), ResponseBuilder.build_response)
+
+    async def respond_to_response(self, request: Request) -> Response:
+        """The response to one request of the Responses API.
+
+        Raises:
+            ServeError: as :meth:`respond`.
+        """
+        strict = self.worker.settings.strict
+        body = parse_body(await request.body(), request.headers, ResponsesRequest, strict=strict)
+
+        def encoder(builder: ResponseBuilder) -> ResponseEncoder:
+            return ResponseEncoder(ResponseObjects(builder, body))
+
+        def build(builder: ResponseBuilder, completions: Sequence[Completion]) -> dict[str, Any]:
+            return encoder(builder).whole(completions[0])
+
+        try:
+            return await self._answer(request, parse_data(body.chat(), ChatRequest), encoder, build)
+        except ServeError as e:
+            raise renamed(e) from None
+
+    async def _answer(
+        self,
+        request: Request,
+        body: Body,
+        encoder: Callable[[ResponseBuilder], EventEncoder],
+        build: Callable[[ResponseBuilder, Sequence[Completion]], dict[str, Any]],
+    ) -> Response:
         worker, settings = self.worker, self.worker.settings
-        body: Body = parse_body(await request.body(), request.headers, kind, strict=settings.strict)
         handle = RequestHandle(body, worker.served.count_completions(body), settings.deadline)
         if settings.log_prompts:
             log_event("prompt", request_id=request.state.request_id, body=_loggable(body))
@@ -61,9 +93,9 @@ class CompletionEndpoint:
                 more = {"echo": bool(body.echo), "prompt_logprobs": body.prompt_logprobs}
             builder = ResponseBuilder(isinstance(body, ChatRequest), body.model, batch, body.n_logprobs, self._token_text, **more)
             if body.stream:
-                return EventStream(_stream_encoder(builder, body), handle, worker)
+                return EventStream(encoder(builder), handle, worker)
             completions = await _until_disconnect(request.receive, _gather(handle, worker))
-            return JSON(builder.build_response(completions))
+            return JSON(build(builder, completions))
         except BaseException:
             worker.cancel(handle)
             raise
@@ -164,7 +196,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, encoder: StreamEncoder, handle: RequestHandle, worker: Worker) -> None:
+    def __init__(self, encoder: EventEncoder, handle: RequestHandle, worker: Worker) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.encoder, self.handle, self.worker = encoder, handle, worker

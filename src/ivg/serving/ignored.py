@@ -36,6 +36,16 @@ OPENAI: Mapping[str, tuple[Any, ...]] = {
     "metadata": ({},),
 }
 """Unsupported fields of OpenAI's API, with their neutral values."""
+RESPONSES: Mapping[str, tuple[Any, ...]] = {
+    "previous_response_id": (None,),
+    "conversation": (None,),
+    "background": (False,),
+    "truncation": ("disabled",),
+    "reasoning": ({}, {"effort": None}, {"effort": "none"}, {"effort": None, "summary": None}),
+    "max_tool_calls": (),
+    "prompt": (),
+}
+"""The same of its Responses API; responses are not stored."""
 VLLM: Mapping[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "use_beam_search": (False,),
@@ -77,16 +87,17 @@ def remove_ignored(data: dict[str, Any], known: Collection[str] = (), *, strict:
     else:
         data = _move_extra_body(data)
         data = _remove_tools(data, known)
-    unsupported = OPENAI if strict else {**OPENAI, **VLLM}
+    unsupported = {**OPENAI, **({} if strict else VLLM), **(RESPONSES if "input" in known else {})}
     out = {}
     for name, value in data.items():
-        if name in LABELS or (not strict and (value is None or (name in NO_EFFECT and name not in known))):
+        if (name in LABELS and name not in known) or (not strict and (value is None or (name in NO_EFFECT and name not in known))):
             continue
         neutral = None if name in known else unsupported.get(name)
         if neutral is None:
             out[name] = value
         elif value is not None and not is_one_of(value, neutral):
             hint = f" or give {json.dumps(neutral[0])}" if neutral else ""
+            hint += "; responses are not stored: send the conversation as input" if name in ("previous_response_id", "conversation") else ""
             raise ServeError(f"{name} is not supported; leave it out{hint}", 400, "invalid_value", name)
     return out
 

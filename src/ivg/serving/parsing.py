@@ -10,17 +10,17 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ivg.errors import ConfigError, ServeError
 from ivg.serving.errors import one_line
 from ivg.serving.fields import show_json
 from ivg.serving.ignored import remove_ignored
-from ivg.serving.protocol import Body, ChatRequest, CompletionRequest, Guidance
+from ivg.serving.protocol import Guidance
 from ivg.settings.messages import hint
 from ivg.settings.schema import rules_of
 
-B = TypeVar("B", ChatRequest, CompletionRequest)
+B = TypeVar("B", bound=BaseModel)
 
 
 def parse_body(raw: bytes, headers: Mapping[str, str], kind: type[B], *, strict: bool = False) -> B:
@@ -36,8 +36,17 @@ def parse_body(raw: bytes, headers: Mapping[str, str], kind: type[B], *, strict:
         ServeError: 415 where the headers do not announce JSON, else 400; ``param`` is the JSON path of the error.
     """
     check_headers(headers)
+    return parse_data(parse_json(raw), kind, strict=strict)
+
+
+def parse_data(data: dict[str, Any], kind: type[B], *, strict: bool = False) -> B:
+    """Validate a request body that was parsed from JSON; as :func:`parse_body`.
+
+    Raises:
+        ServeError: 400; ``param`` is the JSON path of the error.
+    """
     try:
-        return kind.model_validate(remove_ignored(parse_json(raw), kind.model_fields, strict=strict))
+        return kind.model_validate(remove_ignored(data, kind.model_fields, strict=strict))
     except ValidationError as e:
         raise validation_error(e.errors(include_url=False), kind) from None
     except RecursionError:
@@ -94,7 +103,7 @@ def _no_constant(name: str) -> None:
 # Errors
 
 
-def validation_error(errors: Any, body: type[Body]) -> ServeError:
+def validation_error(errors: Any, body: type[BaseModel]) -> ServeError:
     """The HTTP error for the first of pydantic's errors in a body."""
     first = errors[0]
     kind, path = first["type"], json_path(first["loc"])
@@ -131,7 +140,7 @@ def json_path(where: tuple[int | str, ...]) -> str:
     return out
 
 
-def _expected(error: Any, body: type[Body]) -> str:
+def _expected(error: Any, body: type[BaseModel]) -> str:
     """What a field must be: by its rule in ``ivg.settings``, else by the type of pydantic's error."""
     kind, context, location = error["type"], error.get("ctx", {}), error["loc"]
     table: Any = body

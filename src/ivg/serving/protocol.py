@@ -158,8 +158,9 @@ class ChatRequest(_Request):
 
     @property
     def offered_tools(self) -> list[dict[str, Any]]:
-        """The functions that the response may call; none with ``tool_choice: none``."""
-        return [] if self.tool_choice == "none" else self.tools or []
+        """The functions that the response may call, without ``strict``, which templates do not know; none with ``tool_choice: none``."""
+        given = () if self.tool_choice == "none" else self.tools or ()
+        return [{**tool, "function": {k: v for k, v in tool["function"].items() if k != "strict"}} for tool in given]
 
     @property
     def chat(self) -> dict[str, Any]:

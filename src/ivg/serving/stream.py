@@ -6,6 +6,7 @@ Committed text only grows (``search.searcher``), which also holds back partial s
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,27 @@ from ivg.types import TraceNode
 DONE = b"data: [DONE]\n\n"
 
 
-class StreamEncoder:
+class EventEncoder(ABC):
+    """Encodes a response as server-sent events."""
+
+    @abstractmethod
+    def start(self) -> Iterator[bytes]:
+        """Before any text."""
+
+    @abstractmethod
+    def update(self, progress: Progress) -> Iterator[bytes]:
+        """The events for ``progress``."""
+
+    @abstractmethod
+    def finish(self) -> Iterator[bytes]:
+        """After the last choice."""
+
+    @abstractmethod
+    def fail(self, error: ServeError) -> Iterator[bytes]:
+        """An error in the middle of the stream, and its end."""
+
+
+class StreamEncoder(EventEncoder):
     """Encodes one response as server-sent events.
 
     Args:
@@ -74,8 +95,7 @@ class StreamEncoder:
             yield encode_event(self.builder.envelope([], stream=True) | {"usage": usage})
         yield DONE
 
-    @staticmethod
-    def fail(error: ServeError) -> Iterator[bytes]:
+    def fail(self, error: ServeError) -> Iterator[bytes]:
         """An error in the middle of the stream, and its end."""
         yield encode_event(error_body(error))
         yield DONE

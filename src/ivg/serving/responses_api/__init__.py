@@ -1,0 +1,1 @@
+"""OpenAI's Responses API for text, over chat completions: nothing is stored."""
