@@ -14,12 +14,15 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "compare": ("compare", "compare", "Answer one prompt by several methods, with scores, tokens spent and seconds."),
     "models": ("models", "app", "List models, methods and settings of methods; add small open models."),
     "train": ("train", "app", "Train a guide pair (sft, dpo), a reward model, and values from rollouts."),
+    "data": ("data", "app", "Check data before anything is trained or loaded."),
     "check": ("check", "check", "Do these models fit together, and will guidance help?"),
     "eval": ("eval", "evaluate", "Compare methods on a task: sentiment, summarization or alpaca."),
     "winrate": ("winrate", "winrate", "Win rates from judgements."),
     "serve": ("serve", "serve", "Serve the models: OpenAI's protocol at /v1, a playground at /."),
     "export": ("export", "export", "Write a composite model for vLLM: base and guides, weights by reference."),
     "bench": ("bench", "bench", "Measure time and memory of a method, beside plain sampling."),
+    "config": ("config", "app", "The settings of a command, and where each comes from."),
+    "completion": ("completion", "completion", "Print a script that completes commands and options in a shell."),
 }
 """Module, function and first line of help, by the verb's name."""
 DEPRECATED = {"pack": "export"}

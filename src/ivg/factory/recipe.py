@@ -9,6 +9,7 @@ from ivg.errors import ConfigError, ModelError
 from ivg.factory.values import make_value, prompt_template
 from ivg.settings.models import LANGUAGE_MODELS
 from ivg.settings.recipe import Recipe
+from ivg.settings.sampling import DEFAULT_SAMPLING
 
 if TYPE_CHECKING:
     from ivg.model import GuidedModel
@@ -85,7 +86,6 @@ def default_sampling(recipe: Recipe) -> SamplingParams:
         ConfigError: the base's checkpoint sets what cannot be done.
     """
     from ivg.embedded import path
-    from ivg.model import DEFAULT_SAMPLING
     from ivg.models.adapters import base_of
     from ivg.models.generation_config import defaults_of, read_generation_config
     from ivg.models.hub import adapter_at, find_local

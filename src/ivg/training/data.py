@@ -205,6 +205,29 @@ def read_prompts(source: str | Path, options: ReadOptions | None = None) -> list
     return list(dict.fromkeys(rows.each(lambda row: [prompt_in(row, prompt_of(row))])))
 
 
+def read_any(source: str | Path, options: ReadOptions | None = None) -> tuple[str, list[Preference | RatedResponse | SFTExample | Prompt]]:
+    """(form, items) of whatever the first row's columns say that the source holds: one of those above, or prompts.
+
+    Raises:
+        ConfigError: unreadable, or columns of no form.
+    """
+    rows = _Rows(source, options)
+    if rows.have(*RATED_LISTS) or rows.have(*RATED):
+        return "rated responses", [*_rated_rows(rows)]
+    if rows.have(*CONVERSATIONS):
+        return "preferences", [*rows.each(_preference)]
+    name = next((n for n in ("response", "completion") if rows.have("prompt", n)), None)
+    if name is not None:
+        return "SFT examples", [*rows.each(lambda row: [SFTExample(prompt_in(row), response_text(cell(row, name)))])]
+    if rows.have("messages") and not rows.have("prompt") and rows.ends_with_answer:
+        return "SFT examples", [*rows.each(_conversation)]
+    if rows.have("prompt") or rows.have("messages"):
+        return "prompts", [*rows.each(lambda row: [prompt_in(row, prompt_of(row))])]
+    if rows.have("text"):
+        return "SFT examples", [*rows.each(lambda row: [SFTExample(None, response_text(cell(row, "text")))])]
+    raise rows.wrong_columns("rows", PREFERENCE, RATED, RATED_LISTS, ("prompt", "response"), ("messages",), ("prompt",), ("text",))
+
+
 def pair_up(rated: Iterable[RatedResponse], seed: int = 0) -> list[Preference]:
     """Pair the responses to each prompt in order, labelled by the Bradley-Terry model: P(first is chosen) = sigmoid(r_1 - r_2).
 
@@ -276,6 +299,12 @@ class _Rows:
     def have(self, *columns: str) -> bool:
         """Has the first row all these columns?"""
         return all(name in self._first[1] for name in columns)
+
+    @property
+    def ends_with_answer(self) -> bool:
+        """Is the last of the first row's ``messages`` the assistant's?"""
+        turns = list_of(self._first[1], "messages")
+        return bool(turns) and isinstance(turns[-1], Mapping) and turns[-1].get("role") == "assistant"
 
     def each(self, parse: Callable[[dict[str, Any]], Iterable[Item]]) -> list[Item]:
         """The items that ``parse`` makes of every row.
