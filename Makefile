@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN = $(VENV)/bin
 
-.PHONY: help install demo demo-chat test test-all test-long test-avx2 test-gpu lint types contract unit test-vllm docs reference site clean
+.PHONY: help install demo demo-chat test test-all test-long test-clients test-avx2 test-gpu lint types contract unit test-vllm docs reference site clean
 .PHONY: bench bench-targets coverage reproduce-sentiment reproduce-values reproduce-objectives reproduce-summarization
 .DEFAULT_GOAL := help
 
@@ -39,7 +39,7 @@ demo-chat: install ## the same question to a chat model (SmolLM2, 93 MB from PyP
 
 test: lint types contract site unit ## lint, types, import contract, the documentation site, and tests of every feature (minutes)
 
-test-all: test test-long test-avx2 test-vllm ## also the long tests: killed runs, browser, Ray, a plain processor, real vLLM on the CPU
+test-all: test test-long test-clients test-avx2 test-vllm ## also the long tests: killed runs, browser, Ray, a plain processor, real vLLM on the CPU
 
 lint: $(VENV)/.dev
 	@$(RUN)/ruff check . && $(RUN)/ruff format --check .
@@ -56,6 +56,14 @@ unit: $(VENV)/.dev ## the tests alone, without the long ones
 
 test-long: $(VENV)/.dev ## the long tests
 	@$(PYTEST) -m long
+
+$(VENV)/.clients: $(VENV)/.dev
+	@echo "adding evaluation harnesses …"
+	@$(PIP) -c constraints.txt -e '.[clients]'
+	@touch $@
+
+test-clients: $(VENV)/.clients ## the tests with evaluation harnesses: lm-eval
+	@$(RUN)/python -m pytest tests/integration/test_lm_eval.py
 
 # PyTorch and oneDNN then use what every x86 processor has: no bfloat16 instructions, no AVX512
 test-avx2: $(VENV)/.dev ## tests of the numerics, as on a plain AVX2 processor

@@ -113,14 +113,35 @@ def split_prompt(prompt: Prompt, base: Any, value: Value | None) -> tuple[Prompt
     ids = tuple(base.prompt_ids(prompt))
     text = base.vocabulary.prompt_text(ids[:1])
     first = replace(prompt, content=text, token_ids=ids[:1], vocabulary=base.vocabulary)
+    require_same_tokens(prompt, base, value, first)
+    return first, ids[1:]
+
+
+def require_same_tokens(prompt: Prompt, base: Any, value: Value | None, *beginnings: Prompt) -> None:
+    """Raise unless the models of ``value`` read ``prompt`` as the base's very tokens, maybe behind an instruction of their own.
+
+    Args:
+        prompt: as for :func:`split_prompt`.
+        base: likewise.
+        value: likewise.
+        beginnings: of the prompt, which are read as its beginning.
+
+    Raises:
+        PromptError: as :func:`split_prompt`.
+    """
+    ids = tuple(base.prompt_ids(prompt))
     for model in _readers(value):
-        read = tuple(model.prompt_ids(prompt))
-        if read[len(read) - len(ids) :] != ids or tuple(model.prompt_ids(first)) != read[: len(read) - len(ids) + 1]:
+        try:
+            read = tuple(model.prompt_ids(prompt))
+        except PromptError:  # empty for its template
+            read = ()
+        before = len(read) - len(ids)
+        same = before >= 0 and read[before:] == ids
+        if not same or any(tuple(model.prompt_ids(b)) != read[: before + len(base.prompt_ids(b))] for b in beginnings):
             raise PromptError(
                 f"log-probabilities of a prompt: {model.name} reads it as other tokens than the base (a template, another tokenizer)\n"
                 "  give prompt and response apart (GuidedModel.logprobs), or all models the template raw"
             )
-    return first, ids[1:]
 
 
 def _readers(value: Value | None) -> list[Any]:
