@@ -44,8 +44,13 @@ def log_ratio(base, values, s, prompt, y, temperature):
 
 def smc(base, values, s, prompt, seed, temperature, limit, eos=0):
     """Particle filter with systematic resampling: (tokens, value)."""
+    return filter_particles(base, values, s, prompt, seed, temperature, limit, eos)[:2]
+
+
+def filter_particles(base, values, s, prompt, seed, temperature, limit, eos=0):
+    """Particle filter with systematic resampling: (tokens, value, (weight, tokens) of all particles, log Z)."""
     seed, value, n = mix(seed, 0), values[s.select], s.width * s.successors
-    particles, chunks = [([], 0, False, 0.0, 0.0)] * n, 0
+    particles, chunks, log_z = [([], 0, False, 0.0, 0.0)] * n, 0, 0.0
     while not all(p[2] for p in particles):
         chunks += 1
         grown, seen = [p for p in particles if p[2]], {}
@@ -60,13 +65,15 @@ def smc(base, values, s, prompt, seed, temperature, limit, eos=0):
             weight += sum(log_ratio(base, values, s, prompt, new[: i + 1], temperature) for i in range(len(y), len(new)))
             grown.append((new, line, end, weight, v))
         particles = grown
-        w = torch.tensor([p[3] for p in particles], dtype=torch.float64).softmax(0)
+        log_weights = torch.tensor([p[3] for p in particles], dtype=torch.float64)
+        mean, w = float(log_weights.logsumexp(0)) - math.log(n), log_weights.softmax(0)
         if not all(p[2] for p in particles) and float(1 / (w**2).sum()) < s.resample_below * n:
             picks = [int((w.cumsum(0) <= (uniform(seed, chunks, 0x5E5A) + i) / n).sum()) for i in range(n)]
             particles = [(*particles[i][:3], 0.0, particles[i][4]) for i in picks]
+            log_z, mean = log_z + mean, 0.0
             w = torch.full((n,), 1 / n, dtype=torch.float64)
     answer = particles[int((w.cumsum(0) <= uniform(seed, chunks, 0xA25)).sum())]
-    return answer[0], answer[4]
+    return answer[0], answer[4], [(float(weight), p[0]) for weight, p in zip(w, particles, strict=True)], log_z + mean
 
 
 def speculate(base, values, s, prompt, seed, temperature, limit, eos=0):

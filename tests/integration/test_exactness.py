@@ -185,6 +185,18 @@ def test_neighbours_equal_naive(llama, settings):
     assert all(r.model.live_rows == 0 for r in llama.readers)
 
 
+@pytest.mark.parametrize("name", ["smc, guided", "smc, one value twice", "smc, never resampled"])
+def test_posterior_equals_naive(llama, name):
+    """Weights of all particles and log Z; what is drawn by weight is compared above."""
+    s = get_method("custom", **NEIGHBOURS[name])
+    (got,) = llama.generate(PROMPTS[:1], s, SamplingParams(max_new_tokens=9), 1)
+    ids = llama.base.tokenizer(PROMPTS[0]).input_ids
+    *_, particles, log_z = naive_methods.filter_particles(llama.base.model.network, llama.naive, s, ids, 1, SamplingParams().temperature, 9)
+    assert got.posterior.log_z == pytest.approx(log_z, abs=2e-3)
+    found = sorted((list(p.token_ids), p.weight) for p in got.posterior.particles)
+    assert found == [(tokens, pytest.approx(weight, abs=2e-3)) for tokens, weight in sorted((t, w) for w, t in particles)]
+
+
 def test_weighted_values_guide_and_select(llama):
     """Weights name a composite: the same tokens as one built by hand, at both levels."""
     values = {**llama.values, "mixed": CompositeValue([(0.5, llama.values["implicit"]), (-1.0, llama.values["explicit"])])}
