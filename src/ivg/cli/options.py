@@ -149,6 +149,8 @@ def _is_mapping(kind: Any) -> bool:
 
 def _converted(declared: Declared, value: Any) -> Any:
     kinds, setting = _without_none(declared.setting.accepts or declared.type), declared.setting
+    if setting.files and isinstance(value, str) and value.endswith(setting.files):
+        value = _file_text(value, setting.flags[0])
     if setting.escapes:
         value = [text.replace("\\n", "\n") for text in value] if isinstance(value, list) else value.replace("\\n", "\n")
     if len(kinds) == 1 and _is_mapping(kinds[0]):
@@ -157,6 +159,13 @@ def _converted(declared: Declared, value: Any) -> Any:
         parts = [part.strip() for part in value.split(",")]
         return [plain_value(part) for part in parts] if get_args(kinds[0])[0] is int else parts
     return value
+
+
+def _file_text(name: str, flag: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{flag} {name}: {e.strerror if isinstance(e, OSError) else 'it is no UTF-8'}\n  expected a text file") from None
 
 
 def assignments(texts: Collection[str], flag: str) -> dict[str, Any]:

@@ -109,14 +109,21 @@ def fail(request: ExpandRequest, message: str) -> list[Beam]:
     return as_beams(request.beam, family)
 
 
-def append_token(child: TokenSequence, token: int, shift: float = 0.0, detail: TokenLogprobs | None = None) -> None:
-    """Append a token; finishes the sequence at an end-of-sequence token, a stop string or the length limit, pauses it at a step's end."""
+def append_token(
+    child: TokenSequence, token: int, shift: float = 0.0, detail: TokenLogprobs | None = None, *, complete: bool = False
+) -> None:
+    """Append a token; finishes the sequence at an end-of-sequence token, a stop string or the length limit, pauses it at a step's end.
+
+    ``complete``: structured output is complete with it, which finishes the sequence, too.
+    """
     sampling, before = child.request.sampling, len(child.text)
     child.token_ids.append(token)
     if child.ends_at(token):
         child.end("stop")
     elif sampling.stop and (cut := stop_at(child.text, before, sampling.stop)) is not None:
         child.written, child.finish = child.text[:cut], "stop"
+    elif complete:
+        child.end("stop")
     elif len(child.token_ids) >= sampling.max_new_tokens:
         child.end("length")
     new = child.text[before:]  # decodes the token

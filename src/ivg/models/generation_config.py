@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ivg.errors import ConfigError
 from ivg.settings.rules import choice
-from ivg.settings.sampling import SamplingParams
+from ivg.settings.sampling import STRUCTURES, SamplingParams
 from ivg.settings.schema import check
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 GenerationConfigMode = Literal["auto", "ignore"]
 """``auto``: the checkpoint's settings are defaults; ``ignore``: they are not. Its end-of-sequence tokens are always used."""
 
-_NOT_IN_FILES = frozenset({"stop", "ignore_eos", "frequency_penalty", "presence_penalty", "logit_bias", "stop_token_ids", "bad_words"})
+_NOT_IN_FILES = frozenset(
+    {"stop", "ignore_eos", "frequency_penalty", "presence_penalty", "logit_bias", "stop_token_ids", "bad_words", *STRUCTURES}
+)
 _OWN_NAMES = {f.name: f.name for f in fields(SamplingParams) if f.name not in _NOT_IN_FILES} | {"stop_strings": "stop"}
 """transformers' names -> those of :class:`SamplingParams`."""
 

@@ -49,6 +49,7 @@ def check_engine(engine: Engine, request: Request) -> None:
         ConfigError, VocabularyError: names it, and what to do instead.
     """
     engine.check_features(required_features(request))
+    engine.check_sampling(request.sampling)
     engine.check(request.search.guidance)
     if (speculation := request.search.speculation) is not None:
         engine.check_drafter(speculation.value, request.sampling, compared=speculation.tilt)

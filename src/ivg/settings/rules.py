@@ -6,6 +6,7 @@ attaches a rule to a setting.
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
 import operator
@@ -138,6 +139,14 @@ def _biases(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
     return tuple(out)
 
 
+def _json_schema(value: Any) -> str:
+    """The schema as JSON; a text must be JSON already."""
+    found = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(found, Mapping):
+        raise TypeError
+    return json.dumps(found, ensure_ascii=False, allow_nan=False)
+
+
 def _logit_biases(value: Any) -> tuple[tuple[int, float], ...]:
     pairs = value.items() if isinstance(value, Mapping) else _items(value)
     found = {int(i) if isinstance(i, str) and i.isdecimal() else whole(i): float(real(bias)) for i, bias in pairs}
@@ -258,6 +267,8 @@ TOKEN_IDS = Rule("a list of token ids", _ids, _IDS, _not_negative)
 ONE_OR_MORE_IDS = Rule("a token id or a list of them", _one_or_more_ids, _IDS, _not_negative)
 ID_SEQUENCES = Rule("a list of lists of token ids", _sequences, _IDS, lambda v: all(s and _not_negative(s) for s in v))
 BIASES = Rule("a list of (token ids, bias)", _biases, _IDS, lambda v: all(s and _not_negative(s) for s, _ in v))
+JSON_SCHEMA = Rule("a JSON schema (an object, or its JSON)", _json_schema, optional=True)
+GRAMMAR = Rule("a text", _text, "no empty text", lambda v: bool(v.strip()), optional=True)
 LOGIT_BIAS = Rule(
     "token ids, each with a finite number",
     _logit_biases,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from itertools import chain
@@ -23,7 +24,9 @@ ONLY_TRANSFORMERS = (
 )
 """Settings of ``generate`` that neither vLLM nor endpoints have a field for."""
 
-LOOK_BACK = frozenset({"frequency_penalty", "presence_penalty", "bad_words"})
+STRUCTURES = ("json_schema", "regex", "choice", "grammar")
+"""Settings of structured output; a response follows one of them."""
+LOOK_BACK = frozenset({"frequency_penalty", "presence_penalty", "bad_words", *STRUCTURES})
 """Settings that look at the whole response and no further: a server that is asked for a part of it sees that part alone."""
 IN_CHUNKS = " in chunks"
 STOPS_BESIDE_EOS = "stop_token_ids beside ignore_eos"
@@ -37,7 +40,8 @@ _OFF = r.count(0, "0 (off) or more")
 class SamplingParams:
     """How tokens are drawn and when a response ends. Names and meanings are those of transformers' ``GenerationConfig``.
 
-    Token guidance acts on the logits first. Then, in this order: ``sequence_bias``, ``logit_bias``, ``repetition_penalty``,
+    Structured output (``json_schema``, ``regex``, ``choice``, ``grammar``) forbids tokens of the base first. Token guidance acts on what
+    is left. Then, in this order: ``sequence_bias``, ``logit_bias``, ``repetition_penalty``,
     ``frequency_penalty``, ``presence_penalty``, ``no_repeat_ngram_size``, ``bad_words_ids``, ``bad_words``, ``min_length``,
     ``min_new_tokens``, ``forced_bos_token_id``, ``forced_eos_token_id``,
     ``exponential_decay_length_penalty``, ``suppress_tokens``, ``begin_suppress_tokens``; then temperature, top-k, top-p, min-p.
@@ -156,6 +160,43 @@ class SamplingParams:
             accepts=list[str],
         ),
     ] = ()
+    json_schema: Annotated[
+        str | None,
+        Setting(
+            "JSON schema that the response follows: a file (.json), or the schema itself.",
+            r.JSON_SCHEMA,
+            aliases=("guided_json",),
+            flags=("--schema",),
+            accepts=dict[str, Any] | str,
+            files=(".json",),
+            unset="none",
+        ),
+    ] = None
+    regex: Annotated[
+        str | None,
+        Setting("Regular expression that the response matches.", r.GRAMMAR, aliases=("guided_regex",), flags=("--regex",), unset="none"),
+    ] = None
+    choice: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Text that the response may be, and no other; may be repeated.",
+            r.STOPS,
+            aliases=("guided_choice",),
+            flags=("--choice",),
+            accepts=list[str],
+        ),
+    ] = ()
+    grammar: Annotated[
+        str | None,
+        Setting(
+            "Grammar that the response follows, in Lark's or llama.cpp's notation (GBNF): a file (.lark, .gbnf), or the grammar itself.",
+            r.GRAMMAR,
+            aliases=("guided_grammar",),
+            flags=("--grammar",),
+            files=(".lark", ".gbnf", ".ebnf"),
+            unset="none",
+        ),
+    ] = None
     sequence_bias: Annotated[
         tuple[tuple[tuple[int, ...], float], ...],
         Setting(
@@ -183,6 +224,16 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         validate(self)
+        if len(given := [name for name in STRUCTURES if getattr(self, name)]) > 1:
+            raise ConfigError(f"{' and '.join(given)}: a response follows one of them\n  leave the others out")
+
+    @property
+    def structure(self) -> tuple[str, str] | None:
+        """(name, text) of the setting of structured output, choices as JSON; None: there is none."""
+        for name in STRUCTURES:
+            if value := getattr(self, name):
+                return name, value if isinstance(value, str) else json.dumps(value)
+        return None
 
     def check_token_ids(self, size: int, without: Collection[str] = ()) -> None:
         """Raise for token ids outside a vocabulary of ``size`` tokens; fields ``without`` are not looked at.

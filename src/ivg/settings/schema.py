@@ -34,6 +34,7 @@ class Setting:
         unset: what None stands for, in words, for help texts and pages.
         secret: never shown in errors.
         escapes: on the command line, a backslash and an n are a line break.
+        files: on the command line, the name of a file stands for its text, where the name ends so (``.json``).
         group: of a search, what must be on for the setting to have an effect: guidance, selection, contrast, steps, or a rule
             that is not top; of several, any one: ``soft|speculate``.
     """
@@ -47,6 +48,7 @@ class Setting:
     secret: bool = False
     deprecated: tuple[str, ...] = ()
     escapes: bool = False
+    files: tuple[str, ...] = ()
     group: str = ""
 
 

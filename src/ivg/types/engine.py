@@ -211,6 +211,13 @@ class Engine(ABC):
         """Must a chunk that the model of ``drafter`` writes be asked for in one request? Default: no."""
         return False
 
+    def check_sampling(self, sampling: SamplingParams) -> None:
+        """Raise where settings of ``sampling`` do not fit the base, besides what :attr:`unsupported` says. Default: all fit.
+
+        Raises:
+            ConfigError: says why.
+        """
+
     def check_thinking(self, thinking: Thinking | None) -> None:
         """Raise where the marker of ``thinking`` cannot be found or forced. Default: it can.
 
@@ -238,6 +245,7 @@ class Engine(ABC):
         }
         chunked = bool(request.beam.token_ids) or request.tokens < request.sampling.max_new_tokens
         self.check_features({name for name, needs in needed.items() if needs} | request.sampling.features(chunked=chunked))
+        self.check_sampling(request.sampling)
         self.check(request.guidance)
         self.check_drafter(request.drafter, request.sampling, compared=request.return_log_ratio)
         self.check_thinking(request.thinking)

@@ -23,7 +23,7 @@ from ivg.engines.endpoint.text_vocabulary import END, FILLER, EndpointPromptEnco
 from ivg.engines.sequences import TokenSequence, as_beams, fail, fork, stop_at
 from ivg.errors import IVGError
 from ivg.models.prompt_template import PromptTemplate
-from ivg.settings.sampling import IN_CHUNKS, LOOK_BACK, ONLY_TRANSFORMERS
+from ivg.settings.sampling import IN_CHUNKS, LOOK_BACK, ONLY_TRANSFORMERS, STRUCTURES
 from ivg.types import AsyncEngine, Beam, DecodeState, ExpandOutput, ExpandRequest, Prompt, SamplingParams, new_key
 from ivg.utils.rng import mix
 
@@ -64,6 +64,10 @@ class EndpointEngine(AsyncEngine):
         **dict.fromkeys(
             [f"{name}{IN_CHUNKS}" for name in LOOK_BACK],
             "the server sees one chunk at a time, not the response before it; use a method without chunks (bon)",
+        ),
+        **dict.fromkeys(
+            STRUCTURES,
+            "servers have no common field for it, and ignore what they do not know; use the engine transformers or vllm",
         ),
         **dict.fromkeys(
             ("min_length", *ONLY_TRANSFORMERS),

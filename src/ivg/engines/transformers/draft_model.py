@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ivg.engines.sequences import TokenSequence, append_token
 from ivg.engines.transformers.draft_text import MORE_TOKENS, has_text, in_own_tokens, reader_of, take_over
+from ivg.engines.transformers.grammar import GrammarMasks
 from ivg.engines.transformers.guidance import no_token_error
 from ivg.engines.transformers.processors import changing_settings, contexts_of, forbid_ignored_eos, process_logits
 from ivg.engines.transformers.sampling import nonfinite_rows, sample, token_logps
@@ -34,10 +35,11 @@ class DraftWriter:
 
     Args:
         base: judges the drafts.
+        grammars: of structured output, in the base's tokens.
     """
 
-    def __init__(self, base: CachedLM) -> None:
-        self.base = base
+    def __init__(self, base: CachedLM, grammars: GrammarMasks) -> None:
+        self.base, self.grammars = base, grammars
         self.readers: dict[CachedLM, CachedLM] = {}
         """By draft model what reads with it: itself, or a reader with rows of its own."""
 
@@ -141,6 +143,7 @@ class DraftWriter:
             owner = dict(zip(row_of, active, strict=True))  # any sequence of a row: they belong to one request
             params = [owner[i].request.sampling for i in range(len(nodes))]
             logits = forbid_ignored_eos(_columns(model, target, model.outputs(nodes)), params, eos)
+            self.grammars.restrict(logits, nodes, params)
             unusable = set(nonfinite_rows(logits))
             if unusable:
                 logits[sorted(unusable)] = 0.0
@@ -155,7 +158,7 @@ class DraftWriter:
                     s.error = no_token_error(count) if row in exhausted else f"the draft model {model.name} gave NaN after {count} tokens"
                 else:
                     s.log_ratio -= logp
-                    append_token(s, token)
+                    append_token(s, token, complete=self.grammars.completes(s, token))
             active = [s for s in active if s.finish is None and not s.paused and len(s.token_ids) < s.limit]
             nodes, row_of = active, list(range(len(active)))
 
@@ -193,6 +196,7 @@ class DraftWriter:
         lengths = [len(s.token_ids) - count + k for s, count in drafts for k in range(count)]
         params = [s.request.sampling for s in owners]
         logits = forbid_ignored_eos(logits, params, self.base.vocabulary.eos_ids)
+        self.grammars.restrict(logits, owners, params, lengths)
         unusable = set(nonfinite_rows(logits))
         if unusable:
             logits[sorted(unusable)] = 0.0

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ivg.engines.sequences import TokenSequence, append_token, as_beams, fork
 from ivg.engines.transformers.draft_model import DraftWriter
+from ivg.engines.transformers.grammar import GrammarMasks
 from ivg.engines.transformers.guidance import apply_guidance, check_guidance, compares_guidance, nan_error, no_token_error
 from ivg.engines.transformers.kl_budget import BudgetRow, guide_within_budget
 from ivg.engines.transformers.logprobs import compare_guidance
@@ -96,8 +97,9 @@ class TransformersEngine(Engine):
         self.base = base
         base.reads_given_ids = True
         self.vocabulary = base.vocabulary
-        self.speculation = Speculator(base)
-        self.draft_writer = DraftWriter(base)
+        self.grammars = GrammarMasks(base.vocabulary)
+        self.speculation = Speculator(base, self.grammars)
+        self.draft_writer = DraftWriter(base, self.grammars)
 
     def check(self, guidance: TokenGuidance | None) -> None:
         """Raise where ``guidance`` does not fit the base (see :func:`check_guidance`), or drafts and a model cannot be cut back."""
@@ -121,6 +123,10 @@ class TransformersEngine(Engine):
         """Where the draft model has other tokens than the base."""
         return self.draft_writer.writes_text(drafter)
 
+    def check_sampling(self, sampling: SamplingParams) -> None:
+        """Raise where the grammar of structured output cannot be used."""
+        self.grammars.check(sampling)
+
     def check_thinking(self, thinking: Thinking | None) -> None:
         """Raise where the base's tokens do not spell the marker."""
         if thinking is not None:
@@ -130,11 +136,13 @@ class TransformersEngine(Engine):
         """Free the base's rows of these beams, and those of draft models."""
         self.base.release(keys)
         self.draft_writer.release(keys)
+        self.grammars.release(keys)
 
     def reset_caches(self) -> None:
         """Empty the base's cache, and those of draft models."""
         self.base.reset_cache()
         self.draft_writer.reset_caches()
+        self.grammars.reset()
 
     def release_memory(self) -> None:
         """Return memory of the base's cache that nothing needs to the operating system."""
@@ -196,7 +204,7 @@ class TransformersEngine(Engine):
             self._draw(step, self._guide(step, logits, entropies))
 
     def _guide(self, step: _Step, logits: Tensor, entropies: Tensor | None) -> _Logits:
-        """``logits`` [rows, vocabulary], which are written over, with and without guidance; without end-of-sequence tokens to be ignored.
+        """``logits`` [rows, vocabulary], which are written over, with and without guidance; without tokens that are never drawn.
 
         Rows with the same guidance share one call.
         """
@@ -204,7 +212,9 @@ class TransformersEngine(Engine):
         for i, request in enumerate(step.requests):
             if request.guidance is not None and is_guided(request, step.nodes[i]):
                 groups.setdefault(request.guidance, []).append(i)
-        forbid_ignored_eos(logits, [request.sampling for request in step.requests], self.vocabulary.eos_ids)
+        params = [request.sampling for request in step.requests]
+        forbid_ignored_eos(logits, params, self.vocabulary.eos_ids)
+        self.grammars.restrict(logits, step.nodes, params)
         base = logits
         limited = any(guidance.kl_budget is not None for guidance in groups)
         if groups and (limited or any(map(compares_guidance, step.requests)) or nonfinite_rows(logits)):
@@ -244,7 +254,7 @@ class TransformersEngine(Engine):
                 s.log_ratio -= ratio
                 nats, rate = logits.costs.get(row, (0.0, 0.0))
                 s.kl_spent, s.kl_rate = s.kl_spent + nats, s.kl_rate + rate
-                append_token(s, token, shift, detail)
+                append_token(s, token, shift, detail, complete=self.grammars.completes(s, token))
 
     def process_logits(
         self, logits: Tensor, nodes: Sequence[Hypothesis], requests: Sequence[ExpandRequest]

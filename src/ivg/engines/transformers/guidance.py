@@ -164,7 +164,7 @@ def nan_error(base: Tensor | None, tokens: int) -> str:
 def no_token_error(tokens: int) -> NoTokenFault:
     """Message for a row where the sampling settings forbid every token."""
     return NoTokenFault(
-        f"no token may be drawn after {tokens} tokens: suppress_tokens, bad_words_ids, no_repeat_ngram_size and the like forbid all"
+        f"no token may be drawn after {tokens} tokens: the grammar of structured output, suppress_tokens, bad_words and the like forbid all"
     )
 
 

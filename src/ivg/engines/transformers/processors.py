@@ -17,13 +17,14 @@ from torch import Tensor
 
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.vocabulary import Vocabulary
-from ivg.settings.sampling import ONLY_TRANSFORMERS
+from ivg.settings.sampling import ONLY_TRANSFORMERS, STRUCTURES
 from ivg.types import Hypothesis, SamplingParams
 
 _FORBIDDEN = float("-inf")
 _PROCESSED = (
     *("repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "bad_words", "min_length", "min_new_tokens"),
     *ONLY_TRANSFORMERS,
+    *STRUCTURES,  # their masks are applied already: only what they and the others leave is looked at
 )
 _OFF = SamplingParams()
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ivg.engines.sequences import TokenSequence, append_token
 from ivg.engines.transformers.draft_length import DraftLength
+from ivg.engines.transformers.grammar import GrammarMasks
 from ivg.engines.transformers.guidance import (
     add_deltas,
     compares_guidance,
@@ -124,13 +125,14 @@ class Speculator:
 
     Args:
         base: verifies the drafts.
+        grammars: of structured output.
 
     Attributes:
         draft_length: draft always so many tokens ahead, where there is room; None: as :class:`DraftLength` chooses.
     """
 
-    def __init__(self, base: CachedLM) -> None:
-        self.base = base
+    def __init__(self, base: CachedLM, grammars: GrammarMasks) -> None:
+        self.base, self.grammars = base, grammars
         self.draft_length: int | None = None
         self.reset_stats()
         self._controller = lru_cache(maxsize=64)(lambda guidance: DraftLength(guidance.draft))
@@ -208,7 +210,7 @@ class Speculator:
                 if s.finish is None and not s.paused:
                     shift, ratio, detail = compared[k]
                     s.log_ratio -= ratio
-                    append_token(s, tokens[k], shift, detail)
+                    append_token(s, tokens[k], shift, detail, complete=self.grammars.completes(s, tokens[k]))
             if s.finish is None and not s.paused and (stop := stops[row]) < proposals.start[row + 1] and stop in nonfinite | exhausted:
                 count = len(s.token_ids)
                 s.finish = "error"
@@ -269,6 +271,7 @@ class Speculator:
             q = logits.new_full((len(logits), columns), -torch.inf)
             q[:, :width] = logits[:, :width]
         q = forbid_ignored_eos(q, params, self.base.vocabulary.eos_ids, in_place=False).to(self.base.model.device)
+        q = self.grammars.restrict(q, rows, params, in_place=False)
         if nonfinite := nonfinite_rows(q):
             q = q.clone()
             q[nonfinite] = 0.0
@@ -284,6 +287,8 @@ class Speculator:
             base = torch.cat(self.base.recent_outputs(batch.rows, counts))
         deltas = batch.to_rows(batch.drafter.deltas(batch.nodes))
         base = forbid_ignored_eos(base, proposals.params, self.base.vocabulary.eos_ids, in_place=False)
+        nodes = [batch.rows[i] for i in proposals.row]
+        base = self.grammars.restrict(base, nodes, proposals.params, proposals.position, in_place=False)
         kept = any(compares_guidance(s.request) for s in batch.rows) or bool(nonfinite_rows(base))
         guidance = batch.guidance
         implausible = implausible_tokens(base, guidance)  # before the logits are written over

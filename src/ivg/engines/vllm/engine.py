@@ -22,7 +22,7 @@ from ivg.errors import ConfigError, ModelError
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.vocabulary import Vocabulary
 from ivg.settings.sampling import IN_CHUNKS, LOOK_BACK, ONLY_TRANSFORMERS, STOPS_BESIDE_EOS
-from ivg.types import AsyncEngine, ExpandOutput, ExpandRequest, TokenGuidance, Value
+from ivg.types import AsyncEngine, ExpandOutput, ExpandRequest, SamplingParams, TokenGuidance, Value
 from ivg.utils.rng import mix
 
 _ELSEWHERE = "leave --engine out: the transformers engine can"
@@ -178,6 +178,7 @@ class VLLMEngine(AsyncEngine):
             repetition_penalty=s.repetition_penalty,
             frequency_penalty=s.frequency_penalty,
             presence_penalty=s.presence_penalty,
+            structured_outputs=_structured_outputs(s),
             logit_bias=dict(s.logit_bias) or None,
             bad_words=list(s.bad_words) or None,
             seed=None if s.temperature == 0 else seed,
@@ -244,6 +245,16 @@ class VLLMEngine(AsyncEngine):
         if not running.first:
             self.prefix.submitted += running.length * len(children)
             self.prefix.cached += sum(cached)
+
+
+def _structured_outputs(sampling: SamplingParams) -> Any:
+    """VLLM's own form of a grammar; None: there is none."""
+    if sampling.structure is None:
+        return None
+    from vllm.sampling_params import StructuredOutputsParams
+
+    name, text = sampling.structure
+    return StructuredOutputsParams(**{"json" if name == "json_schema" else name: list(sampling.choice) if name == "choice" else text})
 
 
 def _append_tokens(child: TokenSequence, tokens: Iterable[int]) -> None:
