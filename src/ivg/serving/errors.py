@@ -11,6 +11,7 @@ from typing import Any
 
 from ivg.errors import ConfigError, NoTokenFault, PromptError, ScoreFault, ServeError, UpstreamError
 from ivg.serving.protocol import Guidance
+from ivg.settings.sampling import STRUCTURES
 
 
 def client_error(error: Exception, param: str = "prompt", given: Collection[str] = ()) -> ServeError:
@@ -29,6 +30,8 @@ def client_error(error: Exception, param: str = "prompt", given: Collection[str]
         return ServeError(message, 400, "invalid_prompt", path[0] if path else param)
     if isinstance(error, ConfigError | ValueError):
         field = message.partition(" ")[0]
+        if field in STRUCTURES:
+            field = next((outer for outer in ("response_format", "structured_outputs") if outer in given), field)
         inner = f"guidance.{field}" if field in Guidance.model_fields else "guidance"
         return ServeError(message, 400, "invalid_value", field if field in given else inner)
     return ServeError(message, 500, "model_error")

@@ -13,10 +13,10 @@ LABELS = frozenset({"user", "safety_identifier", "prompt_cache_key"})
 """Ids for OpenAI's service; always ignored."""
 NO_EFFECT = frozenset({
     "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_retention", "request_id", "priority", "cache_salt",
+    "guided_decoding_backend",
 })  # fmt: skip
 """Fields that never change the response; ignored, unless the server is strict."""
 OPENAI: Mapping[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none",),
     "functions": ([],),

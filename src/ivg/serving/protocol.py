@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ivg.serving.fields import FunctionChoice, Messages, Prompts, Stop, ToolChoice
+from ivg.serving.structured import ResponseFormat, StructuredOutputs
 from ivg.settings.chat import ChatSettings
 from ivg.settings.per_request import RequestSettings
 from ivg.settings.requests import SearchConfig
-from ivg.settings.sampling import SamplingParams
+from ivg.settings.sampling import STRUCTURES, SamplingParams
 from ivg.settings.schema import Setting, settings_of
 from ivg.settings.tables import Table, table_of
 
@@ -72,6 +73,8 @@ class _Request(Table):
     model: str
     n: int | None = Field(None, ge=1)
     stop: Stop = None
+    response_format: ResponseFormat = None
+    structured_outputs: StructuredOutputs = None
     max_tokens: Annotated[int | None, _MAX_TOKENS, _MAX_TOKENS_FIELD] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -86,6 +89,7 @@ class _Request(Table):
         own = {name: value for name in settings_of(SamplingParams) if (value := getattr(self, name, None)) is not None}
         if isinstance(self.stop, str):
             own["stop"] = [self.stop]
+        own |= {**(self.response_format or {}), **(self.structured_outputs or {})}
         return own | (self.guidance.sampling if self.guidance else {})
 
     @property
@@ -118,6 +122,15 @@ class _Request(Table):
     def _check_stream_options(self) -> _Request:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream=true")
+        return self
+
+    @model_validator(mode="after")
+    def _check_one_structure(self) -> _Request:
+        inner = self.guidance.sampling if self.guidance else {}
+        forms = [name for name in ("response_format", "structured_outputs", *STRUCTURES) if getattr(self, name)]
+        forms += [f"guidance.{name}" for name in STRUCTURES if inner.get(name) and not getattr(self, name)]
+        if len(forms) > 1:
+            raise ValueError(f"{forms[0]} and {forms[1]} are both given; a response follows one of them")
         return self
 
     @model_validator(mode="after")

@@ -28,6 +28,8 @@ from ivg.types import Beam, SamplingParams
 _STATES = 4096
 """Matchers that are kept; further ones are made again."""
 _GRAMMARS = 64
+_SPACE = {"whitespace_pattern": r"( |\n {0,16})?"}
+"""Between the parts of JSON, unless the schema has other options (``x-guidance``): a model could else write white space without end."""
 _WHOLE = '%llguidance {"no_forcing": true}\nstart: @inner'
 
 
@@ -173,8 +175,10 @@ class GrammarMasks:
         llguidance = _llguidance()
         if self._tokenizer is None:
             self._tokenizer = _tokenizer(llguidance, self.vocabulary)
+        if name == "json_schema":
+            text = json.dumps({"x-guidance": _SPACE, **json.loads(text)})
         try:
-            inner = llguidance.grammar_from({"json_schema": "json_schema", "grammar": "grammar"}.get(name, name), text)
+            inner = llguidance.grammar_from(name, text)
         except ValueError as e:
             raise ConfigError(f"{name} cannot be read: {_first_line(str(e))}") from None
         parts = json.loads(inner)["grammars"] if inner.lstrip().startswith("{") else [{"lark_grammar": inner}]
