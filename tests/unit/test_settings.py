@@ -64,6 +64,7 @@ def bad_values(name):
         "a list of lists of token ids": [*BAD_LISTS, [1], [[]], [[-1]], [[2.5]], ["ab"]],
         "a list of (token ids, bias)": [1, "ab", [1], [[1, 2]], [[[1], NAN]], [[[1], "x"]], [[[-1], 1.0]], [[[], 1.0]], [[[1], True]]],
         "token ids, each with a finite number": [1, "ab", [1], [[1, NAN]], [["x", 1]], [[1, "x"]], {-1: 1.0}, {1: True}, {1: 100.5}],
+        "a JSON schema (an object, or its JSON)": [1, "{", "[1]", [1], True, {1: NAN}],
         "a pair (start, factor)": [1, [1], [1, 2, 3], [-1, 1.5], [1, NAN], [1, 0], [1.5, 2.0], "ab"],
         LEVELS.kind: [1, "implicit", "a=1,a=2", [("a", NAN)], [("a", True)], [(1, 1.0)], [("a",)], {"a": 1e10}],
         WEIGHTS.kind: [1, "implicit", {}, "a=1,a=2", [("a", NAN)], [("a", True)], [(1, 1.0)], [("a",)]],
