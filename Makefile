@@ -58,12 +58,13 @@ test-long: $(VENV)/.dev ## the long tests
 	@$(PYTEST) -m long
 
 $(VENV)/.clients: $(VENV)/.dev
-	@echo "adding evaluation harnesses …"
+	@echo "adding evaluation harnesses and clients of agents …"
 	@$(PIP) -c constraints.txt -e '.[clients]'
+	@if command -v npm >/dev/null; then npm install --silent --no-audit --no-fund --prefix $(VENV)/clients ai@6 @ai-sdk/openai@3 zod@4; fi
 	@touch $@
 
-test-clients: $(VENV)/.clients ## the tests with evaluation harnesses: lm-eval
-	@$(RUN)/python -m pytest tests/integration/test_lm_eval.py
+test-clients: $(VENV)/.clients ## the tests with other programs: lm-eval, LangChain, and the AI SDK where there is npm
+	@$(RUN)/python -m pytest tests/integration/test_lm_eval.py tests/integration/test_agent_clients.py
 
 # PyTorch and oneDNN then use what every x86 processor has: no bfloat16 instructions, no AVX512
 test-avx2: $(VENV)/.dev ## tests of the numerics, as on a plain AVX2 processor

@@ -12,7 +12,8 @@ const get_weather = tool({
 const prompt = 'How is the weather?'
 const out = {}
 for (const [name, model] of Object.entries({ chat: openai.chat('tiny'), responses: openai.responses('tiny') })) {
-  const settings = { model, prompt, tools: { get_weather }, stopWhen: stepCountIs(3), maxRetries: 0 }
+  const providerOptions = { openai: { store: false } } // else it refers to stored items
+  const settings = { model, prompt, providerOptions, tools: { get_weather }, stopWhen: stepCountIs(3), maxRetries: 0 }
   const whole = await generateText(settings)
   const stream = streamText(settings)
   let text = ''

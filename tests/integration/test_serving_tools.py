@@ -1,6 +1,8 @@
 """The server with tools: calls whole and streamed, for real families' templates, with OpenAI's client."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -178,3 +180,13 @@ def test_a_base_without_a_chat_template():
     with Running(model, Recipe.model_validate({"search": {"method": "base"}})) as running:
         error = well_formed(running.post(BODY, PATH), 400, "tools")
         assert error["message"] == "tools is not supported by this model, which has no chat template; leave it out"
+
+
+def test_the_example_of_an_agent(qwen, monkeypatch, capsys):
+    """As its docstring says; the model's call gives the function a list that it has a default for."""
+    example = Path(__file__).parents[2] / "examples" / "agent_with_tools.py"
+    monkeypatch.setattr("sys.argv", [example.name, qwen.url, "tiny", "How is the weather?"])
+    runpy.run_path(str(example), run_name="__main__")
+    called, answered = capsys.readouterr().out.splitlines()
+    assert called == f"get_weather({ARGUMENTS}) -> sunny in Zürich, 21 degrees"
+    assert answered == "It is sunny in Zürich, 21 degrees."

@@ -163,7 +163,10 @@ def _turn(item: Mapping[str, Any], where: str) -> dict[str, Any] | None:
         return {"role": "tool", "tool_call_id": item.get("call_id"), "content": _content(item.get("output"))}
     if kind == "reasoning":  # templates leave out what was thought in earlier turns
         return None
-    raise ServeError(f"{where}: items of type {show_json(kind)} are not supported", 400, "invalid_value", f"{where}.type")
+    message = f"{where}: items of type {show_json(kind)} are not supported"
+    if kind == "item_reference":
+        message += "; responses are not stored: send the items themselves (the AI SDK does with store: false)"
+    raise ServeError(message, 400, "invalid_value", f"{where}.type")
 
 
 def _content(content: Any) -> Any:
