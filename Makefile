@@ -63,8 +63,8 @@ $(VENV)/.clients: $(VENV)/.dev
 	@if command -v npm >/dev/null; then npm install --silent --no-audit --no-fund --prefix $(VENV)/clients ai@6 @ai-sdk/openai@3 zod@4; fi
 	@touch $@
 
-test-clients: $(VENV)/.clients ## the tests with other programs: lm-eval, LangChain, and the AI SDK where there is npm
-	@$(RUN)/python -m pytest tests/integration/test_lm_eval.py tests/integration/test_agent_clients.py
+test-clients: $(VENV)/.clients ## the tests with other programs: lm-eval, Inspect, LangChain, and the AI SDK where there is npm
+	@$(RUN)/python -m pytest tests/integration/test_lm_eval.py tests/integration/test_inspect_ai.py tests/integration/test_agent_clients.py
 
 # PyTorch and oneDNN then use what every x86 processor has: no bfloat16 instructions, no AVX512
 test-avx2: $(VENV)/.dev ## tests of the numerics, as on a plain AVX2 processor

@@ -1,0 +1,82 @@
+"""Inspect AI: the guided model as a provider, found by its entry point, in real evaluations."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ivg import GuidedModel, LoadOptions
+from ivg.errors import ConfigError
+
+inspect_ai = pytest.importorskip("inspect_ai", reason="inspect-ai is not installed: pip install 'ivg[inspect]'")
+from inspect_ai.dataset import Sample  # noqa: E402
+from inspect_ai.model import GenerateConfig, get_model  # noqa: E402
+from inspect_ai.scorer import includes  # noqa: E402
+from inspect_ai.solver import generate  # noqa: E402
+
+from ivg.integrations.inspect_ai import IVGModelAPI  # noqa: E402
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return GuidedModel.embedded(LoadOptions(dtype="float32"))
+
+
+def test_an_evaluation(embedded, tmp_path):
+    samples = [Sample(input=text, target="movie") for text in ("I think this is a very good", "The plot of the film")]
+    task = inspect_ai.Task(dataset=samples, solver=generate(), scorer=includes())
+    model = get_model("ivg/eft", guided_model=embedded, memoize=False)
+    config = {"max_tokens": 12, "temperature": 0.8, "seed": 3, "num_choices": 2, "logprobs": True, "top_logprobs": 2, "stop_seqs": ["."]}
+    (log,) = inspect_ai.eval(task, model=model, log_dir=str(tmp_path), display="none", **config)
+    assert log.status == "success", log.error
+    for sample in log.samples:
+        expected = embedded.generate(sample.input, "eft", n=2, max_new_tokens=12, temperature=0.8, seed=3, stop=".", alternatives=2)
+        assert [c.message.text for c in sample.output.choices] == [c.text for c in expected]
+        assert [c.stop_reason for c in sample.output.choices] == ["max_tokens" if c.finish_reason == "length" else "stop" for c in expected]
+        for choice, completion in zip(sample.output.choices, expected, strict=True):
+            content = choice.logprobs.content
+            assert [x.logprob for x in content] == pytest.approx([d.logprob for d in completion.details], abs=1e-3)
+            assert [[t.logprob for t in x.top_logprobs] for x in content] == [
+                pytest.approx([p for _, p in d.top], abs=1e-3) for d in completion.details
+            ]
+        assert sample.output.usage.output_tokens == sum(c.usage.completion_tokens for c in expected)
+    assert log.results.scores[0].metrics["accuracy"].value == sum("movie" in s.output.completion for s in log.samples) / 2
+
+
+def test_the_example(embedded, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2] / "examples" / "inspect")
+    model = get_model("ivg/eft", guided_model=embedded, memoize=False)
+    (log,) = inspect_ai.eval("reviews.py", model=model, log_dir=str(tmp_path), display="none")
+    assert log.status == "success", log.error
+    assert len(log.samples) == 4 and all(len(s.output.completion) > 5 for s in log.samples)
+    assert log.results.scores[0].metrics["accuracy"].value == sum(s.scores["praises"].value for s in log.samples) / 4
+
+
+def test_inspect_finds_the_provider_by_its_entry_point(tmp_path):
+    """In a process that imports nothing of ivg, with the entry points of pyproject.toml as an installed package has them."""
+    entry_points = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["entry-points"]["inspect_ai"]
+    info = tmp_path / "ivg_entry_point-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ivg-entry-point\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[inspect_ai]\n" + "".join(f"{k} = {v}\n" for k, v in entry_points.items()))
+    script = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from inspect_ai.model import get_model; print(type(get_model('ivg/base').api))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
+    assert "ivg.integrations.inspect_ai" in done.stdout, done.stderr[-2000:]
+
+
+def test_what_is_not_taken(embedded):
+    import asyncio
+
+    provider = IVGModelAPI("eft", guided_model=embedded)
+    for config, tools, message in ((GenerateConfig(prompt_logprobs=1), [], "prompt_logprobs"), (GenerateConfig(), ["tool"], "tools")):
+        with pytest.raises(ConfigError, match=message):
+            asyncio.run(provider.generate([], tools, "auto", config))
+    with pytest.raises(ConfigError, match="unknown argument bta"):
+        IVGModelAPI("eft", guided_model=embedded, bta=1)
+    assert IVGModelAPI("recipe", guided_model=embedded, method="base").method.name == "base"
