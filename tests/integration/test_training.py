@@ -245,14 +245,14 @@ def test_rows_of_like_length_share_a_batch_in_every_training(tmp_path, model, co
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="TRL's head is for GPUs")
 def test_dpo_reads_labels_only_on_a_cpu_in_all_passes(tmp_path, model, mode, monkeypatch):
-    from trl.trainer import utils
+    from trl.kernels import ChunkedLogProbFunction
 
     from ivg.training import tune
 
     def refuse(*_):
         raise AssertionError("TRL's head was used")
 
-    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", refuse)
+    monkeypatch.setattr(ChunkedLogProbFunction, "apply", refuse)
     pairs = [Preference(Prompt(f"p{i}"), f"{i}aa", f"{i}bb") for i in range(20)]
     metrics = tune.dpo(model, pairs, tmp_path / "t", DPOSettings(num_train_epochs=1, eval_share=0.2, mode=mode))
     assert metrics["held_out"]["eval_loss"] > 0

@@ -151,6 +151,8 @@ def test_bradley_terry_labels_follow_the_rewards():
     assert abs(share - 0.7311) < 0.03  # sigmoid(1), 4 standard errors
     assert all(p.margin == (1.0 if p.chosen == "a" else -1.0) for p in pairs)
     assert pair_up(rows, seed=3) == pairs != pair_up(rows, seed=4)
+    assert all(pair.margin > 0 for pair in pair_up(rows, label="higher"))
+    assert pair_up([RatedResponse(Prompt("p"), text, 1.0) for text in "ab"], label="higher") == []
     assert pair_up([RatedResponse(Prompt("p"), "same", 1.0), RatedResponse(Prompt("p"), "same", 2.0)]) == []
 
 

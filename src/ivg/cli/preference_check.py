@@ -62,7 +62,7 @@ def _read(options: PreferenceSettings) -> list[Preference]:
     assert options.preferences is not None
     failures = Failures(print_error)
     how = ReadOptions(mapping=ColumnMapping(options.column_names or None), format=options.format, on_bad=failures.add_unreadable)
-    pairs = read_preferences(options.preferences, options.pairs, options=how)
+    pairs = read_preferences(options.preferences, options.pairs, options=how, label="higher")
     failures.close()
     return pairs
 

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from ivg.errors import ConfigError, PromptError
 from ivg.jobs.formats import SourceRow, scan_rows
 from ivg.jobs.prompts import prompt_of
+from ivg.settings.train import PairLabel
 from ivg.training.columns import Row, cell, finite_score, flag, list_of, prompt_in, response_text, responses_of
 from ivg.types import Preference, Prompt
 from ivg.utils.jsonl import RowError
@@ -118,7 +119,7 @@ class ReadOptions:
 
 
 def read_preferences(
-    source: str | Path, limit: int | None = None, *, seed: int = 0, options: ReadOptions | None = None
+    source: str | Path, limit: int | None = None, *, seed: int = 0, options: ReadOptions | None = None, label: PairLabel = "sampled"
 ) -> list[Preference]:
     """Preferences of any form above; rated responses are paired by :func:`pair_up`.
 
@@ -127,6 +128,7 @@ def read_preferences(
         limit: number of pairs, from the first; None: all.
         seed: random seed of the labels of rated responses.
         options: how it is read. Rows whose two responses are the same text cannot be used.
+        label: of rated responses.
 
     Raises:
         ConfigError: unreadable, wrong columns, no row.
@@ -138,7 +140,7 @@ def read_preferences(
             out.append(row)
         else:
             rated.append(row)
-    out += pair_up(rated, seed)
+    out += pair_up(rated, seed, label)
     if not out:
         raise ConfigError(f"{source} holds no pair of different responses to one prompt")
     return out[:limit]
@@ -228,13 +230,16 @@ def read_any(source: str | Path, options: ReadOptions | None = None) -> tuple[st
     raise rows.wrong_columns("rows", PREFERENCE, RATED, RATED_LISTS, ("prompt", "response"), ("messages",), ("prompt",), ("text",))
 
 
-def pair_up(rated: Iterable[RatedResponse], seed: int = 0) -> list[Preference]:
+def pair_up(rated: Iterable[RatedResponse], seed: int = 0, label: PairLabel = "sampled") -> list[Preference]:
     """Pair the responses to each prompt in order, labelled by the Bradley-Terry model: P(first is chosen) = sigmoid(r_1 - r_2).
 
     So the preferences of Liu et al. 2024 (arXiv 2409.17819) were made. Pairs of the same text are left out. A label depends on ``seed`` and
-    the position of the pair only.
+    the position of the pair only. With ``label`` "higher" the response with the higher score is chosen, and equal scores make no pair.
     """
     rows = list(rated)
+    if label == "higher":
+        found = [sorted((rows[i], rows[j]), key=lambda row: -row.score) for i, j in consecutive_pairs(rows)]
+        return [preference(best, worst) for best, worst in found if best.score > worst.score]
     return [sampled_preference(rows[i], rows[j], uniform(seed, j)) for i, j in consecutive_pairs(rows)]
 
 
