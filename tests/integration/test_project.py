@@ -48,6 +48,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
         "pydantic_core": "pydantic",
         "typing_extensions": "pydantic",
         "pandas": "alpaca_eval",
+        "tqdm": "lm_eval",
         "PIL": "pillow",
     }
     assert {through.get(name, name) for name in found} <= declared

@@ -182,7 +182,7 @@ def test_a_base_without_a_chat_template():
         assert error["message"] == "tools is not supported by this model, which has no chat template; leave it out"
 
 
-def test_the_example_of_an_agent(qwen, monkeypatch, capsys):
+def test_agent_with_tools(qwen, monkeypatch, capsys):
     """As its docstring says; the model's call gives the function a list that it has a default for."""
     example = Path(__file__).parents[2] / "examples" / "agent_with_tools.py"
     monkeypatch.setattr("sys.argv", [example.name, qwen.url, "tiny", "How is the weather?"])

@@ -126,21 +126,15 @@ def read_preferences(
     Args:
         source: file, folder, id on the hub, or ``-``.
         limit: number of pairs, from the first; None: all.
-        seed: random seed of the labels of rated responses.
+        seed: random seed of the labels of rated responses, where ``label`` is "sampled".
         options: how it is read. Rows whose two responses are the same text cannot be used.
-        label: of rated responses.
 
     Raises:
         ConfigError: unreadable, wrong columns, no row.
     """
-    out: list[Preference] = []
-    rated: list[RatedResponse] = []
-    for row in read_comparable(source, options):
-        if isinstance(row, Preference):
-            out.append(row)
-        else:
-            rated.append(row)
-    out += pair_up(rated, seed, label)
+    rows = read_comparable(source, options)
+    out = [row for row in rows if isinstance(row, Preference)]
+    out += pair_up([row for row in rows if isinstance(row, RatedResponse)], seed, label)
     if not out:
         raise ConfigError(f"{source} holds no pair of different responses to one prompt")
     return out[:limit]
