@@ -176,7 +176,7 @@ def test_unsupported_settings_are_errors(checkpoint):
     model.engine.unsupported = VLLMEngine.unsupported
     with pytest.raises(ConfigError, match=r"(?s)no_repeat_ngram_size: the engine transformers cannot do that.*generation-config ignore"):
         model.generate("abc", "base")
-    assert {"min_new_tokens", "suppress_tokens"} <= set(EndpointEngine.unsupported)
+    assert {"min_length", "suppress_tokens"} <= set(EndpointEngine.unsupported)
     assert not {"repetition_penalty", "min_new_tokens", "temperature", "top_k"} & set(VLLMEngine.unsupported)
 
 

@@ -82,7 +82,7 @@ def test_the_server_says_what_was_cached(model):
     model.reset_caches()
     first, second = (model.generate(PROMPT, "ivg") for _ in range(2))
     request = model.request(PROMPT, "ivg")
-    builder = ResponseBuilder(False, "m", RequestBatch([request], "ivg", 0, first.usage.prompt_tokens, 1, [None]), None, None)
+    builder = ResponseBuilder(False, "m", RequestBatch([request], "ivg", 0, first.usage.prompt_tokens, 1, [None], 1), None, None)
     cold, warm = builder.usage([first]), builder.usage([second])
     assert cold["prompt_tokens_details"] == {"cached_tokens": 0}
     assert warm["prompt_tokens_details"] == {"cached_tokens": warm["prompt_tokens"] - 1}

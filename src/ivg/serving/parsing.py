@@ -50,7 +50,7 @@ def parse_data(data: dict[str, Any], kind: type[B], *, strict: bool = False) -> 
     except ValidationError as e:
         raise validation_error(e.errors(include_url=False), kind) from None
     except RecursionError:
-        raise ServeError("the body is nested too deeply", 400, "invalid_json") from None
+        raise _too_deep() from None
 
 
 def check_headers(headers: Mapping[str, str]) -> None:
@@ -89,6 +89,8 @@ def parse_json(raw: bytes) -> dict[str, Any]:
         raise ServeError(f"the body is not UTF-8: byte 0x{raw[e.start]:02x} at position {e.start}", 400, "invalid_json") from None
     except json.JSONDecodeError as e:
         raise ServeError(f"the body is not JSON: {e.msg} (line {e.lineno}, column {e.colno})", 400, "invalid_json") from None
+    except RecursionError:
+        raise _too_deep() from None
     except ValueError as e:  # NaN, or an integer of more digits than Python parses
         raise ServeError(f"the body is not JSON: {e}", 400, "invalid_json") from None
     if not isinstance(data, dict):
@@ -101,6 +103,10 @@ def _no_constant(name: str) -> None:
 
 
 # Errors
+
+
+def _too_deep() -> ServeError:
+    return ServeError("the body is nested too deeply", 400, "invalid_json")
 
 
 def validation_error(errors: Any, body: type[BaseModel]) -> ServeError:

@@ -49,6 +49,7 @@ class Answer:
     vocabulary: Any
     inherits: bool
     decoded: DecodeState
+    stop_token_ids: tuple[int, ...]
 
 
 def answer_of(h: Any, thinking: Thinking | None) -> Any:
@@ -70,6 +71,7 @@ def answer_of(h: Any, thinking: Thinking | None) -> Any:
         h.vocabulary,
         h.inherits,
         decoded,
+        h.stop_token_ids,
     )
 
 
