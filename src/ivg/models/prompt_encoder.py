@@ -231,7 +231,7 @@ class PromptEncoder:
 
     def ids_of(self, hypotheses: Sequence[Hypothesis]) -> list[tuple[list[int], int]]:
         """:meth:`ids` of each; texts are tokenised together."""
-        texts = [h for h in hypotheses if h.text and not self.vocabulary.same_as(h.vocabulary)]
+        texts = [h for h in hypotheses if not self.vocabulary.same_as(h.vocabulary) and h.text]  # text last: it decodes
         tokenised: dict[int, list[int]] = {}
         for chat in (False, True):
             some = [h for h in texts if is_chat(h.prompt, self.template) == chat]

@@ -194,7 +194,7 @@ class Speculator:
     def _round(self, batch: _Batch, controller: DraftLength, ahead: int) -> int:
         """One pass of the base; every row grows by 1 to ``ahead`` + 1 tokens. Returns the longest draft."""
         rows = batch.rows
-        before = [len(s.token_ids) for s in rows]
+        before = [(len(s.token_ids), s.written, s.decoded) for s in rows]
         proposals = self._propose(batch, ahead)
         base, guided = self._targets(batch, proposals)
         if nonfinite := set(nonfinite_rows(guided)):
@@ -205,17 +205,18 @@ class Speculator:
         requests, ids = [rows[r].request for r in proposals.row], torch.tensor(tokens, device=guided.device)
         compared = list(compare_guidance(requests, range(len(tokens)), ids, base, guided, final, process))
         for row, s in enumerate(rows):
-            del s.token_ids[before[row] :]
+            count, s.written, s.decoded = before[row]  # a value may have read the text of the draft
+            del s.token_ids[count:]
             for k in range(proposals.start[row], stops[row]):
                 if s.finish is None and not s.paused:
                     shift, ratio, detail = compared[k]
                     s.log_ratio -= ratio
                     append_token(s, tokens[k], shift, detail, complete=self.grammars.completes(s, tokens[k]))
             if s.finish is None and not s.paused and (stop := stops[row]) < proposals.start[row + 1] and stop in nonfinite | exhausted:
-                count = len(s.token_ids)
+                place = len(s.token_ids)
                 s.finish = "error"
-                s.error = no_token_error(count) if stop in exhausted else nan_error(None if base is guided else base[stop], count)
-            stops[row] = proposals.start[row] + len(s.token_ids) - before[row]
+                s.error = no_token_error(place) if stop in exhausted else nan_error(None if base is guided else base[stop], place)
+            stops[row] = proposals.start[row] + len(s.token_ids) - count
         if ahead:
             self.base.truncate(rows)
             batch.guidance.value.truncate(rows)
