@@ -18,6 +18,7 @@ from ivg.serving.structured import ResponseFormat, StructuredOutputs
 from ivg.settings.chat import ChatSettings
 from ivg.settings.per_request import RequestSettings
 from ivg.settings.requests import SearchConfig
+from ivg.settings.rules import count
 from ivg.settings.sampling import STRUCTURES, SamplingParams
 from ivg.settings.schema import Setting, settings_of
 from ivg.settings.tables import Table, table_of
@@ -26,13 +27,16 @@ _OPENAI_NAMES = ("max_new_tokens", "stop")
 """Settings of sampling that OpenAI calls otherwise, or writes in another form."""
 
 
-def _renamed(name: str) -> tuple[Setting, Any]:
+def _renamed(name: str, **changes: Any) -> tuple[Setting, Any]:
     """A setting of sampling for a field of another name, and that field."""
-    setting = replace(settings_of(SamplingParams)[name].setting, aliases=())
+    setting = replace(settings_of(SamplingParams)[name].setting, aliases=(), **changes)
     return setting, Field(description=setting.help, json_schema_extra=dict(setting.rule.bounds) if setting.rule else {})
 
 
 _MAX_TOKENS, _MAX_TOKENS_FIELD = _renamed("max_new_tokens")
+_LENGTH, _LENGTH_FIELD = _renamed(
+    "max_new_tokens", help=f"{_MAX_TOKENS.help} 0 gives log-probabilities of the prompt alone.", rule=count(0, "at least 0")
+)
 
 
 @table_of(SamplingParams, without=("temperature", "top_p", *_OPENAI_NAMES))
@@ -207,7 +211,7 @@ class CompletionRequest(_Request):
     """POST /v1/completions."""
 
     prompt: Prompts
-    max_tokens: int | None = Field(None, ge=0, description=f"{_MAX_TOKENS.help} 0 gives log-probabilities of the prompt alone.")
+    max_tokens: Annotated[int | None, _LENGTH, _LENGTH_FIELD] = None
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
