@@ -9,12 +9,14 @@ from trl.trainer.utils import add_fused_lm_head
 from ivg.testing import tiny_model
 from ivg.training import cpu_head
 
+pytestmark = pytest.mark.numerics
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
-def scored(model, ids, mask, labels):
+def scored(model, ids, mask, labels, dtype=torch.float32):
     """What the fused head gives, and the gradients of a weighted sum of the log-probabilities."""
-    found = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
     weights = torch.linspace(-1, 1, found.log_probs.numel()).view_as(found.log_probs)
     (found.log_probs * weights).sum().backward()
     return found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -43,7 +45,27 @@ def test_it_gives_the_numbers_and_gradients_of_trl(architecture, rows_in_a_block
     assert torch.equal(own.is_top1, other.is_top1) and torch.equal(own.label_mask, other.label_mask)
     assert own_gradients.keys() == other_gradients.keys()
     for name, gradient in own_gradients.items():
-        torch.testing.assert_close(gradient, other_gradients[name], msg=name)
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, other_gradients[name])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_in_bfloat16_it_is_no_further_from_float32_than_trl(architecture):
+    ids = torch.randint(0, 257, (8, 24), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    exact, errors = tiny_model(architecture), []
+    add_fused_lm_head(exact, outputs=OUTPUTS)
+    wanted, gradients = scored(exact, ids, mask, ids)
+    for ours in (False, True):
+        model = tiny_model(architecture)
+        add_fused_lm_head(model, outputs=OUTPUTS)
+        assert not ours or cpu_head.score_on_cpu(model)
+        found, rounded = scored(model, ids, mask, ids, torch.bfloat16)
+        assert all(gradient.dtype == torch.float32 for gradient in rounded.values())
+        gaps = [float((rounded[name] - gradient).norm() / gradient.norm()) for name, gradient in gradients.items() if gradient.any()]
+        errors.append((float((found.log_probs - wanted.log_probs).detach().abs().max()), max(gaps)))
+    (theirs, their_gradients), (own, own_gradients) = errors
+    assert own <= 1.2 * theirs and own_gradients <= 1.2 * their_gradients < 0.1
 
 
 def test_nothing_scored_gives_zero_and_a_gradient_of_zero():

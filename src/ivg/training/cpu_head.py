@@ -19,6 +19,8 @@ BACKWARD_ROWS = 256
 """Positions of a block in the backward pass. A part of the vocabulary at once: its gradient stays in the cache."""
 SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 """Settings of models that change their logits behind the head; such models keep TRL's own forward."""
+ELSEWHERE = ("output_router_logits", "shift_labels", "num_items_in_batch")
+"""Arguments of TRL's forward that this one does not know."""
 
 
 class LabelLogProbs(torch.autograd.Function):
@@ -28,10 +30,12 @@ class LabelLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Shapes: hidden [positions, width], weight [vocabulary, width], bias [vocabulary], labels [positions]."""
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Shapes: hidden [positions, width], weight [vocabulary, width], bias [vocabulary], labels [positions]; products are ``dtype``."""
         rows = max(1, BLOCK_BYTES // (4 * len(weight)))
-        tile = _Tile(hidden, weight, bias, min(rows, len(hidden)), len(weight))
+        tile = _Tile(hidden, weight, bias, dtype, min(rows, len(hidden)), len(weight))
         spare = torch.empty_like(tile.logits)
         out = torch.zeros(5, len(hidden))
         for start in range(0, len(hidden), rows):
@@ -47,11 +51,12 @@ class LabelLogProbs(torch.autograd.Function):
                 is_best[is_best.clone()] = logits[is_best].argmax(-1) == labels[at][is_best]
             out[:, at] = torch.stack([label - best - total.log(), total.log() - expected, mean, is_best.float(), best + total.log()])
         ctx.save_for_backward(hidden, weight, bias, labels, out[4])
+        ctx.dtype = dtype
         ctx.mark_non_differentiable(out[1], out[2], out[3])
         return out[0], out[1], out[2], out[3]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         """Gradients of the log-probabilities; sums over blocks are float32, since rounded for each block they would drift."""
         hidden, weight, bias, labels, totals = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
@@ -59,17 +64,17 @@ class LabelLogProbs(torch.autograd.Function):
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         of_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] else None
         columns = max(1, BLOCK_BYTES // (4 * BACKWARD_ROWS))
-        tile = _Tile(hidden, weight, bias, min(BACKWARD_ROWS, len(hidden)), min(columns, len(weight)))
+        tile = _Tile(hidden, weight, bias, ctx.dtype, min(BACKWARD_ROWS, len(hidden)), min(columns, len(weight)))
         for start in range(0, len(hidden), BACKWARD_ROWS):
             at = slice(start, start + BACKWARD_ROWS)
-            read, factor = hidden[at].float(), grads[0][at, None]
+            read, factor = tile.hidden[at].float(), grads[0][at, None]
             for first in range(0, len(weight), columns):
                 part = slice(first, first + columns)
                 change = tile.fill(at, part).sub_(totals[at, None]).exp_().mul_(-factor)  # d log p(label) / d logits = 1[label] - p
                 inside = ((labels[at] >= first) & (labels[at] < first + change.shape[1])).nonzero()[:, 0]
                 change[inside, labels[at][inside] - first] += grads[0][at][inside]
                 if of_hidden is not None:
-                    of_hidden[at] += tile.rounded(change) @ weight[part]
+                    of_hidden[at] += tile.rounded(change) @ tile.weight[part]
                 if of_weight is not None:
                     of_weight[part].addmm_(change.T, read)
                 if of_bias is not None:
@@ -79,16 +84,17 @@ class LabelLogProbs(torch.autograd.Function):
             None if of_weight is None else of_weight.to(weight.dtype),
             None if of_bias is None else of_bias.to(bias.dtype),
             None,
+            None,
         )
 
 
 class _Tile:
-    """Memory for the logits of ``rows`` positions and ``columns`` tokens, in the type of the weights and in float32."""
+    """Memory for the logits of ``rows`` positions and ``columns`` tokens, in the type of the products and in float32."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int) -> None:
-        self.hidden, self.weight, self.bias = hidden, weight, bias
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int, columns: int) -> None:
+        self.hidden, self.weight, self.bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         self.logits = torch.empty(rows * columns)
-        self.product = self.logits if weight.dtype == torch.float32 else torch.empty(rows * columns, dtype=weight.dtype)
+        self.product = self.logits if dtype == torch.float32 else torch.empty(rows * columns, dtype=dtype)
 
     def fill(self, rows: slice, columns: slice) -> Tensor:
         """Float32 logits [positions, tokens], valid until the next call."""
@@ -99,7 +105,7 @@ class _Tile:
         return logits if self.bias is None else logits.add_(self.bias[columns])
 
     def rounded(self, logits: Tensor) -> Tensor:
-        """``logits`` in the type of the weights."""
+        """``logits`` in the type of the products."""
         return logits if self.product is self.logits else _view(self.product, tuple(logits.shape)).copy_(logits)
 
 
@@ -134,16 +140,15 @@ def score_on_cpu(model: Any) -> bool:
     others: Callable[..., Any] = model.forward
 
     def forward(*args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        if not fused_lm_head or labels is None or kwargs.get("output_router_logits"):
+        if not fused_lm_head or labels is None or any(kwargs.get(name) is not None for name in ELSEWHERE):
             given = {} if labels is None else {"labels": labels}
             return others(*args, fused_lm_head=fused_lm_head, **given, **kwargs)
         hidden = model.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1]
         mask = labels[:, 1:] != -100
         head = model.get_output_embeddings()
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
-        weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
         with torch.autocast("cpu", enabled=False):
-            found = LabelLogProbs.apply(hidden[mask].to(dtype), weight, bias, labels[:, 1:][mask])
+            found = LabelLogProbs.apply(hidden[mask], head.weight, head.bias, labels[:, 1:][mask], dtype)
         log_probs, entropy, mean_logits, is_top1 = (part.new_zeros(mask.shape).masked_scatter(mask, part) for part in found)
         loss = -log_probs.sum() / mask.sum().clamp(min=1)
         return FusedCausalLMOutput(
