@@ -95,6 +95,23 @@ def test_a_pair_without_information_about_the_preferences_is_detected(check, pre
     assert "chance" in out.splitlines()[-1]
 
 
+def test_of_rated_responses_the_one_with_the_higher_score_is_chosen(check, tmp_path):
+    """However little they differ: a label that is drawn would hide what the values know."""
+    texts = [
+        ("It was fine", "It was fine, and my friends thought so, too"),
+        ("I did not mind it", "I did not mind it at all, to be honest"),
+    ]
+    rows = [
+        {"prompt": f"{start} film", "response": f" {text}.", "score": 0.001 * len(text)}
+        for start in ("This", "That", "The", "A", "Her", "His", "Our", "My", "One", "No")
+        for pair in texts
+        for text in pair
+    ]
+    (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    check("--preferences", tmp_path / "rated.jsonl", "--judge", "none", "--sweep", 0, "--json", tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text())["longer_wins"]["rate"] == 1
+
+
 def test_value_with_other_tokens_selects(check, preferences):
     from ivg.embedded import path
 

@@ -209,6 +209,20 @@ def same_tokens(bench, s, sampling, ahead, prompts=PROMPTS, **settings):
     return expected, stats
 
 
+def test_a_guide_may_read_the_text_of_a_draft(llama, monkeypatch):
+    """Text is decoded on access, so that of tokens which are taken back is taken back, too."""
+    tuned, read = llama.values["implicit"].tuned, []
+    logits = tuned.logits
+
+    def reading(hypotheses):
+        read.extend(h.text for h in hypotheses)
+        return logits(hypotheses)
+
+    monkeypatch.setattr(tuned, "logits", reading)
+    same_tokens(llama, get_method("eft", draft=4), SamplingParams(max_new_tokens=16), (1, 3))
+    assert read
+
+
 @pytest.mark.parametrize(
     "s", [pytest.param(s, id=name, marks=() if name in ("eft", "ivg, L 5") else pytest.mark.long) for name, s in SHAPES.items()]
 )
