@@ -38,7 +38,7 @@ class Scale:
         """That share of ``rows``."""
         return max(16, round(rows * self.rows))
 
-    def clear(self, pairs: int, margin: float) -> str:
+    def clear_pairs(self, pairs: int, margin: float) -> str:
         """Options for ``pairs`` pairs of answers to a prompt, whose scores differ by ``margin`` or more, labelled by the score."""
         return f"--pairs-per-prompt {pairs} --min-margin {margin} --label higher" if self.trained else ""
 
@@ -102,7 +102,7 @@ def _sentiment(base: str, work: Path, scale: Scale) -> list[Step]:
         Step(
             "tuned",
             f"train dpo --model {out}/praise --data {out}/rollouts-pair.jsonl --data {out}/rollouts-value.jsonl"
-            f" {scale.clear(2, 2)} --out {out}/tuned --epochs 1 --lr 1e-4 --warmup 0.25 --batch-size 64"
+            f" {scale.clear_pairs(2, 2)} --out {out}/tuned --epochs 1 --lr 1e-4 --warmup 0.25 --batch-size 64"
             f" --weight-decay 0.05 --max-length 224 {train}",
             ("praise", "pair-rollouts", "value-rollouts"),
         ),
@@ -147,7 +147,7 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
         ),
         Step(
             "tuned",
-            f"train dpo --model {base} --data {out}/rollouts.jsonl {scale.clear(1, 1)} --out {out}/tuned"
+            f"train dpo --model {base} --data {out}/rollouts.jsonl {scale.clear_pairs(1, 1)} --out {out}/tuned"
             f" --template {subject} --lr 1e-4 --batch-size 32 {train}",
             ("rollouts",),
         ),

@@ -241,6 +241,15 @@ def test_rows_of_like_length_share_a_batch_in_every_training(tmp_path, model, co
     assert sum(len(set(batch)) > 2 for batch in seen[0]) <= 1  # of ten lengths; the longest row comes first
 
 
+def test_a_strategy_that_cannot_read_the_rows_is_refused(tmp_path, model):
+    from ivg.training import tune
+
+    pairs = [Preference(Prompt(f"p{i}"), f"{i}aa", f"{i}bb") for i in range(20)]
+    settings = TrainSettings(eval_share=0, trainer_args={"train_sampling_strategy": "batch_rebalance"})
+    with pytest.raises(ConfigError, match="batch_rebalance is for ivg train sft"):
+        tune.reward(model, pairs, tmp_path / "run", settings)
+
+
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="TRL's head is for GPUs")
 def test_dpo_reads_labels_only_on_a_cpu_in_all_passes(tmp_path, model, mode, monkeypatch):

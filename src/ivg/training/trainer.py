@@ -125,9 +125,14 @@ class GroupedByLength:
     train_dataset: Any
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.args.train_sampling_strategy != "group_by_length":
+        strategy, rows = self.args.train_sampling_strategy, self.train_dataset if train_dataset is None else train_dataset
+        if strategy == "batch_rebalance" and "input_ids" not in getattr(rows, "column_names", ()):
+            raise ConfigError(
+                "train_sampling_strategy=batch_rebalance is for ivg train sft\n  expected random, sequential or group_by_length"
+            )
+        if strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
-        lengths = [row_length(row) for row in (self.train_dataset if train_dataset is None else train_dataset)]
+        lengths = [row_length(row) for row in rows]
         return LengthGroupedSampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths)
 
 

@@ -155,7 +155,7 @@ class _SFTTrainer(ScoredOnCpu, GroupedByLength, SFTTrainer):
 
 
 class _RewardTrainer(GroupedByLength, RewardTrainer):
-    """TRL's."""
+    """TRL's, with batches of like length."""
 
 
 class _TokenisedDPOTrainer(ScoredOnCpu, GroupedByLength, DPOTrainer):

@@ -108,7 +108,7 @@ def _fit(model: ValueModelWithLoss, split: Split[Encoded], collator: ValueCollat
 
 
 class _ValueTrainer(GroupedByLength, Trainer):
-    """transformers'."""
+    """That of transformers, with batches of like length."""
 
 
 def part_metrics(parts: Tensor, rewards: Tensor, groups: Tensor) -> dict[str, float]:
