@@ -12,7 +12,9 @@ from ivg.cli.completion import SCRIPTS, completions
 from ivg.search.methods import method_names
 from ivg.settings.recipe import Recipe
 from ivg.testing import byte_tokenizer
+from ivg.training.data import read_sft_examples
 from ivg.training.data_check import Lengths, check_data
+from ivg.training.encoding import encode_sft
 
 # ivg config show
 
@@ -208,6 +210,7 @@ def test_rated_responses(tmp_path):
         ({"messages": [{"role": "user", "content": "x"}]}, "prompts"),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "SFT examples"),
         ({"prompt": "x", "completion": "y"}, "SFT examples"),
+        ({"prompt": "x", "chosen": "y"}, "SFT examples"),
         ({"text": "y"}, "SFT examples"),
         ({"prompt": "x", "responses": ["a", "b"], "scores": [1, 2], "chosen": 1}, "rated responses"),
         ({"chosen": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
@@ -225,11 +228,14 @@ def test_rows_that_are_too_long_in_the_tokens_that_will_be_read(ivg, tmp_path):
     rows = [{"messages": [{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "y" * 5}]} for n in (1, 10, 20)]
     path = write(tmp_path / "rows.jsonl", rows)
     frame = len(tokenizer.apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True).input_ids)
-    code, out, _ = ivg("data", "check", path, "--tokenizer", tmp_path / "tokenizer", "--max-length", frame + 10 + 5, "--json")
+    code, out, _ = ivg("data", "check", path, "--tokenizer", tmp_path / "tokenizer", "--max-length", frame + 10 + 5 + 1, "--json")
     found = json.loads(out)
     assert (code, found["unit"], found["counts"]["too long"]) == (1, "tokens", 1)
     assert found["lengths"]["prompt"]["most"] == frame + 20 and found["lengths"]["response"]["least"] == 5
     assert ivg("data", "check", path, "--tokenizer", tmp_path / "tokenizer", "--max-length", 1000)[0] == 0
+    for longest in (frame + 10 + 5, frame + 10 + 5 + 1):  # an end-of-sequence token follows, in training, too
+        report, kept = (check_data(path, None, tokenizer, longest), encode_sft(read_sft_examples(path), tokenizer, None, longest))
+        assert report.counts["too long"] == 3 - len(kept)
     assert "--max-length counts tokens" in ivg("data", "check", path, "--max-length", 5)[2]
 
 

@@ -177,15 +177,10 @@ def read_sft_examples(source: str | Path, options: ReadOptions | None = None) ->
         ConfigError: unreadable, wrong columns, no row.
     """
     rows = _Rows(source, options)
-    name = next((n for n in ("response", "completion", "chosen") if rows.have(n)), None)
-    if name == "chosen" and rows.have(*RATED_LISTS):
+    if rows.have(*RATED_LISTS) and rows.response == "chosen":
         return list(dict.fromkeys(SFTExample(pair.prompt, pair.chosen) for pair in rows.each(_labelled)))
-    if name is not None and rows.have("prompt"):
-        return rows.each(lambda row: [SFTExample(prompt_in(row), response_text(cell(row, name)))])
-    if rows.have("messages"):
-        return rows.each(_conversation)
-    if rows.have("text"):
-        return rows.each(lambda row: [SFTExample(None, response_text(cell(row, "text")))])
+    if (parse := _sft_parser(rows)) is not None:
+        return rows.each(parse)
     raise rows.wrong_columns("SFT examples", ("prompt", "response"), ("prompt", "completion"), ("messages",), ("text",))
 
 
@@ -212,15 +207,10 @@ def read_any(source: str | Path, options: ReadOptions | None = None) -> tuple[st
         return "rated responses", [*_rated_rows(rows)]
     if rows.have(*CONVERSATIONS):
         return "preferences", [*rows.each(_preference)]
-    name = next((n for n in ("response", "completion") if rows.have("prompt", n)), None)
-    if name is not None:
-        return "SFT examples", [*rows.each(lambda row: [SFTExample(prompt_in(row), response_text(cell(row, name)))])]
-    if rows.have("messages") and not rows.have("prompt") and rows.ends_with_answer:
-        return "SFT examples", [*rows.each(_conversation)]
-    if rows.have("prompt") or rows.have("messages"):
+    if rows.response is None if rows.have("prompt") else rows.have("messages") and not rows.ends_with_answer:
         return "prompts", [*rows.each(lambda row: [prompt_in(row, prompt_of(row))])]
-    if rows.have("text"):
-        return "SFT examples", [*rows.each(lambda row: [SFTExample(None, response_text(cell(row, "text")))])]
+    if (parse := _sft_parser(rows)) is not None:
+        return "SFT examples", [*rows.each(parse)]
     raise rows.wrong_columns("rows", PREFERENCE, RATED, RATED_LISTS, ("prompt", "response"), ("messages",), ("prompt",), ("text",))
 
 
@@ -300,6 +290,11 @@ class _Rows:
         return all(name in self._first[1] for name in columns)
 
     @property
+    def response(self) -> str | None:
+        """The column of the response that SFT learns."""
+        return next((name for name in ("response", "completion", "chosen") if self.have(name)), None)
+
+    @property
     def ends_with_answer(self) -> bool:
         """Is the last of the first row's ``messages`` the assistant's?"""
         turns = list_of(self._first[1], "messages")
@@ -347,6 +342,16 @@ class _Rows:
         if self.options.on_bad is None:
             raise ConfigError(f"{row.place}: {row.error}")
         self.options.on_bad(row)
+
+
+def _sft_parser(rows: _Rows) -> Callable[[Row], list[SFTExample]] | None:
+    """What makes SFT examples of rows with these columns; None: nothing does."""
+    name = rows.response
+    if name is not None and rows.have("prompt"):
+        return lambda row: [SFTExample(prompt_in(row), response_text(cell(row, name)))]
+    if rows.have("messages"):
+        return _conversation
+    return (lambda row: [SFTExample(None, response_text(cell(row, "text")))]) if rows.have("text") else None
 
 
 def _rated_rows(rows: _Rows) -> list[RatedResponse]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ivg.jobs.formats import SourceRow
-from ivg.models.chat_template import prompt_text, render
+from ivg.models.chat_template import encode, prompt_text
+from ivg.models.vocabulary import Vocabulary
 from ivg.training.data import RatedResponse, ReadOptions, SFTExample, read_any
 from ivg.types import Preference, Prompt
 
@@ -83,7 +84,7 @@ def check_data(source: str | Path, options: ReadOptions | None = None, tokenizer
         source: file, folder, ``-``, or id on the hub.
         options: how it is read.
         tokenizer: lengths are in its tokens, prompts in its chat template; None: in characters.
-        max_length: of prompt and response together; what is longer is counted.
+        max_length: of prompt and response together, with the end-of-sequence token that training appends; what is longer is counted.
 
     Raises:
         ConfigError: unreadable as a whole, or columns of no known form.
@@ -91,19 +92,15 @@ def check_data(source: str | Path, options: ReadOptions | None = None, tokenizer
     bad: list[SourceRow] = []
     form, items = read_any(source, replace(options or ReadOptions(), on_bad=bad.append))
     prompts = [prompt for item in items if (prompt := _prompt(item)) is not None]
-    measure = _measure(tokenizer)
+    vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
     lengths: dict[str, list[int]] = defaultdict(list)
     whole: list[int] = []
     for item in items:
-        prompt = _prompt(item)
-        before = 0 if prompt is None else measure(prompt)
-        if prompt is not None:
-            lengths["prompt"].append(before)
-        texts = _responses(item)
-        for name, text in texts.items():
-            lengths[name].append(measure(text))
-        whole.append(before + max((lengths[name][-1] for name in texts), default=0))
-    counts = {"the same as an earlier one": _repeated(map(_key, items)), **_by_form(form, items)}
+        before, responses, total = _measure(item, vocabulary)
+        for name, length in (({} if _prompt(item) is None else {"prompt": before}) | responses).items():
+            lengths[name].append(length)
+        whole.append(total)
+    counts = {"the same as an earlier one": _repeated(map(_key, items)), **_by_form(items)}
     if form != "prompts":
         counts[EMPTY] = sum(any(not text.strip() for text in _responses(item).values()) for item in items)
     if max_length is not None:
@@ -142,7 +139,7 @@ def _repeated(keys: Iterable[Any]) -> int:
     return sum(count - 1 for count in Counter(keys).values())
 
 
-def _by_form(form: str, items: Sequence[Item]) -> dict[str, int]:
+def _by_form(items: Sequence[Item]) -> dict[str, int]:
     """What may be wrong with pairs and scores."""
     pairs = [item for item in items if isinstance(item, Preference)]
     rated = [item for item in items if isinstance(item, RatedResponse)]
@@ -181,16 +178,30 @@ def _shares(items: Sequence[Item]) -> dict[str, float]:
     return {"ties among pairs of responses to one prompt": tied / total} if total else {}
 
 
-def _measure(tokenizer: Any) -> Callable[[Prompt | str], int]:
-    """The length of a prompt or a response."""
-    if tokenizer is None:
-        return lambda text: len(text if isinstance(text, str) else prompt_text(text))
-    chats = bool(getattr(tokenizer, "chat_template", None))
+def _measure(item: Item, vocabulary: Vocabulary | None) -> tuple[int, dict[str, int], int]:
+    """Lengths of the prompt, of each response, and of the longest row that training makes of the item."""
+    prompt, responses = _prompt(item), _responses(item)
+    if vocabulary is None:
+        before = 0 if prompt is None else len(prompt_text(prompt))
+        lengths = {name: len(text) for name, text in responses.items()}
+        return before, lengths, before + max(lengths.values(), default=0)
+    ids = _prompt_ids(prompt, vocabulary.tokenizer)
+    lengths = {name: len(vocabulary.response_ids(ids, text)) for name, text in responses.items()}
+    ended = _ended(item) if vocabulary.tokenizer.eos_token_id is not None else frozenset()
+    return len(ids), lengths, len(ids) + max((length + (name in ended) for name, length in lengths.items()), default=0)
 
-    def tokens(text: Prompt | str) -> int:
-        if isinstance(text, str):
-            return len(tokenizer(text, add_special_tokens=False).input_ids)
-        rendered = render(text, tokenizer, None) if chats else prompt_text(text)
-        return len(tokenizer(rendered, add_special_tokens=not chats or isinstance(text.content, str)).input_ids)
 
-    return tokens
+def _prompt_ids(prompt: Prompt | None, tokenizer: Any) -> list[int]:
+    """The prompt in the tokenizer's chat template; a conversation as plain text where it has none."""
+    if prompt is None:
+        return list(tokenizer("").input_ids)
+    if not getattr(tokenizer, "chat_template", None):
+        prompt = Prompt(prompt_text(prompt))
+    return encode(prompt, tokenizer, None)
+
+
+def _ended(item: Item) -> frozenset[str]:
+    """The responses that an end-of-sequence token follows in training."""
+    if isinstance(item, Preference):
+        return frozenset(name for name, ends in (("chosen", item.chosen_ends), ("rejected", item.rejected_ends)) if ends)
+    return frozenset({"response"} if isinstance(item, SFTExample) or (isinstance(item, RatedResponse) and item.ends) else ())
