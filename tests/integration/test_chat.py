@@ -7,6 +7,8 @@ import pty
 import re
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -280,6 +282,36 @@ def test_a_message_whose_answer_is_stopped_is_forgotten(session, capsys, error):
     assert [t["content"] for t in session.turns] == ["one", "three"]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, GenerationError("broken")])
+def test_a_method_that_is_compared_may_fail(session, capsys, error):
+    """The conversation goes on with the answer that is there."""
+
+    def reply(turns):
+        if len(session.backend.calls) % 2 == 0:  # the second of each two answers
+            raise error
+        return "fine"
+
+    object.__setattr__(session.backend, "reply", reply)
+    session.handle("/compare base")
+    assert session.send("one")
+    assert [t["content"] for t in session.turns] == ["one", "fine"] and [name for name, _ in session.last] == ["eft"]
+    assert not any("forgotten" in line for line in session.said)
+    assert session.failures == int("broken" in capsys.readouterr().err)
+
+
+def test_a_comparison_that_fails_has_an_exit_code(ivg, models, monkeypatch):
+    answer = LocalBackend.answer
+
+    def fail(self, turns, method, settings, show):
+        if method == "eft":
+            raise GenerationError("broken")
+        return answer(self, turns, method, settings, show)
+
+    monkeypatch.setattr(LocalBackend, "answer", fail)
+    code, out, err = ivg("chat", "Hi", *models, "--method", "base", "--compare", "eft", "--json")
+    assert (code, len(out.splitlines()), err) == (1, 1, "error: broken\n")
+
+
 def test_keys_of_a_terminal(models, tmp_path):
     """A real terminal: history is kept, Ctrl-D ends."""
     ours, theirs = pty.openpty()
@@ -349,7 +381,10 @@ def test_a_server_that_refuses_or_is_not_there(ivg, server, monkeypatch):
     assert "cannot reach http://127.0.0.1:9/v1/models" in ivg("chat", "x", "--url", "http://127.0.0.1:9")[2]
     assert "cannot reach" in ivg("chat", "x", "--url", "nonsense")[2]
     assert "lists no models" in ivg("chat", "x", "--url", f"{server.url}/openapi.json?")[2]
-    assert "the server has its own" in ivg("chat", "x", "--url", server.url, "--base", "y")[2]
+    assert (
+        "got --url and base, tuned, dtype"
+        in ivg("chat", "x", "--url", server.url, "--base", "y", "--tuned", "z", "--dtype", "float32", "--seed", "2")[2]
+    )
 
 
 def test_backends_say_what_they_are(server, monkeypatch):
@@ -357,3 +392,96 @@ def test_backends_say_what_they_are(server, monkeypatch):
     backend = ServerBackend.connect(server.url)
     assert backend.name == f"tiny at {server.url}" and set(backend.methods) == set(server.served.model.methods)
     assert LocalBackend("x", ("base",), True, server.served.model).methods == ("base",)
+
+
+class Foreign(BaseHTTPRequestHandler):
+    """A server of OpenAI's protocol that is not ivg's; it sends the lines of ``events``."""
+
+    def do_GET(self):
+        self.reply([json.dumps({"data": [{"id": "other"}]})])
+
+    def do_POST(self):
+        self.server.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self.reply([f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n" for event in self.server.events])
+
+    def reply(self, parts):
+        body = "".join(parts).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def foreign():
+    server = HTTPServer(("127.0.0.1", 0), Foreign)
+    server.asked, server.events = [], []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def event(finish=None, **delta):
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+
+
+def test_thinking_of_a_server_does_not_join_the_conversation(foreign, capsys):
+    usage = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}
+    foreign.events = [event(reasoning_content="Hm"), event(reasoning_content=", "), event(content="Yes"), event("stop", content="."), usage]
+    said = []
+    session = ChatSession(ServerBackend.connect(foreign.url), lambda method: {"max_new_tokens": 4}, io.StringIO(), said.append)
+    session.handle("one")
+    session.handle("two")
+    assert [t["content"] for t in foreign.asked[1]["messages"]] == ["one", "Yes.", "two"]
+    assert session.out.getvalue() == "Hm, </think>Yes.\n" * 2
+    ((_, completion),) = session.last
+    assert (completion.reasoning_content, completion.answer) == ("Hm, ", "Yes.")
+    assert re.fullmatch(r"answer · 1 token \(stop\) · 0\.\d s", said[-1])
+    assert {name: foreign.asked[0][name] for name in ("max_tokens", "seed", "model", "stream")} == {
+        "max_tokens": 4, "seed": 0, "model": "other", "stream": True,
+    }  # fmt: skip
+    assert "guidance" not in foreign.asked[0]
+
+
+def test_settings_that_a_foreign_server_lacks_are_refused(ivg, foreign):
+    foreign.events = [event("stop", content="Yes")]
+    for option in (["--top-k", 7], ["--regex", "a"], ["--beta", 2], ["--method", "eft"], ["--ignore-eos"]):
+        code, out, err = ivg("chat", "x", "--url", foreign.url, *option)
+        assert (code, out) == (2, "") and "this server is not ivg's: it has no" in err
+    options = [
+        "--temperature",
+        0.5,
+        "--top-p",
+        0.9,
+        "--frequency-penalty",
+        1,
+        "--presence-penalty",
+        1,
+        "--stop",
+        "a",
+        "--max-new-tokens",
+        3,
+    ]
+    assert ivg("chat", "x", "--url", foreign.url, *options, "--quiet") == (0, "Yes\n", "")
+    wanted = {"temperature": 0.5, "top_p": 0.9, "frequency_penalty": 1, "presence_penalty": 1, "stop": ["a"], "max_tokens": 3}
+    assert {name: foreign.asked[0][name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    "events, error",
+    [
+        ([event(content="Y")], "ended the answer in the middle"),
+        ([event(content="Y"), '{"choices'], "ended the answer in the middle"),
+        ([{"error": {"message": "too hot"}}], "too hot"),
+        ([{"error": "too cold"}], "too cold"),
+    ],
+)
+def test_a_stream_that_breaks_is_an_error(ivg, foreign, events, error):
+    foreign.events = events
+    code, _, err = ivg("chat", "x", "--url", foreign.url)
+    assert code == 2 and error in err and "Traceback" not in err

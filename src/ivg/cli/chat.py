@@ -32,6 +32,8 @@ begin a message of several lines, and end it. Ctrl-C stops an answer. A base wit
 
 _UNTYPED = "default"
 """The method where none is named: what the models allow, or the server's own."""
+_LOADING = ("engine", "device", "dtype", "revision", "attention", "generation_config")
+"""Settings of models that are loaded here."""
 QUOTES = '"""'
 HISTORY_LINES = 1000
 
@@ -42,7 +44,7 @@ HISTORY_LINES = 1000
         "search",
         "sampling",
         "run",
-        only={"run": ("engine", "seed", "device", "dtype", "revision", "attention", "generation_config")},
+        only={"run": ("seed", *_LOADING)},
         method=_UNTYPED,
         unset={"method": "ivg, or what the models allow; of a server: its own"},
         without=("system",),
@@ -70,6 +72,8 @@ def chat(
         done = [session.send(text) for text in sent]
         if not all(done):
             raise typer.Exit(2)
+        if session.failures:  # of a method that is compared
+            raise typer.Exit(1)
         return
     if not session.backend.chats:
         session.say("the base has no chat template: each message is continued by itself")
@@ -81,8 +85,9 @@ def _session(recipe: Recipe, url: str | None, system: str | None, quiet: bool) -
     method: str | None = None if recipe.search.method == _UNTYPED else recipe.search.method
     backend: Backend
     if url is not None:
-        if recipe.models.given or recipe.values or recipe.run.engine != "transformers":
-            raise ConfigError("got --url and models\n  the server has its own; leave one of them out")
+        here = [*recipe.models.given, *recipe.values, *(name for name in _LOADING if name in recipe.run.model_fields_set)]
+        if here:
+            raise ConfigError(f"got --url and {', '.join(here)}\n  the server has its own models; leave --url or these out")
         backend = ServerBackend.connect(url)
     else:
         method = method or default_method(recipe.override(search={"method": "ivg"}))

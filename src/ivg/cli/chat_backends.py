@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import time
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
@@ -12,8 +14,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ivg.errors import ConfigError, GenerationError, IVGError, ServeError
-from ivg.settings.sampling import SamplingParams
-from ivg.settings.schema import settings_of
 from ivg.types import Completion, Step, TraceNode, Usage
 
 if TYPE_CHECKING:
@@ -25,6 +25,12 @@ KEY_VARIABLES = ("IVG_API_KEY", "OPENAI_API_KEY")
 """Environment variables with the key of a server; the first that is set counts."""
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 600.0
+OPENAI_NAMES = {"max_new_tokens": "max_tokens"} | {
+    name: name for name in ("temperature", "top_p", "frequency_penalty", "presence_penalty", "stop", "seed")
+}
+"""Settings that OpenAI's chat completions have, by our name."""
+THINK_END = "</think>"
+"""Between the thinking and the answer of a server, which sends them apart."""
 
 
 @dataclass(frozen=True)
@@ -112,54 +118,63 @@ class ServerBackend(Backend):
         """The server checks settings itself."""
         if method is not None and self.is_ivg and method not in (*self.methods, "custom"):
             raise ConfigError(f"unknown method {method!r}\n  the server has: {', '.join(self.methods)}")
-        if not self.is_ivg and (method is not None or set(settings) - settings_of(SamplingParams).keys() - {"seed"}):
-            raise ConfigError("this server is not ivg's: it has no methods\n  give settings of sampling alone")
+        others = [*(["method"] if method is not None else []), *(name for name in settings if name not in OPENAI_NAMES)]
+        if not self.is_ivg and others:
+            raise ConfigError(f"this server is not ivg's: it has no {', '.join(others)}\n  expected some of: {', '.join(OPENAI_NAMES)}")
 
     def answer(self, turns: Sequence[Turn], method: str | None, settings: Mapping[str, Any], show: Callable[[str], None]) -> Completion:
         """See :meth:`Backend.answer`."""
-        text, finish, own = "", None, dict[str, Any]()
+        thinking, content, finish, own, begun = "", "", None, dict[str, Any](), time.monotonic()
         usage, steps = dict[str, Any](), list[Step]()
         for name, data in self._events(self._body(turns, method, settings)):
-            if "error" in data:
-                raise GenerationError(str(data["error"].get("message", data["error"])))
+            if error := data.get("error"):
+                raise GenerationError(str(error.get("message", error) if isinstance(error, Mapping) else error))
             if name == "ivg.beams":
                 steps.append(_step(data))
                 continue
             usage, own = data.get("usage") or usage, data.get("ivg") or own
             for choice in data.get("choices") or ():
                 delta = choice.get("delta") or {}
-                piece = (delta.get("reasoning_content") or "") + (delta.get("content") or "")
-                finish, text = choice.get("finish_reason") or finish, text + piece
-                if piece:
-                    show(piece)
+                thought, piece = delta.get("reasoning_content") or "", delta.get("content") or ""
+                ends_thinking = bool(piece) and not content and bool(thinking + thought)
+                if shown := thought + (THINK_END if ends_thinking else "") + piece:
+                    show(shown)
+                thinking, content, finish = thinking + thought, content + piece, choice.get("finish_reason") or finish
         if finish is None:
             raise GenerationError(f"{self.url} ended the answer in the middle")
-        cost = Usage(own.get("usage", {}), usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0), own.get("seconds", 0.0))
+        seconds = own.get("seconds", time.monotonic() - begun)
+        cost = Usage(own.get("usage", {}), usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0), seconds)
+        text, marker = (thinking + (THINK_END if content else "") + content, THINK_END) if thinking else (content, None)
         notes = tuple(own.get("notes", ()))
-        return Completion(text, (), own.get("score"), finish, cost, trace=tuple(steps), notes=notes)
+        return Completion(text, (), own.get("score"), finish, cost, trace=tuple(steps), notes=notes, guide_after=marker)
 
     def _body(self, turns: Sequence[Turn], method: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The request: settings of sampling under OpenAI's names, those of the search in ``guidance``."""
-        sampling = {"max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "stop": "stop", "seed": "seed"}
-        body: dict[str, Any] = {sampling[name]: value for name, value in settings.items() if name in sampling}
-        guidance = {name: value for name, value in settings.items() if name not in sampling} | ({"method": method} if method else {})
-        if self.is_ivg:
-            body |= {"guidance": guidance} if guidance else {}
+        body: dict[str, Any] = {OPENAI_NAMES[name]: value for name, value in settings.items() if name in OPENAI_NAMES}
+        guidance = {name: value for name, value in settings.items() if name not in OPENAI_NAMES} | ({"method": method} if method else {})
+        body |= {"guidance": guidance} if guidance else {}
         options = {"include_usage": True} | ({"include_beams": True} if self.is_ivg else {})
         return body | {"model": self.model, "messages": list(turns), "stream": True, "stream_options": options}
 
     def _events(self, body: dict[str, Any]) -> Iterator[tuple[str | None, dict[str, Any]]]:
-        """(name, data) of the server-sent events of an answer."""
+        """(name, data) of the server-sent events of an answer.
+
+        Raises:
+            GenerationError: the connection breaks, or something else is sent.
+        """
         name = None
         with _open(f"{self.url}/v1/chat/completions", json.dumps(body).encode(), READ_SECONDS) as response:
-            for raw in response:
-                line = raw.decode().rstrip("\r\n")
-                if line.startswith("event: "):
-                    name = line[7:]
-                elif line.startswith("data: ") and line != "data: [DONE]":
-                    yield name, json.loads(line[6:])
-                elif not line:
-                    name = None
+            try:
+                for raw in response:
+                    line = raw.decode().rstrip("\r\n")
+                    if line.startswith("event: "):
+                        name = line[7:]
+                    elif line.startswith("data: ") and line != "data: [DONE]":
+                        yield name, json.loads(line[6:])
+                    elif not line:
+                        name = None
+            except (OSError, ValueError, http.client.HTTPException) as e:
+                raise GenerationError(f"{self.url} ended the answer in the middle: {e}") from None
 
 
 def _open(url: str, body: bytes | None = None, timeout: float = READ_SECONDS) -> Any:

@@ -53,6 +53,8 @@ class ChatSession:
     typed: dict[str, Any] = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)
     attempt: int = 0
+    failures: int = 0
+    """Answers that failed."""
     last: list[tuple[str, Completion]] = field(default_factory=list)
     """Method and completion of the last answers."""
 
@@ -91,15 +93,16 @@ class ChatSession:
                 found.append(self._answer_by(name, header=len(names) > 1))
             except KeyboardInterrupt:
                 self.out.write("\n")
-                self.say("stopped; the message is forgotten")
+                self.say("stopped" if found else "stopped; the message is forgotten")
                 break
             except IVGError as e:
                 if not self.as_json:
                     self.out.write("\n")
                 print_error(str(e))
+                self.failures += 1
                 if name == names[0]:
                     break
-        if not found or found[0][0] != (names[0] or "answer"):
+        if not found:
             self.turns.pop()
             return False
         self.last = found

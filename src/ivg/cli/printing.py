@@ -81,5 +81,7 @@ def cost_line(completion: Completion, method: str) -> str:
     score = "" if completion.score is None else f" · score {completion.score:.3f}"
     drafted = f", {n} of a draft model" if (n := usage.drafted_tokens) else ""
     tokens = ", ".join(f"{name} {count}" for name, count in usage.forward_tokens.items())
-    written = f"{usage.completion_tokens} tokens{drafted} ({completion.finish_reason})"
-    return f"{method}{score} · {written} · read: {tokens} · {usage.seconds:.1f} s"
+    unit = "token" if usage.completion_tokens == 1 else "tokens"
+    written = f"{usage.completion_tokens} {unit}{drafted} ({completion.finish_reason})"
+    read = f" · read: {tokens}" if tokens else ""
+    return f"{method}{score} · {written}{read} · {usage.seconds:.1f} s"
