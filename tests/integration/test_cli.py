@@ -334,12 +334,13 @@ def test_a_closed_standard_output_is_an_error(monkeypatch):
         pass
 
 
-def test_no_bar_where_standard_error_is_closed(monkeypatch):
+def test_no_bar_where_standard_error_is_closed(monkeypatch, capsys):
     from ivg.cli.progress import progress
 
     monkeypatch.setattr(sys, "stderr", None)
     with progress(3, "answers") as advance:
         advance()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_check_reports_compatibility(ivg, models):

@@ -76,6 +76,12 @@ def test_what_is_shown_is_what_runs(ivg, recipe):
     assert len(rows) == len(Recipe().sampling.model_fields_set or type(Recipe().sampling).model_fields)
 
 
+def test_no_embedded_models_beside_an_endpoint(ivg):
+    found = shown(ivg, "--engine", "http://localhost:8000/v1", "--set", "endpoint.model=x", "--method", "cbs-explicit")
+    assert "models.base" not in found and found["endpoint.model"] == ("x", "command line", "")
+    assert shown(ivg)["models.base"] == ("embedded:base", "default", "with the embedded guides")
+
+
 def test_defaults_of_the_checkpoint_are_named(ivg, tmp_path):
     folder = tmp_path / "base"
     byte_tokenizer().save_pretrained(folder)

@@ -451,12 +451,15 @@ def test_shuffled_as_datasets_does(tmp_path):
     assert [e.prompt.content for e in found] == list(expected)
 
 
-def test_every_task_has_a_name_and_known_settings():
-    from ivg.evaluation.task import TASKS, load_task
+def test_every_task_is_found_by_its_name_and_has_known_settings():
+    from ivg.evaluation.task import TASKS, Task, load_task
 
     for name in TASKS:
         found = load_task(name)
-        Recipe.parse({k: dict(v) for k, v in found.defaults().items()})
+        assert isinstance(found, Task)
+        recipe = Recipe.parse({k: dict(v) for k, v in found.defaults().items()})
+        for table, settings in found.defaults().items():
+            assert set(settings) <= getattr(recipe, table).model_fields_set
 
 
 def test_a_missing_package_is_an_error_before_anything_is_generated(done, monkeypatch):

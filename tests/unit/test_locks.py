@@ -1,5 +1,6 @@
 """One run writes a file at a time: others are refused at once, what a killed run left is waited for."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -46,7 +47,8 @@ def test_a_killed_run_leaves_no_claim(tmp_path):
     process.kill()
     process.wait()
     with lock_file(tmp_path / "out.jsonl"):
-        pass
+        assert (tmp_path / ".out.jsonl.lock").read_text().startswith(f"{os.getpid()} ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_lock_waits_for_child_processes_of_a_killed_run(tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def compare(
         if methods is None:
             wanted = [m for m in DEFAULT if m in model.methods]
         judge = next((v for v in ("explicit", "reward", "implicit") if v in model.values), None)
-        gold = _gold() if not recipe.models.given and recipe.endpoint.model is None else None
+        gold = _gold() if recipe.uses_embedded else None
         rows, problems = [], list[str]()
         for note in () if quiet else _notes(recipe, wanted):
             typer.echo(note, err=True)

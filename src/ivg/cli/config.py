@@ -129,7 +129,7 @@ def _table_rows(found: Sourced, table: str) -> list[Row]:
     kind: type = type(settings)
     for name, declared in settings_of(kind).items():
         source, value = _source(found, table, name), getattr(settings, name)
-        if table == "models" and name == "base" and not found.recipe.models.given:
+        if table == "models" and name == "base" and found.recipe.uses_embedded:
             rows.append(Row(table, name, "embedded:base", "default", "with the embedded guides"))
         elif source != "default" or (table in _ALWAYS and table != "models"):
             rows.append(Row(table, name, "***" if declared.setting.secret and value else _plain(value), source))
@@ -176,11 +176,10 @@ def _sampling_rows(found: Sourced) -> list[Row]:
 
 def _value_names(recipe: Recipe) -> set[str]:
     """The values that the models give."""
-    given = recipe.models.given
-    if not given:
+    if recipe.uses_embedded:
         return {"implicit", "explicit", *recipe.values}
     names = {"tuned": "implicit", "value": "explicit", "reward": "reward", "arm": "arm"}
-    return {*recipe.values, *(names[role] for role in given if role in names)}
+    return {*recipe.values, *(names[role] for role in recipe.models.given if role in names)}
 
 
 def _source(found: Sourced, table: str, name: str) -> str:

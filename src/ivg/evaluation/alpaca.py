@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ivg.errors import ConfigError, reason
 from ivg.evaluation.judges import AlpacaEvalJudge, ChatJudge, Judge, RewardJudge, judge_all
 from ivg.evaluation.length_control import difficulty_file, length_controlled
-from ivg.evaluation.task import Answer, Comparison, Example, Tables, Task, check_count, check_no_kwargs
+from ivg.evaluation.task import Answer, Comparison, Example, Tables, Task, check_count, check_no_chat_columns
 from ivg.evaluation.winrate import average_over_seeds, win_rate
 from ivg.jobs.fingerprints import fingerprint
 from ivg.jobs.formats import read_rows
@@ -115,7 +115,7 @@ class Alpaca(Task):
         """
         options, rows = Options.of(config), list(_rows(config))
         for number, row in enumerate(rows, 1):
-            check_no_kwargs(row, f"{config.data or HUB}, row {number}")
+            check_no_chat_columns(row, f"{config.data or HUB}, row {number}")
             missing = [
                 k for k in ("instruction", "output") if not isinstance(row.get(k), str) and (k != "output" or options.judge != "none")
             ]

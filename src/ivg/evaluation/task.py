@@ -165,7 +165,7 @@ def digest(examples: Sequence[Example]) -> str:
     return hashlib.sha256(json.dumps(shown, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
-def check_no_kwargs(row: Mapping[str, Any], where: str) -> None:
+def check_no_chat_columns(row: Mapping[str, Any], where: str) -> None:
     """Raise for a row with tools or variables of chat templates of its own, which tasks do not read.
 
     Raises:
@@ -183,7 +183,7 @@ def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
         ConfigError: no text, or something else such as messages.
     """
     found = row.get(column)
-    check_no_kwargs(row, where)
+    check_no_chat_columns(row, where)
     if not isinstance(found, str):
         got = "nothing" if found is None else "messages" if isinstance(found, list) else repr(found)[:40]
         raise ConfigError(f"{where}: expected a text in {column}, got {got}\n  remove the row, or give its text")

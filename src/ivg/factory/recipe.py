@@ -46,7 +46,7 @@ def load_models(recipe: Recipe, *, every_guide: bool = False) -> GuidedModel:
         from ivg.factory.engines import vllm_model
 
         return vllm_model(recipe, options, every_guide=every_guide)
-    if recipe.run.engine.startswith(("http://", "https://")):
+    if recipe.uses_endpoint:
         from ivg.factory.engines import endpoint_model
 
         return endpoint_model(recipe, options)
@@ -91,7 +91,7 @@ def default_sampling(recipe: Recipe) -> SamplingParams:
     from ivg.models.hub import adapter_at, find_local
 
     base = recipe.models.given.get("base")
-    if recipe.run.engine.startswith(("http://", "https://")):
+    if recipe.uses_endpoint:
         return DEFAULT_SAMPLING
     revision = (base.revision if base else None) or recipe.run.revision
     name = base.path if base else path("base")

@@ -38,7 +38,6 @@ def answer_provenance(recipe: Recipe, device: str | None) -> dict[str, Any]:
         ``provenance`` with the rest: version of ivg, device, dtype, templates, fingerprints of models on this machine.
     """
     run = recipe.run
-    remote = run.engine.startswith(("http://", "https://"))
     out: dict[str, Any] = {
         "method": recipe.search.method,
         "seed": run.seed,
@@ -47,11 +46,11 @@ def answer_provenance(recipe: Recipe, device: str | None) -> dict[str, Any]:
     }
     if run.engine != "transformers":
         out["engine"] = run.engine
-    if remote:
+    if recipe.uses_endpoint:
         out["endpoint"] = recipe.endpoint.model
     if recipe.values:
         out["values"] = {name: {role: ref.path for role, ref in value.given.items()} for name, value in recipe.values.items()}
-    return json.loads(json.dumps(out | {"provenance": _details(recipe, device, remote)}))
+    return json.loads(json.dumps(out | {"provenance": _details(recipe, device)}))
 
 
 def _search_settings(recipe: Recipe) -> dict[str, Any]:
@@ -61,11 +60,11 @@ def _search_settings(recipe: Recipe) -> dict[str, Any]:
     return {k: v for k, v in given.items() if k not in own or own[k] != (None if v == "none" else check(SearchSettings, k, v))}
 
 
-def _details(recipe: Recipe, device: str | None, remote: bool) -> dict[str, Any]:
+def _details(recipe: Recipe, device: str | None) -> dict[str, Any]:
     from ivg.utils.version import VERSION
 
     out: dict[str, Any] = {"ivg": VERSION, "device": device} | {k: v for k, v in run_provenance(recipe).items() if v is not None}
-    used = {"vllm": recipe.run.engine == "vllm", "endpoint": remote}
+    used = {"vllm": recipe.run.engine == "vllm", "endpoint": recipe.uses_endpoint}
     for table, settings in recipe.model_dump(exclude_none=True).items():
         ignored = _IRRELEVANT.get(table, set())
         if ignored is None or not used.get(table, True):

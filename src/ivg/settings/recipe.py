@@ -116,10 +116,19 @@ class Recipe(Table):
         return recipe.model_copy(update=tables)
 
     @property
+    def uses_endpoint(self) -> bool:
+        """Does a server run the base?"""
+        return self.run.engine.startswith(("http://", "https://"))
+
+    @property
+    def uses_embedded(self) -> bool:
+        """Are the models those that come with ivg?"""
+        return not self.models.given and not self.uses_endpoint
+
+    @property
     def local_models(self) -> dict[str, ModelRef]:
         """The models to load here, by role; the base of an endpoint is not among them."""
-        remote = self.run.engine.startswith(("http://", "https://"))
-        return {role: ref for role, ref in self.models.given.items() if not (remote and role == "base")}
+        return {role: ref for role, ref in self.models.given.items() if not (self.uses_endpoint and role == "base")}
 
     @property
     def devices(self) -> dict[str, Device | None]:
