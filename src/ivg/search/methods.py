@@ -70,11 +70,13 @@ class Method(SearchSettings):
                 "  give method=contrast, or token=contrast"
             )
         if self.guide_after is not None:
-            check_thinking(draft=self.draft, rule=self.rule_name)
+            check_thinking(draft=self.draft, rule=self.rule if isinstance(self.rule, str) else "a function")
         elif self.thinking_budget is not None:
             raise ConfigError(
                 f"{self.name}: thinking_budget needs guide_after, the text that ends the thinking\n  give --guide-after '</think>'"
             )
+        if not isinstance(self.rule, str) and self.original:
+            raise ConfigError(f"{self.name}: the rule {self.rule_name} does not use original\n  leave original out")
         if isinstance(self.rule, str) and self.rule not in ("top", "soft"):
             least = self.segment_min if self.rule == "reject" else None
             selects, guided = bool(self.selectors), bool(self.guides)

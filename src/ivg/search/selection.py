@@ -39,7 +39,11 @@ class BeamRule(SelectionRule):
         if self.chunks == 1:
             return Chunk([(kept[0][0], budget)], self.tokens)
         each, odd = divmod(budget, self.search.width)
-        expansions = [(b, each + (place < odd)) for place, (b, _) in enumerate(kept) if not b.finished]
+        counts: dict[int, int] = {}
+        for place, (b, _) in enumerate(kept):
+            counts[b.key] = counts.get(b.key, 0) + each + (place < odd)
+        growing = {b.key: b for b, _ in kept if not b.finished}
+        expansions = [(b, counts[key]) for key, b in growing.items()]
         return Chunk(expansions, self.tokens, [(b, s) for b, s in kept if b.finished])
 
     def choose(self, held: list[Scored], grown: list[Scored]) -> Selection:
@@ -64,10 +68,11 @@ class BeamRule(SelectionRule):
 
 
 class FunctionRule(BeamRule):
-    """A function of (beams, scores) selects: it gives the positions of those that are kept, the best first; some may be repeated.
+    """A function of (beams, scores) selects: it gives the positions of those that are kept, the best first.
 
     The beams are those that were finished and kept before, then the children of this chunk; the scores are those of the selecting value, 0
-    where there is none. When all that is kept is finished, the first is the answer.
+    where there is none. A beam that is kept several times has as many times the children. When all that is kept is finished, the first is
+    the answer.
 
     Args:
         function: see above. What it raises, and what it gives besides 1 to W positions, is the error of the request.
