@@ -95,6 +95,8 @@ def test_a_stream_raises_what_generate_returns_as_error(model):
         with pytest.raises(GenerationError, match="the value broken"):
             "".join(stream)
         assert stream.completion.error == failed.error and list(stream) == []
+        with pytest.raises(GenerationError, match="the value broken"):
+            stream.read()  # again
     finally:
         del model.values["broken"]
 
@@ -316,6 +318,23 @@ def test_an_error_comes_behind_the_answers_before_it(model):
 def test_one_prompt_is_no_generator_of_prompts(model, prompts):
     with pytest.raises(PromptError, match="generate_iter"):
         next(model.generate_iter(prompts, "base"))
+
+
+# Several samples, of which the likeliest are returned
+
+
+def test_best_of_returns_the_likeliest_first(model):
+    drawn = model.generate(PROMPTS[:2], "eft", n=5, seed=6, alternatives=0)
+    expected = [sorted(samples, key=lambda c: -c.mean_logprob)[:2] for samples in drawn]
+    assert texts(expected) != texts([samples[:2] for samples in drawn])
+    settings = {"n": 2, "best_of": 5, "seed": 6}
+    assert texts(model.generate(PROMPTS[:2], "eft", **settings)) == texts(expected)
+    assert texts(model.generate(PROMPTS[:2], "eft", **settings, alternatives=None)) == texts(expected)
+    assert texts(list(model.generate_iter(PROMPTS[:2], "eft", **settings))) == texts(expected)
+    assert texts(asyncio.run(model.agenerate(PROMPTS[:2], "eft", **settings))) == texts(expected)
+    assert model.generate(PROMPTS[0], "eft", best_of=5, seed=6).text == expected[0][0].text
+    with pytest.raises(ConfigError, match=r"best_of must be at least n \(2\), got 1"):
+        model.generate(PROMPTS[0], "eft", n=2, best_of=1)
 
 
 # Progress, copies, devices

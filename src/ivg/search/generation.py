@@ -90,8 +90,8 @@ class GenerationMixin(ABC):
             method: a name of :attr:`GuidedModel.methods`, ``custom``, or a :class:`~ivg.Method`.
             n: samples for each prompt; None: one. Sample i has index i of :meth:`request`, so sample 0 is that of a single answer.
             on_progress: called with (done, total) after each answer; what it raises ends the run.
-            settings: see :meth:`request`; and ``best_of``: generate so many samples, and return the n (None: the one) with the highest
-                :attr:`Completion.mean_logprob`, best first.
+            settings: see :meth:`request`; and ``best_of``: generate so many samples, more than n, and return the n (None: the one) with
+                the highest :attr:`Completion.mean_logprob`, best first.
 
         Returns:
             A completion for one prompt, a list in the same order for a list; with ``n``, a list of n completions in place of each.
@@ -273,8 +273,8 @@ class GenerationMixin(ABC):
 
     def _samples(self, prompt: PromptLike, method: str | Method, n: int, settings: dict[str, Any]) -> list[Request]:
         rest = {name: value for name, value in settings.items() if name not in ("index", "best_of")}
-        if settings.get("best_of") is not None:
-            rest.setdefault("alternatives", 0)  # it selects by log-probabilities
+        if settings.get("best_of") is not None and rest.get("alternatives") is None:
+            rest["alternatives"] = 0  # it selects by log-probabilities
         return [self.request(prompt, method, index=settings.get("index", 0) + i, **rest) for i in range(n)]
 
     def _streamed(self, prompt: PromptLike, method: str | Method, settings: dict[str, Any]) -> Request:

@@ -33,8 +33,8 @@ class _Pieces:
             GenerationError: the response failed.
         """
         self.completion = done = step.completion
-        if done is not None and done.error is not None:
-            raise GenerationError(done.error)
+        if done is not None:
+            _require_success(done)
         text = step.committed if done is None else done.text
         new, self.given = text[self.given :], max(self.given, len(text))
         return new
@@ -200,4 +200,10 @@ class AsyncTextStream:
 def _whole(completion: Completion | None) -> Completion:
     if completion is None:
         raise GenerationError("the stream was closed before its end, so there is no completion\n  read it to its end")
+    _require_success(completion)
     return completion
+
+
+def _require_success(completion: Completion) -> None:
+    if completion.error is not None:
+        raise GenerationError(completion.error)
