@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, overload
+from weakref import WeakValueDictionary
 
 from ivg.embedded import path
 from ivg.engines.components import Components
@@ -36,7 +37,7 @@ from ivg.types import Engine, Prompt, ResponseLogprobs, SamplingParams, TokenGui
 from ivg.types.messages import Conversation, PromptLike, read_prompts
 from ivg.types.scores import require_scores, score_each
 from ivg.utils.locks import FairLock
-from ivg.values.base import CombinedValues, CompositeValue, as_value
+from ivg.values.base import CombinationCache, CompositeValue, as_value
 from ivg.values.contrast import PromptContrast, choose_contrast, contrast_of, follow_base
 from ivg.values.explicit import ExplicitValue
 from ivg.values.implicit import AutoregressiveReward, ImplicitValue
@@ -98,7 +99,9 @@ class GuidedModel(GenerationMixin, Components):
         self.sampling = replace(DEFAULT_SAMPLING, **own) if sampling is None else sampling
         self.lock = FairLock()
         self.engine: Engine = TransformersEngine(local_reader(base)) if engine is None else engine
-        self._combined = CombinedValues()
+        self._combined = CombinationCache()
+        self._given = WeakValueDictionary[int, Value]()
+        """Values of running requests by the id of the object that was given in place of a name: one for all that give the same."""
         self._contrast = contrast_of(base, here=isinstance(self.engine, TransformersEngine))
         follow_base(base, *self.values.values())
 
@@ -204,8 +207,7 @@ class GuidedModel(GenerationMixin, Components):
 
     def get_method(self, method: str | Method = "ivg", **settings: Any) -> Method:
         """A method with settings; the reward model takes the place of the explicit value where there is none."""
-        chosen = method.with_settings(**settings) if isinstance(method, Method) else get_method(method, **settings)
-        return resolve_fallbacks(chosen, self.values)
+        return _get_method(method, settings, self.values)
 
     def request(
         self,
@@ -217,13 +219,15 @@ class GuidedModel(GenerationMixin, Components):
         trace: bool = False,
         record: bool = False,
         alternatives: int | None = None,
+        sampling: SamplingParams | None = None,
         **settings: Any,
     ) -> Request:
         """One request. ``settings`` are those of ``SamplingParams``, ``Method`` and :class:`~ivg.settings.chat.ChatSettings`.
 
         ``token`` and ``select`` are names of values, or values themselves (``select=2 * a - b``); ``rule`` may be a function of your own.
         ``record`` fills ``Completion.guide_shift``; ``trace`` also keeps the tree of beams; ``alternatives`` fills
-        ``Completion.details`` with so many of the likeliest tokens at each position, guided and not.
+        ``Completion.details`` with so many of the likeliest tokens at each position, guided and not; ``sampling`` has the defaults of
+        this request, in place of the model's.
 
         Raises:
             ConfigError: unknown or invalid settings; a value that the method needs is missing.
@@ -233,15 +237,15 @@ class GuidedModel(GenerationMixin, Components):
             given["stop"] = (given["stop"],)
         rest = {k: v for k, v in settings.items() if k not in _SAMPLING | CHAT_SETTINGS}
         values = self._with_given(rest)
-        chosen = self.get_method(method, **rest)
+        chosen = _get_method(method, rest, values)
         if chosen.reads_contrast:
             found = choose_contrast(values.get(CONTRAST), self._contrast, chosen.name, instructed=chosen.instructed)
             values = {**values, CONTRAST: found}
         search = chosen.search(values, self._combined)
         wanted = with_chat_settings(prompt, settings, self.base.template)
         wanted = replace(self.base.read_images(wanted), contrast=chosen.contrast, negative=chosen.negative)
-        sampling = self._sampling(wanted, given)
-        own = {k: v for k, v in self.generation_config.items() if k not in given}
+        own = {k: v for k, v in self.generation_config.items() if k not in given and sampling is None}
+        sampling = self._sampling(wanted, given, own, sampling)
         return Request(wanted, search, sampling, seed, index, trace, record, alternatives, from_checkpoint=own)
 
     def _with_given(self, settings: dict[str, Any]) -> dict[str, Value]:
@@ -250,7 +254,7 @@ class GuidedModel(GenerationMixin, Components):
         for role in ("token", "select"):
             if (given := settings.get(role)) is None or isinstance(given, str):
                 continue
-            value = given if isinstance(given, Value) else as_value(given, getattr(given, "__name__", role))
+            value = self._given.setdefault(id(given), as_value(given, getattr(given, "__name__", role)))
             if values.setdefault(value.name, value) is not value:
                 raise ConfigError(
                     f"{role} is a value called {value.name!r}, and the model has another of that name\n  give it another name"
@@ -258,10 +262,15 @@ class GuidedModel(GenerationMixin, Components):
             settings[role] = value.name
         return values
 
-    def _sampling(self, prompt: Prompt, given: Mapping[str, Any]) -> SamplingParams:
-        """The request's settings over the model's defaults; a default length is cut to what the context has left."""
+    def _sampling(
+        self, prompt: Prompt, given: Mapping[str, Any], own: Mapping[str, Any], defaults: SamplingParams | None
+    ) -> SamplingParams:
+        """The request's settings over ``defaults``; None: over the model's, whose length is cut to what the context has left.
+
+        Token ids of ``own``, which are the checkpoint's, are not checked: ``generate`` lets those pass.
+        """
         more: dict[str, Any] = {}
-        if "max_new_tokens" not in given and (limit := self.base.max_positions) is not None:
+        if defaults is None and "max_new_tokens" not in given and (limit := self.base.max_positions) is not None:
             try:
                 with self.lock:
                     left = limit - len(self.base.prompt_ids(prompt))
@@ -271,8 +280,8 @@ class GuidedModel(GenerationMixin, Components):
                 more["max_new_tokens"] = left
         if "min_new_tokens" in given and "min_length" not in given:
             more["min_length"] = 0  # as in transformers: one replaces the other
-        found = replace(self.sampling, **{**more, **given})
-        found.check_token_ids(self.base.vocab_size, without=self.generation_config.keys() - given.keys())  # generate lets those pass
+        found = replace(defaults or self.sampling, **{**more, **given})
+        found.check_token_ids(self.base.vocab_size, without=own.keys())
         return found
 
     def searcher(self, max_beams: int | None = None) -> Searcher:
@@ -346,7 +355,7 @@ class GuidedModel(GenerationMixin, Components):
         given: list[Any] = [responses] if single else list(responses)
         if len(given) != len(items):
             raise PromptError(f"logprobs got {len(items)} prompts and {len(given)} responses\n  expected a response for each prompt")
-        requests = [self.request(prompt, method, **{**NEUTRAL, **settings}) for prompt in items]
+        requests = [self.request(prompt, method, sampling=NEUTRAL, **settings) for prompt in items]
         tokens = [self.base.response_tokens(r.prompt, response) for r, response in zip(requests, given, strict=True)]
         found = given_logprobs(self.engine, self.lock, requests, tokens, alternatives)
         return found[0] if single else found
@@ -377,3 +386,9 @@ class GuidedModel(GenerationMixin, Components):
     def guidance(self, value: str, beta: float = 1.0, candidates: int = 0, gate: float = 0.0) -> TokenGuidance:
         """Token guidance by the named value, for the pieces in ``ivg.integrations.transformers``."""
         return TokenGuidance(self.values[value], beta, candidates, gate=gate)
+
+
+def _get_method(method: str | Method, settings: Mapping[str, Any], values: Mapping[str, Value]) -> Method:
+    """A method with settings, for a model with these values."""
+    chosen = method.with_settings(**settings) if isinstance(method, Method) else get_method(method, **settings)
+    return resolve_fallbacks(chosen, values)

@@ -13,7 +13,7 @@ from ivg.engines.transformers import teacher_forcing
 from ivg.errors import ConfigError, ModelError, PromptError
 from ivg.models.cached_lm import CachedLM
 from ivg.models.runner import ModelRunner
-from ivg.search.given import check_distribution
+from ivg.search.given import NEUTRAL, check_distribution, given_logprobs
 from ivg.search.methods import get_method
 from ivg.search.request import Search
 from ivg.testing import FakeEngine, byte_tokenizer, tiny_lm, tiny_value
@@ -200,8 +200,11 @@ def test_as_the_completion_that_was_drawn(model):
 
 def test_defaults_of_sampling_do_not_count_and_settings_do():
     model = make()
-    model.sampling = SamplingParams(temperature=0.3, top_k=2)
+    model.sampling = SamplingParams(
+        temperature=0.3, top_k=2, exponential_decay_length_penalty=(0, 1.5), forced_bos_token_id=5, forced_eos_token_id=(7,), regex="[ab]+"
+    )
     check(model, "eft", {})
+    assert model.logprobs("F", "é", "base", temperature=None).logprob > -math.inf
     check(model, "eft", {}, temperature=0.7)
     plain, top = (model.logprobs("Film", "abc", "base", **s) for s in ({}, {"top_k": 2}))
     assert plain.logprob > -math.inf == top.logprob
@@ -310,3 +313,10 @@ def test_a_rule_of_ones_own_is_refused(model):
     request = replace(model.request("x", "base", temperature=1.0), search=Search(make_rule=lambda request: None))
     with pytest.raises(ConfigError, match="make_rule selects chunks"):
         check_distribution(request)
+
+
+def test_every_request_is_checked(model):
+    greedy = model.request("x", "base", temperature=0.0)
+    for requests in ([greedy, replace(greedy, sampling=NEUTRAL)], [replace(greedy, sampling=NEUTRAL), greedy]):
+        with pytest.raises(ConfigError, match="temperature above 0"):
+            given_logprobs(model.engine, model.lock, requests, [(5,), (5,)])

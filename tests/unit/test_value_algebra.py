@@ -1,7 +1,9 @@
 """Sums, differences and multiples of values, normalised values, batched functions and own rules; each against its definition."""
 
+import itertools
 import math
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -102,6 +104,17 @@ def test_values_and_functions_in_place_of_names(model):
         model.generate("The movie", "bon", select=3)
 
 
+def test_a_value_named_explicit_is_the_one_that_is_given(base):
+    """And not the reward model, which takes the place of an explicit value that is missing."""
+    model = GuidedModel(base, {"reward": LENGTH}, SamplingParams(max_new_tokens=8))
+    explicit = tiny_value("vocabulary", seed=5)
+    assert explicit.name == "explicit"
+    settings = {"successors": 4, "seed": 1, "ignore_eos": True}
+    found = model.generate("The movie", "bon", select=explicit, **settings)
+    assert found == GuidedModel(base, {"explicit": explicit}, model.sampling).generate("The movie", "bon", **settings)
+    assert found.score != len(found.text)
+
+
 # Normalised values
 
 
@@ -188,6 +201,20 @@ def test_a_batched_function_is_called_once_for_all(model):
     assert model.score("One", texts, "shortest") == FunctionValue(shortest).judge([(Prompt("One"), t) for t in texts]) == [-1.0, -3.0]
 
 
+def test_a_batched_function_in_place_of_a_name_is_called_once_for_all(model):
+    calls = []
+
+    @batched
+    def fewest(prompts, responses):
+        calls.append(len(responses))
+        return [-float(len(r)) for r in responses]
+
+    model.generate(["One", "Two", "Three"], "bon", select=fewest, successors=4, ignore_eos=True)
+    assert calls == [12]
+    both = model.generate("One", "custom", token=fewest, select=fewest, candidates=3, width=2, successors=2, chunk_length=4)
+    assert both.score == -len(both.text)
+
+
 def test_one_bad_pair_does_not_cost_the_others():
     def half(prompts, responses):
         if "bad" in responses:
@@ -262,6 +289,24 @@ def test_majority_of_whole_responses_needs_no_value():
     assert len(texts) == 16 and texts.count(found.text) == max(map(texts.count, texts)) and {s for _, s in seen} == {0.0}
 
 
+@pytest.mark.parametrize("kept", [[0, 0], [1, 0, 1], [1]])
+def test_a_beam_that_is_kept_several_times_has_as_many_times_the_children(model, kept):
+    seen = []
+
+    def rule(beams, scores):
+        seen.append(beams)
+        return kept
+
+    settings = {"width": len(kept), "successors": 2, "chunk_length": 2, "max_new_tokens": 6, "ignore_eos": True}
+    found = model.generate("The movie", "custom", rule=rule, **settings)
+    assert found.error is None and len(seen) == 3
+    for parents, children in itertools.pairwise(seen):
+        of = [[b.key for b in parents].index(c.ancestor_key or c.parent) for c in children]
+        assert Counter(of) == {i: 2 * times for i, times in Counter(kept).items()}
+        assert len({c.key for c in children}) == len(children) == 2 * len(kept)
+    assert not any(r.model.live_rows for r in model.readers)
+
+
 @pytest.mark.parametrize(
     "rule, error",
     [
@@ -282,5 +327,13 @@ def test_settings_of_a_function_as_rule(model):
         Method("own", "", rule="best")
     with pytest.raises(ConfigError, match="rule must be"):
         Method("own", "", rule=3)
+    with pytest.raises(ConfigError, match="the rule keep_longest does not use original"):
+        Method("own", "", rule=keep_longest, original=True)
+
+    def top(beams, scores):
+        return [0]
+
+    with pytest.raises(ConfigError, match="guide_after"):  # whatever its name
+        Method("own", "", rule=top, guide_after="</think>")
     found = model.generate("The movie", "custom", rule=keep_longest, width=2, successors=2, chunk_length=2)
     assert found.error is None and Search().make_rule is None

@@ -96,7 +96,7 @@ class IVGModel(TemplateLM):
         self.model = load_models(self.recipe) if model is None else model
         self.base, self.tokenizer = self.model.base, self.model.base.tokenizer
         chosen = self.model.get_method(self.recipe.search.method, **self.recipe.search.settings())
-        self.given = self.model.request("x", chosen, **NEUTRAL)
+        self.given = self.model.request("x", chosen, sampling=NEUTRAL)
         """The request whose prompt is replaced, for texts that are given."""
         self.method, self.max_gen_toks = chosen, max_gen_toks
         guidance = self.given.search.guidance

@@ -7,7 +7,7 @@ chunks has none. Standard library only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from ivg.errors import ConfigError, PromptError
@@ -18,7 +18,7 @@ from ivg.utils.locks import FairLock
 
 BATCH = 32
 """Responses that are read together."""
-NEUTRAL: dict[str, Any] = {f.name: f.default for f in fields(SamplingParams)}
+NEUTRAL = SamplingParams()
 """Settings that leave the distribution as it is: temperature 1, no filters, no processors."""
 
 
@@ -38,7 +38,7 @@ def given_logprobs(
         ConfigError: a method without such a distribution, or settings that have no meaning here; or the engine cannot.
         PromptError: prompt and response that a model cannot read.
     """
-    for request in {id(r.search): r for r in requests}.values():
+    for request in requests:
         check_distribution(request)
     out = [ResponseLogprobs(())] * len(requests)
     some = [i for i, tokens in enumerate(responses) if tokens]

@@ -213,7 +213,7 @@ class ServedModels:
         if isinstance(body, ChatRequest) or not (body.echo or body.prompt_logprobs is not None):
             return None
         alternatives = body.n_prompt_logprobs
-        template = None if alternatives is None else self.model.request("x", method, **NEUTRAL)
+        template = None if alternatives is None else self.model.request("x", method, sampling=NEUTRAL)
         job = EchoJob(self.model, template, prompts, alternatives or 0)
         try:
             job.check()

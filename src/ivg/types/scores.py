@@ -90,6 +90,20 @@ def score_each_candidate(value: Scorer, hypotheses: Sequence[Hypothesis], candid
     return checked_scores(f"the value {value.name}", partial(value.score_candidates, hypotheses), candidates)
 
 
+def combine_scores(scores: Sequence[Scores], count: int, combine: Callable[[Sequence[float]], float]) -> list[float]:
+    """One number for each of ``count`` hypotheses, from its number in each of ``scores``.
+
+    Raises:
+        ScoreError: some hypotheses have a fault, the first of which is theirs; has the numbers of all others.
+    """
+    found: Scores = []
+    for of_one in zip(*scores, strict=True) if scores else [()] * count:
+        numbers = [score for score in of_one if not isinstance(score, ScoreFault)]
+        fault = next((score for score in of_one if isinstance(score, ScoreFault)), None)
+        found.append(combine(numbers) if fault is None else fault)
+    return require_scores(found)
+
+
 def judge_each(reward: Judge, pairs: Sequence[tuple[Prompt, str]]) -> Scores:
     """The reward of each (prompt, response) (:func:`checked_scores`)."""
     return checked_scores(f"the reward {reward.name}", reward.judge, pairs)

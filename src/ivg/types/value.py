@@ -11,10 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
-from ivg.errors import ConfigError, ScoreFault
+from ivg.errors import ConfigError
 from ivg.types.beam import Hypothesis
 from ivg.types.messages import Prompt
-from ivg.types.scores import Scores, check_finite, finite_score, require_scores, score_each, score_each_candidate
+from ivg.types.scores import check_finite, combine_scores, finite_score, require_scores, score_each, score_each_candidate
 from ivg.types.steps import Steps
 
 
@@ -215,7 +215,25 @@ class Value(ABC):
         return NormalizedValue(self)
 
 
-class CompositeValue(Value):
+class CombinedValue(Value):
+    """A number made of those of its parts (:meth:`combine`)."""
+
+    @abstractmethod
+    def combine(self, scores: Sequence[float]) -> float:
+        """The score of one hypothesis, from the scores that the parts give it."""
+
+    def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
+        """See :meth:`Value.score`; a fault of a part is a fault of the whole."""
+        found = [score_each(value, hypotheses) for _, value in self.parts]
+        return combine_scores(found, len(hypotheses), self.combine)
+
+    def score_candidates(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> list[float]:
+        """See :meth:`Value.score_candidates`; raises as :meth:`score`."""
+        found = [score_each_candidate(value, hypotheses, candidates) for _, value in self.parts]
+        return combine_scores(found, len(candidates), self.combine)
+
+
+class CompositeValue(CombinedValue):
     """A weighted sum of values: linear in its parts, weights of either sign.
 
     Args:
@@ -240,26 +258,9 @@ class CompositeValue(Value):
         signed = [("-" if w < 0 else "+") + ("" if abs(w) == 1 else f"{abs(w):g}*") + v.name for w, v in weights.values()]
         return cls(list(weights.values()), "".join(signed).removeprefix("+"))
 
-    def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
-        """sum_i w_i * V_i for each hypothesis.
-
-        Raises:
-            ScoreError: a part has no finite number for some of them; has the scores of all others.
-        """
-        return self._sum([score_each(value, hypotheses) for _, value in self.parts], len(hypotheses))
-
-    def score_candidates(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> list[float]:
-        """sum_i w_i * V_i for each candidate; raises as :meth:`score`."""
-        return self._sum([score_each_candidate(value, hypotheses, candidates) for _, value in self.parts], len(candidates))
-
-    def _sum(self, scores: Sequence[Scores], count: int) -> list[float]:
-        """The sums of the parts' ``scores`` of ``count`` hypotheses."""
-        totals: Scores = [0.0] * count
-        for (weight, _), found in zip(self.parts, scores, strict=True):
-            for i, (total, score) in enumerate(zip(totals, found, strict=True)):
-                if not isinstance(total, ScoreFault):
-                    totals[i] = score if isinstance(score, ScoreFault) else total + weight * score
-        return require_scores(totals)
+    def combine(self, scores: Sequence[float]) -> float:
+        """sum_i w_i * V_i."""
+        return sum((weight * score for (weight, _), score in zip(self.parts, scores, strict=True)), 0.0)
 
     def full_vocabulary(self) -> bool:
         """True when every part has a number for every next token."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -12,16 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ivg.errors import ConfigError, IVGError, ScoreFault
 from ivg.models.chat_template import prompt_text
 from ivg.types import Hypothesis, Prompt, Reward, Value
-from ivg.types.scores import (
-    Scores,
-    check_finite,
-    checked_scores,
-    exception_fault,
-    finite_score,
-    require_scores,
-    score_each,
-    score_each_candidate,
-)
+from ivg.types.scores import check_finite, checked_scores, exception_fault, finite_score, require_scores
+from ivg.types.value import CombinedValue
 from ivg.types.value import CompositeValue as CompositeValue
 from ivg.types.value import NormalizedValue as NormalizedValue
 
@@ -91,7 +82,7 @@ class FunctionValue(Reward):
             return exception_fault(name, e)
 
 
-class WorstCaseValue(Value):
+class WorstCaseValue(CombinedValue):
     """The worst of several values: min_i w_i * (V_i - r_i), the achievement function of Wierzbicki (1980).
 
     Weights bring values of different scales to one; the references r_i say which level of each is as good as which of the others. To
@@ -118,26 +109,9 @@ class WorstCaseValue(Value):
             check_finite(f"the reference of {value.name}", level)
         self.parts, self.name, self.reference = tuple(parts), name, tuple(levels)
 
-    def score(self, hypotheses: Sequence[Hypothesis]) -> list[float]:
-        """min_i w_i * (V_i - r_i) for each hypothesis.
-
-        Raises:
-            ScoreError: a part has no finite number for some of them; has the scores of all others.
-        """
-        return self._least([score_each(value, hypotheses) for _, value in self.parts], len(hypotheses))
-
-    def score_candidates(self, hypotheses: Sequence[Hypothesis], candidates: Sequence[Hypothesis]) -> list[float]:
-        """min_i w_i * (V_i - r_i) for each candidate; raises as :meth:`score`."""
-        return self._least([score_each_candidate(value, hypotheses, candidates) for _, value in self.parts], len(candidates))
-
-    def _least(self, scores: Sequence[Scores], count: int) -> list[float]:
-        """The worst of the parts' ``scores`` of ``count`` hypotheses."""
-        worst: Scores = [math.inf] * count
-        for (weight, _), level, found in zip(self.parts, self.reference, scores, strict=True):
-            for i, (least, score) in enumerate(zip(worst, found, strict=True)):
-                if not isinstance(least, ScoreFault):
-                    worst[i] = score if isinstance(score, ScoreFault) else min(least, weight * (score - level))
-        return require_scores(worst)
+    def combine(self, scores: Sequence[float]) -> float:
+        """min_i w_i * (V_i - r_i)."""
+        return min(weight * (score - level) for (weight, _), score, level in zip(self.parts, scores, self.reference, strict=True))
 
 
 def combine_values(parts: Sequence[tuple[float, Value]], name: str, reference: Sequence[float] | None = None) -> Value:
@@ -145,7 +119,7 @@ def combine_values(parts: Sequence[tuple[float, Value]], name: str, reference: S
     return CompositeValue(parts, name) if reference is None else WorstCaseValue(parts, name, reference)
 
 
-class CombinedValues:
+class CombinationCache:
     """:func:`combine_values` with the same object for the same values and weights, so that equal requests are scored together.
 
     Args:
