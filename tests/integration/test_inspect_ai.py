@@ -1,5 +1,6 @@
 """Inspect AI: the guided model as a provider, found by its entry point, in real evaluations."""
 
+import asyncio
 import subprocess
 import sys
 import tomllib
@@ -12,7 +13,7 @@ from ivg.errors import ConfigError
 
 inspect_ai = pytest.importorskip("inspect_ai", reason="inspect-ai is not installed: pip install 'ivg[inspect]'")
 from inspect_ai.dataset import Sample  # noqa: E402
-from inspect_ai.model import GenerateConfig, get_model  # noqa: E402
+from inspect_ai.model import ChatMessageUser, GenerateConfig, get_model  # noqa: E402
 from inspect_ai.scorer import includes  # noqa: E402
 from inspect_ai.solver import generate  # noqa: E402
 
@@ -47,6 +48,14 @@ def test_an_evaluation(embedded, tmp_path):
     assert log.results.scores[0].metrics["accuracy"].value == sum("movie" in s.output.completion for s in log.samples) / 2
 
 
+def test_a_logit_bias(embedded):
+    turn = ChatMessageUser(content="The film was")
+    config = GenerateConfig(logit_bias={100: 100.0}, max_tokens=4, temperature=0.0, reasoning_effort="none")
+    found = asyncio.run(IVGModelAPI("eft", guided_model=embedded).generate([turn], [], "auto", config))
+    assert found.completion == embedded.generate(turn.text, "eft", logit_bias={100: 100}, max_new_tokens=4, temperature=0.0).text
+    assert found.completion == embedded.base.vocabulary.decode([100] * 4)
+
+
 def test_the_example(embedded, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2] / "examples" / "inspect")
     model = get_model("ivg/eft", guided_model=embedded, memoize=False)
@@ -71,10 +80,13 @@ def test_inspect_finds_the_provider_by_its_entry_point(tmp_path):
 
 
 def test_what_is_not_taken(embedded):
-    import asyncio
-
     provider = IVGModelAPI("eft", guided_model=embedded)
-    for config, tools, message in ((GenerateConfig(prompt_logprobs=1), [], "prompt_logprobs"), (GenerateConfig(), ["tool"], "tools")):
+    body = GenerateConfig(extra_body={"guidance": {"beta": 0}})
+    for config, tools, message in (
+        (GenerateConfig(prompt_logprobs=1), [], "prompt_logprobs"),
+        (body, [], "extra_body"),
+        (GenerateConfig(), ["tool"], "tools"),
+    ):
         with pytest.raises(ConfigError, match=message):
             asyncio.run(provider.generate([], tools, "auto", config))
     with pytest.raises(ConfigError, match="unknown argument bta"):

@@ -5,7 +5,7 @@ import pytest
 
 from ivg.errors import ConfigError, ServeError
 from ivg.model import GuidedModel
-from ivg.serving.lengths import has_chat_template
+from ivg.models.prompt_encoder import has_chat_template
 from ivg.serving.protocol import ChatRequest, CompletionRequest
 from ivg.serving.served_models import ServedModels
 from ivg.settings.recipe import Recipe
@@ -170,6 +170,15 @@ def test_best_of_returns_the_likeliest(running, library):
     assert [c["text"] for c in got["choices"]] == [c.text for c in ranked[:2]] * 2
     assert [c["index"] for c in got["choices"]] == [0, 1, 2, 3] and got["choices"][0]["logprobs"] is None
     assert got["usage"]["completion_tokens"] == 2 * sum(len(c.token_ids) for c in every)
+
+
+def test_the_score_is_that_of_the_first_choice(running, library):
+    settings = {"select": "implicit", "successors": 2, "chunk_length": 4}
+    every = [expected(library, "Film", "custom", 5, index=i, alternatives=0, **settings) for i in range(5)]
+    best = max(every, key=lambda c: c.mean_logprob)
+    assert abs(best.score - every[0].score) > 1e-2
+    body = {"model": "tiny", "prompt": "Film", "seed": 5, "guidance": {"method": "custom", **settings}, **SAMPLING}
+    assert running.post(body | {"best_of": 5}).json()["ivg"]["score"] == pytest.approx(best.score, abs=1e-4)
 
 
 @pytest.mark.parametrize("method", ["base", "ivg"])

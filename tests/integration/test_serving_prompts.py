@@ -1,6 +1,7 @@
 """Prompts in responses of /v1/completions: echo, log-probabilities of prompts, max_tokens 0."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -10,8 +11,10 @@ from ivg.models.prompt_template import PromptTemplate
 from ivg.settings.recipe import Recipe
 from ivg.testing import tiny_lm
 from ivg.types import ResponseLogprobs
+from ivg.values.base import CompositeValue
 from ivg.values.implicit import ImplicitValue
-from serving_tools import Running, chunks, tiny
+from serving_tools import Running, chunks, tiny, wait_for, well_formed
+from serving_tools import expected as expected_answer
 
 TEXT = "Film é nice"
 
@@ -149,6 +152,43 @@ def test_many_long_prompts_beside_other_requests(running, client):
     assert len(out.choices) == 30 and len({tuple(c.logprobs.token_logprobs) for c in out.choices}) == 1
     assert client.completions.create(model="tiny", prompt="Film", max_tokens=2).choices[0].text is not None
     running.wait_until_idle()
+
+
+class Mortal(CompositeValue):
+    """Guides like another value; is dead from a poisoned prompt on, until it is started again."""
+
+    def __init__(self, inner):
+        super().__init__([(1.0, inner)], "mortal")
+        self.dead = False
+
+    def deltas(self, hypotheses):
+        self.dead |= any(h.prompt.content == "@" for h in hypotheses)
+        if self.dead:
+            raise ZeroDivisionError("secret")
+        return super().deltas(hypotheses)
+
+    def restart(self):
+        died, self.dead = self.dead, False
+        return died
+
+
+def test_a_model_that_fails_on_a_prompt_is_started_again(library):
+    model = tiny()
+    model.add_value("mortal", Mortal(model.values["implicit"]))
+    guidance = {"method": "custom", "token": "mortal"}
+    prompt = {"model": "tiny", "prompt": "Film", "max_tokens": 0, "echo": True, "logprobs": 1, "guidance": guidance}
+    with Running(model) as server, ThreadPoolExecutor(1) as pool:
+        good = server.post(prompt).json()["choices"][0]["logprobs"]
+        long = {"model": "tiny", "prompt": "Film", "seed": 3, "stream": True, "guidance": guidance, "temperature": 0.9, "max_tokens": 200}
+        other = pool.submit(server.post, long | {"ignore_eos": True})
+        wait_for(lambda: server.worker.searcher.live_requests)
+        error = well_formed(server.post(prompt | {"prompt": "@poison"}), 500, code="model_error")
+        assert "secret" not in error["message"] and not model.values["mortal"].dead
+        assert server.post(prompt).json()["choices"][0]["logprobs"] == good
+        text = "".join(c["choices"][0]["text"] for c in chunks(other.result()))
+        want = expected_answer(library, "Film", "custom", 3, token="implicit", max_new_tokens=200, ignore_eos=True)
+        assert text == want.text
+        server.wait_until_idle()
 
 
 def test_a_client_that_leaves_and_chats(running, client):

@@ -7,6 +7,13 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from ivg.serving.parsing import parse_data
+from ivg.serving.protocol import ChatRequest
+from ivg.serving.requests import Progress
+from ivg.serving.responses import ResponseBuilder, TokenText
+from ivg.serving.responses_api.events import ResponseEncoder
+from ivg.serving.responses_api.items import ResponseObjects
+from ivg.serving.responses_api.request import ResponsesRequest
 from scripted import RECIPE, scripted
 from serving_tools import Running, well_formed
 from tool_chats import ARGUMENTS, TOOL
@@ -106,6 +113,18 @@ def test_a_function_is_called_and_its_result_is_read(running):
     assert client.responses.create(model="tiny", input="Hi", tools=[FLAT], tool_choice="none").output_text == "You said Hi."
 
 
+def test_text_behind_a_call_that_comes_with_its_end(running):
+    """As where many tokens are sent at once."""
+    body = ResponsesRequest(model="tiny", input="Weather?", tools=[FLAT], seed=1)
+    batch = running.served.prepare(parse_data(body.chat(), ChatRequest))
+    builder = ResponseBuilder(True, "tiny", batch, None, TokenText(running.served.model.base.vocabulary))
+    encoder = ResponseEncoder(ResponseObjects(builder, body))
+    for text in (CALLED[: CALLED.index(ARGUMENTS) + 5], CALLED + "\nDone. "):
+        assert b"".join(encoder.update(Progress(0, text, (), (), ())))
+    said, call = encoder.output
+    assert said["content"][0]["text"] == "Let me see." and (call["type"], call["arguments"]) == ("function_call", ARGUMENTS)
+
+
 def test_an_answer_that_is_cut_thinking_and_logprobs(running):
     cut = running.client().responses.create(model="tiny", input="Hi", max_output_tokens=4)
     assert (cut.output_text, cut.status, cut.incomplete_details.reason) == ("You ", "incomplete", "max_output_tokens")
@@ -119,7 +138,9 @@ def test_an_answer_that_is_cut_thinking_and_logprobs(running):
     assert text == thought.output[0].content[0].text != ""
     include = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
     found = Response.model_validate(running.post(BODY | include, PATH).json()).output[0].content[0].logprobs
-    assert "".join(t.token for t in found).startswith("You said Hi.") and all(len(t.top_logprobs) == 2 for t in found)
+    assert (
+        "".join(t.token for t in found) == "You said Hi." and all(t.token for t in found) and all(len(t.top_logprobs) == 2 for t in found)
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,7 +160,7 @@ def test_an_answer_that_is_cut_thinking_and_logprobs(running):
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input", "not supported"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "other tools are not supported"),
         ({"tools": [{"type": "function"}]}, "tools", "name"),
-        ({"tools": [FLAT], "tool_choice": {"type": "function", "name": "g"}}, "tool_choice.name", "no tool has that name"),
+        ({"tools": [FLAT], "tool_choice": {"type": "function", "name": "get_weather"}}, "tool_choice", "a call cannot be required"),
         ({"include": ["file_search_call.results"]}, "include", "not supported"),
         ({"max_output_tokens": 0}, "max_output_tokens", "at least 1"),
         ({"max_output_tokens": 100_000}, None, "context"),

@@ -73,6 +73,8 @@ def test_a_stream_is_the_whole_answer(running):
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
         ({"structured_outputs": {"regex": "a["}}, "structured_outputs"),
         ({"structured_outputs": {"regex": 5}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"json": 0}}, "structured_outputs.json"),
+        ({"response_format": {"type": "json_object", "schema": []}}, "response_format.schema"),
         ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
         ({"guided_regex": "a["}, "regex"),
         ({"guidance": {"regex": "a["}}, "guidance.regex"),

@@ -245,6 +245,7 @@ def test_failed_samples_are_never_the_best():
         ({"presence_penalty": "much"}, "presence_penalty must be a finite number"),
         ({"logit_bias": {"x": 1}}, "logit_bias must be token ids"),
         ({"logit_bias": {3: 101}}, "logit_bias must be token ids"),
+        ({"logit_bias": [(3, 1), (3, 2)]}, "logit_bias must be token ids, each once"),
         ({"stop_token_ids": [-1]}, "stop_token_ids must be token ids, 0 or more"),
         ({"bad_words": [" "]}, "bad_words must be texts that are not blank"),
         ({"bad_words": "word"}, "bad_words must be a list of texts"),

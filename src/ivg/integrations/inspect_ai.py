@@ -15,6 +15,7 @@ from ivg.errors import ConfigError, MissingDependencyError
 from ivg.factory.recipe import load_models
 from ivg.integrations.flat_settings import recipe_from
 from ivg.model import GuidedModel
+from ivg.models.prompt_encoder import has_chat_template
 from ivg.types import Completion, Prompt, TokenLogprobs
 
 try:
@@ -42,9 +43,10 @@ _SETTINGS = {
     "seed": "seed",
     "frequency_penalty": "frequency_penalty",
     "presence_penalty": "presence_penalty",
+    "logit_bias": "logit_bias",
 }
 """Fields of Inspect's ``GenerateConfig`` and the settings that they are."""
-_REFUSED = ("best_of", "logit_bias", "prompt_logprobs", "response_schema")
+_REFUSED = ("best_of", "prompt_logprobs", "response_schema", "reasoning_effort", "reasoning_tokens", "modalities", "extra_body")
 """Fields that change an answer and are not taken."""
 
 
@@ -85,7 +87,7 @@ class IVGModelAPI(ModelAPI):
         """
         if tools and tool_choice != "none":
             raise ConfigError("tools are not supported by the provider ivg\n  use ivg serve and Inspect's provider openai-api")
-        if given := [name for name in _REFUSED if getattr(config, name) is not None]:
+        if given := [name for name in _REFUSED if getattr(config, name, None) not in (None, "none")]:
             raise ConfigError(f"{given[0]} is not supported by the provider ivg\n  leave it out")
         settings = {ours: value for theirs, ours in _SETTINGS.items() if (value := getattr(config, theirs)) is not None}
         if config.logprobs:
@@ -105,7 +107,7 @@ class IVGModelAPI(ModelAPI):
     def _prompt(self, turns: Sequence[Any]) -> Prompt:
         """The messages where the base has a chat template, else their texts, one a line, as ``ivg serve`` reads them."""
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-        if self.model.base.template is not None or getattr(self.model.base.tokenizer, "chat_template", None):
+        if has_chat_template(self.model.base):
             return Prompt.of(messages)
         return Prompt("\n".join(message["content"] for message in messages))
 

@@ -11,6 +11,7 @@ guides tokens alone; ``generate_until`` works with any method.
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -36,6 +37,7 @@ try:
 except ImportError as e:
     raise MissingDependencyError(f"ivg.integrations.lm_eval needs lm-eval ({e})\n  pip install 'ivg[lm-eval]'") from e
 
+log = logging.getLogger("ivg")
 SLICE = 64
 """Responses between two movements of the progress bar."""
 UNLIMITED = 2048
@@ -91,7 +93,7 @@ class IVGModel(TemplateLM):
     ) -> None:
         super().__init__()
         if str(settings.get("device")).startswith("cuda") and not torch.cuda.is_available():
-            del settings["device"]  # lm-eval's command line says cuda:0 where nothing is said
+            log.warning("no CUDA here: %s, which lm-eval also says where no device is given, is not used", settings.pop("device"))
         self.recipe = recipe_from({"recipe": recipe, **settings})
         self.model = load_models(self.recipe) if model is None else model
         self.base, self.tokenizer = self.model.base, self.model.base.tokenizer

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from ivg.errors import ConfigError, NoTokenFault, PromptError, ScoreFault, ServeError, UpstreamError
+from ivg.errors import ConfigError, IVGError, NoTokenFault, PromptError, ScoreFault, ServeError, UpstreamError
 from ivg.serving.protocol import Guidance
 from ivg.settings.sampling import STRUCTURES
 
@@ -50,6 +50,11 @@ def completion_error(error: str) -> ServeError:
     if error.status is None or error.status in (408, 409, 429) or error.status >= 500:
         return ServeError("the upstream engine is unavailable or overloaded; try again later", 503, "upstream_unavailable")
     return ServeError("the upstream engine rejected the request; see the server's log", 502, "upstream_refused")
+
+
+def model_error(error: Exception) -> ServeError:
+    """The HTTP error for the request on which a model failed."""
+    return client_error(error) if isinstance(error, IVGError) else ServeError("a model failed on this request", 500, "model_error")
 
 
 def unavailable() -> ServeError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import PlainValidator, WithJsonSchema
@@ -13,6 +12,7 @@ from ivg.types.messages import Message, Prompt, check_text
 MAX_MESSAGES = 1024
 MAX_STOPS = 16
 ROLES = ("system", "developer", "user", "assistant", "tool")
+TOOL_CHOICES = ("none", "auto")
 
 
 def _stop(value: Any) -> str | list[str] | None:
@@ -43,22 +43,11 @@ def _messages(value: Any) -> tuple[Message, ...]:
     return tuple(turns)
 
 
-@dataclass(frozen=True, slots=True)
-class FunctionChoice:
-    """The one function that a response must call."""
-
-    name: str
-
-
-def _tool_choice(value: Any) -> str | FunctionChoice | None:
-    """``none``, ``auto``, ``required``, or a function."""
-    if value is None or (isinstance(value, str) and value in ("none", "auto", "required")):
+def _tool_choice(value: Any) -> str | None:
+    """``none`` or ``auto``."""
+    if value is None or value in TOOL_CHOICES:
         return value
-    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        words = 'none, auto, required or {"type": "function", "function": {"name": …}}'
-        raise PromptError(f"tool_choice must be {words}, got {show_json(value)}")
-    return FunctionChoice(function["name"])
+    raise PromptError(f"tool_choice must be none or auto (a call cannot be required), got {show_json(value)}")
 
 
 def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
@@ -89,6 +78,11 @@ def _token_ids(value: Any, where: str) -> list[int]:
 
 def _is_token_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
+    """Is a JSON value among ``choices``? Unlike in Python, 0 is not false."""
+    return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)
 
 
 def show_json(value: Any) -> str:
@@ -132,10 +126,8 @@ _MESSAGE = {
         "tool_call_id": _TEXT,
     },
 }
-_NAMED = {"type": "object", "required": ["name"], "properties": {"name": _TEXT}}
-_CHOICE = {"type": "object", "required": ["type", "function"], "properties": {"type": {"const": "function"}, "function": _NAMED}}
 ToolChoice = Annotated[
-    Any, PlainValidator(_tool_choice), WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, _CHOICE, {"type": "null"}]})
+    str | None, PlainValidator(_tool_choice), WithJsonSchema({"anyOf": [{"enum": list(TOOL_CHOICES)}, {"type": "null"}]})
 ]
 Stop = Annotated[
     Any,

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ivg.errors import ServeError
-from ivg.serving.fields import show_json
+from ivg.serving.fields import is_one_of, show_json
 
 LABELS = frozenset({"user", "safety_identifier", "prompt_cache_key"})
 """Ids for OpenAI's service; always ignored."""
@@ -100,11 +100,6 @@ def remove_ignored(data: dict[str, Any], known: Collection[str] = (), *, strict:
             hint += "; responses are not stored: send the conversation as input" if name in ("previous_response_id", "conversation") else ""
             raise ServeError(f"{name} is not supported; leave it out{hint}", 400, "invalid_value", name)
     return out
-
-
-def is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
-    """Is a JSON value among ``choices``? Unlike in Python, 0 is not false."""
-    return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)
 
 
 def _remove_tools(data: dict[str, Any], known: Collection[str]) -> dict[str, Any]:

@@ -51,6 +51,12 @@ class FailureIsolation:
         self.active = True
         return None
 
+    def run_again(self, group: list[RunningRequest]) -> None:
+        """Plan to run requests again of which none is a suspect."""
+        if group:
+            self._groups.appendleft(group)
+            self.active = True
+
     def next_group(self) -> list[RunningRequest] | None:
         """The next requests to run together."""
         return self._groups.popleft() if self._groups else None

@@ -7,8 +7,7 @@ from dataclasses import replace
 from ivg.errors import ConfigError, ContextLengthError, PromptError, ServeError
 from ivg.model import GuidedModel
 from ivg.models.chat_template import encode, prompt_text
-from ivg.models.prompt_encoder import PromptEncoder
-from ivg.models.prompt_encoder import has_chat_template as has_chat_template
+from ivg.models.prompt_encoder import PromptEncoder, has_chat_template
 from ivg.search.request import Request
 from ivg.settings.recipe import ROLES
 from ivg.types import Message, Prompt

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ivg.serving.fields import FunctionChoice, Messages, Prompts, Stop, ToolChoice
+from ivg.serving.fields import Messages, Prompts, Stop, ToolChoice
 from ivg.serving.structured import ResponseFormat, StructuredOutputs
 from ivg.settings.chat import ChatSettings
 from ivg.settings.per_request import RequestSettings
@@ -193,11 +193,6 @@ class ChatRequest(_Request):
 
     @model_validator(mode="after")
     def _check_pairs(self) -> ChatRequest:
-        names = [tool["function"]["name"] for tool in self.tools or ()]
-        if self.tool_choice not in (None, "none", "auto") and not names:
-            raise ValueError("tool_choice needs tools")
-        if isinstance(self.tool_choice, FunctionChoice) and self.tool_choice.name not in names:
-            raise ValueError(f"tool_choice.function.name is {self.tool_choice.name!r}, and no tool has that name")
         if self.add_generation_prompt and self.continue_final_message:
             raise ValueError("add_generation_prompt and continue_final_message are both true; give one of them")
         if self.top_logprobs is not None and not self.logprobs:

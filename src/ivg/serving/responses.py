@@ -280,13 +280,18 @@ class ResponseBuilder:
         prompt = self.batch.prompt_tokens
         return {"prompt_tokens": prompt, "completion_tokens": completion_tokens, "total_tokens": prompt + completion_tokens}
 
-    def ivg_object(self, completions: Sequence[Completion]) -> dict[str, Any]:
+    def ivg_object(self, completions: Sequence[Completion], first: Completion | None = None) -> dict[str, Any]:
         """The field ``ivg``: method, seed, score, tokens read by each model and in all, seconds.
 
         If there are any, also nats of a budget of KL, tokens of a draft model, notes, and the settings that came from the checkpoint's
         ``generation_config.json``.
+
+        Args:
+            completions: all that were generated.
+            first: of those that are returned, whose score and nats these are; None: the first of all.
         """
-        from_checkpoint = completions[0].generation_config
+        first = completions[0] if first is None else first
+        from_checkpoint = first.generation_config
         read: Counter[str] = Counter()
         for c in completions:
             read.update(c.usage.forward_tokens)
@@ -295,11 +300,11 @@ class ResponseBuilder:
         return {
             "method": self.batch.method,
             "seed": self.batch.seed,
-            "score": finite_or_none(completions[0].score),
+            "score": finite_or_none(first.score),
             "usage": dict(read),
             "tokens_read": sum(read.values()),
             "seconds": round(max(c.usage.seconds for c in completions), 4),
-            **({"kl_spent": round(spent, 6)} if (spent := completions[0].kl_spent) is not None else {}),
+            **({"kl_spent": round(spent, 6)} if (spent := first.kl_spent) is not None else {}),
             **({"drafted_tokens": drafted} if (drafted := sum(c.usage.drafted_tokens for c in completions)) else {}),
             **({"notes": notes} if (notes := list(dict.fromkeys(note for c in completions for note in c.notes))) else {}),
             **({"generation_config": dict(from_checkpoint)} if from_checkpoint else {}),
@@ -310,7 +315,7 @@ class ResponseBuilder:
         n = self.batch.n
         chosen = [c for i in range(0, len(completions), n) for c in likeliest(completions[i : i + n], self.batch.returned)]
         choices = [self.choice(ChoiceState(i), c) for i, c in enumerate(chosen)]
-        ivg = self.ivg_object(completions)
+        ivg = self.ivg_object(completions, chosen[0])
         if len(chosen) > 1:
             ivg["choices"] = [self.ivg_object([c]) | {"index": i} for i, c in enumerate(chosen)]
         return self.envelope(choices) | {"usage": self.usage(completions), "ivg": ivg}

@@ -14,6 +14,7 @@ from ivg.errors import ConfigError, ContextLengthError, PromptError, ServeError
 from ivg.model import GuidedModel
 from ivg.models.chat_template import is_chat
 from ivg.models.images import ImageReader
+from ivg.models.prompt_encoder import has_chat_template
 from ivg.search.given import NEUTRAL
 from ivg.search.methods import Method, method_names
 from ivg.search.request import QUANTUM, Request, streaming_stride
@@ -26,7 +27,6 @@ from ivg.serving.lengths import (
     check_lengths,
     check_prompt_length,
     context_length_error,
-    has_chat_template,
     max_new_tokens,
 )
 from ivg.serving.protocol import Body, ChatRequest, Guidance

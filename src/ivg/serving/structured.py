@@ -10,13 +10,13 @@ from typing import Annotated, Any
 from pydantic import PlainValidator, WithJsonSchema
 
 from ivg.errors import ConfigError, PromptError
-from ivg.serving.fields import show_json
+from ivg.serving.fields import is_one_of, show_json
 from ivg.settings.sampling import SamplingParams
 from ivg.settings.schema import check
 
 _ANY_OBJECT = {"type": "object"}
 _SETTINGS = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
-_NEUTRAL = (None, False)
+_UNSET = (None, False)
 
 
 def _response_format(value: Any) -> dict[str, Any]:
@@ -27,7 +27,8 @@ def _response_format(value: Any) -> dict[str, Any]:
     if kind == "text":
         return {}
     if kind == "json_object":  # llama.cpp's and others' has a schema beside it
-        return {"json_schema": _schema(value.get("schema") or _ANY_OBJECT, "response_format.schema")}
+        schema = value.get("schema")
+        return {"json_schema": _ANY_OBJECT if schema in (None, {}) else _schema(schema, "response_format.schema")}
     if kind != "json_schema":
         got = show_json(value) if kind is None else f"type {show_json(kind)}"
         raise PromptError(f"response_format must have the type text, json_object or json_schema, got {got}")
@@ -45,7 +46,7 @@ def _structured_outputs(value: Any) -> dict[str, Any]:
         raise PromptError(f"structured_outputs must be an object, got {show_json(value)}")
     out: dict[str, Any] = {}
     for name, given in value.items():
-        if given in _NEUTRAL:
+        if is_one_of(given, _UNSET):
             continue
         if name == "json_object":
             out["json_schema"] = _ANY_OBJECT
@@ -55,7 +56,7 @@ def _structured_outputs(value: Any) -> dict[str, Any]:
             out[_SETTINGS[name]] = given
         else:
             raise PromptError(f"structured_outputs.{name} is not supported; expected json, regex, choice, grammar or json_object")
-    if sum(given not in _NEUTRAL for given in value.values()) > 1:
+    if sum(not is_one_of(given, _UNSET) for given in value.values()) > 1:
         raise PromptError(f"structured_outputs must have one of {', '.join(value)}")
     for name, given in out.items():
         try:

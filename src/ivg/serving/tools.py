@@ -65,7 +65,7 @@ def offered_tools(body: ChatRequest, known: ToolFormat | None) -> OfferedTools |
         known: the format in which the base writes calls.
 
     Raises:
-        ServeError: there is no format, or a call is required.
+        ServeError: there is no format.
     """
     if not body.offered_tools:
         return None
@@ -75,9 +75,6 @@ def offered_tools(body: ChatRequest, known: ToolFormat | None) -> OfferedTools |
             f" (the server's --tool-call-parser takes {', '.join(FORMATS)})"
         )
         raise ServeError(message, 400, "invalid_value", "tools")
-    if body.tool_choice not in (None, "auto"):
-        message = 'tool_choice must be "auto" or "none" on this server; a call cannot be required'
-        raise ServeError(message, 400, "invalid_value", "tool_choice")
     names = frozenset(tool["function"]["name"] for tool in body.offered_tools)
     return OfferedTools(known, names, body.parallel_tool_calls is not False)
 

@@ -17,13 +17,12 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
-from ivg.errors import IVGError, ServeError
-from ivg.search.searcher import Searcher
+from ivg.errors import IVGError, PromptError, ServeError
 from ivg.serving.echo import no_completion
-from ivg.serving.errors import client_error, completion_error, unavailable
+from ivg.serving.errors import client_error, completion_error, model_error, unavailable
 from ivg.serving.isolation import FailureIsolation
 from ivg.serving.metrics import Metrics
-from ivg.serving.requests import Event, Outbox, Progress, RequestHandle, RunningRequest
+from ivg.serving.requests import Outbox, Progress, RequestHandle, RunningRequest
 from ivg.serving.served_models import RequestBatch, ServedModels
 from ivg.types import Step
 
@@ -51,7 +50,7 @@ class Worker:
     def __init__(self, served: ServedModels, metrics: Metrics | None = None) -> None:
         self.served, self.model, self.settings = served, served.model, served.settings
         self.metrics = metrics or Metrics()
-        self.searcher = self._new_searcher()
+        self.searcher = self.model.searcher(self.settings.max_beams)
         self.restarting = False
         self.failure: str | None = None
         self.thread = threading.Thread(target=self._run, name="ivg-worker", daemon=True)
@@ -138,7 +137,7 @@ class Worker:
                     self._restart_models()
                 self._expire()
                 self._continue_isolation()
-                if self._echoes:
+                if self._echoes and not self._isolation.active:
                     self._read_prompts()
                 self._send()  # before the step, so that clients learn at once whether they were accepted
                 if self.searcher.busy:
@@ -158,9 +157,6 @@ class Worker:
     @property
     def _busy(self) -> bool:
         return self.searcher.busy or self._isolation.busy or bool(self._echoes)
-
-    def _new_searcher(self) -> Searcher:
-        return self.model.searcher(self.settings.max_beams)
 
     def _read_inbox(self) -> None:
         """Handle the messages in the inbox; wait for one if there is nothing else to do."""
@@ -204,22 +200,27 @@ class Worker:
         """Some of the prompts of the first request that waits for their log-probabilities; when it has all, it starts."""
         handle, batch = self._echoes[0]
         assert batch.echo is not None
+        if self.restarting:
+            self._fail(handle, unavailable())
+            return
         try:
             batch.echo.step()
-        except Exception as e:
+        except PromptError as e:
             self._refuse(handle, e)
-            return
-        if batch.echo.done:
-            self._echoes.popleft()
-            self.metrics.count_tokens_read(batch.echo.forward_tokens)
-            self._start(handle, batch)
+        except Exception as e:
+            self._recover(e, handle)
+        else:
+            if batch.echo.done:
+                self._echoes.popleft()
+                self.metrics.count_tokens_read(batch.echo.forward_tokens)
+                self._start(handle, batch)
 
     def _start(self, handle: RequestHandle, batch: RequestBatch) -> None:
         """Add the completions of a request to the search; where no text is wanted, they are done."""
         if not batch.generate:
-            self._post(handle, batch)
+            self._outbox.post(handle, batch)
             for i, request in enumerate(batch.requests):
-                self._post(handle, Progress(i, "", (), (), (), no_completion(self.model.engine.prompt_tokens(request.prompt))))
+                self._outbox.post(handle, Progress(i, "", (), (), (), no_completion(self.model.engine.prompt_tokens(request.prompt))))
             return
         added: list[RunningRequest] = []
         try:
@@ -231,14 +232,15 @@ class Worker:
             self._refuse(handle, e)
             return
         self._running |= {r.number: r for r in added}
-        self._post(handle, batch)
+        self._outbox.post(handle, batch)
 
     def _refuse(self, handle: RequestHandle, e: Exception) -> None:
         """Fail a request that could not be prepared."""
-        if not isinstance(e, IVGError):
+        if isinstance(e, IVGError):
+            self._fail(handle, client_error(e, given=handle.body.model_fields_set))
+        else:
             log.exception("a request could not be prepared", exc_info=e)
-        known, given = isinstance(e, IVGError), handle.body.model_fields_set
-        self._fail(handle, client_error(e, given=given) if known else ServeError("internal server error", 500, "server_error"))
+            self._fail(handle, ServeError("internal server error", 500, "server_error"))
 
     def _step(self) -> None:
         """One step of the search for all requests."""
@@ -269,23 +271,26 @@ class Worker:
             self._fail(running.handle, e)
             return
         if progress is not None:
-            self._post(running.handle, progress)
+            self._outbox.post(running.handle, progress)
 
     # Failures
 
-    def _recover(self, error: Exception) -> None:
-        """A step failed: restart the models, then find the request that causes the error."""
+    def _recover(self, error: Exception, cause: RequestHandle | None = None) -> None:
+        """A step failed: restart the models, then find the request that causes the error, unless ``cause`` is known to."""
         self.metrics.failures.inc()
         suspects = list(self._running.values())
-        log.error("a step of %d completions failed: %s", len(suspects), type(error).__name__, exc_info=error)
+        log.error("a step of %d completions failed: %s", len(suspects) + (cause is not None), type(error).__name__, exc_info=error)
         self._running.clear()
-        self.searcher = self._new_searcher()
+        self.searcher = self.model.searcher(self.settings.max_beams)
+        if cause is not None:
+            self._fail(cause, model_error(error))
         if not self._restart_models():
             for running in suspects:
                 self._fail(running.handle, unavailable())
+        elif cause is not None:
+            self._isolation.run_again(suspects)
         elif failed := self._isolation.split(suspects, self._engine_died):
-            message = "a model failed on this request"
-            self._fail(failed.handle, client_error(error) if isinstance(error, IVGError) else ServeError(message, 500, "model_error"))
+            self._fail(failed.handle, model_error(error))
 
     def _restart_models(self) -> bool:
         """Restart all models; False where that failed (no free memory, say): then it is tried again later."""
@@ -350,7 +355,7 @@ class Worker:
 
     def _fail(self, handle: RequestHandle, error: ServeError) -> None:
         if not handle.closed:
-            self._post(handle, error)
+            self._outbox.post(handle, error)
         self._drop(handle)
 
     def _drop(self, handle: RequestHandle) -> None:
@@ -370,9 +375,6 @@ class Worker:
             self._recover(failure)
 
     # Output
-
-    def _post(self, handle: RequestHandle, event: Event) -> None:
-        self._outbox.post(handle, event)
 
     def _send(self) -> None:
         """Deliver all events."""

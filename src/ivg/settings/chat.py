@@ -5,12 +5,12 @@ Names and meanings are those of transformers' ``apply_chat_template`` and of vLL
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
 from ivg.errors import ConfigError
+from ivg.settings.json_value import JSONValue
 from ivg.settings.rules import FLAG, Rule
 from ivg.settings.schema import Setting, validate
 from ivg.settings.tools import NO_TOOLS, TOOLS, Tools
@@ -23,31 +23,13 @@ RESERVED = frozenset({
 """Arguments of ``apply_chat_template`` that are no variables of a template, or that are set otherwise."""
 
 
-class TemplateKwargs(Mapping[str, Any]):
-    """Variables of a chat template: JSON values by name. Immutable; equal where their JSON is (true is not 1)."""
+class TemplateKwargs(JSONValue, Mapping[str, Any]):
+    """Variables of a chat template: JSON values by name, whose order does not count."""
 
-    __slots__ = ("_json",)
+    __slots__ = ()
 
     def __init__(self, values: Mapping[str, Any] | None = None) -> None:
-        self._json = json.dumps(dict(values or {}), sort_keys=True, allow_nan=False)
-
-    def __getitem__(self, name: str) -> Any:
-        return json.loads(self._json)[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(json.loads(self._json))
-
-    def __len__(self) -> int:
-        return len(json.loads(self._json))
-
-    def __eq__(self, other: object) -> bool:
-        return self._json == other._json if isinstance(other, TemplateKwargs) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self._json)
-
-    def __repr__(self) -> str:
-        return self._json
+        super().__init__(dict(values or {}), sort_keys=True)
 
 
 def _kwargs(value: Any) -> TemplateKwargs:

@@ -148,8 +148,10 @@ def _json_schema(value: Any) -> str:
 
 
 def _logit_biases(value: Any) -> tuple[tuple[int, float], ...]:
-    pairs = value.items() if isinstance(value, Mapping) else _items(value)
+    pairs = list(value.items()) if isinstance(value, Mapping) else _items(value)
     found = {int(i) if isinstance(i, str) and i.isdecimal() else whole(i): float(real(bias)) for i, bias in pairs}
+    if len(found) < len(pairs):
+        raise ValueError
     return tuple(sorted(found.items()))
 
 
@@ -270,7 +272,7 @@ BIASES = Rule("a list of (token ids, bias)", _biases, _IDS, lambda v: all(s and 
 JSON_SCHEMA = Rule("a JSON schema (an object, or its JSON)", _json_schema, optional=True)
 GRAMMAR = Rule("a text", _text, "no empty text", lambda v: bool(v.strip()), optional=True)
 LOGIT_BIAS = Rule(
-    "token ids, each with a finite number",
+    "token ids, each once and with a finite number",
     _logit_biases,
     "token ids of 0 or more, and numbers in [-100, 100]",
     lambda v: all(i >= 0 and abs(bias) <= 100 for i, bias in v),

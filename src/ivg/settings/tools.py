@@ -2,46 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
 from ivg.errors import ConfigError
+from ivg.settings.json_value import JSONValue
 from ivg.settings.rules import Rule
 
 
-class Tools(Sequence[dict[str, Any]]):
-    """Definitions of tools, in order. Immutable; equal where their JSON is, whose order of keys counts: templates write it out."""
+class Tools(JSONValue, Sequence[dict[str, Any]]):
+    """Definitions of tools, in order. The order of their keys counts: templates write it out."""
 
-    __slots__ = ("_json",)
+    __slots__ = ()
 
     def __init__(self, tools: Iterable[Mapping[str, Any]] = ()) -> None:
-        self._json = json.dumps([dict(tool) for tool in tools], ensure_ascii=False, allow_nan=False)
+        super().__init__([dict(tool) for tool in tools])
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the functions."""
         return tuple(tool["function"]["name"] for tool in self)
-
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        found: dict[str, Any] | list[dict[str, Any]] = json.loads(self._json)[index]
-        return found
-
-    def __len__(self) -> int:
-        return len(json.loads(self._json))
-
-    def __eq__(self, other: object) -> bool:
-        return self._json == other._json if isinstance(other, Tools) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self._json)
-
-    def __repr__(self) -> str:
-        return self._json
 
 
 def _tools(value: Any) -> Tools:

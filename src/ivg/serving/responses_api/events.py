@@ -71,11 +71,14 @@ class ResponseEncoder(EventEncoder):
         if completion is not None:
             self._logprobs = self.objects.logprobs(completion)
         delta = self.objects.builder.take_delta(self._state, final=completion is not None)
+        ends = next((i for i, call in enumerate(delta.calls) if "id" in call), len(delta.calls))
+        for call in delta.calls[:ends]:  # of the call that grows; text may follow it
+            yield from self._grow("call", call["function"]["arguments"])
         if delta.thinking:
             yield from self._grow("reasoning", delta.thinking)
         if delta.content:
             yield from self._grow("message", delta.content)
-        for call in delta.calls:
+        for call in delta.calls[ends:]:
             if "id" in call:
                 yield from self._end()
                 self._call = {"name": call["function"]["name"], "id": call["id"]}

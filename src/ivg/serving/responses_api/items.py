@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ivg.serving.responses import ResponseBuilder
+from ivg.serving.responses import ChoiceState, ResponseBuilder
 from ivg.serving.responses_api.request import ResponsesRequest
 from ivg.types import Completion
 
@@ -38,8 +38,9 @@ class ResponseObjects:
         return {**own, "call_id": call_id, "name": name, "arguments": arguments}
 
     def logprobs(self, completion: Completion) -> list[dict[str, Any]]:
-        """Log-probabilities of all tokens, where they were asked for."""
-        found = self.builder.logprobs(completion.details, 0) if self.body.wants_logprobs else None
+        """Log-probabilities of all tokens of the text, where they were asked for."""
+        tokens = ChoiceState(0).take_tokens(completion.details, len(completion.text), final=True)
+        found = self.builder.logprobs(tokens, 0) if self.body.wants_logprobs else None
         return (
             [{**_with_bytes(t), "top_logprobs": [_with_bytes(other) for other in t["top_logprobs"]]} for t in found["content"]]
             if found

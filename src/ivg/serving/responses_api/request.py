@@ -10,7 +10,7 @@ from pydantic import Field, WithJsonSchema
 
 from ivg.errors import ServeError
 from ivg.models.chat_template import SYSTEM_ROLES, join_instruction
-from ivg.serving.fields import show_json
+from ivg.serving.fields import ToolChoice, show_json
 from ivg.serving.protocol import Guidance
 from ivg.settings.per_request import RequestSettings
 from ivg.settings.sampling import SamplingParams
@@ -23,7 +23,6 @@ _PATHS = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
     "response_format": "text.format",
-    "tool_choice.function.name": "tool_choice.name",
 }
 """Fields of chat completions by which errors name those of a response."""
 _Input = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}, "minItems": 1}]})]
@@ -58,7 +57,7 @@ class ResponsesRequest(Table):
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     tools: _Objects | None = None
-    tool_choice: Any = None
+    tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -89,7 +88,7 @@ class ResponsesRequest(Table):
         for name in self.include or ():
             if name not in (_LOGPROBS, *_UNREAD_INCLUDES):
                 raise ServeError(f"include {name!r} is not supported; expected {_LOGPROBS!r}", 400, "invalid_value", "include")
-        same = ("model", "parallel_tool_calls", "stream", "seed", "temperature", "top_p", "chat_template_kwargs")
+        same = ("model", "tool_choice", "parallel_tool_calls", "stream", "seed", "temperature", "top_p", "chat_template_kwargs")
         out: dict[str, Any] = {name: value for name in same if (value := getattr(self, name)) is not None}
         out["messages"] = _with_instructions(self.instructions, _messages(self.input))
         if self.guidance is not None:
@@ -100,8 +99,6 @@ class ResponsesRequest(Table):
             out |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
         if self.tools:
             out["tools"] = [_tool(tool, i) for i, tool in enumerate(self.tools)]
-        if self.tool_choice is not None:
-            out["tool_choice"] = _tool_choice(self.tool_choice)
         if (wanted := self.text.format if self.text else None) and wanted.get("type") != "text":
             schema = {name: value for name, value in wanted.items() if name != "type"}
             out["response_format"] = {"type": wanted.get("type")} | ({"json_schema": schema} if schema else {})
@@ -189,9 +186,3 @@ def _tool(tool: Mapping[str, Any], index: int) -> dict[str, Any]:
         raise ServeError(message, 400, "invalid_value", f"tools[{index}].type")
     names = ("name", "description", "parameters", "strict")
     return {"type": "function", "function": {name: tool[name] for name in names if tool.get(name) is not None}}
-
-
-def _tool_choice(choice: Any) -> Any:
-    if isinstance(choice, Mapping) and choice.get("type") == "function":
-        return {"type": "function", "function": {"name": choice.get("name")}}
-    return choice
