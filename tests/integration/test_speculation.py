@@ -358,6 +358,23 @@ def test_filters(llama, settings):
         same_tokens(llama, get_method("eft", draft=5, beta=beta), SamplingParams(max_new_tokens=20, **settings), (2, 5), PROMPTS[:2])
 
 
+class ReadsText(ImplicitValue):
+    """A pair whose drafter looks at texts, which decodes them."""
+
+    def drafter(self, beta):
+        made = super().drafter(beta)
+        logits = made.logits
+        made.logits = lambda hypotheses: logits([h for h in hypotheses if h.text is not None])
+        return made
+
+
+def test_the_text_of_drafts_is_taken_back_with_their_tokens():
+    bench = Bench()
+    bench.values["implicit"] = ReadsText(*bench.values["implicit"].cached_lms())
+    expected, _ = same_tokens(bench, get_method("eft", draft=4, beta=1), SamplingParams(max_new_tokens=9), [1, 4], PROMPTS[:2])
+    assert [done.text for done in expected] == [bench.base.vocabulary.decode(done.token_ids) for done in expected]
+
+
 def test_recorded_shifts_are_those_of_the_tokens(llama):
     s, sampling = SHAPES["ivg, L 5"], SamplingParams(max_new_tokens=15, temperature=0.8)
     got, _ = same_tokens(llama, s, sampling, (2, None), PROMPTS[:2], record=True, trace=True)

@@ -118,8 +118,8 @@ class Vocabulary:
         return frozenset(i for i, piece in self.pieces.items() if piece in names) if names else frozenset()
 
     def show(self, names: Collection[str]) -> None:
-        """Let special tokens be text: those among ``names`` that there are. Before anything is decoded."""
-        special = self.special
+        """Let special tokens be text: those among ``names`` that there are, and no others. Before anything is decoded."""
+        special = self.special | self._shown
         self._shown = frozenset(i for name in names if (i := self._ids_of.get(name)) is not None and i in special)
         self.special = special - self._shown
 
