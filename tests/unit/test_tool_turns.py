@@ -8,6 +8,7 @@ from ivg.errors import ConfigError, PromptError
 from ivg.jobs.prompts import prompt_key, prompt_of
 from ivg.model import GuidedModel
 from ivg.models.chat_template import render
+from ivg.models.image_prompts import ImageEncoder
 from ivg.settings.chat import ChatSettings
 from ivg.settings.tools import Tools
 from ivg.testing import tiny_lm, tiny_value
@@ -86,6 +87,40 @@ def test_a_template_that_reads_arguments_as_text():
     joining = names.replace("{{ c.function.name }} ", "{{ c.function.name + ' ' + c.function.arguments }}{% endfor %}")
     for own in (printing, joining):
         assert f"CALL get_weather {ARGUMENTS}" in render(Prompt.of(ANSWERED), tokenizer(own), None)
+
+
+class PictureProcessor:
+    """Renders texts and parts in a chat template of its own; a picture is <image>."""
+
+    image_token = "<image>"
+
+    def __init__(self, argument):
+        parts = "{% for p in m.content %}{{ p.text if p.type == 'text' else '<image>' }}{% endfor %}"
+        content = "{% if m.content is string %}{{ m.content }}{% else %}" + parts + "{% endif %}"
+        called = "{% for c in m.tool_calls %}{{ c.function.name }} " + argument + "{% endfor %}"
+        self.tokenizer = tokenizer(PLAIN.replace("{{ m.content }}", content + called))
+        self.chat_template = self.tokenizer.chat_template
+
+    def apply_chat_template(self, messages, tokenize, **settings):
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, **{"return_dict": False, **settings, "return_tensors": None})
+        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt") if tokenize else text
+
+
+@pytest.mark.parametrize(
+    "argument", ["{{ c.function.arguments }}", "{{ '' + c.function.arguments }}", "{{ c.function.arguments | tojson }}"]
+)
+def test_calls_beside_pictures_are_written_as_without(argument):
+    pytest.importorskip("PIL.Image")
+    from vision import asking, picture
+
+    processor = PictureProcessor(argument)
+    encoder = ImageEncoder("base", lambda: processor)
+    prompt = encoder.reader.read(Prompt.of([*asking("Which city?", picture()), *ANSWERED[1:]]))
+    text = processor.tokenizer.decode(encoder.inputs(prompt).ids)
+    assert text.startswith("<user><image>Which city?") and "<assistant>get_weather " + ARGUMENTS in text
+    sly = {**CALL, "function": {**CALL["function"], "arguments": '{"city": ["<image>"]}'}}
+    with pytest.raises(PromptError, match="holds <image>, which stands for a picture"):
+        encoder.inputs(encoder.reader.read(Prompt.of([*asking("a", picture()), {**CALLED[1], "tool_calls": [sly]}, ANSWERED[2]])))
 
 
 def test_a_template_that_leaves_tools_out_is_refused():

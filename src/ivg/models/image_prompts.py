@@ -15,10 +15,18 @@ import torch
 from torch import Tensor
 
 from ivg.errors import PromptError, reason
-from ivg.models.chat_template import SYSTEM_ROLES, chat_arguments, join_instruction, turn_fields, turns, with_known_roles
+from ivg.models.chat_template import (
+    SYSTEM_ROLES,
+    chat_arguments,
+    join_instruction,
+    template_arguments,
+    turn_fields,
+    turns,
+    with_known_roles,
+)
 from ivg.models.images import ImageReader
 from ivg.models.prompt_template import CHAT, NO_CHAT_SETTINGS
-from ivg.models.tool_prompts import Messages, check_tools_shown
+from ivg.models.tool_prompts import Messages, check_tools_shown, with_readable_arguments
 from ivg.settings.images import ImagesConfig
 from ivg.types import Image, Message, Prompt
 
@@ -126,13 +134,14 @@ class ImageEncoder:
         return inputs
 
     def _check_text(self, prompt: Prompt) -> None:
-        """Raise where a text holds the token of a picture, which would stand for a picture of its own."""
+        """Raise where a text, a call or a tool holds the token of a picture, which would stand for a picture of its own."""
         tokens = {getattr(source, name, None) for source in (self.processor, self.processor.tokenizer) for name in _TOKENS}
+        read = str((turns(prompt), template_arguments(prompt)))
         for token in sorted(str(token) for token in tokens if token):
-            if any(token in turn["content"] for turn in turns(prompt)):
+            if token in read:
                 raise PromptError(f"the text of the prompt holds {token}, which stands for a picture to {self.name}\n  take it out")
 
-    def _messages(self, prompt: Prompt, pictures: Sequence[Any]) -> list[dict[str, Any]]:
+    def _messages(self, prompt: Prompt, pictures: Sequence[Any]) -> Messages:
         """The messages in the form that the chat template reads, with the pictures in their places.
 
         Raises:
@@ -142,17 +151,19 @@ class ImageEncoder:
         given, arguments = self._behind_instruction(prompt.content), chat_arguments(prompt, self.settings)
         texts = [part.strip() for turn in given for part in turn.parts or (turn.content,) if isinstance(part, str)]
         problem: Exception | None = None
+        attempt = partial(self._attempt, arguments=arguments)
         for as_parts in (True, False):
             waiting = iter(pictures)
-            messages = [_message(turn, waiting, as_parts=as_parts) for turn in given]
+            messages = with_readable_arguments([_message(turn, waiting, as_parts=as_parts) for turn in given], attempt)
             try:
                 text = self._rendered(messages, arguments)
-                without = self._rendered([_message(turn, None, as_parts=as_parts) for turn in given], arguments)
+                bare = [_message(turn, None, as_parts=as_parts) for turn in given]
+                without = self._rendered(with_readable_arguments(bare, attempt), arguments)
             except Exception as e:
                 problem = problem or e
                 continue
             if text != without and all(part in text for part in texts) and "{'type': 'image'" not in text:
-                check_tools_shown(text, messages, arguments.get("tools") or (), self.name, partial(self._attempt, arguments=arguments))
+                check_tools_shown(text, messages, arguments.get("tools") or (), self.name, attempt)
                 return messages
         why = f": {reason(problem)}" if problem is not None else ": it leaves out pictures or text"
         raise PromptError(f"the chat template of {self.name} cannot read these messages with pictures{why}")
@@ -172,11 +183,11 @@ class ImageEncoder:
 
     def _attempt(self, messages: Messages, more: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | None:
         try:
-            return self._rendered(list(messages), {**arguments, **more})
+            return self._rendered(messages, {**arguments, **more})
         except Exception:  # the template is code of the checkpoint
             return None
 
-    def _rendered(self, messages: list[Any], arguments: Mapping[str, Any]) -> str:
+    def _rendered(self, messages: Messages, arguments: Mapping[str, Any]) -> str:
         return str(self.processor.apply_chat_template(self._known(messages), tokenize=False, **arguments))
 
 
