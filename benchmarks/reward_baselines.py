@@ -24,10 +24,11 @@ from ivg.errors import PromptError
 from ivg.models.chat_template import prompt_text
 from ivg.models.loading import LoadOptions
 from ivg.settings.train import PairSettings
-from ivg.training.data import ColumnMapping, RatedResponse, ReadOptions, last_share, read_rated
+from ivg.training.data import ColumnMapping, RatedResponse, ReadOptions, read_rated
 from ivg.training.length import word_count
 from ivg.training.pairing import compare
 from ivg.training.ranking import Scores, ranking
+from ivg.training.split import last_share
 from ivg.types import Prompt
 from ivg.utils.jsonl import write_json
 from ivg.values.reward import RewardModel

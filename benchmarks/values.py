@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.docs_page import markdown_table
-from ivg.training.data import RatedResponse, held_out, read_rated
+from ivg.training.data import RatedResponse, read_rated
+from ivg.training.split import held_out
 from ivg.training.value import measure
 from ivg.training.value_loss import PARTS
 

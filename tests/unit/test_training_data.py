@@ -14,13 +14,13 @@ from ivg.training.data import (
     RatedResponse,
     ReadOptions,
     SFTExample,
-    held_out,
     pair_up,
     read_preferences,
     read_prompts,
     read_rated,
     read_sft_examples,
 )
+from ivg.training.split import held_out
 from ivg.types import Message, Preference, Prompt
 from ivg.utils.jsonl import as_lines
 

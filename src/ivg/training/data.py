@@ -31,7 +31,6 @@ from ivg.utils.jsonl import RowError
 from ivg.utils.rng import uniform
 
 Item = TypeVar("Item")
-Key = TypeVar("Key")
 PREFERENCE = ("prompt", "chosen", "rejected")
 CONVERSATIONS = ("chosen", "rejected")
 RATED = ("prompt", "response", "score")
@@ -255,19 +254,6 @@ def answers(row: Preference | RatedResponse | SFTExample) -> list[tuple[Prompt |
     """(prompt, response) of each response in a row, for :mod:`ivg.models.training_rows`."""
     texts = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.response,)
     return [(row.prompt, text) for text in texts]
-
-
-def held_out(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
-    """(training, evaluation): evaluation gets the items of the last ``share`` of the prompts, so that no prompt is in both."""
-    keys = [getattr(item, "prompt", None) or number for number, item in enumerate(items)]
-    last = last_share(keys, share)
-    return [i for i, k in zip(items, keys, strict=True) if k not in last], [i for i, k in zip(items, keys, strict=True) if k in last]
-
-
-def last_share(keys: Iterable[Key], share: float) -> frozenset[Key]:
-    """The last ``share`` of the different keys (prompts), in order of appearance."""
-    distinct = list(dict.fromkeys(keys))
-    return frozenset(distinct[len(distinct) - round(len(distinct) * share) :])
 
 
 class _Rows:

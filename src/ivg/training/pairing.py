@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from ivg.diagnostics.ranking import like_length
 from ivg.errors import ConfigError
 from ivg.settings.train import PairSettings
-from ivg.training.data import RatedResponse, consecutive_pairs, last_share, preference, sampled_preference
+from ivg.training.data import RatedResponse, consecutive_pairs, preference, sampled_preference
 from ivg.training.length import length_controlled, word_count
+from ivg.training.split import last_share
 from ivg.types import Preference, Prompt
 from ivg.utils.rng import mix, uniform
 

@@ -16,9 +16,9 @@ from ivg.errors import ConfigError, ModelError
 from ivg.models.loading import LoadOptions, load_network, load_tokenizer
 from ivg.models.placement import pick_dtype
 from ivg.settings.train import Mode, TrainSettings
-from ivg.training.data import held_out
 from ivg.training.encoding import Encoded
 from ivg.training.run_dir import RunDir
+from ivg.training.split import held_out
 
 T = TypeVar("T")
 CHECKPOINTED = 50_000_000

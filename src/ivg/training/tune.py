@@ -20,13 +20,14 @@ from ivg.diagnostics.pairs import is_tie
 from ivg.errors import ConfigError
 from ivg.settings.train import DPOSettings, SFTSettings, TrainSettings
 from ivg.training.cpu_head import ScoredOnCpu
-from ivg.training.data import SFTExample, held_out
+from ivg.training.data import SFTExample
 from ivg.training.encoding import encode_for_reward, encode_preferences, encode_sft, read_template
 from ivg.training.kept_adapter import check_start, keep_tokenizer, round_to_half, save_adapter
 from ivg.training.new_network import new_network
 from ivg.training.pairing import Comparisons
 from ivg.training.ranking import measure_ranking
 from ivg.training.run_dir import RunDir, first_process, open_run, process_count, run_provenance
+from ivg.training.split import held_out
 from ivg.training.trainer import GroupedByLength, drop_timing_metrics, encode_split, load_for_training, lora_config, trainer_arguments
 from ivg.types import Preference
 from ivg.values.reward import RewardModel

@@ -18,11 +18,12 @@ from ivg.models.loading import LoadOptions, load_config
 from ivg.models.value_head import ValueModel
 from ivg.models.vocabulary import Vocabulary
 from ivg.settings.train import Target, TrainSettings, ValueSettings, ValueTrainSettings
-from ivg.training.data import RatedResponse, last_share
+from ivg.training.data import RatedResponse
 from ivg.training.encoding import Encoded, encode_rated, read_template
 from ivg.training.kept_adapter import check_start, keep_tokenizer, save_adapter
 from ivg.training.length import length_controlled
 from ivg.training.run_dir import RunDir, first_process, open_run, recorded, run_provenance
+from ivg.training.split import last_share
 from ivg.training.trainer import GroupedByLength, Split, drop_timing_metrics, load_for_training, lora_config, split_rows, trainer_arguments
 from ivg.training.value_loss import PARTS, ValueCollator, ValueModelWithLoss
 
