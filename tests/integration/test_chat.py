@@ -14,11 +14,12 @@ import pytest
 
 from ivg import GuidedModel
 from ivg.cli.chat_backends import Backend, LocalBackend, ServerBackend
-from ivg.cli.chat_session import COMMANDS, ChatSession
+from ivg.cli.chat_session import COMMANDS, ChatSession, trace_lines
+from ivg.cli.trace import trace_node
 from ivg.errors import ConfigError, GenerationError
 from ivg.models.loading import LoadOptions
 from ivg.testing import byte_tokenizer, tiny_model, tiny_value
-from ivg.types import Completion, Usage
+from ivg.types import Completion, Step, TraceNode, Usage
 from serving_tools import Running, tiny
 
 LENGTH = ["--max-new-tokens", "6", "--ignore-eos", "--dtype", "float32", "--device", "cpu"]
@@ -187,6 +188,8 @@ class Echo(Backend):
     def check(self, method, settings):
         if method == "args":
             raise ConfigError("no value for args")
+        if "draft" in settings:
+            raise ConfigError("draft needs a pair")
 
     def answer(self, turns, method, settings, show):
         self.calls.append((list(turns), method, dict(settings)))
@@ -233,6 +236,7 @@ def test_settings_follow_the_method(session):
         ("/set temperature=hot", "temperature"),
         ("/beta 5000", "beta must be"),
         ("/set seed=x", "expected a whole number"),
+        ("/set draft=3", "draft needs a pair"),
         ("/method args", "no value for args"),
         ("/compare base,args", "no value for args"),
         ("/nothing", "no command /nothing"),
@@ -263,6 +267,24 @@ def test_retry_draws_again_and_keeps_the_conversation(session):
         session.handle(line)
     assert [settings["seed"] for _, _, settings in session.backend.calls] == [0, 1, 2, 0]
     assert [t["content"] for t in session.turns] == ["one", "ONE", "two", "TWO"]
+
+
+def test_the_beams_of_a_trace_are_in_the_order_of_their_scores():
+    def node(text, score, kept):
+        return TraceNode(0, None, text, (), (), score, kept, None)
+
+    step = Step(0, (node("a", 0.5, True), node("b", 2.0, True)), (node("c", -1.0, False), node("d", 1.0, False)), "")
+    completion = Completion("b", (1,), 2.0, "stop", Usage({}, 1, 1, 0.0), trace=(step, Step(0, (node("e", None, True),), (), "")))
+    assert trace_lines(completion) == [
+        "selection 1", " >   +2.000  'b'", "     +1.000  'd'", " >   +0.500  'a'", "     -1.000  'c'", "selection 2", " > 'e'",
+    ]  # fmt: skip
+
+
+def test_a_beam_of_a_server_shows_what_it_adds_to_its_parent():
+    """A server counts beams from 0."""
+    child = TraceNode(1, 0, "abc", ("a", "b", "c"), (0.0, 0.0, 1.0), None, True, None)
+    assert trace_node(child, {0: 2})["tokens"] == [["c", 1.0]]
+    assert len(trace_node(TraceNode(1, None, "ab", ("a", "b"), (0.0, 0.0), None, True, None), {0: 1})["tokens"]) == 2
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, GenerationError("broken")])

@@ -58,9 +58,10 @@ def test_what_is_no_task_is_refused(haiku):
         task.load_task("sonnet")
 
 
+@pytest.mark.parametrize("column, value", [("chat_template_kwargs", {"enable_thinking": False}), ("tools", [{"type": "function"}])])
 @pytest.mark.parametrize("name", ["sentiment", "summarization", "alpaca"])
-def test_variables_of_chat_templates_in_rows_are_refused_by_name(tmp_path, name):
-    row = {"prompt": "The movie", "instruction": "x", "output": "y", "chat_template_kwargs": {"enable_thinking": False}}
+def test_variables_and_tools_in_rows_are_refused_by_name(tmp_path, name, column, value):
+    row = {"prompt": "The movie", "instruction": "x", "output": "y", column: value}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ConfigError, match="row 1: chat_template_kwargs are not read for each row"):
+    with pytest.raises(ConfigError, match=f"row 1: {column} are not read for each row"):
         task.load_task(name).examples(EvalConfig(data=str(tmp_path / "rows.jsonl"), options={"judge": "none"} if name == "alpaca" else {}))

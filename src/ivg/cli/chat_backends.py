@@ -206,8 +206,8 @@ def _step(data: Mapping[str, Any]) -> Step:
 
 
 def _node(beam: Mapping[str, Any], *, kept: bool) -> TraceNode:
-    key = -1 if beam["parent"] is None else beam["parent"]
-    return TraceNode(beam["key"], key, beam["text"], tuple(beam["tokens"]), tuple(beam["shift"]), beam["score"], kept, beam["finish"])
+    tokens, shift = tuple(beam["tokens"]), tuple(beam["shift"])
+    return TraceNode(beam["key"], beam["parent"], beam["text"], tokens, shift, beam["score"], kept, beam["finish"])
 
 
 def without_trace(completion: Completion) -> dict[str, Any]:

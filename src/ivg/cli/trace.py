@@ -30,7 +30,8 @@ def _answer(prompt: str, completion: Completion) -> dict[str, Any]:
 
 def trace_node(node: TraceNode, seen: dict[int, int]) -> dict[str, Any]:
     """One node with the tokens of its own chunk; the parent's are shown at the parent."""
-    begin = seen.get(node.key, seen.get(node.parent or -1, 0))
+    parent_end = 0 if node.parent is None else seen.get(node.parent, 0)
+    begin = seen.get(node.key, parent_end)
     return {
         "id": node.key,
         "parent": node.parent,
