@@ -187,7 +187,7 @@ def test_preferences(ivg, tmp_path):
         "without a response": 1,
     }
     assert found["shares"] == {"pairs whose chosen response is longer": 2 / 5}
-    assert found["lengths"]["chosen"] == {"least": 1, "median": 3, "p95": 13, "most": 13, "empty": 0}
+    assert found["lengths"]["chosen"] == {"min": 1, "median": 3, "p95": 13, "max": 13, "empty": 0}
     assert found["lengths"]["rejected"]["empty"] == 1
     _, out, _ = ivg("data", "check", path)
     assert "5 preferences to 3 different prompts" in out and "pairs whose chosen response is longer: 40%" in out
@@ -237,7 +237,7 @@ def test_rows_that_are_too_long_in_the_tokens_that_will_be_read(ivg, tmp_path):
     code, out, _ = ivg("data", "check", path, "--tokenizer", tmp_path / "tokenizer", "--max-length", frame + 10 + 5 + 1, "--json")
     found = json.loads(out)
     assert (code, found["unit"], found["counts"]["too long"]) == (1, "tokens", 1)
-    assert found["lengths"]["prompt"]["most"] == frame + 20 and found["lengths"]["response"]["least"] == 5
+    assert found["lengths"]["prompt"]["max"] == frame + 20 and found["lengths"]["response"]["min"] == 5
     assert ivg("data", "check", path, "--tokenizer", tmp_path / "tokenizer", "--max-length", 1000)[0] == 0
     for longest in (frame + 10 + 5, frame + 10 + 5 + 1):  # an end-of-sequence token follows, in training, too
         report, kept = (check_data(path, None, tokenizer, longest), encode_sft(read_sft_examples(path), tokenizer, None, longest))

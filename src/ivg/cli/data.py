@@ -73,9 +73,9 @@ def check(
 def _print(report: DataReport, source: str) -> None:
     out = Console(highlight=False)
     say(out, f"{source}: {report.items} {report.form} to {report.prompts} different prompts ({report.chats} of them chats)")
-    table = plain_table(f"length in {report.unit}", "least", "median", "95 of 100", "most", "empty")
+    table = plain_table(f"length in {report.unit}", "min", "median", "p95", "max", "empty")
     for name, found in report.lengths.items():
-        table.add_row(name, str(found.least), f"{found.median:g}", str(found.p95), str(found.most), str(found.empty))
+        table.add_row(name, str(found.min), f"{found.median:g}", str(found.p95), str(found.max), str(found.empty))
     out.print(table)
     for text, share in report.shares.items():
         say(out, f"{text}: {share:.0%}")

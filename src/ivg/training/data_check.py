@@ -23,15 +23,15 @@ class Lengths:
     """Lengths of some texts.
 
     Attributes:
-        least, median, most: of all.
+        min, median, max: of all.
         p95: 95 of 100 are at most so long.
         empty: how many are empty.
     """
 
-    least: int
+    min: int
     median: float
     p95: int
-    most: int
+    max: int
     empty: int
 
     @classmethod
