@@ -1,0 +1,44 @@
+"""Penalties, biases and structured output inside vLLM: on the guided logits, as the transformers engine's."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from making import models, prompts, trio
+
+from ivg.errors import ConfigError
+
+GREEDY = {"temperature": 0.0, "max_new_tokens": 32, "beta": 1.0}
+
+
+def test_settings_are_those_of_the_transformers_engine(folder):
+    paths, texts = trio(folder, "llama"), prompts(3)
+    with models("transformers", models=paths) as slow, models("vllm", models=paths, search={"method": "eft"}) as fast:
+        plain = [c.token_ids for c in slow.generate(texts, "eft", **GREEDY)]
+        often = plain[0][4]
+        for settings in (
+            {"frequency_penalty": 1.5, "presence_penalty": 0.5},
+            {"logit_bias": {often: -20.0}, "repetition_penalty": 1.2, "frequency_penalty": -0.3},
+            {"stop_token_ids": [often]},
+            {"stop_token_ids": [often], "min_new_tokens": 12},
+        ):
+            expected = [(c.token_ids, c.text) for c in slow.generate(texts, "eft", **GREEDY, **settings)]
+            assert [(c.token_ids, c.text) for c in fast.generate(texts, "eft", **GREEDY, **settings)] == expected
+            assert [ids for ids, _ in expected] != plain
+        for settings, pattern in (
+            ({"regex": "[ab]{3}"}, "[ab]{3}"),
+            ({"choice": ["yes", "no"]}, "yes|no"),
+            ({"grammar": 'root ::= "x" [yz]'}, "x[yz]"),
+        ):
+            done = fast.generate(texts, "eft", n=4, seed=1, max_new_tokens=20, **settings)
+            assert all(re.fullmatch(pattern, c.text) and c.finish_reason == "stop" for some in done for c in some)
+        done = fast.generate(texts, "eft", seed=1, max_new_tokens=20, json_schema={"type": "boolean"})
+        assert all(isinstance(json.loads(c.text), bool) for c in done)
+        assert "regex" in (fast.generate(texts[0], "eft", regex="a[").error or "")
+        for name, value in {"regex": "a+", "frequency_penalty": 1.0, "bad_words": ["a"]}.items():
+            with pytest.raises(ConfigError, match=f"{name} in chunks: the engine vllm cannot do that"):
+                fast.generate(texts[0], "custom", token="implicit", chunk_length=4, **{name: value})
+        with pytest.raises(ConfigError, match="stop_token_ids beside ignore_eos"):
+            fast.generate(texts[0], "eft", stop_token_ids=[5], ignore_eos=True)
