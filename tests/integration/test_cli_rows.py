@@ -8,6 +8,9 @@ import sys
 import pytest
 from test_cli import LENGTH, hub, rows_of, write_rows  # noqa: F401  (hub is a fixture)
 
+from ivg import GuidedModel
+from ivg.models.loading import LoadOptions
+
 EFT = ["--method", "base", "--max-new-tokens", "3", "--ignore-eos", "--dtype", "float32", "--device", "cpu"]
 
 
@@ -64,6 +67,47 @@ def test_failed_rows_are_kept_as_they_were_with_why(ivg, base, tmp_path):
     assert "context of base (128)" in unanswered.pop("error")
     assert unanswered == long
     assert ivg(*arguments, "--n", 2)[2].endswith("answered 0, skipped 0, failed 3, already done 2\n")
+
+
+def test_best_of_keeps_the_likeliest(ivg, hub, tmp_path):
+    rows = [{"id": 0, "prompt": "One"}, {"id": 1, "prompt": "Two, "}]
+    out, source = tmp_path / "out.jsonl", write_rows(tmp_path / "in.jsonl", rows)
+    drawn = ["--base", str(hub / "base"), *EFT, "--seed", 3, "--temperature", 1.3, "--best-of", 5]
+    arguments = ["generate", "--input", source, *drawn, "--output", out]
+    model = GuidedModel.from_pretrained(hub / "base", options=LoadOptions(device="cpu", dtype="float32"))
+    settings = {"seed": 3, "temperature": 1.3, "max_new_tokens": 3, "ignore_eos": True}
+    expected = [c for some in model.generate(["One", "Two, "], "base", n=2, best_of=5, **settings) for c in some]
+
+    def tokens():
+        return [tuple(r["token_ids"]) for r in sorted(rows_of_file(out), key=lambda r: (r["id"], r["index"]))]
+
+    assert ivg(*arguments)[2].endswith("answered 2, skipped 0, failed 0, already done 0\n")
+    assert tokens() == [c.token_ids for c in expected[::2]]
+    assert ivg(*arguments, "--n", 2)[2].endswith("answered 2, skipped 0, failed 0, already done 2\n")
+    assert tokens() == [c.token_ids for c in expected]
+    assert tokens() != [c.token_ids for some in model.generate(["One", "Two, "], "base", n=2, **settings) for c in some]
+    assert all(r["settings"]["best_of"] == 5 for r in rows_of_file(out))
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[1:]))  # as of a killed run
+    assert ivg(*arguments, "--n", 2)[2].endswith("answered 1, skipped 0, failed 0, already done 3\n")
+    assert tokens() == [c.token_ids for c in expected]
+    assert ivg("generate", "One", *drawn, "--quiet")[1] == f"One{expected[0].text}\n"
+
+    code, _, err = ivg(*arguments, "--best-of", 4)
+    assert code == 2 and "best_of is 4, was 5" in err
+    code, _, err = ivg(*arguments, "--n", 6)
+    assert code == 2 and "run: best_of must be at least n (6), got 5" in err
+
+
+def test_samples_without_a_score_are_never_the_best(ivg, hub, tmp_path):
+    reward = tmp_path / "reward.py"
+    reward.write_text("def score(prompt, response):\n    return float('inf') if sum(response.encode()) % 2 else 1.0\n")
+    base = ["--base", str(hub / "base"), "--reward", f"{reward}:score", *EFT[2:], "--method", "bon", "-K", 1, "--temperature", 1.3]
+    source, out = write_rows(tmp_path / "in.jsonl", [{"id": 1, "prompt": "One"}]), tmp_path / "out.jsonl"
+    code, _, err = ivg("generate", "--input", source, *base, "--output", out, "--best-of", 8, "--n", 8)
+    rows = sorted(rows_of_file(out), key=lambda r: r["index"])
+    assert code == 1 and 0 < len(rows) < 8 and f"answered {len(rows)}, skipped 0, failed {8 - len(rows)}" in err
+    assert [r["index"] for r in rows] == list(range(len(rows)))
 
 
 def test_edited_prompts_are_answered_again_and_new_rows_shift_nothing(ivg, base, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,11 @@ from ivg.jobs.backends import run_tasks
 from ivg.jobs.failures import Failures
 from ivg.jobs.prompts import Job
 from ivg.jobs.provenance import answer_provenance, device_kind
-from ivg.jobs.runner import Task
+from ivg.jobs.runner import Result, Task
 from ivg.jobs.store import open_rows
 from ivg.settings.ray import RaySettings
 from ivg.settings.recipe import Recipe
-from ivg.types import Completion
+from ivg.types import Completion, by_likelihood
 
 
 @dataclass(frozen=True)
@@ -65,27 +65,60 @@ class GenerateRun:
         provenance = {} if output is None else self._provenance()
         with ExitStack() as stack:
             rows = None if output is None else stack.enter_context(open_rows(output, self.jobs, provenance, callbacks.on_superseded))
-            wanted = [Task(job.request_prompt, self.recipe.run.seed, k, job) for job in self.jobs for k in range(self.recipe.run.n)]
-            tasks = [task for task in wanted if rows is None or not rows.done(task.source, task.index)]
-            self.counts.update({"already done": len(wanted) - len(tasks), "skipped": len(tasks)})
-            advance = stack.enter_context(callbacks.progress(len(tasks)))
-            for result in run_tasks(self.recipe, tasks, self.cluster, trace=self.trace):
-                job, completion, error = result.task.source, result.completion, result.error
-                if completion is not None and completion.score is not None and not math.isfinite(completion.score):
-                    error = f"its score is {completion.score}"
-                if completion is None or error is not None:
-                    self.failures(job.place, error or "", job.row)
+            wanted = [(job, index) for job in self.jobs for index in range(self.recipe.run.n)]
+            missing = {(job.key, index): job for job, index in wanted if rows is None or not rows.done(job, index)}
+            self.counts.update({"already done": len(wanted) - len(missing), "skipped": len(missing)})
+            advance = stack.enter_context(callbacks.progress(len(missing)))
+            for job, index, answer in self._answers(run_tasks(self.recipe, self._tasks(missing), self.cluster, trace=self.trace)):
+                if (job.key, index) not in missing:
+                    continue
+                if isinstance(answer, str):
+                    self.failures(job.place, answer, job.row)
                     self.counts.update({"failed": 1, "skipped": -1})
                     continue
                 if rows is not None:
-                    rows.append(answer_row(job, result.task.index, completion, provenance))
-                callbacks.on_answer(job, completion)
+                    rows.append(answer_row(job, index, answer, provenance))
+                callbacks.on_answer(job, answer)
                 self.counts.update({"answered": 1, "skipped": -1})
                 advance()
 
+    def _tasks(self, missing: Mapping[tuple[str, int], Job]) -> list[Task[Job]]:
+        """The samples to draw for the answers that are missing, by id and number; with ``best_of`` all those of their prompts."""
+        run = self.recipe.run
+        if run.best_of is None:
+            return [Task(job.request_prompt, run.seed, index, job) for (_, index), job in missing.items()]
+        jobs = {job.key: job for job in missing.values()}.values()
+        return [Task(job.request_prompt, run.seed, index, job) for job in jobs for index in range(run.best_of)]
+
+    def _answers(self, results: Iterable[Result[Job]]) -> Iterator[tuple[Job, int, Completion | str]]:
+        """(job, number, answer or why there is none); with ``best_of`` the n likeliest samples of each job, once all are drawn."""
+        run, drawn = self.recipe.run, dict[str, list[Result[Job]]]()
+        for result in results:
+            job = result.task.source
+            if run.best_of is None:
+                yield job, result.task.index, _answer(result)
+                continue
+            drawn.setdefault(job.key, []).append(result)
+            if len(drawn[job.key]) == run.best_of:
+                samples = [_answer(r) for r in sorted(drawn.pop(job.key), key=lambda r: r.task.index)]
+                ranked: list[Completion | str] = [*by_likelihood([s for s in samples if not isinstance(s, str)])]
+                ranked += [s for s in samples if isinstance(s, str)]
+                yield from ((job, index, answer) for index, answer in enumerate(ranked[: run.n]))
+
     def _provenance(self) -> dict[str, Any]:
         known = self.cluster is None or self.recipe.devices.get("base", self.recipe.run.device) is not None
-        return answer_provenance(self.recipe, device_kind(self.recipe) if known else None)
+        out, best_of = answer_provenance(self.recipe, device_kind(self.recipe) if known else None), self.recipe.run.best_of
+        return out if best_of is None else out | {"settings": {**out["settings"], "best_of": best_of}}
+
+
+def _answer(result: Result[Job]) -> Completion | str:
+    """The completion, or why it cannot be used."""
+    completion = result.completion
+    if completion is None or result.error is not None:
+        return result.error or ""
+    if completion.score is not None and not math.isfinite(completion.score):
+        return f"its score is {completion.score}"
+    return completion
 
 
 def answer_row(job: Job, index: int, completion: Completion, provenance: Mapping[str, Any]) -> dict[str, Any]:

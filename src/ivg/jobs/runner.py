@@ -76,6 +76,8 @@ class TaskSettings:
     def from_recipe(cls, recipe: Recipe, *, trace: bool = False) -> TaskSettings:
         """Those of a recipe; ``trace``: completions keep the tree of beams."""
         settings = {**recipe.search.settings(), **recipe.sampling.settings(), "trace": trace}
+        if recipe.run.best_of is not None:
+            settings["alternatives"] = 0  # it selects by log-probabilities
         return cls(recipe.search.method, settings, recipe.run.batch_size, max_beams=1 << 30)
 
 

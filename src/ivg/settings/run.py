@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ivg.settings import placement as p
 from ivg.settings import rules as r
@@ -26,6 +26,15 @@ class RunConfig(Table):
     ] = "transformers"
     seed: Annotated[int, Setting("Random seed.", r.SEED, flags=("--seed",))] = 0
     n: Annotated[int, Setting("Responses for each prompt.", _COUNT, flags=("--n",))] = 1
+    best_of: Annotated[
+        int | None,
+        Setting(
+            "Draw so many responses for each prompt and keep the n with the highest mean log-probability of a token, best first.",
+            _COUNT,
+            flags=("--best-of",),
+            unset="n: all are kept",
+        ),
+    ] = None
     batch_size: Annotated[int, Setting("Prompts at once.", _COUNT, flags=("--batch-size",))] = 16
     device: Annotated[p.Device | None, p.DEVICE] = None
     dtype: Annotated[p.Dtype, p.DTYPE] = "auto"
@@ -41,6 +50,12 @@ class RunConfig(Table):
             flags=("--generation-config",),
         ),
     ] = "auto"
+
+    @model_validator(mode="after")
+    def _best_of_is_enough(self) -> Self:
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"best_of must be at least n ({self.n}), got {self.best_of}")
+        return self
 
 
 class VLLMConfig(Table):

@@ -229,6 +229,9 @@ def likeliest(completions: Sequence[Completion], n: int) -> list[Completion]:
 
     Those with an error come last.
     """
-    if len(completions) <= n:
-        return list(completions)
-    return sorted(completions, key=lambda c: (c.error is not None, -c.mean_logprob))[:n]
+    return list(completions) if len(completions) <= n else by_likelihood(completions)[:n]
+
+
+def by_likelihood(completions: Sequence[Completion]) -> list[Completion]:
+    """All of them, the highest :attr:`Completion.mean_logprob` first; those with an error come last."""
+    return sorted(completions, key=lambda c: (c.error is not None, -c.mean_logprob))
