@@ -118,6 +118,21 @@ def _sentiment(base: str, work: Path, scale: Scale) -> list[Step]:
             f" --out {out}/value {value}",
             ("value-labels", "pair-rollouts", "value-rollouts"),
         ),
+        # refinement: the value learns from what a small search by itself writes, among which the large search chooses
+        Step(
+            "guided-rollouts",
+            f"train rollout --base {base} --template {shlex.quote('base=' + REVIEW)} --tuned {out}/tuned --untuned {out}/untuned"
+            f" --value {out}/value --method ivg --width 2 --successors 2 --chunk-length 5 --reward {out}/gold"
+            f" --prompts {work}/imdb-prompts.jsonl --limit {scale.count(768)} --samples 1 {write} --seed 4"
+            f" --out {out}/rollouts-guided.jsonl",
+            ("tuned", "value"),
+        ),
+        Step(
+            "refined",
+            f"train value --model {out}/value --data {out}/rollouts-guided.jsonl --data {out}/rollouts-value.jsonl"
+            f" --out {out}/refined {value}",
+            ("guided-rollouts",),
+        ),
         Step("calibration", lambda: calibration.report(work), ("gold",)),
     ]
 

@@ -15,7 +15,12 @@ from benchmarks.smollm2.words import fit_words, log_odds
 from ivg.utils.jsonl import read_jsonl
 
 ROOT = Path(__file__).parents[2]
-RECIPES = {"sentiment": "sentiment", "summarization": "summarization", "instructions": "alpaca"}
+RECIPES = {
+    "sentiment": {"sentiment": 15, "sentiment-dev": 8},
+    "summarization": {"summarization": 15, "summarization-dev": 8},
+    "instructions": {"alpaca": 15},
+}
+"""Experiment -> recipe -> its number of methods, at least."""
 
 
 @pytest.fixture(scope="module")
@@ -149,15 +154,17 @@ def test_all_steps_and_the_recipe(experiment, work, tmp_path, ivg, monkeypatch):
         if not callable(step.command):
             assert ivg(*step.words)[0] == 0
     judges(work, monkeypatch)
-    recipe = (ROOT / "recipes" / "smollm2" / f"{RECIPES[experiment]}.toml").read_text()
-    recipe = recipe.replace('"smollm2"', f'"{base}"').replace("../../build/smollm2", str(work)).replace("build/smollm2", str(work))
-    recipe = recipe.replace('"judges.py', f'"{ROOT}/recipes/smollm2/judges.py').replace('"../grounded', f'"{ROOT}/recipes/grounded')
-    (tmp_path / "recipe.toml").write_text(recipe)
     small = ("--prompts", 2, "--seeds", 1, "--base-samples", 2, "--max-new-tokens", 6, "--dtype", "float32")
-    code, _, err = ivg("eval", RECIPES[experiment], "--recipe", tmp_path / "recipe.toml", "--out", tmp_path / "eval", *small)
-    assert code == 0, err
-    results = json.loads((tmp_path / "eval" / "results.json").read_text())
-    assert len(results["methods"]) > 14 and all(not m["errors"] for m in results["methods"].values())
+    for name, methods in RECIPES[experiment].items():
+        recipe = (ROOT / "recipes" / "smollm2" / f"{name}.toml").read_text()
+        recipe = recipe.replace('"smollm2"', f'"{base}"').replace("../../build/smollm2", str(work)).replace("build/smollm2", str(work))
+        recipe = recipe.replace('"judges.py', f'"{ROOT}/recipes/smollm2/judges.py').replace('"../grounded', f'"{ROOT}/recipes/grounded')
+        (tmp_path / "recipe.toml").write_text(recipe)
+        task = name.removesuffix("-dev")
+        code, _, err = ivg("eval", task, "--recipe", tmp_path / "recipe.toml", "--out", tmp_path / name, *small)
+        assert code == 0, (name, err)
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert len(results["methods"]) >= methods and all(not m["errors"] for m in results["methods"].values())
 
 
 def test_opposite_tastes(tmp_path, ivg):
