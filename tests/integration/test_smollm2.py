@@ -16,7 +16,7 @@ from ivg.utils.jsonl import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {
-    "sentiment": {"sentiment": 15, "sentiment-dev": 8},
+    "sentiment": {"sentiment": 15, "sentiment-dev": 8, "sentiment-steps": 5},
     "summarization": {"summarization": 15, "summarization-dev": 8},
     "instructions": {"alpaca": 15},
 }
@@ -160,7 +160,7 @@ def test_all_steps_and_the_recipe(experiment, work, tmp_path, ivg, monkeypatch):
         recipe = recipe.replace('"smollm2"', f'"{base}"').replace("../../build/smollm2", str(work)).replace("build/smollm2", str(work))
         recipe = recipe.replace('"judges.py', f'"{ROOT}/recipes/smollm2/judges.py').replace('"../grounded', f'"{ROOT}/recipes/grounded')
         (tmp_path / "recipe.toml").write_text(recipe)
-        task = name.removesuffix("-dev")
+        task = name.split("-")[0]
         code, _, err = ivg("eval", task, "--recipe", tmp_path / "recipe.toml", "--out", tmp_path / name, *small)
         assert code == 0, (name, err)
         results = json.loads((tmp_path / name / "results.json").read_text())
