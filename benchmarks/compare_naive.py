@@ -44,6 +44,7 @@ class NaiveSearch:
         self.settings, nets, method = settings, networks(model), settings.resolved_method
         guides = {name: nets[name] for name in ("tuned", "untuned") if method.token}
         self.models = naive.Models(nets["base"], **guides, value=nets["value"] if method.select else None)
+        self.networks = [*nets.values()]
 
     def run(self, prompts: Sequence[Prompt], new_tokens: int, seed: int) -> RunOutput:
         """See :class:`ivg.bench.systems.System`. No text of an answer is final before its end."""

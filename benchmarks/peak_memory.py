@@ -43,11 +43,11 @@ def measure_here(settings: BenchSettings) -> dict[str, Any]:
     (case,) = cases(settings)
     tiny = "tiny-llama" if "llama" in settings.shape else "tiny"
     small = replace(settings, shape=tiny, guide=None, prompts=2, prompt_tokens=8, new_tokens=12)
-    Session(small, {METHOD}).measure(replace(case, prompts=2, new_tokens=12), 0)
+    Session(small, {METHOD}).measure(replace(case, prompts=2, new_tokens=12), 0, roof=False)
     environment.malloc_trim()
     before = environment.resident_bytes(settings.device)
     session = Session(settings, {METHOD})
-    row = session.measure(case, 0)
+    row = session.measure(case, 0, roof=False)
     if before is None or row["peak"] is None:
         raise ModelError("this operating system does not report the peak memory of a process")
     networks = {id(r.model): r.model.network for r in language_models(session.model).values()}

@@ -17,6 +17,7 @@ def row(label, number, seconds, answers=2, **more):
         "threads": 2,
         "commit": "c",
         "others": 0.0,
+        "roofline": seconds / 2,
         "forward_tokens": {"base": 5},
         "sizes": {"base": 100, "tuned": 25},
     }

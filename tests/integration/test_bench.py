@@ -96,6 +96,42 @@ def test_systems_run_in_turn_and_count_what_they_read():
     assert method["caches"] > 0
 
 
+def test_products_are_counted_where_a_network_multiplies():
+    """Of a linear layer, of GPT-2's transposed one, and of a packed one; none after the context."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    from ivg.bench.roofline import Product, count_products, seconds
+
+    network = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), Conv1D(7, 5))
+    with count_products([network, network]) as found:
+        network(torch.ones(2, 4, 3))
+        network(torch.ones(1, 3))
+    network(torch.ones(1, 3))
+    assert found == {Product(8, 3, 5): 1, Product(8, 5, 7): 1, Product(1, 3, 5): 1, Product(1, 5, 7): 1}
+    assert sum(p.flops * n for p, n in found.items()) == 2 * 9 * (3 * 5 + 5 * 7)
+    cpu = torch.device("cpu")
+    assert seconds({}, torch.float32, cpu) == 0 < seconds(found, torch.bfloat16, cpu)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_roofline_counts_what_the_models_read(dtype, monkeypatch):
+    """generate reads the prompts of all rows, then one token of each; logits are of the last token. The packed layers count too."""
+    from ivg.bench import roofline
+
+    counted = []
+    monkeypatch.setattr(roofline, "seconds", lambda products, *_: counted.append(products) or 1.0)
+    rows = runner.run(replace(TINY, shape="tiny-llama", dtype=dtype, rounds=1))
+    assert [r["roofline"] for r in rows] == [1.0, 1.0]
+    plain, method = counted
+    heads = {p.rows: n for p, n in plain.items() if p.outputs == 400}
+    assert heads == {32: 7}  # W·K = 16 samples of 2 prompts, 7 tokens
+    read = sum(p.rows * n for p, n in plain.items() if (p.inputs, p.outputs) == (64, 32))  # one product in each of two layers
+    assert read == 2 * rows[0]["forward_tokens"]["base"]
+    read = sum(p.rows * n for p, n in method.items() if (p.inputs, p.outputs) == (64, 32))
+    assert read == 2 * sum(rows[1]["forward_tokens"].values())
+
+
 @pytest.mark.parametrize("method", ["bon", "cbs-explicit", "cards"])
 def test_any_method(method):
     rows = runner.run(replace(TINY, method=method, baselines=(), rounds=1))
@@ -160,6 +196,7 @@ def test_ratios_are_medians_of_rounds():
     method = found["systems"]["ivg"]
     assert (method["seconds"], method["answers_per_second"], method["tokens_per_second"]) == pytest.approx((6.0, 1 / 3, 20 / 6))
     assert (method["peak_bytes"], method["peak_above_bytes"]) == (300, 200)
+    assert (method["roofline_seconds"], method["over_roofline"]) == (3.0, 2.0)
     assert not report.contention_warning(found)
     assert "idle machine" in report.contention_warning(report.conditions([row("ivg", 0, 1.0, others=0.3)]))[0]
 

@@ -13,7 +13,7 @@ from typing import Any
 from ivg.bench.settings import BASELINES, METHOD, BenchSettings
 
 Row = Mapping[str, Any]
-COLUMNS = ("system", "prompts", "s", "answers/s", "tokens/s", "first s", "peak MiB", "+MiB", "TFLOP")
+COLUMNS = ("system", "prompts", "s", "answers/s", "tokens/s", "first s", "peak MiB", "+MiB", "TFLOP", "× roofline")
 CONTENTION = 0.05
 """Share of the processors that other processes may take before the report warns."""
 
@@ -22,6 +22,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     """Figures of one case: medians over its rounds; what was read is the same in all."""
     seconds = [r["seconds"] for r in rows]
     typical, answers = median(seconds), rows[0]["answers"]
+    roofs = [r["roofline"] for r in rows if r["roofline"] is not None]
     above = [r["peak"] - r["before"] for r in rows if r["peak"] is not None and r["before"] is not None]
     return {
         "prompts": answers,
@@ -36,6 +37,8 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
         "peak_above_bytes": max(above, default=None),
         "forward_tokens": dict(rows[0]["forward_tokens"]),
         "flops": rows[0]["flops"],
+        "roofline_seconds": median(roofs) if roofs else None,
+        "over_roofline": median(r["seconds"] / r["roofline"] for r in rows) if roofs else None,
     }
 
 
@@ -125,6 +128,7 @@ def _cells(label: str, f: Mapping[str, Any]) -> list[str]:
         mib(f["peak_bytes"]),
         mib(f["peak_above_bytes"]),
         f"{f['flops'] / 1e12:.3g}",
+        "?" if f["over_roofline"] is None else f"{f['over_roofline']:.2f}",
     ]
 
 

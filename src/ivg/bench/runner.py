@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ivg.bench import roofline
 from ivg.bench.settings import METHOD, BenchSettings
 from ivg.bench.shapes import build_model, make_prompts
 from ivg.bench.systems import SYSTEMS, System, Systems
@@ -114,16 +116,17 @@ class Session:
         self.sizes, self.commit = parameters(self.model), environment.commit()
         self._systems: dict[str, System] = {}
         self._prompts: list[Any] = []
+        self._products: dict[Case, Counter[roofline.Product]] = {}
 
     def warm_up(self, wanted: Sequence[Case]) -> None:
         """Run every system once, on the tokens of one chunk and one more."""
         few = (self.settings.resolved_method.chunk_length or 5) + 1
         for name in dict.fromkeys(c.system for c in wanted):
             own = [c for c in wanted if c.system == name]
-            self.measure(Case(name, name, max(c.prompts for c in own), min(few, max(c.new_tokens for c in own))), 0)
+            self.measure(Case(name, name, max(c.prompts for c in own), min(few, max(c.new_tokens for c in own))), 0, roof=False)
 
-    def measure(self, case: Case, number: int) -> dict[str, Any]:
-        """One row of round ``number``.
+    def measure(self, case: Case, number: int, *, roof: bool = True) -> dict[str, Any]:
+        """One row of round ``number``; ``roof``: with its ``roofline``, in seconds (:mod:`ivg.bench.roofline`).
 
         ``before`` is memory in use before the run (all models are loaded), ``peak`` the maximum during it; ``caches`` the maximum that
         the method's caches needed if rows shared nothing, ``held`` what they held; ``others`` the share of the processors that other
@@ -148,6 +151,7 @@ class Session:
             **asdict(case),
             "round": number,
             "seconds": seconds,
+            "roofline": self._roofline(case) if roof else None,
             "first_text_seconds": output.first_text_seconds,
             "answers": output.answers,
             "tokens": output.tokens,
@@ -164,6 +168,19 @@ class Session:
             "threads": self.threads,
             "commit": self.commit,
         }
+
+    def _roofline(self, case: Case) -> float | None:
+        """Seconds of the matrix products of ``case`` alone; they are counted in a run of their own, and timed anew in each round."""
+        system = self._system(case.system)
+        if not system.networks:
+            return None
+        if case not in self._products:
+            with roofline.count_products(system.networks) as found:
+                system.run(self._first_prompts(case.prompts), case.new_tokens, self.settings.seed)
+            self.model.reset_caches()
+            self._products[case] = found
+        base = self.model.reader.model
+        return roofline.seconds(self._products[case], next(base.network.parameters()).dtype, base.device)
 
     def _system(self, name: str) -> System:
         if name not in self._systems:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from ivg.bench.settings import METHOD, BenchSettings
 from ivg.bench.shapes import networks
@@ -44,6 +45,10 @@ class RunOutput:
 class System(Protocol):
     """Answers prompts; keeps nothing between calls but its models."""
 
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        """Networks of this process, whose products are counted; empty where they run in another."""
+
     def run(self, prompts: Sequence[Prompt], new_tokens: int, seed: int) -> RunOutput:
         """Answer ``prompts`` with exactly ``new_tokens`` tokens each."""
 
@@ -52,7 +57,7 @@ class GuidedSearch:
     """The method under test, by :class:`~ivg.GuidedModel`."""
 
     def __init__(self, settings: BenchSettings, model: GuidedModel) -> None:
-        self.settings, self.model = settings, model
+        self.settings, self.model, self.networks = settings, model, [*networks(model).values()]
 
     def run(self, prompts: Sequence[Prompt], new_tokens: int, seed: int) -> RunOutput:
         """See :class:`System`. The first final text of a prompt is what all its beams have in common."""
@@ -80,6 +85,7 @@ class HFSampling:
 
     def __init__(self, settings: BenchSettings, model: GuidedModel) -> None:
         self.settings, self.network = settings, networks(model)["base"]
+        self.networks = [self.network]
 
     def run(self, prompts: Sequence[Prompt], new_tokens: int, seed: int) -> RunOutput:
         """See :class:`System`. No text is final before the end."""
@@ -116,6 +122,7 @@ class VLLMSampling:
         except ImportError:
             raise MissingDependencyError("the baseline vllm needs vLLM\n  pip install 'ivg[vllm]', or leave it out") from None
         self.settings, self.vllm = settings, vllm
+        self.networks: list[nn.Module] = []  # they run in a process of vLLM's
         self.folder = tempfile.TemporaryDirectory()
         network: Any = networks(model)["base"]
         network.save_pretrained(self.folder.name)
