@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.smollm2 import calibration
 from ivg.utils.jsonl import as_lines, read_jsonl, write_text
@@ -166,6 +167,13 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
             f" --template {subject} --lr 1e-4 --batch-size 32 {train}",
             ("rollouts",),
         ),
+        # the pair that DPO makes of so few answers is weak; this one has read the best answer to each e-mail
+        Step("best", lambda: best_subjects(out / "rollouts.jsonl", out / "best.jsonl"), ("rollouts",)),
+        Step(
+            "expert",
+            f"train sft --model {base} --data {out}/best.jsonl --out {out}/expert --template {subject} --lr 5e-4 --batch-size 32 {train}",
+            ("best",),
+        ),
         Step(
             "value",
             f"train value --model {base} --data {out}/rollouts.jsonl --out {out}/value --mode head --compact-head --template {subject}"
@@ -219,3 +227,12 @@ def subject_pairs(mails: Path, samples: Path, out: Path) -> None:
             if text.strip() and text.strip().lower() != row["response"].strip().lower():
                 pairs.append({"prompt": row["prompt"], "chosen": row["response"], "rejected": text.rstrip()})
     write_text(out, as_lines(pairs))
+
+
+def best_subjects(rollouts: Path, out: Path) -> None:
+    """The sampled subject of each e-mail with the highest reward, but for empty ones, which the reward has never seen."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in read_jsonl(rollouts):
+        if not row.get("error") and row["response"].strip() and (row["prompt"] not in best or row["score"] > best[row["prompt"]]["score"]):
+            best[row["prompt"]] = row
+    write_text(out, as_lines({"prompt": row["prompt"], "response": row["response"].rstrip()} for row in best.values()))
