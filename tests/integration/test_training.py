@@ -241,6 +241,24 @@ def test_rows_of_like_length_share_a_batch_in_every_training(tmp_path, model, co
     assert sum(len(set(batch)) > 2 for batch in seen[0]) <= 1  # of ten lengths; the longest row comes first
 
 
+@pytest.mark.parametrize("command", ["sft", "dpo", "reward", "value"])
+def test_a_training_by_length_also_evaluates(tmp_path, model, command):
+    from ivg.training import tune, value
+
+    given = {"eval_share": 0.25, "per_device_train_batch_size": 4}
+    given["trainer_args"] = {"train_sampling_strategy": "group_by_length", "max_steps": 1}
+    texts = ["ab" * (1 + i % 5) for i in range(24)]
+    rated = [RatedResponse(Prompt(f"p{i // 2}"), text, float(i)) for i, text in enumerate(texts)]
+    if command == "value":
+        found = value.train_value(model, rated, tmp_path / "run", ValueTrainSettings(**given))
+        assert found["loss"] > 0
+        return
+    pairs = [Preference(Prompt(f"p{i}"), text, "x") for i, text in enumerate(texts)]
+    rows = [SFTExample(Prompt(f"p{i}"), text) for i, text in enumerate(texts)] if command == "sft" else pairs
+    settings = {"sft": SFTSettings, "dpo": DPOSettings, "reward": TrainSettings}[command](**given)
+    assert getattr(tune, command)(model, rows, tmp_path / "run", settings)
+
+
 def test_a_strategy_that_cannot_read_the_rows_is_refused(tmp_path, model):
     from ivg.training import tune
 

@@ -132,8 +132,17 @@ class GroupedByLength:
             )
         if strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
-        lengths = [row_length(row) for row in rows]
-        return LengthGroupedSampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths)
+        return _by_length(rows, self.args.train_batch_size * self.args.gradient_accumulation_steps, self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)  # type: ignore[misc]
+        return _by_length(eval_dataset, self.args.eval_batch_size, self.args.seed)
+
+
+def _by_length(rows: Any, batch_size: int, seed: int) -> LengthGroupedSampler:
+    lengths = [row_length(row) for row in rows]
+    return LengthGroupedSampler(batch_size, lengths=lengths, generator=torch.Generator().manual_seed(seed))
 
 
 def row_length(row: Any) -> int:
