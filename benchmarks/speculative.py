@@ -48,16 +48,16 @@ SIDES = {1: 1, 4: 2, 16: 4}
 # Models with a known agreement
 
 
-def constructed_models(shape: str, dtype: str, spread: float, *, agree: bool, seed: int = 0) -> GuidedModel:
+def constructed_models(shape: str, dtype: str, spread: float, *, agree: bool, seed: int = 0, device: str | None = None) -> GuidedModel:
     """A base, its guides and a value with a known agreement; see the module docstring."""
-    plain = build_model(shape, dtype=dtype, packed=False, seed=seed)
+    plain = build_model(shape, dtype=dtype, device=device, packed=False, seed=seed)
     nets, tokenizer = networks(plain), plain.base.tokenizer
     size = nets["untuned"].config.n_embd
     copies = nets["base"].config.n_embd // size
     generator = torch.Generator().manual_seed(seed + 100)
 
     def random(*dims: int) -> Tensor:
-        return torch.randn(*dims, generator=generator)
+        return torch.randn(*dims, generator=generator).to(nets["base"].device)
 
     def reader(name: str) -> CachedLM:
         return CachedLM(ModelRunner(pack(nets[name]), "explicit" if name == "value" else name), tokenizer)
@@ -215,6 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="gpt2-small-16k")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=32)
@@ -230,7 +231,7 @@ def main() -> None:
     found: Row = {"embedded": embedded(arguments) if arguments.only != "speed" else [], "speed": []}
     for pair, agree in (("agreeing", True), ("disagreeing", False)):
         if arguments.only != "embedded":
-            model = constructed_models(arguments.shape, arguments.dtype, arguments.spread, agree=agree)
+            model = constructed_models(arguments.shape, arguments.dtype, arguments.spread, agree=agree, device=arguments.device)
             found["dtype"] = str(next(model.reader.model.network.parameters()).dtype).removeprefix("torch.")
             found["speed"] += speed(model, pair, arguments)
     found |= {"machine": machine(), "threads": torch.get_num_threads(), "commit": commit(Path(__file__)), "command": command()}

@@ -67,6 +67,7 @@ SHAPES = {
     "gpt2-small": Shape("gpt2", 50257, 12, 768, 12, 1024, "guide-17m"),
     "gpt2-large": Shape("gpt2", 50257, 36, 1280, 20, 1024, "gpt2-small"),
     "gpt2-small-16k": Shape("gpt2", 16384, 12, 768, 12, 1024, "guide-17m"),
+    "gpt2-1.4b-16k": Shape("gpt2", 16384, 48, 1536, 24, 1024, "guide-17m"),
     "guide-17m": Shape("gpt2", 16384, 6, 384, 6, 1024, "guide-17m"),
     "llama-160m": Shape("llama", 32000, 12, 768, 12, 2048, "llama-160m", 12, 3072),
     "llama-1b": Shape("llama", 32000, 22, 2048, 32, 2048, "llama-160m", 4, 5632),
