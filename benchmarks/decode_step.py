@@ -75,7 +75,7 @@ def main() -> None:
         step = step_of(network, rows, arguments.context, steps)
         expected = step().float()
         row: dict[str, Any] = {"rows": rows, "eager": seconds(step, arguments.rounds, device)}
-        torch._dynamo.reset()
+        torch.compiler.reset()
         start = time.perf_counter()
         compiled = torch.compile(
             step_of(network, rows, arguments.context, steps), mode="reduce-overhead" if device.type == "cuda" else None
