@@ -58,13 +58,15 @@ test-long: $(VENV)/.dev ## the long tests
 	@$(PYTEST) -m long
 
 $(VENV)/.clients: $(VENV)/.dev
-	@echo "adding evaluation harnesses and clients of agents …"
+	@echo "adding evaluation harnesses, clients of agents and of benchmarks …"
 	@$(PIP) -c constraints.txt -e '.[clients]'
 	@if command -v npm >/dev/null; then npm install --silent --no-audit --no-fund --prefix $(VENV)/clients ai@6 @ai-sdk/openai@3 zod@4 || echo "npm could not fetch the AI SDK: its tests skip"; fi
+	@$(PYTHON) -m venv $(VENV)/guidellm && $(VENV)/guidellm/bin/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0 guidellm==0.8.1 \
+		|| echo "pip could not install guidellm: its tests skip"
 	@touch $@
 
-test-clients: $(VENV)/.clients ## the tests with other programs: lm-eval, Inspect, LangChain, and the AI SDK where there is npm
-	@$(RUN)/python -m pytest tests/integration/test_lm_eval.py tests/integration/test_inspect_ai.py tests/integration/test_agent_clients.py
+test-clients: $(VENV)/.clients ## the tests with other programs: lm-eval, Inspect, LangChain, guidellm, and the AI SDK where there is npm
+	@$(RUN)/python -m pytest tests/integration/test_lm_eval.py tests/integration/test_inspect_ai.py tests/integration/test_agent_clients.py tests/integration/test_load_clients.py
 
 # PyTorch and oneDNN then use what every x86 processor has: no bfloat16 instructions, no AVX512
 test-avx2: $(VENV)/.dev ## tests of the numerics, as on a plain AVX2 processor

@@ -1,13 +1,19 @@
 """Context lengths, chat templates, token ids, sampling settings and usage."""
 
+import json
+
 import httpx
 import pytest
+from transformers import AutoTokenizer
 
 from ivg.errors import ConfigError, ServeError
 from ivg.model import GuidedModel
 from ivg.models.prompt_encoder import has_chat_template
 from ivg.serving.protocol import ChatRequest, CompletionRequest
+from ivg.serving.requests import Progress
+from ivg.serving.responses import ResponseBuilder, TokenText
 from ivg.serving.served_models import ServedModels
+from ivg.serving.stream import StreamEncoder
 from ivg.settings.recipe import Recipe
 from ivg.settings.serve import ServeSettings
 from ivg.testing import byte_tokenizer, tiny_lm, tiny_value
@@ -62,6 +68,17 @@ def test_context_length_error(running, path, body, param):
 def test_models_list_their_context_length(running):
     data = httpx.get(f"{running.url}/v1/models").json()["data"]
     assert {m["max_model_len"] for m in data} == {CONTEXT}
+
+
+def test_models_say_where_their_tokenizer_is(running, tmp_path):
+    data = httpx.get(f"{running.url}/v1/models").json()["data"]
+    assert {m["id"]: (m["root"], m["parent"]) for m in data} == {
+        name: ("tiny", "tiny" if ":" in name else None) for name in running.served.names
+    }
+    byte_tokenizer().save_pretrained(tmp_path)
+    base = tiny_lm(tokenizer=AutoTokenizer.from_pretrained(tmp_path))
+    listed = ServedModels(GuidedModel(base), Recipe(search={"method": "base"}), ServeSettings(name="x")).listing()
+    assert {m["root"] for m in listed} == {str(tmp_path)}
 
 
 def test_each_request_has_its_own_instruction(running, library):
@@ -193,6 +210,25 @@ def test_continuous_usage_stats(running, method):
         assert len(set(counts)) > 4
     plain = running.post(body | {"stream_options": {"include_usage": True}}).text
     assert plain.count('"usage":{"prompt_tokens"') == 1
+
+
+def test_nothing_is_sent_before_the_first_text(running):
+    for kind, body, opening in (
+        (ChatRequest, CHAT, [{"role": "assistant", "content": ""}, {"content": "a"}, {"content": "b"}]),
+        (CompletionRequest, GOOD | {"echo": True}, ["Film", "a", "b"]),
+    ):
+        batch = running.served.prepare(kind.model_validate(body))
+        if batch.echo is not None:
+            batch.echo.step()
+        builder = ResponseBuilder(kind is ChatRequest, "tiny", batch, None, TokenText(tiny().engine.vocabulary), echo="echo" in body)
+        encoder = StreamEncoder(builder, usage=True, beams=False, continuous_usage=True)
+        assert not [
+            *encoder.start(),
+            *encoder.update(Progress(0, "", (), (), ())),
+        ]  # clients that measure take the first chunk for the first token
+        sent = [json.loads(event[6:]) for text in ("a", "ab") for event in encoder.update(Progress(0, text, (), (), (), tokens=len(text)))]
+        assert [c["choices"][0].get("delta", c["choices"][0].get("text")) for c in sent] == opening
+        assert [c["usage"]["completion_tokens"] for c in sent] == [0, 1, 2]
 
 
 def test_usage_counts_every_prompt_once(running):

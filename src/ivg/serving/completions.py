@@ -220,7 +220,8 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": chunk, "more_body": more})
 
         try:
-            await write(b"".join(self.encoder.start()))
+            if chunk := b"".join(self.encoder.start()):
+                await write(chunk)
             async for progress in _progress(self.handle, self.worker):
                 if chunk := b"".join(self.encoder.update(progress)):
                     await write(chunk)

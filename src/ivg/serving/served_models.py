@@ -139,12 +139,17 @@ class ServedModels:
         return wanted
 
     def listing(self) -> list[dict[str, Any]]:
-        """Name, context length and method settings of every model name."""
-        out = []
+        """Every model name with vLLM's ``root``, ``parent`` and ``max_model_len``, and the settings of its method.
+
+        Clients that count tokens take the tokenizer at ``root``.
+        """
+        out, root = [], str(self.model.base.tokenizer.name_or_path)
         for name, method_name in self.names.items():
             method = self.get_method(method_name, {})
+            bare, sign, _ = name.partition(":")
             length = self._context_length(method)
-            out.append({"id": name, **({} if length is None else {"max_model_len": length}), "ivg": describe_method(method)})
+            own = {} if length is None else {"max_model_len": length}
+            out.append({"id": name, "root": root or bare, "parent": bare if sign else None, **own, "ivg": describe_method(method)})
         return out
 
     def _context_length(self, method: Method) -> int | None:

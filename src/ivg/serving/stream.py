@@ -23,9 +23,9 @@ DONE = b"data: [DONE]\n\n"
 class EventEncoder(ABC):
     """Encodes a response as server-sent events."""
 
-    @abstractmethod
     def start(self) -> Iterator[bytes]:
-        """Before any text."""
+        """As soon as the request is accepted; default: nothing."""
+        return iter(())
 
     @abstractmethod
     def update(self, progress: Progress) -> Iterator[bytes]:
@@ -53,9 +53,14 @@ class StreamEncoder(EventEncoder):
     def __init__(self, builder: ResponseBuilder, *, usage: bool, beams: bool, continuous_usage: bool = False) -> None:
         self.builder, self.with_usage, self.beams, self.continuous_usage = builder, usage, beams, continuous_usage
         self.choices = [ChoiceState(i) for i in range(len(builder.batch.requests))]
+        self._opening = list(self._begin())
+        """Events that wait for the first text."""
 
-    def start(self) -> Iterator[bytes]:
-        """Before any text: the role, for chats; the prompts, where they are echoed."""
+    def _begin(self) -> Iterator[bytes]:
+        """Before the first text: the role, for chats; the prompts, where they are echoed.
+
+        Not earlier: clients that measure (vLLM's benchmark, say) take the first chunk for the first token.
+        """
         if self.builder.chat:
             for c in self.choices:
                 choice = {"index": c.index, "finish_reason": None, "logprobs": None, "delta": {"role": "assistant", "content": ""}}
@@ -67,6 +72,12 @@ class StreamEncoder(EventEncoder):
 
     def update(self, progress: Progress) -> Iterator[bytes]:
         """The events for ``progress``."""
+        if events := list(self._update(progress)):
+            yield from self._opening
+            self._opening = []
+        yield from events
+
+    def _update(self, progress: Progress) -> Iterator[bytes]:
         state, completion, builder = self.choices[progress.index], progress.completion, self.builder
         if self.beams and (progress.kept or progress.dropped):
             yield encode_event(self._beams(state, progress), "ivg.beams")
