@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-TIMEOUT = 120.0
+TIMEOUT = 600.0
 """Seconds for one screenshot."""
 
 
@@ -80,18 +80,23 @@ def server() -> Iterator[str]:
             thread.join(20)
 
 
+def wait_for_answers(page: Page, name: str) -> None:
+    """Press Run, and wait until both answers are complete."""
+    page.wait_for_selector("#method option", state="attached")
+    page.click("#run")
+    end = time.monotonic() + TIMEOUT
+    while not (page.is_disabled("#stop") and page.is_hidden("#recorded")):
+        if time.monotonic() > end or page.is_visible("#error"):
+            sys.exit(f"{name}: no answer within {TIMEOUT:g} s; the page says: {page.inner_text('#error')!r}")
+        time.sleep(0.1)
+
+
 def take(browser: Browser, url: str, screenshot: Screenshot, folder: Path) -> Path:
     """Run, wait for both answers, take the screenshot."""
     context = browser.new_context(viewport={"width": screenshot.width, "height": screenshot.height}, **screenshot.options)
     page = context.new_page()
     page.goto(url + screenshot.link)
-    page.wait_for_selector("#method option", state="attached")
-    page.click("#run")
-    end = time.monotonic() + TIMEOUT
-    while not (page.is_disabled("#stop") and page.locator("#guided .facts dd").count()):
-        if time.monotonic() > end:
-            sys.exit(f"{screenshot.name}: no answer within {TIMEOUT:g} s; the page says: {page.inner_text('#error')!r}")
-        time.sleep(0.1)
+    wait_for_answers(page, screenshot.name)
     page.evaluate("document.activeElement.blur(), document.getElementById('tree-scroll').scrollLeft = 0")
     screenshot.prepare(page)
     path = folder / f"{screenshot.name}.png"

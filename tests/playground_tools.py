@@ -45,10 +45,10 @@ def browser():
 
 @pytest.fixture
 def visit(browser, url):
-    """Opens the page with the link's settings; what the console complained about must be nothing, unless it is expected."""
+    """Opens the page, of the server ``at``, with the settings of a link; the console must not have complained, unless that is expected."""
     contexts, complaints = [], []
 
-    def open_page(link="", routes=(), **options):
+    def open_page(link="", routes=(), at=None, **options):
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         context.set_default_timeout(PATIENCE)
         contexts.append(context)
@@ -57,7 +57,7 @@ def visit(browser, url):
         page.on("pageerror", lambda e: complaints.append(str(e)))
         for pattern, handler in routes:
             page.route(pattern, handler)
-        page.goto(url + "/" + link)
+        page.goto(f"{at or url}/{link}")
         return page
 
     open_page.complaints = complaints
@@ -104,8 +104,9 @@ def keep(bodies):
         bodies.append((route.request.post_data_json, response.text()))
         route.fulfill(response=response)
 
-    return [("**/v1/completions", handler)]
+    return [("**/v1/**completions", handler)]
 
 
-EFT = "#m=eft&p=The+movie+was&b=1&t=0.7&n=24&s=1"
-IVG = "#m=ivg&p=The+movie+was&b=1&w=2&k=3&l=5&t=0.7&n=20&s=1"
+EFT = "#m=eft&p=The+movie+was&b=1&t=0.7&n=24&s=1&e=0"
+IVG = "#m=ivg&p=The+movie+was&b=1&w=2&k=3&l=5&t=0.7&n=20&s=1&e=0"
+"""``e=0``: the length is the length, also inside a sentence."""

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from ivg.serving.app import PLAYGROUND
 from playground_tools import EFT, IVG, answer, browser, events, finished, keep, model, ready, run, url, visit  # noqa: F401
 from serving_tools import wait_for
 
@@ -90,10 +91,49 @@ def test_beta_changes_the_answer(visit):
 
 def test_weights_are_sent(visit):
     bodies = []
-    page = visit("#m=eft&n=4&x=implicit:1,explicit:0.5,explicit-other:0", keep(bodies))
+    page = visit("#m=eft&n=4&e=0&x=implicit:1,explicit:0.5,explicit-other:0", keep(bodies))
     run(page)
     assert [b["guidance"].get("weights") for b, _ in bodies if b["guidance"]["method"] == "eft"] == [{"implicit": 1, "explicit": 0.5}]
     assert [b["guidance"].get("weights") for b, _ in bodies if b["guidance"]["method"] == "base"] == [None]
+
+
+def test_one_answer_after_the_other_and_only_what_changed(visit):
+    page = visit(EFT)
+    ready(page)
+    log = []
+    page.on("request", lambda r: r.method == "POST" and log.append(r.post_data_json["guidance"]["method"]))
+    page.on("requestfinished", lambda r: r.method == "POST" and log.append("done"))
+    run(page)
+    wait_for(lambda: page.evaluate("true") and log == ["base", "done", "eft", "done"])
+    before = answer(page, "base")
+    page.fill("#beta", "2")
+    run(page)
+    wait_for(lambda: page.evaluate("true") and log[4:] == ["eft", "done"])  # the unguided answer is the same
+    assert answer(page, "base") == before
+    page.fill("#seed", "2")
+    run(page)
+    wait_for(lambda: page.evaluate("true") and log[6:] == ["base", "done", "eft", "done"])
+    assert visit.complaints == []
+
+
+def test_a_recorded_run_is_shown_first(visit):
+    page = visit()
+    ready(page)
+    wait_for(lambda: page.is_visible("#recorded"))
+    assert "recorded run, not an answer of this server" in page.inner_text("#recorded")
+    recorded = json.loads((PLAYGROUND / "recorded" / "ivg.json").read_text())
+    text = next(e["data"] for e in recorded["guided"] if e["type"] == "text")
+    assert answer(page, "guided") == text
+    columns = [e["data"] for e in recorded["guided"] if e["type"] == "beams"]
+    assert page.locator("#tree-scroll .node").count() == sum(len(c["kept"]) + len(c["dropped"]) for c in columns) > 0
+    assert "recorded on" in page.inner_text("#guided .facts")
+    page.select_option("#method", "eft")
+    page.fill("#max_tokens", "4")
+    run(page)
+    assert page.is_hidden("#recorded")
+    assert "recorded" not in page.inner_text("#answers")
+    assert answer(page, "guided") != text
+    assert visit.complaints == []
 
 
 # The tree
@@ -178,7 +218,7 @@ def test_colours_show_direction_and_strength(visit):
 
 
 def test_an_error_marks_its_field(visit):
-    page = visit("#m=ivg&w=16&k=16&n=10")
+    page = visit("#m=ivg&w=16&k=16&n=10&e=0")
     ready(page)
     assert "This server allows 64" in page.inner_text("#successors-help")
     run(page)
@@ -191,7 +231,7 @@ def test_an_error_marks_its_field(visit):
     page.click("#run")
     wait_for(lambda: "prompt" in page.inner_text("#error").lower() and page.get_attribute("#prompt", "aria-invalid") == "true")
     page.fill("#prompt", "The movie was")
-    page.evaluate("location.hash = '#m=eft&n=4'")
+    page.evaluate("location.hash = '#m=eft&n=4&e=0'")
     wait_for(lambda: page.input_value("#method") == "eft")
     run(page)
     assert page.is_hidden("#error")
@@ -240,12 +280,18 @@ def test_api_key(visit):
             error = {"message": "no valid API key", "type": "authentication_error", "param": None, "code": "invalid_api_key"}
             route.fulfill(status=401, body=json.dumps({"error": error}))
 
-    page = visit("#m=eft&n=4", [("**/v1/*", guard)])
+    page = visit("#m=eft&n=4&e=0", [("**/v1/*", guard)])
     wait_for(lambda: page.is_visible("#key"))
-    assert "no valid API key" in page.inner_text("#error")
-    page.fill("#key", "secret-key")
+    assert "needs an API key" in page.inner_text("#key-form")
+    assert page.is_hidden("#key-error")
+    assert page.is_hidden("#error")
+    page.fill("#key", "wrong-key")
     page.keyboard.press("Enter")
+    wait_for(lambda: "no valid API key" in page.inner_text("#key-form"))
+    page.fill("#key", "secret-key")
+    page.click("#key-form button")
     ready(page)
+    assert page.is_hidden("#key-form")
     run(page)
     assert keys[-1] == "Bearer secret-key"
     assert "secret-key" not in page.url
@@ -261,7 +307,7 @@ def test_stop_stops(visit, monkeypatch):
         if selections:
             stopped.wait(200)
         steps = step(self)
-        selections.extend(s for s in steps if s.kept)
+        selections.extend(s for s in steps if len(s.kept) > 1)  # not of the unguided answer, which comes first
         return steps
 
     monkeypatch.setattr(Searcher, "step", wait_behind_the_first_selection)

@@ -3,6 +3,7 @@
 # ruff: noqa: F811
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.long
 
 
 def test_ctrl_enter_runs_from_the_prompt(visit):
-    page = visit("#m=eft&n=4")
+    page = visit("#m=eft&n=4&e=0")
     ready(page)
     page.fill("#prompt", "I went to")
     page.press("#prompt", "Control+Enter")
@@ -26,7 +27,7 @@ def test_ctrl_enter_runs_from_the_prompt(visit):
 
 
 def test_examples_run(visit):
-    page = visit("#m=eft&n=4")
+    page = visit("#m=eft&n=4&e=0")
     ready(page)
     assert page.locator("#examples button").count() == 3
     page.click("#examples button >> nth=1")
@@ -37,7 +38,7 @@ def test_examples_run(visit):
 
 
 def test_an_instruction_guides_and_is_in_the_link(visit):
-    page = visit("#m=contrast&n=4&i=A+wonderful+film.")
+    page = visit("#m=contrast&n=4&e=0&i=A+wonderful+film.")
     ready(page)
     assert page.is_visible("#contrast")
     assert page.input_value("#contrast") == "A wonderful film."
@@ -96,17 +97,44 @@ def test_method_sets_its_defaults(visit):
     assert page.input_value("#successors") == "16"
 
 
+def test_methods_are_those_of_the_servers_table(visit):
+    page = visit()
+    ready(page)
+    listed = page.evaluate("fetch('v1/models').then(r => r.json())")
+    table = {e["ivg"]["method"]: e["ivg"] for e in listed["data"] if e["ivg"]["method"] != "base"}
+    assert set(page.locator("#method option").evaluate_all("all => all.map(o => o.value)")) == set(table)
+    titles = page.locator("#method optgroup").evaluate_all("all => all.map(g => [g.label, [...g.children].map(o => o.value)])")
+    assert {len({table[name]["level"] for name in names}) for _, names in titles} == {1}
+    page.click("#methods summary")
+    words = page.inner_text("#method-list")
+    assert all(entry["summary"][1:] in words for entry in table.values())
+    page.click("#method-list .pick >> text=fudge")
+    assert page.input_value("#method") == "fudge"
+    page.focus("#method-help .term")
+    assert "Future discriminators" in page.inner_text("#pop")
+
+
+def test_a_phone_scrolls_to_the_answers(visit):
+    page = visit("#m=eft&n=4&e=0", viewport={"width": 320, "height": 700})
+    ready(page)
+    assert "below it the guided one" in page.inner_text(".lead")
+    assert "Right: guided" not in page.inner_text(".lead")
+    assert page.locator("#answers").bounding_box()["y"] > 500
+    run(page)
+    wait_for(lambda: abs(page.locator("#answers").bounding_box()["y"]) < 30)
+
+
 def test_nothing_overflows_a_phone(visit):
-    page = visit(IVG, viewport={"width": 360, "height": 740})
+    page = visit(IVG, viewport={"width": 320, "height": 740})
     run(page)
     page.locator("#settings summary").click()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
     page.locator("#guided .tok").last.click()
     assert page.is_visible("#pop")
     box = page.locator("#pop").bounding_box()
     assert box["x"] >= 0
-    assert box["x"] + box["width"] <= 360
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert box["x"] + box["width"] <= 320
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
 
 
 CONTRAST = """() => {
@@ -197,7 +225,7 @@ def test_live_regions_are_updated_rarely(visit):
     assert 2 <= len(messages) <= 4
     assert "done" in messages[-1]
     live = page.locator("[aria-live], [role=status], [role=alert]").evaluate_all("all => all.map(e => e.id)")
-    assert sorted(live) == ["error", "status"]
+    assert sorted(live) == ["error", "key-error", "status"]
 
 
 def test_reduced_motion(visit):
@@ -208,8 +236,30 @@ def test_reduced_motion(visit):
 
 def test_page_loads_nothing_from_elsewhere(visit):
     asked = []
-    page = visit("#m=eft&n=4", [("**/*", lambda route: (asked.append(route.request.url), route.continue_()))])
+    page = visit("#m=eft&n=4&e=0", [("**/*", lambda route: (asked.append(route.request.url), route.continue_()))])
     run(page)
     home = page.url[: page.url.index("/", 8)]
     assert len(asked) > 8
     assert all(address.startswith((home, "data:")) for address in asked)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 768, 1440])
+def test_axe_finds_no_fault(visit, width, scheme):
+    axe = pytest.importorskip("axe_playwright_python", reason="no axe: pip install -c constraints.txt -e '.[dev]'")
+    page = visit(viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce")
+    ready(page)
+    wait_for(lambda: page.is_visible("#recorded"))
+    page.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
+    page.evaluate("for (const id of ['key-form', 'conversation', 'system-field']) document.getElementById(id).hidden = false")
+    page.click("[data-form=recipe]")
+    page.locator("#guided .tok").nth(1).focus()
+    faults = {}
+    for place in ("", "reference"):
+        if place:
+            page.goto(f"{page.url.split('#')[0]}{place}")
+        page.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text())
+        found = page.evaluate("axe.run()")["violations"]
+        faults |= {f"{place} {v['id']}: {v['help']}": [n["html"][:120] for n in v["nodes"]] for v in found}
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert faults == {}

@@ -227,6 +227,8 @@ def test_models(running):
     assert extras["values"] == ["implicit", "explicit", "length"]
     assert extras["limits"]["max_tokens"] == 256
     assert extras["defaults"]["method"] == "ivg"
+    assert extras["guides"] == ["implicit", "explicit", "length"]
+    assert (extras["chat"], extras["end_at_sentence"]) == (False, True)
 
 
 def test_health_and_metrics(running):
@@ -252,7 +254,16 @@ def test_health_and_metrics(running):
 def test_playground_is_served(running):
     page = httpx.get(running.url)
     assert page.status_code == 200 and "text/html" in page.headers["content-type"]
-    assert "default-src 'self'" in page.headers["content-security-policy"]
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    reference = httpx.get(f"{running.url}/reference")
+    assert reference.status_code == 200
+    assert "text/html" in reference.headers["content-type"]
+    listed = httpx.get(f"{running.url}/v1/models").json()
+    assert all(f"<code>{e['ivg']['method']}</code>" in reference.text for e in listed["data"])
+    assert "<code>kl_budget</code>" in reference.text
+    assert "<code>/v1/chat/completions</code>" in reference.text
 
 
 def test_request_ids(running):

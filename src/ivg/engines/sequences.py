@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -112,7 +113,9 @@ def fail(request: ExpandRequest, message: str) -> list[Beam]:
 def append_token(
     child: TokenSequence, token: int, shift: float = 0.0, detail: TokenLogprobs | None = None, *, complete: bool = False
 ) -> None:
-    """Append a token; finishes the sequence at an end-of-sequence token, a stop string or the length limit, pauses it at a step's end.
+    """Append a token; finishes the sequence at an end-of-sequence token, a stop string, a sentence's end or the length limit.
+
+    At the end of a step it pauses.
 
     ``complete``: structured output is complete with it, which finishes the sequence, too.
     """
@@ -122,7 +125,7 @@ def append_token(
         child.end("stop")
     elif sampling.stop and (cut := stop_at(child.text, before, sampling.stop)) is not None:
         child.written, child.finish = child.text[:cut], "stop"
-    elif complete:
+    elif complete or (sampling.end_at_sentence and _ends_sentence(child)):
         child.end("stop")
     elif len(child.token_ids) >= sampling.max_new_tokens:
         child.end("length")
@@ -136,6 +139,13 @@ def append_token(
         child.pieces.append(new)
     if detail is not None:
         child.details.append(replace(detail, text=new))
+
+
+def _ends_sentence(child: TokenSequence) -> bool:
+    """Is the answer as long as it should be, and at the end of a sentence?"""
+    if child.answer_start is None or len(child.token_ids) < child.request.sampling.end_at_sentence:
+        return False
+    return ends_sentence(child.text[child.answer_text :])
 
 
 def _find_answer(child: TokenSequence, before: int) -> None:
@@ -154,6 +164,20 @@ def stop_at(text: str, before: int, stops: Sequence[str]) -> int | None:
     """Start of the first stop string that ends after position ``before``."""
     found = [text.find(s, max(0, before - len(s) + 1)) for s in stops if s]
     return min((f for f in found if f >= 0), default=None)
+
+
+def ends_sentence(text: str) -> bool:
+    """Does ``text`` end with a sentence or with a line? The full stop of "3." or "J." is no end."""
+    return bool(_SENTENCE_END.search(text))
+
+
+_SENTENCE_END = re.compile(
+    r"""(?:
+        (?:[!?…。！？] | \.\.\. | (?<![\d.]) (?<!\b[A-Z]) \.) ["'”’»)\]*_]* \s*
+        | \S\s*\n\s*
+    )\Z""",
+    re.VERBOSE,
+)
 
 
 def ends_step(text: str, before: int, separator: str) -> bool:

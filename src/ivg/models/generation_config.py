@@ -24,7 +24,17 @@ GenerationConfigMode = Literal["auto", "ignore"]
 """``auto``: the checkpoint's settings are defaults; ``ignore``: they are not. Its end-of-sequence tokens are always used."""
 
 _NOT_IN_FILES = frozenset(
-    {"stop", "ignore_eos", "frequency_penalty", "presence_penalty", "logit_bias", "stop_token_ids", "bad_words", *STRUCTURES}
+    {
+        "stop",
+        "end_at_sentence",
+        "ignore_eos",
+        "frequency_penalty",
+        "presence_penalty",
+        "logit_bias",
+        "stop_token_ids",
+        "bad_words",
+        *STRUCTURES,
+    }
 )
 _OWN_NAMES = {f.name: f.name for f in fields(SamplingParams) if f.name not in _NOT_IN_FILES} | {"stop_strings": "stop"}
 """transformers' names -> those of :class:`SamplingParams`."""

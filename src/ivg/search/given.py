@@ -86,7 +86,7 @@ def check_distribution(request: Request) -> None:
         raise ConfigError("log-probabilities need a temperature above 0, got 0\n  leave it out for the distribution at temperature 1")
     if sampling.structure is not None:
         raise ConfigError(f"log-probabilities: {sampling.structure[0]} forbids tokens of texts that are generated\n  leave it out")
-    for name in ("stop", "stop_token_ids", "forced_eos_token_id"):
+    for name in ("stop", "end_at_sentence", "stop_token_ids", "forced_eos_token_id"):
         if getattr(sampling, name):
             raise ConfigError(f"log-probabilities: {name} is about where an answer ends, and this one is given\n  leave it out")
 

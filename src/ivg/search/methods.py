@@ -23,6 +23,16 @@ CONTRAST = "contrast"
 _Kind = TypeVar("_Kind", TokenGuidance, Search, Rejection, Particles, Speculation, Tree, Thinking, Steps)
 
 
+LEVELS: Mapping[str, str] = {
+    "tokens and chunks": "Guide tokens and select chunks",
+    "tokens": "Guide every token",
+    "chunks": "Select chunks",
+    "answers": "Select among whole answers",
+    "none": "No guidance",
+}
+"""What methods guide or select, and the same as a title."""
+
+
 class Combine(Protocol):
     """Makes one value of several: ``values.base.combine_values``, or a function that caches what it makes."""
 
@@ -110,6 +120,15 @@ class Method(SearchSettings):
     def rule_name(self) -> str:
         """The selection rule, or the name of the function that is one."""
         return self.rule if isinstance(self.rule, str) else getattr(self.rule, "__name__", type(self.rule).__name__)
+
+    @property
+    def level(self) -> str:
+        """What the values guide or select, a key of :data:`LEVELS`."""
+        if not self.selectors:
+            return "tokens" if self.guides else "none"
+        if self.chunk_length is None and self.chunk_until is None:
+            return "answers"
+        return "tokens and chunks" if self.guides else "chunks"
 
     @property
     def reads_contrast(self) -> bool:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from ivg.errors import ServeError
 from ivg.serving.completions import JSON, CompletionEndpoint
+from ivg.serving.documentation import documentation
 from ivg.serving.metrics import CONTENT_TYPE
 from ivg.serving.middleware import RequestMiddleware, error_response, internal_error
 from ivg.serving.openapi import describe, request_body
@@ -46,7 +48,7 @@ def create_app(worker: Worker) -> FastAPI:
     _add_error_handlers(app)
     _add_openai(app, worker)
     _add_health(app, worker)
-    _add_playground(app)
+    _add_playground(app, worker.served)
     app.add_middleware(RequestMiddleware, settings=worker.settings, metrics=worker.metrics, paths=frozenset(PATHS))
     if worker.settings.cors_origins:
         app.add_middleware(
@@ -95,9 +97,7 @@ def _add_openai(app: FastAPI, worker: Worker) -> None:
 def _model_list(served: ServedModels) -> dict[str, Any]:
     created = int(time.time())
     data = [{"id": e.pop("id"), "object": "model", "created": created, "owned_by": "ivg", **e} for e in served.listing()]
-    names = ("max_hypotheses", "max_chunk_length", "max_candidates", "max_n", "deadline")
-    limits = {n: getattr(served.settings, n) for n in names} | {"max_tokens": served.max_tokens}
-    return {"object": "list", "data": data, "ivg": {"limits": limits, "values": list(served.model.values), "defaults": served.defaults}}
+    return {"object": "list", "data": data, "ivg": served.describe()}
 
 
 def _add_health(app: FastAPI, worker: Worker) -> None:
@@ -119,8 +119,15 @@ def _add_health(app: FastAPI, worker: Worker) -> None:
         return Response(worker.metrics.text(), media_type=CONTENT_TYPE)
 
 
-def _add_playground(app: FastAPI) -> None:
+def _add_playground(app: FastAPI, served: ServedModels) -> None:
     """One route for each file: a mount at / would answer wrong methods on other paths with 404."""
+    api = {r.path: (r.endpoint.__doc__ or "").partition("\n")[0] for r in app.routes if isinstance(r, APIRoute)}
+    reference = HTMLResponse(documentation(served, api), headers={"cache-control": "no-cache"})
+
+    async def get_reference() -> Response:
+        return reference
+
+    app.add_api_route("/reference", get_reference, methods=["GET", "HEAD"], include_in_schema=False)
 
     def page(file: Path) -> Callable[[], Awaitable[Response]]:
         async def get() -> Response:

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ivg.errors import ConfigError, ContextLengthError, PromptError, ServeError
+import ivg
+from ivg.errors import ConfigError, ContextLengthError, IVGError, PromptError, ServeError
 from ivg.model import GuidedModel
 from ivg.models.chat_template import is_chat
 from ivg.models.images import ImageReader
 from ivg.models.prompt_encoder import has_chat_template
 from ivg.search.given import NEUTRAL
-from ivg.search.methods import Method, method_names
+from ivg.search.methods import LEVELS, Method, method_names
 from ivg.search.request import QUANTUM, Request, streaming_stride
 from ivg.search.searcher import check_engine
 from ivg.search.tree import most_leaves
@@ -151,6 +152,28 @@ class ServedModels:
             own = {} if length is None else {"max_model_len": length}
             out.append({"id": name, "root": root or bare, "parent": bare if sign else None, **own, "ivg": describe_method(method)})
         return out
+
+    def describe(self) -> dict[str, Any]:
+        """What a page needs to know to offer settings: limits, values, defaults, and what models and engine can do."""
+        names = ("max_hypotheses", "max_chunk_length", "max_candidates", "max_n", "deadline")
+        return {
+            "version": ivg.__version__,
+            "limits": {n: getattr(self.settings, n) for n in names} | {"max_tokens": self.max_tokens},
+            "levels": dict(LEVELS),
+            "values": list(self.model.values),
+            "guides": [name for name in self.model.values if self._guides(name)],
+            "chat": has_chat_template(self.model.base),
+            "end_at_sentence": "end_at_sentence" not in self.model.engine.unsupported,
+            "defaults": self.defaults,
+        }
+
+    def _guides(self, value: str) -> bool:
+        """Can ``value`` guide tokens without candidates?"""
+        try:
+            check_engine(self.model.engine, self.model.request("x", self.model.get_method("custom", token=value)))
+        except IVGError:
+            return False
+        return True
 
     def _context_length(self, method: Method) -> int | None:
         """Tokens of prompt and completion together that all models of a method can read, as the base counts them."""
@@ -336,6 +359,13 @@ class ServedModels:
 
 def describe_method(method: Method) -> dict[str, Any]:
     """A method as JSON values."""
-    names = ("summary", "token", "select", "width", "successors", "chunk_length", "beta", "contrast", "negative", "select_combine")
+    names = ("summary", "token", "select", "width", "successors", "chunk_length", "beta", "candidates")
+    names += ("contrast", "negative", "select_combine")
     weights = {name: dict(getattr(method, name)) for name in ("weights", "select_weights", "select_reference")}
-    return {"method": method.name, "rule": method.rule_name, **{name: getattr(method, name) for name in names}, **weights}
+    return {
+        "method": method.name,
+        "level": method.level,
+        "rule": method.rule_name,
+        **{name: getattr(method, name) for name in names},
+        **weights,
+    }

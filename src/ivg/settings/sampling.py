@@ -133,6 +133,14 @@ class SamplingParams:
             accepts=list[int],
         ),
     ] = ()
+    end_at_sentence: Annotated[
+        int,
+        Setting(
+            "After this many tokens the response ends with its sentence, or its line, if that ends within max_new_tokens; 0 is off.",
+            _OFF,
+            flags=("--end-at-sentence",),
+        ),
+    ] = 0
     ignore_eos: Annotated[bool, Setting("Never draw an end-of-sequence token.", r.FLAG, flags=("--ignore-eos",))] = False
     min_new_tokens: Annotated[
         int,

@@ -70,7 +70,7 @@ class EndpointEngine(AsyncEngine):
             "servers have no common field for it, and ignore what they do not know; use the engine transformers or vllm",
         ),
         **dict.fromkeys(
-            ("min_length", *ONLY_TRANSFORMERS),
+            ("min_length", "end_at_sentence", *ONLY_TRANSFORMERS),
             "endpoints share no field for it; set it on the server, or use the transformers engine",
         ),
     }

@@ -31,7 +31,7 @@ def in_own_tokens(reader: CachedLM, request: ExpandRequest, children: Sequence[T
     decoded = reader.vocabulary.continue_text(ids, reader.vocabulary.start_decoding(prompt))[1]
     own = replace(beam, token_ids=ids, vocabulary=reader.vocabulary, decoded=decoded, guide_shift=(), pieces=(), details=())
     longest = len(ids) + request.tokens + MORE_TOKENS
-    sampling = replace(request.sampling, stop=(), max_new_tokens=longest + 1)  # stop strings and limits are the base's
+    sampling = replace(request.sampling, stop=(), end_at_sentence=0, max_new_tokens=longest + 1)  # where to end is said in the base's
     out = fork(replace(request, beam=own, sampling=sampling, record=False))
     for s, child in zip(out, children, strict=True):
         s.key, s.rng_path = child.key, child.rng_path

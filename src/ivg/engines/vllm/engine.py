@@ -85,6 +85,7 @@ class VLLMEngine(AsyncEngine):
             [f"{name}{IN_CHUNKS}" for name in LOOK_BACK],
             f"vLLM sees one chunk at a time, not the response before it; use a method without chunks (eft, bon), or {_ELSEWHERE}",
         ),
+        "end_at_sentence": f"vLLM ends a response at tokens and stop texts alone; {_ELSEWHERE}",
         **dict.fromkeys(
             ONLY_TRANSFORMERS,
             f"{_ELSEWHERE}; where the base's generation_config.json sets it: --generation-config ignore",

@@ -15,20 +15,23 @@ export async function models(key) {
   return (await request("v1/models", { headers: headers(key) })).json();
 }
 
+/** The path that answers a body. */
+export const pathFor = (body) => (body.messages ? "v1/chat/completions" : "v1/completions");
+
 /**
- * POST v1/completions as a stream.
+ * POST v1/completions, or v1/chat/completions for a body with messages, as a stream.
  * @param {object} body the request; `stream` and its options are added here
  * @param {{key?: string, signal?: AbortSignal}} how
- * @yields {{type: "text"|"beams"|"tokens"|"end", data: any}}
+ * @yields {{type: "text"|"thinking"|"beams"|"tokens"|"end", data: any}}
  */
 export async function* complete(body, { key, signal }) {
   const wanted = { ...body, stream: true, stream_options: { include_usage: true, include_beams: true } };
-  const response = await request("v1/completions", { method: "POST", headers: headers(key), body: JSON.stringify(wanted), signal });
+  const response = await request(pathFor(body), { method: "POST", headers: headers(key), body: JSON.stringify(wanted), signal });
   let done = false;
   for await (const { event, data } of events(response.body)) {
     if (data === "[DONE]") {
-      done = true;
-      break;
+      done = true; // the connection ends by itself
+      continue;
     }
     const found = parseJSON(data);
     if (found.error) throw new ServerError(found.error.message, { param: found.error.param });
@@ -41,7 +44,9 @@ export async function* complete(body, { key, signal }) {
 
 function* chunkEvents(chunk) {
   const choice = chunk.choices?.[0];
-  if (choice?.text) yield { type: "text", data: choice.text };
+  if (choice?.delta?.reasoning_content) yield { type: "thinking", data: choice.delta.reasoning_content };
+  const text = choice?.text ?? choice?.delta?.content;
+  if (text) yield { type: "text", data: text };
   if (chunk.ivg || choice?.finish_reason) yield { type: "end", data: { finish: choice?.finish_reason, ...chunk.ivg } };
 }
 

@@ -1,68 +1,71 @@
-// The page: start, run, stop, share, theme. api.js talks to the server; pane.js and tree.js show the answers.
+// The page: start, run, stop, share. run.js asks the server; pane.js and tree.js show the answers.
 
-import { Pane } from "./pane.js";
+import { ServerError, models } from "./api.js";
 import { byId, formatNumber, make } from "./dom.js";
+import { Conversation, showConversation } from "./chat.js";
+import { asCurl, asPython, asRecipe } from "./code.js";
+import { showGallery, showRecorded } from "./gallery.js";
 import { close } from "./popover.js";
+import { Runner } from "./run.js";
 import { Settings } from "./settings.js";
-import { Tree } from "./tree.js";
-import { ServerError, complete, models } from "./api.js";
+import { load, startTheme, store } from "./theme.js";
 
 const FILMS = ["The movie was", "I went to see this film with", "The acting in this picture"];
 const GENERAL = ["Plan a weekend in Lisbon.", "Explain why the sky is blue.", "Write a polite reply to a late customer."];
-const THEMES = ["auto", "light", "dark"];
 
-const base = new Pane(byId("base")), guided = new Pane(byId("guided"));
-const tree = new Tree({ scroll: byId("tree-scroll"), summaryText: byId("tree-summary"), legend: byId("tree-legend") });
-let settings = null;
-let running = null;
+const REDRAW_AFTER = 400; // milliseconds after the last move of a slider
+
+const runner = new Runner(), conversation = new Conversation();
+let settings = null, redrawing = null;
 
 // Running
 
-async function run() {
+async function run({ scroll = true } = {}) {
   if (!settings && !(await start())) return;
-  stop();
+  clearTimeout(redrawing);
   showError(null);
-  const control = new AbortController();
-  running = control;
-  setRunning(true);
   history.replaceState(null, "", settings.hash);
-  const prompt = byId("prompt").value, unguidedBody = settings.unguided, guidedBody = settings.guided;
-  const scoring = { scorer: settings.scorer, guidedScorer: settings.guidedScorer, scoredOnly: settings.scoredOnly };
-  tree.clear();
-  byId("tree-summary").textContent = "Waiting for the first chunk.";
-  announce("Both answers are being generated.");
-  const work = [generate(base, unguidedBody, prompt, control, null), generate(guided, guidedBody, prompt, control, tree)];
-  const ends = await Promise.all(work);
-  if (running !== control) return;
-  running = null;
+  setRunning(true);
+  announce("The answers are being written, the unguided one first.");
+  if (scroll) showAnswers();
+  const turns = settings.chat ? { base: conversation.base, guided: conversation.guided } : null;
+  showConversation(conversation, { done: false });
+  const ended = await runner.run({ prompt: byId("prompt").value, ...settings.requests(conversation), turns, key: key() });
+  if (!ended) return;
   setRunning(false);
-  if (!tree.nodes.length) byId("tree-summary").textContent = "No chunk was completed.";
-  const errors = ends.filter(Boolean);
-  showCosts(scoring, control.signal.aborted ? "stopped by you" : errors.length ? "by an error, see the message" : null);
-  if (errors.length) showError(errors[0]);
-  announce(errors.length ? "" : control.signal.aborted ? "Stopped." : summary());
+  showConversation(conversation, { done: runner.asked?.complete });
+  if (ended.error) showError(ended.error);
+  announce(ended.error ? "" : ended.stopped ? "Stopped." : summary());
 }
 
-/** Generate one answer; returns an error or null. */
-async function generate(pane, body, prompt, control, tree) {
-  pane.begin(prompt);
-  try {
-    for await (const event of complete(body, { key: key(), signal: control.signal })) {
-      if (control.signal.aborted) break;
-      pane.update(event);
-      if (event.type === "beams") tree?.update(event.data);
-    }
-    if (!control.signal.aborted) tree?.finish(pane.committed);
-  } catch (error) {
-    if (!control.signal.aborted) return error;
-  } finally {
-    if (running === control) pane.finish(); // else another run has started in this pane
-  }
-  return null;
+/** A slider of guidance moved: write the answer again, if this server has written one. */
+function redraw() {
+  clearTimeout(redrawing);
+  if (byId("redraw").checked && runner.asked) redrawing = setTimeout(() => runner.asked && run({ scroll: false }), REDRAW_AFTER);
 }
 
-function stop() {
-  running?.abort();
+/** The answers join the conversation; the next message comes behind them. */
+function goOn() {
+  if (!runner.asked?.complete) return;
+  conversation.add(runner.asked.prompt, runner.base.committed, runner.guided.committed);
+  runner.asked = null;
+  byId("prompt").value = "";
+  onChange();
+  showConversation(conversation, { done: false });
+  byId("prompt").focus();
+}
+
+function startOver() {
+  conversation.clear();
+  showConversation(conversation, { done: runner.asked?.complete });
+  byId("prompt").focus();
+}
+
+/** Scroll to the answers where they are below the form. */
+function showAnswers() {
+  if (byId("answers").getBoundingClientRect().top < byId("form").getBoundingClientRect().bottom) return;
+  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  byId("answers").scrollIntoView({ behavior: calm ? "auto" : "smooth", block: "start" });
 }
 
 function setRunning(on) {
@@ -71,21 +74,8 @@ function setRunning(on) {
   if (!on) byId("run").append(make("kbd", {}, "Ctrl ⏎"));
 }
 
-/** Show the cost of both answers relative to plain sampling; a value that only scores an answer is not counted. */
-function showCosts(scoring, note) {
-  const total = (end, without) => Object.entries(end?.usage ?? {}).filter(([name]) => name !== without);
-  const sum = (parts) => parts.reduce((n, [, tokens]) => n + tokens, 0);
-  const left = total(base.end, scoring.scorer), right = total(guided.end, scoring.scoredOnly ? scoring.scorer : null);
-  const plain = sum(left), most = Math.max(plain, sum(right), 1);
-  const cost = (pane, parts, scorer) => pane.end?.usage ? {
-    score: pane.end.score, scorer, read: sum(parts), ratio: plain ? sum(parts) / plain : null, share: sum(parts) / most, usage: Object.fromEntries(parts),
-  } : null;
-  base.showCost(cost(base, left, scoring.scorer), base.end ? null : note);
-  guided.showCost(cost(guided, right, scoring.guidedScorer), guided.end ? null : note);
-}
-
 function summary() {
-  const [a, b] = [base.end?.score, guided.end?.score];
+  const [a, b] = [runner.base.end?.score, runner.guided.end?.score];
   const scores = typeof a === "number" && typeof b === "number" ? ` Scores: unguided ${formatNumber(a)}, guided ${formatNumber(b)}.` : "";
   return `Both answers are done.${scores}`;
 }
@@ -108,27 +98,40 @@ function showError(error) {
   const wait = error.retry ? ` Try again in ${error.retry} s.` : "";
   box.append(make("b", {}, error.status ? "The server refused the request." : "Something went wrong."), make("span", {}, error.message, wait), make("em", {}, field));
   control?.setAttribute("aria-invalid", "true");
-  if (error.status === 401) byId("key-box").hidden = false;
-  if (error.status === 401) byId("key").focus();
+  if (!box.closest("#form").contains(document.activeElement)) box.scrollIntoView({ block: "nearest" });
   if (error instanceof Error && !(error instanceof ServerError)) console.error(error); // a bug of this page
 }
 
-// Start
+// The key
 
 function key() {
   return byId("key").value.trim();
 }
 
+/** Ask for the key, and say what was wrong with the one that was given. */
+function askForKey(error) {
+  byId("key-form").hidden = false;
+  byId("key-error").hidden = !key();
+  byId("key-error").textContent = key() ? `This key was refused: ${error.message}.` : "";
+  if (key()) byId("key").setAttribute("aria-invalid", "true");
+  byId("key").focus();
+}
+
+// Start
+
 async function start() {
   try {
     settings = new Settings(await models(key()));
   } catch (error) {
-    showError(error);
+    if (error.status === 401) askForKey(error);
+    else showError(error);
     return false;
   }
   showError(null);
-  store("ivg.key", key(), sessionStorage);
+  byId("key-form").hidden = true;
+  store("ivg.key", key(), "sessionStorage");
   examples();
+  byId("conversation").hidden = !settings.chat;
   const missing = settings.restore(location.hash);
   if (missing) showError({ message: missing, param: "method" });
   return true;
@@ -157,65 +160,66 @@ function onChange() {
   if (settings) history.replaceState(null, "", settings.hash);
 }
 
-async function share() {
+/** Copy `text`, and say so on the button; `otherwise` where that is not allowed. */
+async function copy(text, button, done, otherwise) {
+  const words = await navigator.clipboard?.writeText(text).then(() => done, () => otherwise) ?? otherwise;
+  button.dataset.label ??= button.textContent;
+  button.textContent = words;
+  announce(`${words}.`);
+  setTimeout(() => (button.textContent = button.dataset.label), 2000);
+}
+
+function share() {
   if (!settings) return;
   history.replaceState(null, "", settings.hash);
-  let copied = true;
-  try {
-    await navigator.clipboard.writeText(location.href);
-  } catch {
-    copied = false; // not allowed, or not a secure context
+  copy(location.href, byId("share"), "Link copied", "Link is in the address bar");
+}
+
+/** Show and copy the guided request in the form of the button. */
+function showCode({ currentTarget: button }) {
+  if (!settings) return;
+  const body = settings.plainRequest(conversation), secret = Boolean(key());
+  const text = { curl: asCurl, python: asPython }[button.dataset.form]?.(body, secret) ?? asRecipe(body, settings.model);
+  byId("code").textContent = text;
+  byId("code").hidden = false;
+  copy(text, button, "Copied", "Not allowed to copy: see below");
+}
+
+/** Show a recorded example, and its settings as far as this server has them. */
+async function showExample(example) {
+  runner.stop();
+  showError(null);
+  if (settings) {
+    const link = new URLSearchParams(example.link.slice(1));
+    if (settings.model !== "embedded") link.delete("p");
+    const missing = settings.restore(`#${link}`);
+    history.replaceState(null, "", settings.hash);
+    if (missing) showError({ message: missing, param: "method" });
   }
-  const words = copied ? "Link copied" : "Link is in the address bar";
-  byId("share").textContent = words;
-  announce(`${words}.`);
-  setTimeout(() => (byId("share").textContent = "Copy link"), 2000);
-}
-
-function store(name, value, where = localStorage) {
-  try {
-    where.setItem(name, value);
-  } catch {
-    // storage is disabled
-  }
-}
-
-function load(name, where = localStorage) {
-  try {
-    return where.getItem(name);
-  } catch {
-    return null;
-  }
-}
-
-function setTheme(name) {
-  if (name === "auto") delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = name;
-  byId("theme").textContent = `Theme: ${{ auto: "system", light: "light", dark: "dark" }[name]}`;
-  byId("theme").dataset.now = name;
-}
-
-function nextTheme() {
-  const name = THEMES[(THEMES.indexOf(byId("theme").dataset.now) + 1) % THEMES.length];
-  setTheme(name);
-  store("ivg.theme", name);
+  setRunning(false);
+  if (await showRecorded(runner, example.name)) announce(`Recorded example: ${example.title}.`);
+  showAnswers();
 }
 
 function onKey(event) {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
     run();
-  } else if (event.key === "Escape" && !close()) stop();
+  } else if (event.key === "Escape" && !close()) runner.stop();
 }
 
 function addListeners() {
+  showGallery(showExample);
+  for (const id of ["beta", "mix", "select-mix"]) byId("form").addEventListener("change", (e) => e.target.closest(`#${id}`) && redraw());
+  for (const button of document.querySelectorAll("[data-form]")) button.addEventListener("click", showCode);
+  byId("continue").addEventListener("click", goOn);
+  byId("restart").addEventListener("click", startOver);
   byId("form").addEventListener("submit", (e) => (e.preventDefault(), run()));
-  byId("form").addEventListener("input", (e) => e.target.id !== "key" && onChange());
+  byId("form").addEventListener("input", onChange);
   byId("method").addEventListener("change", () => (settings?.resetMethod(), onChange()));
-  byId("key").addEventListener("change", () => start());
-  byId("stop").addEventListener("click", stop);
+  byId("key-form").addEventListener("submit", (e) => (e.preventDefault(), start().then((ok) => ok && byId("prompt").focus())));
+  byId("stop").addEventListener("click", () => runner.stop());
   byId("share").addEventListener("click", share);
-  byId("theme").addEventListener("click", nextTheme);
   byId("defaults").addEventListener("click", () => (settings?.resetAll(), onChange()));
   byId("dice").addEventListener("click", () => {
     byId("seed").value = Math.floor(Math.random() * 100000);
@@ -225,8 +229,9 @@ function addListeners() {
   addEventListener("hashchange", () => settings?.restore(location.hash));
 }
 
-setTheme(THEMES.includes(load("ivg.theme")) ? load("ivg.theme") : "auto");
-byId("key").value = load("ivg.key", sessionStorage) ?? "";
+startTheme();
+byId("key").value = load("ivg.key", "sessionStorage") ?? "";
 byId("settings").open = matchMedia("(min-width: 761px)").matches;
 addListeners();
+if (!location.hash) showRecorded(runner, "ivg");
 start();

@@ -1,6 +1,7 @@
 // One pane: an answer as it is streamed, and its cost.
 
 import { along, count, formatNumber, make, roving } from "./dom.js";
+import { showTurns } from "./chat.js";
 import { tokenContent, close, attachPopover } from "./popover.js";
 
 /** A pane with an answer. */
@@ -14,25 +15,45 @@ export class Pane {
   }
 
   clear() {
-    Object.assign(this, { committed: "", details: [], draft: [], spans: [], started: performance.now(), first: null, end: null });
+    Object.assign(this, { committed: "", thinking: "", details: [], draft: [], spans: [], started: performance.now(), first: null, end: null, recordedOn: null, wanted: null });
   }
 
-  /** Start a new answer to `prompt`. */
-  begin(prompt) {
+  /** Start a new answer to `prompt`; of a chat, behind the messages `turns`. */
+  begin(prompt, turns = null) {
     this.clear();
     close();
     this.text.classList.remove("empty");
     this.text.setAttribute("aria-busy", "true");
     this.tail = document.createTextNode("");
-    this.text.replaceChildren(make("span", { class: "prompt" }, prompt), this.tail);
+    const said = turns ? showTurns([...turns, { role: "user", content: prompt }]) : [make("span", {}, prompt)];
+    this.thought = make("p", { class: "thinking", hidden: "" });
+    this.text.replaceChildren(make("div", { class: turns ? "prompt turns" : "prompt" }, ...said), this.thought, this.tail);
     this.facts.replaceChildren();
+  }
+
+  /** Another answer is written first. */
+  wait(prompt, turns, why) {
+    this.begin(prompt, turns);
+    this.text.setAttribute("aria-busy", "false");
+    this.tail.data = "";
+    this.facts.replaceChildren(make("dt", {}, "Waits"), make("dd", {}, why));
+  }
+
+  /** Show an answer that was recorded. */
+  play(prompt, events, recordedOn, wanted) {
+    this.begin(prompt);
+    Object.assign(this, { recordedOn, wanted });
+    events.forEach((event) => this.update(event));
+    this.finish();
   }
 
   /** Handle one event of the API. */
   update({ type, data }) {
     if (type === "text") {
-      this.first ??= (performance.now() - this.started) / 1000;
+      if (!this.recordedOn) this.first ??= (performance.now() - this.started) / 1000;
       this.committed += data;
+    } else if (type === "thinking") {
+      this.thinking += data;
     } else if (type === "tokens") this.details.push(...data);
     else if (type === "beams") this.draft = bestDraft(data.kept);
     else this.end = { ...this.end, ...data };
@@ -52,17 +73,31 @@ export class Pane {
 
   /** Tokens to show: the committed ones with details, then those of the best draft. */
   get tokens() {
+    if (this.thinking) return this.answerTokens;
     const tokens = this.details.map((t) => ({ ...t, tentative: false }));
     let at = this.details.reduce((n, t) => n + t.text.length, 0), seen = 0;
-    for (const t of this.draft) {
+    for (const t of this.draft) { // of a search
       seen += t.text.length;
       if (seen > at) tokens.push({ ...t, tentative: seen > this.committed.length });
     }
     return tokens.filter((t) => t.text);
   }
 
+  /** Tokens behind the thinking; they are known as such when the answer is complete. */
+  get answerTokens() {
+    let before = this.details.reduce((n, t) => n + t.text.length, 0) - this.committed.length;
+    if (!this.end || before < 0) return [];
+    return this.details.flatMap((t) => {
+      const skip = Math.min(Math.max(before, 0), t.text.length);
+      before -= t.text.length;
+      return skip < t.text.length ? [{ ...t, text: t.text.slice(skip), tentative: false }] : [];
+    });
+  }
+
   /** Reuses the spans, so that the focus is not lost. */
   render() {
+    this.thought.hidden = !this.thinking;
+    this.thought.textContent = this.thinking;
     const tokens = this.tokens;
     tokens.forEach((token, i) => {
       const span = this.spans[i] ?? this.add();
@@ -100,11 +135,26 @@ export class Pane {
       row("Cost", [cost.ratio === null ? "" : `${formatNumber(cost.ratio, cost.ratio < 10 ? 1 : 0)} × plain sampling`, make("span", { class: "cost", "aria-hidden": "true" }, bar)]);
       row("Tokens read", `${cost.read.toLocaleString("en")} (${parts})`);
     }
-    if (this.first !== null) row("First text", `${formatNumber(this.first)} s`);
-    if (this.end?.seconds !== undefined) row("Total time", `${formatNumber(this.end.seconds)} s`);
-    const why = { stop: "end of text", length: "maximum length" }[this.end?.finish];
+    const why = this.ended;
     if (note ?? why) row("Ended", note ?? why);
+    if (this.time) row("Time", this.time);
     this.facts.replaceChildren(...rows);
+  }
+
+  /** Why the answer ends where it does, in words; null while it is unknown. */
+  get ended() {
+    const long = this.wanted && this.details.length >= this.wanted;
+    if (this.end?.finish === "stop") return long ? "end of the sentence, the length is reached" : "the model ended its text";
+    if (this.end?.finish === "length") return this.wanted ? "maximum length, inside a sentence" : "maximum length";
+    return null;
+  }
+
+  /** How long it took, in words; null while it is unknown. */
+  get time() {
+    const first = this.first === null ? "" : `first text after ${formatNumber(this.first)} s`;
+    if (this.end?.seconds === undefined) return first || null;
+    const note = [this.recordedOn, first].filter(Boolean).join("; ");
+    return `${formatNumber(this.end.seconds)} s in all${note && `; ${note}`}`;
   }
 
   /** Number of committed tokens, in words. */
@@ -116,7 +166,7 @@ export class Pane {
 /** Tokens of the best kept draft. */
 function bestDraft(kept) {
   const first = kept.reduce((a, b) => (!a || (b.score ?? 0) > (a.score ?? 0) ? b : a), null);
-  return first ? first.tokens.map((text, i) => ({ text, shift: first.shift[i] ?? 0 })) : [];
+  return first?.tokens ? first.tokens.map((text, i) => ({ text, shift: first.shift[i] ?? 0 })) : [];
 }
 
 /** CSS classes of a token: direction and strength of its shift; none below 0.1 nats. */

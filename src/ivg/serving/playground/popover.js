@@ -56,7 +56,7 @@ export function describeShift(shift) {
 
 /** Content for a token: its shift, and its alternatives before and after guidance. */
 export function tokenContent(token) {
-  const head = [make("h3", {}, `“${visible(token.text)}”`), make("div", {}, `${describeShift(token.shift)} (${signed(token.shift)} nats)`)];
+  const head = [make("h3", {}, `“${visible(token.text)}”`), make("div", {}, `${describeShift(token.shift)} (${signed(token.shift)} nats; 0.69 nats are a factor of 2)`)];
   if (!token.top) return head;
   return [...head, alternativesTable(alternatives(token), token)];
 }

@@ -1,19 +1,15 @@
 // The settings: controls, their defaults for each method, the link that stores them, and the request bodies.
 
-import { byId, make } from "./dom.js";
+import { CONTROLS, WHOLE, slider } from "./controls.js";
+import { byId } from "./dom.js";
+import { methodList, methodOptions, sentence } from "./methods.js";
+import { Mix, nonzero } from "./mix.js";
+import { explained } from "./words.js";
 
-const CONTROLS = [
-  { id: "beta", letter: "b", label: "Guidance strength β", help: "0: no guidance; larger values guide more strongly.", min: 0, max: 4, step: 0.1 },
-  { id: "width", letter: "w", label: "Drafts kept W", help: "Number of drafts kept after each chunk.", min: 1, max: 16, step: 1 },
-  { id: "successors", letter: "k", label: "Continuations per draft K", help: "Number of continuations sampled from each kept draft.", min: 1, max: 16, step: 1 },
-  { id: "chunk_length", letter: "l", label: "Chunk length L", help: "Tokens between two selections.", min: 1, max: 51, step: 1 },
-  { id: "temperature", letter: "t", label: "Temperature", help: "0 is greedy; higher values are more random.", min: 0, max: 2, step: 0.05 },
-  { id: "max_tokens", letter: "n", label: "Maximum length", help: "In tokens, about ¾ of a word each.", min: 1, max: 200, step: 1 },
-];
-const WHOLE = 51;
 const SEARCH = ["beta", "width", "successors", "chunk_length"];
 const INSTRUCTIONS = ["contrast", "negative"];
-const LINKED = { prompt: "p", method: "m", seed: "s", contrast: "i", negative: "o", ...Object.fromEntries(CONTROLS.map((k) => [k.id, k.letter])) };
+const LINKED = { prompt: "p", method: "m", seed: "s", contrast: "i", negative: "o", system: "y", ...Object.fromEntries(CONTROLS.map((k) => [k.id, k.letter])) };
+const SENTENCE = 40; // tokens that an answer may be longer, to the end of its sentence
 
 /** All controls of the form. */
 export class Settings {
@@ -22,14 +18,15 @@ export class Settings {
     this.model = listing.data[0].id;
     this.methods = new Map(listing.data.slice(1).map((entry) => [entry.ivg.method, entry.ivg]));
     const fallback = listing.data[0].ivg;
-    if (!this.methods.has(fallback.method)) this.methods.set(fallback.method, fallback);
     this.methods.set(fallback.method, fallback);
     this.start = fallback.method;
-    ({ limits: this.limits, values: this.values, defaults: this.defaults } = { limits: {}, values: [], defaults: {}, ...listing.ivg });
+    this.server = listing.ivg;
+    ({ limits: this.limits, values: this.values, defaults: this.defaults, chat: this.chat } = listing.ivg);
     this.build();
     this.resetAll();
   }
 
+  /** The value that scores answers where the method has none of its own. */
   get scorer() {
     return ["explicit", "reward"].find((name) => this.values.includes(name)) ?? null;
   }
@@ -40,11 +37,24 @@ export class Settings {
 
   build() {
     const known = [...this.methods.values()].filter((m) => m.method !== "base");
-    byId("method").replaceChildren(...known.map((m) => make("option", { value: m.method }, methodLabel(m))));
+    byId("method").replaceChildren(...methodOptions(known, this.server.levels));
+    byId("method-list").replaceChildren(...methodList(known, this.server.levels, (name) => this.choose(name)));
     byId("method").value = this.start === "base" ? known[0]?.method : this.start;
     byId("sliders").replaceChildren(...CONTROLS.map((k) => slider({ ...k, max: this.most(k) })));
-    byId("weights").replaceChildren(...this.values.map((name) => slider({ id: `weight-${name}`, label: name, min: -2, max: 2, step: 0.1 })));
-    byId("mix").hidden = this.values.length < 2;
+    byId("sentence-field").hidden = !this.server.end_at_sentence;
+    const tokens = { level: "weight", single: "token", several: "weights", names: this.server.guides };
+    const chunks = { level: "select", single: "select", several: "select_weights", names: this.values };
+    this.tokenMix = new Mix({ ...tokens, box: byId("mix") });
+    this.chunkMix = new Mix({ ...chunks, box: byId("select-mix") });
+    byId("prompt-label").textContent = this.chat ? "Message" : "Prompt";
+    byId("system-field").hidden = !this.chat;
+  }
+
+  /** Choose a method, as by the menu. */
+  choose(name) {
+    byId("method").value = name;
+    byId("method").dispatchEvent(new Event("change", { bubbles: true }));
+    byId("method").focus();
   }
 
   most({ id, max }) {
@@ -56,6 +66,7 @@ export class Settings {
   resetAll() {
     byId("temperature").value = this.defaults.temperature ?? 1;
     byId("max_tokens").value = this.defaults.max_new_tokens ?? 50;
+    byId("sentence").checked = true;
     this.resetMethod();
   }
 
@@ -63,21 +74,14 @@ export class Settings {
   resetMethod() {
     const m = this.method;
     for (const id of SEARCH) byId(id).value = m[id] ?? WHOLE;
-    for (const name of this.values) byId(`weight-${name}`).value = this.ownWeight(name);
+    for (const mix of [this.tokenMix, this.chunkMix]) mix.reset(m);
     for (const id of INSTRUCTIONS) byId(id).value = m[id] ?? byId(id).value;
     this.refresh();
   }
 
-  ownWeight(name) {
-    const { token, weights } = this.method;
-    if (weights && Object.keys(weights).length) return weights[name] ?? 0;
-    return token === name ? 1 : 0;
-  }
-
   /** Weights of the token guides if they differ from the method's; null otherwise. */
   get customWeights() {
-    const mix = Object.fromEntries(this.values.map((name) => [name, Number(byId(`weight-${name}`).value)]));
-    return this.values.some((name) => mix[name] !== this.ownWeight(name)) ? mix : null;
+    return this.tokenMix.changed(this.method);
   }
 
   get hasGuidance() {
@@ -97,7 +101,7 @@ export class Settings {
   /** Update labels, help texts and disabled controls. */
   refresh() {
     const m = this.method, value = (id) => Number(byId(id).value), alone = m.rule === "reject";
-    byId("method-help").textContent = `${m.summary[0].toUpperCase()}${m.summary.slice(1)}.`;
+    byId("method-help").replaceChildren(...explained(sentence(m.summary)));
     for (const input of document.querySelectorAll("#settings input[type=range]")) {
       const whole = input.id === "chunk_length" && Number(input.value) >= WHOLE;
       const text = whole ? "whole answer" : String(Number(input.value)).replace("-", "−");
@@ -113,6 +117,8 @@ export class Settings {
       byId("successors-help").textContent = `W · K = ${drafts} drafts at a time.${over}`;
     }
     byId("instruction").hidden = !this.hasInstruction;
+    byId("mix").hidden = this.tokenMix.names.length < 2;
+    byId("select-mix").hidden = this.values.length < 2 || !this.hasSelection;
     byId("guided-sub").textContent = m.method === "ivg" ? "Integrated Value Guidance" : m.method;
   }
 
@@ -124,31 +130,68 @@ export class Settings {
 
   // Requests
 
-  /** Fields of both requests. */
-  get shared() {
-    const number = (id) => Number(byId(id).value);
-    return { model: this.model, prompt: byId("prompt").value, temperature: number("temperature"), max_tokens: number("max_tokens"), seed: number("seed") };
+  /**
+   * Both requests, and which values score the answers.
+   * @param {import("./chat.js").Conversation} conversation what was said before
+   */
+  requests(conversation) {
+    const scorer = this.scorerName;
+    return {
+      unguided: this.body(conversation.base, { method: "base", ...this.scoring }),
+      guided: this.body(conversation.guided, { ...this.guidance, ...(this.hasSelection ? {} : this.scoring) }),
+      scoring: { scorer, guidedScorer: scorer, scoredOnly: this.scoredOnly },
+    };
   }
 
-  /** The model alone; scored if there is a value, so that the two can be compared. */
-  get unguided() {
-    return { ...this.shared, guidance: { method: "base", ...(this.scorer ? { select_value: this.scorer } : {}) } };
+  /** The guided request as other programs send it: without what only scores the answer. */
+  plainRequest(conversation) {
+    return this.body(conversation.guided, this.guidance);
   }
 
-  /** The guided request. */
-  get guided() {
+  body(turns, guidance) {
+    const number = (id) => Number(byId(id).value), prompt = byId("prompt").value, system = byId("system").value.trim();
+    const messages = [...(system ? [{ role: "system", content: system }] : []), ...turns, { role: "user", content: prompt }];
+    return {
+      model: this.model, ...(this.chat ? { messages } : { prompt }),
+      temperature: number("temperature"), max_tokens: this.longest, seed: number("seed"),
+      guidance: { ...guidance, ...(this.wholeSentences ? { end_at_sentence: number("max_tokens") } : {}) },
+    };
+  }
+
+  get wholeSentences() {
+    return this.server.end_at_sentence && byId("sentence").checked;
+  }
+
+  /** Tokens that an answer may have. */
+  get longest() {
+    const length = Number(byId("max_tokens").value);
+    return this.wholeSentences ? Math.min(length + SENTENCE, this.limits.max_tokens ?? Infinity) : length;
+  }
+
+  /** What selects in the guided request, else what can score both answers. */
+  get scoring() {
+    const { select, select_weights, select_combine, select_reference } = this.method;
+    const set = this.hasSelection ? this.chunkMix.changed(this.method) : null, several = nonzero(set ?? select_weights ?? {});
+    if (![select, ...Object.keys(several)].some((name) => this.values.includes(name))) return this.scorer ? { select_value: this.scorer } : {};
+    if (!Object.keys(several).length) return { select_value: select };
+    return { select_weights: several, ...(select_combine === "min" ? { select_combine, select_reference } : {}) };
+  }
+
+  /** Method and settings of the guided request. */
+  get guidance() {
     const m = this.method, guidance = { method: m.method };
     if (this.hasInstruction) for (const id of INSTRUCTIONS) if (byId(id).value.trim()) guidance[id] = byId(id).value;
     if (this.hasGuidance) guidance.beta = Number(byId("beta").value);
-    if (this.customWeights && this.hasGuidance) guidance.weights = Object.fromEntries(Object.entries(this.customWeights).filter(([, w]) => w));
+    if (this.customWeights && this.hasGuidance) guidance.weights = nonzero(this.customWeights);
     else if (this.customWeights) guidance.token_value = "none";
-    if (this.hasSelection) {
-      if (m.rule !== "reject") for (const id of ["width", "successors"]) guidance[id] = Number(byId(id).value);
-      const length = Number(byId("chunk_length").value);
-      if (length < WHOLE) guidance.chunk_length = length;
-      else if (m.chunk_length !== null) guidance.chunk_length = Number(byId("max_tokens").value);
-    } else if (this.scorer) guidance.select_value = this.scorer;
-    return { ...this.shared, guidance };
+    if (!this.hasSelection) return guidance;
+    if (m.rule !== "reject") for (const id of ["width", "successors"]) guidance[id] = Number(byId(id).value);
+    const length = Number(byId("chunk_length").value), set = this.chunkMix.changed(m);
+    if (length < WHOLE) guidance.chunk_length = length;
+    else if (m.chunk_length !== null) guidance.chunk_length = this.longest;
+    if (set && Object.values(set).some(Boolean)) guidance.select_weights = nonzero(set);
+    else if (set) guidance.select_value = "none"; // the server says what is missing
+    return guidance;
   }
 
   /** Does the scoring value only score the guided answer, without being part of the method? */
@@ -157,16 +200,22 @@ export class Settings {
     return !this.hasSelection && !used;
   }
 
-  /** Name of the value whose score the guided answer has. */
-  get guidedScorer() {
-    return this.method.select ?? (Object.keys(this.method.select_weights ?? {}).join(" + ") || this.scorer);
+  /** What the score of both answers is made of, in words. */
+  get scorerName() {
+    const { select_value, select_weights, select_combine } = this.scoring;
+    if (!select_weights) return select_value ?? null;
+    const parts = Object.entries(select_weights).map(([name, w]) => (w === 1 ? name : `${w} · ${name}`));
+    return select_combine === "min" ? `worst of ${parts.join(" and ")}` : parts.join(" + ").replaceAll("+ -", "− ");
   }
 
   // The link
 
   get hash() {
-    const link = new URLSearchParams(Object.entries(LINKED).map(([id, letter]) => [letter, byId(id).value]));
-    if (this.customWeights) link.set("x", Object.entries(this.customWeights).map(([name, w]) => `${name}:${w}`).join(","));
+    const link = new URLSearchParams(Object.entries(LINKED).filter(([id]) => id !== "system" || this.chat).map(([id, letter]) => [letter, byId(id).value]));
+    const [x, z] = [this.tokenMix, this.chunkMix].map((mix) => mix.write(this.method));
+    if (x) link.set("x", x);
+    if (z) link.set("z", z);
+    if (!byId("sentence").checked) link.set("e", "0");
     return `#${link}`;
   }
 
@@ -177,36 +226,22 @@ export class Settings {
     if (method && this.methods.has(method) && method !== "base") byId("method").value = method;
     if (method) this.resetMethod();
     for (const [id, letter] of Object.entries(LINKED)) if (id !== "method" && link.has(letter)) byId(id).value = link.get(letter);
-    for (const pair of (link.get("x") ?? "").split(",")) {
-      const at = pair.lastIndexOf(":"), input = at > 0 ? byId(`weight-${pair.slice(0, at)}`) : null;
-      if (input) input.value = pair.slice(at + 1);
-    }
+    this.tokenMix.read(link.get("x"));
+    this.chunkMix.read(link.get("z"));
+    if (method) byId("sentence").checked = link.get("e") !== "0";
     this.refresh();
     return method && !this.methods.has(method) ? `This server has no method “${method}”; the other settings of the link were applied.` : null;
   }
 
   /** The control for a field of the request body. */
   static control(param) {
-    const name = (param ?? "").replace(/^guidance\./, "");
-    return byId({ token_value: "method", select_value: "method", weights: "mix", W: "width", K: "successors", L: "chunk_length" }[name] ?? name);
+    const name = (param ?? "").replace(/^guidance\./, "").replace(/^messages.*/, "prompt");
+    const other = { token_value: "method", select_value: "method", weights: "mix", select_weights: "select-mix", W: "width", K: "successors", L: "chunk_length" };
+    return byId(other[name] ?? name);
   }
 
   /** The label of a control. */
   static label(control) {
     return control.labels?.[0]?.textContent ?? control.querySelector("legend")?.textContent ?? "";
   }
-}
-
-/** Name and short description of a method. */
-function methodLabel({ method, summary }) {
-  const words = summary.split(/[:(,]/)[0].trim();
-  return `${method}: ${words.length > 46 ? `${words.slice(0, 45).trimEnd()}…` : words}`;
-}
-
-function slider({ id, label, help, min, max, step }) {
-  const described = help ? { "aria-describedby": `${id}-help` } : {};
-  return make("div", { class: "field" },
-    make("div", { class: "head" }, make("label", { for: id }, label), make("output", { id: `${id}-value`, for: id })),
-    make("input", { id, type: "range", min, max, step, ...described }),
-    ...(help ? [make("p", { id: `${id}-help`, class: "note" }, help)] : []));
 }
