@@ -264,7 +264,8 @@ def test_errors_are_shown(visit, reply, expected):
     for words in expected:
         assert words in page.inner_text("#error")
     if reply and CHUNK in reply["body"]:
-        assert "<img src=x" in answer(page, "guided")  # what had come stays, as text
+        assert "<img src=x" in answer(page, "base")  # what had come stays, as text
+    assert answer(page, "guided") == "Not asked, because the unguided answer failed."
     assert page.locator("img").count() == 0
     assert page.is_enabled("#run")
 

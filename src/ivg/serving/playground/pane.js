@@ -62,13 +62,13 @@ export class Pane {
   }
 
   /** The stream has ended. Text that is only a draft is removed if the answer is complete. */
-  finish() {
+  finish(otherwise = "No answer.") {
     this.text.setAttribute("aria-busy", "false");
     if (this.end) this.draft = [];
     this.render();
     if (this.committed || this.spans.length || this.end) return;
     this.text.classList.add("empty");
-    this.text.replaceChildren("No answer.");
+    this.text.replaceChildren(otherwise);
   }
 
   /** Tokens to show: the committed ones with details, then those of the best draft. */

@@ -45,7 +45,7 @@ export class Runner {
     }
     this.showCosts(scoring, null);
     if (!error && !control.signal.aborted) error = await this.generate(this.guided, { body: guided, prompt, turns: turns?.guided, key }, control, this.tree);
-    else this.guided.finish();
+    else this.guided.finish(error ? "Not asked, because the unguided answer failed." : "Not asked.");
     if (this.control !== control) return null;
     this.control = null;
     if (!this.tree.nodes.length) byId("tree-summary").textContent = "No chunk was completed.";
