@@ -359,8 +359,10 @@ class ServedModels:
 
 def describe_method(method: Method) -> dict[str, Any]:
     """A method as JSON values."""
-    names = ("summary", "token", "select", "width", "successors", "chunk_length", "beta", "candidates")
-    names += ("contrast", "negative", "select_combine")
+    names = (
+        *("summary", "token", "select", "width", "successors", "chunk_length", "beta", "candidates"),
+        *("contrast", "negative", "select_combine"),
+    )
     weights = {name: dict(getattr(method, name)) for name in ("weights", "select_weights", "select_reference")}
     return {
         "method": method.name,
