@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, metadata
 from typing import Any
 
-import ivg
 from ivg.search.methods import LEVELS, Method
 from ivg.serving.served_models import ServedModels
 from ivg.settings.sampling import SamplingParams
 from ivg.settings.schema import settings_of
 from ivg.settings.search import SearchSettings
 from ivg.utils.templates import render
+from ivg.utils.version import VERSION
 
 
 def documentation(served: ServedModels, paths: Mapping[str, str]) -> str:
@@ -27,7 +27,7 @@ def documentation(served: ServedModels, paths: Mapping[str, str]) -> str:
     return render(
         "ivg.serving",
         "reference.html.jinja",
-        version=ivg.__version__,
+        version=VERSION,
         name=served.name,
         chat=served.describe()["chat"],
         links=_links(),

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import ivg
 from ivg.errors import ConfigError, ContextLengthError, IVGError, PromptError, ServeError
 from ivg.model import GuidedModel
 from ivg.models.chat_template import is_chat
@@ -36,6 +35,7 @@ from ivg.settings.chat import ChatSettings
 from ivg.settings.recipe import Recipe
 from ivg.settings.serve import ServeSettings
 from ivg.types import Prompt
+from ivg.utils.version import VERSION
 
 PLAYGROUND_TOP_LOGPROBS = 5
 """Alternatives for each token with ``include_beams``."""
@@ -157,7 +157,7 @@ class ServedModels:
         """What a page needs to know to offer settings: limits, values, defaults, and what models and engine can do."""
         names = ("max_hypotheses", "max_chunk_length", "max_candidates", "max_n", "deadline")
         return {
-            "version": ivg.__version__,
+            "version": VERSION,
             "limits": {n: getattr(self.settings, n) for n in names} | {"max_tokens": self.max_tokens},
             "levels": dict(LEVELS),
             "values": list(self.model.values),
