@@ -15,6 +15,7 @@ from ivg.testing import byte_tokenizer, tiny_model, tiny_value
 ROOT = Path(__file__).parents[2]
 LONG = r"ivg (check --preferences|eval|bench|compare)|--input|--trace"
 """Lines that take more than a few seconds."""
+INSIDE = r"(?:(?!```).)*"
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "results" not in p.parts)]
 
 
@@ -72,6 +73,20 @@ def test_python_blocks_run(code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "block", "exec"), {"__name__": "block"})
     assert capsys.readouterr().out.strip()
+
+
+def shown():
+    """Python blocks behind which the page says what they print."""
+    for page in PAGES:
+        for i, (code, out) in enumerate(re.findall(rf"```python\n({INSIDE})```\n\n```text\n({INSIDE})```", page.read_text(), re.DOTALL)):
+            yield pytest.param(code, out, id=f"{page.name}-{i}")
+
+
+@pytest.mark.parametrize(("code", "out"), shown())
+def test_python_blocks_print_what_the_page_says(code, out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "block", "exec"), {"__name__": "block"})
+    assert capsys.readouterr().out == out
 
 
 def hash_of(number):
