@@ -1,6 +1,7 @@
 """EleutherAI's lm-evaluation-harness: the guided model in this process and over HTTP, beside the harness's own model ``hf``."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,18 @@ def test_answers_any_method_and_samples_that_differ(embedded):
     assert first != second and "." not in first + second
     assert first == embedded.generate("The movie was", "ivg", temperature=0.9, seed=3, max_new_tokens=6, stop=".").text
     assert lm.generate_until(requests) == [first, second]
+
+
+def test_choices_that_are_never_drawn_are_said(embedded, caplog):
+    with caplog.at_level("WARNING", "ivg"):
+        _, every = evaluate(IVGModel(model=embedded, method="eft"), NAMES[:1])
+    assert not any("probability 0" in record.getMessage() for record in caplog.records)
+    with caplog.at_level("WARNING", "ivg"):
+        _, few = evaluate(IVGModel(model=embedded, method="eft", candidates=2), NAMES[:1])
+    zero = numbers(few, NAMES[0]).count(-math.inf)
+    assert zero and -math.inf not in numbers(every, NAMES[0])
+    (said,) = [record.getMessage() for record in caplog.records if "probability 0" in record.getMessage()]
+    assert said.startswith(f"{zero} of {len(numbers(few, NAMES[0]))} continuations") and "eft" in said
 
 
 def test_refusals(embedded):

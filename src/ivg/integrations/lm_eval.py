@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -187,6 +188,12 @@ class IVGModel(TemplateLM):
                 found = given_logprobs(self.model.engine, self.model.lock, requests, [ids for _, ids in some])
                 out += [(result.logprob, result.is_greedy) for result in found]
                 bar.update(len(some))
+        if name == "loglikelihood" and (zero := sum(logprob == -math.inf for logprob, _ in out)):
+            log.warning(
+                "%d of %d continuations have probability 0: %s never draws a token of theirs. Choices that are all 0 cannot be compared, "
+                "and lm-eval takes the first. Give more candidates, or a guide with the base's vocabulary.",
+                zero, len(out), self.method.name,
+            )  # fmt: skip
         return out
 
     # Texts
