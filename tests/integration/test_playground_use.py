@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import subprocess
+import tomllib
 
 import pytest
 
@@ -142,6 +143,9 @@ def test_a_conversation_with_a_chat_model(visit, chat_url):
     assert "Answer to One" in page.inner_text("#guided .turns")
     page.click("[data-form=curl]")
     assert json.loads(page.locator("#code").text_content().split("-d '")[1].rstrip("'\n"))["messages"] == bodies[3][0]["messages"]
+    page.click("[data-form=recipe]")
+    recipe = Recipe.parse(tomllib.loads(page.locator("#code").text_content()))
+    assert (recipe.search.method, recipe.search.token, recipe.sampling.max_new_tokens) == ("custom", "script", 30)
     page.click("#restart")
     page.click("#run")
     finished(page)

@@ -179,7 +179,7 @@ function share() {
 function showCode({ currentTarget: button }) {
   if (!settings) return;
   const body = settings.plainRequest(conversation), secret = Boolean(key());
-  const text = { curl: asCurl, python: asPython }[button.dataset.form]?.(body, secret) ?? asRecipe(body, settings.model);
+  const text = { curl: asCurl, python: asPython }[button.dataset.form]?.(body, secret) ?? asRecipe(body, settings.model, settings.ownValues);
   byId("code").textContent = text;
   byId("code").hidden = false;
   copy(text, button, "Copied", "Not allowed to copy: see below");

@@ -28,7 +28,7 @@ export class Conversation {
 /** The turns before an answer, as elements. */
 export function showTurns(turns) {
   const who = { user: "You", assistant: "Model" };
-  return turns.map((t) => make("p", { class: `turn ${t.role}` }, make("b", {}, who[t.role]), ` ${t.content}`));
+  return turns.map((t) => make("p", { class: `turn ${t.role}` }, make("b", {}, who[t.role]), t.content));
 }
 
 /** The buttons below the answers of a chat model, for what can be done now. */

@@ -27,15 +27,15 @@ print(answer.choices[0].${chat ? "message.content" : "text"})
 `;
 }
 
-/** A recipe, for `ivg generate`, `ivg serve` and all other commands. */
-export function asRecipe(body, model) {
+/** A recipe, for `ivg generate`, `ivg serve` and all other commands. `values`: of the method, where its name does not say them. */
+export function asRecipe(body, model, values) {
   const { method, end_at_sentence, token_value: token, select_value: select, ...settings } = body.guidance;
-  const search = { method, ...settings, ...(token ? { token } : {}), ...(select ? { select } : {}) };
+  const search = { method, ...values, ...settings, ...(token ? { token } : {}), ...(select ? { select } : {}) };
   const sampling = { temperature: body.temperature, max_new_tokens: body.max_tokens, ...(end_at_sentence ? { end_at_sentence } : {}) };
   const asked = body.prompt ?? body.messages.at(-1).content, simple = !/[\r\n]/.test(asked);
   const system = body.messages?.find((m) => m.role === "system")?.content;
   const more = system && !/[\r\n]/.test(system) ? ` --system ${quoted(system)}` : "";
-  const embedded = model === "embedded" ? "the models that come with ivg, as none are named" : `add the table [models] of the server, which serves ${model}`;
+  const embedded = model === "embedded" ? "the models that come with ivg, as none are named" : `of the server, which serves ${model}, also needed: [models], and what else its [search] and [sampling] say`;
   return `# ${embedded}
 # ivg generate --recipe guided.toml --seed ${body.seed}${body.messages ? more : ""} ${simple ? quoted(asked) : "- < prompt.txt"}
 

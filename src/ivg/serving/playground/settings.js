@@ -208,6 +208,16 @@ export class Settings {
     return select_combine === "min" ? `worst of ${parts.join(" and ")}` : parts.join(" + ").replaceAll("+ -", "− ");
   }
 
+  /** The values of the method, where the recipe of the server and not the table of methods may name them. */
+  get ownValues() {
+    if (this.model === "embedded") return {};
+    const { token, select, weights, select_weights, select_combine } = this.method, some = (w) => Object.keys(w ?? {}).length > 0;
+    return {
+      ...(token ? { token } : {}), ...(select ? { select } : {}),
+      ...(some(weights) ? { weights } : {}), ...(some(select_weights) ? { select_weights, select_combine } : {}),
+    };
+  }
+
   // The link
 
   get hash() {
@@ -228,7 +238,7 @@ export class Settings {
     for (const [id, letter] of Object.entries(LINKED)) if (id !== "method" && link.has(letter)) byId(id).value = link.get(letter);
     this.tokenMix.read(link.get("x"));
     this.chunkMix.read(link.get("z"));
-    if (method) byId("sentence").checked = link.get("e") !== "0";
+    if (method || link.has("e")) byId("sentence").checked = link.get("e") !== "0";
     this.refresh();
     return method && !this.methods.has(method) ? `This server has no method “${method}”; the other settings of the link were applied.` : null;
   }
