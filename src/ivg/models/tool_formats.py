@@ -131,7 +131,7 @@ def _read_mistral(reader: ToolReader) -> None:
 
 
 _ALL = (
-    ToolFormat("hermes", _read_hermes),
+    ToolFormat("hermes", _read_hermes, (_OPENING, _CLOSING)),
     ToolFormat("llama3_json", _read_llama),
     ToolFormat("mistral", _read_mistral, (_MISTRAL, "[ARGS]", "[CALL_ID]"), short_ids=True),
 )

@@ -123,6 +123,11 @@ class Vocabulary:
         self._shown = frozenset(i for name in names if (i := self._ids_of.get(name)) is not None and i in special)
         self.special = special - self._shown
 
+    def special_id(self, name: str) -> int | None:
+        """The id of a special token, whether its name is text (:meth:`show`) or not; None: there is none of this name."""
+        found = self._ids_of.get(name)
+        return found if found in self.special | self._shown else None
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, special tokens left out, spaces unchanged.
 

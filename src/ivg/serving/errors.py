@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from ivg.errors import ConfigError, IVGError, NoTokenFault, PromptError, ScoreFault, ServeError, UpstreamError
+from ivg.errors import ConfigError, IVGError, MissingDependencyError, NoTokenFault, PromptError, ScoreFault, ServeError, UpstreamError
 from ivg.serving.protocol import Guidance
 from ivg.settings.sampling import STRUCTURES
 
@@ -28,10 +28,11 @@ def client_error(error: Exception, param: str = "prompt", given: Collection[str]
     if isinstance(error, PromptError):
         path = re.match(r"messages(?:\.\w+|\[\d+\])*", message)
         return ServeError(message, 400, "invalid_prompt", path[0] if path else param)
-    if isinstance(error, ConfigError | ValueError):
-        field = message.partition(" ")[0]
-        if field in STRUCTURES:
-            field = next((outer for outer in ("response_format", "structured_outputs") if outer in given), field)
+    if isinstance(error, ConfigError | ValueError | MissingDependencyError):
+        field = message.partition(" ")[0].rstrip(":")
+        if field in STRUCTURES or message.startswith("structured output"):
+            outer = ("response_format", "structured_outputs", *STRUCTURES)
+            field = next((name for name in outer if name in given), field)
         inner = f"guidance.{field}" if field in Guidance.model_fields else "guidance"
         return ServeError(message, 400, "invalid_value", field if field in given else inner)
     return ServeError(message, 500, "model_error")

@@ -12,7 +12,7 @@ from ivg.types.messages import Message, Prompt, check_text
 MAX_MESSAGES = 1024
 MAX_STOPS = 16
 ROLES = ("system", "developer", "user", "assistant", "tool")
-TOOL_CHOICES = ("none", "auto")
+TOOL_CHOICES = ("none", "auto", "required")
 
 
 def _stop(value: Any) -> str | list[str] | None:
@@ -43,11 +43,16 @@ def _messages(value: Any) -> tuple[Message, ...]:
     return tuple(turns)
 
 
-def _tool_choice(value: Any) -> str | None:
-    """``none`` or ``auto``."""
-    if value is None or value in TOOL_CHOICES:
+def _tool_choice(value: Any) -> str | dict[str, Any] | None:
+    """``none``, ``auto``, ``required``, or ``{"type": "function", "function": {"name": …}}``."""
+    if value is None or (isinstance(value, str) and value in TOOL_CHOICES):
         return value
-    raise PromptError(f"tool_choice must be none or auto (a call cannot be required), got {show_json(value)}")
+    kind = value.get("type", "function") if isinstance(value, dict) else None
+    function = value.get("function") if kind == "function" else None
+    if isinstance(function, dict) and isinstance(function.get("name"), str):
+        return value
+    got = show_json(value) if kind in (None, "function") else f"type {show_json(kind)}"
+    raise PromptError(f"tool_choice must be {', '.join(TOOL_CHOICES)} or the name of a function as OpenAI's API has it, got {got}")
 
 
 def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
@@ -126,9 +131,23 @@ _MESSAGE = {
         "tool_call_id": _TEXT,
     },
 }
-ToolChoice = Annotated[
-    str | None, PlainValidator(_tool_choice), WithJsonSchema({"anyOf": [{"enum": list(TOOL_CHOICES)}, {"type": "null"}]})
-]
+_NAMED: dict[str, Any] = {"type": "object", "required": ["name"], "properties": {"name": _TEXT}}
+_FUNCTION_CHOICE = {
+    "type": "object",
+    "required": ["type", "function"],
+    "properties": {"type": {"const": "function"}, "function": _NAMED},
+}
+_FLAT_CHOICE = {"type": "object", "required": ["type", "name"], "properties": {"type": {"const": "function"}, "name": _TEXT}}
+
+
+def tool_choice_schema(function: dict[str, Any]) -> WithJsonSchema:
+    """What ``tool_choice`` may be, where ``function`` is the form of a function's name."""
+    return WithJsonSchema({"anyOf": [{"enum": list(TOOL_CHOICES)}, function, {"type": "null"}]})
+
+
+ToolChoice = Annotated[str | dict[str, Any] | None, PlainValidator(_tool_choice), tool_choice_schema(_FUNCTION_CHOICE)]
+FlatToolChoice = Annotated[Any, tool_choice_schema(_FLAT_CHOICE)]
+"""That of the Responses API, as it came: it is checked as that of the chat completion."""
 Stop = Annotated[
     Any,
     PlainValidator(_stop),

@@ -116,6 +116,13 @@ class _Request(Table):
         """Completions that are generated for every prompt."""
         return self.n or 1
 
+    @property
+    def _structures(self) -> list[str]:
+        """The fields that ask for structured output."""
+        inner = self.guidance.sampling if self.guidance else {}
+        forms = [name for name in ("response_format", "structured_outputs", *STRUCTURES) if getattr(self, name)]
+        return forms + [f"guidance.{name}" for name in STRUCTURES if inner.get(name) and not getattr(self, name)]
+
     @model_validator(mode="before")
     @classmethod
     def _top_k_off(cls, data: Any) -> Any:
@@ -130,10 +137,7 @@ class _Request(Table):
 
     @model_validator(mode="after")
     def _check_one_structure(self) -> _Request:
-        inner = self.guidance.sampling if self.guidance else {}
-        forms = [name for name in ("response_format", "structured_outputs", *STRUCTURES) if getattr(self, name)]
-        forms += [f"guidance.{name}" for name in STRUCTURES if inner.get(name) and not getattr(self, name)]
-        if len(forms) > 1:
+        if len(forms := self._structures) > 1:
             raise ValueError(f"{forms[0]} and {forms[1]} are both given; a response follows one of them")
         return self
 
@@ -180,6 +184,17 @@ class ChatRequest(_Request):
         return [{**tool, "function": {k: v for k, v in tool["function"].items() if k != "strict"}} for tool in given]
 
     @property
+    def called_function(self) -> str | None:
+        """The function that the response must call; None: none is named."""
+        name: str | None = self.tool_choice["function"]["name"] if isinstance(self.tool_choice, Mapping) else None
+        return name
+
+    @property
+    def call_required(self) -> bool:
+        """Must the response be a call?"""
+        return self.tool_choice == "required" or self.called_function is not None
+
+    @property
     def chat(self) -> dict[str, Any]:
         """The settings of the chat template that were given."""
         return {name: value for name in settings_of(ChatSettings) if name != "tools" and (value := getattr(self, name)) is not None} | (
@@ -199,6 +214,19 @@ class ChatRequest(_Request):
             raise ValueError("top_logprobs needs logprobs=true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tool_choice(self) -> ChatRequest:
+        if not self.call_required:
+            return self
+        if not self.tools:
+            raise ValueError("tool_choice requires a call, and there are no tools to call")
+        names = [tool["function"]["name"] for tool in self.offered_tools]
+        if self.called_function not in (None, *names):
+            raise ValueError(f"tool_choice names the function {self.called_function!r}, which is not among tools ({', '.join(names)})")
+        if other := next((form for form in self._structures if form != "response_format"), None):
+            raise ValueError(f"tool_choice requires a call, and {other} is given; a response follows one of them")
         return self
 
 

@@ -174,10 +174,11 @@ class ResponseBuilder:
         tools = self.batch.tools
         return [] if tools is None else [tools.call_id(self.id, index, i) for i in range(len(parts.calls))]
 
-    @staticmethod
-    def finish_reason(completion: Completion, parts: Parts) -> str:
-        """``tool_calls`` where a response ended after calls."""
-        return "tool_calls" if parts.calls and completion.finish_reason == "stop" else completion.finish_reason
+    def finish_reason(self, completion: Completion, parts: Parts) -> str:
+        """``tool_calls`` where a response ended after calls; ``stop`` if the request named the function, as of OpenAI's API and vLLM."""
+        if completion.finish_reason != "stop" or not parts.calls or self.batch.tools is None or self.batch.tools.named:
+            return completion.finish_reason
+        return "tool_calls"
 
     def delta(
         self, index: int, piece: Delta, tokens: Sequence[TokenLogprobs] = (), offset: int = 0, finish: str | None = None

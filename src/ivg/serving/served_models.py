@@ -217,8 +217,12 @@ class ServedModels:
             top_logprobs = max(top_logprobs or 0, PLAYGROUND_TOP_LOGPROBS)
         if body.limit is not None and self.settings.max_tokens is not None:
             self._at_most(body.limit_field, body.limit, self.settings.max_tokens)
-        sampling = self.recipe.sampling.settings() | body.sampling
+        offered = offered_tools(body, self.tool_format, self.model.base.vocabulary) if isinstance(body, ChatRequest) else None
+        own = offered.sampling(body) if offered is not None and isinstance(body, ChatRequest) else body.sampling
+        sampling = self.recipe.sampling.settings() | own
         template = self.model.request("x", method, seed=seed, record=body.include_beams, alternatives=top_logprobs, **sampling)
+        if offered is not None:
+            offered.check(self.model.engine, template)
         template = replace(template, stride=streaming_stride(template) if body.stream else QUANTUM)
         param = "messages" if isinstance(body, ChatRequest) else "prompt"
         try:
@@ -233,7 +237,6 @@ class ServedModels:
         prompt_tokens = sum(self.model.engine.prompt_tokens(first.prompt) for first in firsts)
         requests = [replace(first, index=i) for first in firsts for i in range(n)]
         markers = [self._marker(first) for first in firsts for _ in range(n)]
-        offered = offered_tools(body, self.tool_format) if isinstance(body, ChatRequest) else None
         return RequestBatch(requests, method.name, seed, prompt_tokens, n, markers, body.n or 1, echo, body.limit != 0, offered)
 
     def _echo(self, body: Body, method: Method, prompts: list[Prompt]) -> EchoJob | None:

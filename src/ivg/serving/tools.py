@@ -5,15 +5,21 @@ from __future__ import annotations
 import hashlib
 import string
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ivg.errors import ServeError
+from ivg.errors import ConfigError, MissingDependencyError, ServeError
 from ivg.model import GuidedModel
 from ivg.models.tool_formats import FORMATS, ParsedResponse, ToolFormat
+from ivg.models.tool_grammar import call_grammar
 from ivg.models.tool_guess import format_of_template
 from ivg.models.tool_reader import CallText
+from ivg.models.vocabulary import Vocabulary
+from ivg.search.request import Request
+from ivg.search.searcher import check_engine
+from ivg.serving.errors import one_line
 from ivg.serving.protocol import ChatRequest
+from ivg.types import Engine
 
 _LETTERS = string.ascii_letters + string.digits
 
@@ -26,11 +32,39 @@ class OfferedTools:
         format: how the model writes calls.
         names: of the functions.
         parallel: may there be several calls? Else those after the first are left out.
+        named: is the function that is called in the request?
+        grammar: of responses, where they are calls, or calls or JSON; None: they are free.
     """
 
     format: ToolFormat
     names: frozenset[str]
     parallel: bool = True
+    named: bool = False
+    grammar: str | None = None
+
+    def sampling(self, body: ChatRequest) -> dict[str, Any]:
+        """Settings of sampling for ``body``, with the grammar in the place of its ``response_format``."""
+        given = body.sampling
+        if self.grammar is None:
+            return given
+        return {name: value for name, value in given.items() if name not in (body.response_format or {})} | {"grammar": self.grammar}
+
+    def check(self, engine: Engine, request: Request) -> None:
+        """Raise where ``engine`` cannot follow the grammar for ``request``.
+
+        Raises:
+            ServeError: names the field.
+        """
+        if self.grammar is None:
+            return
+        try:
+            check_engine(engine, request)
+        except (ConfigError, MissingDependencyError) as e:
+            message = one_line(str(e))
+            if not message.startswith(("grammar", "structured output")):
+                raise
+            field = "tools" if message.startswith("grammar cannot") else "tool_choice"
+            raise ServeError(f"{field}: such a call is structured output; {message}", 400, "invalid_value", field) from None
 
     def parse(self, text: str, *, final: bool) -> ParsedResponse:
         """Text and calls of a response, or of its beginning unless it is ``final``."""
@@ -57,15 +91,18 @@ def tool_format(model: GuidedModel, name: str | None) -> ToolFormat | None:
     return found
 
 
-def offered_tools(body: ChatRequest, known: ToolFormat | None) -> OfferedTools | None:
+def offered_tools(body: ChatRequest, known: ToolFormat | None, vocabulary: Vocabulary) -> OfferedTools | None:
     """The functions that the response to ``body`` may call; None: none.
+
+    A call that is required is structured output. So is a response that is a call or, with ``response_format``, JSON.
 
     Args:
         body: of the request.
         known: the format in which the base writes calls.
+        vocabulary: of the base.
 
     Raises:
-        ServeError: there is no format.
+        ServeError: there is no format, or the arguments of a function are no object.
     """
     if not body.offered_tools:
         return None
@@ -75,8 +112,18 @@ def offered_tools(body: ChatRequest, known: ToolFormat | None) -> OfferedTools |
             f" (the server's --tool-call-parser takes {', '.join(FORMATS)})"
         )
         raise ServeError(message, 400, "invalid_value", "tools")
-    names = frozenset(tool["function"]["name"] for tool in body.offered_tools)
-    return OfferedTools(known, names, body.parallel_tool_calls is not False)
+    name, parallel = body.called_function, body.parallel_tool_calls is not False
+    tools = [tool for tool in body.offered_tools if name in (None, tool["function"]["name"])]
+    schema = (body.response_format or {}).get("json_schema")
+    out = OfferedTools(known, frozenset(tool["function"]["name"] for tool in tools), parallel, name is not None)
+    if not body.call_required and schema is None:
+        return out
+    instead = None if body.call_required else schema
+    try:
+        grammar = call_grammar(known, tools, vocabulary.special_id, several=parallel and name is None, instead=instead)
+    except ConfigError as e:
+        raise ServeError(one_line(str(e)), 400, "invalid_value", str(e).partition(" ")[0]) from None
+    return replace(out, grammar=grammar)
 
 
 def message_calls(calls: Sequence[CallText], ids: Sequence[str]) -> list[dict[str, Any]]:

@@ -22,14 +22,13 @@ from torch import Tensor
 
 from ivg.engines.sequences import TokenSequence
 from ivg.errors import ConfigError, MissingDependencyError
+from ivg.models.json_grammar import llguidance_schema
 from ivg.models.vocabulary import Vocabulary
 from ivg.types import Beam, SamplingParams
 
 _STATES = 4096
 """Matchers that are kept; further ones are made again."""
 _GRAMMARS = 64
-_SPACE = {"whitespace_pattern": r"( |\n {0,16})?"}
-"""Between the parts of JSON, unless the schema has other options (``x-guidance``): a model could else write white space without end."""
 _WHOLE = '%llguidance {"no_forcing": true}\nstart: @inner'
 
 
@@ -176,7 +175,7 @@ class GrammarMasks:
         if self._tokenizer is None:
             self._tokenizer = _tokenizer(llguidance, self.vocabulary)
         if name == "json_schema":
-            text = json.dumps({"x-guidance": _SPACE, **json.loads(text)})
+            text = llguidance_schema(json.loads(text))
         try:
             inner = llguidance.grammar_from(name, text)
         except ValueError as e:

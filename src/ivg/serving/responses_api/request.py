@@ -10,7 +10,7 @@ from pydantic import Field, WithJsonSchema
 
 from ivg.errors import ServeError
 from ivg.models.chat_template import SYSTEM_ROLES, join_instruction
-from ivg.serving.fields import ToolChoice, show_json
+from ivg.serving.fields import FlatToolChoice, show_json
 from ivg.serving.protocol import Guidance
 from ivg.settings.per_request import RequestSettings
 from ivg.settings.sampling import SamplingParams
@@ -25,6 +25,8 @@ _PATHS = {
     "response_format": "text.format",
 }
 """Fields of chat completions by which errors name those of a response."""
+_FUNCTION = re.compile(r"(tools\[\d+\])\.function\b")
+"""A tool of chat completions, whose function is an object of its own."""
 _Input = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}, "minItems": 1}]})]
 _Objects = list[dict[str, Any]]
 
@@ -57,7 +59,7 @@ class ResponsesRequest(Table):
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     tools: _Objects | None = None
-    tool_choice: ToolChoice = None
+    tool_choice: FlatToolChoice = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -88,7 +90,7 @@ class ResponsesRequest(Table):
         for name in self.include or ():
             if name not in (_LOGPROBS, *_UNREAD_INCLUDES):
                 raise ServeError(f"include {name!r} is not supported; expected {_LOGPROBS!r}", 400, "invalid_value", "include")
-        same = ("model", "tool_choice", "parallel_tool_calls", "stream", "seed", "temperature", "top_p", "chat_template_kwargs")
+        same = ("model", "parallel_tool_calls", "stream", "seed", "temperature", "top_p", "chat_template_kwargs")
         out: dict[str, Any] = {name: value for name in same if (value := getattr(self, name)) is not None}
         out["messages"] = _with_instructions(self.instructions, _messages(self.input))
         if self.guidance is not None:
@@ -97,6 +99,8 @@ class ResponsesRequest(Table):
             out["max_tokens"] = self.max_output_tokens
         if self.wants_logprobs:
             out |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
+        if self.tool_choice is not None:
+            out["tool_choice"] = _tool_choice(self.tool_choice)
         if self.tools:
             out["tools"] = [_tool(tool, i) for i, tool in enumerate(self.tools)]
         if (wanted := self.text.format if self.text else None) and wanted.get("type") != "text":
@@ -107,6 +111,8 @@ class ResponsesRequest(Table):
 
 def renamed(error: ServeError) -> ServeError:
     """An error about the chat completion as one about the response. Turns are not counted as items are: ``input`` stands for all."""
+    if error.param is not None and _FUNCTION.match(error.param):
+        return ServeError(_FUNCTION.sub(r"\1", str(error)), error.status, error.code, _FUNCTION.sub(r"\1", error.param))
     for name, own in _PATHS.items():
         if error.param is not None and re.fullmatch(rf"{re.escape(name)}(\[.*|\..*)?", error.param):
             message = re.sub(rf"{re.escape(name)}(\[\d+\])?", own, str(error))
@@ -177,6 +183,13 @@ def _part(part: Mapping[str, Any]) -> Any:
     if part.get("type") == "input_image" and isinstance(part.get("image_url"), str):
         return {"type": "image_url", "image_url": {"url": part["image_url"]}}
     return part
+
+
+def _tool_choice(choice: Any) -> Any:
+    """As chat completions have it: the name of a function in an object of its own."""
+    if isinstance(choice, Mapping) and choice.get("type") == "function" and "name" in choice:
+        return {"type": "function", "function": {"name": choice["name"]}}
+    return choice
 
 
 def _tool(tool: Mapping[str, Any], index: int) -> dict[str, Any]:
