@@ -685,7 +685,7 @@ def test_the_command(tmp_path, ivg, monkeypatch, alpaca_eval):
     difficulty, judgements = world.write(tmp_path / "df_gamed.csv"), tmp_path / "judgements.json"
     judgements.write_text(json.dumps(world.rows))
     run = partial(ivg, "winrate", columns=120)
-    code, out, _ = run(judgements, "--difficulty", difficulty, "--json", tmp_path / "out.json")
+    code, out, _ = run(judgements, "--difficulty", difficulty, "--output", tmp_path / "out.json")
     (saved,) = json.loads((tmp_path / "out.json").read_text())
     rate, lc = win_rate(world.rows), length_controlled(world.rows, difficulty)
     assert code == 0

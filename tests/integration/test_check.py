@@ -41,7 +41,7 @@ def check(ivg):
 
 
 def test_good_pair_helps(check, preferences, tmp_path):
-    code, out, _ = check("--preferences", preferences / "good.jsonl", "--sweep", 5, "--betas", "0.5,1", "--json", tmp_path / "out.json")
+    code, out, _ = check("--preferences", preferences / "good.jsonl", "--sweep", 5, "--betas", "0.5,1", "--output", tmp_path / "out.json")
     assert code == 0, out
     assert "verdict: helps" in out
     assert "unknown training data (no fingerprints beside the weights): tuned, untuned, explicit, explicit-other, gold" in out
@@ -108,7 +108,7 @@ def test_of_rated_responses_the_one_with_the_higher_score_is_chosen(check, tmp_p
         for text in pair
     ]
     (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    check("--preferences", tmp_path / "rated.jsonl", "--judge", "none", "--sweep", 0, "--json", tmp_path / "out.json")
+    check("--preferences", tmp_path / "rated.jsonl", "--judge", "none", "--sweep", 0, "--output", tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text())["longer_wins"]["rate"] == 1
 
 
@@ -127,7 +127,7 @@ def test_value_with_other_tokens_selects(check, preferences):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--json", "x.json"], "--json needs preferences"),
+        (["--output", "x.json"], "--output needs preferences"),
         (["A prompt", "--preferences", "PAIRS"], "leave the others out"),
         (["--preferences", "PAIRS", "--betas", "some"], "--betas 'some'"),
         (["--preferences", "PAIRS", "--judge", "nobody"], "no value called 'nobody'"),

@@ -12,6 +12,7 @@ import typer
 from ivg.cli.chat_backends import Backend, LocalBackend, ServerBackend
 from ivg.cli.chat_session import COMMANDS, ChatSession
 from ivg.cli.options import command
+from ivg.cli.output import AsJson, Quiet
 from ivg.cli.recipe_options import RecipeOptions, default_method, resolve_search
 from ivg.cli.standard_input import is_terminal, texts_of
 from ivg.errors import ConfigError
@@ -55,8 +56,8 @@ def chat(
     url: Annotated[str | None, typer.Option("--url", help="Ask a running server (ivg serve); its key: IVG_API_KEY.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="System turn of the conversation.")] = None,
     compare: Annotated[str | None, typer.Option("--compare", help="Comma-separated methods that answer, too.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print answers alone.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
     *,
     recipe: Recipe,
 ) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from ivg.cli.options import Options, command
+from ivg.cli.output import AsJson, Quiet, print_json
 from ivg.cli.printing import say
 from ivg.cli.recipe_options import RecipeOptions
+from ivg.cli.standard_input import texts_of
 from ivg.errors import ConfigError
 from ivg.settings.check import PreferenceSettings
 from ivg.settings.recipe import Recipe
 
 if TYPE_CHECKING:
-    from ivg.model import GuidedModel
+    from ivg.diagnostics.divergence import PairDivergence
 
 HELP = """Do these models fit together (vocabulary, context, templates), and how far would guidance move the base?
 
@@ -42,13 +45,18 @@ _OFFERED = {
     preferences=Options(PreferenceSettings, "Will it help? (with --preferences)", make=PreferenceSettings.of),
 )
 def check(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts to try. (default: four openings)", metavar="PROMPT...")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts to try; - is standard input. (default: four openings)", metavar="PROMPT...")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
     *,
     recipe: Recipe,
     preferences: PreferenceSettings,
 ) -> None:
     """See HELP."""
-    from ivg.cli.model_table import show_models
+    from ivg.cli.model_table import describe_models, show_models
+    from ivg.diagnostics.divergence import divergence_on_samples
     from ivg.factory.recipe import load_models
 
     if preferences.preferences is not None:
@@ -56,21 +64,25 @@ def check(
 
         if prompts:
             raise ConfigError("got prompts and --preferences\n  the prompts are taken from the file; leave the others out")
-        raise typer.Exit(run(Console(highlight=False), recipe, preferences))
-    out, model = Console(highlight=False), load_models(recipe)
-    fits = show_models(out, model)
-    _divergence(out, model, prompts or list(PROMPTS), 1.0 if recipe.search.beta is None else recipe.search.beta)
-    say(out, f"\nmethods that these models allow: {', '.join(model.methods)}")
-    if not fits:
+        raise typer.Exit(run(recipe, preferences, as_json=as_json, quiet=quiet))
+    texts = texts_of(prompts) if prompts else list(PROMPTS)
+    beta = 1.0 if recipe.search.beta is None else recipe.search.beta
+    model = load_models(recipe)
+    found, divergence = describe_models(model), divergence_on_samples(model, texts, beta=beta)
+    if as_json:
+        measured = None if divergence is None else {"beta": beta, **asdict(divergence), "summary": divergence.describe()}
+        print_json({**found.to_dict(), "divergence": measured, "methods": list(model.methods)})
+    else:
+        out = Console(highlight=False)
+        show_models(out, found, quiet=quiet)
+        if divergence is not None:
+            _show_divergence(out, divergence, beta)
+        say(out, f"\nmethods that these models allow: {', '.join(model.methods)}")
+    if not found.fits:
         raise typer.Exit(1)
 
 
-def _divergence(out: Console, model: GuidedModel, prompts: list[str], beta: float) -> None:
-    from ivg.diagnostics.divergence import divergence_on_samples
-
-    d = divergence_on_samples(model, prompts, beta=beta)
-    if d is None:
-        return
+def _show_divergence(out: Console, d: PairDivergence, beta: float) -> None:
     out.print(f"\nover {d.tokens} tokens of the base's own texts, per token:")
     kls = (f"KL(base‖tuned) {d.base_tuned:.3f}", f"KL(base‖untuned) {d.base_untuned:.3f}", f"KL(tuned‖untuned) {d.tuned_untuned:.3f}")
     say(out, f"  {'   '.join(kls)} nats")

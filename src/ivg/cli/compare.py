@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ivg.cli.options import command
+from ivg.cli.output import AsJson, Quiet, print_json, print_notes
 from ivg.cli.recipe_options import RecipeOptions
 from ivg.cli.standard_input import texts_of
 from ivg.errors import ConfigError, ScoreError
@@ -40,8 +40,8 @@ def compare(
         str | None, typer.Argument(help="What to answer; -, or nothing and a pipe: standard input.", metavar="PROMPT")
     ] = None,
     methods: Annotated[str | None, typer.Option("--methods", help="Comma-separated. (default: those that the models allow)")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no notes.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
     *,
     recipe: Recipe,
 ) -> None:
@@ -64,13 +64,12 @@ def compare(
         judge = next((v for v in ("explicit", "reward", "implicit") if v in model.values), None)
         gold = _gold() if recipe.uses_embedded else None
         rows, problems = [], list[str]()
-        for note in () if quiet else _notes(recipe, wanted):
-            typer.echo(note, err=True)
+        print_notes(quiet, *_notes(recipe, wanted))
         for name in wanted:
             rows.append(_row(model, text, name, recipe, judge, gold, problems))
             advance()
     if as_json:
-        typer.echo(json.dumps({"prompt": text, "judge": judge, "answers": rows}, ensure_ascii=False, indent=2))
+        print_json({"prompt": text, "judge": judge, "answers": rows})
     else:
         _print(text, rows, judge, gold is not None)
     for problem in problems:

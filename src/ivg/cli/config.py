@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from ivg.cli.options import command
+from ivg.cli.output import AsJson, print_json
 from ivg.cli.printing import plain_table
 from ivg.cli.recipe_options import RecipeOptions, Tables
 from ivg.errors import IVGError
@@ -84,7 +85,7 @@ def config() -> None:
 @app.command(help=HELP)
 @command(found=SourcedOptions("models", "search", "sampling", "run"))
 def show(
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of settings.")] = False,
+    as_json: AsJson = False,
     changed: Annotated[bool, typer.Option("--changed", help="Leave out what is at its default.")] = False,
     *,
     found: Sourced,
@@ -93,7 +94,7 @@ def show(
     rows = [row for row in effective_settings(found) if not (changed and row.source == "default")]
     if as_json:
         listed = [{name: value for name, value in asdict(row).items() if name != "note" or value} for row in rows]
-        typer.echo(json.dumps(listed, indent=2, ensure_ascii=False, default=str))
+        print_json(listed)
         return
     out = Console(highlight=False)
     table = plain_table("setting", "value", "from")

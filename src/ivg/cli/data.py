@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,7 @@ import typer
 from rich.console import Console
 
 from ivg.cli.options import Options, command
+from ivg.cli.output import AsJson, print_json
 from ivg.cli.printing import plain_table, say
 from ivg.errors import ConfigError
 from ivg.settings.rows import RowSettings
@@ -45,7 +45,7 @@ def check(
         int | None, typer.Option("--max-length", min=1, help="Count rows whose prompt and response are longer. (default: no limit)")
     ] = None,
     split: Annotated[str, typer.Option("--split", help="Split of a folder or data set.")] = "train",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
     *,
     rows: RowSettings,
 ) -> None:
@@ -63,7 +63,7 @@ def check(
     options = ReadOptions(split, ColumnMapping(rows.column_names or None), rows.format)
     report = check_data(source, options, reads, max_length)
     if as_json:
-        typer.echo(json.dumps({**asdict(report), "fine": report.fine}, ensure_ascii=False, indent=2))
+        print_json({**asdict(report), "fine": report.fine})
     else:
         _print(report, source)
     if not report.fine:

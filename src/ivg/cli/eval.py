@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ivg.cli.options import command, plain_value
+from ivg.cli.output import AsJson, Quiet, note_later, print_json, print_notes
 from ivg.cli.recipe_options import RecipeOptions, Tables
 from ivg.errors import ConfigError, MissingDependencyError
 from ivg.settings.recipe import EvalConfig, Recipe, SearchConfig
@@ -39,9 +40,7 @@ def _own_sizes(recipe: Recipe, found: Tables) -> tuple[Recipe, Tables]:
     if "combinations" not in found["eval"].get("methods", ["combinations"]):
         if given := recipe.search.settings():
             listed = ", ".join(f"{name}={value}" for name, value in given.items())
-            typer.echo(
-                f"note: {listed} of the recipe's [search] ignored: they are for 'combinations', and --methods names others", err=True
-            )
+            note_later(f"note: {listed} of the recipe's [search] ignored: they are for 'combinations', and --methods names others")
         recipe = recipe.model_copy(update={"search": SearchConfig()})
     return recipe, found
 
@@ -62,6 +61,8 @@ def evaluate(
             "together), beside --methods; may be repeated. With neither methods nor a recipe's: only these and the base.",
         ),
     ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
     *,
     recipe: Recipe,
 ) -> None:
@@ -69,6 +70,7 @@ def evaluate(
     from ivg.evaluation.plan import make_plan
     from ivg.evaluation.runner import STAGES
 
+    print_notes(quiet)
     if sweep:
         given = recipe.eval.model_dump(exclude_none=True)["methods"] if "methods" in recipe.eval.model_fields_set else []
         recipe = recipe.override(eval={"methods": [*given, *map(_sweep, sweep)]})
@@ -80,7 +82,22 @@ def evaluate(
         raise ConfigError(f"unknown stage {', '.join(unknown)}\n  expected some of: {', '.join(STAGES)}")
     if recipe.eval.data == "-" and recipe.eval.jobs > 1:
         raise ConfigError("--data - is standard input, which only one process can read\n  give --jobs 1, or a file")
-    run(make_plan(recipe.override(eval={"task": task}), out), stage or STAGES, docs)
+    if as_json and stage and "report" not in stage:
+        raise ConfigError("--json prints results.json, which the stage report makes\n  give --stage report, too")
+    plan = make_plan(recipe.override(eval={"task": task}), out)
+    run(plan, stage or STAGES, docs, quiet=quiet)
+    if not stage or "report" in stage:
+        _print_results(plan, as_json, quiet)
+
+
+def _print_results(plan: EvalPlan, as_json: bool, quiet: bool) -> None:
+    from ivg.evaluation.report import read_results
+
+    if as_json:
+        print_json(read_results(plan.out / "results.json"))
+    else:
+        typer.echo(table(plan))
+    print_notes(quiet, f"{plan.out / 'report.html'}")
 
 
 def _sweep(text: str) -> dict[str, Any]:
@@ -96,8 +113,8 @@ def _sweep(text: str) -> dict[str, Any]:
     return {"method": method, "sweep": {name.strip(): [plain_value(v.strip()) for v in values.split(",")] for name, _, values in pairs}}
 
 
-def run(plan: EvalPlan, stages: Sequence[str], docs: Path | None) -> None:
-    """The stages with a bar for each, and where to look at the end."""
+def run(plan: EvalPlan, stages: Sequence[str], docs: Path | None, *, quiet: bool = False) -> None:
+    """The stages, with a bar for each unless ``quiet``."""
     from importlib.util import find_spec
 
     from ivg.cli.progress import progress
@@ -108,7 +125,7 @@ def run(plan: EvalPlan, stages: Sequence[str], docs: Path | None) -> None:
         raise MissingDependencyError("the report's figures need matplotlib\n  pip install 'ivg[eval]', or --stage generate --stage score")
     worker = Worker(plan)
     for stage in (s for s in runner.STAGES if s in stages):
-        total = 0 if stage == "report" else plan.total * len(plan.labels)
+        total = 0 if stage == "report" or quiet else plan.total * len(plan.labels)
         with progress(total, stage) as advance:
 
             def on_progress(_: str, rows: int, advance: Any = advance) -> None:
@@ -116,13 +133,10 @@ def run(plan: EvalPlan, stages: Sequence[str], docs: Path | None) -> None:
                     advance()
 
             runner.run(plan, [stage], plan.config.jobs, on_progress, worker)
-    if "report" in stages:
-        if docs is not None:
-            from ivg.evaluation.report import publish
+    if "report" in stages and docs is not None:
+        from ivg.evaluation.report import publish
 
-            publish(plan, docs)
-        typer.echo(table(plan))
-        typer.echo(f"{plan.out / 'report.html'}")
+        publish(plan, docs)
 
 
 def table(plan: EvalPlan) -> str:

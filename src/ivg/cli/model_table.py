@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -10,38 +12,75 @@ from rich.text import Text
 from ivg.cli.printing import plain_table, say
 
 if TYPE_CHECKING:
+    from ivg.diagnostics.compatibility import Compatibility
     from ivg.model import GuidedModel
 
 
-def show_models(out: Console, model: GuidedModel) -> bool:
-    """Print how the models fit together; True when the tokens of all that guide over the whole vocabulary are the base's."""
+@dataclass(frozen=True)
+class ModelsReport:
+    """How the models of a recipe fit together.
+
+    Attributes:
+        base: size of its vocabulary, context in tokens, chat template.
+        models: behind the values, against the base.
+        notes: the first tokens that differ, in words.
+        fits: the tokens of all that guide over the whole vocabulary are the base's.
+        generation_config: what the base's generation_config.json sets.
+        left_out: what of it does not apply, and why.
+    """
+
+    base: tuple[int, int | None, bool]
+    models: tuple[Compatibility, ...]
+    notes: tuple[str, ...]
+    fits: bool
+    generation_config: Mapping[str, Any]
+    left_out: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        tokens, context, template = self.base
+        base = {"name": "base", "tokens": tokens, "context": context, "chat_template": template}
+        rows = [{**asdict(c), "same_vocabulary": c.same_vocabulary} for c in self.models]
+        config = {"generation_config": dict(self.generation_config), "generation_config_left_out": dict(self.left_out)}
+        return {"fits": self.fits, "models": [base, *rows], **config}
+
+
+def describe_models(model: GuidedModel) -> ModelsReport:
+    """How the models fit together."""
     from ivg.diagnostics.compatibility import compare_vocabularies, models_of
     from ivg.models.vocabulary import difference
 
-    table = plain_table("model", "tokens", "context", "chat template", "vocabulary")
     base = model.reader
-    table.add_row("base", str(len(base.vocabulary.pieces)), str(base.max_positions), _yes(base.tokenizer.chat_template), "")
     guides = {reader for value in model.values.values() if value.full_vocabulary() for reader in value.cached_lms()}
-    fine, notes = True, []
-    for lm in models_of(model.values).values():
-        c = compare_vocabularies(base, lm)
+    found = {lm: compare_vocabularies(base, lm) for lm in models_of(model.values).values()}
+    notes = [difference(i, piece, other, base.vocabulary.owner, c.name) for c in found.values() for i, piece, other in c.examples]
+    return ModelsReport(
+        (len(base.vocabulary.pieces), base.max_positions, bool(base.tokenizer.chat_template)),
+        tuple(found.values()),
+        tuple(notes),
+        all(c.same_vocabulary or lm not in guides for lm, c in found.items()),
+        model.generation_config,
+        model.generation_config_left_out,
+    )
+
+
+def show_models(out: Console, found: ModelsReport, *, quiet: bool = False) -> None:
+    """Print the table, and unless ``quiet`` the notes."""
+    table = plain_table("model", "tokens", "context", "chat template", "vocabulary")
+    tokens, context, template = found.base
+    table.add_row("base", str(tokens), str(context), _yes(template), "")
+    for c in found.models:
         words = "same as base" if c.same_vocabulary else f"{c.different} ids differ: guides by text (--guide-candidates), selects by text"
         table.add_row(c.name, str(c.tokens), str(c.context), _yes(c.chat_template), words)
-        notes += [difference(i, piece, other, base.vocabulary.owner, c.name) for i, piece, other in c.examples]
-        fine = fine and (c.same_vocabulary or lm not in guides)
     out.print(table)
-    for note in notes:
+    if quiet:
+        return
+    for note in found.notes:
         out.print(Text(f"  {note}", style="dim"), soft_wrap=True)
-    _say_generation_config(out, model)
-    return fine
-
-
-def _say_generation_config(out: Console, model: GuidedModel) -> None:
-    """Say what the base's generation_config.json sets, and what of it does not apply."""
-    if model.generation_config:
-        listed = ", ".join(f"{name}={value!r}" for name, value in model.generation_config.items())
+    if found.generation_config:
+        listed = ", ".join(f"{name}={value!r}" for name, value in found.generation_config.items())
         say(out, f"generation_config.json of the base sets: {listed}")
-    for name, why in model.generation_config_left_out.items():
+    for name, why in found.left_out.items():
         say(out, f"generation_config.json of the base: {name} does not apply ({why})")
 
 

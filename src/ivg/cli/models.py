@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ivg.cli.output import AsJson, print_json
 from ivg.cli.printing import plain_table
 
 _COLUMNS = ("width", "successors", "chunk_length", "token", "select")
@@ -28,15 +29,13 @@ app = typer.Typer(name="models", help=HELP, add_completion=False)
 
 
 @app.callback(invoke_without_command=True)
-def models(
-    context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False
-) -> None:
+def models(context: typer.Context, as_json: AsJson = False) -> None:
     """See HELP."""
     if context.invoked_subcommand is not None:
         return
     found = listing()
     if as_json:
-        typer.echo(json.dumps(found, indent=2, ensure_ascii=False, default=str))
+        print_json(found)
         return
     _table("Embedded models", found["models"], {"name": "model", "directory": "directory"})
     addable = {"name": "model", "model": "what", "license": "license", "MB": "MB", "directory": "directory"}

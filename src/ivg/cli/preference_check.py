@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from ivg.cli.model_table import show_models
+from ivg.cli.model_table import describe_models, show_models
+from ivg.cli.output import print_json
 from ivg.cli.printing import plain_table, say
 from ivg.cli.progress import print_error
 from ivg.errors import ConfigError
@@ -28,15 +29,24 @@ MAX_REASONS = 4
 """Printed reasons for pairs that were left out."""
 
 
-def run(out: Console, recipe: Recipe, options: PreferenceSettings) -> int:
-    """Read the pairs, load the models, measure, print, write; the exit code."""
+def run(recipe: Recipe, options: PreferenceSettings, *, as_json: bool = False, quiet: bool = False) -> int:
+    """Read the pairs, load the models, measure, print, write; the exit code.
+
+    Args:
+        recipe: models, search and sampling.
+        options: what is measured.
+        as_json: print all numbers as one JSON object.
+        quiet: print the verdict alone.
+    """
     from ivg.diagnostics.preference_check import CheckSettings, check_preferences
     from ivg.factory.recipe import load_models
     from ivg.utils.jsonl import write_json
 
-    pairs, betas = _read(options), options.weights_of(options.betas)
+    pairs, betas = _read(options, quiet), options.weights_of(options.betas)
     model = load_models(recipe)
-    show_models(out, model)
+    out, err = Console(highlight=False), Console(stderr=True, highlight=False, quiet=quiet)
+    if not (as_json or quiet):
+        show_models(out, describe_models(model))
     sweep = _sweep_settings(model, recipe, options, betas)
     settings = CheckSettings(
         sweep,
@@ -45,22 +55,28 @@ def run(out: Console, recipe: Recipe, options: PreferenceSettings) -> int:
         judge=pick_judge(model, recipe, options.judge),
         beta=1.0 if recipe.search.beta is None else recipe.search.beta,
     )
-    with out.status("reading", spinner="dots") as status:
+    with err.status("reading", spinner="dots") as status:
         report = check_preferences(model, pairs, settings, on_progress=status.update)
-    show(out, report, settings.beta)
-    if options.json is not None:
-        sampling = {"temperature": sweep.sampling.temperature, "max_new_tokens": sweep.sampling.max_new_tokens, "seed": sweep.seed}
-        made_with = {"preferences": str(options.preferences), "models": _names(recipe), "samples": sweep.samples, **sampling}
-        write_json(options.json, {"made_with": made_with, **report.to_dict()})
+    sampling = {"temperature": sweep.sampling.temperature, "max_new_tokens": sweep.sampling.max_new_tokens, "seed": sweep.seed}
+    made_with = {"preferences": str(options.preferences), "models": _names(recipe), "samples": sweep.samples, **sampling}
+    numbers = {"made_with": made_with, **report.to_dict()}
+    if as_json:
+        print_json(numbers)
+    elif quiet:
+        _verdict(out, report)
+    else:
+        show(out, report, settings.beta)
+    if options.output is not None:
+        write_json(options.output, numbers)
     return report.verdict.exit_code
 
 
-def _read(options: PreferenceSettings) -> list[Preference]:
+def _read(options: PreferenceSettings, quiet: bool) -> list[Preference]:
     from ivg.jobs.failures import Failures
     from ivg.training.data import ColumnMapping, ReadOptions, read_preferences
 
     assert options.preferences is not None
-    failures = Failures(print_error)
+    failures = Failures((lambda _: None) if quiet else print_error)
     how = ReadOptions(mapping=ColumnMapping(options.column_names or None), format=options.format, on_bad=failures.add_unreadable)
     pairs = read_preferences(options.preferences, options.pairs, options=how, label="higher")
     failures.close()
@@ -130,7 +146,12 @@ def show(out: Console, report: GuidanceReport, beta: float) -> None:
     _pairs(out, report)
     _divergence(out, report, beta)
     _sweep(out, report)
-    out.print(f"\nverdict: {report.verdict.outcome}", style="bold")
+    out.print()
+    _verdict(out, report)
+
+
+def _verdict(out: Console, report: GuidanceReport) -> None:
+    out.print(f"verdict: {report.verdict.outcome}", style="bold")
     for reason in report.verdict.reasons:
         say(out, f"  {reason}")
 

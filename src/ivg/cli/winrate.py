@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ivg.cli.output import AsJson, Quiet, print_json, print_notes
 from ivg.cli.printing import plain_table
+from ivg.cli.standard_input import DASH
+from ivg.errors import ConfigError
 
 if TYPE_CHECKING:
     from ivg.evaluation.winrate import Row, WinRate
@@ -23,17 +26,23 @@ them only the plain rates are printed.
 
 
 def winrate(
-    judgements: Annotated[list[Path], typer.Argument(help="JSON or JSONL (.json.gz too), one model in each.", metavar="FILE...")],
+    judgements: Annotated[
+        list[Path], typer.Argument(help="JSON or JSONL (.json.gz too), one model in each; - is standard input.", metavar="FILE...")
+    ],
     difficulty: Annotated[
         str | None, typer.Option("--difficulty", help="df_gamed.csv or its folder. (default: IVG_ALPACA_DIFFICULTY, else the hub)")
     ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="No length control.")] = False,
-    json: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write all numbers to this file, as JSON.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """See HELP."""
     from ivg.evaluation.length_control import difficulty_file, length_controlled
     from ivg.evaluation.winrate import average_over_seeds, read_judgements, win_rate
 
+    if [str(file) for file in judgements].count(DASH) > 1:
+        raise ConfigError("got - twice, and there is one standard input\n  give it once")
     path = None if plain else difficulty_file(difficulty)
     results: list[dict[str, Any]] = []
     table = plain_table()
@@ -50,14 +59,15 @@ def winrate(
             reasons |= {found.reason: None} if found.reason else {}
         results.append(_result(file, rows, rate, controlled))
         table.add_row(*_cells(results[-1], rate, controlled))
-    out = Console(highlight=False, soft_wrap=True)
-    out.print(table)
-    for reason in reasons:
-        out.print(f"\nno length-controlled win rate: {reason}", markup=False)
-    if json is not None:
+    if as_json:
+        print_json(results)
+    else:
+        Console(highlight=False, soft_wrap=True).print(table)
+    print_notes(quiet, *(f"no length-controlled win rate: {reason}" for reason in reasons))
+    if output is not None:
         from ivg.utils.jsonl import write_json
 
-        write_json(json, results)
+        write_json(output, results)
 
 
 def _result(file: Path, rows: list[Row], rate: WinRate, controlled: tuple[float, float] | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ivg.errors import ConfigError
-from ivg.jobs.formats import read_rows
+from ivg.jobs.formats import STDIN, read_rows
 
 Row = Mapping[str, Any]
 COLUMNS = ("instruction", "output_1", "output_2", "preference")
@@ -118,12 +118,12 @@ def average_over_seeds(rows: Sequence[Row]) -> list[Row]:
 
 
 def read_judgements(path: str | Path) -> list[Row]:
-    """Judgements of one model against one reference from JSON or JSONL (also ``.gz``).
+    """Judgements of one model against one reference from JSON or JSONL (also ``.gz``); ``-`` is standard input.
 
     Raises:
         ConfigError: no such file, no rows, missing columns, an invalid text or preference, more than one model or reference.
     """
-    if not Path(path).is_file():
+    if str(path) != STDIN and not Path(path).is_file():
         raise ConfigError(f"no such file: {path}\n  expected judgements (annotations.json of alpaca_eval, or OUT/judgements/LABEL.jsonl)")
     rows: list[Row] = list(read_rows(path))
     if not rows:

@@ -17,7 +17,8 @@ class PreferenceSettings(RowSettings):
     """Which preference pairs are read, and what is measured on them."""
 
     preferences: Annotated[
-        Path | None, Setting("Pairs (docs/reference/data.md): prompt, chosen, rejected.", flags=("--preferences",), unset="none")
+        Path | None,
+        Setting("Pairs (docs/reference/data.md): prompt, chosen, rejected; - is standard input.", flags=("--preferences",), unset="none"),
     ] = None
     pairs: Annotated[int, Setting("Number of pairs, from the first.", r.count(1, label="--pairs"), flags=("--pairs",))] = 400
     sweep: Annotated[int, Setting("Prompts for which texts are sampled; 0: none.", r.count(0, label="--sweep"), flags=("--sweep",))] = 16
@@ -34,7 +35,7 @@ class PreferenceSettings(RowSettings):
             unset="gold for the embedded models, else reward, else explicit",
         ),
     ] = None
-    json: Annotated[Path | None, Setting("Write all numbers to this file.", flags=("--json",), unset="none")] = None
+    output: Annotated[Path | None, Setting("Write all numbers to this file, as JSON.", flags=("--output", "-o"), unset="none")] = None
 
     def __post_init__(self) -> None:
         validate(self)
