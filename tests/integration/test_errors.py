@@ -1,10 +1,14 @@
 """What a user who typed something wrong reads: command -> exact line. In this process; few of them load models."""
 
+import importlib
 import json
+import runpy
 import shlex
+import sys
 
 import pytest
 
+from ivg.errors import MissingDependencyError
 from ivg.search.methods import METHODS
 
 FILES = {
@@ -140,7 +144,7 @@ TABLE = [
         "check --preferences pairs.jsonl --token nobody",
         "no value called 'nobody' - expected one of: implicit, explicit, explicit-other",
     ),
-    ("check --json x.json", "--json needs preferences - give --preferences FILE too"),
+    ("check --output x.json", "--output needs preferences - give --preferences FILE too"),
     ("check words --preferences pairs.jsonl", "got prompts and --preferences - the prompts are taken from the file; leave the others out"),
     ("check --beta nan", "settings: search.beta: expected a finite number, got nan"),
     # train
@@ -302,3 +306,14 @@ def test_a_refused_run_is_not_in_the_way_of_the_next(stderr_of):
     line = "train sft --model embedded:base --data pairs.jsonl --out refused --max-length"
     for length in (2, 3):
         assert stderr_of(f"{line} {length}")[0].startswith(f"error: no row is left to train on: 3 rows, at most {length} tokens each")
+
+
+def test_a_harness_that_is_not_installed(monkeypatch):
+    """The error alone, without a traceback."""
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "ivg.integrations.lm_eval", raising=False)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("ivg.integrations.lm_eval", run_name="__main__")
+    assert str(end.value).startswith("error: ivg.integrations.lm_eval needs lm-eval (") and "pip install 'ivg[lm-eval]'" in str(end.value)
+    with pytest.raises(MissingDependencyError):
+        importlib.import_module("ivg.integrations.lm_eval")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ivg.errors import MissingDependencyError, ModelError
+from ivg.errors import IVGError, MissingDependencyError, ModelError
 from ivg.factory.recipe import load_models
 from ivg.integrations.flat_settings import recipe_from
 from ivg.model import GuidedModel
@@ -36,7 +37,10 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from tqdm import tqdm
 except ImportError as e:
-    raise MissingDependencyError(f"ivg.integrations.lm_eval needs lm-eval ({e})\n  pip install 'ivg[lm-eval]'") from e
+    missing = MissingDependencyError(f"ivg.integrations.lm_eval needs lm-eval ({e})\n  pip install 'ivg[lm-eval]'")
+    if __name__ == "__main__":
+        sys.exit(f"error: {missing}")
+    raise missing from e
 
 log = logging.getLogger("ivg")
 SLICE = 64
@@ -275,4 +279,7 @@ def _texts(value: str | Iterable[str] | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except IVGError as e:
+        sys.exit(f"error: {e}")
