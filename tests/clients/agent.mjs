@@ -1,6 +1,6 @@
 // Vercel's AI SDK against a server: node agent.mjs BASE_URL; prints what each call gave as JSON.
 import { createOpenAI } from '@ai-sdk/openai'
-import { generateObject, generateText, stepCountIs, streamText, tool } from 'ai'
+import { generateText, stepCountIs, streamText, tool } from 'ai'
 import { z } from 'zod'
 
 const openai = createOpenAI({ baseURL: process.argv[2], apiKey: 'none' })
@@ -25,10 +25,6 @@ for (const [name, model] of Object.entries({ chat: openai.chat('tiny'), response
     reasons: whole.steps.map((step) => step.finishReason),
     streamed: text,
     streamedCalls: steps.flatMap((step) => step.toolCalls.map((call) => [call.toolName, call.input])),
-  }
-  if (process.argv[3] === 'objects') {
-    const schema = z.object({ city: z.string(), sunny: z.boolean() })
-    out[name].object = (await generateObject({ model, schema, prompt: 'object', maxOutputTokens: 200, maxRetries: 0 })).object
   }
 }
 console.log(JSON.stringify(out))

@@ -1,19 +1,25 @@
-"""Clients of agents over a real socket: LangChain, and Vercel's AI SDK in Node. Run by ``make test-clients``."""
+"""Clients of agents over a real socket: OpenAI's, LangChain, and Vercel's AI SDK in Node. Run by ``make test-clients``.
+
+What they ask a model for that answers at random is structured output, so that each client's own schema accepts it.
+"""
 
 import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Literal
 
+import openai
 import pytest
+from pydantic import BaseModel, Field
 
-from scripted import RECIPE, scripted
+from scripted import RECIPE, random_chat, scripted
 from serving_tools import Running
 from tool_chats import ARGUMENTS, ASKED, TOOL
 
 pytestmark = pytest.mark.long
-SCRIPT = Path(__file__).parents[1] / "clients" / "agent.mjs"
+SCRIPTS = Path(__file__).parents[1] / "clients"
 NODE_MODULES = Path(os.environ.get("IVG_NODE_MODULES", Path(__file__).parents[2] / ".venv" / "clients" / "node_modules"))
 CALLED = f'Let me see.\n<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
 
@@ -29,13 +35,81 @@ def running():
         yield server
 
 
+class Weather(BaseModel):
+    """Weather of a city."""
+
+    city: str = Field(max_length=3)
+    sunny: bool
+    level: Literal["low", "high"]
+
+
+LONG_ENOUGH = 2000
+"""Tokens of any answer by the schema, with the white space that JSON may have."""
+
+
+@pytest.fixture(scope="module")
+def by_chance():
+    pytest.importorskip("llguidance", reason="needs the extra structured")
+    with Running(random_chat()) as server:
+        yield server
+
+
+def langchain(server, model, **more):
+    module = pytest.importorskip("langchain_openai", reason="needs langchain-openai (make test-clients)")
+    return module.ChatOpenAI(model=model, base_url=f"{server.url}/v1", api_key="none", max_retries=0, **more)
+
+
+def in_node(script, server, folder):
+    """What a script prints."""
+    if shutil.which("node") is None or not (NODE_MODULES / "ai").is_dir():
+        pytest.skip(f"needs node, and the AI SDK in {NODE_MODULES} (make test-clients)")
+    shutil.copy(SCRIPTS / script, folder)
+    (folder / "node_modules").symlink_to(NODE_MODULES)
+    done = subprocess.run(["node", script, f"{server.url}/v1"], cwd=folder, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_openai_parses(by_chance):
+    client = by_chance.client(timeout=1800)
+    ask = {"model": "tiny:eft", "messages": ASKED, "max_tokens": LONG_ENOUGH}
+    choice = client.chat.completions.parse(**ask, response_format=Weather).choices[0]
+    assert isinstance(choice.message.parsed, Weather) and choice.finish_reason == "stop"
+    tools = {"tools": [openai.pydantic_function_tool(Weather)], "tool_choice": "required", "parallel_tool_calls": False}
+    (call,) = client.chat.completions.parse(**ask, **tools).choices[0].message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Weather)
+    with client.chat.completions.stream(**ask, response_format=Weather) as stream:
+        assert isinstance(stream.get_final_completion().choices[0].message.parsed, Weather)
+    ask = {"model": "tiny:eft", "input": "Weather?", "max_output_tokens": LONG_ENOUGH}
+    assert isinstance(client.responses.parse(**ask, text_format=Weather).output_parsed, Weather)
+    tools = {
+        "tools": [openai.pydantic_function_tool(Weather)["function"] | {"type": "function"}],
+        "tool_choice": {"type": "function", "name": "Weather"},
+    }
+    (item,) = client.responses.create(**ask, **tools).output
+    assert Weather.model_validate_json(item.arguments)
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_langchain_with_structured_output(by_chance, method):
+    for more in ({}, {"use_responses_api": True}):
+        llm = langchain(by_chance, "tiny:eft", max_tokens=LONG_ENOUGH, timeout=1800, **more)
+        assert isinstance(llm.with_structured_output(Weather, method=method).invoke("How is the weather?"), Weather)
+
+
+def test_the_ai_sdk_makes_objects(by_chance, tmp_path):
+    for found in in_node("objects.mjs", by_chance, tmp_path).values():
+        assert Weather.model_validate(found["object"]) and Weather.model_validate(found["output"])
+        for ((name, arguments, invalid),) in found["calls"]:
+            assert (name, invalid) == ("get_weather", False) and Weather.model_validate(arguments)
+
+
 def test_langchain_binds_tools(running):
-    openai = pytest.importorskip("langchain_openai", reason="needs langchain-openai (make test-clients)")
+    pytest.importorskip("langchain_openai", reason="needs langchain-openai (make test-clients)")
     from langchain_core.messages import HumanMessage, ToolMessage
 
     for more in ({}, {"use_responses_api": True}):
-        llm = openai.ChatOpenAI(model="tiny", base_url=f"{running.url}/v1", api_key="none", max_retries=0, **more)
-        bound = llm.bind_tools([TOOL])
+        bound = langchain(running, "tiny", **more).bind_tools([TOOL])
         first = bound.invoke([HumanMessage(ASKED[0]["content"])])
         (call,) = first.tool_calls
         assert (call["name"], call["args"]) == ("get_weather", json.loads(ARGUMENTS)) and not first.invalid_tool_calls
@@ -49,14 +123,8 @@ def test_langchain_binds_tools(running):
 
 
 def test_the_ai_sdk_calls_tools(running, tmp_path):
-    if shutil.which("node") is None or not (NODE_MODULES / "ai").is_dir():
-        pytest.skip(f"needs node, and the AI SDK in {NODE_MODULES} (make test-clients)")
-    shutil.copy(SCRIPT, tmp_path)
-    (tmp_path / "node_modules").symlink_to(NODE_MODULES)
-    done = subprocess.run(["node", SCRIPT.name, f"{running.url}/v1"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
     arguments = json.loads(ARGUMENTS)
-    for found in json.loads(done.stdout).values():
+    for found in in_node("agent.mjs", running, tmp_path).values():
         assert found["calls"] == found["streamedCalls"] == [["get_weather", arguments]]
         assert found["text"] == "It is sunny in Zürich." and found["streamed"].endswith(found["text"])
         assert found["reasons"] == ["tool-calls", "stop"]
