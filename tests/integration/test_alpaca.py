@@ -702,10 +702,10 @@ def test_the_command(tmp_path, ivg, monkeypatch, alpaca_eval):
         raise OSError("no network")
 
     monkeypatch.setattr(alpaca_eval, "hf_hub_download", away)
-    code, out, _ = run(judgements)
+    code, out, err = run(judgements)
     assert code == 0
     assert f"{rate.win_rate:.2f}" in out
-    assert "df_gamed.csv" in out
+    assert "df_gamed.csv" in err
     code, _, err = run(judgements, "--difficulty", tmp_path / "absent.csv")
     assert code
     assert "cannot read the difficulty file" in err
