@@ -92,14 +92,13 @@ def test_a_call_that_is_required_is_a_valid_one(running, choice, reason):
 
 
 def test_several_calls_may_be_required(qwen):
-    """One after another, unless parallel_tool_calls is false."""
-    counts = set()
-    for parallel in (True, False):
-        body = BODY | {"tool_choice": "required", "tools": [CLOCK], "n": 4, "seed": 3, "parallel_tool_calls": parallel}
-        found = [len(checked(c["message"]["tool_calls"])) for c in qwen.post(body, PATH).json()["choices"]]
-        counts |= {*found}
-        assert parallel or set(found) == {1}
-    assert len(counts) > 1
+    """One after another, unless parallel_tool_calls is false; a bias to line breaks, which stand between calls, makes further ones."""
+    (line_break,) = qwen.served.model.base.tokenizer("\n", add_special_tokens=False).input_ids
+    body = BODY | {"tool_choice": "required", "tools": [CLOCK], "seed": 3, "logit_bias": {str(line_break): 100}, "max_tokens": 200}
+    several = qwen.post(body, PATH).json()["choices"][0]
+    assert len(several["message"]["tool_calls"]) > 1 and checked(several["message"]["tool_calls"][:1]) == ["at"]
+    one = qwen.post(body | {"parallel_tool_calls": False}, PATH).json()["choices"][0]
+    assert checked(one["message"]["tool_calls"]) == ["at"] and one["finish_reason"] == "tool_calls"
 
 
 def test_responses(qwen):
@@ -145,7 +144,7 @@ def test_a_call_or_json(running):
         words.special_id("<tool_call>") or words.special_id("[TOOL_CALLS]") or words.tokenizer("n", add_special_tokens=False).input_ids[0]
     )
     for bias, reason in ((100, "tool_calls"), (-100, "stop")):
-        body = BODY | {"response_format": form, "seed": 5, "logit_bias": {str(first): bias}}
+        body = BODY | {"response_format": form, "seed": 5, "logit_bias": {str(first): bias}, "parallel_tool_calls": False}
         choice = running.post(body, PATH).json()["choices"][0]
         assert choice["finish_reason"] == reason
         if reason == "tool_calls":
