@@ -233,10 +233,10 @@ def test_a_guide_is_followed_within_the_grammar():
     """The script's arguments, where the schema allows them; the text before the call, which a required call has not, is left out."""
 
     def write(prompt):
-        return '<tool_call>\n{"name": "wx", "arguments": {"city": "Bern"}}\n</tool_call>'
+        return '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Bern"}}\n</tool_call>'
 
     with Running(scripted(write), RECIPE) as running:
         body = {"model": "tiny", "messages": ASKED, "tools": [CLOCK, TOOL], "tool_choice": "required", "seed": 1}
         choice = running.post(body, PATH).json()["choices"][0]
-        assert choice["message"]["tool_calls"][0]["function"] == {"name": "wx", "arguments": '{"city": "Bern"}'}
+        assert choice["message"]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city": "Bern"}'}
         assert choice["finish_reason"] == "tool_calls"
