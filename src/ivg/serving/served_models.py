@@ -217,7 +217,9 @@ class ServedModels:
             top_logprobs = max(top_logprobs or 0, PLAYGROUND_TOP_LOGPROBS)
         if body.limit is not None and self.settings.max_tokens is not None:
             self._at_most(body.limit_field, body.limit, self.settings.max_tokens)
-        offered = offered_tools(body, self.tool_format, self.model.base.vocabulary) if isinstance(body, ChatRequest) else None
+        offered = None
+        if isinstance(body, ChatRequest) and self.tool_format is not None:
+            offered = offered_tools(body, self.tool_format, self.model.base.vocabulary)
         own = offered.sampling(body) if offered is not None and isinstance(body, ChatRequest) else body.sampling
         sampling = self.recipe.sampling.settings() | own
         template = self.model.request("x", method, seed=seed, record=body.include_beams, alternatives=top_logprobs, **sampling)
@@ -233,6 +235,8 @@ class ServedModels:
             raise context_length_error(e, param, body.limit) from None
         except PromptError as e:
             raise client_error(e, param) from None
+        if isinstance(body, ChatRequest) and self.tool_format is None:
+            offered_tools(body, None, self.model.base.vocabulary)  # refused, unless the prompt was for its tools
         n = body.samples
         prompt_tokens = sum(self.model.engine.prompt_tokens(first.prompt) for first in firsts)
         requests = [replace(first, index=i) for first in firsts for i in range(n)]
