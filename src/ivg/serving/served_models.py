@@ -236,7 +236,8 @@ class ServedModels:
         except PromptError as e:
             raise client_error(e, param) from None
         if isinstance(body, ChatRequest) and self.tool_format is None:
-            offered_tools(body, None, self.model.base.vocabulary)  # refused, unless the prompt was for its tools
+            # no format of calls is known, so tools are refused; a prompt that the template refuses was refused before
+            offered_tools(body, None, self.model.base.vocabulary)
         n = body.samples
         prompt_tokens = sum(self.model.engine.prompt_tokens(first.prompt) for first in firsts)
         requests = [replace(first, index=i) for first in firsts for i in range(n)]
