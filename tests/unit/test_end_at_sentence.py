@@ -31,6 +31,11 @@ def test_where_a_response_ends(text, after, expected):
     assert (done.text, done.finish_reason) == (expected, "stop")
 
 
+def test_structured_output_is_not_ended_at_a_sentence():
+    with pytest.raises(ConfigError, match="end_at_sentence would end json_schema in its middle"):
+        SamplingParams(end_at_sentence=5, json_schema='{"type": "string"}')
+
+
 def test_max_new_tokens_comes_first():
     done = scripted(lambda _: "a long sentence. Another.").generate("x", "custom", token="script", end_at_sentence=4, max_new_tokens=9)
     assert (done.text, done.finish_reason) == ("a long se", "length")

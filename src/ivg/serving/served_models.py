@@ -33,6 +33,7 @@ from ivg.serving.protocol import Body, ChatRequest, Guidance
 from ivg.serving.tools import OfferedTools, offered_tools, tool_format
 from ivg.settings.chat import ChatSettings
 from ivg.settings.recipe import Recipe
+from ivg.settings.sampling import STRUCTURES
 from ivg.settings.serve import ServeSettings
 from ivg.types import Prompt
 from ivg.utils.version import VERSION
@@ -163,7 +164,7 @@ class ServedModels:
             "values": list(self.model.values),
             "guides": [name for name in self.model.values if self._guides(name)],
             "chat": has_chat_template(self.model.base),
-            "end_at_sentence": "end_at_sentence" not in self.model.engine.unsupported,
+            "end_at_sentence": "end_at_sentence" not in self.model.engine.unsupported and not any(map(self.sampling.get, STRUCTURES)),
             "defaults": self.defaults,
         }
 

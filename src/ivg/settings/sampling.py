@@ -234,6 +234,8 @@ class SamplingParams:
         validate(self)
         if len(given := [name for name in STRUCTURES if getattr(self, name)]) > 1:
             raise ConfigError(f"{' and '.join(given)}: a response follows one of them\n  leave the others out")
+        if given and self.end_at_sentence:
+            raise ConfigError(f"end_at_sentence would end {given[0]} in its middle, at a full stop\n  set end_at_sentence to 0")
 
     @property
     def structure(self) -> tuple[str, str] | None:
