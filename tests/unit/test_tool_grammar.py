@@ -112,6 +112,7 @@ def test_json_instead_of_calls():
         ({"type": ["object", "null"], "properties": {"a": {}}}, '{"a": null}', "null"),
         ({"$ref": "#/$defs/A", "$defs": {"A": {"type": "object", "properties": {"a": {"const": 1}}}}}, '{"a": 1}', '{"a": 2}'),
         ({"properties": {"a": {"$ref": "#/$defs/N"}}, "$defs": {"N": {"type": "integer"}}}, '{"a": 3}', '{"a": true}'),
+        ({"properties": {"default": {"$ref": "#/$defs/N"}}, "$defs": {"N": {"type": "integer"}}}, '{"default": 3}', '{"default": true}'),
         ({"properties": {"a": {"$ref": "#"}, "b": {"const": {"$ref": "#/b"}}}}, '{"a": {"b": {"$ref": "#/b"}}}', '{"a": 1}'),
         ({"allOf": [{"properties": {"a": {"const": 1}}}, {"properties": {"b": {"const": 2}}}]}, '{"a": 1, "b": 2}', '{"a": 3}'),
         ({"properties": {'q"é': {"const": 'x"\n'}}}, '{"q\\"é": "x\\"\\n"}', '{"q": "x"}'),

@@ -24,6 +24,8 @@ _COMPOSED = frozenset({"$ref", "allOf", "anyOf", "oneOf", "not", "if", "patternP
 """Keywords that may name further arguments, besides ``properties``."""
 _VALUES = frozenset({"const", "enum", "default", "examples"})
 """Keywords whose values are no schemas."""
+_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+"""Keywords whose values are schemas by name; a name may be that of a keyword."""
 _PLAIN_NAME = re.compile(r"[\w./-]+")
 
 
@@ -113,15 +115,18 @@ def _call_schema(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _moved(schema: Any, path: str) -> Any:
     """A schema that is to stand at ``path`` of another: its references begin at that other's root."""
     if isinstance(schema, Mapping):
-        return {
-            key: f"#{path}{value[1:]}"
-            if key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/"))
-            else value
-            if key in _VALUES
-            else _moved(value, path)
-            for key, value in schema.items()
-        }
+        return {key: _moved_keyword(key, value, path) for key, value in schema.items()}
     return [_moved(part, path) for part in schema] if isinstance(schema, list) else schema
+
+
+def _moved_keyword(key: str, value: Any, path: str) -> Any:
+    if key in _VALUES:
+        return value
+    if key in _BY_NAME and isinstance(value, Mapping):
+        return {name: _moved(schema, path) for name, schema in value.items()}
+    if key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
+        return f"#{path}{value[1:]}"
+    return _moved(value, path)
 
 
 class _Literals:
