@@ -144,6 +144,7 @@ def test_a_conversation_with_a_chat_model(visit, chat_url):
     page.click("[data-form=curl]")
     assert json.loads(page.locator("#code").text_content().split("-d '")[1].rstrip("'\n"))["messages"] == bodies[3][0]["messages"]
     page.click("[data-form=recipe]")
+    assert "# not in this command: the conversation before this message\n" in page.locator("#code").text_content()
     recipe = Recipe.parse(tomllib.loads(page.locator("#code").text_content()))
     assert (recipe.search.method, recipe.search.token, recipe.sampling.max_new_tokens) == ("custom", "script", 30)
     page.click("#restart")

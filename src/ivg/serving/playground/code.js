@@ -34,11 +34,16 @@ export function asRecipe(body, model, values) {
   const sampling = { temperature: body.temperature, max_new_tokens: body.max_tokens, ...(end_at_sentence ? { end_at_sentence } : {}) };
   const asked = body.prompt ?? body.messages.at(-1).content, simple = !/[\r\n]/.test(asked);
   const system = body.messages?.find((m) => m.role === "system")?.content;
-  const more = system && !/[\r\n]/.test(system) ? ` --system ${quoted(system)}` : "";
+  const oneLine = system && !/[\r\n]/.test(system), more = oneLine ? ` --system ${quoted(system)}` : "";
+  const missing = [
+    ...(system && !oneLine ? ["the system message, which has several lines (--system)"] : []),
+    ...(body.messages?.some((m) => m.role === "assistant") ? ["the conversation before this message"] : []),
+  ];
+  const note = missing.length ? `# not in this command: ${missing.join("; ")}\n` : "";
   const embedded = model === "embedded" ? "the models that come with ivg, as none are named" : `of the server, which serves ${model}, also needed: [models], and what else its [search] and [sampling] say`;
   return `# ${embedded}
 # ivg generate --recipe guided.toml --seed ${body.seed}${body.messages ? more : ""} ${simple ? quoted(asked) : "- < prompt.txt"}
-
+${note}
 ${table("search", search)}
 ${table("sampling", sampling)}`;
 }
