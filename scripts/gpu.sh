@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # gpu.sh OUT [--rehearse]: exactness and speed on a GPU of 80 GB in at most 8 minutes (benchmarks/gpu.py).
-# Wants python3 with PyTorch and transformers, and no network: what else is needed comes from wheels/, which gpu_wheels.sh fills.
+# Wants python3 with PyTorch, transformers, pytest and pytest-xdist, and no network: what else is needed comes from wheels/, which gpu_wheels.sh fills.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -lt 1 ]; then echo "usage: scripts/gpu.sh OUT [--rehearse]" >&2; exit 2; fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# gpu_wheels.sh [PYTHON_VERSION]: into wheels/ what ivg and its tests need beside PyTorch and transformers, of the versions in constraints.txt,
+# gpu_wheels.sh [PYTHON_VERSION]: into wheels/ what ivg and its tests need beside PyTorch, transformers and pytest, of the versions in constraints.txt,
 # for Linux on x86-64. For a machine without network: carry the folder along with the checkout. A few MB.
 set -euo pipefail
 cd "$(dirname "$0")/.."

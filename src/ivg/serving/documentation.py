@@ -38,7 +38,7 @@ def documentation(served: ServedModels, paths: Mapping[str, str]) -> str:
 
 
 def _method(method: Method) -> dict[str, Any]:
-    chunk = method.chunk_length or ("to a text" if method.chunk_until else "the whole answer")
+    chunk = method.chunk_length or ("until a text" if method.chunk_until else "the whole answer")
     summary = f"{method.summary[:1].upper()}{method.summary[1:]}."
     return {"name": method.name, "summary": summary, "width": method.width, "successors": method.successors, "chunk": chunk}
 
