@@ -140,9 +140,20 @@ class GroupedByLength:
         return _by_length(eval_dataset, self.args.eval_batch_size, self.args.seed)
 
 
-def _by_length(rows: Any, batch_size: int, seed: int) -> LengthGroupedSampler:
-    lengths = [row_length(row) for row in rows]
-    return LengthGroupedSampler(batch_size, lengths=lengths, generator=torch.Generator().manual_seed(seed))
+class EpochLengthSampler(LengthGroupedSampler):
+    """transformers' sampler with an order that depends on seed and epoch alone, so that a resumed run skips the rows that it has read."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator().manual_seed(seed))
+        self.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by transformers and accelerate before each epoch."""
+        self.generator.manual_seed(self.seed + epoch)
+
+
+def _by_length(rows: Any, batch_size: int, seed: int) -> EpochLengthSampler:
+    return EpochLengthSampler(batch_size, [row_length(row) for row in rows], seed)
 
 
 def row_length(row: Any) -> int:
