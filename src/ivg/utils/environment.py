@@ -61,8 +61,10 @@ def commit(file: Path | None = None) -> str | None:
 
 def command() -> str:
     """The command line of this process, as it can be typed again."""
-    name = Path(sys.argv[0]).name
-    return shlex.join(["ivg" if name in ("ivg", "__main__.py") else name, *sys.argv[1:]])
+    name, spec = Path(sys.argv[0]).name, getattr(sys.modules["__main__"], "__spec__", None)
+    module = None if spec is None else spec.name.removesuffix(".__main__")
+    program = ["ivg"] if name == "ivg" or module == "ivg" else [name] if module is None else ["python", "-m", module]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def _git(folder: Path, *arguments: str) -> str:
