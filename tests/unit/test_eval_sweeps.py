@@ -86,8 +86,8 @@ def test_what_cannot_be_swept_is_refused(methods, says):
 
 def test_sweeps_on_the_command_line(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(verb, "run", lambda plan, stages, docs: seen.append([m.label for m in plan.method_rows]))
-    common = ["eval", "sentiment", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(verb, "run", lambda plan, stages, docs, **_: seen.append([m.label for m in plan.method_rows]))
+    common = ["eval", "sentiment", "--stage", "generate", "--out", str(tmp_path / "out")]
     for more in (["--sweep", "eft:beta=0.5,1", "--sweep", "cbs-explicit:width=1,2:K=2,4"], ["--methods", "bon", "--sweep", "eft:beta=0.5"]):
         result = CliRunner().invoke(app, [*common, *more])
         assert result.exit_code == 0, result.output
