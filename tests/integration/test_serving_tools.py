@@ -144,6 +144,7 @@ def test_calls_come_after_thinking(qwen):
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tools": [TOOL, TOOL]}, "tools"),
         ({"tools": "f"}, "tools"),
+        ({"end_at_sentence": 3}, "end_at_sentence"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"messages": [*ASKED, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, None),
     ],

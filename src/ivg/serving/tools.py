@@ -50,12 +50,15 @@ class OfferedTools:
         return {name: value for name, value in given.items() if name not in (body.response_format or {})} | {"grammar": self.grammar}
 
     def check(self, engine: Engine, request: Request) -> None:
-        """Raise where ``engine`` cannot follow the grammar for ``request``.
+        """Raise where ``engine`` cannot follow the grammar for ``request``, or where a free response could end within a call.
 
         Raises:
             ServeError: names the field.
         """
         if self.grammar is None:
+            if request.sampling.end_at_sentence:
+                message = "end_at_sentence could end a call within its arguments; set it to 0, or offer no tools"
+                raise ServeError(message, 400, "invalid_value", "end_at_sentence")
             return
         try:
             check_engine(engine, request)
