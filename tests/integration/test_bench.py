@@ -143,11 +143,11 @@ def test_interrupted_rounds_resume(tmp_path, monkeypatch):
     file, real = tmp_path / "rows.jsonl", runner.Session.measure
     made = []
 
-    def measure(self, case, number):
+    def measure(self, case, number, **more):
         made.append((case.label, number))
         if len(made) == 6:  # two to warm up, then into the second round
             raise KeyboardInterrupt
-        return real(self, case, number)
+        return real(self, case, number, **more)
 
     monkeypatch.setattr(runner.Session, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
