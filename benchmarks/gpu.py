@@ -10,6 +10,7 @@ written after each stage, ``OUT/report.md`` at the end, and the output of every 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -106,11 +107,11 @@ def run(stage: Stage, out: Path, rehearse: bool) -> dict[str, Any]:
         try:
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
-            process.send_signal(2)  # pytest then writes what it has
+            process.send_signal(signal.SIGINT)  # pytest then writes what it has
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         file.seek(0)
         output = file.read()

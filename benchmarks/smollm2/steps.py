@@ -65,9 +65,15 @@ def steps(experiment: str, base: str, work: Path, scale: Scale) -> list[Step]:
 
 
 def _sentiment(base: str, work: Path, scale: Scale) -> list[Step]:
-    out, train = work / "sentiment", f"--accumulate 1 --evaluations 1 {scale.train}"
+    train = f"--accumulate 1 --evaluations 1 {scale.train}"
     write = f"--max-new-tokens 50 --ignore-eos --temperature 1 --batch-size {scale.prompts}"
-    value = f"--compact-head --epochs 1 --lr 1e-3 --batch-size 64 --max-length 224 --weight-decay 0.1 {train}"
+    pair, values = _sentiment_pair(base, work, scale, train, write), _sentiment_values(base, work, scale, train, write)
+    return [*pair, *values, Step("calibration", lambda: calibration.report(work), ("gold",))]
+
+
+def _sentiment_pair(base: str, work: Path, scale: Scale, train: str, write: str) -> list[Step]:
+    """The gold reward, the pair, and the answers that it learns from."""
+    out = work / "sentiment"
     return [
         Step(
             "gold",
@@ -107,6 +113,14 @@ def _sentiment(base: str, work: Path, scale: Scale) -> list[Step]:
             f" --weight-decay 0.05 --max-length 224 {train}",
             ("praise", "pair-rollouts", "value-rollouts"),
         ),
+    ]
+
+
+def _sentiment_values(base: str, work: Path, scale: Scale, train: str, write: str) -> list[Step]:
+    """The value, and the value refined by one round."""
+    out = work / "sentiment"
+    value = f"--compact-head --epochs 1 --lr 1e-3 --batch-size 64 --max-length 224 --weight-decay 0.1 {train}"
+    return [
         # first the labels of real reviews, then the scores of what the base writes; one map for all tokens, since rows are few
         Step(
             "value-labels",
@@ -134,7 +148,6 @@ def _sentiment(base: str, work: Path, scale: Scale) -> list[Step]:
             f" --out {out}/refined {value}",
             ("guided-rollouts",),
         ),
-        Step("calibration", lambda: calibration.report(work), ("gold",)),
     ]
 
 
@@ -161,13 +174,7 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
             f" --samples 4 {write} --seed 2 --out {out}/rollouts.jsonl",
             ("gold",),
         ),
-        Step(
-            "tuned",
-            f"train dpo --model {base} --data {out}/rollouts.jsonl {scale.clear_pairs(1, 1)} --out {out}/tuned"
-            f" --template {subject} --lr 1e-4 --batch-size 32 {train}",
-            ("rollouts",),
-        ),
-        # the pair that DPO makes of so few answers is weak; this one has read the best answer to each e-mail
+        # DPO of so few answers moves the network by nothing (dev/LOG.md); this one reads the best answer to each e-mail
         Step("best", lambda: best_subjects(out / "rollouts.jsonl", out / "best.jsonl"), ("rollouts",)),
         Step(
             "expert",
