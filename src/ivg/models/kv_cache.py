@@ -57,7 +57,7 @@ class Slots:
         shape.insert(self.axis, self.capacity)
         self.tensors.append(zeros(shape, like))
 
-    def allocate(self, used: int) -> int:
+    def allocate(self, used: Callable[[], int]) -> int:
         """The lowest unused slot; where there is none, twice as many are made (see :meth:`reserve`)."""
         if not self.unused:
             self.reserve(self.count + max(self.growth, self.count), MIN_CAPACITY, used)
@@ -68,16 +68,17 @@ class Slots:
         heapq.heappush(self.unused, slot)
 
     @torch.no_grad()
-    def reserve(self, count: int, capacity: int, used: int) -> None:
-        """Have at least so many slots and positions; only the first ``used`` positions hold anything. Layer by layer: memory peaks low."""
+    def reserve(self, count: int, capacity: int, used: Callable[[], int]) -> None:
+        """Have at least that many slots and positions; only the first ``used()`` hold anything. Layer by layer: memory peaks low."""
         had, count, capacity = self.count, max(count, self.count), max(capacity, self.capacity)
         if (count, capacity) == (had, self.capacity):
             return
+        kept = used()
         self.failed = True
         for i, old in enumerate(self.tensors):
             shape = list(old.shape)
             shape[0], shape[self.axis] = count, capacity
-            self.tensors[i], part = zeros(shape, old), self.by_position(old)[:, :used]
+            self.tensors[i], part = zeros(shape, old), self.by_position(old)[:, :kept]
             self.by_position(self.tensors[i])[: part.shape[0], : part.shape[1]] = part
         self.count, self.capacity, self.failed = count, capacity, False
         self.unused += range(had, count)  # higher than all others, so it stays a heap

@@ -11,7 +11,7 @@ Must not depend on what tokens mean, nor networks (``models.slot_forward``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -201,17 +201,15 @@ class SlotCache(RowCache):
         del self.idle_groups[oldest]
         return oldest.slot
 
-    def _reserve_capacity(self, slots: Slots, positions: int, used: int) -> None:
+    def _reserve_capacity(self, slots: Slots, positions: int, used: Callable[[], int]) -> None:
         """Have so many positions in each slot; a power of two of them, but no more than the network reads."""
         if positions > slots.capacity:
             capacity = max(MIN_CAPACITY, 1 << (positions - 1).bit_length())
             slots.reserve(0, min(capacity, max(positions, self.max_positions or capacity)), used)
 
-    @property
-    def _longest_prefix(self) -> int:
+    def _longest_prefix(self) -> int:  # this and the next look at all rows: only where slots grow
         return max((len(g.prefix) for g in (*self.groups, *self.idle_groups)), default=0)
 
-    @property
     def _longest_suffix(self) -> int:
         return max((row.suffix_length for row in self.rows), default=0)
 
