@@ -49,6 +49,7 @@ def sentiment(data: Path, work: Path, scale: float) -> None:
     found = opening_words(held, 600, seed=SEED)
     _write(work / "imdb-dev.jsonl", _prompts(found[:200]))
     _write(work / "imdb-test.jsonl", _prompts(found[200:]))
+    _write(work / "imdb-beyond.jsonl", _prompts(found[264:]))  # the first 64 were looked at when variants were chosen
 
 
 def _labelled(reviews: Iterable[tuple[str, int]]) -> Iterable[dict[str, Any]]:
@@ -93,6 +94,7 @@ def instructions(data: Path, work: Path, scale: float) -> None:
     rows = ({"prompt": r["instruction"], "response": r["output"], "score": r["score"]} for r in judged if r["instruction"] in kept)
     _write(work / "alpaca-judged.jsonl", rows)
     _write(work / "alpaca-prompts.jsonl", _prompts(seen))
+    _write(work / "alpaca-dev.jsonl", ({"instruction": text} for text in seen[485:] or seen))  # the rewards are tested on the last fifth
     test = [r for r in read_rows(data / "reference_outputs_gpt4_1106_preview.json.gz") if is_test(r["instruction"])]
     _write(work / "alpaca-test.jsonl", test)
 

@@ -155,8 +155,7 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
     out = work / "summarization"
     subject, mail = shlex.quote(SUBJECT), shlex.quote(MAIL)
     write = f"--template {shlex.quote('base=' + SUBJECT)} --max-new-tokens 24 --stop '\\n' --temperature 1 --batch-size {scale.prompts}"
-    rest = f"--accumulate 1 --max-length 448 --evaluations 1 {scale.train}"
-    train = f"--mode lora --lora-r 8 --keep-adapter {rest}"
+    train = f"--mode lora --lora-r 8 --keep-adapter --accumulate 1 --max-length 448 --evaluations 1 {scale.train}"
     return [
         Step(
             "samples",
@@ -183,8 +182,8 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
         ),
         Step(
             "value",
-            f"train value --model {base} --data {out}/rollouts.jsonl --out {out}/value --mode head --compact-head --template {subject}"
-            f" --epochs 2 --lr 1e-3 --batch-size 64 {rest}",
+            f"train value --model {base} --data {out}/rollouts.jsonl --out {out}/value --compact-head --template {subject}"
+            f" --epochs 2 --lr 3e-4 --batch-size 64 {train}",
             ("rollouts",),
         ),
     ]
@@ -192,25 +191,25 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
 
 def _instructions(base: str, work: Path, scale: Scale) -> list[Step]:
     out = work / "instructions"
-    train = "--mode lora --lora-r 8 --keep-adapter --template chat --accumulate 1 --evaluations 1"
+    train = "--mode lora --lora-r 8 --keep-adapter --template chat --evaluations 1"
     judged = f"--data {work}/alpaca-judged.jsonl --pairs-per-prompt 16 --label higher --min-margin 0.5 --like-length 0.3 --eval-share 0.2"
-    long = "--max-length 1024 --set gradient_checkpointing=true"  # answers of the best models are long
-    reward = f"train reward --model {base} {judged} --batch-size 16 --lr 2e-4 {train} {long} {scale.train}"
-    train += f" --max-length 640 {scale.train}"
+    long = "--max-length 1024 --set gradient_checkpointing=true --set train_sampling_strategy=group_by_length"
+    reward = f"train reward --model {base} {judged} --batch-size 8 --accumulate 2 --lr 5e-4 {train} {long} {scale.train}"
+    train += f" --accumulate 1 --max-length 640 {scale.train}"
     return [
         Step("gold", f"{reward} --out {out}/gold"),
         # below this margin the line of length over-corrects: half of the answers have the lowest score (docs/how-to/training.md)
         Step("gold-length", f"{reward} --out {out}/gold-length --control-length --min-margin 3"),
         Step(
-            "rollouts",
+            "rollouts",  # of the instructions that are not in alpaca-dev.jsonl
             f"train rollout --base {base} --template base=chat --reward {out}/gold-length --prompts {work}/alpaca-prompts.jsonl"
-            f" --samples 16 --max-new-tokens 128 --temperature 1 --top-k 50 --batch-size {scale.prompts // 4} --seed 2"
-            f" --out {out}/rollouts.jsonl",
+            f" --limit {scale.count(485)} --samples 16 --max-new-tokens 128 --temperature 1 --top-k 50"
+            f" --batch-size {scale.prompts // 4} --seed 2 --out {out}/rollouts.jsonl",
             ("gold-length",),
         ),
         Step(
             "tuned",
-            f"train dpo --model {base} --data {out}/rollouts.jsonl --pairs-per-prompt 8 --label higher --out {out}/tuned --lr 1e-4"
+            f"train dpo --model {base} --data {out}/rollouts.jsonl {scale.clear_pairs(8, 0.3)} --out {out}/tuned --lr 5e-4"
             f" --batch-size 32 {train}",
             ("rollouts",),
         ),
@@ -224,20 +223,28 @@ def _instructions(base: str, work: Path, scale: Scale) -> list[Step]:
 
 
 def subject_pairs(mails: Path, samples: Path, out: Path) -> None:
-    """The sender's subject against a sampled one, and against those of the next two e-mails: the reward must read the e-mail."""
+    """The sender's subject against those of the next two e-mails (the reward must read the e-mail), and against a sampled one.
+
+    Sampled subjects are longer than senders': those of another length are left out, and every fourth e-mail has an empty one to reject.
+    So neither brevity nor silence pays.
+    """
     rows = list(read_jsonl(mails))
     sampled = {row["id"]: row["text"] for row in read_jsonl(samples) if not row.get("error")}
     pairs = []
     for place, row in enumerate(rows):
-        others = [rows[(place + step) % len(rows)]["response"] for step in (1, 2)]
-        for text in (sampled.get(row["id"], ""), *others):
-            if text.strip() and text.strip().lower() != row["response"].strip().lower():
-                pairs.append({"prompt": row["prompt"], "chosen": row["response"], "rejected": text.rstrip()})
+        chosen, text = row["response"], sampled.get(row["id"], "")
+        rejected = [rows[(place + step) % len(rows)]["response"] for step in (1, 2)]
+        rejected += [text] if text.strip() and abs(len(text.split()) - len(chosen.split())) <= 2 else []
+        pairs += [
+            {"prompt": row["prompt"], "chosen": chosen, "rejected": other.rstrip()}
+            for other in [*rejected, *([""] if place % 4 == 0 else [])]
+            if other.strip().lower() != chosen.strip().lower()
+        ]
     write_text(out, as_lines(pairs))
 
 
 def best_subjects(rollouts: Path, out: Path) -> None:
-    """The sampled subject of each e-mail with the highest reward, but for empty ones, which the reward has never seen."""
+    """The sampled subject of each e-mail with the highest reward, but for empty ones."""
     best: dict[str, dict[str, Any]] = {}
     for row in read_jsonl(rollouts):
         if not row.get("error") and row["response"].strip() and (row["prompt"] not in best or row["score"] > best[row["prompt"]]["score"]):

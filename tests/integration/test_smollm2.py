@@ -16,9 +16,9 @@ from ivg.utils.jsonl import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {
-    "sentiment": {"sentiment": 15, "sentiment-dev": 8, "sentiment-steps": 5},
-    "summarization": {"summarization": 15, "summarization-dev": 8},
-    "instructions": {"alpaca": 15},
+    "sentiment": {"sentiment": 15, "sentiment-dev": 8, "sentiment-beyond": 4, "sentiment-steps": 5},
+    "summarization": {"summarization": 15, "summarization-dev": 10},
+    "instructions": {"alpaca": 15, "alpaca-dev": 10},
 }
 """Experiment -> recipe -> its number of methods, at least."""
 
@@ -81,12 +81,18 @@ def judges(work, monkeypatch):
 
 def test_no_row_of_training_is_in_the_test(work):
     """Prompts that measure are of other reviews, e-mails and instructions than those that train."""
-    for train, test in (("imdb-prompts", "imdb-test"), ("aeslc-prompts", "aeslc-test"), ("aeslc-reward", "aeslc-test")):
+    for train, test in (
+        ("imdb-prompts", "imdb-test"),
+        ("imdb-dev", "imdb-beyond"),
+        ("aeslc-prompts", "aeslc-test"),
+        ("aeslc-reward", "aeslc-test"),
+    ):
         rows = [{r["prompt"] for r in read_jsonl(work / f"{name}.jsonl")} for name in (train, test)]
         assert rows[0] and rows[1] and not rows[0] & rows[1]
     asked = {r["instruction"] for r in read_jsonl(work / "alpaca-test.jsonl")}
     assert asked and all(int(hashlib.sha256(q.encode()).hexdigest(), 16) % 4 == 0 for q in asked)
     assert not asked & {r["prompt"] for r in read_jsonl(work / "alpaca-judged.jsonl")}
+    assert not asked & {r["instruction"] for r in read_jsonl(work / "alpaca-dev.jsonl")}
     assert {r["score"] for r in read_jsonl(work / "imdb-labels.jsonl")} == {0, 1}
     assert not {r["prompt"] + r["response"] for r in read_jsonl(work / "imdb-labels.jsonl")} & {
         r["prompt"] + r["response"] for r in read_jsonl(work / "imdb-labels-2.jsonl")

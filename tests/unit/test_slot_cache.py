@@ -13,7 +13,7 @@ import torch
 import naive
 from ivg.engines.transformers.engine import TransformersEngine
 from ivg.errors import PromptError
-from ivg.models import mapped_memory
+from ivg.models import forward_metadata, mapped_memory
 from ivg.models.cache import PassLimits, common_length
 from ivg.models.kv_cache import KVCache
 from ivg.models.mapped_memory import zeros
@@ -36,7 +36,9 @@ def test_random_operations_equal_plain_forward(architecture, dtype, tolerance, m
     network = tiny_model(architecture, seed=3).to(dtype)
     for seed in range(6 if dtype is torch.float32 else 1):
         rng = random.Random(f"{architecture} {seed}")
-        limits = PassLimits(grouped_columns=rng.choice([1, 4, 64]), row_tokens=rng.choice([5, 2048]))
+        of_gpu = dataclasses.replace(PassLimits.on(torch.device("cuda")), grouped_columns=rng.choice([1, 64]))  # good on a CPU, too
+        limits = rng.choice([PassLimits(grouped_columns=rng.choice([1, 4, 64]), row_tokens=rng.choice([5, 2048])), of_gpu])
+        monkeypatch.setattr(forward_metadata, "SUFFIX_ROWS", rng.choice([1, 32]))
         monkeypatch.setattr(mapped_memory, "MAPPED_BYTES", rng.choice([1, 1 << 16]))
         wander(ModelRunner(network, "tiny", limits), rng, rng.choice([2, 256]), tolerance)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ivg.errors import ModelError
@@ -40,6 +41,13 @@ class PassLimits:
     padding: int = 48
     grouped_columns: int = 64
     grouped_scores: int = 1 << 24
+
+    @classmethod
+    def on(cls, device: torch.device) -> PassLimits:
+        """The limits for ``device``. A pass on a GPU costs its launches: it takes as many rows as a few GB hold."""
+        if device.type == "cpu":
+            return cls()
+        return cls(batch_tokens=1 << 16, outputs=1 << 28, padding=1 << 13, grouped_scores=1 << 28)
 
 
 @dataclass(eq=False, slots=True)

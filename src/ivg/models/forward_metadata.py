@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 SUFFIX_ROWS = 32
-"""Rows whose suffixes are read together: what is made of them stays in a core's cache."""
+"""Rows whose suffixes are read together on a CPU: what is made of them stays in a core's cache. On a GPU all are."""
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""
@@ -152,7 +152,8 @@ def build_metadata(
     if grouped:
         metadata.prefix_batches = _prefix_batches([r.prefix_slot for r in layout.rows], layout.seen_prefixes.tolist(), device)
         metadata.masks = {marker.data_ptr(): _masks(metadata, layout, windows[kind], device) for kind, marker in markers.items()}
-        metadata.suffix_blocks = _suffix_blocks(layout.seen_suffixes.tolist())
+        lengths = layout.seen_suffixes.tolist()
+        metadata.suffix_blocks = _suffix_blocks(lengths, SUFFIX_ROWS if device.type == "cpu" else len(lengths))
     else:
         metadata.dense = _dense_places(layout, suffix_capacity, device)
     return metadata
@@ -191,9 +192,9 @@ def _masks(metadata: ForwardMetadata, layout: PassLayout, window: int | None, de
     return AttentionMasks(masks[0], masks[1][:, None])
 
 
-def _suffix_blocks(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Rows side by side have the same group and like lengths; a block is as long as its longest."""
-    size = SUFFIX_ROWS if len(lengths) > 2 * SUFFIX_ROWS else len(lengths)
+def _suffix_blocks(lengths: Sequence[int], size: int) -> list[tuple[int, int, int]]:
+    """Blocks of ``size`` rows. Rows side by side have the same group and like lengths; a block is as long as its longest."""
+    size = size if len(lengths) > 2 * size else len(lengths)
     cuts = [(first, min(first + size, len(lengths))) for first in range(0, len(lengths), size)]
     return [(first, end, max(1, *lengths[first:end], 1)) for first, end in cuts]
 

@@ -50,8 +50,8 @@ class ModelRunner:
     """
 
     def __init__(self, network: nn.Module, name: str, limits: PassLimits | None = None, *, trial: bool = True) -> None:
-        self.network, self.name, self.limits = network.eval(), name, limits or PassLimits()
-        self.device = input_device(network)
+        self.network, self.name, self.device = network.eval(), name, input_device(network)
+        self.limits = limits or PassLimits.on(self.device)
         self.config = cast("Any", network).config.get_text_config()
         self.support = check_support(network, name)
         self.max_positions = self.support.max_positions
