@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import trl
-
 from ivg.testing import byte_tokenizer
 
 TOOL = {
@@ -53,6 +51,8 @@ def template(name):
     """A template of TRL's, by its file name, or one of those above; a template is itself."""
     if "{" in name or name in _MISTRALS:
         return _MISTRALS.get(name, name)
+    import trl
+
     return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 

@@ -2,12 +2,12 @@
 
 import itertools
 import json
-from collections import Counter
 
 import pytest
 import torch
 
 import architectures
+from grammar_texts import PROMPT, close, enumerated, mixed, spellings
 from ivg.engines.transformers.engine import TransformersEngine
 from ivg.errors import ConfigError
 from ivg.model import GuidedModel
@@ -23,7 +23,6 @@ from naive import outputs
 pytest.importorskip("llguidance", reason="needs the extra structured")
 pytestmark = pytest.mark.numerics
 
-PROMPT = "Film"
 REGEX = "(an|a)?(th|t)*b|ab{0,2}"
 SCHEMA = {
     "type": "object",
@@ -49,69 +48,6 @@ def model():
 def recurrent():
     """A base with transformers' own cache for each row."""
     return GuidedModel(CachedLM(ModelRunner(architectures.tiny("mamba").eval(), "base"), byte_tokenizer()))
-
-
-def spellings(model, texts):
-    """Every sequence of tokens that writes one of ``texts``."""
-    pieces = {i: model.base.vocabulary.decode([i]) for i in model.base.vocabulary.pieces if i not in model.base.vocabulary.special}
-    out = []
-
-    def spell(left, ids):
-        if not left:
-            out.append(ids)
-        for i, piece in pieces.items():
-            if piece and left.startswith(piece):
-                spell(left[len(piece) :], (*ids, i))
-
-    for text in texts:
-        spell(text, ())
-    return out
-
-
-def enumerated(model, texts, logits, temperature=1.0):
-    """Probability of every sequence of tokens that writes a text: softmaxes over the tokens from which some text can still be reached."""
-    eos = model.base.vocabulary.tokenizer.eos_token_id
-    paths = {(*ids, eos) for ids in spellings(model, texts)}
-    prefixes = {p[:n] for p in paths for n in range(len(p) + 1)}
-
-    def total(y):
-        if y in paths:
-            return {y[:-1]: 1.0}
-        following = sorted({p[len(y)] for p in prefixes if len(p) > len(y) and p[: len(y)] == y})
-        shares = (logits(list(y))[following] / temperature).softmax(-1).tolist()
-        out = Counter()
-        for token, share in zip(following, shares, strict=True):
-            for ids, p in total((*y, token)).items():
-                out[ids] += share * p
-        return out
-
-    return total(())
-
-
-def mixed(model, beta=0.0):
-    """Logits of base and guide behind a response, without caches."""
-    prompt = list(model.base.tokenizer(PROMPT).input_ids)
-    base, pair = model.base.model.network, model.values.get("implicit")
-
-    def logits(y):
-        z = outputs(base, prompt + y)[-1]
-        if beta:
-            z = z + beta * (outputs(pair.tuned.model.network, prompt + y)[-1] - outputs(pair.untuned.model.network, prompt + y)[-1])
-        return z
-
-    return logits
-
-
-def close(answers, expected):
-    """Chi-square of the tokens of ``answers`` against their probabilities."""
-    n, counts = len(answers), Counter(tuple(i for i in c.token_ids if i) for c in answers)
-    assert set(counts) <= set(expected), set(counts) - set(expected)
-    likely = {t: p * n for t, p in expected.items() if p * n > 5}
-    rare = n - sum(likely.values())
-    pairs = [(counts[t], e) for t, e in likely.items()] + ([(n - sum(counts[t] for t in likely), rare)] if rare > 1 else [])
-    freedom = max(1, len(pairs) - 1)
-    assert sum((c - e) ** 2 / e for c, e in pairs) < freedom + 4 * (2 * freedom) ** 0.5 + 4
-    return counts
 
 
 TEXTS = ["b", "ab", "an", "anb", "tb", "atb", "antb", "thb", "anthb", "qanth"]
@@ -306,7 +242,8 @@ def test_engines_without_grammars_refuse_them():
     from ivg.engines.vllm.engine import VLLMEngine
 
     for name in STRUCTURES:
-        assert name in EndpointEngine.unsupported and f"{name} in chunks" in VLLMEngine.unsupported
+        assert name in EndpointEngine.unsupported and f"{name} in chunks" in EndpointEngine.unsupported
+        assert not {name, f"{name} in chunks"} & set(VLLMEngine.unsupported)
 
 
 def test_matchers_are_freed(model):

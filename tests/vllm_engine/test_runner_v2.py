@@ -46,12 +46,25 @@ class Stand(DriverBase):
 SCRIPT = """
 import json, sys
 sys.path.insert(0, sys.argv[2])
+import torch
 from making import models, prompts
+from vllm.v1.worker.gpu import structured_outputs
+
+class Masks:  # vLLM's kernel, which the interpreter cannot run
+    def __getitem__(self, grid):
+        return self.apply
+    def apply(self, logits, _, indices, first, bitmask, __, size, MASK_STRIDE, BLOCK_SIZE):
+        for index, bits in zip(indices.tolist(), bitmask):
+            allowed = (bits[:, None] >> torch.arange(32)) & 1
+            logits[int(first[index // MASK_STRIDE]) + index % MASK_STRIDE, allowed.flatten()[:size] == 0] = -torch.inf
+
+structured_outputs._apply_grammar_bitmask_kernel = Masks()
 paths, betas = json.loads(sys.argv[1]), [0.0, 0.5, 1.0, 2.0, -1.0]
 with models("vllm", models=paths, search={"method": "eft"}, vllm={"max_num_seqs": 8}) as model:
     runner = model.engine.client.llm_engine.model_executor.driver_worker.worker.model_runner
     settings = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
     requests = [model.request(p, "eft", beta=b, **settings) for p, b in zip(prompts(5), betas)]
+    requests += [model.request(prompts(1)[0], "custom", token="implicit", chunk_length=3, beta=1.0, regex="[ab]{7}", **settings)]
     tokens = [c.token_ids for _, c in sorted(model.run(requests))]
     print("RESULT", json.dumps([[kind.__module__ for kind in type(runner).__mro__], tokens]))
 """
@@ -84,4 +97,5 @@ def test_weights_reach_their_rows(folder, tmp_path):
         settings = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
         betas = [0.0, 0.5, 1.0, 2.0, -1.0]
         expected = [list(slow.generate(p, "eft", beta=b, **settings).token_ids) for p, b in zip(prompts(5), betas, strict=True)]
+        expected += [list(slow.generate(prompts(1)[0], "eft", beta=1.0, regex="[ab]{7}", **settings).token_ids)]
     assert tokens == expected

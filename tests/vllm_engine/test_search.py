@@ -144,7 +144,16 @@ def test_cancelling_frees_everything(embedded):
         assert not (known.request_states or known.parent_requests or known.external_req_ids or core.requests)
 
 
-@pytest.mark.parametrize(("method", "sizes"), [("bon", {"successors": 8}), ("bon", {"successors": 3, "temperature": 0}), ("ivg", CHUNKED)])
+@pytest.mark.parametrize(
+    ("method", "sizes"),
+    [
+        ("bon", {"successors": 8}),
+        ("bon", {"successors": 3, "temperature": 0}),
+        ("bon", {"successors": 3, "temperature": 0, "regex": "[ab]{5}"}),
+        ("ivg", CHUNKED),
+        ("ivg", CHUNKED | {"regex": "[ab]{9}"}),
+    ],
+)
 def test_forward_tokens_are_those_that_vllm_scheduled(embedded, monkeypatch, method, sizes):
     runner, passes = embedded.engine.client.llm_engine.model_executor.driver_worker.worker.model_runner, []
     executes = runner.execute_model

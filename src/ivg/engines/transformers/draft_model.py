@@ -14,9 +14,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from ivg.engines.grammar import GrammarMasks
 from ivg.engines.sequences import TokenSequence, append_token
 from ivg.engines.transformers.draft_text import MORE_TOKENS, has_text, in_own_tokens, reader_of, take_over
-from ivg.engines.transformers.grammar import GrammarMasks
 from ivg.engines.transformers.guidance import no_token_error
 from ivg.engines.transformers.processors import changing_settings, contexts_of, forbid_ignored_eos, process_logits
 from ivg.engines.transformers.sampling import nonfinite_rows, sample, token_logps

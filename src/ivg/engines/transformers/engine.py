@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ivg.engines.grammar import GrammarMasks
 from ivg.engines.sequences import TokenSequence, append_token, as_beams, fork
 from ivg.engines.transformers.draft_model import DraftWriter
-from ivg.engines.transformers.grammar import GrammarMasks
 from ivg.engines.transformers.guidance import apply_guidance, check_guidance, compares_guidance, nan_error, no_token_error
 from ivg.engines.transformers.kl_budget import BudgetRow, guide_within_budget
 from ivg.engines.transformers.logprobs import compare_guidance

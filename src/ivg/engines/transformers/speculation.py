@@ -21,9 +21,9 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from ivg.engines.grammar import GrammarMasks
 from ivg.engines.sequences import TokenSequence, append_token
 from ivg.engines.transformers.draft_length import DraftLength
-from ivg.engines.transformers.grammar import GrammarMasks
 from ivg.engines.transformers.guidance import (
     add_deltas,
     compares_guidance,

@@ -24,6 +24,7 @@ from ivg.errors import ConfigError, ModelError, shortened
 from ivg.settings.run import CPU_MEMORY
 
 PROCESSOR = "ivg.engines.vllm.processor:IVGBeta"
+SCHEDULER = "ivg.engines.vllm.scheduler.make_scheduler"
 
 ALIVE_CHECK_SECONDS = 0.5
 """How often the client checks that the engine's process is alive while it waits."""
@@ -123,6 +124,8 @@ class EngineClient:
             given.setdefault("enable_chunked_prefill", False)  # vLLM 0.32 crashes on seeded requests whose prompt it splits
         if self.pooling:
             given["runner"] = "pooling"
+        elif given.setdefault("scheduler_cls", SCHEDULER) != SCHEDULER:
+            raise ConfigError(f"scheduler_cls={given['scheduler_cls']!r}\n  ivg has its own, for structured output; leave it out of [vllm]")
         if self.guided:
             given["logits_processors"] = [PROCESSOR]
         try:

@@ -14,14 +14,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from ivg.engines.grammar import GrammarMasks
 from ivg.engines.sequences import TokenSequence, append_token, as_beams, fail, fork
 from ivg.engines.vllm.client import EngineClient, EngineOutput
 from ivg.engines.vllm.config import KEY
+from ivg.engines.vllm.response_grammar import ResponseGrammar
 from ivg.engines.vllm.value import VLLMGuide
 from ivg.errors import ConfigError, ModelError
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.vocabulary import Vocabulary
-from ivg.settings.sampling import IN_CHUNKS, LOOK_BACK, ONLY_TRANSFORMERS, STOPS_BESIDE_EOS
+from ivg.settings.sampling import IN_CHUNKS, LOOK_BACK, ONLY_TRANSFORMERS, STOPS_BESIDE_EOS, STRUCTURES
 from ivg.types import AsyncEngine, ExpandOutput, ExpandRequest, SamplingParams, TokenGuidance, Value
 from ivg.utils.rng import mix
 
@@ -50,12 +52,14 @@ class _RunningRequest:
         family: its children.
         length: tokens submitted: prompt and response so far.
         copies: equal children that vLLM samples once (greedy).
+        dropped: tokens that vLLM drew and no child has: they are not read, but the ones before them are.
     """
 
     request: ExpandRequest
     family: list[TokenSequence]
     length: int
     copies: int = 1
+    dropped: int = 0
 
     @property
     def first(self) -> bool:
@@ -82,7 +86,7 @@ class VLLMEngine(AsyncEngine):
         "thinking": f"guidance inside vLLM begins with the first token, so no guide_after; {_ELSEWHERE}",
         STOPS_BESIDE_EOS: f"vLLM would forbid both; leave one out, or {_ELSEWHERE}",
         **dict.fromkeys(
-            [f"{name}{IN_CHUNKS}" for name in LOOK_BACK],
+            [f"{name}{IN_CHUNKS}" for name in LOOK_BACK.difference(STRUCTURES)],
             f"vLLM sees one chunk at a time, not the response before it; use a method without chunks (eft, bon), or {_ELSEWHERE}",
         ),
         "end_at_sentence": f"vLLM ends a response at tokens and stop texts alone; {_ELSEWHERE}",
@@ -97,6 +101,7 @@ class VLLMEngine(AsyncEngine):
         self.client, self.base, self.submodels, self.guides = client, base, tuple(submodels), dict(guides)
         base.reads_given_ids = True
         self.vocabulary: Vocabulary = base.vocabulary
+        self.grammars = GrammarMasks(base.vocabulary)
         self.prefix = PrefixStats()
         self._running: dict[str, _RunningRequest] = {}
 
@@ -117,6 +122,14 @@ class VLLMEngine(AsyncEngine):
                 raise ConfigError(
                     f'{value.name} does not guide inside this engine\n  got guides: {have}; set [vllm] guides = ["{value.name}", …]'
                 )
+
+    def check_sampling(self, sampling: SamplingParams) -> None:
+        """Raise where the grammar of structured output cannot be used."""
+        self.grammars.check(sampling)
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Forget where these beams are in their grammars."""
+        self.grammars.release(keys)
 
     def submit(self, requests: Sequence[ExpandRequest]) -> None:
         """Begin these chunks; a request that vLLM refuses returns error beams."""
@@ -169,6 +182,7 @@ class VLLMEngine(AsyncEngine):
         from vllm.sampling_params import RequestOutputKind
 
         s = request.sampling
+        least = tokens if s.ignore_eos else self._least(request, tokens)
         seed = mix(request.seed, request.beam.rng_path, len(request.beam.token_ids), request.first) >> 2  # child i has seed + i
         return Params(
             n=request.successors // copies,
@@ -179,12 +193,12 @@ class VLLMEngine(AsyncEngine):
             repetition_penalty=s.repetition_penalty,
             frequency_penalty=s.frequency_penalty,
             presence_penalty=s.presence_penalty,
-            structured_outputs=_structured_outputs(s),
+            structured_outputs=ResponseGrammar.of_chunk(s, request.beam.token_ids, self.vocabulary.eos_ids, least),
             logit_bias=dict(s.logit_bias) or None,
             bad_words=list(s.bad_words) or None,
             seed=None if s.temperature == 0 else seed,
             max_tokens=tokens,
-            min_tokens=tokens if s.ignore_eos else self._least(request, tokens),  # forbids the tokens that stop, for so long
+            min_tokens=0 if s.structure else least,  # forbids the tokens that stop, for so long; a grammar does that by itself
             stop_token_ids=sorted({*self.vocabulary.eos_ids, *s.stop_token_ids}),
             ignore_eos=True,  # of the model's files; the search gives its own as stop_token_ids
             stop=list(s.stop) or None,
@@ -222,7 +236,8 @@ class VLLMEngine(AsyncEngine):
         for completion in output.outputs:
             family = running.family if running.copies > 1 else running.family[completion.index : completion.index + 1]
             for child in family:
-                _append_tokens(child, list(completion.token_ids)[len(child.token_ids) - already :])
+                dropped = self._append(child, list(completion.token_ids)[len(child.token_ids) - already :], completion.finish_reason)
+                running.dropped += dropped if child is family[0] else 0
                 if completion.finish_reason is not None:
                     _check_finished(child, str(completion.finish_reason), already)
         done = bool(output.finished)
@@ -231,6 +246,21 @@ class VLLMEngine(AsyncEngine):
             self._count(running, result.cached)
         return ExpandOutput(request.beam.key, as_beams(request.beam, running.family), done) if done or request.stream else None
 
+    def _append(self, child: TokenSequence, tokens: list[int], reason: str | None) -> int:
+        """Append tokens until one ends the response, or its grammar is complete. Returns how many were dropped."""
+        sampling, complete, drawn = child.request.sampling, False, len(tokens)
+        if sampling.structure and reason is not None:
+            ends = {*self.vocabulary.eos_ids, *sampling.stop_token_ids}
+            if reason == "error" or (tokens and tokens[-1] in ends and self.grammars.completes(child, *tokens[:-1])):
+                tokens = tokens[:-1]  # refused; or it is there because vLLM needs a token to stop, and nothing else could follow
+            complete = self.grammars.completes(child, *tokens)
+        for left, token in zip(range(len(tokens) - 1, -1, -1), tokens, strict=True):
+            if child.finish is None:
+                append_token(child, token, complete=complete and not left)
+        if complete and child.finish is None:
+            child.end("stop")
+        return drawn - len(tokens)
+
     def _count(self, running: _RunningRequest, cached: Sequence[int]) -> None:
         """Count the tokens that every submodel read: those of the prompt that were not cached, for each child, and the children's own.
 
@@ -238,7 +268,7 @@ class VLLMEngine(AsyncEngine):
         tokens. The last token of a child is not read.
         """
         children, counter = running.family[:: running.copies], running.request.beam.token_counter
-        grown = sum(len(child.token_ids) - len(running.request.beam.token_ids) for child in children)
+        grown = sum(len(child.token_ids) - len(running.request.beam.token_ids) for child in children) + running.dropped
         read = max(0, running.length * len(children) - sum(cached) + grown - len(children))
         spared = min(cached, default=0) if running.first else 0
         for submodel in self.submodels:
@@ -248,28 +278,12 @@ class VLLMEngine(AsyncEngine):
             self.prefix.cached += sum(cached)
 
 
-def _structured_outputs(sampling: SamplingParams) -> Any:
-    """VLLM's own form of a grammar; None: there is none."""
-    if sampling.structure is None:
-        return None
-    from vllm.sampling_params import StructuredOutputsParams
-
-    name, text = sampling.structure
-    return StructuredOutputsParams(**{"json" if name == "json_schema" else name: list(sampling.choice) if name == "choice" else text})
-
-
-def _append_tokens(child: TokenSequence, tokens: Iterable[int]) -> None:
-    """Append tokens until one ends the response."""
-    for token in tokens:
-        if child.finish is not None:
-            return
-        append_token(child, int(token))
-
-
 def _check_finished(child: TokenSequence, reason: str, already: int) -> None:
     """Set an error where vLLM stopped without a result, or without a token: the same request might repeat forever."""
     if child.finish is None and (reason in ("error", "abort") or len(child.token_ids) == already):
         child.finish, child.error = "error", f"vLLM stopped this request: {reason}"
+        if reason == "error" and (structure := child.request.sampling.structure):  # its scheduler refuses a token that is masked
+            child.error += f"; {structure[0]} and other settings (bad_words …) seem to forbid all tokens after {len(child.token_ids)}"
 
 
 def _weighted_guides(value: Value, weight: float) -> Iterable[tuple[float, Value]]:

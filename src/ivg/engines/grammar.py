@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,78 @@ class _State:
         return all(self.matcher.consume_token(token) for token in tokens[same:])
 
 
+class Grammars:
+    """Compiled grammars over one tokenizer; safe to use from several threads.
+
+    Args:
+        tokenizer: of transformers.
+        eos_ids: tokens that end a response.
+        owner: name of the model in errors.
+    """
+
+    def __init__(self, tokenizer: Any, eos_ids: Collection[int], owner: str = "model") -> None:
+        self.tokenizer, self.eos_ids, self.owner = tokenizer, frozenset(eos_ids), owner
+        self._roots: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._read_tokenizer: Any = None
+        self._lock = Lock()
+
+    def matcher(self, structure: tuple[str, str]) -> Any:
+        """A new matcher of a grammar, before the first token.
+
+        Args:
+            structure: name of the setting, and its text (:attr:`ivg.types.SamplingParams.structure`).
+
+        Raises:
+            ConfigError: it cannot be read, or does more than llguidance can; or the tokenizer is none that it knows.
+            MissingDependencyError: no llguidance.
+        """
+        with self._lock:
+            found = self._roots.get(structure)
+            if found is None:
+                found = self._compile(*structure)
+                self._roots[structure] = found
+                while len(self._roots) > _GRAMMARS:
+                    self._roots.popitem(last=False)
+            self._roots.move_to_end(structure)
+            return found.deep_copy()
+
+    def allowed(self, matcher: Any, width: int, ends: Collection[int], least: int = 0) -> Any:
+        """[width] of bool: which tokens may follow.
+
+        Args:
+            matcher: behind the response so far; None: the grammar excludes it, and nothing may follow.
+            width: of the vocabulary.
+            ends: tokens that end the response: allowed where the grammar is complete.
+            least: so many more tokens must come before one of those, unless nothing else can.
+        """
+        out = np.zeros(width, dtype=bool)
+        if matcher is None or matcher.is_error():
+            return out
+        if not (stopped := matcher.is_stopped()):
+            bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+            most = min(width, self._read_tokenizer.vocab_size)
+            out[:most] = bits[:most]
+        out[[i for i in ends if i < width]] = matcher.is_accepting() and (stopped or least <= 0)
+        return out
+
+    def _compile(self, name: str, text: str) -> Any:
+        llguidance = _llguidance()
+        if self._read_tokenizer is None:
+            self._read_tokenizer = _tokenizer(llguidance, self)
+        if name == "json_schema":
+            text = llguidance_schema(json.loads(text))
+        try:
+            inner = llguidance.grammar_from(name, text)
+        except ValueError as e:
+            raise ConfigError(f"{name} cannot be read: {_first_line(str(e))}") from None
+        parts = json.loads(inner)["grammars"] if inner.lstrip().startswith("{") else [{"lark_grammar": inner}]
+        parts[0]["name"] = "inner"
+        matcher = llguidance.LLMatcher(self._read_tokenizer, json.dumps({"grammars": [{"lark_grammar": _WHOLE}, *parts]}), log_level=0)
+        if matcher.is_error():
+            raise ConfigError(f"{name} cannot be used: {_first_line(matcher.get_error())}")
+        return matcher
+
+
 class GrammarMasks:
     """Masks for the hypotheses of one base.
 
@@ -61,9 +134,8 @@ class GrammarMasks:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
-        self._roots: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self.grammars = Grammars(vocabulary.tokenizer, vocabulary.eos_ids, vocabulary.owner)
         self._states: OrderedDict[int, _State] = OrderedDict()
-        self._tokenizer: Any = None
 
     def check(self, sampling: SamplingParams) -> None:
         """Raise where ``sampling`` has a grammar that cannot be used.
@@ -73,7 +145,7 @@ class GrammarMasks:
             MissingDependencyError: no llguidance.
         """
         if sampling.structure is not None:
-            self._root(sampling.structure)
+            self.grammars.matcher(sampling.structure)
 
     def restrict(
         self,
@@ -96,11 +168,12 @@ class GrammarMasks:
         rows = [i for i, p in enumerate(params) if p.structure is not None and nodes[i].answer_start is not None]
         if not rows:
             return logits
-        forbidden = np.ones((len(rows), logits.shape[1]), dtype=bool)
+        forbidden = np.empty((len(rows), logits.shape[1]), dtype=bool)
         for place, i in enumerate(rows):
             node = nodes[i]
             tokens = node.token_ids[node.answer_start : None if lengths is None else lengths[i]]
-            self._allow(forbidden[place], self._matcher(node, tokens, params[i]), params[i])
+            ends = {*self.vocabulary.eos_ids, *params[i].stop_token_ids}
+            forbidden[place] = ~self.grammars.allowed(self._matcher(node, tokens, params[i]), logits.shape[1], ends)
         out = logits if in_place else logits.clone()
         mask = torch.from_numpy(forbidden).to(out.device)
         if len(rows) == len(out):
@@ -108,12 +181,12 @@ class GrammarMasks:
         out[rows] = out[rows].masked_fill(mask & ~out[rows].isnan(), -torch.inf)
         return out
 
-    def completes(self, s: TokenSequence, token: int) -> bool:
-        """Is the grammar of ``s`` complete behind ``token``, so that nothing can follow?"""
+    def completes(self, s: TokenSequence, *tokens: int) -> bool:
+        """Is the grammar of ``s`` complete behind these further tokens, so that nothing can follow?"""
         sampling = s.request.sampling
-        if sampling.structure is None or s.answer_start is None or s.ends_at(token):
+        if sampling.structure is None or s.answer_start is None or any(map(s.ends_at, tokens)):
             return False
-        matcher = self._matcher(s, [*s.token_ids[s.answer_start :], token], sampling)
+        matcher = self._matcher(s, [*s.token_ids[s.answer_start :], *tokens], sampling)
         return matcher is not None and bool(matcher.is_stopped() and matcher.is_accepting())
 
     def release(self, keys: Sequence[int]) -> None:
@@ -130,16 +203,6 @@ class GrammarMasks:
         """Free all matchers."""
         self._states.clear()
 
-    def _allow(self, forbidden: Any, matcher: Any, params: SamplingParams) -> None:
-        """Write False into ``forbidden`` [vocabulary] where a token is allowed; nothing is, behind a text that the grammar excludes."""
-        if matcher is None or matcher.is_error():
-            return
-        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
-        width = min(len(forbidden), self._tokenizer.vocab_size)
-        forbidden[:width] = bits[:width] == 0
-        ends = [i for i in (*self.vocabulary.eos_ids, *params.stop_token_ids) if i < len(forbidden)]
-        forbidden[ends] = not matcher.is_accepting()
-
     def _matcher(self, node: Beam | TokenSequence, tokens: Sequence[int], params: SamplingParams) -> Any:
         """The matcher of ``node`` behind ``tokens``; None: the grammar excludes them."""
         assert params.structure is not None
@@ -147,9 +210,9 @@ class GrammarMasks:
         if state is None:
             parents = (self._states.get(key) for key in (node.parent, node.ancestor_key) if key is not None)
             parent = next((found for found in parents if found is not None), None)
-            state = _State(self._root(params.structure).deep_copy()) if parent is None else parent.fork()
+            state = _State(self.grammars.matcher(params.structure)) if parent is None else parent.fork()
         if not state.move_to(tokens):
-            state = _State(self._root(params.structure).deep_copy())
+            state = _State(self.grammars.matcher(params.structure))
             if not state.move_to(tokens):
                 self._states.pop(node.key, None)
                 return None
@@ -158,34 +221,6 @@ class GrammarMasks:
         while len(self._states) > _STATES:
             self._states.popitem(last=False)
         return state.matcher
-
-    def _root(self, structure: tuple[str, str]) -> Any:
-        """The matcher of a grammar before the first token; cached."""
-        found = self._roots.get(structure)
-        if found is None:
-            found = self._compile(*structure)
-            self._roots[structure] = found
-            while len(self._roots) > _GRAMMARS:
-                self._roots.popitem(last=False)
-        self._roots.move_to_end(structure)
-        return found
-
-    def _compile(self, name: str, text: str) -> Any:
-        llguidance = _llguidance()
-        if self._tokenizer is None:
-            self._tokenizer = _tokenizer(llguidance, self.vocabulary)
-        if name == "json_schema":
-            text = llguidance_schema(json.loads(text))
-        try:
-            inner = llguidance.grammar_from(name, text)
-        except ValueError as e:
-            raise ConfigError(f"{name} cannot be read: {_first_line(str(e))}") from None
-        parts = json.loads(inner)["grammars"] if inner.lstrip().startswith("{") else [{"lark_grammar": inner}]
-        parts[0]["name"] = "inner"
-        matcher = llguidance.LLMatcher(self._tokenizer, json.dumps({"grammars": [{"lark_grammar": _WHOLE}, *parts]}), log_level=0)
-        if matcher.is_error():
-            raise ConfigError(f"{name} cannot be used: {_first_line(matcher.get_error())}")
-        return matcher
 
 
 def _first_line(message: str) -> str:
@@ -196,14 +231,14 @@ def _first_line(message: str) -> str:
     return line
 
 
-def _tokenizer(llguidance: Any, vocabulary: Vocabulary) -> Any:
+def _tokenizer(llguidance: Any, grammars: Grammars) -> Any:
     import llguidance.hf
 
     try:
-        return llguidance.hf.from_tokenizer(vocabulary.tokenizer, eos_token=sorted(vocabulary.eos_ids) or None)
+        return llguidance.hf.from_tokenizer(grammars.tokenizer, eos_token=sorted(grammars.eos_ids) or None)
     except Exception as e:  # of its Rust part
         raise ConfigError(
-            f"structured output: llguidance cannot read the tokenizer of {vocabulary.owner}: {_first_line(str(e))}\n"
+            f"structured output: llguidance cannot read the tokenizer of {grammars.owner}: {_first_line(str(e))}\n"
             "  leave json_schema, regex, choice and grammar out"
         ) from None
 
