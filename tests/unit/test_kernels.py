@@ -45,8 +45,9 @@ class Lacks:
         raise AttributeError(f"no operator {name}")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("fault", ["raises", "is missing", "multiplies wrong"])
-def test_what_does_not_pack_is_left_as_it_is(fault, anew, monkeypatch):
+def test_what_does_not_pack_is_left_as_it_is(fault, dtype, anew, monkeypatch):
     if fault == "raises":
         monkeypatch.setattr(kernels, "pack_weight", fails)
     elif fault == "is missing":
@@ -54,13 +55,13 @@ def test_what_does_not_pack_is_left_as_it_is(fault, anew, monkeypatch):
     else:
         monkeypatch.setattr(kernels, "pack_weight", lambda weight: weight)
         monkeypatch.setattr(kernels, "packed_linear", lambda x, weight, bias: 1.1 * torch.nn.functional.linear(x, weight, bias))
-    network = tiny_model("gpt2").to(torch.bfloat16)
+    network = tiny_model("llama").to(dtype)
     before = naive.outputs(network, [1, 2, 3])
     assert not can_pack(network)
     assert not packed_layers(pack(network))
     assert torch.equal(naive.outputs(network, [1, 2, 3]), before)
-    layer = PackedLinear(torch.randn(4, 6).bfloat16(), None)  # as one of another machine's pickle would be made
-    x = torch.randn(2, 6).bfloat16()
+    layer = PackedLinear(torch.randn(4, 6).to(dtype), None)  # as one of another machine's pickle would be made
+    x = torch.randn(2, 6).to(dtype)
     assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight))
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
 
@@ -90,7 +91,8 @@ def test_attention_with_and_without_flash(dtype, tolerance, flash, monkeypatch):
 
 def test_probes_draw_no_random_numbers(anew):
     state = torch.random.get_rng_state()
-    kernels.has_packed_linear(), [kernels.has_flash_attention(d) for d in (torch.float32, torch.bfloat16, torch.float16)]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        kernels.has_packed_linear(dtype), kernels.has_flash_attention(dtype)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -135,7 +137,7 @@ def run(code, **env):
 
 
 def test_a_processor_with_avx2_alone():
-    """Whatever this one has: nothing is packed there, a layer of another machine works, and ``auto`` is float32."""
+    """Whatever this one has: no bfloat16 is packed there, a layer of another machine works, and ``auto`` is float32."""
     code = """
 import torch
 from ivg.models import kernels
@@ -143,9 +145,9 @@ from ivg.models.packed_linear import PackedLinear, pack
 assert not kernels.has_native_bfloat16()
 network = torch.nn.Sequential(torch.nn.Linear(16, 8)).to(torch.bfloat16)
 layer, x = PackedLinear(network[0].weight, network[0].bias), torch.ones(2, 16, dtype=torch.bfloat16)
-assert torch.equal(layer(x), network(x)) or kernels.has_packed_linear()
+assert torch.equal(layer(x), network(x)) or kernels.has_packed_linear(torch.bfloat16)
 assert torch.allclose(pack(network)(x).float(), layer(x).float(), atol=0.05)
-print(kernels.has_packed_linear(), kernels.has_flash_attention(torch.bfloat16))
+print(kernels.has_packed_linear(torch.bfloat16), kernels.has_flash_attention(torch.bfloat16))
 """
     assert run(["-c", code], **AVX2).split()[0] in ("True", "False")
 

@@ -201,16 +201,17 @@ def test_the_base_may_have_an_adapter(hub):
     assert answers(model, "contrast", contrast=KIND) == answers(other, "contrast", contrast=KIND)
 
 
-def test_an_adapter_of_packed_weights(hub, monkeypatch):
-    from ivg.models import packed_linear
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_adapter_of_packed_weights(dtype, hub, monkeypatch):
+    from ivg.models import kernels, packed_linear
 
-    packed = []
-    monkeypatch.setattr(packed_linear, "can_pack", lambda network: packed.append(1) or next(network.parameters()).dtype == torch.bfloat16)
-    base, bfloat16 = str(hub / "base"), LoadOptions(device="cpu", dtype="bfloat16")
+    monkeypatch.setattr(kernels, "has_packed_linear", lambda kind: str(kind) == f"torch.{dtype}")
+    monkeypatch.setitem(packed_linear.MIN_WEIGHTS, torch.float32, 0)
+    base, options = str(hub / "base"), LoadOptions(device="cpu", dtype=dtype)
     networks = SharedNetworks()
-    first = networks.load(base, "base", bfloat16)
+    first = networks.load(base, "base", options)
     assert packed_linear.packed_layers(first.model.network)
-    guide = networks.load(ModelRef(path=base, adapter=str(hub / "adapter")), "tuned", bfloat16)
+    guide = networks.load(ModelRef(path=base, adapter=str(hub / "adapter")), "tuned", options)
     assert guide.model.network is first.model.network
     assert not packed_linear.packed_layers(first.model.network)
 

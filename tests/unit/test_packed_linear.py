@@ -8,18 +8,28 @@ import torch
 from ivg.diagnostics.cost import active_parameters
 from ivg.embedded import path
 from ivg.models.loading import LoadOptions, load_causal, load_value
-from ivg.models.packed_linear import PackedLinear, can_pack, pack, packed_layers
+from ivg.models.packed_linear import MIN_WEIGHTS, PackedLinear, can_pack, pack, packed_layers, unpack
 from ivg.testing import ARCHITECTURES, tiny_model, tiny_value
 
 pytestmark = [pytest.mark.numerics, pytest.mark.cpu]
 
-needs_onednn = pytest.mark.skipif(not can_pack(torch.nn.Linear(1, 1).to(torch.bfloat16)), reason="this PyTorch packs nothing on this CPU")
+DTYPES = (torch.bfloat16, torch.float32)
+needs_onednn = pytest.mark.skipif(
+    not all(can_pack(torch.nn.Linear(1, 1).to(dtype)) for dtype in DTYPES), reason="this PyTorch does not pack both dtypes on this CPU"
+)
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch):
+    for dtype in MIN_WEIGHTS:
+        monkeypatch.setitem(MIN_WEIGHTS, dtype, 0)
 
 
 @needs_onednn
+@pytest.mark.parametrize(("dtype", "tolerance"), zip(DTYPES, (0.06, 1e-5), strict=True), ids=map(str, DTYPES))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packed_networks_give_the_same_outputs(architecture):
-    plain, packed = (tiny_model(architecture, seed=3).to(torch.bfloat16) for _ in range(2))
+def test_packed_networks_give_the_same_outputs(architecture, dtype, tolerance):
+    plain, packed = (tiny_model(architecture, seed=3).to(dtype) for _ in range(2))
     size = active_parameters(packed)
     assert pack(packed) is packed
     assert packed_layers(packed)
@@ -27,15 +37,16 @@ def test_packed_networks_give_the_same_outputs(architecture):
     ids = torch.arange(1, 25).view(2, 12)
     with torch.no_grad():
         a, b = plain(ids).logits.float(), packed(ids).logits.float()
-    assert (a - b).abs().max() <= 0.06 * a.abs().max()
+    assert (a - b).abs().max() <= tolerance * a.abs().max()
     exact, kept = plain.state_dict(), packed.state_dict()
     assert set(exact) == set(kept)
     assert all(torch.equal(exact[name], kept[name]) for name in exact)
 
 
 @needs_onednn
-def test_state_goes_in_as_it_comes_out():
-    source, target = (pack(tiny_model("gpt2", seed=s).to(torch.bfloat16)) for s in (1, 2))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_state_goes_in_as_it_comes_out(dtype):
+    source, target = (pack(tiny_model("gpt2", seed=s).to(dtype)) for s in (1, 2))
     target.load_state_dict(source.state_dict())
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
@@ -48,19 +59,53 @@ def test_state_goes_in_as_it_comes_out():
 
 
 @needs_onednn
-def test_a_packed_value_is_saved_as_it_was_loaded(tmp_path):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_packed_value_is_saved_as_it_was_loaded(dtype, tmp_path):
     value = tiny_value("vocabulary")
-    value.network.to(torch.bfloat16).save_pretrained(tmp_path / "plain")
-    loaded = load_value(tmp_path / "plain", "value", LoadOptions("cpu", "bfloat16"), tokenizer=value.model.tokenizer)
+    value.network.to(dtype).save_pretrained(tmp_path / "plain")
+    options = LoadOptions("cpu", str(dtype).removeprefix("torch."))
+    loaded = load_value(tmp_path / "plain", "value", options, tokenizer=value.model.tokenizer)
     assert isinstance(loaded.model.network.head, PackedLinear)
     loaded.model.network.save_pretrained(tmp_path / "again")
     assert (tmp_path / "plain" / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
 
 
-def test_only_bfloat16_on_a_cpu_is_packed_and_only_if_wanted():
-    assert not packed_layers(pack(tiny_model("llama")))
-    assert not packed_layers(load_causal(path("base"), "base", LoadOptions("cpu", "float32")).model.network)
-    assert not packed_layers(load_causal(path("base"), "base", LoadOptions("cpu", "bfloat16", pack=False)).model.network)
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_unpacked_networks_are_as_before(architecture, dtype):
+    network = tiny_model(architecture, seed=3).to(dtype)
+    tied = network.config.tie_word_embeddings
+    state = copy.deepcopy(network.state_dict())
+    unpack(pack(network))
+    assert not packed_layers(network)
+    kept = network.state_dict()
+    assert set(state) == set(kept)
+    assert (network.get_output_embeddings().weight is network.get_input_embeddings().weight) == tied
+    assert torch.equal(state["lm_head.weight"], kept["lm_head.weight"])
+
+
+@needs_onednn
+def test_small_matrices_in_float32_stay_as_they_are(monkeypatch):
+    monkeypatch.setitem(MIN_WEIGHTS, torch.float32, 64 * 64)
+    network = torch.nn.Sequential(torch.nn.Linear(64, 63), torch.nn.Linear(64, 64))
+    assert [type(layer) for layer in pack(network)] == [torch.nn.Linear, PackedLinear]
+
+
+def test_nothing_else_is_packed_and_only_if_wanted():
+    assert not packed_layers(pack(tiny_model("llama").to(torch.float16)))
+    for dtype in ("float32", "bfloat16"):
+        assert not packed_layers(load_causal(path("base"), "base", LoadOptions("cpu", dtype, pack=False)).model.network)
+
+
+def test_the_activation_of_gpt2_is_one_operation_everywhere():
+    plain, fast = (tiny_model("gpt2", seed=3).double() for _ in range(2))  # of a dtype that is not packed
+    kinds = {type(m) for m in pack(fast).modules()}
+    assert torch.nn.GELU in kinds
+    assert kinds - {torch.nn.GELU} < {type(m) for m in plain.modules()}
+    ids = torch.arange(1, 25).view(2, 12)
+    with torch.no_grad():
+        assert torch.allclose(plain(ids).logits, fast(ids).logits, rtol=0, atol=1e-12)
 
 
 @needs_onednn
@@ -70,3 +115,5 @@ def test_other_types_pass_through_a_packed_layer():
     x = torch.randn(3, 8)
     assert torch.allclose(layer(x), torch.nn.functional.linear(x, plain.weight.float(), plain.bias.float()), atol=1e-5)
     assert torch.equal(layer(x.to(torch.bfloat16)[:, None])[:, 0], layer(x.to(torch.bfloat16)))
+    layer = PackedLinear(plain.weight.float(), None)
+    assert torch.allclose(layer(x.double()), torch.nn.functional.linear(x.double(), plain.weight.double()), atol=1e-5)

@@ -96,7 +96,7 @@ def _time_matrix(inputs: int, outputs: int, rows: list[int], dtype: torch.dtype,
 
 def _forms(weights: list[Tensor], dtype: torch.dtype, device: torch.device) -> Iterator[tuple[_Multiply, list[Tensor]]]:
     yield nn.functional.linear, weights
-    if dtype == torch.bfloat16 and device.type == "cpu" and kernels.has_packed_linear():
+    if device.type == "cpu" and kernels.has_packed_linear(dtype):
         yield _packed, [kernels.pack_weight(w) for w in weights]
 
 

@@ -16,16 +16,17 @@ from torch import Tensor
 
 PACKED_ROWS = 256
 """The number of rows that oneDNN optimises the packed layout for; measured to be as good as any for 1 to 256."""
+PACKED_DTYPES = (torch.bfloat16, torch.float32)
 CPU_INFO = Path("/proc/cpuinfo")
 _EMULATED = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni")
 """Values of ``ONEDNN_MAX_CPU_ISA`` under which oneDNN has no bfloat16 products, or emulates them."""
 
 
 @cache
-def has_packed_linear() -> bool:
-    """Do oneDNN's packed linear layers in bfloat16 compute the right products, and return their weights unchanged?"""
+def has_packed_linear(dtype: torch.dtype) -> bool:
+    """Do oneDNN's packed linear layers in ``dtype`` compute the right products, and return their weights unchanged?"""
     try:
-        return _packed_products_agree()
+        return dtype in PACKED_DTYPES and _packed_products_agree(dtype)
     except Exception:  # a kernel that is not there may raise anything
         return False
 
@@ -55,14 +56,14 @@ def has_native_bfloat16() -> bool:
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """``weight`` [outputs, inputs], bfloat16 on the CPU, in oneDNN's packed layout."""
+    """``weight`` [outputs, inputs], of :data:`PACKED_DTYPES` on the CPU, in oneDNN's packed layout."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACKED_ROWS)
     return packed
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """X W^T + b, with weights of :func:`pack_weight`."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), weight, bias, "none", [], "")
     return out
 
 
@@ -73,17 +74,17 @@ def flash_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     return out, norms
 
 
-def _packed_products_agree() -> bool:
+def _packed_products_agree(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
-    weight, bias = _test_values(24, 40).bfloat16(), _test_values(24).bfloat16()
+    weight, bias = _test_values(24, 40).to(dtype), _test_values(24).to(dtype)
     packed = pack_weight(weight)
     if not torch.equal(packed.to_dense(), weight):
         return False
     for x in (_test_values(1, 40), _test_values(2, 3, 40)):
         for b in (None, bias):
-            plain = x.bfloat16().double() @ weight.double().t() + (0.0 if b is None else b.double())
-            if not _close(packed_linear(x.bfloat16(), packed, b), plain, torch.bfloat16):
+            plain = x.to(dtype).double() @ weight.double().t() + (0.0 if b is None else b.double())
+            if not _close(packed_linear(x.to(dtype), packed, b), plain, dtype):
                 return False
     return True
 

@@ -42,7 +42,7 @@ class LoadOptions:
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code from the model's repository.
         quantization: passed as ``quantization_config`` (a transformers config, or its dictionary).
-        pack: use oneDNN's packed linear layers where they help (``models.packed_linear``: CPUs in bfloat16); not for training.
+        pack: use oneDNN's packed linear layers where they help (``models.packed_linear``: on CPUs); not for training.
         extra: other arguments of ``from_pretrained``.
         attention: passed as ``attn_implementation``.
         max_memory: of each device, where the model is spread over several: ``{0: "20GiB", "cpu": "60GiB"}``.

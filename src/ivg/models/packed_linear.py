@@ -1,8 +1,9 @@
-"""Linear layers in oneDNN's packed (blocked) weight layout: for inference on a CPU in bfloat16.
+"""Linear layers in oneDNN's packed (blocked) weight layout: for inference on a CPU in bfloat16 or float32.
 
-oneDNN reorders a weight matrix into blocks before each product; for few rows that takes as long as the product. Packed once, a
-pass of 1 to 16 rows takes half the time, one of 256 a tenth less (dev/LOG.md). The plain weights are dropped; they can
-be read back, exactly, from the packed ones. Handles PyTorch's modules and transformers' ``Conv1D``; must not depend on what they mean.
+oneDNN reorders a bfloat16 matrix into blocks before each product; for few rows that takes as long as the product. Packed once, a
+pass of 1 to 16 rows takes half the time, one of 256 a tenth less. In float32 PyTorch's own products are MKL's, which reorders too: packed,
+4 to 64 rows take a half to four fifths (dev/LOG.md), unless the matrix is small. The plain weights are dropped; they can be read back,
+exactly, from the packed ones. Handles PyTorch's modules and transformers' ``Conv1D``; must not depend on what they mean.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from torch import Tensor, nn
 
 from ivg.models import kernels
 
+MIN_WEIGHTS = {torch.bfloat16: 0, torch.float32: 1 << 18}
+"""Smaller matrices are faster unpacked: a packed product costs about 12 microseconds by itself."""
+
 
 class PackedLinear(nn.Module):
     """A linear layer for inference: no gradients reach its weights.
 
     Args:
-        weight: [outputs, inputs], bfloat16, on the CPU.
+        weight: [outputs, inputs], bfloat16 or float32, on the CPU.
         bias: [outputs] or None.
         transposed: state dictionaries have it as [inputs, outputs] (``Conv1D``).
     """
@@ -27,13 +31,13 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, *, transposed: bool = False) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.transposed = transposed
+        self.transposed, self.dtype = transposed, weight.dtype
         self.register_parameter("bias", bias)
         self._pack(weight)
 
     def _pack(self, weight: Tensor) -> None:
         """Keeps the plain layout where oneDNN cannot pack: the layer may come from a pickle of another machine."""
-        self.packed = kernels.pack_weight(weight) if kernels.has_packed_linear() else weight.detach().contiguous()
+        self.packed = kernels.pack_weight(weight) if kernels.has_packed_linear(weight.dtype) else weight.detach().contiguous()
 
     @property
     def weight(self) -> Tensor:
@@ -48,7 +52,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X W^T + b."""
-        if x.dtype != torch.bfloat16 or self.packed.layout is torch.strided:
+        if x.dtype != self.dtype or self.packed.layout is torch.strided:
             bias = None if self.bias is None else cast("Tensor", self.bias).to(x.dtype)
             return nn.functional.linear(x, self.packed.to_dense().to(x.dtype), bias)
         return kernels.packed_linear(x, self.packed, cast("Tensor | None", self.bias))
@@ -68,7 +72,7 @@ class PackedLinear(nn.Module):
         elif tuple(weight.shape) != shape:
             errors.append(f"size mismatch for {name}: got {tuple(weight.shape)}, expected {shape}")
         else:
-            self._pack((weight.t() if self.transposed else weight).to(torch.bfloat16))
+            self._pack((weight.t() if self.transposed else weight).to(self.dtype))
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -81,36 +85,51 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(network: nn.Module) -> bool:
-    """Is ``network`` on a CPU, in bfloat16, where oneDNN's packed layers work?"""
+    """Is ``network`` on a CPU, in a dtype in which oneDNN's packed layers work?"""
     first = next(network.parameters(), None)
-    return first is not None and first.device.type == "cpu" and first.dtype == torch.bfloat16 and kernels.has_packed_linear()
+    return first is not None and first.device.type == "cpu" and kernels.has_packed_linear(first.dtype)
 
 
 def pack(network: nn.Module) -> nn.Module:
-    """Pack every linear layer of ``network`` in place, where :func:`can_pack`; the activation of GPT-2 becomes PyTorch's own."""
-    if can_pack(network):
-        _pack_children(network)
+    """Make ``network`` fast for inference, in place: pack its linear layers where :func:`can_pack`, and replace GPT-2's activation.
+
+    That is eight operations in transformers, and one in PyTorch: the same function, on any device.
+    """
+    _replace_children(network, packs=can_pack(network))
+    if packed_layers(network):
         network.requires_grad_(False)  # packed weights cannot be trained, so no other should seem to be
     return network
 
 
-def _pack_children(module: nn.Module) -> None:
+def _replace_children(module: nn.Module, *, packs: bool) -> None:
     from transformers.activations import NewGELUActivation
     from transformers.pytorch_utils import Conv1D
 
     for name, child in list(module.named_children()):
-        if type(child) is nn.Linear and child.weight.dtype == torch.bfloat16:
+        if type(child) is NewGELUActivation:
+            setattr(module, name, nn.GELU(approximate="tanh"))
+        elif packs and type(child) is nn.Linear and _gains(child.weight):
             setattr(module, name, PackedLinear(child.weight, child.bias))
-        elif type(child) is Conv1D and (layer := cast("Any", child)).weight.dtype == torch.bfloat16:
+        elif packs and type(child) is Conv1D and _gains((layer := cast("Any", child)).weight):
             setattr(module, name, PackedLinear(layer.weight.t(), layer.bias, transposed=True))
-        elif type(child) is NewGELUActivation:
-            setattr(module, name, nn.GELU(approximate="tanh"))  # the same function in one operation instead of eight
         else:
-            _pack_children(child)
+            _replace_children(child, packs=packs)
+
+
+def _gains(weight: Tensor) -> bool:
+    return kernels.has_packed_linear(weight.dtype) and weight.numel() >= MIN_WEIGHTS[weight.dtype]
 
 
 def unpack(network: nn.Module) -> None:
-    """Give every packed layer of ``network`` its plain weights back, in place."""
+    """Give every packed layer of ``network`` its plain weights back, in place; a head that is tied to the embeddings is tied again."""
+    from transformers import PreTrainedModel
+
+    _unpack_children(network)
+    if isinstance(network, PreTrainedModel):
+        network.tie_weights()
+
+
+def _unpack_children(network: nn.Module) -> None:
     for name, child in list(network.named_children()):
         if isinstance(child, PackedLinear):
             plain = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
@@ -118,7 +137,7 @@ def unpack(network: nn.Module) -> None:
             plain.register_parameter("bias", cast("nn.Parameter | None", child.bias))
             setattr(network, name, plain)
         else:
-            unpack(child)
+            _unpack_children(child)
 
 
 def packed_layers(network: nn.Module) -> list[PackedLinear]:
