@@ -31,8 +31,10 @@ def main() -> None:
 
     from ivg.cli.app import app
     from ivg.cli.progress import print_error
+    from ivg.cli.quick_import import begin_process
     from ivg.errors import IVGError
 
+    begin_process()
     _occupy_standard_streams()
     stopped = 130
     try:

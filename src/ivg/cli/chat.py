@@ -13,6 +13,7 @@ from ivg.cli.chat_backends import Backend, LocalBackend, ServerBackend
 from ivg.cli.chat_session import COMMANDS, ChatSession
 from ivg.cli.options import command
 from ivg.cli.output import AsJson, Quiet
+from ivg.cli.quick_import import import_transformers
 from ivg.cli.recipe_options import RecipeOptions, default_method, resolve_search
 from ivg.cli.standard_input import is_terminal, texts_of
 from ivg.errors import ConfigError
@@ -91,6 +92,7 @@ def _session(recipe: Recipe, url: str | None, system: str | None, quiet: bool) -
             raise ConfigError(f"got --url and {', '.join(here)}\n  the server has its own models; leave --url or these out")
         backend = ServerBackend.connect(url)
     else:
+        import_transformers(recipe)
         method = method or default_method(recipe.override(search={"method": "ivg"}))
         recipe = resolve_search(recipe.override(search={"method": method}))
         backend = _local(recipe)

@@ -11,6 +11,7 @@ from rich.console import Console
 from ivg.cli.options import Options, command
 from ivg.cli.output import AsJson, Quiet, print_json
 from ivg.cli.printing import say
+from ivg.cli.quick_import import import_transformers
 from ivg.cli.recipe_options import RecipeOptions
 from ivg.cli.standard_input import texts_of
 from ivg.errors import ConfigError
@@ -55,6 +56,7 @@ def check(
     preferences: PreferenceSettings,
 ) -> None:
     """See HELP."""
+    import_transformers(recipe)
     from ivg.cli.model_table import describe_models, show_models
     from ivg.diagnostics.divergence import divergence_on_samples
     from ivg.factory.recipe import load_models

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ivg.cli.options import command
 from ivg.cli.output import AsJson, Quiet, print_json, print_notes
+from ivg.cli.quick_import import import_transformers
 from ivg.cli.recipe_options import RecipeOptions
 from ivg.cli.standard_input import texts_of
 from ivg.errors import ConfigError, ScoreError
@@ -46,6 +47,7 @@ def compare(
     recipe: Recipe,
 ) -> None:
     """See HELP."""
+    import_transformers(recipe)
     from ivg.cli.progress import print_error, progress
     from ivg.factory.recipe import load_models
     from ivg.search.methods import get_method

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ivg.cli.options import Options, command
+from ivg.cli.quick_import import import_transformers
 from ivg.cli.recipe_options import RecipeOptions
 from ivg.cli.standard_input import DASH, texts_of
 from ivg.errors import ConfigError
@@ -98,6 +99,8 @@ def _with_images(prompt: str, images: Iterable[str]) -> list[dict[str, object]]:
 
 def run(recipe: Recipe, rows: Iterable[SourceRow], files: GenerateSettings, cluster: RaySettings | None = None) -> None:
     """Answer every prompt that is not answered yet; what cannot be answered is reported, the others are done."""
+    if cluster is None:
+        import_transformers(recipe)
     from ivg.cli.printing import prompt_line, show
     from ivg.cli.progress import print_error, progress
     from ivg.jobs.failures import Failures

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ivg.cli.options import command
+from ivg.cli.quick_import import import_transformers
 from ivg.cli.recipe_options import RecipeOptions
 from ivg.errors import MissingDependencyError
 from ivg.settings.recipe import Recipe
@@ -36,6 +37,7 @@ def serve(
     from ivg.serving.keys import read_keys
 
     recipe = recipe.override(serve={"api_keys": read_keys(api_key_file)})
+    import_transformers(recipe)
     try:
         from ivg.serving.server import serve as run
     except ModuleNotFoundError as e:

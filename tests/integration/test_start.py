@@ -1,0 +1,104 @@
+"""A process of the command line answers without importing what answers need nothing of; what was put off is whole when it is asked for."""
+
+import subprocess
+import sys
+
+import pytest
+
+ARGUMENTS = {
+    "generate": ["generate", "The movie was", "--max-new-tokens", "2"],
+    "chat": ["chat", "The movie was", "--max-new-tokens", "2"],
+    "compare": ["compare", "The movie was", "--methods", "ivg", "--max-new-tokens", "2"],
+}
+HEAVY = (
+    "scipy",
+    "sklearn",
+    "pandas",
+    "datasets",
+    "pyarrow",
+    "peft",
+    "trl",
+    "torch.onnx",
+    "torch.distributed.tensor",
+    "torch._dynamo.eval_frame",
+)
+AFTER = """
+import sys
+sys.argv = ["ivg", *{arguments!r}]
+from ivg.cli import main
+try:
+    main()
+except SystemExit as e:
+    assert not e.code
+"""
+
+
+def run(code, arguments=ARGUMENTS["generate"]):
+    done = subprocess.run([sys.executable, "-c", AFTER.format(arguments=arguments) + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("verb", ARGUMENTS)
+def test_heavy_modules_are_not_imported(verb):
+    assert run(f"print('found', [name for name in {HEAVY} if name in sys.modules])", ARGUMENTS[verb]).endswith("found []\n")
+
+
+COMPILE = """
+import torch
+double = torch.compile(lambda x: x * 2, backend="eager", fullgraph=True)
+assert torch.equal(double(torch.ones(3)), torch.full((3,), 2.0))
+assert torch._dynamo is sys.modules["torch._dynamo"]
+from transformers.integrations.eager_paged import eager_paged_attention_forward as disabled
+from transformers.integrations.deepgemm import is_sm100 as constant
+assert constant._dynamo_marked_constant
+def calls(x):
+    try:
+        disabled(None, x, x, x, None, 1.0)
+    except AttributeError:
+        return x + 1
+try:
+    torch.compile(calls, backend="eager", fullgraph=True)(torch.ones(3))
+except torch._dynamo.exc.Unsupported as e:
+    print("left out of the graph:", "disable" in str(e))
+"""
+
+
+def test_torch_compile_works_later():
+    """Functions that transformers marked before stay marked."""
+    assert run(COMPILE).endswith("left out of the graph: True\n")
+
+
+SUBMODULE = """
+import torch._dynamo.config
+from torch._dynamo.utils import counters
+import torch._dynamo.utils
+assert torch._dynamo.config is sys.modules["torch._dynamo.config"]
+assert torch._dynamo.utils.counters is counters
+assert torch._dynamo.config.__spec__.name == "torch._dynamo.config"
+from torch._dynamo import optimize
+import inspect
+print(inspect.getmodule(optimize).__name__)
+"""
+
+
+def test_submodules_are_imported_once():
+    assert run(SUBMODULE).endswith("torch._dynamo.eval_frame\n")
+
+
+LIBRARY = """
+from typer.testing import CliRunner
+import sys
+from ivg.cli.app import app
+done = CliRunner().invoke(app, ["generate", "The movie was", "--max-new-tokens", "2"])
+assert done.exit_code == 0, done.output
+from transformers.utils import is_scipy_available, is_torch_distributed_available
+from transformers.distributed.utils import is_torch_distributed_available as seen
+print(is_torch_distributed_available(), seen(), "torch._dynamo.eval_frame" in sys.modules)
+"""
+
+
+def test_other_processes_are_left_alone():
+    """Where the command line runs inside another program, that program's transformers is whole."""
+    done = subprocess.run([sys.executable, "-c", LIBRARY], capture_output=True, text=True)
+    assert done.stdout == "True True True\n", done.stderr
