@@ -4,9 +4,11 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.smollm2 import calibration
+from ivg.training.data import RatedResponse
+from ivg.training.length import length_controlled
+from ivg.types import Prompt
 from ivg.utils.jsonl import as_lines, read_jsonl, write_text
 
 REVIEW = "Here is a movie review from imdb: {prompt}"
@@ -155,7 +157,8 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
     out = work / "summarization"
     subject, mail = shlex.quote(SUBJECT), shlex.quote(MAIL)
     write = f"--template {shlex.quote('base=' + SUBJECT)} --max-new-tokens 24 --stop '\\n' --temperature 1 --batch-size {scale.prompts}"
-    train = f"--mode lora --lora-r 8 --keep-adapter --accumulate 1 --max-length 448 --evaluations 1 {scale.train}"
+    rest = f"--accumulate 1 --max-length 448 --evaluations 1 {scale.train}"
+    train = f"--mode lora --lora-r 8 --keep-adapter {rest}"
     return [
         Step(
             "samples",
@@ -174,7 +177,7 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
             ("gold",),
         ),
         # DPO of so few answers moves the network by nothing (dev/LOG.md); this one reads the best answer to each e-mail
-        Step("best", lambda: best_subjects(out / "rollouts.jsonl", out / "best.jsonl"), ("rollouts",)),
+        Step("best", lambda: best_responses(out / "rollouts.jsonl", out / "best.jsonl"), ("rollouts",)),
         Step(
             "expert",
             f"train sft --model {base} --data {out}/best.jsonl --out {out}/expert --template {subject} --lr 5e-4 --batch-size 32 {train}",
@@ -182,8 +185,8 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
         ),
         Step(
             "value",
-            f"train value --model {base} --data {out}/rollouts.jsonl --out {out}/value --compact-head --template {subject}"
-            f" --epochs 2 --lr 3e-4 --batch-size 64 {train}",
+            f"train value --model {base} --data {out}/rollouts.jsonl --out {out}/value --mode head --compact-head --template {subject}"
+            f" --lr 1e-3 --batch-size 64 {rest}",
             ("rollouts",),
         ),
     ]
@@ -191,10 +194,10 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
 
 def _instructions(base: str, work: Path, scale: Scale) -> list[Step]:
     out = work / "instructions"
-    train = "--mode lora --lora-r 8 --keep-adapter --template chat --evaluations 1"
+    adapter, train = "--mode lora --lora-r 8 --keep-adapter", "--template chat --evaluations 1"
     judged = f"--data {work}/alpaca-judged.jsonl --pairs-per-prompt 16 --label higher --min-margin 0.5 --like-length 0.3 --eval-share 0.2"
     long = "--max-length 1024 --set gradient_checkpointing=true --set train_sampling_strategy=group_by_length"
-    reward = f"train reward --model {base} {judged} --batch-size 8 --accumulate 2 --lr 5e-4 {train} {long} {scale.train}"
+    reward = f"train reward --model {base} {judged} --batch-size 8 --accumulate 2 --lr 5e-4 {adapter} {train} {long} {scale.train}"
     train += f" --accumulate 1 --max-length 640 {scale.train}"
     return [
         Step("gold", f"{reward} --out {out}/gold"),
@@ -207,16 +210,17 @@ def _instructions(base: str, work: Path, scale: Scale) -> list[Step]:
             f" --batch-size {scale.prompts // 4} --seed 2 --out {out}/rollouts.jsonl",
             ("gold-length",),
         ),
+        # among answers of at most 128 tokens the reward prefers short ones: what length explains of it is subtracted again
+        Step("best", lambda: best_responses(out / "rollouts.jsonl", out / "best.jsonl", control_length=True), ("rollouts",)),
         Step(
-            "tuned",
-            f"train dpo --model {base} --data {out}/rollouts.jsonl {scale.clear_pairs(8, 0.3)} --out {out}/tuned --lr 5e-4"
-            f" --batch-size 32 {train}",
-            ("rollouts",),
+            "expert",
+            f"train sft --model {base} --data {out}/best.jsonl --out {out}/expert --lr 5e-4 --batch-size 16 {adapter} {train}",
+            ("best",),
         ),
         Step(
             "value",
-            f"train value --model {base} --data {out}/rollouts.jsonl --out {out}/value --compact-head --epochs 2 --lr 3e-4"
-            f" --batch-size 64 {train}",
+            f"train value --model {base} --data {out}/rollouts.jsonl --out {out}/value --mode head --compact-head --control-length"
+            f" --lr 1e-3 --batch-size 64 {train}",
             ("rollouts",),
         ),
     ]
@@ -243,10 +247,18 @@ def subject_pairs(mails: Path, samples: Path, out: Path) -> None:
     write_text(out, as_lines(pairs))
 
 
-def best_subjects(rollouts: Path, out: Path) -> None:
-    """The sampled subject of each e-mail with the highest reward, but for empty ones."""
-    best: dict[str, dict[str, Any]] = {}
-    for row in read_jsonl(rollouts):
-        if not row.get("error") and row["response"].strip() and (row["prompt"] not in best or row["score"] > best[row["prompt"]]["score"]):
-            best[row["prompt"]] = row
-    write_text(out, as_lines({"prompt": row["prompt"], "response": row["response"].rstrip()} for row in best.values()))
+def best_responses(rollouts: Path, out: Path, *, control_length: bool = False) -> None:
+    """The sampled response to each prompt with the highest reward, but for empty ones and those cut at the limit of tokens.
+
+    With ``control_length`` what length explains of the rewards of all responses is subtracted first, as ``--control-length`` does.
+    """
+    rows = [row for row in read_jsonl(rollouts) if not row.get("error")]
+    rated = [RatedResponse(row["prompt"], row["response"], row["score"]) for row in rows]
+    if control_length:
+        rated, _ = length_controlled(rated)
+    best: dict[Prompt, RatedResponse] = {}
+    for row, response in zip(rows, rated, strict=True):
+        complete = row["finish_reason"] == "stop" and response.response.strip()
+        if complete and (response.prompt not in best or response.score > best[response.prompt].score):
+            best[response.prompt] = response
+    write_text(out, as_lines({"prompt": r.prompt, "response": r.response.rstrip()} for r in best.values()))
