@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ivg.errors import PromptError
+from ivg.jobs.formats import read_rows
 from ivg.models.chat_template import prompt_text
 from ivg.models.loading import LoadOptions
 from ivg.settings.train import PairSettings
@@ -117,14 +118,28 @@ def by_reward(reward: RewardModel, rows: Sequence[RatedResponse]) -> Scores:
     return dict(zip(read, reward.logits(list(read.values())), strict=True))
 
 
-def measure(data: Path, share: float, words: int, reward: RewardModel | None = None) -> dict[str, Any]:
-    """All figures."""
-    everything = read_rated(data, ReadOptions(mapping=ColumnMapping(COLUMNS)))
+def measure(
+    data: Path, share: float, words: int, reward: RewardModel | None = None, max_length: int | None = None, scored: bool = True
+) -> dict[str, Any]:
+    """All figures.
+
+    Args:
+        data: judgements.
+        share: of the instructions, held out.
+        words: of the ridge regression.
+        reward: to compare.
+        max_length: held-out answers of more tokens, as ``reward`` reads them behind their prompts, are left out.
+        scored: False: ``reward`` only counts tokens.
+    """
+    columns = COLUMNS if "instruction" in next(iter(read_rows(data))) else {}
+    everything = read_rated(data, ReadOptions(mapping=ColumnMapping(columns)))
     rows = [row for row in everything if not is_test(prompt_text(row.prompt))]
     held_out = compare([rows], PairSettings(pairs_per_prompt=1), eval_share=share).held_out
     train, test = [r for r in rows if r.prompt not in held_out], [r for r in rows if r.prompt in held_out]
     rewards: dict[str, Scores] = {}
-    if reward is not None:
+    if reward is not None and max_length is not None:
+        test = [row for row in test if len(reward.ids(reward.text(row.prompt, row.response))) <= max_length]
+    if reward is not None and scored:
         rewards["reward"] = by_reward(reward, test)
         test = [row for row in test if (row.prompt, row.response) in rewards["reward"]]
     penalties = {}
@@ -153,11 +168,13 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="judgements: instruction, output, score")
+    parser.add_argument("--data", type=Path, required=True, help="judgements: instruction, output, score; or prompt, response, score")
     parser.add_argument("--eval-share", type=float, default=0.2, help="share of the instructions that is held out")
     parser.add_argument("--words", type=int, default=2000, help="most frequent words that the ridge regression uses")
     parser.add_argument("--reward", help="a reward trained on the other instructions of the same file")
     parser.add_argument("--template", help="of that reward; default: as it was trained")
+    parser.add_argument("--max-length", type=int, help="leave out held-out answers of more tokens, as --reward reads them")
+    parser.add_argument("--count-only", action="store_true", help="--reward counts tokens alone; its row is in its metrics.json")
     parser.add_argument("--device", help="cpu, cuda, …; default: a GPU if there is one")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--out", type=Path, help="JSON file for all figures, with intervals")
@@ -167,7 +184,7 @@ def main() -> None:
         reward = RewardModel.from_pretrained(given.reward, template=given.template, options=LoadOptions(device=given.device))
         reward.batch_size = given.batch_size
     found = {"data": str(given.data), "eval_share": given.eval_share, "words": given.words, "reward": given.reward}
-    found |= measure(given.data, given.eval_share, given.words, reward)
+    found |= measure(given.data, given.eval_share, given.words, reward, given.max_length, not given.count_only)
     if found["answers_of_test_instructions_left_out"]:
         print(f"{found['answers_of_test_instructions_left_out']} answers to instructions of the test split were left out")
     print(table(found))

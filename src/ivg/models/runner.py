@@ -133,6 +133,17 @@ class ModelRunner:
         Raises:
             PromptError: a row would outgrow the model's positions.
         """
+        for found, outputs in self.forward_passes(rows, new, keep):
+            for i, place, count in found:
+                yield i, outputs[place, -count:]
+
+    def forward_passes(
+        self, rows: Sequence[CacheRow], new: Sequence[Sequence[int]], keep: Sequence[int]
+    ) -> Iterator[tuple[list[tuple[int, int, int]], Tensor]]:
+        """As :meth:`forward`, all rows of a pass together.
+
+        Yields ([(i, place, count)], outputs [places, positions, vocabulary or 1]): the last ``count`` positions of ``place`` are of row i.
+        """
         left, wanted = {i: list(tokens) for i, tokens in enumerate(new)}, list(keep)
         while left:
             index, pieces, counts = list(left), [], []
@@ -143,8 +154,8 @@ class ModelRunner:
                 counts.append(max(0, wanted[i] - (total - end)))
                 left[i], wanted[i] = left[i][end - held :], wanted[i] - counts[-1]
             some = [rows[i] for i in index]
-            for k, output in self._forward_in_range(some, self._reopen_in_range(some, pieces), counts):
-                yield index[k], output
+            for found, outputs in self._forward_in_range(some, self._reopen_in_range(some, pieces), counts):
+                yield [(index[k], place, count) for k, place, count in found], outputs
             left = {i: tokens for i, tokens in left.items() if tokens}
 
     def last_outputs(self, rows: Sequence[CacheRow], new: Sequence[Sequence[int]]) -> Tensor:
@@ -166,8 +177,8 @@ class ModelRunner:
 
     def _forward_in_range(
         self, rows: Sequence[CacheRow], new: Sequence[Sequence[int]], keep: Sequence[int]
-    ) -> Iterator[tuple[int, Tensor]]:
-        """As :meth:`forward`, each row under the rotary factors that it has."""
+    ) -> Iterator[tuple[list[tuple[int, int, int]], Tensor]]:
+        """As :meth:`forward_passes`, each row under the rotary factors that it has."""
         done = [0] * len(rows)
         pending = list(range(len(rows)))
         self._prepare(rows, new)
@@ -177,11 +188,9 @@ class ModelRunner:
             for batch in self.cache.batches(rows, sizes, wanted, self._output_size):
                 pieces = [list(new[i][done[i] : done[i] + sizes[i]]) for i in batch]
                 outputs, order = self._pass([rows[i] for i in batch], pieces, max(1, *(wanted[i] for i in batch)))
-                for k, place in enumerate(order):
-                    i = batch[place]
-                    done[i] += len(pieces[place])
-                    if wanted[i]:
-                        yield i, outputs[k, -wanted[i] :]
+                for place, piece in zip(batch, pieces, strict=True):
+                    done[place] += len(piece)
+                yield [(batch[at], k, wanted[batch[at]]) for k, at in enumerate(order) if wanted[batch[at]]], outputs
             pending = [i for i in pending if done[i] < len(new[i])]
 
     def _piece_length(self, left: int, keep: int) -> int:
