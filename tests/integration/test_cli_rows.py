@@ -108,6 +108,21 @@ def test_samples_without_a_score_are_never_the_best(ivg, hub, tmp_path):
     rows = sorted(rows_of_file(out), key=lambda r: r["index"])
     assert code == 1 and 0 < len(rows) < 8 and f"answered {len(rows)}, skipped 0, failed {8 - len(rows)}" in err
     assert [r["index"] for r in rows] == list(range(len(rows)))
+    out.unlink()
+    code, _, err = ivg("generate", "--input", source, *base, "--output", out, "--best-of", 8)
+    (best,) = rows_of_file(out)
+    failed = 8 - len(rows)
+    assert code == 0 and f"note: {failed} sample" in err and "best_of chose among the others" in err
+    assert best["token_ids"] == rows[0]["token_ids"] and f"best_of: {failed} of 8 samples failed: " in best["notes"][-1]
+
+
+@pytest.mark.parametrize("verb", ["chat", "compare", "serve", "eval sentiment --out OUT", "train rollout --prompts IN --out OUT.jsonl"])
+def test_best_of_is_refused_where_one_answer_is_drawn(ivg, tmp_path, verb):
+    (tmp_path / "r.toml").write_text("[run]\nn = 2\nbest_of = 3\n")
+    arguments = [word.replace("OUT", str(tmp_path / "out")).replace("IN", str(tmp_path / "in.jsonl")) for word in verb.split()]
+    more = ["Hi"] if verb in ("chat", "compare") else []
+    code, _, err = ivg(*arguments, *more, "--recipe", tmp_path / "r.toml")
+    assert code == 2 and "run.best_of=3: ivg" in err and "leave it out; ivg generate reads it" in err
 
 
 def test_edited_prompts_are_answered_again_and_new_rows_shift_nothing(ivg, base, tmp_path):

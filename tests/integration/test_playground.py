@@ -70,7 +70,7 @@ def test_committed_text_of_a_search_is_never_taken_back(visit):
     seen = [(text, grey) for text, grey in page.evaluate("window.seen") if text.startswith("The movie was")]
     texts = list(dict.fromkeys(text for text, _ in seen))
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
-    assert any(grey for _, grey in seen)  # a draft that may still change is shown as such
+    assert any(grey for _, grey in seen)  # a beam that may still change is shown as such
     assert seen[-1] == (page.locator("#guided .answer").text_content(), 0)
 
 
@@ -155,7 +155,7 @@ def test_tree_shows_all_beam_events(visit):
     assert page.locator("#tree-scroll .node.won").count() == len(selections)
     labels = page.locator("#tree-scroll .node.won").evaluate_all("all => all.map(n => n.getAttribute('aria-label'))")
     assert all("kept" in label for label in labels)
-    assert f"{len(selections)} chunks, {len(scores)} drafts tried" in page.inner_text("#tree-summary")
+    assert f"{len(selections)} chunks, {len(scores)} beams tried" in page.inner_text("#tree-summary")
     assert page.locator("#tree-scroll .edge.won").count() == len(selections) - 1
 
 
@@ -225,7 +225,7 @@ def test_an_error_marks_its_field(visit):
     words = page.inner_text("#error")
     assert "256" in words
     assert "64" in words
-    assert "Continuations per draft K" in words
+    assert "Continuations per beam K" in words
     assert page.get_attribute("#successors", "aria-invalid") == "true"
     page.fill("#prompt", "")
     page.click("#run")

@@ -90,7 +90,7 @@ def test_method_sets_its_defaults(visit):
     assert (page.input_value("#method"), page.input_value("#width"), page.input_value("#chunk_length")) == ("ivg", "4", "5")
     page.select_option("#method", "eft")
     assert page.is_disabled("#width")
-    assert "one draft" in page.inner_text("#width-help")
+    assert "one beam" in page.inner_text("#width-help")
     page.select_option("#method", "bon")
     assert page.inner_text("#chunk_length-value") == "whole answer"
     assert page.is_disabled("#beta")

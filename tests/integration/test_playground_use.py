@@ -54,6 +54,24 @@ def test_code_gives_the_answer_of_the_page_when_pasted(visit, model, tmp_path):
     assert visit.complaints == []
 
 
+@pytest.mark.parametrize(("name", "models"), [("embedded", {"base": "embedded:tuned"}), ("mine", {})], ids=["another base", "another name"])
+def test_the_recipe_says_which_models_it_needs(browser, model, name, models):
+    """By the models, not by the name that the server gives them."""
+    with Running(model, Recipe.model_validate({"models": models}), name=name) as server:
+        page = browser.new_page()
+        page.goto(server.url + LINK)
+        ready(page)
+        page.click("[data-form=recipe]")
+        first = page.locator("#code").text_content().splitlines()[0]
+        assert (
+            first == "# the models that come with ivg, as none are named"
+            if not models
+            else first.startswith("# of the server, which serves embedded")
+        )
+        assert ("film reviews" in page.inner_text("#about")) == (not models)
+        page.close()
+
+
 def test_the_gallery_shows_recorded_runs_and_their_settings(visit):
     asked = []
     page = visit()

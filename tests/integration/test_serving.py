@@ -266,6 +266,15 @@ def test_playground_is_served(running):
     assert "<code>/v1/chat/completions</code>" in reference.text
 
 
+def test_the_reference_tells_nothing_of_the_models_where_a_key_is_wanted():
+    with Running(tiny(), api_keys=("one-secret-key",)) as server:
+        reference = httpx.get(f"{server.url}/reference")
+        assert reference.status_code == 200 and "This server wants an API key" in reference.text
+        for name in ("tiny", "cbs-explicit", "<code>eft</code>"):
+            assert name not in reference.text
+        assert "<code>kl_budget</code>" in reference.text and "<code>/v1/chat/completions</code>" in reference.text
+
+
 def test_request_ids(running):
     assert httpx.get(f"{running.url}/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
     other = httpx.get(f"{running.url}/health", headers={"x-request-id": "bad id, worse"}).headers["x-request-id"]

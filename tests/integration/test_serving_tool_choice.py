@@ -165,6 +165,11 @@ def bad(**schema):
     return {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]}
 
 
+SET = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+NO_SET = bad(**SET)
+NAMED_F = {"type": "function", "function": {"name": "f"}}
+
+
 @pytest.mark.parametrize(
     ("more", "param", "words"),
     [
@@ -178,10 +183,21 @@ def bad(**schema):
         ({"tool_choice": "required", "guidance": {"method": "eft", "choice": ["a"]}}, "tool_choice", "and guidance.choice is given"),
         ({"tool_choice": "required", **bad(type="string")}, "tools[0].function.parameters", "expected one of an object"),
         (
-            {"tool_choice": "required", **bad(type="object", properties={"a": {"type": "array", "uniqueItems": True}})},
-            "tools",
+            {"tool_choice": "required", "tools": [CLOCK, *NO_SET["tools"]]},
+            "tools[1].function.parameters",
+            'tools[1].function.parameters cannot be used: Unimplemented keys: ["uniqueItems"]',
+        ),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": [CLOCK, *NO_SET["tools"]]},
+            "tools[1].function.parameters",
             "uniqueItems",
         ),
+        (
+            {"tool_choice": NAMED_F, "tools": [CLOCK, *bad(type="string")["tools"]]},
+            "tools[1].function.parameters",
+            "expected one of an object",
+        ),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": SET}}}, "response_format", "response_format cannot be used"),
     ],
     ids=lambda value: value if isinstance(value, str) else json.dumps(value),
 )

@@ -1,7 +1,10 @@
 """The setting ``end_at_sentence``: where responses end, in every kind of search, and who refuses it."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from ivg.engines.sequences import ends_sentence
 from ivg.errors import ConfigError
 from ivg.model import GuidedModel
 from ivg.testing import byte_tokenizer, tiny_lm, tiny_value
@@ -24,11 +27,37 @@ from scripted import scripted
         ("\n\nA heading\nmore.", 1, "\n\nA heading\n"),
         ("そうです。はい。", 1, "そうです。"),
         ("no end at all", 1, "no end at all"),
+        ("Mr. and Mrs. Smith vs. Dr. No. More.", 1, "Mr. and Mrs. Smith vs. Dr. No."),
+        ("Films, e.g. this, i.e. mine. More.", 1, "Films, e.g. this, i.e. mine."),
+        ("In the U.S. at 5 p.m. it ended. More.", 1, "In the U.S. at 5 p.m. it ended."),
+        ("He likes films, books etc. More.", 1, "He likes films, books etc."),
+        ("It was the best. A mr. More.", 1, "It was the best."),
     ],
 )
 def test_where_a_response_ends(text, after, expected):
     done = scripted(lambda _: text).generate("x", "custom", token="script", end_at_sentence=after)
     assert (done.text, done.finish_reason) == (expected, "stop")
+
+
+ORDINARY = ["film", "Gen", "always", "me", "Standard", "may", "dr", "visit", "ok", "résumé"]
+ABBREVIATED = ["Mr.", "Dr.", "St.", "e.g.", "U.S.", "Ph.D.", "J.", "cf.", "al.", "a.m.", "(i.e.", "Sept.", "3.", "2.5"]
+INSIDE = st.lists(st.sampled_from([*ORDINARY, *ABBREVIATED, "word,", '"so', "[1]"]), max_size=6)
+END = st.tuples(
+    st.sampled_from([w for w in ORDINARY if w != "Gen"]), st.sampled_from([".", "!", "?", "…", "..."]), st.sampled_from(["", '"', ")", "”"])
+)
+
+
+@given(st.lists(st.tuples(INSIDE, END), min_size=1, max_size=4))
+def test_sentences_end_where_they_were_made_to_end(made):
+    """At every end, and behind no word inside; abbreviations in any place but the last."""
+    text = ""
+    for words, end in made:
+        for word in words:
+            text += word + " "
+            assert not ends_sentence(text) and not ends_sentence(text[:-1])
+        text += "".join(end)
+        assert ends_sentence(text) and ends_sentence(text + " ")
+        text += " "
 
 
 def test_structured_output_is_not_ended_at_a_sentence():
@@ -59,8 +88,10 @@ def ends(text):
     if text.endswith("\n"):
         return bool(text.strip())
     text = text.rstrip(" ")
-    initial = text[-2:-1].isupper() and not text[-3:-2].isalnum()
-    return text[-1:] in "!?." and not (text[-2:-1].isdigit() or initial or text.endswith(".."))
+    if text.endswith(("!", "?", "...")):
+        return True
+    one_letter = text[-2:-1].isalpha() and not (text[-3:-2].isalnum() or text[-3:-2] == "_")
+    return text.endswith(".") and not (text[-2:-1].isdigit() or one_letter or text.endswith(".."))
 
 
 @pytest.mark.parametrize("settings", [{"method": "base"}, {"method": "eft"}, {"method": "eft", "draft": 3}], ids=str)

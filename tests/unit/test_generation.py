@@ -15,7 +15,7 @@ from ivg.errors import ConfigError, GenerationError, PromptError
 from ivg.search.background import BackgroundSearch
 from ivg.search.searcher import Request, Searcher
 from ivg.testing import FakeEngine, tiny_lm, tiny_value
-from ivg.types import Prompt, SamplingParams
+from ivg.types import Completion, Prompt, SamplingParams, Usage, likeliest
 from ivg.values.implicit import ImplicitValue
 
 PROMPTS = ["The movie", "I", "A film that", "Well,", "Some say"]
@@ -335,6 +335,18 @@ def test_best_of_returns_the_likeliest_first(model):
     assert model.generate(PROMPTS[0], "eft", best_of=5, seed=6).text == expected[0][0].text
     with pytest.raises(ConfigError, match=r"best_of must be at least n \(2\), got 1"):
         model.generate(PROMPTS[0], "eft", n=2, best_of=1)
+
+
+def test_best_of_says_how_many_samples_failed():
+    """They are left out; where all fail, the answers are their errors."""
+
+    def made(*errors):
+        return [Completion("", (i,), None, "stop", Usage({}, 1, 1, 0.0), error=why) for i, why in enumerate(errors)]
+
+    best, second = likeliest(made("no\n  give another", None, "late", None), 2)
+    assert best.notes == ("best_of: 2 of 4 samples failed: no - give another",) and second.notes == ()
+    assert [c.notes for c in likeliest(made(None, None, None), 1)] == [()]
+    assert [(c.error, c.notes) for c in likeliest(made("a", "b"), 1)] == [("a", ())]
 
 
 # Progress, copies, devices

@@ -86,6 +86,14 @@ def test_every_beam_follows_the_grammar(searching, method, settings):
     assert searching.engine.grammars.live == 0
 
 
+def test_white_space_ends(fast):
+    """Where white space is likeliest: a model could write it for ever."""
+    spaces = {fast.base.tokenizer(text).input_ids[0]: 50.0 for text in (" ", "\n")}
+    done = fast.generate(prompts(3), "eft", json_schema=SCHEMA, logit_bias=spaces, max_new_tokens=200, seed=1)
+    assert all(c.finish_reason == "stop" and valid({}, c.text) for c in done)
+    assert any(" " in c.text or "\n" in c.text for c in done)
+
+
 def test_streamed(searching):
     """Pieces of the one answer, also where the grammar is complete before vLLM stops."""
     settings = {"max_new_tokens": 40, "temperature": 0.0, "regex": REGEX}

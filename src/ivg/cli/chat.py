@@ -50,6 +50,7 @@ HISTORY_LINES = 1000
         method=_UNTYPED,
         unset={"method": "ivg, or what the models allow; of a server: its own"},
         without=("system",),
+        one_answer="ivg chat",
     )
 )
 def chat(

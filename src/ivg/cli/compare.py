@@ -35,7 +35,7 @@ DEFAULT = ("base", "bon", "eft", "token-explicit", "cbs-implicit", "cbs-explicit
 _RUN = ("engine", "seed", "device", "dtype", "revision", "attention", "generation_config")
 
 
-@command(recipe=RecipeOptions("models", "search", "sampling", "run", only={"run": _RUN}))
+@command(recipe=RecipeOptions("models", "search", "sampling", "run", only={"run": _RUN}, one_answer="ivg compare"))
 def compare(
     prompt: Annotated[
         str | None, typer.Argument(help="What to answer; -, or nothing and a pipe: standard input.", metavar="PROMPT")

@@ -45,7 +45,7 @@ def _own_sizes(recipe: Recipe, found: Tables) -> tuple[Recipe, Tables]:
     return recipe, found
 
 
-@command(recipe=RecipeOptions("eval", "models", "search", "sampling", "run", only=_OFFERED, adjust=_own_sizes))
+@command(recipe=RecipeOptions("eval", "models", "search", "sampling", "run", only=_OFFERED, adjust=_own_sizes, one_answer="ivg eval"))
 def evaluate(
     task: Annotated[str, typer.Argument(help=settings_of(EvalConfig)["task"].setting.help)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for all files of this run.")],

@@ -36,6 +36,7 @@ class RecipeOptions:
         unset: what some settings are that are not typed, in words.
         bare: without ``--recipe``, ``--template`` and ``--set``.
         without: options of single models (``ONE_MODEL``) that the verb means otherwise.
+        one_answer: the verb, where it draws one answer of each prompt: ``run.best_of`` is refused, and ``run.n`` said to have no effect.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class RecipeOptions:
         unset: Mapping[str, str] | None = None,
         bare: bool = False,
         without: Collection[str] = (),
+        one_answer: str | None = None,
     ) -> None:
         self.only, self.unset = only or {}, unset or {}
         self.tables = tuple(dict.fromkeys((*tables, *self.only)))
         self.method, self.check_method, self.adjust, self.bare = method, check_method, adjust, bare
+        self.one_answer = one_answer
         self.one_model = {name: option for name, option in ONE_MODEL.items() if name not in without}
         self.by_role = PER_MODEL if "models" in self.tables and not bare else ()
 
@@ -98,6 +101,10 @@ class RecipeOptions:
         if self.adjust is not None:
             recipe, found = self.adjust(recipe, found)
         recipe = build_recipe(recipe, found, by_role, self.method)
+        if self.one_answer is not None:
+            recipe.check_one_answer(self.one_answer)
+            if recipe.run.n > 1:
+                typer.echo(f"note: run.n={recipe.run.n} ignored: {self.one_answer} draws one answer", err=True)
         return resolve_search(recipe) if self.check_method else recipe
 
     def _by_role(self, given: Mapping[str, Any]) -> ByRole:

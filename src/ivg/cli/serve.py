@@ -29,7 +29,7 @@ _OFFERED = {
 }
 
 
-@command(recipe=RecipeOptions("serve", "models", only=_OFFERED, unset={"max_new_tokens": "as the context allows"}))
+@command(recipe=RecipeOptions("serve", "models", only=_OFFERED, unset={"max_new_tokens": "as the context allows"}, one_answer="ivg serve"))
 def serve(
     api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="File of API keys, one a line.")] = None, *, recipe: Recipe
 ) -> None:

@@ -86,7 +86,14 @@ def reward(
     settings=Options(RolloutSettings, "Rollouts"),
     rows=ROWS,
     recipe=RecipeOptions(
-        "models", "search", "sampling", "run", only={"run": ("seed", "device", "dtype")}, method="base", check_method=True
+        "models",
+        "search",
+        "sampling",
+        "run",
+        only={"run": ("seed", "device", "dtype")},
+        method="base",
+        check_method=True,
+        one_answer="ivg train rollout",
     ),
 )
 def rollout(

@@ -167,15 +167,27 @@ def stop_at(text: str, before: int, stops: Sequence[str]) -> int | None:
 
 
 def ends_sentence(text: str) -> bool:
-    """Does ``text`` end with a sentence or with a line? The full stop of "3." or "J." is no end."""
-    return bool(_SENTENCE_END.search(text))
+    """Does ``text`` end with a sentence or with a line?
+
+    The full stop of a number ("3."), of one letter ("J.", "e.g.", "U.S.") or of an abbreviation that words follow ("Dr.") is no end. What
+    follows is not known yet, so a sentence that does end with one of those goes on to the next end.
+    """
+    found = _SENTENCE_END.search(text)
+    return found is not None and (found["stop"] is None or not _ABBREVIATION.search(text[: found.end("stop")]))
 
 
 _SENTENCE_END = re.compile(
     r"""(?:
-        (?:[!?…。！？] | \.\.\. | (?<![\d.]) (?<!\b[A-Z]) \.) ["'”’»)\]*_]* \s*
+        (?:[!?…。！？] | \.\.\. | (?<![\d.]) (?<!\b[A-Za-z]) (?P<stop>\.)) ["'”’»)\]*_]* \s*
         | \S\s*\n\s*
     )\Z""",
+    re.VERBOSE,
+)
+_ABBREVIATION = re.compile(
+    r"""\b(?:
+        Mr|Mrs|Ms|Mx|Messrs|Mme|Mlle|Dr|Drs|Prof|Ph|Rev|Hon|St|Gen|Col|Maj|Capt|Cmdr|Lt|Sgt|Cpl|Pvt|Gov|Sen|Rep|Pres|Supt|Mt|Ft
+        |Jan|Feb|Aug|Sept|Oct|Nov|Dec|Fig|Figs|Eq|Vol|Nr|approx|ca|cf|resp|incl|vs|al|pp|bzw
+    )\.\Z""",
     re.VERBOSE,
 )
 

@@ -29,7 +29,7 @@ def recipe_from(arguments: Mapping[str, Any]) -> Recipe:
         arguments: settings of models, search, sampling and run by name; any other by ``table.name``. None: not given.
 
     Raises:
-        ConfigError: an unknown name, or an unusable setting; no method.
+        ConfigError: an unknown name, or an unusable setting; no method; ``best_of``.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     file = given.pop("recipe", None)
@@ -48,4 +48,5 @@ def recipe_from(arguments: Mapping[str, Any]) -> Recipe:
     recipe = (Recipe() if file is None else Recipe.load(str(file))).override(**tables)
     if "method" not in recipe.search.model_fields_set:
         raise ConfigError("no method given\n  give method=eft, method=base … (ivg models lists them), or a recipe that names one")
+    recipe.check_one_answer("this harness")
     return recipe

@@ -18,7 +18,7 @@ from ivg.jobs.runner import Result, Task
 from ivg.jobs.store import open_rows
 from ivg.settings.ray import RaySettings
 from ivg.settings.recipe import Recipe
-from ivg.types import Completion, by_likelihood
+from ivg.types import Completion, by_likelihood, note_failed
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class GenerateRun:
         trace: completions keep the tree of beams.
 
     Attributes:
-        counts: answers by ``answered``, ``skipped`` (not tried yet), ``failed``, ``already done``; valid at any time.
+        counts: answers by ``answered``, ``skipped`` (not tried yet), ``failed``, ``already done``, and ``failed samples`` that ``best_of``
+            left out; valid at any time.
     """
 
     def __init__(
@@ -101,8 +102,10 @@ class GenerateRun:
             drawn.setdefault(job.key, []).append(result)
             if len(drawn[job.key]) == run.best_of:
                 samples = [_answer(r) for r in sorted(drawn.pop(job.key), key=lambda r: r.task.index)]
-                ranked: list[Completion | str] = [*by_likelihood([s for s in samples if not isinstance(s, str)])]
-                ranked += [s for s in samples if isinstance(s, str)]
+                failed = [s for s in samples if isinstance(s, str)]
+                best = note_failed(by_likelihood([s for s in samples if not isinstance(s, str)]), failed, run.best_of)
+                ranked: list[Completion | str] = [*best, *failed]
+                self.counts.update({"failed samples": len(failed) - max(0, run.n - len(best))})
                 yield from ((job, index, answer) for index, answer in enumerate(ranked[: run.n]))
 
     def _provenance(self) -> dict[str, Any]:

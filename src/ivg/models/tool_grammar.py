@@ -53,7 +53,13 @@ _NAMED = _Form(("[TOOL_CALLS]", _NAME, _ID, "[ARGS]"), "")
 
 
 def call_grammar(
-    written: ToolFormat, tools: Sequence[Mapping[str, Any]], special: SpecialId, *, several: bool, instead: Mapping[str, Any] | None = None
+    written: ToolFormat,
+    tools: Sequence[Mapping[str, Any]],
+    special: SpecialId,
+    *,
+    several: bool,
+    only: str | None = None,
+    instead: Mapping[str, Any] | None = None,
 ) -> str:
     """A grammar of calls of ``tools``: of one, or with ``several`` of one or more.
 
@@ -62,13 +68,14 @@ def call_grammar(
         tools: definitions of the functions, at least one, as OpenAI's API has them.
         special: ids of special tokens of the base.
         several: may there be more than one call?
+        only: the one function that may be called; None: any.
         instead: schema of JSON that may be written in place of calls.
 
     Raises:
         ConfigError: a function's ``parameters`` are no schema of an object.
     """
-    names = [tool["function"]["name"] for tool in tools]
-    is_named = written.name == "mistral" and special("[ARGS]") is not None and all(map(_PLAIN_NAME.fullmatch, names))
+    functions = {i: name for i, tool in enumerate(tools) if only in (None, name := tool["function"]["name"])}
+    is_named = written.name == "mistral" and special("[ARGS]") is not None and all(map(_PLAIN_NAME.fullmatch, functions.values()))
     form = _NAMED if is_named else _FORMS[written.name]
     literal = _Literals(written, special)
     more = f"({literal(form.between)} call)*" if several else ""
@@ -78,9 +85,9 @@ def call_grammar(
         lines.append(f"start: {calls}")
     else:
         lines += ["start: calls | answer", f"calls: {calls}", f"answer: %json {llguidance_schema(instead)}"]
-    lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
-    for i, (name, tool) in enumerate(zip(names, tools, strict=True)):
-        arguments = _arguments(tool["function"], i)
+    lines.append("call: " + " | ".join(f"call_{i}" for i in functions))
+    for i, name in functions.items():
+        arguments = _arguments(tools[i]["function"], i)
         if not form.head:
             lines.append(f"call_{i}: %json {llguidance_schema(_call_schema(name, arguments))}")
             continue

@@ -16,23 +16,25 @@ from ivg.utils.version import VERSION
 
 
 def documentation(served: ServedModels, paths: Mapping[str, str]) -> str:
-    """The page as HTML.
+    """The page as HTML. Where the server wants a key, the page, which wants none, says nothing of its models and methods.
 
     Args:
         served: the models.
         paths: (path, what it does) of the server's API.
     """
+    is_open = not served.settings.api_keys
     methods = [served.get_method(name, {}) for name in dict.fromkeys(served.names.values())]
     groups = [(title, [_method(m) for m in methods if m.level == level]) for level, title in LEVELS.items()]
     return render(
         "ivg.serving",
         "reference.html.jinja",
         version=VERSION,
+        is_open=is_open,
         name=served.name,
         chat=served.describe()["chat"],
         links=_links(),
         paths=paths,
-        groups=[(title, some) for title, some in groups if some],
+        groups=[(title, some) for title, some in groups if some and is_open],
         settings=[("Guidance and search", _settings(SearchSettings)), ("Sampling and length", _settings(SamplingParams))],
     )
 

@@ -164,6 +164,7 @@ class ServedModels:
             "values": list(self.model.values),
             "guides": [name for name in self.model.values if self._guides(name)],
             "chat": has_chat_template(self.model.base),
+            "embedded": self.recipe.uses_embedded and not self.recipe.values,
             "end_at_sentence": "end_at_sentence" not in self.model.engine.unsupported and not any(map(self.sampling.get, STRUCTURES)),
             "defaults": self.defaults,
         }

@@ -108,10 +108,11 @@ def serve(recipe: Recipe, settings: ServeSettings, load: Callable[[Recipe], Guid
         load: loads the models; give your own function to serve values of your own.
 
     Raises:
-        ConfigError: the address is in use, or not of this machine.
+        ConfigError: the address is in use, or not of this machine; a setting that a server does not read.
         ModelError: a model cannot be loaded.
         SystemExit: after a second signal, with the code 128 + signal.
     """
+    recipe.check_one_answer("a server")
     configure_logging()
     with _listen(settings) as listener:  # before the models are loaded: an address in use is reported at once
         served = ServedModels(load(recipe), recipe, settings)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import string
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ivg.errors import ConfigError, MissingDependencyError, ServeError
@@ -19,7 +20,7 @@ from ivg.search.request import Request
 from ivg.search.searcher import check_engine
 from ivg.serving.errors import one_line
 from ivg.serving.protocol import ChatRequest
-from ivg.types import Engine
+from ivg.types import Engine, SamplingParams
 
 _LETTERS = string.ascii_letters + string.digits
 
@@ -34,6 +35,7 @@ class OfferedTools:
         parallel: may there be several calls? Else those after the first are left out.
         named: is the function that is called in the request?
         grammar: of responses, where they are calls, or calls or JSON; None: they are free.
+        schemas: that the grammar is made of, by their place in the request.
     """
 
     format: ToolFormat
@@ -41,6 +43,7 @@ class OfferedTools:
     parallel: bool = True
     named: bool = False
     grammar: str | None = None
+    schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def sampling(self, body: ChatRequest) -> dict[str, Any]:
         """Settings of sampling for ``body``, with the grammar in the place of its ``response_format``."""
@@ -66,8 +69,22 @@ class OfferedTools:
             message = one_line(str(e))
             if not message.startswith(("grammar", "structured output")):
                 raise
-            field = "tools" if message.startswith("grammar cannot") else "tool_choice"
-            raise ServeError(f"{field}: such a call is structured output; {message}", 400, "invalid_value", field) from None
+            if message.startswith("grammar cannot"):
+                self._check_schemas(engine)
+            raise ServeError(f"tool_choice: such a call is structured output; {message}", 400, "invalid_value", "tool_choice") from None
+
+    def _check_schemas(self, engine: Engine) -> None:
+        """Raise for a schema that cannot be followed.
+
+        Raises:
+            ServeError: names its place.
+        """
+        for place, schema in self.schemas.items():
+            try:
+                engine.check_sampling(SamplingParams(json_schema=json.dumps(schema)))
+            except ConfigError as e:
+                message = one_line(str(e)).replace("json_schema", place, 1)
+                raise ServeError(f"{message}; a call that is required is structured output", 400, "invalid_value", place) from None
 
     def parse(self, text: str, *, final: bool) -> ParsedResponse:
         """Text and calls of a response, or of its beginning unless it is ``final``."""
@@ -116,17 +133,19 @@ def offered_tools(body: ChatRequest, known: ToolFormat | None, vocabulary: Vocab
         )
         raise ServeError(message, 400, "invalid_value", "tools")
     name, parallel = body.called_function, body.parallel_tool_calls is not False
-    tools = [tool for tool in body.offered_tools if name in (None, tool["function"]["name"])]
+    tools = body.offered_tools
+    functions = {f"tools[{i}].function": tool["function"] for i, tool in enumerate(tools) if name in (None, tool["function"]["name"])}
     schema = (body.response_format or {}).get("json_schema")
-    out = OfferedTools(known, frozenset(tool["function"]["name"] for tool in tools), parallel, name is not None)
+    out = OfferedTools(known, frozenset(function["name"] for function in functions.values()), parallel, name is not None)
     if not body.call_required and schema is None:
         return out
     instead = None if body.call_required else schema
     try:
-        grammar = call_grammar(known, tools, vocabulary.special_id, several=parallel and name is None, instead=instead)
+        grammar = call_grammar(known, tools, vocabulary.special_id, several=parallel and name is None, only=name, instead=instead)
     except ConfigError as e:
         raise ServeError(one_line(str(e)), 400, "invalid_value", str(e).partition(" ")[0]) from None
-    return replace(out, grammar=grammar)
+    schemas = {f"{place}.parameters": function.get("parameters") or {} for place, function in functions.items()}
+    return replace(out, grammar=grammar, schemas=schemas if instead is None else schemas | {"response_format": instead})
 
 
 def message_calls(calls: Sequence[CallText], ids: Sequence[str]) -> list[dict[str, Any]]:

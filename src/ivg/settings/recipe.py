@@ -125,6 +125,18 @@ class Recipe(Table):
         """Are the models those that come with ivg?"""
         return not self.models.given and not self.uses_endpoint
 
+    def check_one_answer(self, who: str) -> None:
+        """Raise where ``run.best_of`` is set and ``who`` draws one answer, without choosing among several.
+
+        Raises:
+            ConfigError: says what reads it.
+        """
+        if self.run.best_of is not None:
+            raise ConfigError(
+                f"run.best_of={self.run.best_of}: {who} draws one answer\n"
+                "  leave it out; ivg generate reads it, and the method bon chooses by a value"
+            )
+
     @property
     def local_models(self) -> dict[str, ModelRef]:
         """The models to load here, by role; the base of an endpoint is not among them."""

@@ -20,7 +20,18 @@ An engine makes beams longer, a value turns beams into numbers, a selection rule
 
 from ivg.settings.sampling import SamplingParams
 from ivg.types.beam import Beam, DecodeState, FinishReason, Hypothesis, TokenCounter, TokenLogprobs, new_key
-from ivg.types.completion import Completion, Particle, Posterior, ResponseLogprobs, Step, TraceNode, Usage, by_likelihood, likeliest
+from ivg.types.completion import (
+    Completion,
+    Particle,
+    Posterior,
+    ResponseLogprobs,
+    Step,
+    TraceNode,
+    Usage,
+    by_likelihood,
+    likeliest,
+    note_failed,
+)
 from ivg.types.engine import AsyncEngine, Engine, EntropyStop, ExpandOutput, ExpandRequest, LogprobsRequest, TokenGuidance
 from ivg.types.images import Image
 from ivg.types.messages import Message, Prompt
@@ -66,4 +77,5 @@ __all__ = [
     "by_likelihood",
     "likeliest",
     "new_key",
+    "note_failed",
 ]

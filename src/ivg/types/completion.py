@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ivg.settings.sampling import SamplingParams
@@ -227,11 +227,22 @@ class Completion:
 def likeliest(completions: Sequence[Completion], n: int) -> list[Completion]:
     """The ``n`` with the highest :attr:`Completion.mean_logprob`, best first (OpenAI's ``best_of``); no more than n: as they are.
 
-    Those with an error come last.
+    Those with an error come last; where some are left out, the best has a note.
     """
-    return list(completions) if len(completions) <= n else by_likelihood(completions)[:n]
+    if len(completions) <= n:
+        return list(completions)
+    return note_failed(by_likelihood(completions)[:n], [c.error for c in completions if c.error is not None], len(completions))
 
 
 def by_likelihood(completions: Sequence[Completion]) -> list[Completion]:
     """All of them, the highest :attr:`Completion.mean_logprob` first; those with an error come last."""
     return sorted(completions, key=lambda c: (c.error is not None, -c.mean_logprob))
+
+
+def note_failed(best: Sequence[Completion], errors: Sequence[str], drawn: int) -> list[Completion]:
+    """``best``, whose first says how many of the ``drawn`` samples failed, unless it is one of them."""
+    if not errors or not best or best[0].error is not None:
+        return list(best)
+    first = " - ".join(errors[0].split("\n  "))
+    note = f"best_of: {len(errors)} of {drawn} samples failed: {first}"
+    return [replace(best[0], notes=(*best[0].notes, note)), *best[1:]]

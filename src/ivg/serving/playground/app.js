@@ -138,7 +138,7 @@ async function start() {
 }
 
 function examples() {
-  const films = settings.model === "embedded";
+  const films = settings.server.embedded;
   byId("about").textContent = films
     ? "The embedded models: a small language model trained on film reviews, and values that prefer positive reviews."
     : `The model is ${settings.model}.`;
@@ -179,7 +179,7 @@ function share() {
 function showCode({ currentTarget: button }) {
   if (!settings) return;
   const body = settings.plainRequest(conversation), secret = Boolean(key());
-  const text = { curl: asCurl, python: asPython }[button.dataset.form]?.(body, secret) ?? asRecipe(body, settings.model, settings.ownValues);
+  const text = { curl: asCurl, python: asPython }[button.dataset.form]?.(body, secret) ?? asRecipe(body, settings.model, settings.server.embedded, settings.ownValues);
   byId("code").textContent = text;
   byId("code").hidden = false;
   copy(text, button, "Copied", "Not allowed to copy: see below");
@@ -191,7 +191,7 @@ async function showExample(example) {
   showError(null);
   if (settings) {
     const link = new URLSearchParams(example.link.slice(1));
-    if (settings.model !== "embedded") link.delete("p");
+    if (!settings.server.embedded) link.delete("p");
     const missing = settings.restore(`#${link}`);
     history.replaceState(null, "", settings.hash);
     if (missing) showError({ message: missing, param: "method" });

@@ -27,8 +27,8 @@ print(answer.choices[0].${chat ? "message.content" : "text"})
 `;
 }
 
-/** A recipe, for `ivg generate`, `ivg serve` and all other commands. `values`: of the method, where its name does not say them. */
-export function asRecipe(body, model, values) {
+/** A recipe, for `ivg generate`, `ivg serve` and all other commands. `embedded`: the models are those that come with ivg. `values`: of the method, where its name does not say them. */
+export function asRecipe(body, model, embedded, values) {
   const { method, end_at_sentence, token_value: token, select_value: select, ...settings } = body.guidance;
   const search = { method, ...values, ...settings, ...(token ? { token } : {}), ...(select ? { select } : {}) };
   const sampling = { temperature: body.temperature, max_new_tokens: body.max_tokens, ...(end_at_sentence ? { end_at_sentence } : {}) };
@@ -40,8 +40,8 @@ export function asRecipe(body, model, values) {
     ...(body.messages?.some((m) => m.role === "assistant") ? ["the conversation before this message"] : []),
   ];
   const note = missing.length ? `# not in this command: ${missing.join("; ")}\n` : "";
-  const embedded = model === "embedded" ? "the models that come with ivg, as none are named" : `of the server, which serves ${model}, also needed: [models], and what else its [search] and [sampling] say`;
-  return `# ${embedded}
+  const models = embedded ? "the models that come with ivg, as none are named" : `of the server, which serves ${model}, also needed: [models], and what else its [search] and [sampling] say`;
+  return `# ${models}
 # ivg generate --recipe guided.toml --seed ${body.seed}${body.messages ? more : ""} ${simple ? quoted(asked) : "- < prompt.txt"}
 ${note}
 ${table("search", search)}

@@ -12,13 +12,13 @@ export const EXAMPLES = [
   {
     name: "cbs-explicit",
     title: "Select chunks",
-    words: "Sixteen drafts of five tokens each; a network that predicts the reward keeps the best four.",
+    words: "Sixteen beams of five tokens each; a network that predicts the reward keeps the best four.",
     link: "#m=cbs-explicit&p=The+movie+was&w=4&k=4&l=5&t=0.7&n=35&s=1",
   },
   {
     name: "ivg",
     title: "Do both (IVG)",
-    words: "Integrated Value Guidance: one value guides the tokens of every draft, another selects among the drafts.",
+    words: "Integrated Value Guidance: one value guides the tokens of every beam, another selects among the beams.",
     link: "#m=ivg&p=The+movie+was&b=1&w=4&k=4&l=5&t=0.7&n=35&s=1",
   },
   {

@@ -15,7 +15,7 @@ export class Pane {
   }
 
   clear() {
-    Object.assign(this, { committed: "", thinking: "", details: [], draft: [], spans: [], started: performance.now(), first: null, end: null, recordedOn: null, wanted: null });
+    Object.assign(this, { committed: "", thinking: "", details: [], beam: [], spans: [], started: performance.now(), first: null, end: null, recordedOn: null, wanted: null });
   }
 
   /** Start a new answer to `prompt`; of a chat, behind the messages `turns`. */
@@ -55,28 +55,28 @@ export class Pane {
     } else if (type === "thinking") {
       this.thinking += data;
     } else if (type === "tokens") this.details.push(...data);
-    else if (type === "beams") this.draft = bestDraft(data.kept);
+    else if (type === "beams") this.beam = bestBeam(data.kept);
     else this.end = { ...this.end, ...data };
     this.render();
     this.showCost(null);
   }
 
-  /** The stream has ended. Text that is only a draft is removed if the answer is complete. */
+  /** The stream has ended. Text that is only a beam is removed if the answer is complete. */
   finish(otherwise = "No answer.") {
     this.text.setAttribute("aria-busy", "false");
-    if (this.end) this.draft = [];
+    if (this.end) this.beam = [];
     this.render();
     if (this.committed || this.spans.length || this.end) return;
     this.text.classList.add("empty");
     this.text.replaceChildren(otherwise);
   }
 
-  /** Tokens to show: the committed ones with details, then those of the best draft. */
+  /** Tokens to show: the committed ones with details, then those of the best beam. */
   get tokens() {
     if (this.thinking) return this.answerTokens;
     const tokens = this.details.map((t) => ({ ...t, tentative: false }));
     let at = this.details.reduce((n, t) => n + t.text.length, 0), seen = 0;
-    for (const t of this.draft) { // of a search
+    for (const t of this.beam) { // of a search
       seen += t.text.length;
       if (seen > at) tokens.push({ ...t, tentative: seen > this.committed.length });
     }
@@ -163,8 +163,8 @@ export class Pane {
   }
 }
 
-/** Tokens of the best kept draft. */
-function bestDraft(kept) {
+/** Tokens of the best kept beam. */
+function bestBeam(kept) {
   const first = kept.reduce((a, b) => (!a || (b.score ?? 0) > (a.score ?? 0) ? b : a), null);
   return first?.tokens ? first.tokens.map((text, i) => ({ text, shift: first.shift[i] ?? 0 })) : [];
 }

@@ -1,4 +1,4 @@
-// The popover: alternatives of a token, or the text of a draft. Opens by pointer, focus or tap; Escape closes it.
+// The popover: alternatives of a token, or the text of a beam. Opens by pointer, focus or tap; Escape closes it.
 
 import { byId, formatNumber, make, visible, signed } from "./dom.js";
 
@@ -94,8 +94,8 @@ function meter(p, side, least) {
 
 const percent = (p) => `${Math.round(100 * p)} %`;
 
-/** Content for a draft of the tree. */
-export function draftContent(node) {
+/** Content for a beam of the tree. */
+export function beamContent(node) {
   const status = node.won ? "Became the answer." : node.kept ? "Kept." : "Dropped.";
   const end = { stop: " The text ended here.", length: " Maximum length reached." }[node.finish] ?? "";
   const score = node.score === null ? "" : ` Score ${formatNumber(node.score)}.`;

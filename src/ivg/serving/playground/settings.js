@@ -109,12 +109,12 @@ export class Settings {
       input.setAttribute("aria-valuetext", text);
     }
     this.enable("beta", this.hasGuidance, "This method has no token guidance.");
-    for (const id of ["width", "successors"]) this.enable(id, this.hasSelection && !alone, "This method has no value to select drafts; it writes one draft.");
+    for (const id of ["width", "successors"]) this.enable(id, this.hasSelection && !alone, "This method has no value to select beams; it writes one beam.");
     this.enable("chunk_length", this.hasSelection, "This method has no selection.");
-    const drafts = value("width") * value("successors"), most = this.limits.max_hypotheses ?? Infinity;
+    const beams = value("width") * value("successors"), most = this.limits.max_hypotheses ?? Infinity;
     if (this.hasSelection && !alone) {
-      const over = drafts > most ? ` This server allows ${most}.` : "";
-      byId("successors-help").textContent = `W · K = ${drafts} drafts at a time.${over}`;
+      const over = beams > most ? ` This server allows ${most}.` : "";
+      byId("successors-help").textContent = `W · K = ${beams} beams at a time.${over}`;
     }
     byId("instruction").hidden = !this.hasInstruction;
     byId("mix").hidden = this.tokenMix.names.length < 2;
@@ -210,7 +210,7 @@ export class Settings {
 
   /** The values of the method, where the recipe of the server and not the table of methods may name them. */
   get ownValues() {
-    if (this.model === "embedded") return {};
+    if (this.server.embedded && this.method.method !== "custom") return {};
     const { token, select, weights, select_weights, select_combine } = this.method, some = (w) => Object.keys(w ?? {}).length > 0;
     return {
       ...(token ? { token } : {}), ...(select ? { select } : {}),

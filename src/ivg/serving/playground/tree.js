@@ -1,7 +1,7 @@
-// The search tree as SVG: one column per chunk, best draft on top.
+// The search tree as SVG: one column per chunk, best beam on top.
 
 import { count, draw, formatNumber, roving, visible } from "./dom.js";
-import { draftContent, attachPopover } from "./popover.js";
+import { beamContent, attachPopover } from "./popover.js";
 
 const [WIDTH, HEIGHT, GAP, COLUMN_GAP, TOP] = [170, 24, 5, 40, 24];
 const MAX_CHARACTERS = 18;
@@ -19,7 +19,7 @@ export class Tree {
     Object.assign(this, { columns: [], nodes: [], byKey: new Map(), height: 0 });
     this.edges = draw("g");
     this.marks = draw("g");
-    this.svg = draw("svg", { role: "group", "aria-label": "Tree of drafts" }, this.edges, this.marks);
+    this.svg = draw("svg", { role: "group", "aria-label": "Tree of beams" }, this.edges, this.marks);
     this.scroll.replaceChildren(this.svg);
     this.scroll.hidden = this.legend.hidden = true;
   }
@@ -27,25 +27,25 @@ export class Tree {
   /** Add a column. */
   update({ kept, dropped }) {
     const column = this.columns.length;
-    const drafts = [...kept.map((n) => ({ ...n, kept: true })), ...dropped.map((n) => ({ ...n, kept: false }))]
+    const beams = [...kept.map((n) => ({ ...n, kept: true })), ...dropped.map((n) => ({ ...n, kept: false }))]
       .sort((a, b) => (b.score ?? 0) - (a.score ?? 0) || b.kept - a.kept);
     const before = this.byKey;
     this.byKey = new Map();
-    const nodes = drafts.map((draft, row) => this.node(draft, column, row, before.get(draft.key) ?? before.get(draft.parent)));
+    const nodes = beams.map((beam, row) => this.node(beam, column, row, before.get(beam.key) ?? before.get(beam.parent)));
     for (const node of nodes) this.byKey.set(node.key, node);
     this.columns.push(nodes);
     this.nodes.push(...nodes);
     if (column === 0 && nodes.length) nodes[0].element.setAttribute("tabindex", "0");
     this.title(column, nodes);
     this.resize();
-    const best = drafts.find((d) => d.score !== null)?.score;
+    const best = beams.find((d) => d.score !== null)?.score;
     const about = best === undefined ? "" : `; best score ${formatNumber(best)}`;
     this.summaryText.textContent = `Chunk ${column + 1}: ${kept.length} kept, ${dropped.length} dropped${about}.`;
   }
 
-  node(draft, column, row, parent) {
-    const begin = parent && draft.text.startsWith(parent.text) ? parent.text.length : 0;
-    const node = { ...draft, column, row, parent, chunk: draft.text.slice(begin), won: false };
+  node(beam, column, row, parent) {
+    const begin = parent && beam.text.startsWith(parent.text) ? parent.text.length : 0;
+    const node = { ...beam, column, row, parent, chunk: beam.text.slice(begin), won: false };
     node.x = column * (WIDTH + COLUMN_GAP) + 2;
     node.y = TOP + row * (HEIGHT + GAP);
     const label = visible(node.chunk.trim()), short = label.length > MAX_CHARACTERS ? `${label.slice(0, MAX_CHARACTERS - 1)}…` : label;
@@ -55,7 +55,7 @@ export class Tree {
       draw("rect", { width: WIDTH, height: HEIGHT, rx: 5 }),
       draw("text", { class: "score", x: 8, y: 16 }, score),
       draw("svg", { x: score ? 54 : 8, width: WIDTH - (score ? 60 : 14), height: HEIGHT }, draw("text", { y: 16 }, short)));
-    attachPopover(node.element, () => draftContent(node));
+    attachPopover(node.element, () => beamContent(node));
     this.marks.append(node.element);
     if (parent) this.connect(node);
     return node;
@@ -98,11 +98,11 @@ export class Tree {
   }
 
   summary() {
-    const drafts = this.nodes.length, kept = this.nodes.filter((n) => n.kept).length;
-    if (!drafts) return "";
-    if (this.columns.every((c) => c.length === 1)) return "This method writes a single draft, so the tree is a line.";
-    return `${count(this.columns.length, "chunk")}, ${count(drafts, "draft")} tried, ${kept} kept. ` +
-      "Each column is one chunk, best on top; lines connect a draft with its continuations.";
+    const beams = this.nodes.length, kept = this.nodes.filter((n) => n.kept).length;
+    if (!beams) return "";
+    if (this.columns.every((c) => c.length === 1)) return "This method writes a single beam, so the tree is a line.";
+    return `${count(this.columns.length, "chunk")}, ${count(beams, "beam")} tried, ${kept} kept. ` +
+      "Each column is one chunk, best on top; lines connect a beam with its continuations.";
   }
 
   /** Arrow keys: up and down in a column, left to the parent, right to the best continuation. */
