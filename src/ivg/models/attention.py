@@ -150,6 +150,8 @@ def _prefix_attention(
     out: _PartialAttention | None = None
     for batch, mask in zip(metadata.prefix_batches, masks.batches, strict=True):
         groups, width = batch.groups, batch.width
+        if width == 1 and batch.rows is None:
+            return _attention(q, _batch_prefixes(prefixes[0], batch), _batch_prefixes(prefixes[1], batch), mask, scaling, softcap)
         chosen = q if batch.rows is None else q.index_select(0, batch.rows)
         together = chosen.view(groups, width, kv_heads, queries, -1).transpose(1, 2).reshape(groups, kv_heads, width * queries, -1)
         keys, values = (_batch_prefixes(t, batch) for t in prefixes)

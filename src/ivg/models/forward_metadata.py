@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +21,7 @@ Pair = tuple[Tensor, Tensor]
 """Keys and values."""
 
 
-@dataclass(frozen=True, slots=True)
-class RowLayout:
+class RowLayout(NamedTuple):
     """Where a row lies in one pass.
 
     Attributes:
@@ -47,7 +48,7 @@ class PrefixBatch:
         groups: G.
         width: rows of each group.
         length: positions of the prefixes that are read.
-        rows: which rows of the pass these are, group by group [G * width]; None: all rows, in their order.
+        rows: which rows of the pass these are, group by group [G * width]; None: all rows, in their order, and no others are needed.
         members: the rows without repetitions [m].
         places: where each of ``members`` stands in ``rows`` [m].
     """
@@ -56,9 +57,9 @@ class PrefixBatch:
     groups: int
     width: int
     length: int
-    rows: Tensor | None
-    members: Tensor
-    places: Tensor
+    rows: Tensor | None = None
+    members: Tensor | None = None
+    places: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -83,7 +84,8 @@ class ForwardMetadata:
     Attributes:
         prefix_length: positions of the longest prefix that is seen.
         suffix_length: positions of the longest suffix that is seen.
-        prefix_writes: (row, column, slot, position) of every token that is written to a prefix slot.
+        prefix_span: (slot, first position) where the pass is one row alone that writes to its prefix slot.
+        prefix_writes: else (row, column, slot, position) of every token that is written to a prefix slot.
         suffix_writes: (token, place): token counts rows times columns (None: all of them), place counts slots times their capacity.
         suffix_slots: of the rows: a slice where they lie side by side, else indices [R]; None: no row has a suffix.
         prefix_batches: for attention by prefix groups; empty: keys and values are concatenated for each row instead (``dense``).
@@ -96,6 +98,7 @@ class ForwardMetadata:
 
     prefix_length: int
     suffix_length: int
+    prefix_span: tuple[int, int] | None = None
     prefix_writes: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     suffix_writes: tuple[Tensor | None, Tensor] | None = None
     suffix_slots: slice | Tensor | None = None
@@ -108,28 +111,75 @@ class ForwardMetadata:
 
 
 class PassLayout:
-    """All rows of one pass as tensors [R] on the CPU.
+    """All rows of one pass as tensors [R] on the CPU, each made when it is first needed.
 
     Attributes:
-        positions: of every token [R, C]; pieces are aligned at their ends; padding has position 0.
-        is_token: False at padding [R, C].
+        rows: they.
+        alone: the one row of the pass, if there is no other and it writes to its prefix slot.
+        width: columns C.
     """
 
     def __init__(self, rows: Sequence[RowLayout]) -> None:
         self.rows = rows
-        self.lengths = torch.tensor([r.length for r in rows])
-        self.prefix_lengths = torch.tensor([r.prefix_length for r in rows])
-        self.prefix_slots = torch.tensor([r.prefix_slot for r in rows])
-        self.suffix_slots = torch.tensor([-1 if r.suffix_slot is None else r.suffix_slot for r in rows])
-        self.in_prefix = torch.tensor([r.suffix_slot is None for r in rows])
-        counts = torch.tensor([r.new for r in rows])
-        width = int(counts.max())
-        column = torch.arange(width)[None] - (width - counts)[:, None]
-        self.is_token = column >= 0
-        self.positions = (self.lengths[:, None] + column) * self.is_token
-        after = self.lengths + counts
-        self.seen_prefixes = torch.where(self.in_prefix, after, self.prefix_lengths)
-        self.seen_suffixes = torch.where(self.in_prefix, torch.zeros_like(after), after - self.prefix_lengths)
+        self.width = max(r.new for r in rows)
+        self.alone = rows[0] if len(rows) == 1 and rows[0].suffix_slot is None else None
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Tokens that the rows hold."""
+        return torch.tensor([r.length for r in self.rows])
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """Tokens that they read."""
+        return torch.tensor([r.new for r in self.rows])
+
+    @cached_property
+    def prefix_lengths(self) -> Tensor:
+        """Tokens that lie in their prefix slots."""
+        return torch.tensor([r.prefix_length for r in self.rows])
+
+    @cached_property
+    def prefix_slots(self) -> Tensor:
+        """Of their groups."""
+        return torch.tensor([r.prefix_slot for r in self.rows])
+
+    @cached_property
+    def suffix_slots(self) -> Tensor:
+        """Their own; -1: none."""
+        return torch.tensor([-1 if r.suffix_slot is None else r.suffix_slot for r in self.rows])
+
+    @cached_property
+    def in_prefix(self) -> Tensor:
+        """Which write to their prefix slots."""
+        return self.suffix_slots < 0
+
+    @cached_property
+    def is_token(self) -> Tensor:
+        """False at padding [R, C]; pieces are aligned at their ends."""
+        return self._columns >= 0
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Of every token [R, C]; padding has position 0."""
+        if self.alone is not None:
+            return torch.arange(self.alone.length, self.alone.length + self.width)[None]
+        return (self.lengths[:, None] + self._columns) * self.is_token
+
+    @cached_property
+    def seen_prefixes(self) -> Tensor:
+        """Positions of its prefix slot that each row sees."""
+        return torch.where(self.in_prefix, self.lengths + self.counts, self.prefix_lengths)
+
+    @cached_property
+    def seen_suffixes(self) -> Tensor:
+        """Positions of its suffix slot that each row sees."""
+        return torch.where(self.in_prefix, 0, self.lengths + self.counts - self.prefix_lengths)
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        """Which of its row's new tokens stands where [R, C]; negative: padding."""
+        return torch.arange(self.width)[None] - (self.width - self.counts)[:, None]
 
 
 def build_metadata(
@@ -144,6 +194,8 @@ def build_metadata(
         windows: for each kind of layer how far it sees; None: everything.
         grouped: attention goes by prefix groups; otherwise keys and values are concatenated for each row.
     """
+    if grouped and (metadata := _lone_token(layout, markers, windows)) is not None:
+        return metadata
     device = next(iter(markers.values())).device
     metadata = ForwardMetadata(max(1, int(layout.seen_prefixes.max())), int(layout.seen_suffixes.max()))
     if not bool(layout.in_prefix.all()):
@@ -159,6 +211,21 @@ def build_metadata(
     return metadata
 
 
+def _lone_token(layout: PassLayout, markers: Mapping[str, Tensor], windows: Mapping[str, int | None]) -> ForwardMetadata | None:
+    """Of a pass of one row alone with one token, which sees all that the row holds: no masks, no indices. None: it is another pass."""
+    row = layout.alone
+    if row is None or row.new > 1 or any(window is not None and window <= row.length for window in windows.values()):
+        return None
+    everything = AttentionMasks(torch.empty(0), torch.empty(0), [None])
+    return ForwardMetadata(
+        row.length + 1,
+        0,
+        prefix_span=(row.prefix_slot, row.length),
+        prefix_batches=[PrefixBatch(slice(row.prefix_slot, row.prefix_slot + 1), 1, 1, row.length + 1)],
+        masks={marker.data_ptr(): everything for marker in markers.values()},
+    )
+
+
 def _as_slice(indices: Tensor, device: torch.device) -> slice | Tensor:
     """Consecutive indices as a slice: no gather is needed."""
     first, count = int(indices[0]), len(indices)
@@ -166,6 +233,9 @@ def _as_slice(indices: Tensor, device: torch.device) -> slice | Tensor:
 
 
 def _add_writes(metadata: ForwardMetadata, layout: PassLayout, suffix_capacity: int, device: torch.device) -> None:
+    if layout.alone is not None:
+        metadata.prefix_span = (layout.alone.prefix_slot, layout.alone.length)
+        return
     suffix, prefix = layout.is_token & ~layout.in_prefix[:, None], layout.is_token & layout.in_prefix[:, None]
     if bool(suffix.any()):
         place = layout.suffix_slots[:, None] * suffix_capacity + layout.positions - layout.prefix_lengths[:, None]
@@ -217,18 +287,13 @@ def _prefix_batches(slots: Sequence[int], seen: Sequence[int], device: torch.dev
     for batch in _like_groups(groups, lengths):
         width = max(len(groups[s]) for s in batch)
         flat = [row for s in batch for row in groups[s] + groups[s][:1] * (width - len(groups[s]))]
-        places = [k * width + i for k, s in enumerate(batch) for i in range(len(groups[s]))]
-        out.append(
-            PrefixBatch(
-                slots=_as_slice(torch.tensor(batch), device),
-                groups=len(batch),
-                width=width,
-                length=max(lengths[s] for s in batch),
-                rows=None if flat == list(range(len(slots))) else torch.tensor(flat, device=device),
-                members=torch.tensor([flat[p] for p in places], device=device),
-                places=torch.tensor(places, device=device),
-            )
-        )
+        found = PrefixBatch(_as_slice(torch.tensor(batch), device), len(batch), width, max(lengths[s] for s in batch))
+        if flat != list(range(len(slots))):
+            places = [k * width + i for k, s in enumerate(batch) for i in range(len(groups[s]))]
+            found.rows = torch.tensor(flat, device=device)
+            found.members = torch.tensor([flat[p] for p in places], device=device)
+            found.places = torch.tensor(places, device=device)
+        out.append(found)
     return out
 
 

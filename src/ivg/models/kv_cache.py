@@ -36,13 +36,14 @@ class Slots:
         tensors: keys and values of the first layer, of the second …
         count: slots.
         capacity: positions of each.
+        token_bytes: what one position takes in all layers.
         failed: memory ran out between two layers, so their sizes differ.
     """
 
     def __init__(self, axis: int, growth: int) -> None:
         self.axis, self.growth = axis, growth
         self.tensors: list[Tensor] = []
-        self.count = self.capacity = 0
+        self.count = self.capacity = self.token_bytes = 0
         self.failed = False
         self.unused: list[int] = []
         """A heap: the lowest comes first."""
@@ -56,6 +57,7 @@ class Slots:
         shape = [self.count, like.shape[1], like.shape[3]]
         shape.insert(self.axis, self.capacity)
         self.tensors.append(zeros(shape, like))
+        self.token_bytes += like.shape[1] * like.shape[3] * like.element_size()
 
     def allocate(self, used: Callable[[], int]) -> int:
         """The lowest unused slot; where there is none, twice as many are made (see :meth:`reserve`)."""
@@ -154,14 +156,17 @@ class KVCache(Cache):
         """Store the new [rows, heads, columns, size]; return what the rows can see, or, for attention by prefix groups, just the new."""
         assert self.metadata is not None
         metadata = self.metadata.on(key_states.device)
-        for slots in (self.prefixes, self.suffixes):
-            if 2 * layer_idx == len(slots.tensors):
+        if 2 * layer_idx == len(self.prefixes.tensors):
+            for slots in (self.prefixes, self.suffixes):
                 slots.add(key_states)
                 slots.add(value_states)
         for kind, new in enumerate((key_states, value_states)):
+            if metadata.prefix_span is not None:
+                slot, first = metadata.prefix_span
+                self.prefixes[layer_idx][kind][slot, :, first : first + new.shape[2]] = new[0]
             if metadata.prefix_writes is not None:
-                row, column, slot, position = metadata.prefix_writes
-                self.prefixes[layer_idx][kind][slot, :, position] = new[row, :, column]
+                row, column, places, position = metadata.prefix_writes
+                self.prefixes[layer_idx][kind][places, :, position] = new[row, :, column]
             if metadata.suffix_writes is not None:
                 token, place = metadata.suffix_writes
                 flat = new.transpose(1, 2).flatten(0, 1)
@@ -215,7 +220,7 @@ class KVCache(Cache):
     @property
     def token_bytes(self) -> int:
         """What one token takes in all layers; 0 before the first pass."""
-        return sum(t.shape[2] * t.shape[3] * t.element_size() for t in self.suffixes.tensors)
+        return self.suffixes.token_bytes
 
 
 class _Beside:

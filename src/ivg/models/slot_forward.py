@@ -61,9 +61,8 @@ class SlotForward:
             held: tokens that each holds.
             keep: columns.
         """
-        layout = PassLayout(rows)
-        width = layout.positions.shape[1]
-        ids = torch.tensor([[0] * (width - len(piece)) + list(piece) for piece in pieces])
+        layout, width = PassLayout(rows), max(map(len, pieces))
+        ids = torch.tensor([piece if len(piece) == width else [0] * (width - len(piece)) + list(piece) for piece in pieces])
         pad = self.support.pad
         positions = layout.positions if pad is None else _positions_without(pad, ids, layout.is_token, held)
         inputs = {"input_ids": ids.to(self.device), "position_ids": positions.to(self.device), "logits_to_keep": keep}
