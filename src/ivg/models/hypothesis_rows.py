@@ -169,7 +169,9 @@ class HypothesisRows(PromptEncoder):
         row = entry.row
         held = row.finite_length if row.nonfinite else len(row.ids)
         if entry.same_tokens:  # then the row holds a beginning of this hypothesis: its cost does not grow with the text
-            self.model.truncate(row, max(0, min(held, entry.prompt_length + len(h.token_ids) - drop - count)))
+            end = max(0, min(held, entry.prompt_length + len(h.token_ids) - drop - count))
+            if end < len(row.ids):
+                self.model.truncate(row, end)
             if len(row.ids) >= entry.prompt_length:
                 return self.own_ids(h.token_ids[len(row.ids) - entry.prompt_length : len(h.token_ids) - drop])
         ids, entry.prompt_length = self.ids(h)
@@ -183,8 +185,9 @@ class HypothesisRows(PromptEncoder):
         """The entry of every hypothesis: its own, a fork of its ancestor's (the last child takes that over), or a new one."""
         children: dict[int, list[Hypothesis]] = {}
         roots: list[Hypothesis] = []
+        known = self._entries
         for h in hypotheses:
-            if h.key in self._entries:
+            if h.key in known:
                 continue
             ancestor = self._known_ancestor(h)
             if ancestor is not None:
@@ -194,12 +197,12 @@ class HypothesisRows(PromptEncoder):
         if roots:
             self._open(roots, drop)
         for ancestor, some in children.items():
-            entry = self._entries[ancestor]
+            entry = known[ancestor]
             for child in some[:-1] if some[-1].inherits else some:
-                self._entries[child.key] = entry.fork(self.model.fork(entry.row))
+                known[child.key] = entry.fork(self.model.fork(entry.row))
             if some[-1].inherits:
-                self._entries[some[-1].key] = self._entries.pop(ancestor)
-        return [self._entries[h.key] for h in hypotheses]
+                known[some[-1].key] = known.pop(ancestor)
+        return [known[h.key] for h in hypotheses]
 
     def _open(self, roots: Sequence[Hypothesis], drop: int) -> None:
         """Rows for hypotheses without ancestors here. A prompt that several share is read once.

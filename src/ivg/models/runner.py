@@ -164,7 +164,7 @@ class ModelRunner:
         longest, shortest = max(map(len, new)), min(map(len, new))
         if longest == shortest <= self.limits.row_tokens:
             self._prepare(rows, new)
-            if len(list(self.cache.batches(rows, dict.fromkeys(range(len(rows)), longest), {}, self._output_size))) == 1:
+            if len(next(self.cache.batches(rows, dict.fromkeys(range(len(rows)), longest), {}, self._output_size))) == len(rows):
                 outputs, order = self._pass(rows, new, 1)
                 if order == list(range(len(rows))):
                     return outputs[:, -1]

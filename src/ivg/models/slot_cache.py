@@ -345,12 +345,13 @@ class SlotCache(RowCache):
     @property
     @override
     def unshared_bytes(self) -> int:
-        return sum(len(row.ids) for row in self.rows) * self.memory.token_bytes
+        return sum([len(row.ids) for row in self.rows]) * self.memory.token_bytes
 
     @property
     @override
     def used_bytes(self) -> int:
-        return sum(len(g.prefix) + sum(row.suffix_length for row in g.rows) for g in self.groups) * self.memory.token_bytes
+        suffixes = sum([len(row.ids) - row.prefix_length for row in self.rows])
+        return (suffixes + sum([len(group.prefix) for group in self.groups])) * self.memory.token_bytes
 
 
 def _new_prefix_length(group: PrefixGroup) -> int | None:
