@@ -185,8 +185,8 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
         ),
         Step(
             "value",
-            f"train value --model {base} --data {out}/rollouts.jsonl --out {out}/value --mode head --compact-head --template {subject}"
-            f" --lr 1e-3 --batch-size 64 {rest}",
+            f"train value --model {base} --data {out}/rollouts.jsonl --out {out}/value --mode head --compact-head --keep-adapter"
+            f" --template {subject} --lr 1e-3 --batch-size 64 {rest}",
             ("rollouts",),
         ),
     ]
@@ -219,8 +219,8 @@ def _instructions(base: str, work: Path, scale: Scale) -> list[Step]:
         ),
         Step(
             "value",
-            f"train value --model {base} --data {out}/rollouts.jsonl --out {out}/value --mode head --compact-head --control-length"
-            f" --lr 1e-3 --batch-size 64 {train}",
+            f"train value --model {base} --data {out}/rollouts.jsonl --out {out}/value --mode head --compact-head --keep-adapter"
+            f" --control-length --lr 1e-3 --batch-size 64 {train}",
             ("rollouts",),
         ),
     ]

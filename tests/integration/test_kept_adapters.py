@@ -152,6 +152,61 @@ def test_a_value_is_what_peft_loads_and_near_the_merged_one(runs, kind):
     assert loaded.card and "Explicit value" in loaded.card
 
 
+@pytest.fixture(scope="module")
+def heads(runs):
+    """For each kind of value a run on the frozen network that keeps its head alone, and one that writes the whole model."""
+    for kind in HEADS:
+        train(kind, runs / "model", runs / f"{kind}-head", mode="head")
+        train(kind, runs / "model", runs / f"{kind}-head-whole", mode="head", keep=False)
+    return runs
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_alone_is_the_whole_value(heads, kind):
+    folder = heads / f"{kind}-head"
+    names = {p.name for p in folder.iterdir()}
+    assert {"head.safetensors", "head_config.json", "README.md", "run.json", "metrics.json"} <= names
+    assert not names & {"config.json", "model.safetensors", "adapter_config.json", "tokenizer.json", "checkpoints"}
+    assert "library_name: transformers" in (folder / "README.md").read_text()
+    found = ExplicitValue.from_pretrained(folder, options=FLOAT32)
+    whole = ExplicitValue.from_pretrained(heads / f"{kind}-head-whole", options=FLOAT32)
+    for a, b in zip(values_of(found), values_of(whole), strict=True):
+        assert torch.allclose(a, b, atol=0.02)  # float16 is what differs
+    assert values_of(found)[0].abs().max() > 0.05
+    assert found.network.notes == whole.network.notes
+    body, plain = found.network.backbone.state_dict(), AutoModel.from_pretrained(heads / "model").state_dict()
+    assert all(torch.equal(body[name], tensor) for name, tensor in plain.items())
+
+
+@pytest.mark.parametrize("kind", ["vocabulary", "compact"])
+def test_a_head_alone_guides_as_without_a_cache(heads, kind):
+    guides_as_without_a_cache(heads / "model", heads / f"{kind}-head", SlotCache)
+
+
+def test_a_head_alone_is_known_by_its_network(heads, tmp_path):
+    """Its network is part of its fingerprint; it may be named in the recipe; as a language model or in place of itself it is refused."""
+    folder = tmp_path / "head"
+    shutil.copytree(heads / "scalar-head", folder)
+    before = fingerprint(str(folder))
+    shutil.copytree(heads / "model", tmp_path / "other")
+    other = testing.tiny_model(seed=5)
+    other.save_pretrained(tmp_path / "other")
+    config = json.loads((folder / "head_config.json").read_text())
+    (folder / "head_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "other")}))
+    assert fingerprint(str(folder)) != before
+    given = {"base": str(heads / "model"), "value": {"path": str(heads / "model"), "adapter": str(folder)}}
+    named = load_models(Recipe.parse({"models": given, "run": {"dtype": "float32"}}))
+    first = ExplicitValue.from_pretrained(heads / "scalar-head", options=FLOAT32)
+    assert torch.allclose(values_of(named.values["explicit"])[0], values_of(first)[0])
+    with pytest.raises(ModelError, match="not of a language model\n  give it as --value"):
+        GuidedModel.from_pretrained(heads / "scalar-head")
+    with pytest.raises(ConfigError, match="is an adapter"):
+        train("scalar", heads / "scalar-head", tmp_path / "again")
+    (folder / "head_config.json").write_text(json.dumps({"ivg_value": {"head": "scalar"}}))
+    with pytest.raises(ModelError, match="does not name its network"):
+        ExplicitValue.from_pretrained(folder)
+
+
 def guides_as_without_a_cache(folder, value, cache):
     settings = {"token": "explicit", "width": 2, "successors": 2, "chunk_length": 3, "beta": 0.5}
     model = GuidedModel.from_pretrained(folder, value=value, options=FLOAT32)

@@ -17,6 +17,7 @@ from pathlib import Path
 from ivg.embedded import PREFIX, names
 from ivg.jobs.imports import local_imports
 from ivg.models.added import locate
+from ivg.models.hub import ADAPTER_CONFIG, BASE, HEAD_CONFIG
 from ivg.settings.recipe import ModelRef, Recipe
 from ivg.utils.cache import file_digest
 
@@ -101,8 +102,9 @@ def _directory(folder: Path) -> str:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for path, digest in zip(paths, pool.map(file_digest, paths), strict=True):
             found.update(f"{path.name}\0{digest}\0".encode())
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        base = Path(locate(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]))
+    with suppress(OSError, ValueError, KeyError, TypeError, StopIteration):
+        file = next(place for name in (ADAPTER_CONFIG, HEAD_CONFIG) if (place := folder / name).is_file())
+        base = Path(locate(json.loads(file.read_text(encoding="utf-8"))[BASE]))
         if base.is_dir() and base.resolve() != folder.resolve():
             found.update(_directory(base).encode())
     return found.hexdigest()[:16]

@@ -1,9 +1,10 @@
-"""A directory with a PEFT adapter in place of a whole model: which network it belongs to, and the head that a reward or a value adds.
+"""A directory with a PEFT adapter, or a value's head alone, in place of a whole model: which network it belongs to, and its head.
 
 ==========================  ==============================================================================================
 ``adapter_config.json``     of PEFT; ``base_model_name_or_path``: the network
 ``adapter_model.…``         of PEFT; of a reward with its head (``score``)
-``head_config.json``        settings that config.json of a whole model has: ``ivg_value`` of a value, ``ivg_template`` of a reward …
+``head_config.json``        settings that config.json of a whole model has: ``ivg_value`` of a value, ``ivg_template`` of a reward …;
+                            of a head without an adapter ``base_model_name_or_path``, too
 ``head.safetensors``        of a value: its head, named as in :mod:`ivg.models.value_head`, or ``score_head.shared`` and ``score_head.map``
 ==========================  ==============================================================================================
 
@@ -25,10 +26,9 @@ from torch import Tensor, nn
 from ivg.errors import ModelError, reason
 from ivg.models.adapters import base_of
 from ivg.models.added import locate
-from ivg.models.hub import ADAPTER_CONFIG, adapter_at, download_adapter
+from ivg.models.hub import ADAPTER_CONFIG, BASE, HEAD_CONFIG, adapter_at, download_adapter
 from ivg.models.weights import read_tensor, tensor_names
 
-HEAD_CONFIG = "head_config.json"
 HEAD_WEIGHTS = "head.safetensors"
 _PREFIX = "base_model.model."
 """Before the names of a network's tensors, as PEFT writes them."""
@@ -54,6 +54,11 @@ class AdapterSource:
         """``what``, a model's role, as errors about the network say it."""
         return f"{what} (network of the adapter {str(self.folder)!r})"
 
+    @property
+    def head_only(self) -> bool:
+        """There is no adapter: a value's head reads the network as it is."""
+        return not (self.folder / ADAPTER_CONFIG).is_file()
+
     @cached_property
     def head_config(self) -> Mapping[str, Any]:
         """Settings of the head; none: no file.
@@ -63,7 +68,8 @@ class AdapterSource:
         """
         file = self.folder / HEAD_CONFIG
         try:
-            return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+            found = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+            return {name: setting for name, setting in found.items() if name != BASE}
         except (OSError, ValueError, TypeError) as e:
             raise ModelError(f"cannot read {file}: {reason(e)}\n  train the adapter again") from e
 
@@ -148,6 +154,6 @@ def adapter_folder(adapter: str, what: str, hub: Mapping[str, Any]) -> Path:
     place = Path(locate(adapter)).expanduser()
     if not place.is_dir():
         place = download_adapter(adapter, f"the adapter of {what}", hub)
-    if not (place / ADAPTER_CONFIG).is_file():
+    if not any((place / file).is_file() for file in (ADAPTER_CONFIG, HEAD_CONFIG)):
         raise ModelError(f"{what}: {str(place)!r} is no PEFT adapter: no {ADAPTER_CONFIG} there\n  expected a directory that peft wrote")
     return place

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ivg.errors import ConfigError, MissingDependencyError, ModelError, reason
-from ivg.models.hub import ADAPTER_CONFIG
+from ivg.models.hub import ADAPTER_CONFIG, BASE, HEAD_CONFIG
 
 _NAME = re.compile(r"ivg\d+")
 """Names that adapters are given."""
@@ -139,7 +139,8 @@ def base_of(folder: Path, what: str) -> str:
         ModelError: its configuration names none, or a directory that is not there.
     """
     try:
-        named = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        file = folder / ADAPTER_CONFIG
+        named = json.loads((file if file.is_file() else folder / HEAD_CONFIG).read_text(encoding="utf-8"))[BASE]
     except (OSError, ValueError, KeyError, TypeError):
         named = None
     title = f"{what}: the adapter {str(folder)!r}"

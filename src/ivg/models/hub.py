@@ -19,6 +19,9 @@ from ivg.models.gguf import converted, find_gguf
 from ivg.utils.hub_status import reachable, unreachable_reason
 
 ADAPTER_CONFIG = "adapter_config.json"
+HEAD_CONFIG = "head_config.json"
+BASE = "base_model_name_or_path"
+"""In both: the network that an adapter, or a head, was trained on."""
 
 
 def find_model(name: str | Path, what: str, hub: Mapping[str, Any] | None = None, *, weights: bool = True) -> str | Path:
@@ -77,7 +80,7 @@ def find_local(name: str | Path, what: str) -> Path | None:
 
 
 def adapter_at(name: str | Path, hub: Mapping[str, Any] | None = None) -> Path | None:
-    """The directory of the PEFT adapter that ``name`` is, here or on the hub; None: it is a whole model, or nothing that is found.
+    """The directory of the PEFT adapter, or of the head alone, that ``name`` is; None: it is a whole model, or nothing that is found.
 
     Raises:
         ModelError: it cannot be downloaded.
@@ -88,10 +91,13 @@ def adapter_at(name: str | Path, hub: Mapping[str, Any] | None = None) -> Path |
         if not _is_hub_id(name) or not_added(text) is not None:
             return None
         if reachable():
-            bare = _file(text, "config.json", hub) is None and _file(text, ADAPTER_CONFIG, hub) is not None
+            bare = _file(text, "config.json", hub) is None and any(
+                _file(text, file, hub) is not None for file in (ADAPTER_CONFIG, HEAD_CONFIG)
+            )
             return download_adapter(text, "an adapter", hub) if bare else None
         place = _snapshot(text, hub) or place
-    return place if (place / ADAPTER_CONFIG).is_file() and not (place / "config.json").is_file() else None
+    some = any((place / file).is_file() for file in (ADAPTER_CONFIG, HEAD_CONFIG))
+    return place if some and not (place / "config.json").is_file() else None
 
 
 def download_adapter(name: str, what: str, hub: Mapping[str, Any]) -> Path:

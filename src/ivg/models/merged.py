@@ -63,6 +63,8 @@ def load_merged(source: AdapterSource, auto_class: Any, what: str, load: LoadBas
 
 
 def _merge(network: Any, source: AdapterSource, what: str) -> Any:
+    if source.head_only:
+        return network
     adapters = Adapters(network)
     return adapters.merge(adapters.add(source.folder, source.scale, what))
 

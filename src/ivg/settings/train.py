@@ -123,7 +123,7 @@ class TrainSettings:
     keep_adapter: Annotated[
         bool,
         Setting(
-            "Of mode lora: write the adapter and the head (float16, a few megabytes) in place of the whole model.",
+            "Of modes lora and head: write the adapter and the head (float16, a few megabytes) in place of the whole model.",
             r.FLAG,
             flags=("--keep-adapter/--merge",),
         ),
@@ -159,8 +159,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         validate(self)
-        if self.keep_adapter and self.mode != "lora":
-            raise ConfigError(f"keep_adapter, and mode {self.mode} trains no adapter\n  give --mode lora with it")
+        if self.keep_adapter and self.mode == "full":
+            raise ConfigError("keep_adapter, and mode full trains no adapter\n  give --mode lora with it; for a value also --mode head")
         if self.learning_rate is None:
             factor = 1 if self.mode == "full" else 10  # few weights need larger steps
             object.__setattr__(self, "learning_rate", factor * self.DEFAULT_LEARNING_RATE)

@@ -1,4 +1,4 @@
-"""Runs that end with an adapter in place of a whole model (``--keep-adapter``): a few megabytes, in float16.
+"""Runs that end with an adapter, or a head alone, in place of a whole model (``--keep-adapter``): a few megabytes, in float16.
 
 What is stored is what was evaluated: trained weights are rounded before the last evaluation.
 """
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ivg.embedded import PREFIX
 from ivg.errors import ConfigError, ModelError
-from ivg.models.adapter_directory import HEAD_CONFIG, HEAD_WEIGHTS
-from ivg.models.hub import ADAPTER_CONFIG, adapter_at
+from ivg.models.adapter_directory import HEAD_WEIGHTS
+from ivg.models.hub import ADAPTER_CONFIG, BASE, HEAD_CONFIG, adapter_at
 from ivg.models.prompt_template import PromptTemplate
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -65,14 +65,27 @@ def save_adapter(network: Any, folder: Path, base: str | Path, head_config: Mapp
     weights = {name: tensor.half().contiguous() for name, tensor in load_file(folder / _WEIGHTS).items()}
     save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
     if head:
-        save_file(
-            {name: t.detach().half().cpu().contiguous() for name, t in head.items()}, folder / HEAD_WEIGHTS, metadata={"format": "pt"}
-        )
+        _save_head(folder, head)
     if head_config:
-        (folder / HEAD_CONFIG).write_text(json.dumps(head_config, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base_name(base)
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _write(folder / HEAD_CONFIG, head_config)
+    _write(folder / ADAPTER_CONFIG, json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")) | {BASE: base_name(base)})
+
+
+def save_head(folder: Path, base: str | Path, head_config: Mapping[str, Any], head: Mapping[str, Tensor]) -> None:
+    """As :func:`save_adapter`, of a value whose body is the network as it is."""
+    _save_head(folder, head)
+    _write(folder / HEAD_CONFIG, {**head_config, BASE: base_name(base)})
+
+
+def _save_head(folder: Path, head: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().half().cpu().contiguous() for name, tensor in head.items()}
+    save_file(tensors, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
+
+
+def _write(file: Path, config: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def keep_tokenizer(tokenizer: Any, template: str | None, folder: Path) -> None:

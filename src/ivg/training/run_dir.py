@@ -21,7 +21,7 @@ from typing import Any
 from ivg.errors import ConfigError
 from ivg.jobs.fingerprints import fingerprint
 from ivg.jobs.provenance import differences
-from ivg.models.hub import ADAPTER_CONFIG
+from ivg.models.hub import ADAPTER_CONFIG, HEAD_CONFIG
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.training_rows import write_training_rows
 from ivg.settings.train import TrainSettings, ValueSettings
@@ -136,7 +136,7 @@ class RunDir:
                 raise ConfigError(
                     f"{path}: settings differ from those of its run: {'; '.join(different)}\n  use another --out, or remove the folder"
                 )
-        elif (path / "config.json").exists() or (path / ADAPTER_CONFIG).exists():
+        elif any((path / file).exists() for file in ("config.json", ADAPTER_CONFIG, HEAD_CONFIG)):
             raise ConfigError(f"{path} holds a model already\n  use another --out")
         elif first_process():
             write_json(note, self.provenance)
@@ -200,7 +200,7 @@ def model_card(title: str, provenance: Mapping[str, Any], metrics: Mapping[str, 
     origin = f"a new network: configuration of `{model}` with `{new}`, random weights, its tokenizer" if new else f"`{model}`"
     parent = f"base_model: {model}\n" if on_hub else ""
     return f"""---
-library_name: {"peft" if provenance.get("keep_adapter") else "transformers"}
+library_name: {"peft" if provenance.get("keep_adapter") and provenance.get("mode") == "lora" else "transformers"}
 {parent}tags: [ivg, inference-time-alignment]
 ---
 # {title}

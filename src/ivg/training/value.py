@@ -20,7 +20,7 @@ from ivg.models.vocabulary import Vocabulary
 from ivg.settings.train import Target, TrainSettings, ValueSettings, ValueTrainSettings
 from ivg.training.data import RatedResponse
 from ivg.training.encoding import Encoded, encode_rated, read_template
-from ivg.training.kept_adapter import check_start, keep_tokenizer, save_adapter
+from ivg.training.kept_adapter import check_start, keep_tokenizer, save_adapter, save_head
 from ivg.training.length import length_controlled
 from ivg.training.run_dir import RunDir, first_process, open_run, recorded, run_provenance
 from ivg.training.split import last_share
@@ -76,7 +76,11 @@ def train_value(
         if first_process():
             notes = {"target": value.target, "scale": value.scale, "template": template}
             if settings.keep_adapter:
-                save_adapter(network.backbone, run.path, model, {"ivg_value": {"head": network.kind, **notes}}, trained.stored_head())
+                about = {"ivg_value": {"head": network.kind, **notes}}
+                if settings.mode == "head":
+                    save_head(run.path, model, about, trained.stored_head())
+                else:
+                    save_adapter(network.backbone, run.path, model, about, trained.stored_head())
                 keep_tokenizer(tokenizer, settings.template, run.path)
             else:
                 finished = trained.finished()
