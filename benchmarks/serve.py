@@ -4,7 +4,8 @@
     python benchmarks/serve.py --soak 600                      # mixed traffic for ten minutes; the server's resident memory
 
 Load: every client sends one streaming request after the other. Reported: completions per second, time to first text and total time
-(median and 95th percentile), errors, and how many completions differ from the library's for the same prompt and seed, run alone (float32;
+(median and 95th percentile), seconds of the processor that the server takes for a completion (on a machine that others keep busy, they tell
+more than elapsed ones), errors, and how many completions differ from the library's for the same prompt and seed, run alone (float32;
 rounding of batched products may change a token: such cases are counted).
 
 Soak: 8 clients send requests with new prompts and various methods, streaming or not; some disconnect, some send invalid requests.
@@ -101,22 +102,43 @@ def ready(url: str) -> bool:
 def load(args: argparse.Namespace) -> None:
     """Run the load test for each number of clients."""
     jobs = [(PROMPTS[i % len(PROMPTS)], i) for i in range(args.answers)]
-    with served() as (url, _):
+    with served() as (url, process):
         asyncio.run(run(url, jobs[: max(args.clients)], max(args.clients), args))  # warm-up
-        runs = {clients: asyncio.run(run(url, jobs, clients, args)) for clients in args.clients}
+        runs = {}
+        for clients in args.clients:
+            before = processor_seconds(process)
+            runs[clients] = (*asyncio.run(run(url, jobs, clients, args)), processor_seconds(process) - before)
     want = {} if args.no_check else library(jobs, args)
-    rows = [row(clients, seconds, answers, want) for clients, (seconds, answers) in runs.items()]
-    print("clients  answers/s  first text p50  p95 (s)  whole p50  p95 (s)  errors  equal  differ")
+    rows = [row(clients, seconds, answers, want) | {"processor": used / len(jobs)} for clients, (seconds, answers, used) in runs.items()]
+    print("clients  answers/s  first text p50  p95 (s)  whole p50  p95 (s)  processor (s)  errors  equal  differ")
     for r in rows:
-        times = f"{r['first_p50']:14.3f}  {r['first_p95']:7.3f}  {r['whole_p50']:9.3f}  {r['whole_p95']:7.3f}"
+        times = f"{r['first_p50']:14.3f}  {r['first_p95']:7.3f}  {r['whole_p50']:9.3f}  {r['whole_p95']:7.3f}  {r['processor']:13.3f}"
         print(f"{r['clients']:7d}  {r['rate']:9.2f}  {times}  {r['errors']:6d}  {r['equal']:5d}  {r['differ']:6d}")
-    rates = {r["clients"]: r["rate"] for r in rows}
-    ratio = rates[8] / rates[1] if {1, 8} <= set(rates) and rates[1] else None
-    print(f"throughput of 8 clients : 1 client = {'not measured' if ratio is None else f'{ratio:.2f}'}")
-    for message, count in Counter(a[4] for _, answers in runs.values() for a in answers if a[4]).items():
+    ratios = [relative(r, rows[0]) for r in rows[1:]]
+    for r in ratios:
+        rates = f"{r['throughput']:.2f} in throughput, {r['processor']:.2f} in answers for each second of the processor"
+        print(f"{r['clients']} clients : {r['to']} = {rates}; first text : whole answer = {r['first_to_whole']:.2f}")
+    for message, count in Counter(a[4] for _, answers, _ in runs.values() for a in answers if a[4]).items():
         print(f"error, {count} times: {message}")
     settings = {k: v for k, v in vars(args).items() if k not in ("soak", "seed")}
-    print(json.dumps({"benchmark": "serve", **settings, "rows": rows, "ratio_8_to_1": ratio, "machine": machine()}))
+    print(json.dumps({"benchmark": "serve", **settings, "rows": rows, "ratios": ratios, "machine": machine()}))
+
+
+def processor_seconds(process: int) -> float:
+    """What a process has used so far."""
+    used = psutil.Process(process).cpu_times()
+    return used.user + used.system
+
+
+def relative(more: dict, fewer: dict) -> dict:
+    """One load against another."""
+    return {
+        "clients": more["clients"],
+        "to": fewer["clients"],
+        "throughput": more["rate"] / fewer["rate"] if fewer["rate"] else 0.0,
+        "processor": fewer["processor"] / more["processor"],
+        "first_to_whole": more["first_p50"] / more["whole_p50"] if more["whole_p50"] else 0.0,
+    }
 
 
 async def run(url: str, jobs: list, clients: int, args: argparse.Namespace) -> tuple[float, list]:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from ivg.search import scheduling
 from ivg.search.searcher import Request, Search, Searcher
+from ivg.settings.serve import ServeSettings
 from ivg.testing import FakeEngine
 from ivg.types import Prompt, SamplingParams
 from ivg.values.base import FunctionValue
@@ -40,6 +41,15 @@ def run_until(searcher, number):
             if step.request == number and step.completion is not None:
                 return step.completion
     raise AssertionError("never answered")
+
+
+def test_a_server_runs_32_usual_requests_at_once():
+    """None of them waits for its first text until another is done."""
+    searcher = Searcher(FakeEngine(), ServeSettings().max_beams)
+    for seed in range(32):
+        searcher.add(request(WIDE, seed))
+    searcher.step()
+    assert searcher.live_requests == 32 and not searcher.waiting_requests
 
 
 def test_a_cheap_request_does_not_wait_for_expensive_ones():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import sys
@@ -117,6 +118,8 @@ def serve(recipe: Recipe, settings: ServeSettings, load: Callable[[Recipe], Guid
     with _listen(settings) as listener:  # before the models are loaded: an address in use is reported at once
         served = ServedModels(load(recipe), recipe, settings)
         server = make_server(served)
+        gc.collect()
+        gc.freeze()  # models and modules stay: later collections, between two steps, need not look at them
         host, port = listener.getsockname()[:2]
         log_event("serving", url=f"http://{host}:{port}", model=served.name, methods=len(served.model.methods), keys=len(settings.api_keys))
         server.run(sockets=[listener])

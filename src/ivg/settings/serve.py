@@ -8,8 +8,10 @@ from pydantic import Field, field_validator
 
 from ivg.settings import rules as r
 from ivg.settings.schema import Setting
-from ivg.settings.search import MAX_BEAMS
 from ivg.settings.tables import Table
+
+MAX_BEAMS = 512
+"""Beams of all requests at once, where nothing is said: 32 requests with W = K = 4. A request that waits has no first text."""
 
 _COUNT = r.count(1)
 _LISTS = Field(strict=False)
