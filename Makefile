@@ -31,11 +31,14 @@ demo: install ## guide the embedded film-review model
 	@$(RUN)/ivg compare "The movie was" --seed 1
 
 DEMO_CHAT = "Write a short review of the film Titanic."
-demo-chat: install ## the same question to a chat model (SmolLM2, 93 MB from PyPI): as it is, guided to praise, guided to pan
+DEMO_REVIEW = "The movie was" --base smollm2 --template base="Here is a movie review from imdb: {prompt}" --max-new-tokens 40 --seed 2 \
+	--tuned embedded:smollm2-film-tuned --untuned embedded:smollm2-film-untuned
+demo-chat: install ## the same question to a chat model (SmolLM2, 93 MB from PyPI): as it is, guided to praise, guided to pan; and guided token by token
 	@$(PIP) -c constraints.txt -e '.[gguf]'
 	@$(RUN)/ivg models add smollm2
 	@echo; echo "base:"; $(RUN)/ivg generate $(DEMO_CHAT) --base smollm2 --template base=chat --method base --max-new-tokens 60 --seed 1
 	@for taste in praise pan; do echo; echo "$$taste:"; $(RUN)/ivg generate $(DEMO_CHAT) --recipe recipes/smollm2/$$taste.toml --seed 1; done
+	@for method in base eft; do echo; echo "a film review, method $$method:"; $(RUN)/ivg generate $(DEMO_REVIEW) --method $$method; done
 
 test: lint types contract site unit ## lint, types, import contract, the documentation site, and tests of every feature (minutes)
 

@@ -34,7 +34,7 @@ def metrics():
 def test_files():
     from safetensors import safe_open
 
-    assert set(names()) == EXPECTED
+    assert set(names()) >= EXPECTED  # the guides of SmolLM2: test_shipped_guides.py
     total = 0
     for name in EXPECTED:
         weights = path(name) / "model.safetensors"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +17,7 @@ from ivg.cli.printing import plain_table
 _COLUMNS = ("width", "successors", "chunk_length", "token", "select")
 """Settings of methods that have a column of their own."""
 
-HELP = """List the embedded models, the methods, the settings of methods, and plugins.
+HELP = """List the embedded models (embedded:NAME), those that can be added, the methods, the settings of methods, and plugins.
 
 An added model is named like a directory: --base smollm2, in recipes, and in Python. See docs/how-to/models.md.
 
@@ -86,12 +87,7 @@ def listing() -> dict[str, list[dict[str, Any]]]:
     from ivg.settings.schema import settings_of
     from ivg.settings.search import SearchSettings
 
-    embedded = []
-    for name in names():
-        folder = path(name)
-        config, weights = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
-        size = {"parameters": _parameters(weights), "MB": round(weights.stat().st_size / 1e6, 1)}
-        embedded.append({"name": name, "kind": _kind(config), **size, "directory": str(folder)})
+    embedded = [{"name": name, **_embedded(path(name))} for name in names()]
     known = settings_of(SearchSettings)
     methods = [
         {
@@ -131,6 +127,25 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _embedded(folder: Path) -> dict[str, Any]:
+    """A row of the embedded models; ``needs``: the model that must be added first; None: none."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        config, file = json.loads(adapter.read_text()), "adapter_model.safetensors"
+        needs, kind = config["base_model_name_or_path"], "adapter of a reward" if config["task_type"] == "SEQ_CLS" else "adapter"
+    else:
+        config, file = json.loads((folder / "config.json").read_text()), "model.safetensors"
+        needs, kind = config.get("ivg_tokenizer"), _kind(config)
+    size = {"parameters": _parameters(folder / file), "MB": round((folder / file).stat().st_size / 1e6, 1)}
+    return {"kind": kind, "needs": needs, **size, "license": _license(folder), "directory": str(folder)}
+
+
+def _license(folder: Path) -> str:
+    """That of the model card."""
+    card = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+    return next(line.partition(":")[2].strip() for line in card if line.startswith("license:"))
 
 
 def _kind(config: dict[str, Any]) -> str:

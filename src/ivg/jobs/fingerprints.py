@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from ivg.embedded import PREFIX, names
+from ivg.embedded import DEFAULTS, PREFIX
 from ivg.jobs.imports import local_imports
 from ivg.models.added import locate
-from ivg.models.hub import ADAPTER_CONFIG, BASE, HEAD_CONFIG
+from ivg.models.hub import ADAPTER_CONFIG, BASE, HEAD_CONFIG, tokenizer_elsewhere
 from ivg.settings.recipe import ModelRef, Recipe
 from ivg.utils.cache import file_digest
 
@@ -32,7 +32,7 @@ def weight_fingerprints(recipe: Recipe) -> dict[str, str]:
     """Fingerprints of the recipe's models on this machine, by role; of the embedded models if it names none."""
     refs: dict[str, ModelRef | str] = dict(recipe.models.given)
     if not refs:
-        refs = {name: ModelRef(path=f"{PREFIX}{name}") for name in names() if name != "gold"}
+        refs = {name: ModelRef(path=f"{PREFIX}{name}") for name in DEFAULTS}
     for name, value in recipe.values.items():
         refs |= {f"{name}.{role}": ref for role, ref in value.given.items()}
     return fingerprints(refs)
@@ -96,7 +96,7 @@ def _function(file: Path) -> str:
 
 
 def _directory(folder: Path) -> str:
-    """A hash of all files of the model in ``folder``; for an adapter, with the base that it names, if that is on this machine."""
+    """A hash of all files of the model in ``folder``, with the base and the tokenizer that it names, if they are on this machine."""
     found = hashlib.sha256()
     paths = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name.endswith(_MODEL_FILES) and p.name not in _TRAINING_LOGS]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -107,4 +107,6 @@ def _directory(folder: Path) -> str:
         base = Path(locate(json.loads(file.read_text(encoding="utf-8"))[BASE]))
         if base.is_dir() and base.resolve() != folder.resolve():
             found.update(_directory(base).encode())
+    if (other := tokenizer_elsewhere(folder)) is not None and (file := Path(locate(other)) / "tokenizer.json").is_file():
+        found.update(file_digest(file).encode())
     return found.hexdigest()[:16]

@@ -22,6 +22,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 HEAD_CONFIG = "head_config.json"
 BASE = "base_model_name_or_path"
 """In both: the network that an adapter, or a head, was trained on."""
+TOKENIZER_OF = "ivg_tokenizer"
+"""Setting of a config.json: the model whose tokenizer this one has, named as anywhere; for a directory without a tokenizer."""
 
 
 def find_model(name: str | Path, what: str, hub: Mapping[str, Any] | None = None, *, weights: bool = True) -> str | Path:
@@ -98,6 +100,23 @@ def adapter_at(name: str | Path, hub: Mapping[str, Any] | None = None) -> Path |
         place = _snapshot(text, hub) or place
     some = any((place / file).is_file() for file in (ADAPTER_CONFIG, HEAD_CONFIG))
     return place if some and not (place / "config.json").is_file() else None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Does ``folder`` hold a tokenizer?"""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+
+
+def tokenizer_elsewhere(folder: Path) -> str | None:
+    """Name of the model whose tokenizer the model in ``folder`` has; None: ``folder`` holds one, or its config.json names none."""
+    if has_tokenizer(folder):
+        return None
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    name = config.get(TOKENIZER_OF) if isinstance(config, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def download_adapter(name: str, what: str, hub: Mapping[str, Any]) -> Path:

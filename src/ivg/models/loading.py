@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from ivg.errors import ConfigError, IVGError, MissingDependencyError, ModelError, reason
 from ivg.models.adapter_directory import AdapterSource, find_adapter
 from ivg.models.cached_lm import CachedLM
-from ivg.models.hub import find_model
+from ivg.models.hub import find_model, has_tokenizer, tokenizer_elsewhere
 from ivg.models.image_prompts import ImageEncoder
 from ivg.models.packed_linear import pack
 from ivg.models.placement import check_device_map, pick_device, pick_dtype
@@ -195,7 +195,7 @@ def load_config(name: str | Path, options: LoadOptions, what: str) -> Any:
 
 
 def load_tokenizer(name: str | Path, options: LoadOptions, what: str) -> Any:
-    """The tokenizer at ``name``; of an adapter without one, its network's.
+    """The tokenizer at ``name``; of an adapter without one, its network's; of a model that names another's (``ivg_tokenizer``), that.
 
     Raises:
         ModelError: there is none.
@@ -206,13 +206,11 @@ def load_tokenizer(name: str | Path, options: LoadOptions, what: str) -> Any:
         own = has_tokenizer(source.folder)
         name, what = (source.folder, what) if own else (source.base, source.network_of(what))
     place = find_model(name, f"the tokenizer of {what}", options.hub(), weights=False)
+    if isinstance(place, Path) and (other := tokenizer_elsewhere(place)) is not None:
+        options = replace(options, revision=None)
+        place = find_model(other, f"the tokenizer of {what} {str(name)!r}, which is that of", options.hub(), weights=False)
     with _loading(f"the tokenizer of {what} {str(name)!r}", "tokenizer.json, or the files that it is made from, beside the weights"):
         return AutoTokenizer.from_pretrained(place, **options.hub())
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Does ``folder`` hold a tokenizer?"""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
 
 
 def load_causal(name: str | Path, what: str, options: LoadOptions | None = None, template: Template = None) -> CachedLM:

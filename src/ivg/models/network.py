@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ivg.errors import ModelError
 from ivg.models.adapter_directory import find_adapter
-from ivg.models.loading import LoadOptions, has_tokenizer
+from ivg.models.hub import has_tokenizer
+from ivg.models.loading import LoadOptions
 from ivg.settings.models import ModelRef, ModelSource
 
 

@@ -15,7 +15,8 @@ from ivg.models.adapter_directory import AdapterSource, find_adapter
 from ivg.models.adapters import Adapters, import_peft
 from ivg.models.added import locate
 from ivg.models.cached_lm import CachedLM
-from ivg.models.loading import LoadOptions, Template, has_tokenizer, load_causal, load_tokenizer
+from ivg.models.hub import has_tokenizer
+from ivg.models.loading import LoadOptions, Template, load_causal, load_tokenizer
 from ivg.models.packed_linear import unpack
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.runner import ModelRunner
