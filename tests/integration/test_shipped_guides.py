@@ -12,15 +12,20 @@ from ivg import GuidedModel
 from ivg.embedded import ASSETS, DEFAULTS, names, path
 from ivg.errors import ModelError
 from ivg.jobs.fingerprints import fingerprint
+from ivg.models.added import added
 from ivg.models.loading import LoadOptions, load_causal, load_network, load_tokenizer
-from ivg.testing import byte_tokenizer, tiny_model
+from ivg.testing import byte_tokenizer, hypothesis, tiny_model
+from ivg.types import Prompt
+from ivg.values.reward import RewardModel
 
 ROOT = Path(__file__).parents[2]
 PAIR = ("smollm2-film-tuned", "smollm2-film-untuned")
 ADAPTERS = ("smollm2-reward", "smollm2-subject")
+REVIEW = "Here is a movie review from imdb: {prompt}"
 FLOAT32 = LoadOptions(device="cpu", dtype="float32")
 SECTIONS = ("Use", "Training", "Results", "Limits")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz", ".npy", ".onnx", ".h5", ".msgpack")
+needs_smollm2 = pytest.mark.skipif(added("smollm2") is None, reason="SmolLM2 is not on this machine: ivg models add smollm2")
 
 
 def test_names():
@@ -189,3 +194,67 @@ def test_the_fingerprint_covers_the_tokenizer(borrower):
     file = borrower.parent / "owner" / "tokenizer.json"
     file.write_text(file.read_text() + "\n")
     assert fingerprint(str(borrower)) != before
+
+
+@pytest.fixture(scope="module")
+def model():
+    guides = {role: f"embedded:smollm2-film-{role}" for role in ("tuned", "untuned")}
+    return GuidedModel.from_pretrained("smollm2", **guides, templates={"base": REVIEW}, options=FLOAT32)
+
+
+@needs_smollm2
+@pytest.mark.long
+def test_the_pair_guides_smollm2_over_all_its_vocabulary(model):
+    """The likeliest tokens, as by three plain networks without a cache."""
+    text, count, beta = "I went to see this film", 4, 1.0
+    found = model.generate(text, "eft", beta=beta, temperature=0.0, max_new_tokens=count, ignore_eos=True)
+    tokenizer = load_tokenizer("smollm2", FLOAT32, "base")
+    networks = [model.base.model.network, *(m.model.network for m in model.values["implicit"].cached_lms())]
+    read = [tokenizer(prompt).input_ids for prompt in (REVIEW.replace("{prompt}", text), text, text)]
+    written: list[int] = []
+    for _ in range(count):
+        with torch.no_grad():
+            rows = [n(torch.tensor([ids + written])).logits[0, -1].log_softmax(-1) for n, ids in zip(networks, read, strict=True)]
+        written.append(int((rows[0] + beta * (rows[1] - rows[2])).argmax()))
+    assert found.text == tokenizer.decode(written)
+
+
+@needs_smollm2
+@pytest.mark.long
+def test_the_pair_prefers_praise(model):
+    """In a film review, of the same beginning."""
+    good = (" a wonderful film with great actors, and I loved it.", " beautiful. One of the best movies of the year.")
+    bad = (" an awful film with bad actors, and I hated it.", " boring. One of the worst movies of the year.")
+    texts = [hypothesis("The movie was", text, model.base) for text in (*good, *bad)]
+    scores = model.values["implicit"].score(texts)
+    assert min(scores[:2]) > max(scores[2:])
+
+
+@needs_smollm2
+@pytest.mark.long
+def test_the_reward_knows_an_answer_from_a_bad_one():
+    pytest.importorskip("peft")
+    reward = RewardModel.from_pretrained("embedded:smollm2-reward", options=FLOAT32)
+    asked = "What are three tips for staying healthy?"
+    answers = (
+        "Here are three tips for staying healthy:\n\n1. Eat a balanced diet with plenty of fruit and vegetables.\n"
+        "2. Exercise regularly, at least thirty minutes a day.\n3. Sleep seven to eight hours each night.",
+        "I do not know. I do not know. I do not know. I do not know. I do not know. I do not know. I do not know. I do not know.",
+        "healthy",
+    )
+    scores, _ = reward.rewards([reward.text(Prompt(asked), answer) for answer in answers])
+    assert scores[0] > max(scores[1:])
+
+
+@needs_smollm2
+@pytest.mark.long
+def test_the_adapter_writes_a_subject():
+    pytest.importorskip("peft")
+    template = (path("smollm2-subject") / "README.md").read_text().partition("--template base=$'")[2].partition("'")[0]
+    template = template.replace("\\n", "\n")
+    assert "{prompt}" in template
+    mail = "Hi all, the meeting on the contract is moved to Thursday at 10 am. Please send me your comments by Wednesday noon. Kate"
+    model = GuidedModel.from_pretrained("embedded:smollm2-subject", templates={"base": template}, options=FLOAT32)
+    found = model.generate(mail, "base", temperature=0.0, max_new_tokens=24, stop="\n")
+    assert {"meeting", "contract", "thursday", "comments"} & set(re.findall(r"\w+", found.text.lower()))
+    assert len(found.text.split()) <= 15
