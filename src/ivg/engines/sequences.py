@@ -119,7 +119,9 @@ def append_token(
 
     ``complete``: structured output is complete with it, which finishes the sequence, too.
     """
-    sampling, before = child.request.sampling, len(child.text)
+    request, sampling = child.request, child.request.sampling
+    watched = bool(sampling.stop) or request.thinking is not None or request.until is not None or request.record or detail is not None
+    before = len(child.text) if watched else 0
     child.token_ids.append(token)
     if child.ends_at(token):
         child.end("stop")
@@ -129,12 +131,14 @@ def append_token(
         child.end("stop")
     elif len(child.token_ids) >= sampling.max_new_tokens:
         child.end("length")
+    if not watched:
+        return  # decoded when its text is needed, all new tokens at once
     new = child.text[before:]  # decodes the token
     if child.answer_start is None:
         _find_answer(child, before)
-    if child.request.until is not None and child.answer_start is not None and child.finish is None:
-        child.paused = ends_step(child.text[child.answer_text :], before - child.answer_text, child.request.until)
-    if child.request.record:
+    if request.until is not None and child.answer_start is not None and child.finish is None:
+        child.paused = ends_step(child.text[child.answer_text :], before - child.answer_text, request.until)
+    if request.record:
         child.guide_shift.append(shift)
         child.pieces.append(new)
     if detail is not None:

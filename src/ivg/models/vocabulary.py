@@ -161,26 +161,25 @@ class Vocabulary:
         for i in prompt_ids:
             if i in self.special and (piece := self.pieces.get(i)) in known:
                 out.append(piece or "")
-            text, state = self._append(i, state)
+            text, state = self._append([i], state)
             out.append(text)
         return "".join(out)
 
     def continue_text(self, ids: Sequence[int], state: DecodeState, *, final: bool = False) -> tuple[str, DecodeState]:
         """The text that the response ``ids`` adds to what was decoded up to ``state``, and the new state.
 
-        From :meth:`start_decoding` on, the pieces together are decode(prompt + response) without decode(prompt), whatever the steps: each
-        token is decoded behind a few before it. An incomplete character is held back; with ``final`` nothing follows, and it
+        From :meth:`start_decoding` on, the pieces together are decode(prompt + response) without decode(prompt), whatever the steps: new
+        tokens are decoded behind a few before them. An incomplete character is held back; with ``final`` nothing follows, and it
         becomes U+FFFD, as in :meth:`decode`.
         """
-        out = []
-        for token in ids[state.tokens :]:
-            text, state = self._append(token, state)
-            out.append(text)
+        text = ""
+        if new := ids[state.tokens :]:
+            text, state = self._append(new, state)
         if final:
             rest = self.decode(state.context)
-            out.append(rest[state.shown :])
+            text += rest[state.shown :]
             state = replace(state, shown=max(state.shown, len(rest)))
-        return "".join(out), state
+        return text, state
 
     def response_text(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
         """Text of the whole response ``ids`` behind ``prompt_ids``: decode(prompt + response) without decode(prompt)."""
@@ -211,19 +210,21 @@ class Vocabulary:
                 self._words[word] = [tuple(self.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
         return tuple(dict.fromkeys(ids for word in words for ids in self._words[word] if ids))
 
-    def _append(self, token: int, state: DecodeState) -> tuple[str, DecodeState]:
-        """The text that is final once ``token`` is appended, and the new state."""
-        if token in self.special:
-            return "", replace(state, tokens=state.tokens + 1)
-        run = (*state.context, token)
+    def _append(self, new: Sequence[int], state: DecodeState) -> tuple[str, DecodeState]:
+        """The text that is final once the tokens ``new`` are appended, and the new state."""
+        end = state.tokens + len(new)
+        shown = [token for token in new if token not in self.special]
+        if not shown:
+            return "", replace(state, tokens=end)
+        run = (*state.context, *shown)
         text = self.decode(run)
         cut = self._cut(run, text)
         certain = max(state.shown, len(text) - cut)
         if not cut:  # next time decode no more context than needed
             for width in (1, 2, 3):
-                if shown := self._length(run[-width:]):
-                    return text[state.shown :], DecodeState(state.tokens + 1, run[-width:], shown)
-        return text[state.shown : certain], DecodeState(state.tokens + 1, run, certain)
+                if length := self._length(run[-width:]):
+                    return text[state.shown :], DecodeState(end, run[-width:], length)
+        return text[state.shown : certain], DecodeState(end, run, certain)
 
     def _cut(self, ids: tuple[int, ...], text: str) -> int:
         """1 where the last character of ``text``, decoded from ``ids``, lacks bytes (or may: no token is a byte), else 0."""
