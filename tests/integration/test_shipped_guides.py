@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,21 @@ def test_the_fingerprint_covers_the_tokenizer(borrower):
     file = borrower.parent / "owner" / "tokenizer.json"
     file.write_text(file.read_text() + "\n")
     assert fingerprint(str(borrower)) != before
+
+
+def test_an_adapter_on_the_command_line(tmp_path):
+    """In a process of its own, which imports less of torch than this one has (``cli.quick_import``)."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    network = load_network("embedded:untuned", AutoModelForCausalLM, FLOAT32, "base")
+    peft.get_peft_model(network, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "embedded:untuned"}))
+    line = [sys.executable, "-m", "ivg", "generate", "The movie was", "--base", tmp_path, "--method", "base", "--max-new-tokens", "2"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The movie was")
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,14 @@ that is on. This is the one place that imports peft, and it does so when the fir
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ivg.errors import ConfigError, MissingDependencyError, ModelError, reason
@@ -107,6 +109,8 @@ def import_peft(what: str) -> Any:
         import peft
     except ImportError as e:
         raise MissingDependencyError(f"{what} is a PEFT adapter, and the package peft is not installed\n  {PEFT_ADVICE}") from e
+    if torch.distributed.is_available():
+        importlib.import_module("torch.distributed.tensor")  # peft takes it for imported; the command line leaves it out
     return peft
 
 
