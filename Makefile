@@ -68,7 +68,7 @@ $(VENV)/.clients: $(VENV)/.dev
 		|| echo "pip could not install guidellm: its tests skip"
 	@touch $@
 
-test-clients: $(VENV)/.clients ## the tests with other programs: lm-eval, Inspect, LangChain, guidellm, and the AI SDK where there is npm
+test-clients: $(VENV)/.clients ## the tests with other programs: lm-eval, Inspect, LangChain, agents, guidellm, and the AI SDK where there is npm
 	@$(RUN)/python -m pytest tests/integration/test_lm_eval.py tests/integration/test_inspect_ai.py tests/integration/test_agent_clients.py tests/integration/test_load_clients.py
 
 # PyTorch and oneDNN then use what every x86 processor has: no bfloat16 instructions, no AVX512

@@ -1,8 +1,11 @@
-"""Clients of agents over a real socket: OpenAI's, LangChain, and Vercel's AI SDK in Node. Run by ``make test-clients``.
+"""Clients of agents over a real socket: OpenAI's, its Agents SDK, LangChain, Pydantic AI, and Vercel's AI SDK in Node.
+
+Run by ``make test-clients``.
 
 What they ask a model for that answers at random is structured output, so that each client's own schema accepts it.
 """
 
+import asyncio
 import json
 import os
 import shutil
@@ -128,3 +131,57 @@ def test_the_ai_sdk_calls_tools(running, tmp_path):
         assert found["calls"] == found["streamedCalls"] == [["get_weather", arguments]]
         assert found["text"] == "It is sunny in Zürich." and found["streamed"].endswith(found["text"])
         assert found["reasons"] == ["tool-calls", "stop"]
+
+
+def get_weather(city: str, days: list[int]) -> str:
+    """Weather of a city."""
+    return f"sunny in {city}"
+
+
+@pytest.mark.parametrize("kind", ["OpenAIChatCompletionsModel", "OpenAIResponsesModel"])
+def test_the_agents_sdk(running, by_chance, kind):
+    agents = pytest.importorskip("agents", reason="needs openai-agents (make test-clients)")
+    agents.set_tracing_disabled(True)
+
+    def model(server, name):
+        client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=1800)
+        return getattr(agents, kind)(model=name, openai_client=client)
+
+    async def ask():
+        caller = agents.Agent("caller", instructions="Help.", model=model(running, "tiny"), tools=[agents.function_tool(get_weather)])
+        answer = await agents.Runner.run(caller, "How is the weather?")
+        streamed = agents.Runner.run_streamed(caller, "How is the weather?")
+        async for _ in streamed.stream_events():
+            pass
+        length = agents.ModelSettings(max_tokens=LONG_ENOUGH)
+        maker = agents.Agent("maker", model=model(by_chance, "tiny:eft"), output_type=Weather, model_settings=length)
+        return answer.final_output, streamed.final_output, (await agents.Runner.run(maker, "Weather?")).final_output
+
+    answer, streamed, made = asyncio.run(ask())
+    assert answer == streamed == "It is sunny in Zürich." and isinstance(made, Weather)
+
+
+@pytest.mark.parametrize("kind", ["OpenAIChatModel", "OpenAIResponsesModel"])
+def test_pydantic_ai(running, by_chance, kind):
+    ai = pytest.importorskip("pydantic_ai", reason="needs pydantic-ai-slim (make test-clients)")
+    from pydantic_ai.models import openai as models
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    def model(server, name):
+        return getattr(models, kind)(name, provider=OpenAIProvider(base_url=f"{server.url}/v1", api_key="none"))
+
+    async def stream(_, events):
+        async for _ in events:
+            pass
+
+    async def ask():
+        caller = ai.Agent(model(running, "tiny"), tools=[get_weather])
+        answers = [(await caller.run("How is the weather?", event_stream_handler=handler)).output for handler in (None, stream)]
+        for output in (Weather, ai.NativeOutput(Weather)):  # by a required call, and by response_format
+            settings = {"max_tokens": LONG_ENOUGH, "timeout": 1800}
+            maker = ai.Agent(model(by_chance, "tiny:eft"), output_type=output, model_settings=settings, retries=0)
+            answers.append((await maker.run("Weather?")).output)
+        return answers
+
+    answer, streamed, *made = asyncio.run(ask())
+    assert answer == streamed == "It is sunny in Zürich." and all(isinstance(found, Weather) for found in made)

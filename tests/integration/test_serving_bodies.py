@@ -105,7 +105,9 @@ def test_a_like_name_is_suggested(running):
 def test_neutral_values_are_accepted(running):
     neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "echo": False, "best_of": 1, "user": "me", "suffix": None}
     assert running.post(ASK | neutral).status_code == 200
-    chat = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "store": False, "service_tier": "auto"}
+    chat = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "store": False, "service_tier": "auto"} | {
+        "verbosity": "medium"
+    }
     messages = [{"role": "user", "content": "Film"}]
     assert running.post({"model": "tiny", "messages": messages, "max_tokens": 3, **chat}, "/v1/chat/completions").status_code == 200
 

@@ -24,6 +24,11 @@ def test_settings_are_those_of_the_transformers_engine(folder):
             expected = [(c.token_ids, c.text) for c in slow.generate(texts, "eft", **GREEDY, **settings)]
             assert [(c.token_ids, c.text) for c in fast.generate(texts, "eft", **GREEDY, **settings)] == expected
             assert [ids for ids, _ in expected] != plain
+        words = dict.fromkeys(slow.base.tokenizer(" was . long").input_ids, 30.0)
+        ended = {"logit_bias": words, "frequency_penalty": 2.0, "ignore_eos": True, "end_at_sentence": 5}
+        expected = [(c.token_ids, c.finish_reason) for c in slow.generate(texts, "eft", **GREEDY, **ended)]
+        assert all(reason == "stop" and 5 <= len(ids) < 20 for ids, reason in expected)
+        assert [(c.token_ids, c.finish_reason) for c in fast.generate(texts, "eft", **GREEDY, **ended)] == expected
         for name, value in {"frequency_penalty": 1.0, "bad_words": ["a"]}.items():
             with pytest.raises(ConfigError, match=f"{name} in chunks: the engine vllm cannot do that"):
                 fast.generate(texts[0], "custom", token="implicit", chunk_length=4, **{name: value})

@@ -152,6 +152,8 @@ def test_cancelling_frees_everything(embedded):
         ("bon", {"successors": 3, "temperature": 0, "regex": "[ab]{5}"}),
         ("ivg", CHUNKED),
         ("ivg", CHUNKED | {"regex": "[ab]{9}"}),
+        ("eft", {"end_at_sentence": 3, "max_new_tokens": 60}),
+        ("bon", {"end_at_sentence": 3, "max_new_tokens": 60, "successors": 4}),
     ],
 )
 def test_forward_tokens_are_those_that_vllm_scheduled(embedded, monkeypatch, method, sizes):

@@ -25,7 +25,7 @@ OPENAI: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "verbosity": (),
+    "verbosity": ("medium",),
     "web_search_options": (),
     "echo": (False,),
     "prompt_logprobs": (),

@@ -192,6 +192,13 @@ class EngineClient:
             self._fail(e)
             raise AssertionError from e  # not reached
 
+    def end(self, number: str) -> tuple[int, ...]:
+        """Abort a request whose samples are complete; returns the prompt tokens of each sample that were cached."""
+        request = self.requests.get(number)
+        cached = tuple(int(getattr(state, "num_cached_tokens", 0) or 0) for state in request.states) if request else ()
+        self.abort([number])
+        return cached
+
     def abort(self, numbers: Sequence[str]) -> None:
         """Abort requests; their cache blocks are freed in the next step."""
         gone = {number: self.requests.pop(number) for number in numbers if number in self.requests}

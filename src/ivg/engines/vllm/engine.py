@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ivg.engines.grammar import GrammarMasks
@@ -52,14 +52,14 @@ class _RunningRequest:
         family: its children.
         length: tokens submitted: prompt and response so far.
         copies: equal children that vLLM samples once (greedy).
-        dropped: tokens that vLLM drew and no child has: they are not read, but the ones before them are.
+        drawn: tokens that vLLM drew, by sample; a child may have fewer.
     """
 
     request: ExpandRequest
     family: list[TokenSequence]
     length: int
     copies: int = 1
-    dropped: int = 0
+    drawn: dict[int, int] = field(default_factory=dict)
 
     @property
     def first(self) -> bool:
@@ -89,7 +89,6 @@ class VLLMEngine(AsyncEngine):
             [f"{name}{IN_CHUNKS}" for name in LOOK_BACK.difference(STRUCTURES)],
             f"vLLM sees one chunk at a time, not the response before it; use a method without chunks (eft, bon), or {_ELSEWHERE}",
         ),
-        "end_at_sentence": f"vLLM ends a response at tokens and stop texts alone; {_ELSEWHERE}",
         **dict.fromkeys(
             ONLY_TRANSFORMERS,
             f"{_ELSEWHERE}; where the base's generation_config.json sets it: --generation-config ignore",
@@ -204,7 +203,7 @@ class VLLMEngine(AsyncEngine):
             stop=list(s.stop) or None,
             detokenize=bool(s.stop),
             skip_special_tokens=True,
-            output_kind=RequestOutputKind.CUMULATIVE if request.stream else RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.CUMULATIVE if request.stream or s.end_at_sentence else RequestOutputKind.FINAL_ONLY,
             extra_args=self._weights(request.guidance),
         )
 
@@ -234,21 +233,22 @@ class VLLMEngine(AsyncEngine):
             return None
         request, already = running.request, len(running.request.beam.token_ids)
         for completion in output.outputs:
+            running.drawn[completion.index] = len(completion.token_ids)
             family = running.family if running.copies > 1 else running.family[completion.index : completion.index + 1]
             for child in family:
-                dropped = self._append(child, list(completion.token_ids)[len(child.token_ids) - already :], completion.finish_reason)
-                running.dropped += dropped if child is family[0] else 0
+                self._append(child, list(completion.token_ids)[len(child.token_ids) - already :], completion.finish_reason)
                 if completion.finish_reason is not None:
                     _check_finished(child, str(completion.finish_reason), already)
-        done = bool(output.finished)
-        if done:
+        done = all(child.finish is not None for child in running.family) or bool(output.finished)
+        if done:  # vLLM does not know of ends of sentences
+            cached = result.cached if output.finished else self.client.end(output.request_id)
             del self._running[output.request_id]
-            self._count(running, result.cached)
+            self._count(running, cached)
         return ExpandOutput(request.beam.key, as_beams(request.beam, running.family), done) if done or request.stream else None
 
-    def _append(self, child: TokenSequence, tokens: list[int], reason: str | None) -> int:
-        """Append tokens until one ends the response, or its grammar is complete. Returns how many were dropped."""
-        sampling, complete, drawn = child.request.sampling, False, len(tokens)
+    def _append(self, child: TokenSequence, tokens: list[int], reason: str | None) -> None:
+        """Append tokens until one ends the response, or its grammar is complete."""
+        sampling, complete = child.request.sampling, False
         if sampling.structure and reason is not None:
             ends = {*self.vocabulary.eos_ids, *sampling.stop_token_ids}
             if reason == "error" or (tokens and tokens[-1] in ends and self.grammars.completes(child, *tokens[:-1])):
@@ -259,7 +259,6 @@ class VLLMEngine(AsyncEngine):
                 append_token(child, token, complete=complete and not left)
         if complete and child.finish is None:
             child.end("stop")
-        return drawn - len(tokens)
 
     def _count(self, running: _RunningRequest, cached: Sequence[int]) -> None:
         """Count the tokens that every submodel read: those of the prompt that were not cached, for each child, and the children's own.
@@ -268,8 +267,7 @@ class VLLMEngine(AsyncEngine):
         tokens. The last token of a child is not read.
         """
         children, counter = running.family[:: running.copies], running.request.beam.token_counter
-        grown = sum(len(child.token_ids) - len(running.request.beam.token_ids) for child in children) + running.dropped
-        read = max(0, running.length * len(children) - sum(cached) + grown - len(children))
+        read = max(0, running.length * len(children) - sum(cached) + sum(running.drawn.values()) - len(children))
         spared = min(cached, default=0) if running.first else 0
         for submodel in self.submodels:
             counter.add(submodel, read + spared, spared)
