@@ -95,7 +95,7 @@ TABLE = [
     ("check --base nothing", f"cannot load base 'nothing': the directory has no config.json{DIRECTORY}"),
     (
         "check --base embedded:nothing",
-        "no embedded model 'nothing' - expected one of: base, gold, smollm2-film-tuned, smollm2-film-untuned, smollm2-reward, "
+        "no embedded model 'nothing' - expected one of: base, gold, smollm2-film-tuned, smollm2-film-untuned, "
         "smollm2-subject, tuned, untuned, value, value-other",
     ),
     (

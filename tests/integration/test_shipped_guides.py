@@ -16,12 +16,10 @@ from ivg.jobs.fingerprints import fingerprint
 from ivg.models.added import added
 from ivg.models.loading import LoadOptions, load_causal, load_network, load_tokenizer
 from ivg.testing import byte_tokenizer, hypothesis, tiny_model
-from ivg.types import Prompt
-from ivg.values.reward import RewardModel
 
 ROOT = Path(__file__).parents[2]
 PAIR = ("smollm2-film-tuned", "smollm2-film-untuned")
-ADAPTERS = ("smollm2-reward", "smollm2-subject")
+ADAPTERS = ("smollm2-subject",)
 REVIEW = "Here is a movie review from imdb: {prompt}"
 FLOAT32 = LoadOptions(device="cpu", dtype="float32")
 SECTIONS = ("Use", "Training", "Results", "Limits")
@@ -49,12 +47,8 @@ def test_cards_say_what_a_user_must_know(name):
     assert "ivg models add smollm2" in parts["Use"]
     assert "python -m benchmarks.smollm2" in parts["Training"]
     assert "Data: " in parts["Training"]
-    assert re.search(r"licence|CC BY-NC", parts["Training"])
+    assert "licence" in parts["Training"]
     assert re.search(r"\d\.\d", parts["Results"])
-
-
-def test_the_reward_has_the_licence_of_its_data():
-    assert "license: cc-by-nc-4.0" in (path("smollm2-reward") / "README.md").read_text()
 
 
 def test_all_tracked_weights_together():
@@ -63,7 +57,7 @@ def test_all_tracked_weights_together():
     if listed.returncode:
         pytest.skip("no git checkout")
     files = [ROOT / name for name in listed.stdout.split("\0") if name.endswith(WEIGHTS)]
-    assert len(files) >= 10
+    assert len(files) >= 9
     assert sum(file.stat().st_size for file in files) <= 60e6
     assert not [file for name in (*PAIR, *ADAPTERS) for file in path(name).glob("tokenizer*")]
 
@@ -100,13 +94,12 @@ def test_the_pair_is_two_models():
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_weights_of_adapters(name):
-    """Rank 8 in seven linear layers of each of SmolLM2's 30, in float16; the reward has a head."""
+    """Rank 8 in seven linear layers of each of SmolLM2's 30, in float16."""
     from safetensors import safe_open
 
     with safe_open(path(name) / "adapter_model.safetensors", "pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         assert all(file.get_tensor(key).dtype is torch.float16 and file.get_tensor(key).isfinite().all() for key in shapes)
-    assert shapes.pop("base_model.model.score.weight", None) == ((1, 576) if name == "smollm2-reward" else None)
     assert len(shapes) == 30 * 7 * 2
     assert all(8 in shape for shape in shapes.values())
     config = json.loads((path(name) / "adapter_config.json").read_text())
@@ -127,10 +120,6 @@ def nothing_added(tmp_path, monkeypatch):
             "cannot load the tokenizer of tuned 'embedded:smollm2-film-tuned', which is that of 'smollm2': ",
         ),
         ("--base embedded:smollm2-subject --method base", "cannot load base 'smollm2': "),
-        (
-            "--base embedded:base --reward embedded:smollm2-reward --method bon",
-            r"cannot load reward \(network of the adapter .*\) 'smollm2': ",
-        ),
     ],
 )
 def test_without_smollm2(line, error, ivg, nothing_added):
@@ -153,7 +142,6 @@ def test_models_that_are_listed(ivg, nothing_added):
         "license": "apache-2.0",
         "directory": str(ASSETS / "smollm2-film-tuned"),
     }
-    assert (rows["smollm2-reward"]["kind"], rows["smollm2-reward"]["license"]) == ("adapter of a reward", "cc-by-nc-4.0")
     assert (rows["smollm2-subject"]["kind"], rows["value"]["kind"]) == ("adapter", "value, vocabulary head")
     assert "smollm2-film-tuned" in ivg("models")[1]
 
@@ -244,22 +232,6 @@ def test_the_pair_prefers_praise(model):
     texts = [hypothesis("The movie was", text, model.base) for text in (*good, *bad)]
     scores = model.values["implicit"].score(texts)
     assert min(scores[:2]) > max(scores[2:])
-
-
-@needs_smollm2
-@pytest.mark.long
-def test_the_reward_knows_an_answer_from_a_bad_one():
-    pytest.importorskip("peft")
-    reward = RewardModel.from_pretrained("embedded:smollm2-reward", options=FLOAT32)
-    asked = "What are three tips for staying healthy?"
-    answers = (
-        "Here are three tips for staying healthy:\n\n1. Eat a balanced diet with plenty of fruit and vegetables.\n"
-        "2. Exercise regularly, at least thirty minutes a day.\n3. Sleep seven to eight hours each night.",
-        "I do not know. I do not know. I do not know. I do not know. I do not know. I do not know. I do not know. I do not know.",
-        "healthy",
-    )
-    scores, _ = reward.rewards([reward.text(Prompt(asked), answer) for answer in answers])
-    assert scores[0] > max(scores[1:])
 
 
 @needs_smollm2
