@@ -118,3 +118,9 @@ def test_every_beam_of_a_search_ends(model):
 def test_given_texts_have_no_end_to_look_for(model):
     with pytest.raises(ConfigError, match="end_at_sentence is about where an answer ends"):
         model.logprobs("Film", "abc", "eft", end_at_sentence=3)
+
+
+@pytest.mark.parametrize("text", ["He met et al.\n", "see Fig.\n\n", "It was Dec.\n", "J.\n", "3.\n", "no stop\n"])
+def test_a_line_ends_whatever_its_last_word_is(text):
+    assert ends_sentence(text)
+    assert not ends_sentence("\n")

@@ -137,7 +137,7 @@ def run(code, **env):
 
 
 def test_a_processor_with_avx2_alone():
-    """Whatever this one has: no bfloat16 is packed there, a layer of another machine works, and ``auto`` is float32."""
+    """Whatever this one has: bfloat16 is not native there, and a layer of another machine works."""
     code = """
 import torch
 from ivg.models import kernels
@@ -147,9 +147,8 @@ network = torch.nn.Sequential(torch.nn.Linear(16, 8)).to(torch.bfloat16)
 layer, x = PackedLinear(network[0].weight, network[0].bias), torch.ones(2, 16, dtype=torch.bfloat16)
 assert torch.equal(layer(x), network(x)) or kernels.has_packed_linear(torch.bfloat16)
 assert torch.allclose(pack(network)(x).float(), layer(x).float(), atol=0.05)
-print(kernels.has_packed_linear(torch.bfloat16), kernels.has_flash_attention(torch.bfloat16))
 """
-    assert run(["-c", code], **AVX2).split()[0] in ("True", "False")
+    run(["-c", code], **AVX2)
 
 
 @pytest.mark.long

@@ -86,6 +86,21 @@ def test_unpacked_networks_are_as_before(architecture, dtype):
 
 
 @needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES, ids=map(str, DTYPES))
+def test_a_head_of_its_own_stays_whatever_the_config_says(dtype):
+    """transformers keeps a head that differs from the embeddings, also where config.json calls them tied."""
+    network = tiny_model("llama", seed=3).to(dtype)
+    network.config.tie_word_embeddings = True
+    network.lm_head.weight = torch.nn.Parameter(torch.randn_like(network.lm_head.weight))
+    before = network.lm_head.weight.detach().clone()
+    unpack(network)
+    assert torch.equal(network.lm_head.weight, before)
+    unpack(copy.deepcopy(pack(network)))
+    unpack(network)
+    assert torch.equal(network.lm_head.weight, before)
+
+
+@needs_onednn
 def test_small_matrices_in_float32_stay_as_they_are(monkeypatch):
     monkeypatch.setitem(MIN_WEIGHTS, torch.float32, 64 * 64)
     network = torch.nn.Sequential(torch.nn.Linear(64, 63), torch.nn.Linear(64, 64))

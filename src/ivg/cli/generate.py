@@ -135,7 +135,7 @@ def run(recipe: Recipe, rows: Iterable[SourceRow], files: GenerateSettings, clus
             write_trace(files.trace, traced, recipe.search.method)
         failures.close()
         if (lost := work.counts["failed samples"]) and not files.quiet:
-            typer.echo(f"note: {lost} sample{'s' * (lost > 1)} failed; best_of chose among the others", err=True)
+            typer.echo(f"note: {lost} sample{'s' * (lost > 1)} failed; best_of chose among the others of the same prompt", err=True)
         if "skipped" in work.counts and not files.quiet and (files.input is not None or files.output is not None):
             typer.echo(", ".join(f"{name} {work.counts[name]}" for name in ("answered", "skipped", "failed", "already done")), err=True)
     if failures.count:

@@ -46,9 +46,10 @@ def begin_process() -> None:
 def import_transformers(recipe: Recipe) -> None:
     """Import ``transformers.modeling_utils``; in this process it then knows of no ``torch.distributed`` and no scipy.
 
-    Both are optional for transformers, which has code for builds without them. ``torch._dynamo`` is imported when something asks for
-    more of it than marks, such as ``torch.compile``. Does nothing where another engine answers, where the process is not the command
-    line's (:func:`begin_process`), where the module is imported already, and under ``torchrun``.
+    Both are optional for transformers, which has code for builds without them; who takes ``torch.distributed.tensor`` for imported gets it
+    on asking. ``torch._dynamo`` is imported when something asks for more of it than marks, such as ``torch.compile``. Does nothing where
+    another engine answers, where the process is not the command line's (:func:`begin_process`), where the module is imported already, and
+    under ``torchrun``.
     """
     here = _state["own process"] and recipe.run.engine == "transformers"
     if not here or "transformers.modeling_utils" in sys.modules or "WORLD_SIZE" in os.environ:
@@ -56,15 +57,19 @@ def import_transformers(recipe: Recipe) -> None:
     import transformers.utils
 
     _put_off_dynamo()
-    with _unavailable(transformers.utils, "is_scipy_available", "is_torch_distributed_available"):
+    try:
+        with _unavailable(transformers.utils, "is_scipy_available", "is_torch_distributed_available"):
+            importlib.import_module("transformers.modeling_utils")
+    except Exception:  # another version of transformers may need them: then it takes its time
         importlib.import_module("transformers.modeling_utils")
+    _offer_tensor()
 
 
 @contextmanager
 def _unavailable(utils: ModuleType, *names: str) -> Iterator[None]:
     """Within, transformers' checks of these ``names`` say no; modules that are imported within keep that answer."""
     places = (utils, utils.import_utils)
-    before = [(place, name, getattr(place, name)) for place in places for name in names]
+    before = [(place, name, getattr(place, name)) for place in places for name in names if hasattr(place, name)]
     for place, name, _ in before:
         setattr(place, name, lambda: False)
     try:
@@ -72,6 +77,22 @@ def _unavailable(utils: ModuleType, *names: str) -> Iterator[None]:
     finally:
         for place, name, check in before:
             setattr(place, name, check)
+
+
+def _offer_tensor() -> None:
+    """Import ``torch.distributed.tensor`` where it is first asked for: transformers would have imported it."""
+    import torch.distributed
+
+    before = getattr(torch.distributed, "__getattr__", None)
+
+    def get(name: str) -> Any:
+        if name == "tensor" and torch.distributed.is_available():
+            return importlib.import_module("torch.distributed.tensor")
+        if before is not None:
+            return before(name)
+        raise AttributeError(f"module 'torch.distributed' has no attribute {name!r}")
+
+    torch.distributed.__getattr__ = get  # type: ignore[method-assign]
 
 
 def _put_off_dynamo() -> None:

@@ -177,6 +177,8 @@ def ends_sentence(text: str) -> bool:
     follows is not known yet, so a sentence that does end with one of those goes on to the next end.
     """
     found = _SENTENCE_END.search(text)
+    if found is not None and "\n" in found[0]:
+        return True  # a line
     return found is not None and (found["stop"] is None or not _ABBREVIATION.search(text[: found.end("stop")]))
 
 

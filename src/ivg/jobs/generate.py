@@ -105,7 +105,8 @@ class GenerateRun:
                 failed = [s for s in samples if isinstance(s, str)]
                 best = note_failed(by_likelihood([s for s in samples if not isinstance(s, str)]), failed, run.best_of)
                 ranked: list[Completion | str] = [*best, *failed]
-                self.counts.update({"failed samples": len(failed) - max(0, run.n - len(best))})
+                if best:
+                    self.counts.update({"failed samples": len(failed) - max(0, run.n - len(best))})
                 yield from ((job, index, answer) for index, answer in enumerate(ranked[: run.n]))
 
     def _provenance(self) -> dict[str, Any]:

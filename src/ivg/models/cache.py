@@ -29,7 +29,7 @@ class PassLimits:
     Attributes:
         row_tokens: new tokens of one row at most.
         batch_tokens: new tokens of all rows at most, padding included.
-        outputs: numbers (rows x positions x vocabulary) at most where several positions of a row are wanted: 128 MiB in float32.
+        outputs: numbers (rows x positions x vocabulary) at most where several positions of a row are wanted: 128 MiB in float32 on a CPU.
         padding: rows of different lengths share a pass if that pads fewer tokens than this: about what a pass costs by itself.
         grouped_columns: attention goes by prefix groups (``models.attention``) where every row reads at most so many tokens.
         grouped_scores: and then has at most so many scores (rows x heads x tokens x positions) at a time.
@@ -44,10 +44,10 @@ class PassLimits:
 
     @classmethod
     def on(cls, device: torch.device) -> PassLimits:
-        """The limits for ``device``. A pass on a GPU costs its launches: it takes as many rows as a few GB hold."""
+        """The limits for ``device``. A pass on a GPU costs its launches: it takes more rows, of which 2 GB hold the scores."""
         if device.type == "cpu":
             return cls()
-        return cls(batch_tokens=1 << 16, outputs=1 << 28, padding=1 << 13, grouped_scores=1 << 28)
+        return cls(batch_tokens=1 << 14, outputs=1 << 27, padding=1 << 12, grouped_scores=1 << 27)
 
 
 @dataclass(eq=False, slots=True)

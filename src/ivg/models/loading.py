@@ -167,7 +167,7 @@ def _load_merged(source: AdapterSource, auto_class: Any, options: LoadOptions, w
 
     if options.quantization is not None or is_spread(options.device):
         how = "quantised" if options.quantization is not None else "spread over devices"
-        why = f"{what}: the adapter {str(source.folder)!r} is added to weights that are {how}"
+        why = f"{what}: the {'head' if source.head_only else 'adapter'} {str(source.folder)!r} is added to weights that are {how}"
         raise ModelError(f"{why}\n  load it without that, or give a model that it was merged into")
     plain, network = replace(options, adapter=None, scale=None), source.network_of(what)
 

@@ -3,7 +3,8 @@
 oneDNN reorders a bfloat16 matrix into blocks before each product; for few rows that takes as long as the product. Packed once, a
 pass of 1 to 16 rows takes half the time, one of 256 a tenth less. In float32 PyTorch's own products are MKL's, which reorders too: packed,
 4 to 64 rows take a half to four fifths (dev/LOG.md), unless the matrix is small. The plain weights are dropped; they can be read back,
-exactly, from the packed ones. Handles PyTorch's modules and transformers' ``Conv1D``; must not depend on what they mean.
+exactly, from the packed ones. A head that is tied to the embeddings takes its memory once more (``LoadOptions.pack``). Handles PyTorch's
+modules and transformers' ``Conv1D``; must not depend on what they mean.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ class PackedLinear(nn.Module):
         weight: [outputs, inputs], bfloat16 or float32, on the CPU.
         bias: [outputs] or None.
         transposed: state dictionaries have it as [inputs, outputs] (``Conv1D``).
+
+    Attributes:
+        tied: it was one matrix with the network's embeddings.
     """
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, *, transposed: bool = False) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.transposed, self.dtype = transposed, weight.dtype
+        self.transposed, self.dtype, self.tied = transposed, weight.dtype, False
         self.register_parameter("bias", bias)
         self._pack(weight)
 
@@ -95,7 +99,10 @@ def pack(network: nn.Module) -> nn.Module:
 
     That is eight operations in transformers, and one in PyTorch: the same function, on any device.
     """
+    tied = _is_tied(network)
     _replace_children(network, packs=can_pack(network))
+    if tied and isinstance(head := cast("Any", network).get_output_embeddings(), PackedLinear):
+        head.tied = True
     if packed_layers(network):
         network.requires_grad_(False)  # packed weights cannot be trained, so no other should seem to be
     return network
@@ -124,9 +131,21 @@ def unpack(network: nn.Module) -> None:
     """Give every packed layer of ``network`` its plain weights back, in place; a head that is tied to the embeddings is tied again."""
     from transformers import PreTrainedModel
 
+    head = network.get_output_embeddings() if isinstance(network, PreTrainedModel) else None
     _unpack_children(network)
-    if isinstance(network, PreTrainedModel):
-        network.tie_weights()
+    if isinstance(head, PackedLinear) and head.tied:
+        whole = cast("Any", network)
+        whole.get_output_embeddings().weight = whole.get_input_embeddings().weight
+
+
+def _is_tied(network: nn.Module) -> bool:
+    """Is the head one matrix with the embeddings? (A checkpoint may have a head of its own, whatever its config says.)"""
+    from transformers import PreTrainedModel
+
+    if not isinstance(network, PreTrainedModel):
+        return False
+    head, embeddings = network.get_output_embeddings(), network.get_input_embeddings()
+    return isinstance(head, nn.Linear) and head.weight is getattr(embeddings, "weight", None)
 
 
 def _unpack_children(network: nn.Module) -> None:
