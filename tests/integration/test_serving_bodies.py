@@ -51,7 +51,7 @@ def running():
         ({"guidance": {"width": 0}}, "guidance.width"),
         ({"guidance": {"width": 100, "successors": 100}}, "guidance.successors"),
         ({"guidance": {"chunk_length": 100000}}, "guidance.chunk_length"),
-        ({"guidance": {"method": "mcts", "chunk_length": 1}, "max_tokens": 40}, "guidance.chunk_length"),
+        ({"guidance": {"method": "mcts", "chunk_length": 1}, "max_tokens": 100}, "guidance.chunk_length"),
         ({"guidance": {"method": "mcts", "exploration": -1}}, "guidance.exploration"),
         ({"guidance": {"method": "rsd", "drafter": "explicit"}}, "guidance"),
         ({"guidance": {"method": "rsd", "acceptance": "always"}}, "guidance.acceptance"),

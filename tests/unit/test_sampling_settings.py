@@ -1,5 +1,6 @@
 """Penalties, biases, forbidden words and further ends, against transformers' processors and ``generate``, alone and under guidance."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -232,7 +233,9 @@ def test_failed_samples_are_never_the_best():
         return Completion("", (), None, "stop", SimpleNamespace(), error, details=(detail,))
 
     some = [done(-0.1, "broken"), done(-2.0), done(-1.0)]
-    assert likeliest(some, 1) == [some[2]] and likeliest(some, 3) == some
+    best, everything = likeliest(some, 1), likeliest(some, 3)
+    assert [dataclasses.replace(c, notes=()) for c in best] == [some[2]] and [dataclasses.replace(c, notes=()) for c in everything] == some
+    assert best[0].notes == ("best_of: 1 of 3 samples failed: broken",)
 
 
 # Declared once
