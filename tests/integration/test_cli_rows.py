@@ -114,6 +114,9 @@ def test_samples_without_a_score_are_never_the_best(ivg, hub, tmp_path):
     failed = 8 - len(rows)
     assert code == 0 and f"note: {failed} sample" in err and "best_of chose among the others" in err
     assert best["token_ids"] == rows[0]["token_ids"] and f"best_of: {failed} of 8 samples failed: " in best["notes"][-1]
+    reward.write_text("def score(prompt, response):\n    return float('inf')\n")
+    code, _, err = ivg("generate", "--input", source, *base, "--output", tmp_path / "none.jsonl", "--best-of", 4)
+    assert code and "failed 1" in err and "best_of chose" not in err  # there are no others
 
 
 @pytest.mark.parametrize("verb", ["chat", "compare", "serve", "eval sentiment --out OUT", "train rollout --prompts IN --out OUT.jsonl"])

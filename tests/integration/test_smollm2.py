@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import math
 import random
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from benchmarks.smollm2.calibration import calibration
 from benchmarks.smollm2.data import is_test, prepare
-from benchmarks.smollm2.steps import Scale, steps
+from benchmarks.smollm2.steps import Scale, best_responses, steps, subject_pairs
 from benchmarks.smollm2.words import fit_words, log_odds
 from ivg.utils.jsonl import read_jsonl
 
@@ -189,3 +190,45 @@ def test_opposite_tastes(tmp_path, ivg):
         scores[taste] = value.score([hypothesis("A film", row["text"], tiny_lm())])[0]
         assert row["score"] == pytest.approx(scores[taste] * (1 if taste == "praise" else -1), abs=0.3)
     assert scores["praise"] > scores["pan"]
+
+
+def rows_in(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_pairs_of_subjects_by_hand(tmp_path):
+    """The next two e-mails' subjects; a sampled one where it is about as long; an empty one for every fourth e-mail."""
+    subjects = ["one", "two words", "three little words", "four", "five"]
+    mails = rows_in(tmp_path / "mails", [{"id": str(i), "prompt": f"mail {i}", "response": s} for i, s in enumerate(subjects)])
+    sampled = {"0": " like it ", "1": "one two three four five", "2": "Three Little Words", "3": " "}
+    samples = rows_in(
+        tmp_path / "samples", [{"id": i, "text": text} for i, text in sampled.items()] + [{"id": "4", "error": "e", "text": "x"}]
+    )
+    subject_pairs(mails, samples, tmp_path / "out")
+    found = {}
+    for row in read_jsonl(tmp_path / "out"):
+        assert row["chosen"] == subjects[int(row["prompt"].split()[1])]
+        found.setdefault(row["prompt"], []).append(row["rejected"])
+    assert found["mail 0"] == ["two words", "three little words", " like it", ""]
+    assert found["mail 1"] == ["three little words", "four"]  # the sampled one is three words longer
+    assert found["mail 2"] == ["four", "five"]  # the sampled one is the sender's
+    assert found["mail 3"] == ["five", "one"]
+    assert found["mail 4"] == ["one", "two words", ""]
+
+
+def test_best_responses_by_hand(tmp_path):
+    """The highest score among complete answers; with length controlled, of those at equal length."""
+
+    def row(prompt, response, score, reason="stop"):
+        return {"prompt": prompt, "response": response, "score": score, "finish_reason": reason}
+
+    rows = [row("a", "x " * n, math.log1p(n)) for n in (1, 2, 4, 8)]  # what length explains
+    rows += [row("a", "x x y ", math.log1p(3) + 0.2), row("a", "cut", 99.0, "length"), row("a", "", 50.0)]
+    rows += [{"prompt": "a", "error": "failed"}]
+    scored = rows_in(tmp_path / "rollouts", [*rows, row("b", "only ", -1.0)])
+    best_responses(scored, tmp_path / "plain")
+    assert [(r["prompt"], r["response"]) for r in read_jsonl(tmp_path / "plain")] == [("a", ("x " * 8).rstrip()), ("b", "only")]
+    longer = rows_in(tmp_path / "longer", [*rows[:5], row("b", "only ", -1.0)])
+    best_responses(longer, tmp_path / "controlled", control_length=True)
+    assert next(read_jsonl(tmp_path / "controlled"))["response"] == "x x y"

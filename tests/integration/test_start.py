@@ -102,3 +102,37 @@ def test_other_processes_are_left_alone():
     """Where the command line runs inside another program, that program's transformers is whole."""
     done = subprocess.run([sys.executable, "-c", LIBRARY], capture_output=True, text=True)
     assert done.stdout == "True True True\n", done.stderr
+
+
+TENSOR = """
+import torch.distributed
+assert "torch.distributed.tensor" not in sys.modules
+print(torch.distributed.tensor.DTensor.__name__)
+"""
+
+
+def test_what_others_take_for_imported_is_there_on_asking():
+    assert run(TENSOR).endswith("DTensor\n")
+
+
+OTHER_VERSION = """
+import sys
+from importlib.abc import MetaPathFinder
+import transformers.utils
+class Needs(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "transformers.modeling_utils" and not transformers.utils.is_scipy_available():
+            raise ImportError("this version needs scipy")
+sys.meta_path.insert(0, Needs())
+from ivg.cli.quick_import import begin_process, import_transformers
+from ivg.settings.recipe import Recipe
+begin_process()
+import_transformers(Recipe())
+print("transformers.modeling_utils" in sys.modules)
+"""
+
+
+def test_another_version_of_transformers_is_imported_all_the_same():
+    """One that does not import without what is left out."""
+    done = subprocess.run([sys.executable, "-c", OTHER_VERSION], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr

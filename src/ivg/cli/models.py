@@ -134,7 +134,7 @@ def _embedded(folder: Path) -> dict[str, Any]:
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         config, file = json.loads(adapter.read_text()), "adapter_model.safetensors"
-        needs, kind = config["base_model_name_or_path"], "adapter of a reward" if config["task_type"] == "SEQ_CLS" else "adapter"
+        needs, kind = config["base_model_name_or_path"], "adapter"
     else:
         config, file = json.loads((folder / "config.json").read_text()), "model.safetensors"
         needs, kind = config.get("ivg_tokenizer"), _kind(config)

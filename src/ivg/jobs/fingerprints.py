@@ -17,7 +17,7 @@ from pathlib import Path
 from ivg.embedded import DEFAULTS, PREFIX
 from ivg.jobs.imports import local_imports
 from ivg.models.added import locate
-from ivg.models.hub import ADAPTER_CONFIG, BASE, HEAD_CONFIG, tokenizer_elsewhere
+from ivg.models.hub import BASE, partial_config, tokenizer_elsewhere
 from ivg.settings.recipe import ModelRef, Recipe
 from ivg.utils.cache import file_digest
 
@@ -102,9 +102,9 @@ def _directory(folder: Path) -> str:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for path, digest in zip(paths, pool.map(file_digest, paths), strict=True):
             found.update(f"{path.name}\0{digest}\0".encode())
-    with suppress(OSError, ValueError, KeyError, TypeError, StopIteration):
-        file = next(place for name in (ADAPTER_CONFIG, HEAD_CONFIG) if (place := folder / name).is_file())
-        base = Path(locate(json.loads(file.read_text(encoding="utf-8"))[BASE]))
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        named = partial_config(folder)
+        base = folder if named is None else Path(locate(json.loads(named.read_text(encoding="utf-8"))[BASE]))
         if base.is_dir() and base.resolve() != folder.resolve():
             found.update(_directory(base).encode())
     if (other := tokenizer_elsewhere(folder)) is not None and (file := Path(locate(other)) / "tokenizer.json").is_file():

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ivg.errors import ModelError, reason
 from ivg.models.adapters import base_of
 from ivg.models.added import locate
-from ivg.models.hub import ADAPTER_CONFIG, BASE, HEAD_CONFIG, adapter_at, download_adapter
+from ivg.models.hub import ADAPTER_CONFIG, BASE, HEAD_CONFIG, adapter_at, download_adapter, partial_config
 from ivg.models.weights import read_tensor, tensor_names
 
 HEAD_WEIGHTS = "head.safetensors"
@@ -154,6 +154,6 @@ def adapter_folder(adapter: str, what: str, hub: Mapping[str, Any]) -> Path:
     place = Path(locate(adapter)).expanduser()
     if not place.is_dir():
         place = download_adapter(adapter, f"the adapter of {what}", hub)
-    if not any((place / file).is_file() for file in (ADAPTER_CONFIG, HEAD_CONFIG)):
+    if partial_config(place) is None:
         raise ModelError(f"{what}: {str(place)!r} is no PEFT adapter: no {ADAPTER_CONFIG} there\n  expected a directory that peft wrote")
     return place

@@ -6,18 +6,16 @@ that is on. This is the one place that imports peft, and it does so when the fir
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ivg.errors import ConfigError, MissingDependencyError, ModelError, reason
-from ivg.models.hub import ADAPTER_CONFIG, BASE, HEAD_CONFIG
+from ivg.models.hub import ADAPTER_CONFIG, BASE, partial_config
 
 _NAME = re.compile(r"ivg\d+")
 """Names that adapters are given."""
@@ -109,8 +107,6 @@ def import_peft(what: str) -> Any:
         import peft
     except ImportError as e:
         raise MissingDependencyError(f"{what} is a PEFT adapter, and the package peft is not installed\n  {PEFT_ADVICE}") from e
-    if torch.distributed.is_available():
-        importlib.import_module("torch.distributed.tensor")  # peft takes it for imported; the command line leaves it out
     return peft
 
 
@@ -143,8 +139,8 @@ def base_of(folder: Path, what: str) -> str:
         ModelError: its configuration names none, or a directory that is not there.
     """
     try:
-        file = folder / ADAPTER_CONFIG
-        named = json.loads((file if file.is_file() else folder / HEAD_CONFIG).read_text(encoding="utf-8"))[BASE]
+        file = partial_config(folder) or folder / ADAPTER_CONFIG
+        named = json.loads(file.read_text(encoding="utf-8"))[BASE]
     except (OSError, ValueError, KeyError, TypeError):
         named = None
     title = f"{what}: the adapter {str(folder)!r}"

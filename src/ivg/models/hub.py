@@ -20,8 +20,9 @@ from ivg.utils.hub_status import reachable, unreachable_reason
 
 ADAPTER_CONFIG = "adapter_config.json"
 HEAD_CONFIG = "head_config.json"
+PARTIAL_CONFIGS = (ADAPTER_CONFIG, HEAD_CONFIG)
 BASE = "base_model_name_or_path"
-"""In both: the network that an adapter, or a head, was trained on."""
+"""In both (of a head: where it is alone): the network that an adapter, or a head, was trained on."""
 TOKENIZER_OF = "ivg_tokenizer"
 """Setting of a config.json: the model whose tokenizer this one has, named as anywhere; for a directory without a tokenizer."""
 
@@ -93,13 +94,15 @@ def adapter_at(name: str | Path, hub: Mapping[str, Any] | None = None) -> Path |
         if not _is_hub_id(name) or not_added(text) is not None:
             return None
         if reachable():
-            bare = _file(text, "config.json", hub) is None and any(
-                _file(text, file, hub) is not None for file in (ADAPTER_CONFIG, HEAD_CONFIG)
-            )
+            bare = _file(text, "config.json", hub) is None and any(_file(text, file, hub) is not None for file in PARTIAL_CONFIGS)
             return download_adapter(text, "an adapter", hub) if bare else None
         place = _snapshot(text, hub) or place
-    some = any((place / file).is_file() for file in (ADAPTER_CONFIG, HEAD_CONFIG))
-    return place if some and not (place / "config.json").is_file() else None
+    return place if partial_config(place) is not None and not (place / "config.json").is_file() else None
+
+
+def partial_config(folder: Path) -> Path | None:
+    """The file of ``folder`` that names the network of an adapter, or of a head alone; None: it holds neither."""
+    return next((file for name in PARTIAL_CONFIGS if (file := folder / name).is_file()), None)
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from ivg.settings import rules as r
 from ivg.settings.schema import Setting
 from ivg.settings.tables import Table
 
-MAX_BEAMS = 512
+SERVED_BEAMS = 512
 """Beams of all requests at once, where nothing is said: 32 requests with W = K = 4. A request that waits has no first text."""
 
 _COUNT = r.count(1)
@@ -40,7 +40,7 @@ class ServeSettings(Table):
     api_keys: Annotated[tuple[str, ...], _LISTS, Setting("Accepted API keys; none: no key is required.", secret=True)] = ()
     max_beams: Annotated[
         int, Setting("Maximum number of beams (W*K of each) of all running requests together.", _COUNT, flags=("--max-beams",))
-    ] = MAX_BEAMS
+    ] = SERVED_BEAMS
     max_hypotheses: Annotated[int, Setting("Upper limit of W*K of one request.", _COUNT, flags=("--max-hypotheses",))] = 64
     max_chunk_length: Annotated[int, Setting("Upper limit of chunk_length.", _COUNT)] = 512
     max_candidates: Annotated[int, Setting("Upper limit of candidates.", _COUNT)] = 128

@@ -21,7 +21,7 @@ from typing import Any
 from ivg.errors import ConfigError
 from ivg.jobs.fingerprints import fingerprint
 from ivg.jobs.provenance import differences
-from ivg.models.hub import ADAPTER_CONFIG, HEAD_CONFIG
+from ivg.models.hub import partial_config
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.training_rows import write_training_rows
 from ivg.settings.train import TrainSettings, ValueSettings
@@ -136,7 +136,7 @@ class RunDir:
                 raise ConfigError(
                     f"{path}: settings differ from those of its run: {'; '.join(different)}\n  use another --out, or remove the folder"
                 )
-        elif any((path / file).exists() for file in ("config.json", ADAPTER_CONFIG, HEAD_CONFIG)):
+        elif (path / "config.json").exists() or partial_config(path) is not None:
             raise ConfigError(f"{path} holds a model already\n  use another --out")
         elif first_process():
             write_json(note, self.provenance)

@@ -5,7 +5,7 @@ Built on transformers' ``Trainer`` (devices, precision, checkpoints, trackers); 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,21 +75,28 @@ def train_value(
         metrics = split.counts | slope | _fit(trained, split, ValueCollator(tokenizer.pad_token_id, value.scale), settings, run)
         if first_process():
             notes = {"target": value.target, "scale": value.scale, "template": template}
-            if settings.keep_adapter:
-                about = {"ivg_value": {"head": network.kind, **notes}}
-                if settings.mode == "head":
-                    save_head(run.path, model, about, trained.stored_head())
-                else:
-                    save_adapter(network.backbone, run.path, model, about, trained.stored_head())
-                keep_tokenizer(tokenizer, settings.template, run.path)
-            else:
-                finished = trained.finished()
-                finished.notes = notes
-                finished.save_pretrained(run.path)
-                tokenizer.save_pretrained(run.path)
+            _save(trained, tokenizer, notes, settings, model, run.path)
         title = f"Explicit value ({value.head} head, {value.target} targets)"
         usage = 'Load it with `ivg.ExplicitValue.from_pretrained(THIS)`, or `--value THIS`.\nIts unit is that of the rewards times "scale".'
         return run.finish(metrics, title, usage, split.rows)
+
+
+def _save(
+    trained: ValueModelWithLoss, tokenizer: Any, notes: Mapping[str, Any], settings: TrainSettings, model: str | Path, folder: Path
+) -> None:
+    """The whole value; or what was trained of it alone, beside the name of ``model``."""
+    if not settings.keep_adapter:
+        finished = trained.finished()
+        finished.notes = dict(notes)
+        finished.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return
+    about, network = {"ivg_value": {"head": trained.model.kind, **notes}}, trained.model
+    if settings.mode == "head":
+        save_head(folder, model, about, trained.stored_head())
+    else:
+        save_adapter(network.backbone, folder, model, about, trained.stored_head())
+    keep_tokenizer(tokenizer, settings.template, folder)
 
 
 def _fit(model: ValueModelWithLoss, split: Split[Encoded], collator: ValueCollator, settings: TrainSettings, run: RunDir) -> dict[str, Any]:
