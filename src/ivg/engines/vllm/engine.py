@@ -127,7 +127,8 @@ class VLLMEngine(AsyncEngine):
         self.grammars.check(sampling)
 
     def release(self, keys: Sequence[int]) -> None:
-        """Forget where these beams are in their grammars."""
+        """Abort the requests of these beams, drop their outputs, and forget where they are in their grammars."""
+        super().release(keys)
         self.grammars.release(keys)
 
     def submit(self, requests: Sequence[ExpandRequest]) -> None:
@@ -164,7 +165,8 @@ class VLLMEngine(AsyncEngine):
         self.client.abort(numbers)
 
     def reset_caches(self) -> None:
-        """Abort all requests and drop their outputs."""
+        """Abort all requests, drop their outputs, and forget where beams are in their grammars."""
+        self.grammars.reset()
         with suppress(ModelError):  # vLLM may be dead; restart() follows
             super().reset_caches()
 
