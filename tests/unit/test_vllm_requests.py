@@ -1,16 +1,23 @@
 """What the engine over vLLM does with its requests, over a client without vLLM that answers one token a step."""
 
+import json
 import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from ivg.engines.look_back import LookBack
+from ivg.engines.transformers.processors import process_logits
 from ivg.engines.vllm.client import EngineOutput
 from ivg.engines.vllm.engine import VLLMEngine
+from ivg.errors import ConfigError
 from ivg.models.prompt_encoder import PromptEncoder
+from ivg.search.request import Request, Search
+from ivg.search.searcher import Searcher
 from ivg.testing import byte_tokenizer, check_children, check_outputs_are_kept
-from ivg.types import Prompt
+from ivg.types import Prompt, SamplingParams
 
 PROMPTS = [Prompt("The movie was"), Prompt("A long film")]
 
@@ -21,9 +28,13 @@ class OneTokenAStep:
 
     requests: dict[str, list] = field(default_factory=dict)
     added: int = 0
+    looks_back: bool = True
+    seen: list = field(default_factory=list)
+    """Prompt and parameters of every request."""
 
     def add(self, token_ids, params):
         self.added += 1
+        self.seen.append((token_ids, params))
         self.requests[str(self.added)] = [params, 0]
         return str(self.added)
 
@@ -48,15 +59,73 @@ class OneTokenAStep:
 
 @pytest.fixture
 def engine(monkeypatch):
+    return make_engine(monkeypatch)
+
+
+def make_engine(monkeypatch, **client):
     tokenizer = byte_tokenizer()
     base = PromptEncoder("base", tokenizer, vocab_size=len(tokenizer))
     settings = SimpleNamespace(RequestOutputKind=SimpleNamespace(CUMULATIVE=0, FINAL_ONLY=2))
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", settings)
-    return VLLMEngine(OneTokenAStep(), base, ["base"], {})
+    return VLLMEngine(OneTokenAStep(**client), base, ["base"], {})
 
 
 def test_laws_of_engines(engine):
     check_children(engine, PROMPTS)
     check_outputs_are_kept(engine, PROMPTS)
     assert not engine.running and not engine.client.requests
+
+
+LOOKING_BACK = {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": 0.25, "bad_words": ["he film", "b"]}
+
+
+def chunked(engine, length=4, **settings):
+    """What vLLM was asked for to write 12 tokens in chunks: (prompt, parameters) of each."""
+    request = Request(PROMPTS[0], Search(chunk_length=length), SamplingParams(max_new_tokens=12, **settings))
+    assert dict(Searcher(engine).run([request]))[0].error is None
+    return engine.client.seen
+
+
+def test_requests_say_which_tokens_are_the_response(engine):
+    """Where a chunk goes on, vLLM's own penalties are off: it would count from there."""
+    prompt, asked = engine.base.prompt_ids(PROMPTS[0]), chunked(engine, **LOOKING_BACK)
+    assert [len(ids) - len(prompt) for ids, _ in asked] == [p.extra_args["ivg_response"]["tokens"] for _, p in asked] == [0, 4, 8]
+    for _, params in asked:
+        assert (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) == (1.0, 0.0, 0.0)
+        sent = json.loads(json.dumps(params.extra_args["ivg_response"]))  # it goes to another process
+        assert LookBack.read(sent) == LookBack.of(SamplingParams(**LOOKING_BACK), engine.vocabulary)
+
+
+def test_vllm_s_own_penalties_where_they_mean_the_same(engine):
+    asked = chunked(engine, frequency_penalty=0.5, repetition_penalty=1.3)
+    assert [(p.frequency_penalty, p.repetition_penalty) for _, p in asked] == [(0.5, 1.3), (0.0, 1.0), (0.0, 1.0)]
+    assert [bool(p.extra_args) for _, p in asked] == [False, True, True]
+    engine.client.seen.clear()
+    assert {(p.repetition_penalty, p.extra_args) for _, p in chunked(engine, repetition_penalty=1.3)} == {(1.3, None)}  # of the whole text
+
+
+def test_speculative_decoding_in_vllm_cannot_look_back(monkeypatch):
+    engine = make_engine(monkeypatch, looks_back=False)
+    for name in ("frequency_penalty", "bad_words"):
+        with pytest.raises(ConfigError, match=rf"{name}.*\n.*leave speculative_config out of \[vllm\]"):
+            chunked(engine, **{name: LOOKING_BACK[name]})
+    chunked(engine, length=None, frequency_penalty=0.5)
+
+
+def test_a_chunk_is_processed_as_the_whole_response_is():
+    """However the response is cut, also within a bad word."""
+    random = torch.Generator().manual_seed(3)
+    vocabulary = SimpleNamespace(eos_ids=(), word_ids=lambda words: ((3, 4), (5,), (6, 7, 8)))
+    prompt, response = [1, 2, 3, 3, 6, 7], [5, 4, 4, 9, 6, 7]
+    settings = SamplingParams(**LOOKING_BACK)
+    logits = torch.randn(1, 12, generator=random)
+    expected, _ = process_logits(logits, [settings], lambda _: (prompt, response), vocabulary)
+    assert expected[0, 8] == expected[0, 5] == -torch.inf and expected[0, 4] != -torch.inf
+    look_back = LookBack.read(LookBack.of(settings, vocabulary).to_dict())
+    for cut in range(len(response) + 1):
+        z = logits[0].clone()
+        look_back.apply_to_chunk(z, prompt + response[:cut], response[cut:], cut)
+        assert torch.equal(z, expected[0])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        LookBack.read({"bad_words": [["x"]]})

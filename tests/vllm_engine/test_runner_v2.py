@@ -65,6 +65,10 @@ with models("vllm", models=paths, search={"method": "eft"}, vllm={"max_num_seqs"
     settings = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
     requests = [model.request(p, "eft", beta=b, **settings) for p, b in zip(prompts(5), betas)]
     requests += [model.request(prompts(1)[0], "custom", token="implicit", chunk_length=3, beta=1.0, regex="[ab]{7}", **settings)]
+    for length in (3, None):
+        looking = {"beta": 1.0, "bad_words": json.loads(sys.argv[3]), "frequency_penalty": 0.9, "repetition_penalty": 1.1, **settings}
+        chunks = {"method": "eft"} if length is None else {"method": "custom", "token": "implicit", "chunk_length": length}
+        requests.append(model.request(prompts(2)[1], **chunks, **looking))
     tokens = [c.token_ids for _, c in sorted(model.run(requests))]
     print("RESULT", json.dumps([[kind.__module__ for kind in type(runner).__mro__], tokens]))
 """
@@ -87,15 +91,20 @@ def test_weights_reach_their_rows(folder, tmp_path):
     paths = trio(folder, "llama")
     path = os.pathsep.join([str(stand_in(tmp_path)), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(paths), str(Path(__file__).parent)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert lines, done.stderr[-4000:]
-    modules, tokens = json.loads(lines[0].removeprefix("RESULT"))
-    assert "vllm.v1.worker.gpu.model_runner" in modules, f"not model runner V2: {modules}"
     with models("transformers", models=paths) as slow:
         settings = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
         betas = [0.0, 0.5, 1.0, 2.0, -1.0]
         expected = [list(slow.generate(p, "eft", beta=b, **settings).token_ids) for p, b in zip(prompts(5), betas, strict=True)]
         expected += [list(slow.generate(prompts(1)[0], "eft", beta=1.0, regex="[ab]{7}", **settings).token_ids)]
+        plain = slow.generate(prompts(2)[1], "eft", beta=1.0, **settings).token_ids
+        words = [slow.base.tokenizer.decode(plain[2:4])]  # on both sides of the end of a chunk
+        looking = {"bad_words": words, "frequency_penalty": 0.9, "repetition_penalty": 1.1, **settings}
+        expected += [list(slow.generate(prompts(2)[1], "eft", beta=1.0, **looking).token_ids)] * 2
+        assert expected[-1] != list(plain)
+    command = [sys.executable, "-c", SCRIPT, json.dumps(paths), str(Path(__file__).parent), json.dumps(words)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert lines, done.stderr[-4000:]
+    modules, tokens = json.loads(lines[0].removeprefix("RESULT"))
+    assert "vllm.v1.worker.gpu.model_runner" in modules, f"not model runner V2: {modules}"
     assert tokens == expected

@@ -24,6 +24,7 @@ from ivg.errors import ConfigError, ModelError, shortened
 from ivg.settings.run import CPU_MEMORY
 
 PROCESSOR = "ivg.engines.vllm.processor:IVGBeta"
+RESPONSE_PROCESSOR = "ivg.engines.vllm.response_processor:ResponseLookBack"
 SCHEDULER = "ivg.engines.vllm.scheduler.make_scheduler"
 
 ALIVE_CHECK_SECONDS = 0.5
@@ -126,8 +127,8 @@ class EngineClient:
             given["runner"] = "pooling"
         elif given.setdefault("scheduler_cls", SCHEDULER) != SCHEDULER:
             raise ConfigError(f"scheduler_cls={given['scheduler_cls']!r}\n  ivg has its own, for structured output; leave it out of [vllm]")
-        if self.guided:
-            given["logits_processors"] = [PROCESSOR]
+        if processors := self.processors:
+            given["logits_processors"] = [*(given.get("logits_processors") or ()), *processors]
         try:
             args = EngineArgs(model=self.folder, **given)
         except (TypeError, ValueError) as e:  # pydantic's are ValueErrors
@@ -140,6 +141,17 @@ class EngineClient:
         except Exception as e:
             raise ModelError(f"vLLM cannot run {self.folder}: {_cause(e)}\n  see its log above") from e
         self.failure = None
+
+    @property
+    def processors(self) -> list[str]:
+        """Our logits processors. Speculative decoding in vLLM has none; a composite without its own would not be guided."""
+        own = [PROCESSOR] if self.guided else []
+        return own if self.pooling or self.options.extra.get("speculative_config") else [*own, RESPONSE_PROCESSOR]
+
+    @property
+    def looks_back(self) -> bool:
+        """Can requests count what the response has in earlier chunks?"""
+        return RESPONSE_PROCESSOR in self.processors
 
     @property
     def config(self) -> Any:

@@ -23,6 +23,9 @@ from ivg.errors import ConfigError
 KEY = "ivg_beta"
 """Key of the first group's weight in ``SamplingParams.extra_args``; ``ivg_beta.NAME`` is that of the group NAME."""
 
+RESPONSE_KEY = "ivg_response"
+"""Key in ``SamplingParams.extra_args`` of what looks back at the response (:mod:`ivg.engines.vllm.response_processor`)."""
+
 _seen: set[str] = set()
 """Groups of all composites whose config this process has read; vLLM's front end reads that of its model."""
 

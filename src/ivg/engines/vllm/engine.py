@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ivg.engines.grammar import GrammarMasks
+from ivg.engines.look_back import LookBack
 from ivg.engines.sequences import TokenSequence, append_token, as_beams, fail, fork
 from ivg.engines.vllm.client import EngineClient, EngineOutput
-from ivg.engines.vllm.config import KEY
+from ivg.engines.vllm.config import KEY, RESPONSE_KEY
 from ivg.engines.vllm.response_grammar import ResponseGrammar
 from ivg.engines.vllm.value import VLLMGuide
 from ivg.errors import ConfigError, ModelError
@@ -28,6 +29,10 @@ from ivg.types import AsyncEngine, ExpandOutput, ExpandRequest, SamplingParams, 
 from ivg.utils.rng import mix
 
 _ELSEWHERE = "leave --engine out: the transformers engine can"
+_SPECULATIVE = dict.fromkeys(
+    ["bad_words", *(f"{name}{IN_CHUNKS}" for name in LOOK_BACK.difference(STRUCTURES))],
+    f"vLLM's speculative decoding cannot look at the response; leave speculative_config out of [vllm], or {_ELSEWHERE}",
+)
 
 
 @dataclass
@@ -86,10 +91,6 @@ class VLLMEngine(AsyncEngine):
         "thinking": f"guidance inside vLLM begins with the first token, so no guide_after; {_ELSEWHERE}",
         STOPS_BESIDE_EOS: f"vLLM would forbid both; leave one out, or {_ELSEWHERE}",
         **dict.fromkeys(
-            [f"{name}{IN_CHUNKS}" for name in LOOK_BACK.difference(STRUCTURES)],
-            f"vLLM sees one chunk at a time, not the response before it; use a method without chunks (eft, bon), or {_ELSEWHERE}",
-        ),
-        **dict.fromkeys(
             ONLY_TRANSFORMERS,
             f"{_ELSEWHERE}; where the base's generation_config.json sets it: --generation-config ignore",
         ),
@@ -98,6 +99,8 @@ class VLLMEngine(AsyncEngine):
     def __init__(self, client: EngineClient, base: PromptEncoder, submodels: Sequence[str], guides: Mapping[str, VLLMGuide]) -> None:
         super().__init__()
         self.client, self.base, self.submodels, self.guides = client, base, tuple(submodels), dict(guides)
+        if not client.looks_back:
+            self.unsupported = {**self.unsupported, **_SPECULATIVE}
         base.reads_given_ids = True
         self.vocabulary: Vocabulary = base.vocabulary
         self.grammars = GrammarMasks(base.vocabulary)
@@ -184,6 +187,8 @@ class VLLMEngine(AsyncEngine):
 
         s = request.sampling
         least = tokens if s.ignore_eos else self._least(request, tokens)
+        looks_back = self._look_back(request)
+        own = LookBack() if looks_back else LookBack(s.repetition_penalty, s.frequency_penalty, s.presence_penalty)
         seed = mix(request.seed, request.beam.rng_path, len(request.beam.token_ids), request.first) >> 2  # child i has seed + i
         return Params(
             n=request.successors // copies,
@@ -191,12 +196,11 @@ class VLLMEngine(AsyncEngine):
             top_p=s.top_p,
             top_k=s.top_k,
             min_p=s.min_p,
-            repetition_penalty=s.repetition_penalty,
-            frequency_penalty=s.frequency_penalty,
-            presence_penalty=s.presence_penalty,
+            repetition_penalty=own.repetition_penalty,
+            frequency_penalty=own.frequency_penalty,
+            presence_penalty=own.presence_penalty,
             structured_outputs=ResponseGrammar.of_chunk(s, request.beam.token_ids, self.vocabulary.eos_ids, least),
             logit_bias=dict(s.logit_bias) or None,
-            bad_words=list(s.bad_words) or None,
             seed=None if s.temperature == 0 else seed,
             max_tokens=tokens,
             min_tokens=0 if s.structure else least,  # forbids the tokens that stop, for so long; a grammar does that by itself
@@ -206,7 +210,7 @@ class VLLMEngine(AsyncEngine):
             detokenize=bool(s.stop),
             skip_special_tokens=True,
             output_kind=RequestOutputKind.CUMULATIVE if request.stream or s.end_at_sentence else RequestOutputKind.FINAL_ONLY,
-            extra_args=self._weights(request.guidance),
+            extra_args={**self._weights(request.guidance), **looks_back} or None,
         )
 
     def _least(self, request: ExpandRequest, tokens: int) -> int:
@@ -217,10 +221,15 @@ class VLLMEngine(AsyncEngine):
             wanted = max(wanted, s.min_length - already - len(self.base.prompt_ids(request.beam.prompt)))
         return min(max(wanted, 0), tokens)
 
-    def _weights(self, guidance: TokenGuidance | None) -> dict[str, float] | None:
+    def _look_back(self, request: ExpandRequest) -> dict[str, Any]:
+        """Penalties and bad words for our processor; none where vLLM's own mean the same: without bad words, in the first chunk."""
+        s, already = request.sampling, len(request.beam.token_ids)
+        if not (s.bad_words or (already and (s.frequency_penalty or s.presence_penalty))):
+            return {}
+        return {RESPONSE_KEY: {"tokens": already, **LookBack.of(s, self.vocabulary).to_dict()}}
+
+    def _weights(self, guidance: TokenGuidance | None) -> dict[str, float]:
         """The guidance weight of every group: 0 for those that do not guide this request."""
-        if not self.guides:
-            return None
         found = dict.fromkeys(self.guides, 0.0)
         if guidance is not None:
             for weight, value in _weighted_guides(guidance.value, guidance.beta):
