@@ -161,7 +161,7 @@ def test_an_answer_that_is_cut_thinking_and_logprobs(running):
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "other tools are not supported"),
         ({"tools": [{"type": "function"}]}, "tools", "name"),
         ({"tools": [FLAT], "tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "'f', which is not among tools (get_weather)"),
-        ({"tools": [FLAT], "tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice", "got type 'allowed_tools'"),
+        ({"tools": [FLAT], "tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice", "must have a list of tools, got null"),
         (
             {"tools": [FLAT | {"parameters": {"type": "null"}}], "tool_choice": "required"},
             "tools[0].parameters",

@@ -91,6 +91,52 @@ def test_a_call_that_is_required_is_a_valid_one(running, choice, reason):
     assert (streamed["reason"], streamed["content"]) == (reason, None)
 
 
+def allowed(*tools, mode="required", flat=False):
+    """OpenAI's object; ``flat``: that of the Responses API."""
+    names = [{"name": tool["function"]["name"]} for tool in tools]
+    given = {"mode": mode, "tools": [{"type": "function", **(name if flat else {"function": name})} for name in names]}
+    return {"type": "allowed_tools", **(given if flat else {"allowed_tools": given})}
+
+
+def test_tools_that_are_allowed(running):
+    """Of three functions the calls are of those two, in each format; by either API, streamed too."""
+    tools = [bad()["tools"][0], WEATHER, CLOCK]
+    for seed in range(3):
+        body = BODY | {"tools": tools, "tool_choice": allowed(WEATHER, CLOCK), "seed": seed, "parallel_tool_calls": False}
+        whole = running.post(body, PATH)
+        assert whole.status_code == 200, whole.text
+        (found,) = whole.json()["choices"]
+        assert set(checked(found["message"]["tool_calls"])) <= {"wx", "at"} and found["finish_reason"] == "tool_calls"
+    streamed = assembled(running.post(body | {"stream": True}, PATH))
+    assert [c["function"] for c in streamed["calls"]] == [c["function"] for c in found["message"]["tool_calls"]]
+    flat = [{"type": "function", **tool["function"]} for tool in tools]
+    own = {"model": "tiny", "input": "Weather?", "max_output_tokens": 2000, "seed": 1, "tools": flat, "parallel_tool_calls": False}
+    response = running.post(own | {"tool_choice": allowed(CLOCK, flat=True), "guidance": {"method": "eft"}}, RESPONSES)
+    assert response.status_code == 200, response.text
+    read = Response.model_validate(response.json())
+    assert {(item.type, item.name) for item in read.output} == {("function_call", "at")} and read.tool_choice.mode == "required"
+
+
+def test_calls_that_are_not_allowed_are_left_out():
+    """The model sees the allowed functions alone; where it calls another one all the same, nobody is to run that."""
+    seen = []
+
+    def write(prompt):
+        seen.append([tool["function"]["name"] for tool in prompt.chat.tools])
+        call = '<tool_call>\n{"name": "%s", "arguments": {}}\n</tool_call>'
+        return "Well.\n" + call % "wx" + "\n" + call % "at"
+
+    with Running(scripted(write), RECIPE) as running:
+        body = {"model": "tiny", "messages": ASKED, "tools": [WEATHER, CLOCK, TOOL], "tool_choice": allowed(CLOCK, TOOL, mode="auto")}
+        choice = running.post(body, PATH).json()["choices"][0]
+        assert checked(choice["message"]["tool_calls"]) == ["at"] and choice["finish_reason"] == "tool_calls"
+        streamed = assembled(running.post(body | {"stream": True}, PATH))
+        assert checked(streamed["calls"]) == ["at"] and streamed["content"] == choice["message"]["content"] == "Well."
+        choice = running.post(body | {"tool_choice": allowed(TOOL, mode="auto")}, PATH).json()["choices"][0]
+        assert "tool_calls" not in choice["message"] and choice["finish_reason"] == "stop"
+        assert seen[0] == ["at", "get_weather"] and seen[-1] == ["get_weather"]
+
+
 def test_several_calls_may_be_required(qwen):
     """One after another, unless parallel_tool_calls is false; a bias to line breaks, which stand between calls, makes further ones."""
     (line_break,) = qwen.served.model.base.tokenizer("\n", add_special_tokens=False).input_ids
@@ -173,9 +219,28 @@ NAMED_F = {"type": "function", "function": {"name": "f"}}
 @pytest.mark.parametrize(
     ("more", "param", "words"),
     [
-        ({"tool_choice": "always"}, "tool_choice", "must be none, auto, required or the name of a function"),
+        ({"tool_choice": "always"}, "tool_choice", "must be none, auto, required, allowed_tools or the name of a function"),
         ({"tool_choice": {"type": "function", "name": "wx"}}, "tool_choice", "got an object"),
-        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice", "got type 'allowed_tools'"),
+        ({"tool_choice": {"type": "custom"}}, "tool_choice", "got type 'custom'"),
+        (
+            {"tool_choice": {"type": "allowed_tools", "mode": "auto"}},
+            "tool_choice",
+            "must have mode auto or required, got allowed_tools null",
+        ),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice", "must have mode auto or required, got null"),
+        ({"tool_choice": allowed(mode="auto")}, "tool_choice", "must have a list of tools, got an empty list"),
+        ({"tool_choice": allowed(CLOCK, {"function": {"name": 5}})}, "tool_choice", "allowed tool 1 must be a function with a name"),
+        ({"tool_choice": allowed(WEATHER), "tools": [CLOCK]}, "tool_choice", "'wx', which is not among tools (at)"),
+        ({"tool_choice": allowed(WEATHER, mode="auto"), "tools": [CLOCK]}, "tool_choice", "'wx', which is not among tools (at)"),
+        ({"tool_choice": allowed(WEATHER), "tools": None}, "tool_choice", "there are no tools to call"),
+        (
+            {
+                "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NAMED_F]}},
+                "tools": [CLOCK, *NO_SET["tools"]],
+            },
+            "tools[1].function.parameters",
+            "uniqueItems",
+        ),
         ({"tool_choice": "required", "tools": None}, "tool_choice", "there are no tools to call"),
         ({"tool_choice": "required", "tools": []}, "tool_choice", "there are no tools to call"),
         ({"tool_choice": NAMED, "tools": [CLOCK]}, "tool_choice", "'wx', which is not among tools (at)"),
@@ -231,13 +296,17 @@ def test_engines_that_cannot(qwen, monkeypatch):
 
 def test_the_schema_offers_the_choices_that_are_taken(qwen):
     schemas = httpx.get(f"{qwen.url}/openapi.json").json()["components"]["schemas"]
-    for kind, path, name in (("ChatRequest", PATH, NAMED), ("ResponsesRequest", RESPONSES, {"type": "function", "name": "wx"})):
+    flat = {"type": "function", "name": "wx"}
+    for kind, path, name, some in (
+        ("ChatRequest", PATH, NAMED, allowed(CLOCK)),
+        ("ResponsesRequest", RESPONSES, flat, allowed(CLOCK, flat=True)),
+    ):
         schema = schemas[kind]["properties"]["tool_choice"]
         (choices,) = [part["enum"] for part in schema["anyOf"] if "enum" in part]
         assert choices == ["none", "auto", "required"]
         body = BODY | {"max_tokens": 5} if kind == "ChatRequest" else {"model": "tiny", "input": "Hi", "max_output_tokens": 5}
         tools = BODY["tools"] if kind == "ChatRequest" else [{"type": "function", **tool["function"]} for tool in BODY["tools"]]
-        for choice in (*choices, name, None):
+        for choice in (*choices, name, some, None):
             jsonschema.validate(choice, schema)
             response = qwen.post(body | {"tools": tools, "tool_choice": choice}, path)
             assert response.status_code == 200, response.text

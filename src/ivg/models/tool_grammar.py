@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ def call_grammar(
     special: SpecialId,
     *,
     several: bool,
-    only: str | None = None,
+    only: Collection[str] | None = None,
     instead: Mapping[str, Any] | None = None,
 ) -> str:
     """A grammar of calls of ``tools``: of one, or with ``several`` of one or more.
@@ -68,13 +68,14 @@ def call_grammar(
         tools: definitions of the functions, at least one, as OpenAI's API has them.
         special: ids of special tokens of the base.
         several: may there be more than one call?
-        only: the one function that may be called; None: any.
+        only: names of the functions that may be called; None: any.
         instead: schema of JSON that may be written in place of calls.
 
     Raises:
         ConfigError: a function's ``parameters`` are no schema of an object.
     """
-    functions = {i: name for i, tool in enumerate(tools) if only in (None, name := tool["function"]["name"])}
+    names = (tool["function"]["name"] for tool in tools)
+    functions = {i: name for i, name in enumerate(names) if only is None or name in only}
     is_named = written.name == "mistral" and special("[ARGS]") is not None and all(map(_PLAIN_NAME.fullmatch, functions.values()))
     form = _NAMED if is_named else _FORMS[written.name]
     literal = _Literals(written, special)

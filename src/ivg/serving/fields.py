@@ -13,6 +13,8 @@ MAX_MESSAGES = 1024
 MAX_STOPS = 16
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TOOL_CHOICES = ("none", "auto", "required")
+ALLOWED_MODES = ("auto", "required")
+"""What a response may do with the tools of ``allowed_tools``."""
 
 
 def _stop(value: Any) -> str | list[str] | None:
@@ -44,15 +46,38 @@ def _messages(value: Any) -> tuple[Message, ...]:
 
 
 def _tool_choice(value: Any) -> str | dict[str, Any] | None:
-    """``none``, ``auto``, ``required``, or ``{"type": "function", "function": {"name": …}}``."""
+    """``none``, ``auto``, ``required``, the name of a function, or ``allowed_tools``, as OpenAI's API has them."""
     if value is None or (isinstance(value, str) and value in TOOL_CHOICES):
         return value
     kind = value.get("type", "function") if isinstance(value, dict) else None
-    function = value.get("function") if kind == "function" else None
-    if isinstance(function, dict) and isinstance(function.get("name"), str):
+    if kind == "allowed_tools":
+        return _check_allowed(value)
+    if kind == "function" and _names_function(value):
         return value
     got = show_json(value) if kind in (None, "function") else f"type {show_json(kind)}"
-    raise PromptError(f"tool_choice must be {', '.join(TOOL_CHOICES)} or the name of a function as OpenAI's API has it, got {got}")
+    message = f"tool_choice must be {', '.join(TOOL_CHOICES)}, allowed_tools or the name of a function as OpenAI's API has it, got {got}"
+    raise PromptError(message)
+
+
+def _check_allowed(choice: dict[str, Any]) -> dict[str, Any]:
+    """``{"type": "allowed_tools", "allowed_tools": {"mode": …, "tools": […]}}``."""
+    given = choice.get("allowed_tools")
+    mode, tools = (given.get("mode"), given.get("tools")) if isinstance(given, dict) else (None, None)
+    if not isinstance(mode, str) or mode not in ALLOWED_MODES:
+        got = show_json(mode) if isinstance(given, dict) else f"allowed_tools {show_json(given)}"
+        raise PromptError(f"tool_choice of type allowed_tools must have mode {' or '.join(ALLOWED_MODES)}, got {got}")
+    if not isinstance(tools, list) or not tools:
+        got = "an empty list" if tools == [] else show_json(tools)
+        raise PromptError(f"tool_choice of type allowed_tools must have a list of tools, got {got}")
+    for i, tool in enumerate(tools):
+        if not (isinstance(tool, dict) and tool.get("type") == "function" and _names_function(tool)):
+            raise PromptError(f"tool_choice: allowed tool {i} must be a function with a name, got {show_json(tool)}")
+    return choice
+
+
+def _names_function(value: dict[str, Any]) -> bool:
+    function = value.get("function")
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
@@ -140,13 +165,27 @@ _FUNCTION_CHOICE = {
 _FLAT_CHOICE = {"type": "object", "required": ["type", "name"], "properties": {"type": {"const": "function"}, "name": _TEXT}}
 
 
-def tool_choice_schema(function: dict[str, Any]) -> WithJsonSchema:
-    """What ``tool_choice`` may be, where ``function`` is the form of a function's name."""
-    return WithJsonSchema({"anyOf": [{"enum": list(TOOL_CHOICES)}, function, {"type": "null"}]})
+def _allowed(tool: dict[str, Any]) -> dict[str, Any]:
+    """The fields of ``allowed_tools``, where ``tool`` is the form of a function's name."""
+    return {"mode": {"enum": list(ALLOWED_MODES)}, "tools": _list_of(tool)}
 
 
-ToolChoice = Annotated[str | dict[str, Any] | None, PlainValidator(_tool_choice), tool_choice_schema(_FUNCTION_CHOICE)]
-FlatToolChoice = Annotated[Any, tool_choice_schema(_FLAT_CHOICE)]
+_ALLOWED: dict[str, Any] = {"type": {"const": "allowed_tools"}}
+_ALLOWED_CHOICE = {
+    "type": "object",
+    "required": ["type", "allowed_tools"],
+    "properties": _ALLOWED | {"allowed_tools": {"type": "object", "required": ["mode", "tools"], "properties": _allowed(_FUNCTION_CHOICE)}},
+}
+_FLAT_ALLOWED_CHOICE = {"type": "object", "required": ["type", "mode", "tools"], "properties": _ALLOWED | _allowed(_FLAT_CHOICE)}
+
+
+def tool_choice_schema(*objects: dict[str, Any]) -> WithJsonSchema:
+    """What ``tool_choice`` may be: one of the words, or an object of one of these forms."""
+    return WithJsonSchema({"anyOf": [{"enum": list(TOOL_CHOICES)}, *objects, {"type": "null"}]})
+
+
+ToolChoice = Annotated[str | dict[str, Any] | None, PlainValidator(_tool_choice), tool_choice_schema(_FUNCTION_CHOICE, _ALLOWED_CHOICE)]
+FlatToolChoice = Annotated[Any, tool_choice_schema(_FLAT_CHOICE, _FLAT_ALLOWED_CHOICE)]
 """That of the Responses API, as it came: it is checked as that of the chat completion."""
 Stop = Annotated[
     Any,

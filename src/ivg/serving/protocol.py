@@ -178,21 +178,40 @@ class ChatRequest(_Request):
         return "max_tokens" if self.max_tokens is not None else "max_completion_tokens"
 
     @property
-    def offered_tools(self) -> list[dict[str, Any]]:
-        """The functions that the response may call, without ``strict``, which templates do not know; none with ``tool_choice: none``."""
+    def known_tools(self) -> list[dict[str, Any]]:
+        """All functions, without ``strict``, which templates do not know; none with ``tool_choice: none``."""
         given = () if self.tool_choice == "none" else self.tools or ()
         return [{**tool, "function": {k: v for k, v in tool["function"].items() if k != "strict"}} for tool in given]
 
     @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """Those of them that the model sees; a free response could call any of them."""
+        allowed = self.allowed_functions
+        return [tool for tool in self.known_tools if allowed is None or tool["function"]["name"] in allowed]
+
+    @property
+    def allowed_functions(self) -> tuple[str, ...] | None:
+        """Names of the functions of ``allowed_tools``; None: ``tool_choice`` is another one."""
+        choice: Any = self.tool_choice
+        if not isinstance(choice, Mapping) or choice["type"] != "allowed_tools":
+            return None
+        return tuple(tool["function"]["name"] for tool in choice["allowed_tools"]["tools"])
+
+    @property
     def called_function(self) -> str | None:
         """The function that the response must call; None: none is named."""
-        name: str | None = self.tool_choice["function"]["name"] if isinstance(self.tool_choice, Mapping) else None
+        choice: Any = self.tool_choice
+        if not isinstance(choice, Mapping) or self.allowed_functions is not None:
+            return None
+        name: str = choice["function"]["name"]
         return name
 
     @property
     def call_required(self) -> bool:
         """Must the response be a call?"""
-        return self.tool_choice == "required" or self.called_function is not None
+        choice: Any = self.tool_choice
+        mode = choice["allowed_tools"]["mode"] if self.allowed_functions is not None else choice
+        return mode == "required" or self.called_function is not None
 
     @property
     def chat(self) -> dict[str, Any]:
@@ -218,13 +237,14 @@ class ChatRequest(_Request):
 
     @model_validator(mode="after")
     def _check_tool_choice(self) -> ChatRequest:
+        wanted = self.allowed_functions or ((self.called_function,) if self.called_function is not None else ())
+        names = [tool["function"]["name"] for tool in self.known_tools]
+        if self.call_required and not self.tools:
+            raise ValueError("tool_choice requires a call, and there are no tools to call")
+        if (unknown := next((name for name in wanted if name not in names), None)) is not None:
+            raise ValueError(f"tool_choice names the function {unknown!r}, which is not among tools ({', '.join(names)})")
         if not self.call_required:
             return self
-        if not self.tools:
-            raise ValueError("tool_choice requires a call, and there are no tools to call")
-        names = [tool["function"]["name"] for tool in self.offered_tools]
-        if self.called_function not in (None, *names):
-            raise ValueError(f"tool_choice names the function {self.called_function!r}, which is not among tools ({', '.join(names)})")
         if other := next((form for form in self._structures if form != "response_format"), None):
             raise ValueError(f"tool_choice requires a call, and {other} is given; a response follows one of them")
         return self

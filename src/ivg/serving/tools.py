@@ -34,6 +34,7 @@ class OfferedTools:
         names: of the functions.
         parallel: may there be several calls? Else those after the first are left out.
         named: is the function that is called in the request?
+        closed: are calls of other functions left out?
         grammar: of responses, where they are calls, or calls or JSON; None: they are free.
         schemas: that the grammar is made of, by their place in the request.
     """
@@ -42,6 +43,7 @@ class OfferedTools:
     names: frozenset[str]
     parallel: bool = True
     named: bool = False
+    closed: bool = False
     grammar: str | None = None
     schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -89,7 +91,8 @@ class OfferedTools:
     def parse(self, text: str, *, final: bool) -> ParsedResponse:
         """Text and calls of a response, or of its beginning unless it is ``final``."""
         found = self.format.parse(text, self.names, final=final)
-        return found if self.parallel else ParsedResponse(found.content, found.calls[:1])
+        calls = tuple(call for call in found.calls if not self.closed or call.name in self.names)
+        return ParsedResponse(found.content, calls if self.parallel else calls[:1])
 
     def call_id(self, response: str, choice: int, number: int) -> str:
         """The id of a call: the same in a stream and in a whole response of this id."""
@@ -132,16 +135,18 @@ def offered_tools(body: ChatRequest, known: ToolFormat | None, vocabulary: Vocab
             f" (the server's --tool-call-parser takes {', '.join(FORMATS)})"
         )
         raise ServeError(message, 400, "invalid_value", "tools")
-    name, parallel = body.called_function, body.parallel_tool_calls is not False
-    tools = body.offered_tools
-    functions = {f"tools[{i}].function": tool["function"] for i, tool in enumerate(tools) if name in (None, tool["function"]["name"])}
+    name, parallel, allowed = body.called_function, body.parallel_tool_calls is not False, body.allowed_functions
+    only = allowed if name is None else (name,)
+    tools = body.known_tools  # by their place in the request
+    placed = {f"tools[{i}].function": tool["function"] for i, tool in enumerate(tools)}
+    functions = {place: function for place, function in placed.items() if only is None or function["name"] in only}
     schema = (body.response_format or {}).get("json_schema")
-    out = OfferedTools(known, frozenset(function["name"] for function in functions.values()), parallel, name is not None)
+    out = OfferedTools(known, frozenset(f["name"] for f in functions.values()), parallel, name is not None, allowed is not None)
     if not body.call_required and schema is None:
         return out
     instead = None if body.call_required else schema
     try:
-        grammar = call_grammar(known, tools, vocabulary.special_id, several=parallel and name is None, only=name, instead=instead)
+        grammar = call_grammar(known, tools, vocabulary.special_id, several=parallel and name is None, only=only, instead=instead)
     except ConfigError as e:
         raise ServeError(one_line(str(e)), 400, "invalid_value", str(e).partition(" ")[0]) from None
     schemas = {f"{place}.parameters": function.get("parameters") or {} for place, function in functions.items()}

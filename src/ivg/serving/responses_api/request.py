@@ -186,8 +186,14 @@ def _part(part: Mapping[str, Any]) -> Any:
 
 
 def _tool_choice(choice: Any) -> Any:
-    """As chat completions have it: the name of a function in an object of its own."""
-    if isinstance(choice, Mapping) and choice.get("type") == "function" and "name" in choice:
+    """As chat completions have it: names of functions, and what is allowed, in objects of their own."""
+    if not isinstance(choice, Mapping):
+        return choice
+    if choice.get("type") == "allowed_tools":
+        tools = choice.get("tools")
+        named = [_tool_choice(tool) for tool in tools] if isinstance(tools, list) else tools
+        return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": named}}
+    if choice.get("type") == "function" and "name" in choice:
         return {"type": "function", "function": {"name": choice["name"]}}
     return choice
 
