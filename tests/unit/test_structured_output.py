@@ -237,12 +237,12 @@ def test_nothing_valid_left_is_a_clear_error(model):
         assert "no token may be drawn after 2 tokens: the grammar of structured output" in done.error
 
 
-def test_engines_without_grammars_refuse_them():
+def test_engines_that_see_one_chunk_alone_refuse_grammars():
     from ivg.engines.endpoint.engine import EndpointEngine
     from ivg.engines.vllm.engine import VLLMEngine
 
     for name in STRUCTURES:
-        assert name in EndpointEngine.unsupported and f"{name} in chunks" in EndpointEngine.unsupported
+        assert name not in EndpointEngine.unsupported and f"{name} in chunks" in EndpointEngine.unsupported
         assert not {name, f"{name} in chunks"} & set(VLLMEngine.unsupported)
 
 

@@ -57,7 +57,7 @@ class Grammars:
     """Compiled grammars over one tokenizer; safe to use from several threads.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: of transformers; None: every byte is a token.
         eos_ids: tokens that end a response.
         owner: name of the model in errors.
     """
@@ -234,6 +234,8 @@ def _first_line(message: str) -> str:
 def _tokenizer(llguidance: Any, grammars: Grammars) -> Any:
     import llguidance.hf
 
+    if grammars.tokenizer is None:
+        return llguidance.LLTokenizer("byte")
     try:
         return llguidance.hf.from_tokenizer(grammars.tokenizer, eos_token=sorted(grammars.eos_ids) or None)
     except Exception as e:  # of its Rust part

@@ -136,6 +136,7 @@ def endpoint_model(recipe: Recipe, options: LoadOptions) -> GuidedModel:
         timeout=settings.timeout,
         concurrency=settings.concurrency,
         token_pieces=settings.token_pieces,
+        structured_output=settings.structured_output,
         explicit=recipe.run.generation_config == "ignore",
     )
     networks = SharedNetworks()

@@ -94,3 +94,7 @@ class EndpointConfig(Table):
     timeout: Annotated[float, Setting("Seconds for one request.", r.POSITIVE)] = 120.0
     concurrency: Annotated[int, Setting("Requests at once.", _COUNT)] = 64
     token_pieces: Annotated[bool, Setting("Ask for the text of every token.")] = False
+    structured_output: Annotated[
+        Literal["vllm", "openai"],
+        Setting("The server's field for structured output: vllm (structured_outputs) or openai (response_format, JSON schemas alone)."),
+    ] = "vllm"

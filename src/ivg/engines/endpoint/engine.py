@@ -19,11 +19,12 @@ from typing import Any
 
 from ivg.engines.endpoint.choices import CompletionChoice, cached_tokens, read_choices, split_tokens, used_tokens
 from ivg.engines.endpoint.client import CompletionClient, api_url
+from ivg.engines.endpoint.structured import Dialect, EndpointGrammars
 from ivg.engines.endpoint.text_vocabulary import END, FILLER, EndpointPromptEncoder, TextVocabulary
 from ivg.engines.sequences import TokenSequence, as_beams, fail, fork, stop_at
 from ivg.errors import IVGError
 from ivg.models.prompt_template import PromptTemplate
-from ivg.settings.sampling import IN_CHUNKS, LOOK_BACK, ONLY_TRANSFORMERS, STRUCTURES
+from ivg.settings.sampling import IN_CHUNKS, LOOK_BACK, ONLY_TRANSFORMERS
 from ivg.types import AsyncEngine, Beam, DecodeState, ExpandOutput, ExpandRequest, Prompt, SamplingParams, new_key
 from ivg.utils.rng import mix
 
@@ -48,6 +49,7 @@ class EndpointEngine(AsyncEngine):
         name: in errors.
         token_pieces: request the text of each token (``logprobs``), so that lengths are exact and traces show tokens.
         extra: further fields of every request.
+        structured_output: the server's field for structured output: ``vllm`` (structured_outputs) or ``openai`` (response_format).
         explicit: also send settings that are off, so that the server's own defaults never apply (vLLM, SGLang).
 
     Raises:
@@ -64,10 +66,6 @@ class EndpointEngine(AsyncEngine):
         **dict.fromkeys(
             [f"{name}{IN_CHUNKS}" for name in LOOK_BACK],
             "the server sees one chunk at a time, not the response before it; use a method without chunks (bon)",
-        ),
-        **dict.fromkeys(
-            STRUCTURES,
-            "servers have no common field for it, and ignore what they do not know; use the engine transformers or vllm",
         ),
         **dict.fromkeys(
             ("min_length", "end_at_sentence", *ONLY_TRANSFORMERS),
@@ -90,9 +88,10 @@ class EndpointEngine(AsyncEngine):
         token_pieces: bool = False,
         extra: Mapping[str, Any] | None = None,
         explicit: bool = False,
+        structured_output: Dialect = "vllm",
     ) -> None:
         super().__init__()
-        self.explicit = explicit
+        self.explicit, self.grammars = explicit, EndpointGrammars(structured_output)
         self.url, self.model, self.name, self.token_pieces, self.extra = api_url(url), model, name, token_pieces, dict(extra or {})
         self.vocabulary = TextVocabulary(f"{model} at {self.url}", getattr(tokenizer, "chat_template", None))
         self.base = EndpointPromptEncoder(self.vocabulary, tokenizer, template)
@@ -107,6 +106,10 @@ class EndpointEngine(AsyncEngine):
         """
         self.base.text(prompt)
         return Beam(new_key(), None, prompt, vocabulary=self.vocabulary, inherits=False)
+
+    def check_sampling(self, sampling: SamplingParams) -> None:
+        """Raise where structured output cannot be asked for, or could not be checked."""
+        self.grammars.check(sampling)
 
     def submit(self, requests: Sequence[ExpandRequest]) -> None:
         """Send one HTTP request for each. Invalid requests return error beams, and affect no others.
@@ -171,7 +174,8 @@ class EndpointEngine(AsyncEngine):
             "stop_token_ids": (list(s.stop_token_ids), bool(s.stop_token_ids)),
             "bad_words": (list(s.bad_words), bool(s.bad_words)),
         }
-        extra = {name: value for name, (value, wanted) in given.items() if wanted or self.explicit} | self.extra
+        extra = {name: value for name, (value, wanted) in given.items() if wanted or self.explicit}
+        extra |= self.grammars.fields(s) | self.extra
         body: dict[str, Any] = {
             "model": self.model,
             "prompt": self.base.text(beam.prompt) + beam.text,
@@ -209,6 +213,9 @@ class EndpointEngine(AsyncEngine):
         child.token_ids = self._ids(beam, child.written, answer, ended=ended)
         child.decoded = DecodeState(len(child.token_ids))
         child.finish = "stop" if stopped else "length" if len(child.token_ids) >= sampling.max_new_tokens else None
+        whole = stopped and not (sampling.stop or sampling.stop_token_ids)  # those end the text wherever they stand
+        if wrong := self.grammars.error(sampling, child.written if stopped else child.written.rstrip(_UNFINISHED), complete=whole):
+            child.finish, child.error = "error", wrong
         if child.request.record:
             child.guide_shift = [0.0] * len(child.token_ids)  # nothing guides here
             child.pieces = [self.vocabulary.decode([i]) for i in child.token_ids]
