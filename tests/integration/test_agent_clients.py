@@ -24,17 +24,24 @@ from tool_chats import ARGUMENTS, ASKED, TOOL
 pytestmark = pytest.mark.long
 SCRIPTS = Path(__file__).parents[1] / "clients"
 NODE_MODULES = Path(os.environ.get("IVG_NODE_MODULES", Path(__file__).parents[2] / ".venv" / "clients" / "node_modules"))
-CALLED = f'Let me see.\n<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
+CALLED = {
+    "qwen2_5": ("Let me see.", f'\n<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>', ()),
+    "llama3_1": ("", f'{{"name": "get_weather", "parameters": {ARGUMENTS}}}', ()),
+    "mistral": ("", f'[TOOL_CALLS] [{{"name": "get_weather", "arguments": {ARGUMENTS}}}]', ("[TOOL_CALLS]", "[INST]")),
+}
+"""How a family says something and calls: text, call, special tokens of its tokenizer."""
 
 
-def write(prompt):
-    last = prompt.content[-1]
-    return f"It is {last.content}." if last.role == "tool" else CALLED if prompt.chat.tools else "Hello."
+@pytest.fixture(scope="module", params=[*CALLED])
+def running(request):
+    said, call, special = CALLED[request.param]
 
+    def write(prompt):
+        last = prompt.content[-1]
+        return f"It is {last.content}." if last.role == "tool" else said + call if prompt.chat.tools else "Hello."
 
-@pytest.fixture(scope="module")
-def running():
-    with Running(scripted(write), RECIPE) as server:
+    with Running(scripted(write, request.param, special), RECIPE) as server:
+        server.said = said
         yield server
 
 
@@ -116,7 +123,7 @@ def test_langchain_binds_tools(running):
         first = bound.invoke([HumanMessage(ASKED[0]["content"])])
         (call,) = first.tool_calls
         assert (call["name"], call["args"]) == ("get_weather", json.loads(ARGUMENTS)) and not first.invalid_tool_calls
-        assert first.text == "Let me see."
+        assert first.text == running.said
         turns = [HumanMessage(ASKED[0]["content"]), first, ToolMessage("sunny", tool_call_id=call["id"])]
         assert bound.invoke(turns).text == "It is sunny."
         streamed = None
@@ -138,50 +145,90 @@ def get_weather(city: str, days: list[int]) -> str:
     return f"sunny in {city}"
 
 
-@pytest.mark.parametrize("kind", ["OpenAIChatCompletionsModel", "OpenAIResponsesModel"])
-def test_the_agents_sdk(running, by_chance, kind):
+def agents_model(server, kind, name):
+    """The module of the Agents SDK, and a model of its."""
     agents = pytest.importorskip("agents", reason="needs openai-agents (make test-clients)")
     agents.set_tracing_disabled(True)
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=1800)
+    return agents, getattr(agents, kind)(model=name, openai_client=client)
 
-    def model(server, name):
-        client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=1800)
-        return getattr(agents, kind)(model=name, openai_client=client)
+
+AGENTS_KINDS = ["OpenAIChatCompletionsModel", "OpenAIResponsesModel"]
+
+
+@pytest.mark.parametrize("kind", AGENTS_KINDS)
+def test_the_agents_sdk_calls_tools(running, kind):
+    agents, model = agents_model(running, kind, "tiny")
 
     async def ask():
-        caller = agents.Agent("caller", instructions="Help.", model=model(running, "tiny"), tools=[agents.function_tool(get_weather)])
+        caller = agents.Agent("caller", instructions="Help.", model=model, tools=[agents.function_tool(get_weather)])
         answer = await agents.Runner.run(caller, "How is the weather?")
         streamed = agents.Runner.run_streamed(caller, "How is the weather?")
         async for _ in streamed.stream_events():
             pass
-        length = agents.ModelSettings(max_tokens=LONG_ENOUGH)
-        maker = agents.Agent("maker", model=model(by_chance, "tiny:eft"), output_type=Weather, model_settings=length)
-        return answer.final_output, streamed.final_output, (await agents.Runner.run(maker, "Weather?")).final_output
+        return answer.final_output, streamed.final_output
 
-    answer, streamed, made = asyncio.run(ask())
-    assert answer == streamed == "It is sunny in Zürich." and isinstance(made, Weather)
+    assert set(asyncio.run(ask())) == {"It is sunny in Zürich."}
 
 
-@pytest.mark.parametrize("kind", ["OpenAIChatModel", "OpenAIResponsesModel"])
-def test_pydantic_ai(running, by_chance, kind):
+@pytest.mark.parametrize("kind", AGENTS_KINDS)
+def test_the_agents_sdk_makes_objects(by_chance, kind):
+    agents, model = agents_model(by_chance, kind, "tiny:eft")
+    settings = agents.ModelSettings(max_tokens=LONG_ENOUGH)
+    maker = agents.Agent("maker", model=model, output_type=Weather, model_settings=settings)
+    assert isinstance(asyncio.run(agents.Runner.run(maker, "Weather?")).final_output, Weather)
+
+
+def pydantic_model(server, kind, name):
+    """The module of Pydantic AI, and a model of its."""
     ai = pytest.importorskip("pydantic_ai", reason="needs pydantic-ai-slim (make test-clients)")
     from pydantic_ai.models import openai as models
     from pydantic_ai.providers.openai import OpenAIProvider
 
-    def model(server, name):
-        return getattr(models, kind)(name, provider=OpenAIProvider(base_url=f"{server.url}/v1", api_key="none"))
+    return ai, getattr(models, kind)(name, provider=OpenAIProvider(base_url=f"{server.url}/v1", api_key="none"))
+
+
+PYDANTIC_KINDS = ["OpenAIChatModel", "OpenAIResponsesModel"]
+
+
+@pytest.mark.parametrize("kind", PYDANTIC_KINDS)
+def test_pydantic_ai_calls_tools(running, kind):
+    ai, model = pydantic_model(running, kind, "tiny")
 
     async def stream(_, events):
         async for _ in events:
             pass
 
     async def ask():
-        caller = ai.Agent(model(running, "tiny"), tools=[get_weather])
-        answers = [(await caller.run("How is the weather?", event_stream_handler=handler)).output for handler in (None, stream)]
-        for output in (Weather, ai.NativeOutput(Weather)):  # by a required call, and by response_format
-            settings = {"max_tokens": LONG_ENOUGH, "timeout": 1800}
-            maker = ai.Agent(model(by_chance, "tiny:eft"), output_type=output, model_settings=settings, retries=0)
-            answers.append((await maker.run("Weather?")).output)
-        return answers
+        caller = ai.Agent(model, tools=[get_weather])
+        return [(await caller.run("How is the weather?", event_stream_handler=handler)).output for handler in (None, stream)]
 
-    answer, streamed, *made = asyncio.run(ask())
-    assert answer == streamed == "It is sunny in Zürich." and all(isinstance(found, Weather) for found in made)
+    assert set(asyncio.run(ask())) == {"It is sunny in Zürich."}
+
+
+@pytest.mark.parametrize("kind", PYDANTIC_KINDS)
+def test_pydantic_ai_makes_objects(by_chance, kind):
+    """By a required call, and by ``response_format``."""
+    ai, model = pydantic_model(by_chance, kind, "tiny:eft")
+    settings = {"max_tokens": LONG_ENOUGH, "timeout": 1800}
+    for output in (Weather, ai.NativeOutput(Weather)):
+        maker = ai.Agent(model, output_type=output, model_settings=settings, retries=0)
+        assert isinstance(asyncio.run(maker.run("Weather?")).output, Weather)
+
+
+def test_openai_s_allowed_tools(by_chance):
+    """By OpenAI's own types; the response says what was asked for."""
+    client, clock = by_chance.client(timeout=1800), {"name": "clock", "parameters": {"type": "object", "properties": {}}}
+    weather = openai.pydantic_function_tool(Weather)
+    ask = {"model": "tiny:eft", "parallel_tool_calls": False}
+    named = {"type": "function", "function": {"name": "Weather"}}
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}}
+    tools = [{"type": "function", "function": clock}, weather]
+    found = client.chat.completions.create(**ask, messages=ASKED, max_tokens=LONG_ENOUGH, tools=tools, tool_choice=choice)
+    (call,) = found.choices[0].message.tool_calls
+    assert call.function.name == "Weather" and Weather.model_validate_json(call.function.arguments)
+    flat = [{"type": "function", **clock}, {**weather["function"], "type": "function"}]
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "Weather"}]}
+    made = client.responses.create(**ask, input="Weather?", max_output_tokens=LONG_ENOUGH, tools=flat, tool_choice=choice)
+    (item,) = made.output
+    assert Weather.model_validate_json(item.arguments) and made.tool_choice.mode == "required"

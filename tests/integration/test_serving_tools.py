@@ -17,7 +17,19 @@ WRITTEN = {
     "llama3_1": f'{{"name": "get_weather", "parameters": {ARGUMENTS}}}',
     "mistral": f'[TOOL_CALLS] [{{"name": "get_weather", "arguments": {ARGUMENTS}}}]',
 }
-TWICE = "\n".join([WRITTEN["qwen3"].removeprefix("Let me see.\n")] * 2)
+WRITTEN["llama3_2"] = f"<|python_tag|>{WRITTEN['llama3_1']}"
+WRITTEN["mistral_named"] = f"[TOOL_CALLS]get_weather[ARGS]{ARGUMENTS}"
+_IN_LIST = WRITTEN["mistral"].removeprefix("[TOOL_CALLS] [").removesuffix("]")
+TWICE = {
+    "qwen3": "\n".join([WRITTEN["qwen3"].removeprefix("Let me see.\n")] * 2),
+    "llama3_1": "; ".join([WRITTEN["llama3_1"]] * 2),
+    "llama3_2": "; ".join([WRITTEN["llama3_2"], WRITTEN["llama3_1"]]),
+    "mistral": f"[TOOL_CALLS] [{_IN_LIST}, {_IN_LIST}]",
+    "mistral_named": WRITTEN["mistral_named"] * 2,
+}
+SPECIAL = {"llama3_2": ("<|python_tag|>",), "mistral": ("[TOOL_CALLS]", "[INST]"), "mistral_named": ("[TOOL_CALLS]", "[ARGS]")}
+ONE_CALL = ("llama3_1", "llama3_2")
+"""Their templates refuse several calls of one turn."""
 BODY = {"model": "tiny", "messages": ASKED, "seed": 1, "tools": [TOOL]}
 
 
@@ -30,15 +42,15 @@ def script(family):
             return f"It is {last.content}."
         if not prompt.chat.tools:
             return "Hello."
-        return {"twice": TWICE, "chat": "Hi! <b>"}.get(last.content, WRITTEN[family])
+        call = WRITTEN["llama3_1" if "llama" in family else family].removeprefix("Let me see.\n")
+        return {"twice": TWICE[family], "call": call, "chat": "Hi! <b>"}.get(last.content, WRITTEN[family])
 
     return write
 
 
 @pytest.fixture(scope="module", params=[*WRITTEN])
 def family(request):
-    special = ("[TOOL_CALLS]", "[INST]") if request.param == "mistral" else ()
-    with Running(scripted(script(request.param), request.param, special), RECIPE) as server:
+    with Running(scripted(script(request.param), request.param, SPECIAL.get(request.param, ())), RECIPE) as server:
         yield request.param, server
 
 
@@ -56,7 +68,7 @@ def test_a_tool_is_called_and_its_result_is_read(family):
     (call,) = choice.message.tool_calls
     assert (call.type, call.function.name, json.loads(call.function.arguments)) == ("function", "get_weather", json.loads(ARGUMENTS))
     assert choice.finish_reason == "tool_calls" and choice.message.content == ("Let me see." if name == "qwen3" else None)
-    assert call.id.isalnum() and len(call.id) == 9 if name == "mistral" else call.id.startswith("call_")
+    assert call.id.isalnum() and len(call.id) == 9 if "mistral" in name else call.id.startswith("call_")
     turns = [*ASKED, choice.message.model_dump(exclude_none=True), {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
     second = client.chat.completions.create(model="tiny", messages=turns, tools=[TOOL], seed=1)
     assert second.choices[0].message.content == "It is sunny." and second.choices[0].message.tool_calls is None
@@ -86,15 +98,51 @@ def test_calls_are_streamed(family):
     assert text == (whole.message.content or "")
 
 
-def test_several_calls(qwen):
-    body = BODY | {"messages": [{"role": "user", "content": "twice"}]}
-    both = qwen.post(body, PATH).json()["choices"][0]["message"]["tool_calls"]
-    assert len(both) == 2 and both[0]["function"] == both[1]["function"] and both[0]["id"] != both[1]["id"]
-    (one,) = qwen.post(body | {"parallel_tool_calls": False}, PATH).json()["choices"][0]["message"]["tool_calls"]
+def test_several_calls(family):
+    """One, where the template could not read more; what was answered can be sent back with the results."""
+    name, running = family
+    asked = [{"role": "user", "content": "twice"}]
+    body, several = BODY | {"messages": asked}, name not in ONE_CALL
+    message = running.post(body, PATH).json()["choices"][0]["message"]
+    both = message["tool_calls"]
+    assert [call["function"]["arguments"] for call in both] == [ARGUMENTS] * (2 if several else 1)
+    assert len({call["id"] for call in both}) == len(both) and message["content"] is None
+    (one,) = running.post(body | {"parallel_tool_calls": False}, PATH).json()["choices"][0]["message"]["tool_calls"]
     assert one["function"] == both[0]["function"]
-    streamed = [c for chunk in chunks(qwen.post(body | {"stream": True}, PATH)) for c in chunk["choices"][0]["delta"].get("tool_calls", ())]
-    assert [c["index"] for c in streamed] == sorted(c["index"] for c in streamed) and streamed[-1]["index"] == 1
-    assert "".join(c["function"]["arguments"] for c in streamed) == ARGUMENTS * 2
+    streamed = [
+        c for chunk in chunks(running.post(body | {"stream": True}, PATH)) for c in chunk["choices"][0]["delta"].get("tool_calls", ())
+    ]
+    assert [c["index"] for c in streamed] == sorted(c["index"] for c in streamed) and streamed[-1]["index"] == len(both) - 1
+    assert "".join(c["function"]["arguments"] for c in streamed) == ARGUMENTS * len(both)
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": f"sunny {i}"} for i, call in enumerate(both)]
+    answered = running.post(body | {"messages": [*asked, message, *results]}, PATH)
+    assert answered.status_code == 200, answered.text
+    assert answered.json()["choices"][0]["message"]["content"] == f"It is sunny {len(both) - 1}."
+    if not several:
+        error = well_formed(
+            running.post(body | {"messages": [*asked, message | {"tool_calls": both * 2}, *results]}, PATH), 400, "messages"
+        )
+        assert "This model only supports single tool-calls at once!" in error["message"]
+
+
+def test_a_call_that_is_required(family):
+    """What the guide writes is within the grammar of each format; again what was answered is read."""
+    _, running = family
+    days = {"type": "array", "items": {"type": "integer"}}
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}, "days": days}, "required": ["city"]}
+    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": parameters}}]
+    asked = [{"role": "user", "content": "call"}]
+    for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
+        body = BODY | {"messages": asked, "tools": tools, "tool_choice": choice}
+        whole = running.post(body, PATH)
+        assert whole.status_code == 200, whole.text
+        message = whole.json()["choices"][0]["message"]
+        (call,) = message["tool_calls"]
+        assert call["function"] == {"name": "get_weather", "arguments": ARGUMENTS} and message["content"] is None
+        deltas = [c["choices"][0]["delta"] for c in chunks(running.post(body | {"stream": True}, PATH))]
+        assert "".join(c["function"]["arguments"] for d in deltas for c in d.get("tool_calls", ())) == ARGUMENTS
+        turns = [*asked, message, {"role": "tool", "tool_call_id": call["id"], "content": "sunny"}]
+        assert running.post(BODY | {"messages": turns}, PATH).json()["choices"][0]["message"]["content"] == "It is sunny."
 
 
 def test_text_is_unchanged_where_nothing_is_called(qwen):

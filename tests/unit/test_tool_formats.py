@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivg.models.tool_formats import FORMATS, ParsedResponse
-from ivg.models.tool_guess import format_of_template
+from ivg.models.tool_guess import format_of_template, reads_several
 from ivg.models.tool_reader import CallText
 from ivg.testing import byte_tokenizer, tiny_lm
 from tool_chats import PLAIN, template
@@ -137,6 +137,18 @@ def test_the_format_of_a_template(family, expected):
     assert (found.name if found else None) == expected
     lm.template = "raw"
     assert format_of_template(lm) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "several"),
+    [("qwen2_5", True), ("qwen3", True), ("llama3_1", False), ("llama3_2", False), ("mistral", True), ("mistral_named", True),
+     ("{{ messages[-1].tool_calls[0].function.arguments | tojson if messages[-1].tool_calls }}", False)],
+)  # fmt: skip
+def test_whether_a_template_reads_several_calls_of_a_turn(family, several):
+    """The last one shows the first call alone."""
+    lm = tiny_lm("base")
+    lm.template, lm.tokenizer.chat_template = "chat", template(family)
+    assert reads_several(lm) is several
 
 
 def test_a_template_without_tools_has_no_format():

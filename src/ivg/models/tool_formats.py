@@ -49,12 +49,14 @@ class ToolFormat:
         read: fills a reader.
         tokens: special tokens that must be part of the text.
         short_ids: ids of calls are 9 letters and digits, as templates of the family demand; else OpenAI's.
+        several: does the chat template read several calls of one turn? Llama's 3.1 refuses them.
     """
 
     name: str
     read: Callable[[ToolReader], None]
     tokens: tuple[str, ...] = ()
     short_ids: bool = False
+    several: bool = True
 
     def parse(self, text: str, names: Collection[str], *, final: bool = True) -> ParsedResponse:
         """Text and calls of a response.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from ivg.errors import PromptError
 from ivg.models.cache import common_length
 from ivg.models.chat_template import is_chat, render
@@ -15,21 +17,34 @@ from ivg.types import Message, Prompt, ToolCall
 _NAME, _ARGUMENTS = "look_up", '{"word": "tool"}'
 _PARAMETERS = {"type": "object", "properties": {"word": {"type": "string", "description": "A word."}}, "required": ["word"]}
 _TOOL = {"type": "function", "function": {"name": _NAME, "description": "Look a word up.", "parameters": _PARAMETERS}}
+_SECOND = '{"word": "hammer"}'
 _ASKED = Message("user", "What is it?")
 _CALLED = Message("assistant", "", tool_calls=(ToolCall(_NAME, _ARGUMENTS, "call12345"),))
+_CALLED_TWICE = Message("assistant", "", tool_calls=(*_CALLED.tool_calls, ToolCall(_NAME, _SECOND, "call12346")))
 
 
 def format_of_template(base: PromptEncoder) -> ToolFormat | None:
     """The format of the calls that the chat template of ``base`` writes; None: it writes none, or in no known format."""
+    turn = _turn(base, _CALLED)
+    return None if turn is None else format_of_turn(turn, CallText(_NAME, _ARGUMENTS))
+
+
+def reads_several(base: PromptEncoder) -> bool:
+    """Does the chat template of ``base`` read several calls of one turn? Else the response that has them could not be sent back."""
+    turn = _turn(base, _CALLED_TWICE)
+    return turn is not None and all(json.loads(arguments)["word"] in turn for arguments in (_ARGUMENTS, _SECOND))
+
+
+def _turn(base: PromptEncoder, called: Message) -> str | None:
+    """What the chat template makes of a turn that calls a function; None: nothing."""
     if not is_chat(Prompt((_ASKED,)), base.template):
         return None
     chat = ChatSettings(tools=Tools([_TOOL]))
     try:
-        asked, called = (
+        before, behind = (
             render(Prompt(turns, chat=chat), base.tokenizer, base.template, base.name, base.chat_settings)
-            for turns in ((_ASKED,), (_ASKED, _CALLED))
+            for turns in ((_ASKED,), (_ASKED, called))
         )
     except PromptError:
         return None
-    turn = called[common_length(asked, called) :]
-    return format_of_turn(turn, CallText(_NAME, _ARGUMENTS))
+    return behind[common_length(before, behind) :]

@@ -13,7 +13,7 @@ from ivg.errors import ConfigError, MissingDependencyError, ServeError
 from ivg.model import GuidedModel
 from ivg.models.tool_formats import FORMATS, ParsedResponse, ToolFormat
 from ivg.models.tool_grammar import call_grammar
-from ivg.models.tool_guess import format_of_template
+from ivg.models.tool_guess import format_of_template, reads_several
 from ivg.models.tool_reader import CallText
 from ivg.models.vocabulary import Vocabulary
 from ivg.search.request import Request
@@ -104,6 +104,8 @@ class OfferedTools:
 def tool_format(model: GuidedModel, name: str | None) -> ToolFormat | None:
     """The format in which the base writes calls, whose special tokens are text from now on; None: none is known.
 
+    A response has one call where the chat template reads no more of a turn.
+
     Args:
         model: with the base.
         name: of the format, or ``none``; None: the one that the base's chat template writes.
@@ -111,6 +113,7 @@ def tool_format(model: GuidedModel, name: str | None) -> ToolFormat | None:
     found = format_of_template(model.base) if name is None else FORMATS.get(name)
     if found is not None:
         model.base.vocabulary.show(found.tokens)
+        found = replace(found, several=reads_several(model.base))
     return found
 
 
@@ -135,7 +138,8 @@ def offered_tools(body: ChatRequest, known: ToolFormat | None, vocabulary: Vocab
             f" (the server's --tool-call-parser takes {', '.join(FORMATS)})"
         )
         raise ServeError(message, 400, "invalid_value", "tools")
-    name, parallel, allowed = body.called_function, body.parallel_tool_calls is not False, body.allowed_functions
+    name, allowed = body.called_function, body.allowed_functions
+    parallel = known.several and body.parallel_tool_calls is not False
     only = allowed if name is None else (name,)
     tools = body.known_tools  # by their place in the request
     placed = {f"tools[{i}].function": tool["function"] for i, tool in enumerate(tools)}
