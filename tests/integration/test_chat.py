@@ -214,11 +214,13 @@ def test_every_command_is_in_the_help(session):
 def test_settings_follow_the_method(session):
     session.handle("/set W=3")
     session.handle("/set top_p=0.5")
-    assert session.said == ["note: width=3 ignored: the method eft selects among nothing (--select VALUE makes it a search)"]
+    ignored = "note: width=3 ignored: the method eft selects among nothing (--select VALUE makes it a search)"
+    assert session.said == [ignored, "top_p=0.5"]
     session.handle("a")
     assert session.backend.calls[-1][1:] == ("eft", {"temperature": 0.5, "beta": 3.0, "top_p": 0.5, "seed": 0})
     session.handle("/method ivg")
     session.handle("/beta 1.5")
+    assert session.said[-2:] == ["method ivg", "beta=1.5"]  # what was changed is said
     session.handle("/set seed=7")
     session.handle("b")
     assert session.backend.calls[-1][1:] == ("ivg", {"temperature": 0.5, "beta": 1.5, "width": 3, "top_p": 0.5, "seed": 7})

@@ -91,6 +91,17 @@ def test_defaults_of_the_checkpoint_are_named(ivg, tmp_path):
     assert shown(ivg, "--base", folder, "--generation-config", "ignore")["sampling.top_k"][:2] == (0, "default")
 
 
+@pytest.mark.parametrize("columns", ["", "80"], ids=["pipe", "terminal"])
+def test_the_table_cuts_nothing_off(ivg, recipe, columns):
+    """The path of a recipe is long: it once left no place for the values."""
+    code, out, _ = ivg("config", "show", "--recipe", recipe, "--method", "cbs-explicit", columns=columns)
+    assert code == 0 and "…" not in out
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if "." in line.split()[0]}
+    assert rows["search.method"][0] == "cbs-explicit" and rows["search.width"][0] == "3"
+    assert (str(recipe) in out) == (not columns)  # in a terminal it goes on in the next line
+    assert max(map(len, out.splitlines())) <= int(columns or 1000)
+
+
 def test_the_table_and_what_changed(ivg, recipe):
     code, out, _ = ivg("config", "show", "--recipe", recipe, "--changed")
     assert code == 0 and "search.beta" in out and "default" not in out.replace("what the models allow", "")
@@ -192,6 +203,8 @@ def test_preferences(ivg, tmp_path):
     _, out, _ = ivg("data", "check", path)
     assert "5 preferences to 3 different prompts" in out and "pairs whose chosen response is longer: 40%" in out
     assert "rows that cannot be used: 3" in out and f"{path}, line 5: chosen and rejected are the same text" in out
+    path.write_text('{"prompt": "E", "chosen": "x"}\n')
+    assert "line 1: no rejected - got prompt, chosen\n" in ivg("data", "check", path)[1]
 
 
 def test_rated_responses(tmp_path):

@@ -159,6 +159,19 @@ def test_tree_shows_all_beam_events(visit):
     assert page.locator("#tree-scroll .edge.won").count() == len(selections) - 1
 
 
+def test_texts_of_the_tree_are_shortened_not_clipped(visit):
+    """Letters differ in width: a count of characters once cut the ellipsis off, or half a letter."""
+    page = visit()
+    ready(page)
+    wait_for(lambda: page.locator("#tree-scroll .node").count() > 100)
+    found = page.locator("#tree-scroll .node svg").evaluate_all(
+        "all => all.map(s => [s.firstChild.textContent, s.firstChild.getComputedTextLength(), s.width.baseVal.value])"
+    )
+    assert [text for text, length, space in found if length > space] == []
+    assert [text for text, length, space in found if text.endswith("…") and length < space - 25] == []
+    assert any(text.endswith("…") for text, *_ in found) and any(not text.endswith("…") for text, *_ in found)
+
+
 def test_tree_by_keyboard(visit):
     page = visit(IVG)
     run(page)

@@ -21,6 +21,12 @@ COUNT = FunctionValue(lambda prompt, response: float(response.count("a")), "coun
 LENGTH = FunctionValue(lambda prompt, response: float(len(response)), "length")
 
 
+def test_a_value_shows_what_it_is():
+    found = 2 * COUNT - 0.5 * LENGTH
+    assert repr(COUNT) == "<FunctionValue count>"
+    assert repr(found) == f"<CompositeValue {found.name}>" and "count" in found.name and "length" in found.name
+
+
 @pytest.fixture(scope="module")
 def base():
     return tiny_lm("base", seed=1)

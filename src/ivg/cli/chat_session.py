@@ -159,6 +159,7 @@ class ChatSession:
             return
         self.backend.check(name, self.settings(name))
         self.method = name
+        self.say(f"method {name}")
         self._note_unused()
 
     def set_beta(self, text: str) -> None:
@@ -180,7 +181,7 @@ class ChatSession:
             return
         name = _setting(name)
         if not sign:
-            self.say(f"{name}={self.settings(self.method).get(name, 'as the method has it')}")
+            self._say_setting(name)
             return
         kept = dict(self.typed)
         kept.pop(name, None)
@@ -194,12 +195,19 @@ class ChatSession:
         except IVGError:
             self.typed = before
             raise
-        self._note_unused(name)
+        if not self._note_unused(name):
+            self._say_setting(name)
 
-    def _note_unused(self, only: str | None = None) -> None:
+    def _say_setting(self, name: str) -> None:
+        self.say(f"{name}={self.settings(self.method).get(name, 'as the method has it')}")
+
+    def _note_unused(self, only: str | None = None) -> bool:
+        """Say which settings the method ignores; True: some."""
         known = {k: v for k, v in self.typed.items() if k in settings_of(SearchSettings) and only in (None, k)}
-        for name, reason in (unused_settings(self.method, known) if self.method else {}).items():
+        unused = unused_settings(self.method, known) if self.method else {}
+        for name, reason in unused.items():
             self.say(f"note: {name}={known[name]} ignored: {reason}")
+        return bool(unused)
 
     def set_compare(self, text: str) -> None:
         """Let other methods answer, too."""

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ivg.cli.options import Options, command
 from ivg.cli.output import AsJson, Quiet, print_json
-from ivg.cli.printing import say
+from ivg.cli.printing import say, table_console
 from ivg.cli.quick_import import import_transformers
 from ivg.cli.recipe_options import RecipeOptions
 from ivg.cli.standard_input import texts_of
@@ -75,7 +75,7 @@ def check(
         measured = None if divergence is None else {"beta": beta, **asdict(divergence), "summary": divergence.describe()}
         print_json({**found.to_dict(), "divergence": measured, "methods": list(model.methods)})
     else:
-        out = Console(highlight=False)
+        out = table_console()
         show_models(out, found, quiet=quiet)
         if divergence is not None:
             _show_divergence(out, divergence, beta)

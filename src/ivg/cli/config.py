@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ivg.cli.options import command
 from ivg.cli.output import AsJson, print_json
-from ivg.cli.printing import plain_table
+from ivg.cli.printing import plain_table, table_console
 from ivg.cli.recipe_options import RecipeOptions, Tables
 from ivg.errors import IVGError
 from ivg.search.methods import Method, get_method, resolve_fallbacks
@@ -96,9 +95,9 @@ def show(
         listed = [{name: value for name, value in asdict(row).items() if name != "note" or value} for row in rows]
         print_json(listed)
         return
-    out = Console(highlight=False)
+    out = table_console()
     table = plain_table("setting", "value", "from")
-    table.columns[0].no_wrap = table.columns[2].no_wrap = True
+    table.columns[0].no_wrap = True
     for row in rows:
         source = f"{row.source} ({row.note})" if row.note else row.source
         table.add_row(f"{row.table}.{row.setting}", _text(row.value), source)

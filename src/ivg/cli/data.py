@@ -6,11 +6,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from ivg.cli.options import Options, command
 from ivg.cli.output import AsJson, print_json
-from ivg.cli.printing import plain_table, say
+from ivg.cli.printing import plain_table, say, table_console
 from ivg.errors import ConfigError
 from ivg.settings.rows import RowSettings
 
@@ -71,7 +70,7 @@ def check(
 
 
 def _print(report: DataReport, source: str) -> None:
-    out = Console(highlight=False)
+    out = table_console()
     say(out, f"{source}: {report.items} {report.form} to {report.prompts} different prompts ({report.chats} of them chats)")
     table = plain_table(f"length in {report.unit}", "min", "median", "p95", "max", "empty")
     for name, found in report.lengths.items():
@@ -83,6 +82,6 @@ def _print(report: DataReport, source: str) -> None:
         say(out, f"{text}: {count or 'none'}")
     say(out, f"rows that cannot be used: {len(report.unusable) or 'none'}")
     for place, why in report.unusable[:SHOWN]:
-        say(out, f"  {place}: {' - '.join(why.splitlines())}")
+        say(out, f"  {place}: {' - '.join(line.strip() for line in why.splitlines())}")
     if len(report.unusable) > SHOWN:
         say(out, f"  … and {len(report.unusable) - SHOWN} more")

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ivg.cli.output import AsJson, print_json
-from ivg.cli.printing import plain_table
+from ivg.cli.printing import plain_table, table_console
 
 _COLUMNS = ("width", "successors", "chunk_length", "token", "select")
 """Settings of methods that have a column of their own."""
@@ -114,7 +113,7 @@ def _table(title: str, rows: list[dict[str, Any]], names: dict[str, str], withou
     table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(*(_cell(row[name]) for name in columns))
-    Console(highlight=False).print(table)
+    table_console().print(table)
 
 
 def _cell(value: Any) -> str:

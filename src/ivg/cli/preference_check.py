@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ivg.cli.model_table import describe_models, show_models
 from ivg.cli.output import print_json
-from ivg.cli.printing import plain_table, say
+from ivg.cli.printing import plain_table, say, table_console
 from ivg.cli.progress import print_error
 from ivg.errors import ConfigError
 
@@ -44,7 +44,7 @@ def run(recipe: Recipe, options: PreferenceSettings, *, as_json: bool = False, q
 
     pairs, betas = _read(options, quiet), options.weights_of(options.betas)
     model = load_models(recipe)
-    out, err = Console(highlight=False), Console(stderr=True, highlight=False, quiet=quiet)
+    out, err = table_console(), Console(stderr=True, highlight=False, quiet=quiet)
     if not (as_json or quiet):
         show_models(out, describe_models(model))
     sweep = _sweep_settings(model, recipe, options, betas)

@@ -1,7 +1,6 @@
 """The interface of values: numbers for hypotheses; sums of values, and normalised ones. Standard library only.
 
-Only :meth:`Value.score` must be written. Everything else has a default, which does the same for the values that a value is made of
-(:attr:`Value.parts`) and nothing where there are none. :mod:`ivg.testing` has the laws that every value obeys.
+Only :meth:`Value.score` must be written; the default of all else does it for each of :attr:`Value.parts`. :mod:`ivg.testing` has the laws.
 """
 
 from __future__ import annotations
@@ -171,6 +170,9 @@ class Value(ABC):
     def networks(self) -> list[tuple[str, Any]]:
         """(name in usage, network) of all networks in this process."""
         return [pair for _, part in self.parts for pair in part.networks()]
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
 
     # Algebra: values are logarithms of weights, so their sums are products of these
 

@@ -26,6 +26,18 @@ export const count = (n, word, plural = `${word}s`) => `${n.toLocaleString("en")
 /** White space made visible. */
 export const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ +$/g, (s) => "␣".repeat(s.length)) || "(end)";
 
+const canvas = document.createElement("canvas").getContext("2d");
+
+/** The text, or as much of its beginning as fits into `width` pixels with an ellipsis; letters differ in width, so it is measured. */
+export function shorten(text, width, font) {
+  canvas.font = font;
+  const fits = (t) => canvas.measureText(t).width <= width - 1;
+  if (fits(text)) return text;
+  const letters = [...text];
+  while (letters.length && !fits(`${letters.join("")}…`)) letters.pop();
+  return `${letters.join("").trimEnd()}…`;
+}
+
 /** Roving tabindex: arrow keys move the focus among `items()`; `step(key, from, items)` gives the next index or null. */
 export function roving(container, items, step) {
   container.addEventListener("keydown", (e) => {

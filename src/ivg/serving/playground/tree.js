@@ -1,10 +1,10 @@
 // The search tree as SVG: one column per chunk, best beam on top.
 
-import { count, draw, formatNumber, roving, visible } from "./dom.js";
+import { count, draw, formatNumber, roving, shorten, visible } from "./dom.js";
 import { beamContent, attachPopover } from "./popover.js";
 
 const [WIDTH, HEIGHT, GAP, COLUMN_GAP, TOP] = [170, 24, 5, 40, 24];
-const MAX_CHARACTERS = 18;
+const [TEXT_AT, TEXT_END] = [54, 6];
 
 /** The growing tree. */
 export class Tree {
@@ -48,13 +48,13 @@ export class Tree {
     const node = { ...beam, column, row, parent, chunk: beam.text.slice(begin), won: false };
     node.x = column * (WIDTH + COLUMN_GAP) + 2;
     node.y = TOP + row * (HEIGHT + GAP);
-    const label = visible(node.chunk.trim()), short = label.length > MAX_CHARACTERS ? `${label.slice(0, MAX_CHARACTERS - 1)}…` : label;
-    const score = node.score === null ? "" : formatNumber(node.score);
+    const score = node.score === null ? "" : formatNumber(node.score), x = score ? TEXT_AT : 8, space = WIDTH - x - TEXT_END;
+    const short = shorten(visible(node.chunk.trim()), space, getComputedStyle(this.svg).font);
     node.element = draw("g", { class: `node ${node.kept ? "kept" : "dropped"}`, tabindex: "-1", role: "button", transform: `translate(${node.x} ${node.y})`,
       "aria-label": `Chunk ${column + 1}, ${node.kept ? "kept" : "dropped"}${score && `, score ${score}`}: ${node.chunk}` },
       draw("rect", { width: WIDTH, height: HEIGHT, rx: 5 }),
       draw("text", { class: "score", x: 8, y: 16 }, score),
-      draw("svg", { x: score ? 54 : 8, width: WIDTH - (score ? 60 : 14), height: HEIGHT }, draw("text", { y: 16 }, short)));
+      draw("svg", { x, width: space, height: HEIGHT }, draw("text", { y: 16 }, short)));
     attachPopover(node.element, () => beamContent(node));
     this.marks.append(node.element);
     if (parent) this.connect(node);
