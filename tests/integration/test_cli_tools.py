@@ -203,8 +203,8 @@ def test_preferences(ivg, tmp_path):
     _, out, _ = ivg("data", "check", path)
     assert "5 preferences to 3 different prompts" in out and "pairs whose chosen response is longer: 40%" in out
     assert "rows that cannot be used: 3" in out and f"{path}, line 5: chosen and rejected are the same text" in out
-    path.write_text('{"prompt": "E", "chosen": "x"}\n')
-    assert "line 1: no rejected - got prompt, chosen\n" in ivg("data", "check", path)[1]
+    path.write_text('{"prompt": "E", "chosen": "x", "rejected": "y"}\n{"prompt": "E", "chosen": "x"}\n')
+    assert "line 2: no rejected - got prompt, chosen\n" in ivg("data", "check", path)[1]
 
 
 def test_rated_responses(tmp_path):
