@@ -21,6 +21,9 @@ PICTURES = {
     "playground-phone": (PHONE, {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}),
 }
 """By name: the settings of the link, and the window; a phone is shown whole."""
+FLAGS = ["--no-sandbox", "--disable-gpu"]
+FINGER = "--blink-settings=primaryHoverType=1,availableHoverTypes=1,primaryPointerType=2,availablePointerTypes=2"
+"""Without a screen Chromium says that it has a mouse, on a phone too."""
 PATIENCE = 300_000
 """Milliseconds."""
 
@@ -32,9 +35,6 @@ def take(browser: Browser, url: str, name: str) -> None:
     context.set_default_timeout(PATIENCE)
     page = context.new_page()
     page.goto(f"{url.rstrip('/')}/{link}")
-    if "is_mobile" in options:  # Chromium without a screen has a mouse
-        nothing_hovers = [{"name": "hover", "value": "none"}, {"name": "pointer", "value": "coarse"}]
-        context.new_cdp_session(page).send("Emulation.setEmulatedMedia", {"features": nothing_hovers})
     page.locator("#method option").nth(1).wait_for(state="attached")
     page.click("#run")
     page.locator("#stop:enabled").wait_for()
@@ -50,10 +50,10 @@ def main() -> None:
     if len(sys.argv) != 2 or program is None:
         sys.exit("usage: python scripts/playground_pictures.py URL, with Chromium on the path")
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
-        for name in PICTURES:
+        for name, (_, options) in PICTURES.items():
+            browser = p.chromium.launch(executable_path=program, args=[*FLAGS, FINGER] if "is_mobile" in options else FLAGS)
             take(browser, sys.argv[1], name)
-        browser.close()
+            browser.close()
 
 
 if __name__ == "__main__":
