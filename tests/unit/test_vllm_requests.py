@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +12,13 @@ from ivg.engines.look_back import LookBack
 from ivg.engines.transformers.processors import process_logits
 from ivg.engines.vllm.client import EngineOutput
 from ivg.engines.vllm.engine import VLLMEngine
+from ivg.engines.vllm.value import VLLMGuide
 from ivg.errors import ConfigError
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.search.request import Request, Search
 from ivg.search.searcher import Searcher
 from ivg.testing import byte_tokenizer, check_children, check_outputs_are_kept
-from ivg.types import Prompt, SamplingParams
+from ivg.types import ExpandRequest, LogprobsRequest, Prompt, SamplingParams, TokenGuidance
 
 PROMPTS = [Prompt("The movie was"), Prompt("A long film")]
 
@@ -43,7 +44,15 @@ class OneTokenAStep:
         for number, request in list(self.requests.items()):
             params, drawn = request[0], request[1] + 1
             request[1] = drawn
-            children, done = params.n, drawn == params.max_tokens
+            children, done = getattr(params, "n", 1), drawn == params.max_tokens
+            if getattr(params, "allowed_token_ids", None):
+                (token,), weight = params.allowed_token_ids, (params.extra_args or {}).get("ivg_beta.pair", 0.0)
+                known = {token: -1.0 - weight, **{90 + i: -0.1 * i for i in range(params.logprobs)}}
+                logprobs = [{i: SimpleNamespace(logprob=p) for i, p in known.items()}]
+                output = SimpleNamespace(index=0, token_ids=[token], finish_reason="length", logprobs=logprobs)
+                found.append(EngineOutput(SimpleNamespace(request_id=number, outputs=[output], finished=True), (3,)))
+                del self.requests[number]
+                continue
             outputs = [
                 SimpleNamespace(index=i, token_ids=[65 + i] * drawn, finish_reason="length" if done else None) for i in range(children)
             ]
@@ -111,6 +120,41 @@ def test_speculative_decoding_in_vllm_cannot_look_back(monkeypatch):
         with pytest.raises(ConfigError, match=rf"{name}.*\n.*leave speculative_config out of \[vllm\]"):
             chunked(engine, **{name: LOOKING_BACK[name]})
     chunked(engine, length=None, frequency_penalty=0.5)
+
+
+def test_log_probabilities_of_the_answer_alone(engine):
+    """Of a search with beams the one that is answered is scored, one request for each token and kind."""
+    request = Request(PROMPTS[0], Search(chunk_length=4), SamplingParams(max_new_tokens=6, presence_penalty=1.0), alternatives=2)
+    done = dict(Searcher(engine).run([request]))[0]
+    assert [d.token for d in done.details] == list(done.token_ids) and "".join(d.text for d in done.details) == done.text
+    top = ((90, 0.0), (91, -0.1))
+    assert {(d.logprob, d.base_logprob, d.top, d.top_base) for d in done.details} == {(-1.0, -1.0, top, top)}
+    prompt = engine.base.prompt_ids(PROMPTS[0])
+    scoring = [(ids, params) for ids, params in engine.client.seen if getattr(params, "allowed_token_ids", None)]
+    assert [ids for ids, _ in scoring] == [[*prompt, *done.token_ids[:i]] for i in range(6)]
+    assert [p.allowed_token_ids for _, p in scoring] == [[token] for token in done.token_ids] and {p.logprobs for _, p in scoring} == {2}
+    read = done.usage.forward_tokens["base"]
+    engine.client.seen.clear()
+    plain = dict(Searcher(engine).run([replace(request, alternatives=None)]))[0]
+    assert plain.details == () and plain.token_ids == done.token_ids and len(engine.client.seen) == 2
+    assert read - plain.usage.forward_tokens["base"] == sum(len(ids) - 3 for ids, _ in scoring)
+
+
+def test_scores_under_guidance_and_of_the_base(engine):
+    """The weights of the composite differ, and its temperature is the request's; other requests' outputs are kept."""
+    pair = VLLMGuide("pair", lambda: None)
+    engine.guides = {"pair": pair}
+    other = ExpandRequest(engine.open(PROMPTS[1], SamplingParams()), 1, 4, SamplingParams(), None, 1)
+    engine.submit([other])
+    root = engine.open(PROMPTS[0], SamplingParams())
+    asked = LogprobsRequest(root, (70, 71), SamplingParams(temperature=0.5), TokenGuidance(pair, 2.0), 1)
+    (found,) = engine.logprobs([asked])
+    assert [(d.token, d.text, d.logprob, d.base_logprob) for d in found] == [(70, "f", -3.0, -1.0), (71, "g", -3.0, -1.0)]
+    sent = [params.extra_args for _, params in engine.client.seen[1:]]
+    assert sent == [{"ivg_beta.pair": weight, "ivg_temperature": 0.5} for _ in found for weight in (2.0, 0.0)]
+    while not (done := engine.collect([other.beam.key])):
+        pass
+    assert len(done[0].children) == 1 and done[0].children[0].token_ids
 
 
 def test_a_chunk_is_processed_as_the_whole_response_is():

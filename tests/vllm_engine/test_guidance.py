@@ -171,7 +171,7 @@ def test_an_autoregressive_reward_guides(folder):
         ("eft", {"candidates": 5}, "candidates"),
         ("eft", {"no_repeat_ngram_size": 2}, "no_repeat_ngram_size"),
         ("eft", {"suppress_tokens": [5]}, "suppress_tokens"),
-        ("eft", {"alternatives": 2}, "alternatives"),
+        ("eft", {"alternatives": 2, "ignore_eos": True}, "alternatives"),
     ],
 )
 def test_unsupported_settings_are_errors(one, method, settings, message):

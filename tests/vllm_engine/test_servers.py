@@ -85,8 +85,20 @@ def test_our_server_over_vllm(tmp_path):
         pieces = [chunk["choices"][0]["text"] for chunk in streamed(f"{url}/v1/completions", guided) if chunk["choices"]]
         assert "".join(pieces) == post(f"{url}/v1/completions", guided)[1]["choices"][0]["text"]
         assert sum(map(bool, pieces)) >= 8
-        status, refused = post(f"{url}/v1/completions", body | {"logprobs": 2})
-        assert status == 400 and "alternatives" in refused["error"]["message"]
+        status, scored = post(f"{url}/v1/completions", body | {"logprobs": 2})
+        (choice,) = scored["choices"]
+        tokens = choice["logprobs"]
+        assert status == 200 and choice["text"] == first["choices"][0]["text"] == "".join(tokens["tokens"])
+        entries = zip(tokens["tokens"], tokens["token_logprobs"], tokens["top_logprobs"], strict=True)
+        assert all(token in top and top[token] == logprob for token, logprob, top in entries)
+        chat = [chunk["choices"][0] for chunk in streamed(f"{url}/v1/completions", guided | {"logprobs": 0}) if chunk["choices"]]
+        sent = [t for piece in chat if piece["logprobs"] for t in piece["logprobs"]["tokens"]]
+        assert "".join(sent) == "".join(piece["text"] for piece in chat) == "".join(pieces)
+        echoed = {"model": "embedded:base", "prompt": "The movie was", "echo": True, "max_tokens": 0, "logprobs": 1}
+        status, echo = post(f"{url}/v1/completions", echoed)
+        assert status == 200 and echo["choices"][0]["logprobs"]["token_logprobs"][0] is None
+        status, refused = post(f"{url}/v1/completions", body | {"logprobs": 2, "guided_regex": "a+"})
+        assert status == 400 and "beside regex" in refused["error"]["message"]
         assert post(f"{url}/v1/completions", body)[0] == 200
 
 

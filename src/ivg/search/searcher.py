@@ -15,6 +15,7 @@ from functools import partial
 
 from ivg.errors import ModelError, ScoreFault
 from ivg.search import ranking, scheduling
+from ivg.search.late_logprobs import answer_details
 from ivg.search.particles import ParticleRule
 from ivg.search.rejection import RejectionRule
 from ivg.search.request import QUANTUM, Particles, Rejection, Request, Search, check_search, required_features
@@ -48,7 +49,11 @@ def check_engine(engine: Engine, request: Request) -> None:
     Raises:
         ConfigError, VocabularyError: names it, and what to do instead.
     """
-    engine.check_features(required_features(request))
+    features = required_features(request)
+    if engine.late_logprobs and request.alternatives is not None:
+        features.discard("alternatives")
+        engine.check_logprobs(request.sampling)
+    engine.check_features(features)
     engine.check_sampling(request.sampling)
     engine.check(request.search.guidance)
     if (speculation := request.search.speculation) is not None:
@@ -323,6 +328,7 @@ class Searcher:
     def _end(self, state: RequestState, best: Beam, score: float | None, error: str | None, step: Step | None = None) -> Step:
         """The step with the completion; frees everything that is kept for the request."""
         seconds, guidance = time.perf_counter() - state.started, state.request.search.guidance
+        details = best.details if error else answer_details(self.engine, state.request, best, state.token_counter)
         read, cached = dict(state.token_counter.forward_tokens), dict(state.token_counter.cached_tokens)
         usage = Usage(read, state.prompt_tokens, len(best.token_ids), seconds, cached, state.rule.drafted_tokens)
         unfinished = [] if error or best.answer_start is not None else [f"no answer: {state.marker!r} (guide_after) has not come"]
@@ -335,7 +341,7 @@ class Searcher:
             error=error,
             trace=tuple(state.trace),
             guide_shift=best.guide_shift,
-            details=best.details,
+            details=details,
             notes=(*state.token_counter.notes, *unfinished),
             sampling=state.request.sampling,
             generation_config=state.request.from_checkpoint,

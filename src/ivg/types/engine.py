@@ -141,6 +141,8 @@ class Engine(ABC):
     """In errors."""
     unsupported: Mapping[str, str] = MappingProxyType({})
     """Fields of :class:`ExpandRequest` and :class:`SamplingParams` that this engine cannot honour, each with what to do instead."""
+    late_logprobs: bool = False
+    """Log-probabilities of an answer come from :meth:`logprobs`, once it is complete; ``ExpandRequest.alternatives`` is unsupported."""
     vocabulary: Any = None
     """What the base's token ids mean (:class:`ivg.models.vocabulary.Vocabulary`)."""
     base: Any = None
@@ -213,6 +215,13 @@ class Engine(ABC):
 
     def check_sampling(self, sampling: SamplingParams) -> None:
         """Raise where settings of ``sampling`` do not fit the base, besides what :attr:`unsupported` says. Default: all fit.
+
+        Raises:
+            ConfigError: says why.
+        """
+
+    def check_logprobs(self, sampling: SamplingParams) -> None:
+        """Raise where log-probabilities of tokens drawn with ``sampling`` cannot be had. Default: they can, or :attr:`unsupported` says.
 
         Raises:
             ConfigError: says why.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class BatchBetas:
-    """Guidance weights of the rows of the next pass, [rows, groups] float32."""
+    """Guidance weights of the rows of the next pass, and the temperature of their log-probabilities: [rows, groups + 1] float32."""
 
     def __init__(self) -> None:
         self._weights: Tensor | None = None

@@ -125,8 +125,14 @@ class EngineClient:
             given.setdefault("enable_chunked_prefill", False)  # vLLM 0.32 crashes on seeded requests whose prompt it splits
         if self.pooling:
             given["runner"] = "pooling"
+        elif given.setdefault("logprobs_mode", "raw_logprobs") != "raw_logprobs":
+            raise ConfigError(
+                f"logprobs_mode={given['logprobs_mode']!r}\n  ivg needs raw_logprobs, before tokens are forbidden; leave it out of [vllm]"
+            )
         elif given.setdefault("scheduler_cls", SCHEDULER) != SCHEDULER:
             raise ConfigError(f"scheduler_cls={given['scheduler_cls']!r}\n  ivg has its own, for structured output; leave it out of [vllm]")
+        if not self.pooling:
+            given.setdefault("max_logprobs", -1)  # no limit: that is the server's
         if processors := self.processors:
             given["logits_processors"] = [*(given.get("logits_processors") or ()), *processors]
         try:

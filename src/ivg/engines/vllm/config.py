@@ -23,6 +23,9 @@ from ivg.errors import ConfigError
 KEY = "ivg_beta"
 """Key of the first group's weight in ``SamplingParams.extra_args``; ``ivg_beta.NAME`` is that of the group NAME."""
 
+TEMPERATURE_KEY = "ivg_temperature"
+"""Key in ``SamplingParams.extra_args`` of a temperature that is applied to the logits before all else, so that vLLM's log-probabilities,
+which are those at its temperature 1, are at this one."""
 RESPONSE_KEY = "ivg_response"
 """Key in ``SamplingParams.extra_args`` of what looks back at the response (:mod:`ivg.engines.vllm.response_processor`)."""
 
@@ -137,6 +140,10 @@ class IVGConfig(PreTrainedConfig):
         smallest = {g: min(part.vocab_size for part in self.submodels if part.group == g) for g in self.groups}
         return [min(self.columns.get(g, n), n) for g, n in smallest.items()]  # none given: exported by an earlier version
 
+    def row_of(self, extra_args: Mapping[str, Any] | None) -> list[float]:
+        """What the composite needs of a request: :meth:`weights_of`, and the temperature of its log-probabilities."""
+        return [*self.weights_of(extra_args), float((extra_args or {}).get(TEMPERATURE_KEY, 1.0))]
+
     def get_text_config(self, decoder: Any = None, encoder: Any = None) -> PreTrainedConfig:
         """The base's: vLLM sizes itself by it."""
         return self._base if self._base is not None else self
@@ -209,6 +216,9 @@ def check_betas(extra_args: Mapping[str, Any] | None) -> None:
     groups = sorted(_seen)
     own = {k: v for k, v in (extra_args or {}).items() if k != KEY or groups}
     betas_of(groups, [0.0] * len(groups), own)
+    temperature = own.get(TEMPERATURE_KEY, 1.0)
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        raise ConfigError(f"extra_args[{TEMPERATURE_KEY!r}] must be a positive number, got {temperature!r}")
 
 
 def causal_architecture(config: PreTrainedConfig) -> str:

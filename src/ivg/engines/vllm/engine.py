@@ -20,12 +20,13 @@ from ivg.engines.sequences import TokenSequence, append_token, as_beams, fail, f
 from ivg.engines.vllm.client import EngineClient, EngineOutput
 from ivg.engines.vllm.config import KEY, RESPONSE_KEY
 from ivg.engines.vllm.response_grammar import ResponseGrammar
+from ivg.engines.vllm.scoring import GivenTokens, score_tokens
 from ivg.engines.vllm.value import VLLMGuide
 from ivg.errors import ConfigError, ModelError
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.vocabulary import Vocabulary
 from ivg.settings.sampling import IN_CHUNKS, LOOK_BACK, ONLY_TRANSFORMERS, STOPS_BESIDE_EOS, STRUCTURES
-from ivg.types import AsyncEngine, ExpandOutput, ExpandRequest, SamplingParams, TokenGuidance, Value
+from ivg.types import AsyncEngine, ExpandOutput, ExpandRequest, LogprobsRequest, SamplingParams, TokenGuidance, TokenLogprobs, Value
 from ivg.utils.rng import mix
 
 _ELSEWHERE = "leave --engine out: the transformers engine can"
@@ -83,11 +84,12 @@ class VLLMEngine(AsyncEngine):
     """
 
     name = "vllm"
+    late_logprobs = True
     unsupported: Mapping[str, str] = {
         "pause": _ELSEWHERE,
         "until": f"chunks inside vLLM have a length in tokens, so no chunk_until; {_ELSEWHERE}",
         "return_log_ratio": _ELSEWHERE,
-        "alternatives": _ELSEWHERE,
+        "alternatives": "vLLM gives them once an answer is complete: see Engine.logprobs",
         "thinking": f"guidance inside vLLM begins with the first token, so no guide_after; {_ELSEWHERE}",
         STOPS_BESIDE_EOS: f"vLLM would forbid both; leave one out, or {_ELSEWHERE}",
         **dict.fromkeys(
@@ -128,6 +130,40 @@ class VLLMEngine(AsyncEngine):
     def check_sampling(self, sampling: SamplingParams) -> None:
         """Raise where the grammar of structured output cannot be used."""
         self.grammars.check(sampling)
+
+    def check_logprobs(self, sampling: SamplingParams) -> None:
+        """Raise where tokens are drawn with ``sampling`` from another distribution than vLLM's log-probabilities are of."""
+        forbidding = [name for name in ("ignore_eos", *STRUCTURES) if getattr(sampling, name)]
+        if forbidding:
+            raise ConfigError(
+                f"alternatives (logprobs) beside {forbidding[0]}: vLLM's log-probabilities count the tokens that it forbids\n"
+                f"  leave one of them out, or {_ELSEWHERE}"
+            )
+        if not self.guides and sampling.temperature not in (0.0, 1.0):
+            raise ConfigError(
+                f"alternatives (logprobs) of a base without guides: vLLM's log-probabilities are those at temperature 1, "
+                f"got {sampling.temperature:g}\n  set temperature to 1 (or 0), put a guide inside ([vllm] guides), or {_ELSEWHERE}"
+            )
+
+    def logprobs(self, requests: Sequence[LogprobsRequest]) -> list[list[TokenLogprobs]]:
+        """Log-probabilities of given tokens; other requests go on meanwhile.
+
+        Raises:
+            ConfigError: settings besides a temperature, or guidance that cannot be inside.
+            ModelError: vLLM died.
+        """
+        for request in requests:
+            self.check(request.guidance)
+            self.check_logprobs(request.sampling)
+            if others := sorted(request.sampling.changed.keys() - {"temperature", "max_new_tokens"}):
+                raise ConfigError(f"log-probabilities with {others[0]}: the engine vllm cannot do that\n  leave it out, or {_ELSEWHERE}")
+        asked = [GivenTokens(r, self.base.prompt_ids(r.beam.prompt), self._weights(r.guidance), self._weights(None)) for r in requests]
+        return [list(tokens) for tokens in score_tokens(self.client, asked, self.submodels, self._keep_other)]
+
+    def _keep_other(self, result: EngineOutput) -> None:
+        """Keep what vLLM returned of another request meanwhile."""
+        if (output := self._read(result)) is not None:
+            self.keep([output])
 
     def release(self, keys: Sequence[int]) -> None:
         """Abort the requests of these beams, drop their outputs, and forget where they are in their grammars."""

@@ -66,7 +66,7 @@ class IVGForCausalLM(nn.Module):
         return input_ids if size >= self.vocabularies[0][0] else torch.where(input_ids < size, input_ids, end)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Guided logits [rows, the base's vocabulary], float32; None on ranks that have none."""
+        """Guided logits [rows, the base's vocabulary], float32, at the rows' temperature; None on ranks that have none."""
         logits = {
             part.name: self._network(part.name).compute_logits(hidden.contiguous())
             for part, hidden in zip(self.running, hidden_states.split(self.widths, -1), strict=True)
@@ -84,7 +84,7 @@ class IVGForCausalLM(nn.Module):
                 if len(members) == 1 and part.head == "language" and width < mixed.shape[1]:
                     z = z.float().log_softmax(-1)  # a reward is a log-probability; where all columns move, the constant does not show
                 mixed[:, :width].addcmul_(weights[:, group, None], self._biased(part, z[:, :width].float()), value=part.sign)
-        return mixed
+        return mixed if given is None else mixed.div_(weights[:, -1:])
 
     def _biased(self, part: Submodel, z: Tensor) -> Tensor:
         return z + self.biases[part.name][: z.shape[1]] if part.name in self.biases else z

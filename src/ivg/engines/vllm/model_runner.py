@@ -11,13 +11,13 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 
 class IVGModelState(DefaultModelState):
-    """Keeps [slots, groups] weights; slots are used again, so every request writes its own."""
+    """Keeps [slots, groups + 1] weights and temperatures; slots are used again, so every request writes its own."""
 
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         composite: Any = model
         self.ivg = composite
-        self.table = torch.zeros(self.max_num_reqs, max(1, len(composite.groups)))
+        self.table = torch.ones(self.max_num_reqs, len(composite.groups) + 1)
         self.on_device = self.table.to(device)
         self.changed = False
 
@@ -25,8 +25,7 @@ class IVGModelState(DefaultModelState):
         """Read the weights of a request that enters the batch."""
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
-        weights = self.ivg.config.weights_of(params.extra_args if params is not None else None)
-        self.table[req_index] = torch.tensor(weights or [0.0])
+        self.table[req_index] = torch.tensor(self.ivg.config.row_of(params.extra_args if params is not None else None))
         self.changed = True
 
     def apply_staged_writes(self) -> None:

@@ -45,7 +45,7 @@ class IVGBeta(V1LogitsProcessor, V2LogitsProcessor):
         self.v2 = len(runner) == 1
         self.device = None if self.v2 else runner[0]
         most = vllm_config.scheduler_config.max_num_seqs
-        self.table = torch.zeros(most, max(1, len(self.config.groups)))
+        self.table = torch.ones(most, len(self.config.groups) + 1)
         self.rows = 0
 
     def is_argmax_invariant(self) -> bool:
@@ -76,4 +76,4 @@ class IVGBeta(V1LogitsProcessor, V2LogitsProcessor):
     def _weights(self, params: SamplingParams) -> Tensor:
         import torch
 
-        return torch.tensor(self.config.weights_of(params.extra_args) or [0.0])
+        return torch.tensor(self.config.row_of(params.extra_args))
