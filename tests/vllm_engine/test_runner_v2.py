@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from making import models, prompts, trio
 
 COMPILER = """
@@ -70,7 +71,9 @@ with models("vllm", models=paths, search={"method": "eft"}, vllm={"max_num_seqs"
         chunks = {"method": "eft"} if length is None else {"method": "custom", "token": "implicit", "chunk_length": length}
         requests.append(model.request(prompts(2)[1], **chunks, **looking))
     tokens = [c.token_ids for _, c in sorted(model.run(requests))]
-    print("RESULT", json.dumps([[kind.__module__ for kind in type(runner).__mro__], tokens]))
+    scored = model.generate(prompts(2)[1], "eft", beta=1.0, temperature=0.7, seed=1, max_new_tokens=3, alternatives=2)
+    scores = [[d.token, d.logprob, d.base_logprob] for d in scored.details]
+    print("RESULT", json.dumps([[kind.__module__ for kind in type(runner).__mro__], tokens, scores]))
 """
 
 
@@ -101,10 +104,13 @@ def test_weights_reach_their_rows(folder, tmp_path):
         looking = {"bad_words": words, "frequency_penalty": 0.9, "repetition_penalty": 1.1, **settings}
         expected += [list(slow.generate(prompts(2)[1], "eft", beta=1.0, **looking).token_ids)] * 2
         assert expected[-1] != list(plain)
-    command = [sys.executable, "-c", SCRIPT, json.dumps(paths), str(Path(__file__).parent), json.dumps(words)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert lines, done.stderr[-4000:]
-    modules, tokens = json.loads(lines[0].removeprefix("RESULT"))
+        command = [sys.executable, "-c", SCRIPT, json.dumps(paths), str(Path(__file__).parent), json.dumps(words)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+        assert lines, done.stderr[-4000:]
+        modules, tokens, scores = json.loads(lines[0].removeprefix("RESULT"))
+        given = slow.logprobs(prompts(2)[1], [token for token, _, _ in scores], "eft", beta=1.0, temperature=0.7)
     assert "vllm.v1.worker.gpu.model_runner" in modules, f"not model runner V2: {modules}"
     assert tokens == expected
+    expected = [number for t in given.tokens for number in (t.logprob, t.base_logprob)]
+    assert [number for _, *pair in scores for number in pair] == pytest.approx(expected, abs=2e-4)
