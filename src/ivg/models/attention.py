@@ -21,11 +21,11 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ivg.models import kernels
-from ivg.models.forward_metadata import AttentionMasks, ForwardMetadata, Pair, PrefixBatch
+from ivg.models.forward_metadata import AttentionMasks, BatchMask, ForwardMetadata, Pair, PrefixBatch
 from ivg.models.kv_cache import KVCache
 
 NAME = "ivg"
-_LOWEST = torch.finfo(torch.float32).min
+_LOWEST, _TINY = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices")
 _thread = threading.local()
 _patched: dict[int, list[Any]] = {}  # id of a config -> [the implementation it had, how many passes run]
@@ -94,9 +94,9 @@ def attend(
     if q.dtype == torch.float16 and softcap is None:
         q, scaling = q * scaling, 1.0  # its products would overflow
     part = _prefix_attention(q, cache.prefixes[layer], metadata, masks, columns, scaling, softcap)
+    out = part.out
     if metadata.suffix_slots is not None:
-        part = _merge(part, _suffix_attention(q, cache.suffixes[layer], metadata, masks, scaling, softcap))
-    out = part.weighted / part.normaliser
+        out = _merge(part, _suffix_attention(q, cache.suffixes[layer], metadata, masks, columns, scaling, softcap))
     return out.to(value.dtype).reshape(rows, heads, columns, -1).transpose(1, 2).contiguous(), None
 
 
@@ -120,32 +120,35 @@ def _checked(
 
 
 class _PartialAttention(NamedTuple):
-    """Attention over some of the positions: exp(score - peak) V [rows, kv_heads, queries, size], the peak and the normaliser [..., 1]."""
+    """Attention over some of the positions, float32.
 
-    weighted: Tensor
-    peak: Tensor
-    normaliser: Tensor
+    Attributes:
+        out: softmax(scores) V [rows, kv_heads, queries, size]; 0 where a query sees nothing.
+        norms: log-sum-exp of the scores [..., 1]; the lowest number where a query sees nothing.
+    """
 
-
-def _merge(a: _PartialAttention, b: _PartialAttention) -> _PartialAttention:
-    """Over the positions of both; what sees nothing in one of them has the lowest peak there, and normaliser 0."""
-    peak = torch.maximum(a.peak, b.peak)
-    of_a, of_b = (a.peak - peak).exp(), (b.peak - peak).exp()
-    return _PartialAttention(a.weighted * of_a + b.weighted * of_b, peak, a.normaliser * of_a + b.normaliser * of_b)
+    out: Tensor
+    norms: Tensor
 
 
-def _exponentials(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(exp(score - peak), peak, normaliser) of ``scores`` [..., positions], float32."""
+def _merge(a: _PartialAttention, b: _PartialAttention) -> Tensor:
+    """Softmax over the positions of both."""
+    return torch.lerp(b.out, a.out, (a.norms - b.norms).sigmoid())
+
+
+def _of_scores(scores: Tensor, values: Tensor, dtype: torch.dtype) -> _PartialAttention:
+    """``scores`` [..., queries, positions], float32, which are overwritten, and values [..., positions, size] of ``dtype``."""
     peak = scores.amax(-1, keepdim=True).clamp_(min=_LOWEST)
-    weights = (scores - peak).exp_()
-    return weights, peak, weights.sum(-1, keepdim=True)
+    weights = scores.sub_(peak).exp_()
+    normaliser = weights.sum(-1, keepdim=True).clamp_(min=_TINY)
+    return _PartialAttention((weights.to(dtype) @ values).float().div_(normaliser), peak.add_(normaliser.log()))
 
 
 def _prefix_attention(
     q: Tensor, prefixes: Pair, metadata: ForwardMetadata, masks: AttentionMasks, columns: int, scaling: float, softcap: float | None
 ) -> _PartialAttention:
     if not masks.batches:
-        masks.batches = [_batch_mask(masks.prefix, b, q.shape[2] // columns) for b in metadata.prefix_batches]
+        masks.batches = [_prefix_mask(masks.prefix, b, q.shape[2] // columns) for b in metadata.prefix_batches]
     kv_heads, queries = q.shape[1:3]
     out: _PartialAttention | None = None
     for batch, mask in zip(metadata.prefix_batches, masks.batches, strict=True):
@@ -167,21 +170,23 @@ def _prefix_attention(
     return out
 
 
-def _attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> _PartialAttention:
+def _attention(q: Tensor, keys: Tensor, values: Tensor, mask: BatchMask, scaling: float, softcap: float | None) -> _PartialAttention:
     """Queries [groups, kv_heads, queries, size] over keys and values [groups, kv_heads, length, size].
 
     On a CPU by PyTorch's flash kernel where that works: it reads keys where they lie and writes no scores (dev/LOG.md). Elsewhere
     keys times queries, not the other way round: so it is the few queries that are transposed, not the many keys.
     """
-    if softcap is None and q.device.type == "cpu" and q.shape[-1] == values.shape[-1] and kernels.has_flash_attention(q.dtype):
-        out, norms = kernels.flash_attention(q, keys, values, mask, scaling)
-        if mask is not None:  # what the kernel returns where nothing is seen is undefined
-            blind = (mask.amax(-1, keepdim=True) == -torch.inf).expand(*norms.shape, 1)
-            out, norms = out.masked_fill(blind, 0.0), norms.masked_fill(blind[..., 0], _LOWEST)
-        return _PartialAttention(out.float(), norms.float()[..., None], torch.ones_like(norms, dtype=torch.float32)[..., None])
+    if _has_flash(q, values, softcap):
+        out, norms = kernels.flash_attention(q, keys, values, mask.added, scaling)
+        if mask.blind is not None:  # what the kernel returns there is undefined
+            out, norms = out.masked_fill(mask.blind, 0.0), norms.masked_fill(mask.blind[..., 0], _LOWEST)
+        return _PartialAttention(out.float(), norms.float()[..., None])
     scores = _scaled((keys @ q.transpose(-1, -2)).transpose(-1, -2).contiguous(), scaling, softcap)
-    weights, peak, normaliser = _exponentials(scores if mask is None else scores.add_(mask))
-    return _PartialAttention((weights.to(values.dtype) @ values).float(), peak, normaliser)
+    return _of_scores(scores if mask.added is None else scores.add_(mask.added), values, values.dtype)
+
+
+def _has_flash(q: Tensor, values: Tensor, softcap: float | None) -> bool:
+    return softcap is None and q.device.type == "cpu" and q.shape[-1] == values.shape[-1] and kernels.has_flash_attention(q.dtype)
 
 
 def _scaled(scores: Tensor, scaling: float, softcap: float | None) -> Tensor:
@@ -190,15 +195,21 @@ def _scaled(scores: Tensor, scaling: float, softcap: float | None) -> Tensor:
     return scores if softcap is None else (scores / softcap).tanh() * softcap
 
 
-def _batch_mask(mask: Tensor, batch: PrefixBatch, times: int) -> Tensor | None:
-    """[groups, 1, width * times * columns, length]; None where everything is seen."""
+def _prefix_mask(mask: Tensor, batch: PrefixBatch, times: int) -> BatchMask:
+    """Of the ``width`` rows of each group, each with ``times`` queries a column."""
     chosen = mask if batch.rows is None else mask.index_select(0, batch.rows)
-    chosen = chosen[..., : batch.length]
-    if chosen.device.type == "cpu" and not bool(chosen.any()):
-        return None
-    columns = chosen.shape[1]
-    each = chosen.view(batch.groups, batch.width, 1, columns, -1).expand(-1, -1, times, -1, -1)
-    return each.reshape(batch.groups, 1, batch.width * times * columns, -1)
+    return _batch_mask(chosen[..., : batch.length], batch.groups, batch.width, times)
+
+
+def _batch_mask(mask: Tensor, groups: int, width: int, times: int) -> BatchMask:
+    """``mask`` [groups * width, columns, length], for each of the ``times`` queries that a column has."""
+    if mask.device.type == "cpu" and not bool(mask.any()):
+        return BatchMask()
+    columns = mask.shape[1]
+    each = mask.view(groups, width, 1, columns, -1).expand(-1, -1, times, -1, -1)
+    added = each.reshape(groups, 1, width * times * columns, -1)
+    blind = added.amax(-1, keepdim=True) == -torch.inf
+    return BatchMask(added, None if mask.device.type == "cpu" and not bool(blind.any()) else blind)
 
 
 def _batch_prefixes(prefixes: Tensor, batch: PrefixBatch) -> Tensor:
@@ -208,18 +219,21 @@ def _batch_prefixes(prefixes: Tensor, batch: PrefixBatch) -> Tensor:
 
 
 def _suffix_attention(
-    q: Tensor, suffixes: Pair, metadata: ForwardMetadata, masks: AttentionMasks, scaling: float, softcap: float | None
+    q: Tensor, suffixes: Pair, metadata: ForwardMetadata, masks: AttentionMasks, columns: int, scaling: float, softcap: float | None
 ) -> _PartialAttention:
     """Some rows at a time."""
-    kv_heads, columns = q.shape[1], masks.suffix.shape[2]
+    blocks = metadata.suffix_blocks
+    if not masks.blocks:
+        masks.blocks = [_batch_mask(masks.suffix[i:end, :, :length], end - i, 1, q.shape[2] // columns) for i, end, length in blocks]
     parts = []
-    for first, end, length in metadata.suffix_blocks:
-        keys = _block_suffixes(suffixes[0], metadata.suffix_slots, first, end, length)
-        scores = _scaled(_suffix_scores(q[first:end], keys), scaling, softcap)
-        each = scores.view(end - first, kv_heads, -1, columns, length) + masks.suffix[first:end, :, None, :, :length]
-        weights, peak, normaliser = _exponentials(each.view(scores.shape))
-        values = _block_suffixes(suffixes[1], metadata.suffix_slots, first, end, length)
-        parts.append(_PartialAttention((weights.to(q.dtype) @ values.transpose(1, 2)).float(), peak, normaliser))
+    for (first, end, length), mask in zip(blocks, masks.blocks, strict=True):
+        some = q[first:end]
+        keys, values = (_block_suffixes(t, metadata.suffix_slots, first, end, length) for t in suffixes)
+        if q.dtype == torch.float32 and _has_flash(q, values, softcap):  # with bfloat16 instructions it is the slower one
+            parts.append(_attention(some, keys.transpose(1, 2), values.transpose(1, 2), mask, scaling, softcap))
+            continue
+        scores = _scaled(_suffix_scores(some, keys), scaling, softcap)
+        parts.append(_of_scores(scores if mask.added is None else scores.add_(mask.added), values.transpose(1, 2), q.dtype))
     return parts[0] if len(parts) == 1 else _PartialAttention(*(torch.cat(t) for t in zip(*parts, strict=True)))
 
 

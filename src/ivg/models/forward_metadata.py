@@ -62,19 +62,33 @@ class PrefixBatch:
     places: Tensor | None = None
 
 
+class BatchMask(NamedTuple):
+    """What the queries of some rows see.
+
+    Attributes:
+        added: [groups, 1, queries, length], 0 or -inf; None: everything is seen.
+        blind: [groups, 1, queries, 1]: those that see nothing; None: there are none.
+    """
+
+    added: Tensor | None = None
+    blind: Tensor | None = None
+
+
 @dataclass(slots=True)
 class AttentionMasks:
     """What the tokens of a pass see in layers of one kind, 0 or -inf.
 
     Attributes:
         prefix: [R, C, prefix_length].
-        suffix: [R, 1, C, suffix_length].
-        batches: ``prefix`` as each prefix batch needs it, made by the first layer that needs it; None: everything is seen.
+        suffix: [R, C, suffix_length].
+        batches: ``prefix`` as each prefix batch needs it, made by the first layer that needs it.
+        blocks: ``suffix`` as each block of suffixes needs it, likewise.
     """
 
     prefix: Tensor
     suffix: Tensor
-    batches: list[Tensor | None] = field(default_factory=list)
+    batches: list[BatchMask] = field(default_factory=list)
+    blocks: list[BatchMask] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -216,7 +230,7 @@ def _lone_token(layout: PassLayout, markers: Mapping[str, Tensor], windows: Mapp
     row = layout.alone
     if row is None or row.new > 1 or any(window is not None and window <= row.length for window in windows.values()):
         return None
-    everything = AttentionMasks(torch.empty(0), torch.empty(0), [None])
+    everything = AttentionMasks(torch.empty(0), torch.empty(0), [BatchMask()])
     return ForwardMetadata(
         row.length + 1,
         0,
@@ -259,7 +273,7 @@ def _masks(metadata: ForwardMetadata, layout: PassLayout, window: int | None, de
         prefix &= in_prefix > here - window
         suffix &= in_suffix > here - window
     masks = [torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf).to(device) for seen in (prefix, suffix)]
-    return AttentionMasks(masks[0], masks[1][:, None])
+    return AttentionMasks(*masks)
 
 
 def _suffix_blocks(lengths: Sequence[int], size: int) -> list[tuple[int, int, int]]:
