@@ -116,7 +116,8 @@ class Contestant:
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            for process in (*psutil.Process(self.process.pid).children(recursive=True), self.process):
+                process.kill()
 
 
 def pythons(folder: Path) -> dict[str, str]:

@@ -259,11 +259,12 @@ def test_numbers_of_any_kind_and_in_any_container():
 @pytest.mark.parametrize(
     "ask,said",
     [
-        (lambda items: [1.0] * (len(items) + 1), "mine gave 2 scores for 1 response: expected one for each"),
-        (lambda items: [], "mine gave 0 scores for 1 response: expected one for each"),
-        (lambda items: None, "mine gave None instead of a list of scores for 1 response: expected one for each"),
-        (lambda items: 0.5, "mine gave 0.5 instead of a list of scores for 1 response: expected one for each"),
-        (lambda items: {"a": 1}, "mine gave {'a': 1} instead of a list of scores for 1 response: expected one for each"),
+        (lambda items: [1.0] * (len(items) + 1), "mine gave 4 scores for 3 responses: expected one for each"),
+        (lambda items: [1.0], "mine gave 1 score for 3 responses: expected one for each"),  # not the score of each, one by one
+        (lambda items: [], "mine gave 0 scores for 3 responses: expected one for each"),
+        (lambda items: None, "mine gave None instead of a list of scores for 3 responses: expected one for each"),
+        (lambda items: 0.5, "mine gave 0.5 instead of a list of scores for 3 responses: expected one for each"),
+        (lambda items: {"a": 1}, "mine gave {'a': 1} instead of a list of scores for 3 responses: expected one for each"),
     ],
 )
 def test_a_wrong_number_of_scores(ask, said):

@@ -46,8 +46,9 @@ class Judge(Protocol):
 def checked_scores(name: str, score: Callable[[Sequence[T]], Any], items: Sequence[T]) -> Scores:
     """``score(items)``: numbers, and a fault for every item that makes ``score`` raise or that gets no finite number.
 
-    After an exception, or with a wrong number of scores, the items are scored again in halves, down to one. Errors of ivg itself
-    concern all of them (a model that cannot be used) and are raised, except a PromptError.
+    After an exception the items are scored again in halves, down to one. A wrong number of scores is a fault of all items: which score
+    belongs to which cannot be told, and a function that gives one number for any list would be right by chance for a list of one.
+    Errors of ivg itself concern all items (a model that cannot be used) and are raised, except a PromptError.
 
     Args:
         name: of the value or reward, for errors.
@@ -72,8 +73,13 @@ def checked_scores(name: str, score: Callable[[Sequence[T]], Any], items: Sequen
         scores = _as_list(found)
         if scores is not None and len(scores) == len(items):
             return [finite_score(name, score) for score in scores]
-        got = f"{len(scores)} scores" if scores is not None else f"{_shown(found)} instead of a list of scores"
+        got = (
+            f"{len(scores)} score{'' if len(scores) == 1 else 's'}"
+            if scores is not None
+            else f"{_shown(found)} instead of a list of scores"
+        )
         problem = ScoreFault(f"{name} gave {got} for {len(items)} response{'s' if len(items) > 1 else ''}: expected one for each")
+        return [problem] * len(items)
     if len(items) == 1:
         return [problem]
     half = len(items) // 2
