@@ -35,7 +35,7 @@ class Server:
 
     def __init__(self, **behaviour):
         self.delay, self.together, self.status, self.at_a_time = 0.0, 0, {}, "many"
-        self.text, self.page, self.finish, self.names_stops, self.says = None, None, None, True, None
+        self.text, self.page, self.finish, self.names_stops, self.says, self.reports = None, None, None, True, None, True
         self.__dict__.update(behaviour)
         self.requests, self.gone, self.now, self.peak, self.changed = [], 0, 0, 0, threading.Condition()
         outer = self
@@ -104,10 +104,16 @@ class Server:
             )  # fmt: skip
             total += len(spelt)
             choice = {"index": i, "text": text, "finish_reason": self.finish or finish, "logprobs": None}
-            choice |= {"logprobs": {"tokens": spelt, "token_logprobs": [0.0] * len(spelt)}} if "logprobs" in body else {}
+            choice |= {"logprobs": self.logprobs(spelt, body["logprobs"])} if "logprobs" in body and self.reports else {}
             choices.insert(0, choice | ({"stop_reason": stop} if self.names_stops else {}))  # in no particular order
         usage = {"prompt_tokens": 7, "completion_tokens": total, "total_tokens": 7 + total}
         return 200, {"id": "x", "object": "text_completion", "created": 0, "model": body["model"], "choices": choices, "usage": usage}
+
+    def logprobs(self, spelt, count):
+        """The letter's place in the alphabet as its log-probability, and the two before it as likelier ones."""
+        drawn = [-float(LETTERS.find(letter) + 2) for letter in spelt]
+        top = [{letter: p, "y": p + 0.5, "z": p + 1} for letter, p in zip(spelt, drawn, strict=True)]
+        return {"tokens": spelt, "token_logprobs": drawn} | ({"top_logprobs": top} if count else {})
 
     def stop(self):
         self.http.shutdown()

@@ -3,8 +3,8 @@
     scripts/peers.sh                                         # environments of the peers, into build/peers
     python -m benchmarks.peers --docs docs/reference/benchmarks.md
 
-Every contestant is a process with an environment of its own, loaded once. In each round peer and ivg answer the same prompts in turn. A
-contestant without an environment is left out, and named. Processor seconds are those of the contestant's process, and of the server that
+Every program is a process with an environment of its own, loaded once. In each round peer and ivg answer the same prompts in turn. A
+program without an environment is left out, and named. Processor seconds are those of the program's process, and of the server that
 it asks. AISteer360 has no program here: it is on no package index.
 """
 
@@ -39,7 +39,7 @@ MODEL = "embedded"
 
 
 @dataclass(frozen=True)
-class Contest:
+class Comparison:
     """A peer and ivg on one task.
 
     Attributes:
@@ -61,12 +61,12 @@ class Contest:
 
 BEST = "best of 16 by the value"
 BON = ("bon", "base", "value=value")
-CONTESTS = (
-    Contest(BEST, "transformers", ("hf_best_of_n", "base", "value"), BON),
-    Contest(BEST, "vllm", ("vllm_best_of_n", "base", "value"), BON),
-    Contest(f"{BEST}, over HTTP", "its_hub", ("its_best_of_n", "value"), (), http=True),
-    Contest("one of 16 particles", "genlm-control", ("genlm_smc", "base", "value"), ("smc", "base", "value=value")),
-    Contest(
+COMPARISONS = (
+    Comparison(BEST, "transformers", ("hf_best_of_n", "base", "value"), BON),
+    Comparison(BEST, "vllm", ("vllm_best_of_n", "base", "value"), BON),
+    Comparison(f"{BEST}, over HTTP", "its_hub", ("its_best_of_n", "value"), (), http=True),
+    Comparison("one of 16 particles", "genlm-control", ("genlm_smc", "base", "value"), ("smc", "base", "value=value")),
+    Comparison(
         "greedy proxy tuning",
         "genlm-control",
         ("genlm_smc", "base", "tuned", "untuned"),
@@ -76,7 +76,7 @@ CONTESTS = (
 )
 
 
-class Contestant:
+class Program:
     """A running program (:mod:`benchmarks.peers.protocol`)."""
 
     def __init__(self, python: str, words: Sequence[str], server: int | None = None) -> None:
@@ -92,7 +92,7 @@ class Contestant:
     def _read(self, command: Sequence[str] = ()) -> Any:
         line = self.replies.readline()
         if not line:
-            raise RuntimeError(f"a contestant ended with {self.process.wait()}\n  see its messages above; {shlex.join(command)}")
+            raise RuntimeError(f"a program ended with {self.process.wait()}\n  see its messages above; {shlex.join(command)}")
         return json.loads(line)
 
     def _cpu(self) -> float:
@@ -128,30 +128,30 @@ def pythons(folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def contestants(contest: Contest, python: str) -> Iterator[dict[str, Contestant]]:
+def both_programs(comparison: Comparison, python: str) -> Iterator[dict[str, Program]]:
     """Both, ready."""
     with ExitStack() as stack:
-        file, *models = contest.program
+        file, *models = comparison.program
         roles = [str(path(model)) for model in models]
-        program, ours, server = [file, *roles], [*contest.ours], None
-        if contest.http:
+        program, ours, server = [file, *roles], [*comparison.ours], None
+        if comparison.http:
             url, server = stack.enter_context(served())
             program, ours = [file, url, f"{MODEL}:base", *roles], [url, MODEL]
         else:
-            method, base, *named = contest.ours
+            method, base, *named = comparison.ours
             ours = [method, str(path(base)), *(f"{role}={path(model)}" for role, model in (n.split("=") for n in named))]
-        both = {"peer": Contestant(python, program, server)}
+        both = {"peer": Program(python, program, server)}
         stack.callback(both["peer"].close)
-        both["ivg"] = Contestant(sys.executable, ["ours", *ours], server)
+        both["ivg"] = Program(sys.executable, ["ours", *ours], server)
         stack.callback(both["ivg"].close)
         yield both
 
 
-def measure(contest: Contest, python: str, prompts: Sequence[str], tokens: int, rounds: int) -> dict[str, Any]:
-    """All rounds of a contest: medians, medians of the ratios within rounds, mean values of the answers, and whether all are equal."""
+def measure(comparison: Comparison, python: str, prompts: Sequence[str], tokens: int, rounds: int) -> dict[str, Any]:
+    """All rounds of a comparison: medians, medians of the ratios within rounds, mean values of the answers, and whether all are equal."""
     judge = Value(str(path("value")))
     found: list[dict[str, dict[str, Any]]] = []
-    with contestants(contest, python) as both:
+    with both_programs(comparison, python) as both:
         for number in range(rounds + 1):
             row = {name: one.answer(prompts, number, tokens) for name, one in both.items()}
             if number:  # the first one warms up
@@ -159,14 +159,14 @@ def measure(contest: Contest, python: str, prompts: Sequence[str], tokens: int, 
         versions = {name: one.versions for name, one in both.items()}
     names = ("peer", "ivg")
     return {
-        "task": contest.task,
-        "peer": contest.peer,
+        "task": comparison.task,
+        "peer": comparison.peer,
         "prompts": len(prompts),
         "seconds": {name: median(row[name]["seconds"] for row in found) for name in names},
         "ratio": median(row["peer"]["seconds"] / row["ivg"]["seconds"] for row in found),
         "cpu_ratio": median(row["peer"]["cpu"] / row["ivg"]["cpu"] for row in found),
         "value": {name: fmean(mean_value(judge, prompts, row[name]["answers"]) for row in found) for name in names},
-        "equal": all(row["peer"]["answers"] == row["ivg"]["answers"] for row in found) if contest.exact else None,
+        "equal": all(row["peer"]["answers"] == row["ivg"]["answers"] for row in found) if comparison.exact else None,
         "versions": versions,
     }
 
@@ -190,11 +190,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run the contests."""
+    """Run the comparisons."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--peers", nargs="+", default=sorted({c.peer for c in CONTESTS}), help="only these")
+    parser.add_argument("--peers", nargs="+", default=sorted({c.peer for c in COMPARISONS}), help="only these")
     parser.add_argument("--environments", type=Path, default=ENVIRONMENTS, help="folder of scripts/peers.sh")
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 8], help="numbers of prompts at once")
     parser.add_argument("--tokens", type=int, default=50)
@@ -207,9 +207,9 @@ def main() -> None:
             f"{name}: no environment; scripts/peers.sh makes those of genlm-control and its_hub, make test-vllm that of vllm",
             file=sys.stderr,
         )
-    for contest in CONTESTS:
-        for count in args.prompts if contest.peer in args.peers and contest.peer in ready else []:
-            rows.append(measure(contest, ready[contest.peer], PROMPTS[:count], args.tokens, args.rounds))
+    for comparison in COMPARISONS:
+        for count in args.prompts if comparison.peer in args.peers and comparison.peer in ready else []:
+            rows.append(measure(comparison, ready[comparison.peer], PROMPTS[:count], args.tokens, args.rounds))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     text = table(rows)
     print(text)

@@ -34,13 +34,7 @@ def answer(prompts: list[str], seed: int, tokens: int) -> list[str]:
         pad_token_id=network.generation_config.eos_token_id,
     )
     texts = tokenizer.batch_decode(drawn[:, longest:], skip_special_tokens=True)
-    return [best(prompt, texts[i * SAMPLES : (i + 1) * SAMPLES]) for i, prompt in enumerate(prompts)]
-
-
-def best(prompt: str, texts: list[str]) -> str:
-    """The text with the highest value."""
-    scores = judge.of_texts(prompt, texts)
-    return texts[scores.index(max(scores))]
+    return [judge.best(prompt, texts[i * SAMPLES : (i + 1) * SAMPLES]) for i, prompt in enumerate(prompts)]
 
 
 serve(versions("torch", "transformers"), answer)

@@ -1,7 +1,7 @@
-"""How a contestant talks to the benchmark: JSON lines, requests on standard input, replies on a pipe. Imports nothing but Python.
+"""How a program talks to the benchmark: JSON lines, requests on standard input, replies on a pipe. Imports nothing but Python.
 
-A contestant is a program that ends with ``serve(versions, answer)``. It writes ``{"ready": versions}``, then for every line
-``{"prompts": [...], "seed": 1, "tokens": 50}`` one line ``{"answers": [texts], "seconds": ..., "cpu": ...}``.
+A program is a program that ends with ``serve(versions, answer)``. It writes ``{"ready": versions}``, then for every line
+``{"prompts": [...], "seed": 1, "tokens": 50}`` one line ``{"answers": [texts], "seconds": ...}``.
 """
 
 import json
@@ -14,7 +14,7 @@ from importlib.metadata import version
 REPLIES = "IVG_PEERS_REPLIES"
 """Environment variable: the file descriptor for replies. Libraries print on standard output."""
 SAMPLES = 16
-"""Answers, or particles, of every contestant for each prompt."""
+"""Answers, or particles, of every program for each prompt."""
 TEMPERATURE = 0.7
 
 Answer = Callable[[list[str], int, int], list[str]]
@@ -32,7 +32,7 @@ def serve(found: dict[str, str], answer: Answer) -> None:
     print(json.dumps({"ready": found}), file=replies)
     for line in sys.stdin:
         request = json.loads(line)
-        start, cpu = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
         answers = answer(request["prompts"], request["seed"], request["tokens"])
-        result = {"answers": answers, "seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+        result = {"answers": answers, "seconds": time.perf_counter() - start}
         print(json.dumps(result), file=replies)

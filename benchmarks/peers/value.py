@@ -24,6 +24,11 @@ class Value:
         """One number for each text."""
         return self.of_ids([self.ids(prompt, text) for text in texts])
 
+    def best(self, prompt: str, texts: Sequence[str]) -> str:
+        """The text with the highest value."""
+        scores = self.of_texts(prompt, texts)
+        return texts[scores.index(max(scores))]
+
     def ids(self, prompt: str, text: str) -> list[int]:
         """Token ids of the prompt, then those of the text."""
         return [*self.tokenizer(prompt).input_ids, *self.tokenizer(text, add_special_tokens=False).input_ids]

@@ -17,9 +17,7 @@ def answer(prompts: list[str], seed: int, tokens: int) -> list[str]:
     params = SamplingParams(n=SAMPLES, temperature=TEMPERATURE, max_tokens=tokens, seed=seed)
     found = []
     for prompt, result in zip(prompts, llm.generate(prompts, params, use_tqdm=False), strict=True):
-        texts = [sample.text for sample in result.outputs]
-        scores = judge.of_texts(prompt, texts)
-        found.append(texts[scores.index(max(scores))])
+        found.append(judge.best(prompt, [sample.text for sample in result.outputs]))
     return found
 
 

@@ -323,9 +323,9 @@ def test_what_no_server_should_do(serve, moods, said):
 
 def test_orders_that_cannot_be(serve):
     server, engine = serve()
-    bad, good = expand_request(engine, 2, alternatives=3), expand_request(engine, 2)
+    bad, good = expand_request(engine, 2, return_log_ratio=True), expand_request(engine, 2)
     refused, made = engine.extend([bad, good])
-    assert [b.finish for b in refused] == ["error"] * 2 and "alternatives" in refused[0].error
+    assert [b.finish for b in refused] == ["error"] * 2 and "return_log_ratio" in refused[0].error
     assert not any(b.error for b in made) and len(server.requests) == 1
     with pytest.raises(ConfigError, match="cbs-explicit"):
         engine.check(TokenGuidance(COUNT_A))

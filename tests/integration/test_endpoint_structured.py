@@ -83,6 +83,11 @@ def test_what_is_sent(asked, dialect, settings, text, sent, method):
         ({"choice": ["yes", "no"]}, "yes, sir", "stop", False),
         ({"json_schema": SCHEMA}, "Here you are: " + GOOD, "stop", False),
         ({"json_schema": SCHEMA}, GOOD.replace("7", "700"), "stop", False),
+        ({"json_schema": SCHEMA}, GOOD.replace("y", "\\u0079"), "stop", True),  # an escape that it does not need
+        ({"json_schema": SCHEMA}, '{"\\u0061": 7, "b": "\\u0078 ', "length", True),
+        ({"json_schema": SCHEMA}, '{"\\u0061": 7, "b": "\\u0078 \\u00', "length", True),
+        ({"json_schema": SCHEMA}, '{"\\u0061": 7, "b": "\\u0079 ', "length", False),
+        ({"regex": "[ab]{3}"}, "ab\ud83d", "stop", False),  # half of a character
         ({"json_schema": SCHEMA}, '{"b": "x y"}', "stop", False),
         ({"json_schema": SCHEMA}, json.dumps(json.loads(GOOD), indent=32) + "\n", "stop", True),
         ({"json_schema": SCHEMA}, GOOD.replace(" ", "\t \t"), "stop", False),  # within a string it is no white space of JSON's

@@ -76,7 +76,11 @@ def assembled(response):
     return {"content": text or None, "calls": calls, "reason": reason}
 
 
-@pytest.mark.parametrize(("choice", "reason"), [("required", "tool_calls"), (NAMED, "stop")], ids=["required", "named"])
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [("required", "tool_calls"), (NAMED, "stop"), ({"function": {"name": "wx"}}, "stop")],
+    ids=["required", "named", "named without a type"],
+)
 def test_a_call_that_is_required_is_a_valid_one(running, choice, reason):
     """Also under beams and streamed. OpenAI's reason to finish is ``stop`` where the request named the function."""
     for guidance in ({"method": "eft"}, SEARCH | {"beta": 2.0}):

@@ -1,4 +1,4 @@
-"""Contests with other programs: their value is ivg's, replies are read, tables say what was equal, and one whole contest."""
+"""Comparisons with other programs: their value is ivg's, replies are read, tables say what was equal, and one whole comparison."""
 
 import io
 import json
@@ -24,7 +24,7 @@ def test_the_value_of_the_peers_is_the_explicit_value():
         assert len(texts) > 2 and judge.of_texts(prompt, texts) == pytest.approx(model.score(prompt, texts), abs=1e-4)
 
 
-def test_a_contestant_answers_line_by_line(monkeypatch):
+def test_a_program_answers_line_by_line(monkeypatch):
     read, write = os.pipe()
     monkeypatch.setenv(protocol.REPLIES, str(write))
     monkeypatch.setattr(sys, "stdin", io.StringIO('{"prompts": ["a", "b"], "seed": 7, "tokens": 3}\n'))
@@ -52,7 +52,7 @@ def test_tables_name_what_differs():
 
 
 @pytest.mark.long
-def test_a_contest_with_what_is_installed(monkeypatch, tmp_path, capfd):
+def test_a_comparison_with_what_is_installed(monkeypatch, tmp_path, capfd):
     """transformers needs no environment of its own; a peer without one is named."""
     page = tmp_path / "page.md"
     page.write_text("# Page\n", encoding="utf-8")

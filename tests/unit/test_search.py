@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -242,3 +243,20 @@ def test_unknown_names_are_errors():
         get_method("ivg").search({})
     with pytest.raises(ConfigError, match="no value to select by"):
         get_method("custom", width=2)
+
+
+def test_a_request_ends_where_its_logprobs_are_refused():
+    """An engine that gives them late, and refuses: this request has the error, and the others go on."""
+
+    class Late(FakeEngine):
+        late_logprobs = True
+
+        def logprobs(self, requests):
+            raise ConfigError("at most 20")
+
+    engine = Late()
+    searcher = Searcher(engine)
+    asked = Request(Prompt("x"), Search(), SamplingParams(max_new_tokens=3), alternatives=30)
+    found = dict(searcher.run([asked, replace(asked, alternatives=None)]))
+    assert found[0].finish_reason == "error" and found[0].error == "at most 20" and found[0].token_ids
+    assert found[1].error is None and not searcher.busy and not engine.held

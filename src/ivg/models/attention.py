@@ -124,16 +124,16 @@ class _PartialAttention(NamedTuple):
 
     Attributes:
         out: softmax(scores) V [rows, kv_heads, queries, size]; 0 where a query sees nothing.
-        norms: log-sum-exp of the scores [..., 1]; the lowest number where a query sees nothing.
+        lse: log-sum-exp of the scores [..., 1]; the lowest number where a query sees nothing.
     """
 
     out: Tensor
-    norms: Tensor
+    lse: Tensor
 
 
 def _merge(a: _PartialAttention, b: _PartialAttention) -> Tensor:
     """Softmax over the positions of both."""
-    return torch.lerp(b.out, a.out, (a.norms - b.norms).sigmoid())
+    return torch.lerp(b.out, a.out, (a.lse - b.lse).sigmoid())
 
 
 def _of_scores(scores: Tensor, values: Tensor, dtype: torch.dtype) -> _PartialAttention:
@@ -177,12 +177,12 @@ def _attention(q: Tensor, keys: Tensor, values: Tensor, mask: BatchMask, scaling
     keys times queries, not the other way round: so it is the few queries that are transposed, not the many keys.
     """
     if _has_flash(q, values, softcap):
-        out, norms = kernels.flash_attention(q, keys, values, mask.added, scaling)
-        if mask.blind is not None:  # what the kernel returns there is undefined
-            out, norms = out.masked_fill(mask.blind, 0.0), norms.masked_fill(mask.blind[..., 0], _LOWEST)
-        return _PartialAttention(out.float(), norms.float()[..., None])
+        out, lse = kernels.flash_attention(q, keys, values, mask.bias, scaling)
+        if mask.fully_masked is not None:  # what the kernel returns there is undefined
+            out, lse = out.masked_fill(mask.fully_masked, 0.0), lse.masked_fill(mask.fully_masked[..., 0], _LOWEST)
+        return _PartialAttention(out.float(), lse.float()[..., None])
     scores = _scaled((keys @ q.transpose(-1, -2)).transpose(-1, -2).contiguous(), scaling, softcap)
-    return _of_scores(scores if mask.added is None else scores.add_(mask.added), values, values.dtype)
+    return _of_scores(scores if mask.bias is None else scores.add_(mask.bias), values, values.dtype)
 
 
 def _has_flash(q: Tensor, values: Tensor, softcap: float | None) -> bool:
@@ -207,9 +207,9 @@ def _batch_mask(mask: Tensor, groups: int, width: int, times: int) -> BatchMask:
         return BatchMask()
     columns = mask.shape[1]
     each = mask.view(groups, width, 1, columns, -1).expand(-1, -1, times, -1, -1)
-    added = each.reshape(groups, 1, width * times * columns, -1)
-    blind = added.amax(-1, keepdim=True) == -torch.inf
-    return BatchMask(added, None if mask.device.type == "cpu" and not bool(blind.any()) else blind)
+    bias = each.reshape(groups, 1, width * times * columns, -1)
+    fully_masked = bias.amax(-1, keepdim=True) == -torch.inf
+    return BatchMask(bias, None if mask.device.type == "cpu" and not bool(fully_masked.any()) else fully_masked)
 
 
 def _batch_prefixes(prefixes: Tensor, batch: PrefixBatch) -> Tensor:
@@ -233,7 +233,7 @@ def _suffix_attention(
             parts.append(_attention(some, keys.transpose(1, 2), values.transpose(1, 2), mask, scaling, softcap))
             continue
         scores = _scaled(_suffix_scores(some, keys), scaling, softcap)
-        parts.append(_of_scores(scores if mask.added is None else scores.add_(mask.added), values.transpose(1, 2), q.dtype))
+        parts.append(_of_scores(scores if mask.bias is None else scores.add_(mask.bias), values.transpose(1, 2), q.dtype))
     return parts[0] if len(parts) == 1 else _PartialAttention(*(torch.cat(t) for t in zip(*parts, strict=True)))
 
 

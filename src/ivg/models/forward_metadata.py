@@ -66,12 +66,12 @@ class BatchMask(NamedTuple):
     """What the queries of some rows see.
 
     Attributes:
-        added: [groups, 1, queries, length], 0 or -inf; None: everything is seen.
-        blind: [groups, 1, queries, 1]: those that see nothing; None: there are none.
+        bias: [groups, 1, queries, length], 0 or -inf; None: everything is seen.
+        fully_masked: [groups, 1, queries, 1]: those that see nothing; None: there are none.
     """
 
-    added: Tensor | None = None
-    blind: Tensor | None = None
+    bias: Tensor | None = None
+    fully_masked: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -272,8 +272,8 @@ def _masks(metadata: ForwardMetadata, layout: PassLayout, window: int | None, de
     if window is not None:
         prefix &= in_prefix > here - window
         suffix &= in_suffix > here - window
-    masks = [torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf).to(device) for seen in (prefix, suffix)]
-    return AttentionMasks(*masks)
+    added = [torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf).to(device) for seen in (prefix, suffix)]
+    return AttentionMasks(added[0], added[1])
 
 
 def _suffix_blocks(lengths: Sequence[int], size: int) -> list[tuple[int, int, int]]:

@@ -17,11 +17,17 @@ def answer_details(engine: Engine, request: Request, answer: Beam, counter: Toke
         request: of the answer.
         answer: without an error.
         counter: of the request.
+
+    Raises:
+        ConfigError: the engine refuses.
     """
     if request.alternatives is None or not engine.late_logprobs or not answer.token_ids:
         return answer.details
     root = replace(engine.open(request.prompt, request.sampling), token_counter=counter)
     plain = SamplingParams(temperature=request.sampling.temperature or 1.0)
-    (found,) = engine.logprobs([LogprobsRequest(root, answer.token_ids, plain, request.search.guidance, request.alternatives)])
+    try:
+        (found,) = engine.logprobs([LogprobsRequest(root, answer.token_ids, plain, request.search.guidance, request.alternatives)])
+    finally:
+        engine.release([root.key])
     ends = accumulate(len(entry.text) for entry in found)  # a stop string may have cut the text within a token
     return tuple(replace(entry, text=answer.text[end - len(entry.text) : end]) for entry, end in zip(found, ends, strict=True))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-from ivg.errors import ModelError, ScoreFault
+from ivg.errors import ConfigError, ModelError, ScoreFault
 from ivg.search import ranking, scheduling
 from ivg.search.late_logprobs import answer_details
 from ivg.search.particles import ParticleRule
@@ -327,8 +327,12 @@ class Searcher:
 
     def _end(self, state: RequestState, best: Beam, score: float | None, error: str | None, step: Step | None = None) -> Step:
         """The step with the completion; frees everything that is kept for the request."""
-        seconds, guidance = time.perf_counter() - state.started, state.request.search.guidance
-        details = best.details if error else answer_details(self.engine, state.request, best, state.token_counter)
+        details, guidance = best.details, state.request.search.guidance
+        try:
+            details = details if error else answer_details(self.engine, state.request, best, state.token_counter)
+        except ConfigError as e:  # the request must end all the same
+            error = str(e)
+        seconds = time.perf_counter() - state.started
         read, cached = dict(state.token_counter.forward_tokens), dict(state.token_counter.cached_tokens)
         usage = Usage(read, state.prompt_tokens, len(best.token_ids), seconds, cached, state.rule.drafted_tokens)
         unfinished = [] if error or best.answer_start is not None else [f"no answer: {state.marker!r} (guide_after) has not come"]

@@ -53,7 +53,7 @@ def _tool_choice(value: Any) -> str | dict[str, Any] | None:
     if kind == "allowed_tools":
         return _check_allowed(value)
     if kind == "function" and _names_function(value):
-        return value
+        return value | {"type": kind}
     got = show_json(value) if kind in (None, "function") else f"type {show_json(kind)}"
     message = f"tool_choice must be {', '.join(TOOL_CHOICES)}, allowed_tools or the name of a function as OpenAI's API has it, got {got}"
     raise PromptError(message)

@@ -115,7 +115,7 @@ class LogprobsRequest:
         token_ids: the response, in the base's tokens; at least one.
         sampling: temperature, filters and processors of the distributions.
         guidance: of every token; without ``kl_budget``.
-        alternatives: so many of the likeliest tokens at each position, and at least one.
+        alternatives: so many of the likeliest tokens at each position; the transformers engine gives at least one.
     """
 
     beam: Beam

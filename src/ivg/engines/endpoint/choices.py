@@ -25,6 +25,8 @@ class CompletionChoice:
             ``matched_stop``); without one, an end-of-sequence token is assumed.
         tokens: their number, end-of-sequence included: at least one, so that every chunk makes progress, at most as many as requested.
         names: texts of the tokens, where the server reports them.
+        logprobs: of the tokens, in nats, likewise.
+        top: the likeliest tokens at each position, likewise: (text, log-probability), best first.
     """
 
     text: str
@@ -32,6 +34,8 @@ class CompletionChoice:
     ended: bool
     tokens: int
     names: tuple[str, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    top: tuple[tuple[tuple[str, float], ...], ...] = ()
 
 
 def check_reply(reply: Any) -> None:
@@ -56,11 +60,14 @@ def read_choices(reply: Any, limit: int) -> list[CompletionChoice]:
     rest = (total - limit * cut) // max(1, len(choices) - cut)
     out = []
     for c in choices:
-        names = tuple(str(name) for name in getattr(getattr(c, "logprobs", None), "tokens", None) or ())
+        reported = getattr(c, "logprobs", None)
+        names = tuple(str(name) for name in getattr(reported, "tokens", None) or ())
         count = len(names) or (total if total and len(choices) == 1 else limit if c.finish_reason == "length" else rest)
         stopped = c.finish_reason == "stop"
         why = next((w for w in (getattr(c, n, None) for n in ("stop_reason", "matched_stop")) if w is not None), None)
-        out.append(CompletionChoice(c.text, stopped, stopped and not isinstance(why, str), min(max(count, 1), limit), names))
+        out.append(
+            CompletionChoice(c.text, stopped, stopped and not isinstance(why, str), min(max(count, 1), limit), names, *_logprobs(reported))
+        )
     return out
 
 
@@ -74,6 +81,16 @@ def cached_tokens(reply: Any) -> int:
     """Prompt tokens from the server's cache, where it reports them."""
     details = getattr(getattr(reply, "usage", None), "prompt_tokens_details", None)
     return min(_number(details, "cached_tokens"), used_tokens(reply)[0])
+
+
+def _logprobs(reported: Any) -> tuple[tuple[float, ...], tuple[tuple[tuple[str, float], ...], ...]]:
+    """Of the tokens and of the likeliest ones at each position; empty where the server sent something else than numbers."""
+    drawn, top = getattr(reported, "token_logprobs", None), getattr(reported, "top_logprobs", None)
+    try:
+        ranked = [sorted(((str(k), float(v)) for k, v in (entry or {}).items()), key=lambda pair: -pair[1]) for entry in top or ()]
+        return tuple(map(float, drawn or ())), tuple(map(tuple, ranked))
+    except (AttributeError, TypeError, ValueError):
+        return (), ()
 
 
 def _number(thing: Any, name: str) -> int:

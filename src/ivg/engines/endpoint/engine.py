@@ -1,9 +1,10 @@
 """The base behind any OpenAI-compatible completions endpoint (vLLM, SGLang, llama.cpp): chunks of text over HTTP.
 
 One expand request is one HTTP request for several continuations of prompt and response. An endpoint returns text, no logits: nothing can
-guide its tokens, every method that selects chunks works. Each chunk sends prompt and response again as text, so the server should cache
-prefixes (vLLM and SGLang do), and its tokenizer may split the text at the end of a chunk in another way than it was sampled. A seed is
-sent with every request; whether it reproduces the answer depends on the server.
+guide its tokens; every method that selects chunks works. Log-probabilities are those that the server reports (vLLM: at temperature 1,
+before filters and penalties). Each chunk sends prompt and response again as text, so the server should cache prefixes (vLLM and SGLang
+do), and its tokenizer may split the text at the end of a chunk in another way than it was sampled. A seed is sent with every request;
+whether it reproduces the answer depends on the server.
 
 Settings that a request leaves at "off" (top-k, min-p, repetition penalty) are not sent, because strict servers refuse unknown fields;
 vLLM then takes the model's own defaults (its ``generation_config.json``) unless it was started with ``--generation-config vllm``. With
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from ivg.engines.sequences import TokenSequence, as_beams, fail, fork, stop_at
 from ivg.errors import IVGError
 from ivg.models.prompt_template import PromptTemplate
 from ivg.settings.sampling import IN_CHUNKS, LOOK_BACK, ONLY_TRANSFORMERS
-from ivg.types import AsyncEngine, Beam, DecodeState, ExpandOutput, ExpandRequest, Prompt, SamplingParams, new_key
+from ivg.types import AsyncEngine, Beam, DecodeState, ExpandOutput, ExpandRequest, Prompt, SamplingParams, TokenLogprobs, new_key
 from ivg.utils.rng import mix
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -61,7 +63,6 @@ class EndpointEngine(AsyncEngine):
         "pause": "an endpoint gives text, not the base's entropy; use a method that selects chunks (cbs-explicit, bon …)",
         "until": "chunks of an endpoint have a length in tokens, so no chunk_until; use the transformers engine",
         "thinking": "chunks of an endpoint have a length in all, so no guide_after; use the transformers engine",
-        "alternatives": "an endpoint gives text, not distributions; leave them out",
         "return_log_ratio": "an endpoint gives text, not probabilities; leave token guidance out",
         **dict.fromkeys(
             [f"{name}{IN_CHUNKS}" for name in LOOK_BACK],
@@ -190,7 +191,9 @@ class EndpointEngine(AsyncEngine):
             "stop": list(s.stop),
         }
         body |= {name: value for name, value in shared.items() if value}
-        return body | ({"logprobs": 0} if self.token_pieces else {}) | {"extra_body": extra}
+        if self.token_pieces or request.alternatives is not None:
+            body["logprobs"] = request.alternatives or 0
+        return body | {"extra_body": extra}
 
     def _children(self, request: ExpandRequest, replies: Sequence[Any]) -> list[Beam]:
         for reply in replies:
@@ -216,9 +219,22 @@ class EndpointEngine(AsyncEngine):
         whole = stopped and not (sampling.stop or sampling.stop_token_ids)  # those end the text wherever they stand
         if wrong := self.grammars.error(sampling, child.written if stopped else child.written.rstrip(_UNFINISHED), complete=whole):
             child.finish, child.error = "error", wrong
+        if child.request.alternatives is not None:
+            self._add_details(child, answer, child.request.alternatives)
         if child.request.record:
             child.guide_shift = [0.0] * len(child.token_ids)  # nothing guides here
             child.pieces = [self.vocabulary.decode([i]) for i in child.token_ids]
+
+    def _add_details(self, child: TokenSequence, answer: CompletionChoice, alternatives: int) -> None:
+        """The server's log-probabilities of its tokens, which nothing here guided; their texts add up to the response's."""
+        if len(answer.logprobs) != answer.tokens or len(answer.top) not in ((answer.tokens,) if alternatives else (answer.tokens, 0)):
+            child.finish, child.error = "error", f"{self.url} sent no log-probabilities of its tokens; leave logprobs (best_of) out"
+            return
+        for logprob, top in zip(answer.logprobs, answer.top or ((),) * answer.tokens, strict=True):
+            likely = tuple((self.vocabulary.intern(name), p) for name, p in top[:alternatives])
+            child.details.append(TokenLogprobs(END, "", logprob, logprob, likely, likely))
+        known = zip(child.details, child.token_ids, strict=True)
+        child.details = [replace(detail, token=token, text=self.vocabulary.decode([token])) for detail, token in known]
 
     def _ids(self, beam: Beam, text: str, answer: CompletionChoice, *, ended: bool) -> list[int]:
         """Numbers whose texts make up ``text``: one new piece or the server's tokens, and as many fillers as it has tokens more.

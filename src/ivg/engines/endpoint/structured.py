@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 from ivg.engines.grammar import Grammars
@@ -21,6 +22,9 @@ _VLLM = {"json_schema": "json", "regex": "regex", "choice": "choice", "grammar":
 _OURS = "%llguidance"
 """Begins a grammar that may have token ids, which a text has not: that of required calls of tools."""
 _STRING_OR_SPACE = re.compile(r'("(?:[^"\\]|\\.)*(?:"|\\?\Z))|[ \t\r\n]+', re.DOTALL)
+
+_LONGEST_ESCAPE = len("\\u0000")
+_HALF_AT_END = re.compile("[\ud800-\udbff]\\Z")
 
 
 def _vllm(sampling: SamplingParams) -> dict[str, Any]:
@@ -103,13 +107,30 @@ class EndpointGrammars:
             return True
         if sampling.json_schema is None or (complete and not _is_json(text)):
             return False
-        compact = _STRING_OR_SPACE.sub(lambda found: found[1] or "", text)  # other servers allow other white space
+        compact = _STRING_OR_SPACE.sub(lambda found: _plain_string(found[1]), text)  # other servers allow other white space and escapes
         return self._matches(sampling, compact, complete=complete)
 
     def _matches(self, sampling: SamplingParams, text: str, *, complete: bool) -> bool:
         assert sampling.structure is not None
         matcher = self.grammars.matcher(sampling.structure)
-        return bool(matcher.consume_tokens(list(text.encode())) and (not complete or matcher.is_accepting()))
+        try:
+            read = text.encode()
+        except UnicodeEncodeError:  # half of a character, escaped in the server's reply
+            return False
+        return bool(matcher.consume_tokens(list(read)) and (not complete or matcher.is_accepting()))
+
+
+def _plain_string(text: str | None) -> str:
+    """A JSON string, finished or not, with no more escapes than it needs; the empty text where there is none."""
+    if not text:
+        return ""
+    with suppress(ValueError):
+        return json.dumps(json.loads(text), ensure_ascii=False)
+    for cut in range(_LONGEST_ESCAPE):  # the end may be part of an escape
+        with suppress(ValueError):
+            known = json.loads(text[: len(text) - cut] + '"')
+            return json.dumps(_HALF_AT_END.sub("", known), ensure_ascii=False)[:-1]
+    return text
 
 
 def _is_json(text: str) -> bool:

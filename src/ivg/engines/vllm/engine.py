@@ -146,7 +146,7 @@ class VLLMEngine(AsyncEngine):
             )
 
     def logprobs(self, requests: Sequence[LogprobsRequest]) -> list[list[TokenLogprobs]]:
-        """Log-probabilities of given tokens; other requests go on meanwhile.
+        """Log-probabilities of given tokens; chunks that other requests have begun go on meanwhile.
 
         Raises:
             ConfigError: settings besides a temperature, or guidance that cannot be inside.

@@ -17,7 +17,8 @@ class IVGModelState(DefaultModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         composite: Any = model
         self.ivg = composite
-        self.table = torch.ones(self.max_num_reqs, len(composite.groups) + 1)
+        self.table = torch.zeros(self.max_num_reqs, len(composite.groups) + 1)
+        self.table[:, -1] = 1.0  # the temperature
         self.on_device = self.table.to(device)
         self.changed = False
 

@@ -13,7 +13,7 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Logit
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
 from ivg.engines.vllm.batch_betas import batch_betas
-from ivg.engines.vllm.config import KEY, IVGConfig, check_betas
+from ivg.engines.vllm.config import KEY, TEMPERATURE_KEY, IVGConfig, check_betas
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ class IVGBeta(V1LogitsProcessor, V2LogitsProcessor):
             ValueError: a weight that is no finite number, or of no guide; log-probabilities of a prompt beside a weight.
         """
         check_betas(sampling_params.extra_args)
-        extra = [k for k in sampling_params.extra_args or {} if k == KEY or k.startswith(f"{KEY}.")]
+        extra = [k for k in sampling_params.extra_args or {} if k in (KEY, TEMPERATURE_KEY) or k.startswith(f"{KEY}.")]
         if extra and sampling_params.prompt_logprobs is not None:
             raise ValueError(f"prompt_logprobs use the model's default weights and cannot be had beside {KEY}; leave one of them out")
 
@@ -45,7 +45,8 @@ class IVGBeta(V1LogitsProcessor, V2LogitsProcessor):
         self.v2 = len(runner) == 1
         self.device = None if self.v2 else runner[0]
         most = vllm_config.scheduler_config.max_num_seqs
-        self.table = torch.ones(most, len(self.config.groups) + 1)
+        self.table = torch.zeros(most, len(self.config.groups) + 1)
+        self.table[:, -1] = 1.0  # the temperature
         self.rows = 0
 
     def is_argmax_invariant(self) -> bool:

@@ -72,7 +72,8 @@ def score_tokens(
             kinds = {True: given.guided, False: given.base} if given.guided != given.base else {False: given.base}
             for i, token in enumerate(given.request.token_ids):
                 for kind, weights in kinds.items():
-                    pending[client.add([*given.prompt, *given.request.token_ids[:i]], given.params(token, weights))] = (k, i, kind)
+                    number = _add(client, [*given.prompt, *given.request.token_ids[:i]], given.params(token, weights))
+                    pending[number] = (k, i, kind)
         while pending:
             for result in client.step():
                 place = pending.pop(result.output.request_id, None)
@@ -84,11 +85,16 @@ def score_tokens(
                 for name in submodels:
                     cached = sum(result.cached)
                     request.beam.token_counter.add(name, len(asked[place[0]].prompt) + place[1] - cached)
-    except ValueError as e:
-        raise ConfigError(f"vLLM refuses to give log-probabilities: {str(e).strip().splitlines()[0]}") from e
     finally:
         client.abort(list(pending))
     return [list(_with_text(given.request, k, found)) for k, given in enumerate(asked)]
+
+
+def _add(client: EngineClient, token_ids: list[int], params: Any) -> str:
+    try:
+        return client.add(token_ids, params)
+    except ValueError as e:
+        raise ConfigError(f"vLLM refuses to give log-probabilities: {str(e).strip().splitlines()[0]}") from e
 
 
 _Score = tuple[float, tuple[tuple[int, float], ...]]
@@ -96,7 +102,10 @@ _Score = tuple[float, tuple[tuple[int, float], ...]]
 
 
 def _read(result: EngineOutput, token: int, alternatives: int) -> _Score:
-    (entries,) = result.output.outputs[0].logprobs
+    (sample,) = result.output.outputs
+    if not sample.logprobs:
+        raise ConfigError(f"vLLM gave no log-probabilities: {sample.finish_reason}\n  see its log, or leave them out")
+    (entries,) = sample.logprobs
     known = {int(i): float(entry.logprob) for i, entry in entries.items()}
     top = sorted(known.items(), key=lambda pair: -pair[1])[:alternatives]
     return known[token], tuple(pair for pair in top if pair[1] > float("-inf"))
