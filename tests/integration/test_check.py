@@ -17,7 +17,7 @@ def preferences(tmp_path_factory):
     options = LoadOptions(device="cpu", dtype="float32")
     model, gold = GuidedModel.embedded(options), RewardModel.from_pretrained(path("gold"), options=options)
     openings = ["The movie was", "This film", "I thought the story", "My friends and I", "After ten minutes", "The acting of"]
-    jobs = [p for p in openings for _ in range(32)]
+    jobs = [p for p in openings for _ in range(56)]
     requests = [model.request(p, "base", seed=9, index=i, temperature=1.0, max_new_tokens=24, ignore_eos=True) for i, p in enumerate(jobs)]
     done = dict(model.run(requests))
     scores, _ = gold.rewards([p + done[i].text for i, p in enumerate(jobs)])
