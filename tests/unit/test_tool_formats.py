@@ -13,6 +13,10 @@ from ivg.testing import byte_tokenizer, tiny_lm
 from tool_chats import PLAIN, template
 
 NAMES = ("get_weather", "f")
+SHOWS = (
+    "{{{{ tools | tojson if tools }}}}{{% for m in messages %}}{{{{ m.content }}}}"
+    "{{{{ m.tool_calls{}.function.arguments | tojson if m.tool_calls }}}}{{% endfor %}}"
+)
 ONE = CallText("f", '{"a": 1}')
 
 
@@ -142,13 +146,18 @@ def test_the_format_of_a_template(family, expected):
 @pytest.mark.parametrize(
     ("family", "several"),
     [("qwen2_5", True), ("qwen3", True), ("llama3_1", False), ("llama3_2", False), ("mistral", True), ("mistral_named", True),
-     ("{{ messages[-1].tool_calls[0].function.arguments | tojson if messages[-1].tool_calls }}", False)],
+     (SHOWS.format("[0]"), False),
+     (SHOWS.format("[-1]"), False),
+     (PLAIN, True), ("{{ raise_exception('no tools') if tools }}{{ messages[0].content }}", True)],
 )  # fmt: skip
 def test_whether_a_template_reads_several_calls_of_a_turn(family, several):
-    """The last one shows the first call alone."""
+    """The last four show the first call alone, the last call alone, no calls, and nothing at all where there are tools: only where one call
+    is read and two are not, a second one is in vain."""
     lm = tiny_lm("base")
     lm.template, lm.tokenizer.chat_template = "chat", template(family)
     assert reads_several(lm) is several
+    lm.template = "raw"
+    assert reads_several(lm) is True, "no chat template: nothing is known against several calls"
 
 
 def test_a_template_without_tools_has_no_format():

@@ -14,10 +14,10 @@ from ivg.settings.chat import ChatSettings
 from ivg.settings.tools import Tools
 from ivg.types import Message, Prompt, ToolCall
 
-_NAME, _ARGUMENTS = "look_up", '{"word": "tool"}'
+_NAME, _WORD, _SECOND_WORD = "look_up", "marzipan", "hammer"  # words that no template has
+_ARGUMENTS, _SECOND = json.dumps({"word": _WORD}), json.dumps({"word": _SECOND_WORD})
 _PARAMETERS = {"type": "object", "properties": {"word": {"type": "string", "description": "A word."}}, "required": ["word"]}
 _TOOL = {"type": "function", "function": {"name": _NAME, "description": "Look a word up.", "parameters": _PARAMETERS}}
-_SECOND = '{"word": "hammer"}'
 _ASKED = Message("user", "What is it?")
 _CALLED = Message("assistant", "", tool_calls=(ToolCall(_NAME, _ARGUMENTS, "call12345"),))
 _CALLED_TWICE = Message("assistant", "", tool_calls=(*_CALLED.tool_calls, ToolCall(_NAME, _SECOND, "call12346")))
@@ -30,9 +30,15 @@ def format_of_template(base: PromptEncoder) -> ToolFormat | None:
 
 
 def reads_several(base: PromptEncoder) -> bool:
-    """Does the chat template of ``base`` read several calls of one turn? Else the response that has them could not be sent back."""
-    turn = _turn(base, _CALLED_TWICE)
-    return turn is not None and all(json.loads(arguments)["word"] in turn for arguments in (_ARGUMENTS, _SECOND))
+    """May a response have several calls? No where the chat template of ``base`` reads one call of a turn but not two: such a response could
+    not be sent back. Yes where it reads no calls at all, or there is none: then it says nothing about their number.
+    """
+    return _reads(base, _CALLED, (_WORD,)) <= _reads(base, _CALLED_TWICE, (_WORD, _SECOND_WORD))
+
+
+def _reads(base: PromptEncoder, called: Message, words: tuple[str, ...]) -> bool:
+    turn = _turn(base, called)
+    return turn is not None and all(word in turn for word in words)
 
 
 def _turn(base: PromptEncoder, called: Message) -> str | None:

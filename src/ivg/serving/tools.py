@@ -104,7 +104,7 @@ class OfferedTools:
 def tool_format(model: GuidedModel, name: str | None) -> ToolFormat | None:
     """The format in which the base writes calls, whose special tokens are text from now on; None: none is known.
 
-    A response has one call where the chat template reads no more of a turn.
+    A response has one call where the chat template reads one call of a turn but refuses two.
 
     Args:
         model: with the base.

@@ -34,8 +34,16 @@ export function shorten(text, width, font) {
   const fits = (t) => canvas.measureText(t).width <= width - 1;
   if (fits(text)) return text;
   const letters = [...text];
-  while (letters.length && !fits(`${letters.join("")}…`)) letters.pop();
-  return `${letters.join("").trimEnd()}…`;
+  const cut = (n) => `${letters.slice(0, n).join("").trimEnd()}…`;
+  let kept = 0, over = 1; // `kept` letters fit, `over` do not: from the front, as the text may be a whole answer
+  while (over < letters.length && fits(cut(over))) [kept, over] = [over, over * 2];
+  over = Math.min(over, letters.length);
+  while (over - kept > 1) {
+    const middle = (kept + over) >> 1;
+    if (fits(cut(middle))) kept = middle;
+    else over = middle;
+  }
+  return cut(kept);
 }
 
 /** Roving tabindex: arrow keys move the focus among `items()`; `step(key, from, items)` gives the next index or null. */
