@@ -249,7 +249,8 @@ def test_conversations():
     prompt = list(chat.base.prompt_ids(Prompt.of(turns)))
     logps = naive.outputs(chat.base.model.network, prompt)[-1].log_softmax(-1)
     assert [r.logprob for r in found] == pytest.approx([float(logps[r.token_ids[0]]) for r in found], abs=1e-4)
-    assert chat.logprobs(turns, "a", "base") == found[0]
+    alone = chat.logprobs(turns, "a", "base")
+    assert alone.token_ids == found[0].token_ids and alone.logprob == pytest.approx(found[0].logprob, abs=1e-4)
 
 
 REFUSED = [

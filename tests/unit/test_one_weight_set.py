@@ -205,6 +205,8 @@ def test_the_base_may_have_an_adapter(hub):
 def test_an_adapter_of_packed_weights(dtype, hub, monkeypatch):
     from ivg.models import kernels, packed_linear
 
+    if not kernels.has_packed_linear(getattr(torch, dtype)):
+        pytest.skip(f"this PyTorch does not pack {dtype} on this CPU")
     monkeypatch.setattr(kernels, "has_packed_linear", lambda kind: str(kind) == f"torch.{dtype}")
     monkeypatch.setitem(packed_linear.MIN_WEIGHTS, torch.float32, 0)
     base, options = str(hub / "base"), LoadOptions(device="cpu", dtype=dtype)
