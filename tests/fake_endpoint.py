@@ -36,6 +36,7 @@ class Server:
     def __init__(self, **behaviour):
         self.delay, self.together, self.status, self.at_a_time = 0.0, 0, {}, "many"
         self.text, self.page, self.finish, self.names_stops, self.says, self.reports = None, None, None, True, None, True
+        self.names_ends = True
         self.__dict__.update(behaviour)
         self.requests, self.gone, self.now, self.peak, self.changed = [], 0, 0, 0, threading.Condition()
         outer = self
@@ -111,6 +112,7 @@ class Server:
 
     def logprobs(self, spelt, count):
         """The letter's place in the alphabet as its log-probability, and the two before it as likelier ones."""
+        spelt = [letter for letter in spelt if self.names_ends or letter != "</s>"]
         drawn = [-float(LETTERS.find(letter) + 2) for letter in spelt]
         top = [{letter: p, "y": p + 0.5, "z": p + 1} for letter, p in zip(spelt, drawn, strict=True)]
         return {"tokens": spelt, "token_logprobs": drawn} | ({"top_logprobs": top} if count else {})

@@ -48,6 +48,16 @@ def test_every_token_has_the_servers_number(over, method, sizes, stop):
                 assert detail.logprob == of_letter(detail.text)
 
 
+def test_an_end_that_the_server_does_not_report(over):
+    """As llama.cpp: the end of the response is no token of its list."""
+    _, model = over(names_ends=False)
+    done = [model.generate("p", method, seed=seed, alternatives=1, max_new_tokens=9) for seed in range(12) for method in ("base", "bon")]
+    ended = [d for d in done if d.finish_reason == "stop" and d.text]
+    assert ended and not any(d.error for d in done)
+    for one in ended:
+        assert "".join(d.text for d in one.details) == one.text and [d.logprob for d in one.details] == [*map(of_letter, one.text)]
+
+
 def test_best_of_takes_the_likeliest(over):
     server, model = over()
     alone = [model.generate("p", "base", seed=seed, alternatives=0, max_new_tokens=4) for seed in range(6)]

@@ -272,8 +272,8 @@ def _masks(metadata: ForwardMetadata, layout: PassLayout, window: int | None, de
     if window is not None:
         prefix &= in_prefix > here - window
         suffix &= in_suffix > here - window
-    added = [torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf).to(device) for seen in (prefix, suffix)]
-    return AttentionMasks(added[0], added[1])
+    bias = [torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf).to(device) for seen in (prefix, suffix)]
+    return AttentionMasks(bias[0], bias[1])
 
 
 def _suffix_blocks(lengths: Sequence[int], size: int) -> list[tuple[int, int, int]]:

@@ -227,13 +227,14 @@ class EndpointEngine(AsyncEngine):
 
     def _add_details(self, child: TokenSequence, answer: CompletionChoice, alternatives: int) -> None:
         """The server's log-probabilities of its tokens, which nothing here guided; their texts add up to the response's."""
-        if len(answer.logprobs) != answer.tokens or len(answer.top) not in ((answer.tokens,) if alternatives else (answer.tokens, 0)):
+        count = len(answer.names)
+        if len(answer.logprobs) != count or (answer.text and not count) or (alternatives and len(answer.top) != count):
             child.finish, child.error = "error", f"{self.url} sent no log-probabilities of its tokens; leave logprobs (best_of) out"
             return
-        for logprob, top in zip(answer.logprobs, answer.top or ((),) * answer.tokens, strict=True):
+        for logprob, top in zip(answer.logprobs, answer.top or ((),) * count, strict=True):
             likely = tuple((self.vocabulary.intern(name), p) for name, p in top[:alternatives])
             child.details.append(TokenLogprobs(END, "", logprob, logprob, likely, likely))
-        known = zip(child.details, child.token_ids, strict=True)
+        known = zip(child.details, child.token_ids, strict=False)  # some servers leave the end out
         child.details = [replace(detail, token=token, text=self.vocabulary.decode([token])) for detail, token in known]
 
     def _ids(self, beam: Beam, text: str, answer: CompletionChoice, *, ended: bool) -> list[int]:

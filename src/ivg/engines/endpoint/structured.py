@@ -22,7 +22,6 @@ _VLLM = {"json_schema": "json", "regex": "regex", "choice": "choice", "grammar":
 _OURS = "%llguidance"
 """Begins a grammar that may have token ids, which a text has not: that of required calls of tools."""
 _STRING_OR_SPACE = re.compile(r'("(?:[^"\\]|\\.)*(?:"|\\?\Z))|[ \t\r\n]+', re.DOTALL)
-
 _LONGEST_ESCAPE = len("\\u0000")
 _HALF_AT_END = re.compile("[\ud800-\udbff]\\Z")
 
