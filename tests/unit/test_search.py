@@ -249,7 +249,7 @@ def test_a_request_ends_where_its_logprobs_are_refused():
     """An engine that gives them late, and refuses: this request has the error, and the others go on."""
 
     class Late(FakeEngine):
-        late_logprobs = True
+        logprobs_after_generation = True
 
         def logprobs(self, requests):
             raise ConfigError("at most 20")

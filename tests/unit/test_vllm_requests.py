@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ivg.engines.look_back import LookBack
+from ivg.engines.token_penalties import TokenPenalties
 from ivg.engines.transformers.processors import process_logits
 from ivg.engines.vllm.client import EngineOutput
 from ivg.engines.vllm.engine import VLLMEngine
@@ -103,7 +103,7 @@ def test_requests_say_which_tokens_are_the_response(engine):
     for _, params in asked:
         assert (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) == (1.0, 0.0, 0.0)
         sent = json.loads(json.dumps(params.extra_args["ivg_response"]))  # it goes to another process
-        assert LookBack.read(sent) == LookBack.of(SamplingParams(**LOOKING_BACK), engine.vocabulary)
+        assert TokenPenalties.read(sent) == TokenPenalties.of(SamplingParams(**LOOKING_BACK), engine.vocabulary)
 
 
 def test_vllm_s_own_penalties_where_they_mean_the_same(engine):
@@ -166,10 +166,10 @@ def test_a_chunk_is_processed_as_the_whole_response_is():
     logits = torch.randn(1, 12, generator=random)
     expected, _ = process_logits(logits, [settings], lambda _: (prompt, response), vocabulary)
     assert expected[0, 8] == expected[0, 5] == -torch.inf and expected[0, 4] != -torch.inf
-    look_back = LookBack.read(LookBack.of(settings, vocabulary).to_dict())
+    look_back = TokenPenalties.read(TokenPenalties.of(settings, vocabulary).to_dict())
     for cut in range(len(response) + 1):
         z = logits[0].clone()
         look_back.apply_to_chunk(z, prompt + response[:cut], response[cut:], cut)
         assert torch.equal(z, expected[0])
     with pytest.raises(ConfigError, match="cannot be read"):
-        LookBack.read({"bad_words": [["x"]]})
+        TokenPenalties.read({"bad_words": [["x"]]})

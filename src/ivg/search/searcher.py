@@ -15,7 +15,7 @@ from functools import partial
 
 from ivg.errors import ConfigError, ModelError, ScoreFault
 from ivg.search import ranking, scheduling
-from ivg.search.late_logprobs import answer_details
+from ivg.search.logprobs_after_generation import answer_details
 from ivg.search.particles import ParticleRule
 from ivg.search.rejection import RejectionRule
 from ivg.search.request import QUANTUM, Particles, Rejection, Request, Search, check_search, required_features
@@ -50,7 +50,7 @@ def check_engine(engine: Engine, request: Request) -> None:
         ConfigError, VocabularyError: names it, and what to do instead.
     """
     features = required_features(request)
-    if engine.late_logprobs and request.alternatives is not None:
+    if engine.logprobs_after_generation and request.alternatives is not None:
         features.discard("alternatives")
         engine.check_logprobs(request.sampling)
     engine.check_features(features)

@@ -141,7 +141,7 @@ class Engine(ABC):
     """In errors."""
     unsupported: Mapping[str, str] = MappingProxyType({})
     """Fields of :class:`ExpandRequest` and :class:`SamplingParams` that this engine cannot honour, each with what to do instead."""
-    late_logprobs: bool = False
+    logprobs_after_generation: bool = False
     """Log-probabilities of an answer come from :meth:`logprobs`, once it is complete; ``ExpandRequest.alternatives`` is unsupported."""
     vocabulary: Any = None
     """What the base's token ids mean (:class:`ivg.models.vocabulary.Vocabulary`)."""

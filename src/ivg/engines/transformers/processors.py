@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ivg.engines.look_back import FORBIDDEN, Ids, LookBack, add_biases, columns
+from ivg.engines.token_penalties import FORBIDDEN, Ids, TokenPenalties, add_biases, columns
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.vocabulary import Vocabulary
 from ivg.settings.sampling import ONLY_TRANSFORMERS, STRUCTURES
@@ -96,7 +96,7 @@ def _process(z: Tensor, p: SamplingParams, prompt: Ids, response: Ids, vocabular
         add_biases(z, text, dict(p.sequence_bias).items())  # of a sequence that is given twice the last bias counts
     if p.logit_bias:
         add_biases(z, (), [((i,), bias) for i, bias in p.logit_bias])
-    LookBack.of(p, vocabulary).apply(z, prompt, response)
+    TokenPenalties.of(p, vocabulary).apply(z, prompt, response)
     if p.no_repeat_ngram_size:
         _forbid(z, _completions(text, p.no_repeat_ngram_size))
     if p.bad_words_ids:

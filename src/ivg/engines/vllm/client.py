@@ -24,7 +24,7 @@ from ivg.errors import ConfigError, ModelError, shortened
 from ivg.settings.run import CPU_MEMORY
 
 PROCESSOR = "ivg.engines.vllm.processor:IVGBeta"
-RESPONSE_PROCESSOR = "ivg.engines.vllm.response_processor:ResponseLookBack"
+RESPONSE_PROCESSOR = "ivg.engines.vllm.response_processor:ResponsePenalties"
 SCHEDULER = "ivg.engines.vllm.scheduler.make_scheduler"
 
 ALIVE_CHECK_SECONDS = 0.5

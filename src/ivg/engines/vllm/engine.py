@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ivg.engines.grammar import GrammarMasks
-from ivg.engines.look_back import LookBack
 from ivg.engines.sequences import TokenSequence, append_token, as_beams, fail, fork
+from ivg.engines.token_penalties import TokenPenalties
 from ivg.engines.vllm.client import EngineClient, EngineOutput
 from ivg.engines.vllm.config import KEY, RESPONSE_KEY
 from ivg.engines.vllm.response_grammar import ResponseGrammar
@@ -84,7 +84,7 @@ class VLLMEngine(AsyncEngine):
     """
 
     name = "vllm"
-    late_logprobs = True
+    logprobs_after_generation = True
     unsupported: Mapping[str, str] = {
         "pause": _ELSEWHERE,
         "until": f"chunks inside vLLM have a length in tokens, so no chunk_until; {_ELSEWHERE}",
@@ -224,7 +224,7 @@ class VLLMEngine(AsyncEngine):
         s = request.sampling
         least = tokens if s.ignore_eos else self._least(request, tokens)
         looks_back = self._look_back(request)
-        own = LookBack() if looks_back else LookBack(s.repetition_penalty, s.frequency_penalty, s.presence_penalty)
+        own = TokenPenalties() if looks_back else TokenPenalties(s.repetition_penalty, s.frequency_penalty, s.presence_penalty)
         seed = mix(request.seed, request.beam.rng_path, len(request.beam.token_ids), request.first) >> 2  # child i has seed + i
         return Params(
             n=request.successors // copies,
@@ -262,7 +262,7 @@ class VLLMEngine(AsyncEngine):
         s, already = request.sampling, len(request.beam.token_ids)
         if not (s.bad_words or (already and (s.frequency_penalty or s.presence_penalty))):
             return {}
-        return {RESPONSE_KEY: {"tokens": already, **LookBack.of(s, self.vocabulary).to_dict()}}
+        return {RESPONSE_KEY: {"tokens": already, **TokenPenalties.of(s, self.vocabulary).to_dict()}}
 
     def _weights(self, guidance: TokenGuidance | None) -> dict[str, float]:
         """The guidance weight of every group: 0 for those that do not guide this request."""

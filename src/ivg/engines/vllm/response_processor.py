@@ -2,7 +2,8 @@
 
 To vLLM a chunk is a request whose prompt ends with the response so far, so its own penalties would begin anew in every chunk. Here a
 request says how many tokens at the end of its prompt belong to the response (``SamplingParams.extra_args``), and vLLM's own are off.
-The arithmetic is :class:`~ivg.engines.look_back.LookBack`, that of the transformers engine: behind ``logit_bias``, before temperature.
+The arithmetic is :class:`~ivg.engines.token_penalties.TokenPenalties`,
+that of the transformers engine: behind ``logit_bias``, before temperature.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
-from ivg.engines.look_back import LookBack
+from ivg.engines.token_penalties import TokenPenalties
 from ivg.engines.vllm.config import RESPONSE_KEY
 from ivg.errors import ConfigError
 
@@ -37,13 +38,13 @@ class _Request:
         output: what vLLM has drawn, which grows; likewise.
     """
 
-    settings: LookBack
+    settings: TokenPenalties
     tokens: int
     prompt: Sequence[int] = ()
     output: Sequence[int] = ()
 
 
-class ResponseLookBack(V1LogitsProcessor, V2LogitsProcessor):
+class ResponsePenalties(V1LogitsProcessor, V2LogitsProcessor):
     """Settings of each request from ``SamplingParams.extra_args``; requests without them stay as they are."""
 
     @classmethod
@@ -112,4 +113,4 @@ def _request(extra_args: Mapping[str, Any] | None, prompt: Sequence[int] | None 
     tokens = given.get("tokens") if isinstance(given, Mapping) else None
     if not isinstance(tokens, int):
         raise ConfigError(f"extra_args[{RESPONSE_KEY!r}] is for ivg's own requests, got {given!r}\n  leave it out")
-    return _Request(LookBack.read(given), tokens, prompt or (), output)
+    return _Request(TokenPenalties.read(given), tokens, prompt or (), output)

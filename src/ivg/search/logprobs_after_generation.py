@@ -1,4 +1,4 @@
-"""Log-probabilities of an answer from engines that do not give them while they draw (``Engine.late_logprobs``)."""
+"""Log-probabilities of an answer from engines that do not give them while they draw (``Engine.logprobs_after_generation``)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def answer_details(engine: Engine, request: Request, answer: Beam, counter: Toke
     Raises:
         ConfigError: the engine refuses.
     """
-    if request.alternatives is None or not engine.late_logprobs or not answer.token_ids:
+    if request.alternatives is None or not engine.logprobs_after_generation or not answer.token_ids:
         return answer.details
     root = replace(engine.open(request.prompt, request.sampling), token_counter=counter)
     plain = SamplingParams(temperature=request.sampling.temperature or 1.0)

@@ -22,7 +22,7 @@ FORBIDDEN = float("-inf")
 
 
 @dataclass(frozen=True)
-class LookBack:
+class TokenPenalties:
     """The settings of a request, with words as tokens.
 
     Attributes:
@@ -38,13 +38,13 @@ class LookBack:
     bad_words: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
-    def of(cls, params: SamplingParams, vocabulary: Vocabulary) -> LookBack:
+    def of(cls, params: SamplingParams, vocabulary: Vocabulary) -> TokenPenalties:
         """Those of ``params``."""
         words = vocabulary.word_ids(params.bad_words) if params.bad_words else ()
         return cls(params.repetition_penalty, params.frequency_penalty, params.presence_penalty, words)
 
     @classmethod
-    def read(cls, given: Mapping[str, Any]) -> LookBack:
+    def read(cls, given: Mapping[str, Any]) -> TokenPenalties:
         """From :meth:`to_dict`, as it came out of another process.
 
         Raises:
