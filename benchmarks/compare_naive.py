@@ -121,7 +121,7 @@ def main() -> None:
     ratio = throughput_over_naive(rows)
     lines = [f"answers/s over naive: {ratio:.2f}", *report.notes(found)]
     found["ratios"]["throughput_over_naive"] = ratio
-    report.print_table(f"{settings.title} ({found['device']}, {found['dtype']})", report.COLUMNS, report.cells(found), lines)
+    report.print_results(f"{settings.title} ({found['device']}, {found['dtype']})", report.COLUMNS, report.cells(found), lines)
     print(to_json(found))
 
 

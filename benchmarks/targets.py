@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     title = f"Targets on {found['device']}"
     if docs is not None and not quick:
         update_page(docs, f"targets, {found['device']}", section(title, markdown_table(COLUMNS, body), lines, found))
-    report.print_table(f"{title}, {found['dtype']}, {found['threads']} threads", COLUMNS, body, lines)
+    report.print_results(f"{title}, {found['dtype']}, {found['threads']} threads", COLUMNS, body, lines)
     print(to_json(found))
 
 

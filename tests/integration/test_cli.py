@@ -284,7 +284,7 @@ def test_compare(ivg, models):
 def test_compare_fits_a_narrow_terminal(ivg, models):
     _, out, _ = ivg("compare", "The movie was", *models, "--methods", "base,cbs-implicit", columns=80)
     head = out.splitlines()[1]
-    assert len(head) == 80
+    assert max(map(len, out.splitlines())) <= 80
     assert "The movie was …" in head
     assert "tokens ┃" in head
     assert "│ cbs-implicit │" in out

@@ -148,19 +148,18 @@ def contention_warning(found: Mapping[str, Any]) -> list[str]:
     return [f"other processes took up to {found['others']:.0%} of the processors; measure again on an idle machine"]
 
 
-def print_table(title: str, head: Sequence[str], body: Sequence[Sequence[str]], lines: Sequence[str]) -> None:
+def print_results(title: str, head: Sequence[str], body: Sequence[Sequence[str]], lines: Sequence[str]) -> None:
     """Print a table and the lines under it on standard output."""
-    from rich.console import Console
     from rich.table import Table
 
-    out = Console(highlight=False)
-    if not out.is_terminal:
-        out.width = 120
+    from ivg.utils.console import print_table, table_console
+
+    out = table_console()
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(head):
-        table.add_column(name, justify="right" if i else "left", overflow="fold")
+        table.add_column(name, justify="right" if i else "left")
     for row in body:
         table.add_row(*row)
-    out.print(table)
+    print_table(table, out)
     for line in lines:
-        out.print(line, markup=False)
+        out.print(line, markup=False, soft_wrap=True)

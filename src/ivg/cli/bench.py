@@ -59,7 +59,7 @@ def bench(
     rows = runner.run(settings, out, on_progress=on_progress)
     found = report.summary(settings, rows, environment.run_metadata())
     title = f"{settings.title} ({found['device']}, {found['dtype']})"
-    report.print_table(title, report.COLUMNS, report.cells(found), report.notes(found))
+    report.print_results(title, report.COLUMNS, report.cells(found), report.notes(found))
     typer.echo(to_json(found))
 
 

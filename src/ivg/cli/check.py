@@ -10,13 +10,14 @@ from rich.console import Console
 
 from ivg.cli.options import Options, command
 from ivg.cli.output import AsJson, Quiet, print_json
-from ivg.cli.printing import say, table_console
+from ivg.cli.printing import say
 from ivg.cli.quick_import import import_transformers
 from ivg.cli.recipe_options import RecipeOptions
 from ivg.cli.standard_input import texts_of
 from ivg.errors import ConfigError
 from ivg.settings.check import PreferenceSettings
 from ivg.settings.recipe import Recipe
+from ivg.utils.console import table_console
 
 if TYPE_CHECKING:
     from ivg.diagnostics.divergence import PairDivergence

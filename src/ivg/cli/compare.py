@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +16,7 @@ from ivg.cli.recipe_options import RecipeOptions
 from ivg.cli.standard_input import texts_of
 from ivg.errors import ConfigError, ScoreError
 from ivg.settings.recipe import Recipe
+from ivg.utils.console import print_table
 
 if TYPE_CHECKING:
     from ivg.model import GuidedModel
@@ -148,7 +148,6 @@ _COLUMNS = {"value": ".2f", "gold": "+.2f", "tokens": ",", "seconds": ".2f"}
 
 
 def _print(prompt: str, rows: list[dict[str, Any]], judge: str | None, gold: bool) -> None:
-    out = Console(highlight=False)
     notes = {
         "value": f"value: score by {judge}",
         "gold": "gold: score by a reward model that no method uses",
@@ -156,15 +155,15 @@ def _print(prompt: str, rows: list[dict[str, Any]], judge: str | None, gold: boo
         "seconds": "s: seconds",
     }
     keep = [name for name in _COLUMNS if not (name == "gold" and not gold) and not (name == "value" and judge is None)]
-    table = Table(show_lines=True, expand=True, caption=" · ".join(notes[name] for name in keep), caption_justify="left")
+    table = Table(show_lines=True, caption=" · ".join(notes[name] for name in keep), caption_justify="left")
     table.add_column("method", no_wrap=True)
-    table.add_column(Text(f"{prompt} …"), ratio=1)
+    table.add_column(Text(f"{prompt} …"))
     for name in keep:
         table.add_column("s" if name == "seconds" else name, justify="right", no_wrap=True)
     for row in rows:
         text = FAILED if row["text"] is None else row["text"].strip()
         table.add_row(row["method"], Text(text), *(_cell(row, name) for name in keep))
-    out.print(table)
+    print_table(table)
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

@@ -11,7 +11,6 @@ import typer
 
 from ivg.cli.options import command
 from ivg.cli.output import AsJson, print_json
-from ivg.cli.printing import plain_table, table_console
 from ivg.cli.recipe_options import RecipeOptions, Tables
 from ivg.errors import IVGError
 from ivg.search.methods import Method, get_method, resolve_fallbacks
@@ -21,6 +20,7 @@ from ivg.settings.recipe import Recipe
 from ivg.settings.sampling import DEFAULT_SAMPLING
 from ivg.settings.schema import settings_of
 from ivg.settings.search import SearchSettings
+from ivg.utils.console import plain_table, print_table
 
 HELP = """Print the settings that a command with these options would run with, and where each comes from.
 
@@ -95,13 +95,12 @@ def show(
         listed = [{name: value for name, value in asdict(row).items() if name != "note" or value} for row in rows]
         print_json(listed)
         return
-    out = table_console()
     table = plain_table("setting", "value", "from")
     table.columns[0].no_wrap = True
     for row in rows:
         source = f"{row.source} ({row.note})" if row.note else row.source
         table.add_row(f"{row.table}.{row.setting}", _text(row.value), source)
-    out.print(table)
+    print_table(table)
 
 
 def effective_settings(found: Sourced) -> list[Row]:

@@ -9,9 +9,10 @@ import typer
 
 from ivg.cli.options import Options, command
 from ivg.cli.output import AsJson, print_json
-from ivg.cli.printing import plain_table, say, table_console
+from ivg.cli.printing import say
 from ivg.errors import ConfigError
 from ivg.settings.rows import RowSettings
+from ivg.utils.console import plain_table, print_table, table_console
 
 if TYPE_CHECKING:
     from ivg.training.data_check import DataReport
@@ -75,7 +76,7 @@ def _print(report: DataReport, source: str) -> None:
     table = plain_table(f"length in {report.unit}", "min", "median", "p95", "max", "empty")
     for name, found in report.lengths.items():
         table.add_row(name, str(found.min), f"{found.median:g}", str(found.p95), str(found.max), str(found.empty))
-    out.print(table)
+    print_table(table, out)
     for text, share in report.shares.items():
         say(out, f"{text}: {share:.0%}")
     for text, count in report.counts.items():

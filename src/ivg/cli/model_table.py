@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from ivg.cli.printing import plain_table, say
+from ivg.cli.printing import say
+from ivg.utils.console import plain_table, print_table
 
 if TYPE_CHECKING:
     from ivg.diagnostics.compatibility import Compatibility
@@ -72,7 +73,7 @@ def show_models(out: Console, found: ModelsReport, *, quiet: bool = False) -> No
     for c in found.models:
         words = "same as base" if c.same_vocabulary else f"{c.different} ids differ: guides by text (--guide-candidates), selects by text"
         table.add_row(c.name, str(c.tokens), str(c.context), _yes(c.chat_template), words)
-    out.print(table)
+    print_table(table, out)
     if quiet:
         return
     for note in found.notes:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ivg.cli.output import AsJson, print_json
-from ivg.cli.printing import plain_table, table_console
+from ivg.utils.console import plain_table, print_table
 
 _COLUMNS = ("width", "successors", "chunk_length", "token", "select")
 """Settings of methods that have a column of their own."""
@@ -113,7 +113,7 @@ def _table(title: str, rows: list[dict[str, Any]], names: dict[str, str], withou
     table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(*(_cell(row[name]) for name in columns))
-    table_console().print(table)
+    print_table(table)
 
 
 def _cell(value: Any) -> str:

@@ -11,9 +11,10 @@ from rich.console import Console
 
 from ivg.cli.model_table import describe_models, show_models
 from ivg.cli.output import print_json
-from ivg.cli.printing import plain_table, say, table_console
+from ivg.cli.printing import say
 from ivg.cli.progress import print_error
 from ivg.errors import ConfigError
+from ivg.utils.console import plain_table, print_table, table_console
 
 if TYPE_CHECKING:
     from ivg.diagnostics.divergence import PairDivergence
@@ -172,7 +173,7 @@ def _pairs(out: Console, report: GuidanceReport) -> None:
         table.add_row(name, *(f"{p.rate:.2f}" for p in v.accuracy), _interval(v.whole), f"{v.loss:.3f}")
     longer = report.longer_wins
     table.add_row("longer wins", "", "", "", f"{longer.rate:.2f}", _interval(longer), "")
-    out.print(table)
+    print_table(table, out)
     _trained(out, report)
     margins = [f"{v.name} {v.margin_correlation:.2f}" for v in report.values if v.margin_correlation is not None]
     if margins:
@@ -203,7 +204,7 @@ def _length(out: Console, report: GuidanceReport) -> None:
         if (c := v.length_control) is not None:
             balanced = ("", "") if c.balanced is None else (f"{c.balanced.rate:.2f}", _interval(c.balanced))
             table.add_row(v.name, c.unit, f"{c.alone.rate:.2f} ({c.rule})", *balanced, f"{c.residual.rate:.2f}", _interval(c.residual))
-    out.print(table)
+    print_table(table, out)
 
 
 def _divergence(out: Console, report: GuidanceReport, beta: float) -> None:
@@ -217,7 +218,7 @@ def _divergence(out: Console, report: GuidanceReport, beta: float) -> None:
     for name, d in (("chosen", report.divergence_on_chosen), ("base's", report.divergence_on_samples)):
         if d is not None:
             table.add_row(name, *_cells(d))
-    out.print(table)
+    print_table(table, out)
 
 
 def _cells(d: PairDivergence) -> Sequence[str]:
@@ -235,13 +236,13 @@ def _sweep(out: Console, report: GuidanceReport) -> None:
         for r in report.sweep:
             size = f"{r.effective_size:.0f}" + ("" if r.effective_size >= MIN_EFFECTIVE_SIZE else " (too few)")
             table.add_row(f"{r.beta:g}", *_gain(r.gain), f"{r.kl.mean:.2f}", f"{r.kl_per_token:.3f}", f"{r.length:.0f}", size)
-        out.print(table)
+        print_table(table, out)
     if report.best_of:
         out.print(f"\nbest of {BEST_OF} of the base's texts, judged by {report.judge}")
         table = plain_table("by", "gain", "95 % interval")
         for s in report.best_of:
             table.add_row(s.value, *_gain(s.gain))
-        out.print(table)
+        print_table(table, out)
 
 
 def _gain(gain: Estimate | None) -> tuple[str, str]:

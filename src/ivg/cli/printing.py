@@ -1,12 +1,10 @@
-"""Print answers, lines and tables to the terminal."""
+"""Print answers and lines to the terminal."""
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from ivg.types.messages import Message, Prompt
@@ -14,27 +12,10 @@ from ivg.types.messages import Message, Prompt
 if TYPE_CHECKING:
     from ivg.types import Completion
 
-NO_LIMIT = 100_000
-"""Columns of a console that wraps nothing."""
-
 
 def say(out: Console, text: str) -> None:
     """Print text as it is, in lines of any length."""
     out.print(text, soft_wrap=True, markup=False)
-
-
-def table_console() -> Console:
-    """Standard output for tables: as wide as the terminal (or ``COLUMNS``). A file or a pipe has no width: there each row is one line."""
-    found = Console(highlight=False)
-    return found if found.is_terminal or os.environ.get("COLUMNS") else Console(highlight=False, width=NO_LIMIT)
-
-
-def plain_table(*columns: str, **options: Any) -> Table:
-    """A table without lines. What is too long for its column goes on in the next line; nothing is cut off."""
-    table = Table(*columns, box=None, pad_edge=False, **options)
-    for column in table.columns:
-        column.overflow = "fold"
-    return table
 
 
 def begun_text(prompt: Any, template: str | None) -> str:

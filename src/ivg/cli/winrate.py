@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ivg.cli.output import AsJson, Quiet, print_json, print_notes
-from ivg.cli.printing import plain_table
 from ivg.cli.standard_input import DASH
 from ivg.errors import ConfigError
+from ivg.utils.console import plain_table, print_table
 
 if TYPE_CHECKING:
     from ivg.evaluation.winrate import Row, WinRate
@@ -46,7 +45,7 @@ def winrate(
     path = None if plain else difficulty_file(difficulty)
     results: list[dict[str, Any]] = []
     table = plain_table()
-    table.add_column("model", overflow="fold")
+    table.add_column("model")
     for name in ("win rate", "±", "discrete", "LC win rate", "±", "characters", "judged"):
         table.add_column(name, no_wrap=True, justify="right")
     reasons: dict[str, None] = {}
@@ -62,7 +61,7 @@ def winrate(
     if as_json:
         print_json(results)
     else:
-        Console(highlight=False, soft_wrap=True).print(table)
+        print_table(table)
     print_notes(quiet, *(f"no length-controlled win rate: {reason}" for reason in reasons))
     if output is not None:
         from ivg.utils.jsonl import write_json
