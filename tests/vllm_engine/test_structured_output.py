@@ -104,6 +104,7 @@ def test_streamed(searching):
 
 def test_lengths(fast, slow):
     """The grammar decides where a response may end; where nothing else can follow, it ends before any least number of tokens."""
+    b = slow.base.tokenizer("b").input_ids[0]
     for settings in (
         {"regex": "[ab]{3}", "ignore_eos": True},
         {"regex": "[ab]+", "ignore_eos": True, "max_new_tokens": 6},
@@ -111,7 +112,9 @@ def test_lengths(fast, slow):
         {"choice": ["yes", "no"], "min_new_tokens": 12},
         {"regex": "[ab]{3}", "max_new_tokens": 3},
         {"regex": "[ab]{40}", "max_new_tokens": 3},
-        {"regex": "(ab)+", "stop_token_ids": [slow.base.tokenizer("b").input_ids[0]]},
+        {"regex": "(ab)+", "stop_token_ids": [b]},
+        {"regex": "(ab)+", "stop_token_ids": [b], "ignore_eos": True, "logit_bias": {slow.base.tokenizer.eos_token_id: 90.0}},
+        {"regex": "a+", "stop_token_ids": [b], "ignore_eos": True, "min_new_tokens": 3, "logit_bias": {b: 90.0}},
     ):
         settings = {"temperature": 0.0, "max_new_tokens": 20, "beta": 1.0, **settings}
         expected = [(c.token_ids, c.text, c.finish_reason) for c in slow.generate(prompts(3), "eft", **settings)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ivg.engines.grammar import GrammarMasks
@@ -31,8 +31,8 @@ from ivg.utils.rng import mix
 
 _ELSEWHERE = "leave --engine out: the transformers engine can"
 _SPECULATIVE = dict.fromkeys(
-    ["bad_words", *(f"{name}{IN_CHUNKS}" for name in LOOK_BACK.difference(STRUCTURES))],
-    f"vLLM's speculative decoding cannot look at the response; leave speculative_config out of [vllm], or {_ELSEWHERE}",
+    ["bad_words", STOPS_BESIDE_EOS, *(f"{name}{IN_CHUNKS}" for name in LOOK_BACK.difference(STRUCTURES))],
+    f"ivg's own rules for tokens do not run with vLLM's speculative decoding; leave speculative_config out of [vllm], or {_ELSEWHERE}",
 )
 
 
@@ -91,7 +91,6 @@ class VLLMEngine(AsyncEngine):
         "return_log_ratio": _ELSEWHERE,
         "alternatives": "vLLM gives them once an answer is complete: see Engine.logprobs",
         "thinking": f"guidance inside vLLM begins with the first token, so no guide_after; {_ELSEWHERE}",
-        STOPS_BESIDE_EOS: f"vLLM would forbid both; leave one out, or {_ELSEWHERE}",
         **dict.fromkeys(
             ONLY_TRANSFORMERS,
             f"{_ELSEWHERE}; where the base's generation_config.json sets it: --generation-config ignore",
@@ -222,7 +221,7 @@ class VLLMEngine(AsyncEngine):
         from vllm.sampling_params import RequestOutputKind
 
         s = request.sampling
-        least = tokens if s.ignore_eos else self._least(request, tokens)
+        least, never_ends = self._least(request, tokens), s.ignore_eos and not s.stop_token_ids
         looks_back = self._look_back(request)
         own = TokenPenalties() if looks_back else TokenPenalties(s.repetition_penalty, s.frequency_penalty, s.presence_penalty)
         seed = mix(request.seed, request.beam.rng_path, len(request.beam.token_ids), request.first) >> 2  # child i has seed + i
@@ -239,7 +238,8 @@ class VLLMEngine(AsyncEngine):
             logit_bias=dict(s.logit_bias) or None,
             seed=None if s.temperature == 0 else seed,
             max_tokens=tokens,
-            min_tokens=0 if s.structure else least,  # forbids the tokens that stop, for so long; a grammar does that by itself
+            # forbids the tokens that stop, for so long; a grammar does that by itself
+            min_tokens=0 if s.structure else tokens if never_ends else least,
             stop_token_ids=sorted({*self.vocabulary.eos_ids, *s.stop_token_ids}),
             ignore_eos=True,  # of the model's files; the search gives its own as stop_token_ids
             stop=list(s.stop) or None,
@@ -258,11 +258,17 @@ class VLLMEngine(AsyncEngine):
         return min(max(wanted, 0), tokens)
 
     def _look_back(self, request: ExpandRequest) -> dict[str, Any]:
-        """Penalties and bad words for our processor; none where vLLM's own mean the same: without bad words, in the first chunk."""
+        """Penalties and bad words for our processor; none where vLLM's own mean the same: without bad words, in the first chunk.
+
+        Where a token stops and the end of sequence must not, the latter is a bad word: vLLM's ``min_tokens`` would forbid both.
+        """
         s, already = request.sampling, len(request.beam.token_ids)
-        if not (s.bad_words or (already and (s.frequency_penalty or s.presence_penalty))):
+        ends = self.vocabulary.eos_ids if s.ignore_eos and s.stop_token_ids and not s.structure else ()
+        if not (s.bad_words or ends or (already and (s.frequency_penalty or s.presence_penalty))):
             return {}
-        return {RESPONSE_KEY: {"tokens": already, **TokenPenalties.of(s, self.vocabulary).to_dict()}}
+        own = TokenPenalties.of(s, self.vocabulary)
+        own = replace(own, bad_words=(*own.bad_words, *((end,) for end in sorted(ends))))
+        return {RESPONSE_KEY: {"tokens": already, **own.to_dict()}}
 
     def _weights(self, guidance: TokenGuidance | None) -> dict[str, float]:
         """The guidance weight of every group: 0 for those that do not guide this request."""

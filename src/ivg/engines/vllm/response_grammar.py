@@ -24,6 +24,7 @@ class ResponseGrammar:
         eos_ids: end-of-sequence tokens of the base.
         ends: all tokens that end the response.
         least: so many tokens must come before one of those, unless nothing else can.
+        ignore_eos: ``eos_ids`` come where nothing else can, and nowhere else.
     """
 
     structure: tuple[str, str]
@@ -31,6 +32,7 @@ class ResponseGrammar:
     eos_ids: tuple[int, ...]
     ends: tuple[int, ...]
     least: int = 0
+    ignore_eos: bool = False
 
     def parameters(self) -> Any:
         """As ``SamplingParams.structured_outputs`` of vLLM."""
@@ -43,8 +45,8 @@ class ResponseGrammar:
         """``SamplingParams.structured_outputs`` of vLLM for a chunk behind ``response``; None: there is no grammar."""
         if sampling.structure is None:
             return None
-        ends = {*eos_ids, *sampling.stop_token_ids}
-        return cls(sampling.structure, tuple(response), tuple(sorted(eos_ids)), tuple(sorted(ends)), least).parameters()
+        eos, ends = tuple(sorted(eos_ids)), tuple(sorted({*eos_ids, *sampling.stop_token_ids}))
+        return cls(sampling.structure, tuple(response), eos, ends, least, sampling.ignore_eos).parameters()
 
     @classmethod
     def read(cls, text: str) -> ResponseGrammar:

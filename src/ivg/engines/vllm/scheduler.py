@@ -77,6 +77,8 @@ class MatcherState(StructuredOutputGrammar):
     def fill_bitmask(self, bitmask: Tensor, batch_index: int) -> None:
         """Write a bit for every token that is allowed."""
         allowed = self.grammars.allowed(self.matcher, self.width, self.ends, self.of.least - self.tokens)
+        if self.of.ignore_eos and not self.matcher.is_stopped():
+            allowed[[i for i in self.of.eos_ids if i < self.width]] = False
         padded = np.zeros(bitmask.shape[1] * _WORD, dtype=bool)
         padded[: self.width] = allowed
         bitmask[batch_index] = torch.from_numpy(np.packbits(padded, bitorder="little").view(np.int32))
