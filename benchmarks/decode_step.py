@@ -17,7 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
 from benchmarks.docs_page import markdown_table
-from ivg.bench.shapes import model_config, shape
+from ivg.bench.named_shapes import shape
+from ivg.bench.shapes import model_config
 from ivg.models.placement import pick_device, pick_dtype
 from ivg.utils.environment import command, commit, machine
 

@@ -7,8 +7,9 @@ import pytest
 
 from bench_rows import row
 from ivg.bench import report, runner
+from ivg.bench.named_shapes import SHAPES
 from ivg.bench.settings import BenchSettings
-from ivg.bench.shapes import SHAPES, build_model, make_prompts, model_config, networks, tokenizer_of_size
+from ivg.bench.shapes import build_model, make_prompts, model_config, networks, tokenizer_of_size
 from ivg.bench.systems import VLLMSampling
 from ivg.errors import ConfigError, MissingDependencyError
 from ivg.models.chat_template import encode

@@ -2,13 +2,15 @@
 
 import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-from ivg.cli.completion import SCRIPTS, completions
+from ivg.cli.completion import SCRIPTS, completions, line_completions
 from ivg.search.methods import method_names
 from ivg.settings.recipe import Recipe
 from ivg.testing import byte_tokenizer
@@ -128,10 +130,37 @@ def test_the_table_and_what_changed(ivg, recipe):
         (["config", "s"], ["show"]),
         (["--vers"], ["--version"]),
         (["pac"], []),
+        (["generate", "--method=cbs-e"], ["--method=cbs-explicit"]),
+        (["eval", "sentiment", "--methods", "base,ef"], ["base,eft", "base,eft-gated", "base,eft-kl"]),
+        (["compare", "--methods", "eft,base,eft"], ["eft,base,eft-gated", "eft,base,eft-kl"]),
+        (["serve", "--base", "smo"], ["smollm2"]),
+        (["generate", "--base", "embedded:b"], ["embedded:base"]),
+        (["models", "add", ""], ["smollm2"]),
+        (["eval", "su"], ["summarization"]),
+        (["eval", "sentiment", ""], []),
+        (["eval", "--stage", "s"], ["score"]),
+        (["completion", ""], ["bash", "zsh", "fish"]),
+        (["bench", "--shape", "tiny"], ["tiny", "tiny-llama"]),
+        (["bench", "--con"], []),
+        (["train", "value", "--target", ""], ["fudge", "td", "cd-q", "binary"]),
+        (["train", "sft", "--mode", "l"], ["lora"]),
+        (["generate", "--", "--met"], []),
     ],
 )
 def test_words_that_may_follow(words, expected):
     assert completions(words) == expected
+
+
+def test_a_line_with_an_open_quotation_mark():
+    assert line_completions('ivg generate "An open --metho', "=:") == ["--method"]
+    assert {"chat", "generate"} <= set(line_completions("ivg "))
+
+
+def test_completion_imports_no_torch():
+    """Who presses Tab waits for it."""
+    asked = [["bench", "--shape", ""], ["eval", ""], ["eval", "--stage", ""], ["train", "value", "--mode", ""], ["generate", "--base", ""]]
+    code = f"import sys; from ivg.cli.completion import completions; assert all(map(completions, {asked}))"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)
 
 
 def test_all_methods_and_verbs_are_completed():
@@ -150,15 +179,53 @@ def test_scripts_are_valid(ivg, shell, tmp_path):
     assert subprocess.run([shell, "-n", script], capture_output=True).returncode == 0
 
 
-def test_bash_completes(tmp_path):
-    """The shell asks a real ``ivg``."""
+CALLS = {
+    "bash": ["line", "--", "ivg generate --method cbs-e", "\"'><=;|&(:"],
+    "zsh": ["words", "--", "generate", "--method", "cbs-e"],
+    "fish": ["words", "--", "generate", "--method", "cbs-e"],
+}
+"""What each shell's script calls where that line is typed."""
+
+
+@pytest.mark.parametrize("shell", CALLS)
+def test_what_a_shell_calls(ivg, shell):
+    assert f"ivg completion {CALLS[shell][0]} -- " in SCRIPTS[shell]
+    assert ivg("completion", *CALLS[shell])[:2] == (0, "cbs-explicit\n")
+
+
+SHELLS = {
+    "bash": """COMP_LINE="$LINE"; COMP_POINT=${#COMP_LINE}; COMP_WORDBREAKS='=:'; _ivg; printf '%s\\n' "${COMPREPLY[@]}" """,
+    "zsh": """words=("${(@s: :)LINE}"); CURRENT=$#words; _files() { echo files }; compadd() { print -l -- $found }; _ivg""",
+    "fish": """complete -C "$LINE" """,
+}
+"""Print what the shell completes behind ``$LINE``."""
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("ivg gen", "generate"),
+        ("ivg generate --met", "--method"),
+        ("ivg generate --method cbs-e", "cbs-explicit"),
+        ("ivg generate --method=cbs-e", "--method=cbs-explicit"),
+        ("ivg compare --methods base,mc", "base,mcts"),
+        ("ivg generate --base embedded:un", "embedded:untuned"),
+    ],
+)
+def test_shells_complete(tmp_path, shell, line, expected):
+    """The shell asks a real ``ivg``; bash puts behind ``=`` and ``:`` only what follows them."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
     (tmp_path / "ivg").write_text(f'#!/bin/sh\nexec {sys.executable} -m ivg "$@"\n')
     (tmp_path / "ivg").chmod(0o755)
-    script = (
-        f'PATH={tmp_path}:$PATH\n{SCRIPTS["bash"]}\nCOMP_WORDS=(ivg generate --method cbs-e); COMP_CWORD=3; _ivg; echo "${{COMPREPLY[@]}}"'
-    )
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["cbs-explicit"]
+    setup = "compdef() { : }\n" if shell == "zsh" else ""
+    script = f"{setup}{SCRIPTS[shell]}\n{SHELLS[shell]}"
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "LINE": line, "HOME": str(tmp_path)}
+    done = subprocess.run([shell, *(["-f"] if shell == "zsh" else []), "-c", script], capture_output=True, text=True, check=True, env=env)
+    if shell == "bash":
+        expected = re.split("[=:]", expected)[-1]
+    assert done.stdout.split() == [expected]
 
 
 def test_an_unknown_shell(ivg):

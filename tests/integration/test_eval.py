@@ -21,6 +21,7 @@ from ivg.evaluation.sentiment import Sentiment, opening_words
 from ivg.evaluation.summarization import Summarization
 from ivg.evaluation.summary import summarise
 from ivg.evaluation.tables import tables
+from ivg.settings.eval import STAGES
 from ivg.settings.recipe import EvalConfig, Recipe
 from ivg.testing import byte_tokenizer, tiny_model, tiny_value
 from ivg.utils.jsonl import as_lines, read_jsonl
@@ -471,4 +472,4 @@ def test_a_missing_package_is_an_error_before_anything_is_generated(done, monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(runner, "run", lambda *_, **__: pytest.fail("worked first"))
     with pytest.raises(MissingDependencyError, match=r"ivg\[eval\]"):
-        run(done, runner.STAGES, None)
+        run(done, STAGES, None)

@@ -12,6 +12,7 @@ from ivg.cli.options import command, plain_value
 from ivg.cli.output import AsJson, Quiet, note_later, print_json, print_notes
 from ivg.cli.recipe_options import RecipeOptions, Tables
 from ivg.errors import ConfigError, MissingDependencyError
+from ivg.settings.eval import STAGES
 from ivg.settings.recipe import EvalConfig, Recipe, SearchConfig
 from ivg.settings.schema import settings_of
 
@@ -68,7 +69,6 @@ def evaluate(
 ) -> None:
     """See HELP."""
     from ivg.evaluation.plan import make_plan
-    from ivg.evaluation.runner import STAGES
 
     print_notes(quiet)
     if sweep:
@@ -124,7 +124,7 @@ def run(plan: EvalPlan, stages: Sequence[str], docs: Path | None, *, quiet: bool
     if "report" in stages and find_spec("matplotlib") is None:  # before hours of answers, not behind them
         raise MissingDependencyError("the report's figures need matplotlib\n  pip install 'ivg[eval]', or --stage generate --stage score")
     worker = Worker(plan)
-    for stage in (s for s in runner.STAGES if s in stages):
+    for stage in (s for s in STAGES if s in stages):
         total = 0 if stage == "report" or quiet else plan.total * len(plan.labels)
         with progress(total, stage) as advance:
 

@@ -19,9 +19,8 @@ from ivg.evaluation.report import report
 from ivg.evaluation.score import score
 from ivg.evaluation.transcripts import read_answers
 from ivg.evaluation.worker import OnProgress, Worker
+from ivg.settings.eval import STAGES
 from ivg.settings.recipe import Recipe
-
-STAGES = ("generate", "score", "report")
 
 
 def run(
@@ -35,7 +34,7 @@ def run(
 
     Args:
         plan: the evaluation.
-        stages: some of :data:`STAGES`.
+        stages: some of :data:`~ivg.settings.eval.STAGES`.
         jobs: number of processes; 1 runs everything in this one.
         on_progress: called after every finished block.
         worker: one whose models may be loaded already.

@@ -23,6 +23,8 @@ RESERVED_NAMES = frozenset({
 })  # fmt: skip
 """Columns of scores and results; no judge may have these names."""
 
+STAGES = ("generate", "score", "report")
+"""What an evaluation does, in this order."""
 EMBEDDED_GOLD = "embedded:gold"
 """The gold reward of the embedded models."""
 
