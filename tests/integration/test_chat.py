@@ -411,6 +411,24 @@ def test_a_server_that_refuses_or_is_not_there(ivg, server, monkeypatch):
     )
 
 
+def test_the_key_of_a_server(ivg, server, monkeypatch):
+    monkeypatch.setenv("IVG_API_KEY", "secret-key-1\r\n")  # of a file
+    assert ivg("chat", "x", "--url", server.url, "--max-new-tokens", 2)[0] == 0
+    for key in ("secret\nkey", "schlüssel"):
+        monkeypatch.setenv("IVG_API_KEY", key)
+        code, out, err = ivg("chat", "x", "--url", server.url)
+        assert (code, out) == (2, "") and "IVG_API_KEY cannot be sent" in err and key not in err
+
+
+def test_methods_are_those_of_the_server(ivg, server, monkeypatch):
+    """Its plugins may have methods that are not known here, and it may lack others."""
+    monkeypatch.setenv("IVG_API_KEY", "secret-key-1")
+    assert "unknown method 'nothing' - the server has: ivg, base" in ivg("chat", "x", "--url", server.url, "--method", "nothing")[2]
+    monkeypatch.setattr(ServerBackend, "check", lambda *_: None)
+    code, _, err = ivg("chat", "x", "--url", server.url, "--method", "of-its-plugin")
+    assert code == 2 and "of-its-plugin" in err and "expected one of: ivg" not in err
+
+
 def test_backends_say_what_they_are(server, monkeypatch):
     monkeypatch.setenv("IVG_API_KEY", "secret-key-1")
     backend = ServerBackend.connect(server.url)

@@ -240,6 +240,13 @@ def write(path, rows):
     return path
 
 
+def test_half_a_pair_is_no_prompt(ivg, tmp_path):
+    """Without the column ``chosen`` such rows were counted as prompts, and nothing was said."""
+    path = write(tmp_path / "pairs.jsonl", [{"prompt": "One", "rejected": "bad"}])
+    code, out, err = ivg("data", "check", path)
+    assert (code, out) == (2, "") and "has the columns prompt, rejected - preferences need prompt, chosen, rejected" in err
+
+
 def test_preferences(ivg, tmp_path):
     rows = [
         {"prompt": "One", "chosen": "good and long", "rejected": "bad"},

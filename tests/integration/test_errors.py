@@ -120,7 +120,7 @@ TABLE = [
     # check
     ("check --preferences none.jsonl", f"no such file: none.jsonl{FILE}"),
     ("check --preferences empty.jsonl", "empty.jsonl is empty"),
-    ("check --preferences broken.jsonl", [BROKEN, "broken.jsonl is empty"]),
+    ("check --preferences broken.jsonl", [BROKEN, f"broken.jsonl has no row that can be used - the first of 1: {BROKEN}"]),
     (
         "check --preferences columns.jsonl",
         "columns.jsonl has the columns question, answer - preferences need prompt, chosen, rejected; or prompt, response, score; or "

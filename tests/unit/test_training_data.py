@@ -131,6 +131,9 @@ def test_files_that_are_not_there_or_not_data(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "p"}\nhello\n')
     with pytest.raises(ConfigError, match="line 2: expected a JSON object, got hello"):
         read_prompts(tmp_path / "bad.jsonl")
+    (tmp_path / "latin.csv").write_bytes("prompt\nOné\nTwé\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"no row that can be used\n  the first of 2: .*line 2: not UTF-8"):
+        read_prompts(tmp_path / "latin.csv", ReadOptions(on_bad=lambda row: None))
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ConfigError, match="is empty"):
         read_prompts(tmp_path / "empty.jsonl")

@@ -100,8 +100,10 @@ def _session(recipe: Recipe, url: str | None, system: str | None, quiet: bool) -
 
     def settings_for(name: str | None) -> dict[str, Any]:
         from ivg.cli.compare import settings_for as of_recipe
+        from ivg.search.methods import method_names
 
-        search = recipe.search.settings() if name is None else of_recipe(recipe, name)
+        unknown = name is None or (url is not None and name not in method_names())  # the server's own, perhaps
+        search = recipe.search.settings() if unknown else of_recipe(recipe, str(name))
         return {**search, **recipe.sampling.settings()}
 
     def say(text: str) -> None:

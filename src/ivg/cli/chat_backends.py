@@ -184,7 +184,7 @@ def _open(url: str, body: bytes | None = None, timeout: float = READ_SECONDS) ->
         ConfigError: it is not reachable.
         ServeError: it refuses the request; has its message.
     """
-    key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
+    key = _key()
     headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
     try:
         return urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=timeout)
@@ -198,6 +198,20 @@ def _open(url: str, body: bytes | None = None, timeout: float = READ_SECONDS) ->
     except (OSError, ValueError) as e:
         reason = getattr(e, "reason", None) or e
         raise ConfigError(f"cannot reach {url}: {reason}\n  expected the address of ivg serve, such as http://localhost:8000") from None
+
+
+def _key() -> str | None:
+    """The key of the server.
+
+    Raises:
+        ConfigError: it has characters that no HTTP header may have; they are not shown.
+    """
+    for name in KEY_VARIABLES:
+        if key := os.environ.get(name, "").strip():  # a file's last line break, Windows' too
+            if not key.isascii() or not key.isprintable():
+                raise ConfigError(f"{name} cannot be sent\n  expected ASCII characters in one line")
+            return key
+    return None
 
 
 def _step(data: Mapping[str, Any]) -> Step:

@@ -207,6 +207,8 @@ def read_any(source: str | Path, options: ReadOptions | None = None) -> tuple[st
     if rows.have(*CONVERSATIONS):
         return "preferences", [*rows.each(_preference)]
     if rows.response is None if rows.have("prompt") else rows.have("messages") and not rows.ends_with_answer:
+        if rows.have("rejected"):  # pairs without their other half, not prompts
+            raise rows.wrong_columns("preferences", PREFERENCE)
         return "prompts", [*rows.each(lambda row: [prompt_in(row, prompt_of(row))])]
     if (parse := _sft_parser(rows)) is not None:
         return "SFT examples", [*rows.each(parse)]
@@ -265,10 +267,11 @@ class _Rows:
 
     def __init__(self, source: str | Path, options: ReadOptions | None) -> None:
         self.source, self.options = source, options or ReadOptions()
+        self._skipped: list[str] = []
         self._rest = self._readable()
         first = next(self._rest, None)
         if first is None:
-            raise ConfigError(f"{source} is empty")
+            raise ConfigError(self._nothing_usable())
         self._first = first
 
     def have(self, *columns: str) -> bool:
@@ -313,7 +316,9 @@ class _Rows:
         for source in scan_rows(self.source, self.options.split, self.options.format):
             if source.data is None:
                 self._bad(source)
-            elif not source.data.get("error"):  # of a rollout that failed
+            elif error := source.data.get("error"):  # of a rollout that failed
+                self._skipped.append(f"{source.place}: {error}")
+            else:
                 try:
                     row = self.options.mapping.apply(source.data)
                 except ConfigError as e:
@@ -324,9 +329,15 @@ class _Rows:
                 mapped = True
                 yield source, row
 
+    def _nothing_usable(self) -> str:
+        if not self._skipped:
+            return f"{self.source} is empty"
+        return f"{self.source} has no row that can be used\n  the first of {len(self._skipped)}: {self._skipped[0]}"
+
     def _bad(self, row: SourceRow) -> None:
+        self._skipped.append(f"{row.place}: {row.error}")
         if self.options.on_bad is None:
-            raise ConfigError(f"{row.place}: {row.error}")
+            raise ConfigError(self._skipped[-1])
         self.options.on_bad(row)
 
 
