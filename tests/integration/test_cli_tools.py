@@ -104,6 +104,13 @@ def test_the_table_cuts_nothing_off(ivg, recipe, columns):
     assert max(map(len, out.splitlines())) <= int(columns or 1000)
 
 
+def test_a_line_break_in_a_value_breaks_no_row(ivg):
+    rows = [line.split() for line in ivg("config", "show", "--method", "prm", "--changed")[1].splitlines()]
+    assert ["search.chunk_until", r'"\n"', "method", "prm"] in rows
+    (row,) = (line.split() for line in ivg("models")[1].splitlines() if line.startswith("prm "))
+    assert row[6:10] == ["chunk_until", r'"\n",', "step_aggregation", "last"]
+
+
 def test_the_table_and_what_changed(ivg, recipe):
     code, out, _ = ivg("config", "show", "--recipe", recipe, "--changed")
     assert code == 0 and "search.beta" in out and "default" not in out.replace("what the models allow", "")

@@ -20,7 +20,7 @@ from ivg.settings.recipe import Recipe
 from ivg.settings.sampling import DEFAULT_SAMPLING
 from ivg.settings.schema import settings_of
 from ivg.settings.search import SearchSettings
-from ivg.utils.console import plain_table, print_table
+from ivg.utils.console import cell_text, plain_table, print_table
 
 HELP = """Print the settings that a command with these options would run with, and where each comes from.
 
@@ -200,4 +200,4 @@ def _text(value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value, default=str)
+    return f"{value:g}" if isinstance(value, float) else cell_text(value) if isinstance(value, str) else json.dumps(value, default=str)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ivg.cli.output import AsJson, print_json
-from ivg.utils.console import plain_table, print_table
+from ivg.utils.console import cell_text, plain_table, print_table
 
 _COLUMNS = ("width", "successors", "chunk_length", "token", "select")
 """Settings of methods that have a column of their own."""
@@ -125,7 +125,7 @@ def _cell(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else cell_text(str(value))
 
 
 def _embedded(folder: Path) -> dict[str, Any]:

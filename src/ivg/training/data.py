@@ -330,9 +330,8 @@ class _Rows:
                 yield source, row
 
     def _nothing_usable(self) -> str:
-        if not self._skipped:
-            return f"{self.source} is empty"
-        return f"{self.source} has no row that can be used\n  the first of {len(self._skipped)}: {self._skipped[0]}"
+        found = self._skipped
+        return f"{self.source} " + (f"has no row that can be used\n  the first of {len(found)}: {found[0]}" if found else "is empty")
 
     def _bad(self, row: SourceRow) -> None:
         self._skipped.append(f"{row.place}: {row.error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -25,6 +26,11 @@ def table_console() -> Console:
 def plain_table(*columns: str, **options: Any) -> Table:
     """A table without lines."""
     return Table(*columns, box=None, pad_edge=False, **options)
+
+
+def cell_text(text: str) -> str:
+    """A text as a cell: with a line break or another character that cannot be seen, as JSON has it."""
+    return text if text.isprintable() else json.dumps(text, ensure_ascii=False)
 
 
 def print_table(table: Table, out: Console | None = None) -> None:
