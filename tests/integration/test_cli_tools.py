@@ -247,6 +247,13 @@ def write(path, rows):
     return path
 
 
+def test_an_empty_pipe_has_a_name(ivg, monkeypatch):
+    for verb in (["data", "check"], ["winrate"]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+        code, _, err = ivg(*verb, "-")
+        assert code == 2 and re.match("error: standard input (is empty|has no judgements)", err)
+
+
 def test_half_a_pair_is_no_prompt(ivg, tmp_path):
     """Without the column ``chosen`` such rows were counted as prompts, and nothing was said."""
     path = write(tmp_path / "pairs.jsonl", [{"prompt": "One", "rejected": "bad"}])

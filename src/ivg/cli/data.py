@@ -50,6 +50,7 @@ def check(
     rows: RowSettings,
 ) -> None:
     """See HELP."""
+    from ivg.jobs.formats import source_name
     from ivg.training.data import ColumnMapping, ReadOptions
     from ivg.training.data_check import check_data
 
@@ -65,7 +66,7 @@ def check(
     if as_json:
         print_json({**asdict(report), "fine": report.fine})
     else:
-        _print(report, source)
+        _print(report, source_name(source))
     if not report.fine:
         raise typer.Exit(1)
 

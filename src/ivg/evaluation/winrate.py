@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ivg.errors import ConfigError
-from ivg.jobs.formats import STDIN, read_rows
+from ivg.jobs.formats import STDIN, read_rows, source_name
 
 Row = Mapping[str, Any]
 COLUMNS = ("instruction", "output_1", "output_2", "preference")
@@ -126,21 +126,22 @@ def read_judgements(path: str | Path) -> list[Row]:
     if str(path) != STDIN and not Path(path).is_file():
         raise ConfigError(f"no such file: {path}\n  expected judgements (annotations.json of alpaca_eval, or OUT/judgements/LABEL.jsonl)")
     rows: list[Row] = list(read_rows(path))
+    name = source_name(path)
     if not rows:
-        raise ConfigError(f"{path} has no judgements")
+        raise ConfigError(f"{name} has no judgements")
     for number, row in enumerate(rows, 1):
         missing = [c for c in COLUMNS if c not in row]
         if missing:
-            raise ConfigError(f"{path}, judgement {number}: no {', '.join(missing)}\n  got {', '.join(row)}; expected {', '.join(COLUMNS)}")
+            raise ConfigError(f"{name}, judgement {number}: no {', '.join(missing)}\n  got {', '.join(row)}; expected {', '.join(COLUMNS)}")
         wrong = [c for c in COLUMNS[:3] if not isinstance(row[c], str)]
         if wrong:
-            raise ConfigError(f"{path}, judgement {number}: {wrong[0]} is {row[wrong[0]]!r}\n  expected a text")
+            raise ConfigError(f"{name}, judgement {number}: {wrong[0]} is {row[wrong[0]]!r}\n  expected a text")
         try:
             preference_of(row)
         except ConfigError as e:
-            raise ConfigError(f"{path}, judgement {number}: {e}") from None
+            raise ConfigError(f"{name}, judgement {number}: {e}") from None
     for column in ("generator_1", "generator_2"):
         names = sorted({str(row.get(column)) for row in rows})
         if len(names) > 1:
-            raise ConfigError(f"{path}: {column} is {', '.join(names[:4])}\n  expected judgements of one model against one reference")
+            raise ConfigError(f"{name}: {column} is {', '.join(names[:4])}\n  expected judgements of one model against one reference")
     return rows

@@ -120,8 +120,13 @@ def _split_files(folder: Path, split: str, format: str | None) -> list[Path]:
     raise ConfigError(f"{folder} has no split {split!r}\n  expected {split} as {_EXPECTED}; got {have}")
 
 
+def source_name(source: str | Path) -> str:
+    """A source as messages name it."""
+    return "standard input" if str(source) == STDIN else str(source)
+
+
 def _read(path: Path | str, format: str | None) -> Iterator[SourceRow]:
-    name = "standard input" if path == STDIN else str(path)
+    name = source_name(path)
     with _open(path, name) as file:
         kind = format or (None if isinstance(path, str) else _suffix(path)) or _guess(file, name)
         if _peek(file).startswith(b"PAR1") and kind != "parquet":

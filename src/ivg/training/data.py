@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ivg.errors import ConfigError, PromptError
-from ivg.jobs.formats import SourceRow, scan_rows
+from ivg.jobs.formats import SourceRow, scan_rows, source_name
 from ivg.jobs.prompts import prompt_of
 from ivg.settings.train import PairLabel
 from ivg.training.columns import Row, cell, finite_score, flag, list_of, prompt_in, response_text, responses_of
@@ -307,7 +307,7 @@ class _Rows:
         """``what`` cannot be read from these columns; it needs those of one of the ``forms``."""
         wanted = "; or ".join(", ".join(s) for s in forms)
         return ConfigError(
-            f"{self.source} has the columns {', '.join(self._first[1])}\n  {what} need {wanted}\n"
+            f"{source_name(self.source)} has the columns {', '.join(self._first[1])}\n  {what} need {wanted}\n"
             "  for other names: --columns NAME=COLUMN,… (in Python: ColumnMapping({NAME: COLUMN}))"
         )
 
@@ -330,8 +330,8 @@ class _Rows:
                 yield source, row
 
     def _nothing_usable(self) -> str:
-        found = self._skipped
-        return f"{self.source} " + (f"has no row that can be used\n  the first of {len(found)}: {found[0]}" if found else "is empty")
+        why = f"has no row that can be used\n  the first of {len(self._skipped)}: {self._skipped[0]}" if self._skipped else "is empty"
+        return f"{source_name(self.source)} {why}"
 
     def _bad(self, row: SourceRow) -> None:
         self._skipped.append(f"{row.place}: {row.error}")
