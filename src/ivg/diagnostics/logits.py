@@ -47,7 +47,7 @@ def _eos_id(base: CachedLM) -> int:
 def response_logits(lm: CachedLM, beam: Beam, block: int = BLOCK) -> Iterator[Tensor]:
     """Logits that predict each response token, in order, in pieces float32 [<= block, vocabulary]."""
     ids, border = lm.ids(beam)
-    row = lm.model.open(ids[:border])
+    row = lm.open_row(ids[:border])
     try:
         if unread := ids[len(row.ids) : border - 1]:
             list(lm.model.forward([row], [unread], [0]))

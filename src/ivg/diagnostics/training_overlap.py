@@ -36,8 +36,8 @@ def training_overlap(value: Value, pairs: Sequence[Preference]) -> TrainingOverl
     found, unknown = np.zeros(len(pairs), dtype=bool), []
     sources: list[tuple[str, str | Path | None]] = [(name, source_of(network)) for name, network in value.networks()]
     for lm in value.cached_lms():
-        if isinstance(lm, CachedLM) and lm.model.adapter_folder is not None:
-            sources.append((lm.name, lm.model.adapter_folder))
+        if isinstance(lm, CachedLM) and lm.adapter_folder is not None:
+            sources.append((lm.name, lm.adapter_folder))
     for name, source in sources:
         rows = None if source is None else read_training_rows(source)
         if rows is None:

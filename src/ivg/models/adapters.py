@@ -1,7 +1,7 @@
 """PEFT adapters of a network, of which one or none is on in each forward pass: one set of weights for several models.
 
 The modules of the network that an adapter changes are replaced in place, so that everything that holds the network reads with the adapter
-that is on. This is the one place that imports peft, and it does so when the first adapter is loaded. Must not depend on caches.
+that is on. Only this module and ``models.adapter_rows`` import peft, when the first adapter is loaded. Must not depend on caches.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ivg.errors import ConfigError, MissingDependencyError, ModelError, reason
+from ivg.models.adapter_rows import AdapterRows
 from ivg.models.hub import ADAPTER_CONFIG, BASE, partial_config
 
 _NAME = re.compile(r"ivg\d+")
@@ -30,11 +31,13 @@ class Adapters:
 
     Attributes:
         active: name of the one that is on; None: the network is as it was loaded.
+        rows: reads rows of one pass with different ones, while none is on.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.active: str | None = None
+        self.rows = AdapterRows(network)
         self._names: dict[tuple[str, float], str] = {}
         self._peft: Any = None
 

@@ -6,7 +6,7 @@ Several may read with one network, each behind its own prompt (:meth:`CachedLM.s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,13 +70,15 @@ class CachedLM(HypothesisRows):
     _keeps_outputs = False
     _kept: tuple[dict[int, tuple[int, int]], Tensor] | None = None
     """Of the last :meth:`outputs`: (tokens of the response, row) of each hypothesis, by key, and the rows."""
+    _ahead: tuple[dict[int, tuple[int, int]], Tensor] | None = None
+    """Likewise of :func:`read_ahead`, until they are asked for."""
 
     def follow(self, other: CachedLM) -> None:
         """Where ``other``, which shares the network, has just read a hypothesis behind the same prompt, its outputs are taken.
 
         For a guide that is the base itself: it then costs no pass.
         """
-        if other is not self and other.model is self.model:
+        if other is not self and other.model is self.model and other.adapter == self.adapter:
             self._source, other._keeps_outputs = other, True
 
     def sharing(
@@ -90,6 +92,7 @@ class CachedLM(HypothesisRows):
         """Another reader with the same network, cache and tokenizer, behind other prompts."""
         out = CachedLM(self.model, self.tokenizer, template, name=name, system=system, instruction=instruction)
         out.vocabulary, out.generation_config = self.vocabulary, self.generation_config
+        out.adapter, out.row_adapter, out.adapter_folder = self.adapter, self.row_adapter, self.adapter_folder
         return out
 
     @override
@@ -97,10 +100,17 @@ class CachedLM(HypothesisRows):
         super().release(keys)
         if self._kept is not None and not self._kept[0].keys() - set(keys):
             self._kept = None
+        if self._ahead is not None and not self._ahead[0].keys().isdisjoint(keys):
+            self._ahead = None
+
+    @override
+    def truncate(self, hypotheses: Sequence[Hypothesis]) -> None:
+        super().truncate(hypotheses)
+        self._ahead = None
 
     @override
     def reset_cache(self) -> None:
-        self._kept = None
+        self._kept = self._ahead = None
         super().reset_cache()
 
     # Reading
@@ -117,7 +127,7 @@ class CachedLM(HypothesisRows):
         out = self.logits(hypotheses)
         if self._keeps_outputs:
             kept = out.clone() if out.dtype == torch.float32 else out  # the caller may write over float32
-            self._kept = {h.key: (len(h.token_ids), i) for i, h in enumerate(hypotheses)}, kept
+            self._kept = _places(hypotheses), kept
         return out.float()
 
     def logits(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
@@ -161,6 +171,20 @@ class CachedLM(HypothesisRows):
                 entries[some[k]].logps += logps
                 entries[some[k]].scored += scored
         return [list(e.logps) for e in entries]
+
+    def _outputs_read_ahead(self, hypotheses: Sequence[Hypothesis]) -> Tensor | None:
+        """What :func:`read_ahead` has just read, if that is every hypothesis; it is given once, since callers write over it."""
+        places, rows = self._ahead or ({}, torch.empty(0))
+        if any(places.get(h.key, (-1, 0))[0] != len(h.token_ids) for h in hypotheses):
+            return None
+        index = [places.pop(h.key)[1] for h in hypotheses]
+        if not places:
+            self._ahead = None
+        return rows if index == list(range(len(rows))) else rows[torch.tensor(index, device=rows.device)]
+
+    def _follows(self, other: CachedLM, hypotheses: Sequence[Hypothesis]) -> bool:
+        """Are the outputs of ``other`` this one's?"""
+        return self._source is other and all(other.prompt_ids(h.prompt) == self.prompt_ids(h.prompt) for h in hypotheses)
 
     def _outputs_of_source(self, hypotheses: Sequence[Hypothesis]) -> Tensor | None:
         """A copy of what the reader that this one follows has just read, where it holds for every hypothesis here, too."""
@@ -308,16 +332,49 @@ def read_together(readers: Sequence[CachedLM], hypotheses: Sequence[Hypothesis])
     """
     out: dict[CachedLM, Tensor] = {}
     for reader in readers:
-        if (known := reader._outputs_of_source(hypotheses)) is not None:
+        if (ahead := reader._outputs_read_ahead(hypotheses)) is not None:
+            out[reader] = ahead
+        elif (known := reader._outputs_of_source(hypotheses)) is not None:
             reader.inherit_cache(hypotheses)
             out[reader] = known
     for model in dict.fromkeys(reader.model for reader in readers if reader not in out):
-        some = [reader for reader in readers if reader.model is model and reader not in out]
-        read = [reader._to_read(hypotheses, [1] * len(hypotheses)) for reader in some]
-        rows, new = [entry.row for entries, _ in read for entry in entries], [tokens for _, pieces in read for tokens in pieces]
-        outputs = model.last_outputs(rows, new)
-        out |= {reader: outputs[i * len(hypotheses) : (i + 1) * len(hypotheses)] for i, reader in enumerate(some)}
+        some = [reader for reader in dict.fromkeys(readers) if reader.model is model and reader not in out]
+        out |= _read_in_one_pass(model, dict.fromkeys(some, hypotheses))
     return [out[reader] for reader in readers]
+
+
+def read_ahead(base: CachedLM, hypotheses: Sequence[Hypothesis], guides: Mapping[CachedLM, Sequence[Hypothesis]]) -> Tensor:
+    """:meth:`CachedLM.outputs` of ``base``. Guides on its network read in the same pass, and have their outputs when they are asked next.
+
+    Args:
+        base: of the engine.
+        hypotheses: that it reads.
+        guides: those of its guides that will be asked for exactly these hypotheses; others are left alone.
+    """
+    some = {lm: wanted for lm, wanted in guides.items() if lm is not base and lm.model is base.model and not lm._follows(base, wanted)}
+    if not some:
+        return base.outputs(hypotheses)
+    read = _read_in_one_pass(base.model, {base: hypotheses, **some})
+    for lm, wanted in some.items():
+        lm._ahead = _places(wanted), read[lm]
+    base._ahead = _places(hypotheses), read[base]
+    return base.outputs(hypotheses)
+
+
+def _places(hypotheses: Sequence[Hypothesis]) -> dict[int, tuple[int, int]]:
+    """(tokens of the response, row) of each, by key."""
+    return {h.key: (len(h.token_ids), i) for i, h in enumerate(hypotheses)}
+
+
+def _read_in_one_pass(model: ModelRunner, wanted: Mapping[CachedLM, Sequence[Hypothesis]]) -> dict[CachedLM, Tensor]:
+    """The outputs of each reader of ``model`` behind its hypotheses."""
+    rows, new = [], []
+    for reader, hypotheses in wanted.items():
+        entries, pieces = reader._to_read(hypotheses, [1] * len(hypotheses))
+        rows += [entry.row for entry in entries]
+        new += pieces
+    counts = [len(hypotheses) for hypotheses in wanted.values()]
+    return dict(zip(wanted, model.last_outputs(rows, new).split(counts), strict=True))
 
 
 def runners_of(readers: Sequence[CachedLM]) -> dict[str, ModelRunner]:

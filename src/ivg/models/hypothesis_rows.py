@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from typing_extensions import override
 
 from ivg.models.cache import CacheRow, common_length
+from ivg.models.image_prompts import ImageInputs
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.runner import ModelRunner
@@ -58,7 +60,14 @@ class HypothesisRows(PromptEncoder):
         name: in usage and errors; default: the network's.
         system: an instruction that is read before every prompt (see ``models.chat_template.render``).
         instruction: read the request's own behind it, where it has one: which of ``Prompt.contrast`` and ``Prompt.negative``.
+        adapter: name of the adapter that it reads with; None: none.
+        row_adapter: likewise, where rows of this network with and without it share passes (``models.adapter_rows``).
+        adapter_folder: where the adapter was loaded from.
     """
+
+    adapter: str | None = None
+    row_adapter: str | None = None
+    adapter_folder: Path | None = None
 
     def __init__(
         self,
@@ -117,6 +126,10 @@ class HypothesisRows(PromptEncoder):
     def reset_cache(self) -> None:
         """Forget every hypothesis and everything in the cache (see ``ModelRunner.reset_cache``), that of readers that share it included."""
         self.model.reset_cache()
+
+    def open_row(self, ids: Sequence[int], mark: int = 0, images: ImageInputs | None = None) -> CacheRow:
+        """A row of the network's cache that is read as this model reads, with its adapter (see ``ModelRunner.open``)."""
+        return self.model.open(ids, mark, images, self.row_adapter)
 
     def inherit_cache(self, hypotheses: Sequence[Hypothesis]) -> None:
         """Give hypotheses the rows of their ancestors without reading anything: what is not read now can be read later.
@@ -218,7 +231,7 @@ class HypothesisRows(PromptEncoder):
         for h, (ids, prompt_length), prompt, images, key in zip(roots, targets, prompts, pictures, keys, strict=True):
             first = first_rows.get((id(h.token_counter), key)) if prompt else None
             if first is None:
-                row = self.model.open(ids[: len(ids) - drop], len(prompt), images)
+                row = self.open_row(ids[: len(ids) - drop], len(prompt), images)
             else:
                 row = self.model.fork(first)
                 self.model.truncate(row, len(prompt))

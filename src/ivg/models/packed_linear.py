@@ -113,6 +113,8 @@ def _replace_children(module: nn.Module, *, packs: bool) -> None:
     from transformers.pytorch_utils import Conv1D
 
     for name, child in list(module.named_children()):
+        if name.startswith("lora_"):  # small matrices of an adapter, whose weights peft reads
+            continue
         if type(child) is NewGELUActivation:
             setattr(module, name, nn.GELU(approximate="tanh"))
         elif packs and type(child) is nn.Linear and _gains(child.weight):

@@ -1,7 +1,8 @@
 """Loads causal language models, each network once: models of one network are readers of it, behind prompts or adapters of their own.
 
 Roles with one path (and revision, device, dtype …) share its weights. Those without an adapter share one cache, too; each adapter has a
-cache of its own, because keys and values differ.
+rows of its own, because keys and values differ; plain LoRA reads in one pass with the others (``models.adapter_rows``), another kind has
+a cache and passes of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ivg.models.added import locate
 from ivg.models.cached_lm import CachedLM
 from ivg.models.hub import has_tokenizer
 from ivg.models.loading import LoadOptions, Template, load_causal, load_tokenizer
-from ivg.models.packed_linear import unpack
+from ivg.models.packed_linear import pack, packed_layers, unpack
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.runner import ModelRunner
 from ivg.settings.models import ModelRef, ModelSource
@@ -32,7 +33,32 @@ class _Loaded:
     lm: CachedLM
     adapters: Adapters | None = None
     runners: dict[str | None, ModelRunner] = field(default_factory=dict)
-    """By adapter; None: without."""
+    """By adapter; None: without. Adapters whose rows share the passes of those without have the same."""
+
+    def add_adapter(self, folder: Path, scale: float, what: str) -> str:
+        """Load the adapter in ``folder``, times ``scale``, and choose who reads with it; its name.
+
+        Raises:
+            ModelError, ConfigError, MissingDependencyError: see :meth:`~ivg.models.adapters.Adapters.add`.
+        """
+        plain, network = self.lm.model, self.lm.model.network
+        packed = bool(packed_layers(network))
+        unpack(network)  # peft knows plain layers only
+        if self.adapters is None:
+            self.adapters = Adapters(network)
+            plain.before_pass = partial(self.adapters.activate, None)
+        name = self.adapters.add(folder, scale, what)
+        if name not in self.runners:
+            if plain.cache.mixes_adapters and self.adapters.rows.takes(name):
+                plain.adapter_rows = self.adapters.rows
+                self.runners[name] = plain
+            else:
+                self.adapters.activate(name)
+                self.runners[name] = ModelRunner(network, what)
+                self.runners[name].before_pass = partial(self.adapters.activate, name)
+        if packed and all(runner is plain for runner in self.runners.values()):  # other kinds than LoRA read plain weights
+            pack(network)
+        return name
 
 
 class SharedNetworks:
@@ -81,19 +107,13 @@ class SharedNetworks:
         import_peft(what)
         folder = source.folder
         found = self._network(source.base, what, options)
-        if found.adapters is None:
-            unpack(found.lm.model.network)  # peft knows plain layers only
-            found.adapters = Adapters(found.lm.model.network)
-            found.lm.model.before_pass = partial(found.adapters.activate, None)
-        name = found.adapters.add(folder, source.scale, what)
-        if name not in found.runners:
-            found.adapters.activate(name)
-            runner = found.runners[name] = ModelRunner(found.lm.model.network, what)
-            runner.adapter_folder = folder
-            runner.adapter, runner.before_pass = name, partial(found.adapters.activate, name)
+        name = found.add_adapter(folder, source.scale, what)
+        runner = found.runners[name]
         own = load_tokenizer(folder, options, what) if has_tokenizer(folder) else None
         tokenizer, ends = found.lm.tokenizer if own is None else own, sorted(found.lm.vocabulary.eos_ids)
-        lm = CachedLM(found.runners[name], tokenizer, template, ends, name=what, system=system)
+        lm = CachedLM(runner, tokenizer, template, ends, name=what, system=system)
+        lm.adapter, lm.adapter_folder = name, folder
+        lm.row_adapter = name if runner is found.lm.model else None
         lm.generation_config = found.lm.generation_config
         if own is None:
             lm.vocabulary = found.lm.vocabulary

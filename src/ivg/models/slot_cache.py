@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ivg.errors import ModelError
+from ivg.models.adapter_rows import row_order
 from ivg.models.cache import CacheRow, PassLimits, RowCache, common_length
 from ivg.models.forward_metadata import RowLayout
 from ivg.models.kv_cache import MIN_CAPACITY, KVCache, Slots
@@ -37,6 +38,7 @@ class PrefixGroup:
         slot: its prefix slot.
         prefix: tokens that lie there.
         rope_range: which rotary factors they were read with.
+        adapter: they were read with.
         rows: rows in use.
         spare_slots: suffix slots that its freed rows left, kept at hand so that a group's slots stay side by side.
         stale: rows were freed since it was last looked how much the others share.
@@ -46,6 +48,7 @@ class PrefixGroup:
     slot: int
     prefix: list[int]
     rope_range: int = 0
+    adapter: str | None = None
     rows: dict[SlotRow, None] = field(default_factory=dict)
     spare_slots: list[int] = field(default_factory=list)
     stale: bool = False
@@ -78,6 +81,8 @@ class SlotCache(RowCache):
         limits: of one pass.
     """
 
+    mixes_adapters = True
+
     def __init__(self, network: nn.Module, support: NetworkSupport, limits: PassLimits) -> None:
         self.limits, self.max_positions = limits, support.max_positions
         self.network = SlotForward(network, support, limits)
@@ -96,9 +101,9 @@ class SlotCache(RowCache):
     # Rows
 
     @override
-    def open(self, ids: Sequence[int], rope_range: int = 0, mark: int = 0) -> SlotRow:
-        group, shared = self._group_for(ids, rope_range)
-        return self._add(SlotRow(group, list(ids[:shared]), rope_range, prefix_length=shared))
+    def open(self, ids: Sequence[int], rope_range: int = 0, mark: int = 0, adapter: str | None = None) -> SlotRow:
+        group, shared = self._group_for(ids, rope_range, adapter)
+        return self._add(SlotRow(group, list(ids[:shared]), rope_range, adapter=adapter, prefix_length=shared))
 
     def fork(self, row: CacheRow) -> SlotRow:
         """A second row with the same tokens; copies only what is not in the prefix, and that not before the next pass."""
@@ -114,7 +119,7 @@ class SlotCache(RowCache):
     def reopen(self, row: CacheRow, ids: Sequence[int], rope_range: int) -> None:
         row = cast("SlotRow", row)
         self.free(row)
-        row.group, row.prefix_length = self._group_for(ids, rope_range)
+        row.group, row.prefix_length = self._group_for(ids, rope_range, row.adapter)
         row.ids, row.rope_range, row.nonfinite = list(ids[: row.prefix_length]), rope_range, False
         self._add(row)
 
@@ -146,11 +151,11 @@ class SlotCache(RowCache):
                 self.memory.prefixes.zero(group.slot, 0)
                 group.prefix, group.nonfinite = [], False
 
-    def _group_for(self, ids: Sequence[int], rope_range: int) -> tuple[PrefixGroup, int]:
+    def _group_for(self, ids: Sequence[int], rope_range: int, adapter: str | None) -> tuple[PrefixGroup, int]:
         """(a group whose prefix begins as ``ids``, for how many tokens)."""
         best, shared = None, 0
         for group in (*self.idle_groups, *self.groups):
-            n = common_length(group.prefix, ids) if group.rope_range == rope_range else 0
+            n = common_length(group.prefix, ids) if (group.rope_range, group.adapter) == (rope_range, adapter) else 0
             if n > shared:
                 best, shared = group, n
         shared = max(0, min(shared, len(ids) - 1))
@@ -159,7 +164,7 @@ class SlotCache(RowCache):
             group = best
             del group.prefix[shared:]
         else:
-            group = PrefixGroup(self._new_prefix_slot(best), list(ids[:shared]), rope_range)
+            group = PrefixGroup(self._new_prefix_slot(best), list(ids[:shared]), rope_range, adapter)
             if best is not None and shared:
                 self.memory.prefixes.copy(best.slot, group.slot, shared)
         self.groups[group] = None
@@ -168,6 +173,7 @@ class SlotCache(RowCache):
     def _become_fork(self, row: SlotRow, other: SlotRow) -> SlotRow:
         row.group, row.ids, row.prefix_length = other.group, list(other.ids), other.prefix_length
         row.rope_range, row.nonfinite, row.finite_length = other.rope_range, other.nonfinite, other.finite_length
+        row.adapter = other.adapter
         if other.suffix_length:
             if other.slot in self._pending_copies:
                 self._make_copies()
@@ -289,7 +295,7 @@ class SlotCache(RowCache):
     def forward(self, rows: Sequence[CacheRow], pieces: Sequence[Sequence[int]], keep: int) -> tuple[Tensor, list[int]]:
         slots = cast("Sequence[SlotRow]", rows)
         self._find_room(slots, pieces)
-        order = sorted(range(len(slots)), key=lambda i: (slots[i].slot is None, slots[i].slot or 0, slots[i].group.slot))
+        order = sorted(range(len(slots)), key=lambda i: _place_in_pass(slots[i]))
         layouts = [RowLayout(len(r.ids), len(pieces[i]), r.prefix_length, r.group.slot, r.slot) for i in order for r in (slots[i],)]
         outputs = self.network.run(self.memory, layouts, [pieces[i] for i in order], [rows[i].ids for i in order], keep)
         for row, piece in zip(slots, pieces, strict=True):
@@ -352,6 +358,11 @@ class SlotCache(RowCache):
     def used_bytes(self) -> int:
         suffixes = sum([len(row.ids) - row.prefix_length for row in self.rows])
         return (suffixes + sum([len(group.prefix) for group in self.groups])) * self.memory.token_bytes
+
+
+def _place_in_pass(row: SlotRow) -> tuple[str, bool, int, int]:
+    """By this the rows of a pass are sorted: those of one adapter side by side, then as they lie in memory."""
+    return row_order(row.adapter), row.slot is None, row.slot or 0, row.group.slot
 
 
 def _new_prefix_length(group: PrefixGroup) -> int | None:

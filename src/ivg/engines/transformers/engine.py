@@ -16,7 +16,7 @@ from torch import Tensor
 from ivg.engines.grammar import GrammarMasks
 from ivg.engines.sequences import TokenSequence, append_token, as_beams, fork
 from ivg.engines.transformers.draft_model import DraftWriter
-from ivg.engines.transformers.guidance import apply_guidance, check_guidance, compares_guidance, nan_error, no_token_error
+from ivg.engines.transformers.guidance import apply_guidance, check_guidance, compares_guidance, nan_error, no_token_error, reads_ahead
 from ivg.engines.transformers.kl_budget import BudgetRow, guide_within_budget
 from ivg.engines.transformers.logprobs import compare_guidance
 from ivg.engines.transformers.processors import contexts_of, forbid_ignored_eos, process_logits
@@ -25,7 +25,7 @@ from ivg.engines.transformers.speculation import Speculator
 from ivg.engines.transformers.teacher_forcing import given_logprobs
 from ivg.engines.transformers.thinking import force, forced_token, is_guided, marker_ids
 from ivg.errors import ConfigError, ScoreFault
-from ivg.models.cached_lm import CachedLM
+from ivg.models.cached_lm import CachedLM, read_ahead
 from ivg.models.support import body_of
 from ivg.types import (
     Beam,
@@ -191,7 +191,7 @@ class TransformersEngine(Engine):
 
     def _step(self, step: _Step) -> None:
         """One token for every sequence that does not pause."""
-        logits = self.base.outputs(step.nodes)
+        logits = read_ahead(self.base, step.nodes, self._guides_on_base(step))
         entropies = None
         if any(r.pause or (r.guidance is not None and r.guidance.gate > 0) for r in step.requests):
             entropies = entropy(logits)
@@ -202,6 +202,24 @@ class TransformersEngine(Engine):
                 step, logits, entropies = step.without(paused), logits[left], entropies[left]
         if step.sequences:
             self._draw(step, self._guide(step, logits, entropies))
+
+    def _guides_on_base(self, step: _Step) -> dict[CachedLM, list[Hypothesis]]:
+        """Guides on the base's network that are about to read, whatever the base's outputs are, and what each of them reads."""
+        found: dict[CachedLM, list[Hypothesis]] = {}
+        readers: dict[TokenGuidance, list[CachedLM]] = {}
+        if any(request.pause for request in step.requests):
+            return found
+        for node, request in zip(step.nodes, step.requests, strict=True):
+            guidance = request.guidance
+            if guidance is None or not is_guided(request, node) or answer_of(node, request.thinking) is not node:
+                continue
+            if guidance not in readers:
+                always = guidance.beta != 0 and guidance.gate == 0 and reads_ahead(guidance, self.vocabulary)
+                lms = dict.fromkeys(guidance.value.cached_lms()) if always else {}
+                readers[guidance] = [lm for lm in lms if lm is not self.base and lm.model is self.base.model]
+            for lm in readers[guidance]:
+                found.setdefault(lm, []).append(node)
+        return found
 
     def _guide(self, step: _Step, logits: Tensor, entropies: Tensor | None) -> _Logits:
         """``logits`` [rows, vocabulary], which are written over, with and without guidance; without tokens that are never drawn.

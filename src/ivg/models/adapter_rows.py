@@ -1,0 +1,139 @@
+"""Rows of one forward pass that read with different LoRA adapters: the network's own weights are read once for all of them.
+
+A guide that is the base with an adapter then costs the adapter's two small matrices for each layer, not a second pass. Here an adapter's
+change is added to the rows that read with it, and to no others. What is more than two matrices for each of some linear layers (DoRA, whole
+modules, biases …), or is given other than one row of the batch for each text (experts, which get the tokens of all texts), is left to
+passes of its own (``models.adapters``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ivg.models.packed_linear import PackedLinear
+from ivg.models.placement import compute_dtype, input_device
+
+_TOLERANCE = {torch.float32: 1e-3}
+"""Largest difference allowed in the trial, in units of the outputs' standard deviation."""
+_LOW_PRECISION_TOLERANCE = 0.3
+_TRIAL = ((5, 3), (2, 6))
+"""Tokens of two rows."""
+
+
+def row_order(adapter: str | None) -> str:
+    """By this rows are sorted within a pass: those of one adapter lie side by side."""
+    return adapter or ""
+
+
+class MixedRowsError(Exception):
+    """A layer was not given one row of the batch for each text."""
+
+
+class AdapterRows:
+    """Adds the changes of peft's LoRA layers row by row, while :meth:`reading` is open; otherwise peft's layers do as they always do.
+
+    Args:
+        network: with adapters of peft.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self._parts: list[tuple[str | None, int, int]] | None = None
+        """(adapter, first row, end) of the pass that runs."""
+        self._wrapped: set[nn.Module] = set()
+
+    def takes(self, name: str) -> bool:
+        """Can rows with the adapter ``name`` share a pass with others, exactly? Its layers are prepared, and tried."""
+        layers = list(self._layers(name))
+        if not layers or not all(_is_plain_lora(layer, name) for layer in layers):
+            return False
+        for layer in layers:
+            if layer not in self._wrapped:
+                own = cast("Any", layer)
+                own.forward = partial(self._forward, own, own.forward)
+                self._wrapped.add(layer)
+        return self._is_exact(name)
+
+    @contextmanager
+    def reading(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Row i of a batch whose rows are ``names`` sorted by :func:`row_order` reads with the i-th of them."""
+        parts, first = [], 0
+        for name, count in sorted(Counter(names).items(), key=lambda item: row_order(item[0])):
+            parts.append((name, first, first + count))
+            first += count
+        self._parts = parts
+        try:
+            yield
+        finally:
+            self._parts = None
+
+    def _forward(self, layer: Any, own: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward method of ``layer``; ``own`` is peft's."""
+        if self._parts is None:
+            return own(x, *args, **kwargs)
+        out: Tensor = layer.base_layer(x, *args, **kwargs)
+        rows = self._parts[-1][2]
+        for name, first, end in self._parts:
+            if name not in layer.lora_A:
+                continue
+            if x.dim() != 3 or len(x) != rows:
+                raise MixedRowsError
+            down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+            some = x if end - first == rows else x[first:end]
+            change = nn.functional.linear(nn.functional.linear(some.to(down.dtype), down), up) * layer.scaling[name]
+            if end - first == rows:
+                return (out + change).to(out.dtype)
+            out[first:end] = out[first:end] + change
+        return out
+
+    def _layers(self, name: str) -> Iterator[nn.Module]:
+        """All modules of peft that have something of the adapter ``name``."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import AuxiliaryTrainingWrapper
+
+        for module in self.network.modules():
+            if isinstance(module, BaseTunerLayer):
+                if any(name in getattr(module, kind) for kind in (*module.adapter_layer_names, *module.other_param_names)):
+                    yield module
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                yield module
+
+    @torch.no_grad()
+    def _is_exact(self, name: str) -> bool:
+        """Does a pass of two rows, one of them with the adapter, give what each gives by itself?"""
+        network = cast("Any", self.network)
+        size, device = int(network.config.get_text_config().vocab_size), input_device(network)
+        ids = torch.tensor([[token % size for token in row] for row in _TRIAL], device=device)
+        try:
+            with self.reading([None, name]):
+                together = network(input_ids=ids, use_cache=False).logits.float()
+            alone = []
+            for row, adapter in zip(ids, (None, name), strict=True):
+                with self.reading([adapter]):
+                    alone.append(network(input_ids=row[None], use_cache=False).logits[0].float())
+        except (MixedRowsError, RuntimeError, ValueError, TypeError, AttributeError):  # the network's code may raise anything of these
+            return False
+        apart = torch.stack(alone)
+        error = (together - apart).abs().amax() / apart.std().clamp(min=1e-6)
+        return float(error) <= _TOLERANCE.get(compute_dtype(network), _LOW_PRECISION_TOLERANCE)
+
+
+def _is_plain_lora(layer: Any, name: str) -> bool:
+    """Is that adapter two matrices beside a linear layer here, and nothing else?"""
+    from peft.tuners.lora import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    return (
+        type(layer) is Linear
+        and isinstance(layer.base_layer, nn.Linear | PackedLinear | Conv1D)
+        and name not in layer.lora_variant
+        and not layer.lora_bias.get(name, False)
+        and not layer.merged
+    )
