@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from ivg import GuidedModel
+from ivg import FunctionValue, GuidedModel
 from ivg.errors import ConfigError, GenerationError, PromptError
 from ivg.search.background import BackgroundSearch
 from ivg.search.searcher import Request, Searcher
@@ -374,6 +374,13 @@ def test_what_progress_raises_ends_the_run(model):
 def test_a_model_is_not_copied(model, copied):
     with pytest.raises(ConfigError, match="cannot be pickled or copied"):
         copied(model)
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.deepcopy])
+def test_a_value_that_reads_with_a_model_is_not_copied(model, copied):
+    with pytest.raises(ConfigError, match=r"tuned .*cannot be pickled or copied.*\n  send its path"):
+        copied(model.values["implicit"])
+    assert copied(FunctionValue(len, "length"))
 
 
 def test_a_model_is_not_moved(model):

@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from typing_extensions import override
 
+from ivg.errors import ConfigError
 from ivg.models.cache import CacheRow, common_length
 from ivg.models.image_prompts import ImageInputs
 from ivg.models.prompt_encoder import PromptEncoder
@@ -94,6 +95,16 @@ class HypothesisRows(PromptEncoder):
         self.model = model
         self._known: dict[int, RowEntry] = {}
         self._resets = model.resets
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse pickle and deepcopy, also of a value that reads with this model: its cache stays in this process.
+
+        Raises:
+            ConfigError: always; says what to send instead.
+        """
+        raise ConfigError(
+            f"{self.title} cannot be pickled or copied: it has a cache in this process\n  send its path, and load it in the other process"
+        )
 
     @property
     def _entries(self) -> dict[int, RowEntry]:
