@@ -1,14 +1,20 @@
 """Rows with different adapters in one forward pass: each gives what it gives alone, and what cannot is read in passes of its own."""
 
+import json
+import shutil
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from ivg.diagnostics.logits import response_beam, response_logits
+from ivg.errors import ModelError
 from ivg.factory.recipe import load_models
 from ivg.models.adapter_rows import row_order
-from ivg.models.cached_lm import read_ahead
+from ivg.models.cached_lm import read_with_guides
 from ivg.models.loading import LoadOptions
 from ivg.models.shared import SharedNetworks
 from ivg.settings.models import ModelRef
@@ -28,9 +34,9 @@ def write(folder, architecture, **own):
     network = tiny_model(architecture, 1, context=128)
     network.save_pretrained(folder / "base")
     for seed, name in enumerate(("first", "second"), 5):
-        torch.manual_seed(seed)
         own = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **own}
         made = peft.get_peft_model(tiny_model(architecture, 1, context=128), peft.LoraConfig(**own))
+        torch.manual_seed(seed)  # here: tiny_model seeds, too
         for parameter_name, parameter in made.named_parameters():
             if "lora_" in parameter_name:
                 torch.nn.init.normal_(parameter, std=0.2)
@@ -69,6 +75,18 @@ def passes(model):
 
 
 # Exactness
+
+
+def test_the_two_adapters_differ(llama):
+    """Or nothing here could tell which one a row reads with."""
+    network, rows = adapter_rows(llama)
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        found = []
+        for name in (None, "ivg0", "ivg1"):
+            with rows.using([name]):
+                found.append(network(input_ids=ids).logits)
+    assert min((a - b).abs().max() for a, b in ((found[0], found[1]), (found[0], found[2]), (found[1], found[2]))) > 1
 
 
 @pytest.mark.parametrize(
@@ -116,10 +134,10 @@ def test_each_row_reads_as_alone(names, length, llama):
     network, rows = adapter_rows(llama)
     names = sorted(names, key=row_order)
     ids = torch.arange(len(names) * length).view(len(names), length) % 257
-    with torch.no_grad(), rows.reading(names):
+    with torch.no_grad(), rows.using(names):
         together = network(input_ids=ids, use_cache=False).logits
     for place, name in enumerate(names):
-        with torch.no_grad(), rows.reading([name]):
+        with torch.no_grad(), rows.using([name]):
             alone = network(input_ids=ids[place : place + 1], use_cache=False).logits[0]
         torch.testing.assert_close(together[place], alone, atol=1e-4, rtol=1e-4)
 
@@ -140,7 +158,7 @@ def test_outside_of_a_pass_no_adapter_acts(llama):
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         plain = network(input_ids=ids).logits
-        with pytest.raises(RuntimeError, match="stop"), rows.reading(["ivg0"]):
+        with pytest.raises(RuntimeError, match="stop"), rows.using(["ivg0"]):
             assert not torch.equal(network(input_ids=ids).logits, plain)
             raise RuntimeError("stop")
         assert torch.equal(network(input_ids=ids).logits, plain)
@@ -222,7 +240,70 @@ def test_a_row_keeps_its_adapter(llama):
     assert again.adapter == first.row_adapter
 
 
-# Reading ahead
+def refused(folder, where, change):
+    """A copy of an adapter with other settings, or weights."""
+    shutil.copytree(folder, where)
+    change(where)
+    return where
+
+
+def without_a_weight(where):
+    tensors = load_file(where / "adapter_model.safetensors")
+    save_file(dict(list(tensors.items())[1:]), where / "adapter_model.safetensors")
+
+
+def with_settings(where, **own):
+    config = json.loads((where / "adapter_config.json").read_text())
+    (where / "adapter_config.json").write_text(json.dumps(config | own))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_a_weight, "1 weights differ"),
+        (partial(with_settings, r=8), "does not fit"),
+        (partial(with_settings, layer_replication=[[0, 2], [0, 2]]), "repeats layers"),
+        (partial(with_settings, alora_invocation_tokens=[1, 2]), "aLoRA"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_refused_adapter_changes_nothing(change, message, first, llama, tmp_path):
+    """Neither the base nor an adapter that was loaded before or comes after."""
+    networks = SharedNetworks()
+    base = networks.load(str(llama / "base"), "base", FLOAT32)
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        plain = base.model.network(input_ids=ids).logits
+    good = ModelRef(path=str(llama / "base"), adapter=str(llama / "second"))
+    if not first:
+        networks.load(good, "tuned", FLOAT32)
+    bad = ModelRef(path=str(llama / "base"), adapter=str(refused(llama / "first", tmp_path / "bad", change)))
+    with pytest.raises(ModelError, match=message):
+        networks.load(bad, "tuned", FLOAT32)
+    with torch.no_grad():
+        torch.testing.assert_close(base.model.network(input_ids=ids).logits, plain)
+    lm = networks.load(good, "tuned", FLOAT32)
+    alone = SharedNetworks().load(str(llama / "second-merged"), "alone", FLOAT32)
+    got, expected = (one.model.last_outputs([one.open_row([1, 2, 3])], [[1, 2, 3]]) for one in (lm, alone))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_that_something_else_has_wrapped_are_wrapped_again(llama):
+    """accelerate puts its own ``forward`` on modules, and may restore peft's."""
+    networks = SharedNetworks()
+    refs = {name: ModelRef(path=str(llama / "base"), adapter=str(llama / name)) for name in ("first", "second")}
+    network = networks.load(refs["first"], "first", FLOAT32).model.network
+    for layer in network.modules():
+        if isinstance(layer, peft.tuners.lora.Linear):
+            layer.forward = partial(type(layer).forward, layer)
+    second = networks.load(refs["second"], "second", FLOAT32)
+    assert second.row_adapter == "ivg1"
+    alone = SharedNetworks().load(str(llama / "second-merged"), "alone", FLOAT32)
+    got, expected = (one.model.last_outputs([one.open_row([1, 2, 3])], [[1, 2, 3]]) for one in (second, alone))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+# Reading with the base
 
 
 def test_guides_that_are_asked_for_other_texts_read_them(llama):
@@ -232,13 +313,22 @@ def test_guides_that_are_asked_for_other_texts_read_them(llama):
     beams = [base.root(model.request(prompt, "eft").prompt, 4) for prompt in PROMPTS]
     expected = tuned.outputs(beams).clone()
     tuned.release([beam.key for beam in beams])
-    read_ahead(base, beams, {tuned: beams[:2]})
+    read_with_guides(base, beams, {tuned: beams[:2]})
     counts = passes(model)
     assert torch.allclose(tuned.outputs(beams[1:2]), expected[1:2], atol=1e-4) and counts == []
     assert torch.allclose(tuned.outputs(beams[:2]), expected[:2], atol=1e-4) and counts  # one of them was given already
-    read_ahead(base, beams, {tuned: beams})
+    read_with_guides(base, beams, {tuned: beams})
     counts.clear()
     assert torch.allclose(tuned.outputs(beams[::-1]), expected.flip(0), atol=1e-4) and counts == []
+
+
+def test_a_spent_budget_of_divergence_reads_no_guide(llama):
+    settings = {"kl_budget": 0.05, "candidates": 3, "max_new_tokens": 24, "ignore_eos": True, "seed": 1}
+    read = []
+    for merged in (False, True):
+        done = two_adapters(llama, merged=merged).generate(PROMPTS, "eft", **settings)
+        read.append([sum(c.usage.forward_tokens[name] for c in done) for name in ("base", "tuned")])
+    assert read[0][1] == read[1][1] < read[0][0] == read[1][0]
 
 
 def test_a_guide_that_follows_the_base_reads_nothing_ahead(llama):

@@ -3,7 +3,7 @@
 A guide that is the base with an adapter then costs the adapter's two small matrices for each layer, not a second pass. Here an adapter's
 change is added to the rows that read with it, and to no others. What is more than two matrices for each of some linear layers (DoRA, whole
 modules, biases …), or is given other than one row of the batch for each text (experts, which get the tokens of all texts), is left to
-passes of its own (``models.adapters``).
+separate passes (``models.adapters``).
 """
 
 from __future__ import annotations
@@ -14,17 +14,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
+from ivg.errors import ModelError
 from ivg.models.packed_linear import PackedLinear
-from ivg.models.placement import compute_dtype, input_device
-
-_TOLERANCE = {torch.float32: 1e-3}
-"""Largest difference allowed in the trial, in units of the outputs' standard deviation."""
-_LOW_PRECISION_TOLERANCE = 0.3
-_TRIAL = ((5, 3), (2, 6))
-"""Tokens of two rows."""
 
 
 def row_order(adapter: str | None) -> str:
@@ -32,12 +25,12 @@ def row_order(adapter: str | None) -> str:
     return adapter or ""
 
 
-class MixedRowsError(Exception):
-    """A layer was not given one row of the batch for each text."""
+class MixedRowsError(ModelError):
+    """A layer with an adapter was not given one row of the batch for each text."""
 
 
 class AdapterRows:
-    """Adds the changes of peft's LoRA layers row by row, while :meth:`reading` is open; otherwise peft's layers do as they always do.
+    """Adds the changes of peft's LoRA layers row by row, while :meth:`using` is open; otherwise peft's layers do as they always do.
 
     Args:
         network: with adapters of peft.
@@ -47,22 +40,20 @@ class AdapterRows:
         self.network = network
         self._parts: list[tuple[str | None, int, int]] | None = None
         """(adapter, first row, end) of the pass that runs."""
-        self._wrapped: set[nn.Module] = set()
 
-    def takes(self, name: str) -> bool:
-        """Can rows with the adapter ``name`` share a pass with others, exactly? Its layers are prepared, and tried."""
+    def prepare(self, name: str) -> bool:
+        """Make the layers of the adapter ``name`` able to read rows apart; False: it is of a kind that cannot be read so."""
         layers = list(self._layers(name))
         if not layers or not all(_is_plain_lora(layer, name) for layer in layers):
             return False
         for layer in layers:
-            if layer not in self._wrapped:
-                own = cast("Any", layer)
+            own = cast("Any", layer)
+            if getattr(own.forward, "func", None) != self._forward:  # accelerate may have put its own there since
                 own.forward = partial(self._forward, own, own.forward)
-                self._wrapped.add(layer)
-        return self._is_exact(name)
+        return True
 
     @contextmanager
-    def reading(self, names: Sequence[str | None]) -> Iterator[None]:
+    def using(self, names: Sequence[str | None]) -> Iterator[None]:
         """Row i of a batch whose rows are ``names`` sorted by :func:`row_order` reads with the i-th of them."""
         parts, first = [], 0
         for name, count in sorted(Counter(names).items(), key=lambda item: row_order(item[0])):
@@ -84,7 +75,10 @@ class AdapterRows:
             if name not in layer.lora_A:
                 continue
             if x.dim() != 3 or len(x) != rows:
-                raise MixedRowsError
+                raise MixedRowsError(
+                    f"a layer with the adapter {name} got {list(x.shape)} where the batch has {rows} rows\n"
+                    "  expected [rows, positions, size]; merge the adapter into a model of its own"
+                )
             down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
             some = x if end - first == rows else x[first:end]
             change = nn.functional.linear(nn.functional.linear(some.to(down.dtype), down), up) * layer.scaling[name]
@@ -104,25 +98,6 @@ class AdapterRows:
                     yield module
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 yield module
-
-    @torch.no_grad()
-    def _is_exact(self, name: str) -> bool:
-        """Does a pass of two rows, one of them with the adapter, give what each gives by itself?"""
-        network = cast("Any", self.network)
-        size, device = int(network.config.get_text_config().vocab_size), input_device(network)
-        ids = torch.tensor([[token % size for token in row] for row in _TRIAL], device=device)
-        try:
-            with self.reading([None, name]):
-                together = network(input_ids=ids, use_cache=False).logits.float()
-            alone = []
-            for row, adapter in zip(ids, (None, name), strict=True):
-                with self.reading([adapter]):
-                    alone.append(network(input_ids=row[None], use_cache=False).logits[0].float())
-        except (MixedRowsError, RuntimeError, ValueError, TypeError, AttributeError):  # the network's code may raise anything of these
-            return False
-        apart = torch.stack(alone)
-        error = (together - apart).abs().amax() / apart.std().clamp(min=1e-6)
-        return float(error) <= _TOLERANCE.get(compute_dtype(network), _LOW_PRECISION_TOLERANCE)
 
 
 def _is_plain_lora(layer: Any, name: str) -> bool:

@@ -10,14 +10,21 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ivg.errors import ConfigError, MissingDependencyError, ModelError, reason
-from ivg.models.adapter_rows import AdapterRows
+from ivg.models.adapter_rows import AdapterRows, MixedRowsError
 from ivg.models.hub import ADAPTER_CONFIG, BASE, partial_config
+from ivg.models.placement import compute_dtype, input_device
 
+_TRIAL = ((5, 3), (2, 6))
+"""Tokens of two rows."""
+_TRIAL_TOLERANCE = {torch.float32: 1e-3}
+"""Largest difference allowed in the trial, in units of the outputs' standard deviation: rounding, of equally large batches."""
+_LOW_PRECISION_TOLERANCE = 0.03
 _NAME = re.compile(r"ivg\d+")
 """Names that adapters are given."""
 PEFT_ADVICE = "pip install 'ivg[train]' (or peft)"
@@ -39,7 +46,13 @@ class Adapters:
         self.active: str | None = None
         self.rows = AdapterRows(network)
         self._names: dict[tuple[str, float], str] = {}
+        self._made = 0
+        """Names that were given, also to adapters that were refused."""
         self._peft: Any = None
+
+    def name_of(self, folder: Path, scale: float) -> str | None:
+        """The name of the adapter in ``folder``, times ``scale``; None: it was not loaded."""
+        return self._names.get((str(folder.resolve()), scale))
 
     def add(self, folder: Path, scale: float, what: str) -> str:
         """Load the adapter in ``folder``, times ``scale``; its name. The same one is loaded once.
@@ -49,16 +62,32 @@ class Adapters:
             ModelError: no adapter of this network, or one that cannot be switched off exactly.
             ConfigError: a scale for an adapter that has none.
         """
-        key = (str(folder.resolve()), scale)
-        if key in self._names:
-            return self._names[key]
+        if (known := self.name_of(folder, scale)) is not None:
+            return known
         peft, title = import_peft(what), f"{what}: the adapter {str(folder)!r}"
         try:
             config = peft.PeftConfig.from_pretrained(str(folder))
         except Exception as e:
             raise ModelError(f"{title} cannot be read: {reason(e)}\n  expected a directory that peft wrote") from e
         _check_config(config, title, scale)
-        name = f"ivg{len(self._names)}"
+        name, self._made = f"ivg{self._made}", self._made + 1
+        try:
+            self._load(config, folder, name, title)
+        except BaseException:
+            self._discard(name)
+            raise
+        if scale != 1:
+            for layer in self.network.modules():
+                if isinstance(layer, peft.tuners.lora.LoraLayer) and name in layer.scaling:
+                    layer.set_scale(name, scale)
+        self.network.eval().requires_grad_(False)
+        self._names[str(folder.resolve()), scale], self.active = name, name
+        self.activate(None)
+        return name
+
+    def _load(self, config: Any, folder: Path, name: str, title: str) -> None:
+        """Let peft put the adapter into the network, where it is then on."""
+        peft = import_peft(title)
         try:
             config.inference_mode, config.task_type = True, None  # peft would look for the methods of that task
             config.base_model_name_or_path = getattr(self.network, "name_or_path", None)  # peft warns where another was recorded
@@ -71,14 +100,44 @@ class Adapters:
             raise ModelError(f"{title} does not fit the network: {reason(e)}\n  expected an adapter that was trained on it") from e
         if wrong := [*result.missing_keys, *result.unexpected_keys]:
             raise ModelError(f"{title} does not fit the network: {len(wrong)} weights differ ({wrong[0]})\n  expected an adapter of it")
-        if scale != 1:
-            for layer in self.network.modules():
-                if isinstance(layer, peft.tuners.lora.LoraLayer) and name in layer.scaling:
-                    layer.set_scale(name, scale)
+
+    def _discard(self, name: str) -> None:
+        """Take an adapter out that could not be loaded, so that the network is as it was."""
+        if self._peft is None:
+            return
+        if name in self._peft.peft_config:
+            self._peft.delete_adapter(name)
+        self._peft.base_model.disable_adapter_layers()
+        self.active = None
         self.network.eval().requires_grad_(False)
-        self._names[key], self.active = name, name
-        self.activate(None)
-        return name
+
+    def can_share_passes(self, name: str) -> bool:
+        """Can rows that read with the adapter ``name`` share forward passes with others (``rows``)? It is tried.
+
+        A pass of two rows, one of them with the adapter, is compared with passes of the same two without and with it, by peft.
+        """
+        if not self.rows.prepare(name):
+            return False
+        network, device = cast("Any", self.network), input_device(self.network)
+        size = int(network.config.get_text_config().vocab_size)
+        ids = torch.tensor([[token % size for token in row] for row in _TRIAL], device=device)
+
+        def outputs() -> Tensor:
+            return cast("Tensor", network(input_ids=ids, use_cache=False).logits).float()
+
+        try:
+            with torch.no_grad():
+                with self.rows.using([None, name]):
+                    together = outputs()
+                plain = outputs()
+                self.activate(name)
+                adapted = outputs()
+        except MixedRowsError:
+            return False
+        finally:
+            self.activate(None)
+        error = (together - torch.stack([plain[0], adapted[1]])).abs().amax() / plain.std().clamp(min=1e-6)
+        return float(error) <= _TRIAL_TOLERANCE.get(compute_dtype(network), _LOW_PRECISION_TOLERANCE)
 
     def activate(self, name: str | None) -> None:
         """Switch to the adapter ``name``; None: none."""
@@ -121,6 +180,10 @@ def _check_config(config: Any, title: str, scale: float) -> None:
         raise ModelError(
             f"{title} trained biases of the network (bias={config.bias!r}), which cannot be switched off exactly\n  {MERGE_ADVICE}"
         )
+    if getattr(config, "layer_replication", None):
+        raise ModelError(f"{title} repeats layers of the network (layer_replication), which others read, too\n  {MERGE_ADVICE}")
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ModelError(f"{title} acts behind certain tokens alone (aLoRA), which this library does not look for\n  expected plain LoRA")
     init = getattr(config, "init_lora_weights", None)
     if isinstance(init, str) and init.lower() not in INITS_OF_ADAPTERS_ALONE:
         raise ModelError(f"{title} changes the network itself (init_lora_weights={init!r}), which others read, too\n  {MERGE_ADVICE}")

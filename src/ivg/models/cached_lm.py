@@ -70,8 +70,8 @@ class CachedLM(HypothesisRows):
     _keeps_outputs = False
     _kept: tuple[dict[int, tuple[int, int]], Tensor] | None = None
     """Of the last :meth:`outputs`: (tokens of the response, row) of each hypothesis, by key, and the rows."""
-    _ahead: tuple[dict[int, tuple[int, int]], Tensor] | None = None
-    """Likewise of :func:`read_ahead`, until they are asked for."""
+    _with_base: tuple[dict[int, tuple[int, int]], Tensor] | None = None
+    """Likewise of :func:`read_with_guides`, until they are asked for."""
 
     def follow(self, other: CachedLM) -> None:
         """Where ``other``, which shares the network, has just read a hypothesis behind the same prompt, its outputs are taken.
@@ -98,19 +98,20 @@ class CachedLM(HypothesisRows):
     @override
     def release(self, keys: Sequence[int]) -> None:
         super().release(keys)
-        if self._kept is not None and not self._kept[0].keys() - set(keys):
-            self._kept = None
-        if self._ahead is not None and not self._ahead[0].keys().isdisjoint(keys):
-            self._ahead = None
+        if self._kept is not None:
+            left = {key: self._kept[0][key] for key in self._kept[0].keys() - set(keys)}
+            self._kept = (left, self._kept[1]) if left else None
+        if self._with_base is not None and not self._with_base[0].keys().isdisjoint(keys):
+            self._with_base = None
 
     @override
     def truncate(self, hypotheses: Sequence[Hypothesis]) -> None:
         super().truncate(hypotheses)
-        self._ahead = None
+        self._with_base = None
 
     @override
     def reset_cache(self) -> None:
-        self._kept = self._ahead = None
+        self._kept = self._with_base = None
         super().reset_cache()
 
     # Reading
@@ -126,7 +127,8 @@ class CachedLM(HypothesisRows):
         """The network's output behind the last token, float32 [hypotheses, vocabulary or 1]."""
         out = self.logits(hypotheses)
         if self._keeps_outputs:
-            kept = out.clone() if out.dtype == torch.float32 else out  # the caller may write over float32
+            part = out.untyped_storage().nbytes() > out.numel() * out.element_size()  # of a pass with other rows
+            kept = out.clone() if part or out.dtype == torch.float32 else out  # the caller may write over float32
             self._kept = _places(hypotheses), kept
         return out.float()
 
@@ -172,14 +174,14 @@ class CachedLM(HypothesisRows):
                 entries[some[k]].scored += scored
         return [list(e.logps) for e in entries]
 
-    def _outputs_read_ahead(self, hypotheses: Sequence[Hypothesis]) -> Tensor | None:
-        """What :func:`read_ahead` has just read, if that is every hypothesis; it is given once, since callers write over it."""
-        places, rows = self._ahead or ({}, torch.empty(0))
-        if any(places.get(h.key, (-1, 0))[0] != len(h.token_ids) for h in hypotheses):
+    def _outputs_read_with_base(self, hypotheses: Sequence[Hypothesis]) -> Tensor | None:
+        """What :func:`read_with_guides` has just read, if that is every hypothesis; it is given once, since callers write over it."""
+        places, rows = self._with_base or ({}, torch.empty(0))
+        if not hypotheses or any(places.get(h.key, (-1, 0))[0] != len(h.token_ids) for h in hypotheses):
             return None
-        index = [places.pop(h.key)[1] for h in hypotheses]
-        if not places:
-            self._ahead = None
+        index = [places[h.key][1] for h in hypotheses]
+        left = {key: places[key] for key in places.keys() - {h.key for h in hypotheses}}
+        self._with_base = (left, rows) if left else None
         return rows if index == list(range(len(rows))) else rows[torch.tensor(index, device=rows.device)]
 
     def _follows(self, other: CachedLM, hypotheses: Sequence[Hypothesis]) -> bool:
@@ -332,8 +334,8 @@ def read_together(readers: Sequence[CachedLM], hypotheses: Sequence[Hypothesis])
     """
     out: dict[CachedLM, Tensor] = {}
     for reader in readers:
-        if (ahead := reader._outputs_read_ahead(hypotheses)) is not None:
-            out[reader] = ahead
+        if (read := reader._outputs_read_with_base(hypotheses)) is not None:
+            out[reader] = read
         elif (known := reader._outputs_of_source(hypotheses)) is not None:
             reader.inherit_cache(hypotheses)
             out[reader] = known
@@ -343,7 +345,7 @@ def read_together(readers: Sequence[CachedLM], hypotheses: Sequence[Hypothesis])
     return [out[reader] for reader in readers]
 
 
-def read_ahead(base: CachedLM, hypotheses: Sequence[Hypothesis], guides: Mapping[CachedLM, Sequence[Hypothesis]]) -> Tensor:
+def read_with_guides(base: CachedLM, hypotheses: Sequence[Hypothesis], guides: Mapping[CachedLM, Sequence[Hypothesis]]) -> Tensor:
     """:meth:`CachedLM.outputs` of ``base``. Guides on its network read in the same pass, and have their outputs when they are asked next.
 
     Args:
@@ -356,8 +358,8 @@ def read_ahead(base: CachedLM, hypotheses: Sequence[Hypothesis], guides: Mapping
         return base.outputs(hypotheses)
     read = _read_in_one_pass(base.model, {base: hypotheses, **some})
     for lm, wanted in some.items():
-        lm._ahead = _places(wanted), read[lm]
-    base._ahead = _places(hypotheses), read[base]
+        lm._with_base = _places(wanted), read[lm]
+    base._with_base = _places(hypotheses), read[base]
     return base.outputs(hypotheses)
 
 

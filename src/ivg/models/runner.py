@@ -215,7 +215,7 @@ class ModelRunner:
         if self.before_pass is not None:
             self.before_pass()
         rope_range = rows[0].rope_range
-        reading = nullcontext() if self.adapter_rows is None else self.adapter_rows.reading([row.adapter for row in rows])
+        reading = nullcontext() if self.adapter_rows is None else self.adapter_rows.using([row.adapter for row in rows])
         with rotary_factors_beyond(self._rope_limits[rope_range - 1] if rope_range else None, self._rotary), reading:
             outputs, order = self.cache.forward(rows, pieces, keep)
         finite = outputs[:, -1].amax(-1) < torch.inf  # NaN wins every comparison

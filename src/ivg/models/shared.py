@@ -1,12 +1,12 @@
 """Loads causal language models, each network once: models of one network are readers of it, behind prompts or adapters of their own.
 
-Roles with one path (and revision, device, dtype …) share its weights. Those without an adapter share one cache, too; each adapter has a
-rows of its own, because keys and values differ; plain LoRA reads in one pass with the others (``models.adapter_rows``), another kind has
-a cache and passes of its own.
+Roles with one path (and revision, device, dtype …) share its weights. All share one cache, too, in which rows of different adapters have
+nothing in common; only adapters that cannot read in one pass with the others (``models.adapter_rows``) have a separate cache.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ from ivg.models.packed_linear import pack, packed_layers, unpack
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.runner import ModelRunner
 from ivg.settings.models import ModelRef, ModelSource
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -42,23 +44,32 @@ class _Loaded:
             ModelError, ConfigError, MissingDependencyError: see :meth:`~ivg.models.adapters.Adapters.add`.
         """
         plain, network = self.lm.model, self.lm.model.network
+        if self.adapters is not None and (known := self.adapters.name_of(folder, scale)) is not None:
+            return known
         packed = bool(packed_layers(network))
         unpack(network)  # peft knows plain layers only
-        if self.adapters is None:
-            self.adapters = Adapters(network)
-            plain.before_pass = partial(self.adapters.activate, None)
-        name = self.adapters.add(folder, scale, what)
-        if name not in self.runners:
-            if plain.cache.mixes_adapters and self.adapters.rows.takes(name):
+        try:
+            if self.adapters is None:
+                self.adapters = Adapters(network)
+                plain.before_pass = partial(self.adapters.activate, None)
+            name = self.adapters.add(folder, scale, what)
+            if plain.cache.mixes_adapters and self.adapters.can_share_passes(name):
                 plain.adapter_rows = self.adapters.rows
                 self.runners[name] = plain
             else:
-                self.adapters.activate(name)
-                self.runners[name] = ModelRunner(network, what)
-                self.runners[name].before_pass = partial(self.adapters.activate, name)
-        if packed and all(runner is plain for runner in self.runners.values()):  # other kinds than LoRA read plain weights
-            pack(network)
+                log.info("%s: the adapter %s is read in separate passes, since rows with and without it cannot share one", what, folder)
+                self.runners[name] = self._separate_runner(self.adapters, name, what)
+        finally:
+            if packed and all(runner is plain for runner in self.runners.values()):  # other kinds than LoRA read plain weights
+                pack(network)
         return name
+
+    def _separate_runner(self, adapters: Adapters, name: str, what: str) -> ModelRunner:
+        """A runner with a cache of its own, for whose passes the adapter is switched on."""
+        adapters.activate(name)
+        runner = ModelRunner(self.lm.model.network, what)
+        runner.before_pass = partial(adapters.activate, name)
+        return runner
 
 
 class SharedNetworks:

@@ -25,7 +25,7 @@ from ivg.engines.transformers.speculation import Speculator
 from ivg.engines.transformers.teacher_forcing import given_logprobs
 from ivg.engines.transformers.thinking import force, forced_token, is_guided, marker_ids
 from ivg.errors import ConfigError, ScoreFault
-from ivg.models.cached_lm import CachedLM, read_ahead
+from ivg.models.cached_lm import CachedLM, read_with_guides
 from ivg.models.support import body_of
 from ivg.types import (
     Beam,
@@ -191,7 +191,7 @@ class TransformersEngine(Engine):
 
     def _step(self, step: _Step) -> None:
         """One token for every sequence that does not pause."""
-        logits = read_ahead(self.base, step.nodes, self._guides_on_base(step))
+        logits = read_with_guides(self.base, step.nodes, self._guides_on_base(step))
         entropies = None
         if any(r.pause or (r.guidance is not None and r.guidance.gate > 0) for r in step.requests):
             entropies = entropy(logits)
@@ -212,6 +212,8 @@ class TransformersEngine(Engine):
         for node, request in zip(step.nodes, step.requests, strict=True):
             guidance = request.guidance
             if guidance is None or not is_guided(request, node) or answer_of(node, request.thinking) is not node:
+                continue
+            if guidance.kl_budget is not None and node.kl_spent >= guidance.kl_budget:
                 continue
             if guidance not in readers:
                 always = guidance.beta != 0 and guidance.gate == 0 and reads_ahead(guidance, self.vocabulary)
