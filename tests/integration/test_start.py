@@ -1,5 +1,6 @@
 """A process of the command line answers without importing what answers need nothing of; what was put off is whole when it is asked for."""
 
+import os
 import subprocess
 import sys
 
@@ -136,3 +137,24 @@ def test_another_version_of_transformers_is_imported_all_the_same():
     """One that does not import without what is left out."""
     done = subprocess.run([sys.executable, "-c", OTHER_VERSION], capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "GOMP_SPINCOUNT = '20000'"),
+        ({"GOMP_SPINCOUNT": "77"}, "GOMP_SPINCOUNT = '77'"),
+        ({"OMP_WAIT_POLICY": "active"}, "OMP_WAIT_POLICY = 'ACTIVE'"),
+    ],
+)
+def test_threads_do_not_spin_for_long(given, expected):
+    """What OpenMP says that it read: so it was set before torch was imported, and the user's own setting counts."""
+    own = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    settings = own | given | {"OMP_DISPLAY_ENV": "verbose"}
+    done = subprocess.run([sys.executable, "-m", "ivg", *ARGUMENTS["generate"]], capture_output=True, text=True, env=settings)
+    assert done.returncode == 0, done.stderr
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("this PyTorch has another OpenMP than GNU's")
+    assert expected in done.stderr
+    if "OMP_WAIT_POLICY" in given:
+        assert "GOMP_SPINCOUNT = '20000'" not in done.stderr
