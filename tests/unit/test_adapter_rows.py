@@ -148,7 +148,7 @@ def adapter_rows(folder, _made={}):  # noqa: B006 (the cache)
         lms = [
             networks.load(ModelRef(path=str(folder / "base"), adapter=str(folder / name)), name, FLOAT32) for name in ("first", "second")
         ]
-        assert [lm.row_adapter for lm in lms] == ["ivg0", "ivg1"]
+        assert [lm.open_row([1]).adapter for lm in lms] == ["ivg0", "ivg1"]
         _made[folder] = lms[0].model.network, lms[0].model.adapter_rows
     return _made[folder]
 
@@ -197,11 +197,11 @@ def test_plain_and_other_kinds_of_one_network(llama, tmp_path):
     base = networks.load(str(llama / "base"), "base", FLOAT32)
     plain = networks.load(ModelRef(path=str(llama / "base"), adapter=str(llama / "first")), "plain", FLOAT32)
     other = networks.load(ModelRef(path=str(llama / "base"), adapter=str(dora / "first")), "other", FLOAT32)
-    assert plain.model is base.model is not other.model and other.row_adapter is None
+    assert plain.model is base.model is not other.model and other.open_row([1]).adapter is None
     alone = [SharedNetworks().load(str(path), "alone", FLOAT32) for path in (llama / "base", llama / "first-merged", dora / "first-merged")]
     for _ in range(2):
         for lm, expected in zip((base, plain, other), alone, strict=True):
-            rows = [one.model.open([5, 6, 7], 0, None, one.row_adapter) for one in (lm, expected)]
+            rows = [one.open_row([5, 6, 7]) for one in (lm, expected)]
             got, want = (
                 one.model.last_outputs([row], [[5, 6, 7][len(row.ids) :]])[0] for one, row in zip((lm, expected), rows, strict=True)
             )
@@ -218,7 +218,7 @@ def test_layers_that_mix_the_rows_are_found(llama, monkeypatch):
     plain = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: plain(self, x.flatten(0, 1)).view_as(x))
     together, apart = two_adapters(llama, merged=False), two_adapters(llama, merged=True)
-    assert together.values["implicit"].tuned.row_adapter is None
+    assert together.values["implicit"].tuned.model is not together.base.model
     assert [c.token_ids for c in together.generate(PROMPTS, "eft", **SIZES)] == [
         c.token_ids for c in apart.generate(PROMPTS, "eft", **SIZES)
     ]
@@ -230,14 +230,14 @@ def test_a_row_keeps_its_adapter(llama):
     base = networks.load(str(llama / "base"), "base", FLOAT32)
     first = networks.load(ModelRef(path=str(llama / "base"), adapter=str(llama / "first")), "first", FLOAT32)
     model = base.model
-    with_adapter = model.open([1, 2, 3, 4], 0, None, first.row_adapter)
+    with_adapter = first.open_row([1, 2, 3, 4])
     model.last_outputs([with_adapter], [[1, 2, 3, 4]])
     model.free(with_adapter)
     assert model.open([1, 2, 3, 4]).ids == []
-    again = model.open([1, 2, 3, 4], 0, None, first.row_adapter)
-    assert again.ids == [1, 2, 3] and model.fork(again).adapter == first.row_adapter
+    again = first.open_row([1, 2, 3, 4])
+    assert again.ids == [1, 2, 3] and model.fork(again).adapter == first.adapter
     model.cache.reopen(again, [9, 9], 0)
-    assert again.adapter == first.row_adapter
+    assert again.adapter == first.adapter
 
 
 def refused(folder, where, change):
@@ -297,7 +297,7 @@ def test_layers_that_something_else_has_wrapped_are_wrapped_again(llama):
         if isinstance(layer, peft.tuners.lora.Linear):
             layer.forward = partial(type(layer).forward, layer)
     second = networks.load(refs["second"], "second", FLOAT32)
-    assert second.row_adapter == "ivg1"
+    assert second.open_row([1]).adapter == "ivg1"
     alone = SharedNetworks().load(str(llama / "second-merged"), "alone", FLOAT32)
     got, expected = (one.model.last_outputs([one.open_row([1, 2, 3])], [[1, 2, 3]]) for one in (second, alone))
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)

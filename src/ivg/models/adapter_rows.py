@@ -25,10 +25,6 @@ def row_order(adapter: str | None) -> str:
     return adapter or ""
 
 
-class MixedRowsError(ModelError):
-    """A layer with an adapter was not given one row of the batch for each text."""
-
-
 class AdapterRows:
     """Adds the changes of peft's LoRA layers row by row, while :meth:`using` is open; otherwise peft's layers do as they always do.
 
@@ -75,7 +71,7 @@ class AdapterRows:
             if name not in layer.lora_A:
                 continue
             if x.dim() != 3 or len(x) != rows:
-                raise MixedRowsError(
+                raise ModelError(
                     f"a layer with the adapter {name} got {list(x.shape)} where the batch has {rows} rows\n"
                     "  expected [rows, positions, size]; merge the adapter into a model of its own"
                 )

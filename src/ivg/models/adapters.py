@@ -7,6 +7,7 @@ that is on. Only this module and ``models.adapter_rows`` import peft, when the f
 from __future__ import annotations
 
 import json
+import logging
 import re
 import warnings
 from pathlib import Path
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ivg.errors import ConfigError, MissingDependencyError, ModelError, reason
-from ivg.models.adapter_rows import AdapterRows, MixedRowsError
+from ivg.models.adapter_rows import AdapterRows
 from ivg.models.hub import ADAPTER_CONFIG, BASE, partial_config
 from ivg.models.placement import compute_dtype, input_device
 
+log = logging.getLogger(__name__)
 _TRIAL = ((5, 3), (2, 6))
 """Tokens of two rows."""
 _TRIAL_TOLERANCE = {torch.float32: 1e-3}
@@ -132,7 +134,8 @@ class Adapters:
                 plain = outputs()
                 self.activate(name)
                 adapted = outputs()
-        except MixedRowsError:
+        except Exception as e:  # the network's code may raise anything; what is wrong in separate passes, too, is said by those
+            log.debug("rows with and without the adapter %s cannot share a pass: %s", name, reason(e))
             return False
         finally:
             self.activate(None)

@@ -92,7 +92,7 @@ class CachedLM(HypothesisRows):
         """Another reader with the same network, cache and tokenizer, behind other prompts."""
         out = CachedLM(self.model, self.tokenizer, template, name=name, system=system, instruction=instruction)
         out.vocabulary, out.generation_config = self.vocabulary, self.generation_config
-        out.adapter, out.row_adapter, out.adapter_folder = self.adapter, self.row_adapter, self.adapter_folder
+        out.adapter, out.adapter_folder = self.adapter, self.adapter_folder
         return out
 
     @override

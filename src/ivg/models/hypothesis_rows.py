@@ -62,12 +62,10 @@ class HypothesisRows(PromptEncoder):
         system: an instruction that is read before every prompt (see ``models.chat_template.render``).
         instruction: read the request's own behind it, where it has one: which of ``Prompt.contrast`` and ``Prompt.negative``.
         adapter: name of the adapter that it reads with; None: none.
-        row_adapter: likewise, where rows of this network with and without it share passes (``models.adapter_rows``).
         adapter_folder: where the adapter was loaded from.
     """
 
     adapter: str | None = None
-    row_adapter: str | None = None
     adapter_folder: Path | None = None
 
     def __init__(
@@ -140,7 +138,8 @@ class HypothesisRows(PromptEncoder):
 
     def open_row(self, ids: Sequence[int], mark: int = 0, images: ImageInputs | None = None) -> CacheRow:
         """A row of the network's cache that is read as this model reads, with its adapter (see ``ModelRunner.open``)."""
-        return self.model.open(ids, mark, images, self.row_adapter)
+        shares_passes = self.model.adapter_rows is not None  # else the adapter is switched on for all rows of this cache
+        return self.model.open(ids, mark, images, self.adapter if shares_passes else None)
 
     def inherit_cache(self, hypotheses: Sequence[Hypothesis]) -> None:
         """Give hypotheses the rows of their ancestors without reading anything: what is not read now can be read later.

@@ -119,12 +119,10 @@ class SharedNetworks:
         folder = source.folder
         found = self._network(source.base, what, options)
         name = found.add_adapter(folder, source.scale, what)
-        runner = found.runners[name]
         own = load_tokenizer(folder, options, what) if has_tokenizer(folder) else None
         tokenizer, ends = found.lm.tokenizer if own is None else own, sorted(found.lm.vocabulary.eos_ids)
-        lm = CachedLM(runner, tokenizer, template, ends, name=what, system=system)
+        lm = CachedLM(found.runners[name], tokenizer, template, ends, name=what, system=system)
         lm.adapter, lm.adapter_folder = name, folder
-        lm.row_adapter = name if runner is found.lm.model else None
         lm.generation_config = found.lm.generation_config
         if own is None:
             lm.vocabulary = found.lm.vocabulary
