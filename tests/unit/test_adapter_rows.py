@@ -211,12 +211,17 @@ def test_plain_and_other_kinds_of_one_network(llama, tmp_path):
             lm.reset_cache()
 
 
-def test_layers_that_mix_the_rows_are_found(llama, monkeypatch):
-    """A network whose layers get the tokens of all rows in one list, as experts do: the trial refuses, and the answers stay right."""
+@pytest.mark.parametrize(
+    "mixed",
+    [lambda plain, x: plain(x.flatten(0, 1)).view_as(x), lambda plain, x: plain(x.flip(0)).flip(0)],
+    ids=["all tokens in one list, as experts get them", "rows in another order"],
+)
+def test_layers_that_mix_the_rows_are_found(mixed, llama, monkeypatch):
+    """Of a network that gives a layer other than one row for each text, in order: the trial refuses, and the answers stay right."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     plain = LlamaMLP.forward
-    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: plain(self, x.flatten(0, 1)).view_as(x))
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: mixed(partial(plain, self), x))
     together, apart = two_adapters(llama, merged=False), two_adapters(llama, merged=True)
     assert together.values["implicit"].tuned.model is not together.base.model
     assert [c.token_ids for c in together.generate(PROMPTS, "eft", **SIZES)] == [
