@@ -164,11 +164,12 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
             "samples",
             f"generate --method base --base {base} --input {work}/aeslc-reward.jsonl --output {out}/samples.jsonl {write} --seed 7",
         ),
-        Step("pairs", lambda: subject_pairs(work / "aeslc-reward.jsonl", out / "samples.jsonl", out / "pairs.jsonl"), ("samples",)),
+        Step("labels", lambda: subject_labels(work / "aeslc-reward.jsonl", out / "samples.jsonl", out / "labels.jsonl"), ("samples",)),
         Step(
             "gold",
-            f"train reward --model {base} --data {out}/pairs.jsonl --out {out}/gold --template {mail} --lr 2e-4 --batch-size 32 {train}",
-            ("pairs",),
+            f"train value --model {base} --head scalar --target binary --data {out}/labels.jsonl --out {out}/gold --template {mail}"
+            f" --share-prompts --lr 5e-4 --batch-size 16 --epochs 1 {train}",
+            ("labels",),
         ),
         Step(
             "rollouts",
@@ -186,7 +187,7 @@ def _summarization(base: str, work: Path, scale: Scale) -> list[Step]:
         Step(
             "value",
             f"train value --model {base} --data {out}/rollouts.jsonl --out {out}/value --mode head --compact-head --keep-adapter"
-            f" --template {subject} --lr 1e-3 --batch-size 64 {rest}",
+            f" --template {subject} --share-prompts --lr 1e-3 --batch-size 16 {rest}",
             ("rollouts",),
         ),
     ]
@@ -226,25 +227,23 @@ def _instructions(base: str, work: Path, scale: Scale) -> list[Step]:
     ]
 
 
-def subject_pairs(mails: Path, samples: Path, out: Path) -> None:
-    """The sender's subject against those of the next two e-mails (the reward must read the e-mail), and against a sampled one.
+def subject_labels(mails: Path, samples: Path, out: Path) -> None:
+    """The sender's subject (score 1); those of the next two e-mails (the reward must read the e-mail), and a sampled one (score 0).
 
-    Sampled subjects are longer than senders': those of another length are left out, and every fourth e-mail has an empty one to reject.
+    Sampled subjects are longer than senders': those of another length are left out, and every fourth e-mail has an empty one.
     So neither brevity nor silence pays.
     """
     rows = list(read_jsonl(mails))
     sampled = {row["id"]: row["text"] for row in read_jsonl(samples) if not row.get("error")}
-    pairs = []
+    labelled = []
     for place, row in enumerate(rows):
-        chosen, text = row["response"], sampled.get(row["id"], "")
-        rejected = [rows[(place + step) % len(rows)]["response"] for step in (1, 2)]
-        rejected += [text] if text.strip() and abs(len(text.split()) - len(chosen.split())) <= 2 else []
-        pairs += [
-            {"prompt": row["prompt"], "chosen": chosen, "rejected": other.rstrip()}
-            for other in [*rejected, *([""] if place % 4 == 0 else [])]
-            if other.strip().lower() != chosen.strip().lower()
-        ]
-    write_text(out, as_lines(pairs))
+        own, text = row["response"], sampled.get(row["id"], "")
+        others = [rows[(place + step) % len(rows)]["response"] for step in (1, 2)]
+        others += [text] if text.strip() and abs(len(text.split()) - len(own.split())) <= 2 else []
+        others = [other.rstrip() for other in others if other.strip().lower() != own.strip().lower()]
+        labelled.append({"prompt": row["prompt"], "response": own, "score": 1.0})
+        labelled += [{"prompt": row["prompt"], "response": other, "score": 0.0} for other in [*others, *([""] if place % 4 == 0 else [])]]
+    write_text(out, as_lines(labelled))
 
 
 def best_responses(rollouts: Path, out: Path, *, control_length: bool = False) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.smollm2.calibration import calibration
 from benchmarks.smollm2.data import is_test, prepare
-from benchmarks.smollm2.steps import Scale, best_responses, steps, subject_pairs
+from benchmarks.smollm2.steps import Scale, best_responses, steps, subject_labels
 from benchmarks.smollm2.words import fit_words, log_odds
 from ivg.utils.jsonl import read_jsonl
 
@@ -197,7 +197,7 @@ def rows_in(path, rows):
     return path
 
 
-def test_pairs_of_subjects_by_hand(tmp_path):
+def test_labels_of_subjects_by_hand(tmp_path):
     """The next two e-mails' subjects; a sampled one where it is about as long; an empty one for every fourth e-mail."""
     subjects = ["one", "two words", "three little words", "four", "five"]
     mails = rows_in(tmp_path / "mails", [{"id": str(i), "prompt": f"mail {i}", "response": s} for i, s in enumerate(subjects)])
@@ -205,11 +205,13 @@ def test_pairs_of_subjects_by_hand(tmp_path):
     samples = rows_in(
         tmp_path / "samples", [{"id": i, "text": text} for i, text in sampled.items()] + [{"id": "4", "error": "e", "text": "x"}]
     )
-    subject_pairs(mails, samples, tmp_path / "out")
+    subject_labels(mails, samples, tmp_path / "out")
     found = {}
     for row in read_jsonl(tmp_path / "out"):
-        assert row["chosen"] == subjects[int(row["prompt"].split()[1])]
-        found.setdefault(row["prompt"], []).append(row["rejected"])
+        if row["score"] == 1:
+            assert row["response"] == subjects[int(row["prompt"].split()[1])]
+        else:
+            found.setdefault(row["prompt"], []).append(row["response"])
     assert found["mail 0"] == ["two words", "three little words", " like it", ""]
     assert found["mail 1"] == ["three little words", "four"]  # the sampled one is three words longer
     assert found["mail 2"] == ["four", "five"]  # the sampled one is the sender's

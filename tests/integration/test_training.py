@@ -11,12 +11,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from architectures import tiny
 from ivg import testing
 from ivg.errors import ConfigError, ModelError
 from ivg.models.loading import LoadOptions
 from ivg.models.training_rows import read_training_rows, row_hashes, seen
-from ivg.settings.train import DPOSettings, SFTSettings, TrainSettings, ValueTrainSettings
+from ivg.settings.train import DPOSettings, SFTSettings, TrainSettings, ValueSettings, ValueTrainSettings
 from ivg.training.data import RatedResponse, SFTExample
 from ivg.types import Preference, Prompt
 from ivg.utils.jsonl import as_lines
@@ -27,15 +29,16 @@ from killed import IVG, run_killed
 
 pytest.importorskip("trl")
 FLOAT32 = LoadOptions(device="cpu", dtype="float32")
-FAST = TrainSettings(
-    num_train_epochs=4,
-    learning_rate=3e-3,
-    per_device_train_batch_size=16,
-    gradient_accumulation_steps=1,
-    eval_share=0.2,
-    evaluations=1,
-    trainer_args={"bf16": False},
-)
+COMMON = {
+    "num_train_epochs": 4,
+    "learning_rate": 3e-3,
+    "per_device_train_batch_size": 16,
+    "gradient_accumulation_steps": 1,
+    "eval_share": 0.2,
+    "evaluations": 1,
+    "trainer_args": {"bf16": False},
+}
+FAST = ValueTrainSettings(**COMMON)
 
 
 def save_model(folder, seed=0, permute=False):
@@ -72,11 +75,10 @@ def model(tmp_path_factory):
     ],
 )
 def test_a_value_learns_its_rewards_and_loads(model, tmp_path, value, mode, least):
-    from ivg.settings.train import ValueSettings
     from ivg.training.value import train_value
 
     torch.manual_seed(0)
-    options = FAST if mode == "full" else TrainSettings(**{**FAST.__dict__, "mode": mode, "num_train_epochs": 8, "learning_rate": 1e-2})
+    options = FAST if mode == "full" else replace(FAST, mode=mode, num_train_epochs=8, learning_rate=1e-2)
     base = str(model) if value["target"] == "cd-q" else None
     metrics = train_value(model, letters(800), tmp_path / "v", options, ValueSettings(**value, base=base), sources=["letters"])
     assert metrics["pair_accuracy_100"] >= least
@@ -95,13 +97,12 @@ def test_a_value_learns_its_rewards_and_loads(model, tmp_path, value, mode, leas
 
 
 def test_the_finished_head_gives_the_values_of_training(model):
-    from ivg.settings.train import ValueSettings
     from ivg.training import encoding
     from ivg.training.value import load_value_network
     from ivg.training.value_loss import ValueCollator, ValueModelWithLoss
 
     options = ValueSettings()
-    network, tokenizer = load_value_network(model, options, TrainSettings())
+    network, tokenizer = load_value_network(model, options, ValueTrainSettings())
     training_model = ValueModelWithLoss(network, options)
     with torch.no_grad():
         for parameter in training_model.factors.parameters():
@@ -122,7 +123,7 @@ def test_cd_q_in_blocks_is_the_expectation_over_the_whole_vocabulary(model, monk
 
     monkeypatch.setattr(value_loss, "BLOCK", 7)
     options = value_loss.ValueSettings(target="cd-q", base=str(model))
-    network, tokenizer = load_value_network(model, options, TrainSettings())
+    network, tokenizer = load_value_network(model, options, ValueTrainSettings())
     torch.nn.init.normal_(network.head.weight)
     policy = AutoModelForCausalLM.from_pretrained(model).eval()
     made = encoding.encode_rated(letters(5), tokenizer, None, 99, (tokenizer, "Say: {prompt}"))
@@ -146,7 +147,7 @@ def test_training_can_start_from_a_value(model, tmp_path):
     rows = letters(200)
     train_value(model, rows, tmp_path / "a", FAST)
     first = ExplicitValue.from_pretrained(tmp_path / "a", options=FLOAT32)
-    tiny = TrainSettings(**{**FAST.__dict__, "learning_rate": 1e-9, "num_train_epochs": 1})
+    tiny = replace(FAST, learning_rate=1e-9, num_train_epochs=1)
     train_value(tmp_path / "a", rows, tmp_path / "b", tiny)
     second = ExplicitValue.from_pretrained(tmp_path / "b", options=FLOAT32)
     h = testing.hypothesis("p1", "abab", testing.tiny_lm())
@@ -154,7 +155,7 @@ def test_training_can_start_from_a_value(model, tmp_path):
 
 
 def test_refinement_samples_from_the_guided_policy(model, tmp_path):
-    from ivg.settings.train import RefineSettings, ValueSettings
+    from ivg.settings.train import RefineSettings
     from ivg.training.data import read_rated
     from ivg.training.refine import refine
 
@@ -176,7 +177,7 @@ def test_the_pair_comes_from_sft_and_dpo(tmp_path, model, mode):
     from ivg.training import tune
     from ivg.values.implicit import ImplicitValue
 
-    given = {**FAST.__dict__, "mode": mode, "learning_rate": 3e-3 if mode == "full" else 2e-2}
+    given = {**COMMON, "mode": mode, "learning_rate": 3e-3 if mode == "full" else 2e-2}
     options = SFTSettings(**given)
     rows = [SFTExample(Prompt(f"p{i}"), "abab") for i in range(40)]
     said = tune.sft(model, rows, tmp_path / "untuned", options, sources=["demos"])
@@ -338,7 +339,6 @@ def test_a_reward_of_rated_responses_is_measured_on_all_held_out_ones(tmp_path, 
 
 
 def test_values_are_fitted_to_scores_without_length(model, tmp_path):
-    from ivg.settings.train import ValueSettings
     from ivg.training.value import train_value
 
     rows = [RatedResponse(Prompt(f"p{i}"), "a " * (k + 1), float(k), None, False) for i in range(10) for k in range(4)]
@@ -354,6 +354,44 @@ ROLLOUT = (
     "train rollout --base {model} --prompts {data} --reward {reward}:count --out {out}/r.jsonl --samples 2"
     " --max-new-tokens 12 --dtype float32"
 )
+
+
+@pytest.mark.parametrize("target", ["fudge", "td", "cd-q"])
+def test_a_step_with_shared_prompts_is_that_of_separate_rows(tmp_path, model, target):
+    """One batch of all rows in both, so that the same step follows."""
+    from ivg.training.value import train_value
+
+    rows, got = letters(48), []
+    given = {"eval_share": 0, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "trainer_args": {"max_steps": 1}}
+    for share, batch in ((False, 48), (True, 12)):
+        options = ValueTrainSettings(**given, learning_rate=1e-2, warmup_steps=0, per_device_train_batch_size=batch, share_prompts=share)
+        base = str(model) if target == "cd-q" else None
+        train_value(model, rows, tmp_path / f"v{share}", options, ValueSettings(target=target, base=base))
+        got.append(load_file(tmp_path / f"v{share}" / "model.safetensors"))
+    separate, shared = got
+    first = load_file(model / "model.safetensors")
+    moved = [name for name in first if name in separate and not torch.equal(first[name], separate[name])]
+    assert len(moved) > 3
+    for name, weight in separate.items():  # Adam's first step has the sign of the gradient: rounding turns a sign where it is near 0
+        assert ((weight - shared[name]).abs() < 1e-4).float().mean() > 0.99, name
+
+
+def test_a_value_learns_with_shared_prompts_by_length(tmp_path, model):
+    from ivg.training.value import train_value
+
+    more = {"share_prompts": True, "trainer_args": {**FAST.trainer_args, "train_sampling_strategy": "group_by_length"}}
+    metrics = train_value(model, letters(800), tmp_path / "v", replace(FAST, **more), ValueSettings())
+    assert metrics["rows"] == 640
+    assert metrics["pair_accuracy_100"] > 0.7
+
+
+def test_shared_prompts_are_refused_where_attention_is_by_a_window(tmp_path):
+    from ivg.training.value import train_value
+
+    tiny("mistral", sliding_window=8, vocab_size=300).save_pretrained(tmp_path / "m")
+    testing.byte_tokenizer().save_pretrained(tmp_path / "m")
+    with pytest.raises(ConfigError, match=r"window of 8 tokens\n  leave --share-prompts out"):
+        train_value(tmp_path / "m", letters(8), tmp_path / "v", replace(FAST, share_prompts=True), ValueSettings())
 
 
 @pytest.mark.long
@@ -400,7 +438,7 @@ def test_a_run_with_other_data_is_refused(tmp_path, model):
 def test_a_value_reads_prompts_as_it_was_trained(tmp_path, model):
     from ivg.training.value import measure, train_value
 
-    options = TrainSettings(**{**FAST.__dict__, "template": "<{prompt}>"})
+    options = replace(FAST, template="<{prompt}>")
     metrics = train_value(model, letters(100), tmp_path / "v", options)
     assert ExplicitValue.from_pretrained(tmp_path / "v", options=FLOAT32).model.template == "<{prompt}>"
     held = [r for r in letters(100) if int(r.prompt.content[1:]) >= 20]  # the last fifth of 25 prompts
@@ -410,7 +448,7 @@ def test_a_value_reads_prompts_as_it_was_trained(tmp_path, model):
 
 
 JINJA = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
-QUICK = TrainSettings(**{**FAST.__dict__, "num_train_epochs": 1})
+QUICK = replace(FAST, num_train_epochs=1)
 
 
 @pytest.mark.parametrize(
@@ -480,14 +518,13 @@ def test_the_command_says_when_nothing_was_held_out(tmp_path, model, rows, share
 
 
 def test_errors(tmp_path, model):
-    from ivg.settings.train import ValueSettings
     from ivg.training import tune
     from ivg.training.value import train_value
 
     with pytest.raises(ConfigError, match=r"no row is left to train on: 4 rows, at most 3 tokens"):
-        train_value(model, letters(4), tmp_path / "a", TrainSettings(max_length=3, eval_share=0))
+        train_value(model, letters(4), tmp_path / "a", ValueTrainSettings(max_length=3, eval_share=0))
     with pytest.raises(ConfigError, match=r"outcomes in \[0, 1\]"):
-        train_value(model, [RatedResponse(Prompt("p"), "r", 3.0)], tmp_path / "b", TrainSettings(), ValueSettings(target="binary"))
+        train_value(model, [RatedResponse(Prompt("p"), "r", 3.0)], tmp_path / "b", ValueTrainSettings(), ValueSettings(target="binary"))
     with pytest.raises(ConfigError, match="mode head trains the head of a value"):
         tune.sft(model, [SFTExample(Prompt("p"), "r")], tmp_path / "c", SFTSettings(mode="head"))
     with pytest.raises(ConfigError, match="has no field colour"):

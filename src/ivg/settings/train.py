@@ -266,6 +266,14 @@ class ValueTrainSettings(TrainSettings):
     per_device_train_batch_size: _BatchSize = 16
     weight_decay: _WeightDecay = 0.02
     eval_share: _EvalShare = 0.1
+    share_prompts: Annotated[
+        bool,
+        Setting(
+            "Read a prompt once for all its responses. A row of a batch is then a prompt with its responses (at most max_length tokens).",
+            r.FLAG,
+            flags=("--share-prompts/--separate-prompts",),
+        ),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)

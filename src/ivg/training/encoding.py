@@ -9,6 +9,7 @@ from typing import Any
 
 from ivg.models.chat_template import encode
 from ivg.models.prompt_template import PromptTemplate
+from ivg.models.shared_prompts import shared_length
 from ivg.models.vocabulary import Vocabulary
 from ivg.training.data import RatedResponse, SFTExample
 from ivg.types import Preference, Prompt
@@ -32,6 +33,28 @@ class Encoded:
     score: float = 0.0
     group: int = 0
     policy_prompt: tuple[int, ...] = ()
+
+
+PromptRows = tuple[Encoded, ...]
+"""Responses to one prompt that are read in one pass (``models.shared_prompts``)."""
+
+
+def prompt_rows(rows: Sequence[Encoded], max_length: int) -> list[PromptRows]:
+    """Rows of one prompt together, in the order of the first of each; no more than ``max_length`` tokens in one pass."""
+    found: list[list[Encoded]] = []
+    open_at: dict[int, int] = {}
+    for row in rows:
+        at = open_at.get(row.group)
+        if at is None or shared_length(as_texts([*found[at], row])) > max_length:
+            at = open_at[row.group] = len(found)
+            found.append([])
+        found[at].append(row)
+    return [tuple(group) for group in found]
+
+
+def as_texts(rows: Sequence[Encoded]) -> list[tuple[list[int], int]]:
+    """A group of ``models.shared_prompts``."""
+    return [(row.ids, row.prompt_length) for row in rows]
 
 
 def read_template(template: str | None, tokenizer: Any) -> str | None:

@@ -33,7 +33,7 @@ from ivg.utils.locks import lock_file
 Row = Preference | RatedResponse | SFTExample
 _IRRELEVANT = ("report_to", "save_steps")
 """Settings that change no result."""
-_OFF = ("keep_adapter", "compact_head")
+_OFF = ("keep_adapter", "compact_head", "share_prompts")
 """Settings that are recorded where they are on: older runs, which lack them, are resumed."""
 
 

@@ -15,8 +15,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from ivg.errors import ConfigError, ModelError
 from ivg.models.loading import LoadOptions, load_network, load_tokenizer
 from ivg.models.placement import pick_dtype
+from ivg.models.shared_prompts import shared_length
 from ivg.settings.train import Mode, TrainSettings
-from ivg.training.encoding import Encoded
+from ivg.training.encoding import Encoded, as_texts
 from ivg.training.run_dir import RunDir
 from ivg.training.split import held_out
 
@@ -160,6 +161,8 @@ def row_length(row: Any) -> int:
     """Tokens of a row as a trainer pads it: of a pair those of its longer text."""
     if isinstance(row, Encoded):
         return len(row.ids)
+    if isinstance(row, tuple):
+        return shared_length(as_texts(row))
     columns = {name: len(row[name]) for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if name in row}
     longer = max(columns.pop("chosen_ids", 0), columns.pop("rejected_ids", 0))
     return sum(columns.values()) + longer

@@ -15,16 +15,17 @@ from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArgum
 
 from ivg.errors import ConfigError, ModelError
 from ivg.models.loading import LoadOptions, load_config
+from ivg.models.shared_prompts import sharing_fault
 from ivg.models.value_head import ValueModel
 from ivg.models.vocabulary import Vocabulary
 from ivg.settings.train import Target, TrainSettings, ValueSettings, ValueTrainSettings
 from ivg.training.data import RatedResponse
-from ivg.training.encoding import Encoded, encode_rated, read_template
+from ivg.training.encoding import Encoded, encode_rated, prompt_rows, read_template
 from ivg.training.kept_adapter import check_start, keep_tokenizer, save_adapter, save_head
 from ivg.training.length import length_controlled
 from ivg.training.run_dir import RunDir, first_process, open_run, recorded, run_provenance
 from ivg.training.split import last_share
-from ivg.training.trainer import GroupedByLength, Split, drop_timing_metrics, load_for_training, lora_config, split_rows, trainer_arguments
+from ivg.training.trainer import GroupedByLength, drop_timing_metrics, load_for_training, lora_config, split_rows, trainer_arguments
 from ivg.training.value_loss import PARTS, ValueCollator, ValueModelWithLoss
 
 
@@ -71,14 +72,27 @@ def train_value(
         template, (base, base_tokenizer) = read_template(settings.template, tokenizer), _load_base(value, tokenizer, settings)
         policy = (base_tokenizer, read_template(value.base_template, base_tokenizer)) if base is not None else None
         split = split_rows(rows, settings, lambda part: encode_rated(part, tokenizer, template, settings.max_length, policy))
-        trained = ValueModelWithLoss(network, value, base)
-        metrics = split.counts | slope | _fit(trained, split, ValueCollator(tokenizer.pad_token_id, value.scale), settings, run)
+        trained, train = ValueModelWithLoss(network, value, base), _training_rows(split.train, network, settings)
+        metrics = split.counts | slope | _fit(trained, train, split.test, ValueCollator(tokenizer.pad_token_id, value.scale), settings, run)
         if first_process():
             notes = {"target": value.target, "scale": value.scale, "template": template}
             _save(trained, tokenizer, notes, settings, model, run.path)
         title = f"Explicit value ({value.head} head, {value.target} targets)"
         usage = 'Load it with `ivg.ExplicitValue.from_pretrained(THIS)`, or `--value THIS`.\nIts unit is that of the rewards times "scale".'
         return run.finish(metrics, title, usage, split.rows)
+
+
+def _training_rows(rows: list[Encoded], network: ValueModel, settings: ValueTrainSettings) -> list[Any]:
+    """The rows as batches are made of them: one for each response, or with ``share_prompts`` one for each prompt.
+
+    Raises:
+        ConfigError: the network cannot read several responses behind one prompt.
+    """
+    if not settings.share_prompts:
+        return rows
+    if fault := sharing_fault(network, settings.max_length):
+        raise ConfigError(f"responses cannot share a prompt: the network {fault}\n  leave --share-prompts out")
+    return prompt_rows(rows, settings.max_length)
 
 
 def _save(
@@ -99,14 +113,16 @@ def _save(
     keep_tokenizer(tokenizer, settings.template, folder)
 
 
-def _fit(model: ValueModelWithLoss, split: Split[Encoded], collator: ValueCollator, settings: TrainSettings, run: RunDir) -> dict[str, Any]:
+def _fit(
+    model: ValueModelWithLoss, train: list[Any], test: list[Encoded], collator: ValueCollator, settings: TrainSettings, run: RunDir
+) -> dict[str, Any]:
     """Train, and return the metrics of the held-out rows."""
     own: dict[str, Any] = {"remove_unused_columns": False, "label_names": ["rewards", "groups"], "adam_beta2": 0.98}
     trainer = _ValueTrainer(
         model=model,
-        args=trainer_arguments(TrainingArguments, settings, run, model.model.backbone, evaluate=bool(split.test), **own),
-        train_dataset=cast("Any", split.train),
-        eval_dataset=cast("Any", split.test or None),
+        args=trainer_arguments(TrainingArguments, settings, run, model.model.backbone, evaluate=bool(test), **own),
+        train_dataset=cast("Any", train),
+        eval_dataset=cast("Any", test or None),
         data_collator=collator,
         compute_metrics=lambda p: part_metrics(torch.as_tensor(p.predictions), *map(torch.as_tensor, p.label_ids)),
     )
@@ -115,7 +131,7 @@ def _fit(model: ValueModelWithLoss, split: Split[Encoded], collator: ValueCollat
     run.train(trainer)
     if settings.keep_adapter:
         model.settle()
-    measured = drop_timing_metrics(trainer.evaluate()) if split.test else {}
+    measured = drop_timing_metrics(trainer.evaluate()) if test else {}
     return {k.removeprefix("eval_"): round(v, 5) for k, v in measured.items()}
 
 

@@ -9,7 +9,7 @@ are trained as start + shared + embedding·map + own, and summed at the end into
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from ivg.models.adapter_directory import fitted
 from ivg.models.placement import compute_dtype
+from ivg.models.shared_prompts import SharedRows, read_shared, share_prompts
 from ivg.models.value_head import ValueModel
 from ivg.settings.train import ValueSettings
 from ivg.training import targets
-from ivg.training.encoding import Encoded
+from ivg.training.encoding import Encoded, PromptRows, as_texts
 from ivg.training.kept_adapter import round_to_half
 
 BLOCK = 512
@@ -103,9 +104,13 @@ class ValueModelWithLoss(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, rewards: Tensor, groups: Tensor,
         base_ids: Tensor | None = None, base_attention: Tensor | None = None, base_mask: Tensor | None = None,
+        shared: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Loss, and the values after 25, 50, 75 and 100 % of each response [rows, 4]."""
-        hidden = self.model.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
+        """Loss, and the values after 25, 50, 75 and 100 % of each response [rows, 4]; ``shared``: the same rows as one pass reads them."""
+        if shared is not None:
+            hidden = read_shared(self.model.backbone, SharedRows(**shared)).float()
+        else:
+            hidden = self.model.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
         with torch.autocast(hidden.device.type, enabled=False):  # values and targets in float32
             return self._loss(self.values(hidden, input_ids), hidden, mask, rewards, (base_ids, base_attention, base_mask))
 
@@ -183,10 +188,12 @@ class ValueCollator:
     pad: int
     scale: float = 1.0
 
-    def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+    def __call__(self, given: Sequence[Encoded | PromptRows]) -> dict[str, Any]:
         """Inputs of :meth:`ValueModelWithLoss.forward`."""
+        groups = [row if isinstance(row, tuple) else (row,) for row in given]
+        rows = [row for group in groups for row in group]
         ids, attention, mask = self._padded([(r.ids, r.prompt_length) for r in rows])
-        out = {
+        out: dict[str, Any] = {
             "input_ids": ids,
             "attention_mask": attention,
             "mask": mask,
@@ -196,6 +203,8 @@ class ValueCollator:
         if rows[0].policy_prompt:
             for_policy = [([*r.policy_prompt, *r.ids[r.prompt_length :]], len(r.policy_prompt)) for r in rows]
             out["base_ids"], out["base_attention"], out["base_mask"] = self._padded(for_policy)
+        if isinstance(given[0], tuple):
+            out["shared"] = vars(share_prompts([as_texts(group) for group in groups], self.pad, ids.shape[1]))
         return out
 
     def _padded(self, rows: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
