@@ -84,25 +84,29 @@ def test_which_networks_can_share(name, more, fault):
     assert found is None if fault is None else fault in found
 
 
+def behaving(network, forward, monkeypatch):
+    """``network`` with ``forward``, which gets its own one and the mask; the other inputs are passed on."""
+    own = network.forward
+
+    def replaced(input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache}
+        return forward(own, attention_mask, **inputs)
+
+    monkeypatch.setattr(network, "forward", replaced)
+    return network
+
+
 def test_a_network_that_ignores_its_mask_is_found_by_the_trial(monkeypatch):
-    network = body("llama")
-    inner = network.forward
-    monkeypatch.setattr(network, "forward", lambda attention_mask=None, **inputs: inner(**inputs))
-    monkeypatch.setattr("ivg.models.support._state_reason", lambda *_: None)  # its signature is the stand-in's
+    network = behaving(body("llama"), lambda own, _, **inputs: own(**inputs), monkeypatch)
     assert "gives other outputs" in sharing_fault(network, 32)
 
 
 def test_a_network_that_takes_no_mask_for_each_token_is_refused(monkeypatch):
-    network = body("llama")
-    inner = network.forward
+    def forward(own, mask, **inputs):
+        assert mask is None or mask.dim() == 2, "expected a mask of two axes"
+        return own(attention_mask=mask, **inputs)
 
-    def forward(attention_mask=None, **inputs):
-        assert attention_mask is None or attention_mask.dim() == 2, "expected a mask of two axes"
-        return inner(attention_mask=attention_mask, **inputs)
-
-    monkeypatch.setattr(network, "forward", forward)
-    monkeypatch.setattr("ivg.models.support._state_reason", lambda *_: None)
-    assert "expected a mask of two axes" in sharing_fault(network, 32)
+    assert "expected a mask of two axes" in sharing_fault(behaving(body("llama"), forward, monkeypatch), 32)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=30), st.integers(14, 40))

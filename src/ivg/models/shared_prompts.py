@@ -1,24 +1,26 @@
 """Texts that begin alike, read in one pass: their common beginning once, behind it what each has of its own.
 
 A mask keeps the texts apart, and positions count from the common beginning, so each text is read as if it were alone. For prompts of
-100 tokens with four responses of ten tokens, a pass over 140 tokens replaces one over 440. Training reads so (``share_prompts``); answers
-are generated with ``models.slot_cache``.
+100 tokens with four responses of ten tokens, a pass over 140 tokens replaces one over 440. Values are trained so (``share_prompts``), and
+rewards score so; answers are generated with ``models.slot_cache``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ivg.errors import ModelError
 from ivg.models.placement import input_device
 from ivg.models.support import body_of, check_support
 
-_TRIAL = ([1, 4, 2, 5, 3], [1, 4, 2, 7, 6, 5], [1, 4, 2, 2])
-_TOLERANCE = 0.01
+TRIAL = ([1, 4, 2, 5, 3], [1, 4, 2, 7, 6, 5], [1, 4, 2, 2])
+"""Texts on which a network is tried; the first two are read together."""
+TOLERANCE = 0.01
 """Root mean square of the error allowed in a trial, in units of the outputs' standard deviation."""
 
 
@@ -37,6 +39,10 @@ class SharedRows:
     position_ids: Tensor
     attention_mask: Tensor
     places: Tensor
+
+    def to(self, device: torch.device) -> SharedRows:
+        """The same on ``device``."""
+        return SharedRows(*(t.to(device) for t in (self.input_ids, self.position_ids, self.attention_mask, self.places)))
 
 
 def share_prompts(groups: Sequence[Sequence[tuple[Sequence[int], int]]], pad: int, longest: int | None = None) -> SharedRows:
@@ -77,6 +83,36 @@ def shared_length(group: Sequence[tuple[Sequence[int], int]]) -> int:
     return group[0][1] + sum(len(text) - shared for text, shared in group)
 
 
+def group_by_beginning(texts: Sequence[Sequence[int]], most: int) -> list[tuple[list[int], int]]:
+    """Texts that are cheaper to read together, as (their indices, length of their common beginning); a text alone has a group of its own.
+
+    Args:
+        texts: token ids.
+        most: tokens of a group, unless one text is longer.
+    """
+    groups: list[tuple[list[int], int]] = []
+    own = 0  # tokens of the last group's texts together
+    for i in sorted(range(len(texts)), key=lambda i: list(texts[i])):  # neighbours have the longest beginnings in common
+        size = len(texts[i])
+        if groups:
+            members, shared = groups[-1]
+            common = _common(texts[members[0]], texts[i])
+            joined = common + own + size - (len(members) + 1) * common
+            before = shared + own - len(members) * shared
+            if joined < before + size and joined <= most:
+                groups[-1] = ([*members, i], common)
+                own += size
+                continue
+        groups.append(([i], size))
+        own = size
+    return groups
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def read_shared(body: Any, rows: SharedRows) -> Tensor:
     """The last hidden states of each text, [texts, longest text, hidden]; meaningless behind a text's end.
 
@@ -105,7 +141,10 @@ def sharing_fault(network: nn.Module, longest: int) -> str | None:
     body: Any = body_of(network)
     if hasattr(body, "get_base_model"):  # peft's
         body = body.get_base_model()
-    support = check_support(body, "model")
+    try:
+        support = check_support(body, "model")
+    except ModelError as e:
+        return str(e).splitlines()[0].removeprefix("model: ")
     if support.state_reason is not None:
         return support.state_reason
     if support.pad is not None:
@@ -120,18 +159,16 @@ def sharing_fault(network: nn.Module, longest: int) -> str | None:
         return f"cannot read with a mask of its own for each token: {(str(e).strip() or type(e).__name__).splitlines()[0][:200]}"
     finally:
         body.train(training)
-    return None if error <= _TOLERANCE else f"gives other outputs then (error {error:.1g} standard deviations)"
+    return None if error <= TOLERANCE else f"gives other outputs then (error {error:.1g} standard deviations)"
 
 
 @torch.no_grad()
 def _trial_error(body: Any) -> float:
     """Of texts in one pass, beside a pass for each, in units of the outputs' standard deviation."""
     device, size = input_device(body), int(body.config.get_text_config().vocab_size)
-    texts = [[token % size for token in text] for text in _TRIAL]
-    groups = [[(text, 3) for text in texts[:2]], [(texts[2], 3)]]
-    rows = share_prompts(groups, 0)
-    on_device = SharedRows(*(cast("Tensor", getattr(rows, name)).to(device) for name in SharedRows.__dataclass_fields__))
-    together = read_shared(body, on_device).float()
+    texts = [[token % size for token in text] for text in TRIAL]
+    rows = share_prompts([[(text, 3) for text in texts[:2]], [(texts[2], 3)]], 0)
+    together = read_shared(body, rows.to(device)).float()
     alone = [body(input_ids=torch.tensor([text], device=device), use_cache=False).last_hidden_state[0].float() for text in texts]
     got = torch.cat([together[i, : len(text)] for i, text in enumerate(texts)])
     wanted = torch.cat(alone)

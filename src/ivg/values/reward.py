@@ -20,15 +20,13 @@ from ivg.embedded import PREFIX
 from ivg.errors import ConfigError, ModelError, PromptError, ScoreFault
 from ivg.models.chat_template import apply_chat_template, is_chat, render, template_arguments, text_ids, turns
 from ivg.models.loading import LoadOptions, load_config, load_network, load_tokenizer
-from ivg.models.placement import input_device
 from ivg.models.prompt_template import NO_CHAT_SETTINGS, PromptTemplate
-from ivg.models.rotary import length_batches, rope_limits
 from ivg.models.weights import WeightsError
 from ivg.types import Hypothesis, Prompt, Reward, Steps
 from ivg.types.scores import finite_score, require_scores
 from ivg.types.steps import DEFAULT_SEPARATOR
 from ivg.values.base import FunctionValue
-from ivg.values.classifier import check_label, token_limit
+from ivg.values.classifier import TextPasses, check_label, token_limit
 from ivg.values.process import ProcessReward, StepLogProbs, StepReward
 from ivg.values.truncation import truncate_prompt
 
@@ -82,8 +80,7 @@ class RewardModel(Reward):
         self._stepwise: StepwiseReward | None = None
         self.limit = token_limit(network, tokenizer)
         """Tokens that the classifier reads at most; None: no limit."""
-        self._config = network.config.get_text_config()
-        self._padding: int | None = self._config.pad_token_id
+        self._passes = TextPasses(self.network, batch_size)
 
     @classmethod
     def from_pretrained(
@@ -186,34 +183,11 @@ class RewardModel(Reward):
         return self.logits(ids), [len(i) for i in ids]
 
     def logits(self, ids: Sequence[Sequence[int]]) -> list[float]:
-        """The reward of every text, given as token ids; texts of similar length share a batch."""
-        out = [0.0] * len(ids)
-        for chosen in length_batches([len(i) for i in ids], self.batch_size, rope_limits(self._config)):
-            with torch.no_grad():
-                logits = self.network(**self._batch([ids[i] for i in chosen])).logits.float()
-            if self.label is not None:
-                reward = logits[:, self.label]
-            else:
-                reward = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
-            for i, r in zip(chosen, reward.tolist(), strict=True):
-                out[i] = r
-        return out
-
-    def _batch(self, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """Rows padded on the right by the network's padding id.
-
-        Networks read the last token that is not padding. For one without a padding id, an id that occurs in none of the rows is set, so
-        that each row is read at its own last token.
-        """
-        padding = self._padding
-        if padding is None:
-            used = {token for row in rows for token in row}
-            padding = self._config.pad_token_id = next(i for i in range(len(used) + 1) if i not in used)
-        width = max(map(len, rows))
-        ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-        device = input_device(self.network)
-        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        """The reward of every text, given as token ids."""
+        logits = self._passes.logits(ids)
+        if self.label is None and logits.shape[1] == 2:
+            return (logits[:, 1] - logits[:, 0]).tolist()  # type: ignore[no-any-return]
+        return logits[:, self.label or 0].tolist()  # type: ignore[no-any-return]
 
     def judge(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
         """The reward of each (prompt, response).
