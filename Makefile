@@ -71,9 +71,11 @@ $(VENV)/.clients: $(VENV)/.dev
 test-clients: $(VENV)/.clients ## the tests with other programs: lm-eval, Inspect, LangChain, agents, guidellm, and the AI SDK where there is npm
 	@$(RUN)/python -m pytest tests/integration/test_lm_eval.py tests/integration/test_inspect_ai.py tests/integration/test_agent_clients.py tests/integration/test_load_clients.py
 
-# PyTorch and oneDNN then use what every x86 processor has: no bfloat16 instructions, no AVX512
-test-avx2: $(VENV)/.dev ## tests of the numerics, as on a plain AVX2 processor
-	@ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m 'numerics and not long'
+# PyTorch and oneDNN then use what every x86 processor has: no bfloat16 instructions, no AVX512. Where the processor has no more, `unit` ran the same
+PLAIN = import sys, torch; from ivg.models.kernels import has_native_bfloat16; sys.exit(torch.backends.cpu.get_cpu_capability() != "AVX2" or has_native_bfloat16())
+test-avx2: $(VENV)/.dev ## tests of the numerics, as on a plain AVX2 processor; nothing to do on one, where `unit` runs them
+	@if $(RUN)/python -c '$(PLAIN)'; then echo "this processor has AVX2 alone: make unit runs these tests as such"; \
+		else ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m 'numerics and not long'; fi
 
 # vLLM wants an environment of its own: its CPU build pins PyTorch and transformers
 VLLM_VENV ?= .venv-vllm
@@ -87,7 +89,7 @@ test-gpu: $(VENV)/.dev ## tests of the numerics with the tiny models on a GPU
 	@IVG_TEST_DEVICE=cuda $(PYTEST) -m 'numerics and not long'
 
 test-vllm: $(VLLM_VENV)/.ready ## the engine inside real vLLM, on the CPU
-	@OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm_engine
+	@OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/vllm_engine
 
 docs: reference site ## rewrite the generated reference pages and build the site into build/site
 

