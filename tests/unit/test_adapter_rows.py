@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from ivg.diagnostics.logits import response_beam, response_logits
 from ivg.errors import ModelError
 from ivg.factory.recipe import load_models
-from ivg.models.adapter_rows import row_order
 from ivg.models.cached_lm import read_with_guides
 from ivg.models.loading import LoadOptions
+from ivg.models.row_weights import row_order
 from ivg.models.shared import SharedNetworks
 from ivg.settings.models import ModelRef
 from ivg.settings.recipe import Recipe
@@ -148,8 +148,8 @@ def adapter_rows(folder, _made={}):  # noqa: B006 (the cache)
         lms = [
             networks.load(ModelRef(path=str(folder / "base"), adapter=str(folder / name)), name, FLOAT32) for name in ("first", "second")
         ]
-        assert [lm.open_row([1]).adapter for lm in lms] == ["ivg0", "ivg1"]
-        _made[folder] = lms[0].model.network, lms[0].model.adapter_rows
+        assert [lm.open_row([1]).weights for lm in lms] == ["ivg0", "ivg1"]
+        _made[folder] = lms[0].model.network, lms[0].model.row_weights
     return _made[folder]
 
 
@@ -197,7 +197,7 @@ def test_plain_and_other_kinds_of_one_network(llama, tmp_path):
     base = networks.load(str(llama / "base"), "base", FLOAT32)
     plain = networks.load(ModelRef(path=str(llama / "base"), adapter=str(llama / "first")), "plain", FLOAT32)
     other = networks.load(ModelRef(path=str(llama / "base"), adapter=str(dora / "first")), "other", FLOAT32)
-    assert plain.model is base.model is not other.model and other.open_row([1]).adapter is None
+    assert plain.model is base.model is not other.model and other.open_row([1]).weights is None
     alone = [SharedNetworks().load(str(path), "alone", FLOAT32) for path in (llama / "base", llama / "first-merged", dora / "first-merged")]
     for _ in range(2):
         for lm, expected in zip((base, plain, other), alone, strict=True):
@@ -240,9 +240,9 @@ def test_a_row_keeps_its_adapter(llama):
     model.free(with_adapter)
     assert model.open([1, 2, 3, 4]).ids == []
     again = first.open_row([1, 2, 3, 4])
-    assert again.ids == [1, 2, 3] and model.fork(again).adapter == first.adapter
+    assert again.ids == [1, 2, 3] and model.fork(again).weights == first.weights
     model.cache.reopen(again, [9, 9], 0)
-    assert again.adapter == first.adapter
+    assert again.weights == first.weights
 
 
 def refused(folder, where, change):
@@ -302,7 +302,7 @@ def test_layers_that_something_else_has_wrapped_are_wrapped_again(llama):
         if isinstance(layer, peft.tuners.lora.Linear):
             layer.forward = partial(type(layer).forward, layer)
     second = networks.load(refs["second"], "second", FLOAT32)
-    assert second.open_row([1]).adapter == "ivg1"
+    assert second.open_row([1]).weights == "ivg1"
     alone = SharedNetworks().load(str(llama / "second-merged"), "alone", FLOAT32)
     got, expected = (one.model.last_outputs([one.open_row([1, 2, 3])], [[1, 2, 3]]) for one in (second, alone))
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)

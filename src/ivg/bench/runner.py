@@ -107,7 +107,7 @@ class Session:
         shape: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "seed": settings.seed}
         baselines = names - {METHOD}
         self.model = build_model(settings.shape, settings.guide, **shape, packed=not baselines)
-        network = self.model.reader.model.network
+        network = self.model.reader.network
         # baselines get the networks as transformers loads them, the method as ivg does: the same weights, made twice where that differs
         self.unpacked_model = self.model
         if baselines and can_pack(network):

@@ -55,7 +55,7 @@ def build_model(
         if guide is not None:
             raise ConfigError(f"the embedded models have guides of their own, got --guide {guide}\n  leave it out")
         model = GuidedModel.embedded(LoadOptions(device=device, dtype=dtype, pack=packed))
-        _never_ends(model.reader.model.network)
+        _never_ends(model.reader.network)
         return model
     large, small = shape(base), shape(guide or shape(base).guide)
     where = pick_device(device)
@@ -88,10 +88,10 @@ def networks(model: GuidedModel) -> dict[str, Any]:
     assert isinstance(implicit, ImplicitValue)
     assert isinstance(explicit, ExplicitValue)
     return {
-        "base": model.reader.model.network,
-        "tuned": implicit.tuned.model.network,
-        "untuned": implicit.untuned.model.network,
-        "value": explicit.model.model.network,
+        "base": model.reader.network,
+        "tuned": implicit.tuned.network,
+        "untuned": implicit.untuned.network,
+        "value": explicit.model.network,
     }
 
 

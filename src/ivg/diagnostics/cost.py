@@ -26,7 +26,7 @@ def language_models(model: GuidedModel) -> dict[str, CachedLM]:
 
 def parameters(model: GuidedModel) -> dict[str, int]:
     """Active parameters by the names in ``Usage.forward_tokens``."""
-    out = {name: active_parameters(lm.model.network, lm.adapter) for name, lm in language_models(model).items()}
+    out = {name: active_parameters(lm.network, lm.weights) for name, lm in language_models(model).items()}
     for value in model.values.values():
         for name, network in value.networks():
             if name not in out:

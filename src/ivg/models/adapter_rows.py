@@ -8,9 +8,7 @@ separate passes (``models.adapters``).
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -18,24 +16,11 @@ from torch import Tensor, nn
 
 from ivg.errors import ModelError
 from ivg.models.packed_linear import PackedLinear
+from ivg.models.row_weights import RowWeights
 
 
-def row_order(adapter: str | None) -> str:
-    """By this rows are sorted within a pass: those of one adapter lie side by side."""
-    return adapter or ""
-
-
-class AdapterRows:
-    """Adds the changes of peft's LoRA layers row by row, while :meth:`using` is open; otherwise peft's layers do as they always do.
-
-    Args:
-        network: with adapters of peft.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self._parts: list[tuple[str | None, int, int]] | None = None
-        """(adapter, first row, end) of the pass that runs."""
+class AdapterRows(RowWeights):
+    """Adds the changes of peft's LoRA layers row by row, while :meth:`using` is open; otherwise peft's layers do as they always do."""
 
     def prepare(self, name: str) -> bool:
         """Make the layers of the adapter ``name`` able to read rows apart; False: it is of a kind that cannot be read so."""
@@ -48,26 +33,13 @@ class AdapterRows:
                 own.forward = partial(self._forward, own, own.forward)
         return True
 
-    @contextmanager
-    def using(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Row i of a batch whose rows are ``names`` sorted by :func:`row_order` reads with the i-th of them."""
-        parts, first = [], 0
-        for name, count in sorted(Counter(names).items(), key=lambda item: row_order(item[0])):
-            parts.append((name, first, first + count))
-            first += count
-        self._parts = parts
-        try:
-            yield
-        finally:
-            self._parts = None
-
     def _forward(self, layer: Any, own: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The forward method of ``layer``; ``own`` is peft's."""
-        if self._parts is None:
+        if self.parts is None:
             return own(x, *args, **kwargs)
         out: Tensor = layer.base_layer(x, *args, **kwargs)
-        rows = self._parts[-1][2]
-        for name, first, end in self._parts:
+        rows = self.parts[-1][2]
+        for name, first, end in self.parts:
             if name not in layer.lora_A:
                 continue
             if x.dim() != 3 or len(x) != rows:

@@ -61,7 +61,7 @@ class CacheRow:
         nonfinite: the network returned NaN or infinity for it.
         finite_length: tokens that were read before that pass; the state of the others may be spoilt.
         images: what is read beside the first ``images.length`` tokens, in one pass with all of them.
-        adapter: it is read with (``models.adapter_rows``); None: with none.
+        weights: it is read with (``models.row_weights``); None: the network's own.
     """
 
     group: Any
@@ -70,7 +70,7 @@ class CacheRow:
     nonfinite: bool = False
     finite_length: int = 0
     images: ImageInputs | None = None
-    adapter: str | None = None
+    weights: str | None = None
 
     @property
     def unread_images(self) -> int:
@@ -86,18 +86,18 @@ class RowCache(ABC):
 
     Attributes:
         rolls_back: a row that is cut keeps all tokens before the cut.
-        mixes_adapters: rows of different adapters may share a pass, sorted by :func:`~ivg.models.adapter_rows.row_order`.
+        mixes_weights: rows of different weights may share a pass, sorted by :func:`~ivg.models.row_weights.row_order`.
     """
 
     rolls_back = True
-    mixes_adapters = False
+    mixes_weights = False
 
     @abstractmethod
-    def open(self, ids: Sequence[int], rope_range: int, mark: int = 0, adapter: str | None = None) -> CacheRow:
+    def open(self, ids: Sequence[int], rope_range: int, mark: int = 0, weights: str | None = None) -> CacheRow:
         """A row for ``ids``, holding already as many of them as the cache knows (all but the last at most).
 
-        ``mark``: length to which rows that descend from it are likely to be cut. ``adapter``: it is read with, for a cache that
-        :attr:`mixes_adapters`.
+        ``mark``: length to which rows that descend from it are likely to be cut. ``weights``: it is read with, for a cache that
+        :attr:`mixes_weights`.
         """
 
     def open_with_images(self, ids: Sequence[int], rope_range: int, images: ImageInputs) -> CacheRow:

@@ -78,7 +78,7 @@ class CachedLM(HypothesisRows):
 
         For a guide that is the base itself: it then costs no pass.
         """
-        if other is not self and other.model is self.model and other.adapter == self.adapter:
+        if other is not self and other.model is self.model and other.weights == self.weights:
             self._source, other._keeps_outputs = other, True
 
     def sharing(
@@ -92,7 +92,7 @@ class CachedLM(HypothesisRows):
         """Another reader with the same network, cache and tokenizer, behind other prompts."""
         out = CachedLM(self.model, self.tokenizer, template, name=name, system=system, instruction=instruction)
         out.vocabulary, out.generation_config = self.vocabulary, self.generation_config
-        out.adapter, out.adapter_folder = self.adapter, self.adapter_folder
+        out.weights, out.adapter_folder = self.weights, self.adapter_folder
         return out
 
     @override

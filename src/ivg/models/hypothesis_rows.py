@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, cast
 
+from torch import nn
 from typing_extensions import override
 
 from ivg.errors import ConfigError
@@ -61,11 +62,11 @@ class HypothesisRows(PromptEncoder):
         name: in usage and errors; default: the network's.
         system: an instruction that is read before every prompt (see ``models.chat_template.render``).
         instruction: read the request's own behind it, where it has one: which of ``Prompt.contrast`` and ``Prompt.negative``.
-        adapter: name of the adapter that it reads with; None: none.
-        adapter_folder: where the adapter was loaded from.
+        weights: name of the adapter that it reads with, or of its network, where that shares passes with another; None: the network's own.
+        adapter_folder: where its adapter was loaded from.
     """
 
-    adapter: str | None = None
+    weights: str | None = None
     adapter_folder: Path | None = None
 
     def __init__(
@@ -112,11 +113,15 @@ class HypothesisRows(PromptEncoder):
         return self._known
 
     @property
+    def network(self) -> nn.Module:
+        """The network that it reads with (that of ``model`` may have other weights, where networks share passes)."""
+        return self.model.network_of(self.weights)
+
+    @property
     @override
     def title(self) -> str:
-        config: Any = self.model.network.config
-        place = getattr(config, "name_or_path", "")
-        return f"{self.name} ({type(body_of(self.model.network)).__name__}{f', {place}' if place else ''})"
+        place = getattr(cast("Any", self.network).config, "name_or_path", "")
+        return f"{self.name} ({type(body_of(self.network)).__name__}{f', {place}' if place else ''})"
 
     @override
     def root(self, prompt: Prompt, new_tokens: int) -> Beam:
@@ -137,9 +142,9 @@ class HypothesisRows(PromptEncoder):
         self.model.reset_cache()
 
     def open_row(self, ids: Sequence[int], mark: int = 0, images: ImageInputs | None = None) -> CacheRow:
-        """A row of the network's cache that is read as this model reads, with its adapter (see ``ModelRunner.open``)."""
-        shares_passes = self.model.adapter_rows is not None  # else the adapter is switched on for all rows of this cache
-        return self.model.open(ids, mark, images, self.adapter if shares_passes else None)
+        """A row of the network's cache that is read as this model reads, with its weights (see ``ModelRunner.open``)."""
+        shares_passes = self.model.row_weights is not None  # else its adapter is switched on for all rows of this cache
+        return self.model.open(ids, mark, images, self.weights if shares_passes else None)
 
     def inherit_cache(self, hypotheses: Sequence[Hypothesis]) -> None:
         """Give hypotheses the rows of their ancestors without reading anything: what is not read now can be read later.

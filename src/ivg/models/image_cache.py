@@ -28,7 +28,7 @@ class TextAndImageCache(RowCache):
         return self.images if isinstance(row, StateRow) else self.text
 
     @override
-    def open(self, ids: Sequence[int], rope_range: int, mark: int = 0, adapter: str | None = None) -> CacheRow:
+    def open(self, ids: Sequence[int], rope_range: int, mark: int = 0, weights: str | None = None) -> CacheRow:
         return self.text.open(ids, rope_range, mark)
 
     @override

@@ -234,7 +234,7 @@ def enable_images(lm: CachedLM, options: LoadOptions, images: ImagesConfig) -> C
         options: how it was loaded.
         images: where pictures may come from, and how large they may be.
     """
-    network: Any = lm.model.network
+    network: Any = lm.network
     place = getattr(network.config, "name_or_path", "")
     if reads_images(network):
         own: dict[str, Any] = {"template": lm.template, "settings": lm.chat_settings, "system": lm.system}

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ivg.errors import PromptError
-from ivg.models.adapter_rows import AdapterRows
 from ivg.models.cache import CacheRow, PassLimits, RowCache, common_length
 from ivg.models.choose_cache import choose_cache, images_fault
 from ivg.models.image_cache import TextAndImageCache
@@ -22,6 +21,7 @@ from ivg.models.image_prompts import ImageInputs
 from ivg.models.placement import input_device
 from ivg.models.processor import reads_images
 from ivg.models.rotary import rotary_factors_beyond, rotary_modules
+from ivg.models.row_weights import RowWeights
 from ivg.models.state_cache import StateCache
 from ivg.models.support import body_of, check_support
 from ivg.models.value_head import ValueModel
@@ -41,7 +41,7 @@ class ModelRunner:
         support: how the network is read, and up to which length.
         unshared_peak_bytes: what all rows in use would have held without sharing, at the busiest moment since :meth:`reset_cache`.
         peak_bytes: what they held.
-        adapter_rows: reads rows with adapters; None: no row has one.
+        row_weights: reads rows with weights of their own (``models.row_weights``); None: all read with those of ``network``.
         before_pass: called before every forward pass, where the network is shared by models that change it (``models.adapters``).
         resets: calls of :meth:`reset_cache`: rows that were opened before the last one are gone.
 
@@ -65,7 +65,11 @@ class ModelRunner:
         self._images_tried = False
         self.unshared_peak_bytes = self.peak_bytes = self.resets = 0
         self.before_pass: Callable[[], None] | None = None
-        self.adapter_rows: AdapterRows | None = None
+        self.row_weights: RowWeights | None = None
+
+    def network_of(self, weights: str | None) -> nn.Module:
+        """The network whose weights rows of ``weights`` are read with."""
+        return self.network if self.row_weights is None else self.row_weights.network_of(weights)
 
     # Rows
 
@@ -87,15 +91,15 @@ class ModelRunner:
         """Rows in use."""
         return self.cache.num_rows
 
-    def open(self, ids: Sequence[int], mark: int = 0, images: ImageInputs | None = None, adapter: str | None = None) -> CacheRow:
+    def open(self, ids: Sequence[int], mark: int = 0, images: ImageInputs | None = None, weights: str | None = None) -> CacheRow:
         """A row for ``ids``, holding already as many of them as the cache knows (all but the last at most).
 
         ``mark``: length to which rows that descend from it are likely to be cut: that of their prompt. ``images``: what is read beside it.
-        ``adapter``: it is read with, where ``cache.mixes_adapters``.
+        ``weights``: it is read with, where ``cache.mixes_weights``.
         """
         if images is not None:
             return self.cache.open_with_images(ids, self._rope_range(len(ids)), images)
-        return self.cache.open(ids, self._rope_range(len(ids)), mark, adapter)
+        return self.cache.open(ids, self._rope_range(len(ids)), mark, weights)
 
     def try_images(self, images: ImageInputs) -> None:
         """Once, with the first prompt that has pictures: are rows that begin with them exact?
@@ -215,7 +219,7 @@ class ModelRunner:
         if self.before_pass is not None:
             self.before_pass()
         rope_range = rows[0].rope_range
-        reading = nullcontext() if self.adapter_rows is None else self.adapter_rows.using([row.adapter for row in rows])
+        reading = nullcontext() if self.row_weights is None else self.row_weights.using([row.weights for row in rows])
         with rotary_factors_beyond(self._rope_limits[rope_range - 1] if rope_range else None, self._rotary), reading:
             outputs, order = self.cache.forward(rows, pieces, keep)
         finite = outputs[:, -1].amax(-1) < torch.inf  # NaN wins every comparison

@@ -53,8 +53,8 @@ class _Loaded:
                 self.adapters = Adapters(network)
                 plain.before_pass = partial(self.adapters.activate, None)
             name = self.adapters.add(folder, scale, what)
-            if plain.cache.mixes_adapters and self.adapters.can_share_passes(name):
-                plain.adapter_rows = self.adapters.rows
+            if plain.cache.mixes_weights and self.adapters.can_share_passes(name):
+                plain.row_weights = self.adapters.rows
                 self.runners[name] = plain
             else:
                 log.info("%s: the adapter %s is read in separate passes, since rows with and without it cannot share one", what, folder)
@@ -122,7 +122,7 @@ class SharedNetworks:
         own = load_tokenizer(folder, options, what) if has_tokenizer(folder) else None
         tokenizer, ends = found.lm.tokenizer if own is None else own, sorted(found.lm.vocabulary.eos_ids)
         lm = CachedLM(found.runners[name], tokenizer, template, ends, name=what, system=system)
-        lm.adapter, lm.adapter_folder = name, folder
+        lm.weights, lm.adapter_folder = name, folder
         lm.generation_config = found.lm.generation_config
         if own is None:
             lm.vocabulary = found.lm.vocabulary

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ivg.errors import ModelError
-from ivg.models.adapter_rows import row_order
 from ivg.models.cache import CacheRow, PassLimits, RowCache, common_length
 from ivg.models.forward_metadata import RowLayout
 from ivg.models.kv_cache import MIN_CAPACITY, KVCache, Slots
+from ivg.models.row_weights import row_order
 from ivg.models.slot_forward import SlotForward
 from ivg.models.support import NetworkSupport
 
@@ -38,7 +38,7 @@ class PrefixGroup:
         slot: its prefix slot.
         prefix: tokens that lie there.
         rope_range: which rotary factors they were read with.
-        adapter: they were read with.
+        weights: they were read with.
         rows: rows in use.
         spare_slots: suffix slots that its freed rows left, kept at hand so that a group's slots stay side by side.
         stale: rows were freed since it was last looked how much the others share.
@@ -48,7 +48,7 @@ class PrefixGroup:
     slot: int
     prefix: list[int]
     rope_range: int = 0
-    adapter: str | None = None
+    weights: str | None = None
     rows: dict[SlotRow, None] = field(default_factory=dict)
     spare_slots: list[int] = field(default_factory=list)
     stale: bool = False
@@ -81,7 +81,7 @@ class SlotCache(RowCache):
         limits: of one pass.
     """
 
-    mixes_adapters = True
+    mixes_weights = True
 
     def __init__(self, network: nn.Module, support: NetworkSupport, limits: PassLimits) -> None:
         self.limits, self.max_positions = limits, support.max_positions
@@ -101,9 +101,9 @@ class SlotCache(RowCache):
     # Rows
 
     @override
-    def open(self, ids: Sequence[int], rope_range: int = 0, mark: int = 0, adapter: str | None = None) -> SlotRow:
-        group, shared = self._group_for(ids, rope_range, adapter)
-        return self._add(SlotRow(group, list(ids[:shared]), rope_range, adapter=adapter, prefix_length=shared))
+    def open(self, ids: Sequence[int], rope_range: int = 0, mark: int = 0, weights: str | None = None) -> SlotRow:
+        group, shared = self._group_for(ids, rope_range, weights)
+        return self._add(SlotRow(group, list(ids[:shared]), rope_range, weights=weights, prefix_length=shared))
 
     def fork(self, row: CacheRow) -> SlotRow:
         """A second row with the same tokens; copies only what is not in the prefix, and that not before the next pass."""
@@ -119,7 +119,7 @@ class SlotCache(RowCache):
     def reopen(self, row: CacheRow, ids: Sequence[int], rope_range: int) -> None:
         row = cast("SlotRow", row)
         self.free(row)
-        row.group, row.prefix_length = self._group_for(ids, rope_range, row.adapter)
+        row.group, row.prefix_length = self._group_for(ids, rope_range, row.weights)
         row.ids, row.rope_range, row.nonfinite = list(ids[: row.prefix_length]), rope_range, False
         self._add(row)
 
@@ -151,11 +151,11 @@ class SlotCache(RowCache):
                 self.memory.prefixes.zero(group.slot, 0)
                 group.prefix, group.nonfinite = [], False
 
-    def _group_for(self, ids: Sequence[int], rope_range: int, adapter: str | None) -> tuple[PrefixGroup, int]:
+    def _group_for(self, ids: Sequence[int], rope_range: int, weights: str | None) -> tuple[PrefixGroup, int]:
         """(a group whose prefix begins as ``ids``, for how many tokens)."""
         best, shared = None, 0
         for group in (*self.idle_groups, *self.groups):
-            n = common_length(group.prefix, ids) if (group.rope_range, group.adapter) == (rope_range, adapter) else 0
+            n = common_length(group.prefix, ids) if (group.rope_range, group.weights) == (rope_range, weights) else 0
             if n > shared:
                 best, shared = group, n
         shared = max(0, min(shared, len(ids) - 1))
@@ -164,7 +164,7 @@ class SlotCache(RowCache):
             group = best
             del group.prefix[shared:]
         else:
-            group = PrefixGroup(self._new_prefix_slot(best), list(ids[:shared]), rope_range, adapter)
+            group = PrefixGroup(self._new_prefix_slot(best), list(ids[:shared]), rope_range, weights)
             if best is not None and shared:
                 self.memory.prefixes.copy(best.slot, group.slot, shared)
         self.groups[group] = None
@@ -173,7 +173,7 @@ class SlotCache(RowCache):
     def _become_fork(self, row: SlotRow, other: SlotRow) -> SlotRow:
         row.group, row.ids, row.prefix_length = other.group, list(other.ids), other.prefix_length
         row.rope_range, row.nonfinite, row.finite_length = other.rope_range, other.nonfinite, other.finite_length
-        row.adapter = other.adapter
+        row.weights = other.weights
         if other.suffix_length:
             if other.slot in self._pending_copies:
                 self._make_copies()
@@ -361,8 +361,8 @@ class SlotCache(RowCache):
 
 
 def _place_in_pass(row: SlotRow) -> tuple[str, bool, int, int]:
-    """By this the rows of a pass are sorted: those of one adapter side by side, then as they lie in memory."""
-    return row_order(row.adapter), row.slot is None, row.slot or 0, row.group.slot
+    """By this the rows of a pass are sorted: those of the same weights side by side, then as they lie in memory."""
+    return row_order(row.weights), row.slot is None, row.slot or 0, row.group.slot
 
 
 def _new_prefix_length(group: PrefixGroup) -> int | None:

@@ -128,7 +128,7 @@ class StateCache(RowCache):
     # Rows
 
     @override
-    def open(self, ids: Sequence[int], rope_range: int = 0, mark: int = 0, adapter: str | None = None) -> StateRow:
+    def open(self, ids: Sequence[int], rope_range: int = 0, mark: int = 0, weights: str | None = None) -> StateRow:
         row = StateRow(object(), [], mark=mark)
         self.rows[row] = None
         self._begin(row, ids, rope_range)

@@ -187,7 +187,7 @@ class CachedLMValue(Value):
 
     def networks(self) -> list[tuple[str, Any]]:
         """Their networks."""
-        return [(model.name, model.model.network) for model in self.cached_lms()]
+        return [(model.name, model.network) for model in self.cached_lms()]
 
 
 class _ForeignValue(Value):

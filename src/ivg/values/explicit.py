@@ -82,7 +82,7 @@ class ExplicitValue(CachedLMValue):
     @property
     def network(self) -> ValueModel:
         """The value network."""
-        return cast("ValueModel", self.model.model.network)
+        return cast("ValueModel", self.model.network)
 
     @property
     def head(self) -> HeadKind:

@@ -108,7 +108,7 @@ class TransformersEngine(Engine):
         check_guidance(guidance, self.vocabulary)
         for model in (self.base, *guidance.value.cached_lms()) if guidance.draft else ():
             if not model.model.cache.rolls_back:
-                kind = type(body_of(model.model.network)).__name__
+                kind = type(body_of(model.network)).__name__
                 raise ConfigError(
                     f"draft={guidance.draft} takes back tokens that were read, but {model.name} ({kind}) keeps a state that cannot be cut\n"
                     "  leave draft out"
