@@ -13,7 +13,7 @@ import torch
 import naive
 from ivg.engines.transformers.engine import TransformersEngine
 from ivg.errors import PromptError
-from ivg.models import forward_metadata, mapped_memory
+from ivg.models import forward_metadata, mapped_memory, slot_forward
 from ivg.models.cache import PassLimits, common_length
 from ivg.models.kv_cache import KVCache
 from ivg.models.mapped_memory import zeros
@@ -281,6 +281,29 @@ def test_grouped_attention_equals_dense_attention(architecture):
         outputs.append(torch.cat(seen))
         assert model.cache.network.groups_prefixes
     assert torch.allclose(*outputs, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_side_by_side_of_one_length_need_no_masks(architecture, monkeypatch):
+    """One token behind prompts of one length, also where a window (of 6 tokens) begins to hide some; ragged rows between."""
+    model = ModelRunner(tiny_model(architecture), "tiny")
+    made, real = [], slot_forward.build_metadata
+    monkeypatch.setattr(slot_forward, "build_metadata", lambda *args, **own: made.append(real(*args, **own)) or made[-1])
+    rows = [model.open([i, 7, 9]) for i in (3, 4, 5)]
+    read(model, rows, [[i, 7, 9] for i in (3, 4, 5)])
+    read(model, rows, [[6], [7], [8]])
+    assert masked(made) == [True, False]
+    read(model, [rows[0], rows[2]], [[1], [2]])  # not side by side
+    read(model, rows, [[11], [12], [13]])  # not of one length
+    assert masked(made) == [True, False, True, True]
+    read(model, rows[1:2], [[5]])
+    for i in range(5):
+        read(model, rows, [[20 + i], [30 + i], [40 + i]])
+
+
+def masked(passes):
+    """For each pass whether masks were made for it."""
+    return [any(masks.prefix.numel() for masks in metadata.masks.values()) for metadata in passes]
 
 
 def test_common_length():

@@ -98,7 +98,7 @@ class ForwardMetadata:
     Attributes:
         prefix_length: positions of the longest prefix that is seen.
         suffix_length: positions of the longest suffix that is seen.
-        prefix_span: (slot, first position) where the pass is one row alone that writes to its prefix slot.
+        prefix_span: (first slot, end, first position) where the rows write to prefix slots side by side, all at the same positions.
         prefix_writes: else (row, column, slot, position) of every token that is written to a prefix slot.
         suffix_writes: (token, place): token counts rows times columns (None: all of them), place counts slots times their capacity.
         suffix_slots: of the rows: a slice where they lie side by side, else indices [R]; None: no row has a suffix.
@@ -112,7 +112,7 @@ class ForwardMetadata:
 
     prefix_length: int
     suffix_length: int
-    prefix_span: tuple[int, int] | None = None
+    prefix_span: tuple[int, int, int] | None = None
     prefix_writes: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     suffix_writes: tuple[Tensor | None, Tensor] | None = None
     suffix_slots: slice | Tensor | None = None
@@ -129,14 +129,18 @@ class PassLayout:
 
     Attributes:
         rows: they.
-        alone: the one row of the pass, if there is no other and it writes to its prefix slot.
+        even: they write to their prefix slots, which lie side by side, at the same positions.
         width: columns C.
     """
 
     def __init__(self, rows: Sequence[RowLayout]) -> None:
         self.rows = rows
         self.width = max(r.new for r in rows)
-        self.alone = rows[0] if len(rows) == 1 and rows[0].suffix_slot is None else None
+        first = rows[0]
+        self.even = all(
+            r.suffix_slot is None and (r.prefix_slot, r.length, r.new) == (first.prefix_slot + i, first.length, first.new)
+            for i, r in enumerate(rows)
+        )
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -176,8 +180,8 @@ class PassLayout:
     @cached_property
     def positions(self) -> Tensor:
         """Of every token [R, C]; padding has position 0."""
-        if self.alone is not None:
-            return torch.arange(self.alone.length, self.alone.length + self.width)[None]
+        if self.even:
+            return torch.arange(self.rows[0].length, self.rows[0].length + self.width).repeat(len(self.rows), 1)
         return (self.lengths[:, None] + self._columns) * self.is_token
 
     @cached_property
@@ -208,7 +212,7 @@ def build_metadata(
         windows: for each kind of layer how far it sees; None: everything.
         grouped: attention goes by prefix groups; otherwise keys and values are concatenated for each row.
     """
-    if grouped and (metadata := _lone_token(layout, markers, windows)) is not None:
+    if grouped and (metadata := _even_tokens(layout, markers, windows)) is not None:
         return metadata
     device = next(iter(markers.values())).device
     metadata = ForwardMetadata(max(1, int(layout.seen_prefixes.max())), int(layout.seen_suffixes.max()))
@@ -225,17 +229,18 @@ def build_metadata(
     return metadata
 
 
-def _lone_token(layout: PassLayout, markers: Mapping[str, Tensor], windows: Mapping[str, int | None]) -> ForwardMetadata | None:
-    """Of a pass of one row alone with one token, which sees all that the row holds: no masks, no indices. None: it is another pass."""
-    row = layout.alone
-    if row is None or row.new > 1 or any(window is not None and window <= row.length for window in windows.values()):
+def _even_tokens(layout: PassLayout, markers: Mapping[str, Tensor], windows: Mapping[str, int | None]) -> ForwardMetadata | None:
+    """Of a pass of one token a row that sees all its row holds, and all rows as much: no masks, no indices. None: it is another pass."""
+    row, count = layout.rows[0], len(layout.rows)
+    if not layout.even or row.new > 1 or any(window is not None and window <= row.length for window in windows.values()):
         return None
+    slots = slice(row.prefix_slot, row.prefix_slot + count)
     everything = AttentionMasks(torch.empty(0), torch.empty(0), [BatchMask()])
     return ForwardMetadata(
         row.length + 1,
         0,
-        prefix_span=(row.prefix_slot, row.length),
-        prefix_batches=[PrefixBatch(slice(row.prefix_slot, row.prefix_slot + 1), 1, 1, row.length + 1)],
+        prefix_span=(slots.start, slots.stop, row.length),
+        prefix_batches=[PrefixBatch(slots, count, 1, row.length + 1)],
         masks={marker.data_ptr(): everything for marker in markers.values()},
     )
 
@@ -247,8 +252,9 @@ def _as_slice(indices: Tensor, device: torch.device) -> slice | Tensor:
 
 
 def _add_writes(metadata: ForwardMetadata, layout: PassLayout, suffix_capacity: int, device: torch.device) -> None:
-    if layout.alone is not None:
-        metadata.prefix_span = (layout.alone.prefix_slot, layout.alone.length)
+    if layout.even:
+        first = layout.rows[0]
+        metadata.prefix_span = (first.prefix_slot, first.prefix_slot + len(layout.rows), first.length)
         return
     suffix, prefix = layout.is_token & ~layout.in_prefix[:, None], layout.is_token & layout.in_prefix[:, None]
     if bool(suffix.any()):

@@ -162,8 +162,8 @@ class KVCache(Cache):
                 slots.add(value_states)
         for kind, new in enumerate((key_states, value_states)):
             if metadata.prefix_span is not None:
-                slot, first = metadata.prefix_span
-                self.prefixes[layer_idx][kind][slot, :, first : first + new.shape[2]] = new[0]
+                slot, end, first = metadata.prefix_span
+                self.prefixes[layer_idx][kind][slot:end, :, first : first + new.shape[2]] = new
             if metadata.prefix_writes is not None:
                 row, column, places, position = metadata.prefix_writes
                 self.prefixes[layer_idx][kind][places, :, position] = new[row, :, column]
