@@ -11,7 +11,9 @@ from typing import Any
 
 from benchmarks.smollm2.words import fit_words
 from ivg.evaluation.sentiment import clean, opening_words
+from ivg.evaluation.summarization import Summarization
 from ivg.jobs.formats import read_rows
+from ivg.settings.eval import EvalConfig
 from ivg.utils.jsonl import as_lines, write_json, write_text
 
 REVIEW_WORDS = 96
@@ -74,6 +76,9 @@ def summarization(data: Path, work: Path, scale: float) -> None:
     for split in ("dev", "test"):
         random.Random(SEED).shuffle(rows[split])
         _write(work / f"aeslc-{split}.jsonl", rows[split])
+    looked_at = Summarization().examples(EvalConfig(data=str(work / "aeslc-test.jsonl"), prompts=min(64, len(rows["test"]) // 2)))
+    seen = {example.id for example in looked_at}  # when a variant was chosen
+    _write(work / "aeslc-beyond.jsonl", (row for row in rows["test"] if str(row["id"]) not in seen))
 
 
 def _mails(data: Path, split: str) -> Iterable[dict[str, Any]]:

@@ -13,6 +13,8 @@ from benchmarks.smollm2.calibration import calibration
 from benchmarks.smollm2.data import is_test, prepare
 from benchmarks.smollm2.steps import Scale, best_responses, steps, subject_labels
 from benchmarks.smollm2.words import fit_words, log_odds
+from ivg.evaluation.summarization import Summarization
+from ivg.settings.eval import EvalConfig
 from ivg.utils.jsonl import read_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -87,9 +89,13 @@ def test_no_row_of_training_is_in_the_test(work):
         ("imdb-dev", "imdb-beyond"),
         ("aeslc-prompts", "aeslc-test"),
         ("aeslc-reward", "aeslc-test"),
+        ("aeslc-prompts", "aeslc-beyond"),
     ):
         rows = [{r["prompt"] for r in read_jsonl(work / f"{name}.jsonl")} for name in (train, test)]
         assert rows[0] and rows[1] and not rows[0] & rows[1]
+    mails, beyond = ([str(r["id"]) for r in read_jsonl(work / f"aeslc-{name}.jsonl")] for name in ("test", "beyond"))
+    first = Summarization().examples(EvalConfig(data=str(work / "aeslc-test.jsonl"), prompts=len(mails) - len(beyond)))
+    assert first and set(beyond) == set(mails) - {example.id for example in first}
     asked = {r["instruction"] for r in read_jsonl(work / "alpaca-test.jsonl")}
     assert asked and all(int(hashlib.sha256(q.encode()).hexdigest(), 16) % 4 == 0 for q in asked)
     assert not asked & {r["prompt"] for r in read_jsonl(work / "alpaca-judged.jsonl")}
