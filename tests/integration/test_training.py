@@ -385,6 +385,20 @@ def test_a_value_learns_with_shared_prompts_by_length(tmp_path, model):
     assert metrics["pair_accuracy_100"] > 0.7
 
 
+def test_metrics_of_shared_prompts_are_those_of_separate_rows(tmp_path, model):
+    from ivg.training.value import train_value
+
+    train_value(model, letters(200), tmp_path / "start", FAST)
+    still = replace(FAST, learning_rate=1e-12, num_train_epochs=1, per_device_train_batch_size=3)
+    separate, shared = (
+        train_value(tmp_path / "start", letters(60, seed=1), tmp_path / f"{share}", replace(still, share_prompts=share))
+        for share in (False, True)
+    )
+    assert separate["rows_held_out"] == shared["rows_held_out"] == 12
+    for name in separate.keys() - {"loss"}:  # the mean over batches, which differ
+        assert separate[name] == pytest.approx(shared[name], abs=1e-3), name
+
+
 def test_shared_prompts_are_refused_where_attention_is_by_a_window(tmp_path):
     from ivg.training.value import train_value
 

@@ -23,7 +23,7 @@ from ivg.training.data import RatedResponse
 from ivg.training.encoding import Encoded, encode_rated, prompt_rows, read_template
 from ivg.training.kept_adapter import check_start, keep_tokenizer, save_adapter, save_head
 from ivg.training.length import length_controlled
-from ivg.training.run_dir import RunDir, first_process, open_run, recorded, run_provenance
+from ivg.training.run_dir import RunDir, first_process, open_run, process_count, recorded, run_provenance
 from ivg.training.split import last_share
 from ivg.training.trainer import GroupedByLength, drop_timing_metrics, load_for_training, lora_config, split_rows, trainer_arguments
 from ivg.training.value_loss import PARTS, ValueCollator, ValueModelWithLoss
@@ -72,8 +72,9 @@ def train_value(
         template, (base, base_tokenizer) = read_template(settings.template, tokenizer), _load_base(value, tokenizer, settings)
         policy = (base_tokenizer, read_template(value.base_template, base_tokenizer)) if base is not None else None
         split = split_rows(rows, settings, lambda part: encode_rated(part, tokenizer, template, settings.max_length, policy))
-        trained, train = ValueModelWithLoss(network, value, base), _training_rows(split.train, network, settings)
-        metrics = split.counts | slope | _fit(trained, train, split.test, ValueCollator(tokenizer.pad_token_id, value.scale), settings, run)
+        trained, rows_of = ValueModelWithLoss(network, value, base), (split.train, split.test)
+        train, test = _by_prompt(rows_of, network, settings) if settings.share_prompts else rows_of
+        metrics = split.counts | slope | _fit(trained, train, test, ValueCollator(tokenizer.pad_token_id, value.scale), settings, run)
         if first_process():
             notes = {"target": value.target, "scale": value.scale, "template": template}
             _save(trained, tokenizer, notes, settings, model, run.path)
@@ -82,17 +83,17 @@ def train_value(
         return run.finish(metrics, title, usage, split.rows)
 
 
-def _training_rows(rows: list[Encoded], network: ValueModel, settings: ValueTrainSettings) -> list[Any]:
-    """The rows as batches are made of them: one for each response, or with ``share_prompts`` one for each prompt.
+def _by_prompt(parts: Sequence[list[Encoded]], network: ValueModel, settings: ValueTrainSettings) -> list[list[Any]]:
+    """Rows for training and for evaluation, those of one prompt together.
 
     Raises:
         ConfigError: the network cannot read several responses behind one prompt.
     """
-    if not settings.share_prompts:
-        return rows
     if fault := sharing_fault(network, settings.max_length):
         raise ConfigError(f"responses cannot share a prompt: the network {fault}\n  leave --share-prompts out")
-    return prompt_rows(rows, settings.max_length)
+    train, test = parts
+    # where there are several processes, evaluation counts one output for each row of a batch
+    return [prompt_rows(train, settings.max_length), prompt_rows(test, settings.max_length) if process_count() == 1 else test]
 
 
 def _save(
@@ -114,7 +115,7 @@ def _save(
 
 
 def _fit(
-    model: ValueModelWithLoss, train: list[Any], test: list[Encoded], collator: ValueCollator, settings: TrainSettings, run: RunDir
+    model: ValueModelWithLoss, train: list[Any], test: list[Any], collator: ValueCollator, settings: TrainSettings, run: RunDir
 ) -> dict[str, Any]:
     """Train, and return the metrics of the held-out rows."""
     own: dict[str, Any] = {"remove_unused_columns": False, "label_names": ["rewards", "groups"], "adam_beta2": 0.98}
