@@ -140,19 +140,20 @@ class GuidedModel(GenerationMixin, Components):
         shapes, of = dict(templates or {}), {role: replace(options_of(options, role), images=media.enabled) for role in ROLES}
         check_roles("template", shapes)
         check_roles("options", {} if options is None or isinstance(options, LoadOptions) else options)
-        values, load = dict[str, Value](), (networks or SharedNetworks()).load
+        here = networks or SharedNetworks()
+        values, load = dict[str, Value](), here.load
         if tuned is not None and untuned is not None:
             values["implicit"] = ImplicitValue(
                 load(tuned, "tuned", of["tuned"], shapes.get("tuned")),
                 load(untuned, "untuned", of["untuned"], shapes.get("untuned", shapes.get("tuned"))),
             )
-        if value is not None:
-            values["explicit"] = ExplicitValue.from_pretrained(value, template=shapes.get("value"), options=of["value"])
+        writer = enable_images(load(base, "base", of["base"], shapes.get("base")), of["base"], media)
+        if value is not None:  # behind the base, on whose network it may be a head
+            values["explicit"] = ExplicitValue.from_pretrained(value, template=shapes.get("value"), options=of["value"], networks=here)
         if reward is not None:
             values["reward"] = load_reward(reward, template=shapes.get("reward"), options=of["reward"])
         if arm is not None:
             values["arm"] = AutoregressiveReward(load(arm, "arm", of["arm"], shapes.get("arm")))
-        writer = enable_images(load(base, "base", of["base"], shapes.get("base")), of["base"], media)
         return cls(writer, values, generation_config=generation_config)
 
     @classmethod

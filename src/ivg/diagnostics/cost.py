@@ -14,6 +14,7 @@ from ivg.models.adapters import of_other_adapter
 from ivg.models.cached_lm import CachedLM
 from ivg.models.packed_linear import packed_layers
 from ivg.types import Value
+from ivg.types.beam import HEAD_SUFFIX
 
 
 def language_models(model: GuidedModel) -> dict[str, CachedLM]:
@@ -27,6 +28,8 @@ def language_models(model: GuidedModel) -> dict[str, CachedLM]:
 def parameters(model: GuidedModel) -> dict[str, int]:
     """Active parameters by the names in ``Usage.forward_tokens``."""
     out = {name: active_parameters(lm.network, lm.weights) for name, lm in language_models(model).items()}
+    heads = {f"{name}{HEAD_SUFFIX}": lm.head for name, lm in language_models(model).items() if lm.head is not None}
+    out |= {name: sum(map(num_weights, head.parameters())) for name, head in heads.items()}
     for value in model.values.values():
         for name, network in value.networks():
             if name not in out:

@@ -53,7 +53,7 @@ def response_logits(lm: CachedLM, beam: Beam, block: int = BLOCK) -> Iterator[Te
             list(lm.model.forward([row], [unread], [0]))
         for start in range(border - 1, len(ids) - 1, block):
             new = ids[start : min(start + block, len(ids) - 1)]
-            yield torch.cat([piece for _, piece in lm.model.forward([row], [new], [len(new)])]).float()
+            yield torch.cat([piece for _, piece in lm.model.forward([row], [new], [len(new)], lm.head)]).float()
     finally:
         lm.model.free(row)
 

@@ -19,6 +19,7 @@ from ivg.evaluation.methods import SELECTION_VALUES
 from ivg.evaluation.plan import GOLD
 from ivg.evaluation.worker import Worker
 from ivg.jobs.runner import Result
+from ivg.models.head_reader import HeadReader
 from ivg.types import Beam, Completion, Prompt, TokenCounter, new_key
 from ivg.types.scores import Scores, require_scores, score_each
 from ivg.values.explicit import ExplicitValue
@@ -75,7 +76,7 @@ def _samples(model: GuidedModel, selected_by: tuple[str, Value] | None, prompt: 
     fault = next((s for s in scores if isinstance(s, ScoreFault)), None)
     if fault is not None:
         return _failed(fault)
-    shared, own = _tokens_read(model, value, beams)
+    shared, own = sample_tokens(model, value, beams)
     if value is not None:
         value.release([b.key for b in beams])
     samples = [
@@ -90,7 +91,7 @@ def _beam(model: GuidedModel, prompt: Prompt, c: Completion) -> Beam:
     return Beam(new_key(), None, prompt, c.token_ids, c.text, finish, TokenCounter(), model.base.vocabulary, inherits=False)
 
 
-def _tokens_read(model: GuidedModel, value: Value | None, beams: Sequence[Beam]) -> tuple[dict[str, int], list[dict[str, int]]]:
+def sample_tokens(model: GuidedModel, value: Value | None, beams: Sequence[Beam]) -> tuple[dict[str, int], list[dict[str, int]]]:
     """(prompt tokens, read once by each model; tokens that each model reads of every sample).
 
     Classifiers read the whole text for each sample. Computed from the texts: token counters also depend on what the caches held.
@@ -100,7 +101,10 @@ def _tokens_read(model: GuidedModel, value: Value | None, beams: Sequence[Beam])
     if value is None:
         return shared, own
     for reader in value.cached_lms():
-        last = 0 if isinstance(value, ExplicitValue) and value.head == "scalar" else 1  # the others read up to the last token but one
+        scalar = isinstance(value, ExplicitValue) and value.head == "scalar"
+        if isinstance(reader, HeadReader) and not scalar and reader.reads_as_source(beams[0].prompt, beams[0].prompt):
+            continue  # the base has read what it needs
+        last = 0 if scalar else 1  # the others read up to the last token but one
         for beam, counts in zip(beams, own, strict=True):
             ids, border = reader.ids(beam)
             shared[reader.name] = min(border, shared.get(reader.name, border))

@@ -37,7 +37,8 @@ def make_value(name: str, config: NamedValue, options: LoadOptions, networks: Sh
     from ivg.values.implicit import AutoregressiveReward, ImplicitValue
     from ivg.values.reward import load_reward
 
-    refs, load = config.given, (networks or SharedNetworks()).load
+    here = networks or SharedNetworks()
+    refs, load = config.given, here.load
     if "tuned" in refs:
         tuned, untuned = refs["tuned"], refs["untuned"]
         return ImplicitValue(
@@ -48,7 +49,7 @@ def make_value(name: str, config: NamedValue, options: LoadOptions, networks: Sh
     ((role, ref),) = refs.items()
     options = options.of(ref)
     if role == "value":
-        return ExplicitValue.from_pretrained(ref.path, template=prompt_template(ref), options=options, name=name)
+        return ExplicitValue.from_pretrained(ref.path, template=prompt_template(ref), options=options, name=name, networks=here)
     if role == "plugin":
         return plugin_value(name, ref.path)
     if role == "reward":

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -199,6 +200,12 @@ def of_other_adapter(parameter: str, adapter: str | None) -> bool:
     """Does the parameter of this name belong to another adapter than ``adapter`` (None: to any)?"""
     names = [part for part in parameter.split(".") if _NAME.fullmatch(part)]
     return bool(names) and names != [adapter]
+
+
+def without_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dictionary of a network as it was before adapters were loaded into it."""
+    inside = re.compile(r"\.(base_layer|original_module)(?=\.)")
+    return {inside.sub("", name): tensor for name, tensor in state.items() if not of_other_adapter(name, None)}
 
 
 def base_of(folder: Path, what: str) -> str:

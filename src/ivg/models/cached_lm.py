@@ -11,20 +11,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from ivg.errors import ConfigError
 from ivg.models.cache import common_length
 from ivg.models.candidates import CandidateGroup, CandidateOutputs, read_candidates
 from ivg.models.hypothesis_rows import HypothesisRows, RowEntry
+from ivg.models.kept_outputs import KeptOutputs, KeptStates
 from ivg.models.prompt_encoder import PromptEncoder
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.runner import ModelRunner
+from ivg.models.token_logps import pass_logps, target_logps
 from ivg.types import Hypothesis
-
-CACHED_NUMBERS = 1 << 18
-"""float32 numbers that stay in a core's cache: 1 MiB."""
 
 
 @dataclass(slots=True)
@@ -64,14 +63,20 @@ class CachedLM(HypothesisRows):
     """A model that reads hypotheses: its outputs behind their tokens, the log-probabilities of these.
 
     Args: those of :class:`~ivg.models.hypothesis_rows.HypothesisRows`.
+
+    Attributes:
+        head: gives the outputs, from the network's hidden states; None: the network's own.
+        states: hidden states behind what was read, for readers with heads that follow this one; None: there are none.
     """
 
+    head: nn.Module | None = None
+    states: KeptStates | None = None
     _source: CachedLM | None = None
     _keeps_outputs = False
-    _kept: tuple[dict[int, tuple[int, int]], Tensor] | None = None
-    """Of the last :meth:`outputs`: (tokens of the response, row) of each hypothesis, by key, and the rows."""
-    _with_base: tuple[dict[int, tuple[int, int]], Tensor] | None = None
-    """Likewise of :func:`read_with_guides`, until they are asked for."""
+    _kept: KeptOutputs | None = None
+    """Of the last :meth:`outputs`."""
+    _with_base: KeptOutputs | None = None
+    """Of :func:`read_with_guides`, until they are asked for."""
 
     def follow(self, other: CachedLM) -> None:
         """Where ``other``, which shares the network, has just read a hypothesis behind the same prompt, its outputs are taken.
@@ -99,10 +104,11 @@ class CachedLM(HypothesisRows):
     def release(self, keys: Sequence[int]) -> None:
         super().release(keys)
         if self._kept is not None:
-            left = {key: self._kept[0][key] for key in self._kept[0].keys() - set(keys)}
-            self._kept = (left, self._kept[1]) if left else None
-        if self._with_base is not None and not self._with_base[0].keys().isdisjoint(keys):
+            self._kept = self._kept.without(keys)
+        if self._with_base is not None and not self._with_base.places.keys().isdisjoint(keys):
             self._with_base = None
+        if self.states is not None:
+            self.states.release(keys)
 
     @override
     def truncate(self, hypotheses: Sequence[Hypothesis]) -> None:
@@ -112,6 +118,8 @@ class CachedLM(HypothesisRows):
     @override
     def reset_cache(self) -> None:
         self._kept = self._with_base = None
+        if self.states is not None:
+            self.states.clear()
         super().reset_cache()
 
     # Reading
@@ -129,7 +137,7 @@ class CachedLM(HypothesisRows):
         if self._keeps_outputs:
             part = out.untyped_storage().nbytes() > out.numel() * out.element_size()  # of a pass with other rows
             kept = out.clone() if part or out.dtype == torch.float32 else out  # the caller may write over float32
-            self._kept = _places(hypotheses), kept
+            self._kept = KeptOutputs.of(hypotheses, kept)
         return out.float()
 
     def logits(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
@@ -151,7 +159,7 @@ class CachedLM(HypothesisRows):
         """
         entries, new = self._to_read(hypotheses, counts, drop)
         out: list[list[Tensor]] = [[] for _ in hypotheses]
-        for i, output in self.model.forward([e.row for e in entries], new, counts):
+        for i, output in self.model.forward([e.row for e in entries], new, counts, self.head):
             out[i].append(output.float())
         return [torch.cat(pieces) for pieces in out]
 
@@ -167,7 +175,7 @@ class CachedLM(HypothesisRows):
         for found, outputs in self.model.forward_passes([entries[i].row for i in some], new, [len(unscored[i]) for i in some]):
             tokens = [unscored[some[k]][:count] for k, _, count in found]
             for (k, _, count), logps, scored in zip(
-                found, _pass_logps(outputs, [place for _, place, _ in found], tokens), tokens, strict=True
+                found, pass_logps(outputs, [place for _, place, _ in found], tokens), tokens, strict=True
             ):
                 del unscored[some[k]][:count]
                 entries[some[k]].logps += logps
@@ -176,13 +184,11 @@ class CachedLM(HypothesisRows):
 
     def _outputs_read_with_base(self, hypotheses: Sequence[Hypothesis]) -> Tensor | None:
         """What :func:`read_with_guides` has just read, if that is every hypothesis; it is given once, since callers write over it."""
-        places, rows = self._with_base or ({}, torch.empty(0))
-        if not hypotheses or any(places.get(h.key, (-1, 0))[0] != len(h.token_ids) for h in hypotheses):
+        known = self._with_base
+        if known is None or (index := known.find(hypotheses)) is None:
             return None
-        index = [places[h.key][1] for h in hypotheses]
-        left = {key: places[key] for key in places.keys() - {h.key for h in hypotheses}}
-        self._with_base = (left, rows) if left else None
-        return rows if index == list(range(len(rows))) else rows[torch.tensor(index, device=rows.device)]
+        self._with_base = known.without([h.key for h in hypotheses])
+        return known.rows if index == list(range(len(known.rows))) else known.select(index)
 
     def _follows(self, other: CachedLM, hypotheses: Sequence[Hypothesis]) -> bool:
         """Are the outputs of ``other`` this one's?"""
@@ -190,16 +196,12 @@ class CachedLM(HypothesisRows):
 
     def _outputs_of_source(self, hypotheses: Sequence[Hypothesis]) -> Tensor | None:
         """A copy of what the reader that this one follows has just read, where it holds for every hypothesis here, too."""
-        if self._source is None or self._source._kept is None:
+        source = self._source
+        if source is None or source._kept is None or (index := source._kept.find(hypotheses)) is None:
             return None
-        places, kept = self._source._kept
-        index = []
-        for h in hypotheses:
-            length, row = places.get(h.key, (-1, 0))
-            if length != len(h.token_ids) or self._source.prompt_ids(h.prompt) != self.prompt_ids(h.prompt):
-                return None
-            index.append(row)
-        return kept[torch.tensor(index, device=kept.device)]
+        if any(source.prompt_ids(h.prompt) != self.prompt_ids(h.prompt) for h in hypotheses):
+            return None
+        return source._kept.select(index)
 
     def _unscored(self, h: Hypothesis, entry: RowEntry) -> list[int]:
         """Response tokens whose log-probability is not known."""
@@ -245,7 +247,7 @@ class CachedLM(HypothesisRows):
         read = self._read_groups(found, [[len(tokens) for tokens in wanted] for wanted in targets], drop=1)
         out: list[list[float]] = [[] for _ in candidates]
         for some, before, wanted, outputs in zip(found, known, targets, read, strict=True):
-            logps = [old + new for old, new in zip(before, _target_logps(outputs, wanted), strict=True)]
+            logps = [old + new for old, new in zip(before, target_logps(outputs, wanted), strict=True)]
             for i, all_of_one in zip(some.index, logps, strict=True):
                 out[i] = all_of_one
             some.keep_scores(logps)
@@ -272,7 +274,7 @@ class CachedLM(HypothesisRows):
             CandidateGroup(some.entry.row, [ids[: len(ids) - drop] for ids in some.ids], own, some.own_length)
             for some, own in zip(found, counts, strict=True)
         ]
-        out = read_candidates(self.model, groups)
+        out = read_candidates(self.model, groups, self.head)
         for some, read in zip(found, out, strict=True):
             cached = max(0, read.held - some.entry.counted)
             some.parent.token_counter.add(self.name, cached + read.read, cached)
@@ -284,40 +286,6 @@ def _known_logps(entry: RowEntry, ids: list[int], prompt_length: int) -> list[fl
     """Those of the response tokens of ``ids`` that ``entry`` has. That of the first token of all is 0: nothing before it says more."""
     same = common_length(entry.scored, ids[prompt_length:]) if prompt_length == entry.prompt_length else 0
     return entry.logps[:same] if same or prompt_length else [0.0]
-
-
-def _pass_logps(outputs: Tensor, places: Sequence[int], targets: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Log-probabilities of ``targets[i]``, of which ``outputs[places[i]]`` [positions, vocabulary] ends with the distributions.
-
-    On a CPU a few rows at a time: their float32 copy stays in a core's cache. Elsewhere the whole pass, and one wait for the device.
-    """
-    longest = max(map(len, targets), default=1)
-    block = max(1, CACHED_NUMBERS // (longest * outputs.shape[-1])) if outputs.device.type == "cpu" else max(1, len(places))
-    return [
-        logps
-        for first in range(0, len(places), block)
-        for logps in _block_logps(outputs, places[first : first + block], targets[first : first + block])
-    ]
-
-
-def _block_logps(outputs: Tensor, places: Sequence[int], targets: Sequence[Sequence[int]]) -> list[list[float]]:
-    longest = max(map(len, targets))
-    padded = torch.tensor([[0] * (longest - len(some)) + list(some) for some in targets], device=outputs.device)
-    chosen = outputs[places[0]][None] if len(places) == 1 else outputs[torch.tensor(places, device=outputs.device)]
-    chosen = chosen[:, -longest:].float()
-    logps = chosen.gather(2, padded[..., None])[..., 0] - chosen.logsumexp(2)
-    return [row[longest - len(some) :] for row, some in zip(logps.tolist(), targets, strict=True)]
-
-
-def _target_logps(read: CandidateOutputs, targets: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Log-probabilities of ``targets``, the tokens behind the places of each text."""
-    flat = [pair for places, tokens in zip(read.places, targets, strict=True) for pair in zip(places, tokens, strict=True)]
-    if not flat:
-        return [[] for _ in targets]
-    rows, tokens = torch.tensor(flat, device=read.outputs.device).T
-    outputs = read.outputs.float()
-    logps = iter((outputs[rows, tokens] - outputs.logsumexp(1)[rows]).tolist())
-    return [[next(logps) for _ in some] for some in targets]
 
 
 def _scatter(found: Sequence[_Candidates], rows: Sequence[Tensor]) -> Tensor:
@@ -358,14 +326,9 @@ def read_with_guides(base: CachedLM, hypotheses: Sequence[Hypothesis], guides: M
         return base.outputs(hypotheses)
     read = _read_in_one_pass(base.model, {base: hypotheses, **some})
     for lm, wanted in some.items():
-        lm._with_base = _places(wanted), read[lm]
-    base._with_base = _places(hypotheses), read[base]
+        lm._with_base = KeptOutputs.of(wanted, read[lm])
+    base._with_base = KeptOutputs.of(hypotheses, read[base])
     return base.outputs(hypotheses)
-
-
-def _places(hypotheses: Sequence[Hypothesis]) -> dict[int, tuple[int, int]]:
-    """(tokens of the response, row) of each, by key."""
-    return {h.key: (len(h.token_ids), i) for i, h in enumerate(hypotheses)}
 
 
 def _read_in_one_pass(model: ModelRunner, wanted: Mapping[CachedLM, Sequence[Hypothesis]]) -> dict[CachedLM, Tensor]:
@@ -375,8 +338,14 @@ def _read_in_one_pass(model: ModelRunner, wanted: Mapping[CachedLM, Sequence[Hyp
         entries, pieces = reader._to_read(hypotheses, [1] * len(hypotheses))
         rows += [entry.row for entry in entries]
         new += pieces
-    counts = [len(hypotheses) for hypotheses in wanted.values()]
-    return dict(zip(wanted, model.last_outputs(rows, new).split(counts), strict=True))
+    outputs, states = model.last_outputs_and_states(rows, new)
+    out, first = {}, 0
+    for reader, hypotheses in wanted.items():
+        part, first = slice(first, first + len(hypotheses)), first + len(hypotheses)
+        if states is not None and reader.states is not None:
+            reader.states.add(hypotheses, states[part])
+        out[reader] = outputs[part] if reader.head is None or states is None else reader.head(states[part])
+    return out
 
 
 def runners_of(readers: Sequence[CachedLM]) -> dict[str, ModelRunner]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ivg.models.cache import CacheRow, common_length
 from ivg.models.runner import ModelRunner
@@ -103,8 +103,10 @@ def _build_tree(group: CandidateGroup, base: int) -> _Tree:
     return tree
 
 
-def read_candidates(model: ModelRunner, groups: Sequence[CandidateGroup]) -> list[CandidateOutputs]:
+def read_candidates(model: ModelRunner, groups: Sequence[CandidateGroup], head: nn.Module | None = None) -> list[CandidateOutputs]:
     """Read the texts of all groups; what groups read at the same time shares forward passes.
+
+    ``head``: see ``ModelRunner.forward``.
 
     Raises:
         PromptError: a text is longer than the network reads.
@@ -116,7 +118,7 @@ def read_candidates(model: ModelRunner, groups: Sequence[CandidateGroup]) -> lis
         wanted = [len(text) - count for text, count in zip(group.texts, group.counts, strict=True) if count]
         model.truncate(row, max(0, min([held, *wanted, *(common_length(row.ids, text) for text in group.texts)])))
         trees.append(_build_tree(group, len(row.ids)))
-    return _read_by_forks(model, groups, trees)
+    return _read_by_forks(model, groups, trees, head)
 
 
 class _Collected:
@@ -143,7 +145,9 @@ class _Collected:
         return CandidateOutputs(outputs, places, self.tree.base, len(group.row.ids), read)
 
 
-def _read_by_forks(model: ModelRunner, groups: Sequence[CandidateGroup], trees: Sequence[_Tree]) -> list[CandidateOutputs]:
+def _read_by_forks(
+    model: ModelRunner, groups: Sequence[CandidateGroup], trees: Sequence[_Tree], head: nn.Module | None
+) -> list[CandidateOutputs]:
     """The stem by the row, the rest of every text by a fork of it."""
     out = [_Collected(tree) for tree in trees]
     margin = 0 if model.cache.rolls_back else _MARGIN
@@ -154,7 +158,7 @@ def _read_by_forks(model: ModelRunner, groups: Sequence[CandidateGroup], trees: 
         new = [[trees[i].tokens[node] for node in path] for i, path in zip(index, paths, strict=True)]
         keep = [_wanted_length(trees[i], path) for i, path in zip(index, paths, strict=True)]
         done = [len(path) - n for path, n in zip(paths, keep, strict=True)]
-        for k, output in model.forward(rows, new, keep):
+        for k, output in model.forward(rows, new, keep, head):
             out[index[k]].add(paths[k][done[k] : done[k] + len(output)], output)
             done[k] += len(output)
         for i, path in zip(index, paths, strict=True):

@@ -114,7 +114,7 @@ class HypothesisRows(PromptEncoder):
 
     @property
     def network(self) -> nn.Module:
-        """The network that it reads with (that of ``model`` may have other weights, where networks share passes)."""
+        """The network that it reads with (that of ``model`` may have other weights, where networks share passes, or another head)."""
         return self.model.network_of(self.weights)
 
     @property

@@ -94,12 +94,17 @@ def _value(source: AdapterSource, what: str, load: LoadBase) -> ValueModel:
         model = ValueModel(classifier.base_model, "scalar", bias=classifier.score.bias is not None)
         model.head = classifier.score
         return model.eval()
-    body = _merge(load(AutoModel), source, what)
-    notes = dict(source.value_notes)
+    model = value_on(_merge(load(AutoModel), source, what), source)
+    source.apply_to(model.config)
+    return model
+
+
+def value_on(body: Any, source: AdapterSource) -> ValueModel:
+    """The value with the head of ``source`` on ``body``, which stays as it is: another network may share it."""
+    notes = dict(source.value_notes or {})
     model = ValueModel(body, notes.pop("head"))
     model.notes = notes
     rows = body.config.get_text_config().vocab_size
     head: nn.Linear = source.head(body.get_input_embeddings().weight, rows)
     model.head = head.to(input_device(body), compute_dtype(body))
-    source.apply_to(body.config)
     return model.eval()

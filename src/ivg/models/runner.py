@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ivg.errors import PromptError
 from ivg.models.cache import CacheRow, PassLimits, RowCache, common_length
 from ivg.models.choose_cache import choose_cache, images_fault
+from ivg.models.hidden_states import HiddenStates, PassOutputs, last_columns
 from ivg.models.image_cache import TextAndImageCache
 from ivg.models.image_prompts import ImageInputs
 from ivg.models.placement import input_device
@@ -42,6 +43,7 @@ class ModelRunner:
         unshared_peak_bytes: what all rows in use would have held without sharing, at the busiest moment since :meth:`reset_cache`.
         peak_bytes: what they held.
         row_weights: reads rows with weights of their own (``models.row_weights``); None: all read with those of ``network``.
+        states: keeps hidden states of each pass (see :meth:`keep_states`); None: nothing needs them.
         before_pass: called before every forward pass, where the network is shared by models that change it (``models.adapters``).
         resets: calls of :meth:`reset_cache`: rows that were opened before the last one are gone.
 
@@ -66,10 +68,16 @@ class ModelRunner:
         self.unshared_peak_bytes = self.peak_bytes = self.resets = 0
         self.before_pass: Callable[[], None] | None = None
         self.row_weights: RowWeights | None = None
+        self.states: HiddenStates | None = None
 
     def network_of(self, weights: str | None) -> nn.Module:
         """The network whose weights rows of ``weights`` are read with."""
         return self.network if self.row_weights is None else self.row_weights.network_of(weights)
+
+    def keep_states(self, body: nn.Module) -> None:
+        """Let passes also give what ``body``, a part of the network, gives in them: for heads of their own."""
+        if self.states is None:
+            self.states = HiddenStates(body)
 
     # Rows
 
@@ -128,8 +136,12 @@ class ModelRunner:
 
     # Reading
 
-    def forward(self, rows: Sequence[CacheRow], new: Sequence[Sequence[int]], keep: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    def forward(
+        self, rows: Sequence[CacheRow], new: Sequence[Sequence[int]], keep: Sequence[int], head: nn.Module | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         """Read ``new[i]`` (at least one token) behind what ``rows[i]`` holds.
+
+        ``head``: gives the outputs, from the hidden states, in place of the network's own (see :meth:`keep_states`).
 
         Yields (i, outputs [positions, vocabulary or 1]): together those of the last ``keep[i]`` tokens, in order, in
         one or more pieces; where several positions of a row are wanted, never more than ``limits.outputs`` numbers at a time.
@@ -137,7 +149,8 @@ class ModelRunner:
         Raises:
             PromptError: a row would outgrow the model's positions.
         """
-        for found, outputs in self.forward_passes(rows, new, keep):
+        for found, given in self._passes(rows, new, keep):
+            outputs = given.of(head)
             for i, place, count in found:
                 yield i, outputs[place, -count:]
 
@@ -148,6 +161,13 @@ class ModelRunner:
 
         Yields ([(i, place, count)], outputs [places, positions, vocabulary or 1]): the last ``count`` positions of ``place`` are of row i.
         """
+        for found, given in self._passes(rows, new, keep):
+            yield found, given.outputs
+
+    def _passes(
+        self, rows: Sequence[CacheRow], new: Sequence[Sequence[int]], keep: Sequence[int]
+    ) -> Iterator[tuple[list[tuple[int, int, int]], PassOutputs]]:
+        """As :meth:`forward_passes`, with hidden states."""
         left, wanted = {i: list(tokens) for i, tokens in enumerate(new)}, list(keep)
         while left:
             index, pieces, counts = list(left), [], []
@@ -158,31 +178,40 @@ class ModelRunner:
                 counts.append(max(0, wanted[i] - (total - end)))
                 left[i], wanted[i] = left[i][end - held :], wanted[i] - counts[-1]
             some = [rows[i] for i in index]
-            for found, outputs in self._forward_in_range(some, self._reopen_in_range(some, pieces), counts):
-                yield [(index[k], place, count) for k, place, count in found], outputs
+            for found, given in self._forward_in_range(some, self._reopen_in_range(some, pieces), counts):
+                yield [(index[k], place, count) for k, place, count in found], given
             left = {i: tokens for i, tokens in left.items() if tokens}
 
     def last_outputs(self, rows: Sequence[CacheRow], new: Sequence[Sequence[int]]) -> Tensor:
         """Read ``new`` and return the output behind each row's last token, [rows, vocabulary or 1], in the network's dtype."""
+        return self.last_outputs_and_states(rows, new)[0]
+
+    def last_outputs_and_states(self, rows: Sequence[CacheRow], new: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`last_outputs`, and the hidden states [rows, hidden] there; None: they are not kept."""
         new = self._reopen_in_range(rows, new)
         longest, shortest = max(map(len, new)), min(map(len, new))
         if longest == shortest <= self.limits.row_tokens:
             self._prepare(rows, new)
             if len(next(self.cache.batches(rows, dict.fromkeys(range(len(rows)), longest), {}, self._output_size))) == len(rows):
-                outputs, order = self._pass(rows, new, 1)
-                if order == list(range(len(rows))):
-                    return outputs[:, -1]
-                back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=outputs.device)
-                return outputs[:, -1].index_select(0, back)
-        out: list[Tensor] = [torch.empty(0)] * len(rows)
-        for i, output in self.forward(rows, new, [1] * len(rows)):
-            out[i] = output[-1]
-        return torch.stack(out)
+                given, order = self._pass(rows, new, 1)
+                outputs, states = given.outputs[:, -1], None if given.states is None else given.states[:, -1]
+                if order != list(range(len(rows))):
+                    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=outputs.device)
+                    outputs, states = outputs.index_select(0, back), None if states is None else states.index_select(0, back)
+                return outputs, states
+        found_outputs: list[Tensor] = [torch.empty(0)] * len(rows)
+        found_states = list(found_outputs)
+        for found, given in self._passes(rows, new, [1] * len(rows)):
+            for i, place, _ in found:
+                found_outputs[i] = given.outputs[place, -1]
+                if given.states is not None:
+                    found_states[i] = given.states[place, -1]
+        return torch.stack(found_outputs), None if self.states is None else torch.stack(found_states)
 
     def _forward_in_range(
         self, rows: Sequence[CacheRow], new: Sequence[Sequence[int]], keep: Sequence[int]
-    ) -> Iterator[tuple[list[tuple[int, int, int]], Tensor]]:
-        """As :meth:`forward_passes`, each row under the rotary factors that it has."""
+    ) -> Iterator[tuple[list[tuple[int, int, int]], PassOutputs]]:
+        """As :meth:`_passes`, each row under the rotary factors that it has."""
         done = [0] * len(rows)
         pending = list(range(len(rows)))
         self._prepare(rows, new)
@@ -191,10 +220,10 @@ class ModelRunner:
             wanted = {i: max(0, min(sizes[i], done[i] + sizes[i] - (len(new[i]) - keep[i]))) for i in pending}
             for batch in self.cache.batches(rows, sizes, wanted, self._output_size):
                 pieces = [list(new[i][done[i] : done[i] + sizes[i]]) for i in batch]
-                outputs, order = self._pass([rows[i] for i in batch], pieces, max(1, *(wanted[i] for i in batch)))
+                given, order = self._pass([rows[i] for i in batch], pieces, max(1, *(wanted[i] for i in batch)))
                 for place, piece in zip(batch, pieces, strict=True):
                     done[place] += len(piece)
-                yield [(batch[at], k, wanted[batch[at]]) for k, at in enumerate(order) if wanted[batch[at]]], outputs
+                yield [(batch[at], k, wanted[batch[at]]) for k, at in enumerate(order) if wanted[batch[at]]], given
             pending = [i for i in pending if done[i] < len(new[i])]
 
     def _piece_length(self, left: int, keep: int) -> int:
@@ -214,13 +243,14 @@ class ModelRunner:
         self.cache.prepare(rows)
 
     @torch.no_grad()
-    def _pass(self, rows: Sequence[CacheRow], pieces: Sequence[Sequence[int]], keep: int) -> tuple[Tensor, list[int]]:
+    def _pass(self, rows: Sequence[CacheRow], pieces: Sequence[Sequence[int]], keep: int) -> tuple[PassOutputs, list[int]]:
         """One forward pass of rows of one rope range (see ``RowCache.forward``); notes rows whose outputs are not finite."""
         if self.before_pass is not None:
             self.before_pass()
         rope_range = rows[0].rope_range
         reading = nullcontext() if self.row_weights is None else self.row_weights.using([row.weights for row in rows])
-        with rotary_factors_beyond(self._rope_limits[rope_range - 1] if rope_range else None, self._rotary), reading:
+        keeping = nullcontext() if self.states is None else self.states.kept()
+        with rotary_factors_beyond(self._rope_limits[rope_range - 1] if rope_range else None, self._rotary), reading, keeping as states:
             outputs, order = self.cache.forward(rows, pieces, keep)
         finite = outputs[:, -1].amax(-1) < torch.inf  # NaN wins every comparison
         if not bool(finite.all()):
@@ -229,7 +259,7 @@ class ModelRunner:
                 row.nonfinite, row.finite_length = True, len(row.ids) - len(pieces[order[k]])
         self.unshared_peak_bytes = max(self.unshared_peak_bytes, self.cache.unshared_bytes)
         self.peak_bytes = max(self.peak_bytes, self.cache.used_bytes)
-        return outputs, order
+        return PassOutputs(outputs, last_columns(states, keep) if states else None), order
 
     # Rotary factors that depend on the length
 

@@ -1,4 +1,4 @@
-"""Loads causal language models, each network once: models of one network are readers of it, behind prompts or adapters of their own.
+"""Loads language models and values, each network once: models of one network read with it, with prompts, adapters or heads of their own.
 
 Roles with one path (and revision, device, dtype …) share its weights. All share one cache, too, in which rows of different adapters have
 nothing in common; only adapters that cannot read in one pass with the others (``models.adapter_rows``) have a separate cache.
@@ -6,22 +6,28 @@ nothing in common; only adapters that cannot read in one pass with the others (`
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from ivg.errors import ModelError
 from ivg.models.adapter_directory import AdapterSource, find_adapter
 from ivg.models.adapters import Adapters, import_peft
 from ivg.models.added import locate
 from ivg.models.cached_lm import CachedLM
+from ivg.models.head_reader import HeadReader
+from ivg.models.hidden_states import gives_states
 from ivg.models.hub import has_tokenizer
-from ivg.models.loading import LoadOptions, Template, load_causal, load_tokenizer
+from ivg.models.loading import LoadOptions, Template, load_causal, load_tokenizer, load_value
+from ivg.models.merged import value_on
 from ivg.models.packed_linear import pack, packed_layers, unpack
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.runner import ModelRunner
 from ivg.settings.models import ModelRef, ModelSource
+from ivg.settings.placement import is_spread
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +70,17 @@ class _Loaded:
                 pack(network)
         return name
 
+    def keeps_states(self) -> bool:
+        """Let passes keep hidden states, where the network gives them; does it?"""
+        runner = self.lm.model
+        if runner.states is None:
+            if runner.before_pass is not None:
+                runner.before_pass()
+            if not gives_states(runner.network):
+                return False
+            runner.keep_states(cast("Any", runner.network).base_model)
+        return True
+
     def _separate_runner(self, adapters: Adapters, name: str, what: str) -> ModelRunner:
         """A runner with a cache of its own, for whose passes the adapter is switched on."""
         adapters.activate(name)
@@ -101,14 +118,43 @@ class SharedNetworks:
         found = self._network(ref.path, what, options)
         return found.lm.sharing(what, template, system=ref.system)
 
+    def load_value(
+        self, path: str | Path, what: str, options: LoadOptions | None = None, template: Template = None, tokenizer: Any = None
+    ) -> CachedLM:
+        """A value network (see :func:`~ivg.models.loading.load_value`). A head alone on a network that was loaded here reads with that.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        options = options or LoadOptions()
+        source = find_adapter(path, options.adapter, options.scale, what, replace(options, revision=None).hub())
+        plain = replace(options, adapter=None, scale=None)
+        apart = plain.quantization is not None or is_spread(plain.device)
+        if source is None or not source.head_only or source.value_notes is None or apart:
+            return load_value(path, what, options, template, tokenizer)
+        found = self._find(source.base, plain)
+        if found is None or not found.keeps_states():
+            return load_value(path, what, options, template, tokenizer)
+        value = value_on(cast("Any", found.lm.model.network).base_model, source)
+        value.config = source.apply_to(copy.deepcopy(value.config))
+        ends = sorted(found.lm.vocabulary.eos_ids)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(source.folder, plain, what) if has_tokenizer(source.folder) else found.lm.tokenizer
+        prompts = PromptTemplate.of(template).with_default(value.notes.get("template"))
+        lm = HeadReader(found.lm.model, value, tokenizer, prompts, ends, name=what)
+        if tokenizer is found.lm.tokenizer:
+            lm.vocabulary = found.lm.vocabulary
+        return lm
+
+    def _find(self, path: str, options: LoadOptions) -> _Loaded | None:
+        place = _place(path)
+        return next((found for found in self._loaded if (found.path, found.options) == (place, options)), None)
+
     def _network(self, path: str, what: str, options: LoadOptions) -> _Loaded:
-        where = Path(locate(path)).expanduser()
-        place = str(where.resolve()) if where.exists() else path
-        for found in self._loaded:
-            if (found.path, found.options) == (place, options):
-                return found
+        if (found := self._find(path, options)) is not None:
+            return found
         lm = load_causal(path, what, options)
-        self._loaded.append(_Loaded(place, options, lm, runners={None: lm.model}))
+        self._loaded.append(_Loaded(_place(path), options, lm, runners={None: lm.model}))
         return self._loaded[-1]
 
     def _with_adapter(self, source: AdapterSource, what: str, options: LoadOptions, template: Template, system: str | None) -> CachedLM:
@@ -127,3 +173,9 @@ class SharedNetworks:
         if own is None:
             lm.vocabulary = found.lm.vocabulary
         return lm
+
+
+def _place(path: str) -> str:
+    """A name by which a network is known again."""
+    where = Path(locate(path)).expanduser()
+    return str(where.resolve()) if where.exists() else path

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ivg.errors import ModelError
+from ivg.models.adapters import without_adapters
 from ivg.models.placement import compute_dtype, input_device
 from ivg.models.weights import OTHER_HEADS, check_weights, read_tensor, tensor_names, weight_files
 
@@ -69,7 +70,7 @@ class ValueModel(nn.Module):
         folder = Path(folder)
         shell = _shell(self.config, self.kind)
         head = "score_head" if self.kind == "vocabulary" else "score" if self.head.bias is None else "v_head.summary"
-        tensors = {f"{shell.base_model_prefix}.{k}": v.detach().cpu() for k, v in self.backbone.state_dict().items()}
+        tensors = {f"{shell.base_model_prefix}.{k}": v.detach().cpu() for k, v in without_adapters(self.backbone.state_dict()).items()}
         tensors |= {f"{head}.{k}": v.detach().cpu() for k, v in self.head.state_dict().items()}
         shell.save_pretrained(folder, state_dict=tensors)
         (folder / "generation_config.json").unlink(missing_ok=True)  # a value generates nothing

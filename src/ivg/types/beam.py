@@ -25,6 +25,10 @@ def new_key() -> int:
     return next(_keys)
 
 
+HEAD_SUFFIX = ".head"
+"""Behind the name of a value in usage: positions where its head was computed on hidden states that the base had read."""
+
+
 class TokenCounter:
     """Counts the tokens that each model reads for one request (see :class:`~ivg.types.Usage`), and collects notes.
 

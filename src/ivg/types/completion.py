@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ivg.settings.sampling import SamplingParams
-from ivg.types.beam import FinishReason, TokenLogprobs
+from ivg.types.beam import HEAD_SUFFIX, FinishReason, TokenLogprobs
 from ivg.types.thinking import split_reasoning
 
 
@@ -18,7 +18,8 @@ class Usage:
 
     Attributes:
         forward_tokens: by model, the tokens that it reads for this request, prompt included, when its cache is empty at first. The
-            same for the same request, whatever was cached; ``ivg bench``, ``ivg eval`` and FLOPs are computed from these.
+            same for the same request, whatever was cached; ``ivg bench``, ``ivg eval`` and FLOPs are computed from these. ``NAME.head``:
+            positions where the whole head of a value was computed on what the base had read.
         prompt_tokens: length of the prompt in base tokens.
         completion_tokens: length of the response in base tokens.
         seconds: from the request to its end.
@@ -37,7 +38,7 @@ class Usage:
     @property
     def total_forward_tokens(self) -> int:
         """Tokens read by all models together."""
-        return sum(self.forward_tokens.values())
+        return sum(tokens for name, tokens in self.forward_tokens.items() if not name.endswith(HEAD_SUFFIX))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ivg.models.added import locate
 from ivg.models.cached_lm import CachedLM
-from ivg.models.loading import LoadOptions, Template, load_value
+from ivg.models.loading import LoadOptions, Template
+from ivg.models.shared import SharedNetworks
 from ivg.models.training_rows import copy_training_rows, source_of
 from ivg.models.value_head import HeadKind, ValueModel
 from ivg.types import Hypothesis
@@ -44,6 +45,7 @@ class ExplicitValue(CachedLMValue):
         options: LoadOptions | None = None,
         tokenizer: Any = None,
         name: str = "explicit",
+        networks: SharedNetworks | None = None,
     ) -> ExplicitValue:
         """Load any layout that ``models.value_head`` names, from a directory or the hub.
 
@@ -53,10 +55,11 @@ class ExplicitValue(CachedLMValue):
             options: device, dtype and the like.
             tokenizer: where the checkpoint has none beside it.
             name: in usage and traces.
+            networks: read with one that was loaded there, where the value is a head on it.
         """
         readme = Path(locate(path if options is None or options.adapter is None else options.adapter)) / "README.md"
         card = readme.read_text(encoding="utf-8") if readme.is_file() else None
-        return cls(load_value(path, name, options, template, tokenizer), name, card)
+        return cls((networks or SharedNetworks()).load_value(path, name, options, template, tokenizer), name, card)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, config, tokenizer, card and fingerprints of the training rows; :meth:`from_pretrained` reads them back."""

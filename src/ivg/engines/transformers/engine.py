@@ -164,6 +164,8 @@ class TransformersEngine(Engine):
         drafting = [self.speculation.can_draft(request) for request, _ in written]
         self.speculation.extend([(r.beam, some) for (r, some), drafts in zip(written, drafting, strict=True) if drafts])
         self._extend([pair for pair, drafts in zip(written, drafting, strict=True) if not drafts])
+        if self.base.states is not None:
+            self.base.states.inherit([s for some in children for s in some])
         self._inherit_caches([s for some in children for s in some if s.finish is None and not (s.paused and s.request.pause)])
         return [as_beams(request.beam, some) for request, some in pairs]
 
