@@ -65,7 +65,7 @@ def load(folder: Path, kind: str, *, shared: bool) -> GuidedModel:
 
 def measure(model: GuidedModel, prompts: list[str], tokens: int) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
     """(weights in MB, keys and values at the busiest moment in MB, passes, rows read in them, seconds of the processor; the tokens)."""
-    networks = {id(lm.model.network): lm.model.network for lm in model.readers}
+    networks = {id(lm.network): lm.network for lm in model.readers}
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for n in networks.values() for p in n.parameters()}
     packed = sum(layer.num_weights * layer.dtype.itemsize for n in networks.values() for layer in packed_layers(n))
     counts: list[int] = []

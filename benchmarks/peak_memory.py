@@ -50,7 +50,7 @@ def measure_here(settings: BenchSettings) -> dict[str, Any]:
     row = session.measure(case, 0, roof=False)
     if before is None or row["peak"] is None:
         raise ModelError("this operating system does not report the peak memory of a process")
-    networks = {id(r.model): r.model.network for r in language_models(session.model).values()}
+    networks = {id(r.network): r.network for r in language_models(session.model).values()}
     weights = sum(_size(n) for n in networks.values())
     caches, peak = row["caches"], row["peak"] - before
     common = {k: row[k] for k in ("dtype", "device", "threads", "commit", "others")}

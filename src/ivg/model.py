@@ -40,7 +40,7 @@ from ivg.utils.locks import FairLock
 from ivg.values.base import CombinationCache, CompositeValue, as_value
 from ivg.values.contrast import PromptContrast, choose_contrast, contrast_of, follow_base
 from ivg.values.explicit import ExplicitValue
-from ivg.values.implicit import AutoregressiveReward, ImplicitValue
+from ivg.values.implicit import AutoregressiveReward, ImplicitValue, share_pair_passes
 from ivg.values.reward import load_reward
 
 _SAMPLING = frozenset(f.name for f in fields(SamplingParams))
@@ -133,6 +133,7 @@ class GuidedModel(GenerationMixin, Components):
             templates: how each role reads a prompt: ``{"base": "chat", "tuned": PromptTemplate("raw")}``; ``untuned`` follows ``tuned``.
             options: device, dtype, revision and the like: of all models, or by role: ``{"base": LoadOptions(device="auto"), ...}``.
             generation_config: ``auto``, or ``ignore`` what the base's checkpoint sets for sampling.
+            networks: load with these, and leave it to the caller to call :func:`~ivg.values.implicit.share_pair_passes` at the end.
             images: load for pictures a base that transformers can also load for text alone; or all settings of pictures.
         """
         check_pair(tuned, untuned)
@@ -140,7 +141,7 @@ class GuidedModel(GenerationMixin, Components):
         shapes, of = dict(templates or {}), {role: replace(options_of(options, role), images=media.enabled) for role in ROLES}
         check_roles("template", shapes)
         check_roles("options", {} if options is None or isinstance(options, LoadOptions) else options)
-        here = networks or SharedNetworks()
+        here = SharedNetworks() if networks is None else networks
         values, load = dict[str, Value](), here.load
         if tuned is not None and untuned is not None:
             values["implicit"] = ImplicitValue(
@@ -154,6 +155,8 @@ class GuidedModel(GenerationMixin, Components):
             values["reward"] = load_reward(reward, template=shapes.get("reward"), options=of["reward"])
         if arm is not None:
             values["arm"] = AutoregressiveReward(load(arm, "arm", of["arm"], shapes.get("arm")))
+        if networks is None:
+            share_pair_passes(values.values(), here)
         return cls(writer, values, generation_config=generation_config)
 
     @classmethod

@@ -72,7 +72,7 @@ def weights(model):
     """Bytes of distinct storages of all networks, and whether every tensor of the base is among each reader's."""
     found = {}
     for lm in model.readers:
-        for tensor in (*lm.model.network.parameters(), *lm.model.network.buffers()):
+        for tensor in (*lm.network.parameters(), *lm.network.buffers()):
             found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(found.values())
 

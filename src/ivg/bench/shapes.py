@@ -22,6 +22,7 @@ from ivg.models.loading import LoadOptions
 from ivg.models.packed_linear import pack
 from ivg.models.placement import pick_device, pick_dtype
 from ivg.models.runner import ModelRunner
+from ivg.models.shared_passes import share_passes
 from ivg.models.value_head import ValueModel
 from ivg.testing import byte_tokenizer
 from ivg.types import Prompt
@@ -79,6 +80,7 @@ def build_model(
         nn.init.normal_(head.head.weight, std=0.02)
     value = ExplicitValue(reader(head, "explicit"))
     implicit = ImplicitValue(language_model(small, "tuned", 1), language_model(small, "untuned", 2))
+    share_passes(implicit.untuned, implicit.tuned)
     return GuidedModel(language_model(large, "base", 0), {"implicit": implicit, "explicit": value})
 
 

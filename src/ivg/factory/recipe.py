@@ -40,6 +40,7 @@ def load_models(recipe: Recipe, *, every_guide: bool = False) -> GuidedModel:
         if name == "none" or set(name) & set("=,"):
             raise ConfigError(f"a value cannot be called {name!r}\n  expected a name without = and comma, other than none")
     from ivg.models.shared import SharedNetworks
+    from ivg.values.implicit import share_pair_passes
 
     options = load_options(recipe)
     if recipe.run.engine == "vllm":
@@ -57,6 +58,7 @@ def load_models(recipe: Recipe, *, every_guide: bool = False) -> GuidedModel:
         model = _models(recipe, options, networks)
         for name, value in recipe.values.items():
             model.add_value(name, make_value(name, value, options, networks), replace=True)
+        share_pair_passes(model.values.values(), networks)
     except ModelError as e:
         raise _with_other_missing(e, recipe, options) from e
     return model

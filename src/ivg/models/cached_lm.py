@@ -332,19 +332,23 @@ def read_with_guides(base: CachedLM, hypotheses: Sequence[Hypothesis], guides: M
 
 
 def _read_in_one_pass(model: ModelRunner, wanted: Mapping[CachedLM, Sequence[Hypothesis]]) -> dict[CachedLM, Tensor]:
-    """The outputs of each reader of ``model`` behind its hypotheses."""
-    rows, new = [], []
+    """The outputs of each reader of ``model`` behind its hypotheses; in one pass for each network where that is faster."""
+    read: dict[str | None, list[tuple[CachedLM, list[RowEntry], list[list[int]]]]] = {}
     for reader, hypotheses in wanted.items():
-        entries, pieces = reader._to_read(hypotheses, [1] * len(hypotheses))
-        rows += [entry.row for entry in entries]
-        new += pieces
-    outputs, states = model.last_outputs_and_states(rows, new)
-    out, first = {}, 0
-    for reader, hypotheses in wanted.items():
-        part, first = slice(first, first + len(hypotheses)), first + len(hypotheses)
-        if states is not None and reader.states is not None:
-            reader.states.add(hypotheses, states[part])
-        out[reader] = outputs[part] if reader.head is None or states is None else reader.head(states[part])
+        read.setdefault(reader.weights, []).append((reader, *reader._to_read(hypotheses, [1] * len(hypotheses))))
+    everything = [found for some in read.values() for found in some]
+    tokens = sum(len(piece) for _, _, new in everything for piece in new)
+    passes = [everything] if model.shares_pass(tokens) else read.values()
+    out: dict[CachedLM, Tensor] = {}
+    for some in passes:
+        rows, pieces = [entry.row for _, entries, _ in some for entry in entries], [piece for _, _, new in some for piece in new]
+        outputs, states = model.last_outputs_and_states(rows, pieces)
+        first = 0
+        for reader, entries, _ in some:
+            part, first = slice(first, first + len(entries)), first + len(entries)
+            if states is not None and reader.states is not None:
+                reader.states.add(wanted[reader], states[part])
+            out[reader] = outputs[part] if reader.head is None or states is None else reader.head(states[part])
     return out
 
 

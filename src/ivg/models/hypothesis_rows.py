@@ -112,6 +112,11 @@ class HypothesisRows(PromptEncoder):
             self._known, self._resets = {}, self.model.resets
         return self._known
 
+    def read_with(self, model: ModelRunner, weights: str | None) -> None:
+        """Read in passes of ``model`` from now on, with ``weights`` (see ``models.shared_passes``); what was read is forgotten."""
+        self.model, self.weights = model, weights
+        self._known, self._resets = {}, model.resets
+
     @property
     def network(self) -> nn.Module:
         """The network that it reads with (that of ``model`` may have other weights, where networks share passes, or another head)."""

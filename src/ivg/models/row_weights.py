@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,12 +33,19 @@ class RowWeights:
         network: whose forward pass it is.
 
     Attributes:
-        parts: of the pass that runs, in order; None: none runs.
+        max_tokens: rows with different weights share a pass of at most so many tokens, since larger ones take longer than two; None: any.
     """
+
+    max_tokens: int | None = None
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.parts: list[Part] | None = None
+        self._thread = threading.local()
+
+    @property
+    def parts(self) -> list[Part] | None:
+        """Of the pass that this thread runs, in order; None: it runs none. Passes of the user's own, in other threads, are plain ones."""
+        return getattr(self._thread, "parts", None)
 
     def network_of(self, weights: str | None) -> nn.Module:
         """The network that has ``weights``."""
@@ -50,8 +58,8 @@ class RowWeights:
         for name, count in sorted(Counter(weights).items(), key=lambda item: row_order(item[0])):
             parts.append(Part(name, first, first + count))
             first += count
-        self.parts = parts
+        self._thread.parts = parts
         try:
             yield
         finally:
-            self.parts = None
+            self._thread.parts = None

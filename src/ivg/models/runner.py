@@ -79,6 +79,10 @@ class ModelRunner:
         if self.states is None:
             self.states = HiddenStates(body)
 
+    def shares_pass(self, tokens: int) -> bool:
+        """Are so many tokens of rows with different weights read faster in one pass than in one for each?"""
+        return self.row_weights is None or self.row_weights.max_tokens is None or tokens <= self.row_weights.max_tokens
+
     # Rows
 
     def reset_cache(self) -> None:

@@ -26,6 +26,7 @@ from ivg.models.merged import value_on
 from ivg.models.packed_linear import pack, packed_layers, unpack
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.runner import ModelRunner
+from ivg.models.shared_passes import share_passes
 from ivg.settings.models import ModelRef, ModelSource
 from ivg.settings.placement import is_spread
 
@@ -94,6 +95,7 @@ class SharedNetworks:
 
     def __init__(self) -> None:
         self._loaded: list[_Loaded] = []
+        self._readers: list[CachedLM] = []
 
     def load(self, model: ModelSource, what: str, options: LoadOptions | None = None, template: Template = None) -> CachedLM:
         """A causal language model with a cache; ``what`` is its name in usage and errors.
@@ -115,8 +117,18 @@ class SharedNetworks:
             template = PromptTemplate(ref.template, ref.chat_template_kwargs or {})
         if source is not None:
             return self._with_adapter(source, what, options, template, ref.system)
-        found = self._network(ref.path, what, options)
-        return found.lm.sharing(what, template, system=ref.system)
+        lm = self._network(ref.path, what, options).lm.sharing(what, template, system=ref.system)
+        self._readers.append(lm)
+        return lm
+
+    def share_passes(self, first: CachedLM, second: CachedLM) -> None:
+        """Let two that were loaded here read in the same passes, where their networks have one shape (``models.shared_passes``).
+
+        For when all models are loaded: what comes later and names these networks again has weights of its own.
+        """
+        networks = [lm.network for lm in (first, second)]
+        if share_passes(first, second, self._readers):
+            self._loaded = [found for found in self._loaded if found.lm.network not in networks]
 
     def load_value(
         self, path: str | Path, what: str, options: LoadOptions | None = None, template: Template = None, tokenizer: Any = None

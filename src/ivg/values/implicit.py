@@ -7,14 +7,14 @@ arXiv 2405.19262).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ivg.models.cached_lm import CachedLM, read_together
 from ivg.models.loading import LoadOptions, Template
 from ivg.models.shared import SharedNetworks
 from ivg.settings.models import ModelSource
-from ivg.types import Hypothesis
+from ivg.types import Hypothesis, Value
 from ivg.values.base import CachedLMValue
 
 if TYPE_CHECKING:
@@ -42,8 +42,10 @@ class ImplicitValue(CachedLMValue):
         cls, tuned: ModelSource, untuned: ModelSource, *, template: Template = None, options: LoadOptions | None = None
     ) -> ImplicitValue:
         """Load both from directories or the hub; of one path, its weights once."""
-        load = SharedNetworks().load
-        return cls(load(tuned, "tuned", options, template), load(untuned, "untuned", options, template))
+        networks = SharedNetworks()
+        value = cls(networks.load(tuned, "tuned", options, template), networks.load(untuned, "untuned", options, template))
+        share_pair_passes([value], networks)
+        return value
 
     def deltas(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
         """z_tuned - z_untuned on raw logits (EFT: Mitchell et al. 2023, arXiv 2310.12962), float32 [hypotheses, vocabulary]."""
@@ -81,6 +83,18 @@ class ImplicitValue(CachedLMValue):
         tuned = self.tuned.candidate_logps(hypotheses, candidates, ids)
         untuned = self.untuned.candidate_logps(hypotheses, candidates, ids if self.untuned.encodes_as(self.tuned) else None)
         return [sum(scores) for scores in _log_ratios(tuned, untuned)]
+
+
+def share_pair_passes(values: Iterable[Value], networks: SharedNetworks) -> None:
+    """Let the two models of each pair among ``values`` read in the same passes, where their networks have one shape.
+
+    Args:
+        values: of whatever kind.
+        networks: have loaded all models by now.
+    """
+    for value in values:
+        if isinstance(value, ImplicitValue):
+            networks.share_passes(value.untuned, value.tuned)
 
 
 def _log_ratios(tuned: Sequence[Sequence[float]], untuned: Sequence[Sequence[float]]) -> list[list[float]]:
