@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from architectures import tiny
+from benchmarks import head_on_base
 from ivg import GuidedModel
 from ivg.diagnostics.cost import flops, parameters
 from ivg.evaluation.base_samples import sample_tokens
@@ -341,6 +342,22 @@ def test_it_reads_nothing(hub, kind, name):
         assert a.usage.forward_tokens["base"] == b.usage.forward_tokens["base"]
 
 
+def test_a_scalar_head_reads_last_tokens_alone(hub):
+    """One pass for each chunk, behind what the base's rows hold."""
+    model, expected = on_base(hub, "scalar"), apart(hub, "scalar")
+    counts, wanted = passes(model), passes(expected)
+    method = get_method("bon", select="explicit", successors=5)
+    (found,), (reference,) = answers(model, method, PROMPTS[:1]), answers(expected, method, PROMPTS[:1])
+    check_same([found], [reference])
+    assert counts == [*wanted, 5] and found.usage.forward_tokens["explicit"] == 5 < reference.usage.forward_tokens["explicit"]
+    assert found.usage.forward_tokens["base"] == reference.usage.forward_tokens["base"]
+    method = make("one token a chunk")
+    first, second = answers(model, method, PROMPTS[:1])[0], answers(model, method)[0]
+    assert first.usage.forward_tokens == second.usage.forward_tokens  # whatever else is in the batch
+    scored = {node.key for step in answers(model, method, PROMPTS[:1], trace=True)[0].trace for node in (*step.kept, *step.dropped)}
+    assert first.usage.forward_tokens["explicit"] == len(scored)  # each when it was new, those that ended with their first token, too
+
+
 def test_the_head_alone_is_counted(hub):
     model = on_base(hub, "vocabulary")
     assert parameters(model)["explicit.head"] == 257 * 32
@@ -401,6 +418,14 @@ def test_best_of_n_of_stored_samples_costs_as_much(hub, value, own):
     model = on_base(hub, value)
     _, counts = sample_tokens(model, model.values["explicit"], [hypothesis(PROMPTS[0], "movie", model.base)])
     assert counts == [{"base": 4, **own}]
+
+
+def test_the_benchmark(hub, tmp_path):
+    head_on_base.write(tmp_path / "value", str(hub / "base"))
+    models = [head_on_base.load(str(hub / "base"), tmp_path / "value", shared=shared) for shared in (True, False)]
+    shared, own = (head_on_base.measure(model, "cbs-explicit", 2, 6) for model in models)
+    assert shared["answers"] == own["answers"] and shared["read"] < own["read"]
+    assert head_on_base.weights(models[0]) < head_on_base.weights(models[1])
 
 
 def test_reset_caches_forgets(hub):

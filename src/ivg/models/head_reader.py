@@ -2,7 +2,8 @@
 
 Where the language model that it follows has just read a text behind the same prompt, the states are there, and nothing is read. So a
 vocabulary head scores what was generated for one product of two vectors each: V(x, y_<=t) = head[y_t] . h_{t-1}, and y_t was drawn from
-h_{t-1}. Anything else is read in rows of its own, as by any reader. Must not depend on what outputs mean (``values``).
+h_{t-1}. A scalar head needs the state behind y_t, which it reads behind a fork of the other's row. Anything else is read in rows of its
+own, as by any reader. Must not depend on what outputs mean (``values``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ivg.models.cache import CacheRow
 from ivg.models.cached_lm import CachedLM
 from ivg.models.kept_outputs import KeptState, KeptStates, stack_states
 from ivg.models.prompt_template import PromptTemplate
@@ -63,6 +65,41 @@ class HeadReader(CachedLM):
                 other.states = KeptStates()
 
     @override
+    def logits(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
+        if self.value.kind == "vocabulary" or self._source is None or self._outputs_of_source(hypotheses) is not None:
+            return super().logits(hypotheses)
+        found = [self._row_of_source(h) for h in hypotheses]
+        known, unread = [i for i, pair in enumerate(found) if pair], [i for i, pair in enumerate(found) if not pair]
+        if not known:
+            return super().logits(hypotheses)
+        out = [self._read_behind([pair for pair in found if pair], [hypotheses[i] for i in known])]
+        if unread:
+            out.append(super().logits([hypotheses[i] for i in unread]))
+        return torch.cat(out)[torch.tensor([*known, *unread], device=out[0].device).argsort()]
+
+    def _row_of_source(self, h: Hypothesis) -> tuple[CacheRow, list[int]] | None:
+        """(the row that the reader that this one follows has of ``h``, the tokens behind what it holds); None: it has none of use."""
+        assert self._source is not None
+        entry = self._source.entry_of(h)
+        if entry is None or not entry.row.ids or entry.row.nonfinite or entry.row.images is not None:
+            return None
+        ids, held = self.ids(h)[0], len(entry.row.ids)
+        return (entry.row, ids[held:]) if held < len(ids) and ids[:held] == entry.row.ids else None
+
+    def _read_behind(self, found: Sequence[tuple[CacheRow, list[int]]], hypotheses: Sequence[Hypothesis]) -> Tensor:
+        """The head's outputs behind each of ``hypotheses``, whose last tokens are read behind a copy of a row that holds the others."""
+        forks = [self.model.fork(row) for row, _ in found]
+        try:
+            states = self.model.last_outputs_and_states(forks, [new for _, new in found])[1]
+        finally:
+            for row in forks:
+                self.model.free(row)
+        for h, (_, new) in zip(hypotheses, found, strict=True):
+            h.token_counter.add(self.name, len(new))
+        assert states is not None
+        return self.head(states)
+
+    @override
     def last_token_outputs(self, hypotheses: Sequence[Hypothesis]) -> Tensor:
         lasts = [self.last_id(h) for h in hypotheses]
         found = self._states_of_source(hypotheses, 1)
@@ -99,7 +136,7 @@ class HeadReader(CachedLM):
         known = [state for state in found if state is not None]
         if not known or len(known) < len(found):
             return None
-        for h in hypotheses:
+        for h in hypotheses if self.value.kind == "vocabulary" else ():
             h.token_counter.add(self.head_name, 1)
         return cast("Tensor", self.head(stack_states(known)))
 

@@ -117,6 +117,10 @@ class HypothesisRows(PromptEncoder):
         self.model, self.weights = model, weights
         self._known, self._resets = {}, model.resets
 
+    def entry_of(self, h: Hypothesis) -> RowEntry | None:
+        """What is kept for the hypothesis of that key, which may have been another text then; None: nothing."""
+        return self._entries.get(h.key)
+
     @property
     def network(self) -> nn.Module:
         """The network that it reads with (that of ``model`` may have other weights, where networks share passes, or another head)."""

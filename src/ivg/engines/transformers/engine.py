@@ -164,13 +164,18 @@ class TransformersEngine(Engine):
         drafting = [self.speculation.can_draft(request) for request, _ in written]
         self.speculation.extend([(r.beam, some) for (r, some), drafts in zip(written, drafting, strict=True) if drafts])
         self._extend([pair for pair, drafts in zip(written, drafting, strict=True) if not drafts])
-        if self.base.states is not None:
-            self.base.states.inherit([s for some in children for s in some])
-        self._inherit_caches([s for some in children for s in some if s.finish is None and not (s.paused and s.request.pause)])
+        self._inherit_caches([s for some in children for s in some if not (s.paused and s.request.pause)])
         return [as_beams(request.beam, some) for request, some in pairs]
 
     def _inherit_caches(self, sequences: Sequence[TokenSequence]) -> None:
-        """Children of one token were never read: they inherit their parents' caches before those are released."""
+        """Children of one token were never read: they inherit their parents' caches before those are released.
+
+        Those that ended inherit the base's alone, where a value goes on from what the base has read.
+        """
+        if self.base.states is not None:
+            self.base.states.inherit(sequences)
+            self.base.inherit_cache(sequences)
+        sequences = [s for s in sequences if s.finish is None]
         self.base.inherit_cache(sequences)
         self.draft_writer.inherit_cache(sequences)
         guided: dict[TokenGuidance, list[Hypothesis]] = {}
