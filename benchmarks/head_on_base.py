@@ -58,7 +58,7 @@ def weights(model: GuidedModel) -> float:
 def measure(model: GuidedModel, method: str, prompts: int, tokens: int) -> dict[str, Any]:
     """Seconds of the processor, tokens read, and the answers."""
     model.reset_caches()
-    sizes = {"width": 4, "successors": 4} if method == "cbs-explicit" else {}
+    sizes: dict[str, Any] = {"width": 4, "successors": 4} if method == "cbs-explicit" else {}
     started = time.process_time()
     done = model.generate(PROMPTS[:prompts], method, seed=1, max_new_tokens=tokens, ignore_eos=True, **sizes)
     seconds = time.process_time() - started
