@@ -102,14 +102,14 @@ def plain(lm: Any, prompt: str) -> list[int]:
     ids = list(prompt_ids)
     while len(ids) < len(prompt_ids) + TOKENS and (len(ids) == len(prompt_ids) or ids[-1] != 0):
         with torch.no_grad():
-            ids.append(int(lm.model.network(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            ids.append(int(lm.network(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
     return ids[len(prompt_ids) :]
 
 
 def generated(lm: Any, prompt: str) -> list[int]:
     """The same by transformers' ``generate``."""
     ids = torch.tensor([lm.tokenizer(prompt).input_ids])
-    network = lm.model.network
+    network = lm.network
     network.generation_config = transformers.GenerationConfig(eos_token_id=0, pad_token_id=0)  # without beams, forced tokens …
     out = network.generate(ids, max_new_tokens=TOKENS, do_sample=False, attention_mask=torch.ones_like(ids))
     return out[0, ids.shape[1] :].tolist()

@@ -232,7 +232,7 @@ def main() -> None:
     for pair, agree in (("agreeing", True), ("disagreeing", False)):
         if arguments.only != "embedded":
             model = constructed_models(arguments.shape, arguments.dtype, arguments.spread, agree=agree, device=arguments.device)
-            found["dtype"] = str(next(model.reader.model.network.parameters()).dtype).removeprefix("torch.")
+            found["dtype"] = str(next(model.reader.network.parameters()).dtype).removeprefix("torch.")
             found["speed"] += speed(model, pair, arguments)
     found |= {"machine": machine(), "threads": torch.get_num_threads(), "commit": commit(Path(__file__)), "command": command()}
     found["settings"] = {k: v for k, v in vars(arguments).items() if k != "docs"}

@@ -123,7 +123,7 @@ def test_scores_are_what_the_models_say(done):
     for row, judged in read_scored(done, "eft")[:3]:
         assert judged["gold"] == pytest.approx(gold.rewards([row["prompt"] + row["text"]])[0][0], abs=1e-4)
         ids = base.tokenizer(row["prompt"]).input_ids + row["token_ids"]
-        logps = base.model.network(torch.tensor([ids])).logits[0].log_softmax(-1)
+        logps = base.network(torch.tensor([ids])).logits[0].log_softmax(-1)
         start = len(ids) - len(row["token_ids"])
         expected = sum(logps[i - 1, ids[i]].item() for i in range(start, len(ids)))
         assert judged["base_logp"] == pytest.approx(expected, abs=1e-3)

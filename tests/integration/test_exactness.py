@@ -32,11 +32,11 @@ class Bench:
         contrast = ImplicitValue(*pair, "contrast")
         self.values = {"implicit": ImplicitValue(*pair), "contrast": contrast, "explicit": q, "scalar": v, "arm": AutoregressiveReward(arm)}
         self.naive = {
-            "implicit": naive.Implicit(*(r.model.network for r in pair)),
-            "contrast": naive.Implicit(*(r.model.network for r in pair)),
+            "implicit": naive.Implicit(*(r.network for r in pair)),
+            "contrast": naive.Implicit(*(r.network for r in pair)),
             "explicit": naive.QHead(q.network),
             "scalar": naive.VHead(v.network),
-            "arm": naive.LogProb(arm.model.network),
+            "arm": naive.LogProb(arm.network),
         }
         self.searcher = Searcher(TransformersEngine(self.base))
         self.readers = [self.base, *pair, arm, q.model, v.model]
@@ -51,7 +51,7 @@ class Bench:
         rules = {"reject": naive_methods.cards, "particles": naive_methods.smc, "speculate": naive_methods.speculate}
         rules |= {"tree": naive_methods.tree}
         method = rules.get(s.rule, naive.search)
-        return method(self.base.model.network, self.naive, s, ids, seed, sampling.temperature, sampling.max_new_tokens)
+        return method(self.base.network, self.naive, s, ids, seed, sampling.temperature, sampling.max_new_tokens)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -191,7 +191,7 @@ def test_posterior_equals_naive(llama, name):
     s = get_method("custom", **NEIGHBOURS[name])
     (got,) = llama.generate(PROMPTS[:1], s, SamplingParams(max_new_tokens=9), 1)
     ids = llama.base.tokenizer(PROMPTS[0]).input_ids
-    *_, particles, log_z = naive_methods.filter_particles(llama.base.model.network, llama.naive, s, ids, 1, SamplingParams().temperature, 9)
+    *_, particles, log_z = naive_methods.filter_particles(llama.base.network, llama.naive, s, ids, 1, SamplingParams().temperature, 9)
     assert got.posterior.log_z == pytest.approx(log_z, abs=2e-3)
     found = sorted((list(p.token_ids), p.weight) for p in got.posterior.particles)
     assert found == [(tokens, pytest.approx(weight, abs=2e-3)) for tokens, weight in sorted((t, w) for w, t in particles)]
@@ -217,7 +217,7 @@ def test_weighted_values_guide_and_select(llama):
 def ending():
     """Models of its own, whose base ends a response about every eighth token."""
     bench = Bench("llama")
-    network, ids = bench.base.model.network, bench.base.tokenizer(PROMPTS[1]).input_ids
+    network, ids = bench.base.network, bench.base.tokenizer(PROMPTS[1]).input_ids
     with torch.no_grad():
         hidden = network.model(torch.tensor([ids], device=network.device)).last_hidden_state[0, -1]
         network.lm_head.weight[0] = 5.5 * hidden / hidden.norm() ** 2
@@ -249,8 +249,8 @@ def test_early_ends_equal_naive(ending, method, original):
 def test_greedy_base_equals_transformers(bench):
     sampling = SamplingParams(temperature=0, max_new_tokens=16)
     for prompt, got in zip(PROMPTS, bench.generate(PROMPTS, get_method("base"), sampling), strict=True):
-        ids = torch.tensor([bench.base.tokenizer(prompt).input_ids], device=bench.base.model.network.device)
-        expected = bench.base.model.network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+        ids = torch.tensor([bench.base.tokenizer(prompt).input_ids], device=bench.base.network.device)
+        expected = bench.base.network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
         assert list(got.token_ids) == expected[0, ids.shape[1] :].tolist()
 
 
@@ -306,7 +306,7 @@ def test_wide_search_without_chunks_is_best_of_n(llama):
 
     sampling, prompt = SamplingParams(max_new_tokens=10), llama.base.tokenizer(PROMPTS[0]).input_ids
     samples = [
-        naive.grow(llama.base.model.network, {}, METHODS["base"], prompt, [], child_rng_path(0, 0, k), 10, 1.0, mix(5, 0), 10, 0)[0]
+        naive.grow(llama.base.network, {}, METHODS["base"], prompt, [], child_rng_path(0, 0, k), 10, 1.0, mix(5, 0), 10, 0)[0]
         for k in range(6)
     ]
     best = max(samples, key=lambda y: llama.naive["explicit"].score(prompt, y))
@@ -329,7 +329,7 @@ def test_first_token_distribution(llama):
     counts = torch.zeros(257)
     for _, c in done:
         counts[c.token_ids[0]] += 1
-    z = naive.outputs(llama.base.model.network, llama.base.tokenizer("I").input_ids)[-1]
+    z = naive.outputs(llama.base.network, llama.base.tokenizer("I").input_ids)[-1]
     z[0] = -torch.inf
     expected = 4000 * (z / 0.8).softmax(-1)
     likely = expected > 5

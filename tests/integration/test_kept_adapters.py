@@ -213,7 +213,7 @@ def guides_as_without_a_cache(folder, value, cache):
     explicit = model.values["explicit"]
     ids = testing.byte_tokenizer()("p1").input_ids
     reference = {"explicit": naive.QHead(explicit.network)}
-    wanted, *_ = naive.search(model.base.model.network, reference, get_method("ivg", **settings), ids, 3, 1.0, 8)
+    wanted, *_ = naive.search(model.base.network, reference, get_method("ivg", **settings), ids, 3, 1.0, 8)
     done = model.generate("p1", "ivg", seed=3, temperature=1.0, max_new_tokens=8, **settings)
     assert isinstance(explicit.model.model.cache, cache)
     assert list(done.token_ids) == list(wanted)
@@ -271,7 +271,7 @@ def test_a_reward_is_a_scalar_value(runs):
 
 def test_a_tuned_guide_shares_the_network(runs):
     model = GuidedModel.from_pretrained(runs / "model", tuned=str(runs / "dpo"), untuned=runs / "model", options=FLOAT32)
-    assert len({id(lm.model.network) for lm in model.readers}) == 1
+    assert len({id(lm.network) for lm in model.readers}) == 1
     merged = GuidedModel.from_pretrained(runs / "model", tuned=runs / "dpo-merged", untuned=runs / "model", options=FLOAT32)
     h = testing.hypothesis("p1", "aa", testing.tiny_lm())
     assert model.values["implicit"].score([h])[0] == pytest.approx(merged.values["implicit"].score([h])[0], abs=0.02)
@@ -390,7 +390,7 @@ def test_a_scalar_value_is_a_reward_too(runs, tmp_path):
     assert rewards_of(kept).std() > 0.01
     value = ExplicitValue.from_pretrained(runs / "scalar", options=FLOAT32)
     assert rewards_of(kept).tolist() == pytest.approx(
-        [naive.outputs(value.model.model.network, kept.ids(t))[-1, 0].item() for t in TEXTS], abs=1e-4
+        [naive.outputs(value.model.network, kept.ids(t))[-1, 0].item() for t in TEXTS], abs=1e-4
     )
     shutil.copytree(runs / "scalar", tmp_path / "templated")
     config = json.loads((tmp_path / "templated" / "head_config.json").read_text())

@@ -255,7 +255,7 @@ def test_cached_models_load_offline(monkeypatch, cached, good, offline):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     options = LoadOptions(dtype="float32", extra={"cache_dir": str(cached)})
     reader = load_causal("org/tiny", "base", options)
-    assert torch.equal(reader.model.network.lm_head.weight, tiny_model("llama").lm_head.weight)
+    assert torch.equal(reader.network.lm_head.weight, tiny_model("llama").lm_head.weight)
     assert len(nobody.requests) == (0 if offline else 1)
     assert hub.find_model("org/tiny", "base", options.hub()) == cached / "models--org--tiny" / "snapshots" / "abc"
     with pytest.raises(ModelError, match="not in the hub's cache"):

@@ -72,7 +72,7 @@ class Foreign(naive.Implicit):
     deltas = None
 
     def __init__(self, pair, vocabulary):
-        super().__init__(pair.tuned.model.network, pair.untuned.model.network)
+        super().__init__(pair.tuned.network, pair.untuned.network)
         self.text = OfText(vocabulary, self.of_text)
 
     def of_text(self, prompt, response):
@@ -92,23 +92,23 @@ class Sum:
 
 def naive_values(model):
     values, vocabulary = model.values, model.base.vocabulary
-    pair = naive.Implicit(values["implicit"].tuned.model.network, values["implicit"].untuned.model.network)
+    pair = naive.Implicit(values["implicit"].tuned.network, values["implicit"].untuned.network)
     head = naive.QHead(values["explicit"].network)
     return {
         "implicit": pair,
         "explicit": head,
-        "arm": naive.LogProb(values["arm"].model.model.network),
+        "arm": naive.LogProb(values["arm"].model.network),
         "length": OfText(vocabulary, values["length"].function),
         "scalar": naive.VHead(values["scalar"].network),
         "foreign": Foreign(values["foreign"], vocabulary),
         "sum": Sum((0.7, pair), (-0.4, head)),
-        "contrast": naive.Contrast(model.base.model.network, list(byte_tokenizer()("Be kind.\n\n").input_ids), []),
+        "contrast": naive.Contrast(model.base.network, list(byte_tokenizer()("Be kind.\n\n").input_ids), []),
     }
 
 
 def distribution(model, s, prompt, y, temperature=1.0):
     """(with guidance, without) behind ``y``: all log-probabilities."""
-    z = naive.outputs(model.base.model.network, prompt + y)[-1]
+    z = naive.outputs(model.base.network, prompt + y)[-1]
     moved = naive.guided(z, s, naive_values(model)[s.token], prompt, y) if s.token and s.beta else z
     return (moved / temperature).log_softmax(-1), (z / temperature).log_softmax(-1)
 
@@ -209,7 +209,7 @@ def test_defaults_of_sampling_do_not_count_and_settings_do():
     plain, top = (model.logprobs("Film", "abc", "base", **s) for s in ({}, {"top_k": 2}))
     assert plain.logprob > -math.inf == top.logprob
     biased = model.logprobs("Film", [5], "base", sequence_bias=((((5,)), 2.0),), suppress_tokens=(6,))
-    z = naive.outputs(model.base.model.network, list(model.base.prompt_ids(Prompt("Film"))))[-1]
+    z = naive.outputs(model.base.network, list(model.base.prompt_ids(Prompt("Film"))))[-1]
     z[5], z[6] = z[5] + 2, -math.inf
     assert biased.logprob == pytest.approx(float(z.log_softmax(-1)[5]), abs=1e-4)
 
@@ -247,7 +247,7 @@ def test_conversations():
     turns = [{"role": "user", "content": "Hi"}]
     found = chat.logprobs([turns, turns], ["a", "b"], "base")
     prompt = list(chat.base.prompt_ids(Prompt.of(turns)))
-    logps = naive.outputs(chat.base.model.network, prompt)[-1].log_softmax(-1)
+    logps = naive.outputs(chat.base.network, prompt)[-1].log_softmax(-1)
     assert [r.logprob for r in found] == pytest.approx([float(logps[r.token_ids[0]]) for r in found], abs=1e-4)
     alone = chat.logprobs(turns, "a", "base")
     assert alone.token_ids == found[0].token_ids and alone.logprob == pytest.approx(found[0].logprob, abs=1e-4)
