@@ -1,6 +1,7 @@
 """Values that are heads on the base's own network: nothing is loaded twice, nothing is read twice, and the answers stay as they are."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -95,6 +96,42 @@ def answers(model, method, prompts=PROMPTS, **more):
 def check_same(found, expected):
     assert [c.token_ids for c in found] == [c.token_ids for c in expected]
     assert [c.score for c in found] == pytest.approx([c.score for c in expected], abs=1e-4, nan_ok=False)
+
+
+def test_passes_of_other_threads_do_not_matter(hub):
+    """The user's own passes of the base's network, while a value reads its states."""
+    model, done, runs = on_base(hub, "vocabulary"), threading.Event(), []
+    method = get_method("cbs-explicit", width=3, successors=2, chunk_length=4)
+    expected = answers(model, method, max_new_tokens=24)
+
+    @torch.no_grad()
+    def own():
+        while not done.is_set():
+            runs.append(model.base.network(input_ids=torch.randint(1, 257, (18, 1))))
+
+    thread = threading.Thread(target=own)
+    thread.start()
+    try:
+        for _ in range(3):
+            check_same(answers(model, method, max_new_tokens=24), expected)
+    finally:
+        done.set()
+        thread.join()
+    assert runs
+
+
+def test_a_scalar_head_reads_as_much_beside_other_requests(hub):
+    """Answers that end with their first token go on from the base's rows, whatever else is in the batch."""
+    model = on_base(hub, "scalar")
+    bon = get_method("bon", select="explicit", successors=4)
+    request = model.request(PROMPTS[2], bon, **SIZES)
+    alone = dict(model.searcher().run([request]))[0]
+    model.reset_caches()
+    chunks = get_method("cbs-explicit", width=2, successors=2, chunk_length=1)
+    beside = dict(model.searcher().run([request, model.request("I", chunks, **SIZES)]))[0]
+    assert alone.token_ids == beside.token_ids
+    assert alone.usage.forward_tokens == beside.usage.forward_tokens
+    assert alone.usage.forward_tokens["explicit"] <= 4
 
 
 # Memory

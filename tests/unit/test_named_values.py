@@ -112,7 +112,7 @@ def test_a_named_value_is_one_value(table):
         Recipe.parse({"values": {"mine": table}})
 
 
-@pytest.mark.parametrize("name", ["none", "a=b", "a,b"])
+@pytest.mark.parametrize("name", ["none", "a=b", "a,b", "mine.head"])
 def test_names_that_mean_something_else(name):
     with pytest.raises(ConfigError, match="cannot be called"):
         load_models(Recipe.parse({"values": {name: {"value": "x"}}}))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import naive
+from architectures import tiny
 from benchmarks import shared_passes
 from ivg import GuidedModel
 from ivg.factory.recipe import load_models
@@ -345,6 +346,33 @@ def test_settings_without_effect_do_not_matter():
     second.config.update({"use_cache": False, "pad_token_id": 5, "eos_token_id": 3, "_name_or_path": "elsewhere"})
     first, second = lm(tiny_model("llama", 1)), lm(second)
     assert share_passes(first, second) and second.model is first.model
+
+
+def test_networks_whose_embedding_takes_more_are_as_they_were(tmp_path):
+    """OPT looks up its positions by an embedding that takes the mask, too."""
+    network, other = (tiny("opt", seed=seed) for seed in (1, 2))
+    assert "may not read row by row" in find_difference(network, other)
+    ids = torch.tensor([[5, 6, 7]])
+    expected = network(input_ids=ids).logits
+    readers = [lm(network, "untuned"), lm(other, "tuned")]
+    assert not share_passes(*readers)
+    assert torch.equal(network(input_ids=ids).logits, expected)
+
+
+def test_a_refused_trial_leaves_the_networks_as_they_were(monkeypatch):
+    network, other = (tiny("llama", seed=seed) for seed in (1, 2))
+    ids = torch.tensor([[5, 6, 7]])
+    expected = [net(input_ids=ids).logits for net in (network, other)]
+    sizes = [sum(p.untyped_storage().nbytes() for p in net.parameters()) for net in (network, other)]
+    monkeypatch.setattr(StackedNetworks, "using", raising)
+    assert not share_passes(lm(network), lm(other))
+    assert not [module for net in (network, other) for module in net.modules() if "forward" in module.__dict__]
+    assert all(torch.equal(net(input_ids=ids).logits, logits) for net, logits in zip((network, other), expected, strict=True))
+    assert [sum(p.untyped_storage().nbytes() for p in net.parameters()) for net in (network, other)] == sizes
+
+
+def raising(*_):
+    raise RuntimeError("a fault of the trial")
 
 
 def test_one_network_is_no_pair():

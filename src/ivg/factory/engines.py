@@ -27,6 +27,7 @@ from ivg.settings.placement import is_spread
 from ivg.settings.recipe import ModelRef, NamedValue, Recipe, VLLMConfig
 from ivg.settings.run import COMPOSITE_MEMORY, POOLING_MEMORY
 from ivg.types import Value
+from ivg.values.implicit import share_pair_passes
 
 if TYPE_CHECKING:
     from ivg.engines.vllm.client import EngineClient, EngineClientOptions
@@ -141,6 +142,7 @@ def endpoint_model(recipe: Recipe, options: LoadOptions) -> GuidedModel:
     )
     networks = SharedNetworks()
     values = {name: make_value(name, value, options, networks) for name, value in {**_roles(given), **recipe.values}.items()}
+    share_pair_passes(values.values(), networks)
     return GuidedModel(engine.base, values, engine=engine, generation_config=recipe.run.generation_config)
 
 

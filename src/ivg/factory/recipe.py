@@ -10,6 +10,7 @@ from ivg.factory.values import make_value, prompt_template
 from ivg.settings.models import LANGUAGE_MODELS
 from ivg.settings.recipe import Recipe
 from ivg.settings.sampling import DEFAULT_SAMPLING
+from ivg.types.beam import HEAD_SUFFIX
 
 if TYPE_CHECKING:
     from ivg.model import GuidedModel
@@ -37,8 +38,9 @@ def load_models(recipe: Recipe, *, every_guide: bool = False) -> GuidedModel:
         ModelError: a model that cannot be loaded.
     """
     for name in recipe.values:
-        if name == "none" or set(name) & set("=,"):
-            raise ConfigError(f"a value cannot be called {name!r}\n  expected a name without = and comma, other than none")
+        if name == "none" or set(name) & set("=,") or name.endswith(HEAD_SUFFIX):
+            expected = f"expected a name without = and comma, other than none, that does not end in {HEAD_SUFFIX}"
+            raise ConfigError(f"a value cannot be called {name!r}\n  {expected}")
     from ivg.models.shared import SharedNetworks
     from ivg.values.implicit import share_pair_passes
 

@@ -7,6 +7,7 @@ networks can be read so is tried (:func:`gives_states`). Must not depend on rows
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -45,22 +46,22 @@ class HiddenStates:
 
     def __init__(self, body: nn.Module) -> None:
         self.body = body
-        self._pieces: list[Tensor] | None = None
+        self._thread = threading.local()  # passes of the user's own, in other threads, are not ours
         body.register_forward_hook(self._keep)
 
     def _keep(self, body: nn.Module, args: Any, output: Any) -> None:
-        if self._pieces is not None:
-            self._pieces.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+        if (pieces := getattr(self._thread, "pieces", None)) is not None:
+            pieces.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
     @contextmanager
     def kept(self) -> Iterator[list[Tensor]]:
         """States [rows, columns, hidden] of all calls that are made meanwhile, in order: those of one pass, or its columns in pieces."""
         pieces: list[Tensor] = []
-        self._pieces = pieces
+        self._thread.pieces = pieces
         try:
             yield pieces
         finally:
-            self._pieces = None
+            self._thread.pieces = None
 
 
 def last_columns(pieces: list[Tensor], keep: int) -> Tensor:

@@ -45,7 +45,7 @@ def share_passes(first: CachedLM, second: CachedLM, others: Iterable[CachedLM] =
     why = _fault(host, member)
     if why is None:
         name = _add(host, member)
-        why = "a trial gave other outputs" if name is None else None
+        why = "a trial failed, or gave other outputs" if name is None else None
     if why is not None:
         log.debug("%s and %s are read in separate passes: %s", first.name, second.name, why)
         return False

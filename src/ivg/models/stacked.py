@@ -11,6 +11,7 @@ Which networks agree: :func:`find_difference`; whether it works is tried (``mode
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -60,10 +61,12 @@ class StackedNetworks(RowWeights):
         return name
 
     def remove(self, name: str) -> None:
-        """Rows do not read with the network of that name any more; it was added last."""
+        """Rows do not read with the network of that name any more; it was added last. Without another the modules are as they were."""
         del self._networks[name]
         for module in self._modules.values():
             module.remove(name)
+            if len(self._networks) == 1:
+                del module.own.forward
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -109,11 +112,12 @@ class _StackedModule:
         """Undo :meth:`add`."""
         del self.of[name]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The output of all rows."""
         parts = self.stack.parts
         if parts is None:
-            return self._plain(x)
+            return self._plain(*args, **kwargs)
+        (x,) = args
         if len(parts) == 1:
             return self.of[parts[0].weights](x)
         if x.shape[0] != parts[-1].end:
@@ -149,7 +153,8 @@ class _StackedLinear(_StackedModule):
     @override
     def remove(self, name: str) -> None:
         super().remove(name)
-        del self._layers[-1]
+        layer: Any = self._layers.pop()
+        layer.weight.data = layer.weight.data.clone()  # else it holds the memory of all
         self._stack()
 
     def _stack(self) -> None:
@@ -227,7 +232,9 @@ def _reads_rows(module: nn.Module) -> bool:
     """Does it read each row of its one input by itself, by what its type says?"""
     from transformers.pytorch_utils import Conv1D
 
-    return type(module) in (nn.Linear, PackedLinear, Conv1D, nn.LayerNorm) or isinstance(module, nn.Embedding) or _has_only_scale(module)
+    if isinstance(module, nn.Embedding):  # OPT's table of positions is one, too, and takes more
+        return len(inspect.signature(type(module).forward).parameters) == 2  # self and the ids
+    return type(module) in (nn.Linear, PackedLinear, Conv1D, nn.LayerNorm) or _has_only_scale(module)
 
 
 def _has_only_scale(module: nn.Module) -> bool:

@@ -193,6 +193,8 @@ class TransformersEngine(Engine):
         sequences = [s for _, some in pairs for s in some]
         row_of = [i for i, (_, some) in enumerate(pairs) for _ in some]
         self._step(_Step(sequences, row_of, parents, requests))
+        if self.base.states is not None and any(s.finish is not None for s in sequences):
+            self.base.inherit_cache([s for s in sequences if not s.paused])  # those that ended lose their parent's row to the others else
         while active := [s for s in sequences if s.finish is None and not s.paused and len(s.token_ids) < s.limit]:
             self._step(_Step(active, list(range(len(active))), active, [s.request for s in active]))
 
