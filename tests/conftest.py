@@ -59,6 +59,13 @@ def imdb_test():
 
 
 def pytest_configure():
+    try:
+        from hypothesis import settings
+    except ImportError:  # vLLM's environment has none
+        pass
+    else:
+        settings.register_profile("no deadline", deadline=None)  # no test may depend on how fast a machine is
+        settings.load_profile("no deadline")
     from ivg.testing import models
 
     models.DEVICE = DEVICE

@@ -47,12 +47,12 @@ def enumerated(model, texts, logits, temperature=1.0):
 def mixed(model, beta=0.0):
     """Logits of base and guide behind a response, without caches."""
     prompt = list(model.base.tokenizer(PROMPT).input_ids)
-    base, pair = model.base.model.network, model.values.get("implicit")
+    base, pair = model.base.network, model.values.get("implicit")
 
     def logits(y):
         z = outputs(base, prompt + y)[-1]
         if beta:
-            z = z + beta * (outputs(pair.tuned.model.network, prompt + y)[-1] - outputs(pair.untuned.model.network, prompt + y)[-1])
+            z = z + beta * (outputs(pair.tuned.network, prompt + y)[-1] - outputs(pair.untuned.network, prompt + y)[-1])
         return z
 
     return logits

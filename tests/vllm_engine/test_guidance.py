@@ -109,7 +109,7 @@ def test_sampled_tokens_have_the_guided_distribution(folder):
     paths, draws, temperature = trio(folder, "llama"), 3000, 0.9
     with models("transformers", models=paths) as slow:
         values = slow.values["implicit"]
-        base, tuned, untuned = (reader.model.network for reader in (slow.reader, values.tuned, values.untuned))
+        base, tuned, untuned = (reader.network for reader in (slow.reader, values.tuned, values.untuned))
         ids = torch.tensor([slow.base.tokenizer("The film").input_ids])
         with torch.no_grad():
             z, t, u = (network(ids).logits[0, -1].double() for network in (base, tuned, untuned))

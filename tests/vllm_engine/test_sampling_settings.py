@@ -74,7 +74,7 @@ def test_the_distribution_of_a_base_alone_in_chunks(folder):
         given, z = slow.base.prompt_ids(Prompt("The film")), {}
         for text in ((), (first,), (second,), *itertools.product((first, second), repeat=2)):
             ids = torch.tensor([[*given, *text]])
-            z[text] = slow.base.model.network(ids).logits[0, -1, [first, second]] + torch.tensor([60.0, 60.5])
+            z[text] = slow.base.network(ids).logits[0, -1, [first, second]] + torch.tensor([60.0, 60.5])
         expected = {}
         for text in itertools.product((first, second), repeat=3):
             weight = 1.0
