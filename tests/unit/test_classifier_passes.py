@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification
 from architectures import tiny_config
 from ivg.models.shared_prompts import group_by_beginning
 from ivg.values import classifier
-from ivg.values.classifier import TextPasses
+from ivg.values.classifier import SequenceClassifier
 
 pytestmark = pytest.mark.numerics
 TOKENS = st.integers(1, 40)
@@ -37,7 +37,7 @@ def passes_of(network, batch_size=64):
         sizes.append((args[0] if args else inputs["input_ids"]).numel())
 
     network.base_model.register_forward_pre_hook(count, with_kwargs=True)
-    return TextPasses(network, batch_size), sizes
+    return SequenceClassifier(network, batch_size), sizes
 
 
 @pytest.fixture(scope="module", params=[("llama", 1), ("gpt2", 2)])
@@ -52,7 +52,7 @@ def test_logits_are_those_of_each_text_alone(classifier_network, prompted, batch
     texts = [prompt + answer for prompt, answers in prompted for answer in answers]
     before, classifier.MOST_SHARED = classifier.MOST_SHARED, most
     try:
-        got = TextPasses(classifier_network, batch_size).logits(texts)
+        got = SequenceClassifier(classifier_network, batch_size).logits(texts)
     finally:
         classifier.MOST_SHARED = before
     torch.testing.assert_close(got, torch.stack([alone(classifier_network, text) for text in texts]), atol=5e-5, rtol=1e-3)
@@ -102,11 +102,13 @@ def test_a_head_of_another_kind_is_found_by_the_trial():
 
     net.forward = doubled
     texts = [[*range(1, 13), 20 + i] for i in range(4)]
-    torch.testing.assert_close(TextPasses(net, 8).logits(texts), torch.stack([alone(net, text) for text in texts]), atol=5e-5, rtol=1e-3)
+    torch.testing.assert_close(
+        SequenceClassifier(net, 8).logits(texts), torch.stack([alone(net, text) for text in texts]), atol=5e-5, rtol=1e-3
+    )
 
 
 def test_no_text():
-    assert TextPasses(network("llama", pad_token_id=0), 8).logits([]).shape == (0, 1)
+    assert SequenceClassifier(network("llama", pad_token_id=0), 8).logits([]).shape == (0, 1)
 
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=6), max_size=12), st.integers(1, 20))

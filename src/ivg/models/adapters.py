@@ -21,12 +21,13 @@ from ivg.errors import ConfigError, MissingDependencyError, ModelError, reason
 from ivg.models.adapter_rows import AdapterRows
 from ivg.models.hub import ADAPTER_CONFIG, BASE, partial_config
 from ivg.models.placement import compute_dtype, input_device
+from ivg.models.trial import output_error
 
 log = logging.getLogger(__name__)
 _TRIAL = ((5, 3), (2, 6))
 """Tokens of two rows."""
 _TRIAL_TOLERANCE = {torch.float32: 1e-3}
-"""Largest difference allowed in the trial, in units of the outputs' standard deviation: rounding, of equally large batches."""
+"""Of ``models.trial.output_error``: rounding, of equally large batches."""
 _LOW_PRECISION_TOLERANCE = 0.03
 _NAME = re.compile(r"ivg\d+")
 """Names that adapters are given."""
@@ -140,8 +141,8 @@ class Adapters:
             return False
         finally:
             self.activate(None)
-        error = (together - torch.stack([plain[0], adapted[1]])).abs().amax() / plain.std().clamp(min=1e-6)
-        return float(error) <= _TRIAL_TOLERANCE.get(compute_dtype(network), _LOW_PRECISION_TOLERANCE)
+        error = output_error(together, torch.stack([plain[0], adapted[1]]))
+        return error <= _TRIAL_TOLERANCE.get(compute_dtype(network), _LOW_PRECISION_TOLERANCE)
 
     def activate(self, name: str | None) -> None:
         """Switch to the adapter ``name``; None: none."""

@@ -21,6 +21,7 @@ from ivg.models.placement import compute_dtype, input_device
 from ivg.models.slot_cache import SlotCache
 from ivg.models.state_cache import STATE_NAMES, StateCache
 from ivg.models.support import NetworkSupport, body_of
+from ivg.models.trial import output_error
 
 TOLERANCE = {torch.float32: 0.02}
 """Root mean square of the error allowed, in units of the outputs' standard deviation."""
@@ -72,7 +73,7 @@ def images_fault(network: nn.Module, images: ImageInputs, limits: PassLimits) ->
     except Exception as e:  # the network's code may raise anything
         message = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
         return f"cannot read them: {message}"
-    error = max(_error(got.float(), plain.float()) for got, plain in pairs)
+    error = max(output_error(got.float(), plain.float()) for got, plain in pairs)
     if error <= TOLERANCE.get(pairs[0][0].dtype, _LOW_PRECISION_TOLERANCE):
         return None
     return f"gives other outputs when the answer is read behind a cached prompt (error {error:.1g} standard deviations)"
@@ -108,7 +109,7 @@ def _is_causal(network: nn.Module) -> bool:
         whole, begin = (network(input_ids=part, use_cache=False).logits[0, 3].float() for part in (ids, ids[:, :4]))
     except Exception:  # the network's code may raise anything
         return True  # not known to be otherwise
-    return _error(whole, begin) <= TOLERANCE.get(compute_dtype(network), _LOW_PRECISION_TOLERANCE)
+    return output_error(whole, begin) <= TOLERANCE.get(compute_dtype(network), _LOW_PRECISION_TOLERANCE)
 
 
 def _fault(cache: RowCache, network: nn.Module) -> str | None:
@@ -122,7 +123,7 @@ def _fault(cache: RowCache, network: nn.Module) -> str | None:
         return f"cannot be read in pieces behind its own cache: {message}"
     finally:
         cache.clear()
-    error = max(_error(got.float(), plain.float()) for got, plain in pairs)
+    error = max(output_error(got.float(), plain.float()) for got, plain in pairs)
     if error <= TOLERANCE.get(pairs[0][0].dtype, _LOW_PRECISION_TOLERANCE):  # NaN is none
         return None
     return f"gives other outputs when rows share a batch or are read in pieces (error {error:.1g} standard deviations)"
@@ -151,9 +152,3 @@ def _read(cache: RowCache, network: nn.Module, rows: Sequence[CacheRow], new: Se
         for k, place in enumerate(order):
             ids = torch.tensor([rows[batch[place]].ids], device=outputs.device)
             yield outputs[k, -1], network(input_ids=ids, use_cache=False).logits[0, -1]
-
-
-def _error(got: Tensor, plain: Tensor) -> float:
-    """Root mean square of the difference, in units of the outputs' standard deviation (of the output itself, where there is one)."""
-    scale = plain.std() if plain.numel() > 1 else plain.abs().amax()
-    return float((got - plain).square().mean().sqrt() / scale.clamp(min=1e-6))

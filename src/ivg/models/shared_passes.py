@@ -10,16 +10,16 @@ from collections import Counter
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from ivg.errors import reason
 from ivg.models.cached_lm import CachedLM
 from ivg.models.runner import ModelRunner
 from ivg.models.stacked import StackedNetworks, find_difference
+from ivg.models.trial import output_error
 
 log = logging.getLogger(__name__)
 _TOLERANCE = {torch.float32: 1e-3}
-"""Root mean square of the error allowed in the trial, in units of the outputs' standard deviation."""
+"""Of ``models.trial.output_error``."""
 _LOW_PRECISION_TOLERANCE = 0.1
 _TEXTS = ((1, 4, 2, 5, 3, 7), (6, 2, 9, 1, 5, 5), (4, 3, 8, 2, 7, 6))
 _OF_SECOND = (False, True, True)
@@ -109,14 +109,10 @@ def _agree(stack: StackedNetworks, host: ModelRunner, member: ModelRunner, name:
                 return False  # its weights are read otherwise than by calling it
             alone = [(member if _OF_SECOND[i] else host).last_outputs([apart[i]], [n]) for i, n in zip(step, new, strict=True)]
             expected = torch.cat(alone)
-            if not _close(got.float(), expected.float(), expected.dtype):
+            allowed = _TOLERANCE.get(expected.dtype, _LOW_PRECISION_TOLERANCE)
+            if not output_error(got.float(), expected.float()) <= allowed:  # NaN is not
                 return False
     finally:
         for hook in hooks:
             hook.remove()
     return True
-
-
-def _close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    error = (got - expected).square().mean(-1).sqrt().amax() / expected.std().clamp(min=1e-6)
-    return float(error) <= _TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE)  # NaN is not

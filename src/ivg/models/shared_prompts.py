@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ivg.errors import ModelError
+from ivg.models.cache import common_length
 from ivg.models.placement import input_device
 from ivg.models.support import body_of, check_support
+from ivg.models.trial import output_error
 
 TRIAL = ([1, 4, 2, 5, 3], [1, 4, 2, 7, 6, 5], [1, 4, 2, 2])
 """Texts on which a network is tried; the first two are read together."""
 TOLERANCE = 0.01
-"""Root mean square of the error allowed in a trial, in units of the outputs' standard deviation."""
+"""Of ``models.trial.output_error``."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def group_by_beginning(texts: Sequence[Sequence[int]], most: int) -> list[tuple[
         size = len(texts[i])
         if groups:
             members, shared = groups[-1]
-            common = _common(texts[members[0]], texts[i])
+            common = common_length(texts[members[0]], texts[i])
             joined = common + own + size - (len(members) + 1) * common
             before = shared + own - len(members) * shared
             if joined < before + size and joined <= most:
@@ -106,11 +108,6 @@ def group_by_beginning(texts: Sequence[Sequence[int]], most: int) -> list[tuple[
         groups.append(([i], size))
         own = size
     return groups
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def read_shared(body: Any, rows: SharedRows) -> Tensor:
@@ -172,4 +169,4 @@ def _trial_error(body: Any) -> float:
     alone = [body(input_ids=torch.tensor([text], device=device), use_cache=False).last_hidden_state[0].float() for text in texts]
     got = torch.cat([together[i, : len(text)] for i, text in enumerate(texts)])
     wanted = torch.cat(alone)
-    return float((got - wanted).square().mean().sqrt() / wanted.std())
+    return output_error(got, wanted)

@@ -3,7 +3,7 @@
 A tuned guide and its untuned start are small networks of the same class and sizes that read the same text at every token. For few rows
 most of such a pass is not products but Python and small operations. Here one pass holds the rows of both: what has no weights (attention,
 rotary factors, activations, masks, the cache) is done once for all of them, what has weights is done for the rows of each network by that
-network's own modules. Weights are not copied.
+network's own modules. No weight is held twice; small matrices are moved side by side.
 
 Which networks agree: :func:`find_difference`; whether it works is tried (``models.shared_passes``). Must not depend on caches or rows.
 """

@@ -45,8 +45,8 @@ def token_limit(network: Any, tokenizer: Any) -> int | None:
     return min((n for n in (context_of(network), tokenizer.model_max_length) if n and 0 < n < 1 << 30), default=None)
 
 
-class TextPasses:
-    """Logits of texts by a sequence classifier; a beginning that texts have in common, such as a prompt, is read once for them.
+class SequenceClassifier:
+    """Logits of many texts by one network; a beginning that texts have in common, such as a prompt, is read once for them.
 
     Args:
         network: a transformers ``*ForSequenceClassification``, in evaluation mode.

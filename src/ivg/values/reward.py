@@ -26,7 +26,7 @@ from ivg.types import Hypothesis, Prompt, Reward, Steps
 from ivg.types.scores import finite_score, require_scores
 from ivg.types.steps import DEFAULT_SEPARATOR
 from ivg.values.base import FunctionValue
-from ivg.values.classifier import TextPasses, check_label, token_limit
+from ivg.values.classifier import SequenceClassifier, check_label, token_limit
 from ivg.values.process import ProcessReward, StepLogProbs, StepReward
 from ivg.values.truncation import truncate_prompt
 
@@ -80,7 +80,7 @@ class RewardModel(Reward):
         self._stepwise: StepwiseReward | None = None
         self.limit = token_limit(network, tokenizer)
         """Tokens that the classifier reads at most; None: no limit."""
-        self._passes = TextPasses(self.network, batch_size)
+        self._classifier = SequenceClassifier(self.network, batch_size)
 
     @classmethod
     def from_pretrained(
@@ -184,7 +184,7 @@ class RewardModel(Reward):
 
     def logits(self, ids: Sequence[Sequence[int]]) -> list[float]:
         """The reward of every text, given as token ids."""
-        logits = self._passes.logits(ids)
+        logits = self._classifier.logits(ids)
         if self.label is None and logits.shape[1] == 2:
             return (logits[:, 1] - logits[:, 0]).tolist()  # type: ignore[no-any-return]
         return logits[:, self.label or 0].tolist()  # type: ignore[no-any-return]
