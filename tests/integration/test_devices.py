@@ -59,8 +59,8 @@ def offloaded(place):
 
 def test_weights_on_disk_give_the_same_outputs(folder, tmp_path):
     plain, model = load_causal(folder, "base", LoadOptions(DEVICE, "float32")), load_causal(folder, "base", offloaded(tmp_path))
-    assert any(p.is_meta for p in model.model.network.parameters())
-    assert input_device(model.model.network).type == DEVICE
+    assert any(p.is_meta for p in model.network.parameters())
+    assert input_device(model.network).type == DEVICE
     hypotheses = [[hypothesis("The film", text, lm) for text in ("", " is", " is good")] for lm in (plain, model)]
     expected, got = (lm.outputs(some) for lm, some in zip((plain, model), hypotheses, strict=True))
     assert got.device == expected.device
@@ -100,30 +100,30 @@ def test_guides_in_another_dtype_than_the_base():
     """Each step against formulas: the base in float32, the guides in bfloat16, which is what their plain passes give, up to rounding."""
     base, tuned, untuned = tiny_lm("base", seed=0), tiny_lm("tuned", seed=1), tiny_lm("untuned", seed=2)
     for lm in (tuned, untuned):
-        lm.model.network.to(torch.bfloat16)
+        lm.network.to(torch.bfloat16)
     value = ImplicitValue(tuned, untuned)
-    oracle = naive.Implicit(tuned.model.network, untuned.model.network)
+    oracle = naive.Implicit(tuned.network, untuned.network)
     model = GuidedModel(base, {"implicit": value})
     completion = model.generate("The film", "eft", beta=1.5, max_new_tokens=20, temperature=0)
     prompt, margin = list(base.prompt_ids(Prompt("The film"))), 0.0
     for n, token in enumerate(completion.token_ids):
         y = list(completion.token_ids[:n])
-        z = naive.outputs(base.model.network, prompt + y)[-1] + 1.5 * oracle.deltas(prompt, y)
+        z = naive.outputs(base.network, prompt + y)[-1] + 1.5 * oracle.deltas(prompt, y)
         margin = max(margin, float((z.max() - z[token]) / z.std()))
     assert margin < 0.1
     some = [hypothesis("The film", text, base) for text in (" is", " was")]
     assert value.deltas(some).dtype == torch.float32
-    naive.compare(model.base.outputs(some)[0], naive.outputs(base.model.network, base.ids(some[0])[0])[-1], 1e-4)
+    naive.compare(model.base.outputs(some)[0], naive.outputs(base.network, base.ids(some[0])[0])[-1], 1e-4)
 
 
 def test_pairs_of_two_dtypes_and_composites_of_three():
     lms = {name: tiny_lm(name, seed=i) for i, name in enumerate(("base", "tuned", "untuned", "arm"))}
-    lms["tuned"].model.network.to(torch.bfloat16)
-    lms["arm"].model.network.to(torch.float16 if DEVICE != "cpu" else torch.bfloat16)
+    lms["tuned"].network.to(torch.bfloat16)
+    lms["arm"].network.to(torch.float16 if DEVICE != "cpu" else torch.bfloat16)
     pair, arm = ImplicitValue(lms["tuned"], lms["untuned"]), AutoregressiveReward(lms["arm"])
     both = CompositeValue([(0.5, pair), (2.0, arm)], "both")
     h = hypothesis("The film", " is", lms["base"])
     ids = lms["base"].ids(h)[0]
-    plain = {name: naive.outputs(lm.model.network, ids)[-1] for name, lm in lms.items()}
+    plain = {name: naive.outputs(lm.network, ids)[-1] for name, lm in lms.items()}
     expected = 0.5 * (plain["tuned"] - plain["untuned"]) + 2.0 * plain["arm"].log_softmax(-1)
     naive.compare(both.deltas([h])[0], expected, 0.03)

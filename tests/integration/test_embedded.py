@@ -49,7 +49,7 @@ def test_files():
 
 def test_sizes():
     def count(name):
-        network = load_causal(path(name), name, LoadOptions("cpu", "float32", pack=False)).model.network
+        network = load_causal(path(name), name, LoadOptions("cpu", "float32", pack=False)).network
         return sum(p.numel() for p in network.parameters())
 
     assert count("base") >= 6e6
@@ -133,5 +133,5 @@ def test_perplexity_of_the_base(model, imdb_test, metrics):
     for r in imdb_test[:40]:
         ids = torch.tensor([model.base.tokenizer(r.text).input_ids[:256]])
         with torch.no_grad():
-            losses.append(model.base.model.network(input_ids=ids, labels=ids).loss)
+            losses.append(model.base.network(input_ids=ids, labels=ids).loss)
     assert float(torch.stack(losses).mean()) == pytest.approx(metrics["base"]["held_out_nats_per_token"], abs=0.2)

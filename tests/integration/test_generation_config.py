@@ -68,7 +68,7 @@ def generated(model, prompt, **settings):
     """What transformers' generate says, by the checkpoint's own settings."""
     ids = model.base.tokenizer(prompt, return_tensors="pt").input_ids
     with torch.no_grad():
-        out = model.base.model.network.generate(
+        out = model.base.network.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=LENGTH, num_beams=1, **settings
         )
     return out[0, ids.shape[1] :].tolist()

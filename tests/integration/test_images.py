@@ -107,11 +107,11 @@ def test_guided_answers_are_those_without_a_cache(folder, model, name, settings)
         ids, prompt = inputs["input_ids"][0].tolist(), Prompt.of(chat)
 
         def own(reader, prompt=prompt, ids=ids):
-            return BehindOwnPrompt(reader.model.network, len(ids), reader.prompt_ids(prompt))
+            return BehindOwnPrompt(reader.network, len(ids), reader.prompt_ids(prompt))
 
         pair, explicit = values["implicit"], values["explicit"]
         references = {"implicit": naive.Implicit(own(pair.tuned), own(pair.untuned)), "explicit": naive.QHead(own(explicit.model))}
-        reference = WithPictures(model.base.model.network, inputs)
+        reference = WithPictures(model.base.network, inputs)
         expected = naive.search(reference, references, method, ids, SEED, 1.0, 8)
         assert list(completion.token_ids) == expected[0]
         if method.select:
@@ -158,7 +158,7 @@ def test_long_prompts_with_pictures_are_not_cut(llava):
 
     model = GuidedModel.from_pretrained(llava, options=FLOAT32)
     expected = list(model.generate(CHATS[0], **GREEDY).token_ids)
-    model.base.model = ModelRunner(model.base.model.network, "base", PassLimits(row_tokens=4))
+    model.base.model = ModelRunner(model.base.network, "base", PassLimits(row_tokens=4))
     assert list(model.generate(CHATS[0], **GREEDY).token_ids) == expected
 
 
@@ -166,7 +166,7 @@ def test_the_answers_of_one_request_share_the_pass_over_the_pictures(llava_model
     llava_model.generate(CHATS[0], **GREEDY)  # tries the network
     llava_model.reset_caches()
     passes = []
-    network = llava_model.base.model.network
+    network = llava_model.base.network
     hook = network.register_forward_pre_hook(lambda _, __, given: passes.append("pixel_values" in given), with_kwargs=True)
     llava_model.generate(CHATS[0], "base", n=4, max_new_tokens=6, seed=3)
     hook.remove()

@@ -242,7 +242,7 @@ def test_a_chat_template_that_leaves_pictures_out_is_refused(folder):
 def test_a_network_whose_rows_are_not_exact_is_refused(folder):
     """Its positions behind pictures go on as in a text: later tokens are not where ``generate`` has them."""
     own = GuidedModel.from_pretrained(folder, options=LoadOptions("cpu", "float32"))
-    inner = own.base.model.network.model
+    inner = own.base.network.model
     forward = inner.forward
 
     def shifted(*args, position_ids=None, **kwargs):
@@ -263,5 +263,5 @@ def test_without_pillow_the_extra_is_named(model, monkeypatch):
 
 
 def test_the_processor_needs_no_videos(folder, model):
-    assert not hasattr(processor.load_processor(folder, model.base.model.network.config), "video_processor")
+    assert not hasattr(processor.load_processor(folder, model.base.network.config), "video_processor")
     assert torch.is_tensor(model.base.image_inputs(model.request(asking("?", picture(0)), "base").prompt).tensors["pixel_values"])

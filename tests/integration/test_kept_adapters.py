@@ -389,9 +389,7 @@ def test_a_scalar_value_is_a_reward_too(runs, tmp_path):
     assert torch.allclose(rewards_of(kept), rewards_of(merged), atol=2e-3)
     assert rewards_of(kept).std() > 0.01
     value = ExplicitValue.from_pretrained(runs / "scalar", options=FLOAT32)
-    assert rewards_of(kept).tolist() == pytest.approx(
-        [naive.outputs(value.model.network, kept.ids(t))[-1, 0].item() for t in TEXTS], abs=1e-4
-    )
+    assert rewards_of(kept).tolist() == pytest.approx([naive.outputs(value.network, kept.ids(t))[-1, 0].item() for t in TEXTS], abs=1e-4)
     shutil.copytree(runs / "scalar", tmp_path / "templated")
     config = json.loads((tmp_path / "templated" / "head_config.json").read_text())
     config["ivg_value"]["template"] = "<{prompt}>"

@@ -63,7 +63,7 @@ def test_without_guidance_as_the_harness_itself(embedded):
 def test_guided_numbers_by_hand(embedded):
     """Tokens and logits straight from transformers."""
     _, samples = evaluate(IVGModel(model=embedded, method="eft", beta=0.5), ["reviews_choice"])
-    networks = [embedded.base.model.network, *(m.model.network for m in embedded.values["implicit"].cached_lms())]
+    networks = [embedded.base.network, *(m.network for m in embedded.values["implicit"].cached_lms())]
     tokenizer = embedded.base.tokenizer
     for line, row in zip((TASKS / "reviews.jsonl").read_text().splitlines(), samples["reviews_choice"], strict=True):
         context = f"{json.loads(line)['text']} The movie was"
@@ -146,7 +146,7 @@ def test_long_texts_go_through_windows_and_long_contexts_lose_their_beginning():
     expected = 0.0
     for context, ids in map(lm_eval.utils.make_disjoint_window, hf_like):
         with torch.no_grad():
-            logps = model.base.model.network(input_ids=torch.tensor([[*context, *ids]])).logits[0].log_softmax(-1)
+            logps = model.base.network(input_ids=torch.tensor([[*context, *ids]])).logits[0].log_softmax(-1)
         expected += sum(float(logps[len(context) + i - 1, t]) for i, t in enumerate(ids))
     assert total == pytest.approx(expected, abs=1e-2)
     text = text.rstrip()

@@ -213,7 +213,7 @@ def test_the_pair_guides_smollm2_over_all_its_vocabulary(model):
     text, count, beta = "I went to see this film", 4, 1.0
     found = model.generate(text, "eft", beta=beta, temperature=0.0, max_new_tokens=count, ignore_eos=True)
     tokenizer = load_tokenizer("smollm2", FLOAT32, "base")
-    networks = [model.base.model.network, *(m.network for m in model.values["implicit"].cached_lms())]
+    networks = [model.base.network, *(m.network for m in model.values["implicit"].cached_lms())]
     read = [tokenizer(prompt).input_ids for prompt in (REVIEW.replace("{prompt}", text), text, text)]
     written: list[int] = []
     for _ in range(count):

@@ -155,7 +155,7 @@ class Bench:
         )
         if near is not None:  # guides that agree with the base more often than random ones
             for reader, amount in ((tuned, near), (untuned, 2 * near)):
-                for weight, base_weight in zip(reader.model.network.parameters(), self.base.model.network.parameters(), strict=True):
+                for weight, base_weight in zip(reader.network.parameters(), self.base.network.parameters(), strict=True):
                     weight.data.mul_(amount).add_((1 - amount) * base_weight.data)
         self.values = {"implicit": ImplicitValue(tuned, untuned), "explicit": tiny_value("vocabulary", architecture, 5, tokenizer)}
         self.readers = [self.base, tuned, untuned, self.values["explicit"].model]
@@ -258,7 +258,7 @@ def small():
 
 def enumerated(bench, prompt, beta, sampling, length):
     """{tokens: probability} of all responses of up to ``length`` tokens, by the formulas with full forward passes."""
-    networks = [bench.base.model.network, *(getattr(bench.values["implicit"], n).model.network for n in ("tuned", "untuned"))]
+    networks = [bench.base.network, *(getattr(bench.values["implicit"], n).network for n in ("tuned", "untuned"))]
     found, open_ = {}, {(): 1.0}
     for _ in range(length):
         grown = {}
@@ -378,12 +378,12 @@ def test_the_text_of_drafts_is_taken_back_with_their_tokens():
 def test_recorded_shifts_are_those_of_the_tokens(llama):
     s, sampling = SHAPES["ivg, L 5"], SamplingParams(max_new_tokens=15, temperature=0.8)
     got, _ = same_tokens(llama, s, sampling, (2, None), PROMPTS[:2], record=True, trace=True)
-    pair = [getattr(llama.values["implicit"], n).model.network for n in ("tuned", "untuned")]
+    pair = [getattr(llama.values["implicit"], n).network for n in ("tuned", "untuned")]
     for prompt, c in zip(PROMPTS, got, strict=False):
         ids = llama.base.tokenizer(prompt).input_ids
         assert len(c.guide_shift) == len(c.token_ids)
         for i, token in enumerate(c.token_ids):
-            z, tuned, untuned = (naive.outputs(n, ids + list(c.token_ids[:i]))[-1] for n in (llama.base.model.network, *pair))
+            z, tuned, untuned = (naive.outputs(n, ids + list(c.token_ids[:i]))[-1] for n in (llama.base.network, *pair))
             guided = ((z + s.beta * (tuned - untuned)) / 0.8).log_softmax(-1)
             assert c.guide_shift[i] == pytest.approx(float(guided[token] - (z / 0.8).log_softmax(-1)[token]), abs=2e-3)
 
@@ -431,7 +431,7 @@ def test_models_that_give_nan_end_only_their_rows():
     fine = bench.run(requests, 3)
     last = fine[0].token_ids[6]
     for reader, blamed in ((bench.base, "base model"), (bench.values["implicit"].tuned, "token guidance")):
-        body = reader.model.network.get_input_embeddings().weight
+        body = reader.network.get_input_embeddings().weight
         old = body.data[last].clone()
         body.data[last] = torch.nan
         for ahead in (0, 3):
@@ -455,7 +455,7 @@ def test_models_with_wider_or_narrower_heads():
         bench = Bench(near=0.2)
         for reader in (bench.base, bench.values["implicit"].tuned, bench.values["implicit"].untuned):
             if reader.name in wide:
-                network = reader.model.network
+                network = reader.network
                 network.resize_token_embeddings(264, mean_resizing=False)
                 reader.__init__(type(reader.model)(network, reader.name), reader.tokenizer)
         bench.start()

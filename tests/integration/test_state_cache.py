@@ -123,7 +123,7 @@ def test_greedy_answers_equal_generate_and_do_not_depend_on_the_batch(name):
     together = run(engine, get_method("base"), PROMPTS, temperature=0, max_new_tokens=12)
     for prompt, completion in zip(PROMPTS, together, strict=True):
         ids = torch.tensor([base.tokenizer(prompt).input_ids], device=base.model.device)
-        expected = base.model.network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        expected = base.network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         assert list(completion.token_ids) == expected[0, ids.shape[1] :].tolist()
     sampled = run(engine, get_method("base"), PROMPTS)
     assert [c.token_ids for c in sampled] == [run(engine, get_method("base"), [p])[0].token_ids for p in PROMPTS]
@@ -144,7 +144,7 @@ def test_guidance_and_values_equal_naive(name, head):
         "implicit": ImplicitValue(tuned, untuned),
         "explicit": ExplicitValue(CachedLM(ModelRunner(network, "explicit"), byte_tokenizer())),
     }
-    plain = {model.name: model.model.network for model in (base, tuned, untuned)}
+    plain = {model.name: model.network for model in (base, tuned, untuned)}
     reference = {
         "implicit": naive.Implicit(plain["tuned"], plain["untuned"]),
         "explicit": (naive.QHead if head == "vocabulary" else naive.VHead)(network),
@@ -159,11 +159,11 @@ def test_guidance_and_values_equal_naive(name, head):
 
 def test_the_implicit_value_that_also_selects_equals_naive():
     base, tuned, untuned = (lm("lfm2", role, seed) for seed, role in enumerate(("base", "tuned", "untuned"), 1))
-    reference = {"implicit": naive.Implicit(tuned.model.network, untuned.model.network)}
+    reference = {"implicit": naive.Implicit(tuned.network, untuned.network)}
     method = get_method("ivg", width=2, successors=2, chunk_length=3, select="implicit")
     values = {"implicit": ImplicitValue(tuned, untuned)}
     for prompt, completion in zip(PROMPTS[:3], run(TransformersEngine(base), method, PROMPTS[:3], values), strict=True):
-        tokens, score = naive.search(base.model.network, reference, method, base.tokenizer(prompt).input_ids, 5, 1.0, 8)
+        tokens, score = naive.search(base.network, reference, method, base.tokenizer(prompt).input_ids, 5, 1.0, 8)
         assert list(completion.token_ids) == tokens
         assert completion.score == pytest.approx(score, abs=1e-3)
 
@@ -173,13 +173,13 @@ def test_the_implicit_value_that_also_selects_equals_naive():
 def test_chunks_of_a_draft_model_and_trees_equal_naive(name, method):
     """Whole chunks need no cut: refused ones are dropped with their rows."""
     base, tuned, untuned = (lm(name, role, seed) for seed, role in enumerate(("base", "tuned", "untuned"), 1))
-    reference = {"implicit": naive.Implicit(tuned.model.network, untuned.model.network)}
+    reference = {"implicit": naive.Implicit(tuned.network, untuned.network)}
     values = {"implicit": ImplicitValue(tuned, untuned)}
     more = {"acceptance": "sigmoid", "accept_threshold": 0.5} if method != "mcts" else {"width": 2}
     chosen = get_method(method, select="implicit", successors=2, chunk_length=3, **more)
     expected = naive_methods.tree if method == "mcts" else naive_methods.speculate
     for prompt, completion in zip(PROMPTS[:3], run(TransformersEngine(base), chosen, PROMPTS[:3], values), strict=True):
-        tokens, score = expected(base.model.network, reference, chosen, base.tokenizer(prompt).input_ids, 5, 1.0, 8)
+        tokens, score = expected(base.network, reference, chosen, base.tokenizer(prompt).input_ids, 5, 1.0, 8)
         assert list(completion.token_ids) == tokens
         assert completion.score == pytest.approx(score, abs=1e-3)
     assert all(model.model.live_rows == 0 for model in (base, tuned, untuned))

@@ -46,7 +46,7 @@ def generate(base, tokenizer, prompts, search=None, **settings):
     """Ids of the responses, [rows, longest]."""
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
     custom = {} if search is None else {"custom_generate": search}
-    return base.model.network.generate(**inputs, **custom, **settings)[:, inputs.input_ids.shape[1] :]
+    return base.network.generate(**inputs, **custom, **settings)[:, inputs.input_ids.shape[1] :]
 
 
 # Arguments of generate
@@ -114,7 +114,7 @@ def test_several_sequences_and_dictionaries(base, tokenizer):
     out = generate(base, tokenizer, ["abc"], search, num_return_sequences=3, **settings)
     assert out.shape == (3, 6) and len({tuple(row) for row in out.tolist()}) == 3
     inputs = tokenizer(["abc"], return_tensors="pt")
-    found = base.model.network.generate(**inputs, custom_generate=search, return_dict_in_generate=True, **settings)
+    found = base.network.generate(**inputs, custom_generate=search, return_dict_in_generate=True, **settings)
     assert found.sequences[0, 3:].tolist() == out[0].tolist()
 
 
@@ -167,13 +167,13 @@ def test_other_inputs_are_refused_by_name(base, tokenizer):
     inputs = tokenizer(["abc"], return_tensors="pt")
     search = GuidedGenerate(tokenizer, {}, "base")
     with pytest.raises(ConfigError, match="inputs_embeds: GuidedGenerate reads"):
-        embeds = base.model.network.get_input_embeddings()(inputs.input_ids)
-        base.model.network.generate(**inputs, inputs_embeds=embeds, custom_generate=search, max_new_tokens=2)
+        embeds = base.network.get_input_embeddings()(inputs.input_ids)
+        base.network.generate(**inputs, inputs_embeds=embeds, custom_generate=search, max_new_tokens=2)
     with pytest.raises(ConfigError, match="past_key_values: GuidedGenerate has its own cache"):
-        cache = base.model.network(inputs.input_ids[:, :2]).past_key_values
-        base.model.network.generate(**inputs, past_key_values=cache, custom_generate=search, max_new_tokens=2)
+        cache = base.network(inputs.input_ids[:, :2]).past_key_values
+        base.network.generate(**inputs, past_key_values=cache, custom_generate=search, max_new_tokens=2)
     with pytest.raises(ConfigError, match="not directly"):
-        search(base.model.network, inputs.input_ids)
+        search(base.network, inputs.input_ids)
     pair = ImplicitValue(tiny_lm("tuned", tokenizer=tokenizer), tiny_lm("untuned", tokenizer=tokenizer))
     drafting = GuidedGenerate(tokenizer, {"implicit": pair}, "eft", draft=3)
     with pytest.raises(ConfigError, match="draft reads several tokens at once, and NoRepeatNGram"):
@@ -224,7 +224,7 @@ def test_invalid_logits_are_replaced_with_remove_invalid_values(base, tokenizer)
 
     search = GuidedGenerate(tokenizer, {}, "base", processors=[Broken()])
     settings = {"max_new_tokens": 4, "do_sample": False, "remove_invalid_values": True}
-    hook = base.model.network.get_output_embeddings().register_forward_hook(break_one)
+    hook = base.network.get_output_embeddings().register_forward_hook(break_one)
     try:
         assert torch.equal(generate(base, tokenizer, ["abc"], search, **settings), generate(base, tokenizer, ["abc"], **settings))
     finally:
@@ -257,7 +257,7 @@ def test_processor_gives_guides_the_very_prompt(base, tokenizer, mask):
     ids = [[5, 0, 7, 8], [0, 0, 9, 10]]  # the second is padded by two
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])}
     processor = GuidanceLogitsProcessor(TokenGuidance(value, 1.0, 2), tokenizer, inputs["attention_mask"] if mask else None)
-    base.model.network.generate(**inputs, max_new_tokens=3, num_return_sequences=2, do_sample=True, logits_processor=[processor])
+    base.network.generate(**inputs, max_new_tokens=3, num_return_sequences=2, do_sample=True, logits_processor=[processor])
     assert {p.token_ids for p in value.prompts} == {(5, 0, 7, 8), (9, 10)}
     assert {p.content for p in value.prompts} == {tokenizer.decode([5, 7, 8]), tokenizer.decode([9, 10])}
 
@@ -267,7 +267,7 @@ def test_search_and_processor_read_chats_as_the_base_does(base, tokenizer):
     chat = torch.tensor([[0, 60, 0, 70, 71, 0, 61]])
     pair = ImplicitValue(tiny_lm("tuned", seed=2, tokenizer=tokenizer), tiny_lm("untuned", seed=3, tokenizer=tokenizer))
     settings = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(chat)}
-    network = base.model.network
+    network = base.network
     search = GuidedGenerate(tokenizer, {"implicit": pair}, "eft", beta=0.7)
     by_search = network.generate(chat, custom_generate=search, **settings)
     processor = GuidanceLogitsProcessor(TokenGuidance(pair, 0.7), tokenizer, settings["attention_mask"])
@@ -275,7 +275,7 @@ def test_search_and_processor_read_chats_as_the_base_does(base, tokenizer):
 
     class Slow(LogitsProcessor):
         def __call__(self, input_ids, scores):
-            tuned, untuned = (r.model.network(input_ids).logits[:, -1] for r in (pair.tuned, pair.untuned))
+            tuned, untuned = (r.network(input_ids).logits[:, -1] for r in (pair.tuned, pair.untuned))
             return scores + 0.7 * (tuned - untuned)
 
     expected = network.generate(chat, logits_processor=[Slow()], **settings)
@@ -295,8 +295,8 @@ def test_one_processor_serves_calls_in_turn(base, tokenizer):
         ids = torch.arange(40, 40 + length)[None] * (length % 3 + 1)
         settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
         fresh = GuidanceLogitsProcessor(TokenGuidance(pair, 2.0), tokenizer)
-        expected = base.model.network.generate(ids, logits_processor=[fresh], **settings)
-        assert torch.equal(base.model.network.generate(ids, logits_processor=[shared], **settings), expected)
+        expected = base.network.generate(ids, logits_processor=[fresh], **settings)
+        assert torch.equal(base.network.generate(ids, logits_processor=[shared], **settings), expected)
 
 
 def test_processor_refuses_a_guide_with_a_short_context(base, tokenizer):

@@ -70,7 +70,7 @@ def two_adapters(folder, *, merged):
 def passes(model):
     """A list that grows by the number of rows of each forward pass of the base's network."""
     counts = []
-    model.base.model.network.register_forward_pre_hook(lambda _, args, given: counts.append(len(given["input_ids"])), with_kwargs=True)
+    model.base.network.register_forward_pre_hook(lambda _, args, given: counts.append(len(given["input_ids"])), with_kwargs=True)
     return counts
 
 
@@ -149,7 +149,7 @@ def adapter_rows(folder, _made={}):  # noqa: B006 (the cache)
             networks.load(ModelRef(path=str(folder / "base"), adapter=str(folder / name)), name, FLOAT32) for name in ("first", "second")
         ]
         assert [lm.open_row([1]).weights for lm in lms] == ["ivg0", "ivg1"]
-        _made[folder] = lms[0].model.network, lms[0].model.row_weights
+        _made[folder] = lms[0].network, lms[0].model.row_weights
     return _made[folder]
 
 
@@ -184,7 +184,7 @@ def test_other_kinds_are_read_in_passes_of_their_own(own, tmp_path):
     folder = write(tmp_path, "llama", **own)
     together, apart = two_adapters(folder, merged=False), two_adapters(folder, merged=True)
     assert together.values["implicit"].tuned.model is not together.base.model
-    assert together.values["implicit"].tuned.model.network is together.base.model.network
+    assert together.values["implicit"].tuned.network is together.base.network
     for method in ({"method": "eft"}, {"method": "custom", "token": "second"}):
         expected = [c.token_ids for c in apart.generate(PROMPTS, **method, **SIZES)]
         assert [c.token_ids for c in together.generate(PROMPTS, **method, **SIZES)] == expected
@@ -278,7 +278,7 @@ def test_a_refused_adapter_changes_nothing(change, message, first, llama, tmp_pa
     base = networks.load(str(llama / "base"), "base", FLOAT32)
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
-        plain = base.model.network(input_ids=ids).logits
+        plain = base.network(input_ids=ids).logits
     good = ModelRef(path=str(llama / "base"), adapter=str(llama / "second"))
     if not first:
         networks.load(good, "tuned", FLOAT32)
@@ -286,7 +286,7 @@ def test_a_refused_adapter_changes_nothing(change, message, first, llama, tmp_pa
     with pytest.raises(ModelError, match=message):
         networks.load(bad, "tuned", FLOAT32)
     with torch.no_grad():
-        torch.testing.assert_close(base.model.network(input_ids=ids).logits, plain)
+        torch.testing.assert_close(base.network(input_ids=ids).logits, plain)
     lm = networks.load(good, "tuned", FLOAT32)
     alone = SharedNetworks().load(str(llama / "second-merged"), "alone", FLOAT32)
     got, expected = (one.model.last_outputs([one.open_row([1, 2, 3])], [[1, 2, 3]]) for one in (lm, alone))
@@ -297,7 +297,7 @@ def test_layers_that_something_else_has_wrapped_are_wrapped_again(llama):
     """accelerate puts its own ``forward`` on modules, and may restore peft's."""
     networks = SharedNetworks()
     refs = {name: ModelRef(path=str(llama / "base"), adapter=str(llama / name)) for name in ("first", "second")}
-    network = networks.load(refs["first"], "first", FLOAT32).model.network
+    network = networks.load(refs["first"], "first", FLOAT32).network
     for layer in network.modules():
         if isinstance(layer, peft.tuners.lora.Linear):
             layer.forward = partial(type(layer).forward, layer)

@@ -65,7 +65,7 @@ def test_a_model_is_added_used_by_name_listed_and_removed(tmp_path, shop, ivg, c
     tables = {"values": {"other": {"arm": "tiny"}}, "run": {"dtype": "float32"}, "search": {"method": "base"}}
     recipe = Recipe.parse({"models": {"base": "tiny", "arm": "tiny"}, **tables})
     loaded = load_models(recipe)
-    assert torch.equal(logits(loaded.base.model.network), logits(model())) and {"arm", "other"} <= set(loaded.values)
+    assert torch.equal(logits(loaded.base.network), logits(model())) and {"arm", "other"} <= set(loaded.values)
     assert ServedModels(loaded, recipe, ServeSettings()).name == "tiny"
     (tmp_path / "tiny").mkdir()  # a folder of that name comes first
     with pytest.raises(ModelError, match=r"the directory has no config.json"):

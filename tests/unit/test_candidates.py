@@ -64,10 +64,10 @@ def make_value(value, tokenizer, kind="slots"):
 
     if value == "implicit":
         made = ImplicitValue(lm("tuned", 1), lm("untuned", 2))
-        return made, naive.Implicit(made.tuned.model.network, made.untuned.model.network)
+        return made, naive.Implicit(made.tuned.network, made.untuned.network)
     if value == "arm":
         made = AutoregressiveReward(lm("arm", 1))
-        return made, Logps(made.model.model.network)
+        return made, Logps(made.model.network)
     made = ExplicitValue(lm("explicit", 3, value.split()[0]))
     return made, (naive.QHead if value.startswith("vocabulary") else naive.VHead)(made.network)
 

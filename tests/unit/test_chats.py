@@ -251,7 +251,7 @@ def test_template_files(tmp_path):
 def models(tmp_path):
     for seed, role in enumerate(("base", "tuned", "untuned")):
         lm = chat_lm(role, seed)
-        lm.model.network.save_pretrained(tmp_path / role)
+        lm.network.save_pretrained(tmp_path / role)
         lm.tokenizer.save_pretrained(tmp_path / role)
     return tmp_path
 
@@ -369,5 +369,5 @@ def test_a_continued_chat_equals_generate(method):
     same = {"continue_final_message": True, "return_tensors": "pt", "return_dict": True}
     inputs = model.base.tokenizer.apply_chat_template(BEGUN, **same)
     with torch.no_grad():
-        ids = model.base.model.network.generate(inputs["input_ids"], do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+        ids = model.base.network.generate(inputs["input_ids"], do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
     assert list(answer.token_ids) == ids.tolist()

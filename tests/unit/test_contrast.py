@@ -29,7 +29,7 @@ def ids(text):
 
 def naive_contrast(model, contrast=None, negative=None):
     prefixes = [[] if text is None else ids(text if text[-1].isspace() else f"{text}\n\n") for text in (contrast, negative)]
-    return {"contrast": naive.Contrast(model.base.model.network, *prefixes)}
+    return {"contrast": naive.Contrast(model.base.network, *prefixes)}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def check_against_naive(model, settings, texts):
     made, values = get_method("contrast", **texts, **settings), naive_contrast(model, **texts)
     done = model.generate(PROMPTS, made, temperature=1.3, max_new_tokens=8, seed=5)
     for prompt, got in zip(PROMPTS, done, strict=True):
-        tokens, score = naive.search(model.base.model.network, values, made, ids(prompt), 5, 1.3, 8)
+        tokens, score = naive.search(model.base.network, values, made, ids(prompt), 5, 1.3, 8)
         assert list(got.token_ids) == tokens
         assert got.score == (pytest.approx(score, abs=2e-4) if made.select else None)
     assert model.base.model.live_rows == 0
@@ -85,7 +85,7 @@ def test_requests_with_other_instructions_share_the_batch(llama):
     together = dict(llama.run(requests))
     for i, (request, texts) in enumerate(zip(requests, asked, strict=True)):
         tokens, _ = naive.search(
-            llama.base.model.network,
+            llama.base.network,
             naive_contrast(llama, **texts),
             get_method("contrast", **texts),
             ids(request.prompt.content),
@@ -98,7 +98,7 @@ def test_requests_with_other_instructions_share_the_batch(llama):
 
 def passes(model, monkeypatch, **settings):
     """Forward passes of the network, and rows read in them."""
-    network, counts = model.base.model.network, []
+    network, counts = model.base.network, []
     plain = network.forward
 
     def forward(**inputs):
@@ -113,7 +113,7 @@ def passes(model, monkeypatch, **settings):
 
 
 def test_one_set_of_weights_and_one_pass_for_each_token(llama, monkeypatch):
-    networks = {id(lm.model.network) for lm in llama.readers}
+    networks = {id(lm.network) for lm in llama.readers}
     assert len(llama.readers) == 3
     assert len(networks) == 1
     assert passes(llama, monkeypatch, method="base")[:2] == (10, 10)
@@ -243,7 +243,7 @@ def test_a_value_of_this_name_is_used(llama):
 
 
 def test_inside_generate(llama):
-    tokenizer, network = llama.base.tokenizer, llama.base.model.network
+    tokenizer, network = llama.base.tokenizer, llama.base.network
     inputs = tokenizer("The movie was", return_tensors="pt")
     search = GuidedGenerate(tokenizer, {}, "contrast", contrast=KIND, negative=RUDE, seed=4)
     out = network.generate(**inputs, custom_generate=search, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=9)
@@ -262,7 +262,7 @@ def test_a_prompt_without_instruction_is_an_error_and_not_zero(llama):
     processor = GuidanceLogitsProcessor(TokenGuidance(value), llama.base.tokenizer)
     inputs = llama.base.tokenizer("The movie was", return_tensors="pt")
     with pytest.raises(ConfigError, match="a prompt without instruction"):
-        llama.base.model.network.generate(**inputs, logits_processor=[processor], max_new_tokens=2)
+        llama.base.network.generate(**inputs, logits_processor=[processor], max_new_tokens=2)
 
 
 def test_rows_of_an_evaluation_need_an_instruction():

@@ -35,7 +35,7 @@ class Spelling(torch.nn.Module):
 def speller(name, seed, tokenizer, *, ends):
     lm = tiny_lm(name, seed=seed, tokenizer=tokenizer)
     ids = {tokenizer(x, add_special_tokens=False).input_ids[0] for x in (*LETTERS, "th", "ab")} | ({0} if ends else set())
-    lm.model.network.lm_head = Spelling(lm.model.network.lm_head, sorted(ids))
+    lm.network.lm_head = Spelling(lm.network.lm_head, sorted(ids))
     return lm
 
 
@@ -59,7 +59,7 @@ def exchanged(model, *, seed, length, limit, threshold, temperature=1.0):
         text = base.tokenizer.decode([t for t in y if t])
         own = draft.tokenizer(text).input_ids if text else []
         line = child_rng_path(path, len(y), 1)
-        new, ends = naive.grow(draft.model.network, {}, METHODS["base"], prompts[1], own, line, length, temperature, seed, 10**6, 0)
+        new, ends = naive.grow(draft.network, {}, METHODS["base"], prompts[1], own, line, length, temperature, seed, 10**6, 0)
         piece = draft.tokenizer.decode([t for t in new[len(own) :] if t])
         written = (y + base.tokenizer(piece).input_ids + [0] * ends)[:limit]
         ends = (ends and written[-1] == 0) or len(written) == limit
@@ -68,7 +68,7 @@ def exchanged(model, *, seed, length, limit, threshold, temperature=1.0):
             drafted += len(written) - len(y)
             y, path, done = written, line, ends
         else:
-            y, done = naive.grow(base.model.network, {}, METHODS["base"], prompts[0], y, path, length, temperature, seed, limit, 0)
+            y, done = naive.grow(base.network, {}, METHODS["base"], prompts[0], y, path, length, temperature, seed, limit, 0)
     return base.tokenizer.decode([t for t in y if t]), y, drafted
 
 

@@ -32,7 +32,7 @@ def test_recorded_shift_is_the_formula(temperature, gate):
     assert traced.guide_shift == pytest.approx(recorded.guide_shift, abs=1e-4)
     ids = base.tokenizer("I am").input_ids
     for token, shift in zip(recorded.token_ids, recorded.guide_shift, strict=True):
-        z, t, u = (naive.outputs(r.model.network, ids)[-1] for r in (base, value.tuned, value.untuned))
+        z, t, u = (naive.outputs(r.network, ids)[-1] for r in (base, value.tuned, value.untuned))
         moved = z + 0.5 * (t - u) if naive.entropy(z) >= gate else z.clone()
         moved[0] = z[0] = -torch.inf
         both = [(x / (temperature or 1)).log_softmax(-1)[token] for x in (moved, z)]
@@ -45,7 +45,7 @@ def test_a_gated_guide_reads_less():
     """A gated guide reads each token at most once, and none after the last position where it guides."""
     base, value = tiny_lm("base"), ImplicitValue(tiny_lm("tuned", seed=2), tiny_lm("untuned", seed=3))
     passes = []
-    value.tuned.model.network.register_forward_pre_hook(lambda *_: passes.append(1))
+    value.tuned.network.register_forward_pre_hook(lambda *_: passes.append(1))
     sampling, read, calls = SamplingParams(max_new_tokens=40, ignore_eos=True), [], []
     for gate in (0.0, 4.4, 100.0):
         passes.clear()
@@ -66,5 +66,5 @@ def test_logits_processor_with_a_gate_equals_engine():
     (expected,) = run(base, [Request(Prompt("The"), Search(guidance=guidance), SamplingParams(temperature=0, max_new_tokens=12))])
     inputs = byte_tokenizer()(["The"], return_tensors="pt")
     processor = GuidanceLogitsProcessor(guidance, byte_tokenizer())
-    out = base.model.network.generate(**inputs, max_new_tokens=12, do_sample=False, logits_processor=[processor])
+    out = base.network.generate(**inputs, max_new_tokens=12, do_sample=False, logits_processor=[processor])
     assert out[0, 3:].tolist()[: len(expected.token_ids)] == list(expected.token_ids)

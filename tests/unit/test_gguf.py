@@ -59,7 +59,7 @@ def rounded(network, kind):
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
 def test_a_file_gives_exactly_the_logits_of_the_original(tmp_path, kind):
     lm = load_causal(str(write(tmp_path / "m.gguf", kind=kind)), "base", FLOAT)
-    assert torch.equal(logits(lm.model.network), logits(rounded(model(), kind)))
+    assert torch.equal(logits(lm.network), logits(rounded(model(), kind)))
     for text in TEXTS:
         assert lm.tokenizer(text).input_ids == tokenizer()(text).input_ids
     assert lm.tokenizer.chat_template == TEMPLATE and lm.tokenizer.eos_token_id == 0
@@ -107,7 +107,7 @@ def test_other_architectures_have_the_logits_of_the_original(tmp_path, architect
     for name, parameter in network.named_parameters():
         parameter.data += 0.2 * torch.randn_like(parameter) if name.endswith(("norm.weight", "bias")) else 0
     lm = load_causal(write_other(tmp_path / "m.gguf", network, architecture, keys), "base", FLOAT)
-    torch.testing.assert_close(logits(lm.model.network), logits(network), rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits(lm.network), logits(network), rtol=0, atol=2e-5)
     got = lm.tokenizer.convert_ids_to_tokens(lm.tokenizer("the hat").input_ids)
     if "qwen" in kind:
         assert got == tokenizer().tokenize("the hat") and sorted(lm.vocabulary.eos_ids) == [0]
@@ -117,7 +117,7 @@ def test_other_architectures_have_the_logits_of_the_original(tmp_path, architect
 
 def test_matrices_that_were_quantised_are_those_that_gguf_dequantises(tmp_path):
     path = write(tmp_path / "m.gguf", kind="Q8_0")
-    network = load_causal(path, "base", FLOAT).model.network
+    network = load_causal(path, "base", FLOAT).network
     reader = gguf.GGUFReader(path)
     wanted = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
     got = network.model.layers[1].mlp.up_proj.weight.detach().numpy()
@@ -145,7 +145,7 @@ def test_another_file_under_the_same_name_is_converted(tmp_path):
     second = find_model(write(tmp_path / "m.gguf", model(seed=1)), "base")
     assert first != second
     lm = load_causal(tmp_path / "m.gguf", "base", FLOAT)
-    assert torch.equal(logits(lm.model.network), logits(model(seed=1)))
+    assert torch.equal(logits(lm.network), logits(model(seed=1)))
 
 
 def test_greedy_answers_are_those_of_generate_and_end_where_the_model_ends(tmp_path, ivg):
@@ -211,7 +211,7 @@ def test_rotary_scaling_of_the_file_is_read(tmp_path):
         wanted = type(network)(network.config).eval()
         wanted.load_state_dict(network.state_dict())
         lm = load_causal(path, "base", FLOAT)
-        assert torch.equal(logits(lm.model.network), logits(wanted))
+        assert torch.equal(logits(lm.network), logits(wanted))
         assert not torch.allclose(logits(wanted), logits(model(context=128)), atol=1e-3)
 
 
@@ -220,7 +220,7 @@ def test_rotary_factors_of_llama_3_are_read_and_others_refused(tmp_path):
     network.config.rope_parameters["rope_theta"] = theta
     factors = llama3_factors(theta, width, 8.0)
     path = write(tmp_path / "m.gguf", network, more_tensors=[("rope_freqs.weight", factors.numpy())])
-    found = load_causal(path, "base", FLOAT).model.network
+    found = load_causal(path, "base", FLOAT).network
     plain = 1 / theta ** (torch.arange(0, width, 2) / width)
     assert found.config.rope_parameters["rope_type"] == "llama3"
     torch.testing.assert_close(found.model.rotary_emb.inv_freq, plain / factors)
@@ -388,7 +388,7 @@ def test_a_killed_conversion_leaves_nothing(tmp_path, cache, file):
     assert names and all(name.startswith(".") for name in names)  # nothing that counts
     other = find_model(write(tmp_path / "n.gguf", model(seed=1)), "base")
     assert [p for p in (cache / "gguf").iterdir() if p != other and p.is_dir()] == []  # the next conversion has cleared up
-    assert torch.equal(logits(load_causal(path, "base", FLOAT).model.network), logits(model()))
+    assert torch.equal(logits(load_causal(path, "base", FLOAT).network), logits(model()))
 
 
 @pytest.mark.long

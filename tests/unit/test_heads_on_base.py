@@ -82,7 +82,7 @@ def weights(model):
 def passes(model):
     """A list that grows by the tokens of each forward pass of the base's network."""
     counts = []
-    model.base.model.network.register_forward_pre_hook(lambda _, args, given: counts.append(given["input_ids"].numel()), with_kwargs=True)
+    model.base.network.register_forward_pre_hook(lambda _, args, given: counts.append(given["input_ids"].numel()), with_kwargs=True)
     return counts
 
 

@@ -95,7 +95,7 @@ def test_torchao_weights_of_eight_bits():
     h = hypothesis("The film", " is", lm)
     ids = lm.ids(h)[0]
     with torch.no_grad():
-        expected = lm.model.network(input_ids=torch.tensor([ids])).logits[0, -1]
+        expected = lm.network(input_ids=torch.tensor([ids])).logits[0, -1]
     got = lm.outputs([h])[0]
     assert torch.allclose(got, expected, atol=1e-3)
     assert 1e-4 < float((got - plain.outputs([h])[0]).abs().max()) < 2.0  # quantised, and still that model
@@ -127,10 +127,10 @@ def test_a_model_over_several_devices_needs_accelerate(monkeypatch):
 def test_the_attention_of_the_network_is_the_one_that_was_asked_for():
     for attention in ("eager", "sdpa"):
         lm = load_causal(place("base"), "base", LoadOptions("cpu", "float32", attention=attention))
-        assert lm.model.network.config._attn_implementation == attention
+        assert lm.network.config._attn_implementation == attention
         assert isinstance(lm.model.cache, SlotCache)
     value = load_value(place("value"), "explicit", LoadOptions("cpu", "float32", attention="eager"))
-    assert value.model.network.config._attn_implementation == "eager"
+    assert value.network.config._attn_implementation == "eager"
 
 
 def test_other_attention_has_transformers_own_cache():

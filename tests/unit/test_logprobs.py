@@ -20,9 +20,9 @@ def model():
 
 def look(model, s, prompt, y, temperature):
     """(log-probabilities with guidance, without) behind ``y``."""
-    base = model.base.model.network
+    base = model.base.network
     values = {
-        "implicit": Implicit(model.values["implicit"].tuned.model.network, model.values["implicit"].untuned.model.network),
+        "implicit": Implicit(model.values["implicit"].tuned.network, model.values["implicit"].untuned.network),
         "explicit": QHead(model.values["explicit"].network),
     }
     z = outputs(base, prompt + y)[-1]

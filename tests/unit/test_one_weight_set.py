@@ -118,7 +118,7 @@ def test_a_recipe_shares_with_named_values(hub):
     assert len({id(lm.model) for lm in model.readers}) == 1
     made = get_method("custom", weights={"implicit": 1.0, "rude": -0.5})
     ids = byte_tokenizer()
-    kind, rude = (naive.Contrast(model.base.model.network, ids(f"{text}\n\n").input_ids, []) for text in (KIND, "Be rude."))
+    kind, rude = (naive.Contrast(model.base.network, ids(f"{text}\n\n").input_ids, []) for text in (KIND, "Be rude."))
 
     class Both(naive.Implicit):
         def __init__(self):
@@ -128,7 +128,7 @@ def test_a_recipe_shares_with_named_values(hub):
             return kind.deltas(prompt, y) - 0.5 * rude.deltas(prompt, y)
 
     expected = [
-        naive.search(model.base.model.network, {"both": Both()}, get_method("custom", token="both"), ids(p).input_ids, 3, 1.0, 8)[0]
+        naive.search(model.base.network, {"both": Both()}, get_method("custom", token="both"), ids(p).input_ids, 3, 1.0, 8)[0]
         for p in PROMPTS
     ]
     assert [list(tokens) for tokens in answers(model, made)] == expected
@@ -155,17 +155,15 @@ def test_an_adapter_adds_its_own_weights_alone(hub):
     alone = weights(GuidedModel.from_pretrained(base, options=FLOAT32))
     model = GuidedModel.from_pretrained(base, tuned=guide, untuned=base, options=FLOAT32)
     three = GuidedModel.from_pretrained(base, tuned=hub / "merged", untuned=hub / "other", options=FLOAT32)
-    own = sum(p.numel() * 4 for name, p in model.base.model.network.named_parameters() if "lora_" in name)
+    own = sum(p.numel() * 4 for name, p in model.base.network.named_parameters() if "lora_" in name)
     assert weights(model) == alone + own
     assert own < alone / 4
     assert weights(three) == 3 * alone
     counted = parameters(model)
     assert counted["base"] == counted["untuned"] == parameters(three)["base"]
     assert counted["tuned"] == counted["base"] + own // 4
-    pointers = {p.data_ptr() for name, p in model.values["implicit"].tuned.model.network.named_parameters() if "lora_" not in name}
-    assert pointers == {
-        p.data_ptr() for name, p in model.values["implicit"].untuned.model.network.named_parameters() if "lora_" not in name
-    }
+    pointers = {p.data_ptr() for name, p in model.values["implicit"].tuned.network.named_parameters() if "lora_" not in name}
+    assert pointers == {p.data_ptr() for name, p in model.values["implicit"].untuned.network.named_parameters() if "lora_" not in name}
 
 
 def test_several_adapters_of_one_network(hub):
@@ -182,7 +180,7 @@ def test_several_adapters_of_one_network(hub):
         }
     )
     model = load_models(recipe)
-    assert len({id(lm.model.network) for lm in model.readers}) == 1
+    assert len({id(lm.network) for lm in model.readers}) == 1
     assert answers(model) == merged(hub, "merged")
     assert answers(model, "custom", token="half") == merged(hub, "scaled")
     assert answers(model, "custom", token="second") == merged(hub, "second-merged")
@@ -212,14 +210,14 @@ def test_an_adapter_of_packed_weights(dtype, hub, tmp_path, monkeypatch):
     base, options = str(hub / "base"), LoadOptions(device="cpu", dtype=dtype)
     networks = SharedNetworks()
     first = networks.load(base, "base", options)
-    assert packed_linear.packed_layers(first.model.network)
+    assert packed_linear.packed_layers(first.network)
     guide = networks.load(ModelRef(path=base, adapter=str(hub / "adapter")), "tuned", options)
-    assert guide.model.network is first.model.network
-    assert packed_linear.packed_layers(first.model.network), "packed again around the adapter"
-    assert not [name for name, layer in first.model.network.named_modules() if "lora_" in name and hasattr(layer, "packed")]
+    assert guide.network is first.network
+    assert packed_linear.packed_layers(first.network), "packed again around the adapter"
+    assert not [name for name, layer in first.network.named_modules() if "lora_" in name and hasattr(layer, "packed")]
     other = ModelRef(path=base, adapter=str(write_adapter(tmp_path / "dora", hub / "base", 9, use_dora=True)))
     networks.load(other, "dora", options)
-    assert not packed_linear.packed_layers(first.model.network), "another kind than LoRA reads plain weights"
+    assert not packed_linear.packed_layers(first.network), "another kind than LoRA reads plain weights"
     assert guide.model is first.model
 
 
@@ -238,7 +236,7 @@ def test_a_bare_adapter_finds_its_network(hub, tmp_path, monkeypatch):
         monkeypatch.chdir(hub)
         model = GuidedModel.from_pretrained(hub / "base", tuned=folder, untuned=hub / "base", options=FLOAT32)
         assert answers(model) == merged(hub, "merged")
-        shared = model.values["implicit"].tuned.model.network is model.base.model.network
+        shared = model.values["implicit"].tuned.network is model.base.network
         assert shared == (named != "../base")
 
 
@@ -298,7 +296,7 @@ def cached(hub, tmp_path, monkeypatch):
 def test_adapters_of_the_hub_are_read_from_its_cache(hub, cached, tuned):
     model = GuidedModel.from_pretrained("org/net", tuned=ModelRef(**tuned), untuned="org/net", options=FLOAT32)
     assert answers(model) == merged(hub, "merged")
-    shared = model.values["implicit"].tuned.model.network is model.base.model.network
+    shared = model.values["implicit"].tuned.network is model.base.network
     assert shared == (tuned.get("revision") != "v2")
 
 
@@ -415,12 +413,12 @@ def test_settings_that_make_no_sense(models, message):
 def test_a_smaller_network_reads_the_instructions(hub):
     recipe = {"models": {"base": str(hub / "base")}, "values": {"contrast": {"contrast": str(hub / "other")}}, "run": EXACT}
     model = load_models(Recipe.parse(recipe))
-    made, other = get_method("contrast", contrast=KIND, beta=1.5), model.values["contrast"].tuned.model.network
-    assert other is not model.base.model.network
+    made, other = get_method("contrast", contrast=KIND, beta=1.5), model.values["contrast"].tuned.network
+    assert other is not model.base.network
     prefix = byte_tokenizer()(f"{KIND}\n\n").input_ids
     for prompt, tokens in zip(PROMPTS, answers(model, made), strict=True):
         ids = byte_tokenizer()(prompt).input_ids
-        expected, _ = naive.search(model.base.model.network, {"contrast": naive.Contrast(other, prefix, [])}, made, ids, 3, 1.0, 8)
+        expected, _ = naive.search(model.base.network, {"contrast": naive.Contrast(other, prefix, [])}, made, ids, 3, 1.0, 8)
         assert list(tokens) == expected
     with pytest.raises(ConfigError, match=r"values.kind: .*\n  call the table \[values.contrast\]"):
         load_models(Recipe.parse(recipe | {"values": {"kind": {"contrast": str(hub / "other")}}}))

@@ -72,8 +72,8 @@ def test_a_packed_value_is_saved_as_it_was_loaded(dtype, tmp_path):
     value.network.to(dtype).save_pretrained(tmp_path / "plain")
     options = LoadOptions("cpu", str(dtype).removeprefix("torch."))
     loaded = load_value(tmp_path / "plain", "value", options, tokenizer=value.model.tokenizer)
-    assert isinstance(loaded.model.network.head, PackedLinear)
-    loaded.model.network.save_pretrained(tmp_path / "again")
+    assert isinstance(loaded.network.head, PackedLinear)
+    loaded.network.save_pretrained(tmp_path / "again")
     assert (tmp_path / "plain" / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
 
 
@@ -117,7 +117,7 @@ def test_small_matrices_in_float32_stay_as_they_are(monkeypatch):
 def test_nothing_else_is_packed_and_only_if_wanted():
     assert not packed_layers(pack(tiny_model("llama").to(torch.float16)))
     for dtype in ("float32", "bfloat16"):
-        assert not packed_layers(load_causal(path("base"), "base", LoadOptions("cpu", dtype, pack=False)).model.network)
+        assert not packed_layers(load_causal(path("base"), "base", LoadOptions("cpu", dtype, pack=False)).network)
 
 
 def test_the_activation_of_gpt2_is_one_operation_everywhere():

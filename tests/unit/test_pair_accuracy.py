@@ -32,7 +32,7 @@ def test_blocks_are_the_logits_of_one_pass():
     beam = hypothesis("a prompt", "a response of some tokens", reader, end=True)
     ids, border = reader.ids(beam)
     with torch.no_grad():
-        whole = reader.model.network(input_ids=torch.tensor([ids])).logits[0, border - 1 : -1]
+        whole = reader.network(input_ids=torch.tensor([ids])).logits[0, border - 1 : -1]
     for block in (1, 4, 100):
         pieces = list(response_logits(reader, beam, block))
         assert max(map(len, pieces)) <= block

@@ -121,7 +121,7 @@ def test_each_model_is_loaded_with_its_own_options():
     })  # fmt: skip
     model = load_models(recipe)
     found = {name: str(next(network.parameters()).dtype)[6:] for value in model.values.values() for name, network in value.networks()}
-    found["base"] = str(next(model.reader.model.network.parameters()).dtype)[6:]
+    found["base"] = str(next(model.reader.network.parameters()).dtype)[6:]
     assert found == {"base": "float32", "tuned": "bfloat16", "untuned": "bfloat16", "reward": "float16", "more": "float32"}
 
 

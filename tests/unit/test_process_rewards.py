@@ -285,7 +285,7 @@ def ascii_base():
 def ascii_lm(name, seed):
     """A model that writes lines of letters: its head has a bias that forbids other bytes and likes line breaks."""
     base = tiny_lm(name, seed=seed)
-    network, tokenizer = base.model.network, base.tokenizer
+    network, tokenizer = base.network, base.tokenizer
     head = torch.nn.Linear(network.lm_head.in_features, network.lm_head.out_features)
     letters = tokenizer("abcdefghijklmno pqrstuvwxyz\n").input_ids
     with torch.no_grad():
@@ -309,7 +309,7 @@ def test_the_search_over_steps_equals_naive(ascii_base, settings):
     s = get_method("prm", **{"width": 2, "successors": 2, **settings})
     values = {"implicit": ImplicitValue(*pair), "reward": ProcessReward(network, byte_tokenizer())}
     oracle = {
-        "implicit": naive.Implicit(*(m.model.network for m in pair)),
+        "implicit": naive.Implicit(*(m.network for m in pair)),
         "reward": naive.ProcessReward(
             network, lambda t: ids(t).input_ids, lambda y: text([t for t in y if t]), s.step_aggregation, s.step_separator or "\n"
         ),
@@ -321,7 +321,7 @@ def test_the_search_over_steps_equals_naive(ascii_base, settings):
         marker = ascii_base.tokenizer(s.guide_after or "").input_ids
         with_bos = {**oracle, "reward": BehindBos(oracle["reward"])}
         tokens, score = naive.search(
-            ascii_base.model.network, with_bos, s, prompt, seed, 1.0, 20, marker=marker, text=lambda y: text([t for t in y if t])
+            ascii_base.network, with_bos, s, prompt, seed, 1.0, 20, marker=marker, text=lambda y: text([t for t in y if t])
         )
         assert list(got.token_ids) == tokens
         assert (-math.inf if got.score is None else got.score) == pytest.approx(score, abs=1e-4)  # None: no answer has begun

@@ -30,7 +30,7 @@ NEW = 6
 def base(tmp_path):
     lm = tiny_lm("base", seed=3)
     lm.tokenizer.chat_template = TEMPLATE
-    for part in (lm.model.network, lm.tokenizer):
+    for part in (lm.network, lm.tokenizer):
         part.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 

@@ -126,7 +126,7 @@ def test_greedy_base_is_generate_with_transformers_processors(model, cache, name
     ids = model.base.tokenizer(PROMPT).input_ids
     settings, processors, eos = cases(model, ids)[name]
     (got,) = model.generate([PROMPT], "base", **ours(settings))
-    assert list(got.token_ids) == by_generate(model.base.model.network, ids, processors, eos)
+    assert list(got.token_ids) == by_generate(model.base.network, ids, processors, eos)
     (plain,) = model.generate([PROMPT], "base", **GREEDY)
     assert got.token_ids != plain.token_ids, "the setting changes nothing here"
 
@@ -135,7 +135,7 @@ def test_greedy_base_is_generate_with_transformers_processors(model, cache, name
 def test_under_guidance_they_act_on_the_mixed_logits(model, name):
     """Also for drafts, which must give the same greedy tokens, and across the borders of chunks."""
     pair = model.values["implicit"]
-    networks = [m.model.network for m in (model.base, pair.tuned, pair.untuned)]
+    networks = [m.network for m in (model.base, pair.tuned, pair.untuned)]
     ids = model.base.tokenizer(PROMPT).input_ids
     settings, processors, eos = cases(model, ids)[name]
     y = []
@@ -160,7 +160,7 @@ def test_candidates_are_penalised_after_they_are_scored(model):
     with torch.no_grad():
         while len(y) < len(got.token_ids):
             seen = torch.tensor([ids + y])
-            z, v = base.model.network(seen).logits[0, -1].float(), value.network(seen).logits[0, -1].float()
+            z, v = base.network(seen).logits[0, -1].float(), value.network(seen).logits[0, -1].float()
             top = z.topk(5).indices
             mixed = torch.full_like(z, -torch.inf)
             mixed[top] = z[top] + v[top]

@@ -269,7 +269,7 @@ def test_nan_of_the_draft_model_ends_the_request():
 
     broken = tiny_lm("tuned", seed=2)
     with torch.no_grad():
-        broken.model.network.lm_head.weight.fill_(torch.nan)
+        broken.network.lm_head.weight.fill_(torch.nan)
     model = GuidedModel(tiny_lm("base", seed=1), {"implicit": ImplicitValue(broken, tiny_lm("untuned", seed=3)), "flat": lambda p, r: 0.0})
     done = model.generate(PROMPT, "rsd", select="flat", **SHORT)
     assert done.error == "the draft model tuned gave NaN after 0 tokens"

@@ -109,7 +109,7 @@ def test_candidates_are_the_likeliest_allowed_tokens(model):
     y = ()
     for token in done.token_ids:
         allowed = sorted({p[len(y)] for p in _paths(model) if len(p) > len(y) and p[: len(y)] == y})
-        z = outputs(model.base.model.network, prompt + list(y))[-1]
+        z = outputs(model.base.network, prompt + list(y))[-1]
         v = outputs(value, prompt + list(y))[-1]
         two = sorted(allowed, key=lambda i: -float(z[i]))[:2]
         assert token == max(two, key=lambda i: float(z[i] + 2.0 * v[i]))

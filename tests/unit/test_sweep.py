@@ -62,7 +62,7 @@ def slow_logits(model, prompt, y):
     """(base's logits, shift) behind a text, one full pass of every network."""
     pair, ids = model.values["implicit"], torch.tensor([[*model.base.prompt_ids(prompt), *y]])
     with torch.no_grad():
-        z, t, u = (r.model.network(input_ids=ids).logits[0, -1] for r in (model.base, pair.tuned, pair.untuned))
+        z, t, u = (r.network(input_ids=ids).logits[0, -1] for r in (model.base, pair.tuned, pair.untuned))
     return z, t - u
 
 

@@ -38,7 +38,7 @@ def bench():
     explicit, scalar = tiny_value("vocabulary", seed=5), tiny_value("scalar", seed=6, name="scalar")
     model = GuidedModel(base, {"implicit": ImplicitValue(tuned, untuned), "explicit": explicit, "scalar": scalar})
     oracle = {
-        "implicit": naive.Implicit(tuned.model.network, untuned.model.network),
+        "implicit": naive.Implicit(tuned.network, untuned.network),
         "explicit": naive.QHead(explicit.network),
         "scalar": naive.VHead(scalar.network),
     }
@@ -84,7 +84,7 @@ def test_tokens_and_scores_are_those_of_the_naive_search(bench, name, budget, re
     batch = dict(model.run(requests))
     answers = 0
     for seed, prompt in enumerate(PROMPTS):
-        base, before = model.base.model.network, model.base.tokenizer(prompt).input_ids
+        base, before = model.base.network, model.base.tokenizer(prompt).input_ids
         tokens, score = naive.search(base, oracle, method, before, seed, temperature, LIMIT, marker=ids)
         got = batch[seed]
         assert list(got.token_ids) == tokens
@@ -280,7 +280,7 @@ def test_the_thinking_may_be_generated_like_transformers(bench):
     model, _ = bench
     ids = torch.tensor([model.base.tokenizer("I").input_ids])
     with torch.no_grad():
-        free = model.base.model.network.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :].tolist()
+        free = model.base.network.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :].tolist()
     got = model.generate("I", "eft", temperature=0, max_new_tokens=LIMIT, guide_after="</t>", thinking_budget=8)
     assert list(got.token_ids[:8]) == free[:8] and got.text.endswith(got.answer)
 
@@ -312,12 +312,12 @@ def test_hybrid_networks_think_alike(kind):
     }
     pair = lms["tuned"], lms["untuned"]
     model = GuidedModel(lms["base"], {"implicit": ImplicitValue(*pair)})
-    oracle = {"implicit": naive.Implicit(*(lm.model.network for lm in pair))}
+    oracle = {"implicit": naive.Implicit(*(lm.network for lm in pair))}
     settings = {"width": 2, "successors": 2, "chunk_length": 3, "token": "implicit", "select": "implicit"}
     for read in ("answer", "all"):
         method = get_method("custom", guide_after="</t>", thinking_budget=3, values_read=read, **settings)
         ids = model.base.tokenizer("I am").input_ids
         marker = model.base.tokenizer("</t>").input_ids
-        tokens, score = naive.search(lms["base"].model.network, oracle, method, ids, 5, 1.0, 14, marker=marker)
+        tokens, score = naive.search(lms["base"].network, oracle, method, ids, 5, 1.0, 14, marker=marker)
         got = model.generate("I am", method, seed=5, temperature=1.0, max_new_tokens=14)
         assert list(got.token_ids) == tokens and got.score == pytest.approx(score, abs=5e-3)

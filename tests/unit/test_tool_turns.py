@@ -222,7 +222,7 @@ def test_tools_are_known_by_their_json():
 
 def test_rows_with_tools(ivg, tmp_path):
     lm = tiny_lm("base", seed=3, tokenizer=tokenizer("qwen2_5"), context=4096)
-    for part in (lm.model.network, lm.tokenizer):
+    for part in (lm.network, lm.tokenizer):
         part.save_pretrained(tmp_path / "base")
     rows = [{"id": 0, "messages": ANSWERED, "tools": [TOOL]}, {"id": 1, "messages": json.dumps(ANSWERED), "tools": json.dumps([TOOL])}]
     rows += [{"id": 2, "messages": ANSWERED}, {"id": 3, "messages": ASKED, "tools": "[{}]"}]

@@ -201,7 +201,7 @@ def test_guidance_over_the_vocabulary_is_the_formula():
     base, value = tiny_lm("base"), ImplicitValue(tiny_lm("tuned", seed=2), tiny_lm("untuned", seed=3))
     h = hypothesis("I", " am", base)
     z, ids = base.outputs([h]).cpu(), base.tokenizer("I am").input_ids
-    t, u = (naive.outputs(r.model.network, ids)[-1] for r in (value.tuned, value.untuned))
+    t, u = (naive.outputs(r.network, ids)[-1] for r in (value.tuned, value.untuned))
     assert torch.allclose(apply_guidance(z.clone(), [h], TokenGuidance(value, 0.5))[0], z[0] + 0.5 * (t - u), atol=1e-3)
     mixed = CompositeValue([(1.0, value), (-0.25, tiny_value())])
     q = naive.outputs(mixed.parts[1][1].network, ids)[-1]
@@ -223,7 +223,7 @@ def test_guide_with_another_tokenizer_equals_rescoring_text(kind):
     got = run(base, [Request(Prompt(prompt), Search(guidance=TokenGuidance(value, beta, k)), sampling)])[0]
     ids, text, state = [], "", base.vocabulary.start_decoding(base.tokenizer(prompt).input_ids)
     for _ in range(14):
-        z = naive.outputs(base.model.network, base.tokenizer(prompt).input_ids + ids)[-1]
+        z = naive.outputs(base.network, base.tokenizer(prompt).input_ids + ids)[-1]
         z[0] = -torch.inf
         top = z.topk(k)
         texts = [text + base.vocabulary.continue_text([*ids, int(t)], state)[0] for t in top.indices]
@@ -259,7 +259,7 @@ def test_custom_generate_takes_weights():
     base, values = tiny_lm("base"), {"a": tiny_value(seed=5), "b": tiny_value(seed=6)}
     inputs = byte_tokenizer()(["The"], return_tensors="pt")
     search = GuidedGenerate(byte_tokenizer(), values, "eft", weights={"a": 1.0, "b": -0.5})
-    out = base.model.network.generate(**inputs, custom_generate=search, do_sample=False, max_new_tokens=8)
+    out = base.network.generate(**inputs, custom_generate=search, do_sample=False, max_new_tokens=8)
     mixed = CompositeValue([(1.0, values["a"]), (-0.5, values["b"])])
     (expected,) = run(
         base, [Request(Prompt("The"), Search(guidance=TokenGuidance(mixed)), SamplingParams(temperature=0, max_new_tokens=8))]
@@ -288,7 +288,7 @@ def test_nan_fails_only_its_own_request():
 
 def test_nan_from_the_base_is_an_error():
     base = scripted("hello", "p")
-    base.model.network.broken = (3,)
+    base.network.broken = (3,)
     got = answer(base, "p", max_new_tokens=6)
     assert got.finish_reason == "error"
     assert got.error == "the base model gave NaN or infinity after 3 tokens"
@@ -304,7 +304,7 @@ def test_logits_processor_equals_engine():
     expected = run(base, [Request(Prompt(p), Search(guidance=guidance), sampling) for p in ("The", "abc")])
     inputs = byte_tokenizer()(["The", "abc"], return_tensors="pt")
     processor = GuidanceLogitsProcessor(guidance, byte_tokenizer())
-    out = base.model.network.generate(**inputs, max_new_tokens=12, do_sample=False, logits_processor=[processor])
+    out = base.network.generate(**inputs, max_new_tokens=12, do_sample=False, logits_processor=[processor])
     for row, e in zip(out[:, 3:].tolist(), expected, strict=True):
         assert row[: len(e.token_ids)] == list(e.token_ids)
 
@@ -313,14 +313,14 @@ def test_logits_processor_follows_beam_search():
     base, value = tiny_lm("base"), tiny_value()
     inputs = byte_tokenizer()(["The"], return_tensors="pt")
     processor = GuidanceLogitsProcessor(TokenGuidance(value, 1.0), byte_tokenizer())
-    out = base.model.network.generate(**inputs, max_new_tokens=8, num_beams=3, do_sample=False, logits_processor=[processor])
+    out = base.network.generate(**inputs, max_new_tokens=8, num_beams=3, do_sample=False, logits_processor=[processor])
 
     class Slow(GuidanceLogitsProcessor):
         def __call__(self, input_ids, scores):
             return scores + torch.stack([naive.outputs(value.network, ids)[-1] for ids in input_ids.tolist()])
 
     plain = Slow(TokenGuidance(value, 1.0), byte_tokenizer())
-    assert torch.equal(out, base.model.network.generate(**inputs, max_new_tokens=8, num_beams=3, do_sample=False, logits_processor=[plain]))
+    assert torch.equal(out, base.network.generate(**inputs, max_new_tokens=8, num_beams=3, do_sample=False, logits_processor=[plain]))
 
 
 def test_custom_generate_equals_searcher():
@@ -329,7 +329,7 @@ def test_custom_generate_equals_searcher():
     tokenizer.padding_side = "left"
     inputs = tokenizer(["The movie", "abc"], return_tensors="pt", padding=True)
     search = GuidedGenerate(tokenizer, {"explicit": value}, "cbs-explicit", seed=4, width=2, successors=2, chunk_length=3)
-    out = base.model.network.generate(**inputs, custom_generate=search, do_sample=True, temperature=0.9, top_k=0, max_new_tokens=10)
+    out = base.network.generate(**inputs, custom_generate=search, do_sample=True, temperature=0.9, top_k=0, max_new_tokens=10)
     s = get_method("cbs-explicit", width=2, successors=2, chunk_length=3).search({"explicit": value})
     sampling = SamplingParams(temperature=0.9, max_new_tokens=10)
     expected = run(base, [Request(Prompt(p), s, sampling, 4, i) for i, p in enumerate(["The movie", "abc"])])
@@ -430,7 +430,7 @@ def test_readers_can_be_rewound():
     grown = [dataclasses.replace(text, token_ids=ids) for ids in ((60, 61, 62, 63), (60, 70), (60, 70, 71, 72, 73))]
     reader.outputs([grown[0]])
     reader.truncate([grown[1]])
-    expected = naive.outputs(reader.model.network, [*reader.prompt_ids(text.prompt), *grown[2].token_ids])[-1]
+    expected = naive.outputs(reader.network, [*reader.prompt_ids(text.prompt), *grown[2].token_ids])[-1]
     assert torch.allclose(reader.outputs([grown[2]])[0].cpu(), expected, atol=1e-3)
 
 

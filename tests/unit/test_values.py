@@ -196,7 +196,7 @@ def test_reward_templates():
 
 def test_implicit_value_by_hand(beams):
     value = implicit()
-    reference = naive.Implicit(value.tuned.model.network, value.untuned.model.network)
+    reference = naive.Implicit(value.tuned.network, value.untuned.network)
     for h, got in zip(beams, value.score(beams), strict=True):
         prompt = byte_tokenizer()(h.prompt.content).input_ids
         assert got == pytest.approx(reference.score(prompt, list(h.token_ids)), abs=1e-4)
