@@ -70,7 +70,8 @@ def vllm_model(recipe: Recipe, options: LoadOptions, *, every_guide: bool = Fals
         else Path(find_model(network.path, "base", options.hub()))
     )
     pooled = settings.value == "pooling" and "explicit" in named and "value" in named["explicit"].given
-    client = EngineClient(folder, _client_options(settings, options, shared=pooled), guided=bool(guides or network.adapter))
+    engine_options = _client_options(settings, options, shared=pooled, extra=_drafts(settings, named, options))
+    client = EngineClient(folder, engine_options, guided=bool(guides or network.adapter))
     with _closed_on_error(client):  # a value that does not load must not leave vLLM's processes behind
         encoder = _prompt_encoder("base", base, tokenizer, options, client.max_model_len)
         inner = {name: VLLMGuide(name, partial(make_value, name, named[name], others)) for name in (guide.name for guide in guides)}
@@ -269,8 +270,37 @@ def _check_vllm_can(options: LoadOptions) -> None:
         raise ConfigError(f"device {options.device!r} is for transformers\n  in vLLM: tensor_parallel_size in the table [vllm]")
 
 
-def _client_options(settings: VLLMConfig, options: LoadOptions, *, shared: bool, value: bool = False) -> EngineClientOptions:
-    """Of the composite, or of the pooling engine; ``shared``: both run on one GPU."""
+def _drafts(settings: VLLMConfig, named: Mapping[str, NamedValue], options: LoadOptions) -> dict[str, Any]:
+    """VLLM's argument for drafts by the tuned model of the pair; none: without drafts.
+
+    Raises:
+        ConfigError: no tuned model that can draft.
+    """
+    if settings.draft_tokens is None:
+        return {}
+    if "speculative_config" in settings.arguments:
+        raise ConfigError("draft_tokens beside speculative_config in the arguments of [vllm]\n  give one of them: both say what drafts")
+    tuned = named["implicit"].given.get("tuned") if "implicit" in named else None
+    if tuned is None:
+        raise ConfigError("draft_tokens: there is no pair whose tuned model could draft\n  give --tuned and --untuned, or leave it out")
+    network = resolve(tuned, "tuned", options)
+    if network.adapter is not None:
+        raise ConfigError(
+            f"draft_tokens: tuned has an adapter ({network.adapter}), and vLLM drafts with whole models\n  merge it first, or leave it out"
+        )
+    draft = {
+        "method": "draft_model",
+        "model": str(find_model(network.path, "tuned", options.hub())),
+        "num_speculative_tokens": settings.draft_tokens,
+        "revision": options.revision,
+    }
+    return {"speculative_config": {k: v for k, v in draft.items() if v is not None}}
+
+
+def _client_options(
+    settings: VLLMConfig, options: LoadOptions, *, shared: bool, value: bool = False, extra: Mapping[str, Any] | None = None
+) -> EngineClientOptions:
+    """Of the composite, or of the pooling engine; ``shared``: both run on one GPU; ``extra``: more of vLLM's arguments."""
     from ivg.engines.vllm.client import EngineClientOptions
 
     device = pick_device(options.device)
@@ -278,7 +308,11 @@ def _client_options(settings: VLLMConfig, options: LoadOptions, *, shared: bool,
     memory = settings.value_memory if value else settings.gpu_memory_utilization
     if memory is None and device.type == "cuda" and shared:
         memory = POOLING_MEMORY if value else COMPOSITE_MEMORY
-    extra = dict(settings.arguments) | ({"revision": options.revision} if options.revision and not value else {})
+    arguments = dict(settings.arguments) | dict(extra or {})
+    if value:  # the pooling engine draws no tokens
+        arguments.pop("speculative_config", None)
+    elif options.revision:
+        arguments["revision"] = options.revision
     return EngineClientOptions(
         dtype,
         settings.max_model_len,
@@ -287,7 +321,7 @@ def _client_options(settings: VLLMConfig, options: LoadOptions, *, shared: bool,
         settings.tensor_parallel_size,
         settings.enforce_eager,
         options.trust_remote_code or None,
-        extra,
+        arguments,
     )
 
 

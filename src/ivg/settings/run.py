@@ -81,6 +81,14 @@ class VLLMConfig(Table):
     ] = None
     tensor_parallel_size: Annotated[int | None, Setting("GPUs that share one model.", _COUNT, unset="1")] = None
     enforce_eager: Annotated[bool | None, Setting("Run without CUDA graphs.", unset="vLLM's")] = None
+    draft_tokens: Annotated[
+        int | None,
+        Setting(
+            "Speculative decoding: the tuned model of the pair drafts so many tokens for each pass. Exact in distribution.",
+            _COUNT,
+            unset="no drafts",
+        ),
+    ] = None
     cache: Annotated[str | None, Setting("Folder for the small directories of composite models.", unset="the user's cache")] = None
     arguments: Annotated[dict[str, Any], Setting("Any other of vLLM's engine arguments.")] = Field(default_factory=dict)
 

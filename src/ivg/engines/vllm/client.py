@@ -30,6 +30,11 @@ SCHEDULER = "ivg.engines.vllm.scheduler.make_scheduler"
 ALIVE_CHECK_SECONDS = 0.5
 """How often the client checks that the engine's process is alive while it waits."""
 
+_DRAFTS_NEED = (
+    "see its log above; drafts beside guides need vLLM's model runner V2, its choice on GPUs (Triton, and no VLLM_USE_V2_MODEL_RUNNER=0), "
+    "and a draft model with the base's vocabulary"
+)
+
 
 @dataclass(frozen=True)
 class EngineClientOptions:
@@ -145,7 +150,8 @@ class EngineClient:
         try:
             self.llm_engine = LLMEngine.from_engine_args(args)
         except Exception as e:
-            raise ModelError(f"vLLM cannot run {self.folder}: {_cause(e)}\n  see its log above") from e
+            advice = _DRAFTS_NEED if self.guided and given.get("speculative_config") else "see its log above"
+            raise ModelError(f"vLLM cannot run {self.folder}: {_cause(e)}\n  {advice}") from e
         self.failure = None
 
     @property

@@ -30,10 +30,14 @@ from ivg.types import AsyncEngine, ExpandOutput, ExpandRequest, LogprobsRequest,
 from ivg.utils.rng import mix
 
 _ELSEWHERE = "leave --engine out: the transformers engine can"
-_SPECULATIVE = dict.fromkeys(
-    ["bad_words", STOPS_BESIDE_EOS, *(f"{name}{IN_CHUNKS}" for name in LOOK_BACK.difference(STRUCTURES))],
-    f"ivg's own rules for tokens do not run with vLLM's speculative decoding; leave speculative_config out of [vllm], or {_ELSEWHERE}",
-)
+_LEAVE_DRAFTS_OUT = f"leave draft_tokens (speculative_config) out of [vllm], or {_ELSEWHERE}"
+_SPECULATIVE = {
+    **dict.fromkeys(
+        ["bad_words", STOPS_BESIDE_EOS, *(f"{name}{IN_CHUNKS}" for name in LOOK_BACK.difference(STRUCTURES))],
+        f"ivg's own rules for tokens do not run with vLLM's speculative decoding; {_LEAVE_DRAFTS_OUT}",
+    ),
+    **dict.fromkeys(["min_p", "logit_bias"], f"vLLM's speculative decoding cannot; {_LEAVE_DRAFTS_OUT}"),
+}
 
 
 @dataclass
