@@ -69,7 +69,7 @@ $(VENV)/.clients: $(VENV)/.dev
 	@touch $@
 
 test-clients: $(VENV)/.clients ## the tests with other programs: lm-eval, Inspect, LangChain, agents, guidellm, and the AI SDK where there is npm
-	@$(RUN)/python -m pytest tests/integration/test_lm_eval.py tests/integration/test_inspect_ai.py tests/integration/test_agent_clients.py tests/integration/test_load_clients.py
+	@$(PYTEST) tests/integration/test_lm_eval.py tests/integration/test_inspect_ai.py tests/integration/test_agent_clients.py tests/integration/test_load_clients.py
 
 # PyTorch and oneDNN then use what every x86 processor has: no bfloat16 instructions, no AVX512. Where the processor has no more, `unit` ran the same
 PLAIN = import sys, torch; from ivg.models.kernels import has_native_bfloat16; sys.exit(torch.backends.cpu.get_cpu_capability() != "AVX2" or has_native_bfloat16())

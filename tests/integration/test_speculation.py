@@ -534,6 +534,19 @@ def test_pace_drafts_far_where_guides_are_cheap_and_right():
     assert max(set(chosen[50:]), key=chosen[50:].count) == 8
 
 
+def test_the_slow_first_round_of_a_length_is_not_believed():
+    """In the first pass of a shape kernels are prepared."""
+    seen = set()
+
+    def seconds(n):
+        first = n not in seen
+        seen.add(n)
+        return (1 + 0.05 * (n + 1)) * (4 if first else 1)
+
+    chosen = simulated(DraftLength(8), seconds, 0.95)
+    assert max(set(chosen[20:]), key=chosen[20:].count) == 8
+
+
 def test_drafts_are_switched_off_where_they_do_not_pay():
     chosen = simulated(DraftLength(8), lambda n: 1 + 0.5 * n, 0.2)
     assert chosen[20:].count(0) > 0.95 * len(chosen[20:])

@@ -15,9 +15,13 @@ from functools import lru_cache
 
 LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Candidate numbers of tokens ahead."""
-MEASURED_FIRST = (0, 1, 2)
+FIRST = 4
+"""The number that is measured first, then 0. Drafts that pay at all mostly pay there, and a round of 0 yields one token."""
 MEASUREMENTS = 2
-"""Of each of :data:`MEASURED_FIRST` before the times are compared."""
+"""Of a number before its time is believed: in the first pass of a shape kernels are prepared."""
+OPTIMISM = 0.5
+"""Part of the slope up to the longest measured draft that longer ones are taken to cost, so that they are tried: reading one token more
+costs less and less."""
 REMEASURE_AFTER = 64
 """Every so many rounds a neighbour of the best number is measured again."""
 HORIZON = 32
@@ -57,8 +61,8 @@ class DraftLength:
         bucket, longest = len(remaining).bit_length(), max(remaining) - 1
         options = [n for n in LENGTHS if n <= min(self.longest, longest)]
         self._rounds[bucket] += 1
-        for n in options:
-            if n in MEASURED_FIRST and len(self._seconds.get((bucket, n), ())) < MEASUREMENTS:
+        for n in (max(n for n in options if n <= FIRST), 0):
+            if n not in self._measured(bucket):
                 return n
         near = [min(tokens, HORIZON) for tokens in remaining]
         times = [self._expected_seconds(n, near) for n in options]
@@ -85,16 +89,21 @@ class DraftLength:
     def seconds(self, rows: int, ahead: int, batch: int) -> float:
         """Time of a round of ``rows`` rows; of ``batch`` rows where none of that size was measured.
 
-        The minimum of the last few, else extrapolated from fewer tokens ahead.
+        The minimum of the last few; where there are none, between those of the nearest numbers, or from fewer tokens ahead.
         """
         for bucket in dict.fromkeys((rows.bit_length(), batch.bit_length())):
-            if (bucket, ahead) in self._seconds:
-                return min(self._seconds[bucket, ahead])
-        known = {n: min(times) for (b, n), times in self._seconds.items() if b == batch.bit_length()}
-        less = max((n for n in known if n < ahead), default=0)
-        if not less or 0 not in known:
-            return known.get(less, 1.0)
-        return known[less] + (ahead - less) * max(0.0, known[less] - known[0]) / less
+            if (time := self._measured(bucket).get(ahead)) is not None:
+                return time
+        known = self._measured(batch.bit_length())
+        less, more = max((n for n in known if n < ahead), default=None), min((n for n in known if n > ahead), default=None)
+        if less is None or more is None:
+            slope = OPTIMISM * (known[less] - known[0]) / less if less else 0.0
+            return known.get(less or 0, 1.0) + max(0.0, slope) * (ahead - (less or 0))
+        return known[less] + (known[more] - known[less]) * (ahead - less) / (more - less)
+
+    def _measured(self, bucket: int) -> dict[int, float]:
+        """Seconds of a round by tokens ahead."""
+        return {n: min(times) for (size, n), times in self._seconds.items() if size == bucket and len(times) >= MEASUREMENTS}
 
 
 @lru_cache(maxsize=4096)
