@@ -57,6 +57,19 @@ def make(folder: Path, kind: str, seed: int) -> str:
     return str(place)
 
 
+def mix(folder: Path, one: str, other: str, share: float) -> str:
+    """A network whose weights are (1 - ``share``) times those of ``one`` and ``share`` times those of ``other``."""
+    place = folder / f"{Path(one).name}-{Path(other).name}-{share}"
+    if not place.exists():
+        shutil.copytree(one, place)
+        network, more = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (one, other))
+        with torch.no_grad():
+            for weight, added in zip(network.parameters(), more.parameters(), strict=True):
+                weight.lerp_(added, share)
+        network.save_pretrained(place)
+    return str(place)
+
+
 def with_loud_padding(source: str, factor: float) -> str:
     """A copy whose rows behind the vocabulary have logits ``factor`` times as large, so that they are chosen if nothing prevents it."""
     place = Path(f"{source}-loud-{factor}")

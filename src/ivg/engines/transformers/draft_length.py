@@ -53,7 +53,7 @@ class DraftLength:
         self.tested, self.agreed = DECAY * self.tested + tested, DECAY * self.agreed + agreed
 
     def record_time(self, rows: int, ahead: int, seconds: float) -> None:
-        """One round of ``rows`` rows that drafted ``ahead`` tokens took so many seconds."""
+        """One round of ``rows`` rows, whose longest draft had ``ahead`` tokens, took so many seconds."""
         self._seconds.setdefault((rows.bit_length(), ahead), deque(maxlen=5)).append(seconds)
 
     def choose(self, remaining: Sequence[int]) -> int:
@@ -61,9 +61,11 @@ class DraftLength:
         bucket, longest = len(remaining).bit_length(), max(remaining) - 1
         options = [n for n in LENGTHS if n <= min(self.longest, longest)]
         self._rounds[bucket] += 1
-        for n in (max(n for n in options if n <= FIRST), 0):
-            if n not in self._measured(bucket):
-                return n
+        known = self._measured(bucket)
+        if options[-1] > 0 and max(known, default=0) == 0:  # drafts may end sooner than asked for: then that is what was measured
+            return max(n for n in options if n <= FIRST)
+        if 0 not in known:
+            return 0
         near = [min(tokens, HORIZON) for tokens in remaining]
         times = [self._expected_seconds(n, near) for n in options]
         best = times.index(min(times))

@@ -181,8 +181,8 @@ class Speculator:
             reads_prompts = any(not s.token_ids for s in active)
             ahead, started = self._choose(controller, active), time.perf_counter()
             longest = self._round(_batch(guidance, active, active, list(range(len(active)))), controller, ahead)
-            if longest == ahead and not reads_prompts:
-                controller.record_time(len(active), ahead, time.perf_counter() - started)
+            if not reads_prompts:
+                controller.record_time(len(active), longest, time.perf_counter() - started)
 
     def _choose(self, controller: DraftLength, rows: Sequence[TokenSequence]) -> int:
         fits = MAX_ROUND_LOGITS // (len(rows) * self.base.vocabulary.size) - 1

@@ -31,8 +31,8 @@ ALIVE_CHECK_SECONDS = 0.5
 """How often the client checks that the engine's process is alive while it waits."""
 
 _DRAFTS_NEED = (
-    "see its log above; drafts beside guides need vLLM's model runner V2, its choice on GPUs (Triton, and no VLLM_USE_V2_MODEL_RUNNER=0), "
-    "and a draft model with the base's vocabulary"
+    "drafts beside guides need vLLM's model runner V2: its choice where Triton is, as on GPUs, unless VLLM_USE_V2_MODEL_RUNNER=0; "
+    "else leave draft_tokens (speculative_config) out of [vllm]"
 )
 
 
@@ -150,8 +150,9 @@ class EngineClient:
         try:
             self.llm_engine = LLMEngine.from_engine_args(args)
         except Exception as e:
-            advice = _DRAFTS_NEED if self.guided and given.get("speculative_config") else "see its log above"
-            raise ModelError(f"vLLM cannot run {self.folder}: {_cause(e)}\n  {advice}") from e
+            cause = _cause(e)
+            advice = _DRAFTS_NEED if "logits processors are not supported when speculative" in cause else "see its log above"
+            raise ModelError(f"vLLM cannot run {self.folder}: {cause}\n  {advice}") from e
         self.failure = None
 
     @property

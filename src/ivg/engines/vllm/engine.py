@@ -36,7 +36,8 @@ _SPECULATIVE = {
         ["bad_words", STOPS_BESIDE_EOS, *(f"{name}{IN_CHUNKS}" for name in LOOK_BACK.difference(STRUCTURES))],
         f"ivg's own rules for tokens do not run with vLLM's speculative decoding; {_LEAVE_DRAFTS_OUT}",
     ),
-    **dict.fromkeys(["min_p", "logit_bias"], f"vLLM's speculative decoding cannot; {_LEAVE_DRAFTS_OUT}"),
+    "logit_bias": f"vLLM's speculative decoding cannot; {_LEAVE_DRAFTS_OUT}",
+    "min_p": f"vLLM's speculative decoding cannot; {_LEAVE_DRAFTS_OUT}; where the base's generation_config.json sets it: min_p = 0",
 }
 
 
@@ -122,7 +123,8 @@ class VLLMEngine(AsyncEngine):
             return
         for name in ("candidates", "gate", "draft", "plausibility", "kl_budget"):
             if (got := getattr(guidance, name)) or (got is not None and name == "kl_budget"):
-                raise ConfigError(f"{name}={got}: the engine vllm adds whole logits at every token\n  {_ELSEWHERE}")
+                instead = "for drafts set draft_tokens in [vllm]" if name == "draft" else _ELSEWHERE
+                raise ConfigError(f"{name}={got}: the engine vllm adds whole logits at every token\n  {instead}")
         for _, value in _weighted_guides(guidance.value, 1.0):
             if self.guides.get(value.name) is not value:
                 have = ", ".join(self.guides) or "none"
