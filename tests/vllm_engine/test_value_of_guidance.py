@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from ivg.embedded import path
 from ivg.types import Prompt
 from ivg.values.reward import load_reward
 
-PROMPTS = 200
+PROMPTS = int(os.environ.get("IVG_TEST_PROMPTS", "64"))
+"""The figures in docs/how-to/vllm.md are of 200."""
 REVIEWS = Path(__file__).parents[3] / "shared" / "data" / "imdb" / "test.parquet"
 
 
