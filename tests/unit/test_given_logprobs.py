@@ -97,7 +97,7 @@ def naive_values(model):
     return {
         "implicit": pair,
         "explicit": head,
-        "arm": naive.LogProb(values["arm"].network),
+        "arm": naive.LogProb(values["arm"].model.network),
         "length": OfText(vocabulary, values["length"].function),
         "scalar": naive.VHead(values["scalar"].network),
         "foreign": Foreign(values["foreign"], vocabulary),
