@@ -7,7 +7,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import typer
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ivg.cli.options import command
@@ -17,7 +17,7 @@ from ivg.search.methods import Method, get_method
 from ivg.search.request import Particles, Rejection, Request, Search, Speculation, Tree
 from ivg.settings.per_request import RequestSettings
 from ivg.settings.recipe import ModelRef, Recipe, SamplingConfig, SearchConfig
-from ivg.settings.rules import LEVELS, WEIGHTS
+from ivg.settings.rules import LEVELS, MIN_TEMPERATURE, WEIGHTS
 from ivg.settings.schema import rules_of, settings_of
 from ivg.settings.search import SearchSettings
 from ivg.settings.train import DPOSettings, TrainSettings, ValueTrainSettings
@@ -117,6 +117,7 @@ def test_objects_of_a_search_have_the_declared_defaults(kind):
 @given(
     st.sampled_from([f.name for f in fields(SamplingParams)]), st.one_of(st.integers(), st.floats(), st.text(), st.booleans(), st.none())
 )
+@example("temperature", 3.5e-138)
 def test_what_is_kept_is_sound(name, value):
     """Whatever is given: it is refused by name, or kept as one plain number, text or flag that is equal to it."""
     try:
@@ -124,6 +125,8 @@ def test_what_is_kept_is_sound(name, value):
     except ConfigError as e:
         assert str(e).startswith(f"{name} must be ")
         return
+    if name == "temperature" and 0 < value < MIN_TEMPERATURE:
+        value = 0.0  # greedy, as its help says
     assert kept == value or (name == "forced_eos_token_id" and kept == (value,)) or name in OPTIONAL
     assert not isinstance(value, bool) or name == "ignore_eos"
 

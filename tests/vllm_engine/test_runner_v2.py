@@ -94,15 +94,18 @@ def second_token(model, text, beta, beta_second):
 def test_what_cannot_draft_is_refused(folder):
     paths = agreeing(folder)
     adapter = {"path": paths["base"], "adapter": make_adapter(folder, "llama", 5)}
-    for given, vllm, why in (
-        (paths, {"arguments": {"speculative_config": {}}}, "both say what drafts"),
-        ({"base": paths["base"]}, {}, "there is no pair"),
-        (paths | {"tuned": adapter}, {}, "tuned has an adapter"),
+    pair = {"tuned": paths["tuned"], "untuned": paths["untuned"]}
+    base = {"models": {"base": paths["base"]}}
+    for tables, vllm, why in (
+        ({"models": paths}, {"arguments": {"speculative_config": {}}}, "both say what drafts"),
+        (base, {}, "there is no pair"),
+        (base | {"values": {"one": pair, "two": pair}}, {}, "several pairs .*: one, two"),
+        ({"models": paths | {"tuned": adapter}}, {}, "tuned has an adapter"),
     ):
-        with pytest.raises(ConfigError, match=why), models("vllm", models=given, vllm={"draft_tokens": 2, **vllm}):
+        with pytest.raises(ConfigError, match=why), models("vllm", vllm={"draft_tokens": 2, **vllm}, **tables):
             pass
     with (
-        pytest.raises(ModelError, match="model runner V2"),
+        pytest.raises(ModelError, match=r"not supported when speculative.*\n.*model runner V2"),
         models("vllm", models=paths, vllm={"draft_tokens": 2}, search={"method": "eft"}),
     ):
         pass

@@ -280,9 +280,16 @@ def _drafts(settings: VLLMConfig, named: Mapping[str, NamedValue], options: Load
         return {}
     if "speculative_config" in settings.arguments:
         raise ConfigError("draft_tokens beside speculative_config in the arguments of [vllm]\n  give one of them: both say what drafts")
-    tuned = named["implicit"].given.get("tuned") if "implicit" in named else None
-    if tuned is None:
-        raise ConfigError("draft_tokens: there is no pair whose tuned model could draft\n  give --tuned and --untuned, or leave it out")
+    pairs = {name: value.given["tuned"] for name, value in named.items() if "tuned" in value.given}
+    if "implicit" not in pairs and len(pairs) != 1:
+        which = (
+            f"several pairs have a tuned model that could draft: {', '.join(pairs)}"
+            if pairs
+            else "there is no pair whose tuned model could draft"
+        )
+        advice = "give speculative_config in the arguments of [vllm]" if pairs else "give --tuned and --untuned"
+        raise ConfigError(f"draft_tokens: {which}\n  {advice}, or leave it out")
+    tuned = pairs.get("implicit") or next(iter(pairs.values()))
     network = resolve(tuned, "tuned", options)
     if network.adapter is not None:
         raise ConfigError(
