@@ -117,7 +117,7 @@ def test_vllm_s_own_penalties_where_they_mean_the_same(engine):
 def test_speculative_decoding_in_vllm_cannot_look_back(monkeypatch):
     engine = make_engine(monkeypatch, looks_back=False)
     for name, value in [(n, LOOKING_BACK[n]) for n in ("frequency_penalty", "bad_words")] + [("min_p", 0.1), ("logit_bias", {65: 1.0})]:
-        with pytest.raises(ConfigError, match=rf"{name}.*\n.*leave draft_tokens \(speculative_config\) out of \[vllm\]"):
+        with pytest.raises(ConfigError, match=rf"{name}.*\n.*leave num_speculative_tokens \(speculative_config\) out of \[vllm\]"):
             chunked(engine, **{name: value})
     chunked(engine, length=None, frequency_penalty=0.5)
 

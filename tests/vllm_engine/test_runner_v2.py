@@ -57,7 +57,7 @@ def test_drafts_change_no_answer(folder, tmp_path):
     penalties = (text, {"method": "eft", "beta": 1.0, "frequency_penalty": 0.9, "repetition_penalty": 1.1, **GREEDY, "max_new_tokens": 16})
     greedy = [*SEVERAL, GRAMMAR, words, penalties]
     drawn = [(text, {"method": "eft", "beta": 2.0, "temperature": 1.0, "max_new_tokens": 2, "seed": i}) for i in range(96)]
-    vllm = {"max_num_seqs": 64, "draft_tokens": 3, "arguments": {"disable_log_stats": False}}
+    vllm = {"max_num_seqs": 64, "num_speculative_tokens": 3, "arguments": {"disable_log_stats": False}}
     found = runner_v2.run(tmp_path, models=paths, vllm=vllm, requests=[*greedy, in_chunks(words), *drawn], scored=SCORED)
     assert not any(found["errors"])
     drafted, accepted = found["drafts"]
@@ -102,10 +102,10 @@ def test_what_cannot_draft_is_refused(folder):
         (base | {"values": {"one": pair, "two": pair}}, {}, "several pairs .*: one, two"),
         ({"models": paths | {"tuned": adapter}}, {}, "tuned has an adapter"),
     ):
-        with pytest.raises(ConfigError, match=why), models("vllm", vllm={"draft_tokens": 2, **vllm}, **tables):
+        with pytest.raises(ConfigError, match=why), models("vllm", vllm={"num_speculative_tokens": 2, **vllm}, **tables):
             pass
     with (
         pytest.raises(ModelError, match=r"not supported when speculative.*\n.*model runner V2"),
-        models("vllm", models=paths, vllm={"draft_tokens": 2}, search={"method": "eft"}),
+        models("vllm", models=paths, vllm={"num_speculative_tokens": 2}, search={"method": "eft"}),
     ):
         pass

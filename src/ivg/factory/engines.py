@@ -276,10 +276,12 @@ def _drafts(settings: VLLMConfig, named: Mapping[str, NamedValue], options: Load
     Raises:
         ConfigError: no tuned model that can draft.
     """
-    if settings.draft_tokens is None:
+    if settings.num_speculative_tokens is None:
         return {}
     if "speculative_config" in settings.arguments:
-        raise ConfigError("draft_tokens beside speculative_config in the arguments of [vllm]\n  give one of them: both say what drafts")
+        raise ConfigError(
+            "num_speculative_tokens beside speculative_config in the arguments of [vllm]\n  give one of them: both say what drafts"
+        )
     pairs = {name: value.given["tuned"] for name, value in named.items() if "tuned" in value.given}
     if "implicit" not in pairs and len(pairs) != 1:
         which = (
@@ -288,17 +290,17 @@ def _drafts(settings: VLLMConfig, named: Mapping[str, NamedValue], options: Load
             else "there is no pair whose tuned model could draft"
         )
         advice = "give speculative_config in the arguments of [vllm]" if pairs else "give --tuned and --untuned"
-        raise ConfigError(f"draft_tokens: {which}\n  {advice}, or leave it out")
+        raise ConfigError(f"num_speculative_tokens: {which}\n  {advice}, or leave it out")
     tuned = pairs.get("implicit") or next(iter(pairs.values()))
     network = resolve(tuned, "tuned", options)
     if network.adapter is not None:
         raise ConfigError(
-            f"draft_tokens: tuned has an adapter ({network.adapter}), and vLLM drafts with whole models\n  merge it first, or leave it out"
+            f"num_speculative_tokens: tuned has an adapter ({network.adapter}); vLLM needs a whole model\n  merge it, or leave it out"
         )
     draft = {
         "method": "draft_model",
         "model": str(find_model(network.path, "tuned", options.hub())),
-        "num_speculative_tokens": settings.draft_tokens,
+        "num_speculative_tokens": settings.num_speculative_tokens,
         "revision": options.revision,
     }
     return {"speculative_config": {k: v for k, v in draft.items() if v is not None}}

@@ -81,7 +81,7 @@ class VLLMConfig(Table):
     ] = None
     tensor_parallel_size: Annotated[int | None, Setting("GPUs that share one model.", _COUNT, unset="1")] = None
     enforce_eager: Annotated[bool | None, Setting("Run without CUDA graphs.", unset="vLLM's")] = None
-    draft_tokens: Annotated[
+    num_speculative_tokens: Annotated[
         int | None,
         Setting(
             "Speculative decoding: the tuned model of the pair drafts so many tokens for each pass. Exact in distribution.",

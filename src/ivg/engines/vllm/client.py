@@ -32,7 +32,7 @@ ALIVE_CHECK_SECONDS = 0.5
 
 _DRAFTS_NEED = (
     "drafts beside guides need vLLM's model runner V2: its choice where Triton is, as on GPUs, unless VLLM_USE_V2_MODEL_RUNNER=0; "
-    "else leave draft_tokens (speculative_config) out of [vllm]"
+    "else leave num_speculative_tokens (speculative_config) out of [vllm]"
 )
 
 

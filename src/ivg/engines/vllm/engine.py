@@ -30,7 +30,7 @@ from ivg.types import AsyncEngine, ExpandOutput, ExpandRequest, LogprobsRequest,
 from ivg.utils.rng import mix
 
 _ELSEWHERE = "leave --engine out: the transformers engine can"
-_LEAVE_DRAFTS_OUT = f"leave draft_tokens (speculative_config) out of [vllm], or {_ELSEWHERE}"
+_LEAVE_DRAFTS_OUT = f"leave num_speculative_tokens (speculative_config) out of [vllm], or {_ELSEWHERE}"
 _SPECULATIVE = {
     **dict.fromkeys(
         ["bad_words", STOPS_BESIDE_EOS, *(f"{name}{IN_CHUNKS}" for name in LOOK_BACK.difference(STRUCTURES))],
@@ -123,7 +123,7 @@ class VLLMEngine(AsyncEngine):
             return
         for name in ("candidates", "gate", "draft", "plausibility", "kl_budget"):
             if (got := getattr(guidance, name)) or (got is not None and name == "kl_budget"):
-                instead = "for drafts set draft_tokens in [vllm]" if name == "draft" else _ELSEWHERE
+                instead = "for drafts set num_speculative_tokens in [vllm]" if name == "draft" else _ELSEWHERE
                 raise ConfigError(f"{name}={got}: the engine vllm adds whole logits at every token\n  {instead}")
         for _, value in _weighted_guides(guidance.value, 1.0):
             if self.guides.get(value.name) is not value:
