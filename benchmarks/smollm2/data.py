@@ -76,9 +76,16 @@ def summarization(data: Path, work: Path, scale: float) -> None:
     for split in ("dev", "test"):
         random.Random(SEED).shuffle(rows[split])
         _write(work / f"aeslc-{split}.jsonl", rows[split])
-    looked_at = Summarization().examples(EvalConfig(data=str(work / "aeslc-test.jsonl"), prompts=min(64, len(rows["test"]) // 2)))
-    seen = {example.id for example in looked_at}  # when a variant was chosen
-    _write(work / "aeslc-beyond.jsonl", (row for row in rows["test"] if str(row["id"]) not in seen))
+    left = _unseen(rows["test"], work / "aeslc-test.jsonl", 64)  # a variant was chosen on 64
+    _write(work / "aeslc-beyond.jsonl", left)
+    _write(work / "aeslc-fresh.jsonl", _unseen(left, work / "aeslc-beyond.jsonl", 48))  # and another one named on the next 48
+
+
+def _unseen(rows: list[dict[str, Any]], asked: Path, prompts: int) -> list[dict[str, Any]]:
+    """The rows that an evaluation of the first prompts (at most half of all) did not ask for."""
+    examples = Summarization().examples(EvalConfig(data=str(asked), prompts=min(prompts, len(rows) // 2)))
+    seen = {example.id for example in examples}
+    return [row for row in rows if str(row["id"]) not in seen]
 
 
 def _mails(data: Path, split: str) -> Iterable[dict[str, Any]]:
