@@ -189,6 +189,15 @@ def test_options_of_the_command_line():
     for wrong in ("colour=1", "width", "colour.red=1"):
         with pytest.raises(ConfigError, match=r"expected KEY=VALUE with KEY one of .*, or TABLE\.KEY=VALUE with TABLE one of models"):
             typed("--set", wrong)
+    sets = ("--set", 'models.base.quantization={"load_in_8bit": true}', "--set", "models.base.dtype=auto")
+    one = typed("--base", "b", "--dtype", "base=float32", *sets)
+    assert one.models.base == ModelRef(path="b", dtype="auto", quantization={"load_in_8bit": True})
+    for key, said in (("scale", "--adapter-scale 'tuned=2'"), ("max_memory", "--set 'models.tuned.max_memory=2'")):
+        with pytest.raises(ConfigError, match=f"{said}, but no model is given for tuned\n  give --tuned MODEL with it"):
+            typed("--set", f"models.tuned.{key}=2")
+    for wrong in ("models.nobody.dtype=auto", "models.base.colour=1"):
+        with pytest.raises(ConfigError, match=r"expected models\.ROLE\.KEY=VALUE with ROLE one of base, .* and KEY one of adapter, "):
+            typed("--base", "b", "--set", wrong)
     with pytest.raises(ConfigError, match=r"run.seed.*2\*\*63"):
         typed("--seed", str(1 << 64))
 

@@ -14,7 +14,7 @@ from ivg.cli.role_options import ONE_MODEL, PER_MODEL, ByRole, role_option, role
 from ivg.errors import ConfigError
 from ivg.search.methods import get_method
 from ivg.search.unused import unused_settings
-from ivg.settings.models import ROLES
+from ivg.settings.models import ROLES, ModelRef
 from ivg.settings.recipe import Recipe
 from ivg.settings.sampling import DEFAULT_SAMPLING
 from ivg.settings.schema import Declared, settings_of
@@ -77,7 +77,10 @@ class RecipeOptions:
             for name, (flag, text) in self.one_model.items():
                 yield _parameter(name, list[str], flag, help=text, rich_help_panel=_title("models"))
         if not self.bare:
-            text = "Any other setting: KEY=VALUE of the search, or TABLE.KEY=VALUE (docs/reference/settings.md); may be repeated."
+            text = (
+                "Any other setting: KEY=VALUE of the search, TABLE.KEY=VALUE, or models.ROLE.KEY=VALUE of one model "
+                "(docs/reference/settings.md); may be repeated."
+            )
             yield _parameter("set", list[str], "--set", help=text)
 
     def build(self, given: Mapping[str, Any]) -> Recipe:
@@ -96,7 +99,8 @@ class RecipeOptions:
             every = {name: value for name in self.by_role if (value := split(name, given.get(f"run_{name}") or ())[0]) is not None}
             found["run"] = {**found.get("run", {}), **every}
         for table, name, value in map(_assignment, further or ()):
-            found.setdefault(table, {})[name] = value
+            if table not in _ONE_MODEL:
+                found.setdefault(table, {})[name] = value
         recipe = Recipe.load(file) if file is not None else Recipe()
         if self.adjust is not None:
             recipe, found = self.adjust(recipe, found)
@@ -122,6 +126,9 @@ class RecipeOptions:
         for name in self.by_role:
             for role, value in split(name, given.get(f"run_{name}") or ())[1].items():
                 out.setdefault(role, {})[name] = value
+        for table, name, value in map(_assignment, given.get("set") or ()):
+            if table in _ONE_MODEL:
+                out.setdefault(_ONE_MODEL[table], {})[name] = value
         return out
 
     def _options(self) -> Iterator[tuple[str, Declared]]:
@@ -207,12 +214,19 @@ def resolve_search(recipe: Recipe) -> Recipe:
     return recipe
 
 
+_ONE_MODEL = {f"models.{role}": role for role in ROLES}
+"""Tables of single models, as ``--set`` names them, and their roles."""
+
+
 def _assignment(text: str) -> tuple[str, str, Any]:
     """(table, setting, value) of ``--set``."""
     key, sign, value = text.partition("=")
     table, dot, name = key.strip().rpartition(".")
     known = settings_of(SearchSettings)
-    if not sign or (not dot and name not in known) or (dot and table not in Recipe.model_fields):
+    if sign and table.startswith("models.") and (table not in _ONE_MODEL or name not in settings_of(ModelRef)):
+        roles, keys = ", ".join(ROLES), ", ".join(sorted(settings_of(ModelRef)))
+        raise ConfigError(f"--set {text!r}\n  expected models.ROLE.KEY=VALUE with ROLE one of {roles} and KEY one of {keys}")
+    if not sign or (not dot and name not in known) or (dot and table not in {*Recipe.model_fields, *_ONE_MODEL}):
         listed, tables = ", ".join(sorted(known)), ", ".join(Recipe.model_fields)
         raise ConfigError(f"--set {text!r}\n  expected KEY=VALUE with KEY one of {listed}, or TABLE.KEY=VALUE with TABLE one of {tables}")
     return table or "search", name, plain_value(value.strip())

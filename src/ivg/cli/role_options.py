@@ -91,8 +91,13 @@ def with_roles(recipe: Recipe, models: Mapping[str, str], by_role: ByRole) -> di
             ref = {"path": "embedded:base"}
         if ref is None:
             name, value = next(iter(settings.items()))
-            raise ConfigError(
-                f"--{name.replace('_', '-')} {f'{role}={value}'!r}, but no model is given for {role}\n  give --{role} MODEL with it"
-            )
+            raise ConfigError(f"{_typed(role, name, value)}, but no model is given for {role}\n  give --{role} MODEL with it")
         named[role] = {**ref, **settings}
     return named
+
+
+def _typed(role: str, name: str, value: Any) -> str:
+    """A setting of one model as the command line has it: its option, or ``--set`` where it has none."""
+    flags = {"template": "--template", "chat_template_kwargs": "--chat-template-kwargs"}
+    flags |= {key: flag for key, (flag, _) in ONE_MODEL.items()} | {key: f"--{key}" for key in PER_MODEL}
+    return f"{flags[name]} {f'{role}={value}'!r}" if name in flags else f"--set {f'models.{role}.{name}={value}'!r}"
