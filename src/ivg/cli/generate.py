@@ -143,16 +143,11 @@ def run(recipe: Recipe, rows: Iterable[SourceRow], files: GenerateSettings, clus
 
 
 def _check_files(files: GenerateSettings) -> None:
-    """No file is read and written, or written twice, in one run."""
+    from ivg.cli.files import check_files
     from ivg.jobs.store import is_stream
 
     source, failed = files.input, files.failed
-    named = {"--input": source, "--output": files.output, "--failed": failed}
-    places = {option: path.resolve() for option, path in named.items() if path is not None and not is_stream(path)}
-    for option, place in places.items():
-        same = next((other for other in places if other < option and places[other] == place), None)
-        if same is not None:
-            raise ConfigError(f"{same} and {option} are the same file, {named[option]}\n  give each a file of its own")
+    check_files([("--input", source)], [("--output", files.output), ("--failed", failed), ("--trace", files.trace)])
     if failed is not None and is_stream(failed):
         raise ConfigError(f"--failed {failed} is no file\n  expected a JSONL file for the rows that failed")
     if source is not None and source.is_dir():

@@ -39,10 +39,12 @@ def run(recipe: Recipe, options: PreferenceSettings, *, as_json: bool = False, q
         as_json: print all numbers as one JSON object.
         quiet: print the verdict alone.
     """
+    from ivg.cli.files import check_files
     from ivg.diagnostics.preference_check import CheckSettings, check_preferences
     from ivg.factory.recipe import load_models
     from ivg.utils.jsonl import write_json
 
+    check_files([("--preferences", options.preferences)], [("--output", options.output)])
     pairs, betas = _read(options, quiet), options.weights_of(options.betas)
     model = load_models(recipe)
     out, err = table_console(), Console(stderr=True, highlight=False, quiet=quiet)
@@ -78,7 +80,7 @@ def _read(options: PreferenceSettings, quiet: bool) -> list[Preference]:
 
     assert options.preferences is not None
     failures = Failures((lambda _: None) if quiet else print_error)
-    how = ReadOptions(mapping=ColumnMapping(options.column_names or None), format=options.format, on_bad=failures.add_unreadable)
+    how = ReadOptions(mapping=ColumnMapping(options.column_names or None), format=options.format, on_bad=failures.add_unusable)
     pairs = read_preferences(options.preferences, options.pairs, options=how, label="higher")
     failures.close()
     return pairs

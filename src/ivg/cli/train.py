@@ -105,8 +105,11 @@ def rollout(
     recipe: Recipe,
 ) -> None:
     """See the command's help."""
+    from ivg.cli.files import check_files
     from ivg.utils.jsonl import read_jsonl
 
+    rollouts = [("--out", out), *([("--out", out.with_suffix(".jsonl"))] if out.suffix != ".jsonl" else [])]
+    check_files([("--prompts", source) for source in prompts], [*rollouts, ("--failed", rows.failed)], rows.split)
     with train_extra():
         from ivg.cli.progress import progress
         from ivg.factory.recipe import load_models

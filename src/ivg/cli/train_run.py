@@ -35,13 +35,15 @@ def read_rows(reader: Callable[..., list[Any]], sources: Sequence[str], settings
 
 def read_sources(reader: Callable[..., list[Any]], sources: Sequence[str], settings: DataSettings, **more: Any) -> list[list[Any]]:
     """The rows of each source; those that cannot be used are reported, counted and left out."""
+    from ivg.cli.files import check_files
     from ivg.cli.progress import print_error
     from ivg.jobs.failures import Failures
     from ivg.training.data import ColumnMapping, ReadOptions
 
     mapping = ColumnMapping(settings.column_names or None, settings.prompt_format, settings.response_format)
+    check_files([("--data", source) for source in sources], [("--failed", settings.failed)], settings.split)
     failures = Failures(print_error, settings.failed)
-    options = ReadOptions(settings.split, mapping, settings.format, failures.add_unreadable)
+    options = ReadOptions(settings.split, mapping, settings.format, failures.add_unusable)
     found = [reader(source, options=options, **more) for source in sources]
     failures.close()
     if failures.count:

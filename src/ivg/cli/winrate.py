@@ -37,11 +37,13 @@ def winrate(
     quiet: Quiet = False,
 ) -> None:
     """See HELP."""
+    from ivg.cli.files import check_files
     from ivg.evaluation.length_control import difficulty_file, length_controlled
     from ivg.evaluation.winrate import average_over_seeds, read_judgements, win_rate
 
     if [str(file) for file in judgements].count(DASH) > 1:
         raise ConfigError("got - twice, and there is one standard input\n  give it once")
+    check_files([*(("judgements", file) for file in judgements), ("--difficulty", difficulty)], [("--output", output)])
     path = None if plain else difficulty_file(difficulty)
     results: list[dict[str, Any]] = []
     table = plain_table()

@@ -42,9 +42,9 @@ class Failures:
         if self.path is not None:
             append_lines(self.path, to_json({**row, "error": " - ".join(why.split("\n  "))}) + "\n")
 
-    def add_unreadable(self, row: SourceRow) -> None:
-        """A row that could not be read."""
-        self(row.place, row.error or "", {"place": row.place, "text": row.text})
+    def add_unusable(self, row: SourceRow) -> None:
+        """A row that could not be read (its text is written), or not be used (it is written as it was)."""
+        self(row.place, row.error or "", {"place": row.place, "text": row.text} if row.data is None else row.data)
 
     def close(self) -> None:
         """Report how many were only counted."""

@@ -35,12 +35,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """One row of a data set, or why it cannot be read.
+    """One row of a data set, or why it cannot be read or used.
 
     Attributes:
         place: for messages: the file and the line (of Parquet and the hub: the row), from 1.
         data: columns by name; None where the row cannot be read.
-        error: why it cannot be read.
+        error: why it cannot be read; of a row that is readable, why it cannot be used.
         text: the text that is not a row.
     """
 

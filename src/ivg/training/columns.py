@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from ivg.errors import PromptError
@@ -14,6 +16,10 @@ from ivg.types.messages import Message, Prompt, check_text
 from ivg.utils.jsonl import RowError
 
 Row = Mapping[str, Any]
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
+"""A number as text; Python itself also takes ``1_0`` and digits of other scripts."""
+_MOST_TOKENS = 2**31
+"""Ids of tokens are below this in every library."""
 
 
 def cell(row: Row, name: str) -> Any:
@@ -47,6 +53,24 @@ def flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise RowError(f"expected true or false in ended, got {value!r}")
     return value
+
+
+def is_complete(row: Row) -> bool:
+    """Is the response of a row complete? Cut are those with ``ended`` false, or where that is missing a ``finish_reason`` but ``stop``."""
+    if row.get("ended") not in (None, ""):
+        return flag(row["ended"])
+    return row.get("finish_reason") in (None, "", "stop")
+
+
+def tokens_of(row: Row) -> tuple[int, ...] | None:
+    """``token_ids`` of a row; None: it has none."""
+    if row.get("token_ids") in (None, ""):
+        return None
+    ids = list_of(row, "token_ids")
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < _MOST_TOKENS:
+            raise RowError(f"expected whole numbers from 0 in token_ids, got {str(token)[:40]!r}")
+    return tuple(ids)
 
 
 def responses_of(row: Row) -> list[tuple[str, float]]:
@@ -85,10 +109,17 @@ def response_text(value: Any) -> str:
 
 def finite_score(value: Any) -> float:
     """A finite number, or its digits."""
-    try:
-        score = float(value)
-    except (TypeError, ValueError):
-        score = math.nan
+    score = math.nan
+    if not isinstance(value, str) or _NUMBER.fullmatch(value):
+        with suppress(TypeError, ValueError, OverflowError):  # OverflowError: a whole number beyond double precision
+            score = float(value)
     if not math.isfinite(score):
-        raise RowError(f"expected a finite score, got {value!r}")
+        raise RowError(f"expected a finite score, got {_shown(value)}")
     return score
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)[:80]
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return "a whole number of thousands of digits"

@@ -8,29 +8,29 @@ form                columns                                                read 
 preference (TRL)    ``prompt, chosen, rejected``; or ``chosen, rejected``  preferences
 rated               ``prompt, response, score``                            rated responses, preferences
 imdb_preference     ``prompt, responses, scores, chosen``                  rated responses, preferences
-SFT example         ``prompt, response`` (or ``completion``), or ``text``  SFT examples
+SFT example         ``prompt, response`` (or ``completion``, ``text``)      SFT examples
+plain text          ``text``                                               SFT examples
 ==================  =====================================================  =============================
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
-from ivg.errors import ConfigError, PromptError
-from ivg.jobs.formats import SourceRow, scan_rows, source_name
+from ivg.errors import ConfigError
 from ivg.jobs.prompts import prompt_of
 from ivg.settings.train import PairLabel
-from ivg.training.columns import Row, cell, finite_score, flag, list_of, prompt_in, response_text, responses_of
+from ivg.training.columns import Row, cell, finite_score, is_complete, list_of, prompt_in, response_text, responses_of, tokens_of
+from ivg.training.row_source import ColumnMapping as ColumnMapping
+from ivg.training.row_source import ReadOptions as ReadOptions
+from ivg.training.row_source import Rows
 from ivg.types import Preference, Prompt
 from ivg.utils.jsonl import RowError
 from ivg.utils.rng import uniform
 
-Item = TypeVar("Item")
 PREFERENCE = ("prompt", "chosen", "rejected")
 CONVERSATIONS = ("chosen", "rejected")
 RATED = ("prompt", "response", "score")
@@ -58,63 +58,17 @@ class RatedResponse:
 
 @dataclass(frozen=True)
 class SFTExample:
-    """A response that a model should learn to give to ``prompt``; without a prompt, a plain text."""
+    """A response that a model should learn to give to ``prompt``; without a prompt, a plain text.
+
+    Attributes:
+        prompt: text or messages; None: none.
+        response: text.
+        ends: the response is complete, so that an end-of-sequence token follows it.
+    """
 
     prompt: Prompt | None
     response: str
-
-
-@dataclass(frozen=True)
-class ColumnMapping:
-    """Names of columns, and formats of texts.
-
-    Attributes:
-        columns: name above -> column of the file, e.g. ``{"prompt": "email", "response": "subject"}``.
-        prompt: format of prompts that are texts, with ``{prompt}``; None: unchanged.
-        response: format of responses, with ``{response}``; None: unchanged.
-    """
-
-    columns: Mapping[str, str] | None = None
-    prompt: str | None = None
-    response: str | None = None
-
-    def apply(self, row: Row) -> dict[str, Any]:
-        """The row with the names above, and with the formats applied.
-
-        Raises:
-            ConfigError: a column that the row lacks.
-        """
-        out = dict(row)
-        for name, column in (self.columns or {}).items():
-            if column not in row:
-                raise ConfigError(f"no column {column!r} (for {name})\n  got {', '.join(row)}")
-            out[name] = row[column]
-        if self.prompt is not None and isinstance(out.get("prompt"), str):
-            out["prompt"] = self.prompt.replace("{prompt}", out["prompt"])
-        if self.response is not None:
-            for name in ("response", "completion", "chosen", "rejected"):
-                if isinstance(out.get(name), str):
-                    out[name] = self.response.replace("{response}", out[name])
-            if isinstance(out.get("responses"), list):
-                out["responses"] = [self.response.replace("{response}", r) if isinstance(r, str) else r for r in out["responses"]]
-        return out
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """How the rows of a source are read.
-
-    Attributes:
-        split: of a folder or data set.
-        mapping: the column names of the file and the formats of prompts and responses.
-        format: of the file (:mod:`ivg.jobs.formats`); None: by its name.
-        on_bad: called with each row that cannot be used, which is then left out; None: the first one is an error.
-    """
-
-    split: str = "train"
-    mapping: ColumnMapping = ColumnMapping()
-    format: str | None = None
-    on_bad: Callable[[SourceRow], None] | None = None
+    ends: bool = True
 
 
 def read_preferences(
@@ -150,7 +104,7 @@ def read_comparable(source: str | Path, options: ReadOptions | None = None, *, b
     Raises:
         ConfigError: unreadable, wrong columns, no row.
     """
-    rows = _Rows(source, options)
+    rows = Rows(source, options)
     if rows.have(*RATED_LISTS, "chosen") and not by_score:
         return [*rows.each(_labelled)]
     if rows.have(*RATED_LISTS) or rows.have(*RATED):
@@ -166,21 +120,23 @@ def read_rated(source: str | Path, options: ReadOptions | None = None) -> list[R
     Raises:
         ConfigError: unreadable, wrong columns, no row, a score that is no finite number.
     """
-    return _rated_rows(_Rows(source, options))
+    return _rated_rows(Rows(source, options))
 
 
 def read_sft_examples(source: str | Path, options: ReadOptions | None = None) -> list[SFTExample]:
-    """SFT examples: ``prompt, response`` (or ``completion``; the chosen ones of preferences), ``messages``, or ``text``.
+    """SFT examples: ``prompt, response`` (or ``completion``; the chosen ones of preferences), ``messages``, ``prompt, text``, or ``text``.
+
+    ``ended`` false, or a ``finish_reason`` other than ``stop``: the response was cut, and no end-of-sequence token follows it.
 
     Raises:
         ConfigError: unreadable, wrong columns, no row.
     """
-    rows = _Rows(source, options)
+    rows = Rows(source, options)
     if rows.have(*RATED_LISTS) and rows.response == "chosen":
         return list(dict.fromkeys(SFTExample(pair.prompt, pair.chosen) for pair in rows.each(_labelled)))
     if (parse := _sft_parser(rows)) is not None:
         return rows.each(parse)
-    raise rows.wrong_columns("SFT examples", ("prompt", "response"), ("prompt", "completion"), ("messages",), ("text",))
+    raise rows.wrong_columns("SFT examples", ("prompt", "response"), ("prompt", "completion"), ("messages",), ("prompt", "text"), ("text",))
 
 
 def read_prompts(source: str | Path, options: ReadOptions | None = None) -> list[Prompt]:
@@ -189,7 +145,7 @@ def read_prompts(source: str | Path, options: ReadOptions | None = None) -> list
     Raises:
         ConfigError: unreadable, wrong columns, no row.
     """
-    rows = _Rows(source, options)
+    rows = Rows(source, options)
     if not (rows.have("prompt") or rows.have("messages")):
         raise rows.wrong_columns("prompts", ("prompt",), ("messages",))
     return list(dict.fromkeys(rows.each(lambda row: [prompt_in(row, prompt_of(row))])))
@@ -201,7 +157,7 @@ def read_any(source: str | Path, options: ReadOptions | None = None) -> tuple[st
     Raises:
         ConfigError: unreadable, or columns of no form.
     """
-    rows = _Rows(source, options)
+    rows = Rows(source, options)
     if rows.have(*RATED_LISTS) or rows.have(*RATED):
         return "rated responses", [*_rated_rows(rows)]
     if rows.have(*CONVERSATIONS):
@@ -258,99 +214,17 @@ def answers(row: Preference | RatedResponse | SFTExample) -> list[tuple[Prompt |
     return [(row.prompt, text) for text in texts]
 
 
-class _Rows:
-    """The rows of a source after the column mapping; the first readable one decides the form of the source.
-
-    Raises:
-        ConfigError: there is none.
-    """
-
-    def __init__(self, source: str | Path, options: ReadOptions | None) -> None:
-        self.source, self.options = source, options or ReadOptions()
-        self._skipped: list[str] = []
-        self._rest = self._readable()
-        first = next(self._rest, None)
-        if first is None:
-            raise ConfigError(self._nothing_usable())
-        self._first = first
-
-    def have(self, *columns: str) -> bool:
-        """Has the first row all these columns?"""
-        return all(name in self._first[1] for name in columns)
-
-    @property
-    def response(self) -> str | None:
-        """The column of the response that SFT learns."""
-        return next((name for name in ("response", "completion", "chosen") if self.have(name)), None)
-
-    @property
-    def ends_with_answer(self) -> bool:
-        """Is the last of the first row's ``messages`` the assistant's?"""
-        turns = list_of(self._first[1], "messages")
-        return bool(turns) and isinstance(turns[-1], Mapping) and turns[-1].get("role") == "assistant"
-
-    def each(self, parse: Callable[[dict[str, Any]], Iterable[Item]]) -> list[Item]:
-        """The items that ``parse`` makes of every row.
-
-        Raises:
-            ConfigError: a row that cannot be used, if there is no ``on_bad``.
-        """
-        out: list[Item] = []
-        for source, row in chain([self._first], self._rest):
-            try:
-                out += parse(row)
-            except (PromptError, RowError) as e:
-                self._bad(replace(source, data=None, error=str(e)))
-        return out
-
-    def wrong_columns(self, what: str, *forms: Sequence[str]) -> ConfigError:
-        """``what`` cannot be read from these columns; it needs those of one of the ``forms``."""
-        wanted = "; or ".join(", ".join(s) for s in forms)
-        return ConfigError(
-            f"{source_name(self.source)} has the columns {', '.join(self._first[1])}\n  {what} need {wanted}\n"
-            "  for other names: --columns NAME=COLUMN,… (in Python: ColumnMapping({NAME: COLUMN}))"
-        )
-
-    def _readable(self) -> Iterator[tuple[SourceRow, dict[str, Any]]]:
-        mapped = False
-        for source in scan_rows(self.source, self.options.split, self.options.format):
-            if source.data is None:
-                self._bad(source)
-            elif error := source.data.get("error"):  # of a rollout that failed
-                self._skipped.append(f"{source.place}: {error}")
-            else:
-                try:
-                    row = self.options.mapping.apply(source.data)
-                except ConfigError as e:
-                    if not mapped:  # in the first row: the name is wrong for all
-                        raise
-                    self._bad(replace(source, data=None, error=str(e)))
-                    continue
-                mapped = True
-                yield source, row
-
-    def _nothing_usable(self) -> str:
-        why = f"has no row that can be used\n  the first of {len(self._skipped)}: {self._skipped[0]}" if self._skipped else "is empty"
-        return f"{source_name(self.source)} {why}"
-
-    def _bad(self, row: SourceRow) -> None:
-        self._skipped.append(f"{row.place}: {row.error}")
-        if self.options.on_bad is None:
-            raise ConfigError(self._skipped[-1])
-        self.options.on_bad(row)
-
-
-def _sft_parser(rows: _Rows) -> Callable[[Row], list[SFTExample]] | None:
+def _sft_parser(rows: Rows) -> Callable[[Row], list[SFTExample]] | None:
     """What makes SFT examples of rows with these columns; None: nothing does."""
     name = rows.response
     if name is not None and rows.have("prompt"):
-        return lambda row: [SFTExample(prompt_in(row), response_text(cell(row, name)))]
+        return lambda row: [SFTExample(prompt_in(row), response_text(cell(row, name)), is_complete(row))]
     if rows.have("messages"):
         return _conversation
-    return (lambda row: [SFTExample(None, response_text(cell(row, "text")))]) if rows.have("text") else None
+    return (lambda row: [SFTExample(None, response_text(cell(row, "text")), is_complete(row))]) if rows.have("text") else None
 
 
-def _rated_rows(rows: _Rows) -> list[RatedResponse]:
+def _rated_rows(rows: Rows) -> list[RatedResponse]:
     if rows.have(*RATED_LISTS):
         return rows.each(lambda row: [RatedResponse(prompt_in(row), text, score) for text, score in responses_of(row)])
     if rows.have(*RATED):
@@ -359,17 +233,17 @@ def _rated_rows(rows: _Rows) -> list[RatedResponse]:
 
 
 def _rated(row: Row) -> RatedResponse:
-    ids = None if row.get("token_ids") in (None, "") else tuple(list_of(row, "token_ids"))
-    ended = flag(row["ended"]) if row.get("ended") not in (None, "") else row.get("finish_reason", "stop") == "stop"
-    return RatedResponse(prompt_in(row), response_text(cell(row, "response")), finite_score(cell(row, "score")), ids, ended)
+    return RatedResponse(
+        prompt_in(row), response_text(cell(row, "response")), finite_score(cell(row, "score")), tokens_of(row), is_complete(row)
+    )
 
 
 def _labelled(row: Row) -> list[Preference]:
     """Rows of imdb_preference: ``chosen`` is the index of the better response in ``responses``."""
     prompt, found, index = prompt_in(row), responses_of(row), cell(row, "chosen")
-    if isinstance(index, str) and index.isdigit():
+    if isinstance(index, str) and index.isascii() and index.isdigit():
         index = int(index)
-    if not isinstance(index, int) or not 0 <= index < len(found):
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(found):
         raise RowError(f"chosen must be the index of one of {len(found)} responses, got {index!r}")
     best, high = found[index]
     return [Preference(prompt, best, text, high - score) for text, score in found if text != best]
@@ -397,4 +271,4 @@ def _preference(row: Row) -> list[Preference]:
 
 def _conversation(row: Row) -> list[SFTExample]:
     turns = list_of(row, "messages")
-    return [SFTExample(prompt_in(row, turns[:-1]), response_text(turns[-1:]))]
+    return [SFTExample(prompt_in(row, turns[:-1]), response_text(turns[-1:]), is_complete(row))]

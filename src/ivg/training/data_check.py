@@ -204,4 +204,4 @@ def _ended(item: Item) -> frozenset[str]:
     """The responses that an end-of-sequence token follows in training."""
     if isinstance(item, Preference):
         return frozenset(name for name, ends in (("chosen", item.chosen_ends), ("rejected", item.rejected_ends)) if ends)
-    return frozenset({"response"} if isinstance(item, SFTExample) or (isinstance(item, RatedResponse) and item.ends) else ())
+    return frozenset({"response"} if isinstance(item, SFTExample | RatedResponse) and item.ends else ())

@@ -85,7 +85,7 @@ def encode_sft(rows: Sequence[SFTExample], tokenizer: Any, template: str | None,
     """``input_ids`` and ``completion_mask`` for TRL's SFT; rows longer than ``max_length`` are left out."""
     out, vocabulary = [], Vocabulary(tokenizer)
     for row in rows:
-        before, after = response_ids(row.prompt, row.response, vocabulary, template, ends=True)
+        before, after = response_ids(row.prompt, row.response, vocabulary, template, ends=row.ends)
         if len(before) + len(after) <= max_length:
             out.append({"input_ids": before + after, "completion_mask": [0] * len(before) + [1] * len(after)})
     return out

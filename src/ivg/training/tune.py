@@ -29,6 +29,7 @@ from ivg.training.ranking import measure_ranking
 from ivg.training.run_dir import RunDir, first_process, open_run, process_count, run_provenance
 from ivg.training.split import held_out
 from ivg.training.trainer import GroupedByLength, drop_timing_metrics, encode_split, load_for_training, lora_config, trainer_arguments
+from ivg.training.weighted_metrics import WeightedMetrics
 from ivg.types import Preference
 from ivg.values.reward import RewardModel
 
@@ -147,7 +148,7 @@ class _Task:
     overrides: str | None = None
 
 
-class _SFTTrainer(ScoredOnCpu, GroupedByLength, SFTTrainer):
+class _SFTTrainer(WeightedMetrics, ScoredOnCpu, GroupedByLength, SFTTrainer):
     """TRL's. On a CPU without its head: that reads all positions in large tiles, and takes most of the time."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,11 +156,11 @@ class _SFTTrainer(ScoredOnCpu, GroupedByLength, SFTTrainer):
         return super().compute_loss(*args, **kwargs) if read_here else Trainer.compute_loss(self, *args, **kwargs)
 
 
-class _RewardTrainer(GroupedByLength, RewardTrainer):
+class _RewardTrainer(WeightedMetrics, GroupedByLength, RewardTrainer):
     """TRL's, with batches of like length."""
 
 
-class _TokenisedDPOTrainer(ScoredOnCpu, GroupedByLength, DPOTrainer):
+class _TokenisedDPOTrainer(WeightedMetrics, ScoredOnCpu, GroupedByLength, DPOTrainer):
     """For tokenised rows: TRL would add an end of sequence to responses that were cut at their length limit. On a CPU with our own head."""
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
