@@ -279,3 +279,14 @@ def test_request_ids(running):
     assert httpx.get(f"{running.url}/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
     other = httpx.get(f"{running.url}/health", headers={"x-request-id": "bad id, worse"}).headers["x-request-id"]
     assert len(other) == 32
+
+
+def test_a_prompt_that_comes_again_gets_new_samples(running, library):
+    ask = running.client().completions.create
+    got = ask(model="tiny:base", prompt=["One", "Two", "One", "One"], n=2, seed=5, **SAMPLING)
+    wanted = [
+        expected(library, p, "base", 5, i).text
+        for p, i in zip(["One"] * 2 + ["Two"] * 2 + ["One"] * 4, [0, 1, 0, 1, *range(2, 6)], strict=True)
+    ]
+    assert [c.text for c in sorted(got.choices, key=lambda c: c.index)] == wanted
+    assert len({c.text for c in ask(model="tiny:base", prompt=["One"] * 4, **SAMPLING).choices}) == 4

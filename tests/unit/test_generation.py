@@ -349,6 +349,17 @@ def test_best_of_says_how_many_samples_failed():
     assert [(c.error, c.notes) for c in likeliest(made("a", "b"), 1)] == [("a", ())]
 
 
+@pytest.mark.parametrize("n", [None, 2])
+def test_a_prompt_that_comes_again_in_a_list_gets_new_samples(model, n):
+    prompts = ["I", "Well,", "I"]
+    answers = model.generate(prompts, "base", n=n, seed=4, index=1)
+    samples = model.generate("I", "base", n=2 * (n or 1), seed=4, index=1)
+    assert texts([answers[0], answers[2]]) == (texts(samples) if n is None else [texts(samples[:2]), texts(samples[2:])])
+    assert texts(answers[0]) != texts(answers[2])
+    assert texts(answers[1]) == texts(model.generate("Well,", "base", n=n, seed=4, index=1))
+    assert texts(list(model.generate_iter(iter(prompts), "base", n=n, seed=4, index=1))) == texts(answers)
+
+
 # Progress, copies, devices
 
 

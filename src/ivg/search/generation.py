@@ -12,7 +12,7 @@ from typing import Any, overload
 from ivg.errors import ConfigError, GenerationError, PromptError
 from ivg.search.background import BackgroundSearch
 from ivg.search.methods import Method
-from ivg.search.request import Request, streaming_stride
+from ivg.search.request import RepeatedPrompts, Request, streaming_stride
 from ivg.search.searcher import Searcher
 from ivg.search.text_stream import AsyncTextStream, TextStream
 from ivg.types import Completion, Message, Posterior, Prompt, Step, likeliest
@@ -86,7 +86,8 @@ class GenerationMixin(ABC):
         """Answer one prompt (text, one message, or the messages of one conversation), or a list of them in one batch.
 
         Args:
-            prompts: one prompt, or a list of prompts.
+            prompts: one prompt, or a list of prompts. One that comes again in the list gets new samples, with the indices behind those
+                of its earlier places; every other prompt is answered as alone.
             method: a name of :attr:`GuidedModel.methods`, ``custom``, or a :class:`~ivg.Method`.
             n: samples for each prompt; None: one. Sample i has index i of :meth:`request`, so sample 0 is that of a single answer.
             on_progress: called with (done, total) after each answer; what it raises ends the run.
@@ -137,12 +138,13 @@ class GenerationMixin(ABC):
         searcher, source = self.searcher(), iter(prompts)
         place: dict[int, tuple[int, int]] = {}  # of a running request: its prompt and its sample
         done: dict[int, dict[int, Completion]] = {}
+        repeated = _repeated(n, settings)
         taken, given, stopped = 0, 0, None
         try:
             while stopped is None or given < taken:
                 while stopped is None and not searcher.full:
                     try:
-                        for sample, request in enumerate(self._samples(_conversation(next(source)), method, n, settings)):
+                        for sample, request in enumerate(self._samples(_conversation(next(source)), method, repeated, settings)):
                             place[searcher.add(request)] = taken, sample
                     except Exception as error:  # the end, or a prompt that cannot be read
                         stopped = error
@@ -268,14 +270,15 @@ class GenerationMixin(ABC):
     ) -> tuple[list[Request], bool]:
         """(n requests for each prompt, is it one prompt alone)."""
         items, single = read_prompts(prompts)
-        count = _drawn(n, settings)
-        return [request for item in items for request in self._samples(item, method, count, settings)], single
+        repeated = _repeated(_drawn(n, settings), settings)
+        return [request for item in items for request in self._samples(item, method, repeated, settings)], single
 
-    def _samples(self, prompt: PromptLike, method: str | Method, n: int, settings: dict[str, Any]) -> list[Request]:
+    def _samples(self, prompt: PromptLike, method: str | Method, repeated: RepeatedPrompts, settings: dict[str, Any]) -> list[Request]:
         rest = {name: value for name, value in settings.items() if name not in ("index", "best_of")}
         if settings.get("best_of") is not None and rest.get("alternatives") is None:
             rest["alternatives"] = 0  # it selects by log-probabilities
-        return [self.request(prompt, method, index=settings.get("index", 0) + i, **rest) for i in range(n)]
+        request = self.request(prompt, method, index=repeated.first, **rest)
+        return [replace(request, index=i) for i in repeated.indices(request.prompt)]
 
     def _streamed(self, prompt: PromptLike, method: str | Method, settings: dict[str, Any]) -> Request:
         request = self.request(prompt, method, **settings)
@@ -287,6 +290,10 @@ class GenerationMixin(ABC):
             if self._background is None:
                 self._background = BackgroundSearch(self.searcher)
             return self._background
+
+
+def _repeated(n: int, settings: Mapping[str, Any]) -> RepeatedPrompts:
+    return RepeatedPrompts(n, settings.get("index", 0))
 
 
 def _drawn(n: int | None, settings: Mapping[str, Any]) -> int:

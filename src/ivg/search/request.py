@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -206,6 +207,26 @@ class Request:
     def draw_seed(self) -> int:
         """Seed of this request's draws."""
         return mix(self.seed, self.index)
+
+
+class RepeatedPrompts:
+    """Indices of the samples of a list of prompts: one that comes again gets new draws, and any other those that it has alone.
+
+    Args:
+        n: samples for each prompt.
+        first: index of the first sample.
+    """
+
+    def __init__(self, n: int, first: int = 0) -> None:
+        self.n, self.first = n, first
+        self._seen: Counter[int] = Counter()
+
+    def indices(self, prompt: Prompt) -> range:
+        """The indices of the next ``n`` samples of ``prompt``."""
+        key = hash(prompt.without_data)  # no prompts are kept: an endless list may give them
+        start = self.first + self._seen[key] * self.n
+        self._seen[key] += 1
+        return range(start, start + self.n)
 
 
 def streaming_stride(request: Request) -> int:

@@ -17,7 +17,7 @@ from ivg.models.images import ImageReader
 from ivg.models.prompt_encoder import has_chat_template
 from ivg.search.given import NEUTRAL
 from ivg.search.methods import LEVELS, Method, method_names
-from ivg.search.request import QUANTUM, Request, streaming_stride
+from ivg.search.request import QUANTUM, RepeatedPrompts, Request, streaming_stride
 from ivg.search.searcher import check_engine
 from ivg.search.tree import most_leaves
 from ivg.serving.echo import EchoJob
@@ -242,7 +242,8 @@ class ServedModels:
             offered_tools(body, None, self.model.base.vocabulary)
         n = body.samples
         prompt_tokens = sum(self.model.engine.prompt_tokens(first.prompt) for first in firsts)
-        requests = [replace(first, index=i) for first in firsts for i in range(n)]
+        repeated = RepeatedPrompts(n)
+        requests = [replace(first, index=i) for first in firsts for i in repeated.indices(first.prompt)]
         markers = [self._marker(first) for first in firsts for _ in range(n)]
         return RequestBatch(requests, method.name, seed, prompt_tokens, n, markers, body.n or 1, echo, body.limit != 0, offered)
 
