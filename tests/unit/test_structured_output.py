@@ -221,6 +221,7 @@ def test_forms_of_grammars(model, settings, pattern):
         ({"grammar": "nonsense {"}, "grammar cannot be"),
         ({"regex": "a", "choice": ["b"]}, "regex and choice: a response follows one of them"),
         ({"regex": ""}, "regex must be no empty text"),
+        ({"choice": []}, "choice must be one text or more"),
     ],
 )
 def test_unusable_grammars_are_refused_before_anything_runs(model, settings, message):

@@ -262,6 +262,7 @@ TEMPLATE = Rule(
     optional=True,
 )
 STOPS = Rule("a list of texts", _texts, "texts that are not empty", lambda v: all(v))
+CHOICES = Rule("a list of texts", _texts, "one text or more, none of them empty", lambda v: bool(v) and all(v), optional=True)
 WORDS = Rule("a list of texts", _texts, "texts that are not blank", lambda v: all(word.strip() for word in v))
 _IDS = "token ids, 0 or more"
 TOKEN_ID = count(0, "a token id, 0 or more", optional=True)

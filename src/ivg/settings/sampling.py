@@ -185,15 +185,16 @@ class SamplingParams:
         Setting("Regular expression that the response matches.", r.GRAMMAR, aliases=("guided_regex",), flags=("--regex",), unset="none"),
     ] = None
     choice: Annotated[
-        tuple[str, ...],
+        tuple[str, ...] | None,
         Setting(
             "Text that the response may be, and no other; may be repeated.",
-            r.STOPS,
+            r.CHOICES,
             aliases=("guided_choice",),
             flags=("--choice",),
             accepts=list[str],
+            unset="none",
         ),
-    ] = ()
+    ] = None
     grammar: Annotated[
         str | None,
         Setting(
