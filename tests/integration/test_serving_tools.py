@@ -175,6 +175,20 @@ def test_a_call_that_is_cut_and_its_logprobs(qwen):
     )
 
 
+@pytest.mark.parametrize(("cut_behind", "arguments"), [('"arguments": ', ""), (f"{ARGUMENTS}}}\n</tool_", ARGUMENTS)])
+def test_a_call_that_is_cut_leaves_no_markup_in_the_content(qwen, cut_behind, arguments):
+    before, found, _ = WRITTEN["qwen3"].partition(cut_behind)
+    cut = BODY | {"max_tokens": len((before + found).encode())}
+    choice = qwen.post(cut, PATH).json()["choices"][0]
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"] == {"name": "get_weather", "arguments": arguments}
+    assert choice["message"]["content"] == "Let me see." and choice["finish_reason"] == "length"
+    deltas = [c["choices"][0]["delta"] for c in chunks(qwen.post(cut | {"stream": True}, PATH)) if c["choices"]]
+    assert "".join(d.get("content") or "" for d in deltas) == "Let me see."
+    pieces = [call["function"] for d in deltas for call in d.get("tool_calls", ())]
+    assert pieces[0]["name"] == "get_weather" and "".join(p.get("arguments", "") for p in pieces) == arguments
+
+
 def test_calls_come_after_thinking(qwen):
     thinking = {"guide_after": "</think>", "thinking_budget": 3}  # the base thinks for itself, the script guides from the answer on
     body = BODY | {"messages": [{"role": "user", "content": "twice"}], "guidance": thinking}

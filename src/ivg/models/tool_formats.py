@@ -24,6 +24,7 @@ _LLAMA_TAG = "<|python_tag|>"
 _SEPARATOR = re.compile(r"\s*;?\s*")
 _MISTRAL = "[TOOL_CALLS]"
 _NAMED = re.compile(r"\s*([\w./-]+)(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
+_NAME_ENDED = re.compile(r"\s*([\w./-]+)\[")
 _NAME_BEGUN = re.compile(r"\s*[\w./-]+(?:\[CALL_ID\][^\[{]*)?(?:\[[A-Z_]*\]?)?\s*")
 
 
@@ -82,14 +83,14 @@ def _read_hermes(reader: ToolReader) -> None:
 
 
 def _skip_closing(reader: ToolReader) -> bool:
-    """Go behind the closing tag; True: the text ends before it. Small models write a bracket too many before it."""
+    """Go behind the closing tag; True: the text ends before it, or within it. Small models write a bracket too many before it."""
     begin = reader.at
     while begin < len(reader.text) and (reader.text[begin].isspace() or reader.text[begin] in "}]"):
         begin += 1
     if reader.text.startswith(_CLOSING, begin):
         reader.at = begin + len(_CLOSING)
         return False
-    return not reader.final and _CLOSING.startswith(reader.text[begin:])
+    return _CLOSING.startswith(reader.text[begin:])
 
 
 def _read_llama(reader: ToolReader) -> None:
@@ -121,8 +122,11 @@ def _read_mistral(reader: ToolReader) -> None:
         named = _NAMED.match(text, begin)
         if named is not None:
             found = reader.try_arguments(start, named[1], named.end())
-        elif not reader.final and _NAME_BEGUN.fullmatch(text, begin):
+        elif (begun := _NAME_BEGUN.fullmatch(text, begin)) and not reader.final:
             reader.add_text(start, call_follows=True)
+            return
+        elif begun and (ended := _NAME_ENDED.match(text, begin)):
+            reader.add_cut_call(start, ended[1])
             return
         else:
             found = reader.try_calls(start, begin)

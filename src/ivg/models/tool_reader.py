@@ -1,7 +1,8 @@
 """Reads calls of tools out of the text of a response that may still grow (``models.tool_formats``). No torch.
 
 What was read of a beginning is a beginning of what is read of more: a call is added once its name is known and its arguments have begun,
-and then stays. JSON is followed by its brackets and texts alone, so that arguments are kept as the model wrote them, right or wrong.
+and then stays. One that is cut between the two is added at the end of the response, its arguments an empty text. JSON is followed by its
+brackets and texts alone, so that arguments are kept as the model wrote them, right or wrong.
 """
 
 from __future__ import annotations
@@ -116,6 +117,12 @@ class ToolReader:
         """As :meth:`try_calls`, for the arguments of ``name`` at ``begin``."""
         return self._attempt(start, lambda: self._read_named(start, name, begin))
 
+    def add_cut_call(self, start: int, name: str) -> None:
+        """The text ends behind the name of a call, whose marker is at ``start``."""
+        self.add_text(start, call_follows=True)
+        self.calls.append(CallText(name, ""))
+        self.at = len(self.text)
+
     def _attempt(self, start: int, read: Callable[[], None]) -> bool | None:
         before = len(self.calls)
         try:
@@ -146,6 +153,8 @@ class ToolReader:
         try:
             end = self._read_object(at, begun)
         except PendingError:
+            if self.final and begun.arguments is None:
+                begun.arguments = ""
             self._add(start, begun, known)
             raise
         except MalformedCallError:
