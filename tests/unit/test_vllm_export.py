@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,6 +34,17 @@ def test_a_composite_names_its_parts_and_copies_no_weights(tmp_path):
     assert (folder / "generation_config.json").read_bytes() == (path("base") / "generation_config.json").read_bytes()
     again = IVGConfig.from_pretrained(folder)
     assert again.to_dict() == config.to_dict()
+
+
+def test_a_guide_ends_where_its_tokenizer_does(tmp_path):
+    """Tokens that only the base has are the end to it; the checkpoint may name others first."""
+    guide = tmp_path / "guide"
+    shutil.copytree(path("tuned"), guide)
+    settings = json.loads((guide / "config.json").read_text())
+    (guide / "config.json").write_text(json.dumps(settings | {"eos_token_id": [7, 0]}))
+    part = IVGConfig.from_pretrained(export_composite(BASE, [pair(str(guide), UNTUNED)], tmp_path / "c")).submodels[1]
+    assert part.eos == part.end_id == load_tokenizer(TUNED, LoadOptions(), "tuned").eos_token_id == 0
+    assert replace(part, eos=None).end_id == 0 and replace(part, eos=10**6, config=part.config | {"eos_token_id": [9, 7]}).end_id == 7
 
 
 def write_lora(folder, **settings):

@@ -32,16 +32,10 @@ def response_beam(base: CachedLM, prompt: Prompt, text: str, token_ids: Sequence
         ends: append the end-of-sequence token.
     """
     prompt = base.own(prompt)
-    ids = tuple(base.vocabulary.response_ids(base.prompt_ids(prompt), text) if token_ids is None else token_ids)
-    if ends and base.vocabulary.eos_ids:
-        ids += (_eos_id(base),)
+    ids = base.response_ids(base.prompt_ids(prompt), text) if token_ids is None else tuple(token_ids)
+    if ends and (end := base.vocabulary.eos_id) is not None:
+        ids += (end,)
     return Beam(new_key(), None, prompt, ids, text, "stop" if ends else None, vocabulary=base.vocabulary, inherits=False)
-
-
-def _eos_id(base: CachedLM) -> int:
-    """The end-of-sequence id; the tokenizer's own if the model has several."""
-    own = base.tokenizer.eos_token_id
-    return own if own in base.vocabulary.eos_ids else min(base.vocabulary.eos_ids)
 
 
 def response_logits(lm: CachedLM, beam: Beam, block: int = BLOCK) -> Iterator[Tensor]:

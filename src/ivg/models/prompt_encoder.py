@@ -16,7 +16,7 @@ from ivg.models.cache import common_length
 from ivg.models.chat_template import encode_each, encode_rendered, is_chat, join_instruction, render
 from ivg.models.image_prompts import ImageEncoder, ImageInputs
 from ivg.models.prompt_template import PromptTemplate
-from ivg.models.vocabulary import Vocabulary
+from ivg.models.vocabulary import Vocabulary, check_embedded
 from ivg.types import Beam, Hypothesis, Prompt, new_key
 from ivg.types.messages import check_text
 
@@ -145,7 +145,7 @@ class PromptEncoder:
         """A beam for a response that was not generated here, in this model's tokens.
 
         Raises:
-            PromptError: ``response`` is no Unicode text.
+            PromptError: ``response`` is no Unicode text, or holds a token that the model has no embedding for.
         """
         check_text(response, "the response")
         prompt = self.own(prompt)
@@ -153,14 +153,14 @@ class PromptEncoder:
             before = self.prompt_ids(prompt)
         except PromptError:  # chat messages, and a base without a chat template: a value may have one
             before = ()
-        ids = tuple(self.vocabulary.response_ids(before, response))
+        ids = self.response_ids(before, response)
         return Beam(new_key(), None, prompt, ids, response, vocabulary=self.vocabulary, inherits=False)
 
     def response_tokens(self, prompt: Prompt, response: str | Sequence[int]) -> tuple[int, ...]:
         """A response that was not generated here, in this model's tokens; those that are given are kept.
 
         Raises:
-            PromptError: no Unicode text; a token id outside the vocabulary.
+            PromptError: no Unicode text; a token outside the vocabulary.
         """
         if isinstance(response, str):
             return self.make_beam(prompt, response).token_ids
@@ -181,7 +181,9 @@ class PromptEncoder:
                 if self.reads_given_ids:
                     self._check_ids(prompt.token_ids)
                 return tuple(self.own_ids(prompt.token_ids))
-        return tuple(encode_rendered(self._rendered(prompt), self.tokenizer, chat=is_chat(prompt, self.template)))
+        ids = tuple(encode_rendered(self._rendered(prompt), self.tokenizer, chat=is_chat(prompt, self.template)))
+        check_embedded(ids, self.tokenizer, self.vocab_size, self.name)
+        return ids
 
     def _check_ids(self, ids: Sequence[int], what: str = "prompt") -> None:
         """Raise PromptError for token ids that the model has no embedding for."""
@@ -190,6 +192,16 @@ class PromptEncoder:
             raise PromptError(
                 f"{what} token {wrong} is outside the vocabulary of {self.name}\n  expected ids from 0 to {self.vocab_size - 1}"
             )
+
+    def response_ids(self, prompt_ids: Sequence[int], text: str) -> tuple[int, ...]:
+        """A response that is given as text, in this model's tokens (see :meth:`~ivg.models.vocabulary.Vocabulary.response_ids`).
+
+        Raises:
+            PromptError: it holds a token that this model has no embedding for.
+        """
+        ids = tuple(self.vocabulary.response_ids(prompt_ids, text))
+        check_embedded(ids, self.tokenizer, self.vocab_size, self.name, "response")
+        return ids
 
     def has_thought(self, prompt: Prompt, marker: str) -> bool:
         """Does the answer to ``prompt`` begin at once: is ``marker`` in the begun turn, or at the end of what a template begins it with?"""
@@ -251,16 +263,27 @@ class PromptEncoder:
         prompt = self.prompt_ids(h.prompt)
         if self.vocabulary.same_as(h.vocabulary):
             return [*prompt, *self.own_ids(h.token_ids)], len(prompt)
-        ids = list(prompt) if tokenised is None else list(tokenised)
+        ids = list(prompt) if tokenised is None else self.own_ids(tokenised)
         prompt_length = common_length(prompt, ids)
-        if h.token_ids and h.token_ids[-1] in h.vocabulary.eos_ids and self.vocabulary.eos_ids:
-            ids.append(min(self.vocabulary.eos_ids))
+        if h.token_ids and h.token_ids[-1] in h.vocabulary.eos_ids and (end := self.end_id) is not None:
+            ids.append(end)
         return ids, prompt_length
 
     def own_ids(self, tokens: Sequence[int]) -> list[int]:
         """The base's tokens as this model's, which shares its vocabulary but for tokens that the base may have added."""
         known = self.vocab_size
-        return [t if t < known else next(iter(self.vocabulary.eos_ids), 0) for t in tokens]
+        if max(tokens, default=0) < known:
+            return list(tokens)
+        end = self.end_id or 0
+        return [t if t < known else end for t in tokens]
+
+    @property
+    def end_id(self) -> int | None:
+        """The token that ends a text for this model; None: none that it has an embedding for."""
+        own = self.vocabulary.eos_id
+        if own is None or own < self.vocab_size:
+            return own
+        return min((i for i in self.vocabulary.eos_ids if i < self.vocab_size), default=None)
 
     def last_id(self, h: Hypothesis) -> int:
         """The last token of prompt and response."""

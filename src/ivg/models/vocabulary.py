@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from ivg.errors import VocabularyError
+from ivg.errors import PromptError, VocabularyError
 from ivg.types import DecodeState
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -33,6 +33,26 @@ def difference(token_id: int, piece: str | None, other: str | None, owner: str, 
     """What two vocabularies have for one id; None: nothing."""
     shown = ["absent" if p is None else repr(p) for p in (piece, other)]
     return f"id {token_id}: {shown[0]} in {owner}, {shown[1]} in {other_owner}"
+
+
+def check_embedded(ids: Sequence[int], tokenizer: Any, rows: int, name: str, what: str = "prompt") -> None:
+    """Raise for a token of a text that ``tokenizer`` has and the network lacks: one that was added, without a row of the embedding.
+
+    Args:
+        ids: of the text.
+        tokenizer: that made them.
+        rows: of the embedding.
+        name: of the model, in the error.
+        what: the text is, in the error.
+
+    Raises:
+        PromptError: names the token.
+    """
+    if ids and (wrong := max(ids)) >= rows:
+        raise PromptError(
+            f"{what} token {tokenizer.convert_ids_to_tokens(wrong)!r} ({wrong}) has no embedding in {name}, whose ids are 0 to {rows - 1}\n"
+            "  leave it out of the text, or give the model a row for it (resize_token_embeddings)"
+        )
 
 
 class Vocabulary:
@@ -62,6 +82,15 @@ class Vocabulary:
     def size(self) -> int:
         """One more than the largest id."""
         return max(self.pieces, default=-1) + 1
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends a text of this vocabulary: the tokenizer's own, which models are trained with, where it is among ``eos_ids``.
+
+        Else the smallest of them; None: there is none.
+        """
+        own = self.tokenizer.eos_token_id
+        return own if own in self.eos_ids else min(self.eos_ids, default=None)
 
     @cached_property
     def added(self) -> frozenset[int]:

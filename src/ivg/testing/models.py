@@ -97,7 +97,7 @@ def tiny_value(head: str = "vocabulary", architecture: str = "llama", seed: int 
 def hypothesis(prompt: str, text: str, reader: Any, parent: Hypothesis | None = None, *, end: bool = False) -> Beam:
     """A beam with ``text`` as response, in the tokens of ``reader``; ``end`` adds the end-of-sequence token."""
     ids = tuple(reader.vocabulary.response_ids(reader.prompt_ids(Prompt(prompt)), text)) if text else ()
-    ids += (min(reader.vocabulary.eos_ids),) if end else ()
+    ids += (reader.vocabulary.eos_id,) if end else ()
     return Beam(
         new_key(),
         parent.key if parent else None,

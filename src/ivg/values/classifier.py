@@ -14,6 +14,7 @@ from ivg.models.placement import input_device
 from ivg.models.rotary import length_batches, rope_limits
 from ivg.models.shared_prompts import TOLERANCE, TRIAL, group_by_beginning, read_shared, share_prompts, sharing_fault
 from ivg.models.support import context_of
+from ivg.models.vocabulary import check_embedded
 
 MOST_SHARED = 1024
 """Tokens of texts that are read together behind a common beginning: attention grows with their square."""
@@ -43,6 +44,13 @@ def check_label(network: Any, label: int | None, name: str, meaning: str) -> Non
 def token_limit(network: Any, tokenizer: Any) -> int | None:
     """Tokens that the classifier reads at most; None: no limit."""
     return min((n for n in (context_of(network), tokenizer.model_max_length) if n and 0 < n < 1 << 30), default=None)
+
+
+def check_ids(ids: Sequence[int], network: Any, tokenizer: Any, name: str) -> None:
+    """Raise PromptError for a token of a text that the classifier has no embedding for (see :func:`check_embedded`)."""
+    rows = getattr(network.config.get_text_config(), "vocab_size", None)
+    if rows is not None:
+        check_embedded(ids, tokenizer, rows, name, "text")
 
 
 class SequenceClassifier:

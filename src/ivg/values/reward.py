@@ -26,7 +26,7 @@ from ivg.types import Hypothesis, Prompt, Reward, Steps
 from ivg.types.scores import finite_score, require_scores
 from ivg.types.steps import DEFAULT_SEPARATOR
 from ivg.values.base import FunctionValue
-from ivg.values.classifier import SequenceClassifier, check_label, token_limit
+from ivg.values.classifier import SequenceClassifier, check_ids, check_label, token_limit
 from ivg.values.process import ProcessReward, StepLogProbs, StepReward
 from ivg.values.truncation import truncate_prompt
 
@@ -136,8 +136,17 @@ class RewardModel(Reward):
         return render(prompt, self.tokenizer, self.template, self.name).replace("{response}", response)
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text of :meth:`text`, with one beginning-of-sequence token."""
-        return text_ids(text, self.tokenizer, verbose=False)
+        """Token ids of a text of :meth:`text`, with one beginning-of-sequence token.
+
+        Raises:
+            PromptError: the classifier has no embedding for one.
+        """
+        return self._ids(text)
+
+    def _ids(self, text: str, **cut: Any) -> list[int]:
+        ids = text_ids(text, self.tokenizer, verbose=False, **cut)
+        check_ids(ids, self.network, self.tokenizer, self.name)
+        return ids
 
     def read(self, prompt: Prompt, response: str) -> Reading:
         """The token ids of prompt and response; if they are too long, the prompt loses its beginning.
@@ -174,10 +183,10 @@ class RewardModel(Reward):
             truncate: read the beginning of texts that are too long: right for documents, wrong for a prompt with its response.
 
         Raises:
-            PromptError: a text is too long (:meth:`judge` knows where the response begins and truncates the prompt).
+            PromptError: a token of :meth:`ids`, or too long a text (:meth:`judge` knows where the response begins and cuts the prompt).
         """
         cut: dict[str, Any] = {"truncation": True, "max_length": self.limit} if truncate and self.limit is not None else {}
-        ids = [text_ids(text, self.tokenizer, verbose=False, **cut) for text in texts]
+        ids = [self._ids(text, **cut) for text in texts]
         if self.limit is not None and (longest := max(map(len, ids), default=0)) > self.limit:
             raise PromptError(f"{self.name} reads at most {self.limit} tokens, got {longest}\n  call judge() with prompt and response")
         return self.logits(ids), [len(i) for i in ids]
@@ -232,8 +241,8 @@ class RewardModel(Reward):
         return self._stepwise.with_steps(steps)
 
     def check(self, prompt: Prompt, new_tokens: int) -> None:
-        """Raise PromptError where the template refuses the prompt; any length is accepted, see :meth:`read`."""
-        self.text(prompt, "x")
+        """Raise PromptError where the template refuses the prompt, or :meth:`ids` a token; any length is accepted, see :meth:`read`."""
+        self.ids(self.text(prompt, "x"))
 
     def networks(self) -> list[tuple[str, Any]]:
         """The classifier."""

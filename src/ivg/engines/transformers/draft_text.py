@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ivg.engines.sequences import TokenSequence, append_token, fork
+from ivg.errors import PromptError
 from ivg.models.cached_lm import CachedLM
 from ivg.types import Beam, ExpandRequest
 
@@ -27,7 +28,7 @@ def reader_of(model: CachedLM) -> CachedLM:
 def in_own_tokens(reader: CachedLM, request: ExpandRequest, children: Sequence[TokenSequence]) -> tuple[Beam, list[TokenSequence]]:
     """(the beam of ``request``, its children) in the tokens of ``reader``, under the same keys."""
     beam, prompt = request.beam, reader.prompt_ids(request.beam.prompt)
-    ids = tuple(reader.vocabulary.response_ids(prompt, beam.text)) if beam.text else ()
+    ids = tuple(reader.own_ids(reader.vocabulary.response_ids(prompt, beam.text))) if beam.text else ()
     decoded = reader.vocabulary.continue_text(ids, reader.vocabulary.start_decoding(prompt))[1]
     own = replace(beam, token_ids=ids, vocabulary=reader.vocabulary, decoded=decoded, guide_shift=(), pieces=(), details=())
     longest = len(ids) + request.tokens + MORE_TOKENS
@@ -53,8 +54,13 @@ def take_over(base: CachedLM, child: TokenSequence, written: TokenSequence) -> N
     if not has_text(written, child.text):
         written.end("length")  # an incomplete character becomes U+FFFD
     new = written.text[before:]
-    ids = base.vocabulary.response_ids((*base.prompt_ids(child.prompt), *child.token_ids), new) if new else []
-    for token in [*ids, *([min(base.vocabulary.eos_ids)] if ended else [])]:
+    try:
+        ids = base.response_ids((*base.prompt_ids(child.prompt), *child.token_ids), new) if new else ()
+    except PromptError as e:
+        child.finish, child.error = "error", str(e)
+        return
+    end = base.vocabulary.eos_id
+    for token in [*ids, *([end] if ended and end is not None else [])]:
         append_token(child, token)
         if child.finish is not None or child.paused:
             return

@@ -50,6 +50,7 @@ class Submodel:
         adapter: directory of the LoRA adapter that it reads with.
         scale: factor of what the adapter changes.
         adapter_digest: of the adapter's files (:func:`ivg.models.plain_lora.lora_digest`).
+        eos: the tokenizer's end-of-sequence token; None: it has none, or is not known.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Submodel:
     adapter: str | None = None
     scale: float = 1.0
     adapter_digest: str = ""
+    eos: int | None = None
 
     @property
     def network(self) -> tuple[str, ...]:
@@ -86,6 +88,13 @@ class Submodel:
     def vocab_size(self) -> int:
         """Rows of the embedding."""
         return int(self.network_config().get_text_config().vocab_size)
+
+    @property
+    def end_id(self) -> int:
+        """The token that it reads where the base has one without an embedding here (as in ``PromptEncoder.own_ids``)."""
+        found = self.network_config().eos_token_id
+        ends = [self.eos, *(sorted(found) if isinstance(found, list) else [found])]
+        return next((i for i in ends if isinstance(i, int) and i < self.vocab_size), 0)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

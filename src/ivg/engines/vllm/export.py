@@ -91,7 +91,7 @@ def export_composite(
             found = resolve(path, name, options)
             own = Vocabulary(load_tokenizer(found.tokenizer, options, name), owner=name)
             vocabulary.require_same(own, "inside vLLM guides read the base's token ids; use the transformers engine for this pair")
-            parts.append(_part(name, found, options, guide.name, sign, guide.head))
+            parts.append(replace(_part(name, found, options, guide.name, sign, guide.head), eos=own.eos_id))
             # padding rows have logits, too; the tokenizer of a pair is the tuned model's, as in the transformers engine
             columns[guide.name] = min(columns.get(guide.name, own.size), parts[-1].vocab_size)
     chosen = {name: 1.0 if i == 0 else 0.0 for i, name in enumerate(names)} | dict(betas or {})

@@ -39,7 +39,7 @@ class IVGForCausalLM(nn.Module):
         self.secondary_weights = [source_of(network.parts[0]) for network in self.networks]
         self.groups, self.columns, self.batch_betas = config.groups, config.group_columns, batch_betas(vllm_config)
         self.widths: list[int] = []  # of the submodels' hidden states; configurations do not name it alike (OPT projects them)
-        self.vocabularies = [(part.vocab_size, _end(part)) for part in self.running]
+        self.vocabularies = [(part.vocab_size, part.end_id) for part in self.running]
         self.biases = nn.ParameterDict({part.name: _zeros(part.vocab_size) for part in self.submodels if part.head == "vocabulary"})
         self.ivg_beta = nn.Parameter(torch.tensor(config.default_betas or [0.0], dtype=torch.float32), requires_grad=False)
 
@@ -117,13 +117,6 @@ class IVGForCausalLM(nn.Module):
         from ivg.engines.vllm.model_runner import IVGModelState
 
         return IVGModelState
-
-
-def _end(part: Submodel) -> int:
-    """An end-of-sequence token."""
-    ends = part.network_config().eos_token_id
-    first = ends[0] if isinstance(ends, list) and ends else ends
-    return first if isinstance(first, int) else 0
 
 
 def _zeros(size: int) -> nn.Parameter:
