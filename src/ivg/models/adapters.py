@@ -22,6 +22,7 @@ from ivg.models.adapter_rows import AdapterRows
 from ivg.models.hub import ADAPTER_CONFIG, BASE, partial_config
 from ivg.models.placement import compute_dtype, input_device
 from ivg.models.trial import output_error
+from ivg.models.weights import read_tensor, tensor_names
 
 log = logging.getLogger(__name__)
 _TRIAL = ((5, 3), (2, 6))
@@ -74,6 +75,7 @@ class Adapters:
         except Exception as e:
             raise ModelError(f"{title} cannot be read: {reason(e)}\n  expected a directory that peft wrote") from e
         _check_config(config, title, scale)
+        _check_rows(self.network, folder, title)
         name, self._made = f"ivg{self._made}", self._made + 1
         try:
             self._load(config, folder, name, title)
@@ -197,6 +199,26 @@ def _check_config(config: Any, title: str, scale: float) -> None:
         raise ConfigError(f"{title} {what}, which scale={scale:g} does not reach\n  leave scale out")
 
 
+def _check_rows(network: nn.Module, folder: Path, title: str) -> None:
+    """Raise where the adapter has whole embeddings, or an output layer, of another number of tokens than ``network``."""
+    found = cast("Any", network)
+    layers = (found.get_input_embeddings(), found.get_output_embeddings())
+    rows = {_inside(name): len(cast("Any", m).weight) for name, m in network.named_modules() if any(m is layer for layer in layers)}
+    for path in (str(p) for name in ("adapter_model.safetensors", "adapter_model.bin") if (p := folder / name).is_file()):
+        for name in tensor_names(path):
+            layer = _inside(name.removeprefix("base_model.model.")).removesuffix(".weight")
+            if layer in rows and name.endswith(".weight") and (got := len(read_tensor(path, name))) != rows[layer]:
+                raise ModelError(
+                    f"{title} has {got} rows of {layer}, and its network has {rows[layer]}: tokens were added before it was trained\n"
+                    f"  expected an adapter of the network as it is: resize_token_embeddings({got}), put the adapter on, {MERGE_ADVICE}"
+                )
+
+
+def _inside(name: str) -> str:
+    """The name that a module or a parameter has without adapters."""
+    return re.sub(r"\.(base_layer|original_module|modules_to_save\.\w+)(?=\.|$)", "", name)
+
+
 def of_other_adapter(parameter: str, adapter: str | None) -> bool:
     """Does the parameter of this name belong to another adapter than ``adapter`` (None: to any)?"""
     names = [part for part in parameter.split(".") if _NAME.fullmatch(part)]
@@ -205,8 +227,7 @@ def of_other_adapter(parameter: str, adapter: str | None) -> bool:
 
 def without_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dictionary of a network as it was before adapters were loaded into it."""
-    inside = re.compile(r"\.(base_layer|original_module)(?=\.)")
-    return {inside.sub("", name): tensor for name, tensor in state.items() if not of_other_adapter(name, None)}
+    return {_inside(name): tensor for name, tensor in state.items() if not of_other_adapter(name, None)}
 
 
 def base_of(folder: Path, what: str) -> str:

@@ -74,7 +74,7 @@ def images_fault(network: nn.Module, images: ImageInputs, limits: PassLimits) ->
         message = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
         return f"cannot read them: {message}"
     error = max(output_error(got.float(), plain.float()) for got, plain in pairs)
-    if error <= TOLERANCE.get(pairs[0][0].dtype, _LOW_PRECISION_TOLERANCE):
+    if error <= tolerance_of(network):
         return None
     return f"gives other outputs when the answer is read behind a cached prompt (error {error:.1g} standard deviations)"
 
@@ -88,6 +88,11 @@ def _image_outputs(cache: StateCache, network: nn.Module, images: ImageInputs) -
         outputs, _ = cache.forward([row], [new], 1)
         yield outputs[0, -1], plain_output(network, row.ids, images)
         row = cache.fork(row)
+
+
+def tolerance_of(network: nn.Module) -> float:
+    """The error allowed, by the dtype that the network computes in: its outputs may be float32 all the same (Mamba's are)."""
+    return TOLERANCE.get(compute_dtype(network), _LOW_PRECISION_TOLERANCE)
 
 
 def _candidates(network: nn.Module, support: NetworkSupport, limits: PassLimits) -> Iterator[RowCache]:
@@ -109,7 +114,7 @@ def _is_causal(network: nn.Module) -> bool:
         whole, begin = (network(input_ids=part, use_cache=False).logits[0, 3].float() for part in (ids, ids[:, :4]))
     except Exception:  # the network's code may raise anything
         return True  # not known to be otherwise
-    return output_error(whole, begin) <= TOLERANCE.get(compute_dtype(network), _LOW_PRECISION_TOLERANCE)
+    return output_error(whole, begin) <= tolerance_of(network)
 
 
 def _fault(cache: RowCache, network: nn.Module) -> str | None:
@@ -124,7 +129,7 @@ def _fault(cache: RowCache, network: nn.Module) -> str | None:
     finally:
         cache.clear()
     error = max(output_error(got.float(), plain.float()) for got, plain in pairs)
-    if error <= TOLERANCE.get(pairs[0][0].dtype, _LOW_PRECISION_TOLERANCE):  # NaN is none
+    if error <= tolerance_of(network):  # NaN is none
         return None
     return f"gives other outputs when rows share a batch or are read in pieces (error {error:.1g} standard deviations)"
 

@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,7 +23,7 @@ from ivg.models.placement import check_device_map, pick_device, pick_dtype
 from ivg.models.processor import can_read_images, image_class, load_processor, reads_images
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.runner import ModelRunner
-from ivg.models.weights import OTHER_HEADS, check_weights
+from ivg.models.weights import OTHER_HEADS, check_weights, weight_files
 from ivg.settings.images import ImagesConfig
 from ivg.settings.models import ModelRef
 from ivg.settings.placement import is_spread
@@ -145,7 +146,8 @@ def load_network(name: str | Path, auto_class: Any, options: LoadOptions, what: 
     if new_head:
         body = f"{network.base_model_prefix}."
         info = {**info, "missing_keys": [k for k in info["missing_keys"] if k.startswith(body) and ".pooler." not in k]}
-    check_weights(f"{what} {str(name)!r}", network, info, lambda key: key.startswith(OTHER_HEADS))
+    files = partial(weight_files, place, options.hub())
+    check_weights(f"{what} {str(name)!r}", network, info, lambda key: key.startswith(OTHER_HEADS), files)
     return network.eval() if "device_map" in kwargs else network.to(pick_device(options.device)).eval()
 
 

@@ -42,6 +42,16 @@ def rope_limits(config: Any) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def yarn_context(config: Any) -> int:
+    """Tokens that YaRN extends the context to; 0: there is none."""
+    found = [0]
+    for rope in _rope_settings(config):
+        original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        if (rope.get("rope_type") or rope.get("type")) == "yarn" and original and rope.get("factor"):
+            found.append(int(original * rope["factor"]))
+    return max(found)
+
+
 def _rope_settings(config: Any) -> Iterator[dict[str, Any]]:
     """One dictionary, or one for each kind of layer."""
     for rope in (getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)):

@@ -17,7 +17,7 @@ from torch import nn
 
 from ivg.errors import ModelError
 from ivg.models.attention import own_implementation
-from ivg.models.rotary import rope_limits, rope_types, rotary_modules
+from ivg.models.rotary import rope_limits, rope_types, rotary_modules, yarn_context
 from ivg.models.value_head import ValueModel
 
 _RECURRENT = "keep a running state instead of keys and values per token"
@@ -77,10 +77,19 @@ def check_support(network: nn.Module, name: str) -> NetworkSupport:
     return NetworkSupport(_windows(config), limit, why, rope_limits(config), _padding_id(network), state_reason)
 
 
+_CONTEXTS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
+"""How configurations call the context: the last two are Whisper's and MPT's."""
+
+
 def context_of(network: nn.Module) -> int | None:
-    """Tokens for which ``network`` has positions; None: any number. RoBERTa and its kin count them from behind that of padding."""
+    """Tokens for which ``network`` has positions; None: any number. RoBERTa and its kin count them from behind that of padding.
+
+    YaRN extends them to ``factor`` times the original context (Peng et al. 2023, arXiv 2309.00071), whether ``max_position_embeddings``
+    says so (DeepSeek) or is still the original (Qwen).
+    """
     config = cast("Any", network).config.get_text_config()
-    limit: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    limit = next((n for name in _CONTEXTS if isinstance(n := getattr(config, name, None), int) and n > 0), None)
+    limit = limit if limit is None else max(limit, yarn_context(config))
     tables = (cast("Any", module) for name, module in network.named_modules() if name.rpartition(".")[2] == "position_embeddings")
     offsets = [int(table.padding_idx) + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
     return limit if limit is None else limit - max(offsets, default=0)
