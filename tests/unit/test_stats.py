@@ -30,6 +30,15 @@ def test_ties_count_half():
     assert stats.wins(np.array([1.0, 0.0, 2.0]), np.array([0.0, 1.0, 2.0 + 1e-6])).tolist() == [1, 0, 0.5]
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-5, 1e-9])
+def test_ties_do_not_depend_on_the_scale_of_the_scores(scale):
+    rng = np.random.default_rng(0)
+    better, worse = rng.normal(0.5, 1, 200) * scale, rng.normal(0, 1, 200) * scale
+    assert abs(stats.wins(better, worse).mean() - (better > worse).mean()) < 0.02
+    assert stats.wins(better, better).tolist() == [0.5] * 200
+    assert stats.tie_tolerance(better, worse) <= stats.TIE_TOLERANCE
+
+
 def test_slope_finds_bradley_terry():
     rng = np.random.default_rng(0)
     x = rng.normal(size=20000)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ivg.diagnostics.compatibility import models_of
 from ivg.diagnostics.length_bias import LengthControl, length_control
 from ivg.diagnostics.logits import response_beam
-from ivg.diagnostics.stats import Floats, Proportion, bradley_terry_slope, spearman, wilson, wins
+from ivg.diagnostics.stats import Floats, Proportion, bradley_terry_slope, spearman, tie_tolerance, wilson, wins
 from ivg.errors import PromptError, ScoreFault
 from ivg.models.cached_lm import CachedLM
 from ivg.types import Beam, Preference, Prompt, Value, new_key
@@ -155,7 +155,8 @@ def pair_accuracy(
     kept = np.ones(len(pairs), dtype=bool) if on_training_data else ~seen
     pairs, scores = [p for p, k in zip(pairs, kept, strict=True) if k], scores[kept]
     groups = prompt_groups(pairs)
-    hits = [wins(scores[:, k, 0], scores[:, k, 1]) for k in range(scores.shape[1])]
+    tolerance = tie_tolerance(scores[:, -1, 0], scores[:, -1, 1])  # of whole responses: prefixes may all be the same texts
+    hits = [wins(scores[:, k, 0], scores[:, k, 1], tolerance) for k in range(scores.shape[1])]
     difference = scores[:, -1, 0] - scores[:, -1, 1]
     slope, loss = bradley_terry_slope(difference)
     margins = [p.margin for p in pairs]

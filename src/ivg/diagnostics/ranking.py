@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ivg.diagnostics.stats import Floats, spearman, wilson, wins
+from ivg.diagnostics.stats import Floats, spearman, tie_tolerance, wilson, wins
 
 CLEAR_MARGIN = 1.0
 """Pairs whose scores differ by more are clear: of log-odds, the better response then wins at least 73 % of comparisons by Bradley-Terry."""
@@ -80,7 +80,8 @@ def pair_accuracies(pairs: ScoredPairs, words: Floats, rewards: Mapping[str, Flo
         out[kind] = {"count": int(chosen.sum())}
         for name, found in rewards.items():
             if chosen.any():
-                hits = wins(found[pairs.better[chosen]], found[pairs.worse[chosen]])
+                tolerance = tie_tolerance(found[pairs.better], found[pairs.worse])
+                hits = wins(found[pairs.better[chosen]], found[pairs.worse[chosen]], tolerance)
                 measured = asdict(wilson(hits, np.unique(pairs.groups[chosen], return_inverse=True)[1]))
                 out[kind][name] = {key: round(measured[key], 5) for key in ("rate", "low", "high")}
     return out

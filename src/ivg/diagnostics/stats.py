@@ -13,11 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ivg.utils.rounding import keep_digits
+
 Floats = NDArray[np.float64]
 Z95 = 1.959964
 """The 97.5 % quantile of the normal distribution."""
 TIE_TOLERANCE = 1e-4
-"""Scores this close are equal: sums of float32 log-probabilities of one text differ by less between batches."""
+"""Scores this close are equal, unless all are close: sums of float32 log-probabilities of one text differ by less between batches."""
+TIE_SHARE = 0.01
+"""Of scores whose differences are small, those closer than this share of the root mean square of all differences are equal."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,19 @@ class Estimate:
 
     def to_dict(self) -> dict[str, float]:
         """Rounded values for JSON."""
-        return {"mean": round(self.mean, 6), "low": round(self.low, 6), "high": round(self.high, 6)}
+        return {name: keep_digits(number, 6) for name, number in (("mean", self.mean), ("low", self.low), ("high", self.high))}
 
 
-def wins(better: Floats, worse: Floats, tolerance: float = TIE_TOLERANCE) -> Floats:
-    """1 where ``better`` is higher, 0 where it is lower, 0.5 where they differ by at most ``tolerance``."""
+def tie_tolerance(better: Floats, worse: Floats) -> float:
+    """Up to which difference two of these scores are equal: :data:`TIE_TOLERANCE`, or less where the scale of the differences is small."""
+    differences = better - worse
+    return min(TIE_TOLERANCE, TIE_SHARE * float(np.sqrt((differences**2).mean()))) if differences.size else TIE_TOLERANCE
+
+
+def wins(better: Floats, worse: Floats, tolerance: float | None = None) -> Floats:
+    """1 where ``better`` is higher, 0 where it is lower, 0.5 where they differ by at most ``tolerance`` (:func:`tie_tolerance`)."""
+    if tolerance is None:
+        tolerance = tie_tolerance(better, worse)
     return np.where(np.abs(better - worse) <= tolerance, 0.5, (better > worse).astype(np.float64))
 
 

@@ -22,6 +22,7 @@ from ivg.jobs.runner import Result
 from ivg.models.head_reader import HeadReader
 from ivg.types import Beam, Completion, Prompt, TokenCounter, new_key
 from ivg.types.scores import Scores, require_scores, score_each
+from ivg.utils.rounding import keep_digits
 from ivg.values.explicit import ExplicitValue
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _samples(model: GuidedModel, selected_by: tuple[str, Value] | None, prompt: 
     if value is not None:
         value.release([b.key for b in beams])
     samples = [
-        {"text": c.text, "tokens": len(c.token_ids), "value": round(score, 6), "forward_tokens": read}
+        {"text": c.text, "tokens": len(c.token_ids), "value": keep_digits(score, 6), "forward_tokens": read}
         for c, score, read in zip(completions, require_scores(scores), own, strict=True)
     ]
     return {"selected_by": name, "shared_tokens": shared, "samples": samples}

@@ -19,6 +19,7 @@ from ivg.jobs.runner import LocalBackend, Result, Task, TaskSettings
 from ivg.types import Completion, Prompt
 from ivg.utils import environment
 from ivg.utils.jsonl import append_lines, as_lines
+from ivg.utils.rounding import keep_digits
 
 if TYPE_CHECKING:
     from ivg.model import GuidedModel
@@ -72,7 +73,7 @@ def _completion_row(completion: Completion) -> Row:
     return {
         "text": completion.answer,
         "token_ids": list(completion.token_ids),
-        "score": None if completion.score is None else round(completion.score, 6),
+        "score": None if completion.score is None else keep_digits(completion.score, 6),
         "finish_reason": completion.finish_reason,
         "prompt_tokens": completion.usage.prompt_tokens,
         "forward_tokens": dict(sorted(completion.usage.forward_tokens.items())),

@@ -102,7 +102,7 @@ def _verdict(answer: float | ScoreFault, reference: float | ScoreFault) -> Verdi
         return Verdict(None, answer)
     if isinstance(reference, ScoreFault):
         return Verdict(None, reference)
-    return Verdict(round(1.5 + math.tanh((answer - reference) / 2) / 2, 6))  # 1 + the sigmoid of the difference
+    return Verdict(round(1.5 + math.tanh((answer - reference) / 2) / 2, 10))  # 1 + the sigmoid of the difference
 
 
 class ChatJudge:

@@ -23,6 +23,7 @@ from ivg.jobs.blocks import open_blocks
 from ivg.types import Prompt
 from ivg.types.scores import judge_each, require_scores
 from ivg.utils.jsonl import read_jsonl, write_json
+from ivg.utils.rounding import keep_digits
 
 if TYPE_CHECKING:
     from ivg.model import GuidedModel
@@ -111,7 +112,7 @@ def _score_answers(worker: Worker, rows: Sequence[Row]) -> Iterator[Row]:
 def _scores_or_error(rewards: Mapping[str, float | ScoreFault]) -> Row:
     """The scores of one answer, or the first judge's error."""
     try:
-        return {name: round(score, 6) for name, score in zip(rewards, require_scores(list(rewards.values())), strict=True)}
+        return {name: keep_digits(score, 6) for name, score in zip(rewards, require_scores(list(rewards.values())), strict=True)}
     except ScoreError:
         return {"error": next(" ".join(score.split()) for score in rewards.values() if isinstance(score, ScoreFault))}
 

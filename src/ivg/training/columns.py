@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from ivg.errors import PromptError
-from ivg.jobs.prompts import with_chat_columns
+from ivg.jobs.prompts import prompt_of, with_chat_columns
 from ivg.models.chat_template import prompt_text
 from ivg.types.messages import Message, Prompt, check_text
 from ivg.utils.jsonl import RowError
@@ -44,6 +44,12 @@ def list_of(row: Row, name: str) -> list[Any]:
     if not isinstance(found, list | tuple):
         raise RowError(f"expected a list in {name}, got {str(row[name])[:80]!r}")
     return list(found)
+
+
+def ends_with_answer(row: Row) -> bool:
+    """Is the last of the row's ``messages`` the assistant's?"""
+    turns = list_of(row, "messages") if row.get("messages") else []
+    return bool(turns) and isinstance(turns[-1], Mapping) and turns[-1].get("role") == "assistant"
 
 
 def flag(value: Any) -> bool:
@@ -82,13 +88,15 @@ def responses_of(row: Row) -> list[tuple[str, float]]:
 
 
 def prompt_in(row: Row, value: Any = None) -> Prompt:
-    """The prompt of a row, which is not empty, with its variables of chat templates and tools.
+    """The prompt of a row (``prompt``, or ``messages`` in its place), which is not empty, with its variables of chat templates and tools.
 
     Args:
         row: the row.
         value: the prompt, where it is not in the column ``prompt``.
     """
-    found = with_chat_columns(Prompt.of(cell(row, "prompt") if value is None else value), row)
+    if value is None and row.get("prompt") is None and ends_with_answer(row):
+        raise RowError("no prompt, and messages end with the answer\n  give the messages before it as prompt")
+    found = prompt_of(row) if value is None else with_chat_columns(Prompt.of(value), row)
     if not prompt_text(found).strip():
         raise PromptError("the prompt is empty")
     return found

@@ -3,7 +3,8 @@
 Columns: ``prompt`` (text or messages), ``index``, ``response``, ``token_ids`` (of the base), ``finish_reason``, ``ended`` (by an
 end-of-sequence token), ``score``; ``error`` instead if the prompt cannot be answered or the response not scored; ``notes`` say what a
 reward model could not read. Of models that think ``response`` and ``token_ids`` are what values read (``values_read``: the answer, or all),
-and ``reasoning_content`` is the thinking. ``chat_template_kwargs`` and ``tools`` are those of the prompt, where it has some.
+and ``reasoning_content`` is the thinking. ``chat_template_kwargs`` and ``tools`` are those of the prompt, where it has some. In
+Parquet these are JSON text, and so are ``messages`` in place of ``prompt`` where not all prompts are texts, or plain chats.
 
 Blocks of prompts have their own seeds: an interrupted run gives the same file.
 """
@@ -23,8 +24,9 @@ from ivg.settings.train import RolloutSettings
 from ivg.training.run_dir import require_single_process
 from ivg.types import Prompt
 from ivg.types.scores import judge_each
-from ivg.utils.jsonl import read_jsonl
+from ivg.utils.jsonl import read_jsonl, to_json
 from ivg.utils.rng import as_seed, mix
+from ivg.utils.rounding import keep_digits
 
 if TYPE_CHECKING:
     from ivg.model import GuidedModel
@@ -127,7 +129,7 @@ def _score(reward: Reward, rows: Sequence[dict[str, Any]]) -> None:
     """Add the scores, or errors, and notes to rows of answers."""
     pairs = [(prompt_of(row), row["response"]) for row in rows]
     for row, pair, score in zip(rows, pairs, judge_each(reward, pairs), strict=True):
-        row |= {"error": " ".join(score.split())} if isinstance(score, ScoreFault) else {"score": round(score, 4)}
+        row |= {"error": " ".join(score.split())} if isinstance(score, ScoreFault) else {"score": keep_digits(score, 4)}
         if note := reward.note(*pair):
             row["notes"] = [*row.get("notes", []), note]
 
@@ -160,7 +162,30 @@ def _to_parquet(jsonl: Path, out: Path) -> None:
     except ImportError:
         raise ConfigError(f"writing {out} needs pyarrow\n  pip install 'ivg[train]'; the rows are in {jsonl}") from None
     partial = out.with_name(out.name + ".partial")
-    rows = list(read_jsonl(jsonl))
+    rows = _with_plain_columns(list(read_jsonl(jsonl)))
     names = list(dict.fromkeys(name for row in rows for name in row))
     pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows]), partial)
     partial.replace(out)
+
+
+def _with_plain_columns(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows whose nested columns are JSON text: Parquet gives the objects of a column the keys of all its rows.
+
+    Prompts stay in ``prompt`` where all are texts, or all are messages with a text each; else their messages are in ``messages``.
+    """
+    chats = [row["prompt"] for row in rows if not isinstance(row["prompt"], str)]
+    same = not chats or (len(chats) == len(rows) and all(map(_is_plain_chat, chats)))
+    out = []
+    for row in rows:
+        found = row | {name: to_json(row[name]) for name in CHAT_COLUMNS if name in row}
+        if not same:
+            is_text = isinstance(row["prompt"], str)
+            found = {"prompt": row["prompt"] if is_text else None, "messages": None if is_text else to_json(row["prompt"])} | {
+                name: value for name, value in found.items() if name != "prompt"
+            }
+        out.append(found)
+    return out
+
+
+def _is_plain_chat(turns: Any) -> bool:
+    return all(set(turn) == {"role", "content"} and isinstance(turn["content"], str) for turn in turns)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ivg.errors import ConfigError, PromptError
 from ivg.jobs.formats import SourceRow, scan_rows, source_name
-from ivg.training.columns import Row, list_of
+from ivg.training.columns import Row, ends_with_answer, list_of
 from ivg.utils.jsonl import RowError
 
 Item = TypeVar("Item")
@@ -102,8 +102,7 @@ class Rows:
     @property
     def ends_with_answer(self) -> bool:
         """Is the last of the first row's ``messages`` the assistant's?"""
-        turns = list_of(self._first[1], "messages")
-        return bool(turns) and isinstance(turns[-1], Mapping) and turns[-1].get("role") == "assistant"
+        return ends_with_answer(self._first[1])
 
     def each(self, parse: Callable[[dict[str, Any]], Iterable[Item]]) -> list[Item]:
         """The items that ``parse`` makes of every row.

@@ -27,6 +27,7 @@ from ivg.training.run_dir import RunDir, first_process, open_run, process_count,
 from ivg.training.split import last_share
 from ivg.training.trainer import GroupedByLength, drop_timing_metrics, load_for_training, lora_config, split_rows, trainer_arguments
 from ivg.training.value_loss import PARTS, ValueCollator, ValueModelWithLoss
+from ivg.utils.rounding import keep_digits
 
 
 def train_value(
@@ -133,7 +134,7 @@ def _fit(
     if settings.keep_adapter:
         model.settle()
     measured = drop_timing_metrics(trainer.evaluate()) if test else {}
-    return {k.removeprefix("eval_"): round(v, 5) for k, v in measured.items()}
+    return {k.removeprefix("eval_"): keep_digits(v, 5) for k, v in measured.items()}
 
 
 class _ValueTrainer(GroupedByLength, Trainer):
