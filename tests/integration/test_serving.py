@@ -290,3 +290,22 @@ def test_a_prompt_that_comes_again_gets_new_samples(running, library):
     ]
     assert [c.text for c in sorted(got.choices, key=lambda c: c.index)] == wanted
     assert len({c.text for c in ask(model="tiny:base", prompt=["One"] * 4, **SAMPLING).choices}) == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_tokens_that_are_part_of_a_character(running, stream):
+    body = {"model": "tiny:eft", "guided_choice": ["日🎬"], "seed": 1, "max_tokens": 7, "stream": stream}  # seven tokens, each a byte
+    chat = {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 2}
+    answer = running.post(body | chat, "/v1/chat/completions")
+    parts = [c["choices"][0]["logprobs"] for c in chunks(answer)] if stream else [answer.json()["choices"][0]["logprobs"]]
+    tokens = [token for part in parts if part for token in part["content"]]
+    assert bytes(byte for t in tokens for byte in t["bytes"]) == "日🎬".encode() and "".join(t["token"] for t in tokens) == "日🎬"
+    assert len(tokens) == 7
+    for t in tokens:
+        assert [(o["token"], o["bytes"]) for o in t["top_logprobs"] if o["logprob"] == t["logprob"]] == [(t["token"], t["bytes"])]
+        assert all(o["bytes"] for o in t["top_logprobs"])
+    answer = running.post(body | {"prompt": "日本 café", "echo": True, "logprobs": 1}, "/v1/completions")
+    parts = [c["choices"][0]["logprobs"] for c in chunks(answer)] if stream else [answer.json()["choices"][0]["logprobs"]]
+    shown = [pair for part in parts if part for pair in zip(part["tokens"], part["top_logprobs"], strict=True)]
+    assert "".join(token for token, _ in shown) == "日本 café日🎬"
+    assert shown[0][1] is None and all(token in tops for token, tops in shown[1:])

@@ -13,11 +13,11 @@ from ivg.engines.transformers.guidance import apply_guidance
 from ivg.errors import PromptError
 from ivg.models.vocabulary import Vocabulary
 from ivg.search.searcher import Request, Search, Searcher
-from ivg.serving.responses import TokenText
+from ivg.serving.responses import ChoiceState, TokenText
 from ivg.testing import byte_tokenizer, tiny_lm
 from ivg.training import encoding
 from ivg.training.data import RatedResponse
-from ivg.types import Beam, DecodeState, Prompt, SamplingParams, TokenGuidance, new_key
+from ivg.types import Beam, DecodeState, Prompt, SamplingParams, TokenGuidance, TokenLogprobs, new_key
 from ivg.values.base import FunctionValue
 from tokenizers_zoo import gemma, llama, metaspace, sentencepiece, wordpiece
 
@@ -285,3 +285,30 @@ def test_server_names_tokens_as_they_stand_in_a_text():
         ids = v.tokenizer("a the", add_special_tokens=False).input_ids
         shown = [token_text.decode(i) for i in ids]
         assert "".join(shown).strip() == "a the" and token_text.decode(v.tokenizer.eos_token_id) == v.tokenizer.eos_token
+
+
+@settings(deadline=None, max_examples=150)
+@given(names, texts, st.integers(0, 14))
+def test_the_bytes_of_the_tokens_of_an_answer_are_its_text(name, text, stop):
+    """Also where a stop string cuts it off after ``stop`` characters."""
+    v = vocabulary(name)
+    ids = v.tokenizer(text, add_special_tokens=False).input_ids
+    state, details = v.start_decoding(()), []
+    for end, token in enumerate(ids, 1):
+        piece, state = v.continue_text(ids[:end], state, final=end == len(ids))
+        details.append(TokenLogprobs(token, piece, 0.0, 0.0, (), ()))
+    for limit in (stop, 99):
+        written = "".join(d.text for d in details)[:limit]
+        shown = ChoiceState(0).take_tokens(details, len(written), final=True)
+        assert b"".join(TokenText(v).own_bytes(d.token, d.text) for d in shown) == written.encode()
+
+
+@settings(deadline=None, max_examples=100)
+@given(names, st.lists(st.integers(0, 10**6), max_size=12))
+def test_the_bytes_of_any_tokens_are_their_text_with_bytes_of_no_character_replaced(name, numbers):
+    v = vocabulary(name)
+    ids, state, written = [n % v.size for n in numbers], v.start_decoding(()), b""
+    for end, token in enumerate(ids, 1):
+        piece, state = v.continue_text(ids[:end], state, final=end == len(ids))
+        written += TokenText(v).own_bytes(token, piece)
+    assert written.decode(errors="replace") == v.response_text((), ids)

@@ -16,6 +16,7 @@ from ivg.factory.recipe import load_models
 from ivg.integrations.flat_settings import recipe_from
 from ivg.model import GuidedModel
 from ivg.models.prompt_encoder import has_chat_template
+from ivg.models.token_bytes import bytes_in_text
 from ivg.types import Completion, Prompt, TokenLogprobs
 
 try:
@@ -118,9 +119,11 @@ class IVGModelAPI(ModelAPI):
         return ChatCompletionChoice(message=message, stop_reason=reason, logprobs=shown)
 
     def _logprob(self, detail: TokenLogprobs) -> Logprob:
-        decode = self.model.engine.vocabulary.decode
-        top = [TopLogprob(token=decode([i]), logprob=p) for i, p in detail.top]
-        return Logprob(token=detail.text, logprob=detail.logprob, bytes=list(detail.text.encode()), top_logprobs=top or None)
+        vocabulary = self.model.engine.vocabulary
+        own = vocabulary.partial_bytes(detail.token)
+        written = detail.text.encode() if own is None else bytes_in_text(own, detail.text)
+        top = [TopLogprob(token=detail.text if i == detail.token else vocabulary.decode([i]), logprob=p) for i, p in detail.top]
+        return Logprob(token=detail.text, logprob=detail.logprob, bytes=list(written), top_logprobs=top or None)
 
 
 def _usage(found: Sequence[Completion]) -> ModelUsage:

@@ -12,9 +12,11 @@ from functools import cached_property
 from typing import Any
 
 from ivg.errors import PromptError, VocabularyError
+from ivg.models.token_bytes import bytes_of_piece
 from ivg.types import DecodeState
 
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""Stands for bytes that belong to no character."""
 _CONTINUATIONS = ("<0x80>", "<0xBF>", "\u0122", "\u00bf")
 """The bytes 0x80 and 0xBF as byte fallback and as byte-level BPE (GPT-2's table) write them."""
 _CONTEXT = 8
@@ -164,7 +166,20 @@ class Vocabulary:
         become U+FFFD, as with byte-level tokenizers. The tokenizers library would replace the whole run of bytes.
         """
         text = self._tokenizer_decode(ids)
-        return self._decode_bytewise(ids) if _REPLACEMENT in text and self._bytes else text
+        return self._decode_bytewise(ids) if REPLACEMENT in text and self._bytes else text
+
+    def partial_bytes(self, token: int) -> bytes | None:
+        """The bytes of a token that may be a part of a character; None: it is none, and what it decodes to says all."""
+        if token in self._bytes:
+            return bytes([self._bytes[token]])
+        if token in self.special or REPLACEMENT not in self._tokenizer_decode([token]):
+            return None
+        return bytes_of_piece(self.pieces.get(token, ""))
+
+    @property
+    def has_byte_tokens(self) -> bool:
+        """May a token be a part of a character?"""
+        return bool(self._bytes or self._continuations)
 
     def start_decoding(self, prompt_ids: Sequence[int]) -> DecodeState:
         """The state before the first token of a response to ``prompt_ids``.
@@ -257,7 +272,7 @@ class Vocabulary:
 
     def _cut(self, ids: tuple[int, ...], text: str) -> int:
         """1 where the last character of ``text``, decoded from ``ids``, lacks bytes (or may: no token is a byte), else 0."""
-        if not text.endswith(_REPLACEMENT):
+        if not text.endswith(REPLACEMENT):
             return 0
         if not self._continuations:
             return 1
@@ -295,7 +310,7 @@ class Vocabulary:
                     bytes(self._bytes[i] for i in run).decode()
                 except UnicodeDecodeError as e:
                     valid.extend(run[: e.start])
-                    out.extend((text_of_valid(), _REPLACEMENT))
+                    out.extend((text_of_valid(), REPLACEMENT))
                     valid.clear()
                     del run[: e.end]
                 else:
@@ -325,7 +340,7 @@ class Vocabulary:
     def _continuations(self) -> tuple[int, ...]:
         """Tokens that are the byte 0x80 or 0xBF alone: one of them continues any incomplete character, neither begins one."""
         found = (self._ids_of.get(piece) for piece in _CONTINUATIONS)
-        return tuple(i for i in found if i is not None and self._tokenizer_decode([i]) == _REPLACEMENT)
+        return tuple(i for i in found if i is not None and self._tokenizer_decode([i]) == REPLACEMENT)
 
     @cached_property
     def _ids_of(self) -> dict[str, int]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
+from ivg.models.token_bytes import bytes_in_text
 from ivg.models.tool_reader import CallText
-from ivg.models.vocabulary import Vocabulary
+from ivg.models.vocabulary import REPLACEMENT, Vocabulary
 from ivg.serving.echo import EchoedPrompt
 from ivg.serving.served_models import RequestBatch
 from ivg.serving.tools import call_deltas, message_calls
@@ -31,10 +32,24 @@ class TokenText:
         self._vocabulary = vocabulary
         self._context = vocabulary.tokenizer("a", add_special_tokens=False).input_ids
         self.decode = lru_cache(maxsize=65536)(self._decode)
+        self._partial_bytes = lru_cache(maxsize=65536)(vocabulary.partial_bytes)
 
     def piece(self, token: int) -> str:
         """The token as the tokenizer's vocabulary writes it: no two tokens have the same."""
         return self._vocabulary.pieces.get(token, f"token_id:{token}")
+
+    def own_bytes(self, token: int, text: str | None = None) -> bytes:
+        """The bytes of a token, those of a part of a character too; ``text``: what an answer has of it, where it stands in one."""
+        own = self._partial_bytes(token)
+        if own is not None:
+            return own if text is None else bytes_in_text(own, text)
+        alone = self.decode(token)
+        if text is None:
+            return alone.encode()
+        lost = len(text) - len(text.lstrip(REPLACEMENT)) if self._vocabulary.has_byte_tokens else 0
+        # bytes before it that belong to no character are those of other tokens
+        rests = (text[cut:] for cut in range(lost + 1))
+        return next((rest for rest in rests if alone.startswith(rest) or alone.lstrip().startswith(rest)), text).encode()
 
     def _decode(self, token: int) -> str:
         """Decoded after other text, because some tokenizers drop a leading space; a special token by its name."""
@@ -244,16 +259,28 @@ class ResponseBuilder:
         }
 
     def _tops(self, t: TokenLogprobs, n: int) -> dict[str, float]:
-        """The likeliest tokens by text, and the token itself; the second with one text by its piece."""
-        out: dict[str, float] = {}
+        """The likeliest tokens by text, and the token itself by its text in the answer; another one with the same text by its piece."""
+        out, taken = {}, {t.text}
         for i, p in {**dict(t.top[:n]), t.token: t.logprob}.items():
-            text = self.token_text.decode(i)
-            out[self.token_text.piece(i) if text in out else text] = clamp(p)
+            name = t.text
+            if i != t.token:
+                name = next(name for name in (*self._names(i), f"token_id:{i}") if name not in taken)
+            taken.add(name)
+            out[name] = clamp(p)
         return out
 
+    def _names(self, token: int) -> tuple[str, str]:
+        return self.token_text.decode(token), self.token_text.piece(token)
+
     def _chat_token(self, t: TokenLogprobs, n: int) -> dict[str, Any]:
-        top = [{**_token_object(self.token_text.decode(i)), "logprob": clamp(p)} for i, p in t.top[:n]]
-        return {**_token_object(t.text), "logprob": clamp(t.logprob), "top_logprobs": top}
+        own = {"token": t.text, "bytes": list(self.token_text.own_bytes(t.token, t.text))}
+        return {**own, "logprob": clamp(t.logprob), "top_logprobs": [self._chat_top(t, i, p, own) for i, p in t.top[:n]]}
+
+    def _chat_top(self, t: TokenLogprobs, token: int, logprob: float, own: dict[str, Any]) -> dict[str, Any]:
+        if token == t.token:
+            return {**own, "logprob": clamp(logprob)}
+        text, piece = self._names(token)
+        return {"token": piece if text == t.text else text, "bytes": list(self.token_text.own_bytes(token)), "logprob": clamp(logprob)}
 
     def guided_tokens(self, tokens: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
         """Tokens with their log-probabilities before and after guidance, for the event ``ivg.tokens``."""
@@ -330,7 +357,3 @@ def clamp(number: float) -> float:
 def finite_or_none(score: float | None) -> float | None:
     """A score that JSON can hold."""
     return score if score is not None and math.isfinite(score) else None
-
-
-def _token_object(text: str) -> dict[str, Any]:
-    return {"token": text, "bytes": None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())}
