@@ -281,6 +281,17 @@ def test_request_ids(running):
     assert len(other) == 32
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_logprobs_of_an_answer_without_tokens(running, library, path):
+    ask = {"model": "tiny:eft", "logit_bias": {str(next(iter(library.base.vocabulary.eos_ids))): 100}, "temperature": 0, "max_tokens": 4}
+    chat = {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 1}
+    ask |= chat if "chat" in path else {"prompt": "x", "logprobs": 1}
+    whole = running.post(ask, path).json()
+    assert whole["usage"]["completion_tokens"] <= 1 and whole["choices"][0]["finish_reason"] == "stop"
+    streamed = [c["choices"][0]["logprobs"] for c in chunks(running.post(ask | {"stream": True}, path)) if c["choices"]]
+    assert [found for found in streamed if found] == [whole["choices"][0]["logprobs"]]
+
+
 def test_a_prompt_that_comes_again_gets_new_samples(running, library):
     ask = running.client().completions.create
     got = ask(model="tiny:base", prompt=["One", "Two", "One", "One"], n=2, seed=5, **SAMPLING)

@@ -131,6 +131,10 @@ def test_not_found(running):
 def test_empty_prompt(running):
     error = well_formed(running.post(ASK | {"prompt": ""}), 400, "prompt", "invalid_prompt")
     assert error["message"].startswith("empty prompt; expected: ")
+    for prompt in ("\n", " "):  # white space is text
+        ids = running.served.model.base.tokenizer(prompt).input_ids
+        as_text, as_ids = (running.post(ASK | {"prompt": p, "seed": 1}).json()["choices"][0]["text"] for p in (prompt, ids))
+        assert as_text == as_ids
 
 
 def test_long_prompts_are_refused_and_not_cached(running):

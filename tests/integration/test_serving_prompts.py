@@ -123,6 +123,19 @@ REFUSED = [
 ]
 
 
+@pytest.mark.parametrize("method", ["base", "eft"])
+def test_a_prompt_that_fills_the_context(running, client, library, method):
+    """Nothing is generated, so no token needs room behind it."""
+    limit = library.base.max_positions
+    text = "Film" * (limit // 4)
+    out = client.completions.create(model=f"tiny:{method}", prompt=text, echo=True, max_tokens=0, logprobs=1)
+    assert len(out.choices[0].logprobs.tokens) == limit and None not in out.choices[0].logprobs.token_logprobs[1:]
+    for prompt in (text + "!", [5] * (limit + 1)):
+        response = running.post({"model": f"tiny:{method}", "prompt": prompt, "echo": True, "max_tokens": 0, "logprobs": 1})
+        message = well_formed(response, 400, "prompt", "context_length_exceeded")["message"]
+        assert f"you requested {limit + 1} tokens ({limit + 1} in the prompt, 0 in the completion)" in message
+
+
 @pytest.mark.parametrize(("change", "param", "message"), REFUSED, ids=str)
 def test_what_has_no_such_log_probabilities(running, change, param, message):
     body = {"model": "tiny", "prompt": TEXT, "max_tokens": 1, "echo": True, "logprobs": 1, **change}

@@ -83,7 +83,9 @@ def test_a_stream_is_the_whole_answer(running):
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"guidance": {"regex": "a["}}, "guidance.regex"),
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "response_format"),
-        ({"guided_regex": "a", "logit_bias": {"66": -100}, "guidance": {"suppress_tokens": list(range(257))}}, "guidance"),
+        ({"guided_regex": "a", "logit_bias": {"66": -100}, "guidance": {"suppress_tokens": list(range(257))}}, "regex"),
+        ({"response_format": {"type": "json_object"}, "suppress_tokens": list(range(257))}, "response_format"),
+        ({"logit_bias": {"66": -100}, "suppress_tokens": list(range(257))}, "guidance"),
     ],
     ids=json.dumps,
 )

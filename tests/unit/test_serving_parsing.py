@@ -195,3 +195,8 @@ def test_settings(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"serve\.api_keys: an API key has at least 8 ASCII characters") as e:
         Recipe.parse({"serve": {"api_keys": ["short"]}})
     assert "short" not in str(e.value)
+
+
+def test_vllm_s_top_k_that_is_off_wherever_it_is_given():
+    for more in ({"top_k": -1}, {"guidance": {"top_k": -1}}, {"top_k": 0, "guidance": {"top_k": -1}}):
+        assert CompletionRequest.model_validate({"model": "m", "prompt": "x", **more}).sampling["top_k"] == 0

@@ -58,7 +58,7 @@ def render(
             _check_not_rendered(prompt, "an instruction" if template is None else f"a template of its own ({template!r})", name)
         if template is None and isinstance(prompt.content, str):
             text = prompt.vocabulary.text_for(prompt.token_ids, tokenizer)
-    if not text.strip():
+    if not text:
         if prompt.images:
             raise PromptError(f"the prompt has pictures and no text, and {name} reads text alone\n  put some text beside the pictures")
         raise PromptError("empty prompt\n  expected: some text, or messages with some content")

@@ -38,12 +38,17 @@ def client_error(error: Exception, param: str = "prompt", given: Collection[str]
     return ServeError(message, 500, "model_error")
 
 
-def completion_error(error: str) -> ServeError:
-    """The HTTP error for ``Completion.error``. Addresses of an upstream server are left out."""
+def completion_error(error: str, structure: str = "guidance") -> ServeError:
+    """The HTTP error for ``Completion.error``. Addresses of an upstream server are left out.
+
+    Args:
+        error: of the completion.
+        structure: the field of the body that forbids tokens.
+    """
     if isinstance(error, ScoreFault):
         return client_error(PromptError(error)) if error.prompt else ServeError(redact(error.said), 500, "model_error")
     if isinstance(error, NoTokenFault):
-        return ServeError(error, 400, "invalid_value", "guidance")
+        return ServeError(error, 400, "invalid_value", structure)
     if not isinstance(error, UpstreamError):
         return ServeError(redact(error), 500, "model_error")
     if error.status in (400, 413, 422):  # the request's own fault: mostly too long

@@ -36,16 +36,24 @@ def max_new_tokens(model: GuidedModel, request: Request) -> int | None:
 
 
 def check_lengths(model: GuidedModel, request: Request, tokens: int) -> None:
-    """Raise PromptError unless every model of ``request`` can read its prompt and ``tokens`` new tokens."""
+    """Raise PromptError unless every model of ``request`` can read its prompt and ``tokens`` new tokens; 0: the prompt alone."""
     search = request.search
-    prompt = model.engine.open(request.prompt, replace(request.sampling, max_new_tokens=tokens)).prompt
+    if tokens:
+        prompt = model.engine.open(request.prompt, replace(request.sampling, max_new_tokens=tokens)).prompt
+    else:
+        prompt = model.base.root(request.prompt, 0).prompt
     for value in (search.guidance.value if search.guidance else None, search.value):
         if value is not None:
             value.check(prompt, tokens)
 
 
-def check_prompt_length(base: PromptEncoder, prompt: Prompt) -> None:
+def check_prompt_length(base: PromptEncoder, prompt: Prompt, new_tokens: int = 1) -> None:
     """Refuse a prompt that is far too long before it is tokenized by every model: token ids of prompts are cached.
+
+    Args:
+        base: reads it.
+        prompt: to be answered.
+        new_tokens: of the answer, at least.
 
     Raises:
         ContextLengthError: more tokens than the base has positions.
@@ -65,9 +73,9 @@ def check_prompt_length(base: PromptEncoder, prompt: Prompt) -> None:
             if len(text) > longest * limit
             else len(encode(prompt, base.tokenizer, base.template, settings=base.chat_settings))
         )
-    if tokens >= limit:
+    if tokens + new_tokens > limit:
         message = f"prompt of at least {tokens} tokens > context of {base.name} ({limit})\n  shorten the prompt"
-        raise ContextLengthError(message, model=base.name, length=tokens, new_tokens=1, limit=limit)
+        raise ContextLengthError(message, model=base.name, length=tokens, new_tokens=new_tokens, limit=limit)
 
 
 def check_chat_templates(model: GuidedModel) -> None:

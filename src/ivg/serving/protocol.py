@@ -39,11 +39,21 @@ _LENGTH, _LENGTH_FIELD = _renamed(
 )
 
 
+def _without_minus(data: Any) -> Any:
+    """``data`` with 0 where ``top_k`` is vLLM's -1."""
+    return {**data, "top_k": 0} if isinstance(data, Mapping) and data.get("top_k") == -1 else data
+
+
 @table_of(SamplingParams, without=("temperature", "top_p", *_OPENAI_NAMES))
 class Guidance(SearchConfig):
     """Method and settings of the search (see ``ivg models``), and sampling settings that OpenAI's protocol lacks."""
 
     method: str | None = None  # type: ignore[assignment]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _top_k_off(cls, data: Any) -> Any:
+        return _without_minus(data)
 
     @property
     def search(self) -> dict[str, Any]:
@@ -123,11 +133,15 @@ class _Request(Table):
         forms = [name for name in ("response_format", "structured_outputs", *STRUCTURES) if getattr(self, name)]
         return forms + [f"guidance.{name}" for name in STRUCTURES if inner.get(name) and not getattr(self, name)]
 
+    @property
+    def structure_field(self) -> str:
+        """The field that forbids tokens by a grammar; ``guidance`` where none does, and so another setting of sampling."""
+        return next(iter(self._structures), "guidance")
+
     @model_validator(mode="before")
     @classmethod
     def _top_k_off(cls, data: Any) -> Any:
-        """VLLM's -1 is 0 here."""
-        return {**data, "top_k": 0} if isinstance(data, Mapping) and data.get("top_k") == -1 else data
+        return _without_minus(data)
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> _Request:
@@ -212,6 +226,11 @@ class ChatRequest(_Request):
         choice: Any = self.tool_choice
         mode = choice["allowed_tools"]["mode"] if self.allowed_functions is not None else choice
         return mode == "required" or self.called_function is not None
+
+    @property
+    def structure_field(self) -> str:
+        """As of completions; a call that is required is structured output."""
+        return "tool_choice" if self.call_required else super().structure_field
 
     @property
     def chat(self) -> dict[str, Any]:

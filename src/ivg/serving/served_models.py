@@ -230,8 +230,7 @@ class ServedModels:
         template = replace(template, stride=streaming_stride(template) if body.stream else QUANTUM)
         param = "messages" if isinstance(body, ChatRequest) else "prompt"
         try:
-            wanted = 1 if body.limit == 0 else body.limit
-            firsts = [self._with_max_tokens(template.with_prompt(prompt), wanted) for prompt in self._prompts(body)]
+            firsts = [self._with_max_tokens(template.with_prompt(prompt), body.limit) for prompt in self._prompts(body)]
             echo = self._echo(body, method, [first.prompt for first in firsts])
         except ContextLengthError as e:
             raise context_length_error(e, param, body.limit) from None
@@ -288,7 +287,13 @@ class ServedModels:
         return body.model_copy(update={"messages": found.content})
 
     def _with_max_tokens(self, request: Request, wanted: int | None) -> Request:
-        """The request with its number of new tokens: as asked for, else as the settings say and all models can read."""
+        """The request with its number of new tokens: as asked for, else as the settings say and all models can read.
+
+        One that wants none, but its prompt, stays as it is: it is not run.
+        """
+        if wanted == 0:
+            check_lengths(self.model, request, 0)
+            return request
         left = max_new_tokens(self.model, request)
         if wanted is None:
             limits = (self._default_max_tokens, self.settings.max_tokens, left)
@@ -337,17 +342,17 @@ class ServedModels:
     def _prompts(self, body: Body) -> list[Prompt]:
         if isinstance(body, ChatRequest):
             return [self._chat_prompt(body)]
-        return [self._text_prompt(p) for p in body.prompts]
+        return [self._text_prompt(p, 0 if body.limit == 0 else 1) for p in body.prompts]
 
-    def _text_prompt(self, given: str | Sequence[int]) -> Prompt:
+    def _text_prompt(self, given: str | Sequence[int], new_tokens: int) -> Prompt:
         base = self.model.base
         if isinstance(given, str):
             prompt = Prompt(given)
-            check_prompt_length(base, prompt)
+            check_prompt_length(base, prompt, new_tokens)
             return prompt
         if not base.reads_given_ids:
             raise ServeError("this model does not accept token ids; send the prompt as text", 400, "invalid_value", "prompt")
-        check_prompt_length(base, Prompt("", tuple(given)))
+        check_prompt_length(base, Prompt("", tuple(given)), new_tokens)
         beyond = [i for i in given if i >= base.vocab_size]
         if beyond:
             message = f"token id {beyond[0]} is outside the vocabulary ({base.vocab_size} tokens)"

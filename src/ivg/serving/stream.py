@@ -97,6 +97,8 @@ class StreamEncoder(EventEncoder):
         if completion is not None:
             state.completion = completion
             last = builder.delta(state.index, Delta(), finish=builder.finish_reason(completion, state.parts))
+            if not state.tokens and builder.echoed(state.index) is None:
+                last["logprobs"] = builder.logprobs([], 0)  # of an answer without tokens, as of a whole one
             yield encode_event(self._chunk([last]) | {"ivg": builder.ivg_object([completion]) | {"index": state.index}})
 
     def finish(self) -> Iterator[bytes]:

@@ -259,7 +259,7 @@ class Worker:
                 del self._running[running.number]
                 self.metrics.count_completion(step.completion)
             if step.completion is not None and step.completion.error is not None:
-                self._fail(running.handle, completion_error(step.completion.error))
+                self._fail(running.handle, completion_error(step.completion.error, running.handle.body.structure_field))
             else:
                 self._report(running, step)
 
