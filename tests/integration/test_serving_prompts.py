@@ -80,6 +80,8 @@ def test_vllm_prompt_logprobs(client, library):
         assert entry[str(token.token)]["logprob"] == pytest.approx(token.logprob, abs=1e-4)
         assert {int(i) for i in entry} == {token.token, *(i for i, _ in token.top[:2])}
         assert entry[str(token.top[0][0])]["rank"] == 1
+        ranks = {int(i): e["rank"] for i, e in entry.items()}
+        assert ranks[token.token] == token.rank and (ranks[token.token] > 2) == (token.token not in [i for i, _ in token.top[:2]])
 
 
 def test_echo_of_text_alone_with_every_method(client):

@@ -145,6 +145,8 @@ def check(model, method, settings, temperature=1.0, tolerance=3e-4):
             guided, base = distribution(model, s, prompt, y[:i], temperature)
             assert token.logprob == pytest.approx(float(guided[token.token]), abs=tolerance)
             assert token.base_logprob == pytest.approx(float(base[token.token]), abs=tolerance)
+            own = guided[token.token]
+            assert int((guided > own + tolerance).sum()) < token.rank <= int((guided >= own - tolerance).sum())
             assert [p for _, p in token.top] == pytest.approx([p for p in guided.topk(3).values.tolist() if p > -math.inf], abs=tolerance)
         assert result.logprob == sum(t.logprob for t in result.tokens)
     assert all(reader.model.live_rows == 0 for reader in model.readers)

@@ -226,7 +226,7 @@ class ResponseBuilder:
         out: list[dict[str, Any] | None] = [None]
         for t in () if rest is None else rest.tokens:
             ranks = {i: (rank, p) for rank, (i, p) in enumerate(t.top, 1)}
-            own = {t.token: ranks.get(t.token, (None, t.logprob))}
+            own = {t.token: ranks.get(t.token, (t.rank, t.logprob))}
             shown = own | dict(list(ranks.items())[: self.prompt_logprobs])
             out.append({
                 str(i): {"logprob": clamp(p), "rank": rank, "decoded_token": self.token_text.decode(i)} for i, (rank, p) in shown.items()

@@ -101,6 +101,7 @@ class TokenLogprobs:
     """One token and its log-probabilities in nats: under the guided distribution and under the base alone.
 
     Both are softmaxes as for :attr:`Completion.guide_shift`; ``top`` and ``top_base`` are their likeliest (id, log-probability).
+    ``rank``: how many tokens are at least as likely with guidance, the token itself among them, as vLLM counts; None: not known.
     """
 
     token: int
@@ -109,6 +110,7 @@ class TokenLogprobs:
     base_logprob: float
     top: tuple[tuple[int, float], ...] = ()
     top_base: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

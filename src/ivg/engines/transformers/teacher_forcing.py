@@ -131,9 +131,10 @@ def _read(base: CachedLM, rows: Sequence[_Row], guidance: TokenGuidance | None) 
         tokens = [row.request.token_ids[before] for row, before in block.places]
         alternatives = [max(1, row.request.alternatives) for row, _ in block.places]
         found = token_logprobs(tokens, range(len(tokens)), [_PLAIN] * len(tokens), alternatives, alone, final)
-        for (row, _), entry in zip(block.places, found, strict=True):
+        own = final.gather(1, torch.tensor(tokens, device=final.device)[:, None])
+        for (row, _), entry, rank in zip(block.places, found, (final >= own).sum(-1).tolist(), strict=True):
             assert entry is not None
-            row.found.append(entry)
+            row.found.append(replace(entry, rank=rank))
 
 
 def _guide(logits: Tensor, block: _Block, guidance: TokenGuidance) -> Tensor:
