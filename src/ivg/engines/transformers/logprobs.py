@@ -73,8 +73,8 @@ def token_logprobs(
         of_base = of_guided if base is guided else _logprobs(base, block, tokens, rows, params, most)
         for k, i in enumerate(block):
             n = alternatives[i] or 0
-            tops = (_drawable(of[1][k][:n]) for of in (of_guided, of_base))
-            out[i] = TokenLogprobs(tokens[i], "", of_guided[0][k], of_base[0][k], *tops)
+            top, top_base = (_drawable(of[1][k][:n]) for of in (of_guided, of_base))
+            out[i] = TokenLogprobs(tokens[i], "", of_guided[0][k], of_base[0][k], top, top_base)
     return out
 
 
