@@ -82,6 +82,23 @@ def with_loud_padding(source: str, factor: float) -> str:
     return str(place)
 
 
+def with_added_tokens(source: str) -> str:
+    """A copy with two likely tokens more, ``<|im_end|>``, which ends a response, and ``<|tool|>``."""
+    place = Path(f"{source}-added")
+    if not place.exists():
+        network, tokenizer = (kind.from_pretrained(source) for kind in (AutoModelForCausalLM, AutoTokenizer))
+        tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+        tokenizer.add_tokens(["<|tool|>"])
+        network.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            head = network.get_output_embeddings().weight
+            head[-2:] = 1.2 * head[[1001, 979]]
+        network.config.eos_token_id = network.generation_config.eos_token_id = tokenizer.eos_token_id
+        network.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+    return str(place)
+
+
 def with_vocabulary_head(folder: Path, kind: str, seed: int) -> str:
     """A value network with a random vocabulary head over the body of a random network."""
     place = folder / f"value-{kind}-{seed}"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from making import VOCABULARY, make, models, prompts, trio, with_biased_head, with_loud_padding, with_vocabulary_head
+from making import VOCABULARY, make, models, prompts, trio, with_added_tokens, with_biased_head, with_loud_padding, with_vocabulary_head
 
 from ivg.embedded import path
 from ivg.errors import ConfigError, PromptError, VocabularyError
@@ -65,6 +65,21 @@ def test_rows_that_only_pad_are_guided_as_by_the_transformers_engine(folder, gui
             assert [c.token_ids for c in fast.generate(prompts(), method, beta=beta, **settings)] == expected, f"beta {beta}"
             padding = sum(token >= VOCABULARY for ids in expected for token in ids)
             assert padding or beta, "the base chooses rows that pad"
+
+
+@pytest.mark.parametrize("method", ["eft", "genarm"])
+def test_tokens_that_only_the_base_has_are_guided_as_by_the_transformers_engine(folder, method):
+    paths = trio(folder, "llama") | {"base": with_added_tokens(make(folder, "llama", 1))}
+    if method == "genarm":
+        paths = {"base": paths["base"], "arm": paths["tuned"]}
+    settings = {"temperature": 0.0, "max_new_tokens": 16}
+    found = set()
+    with models("transformers", models=paths) as slow, models("vllm", models=paths, search={"method": method}) as fast:
+        for beta in (0.0, 0.5, 1.0, -1.0):
+            expected = [c.token_ids for c in slow.generate(prompts(), method, beta=beta, **settings)]
+            assert [c.token_ids for c in fast.generate(prompts(), method, beta=beta, **settings)] == expected, f"beta {beta}"
+            found.update(token for ids in expected for token in ids)
+    assert {VOCABULARY, VOCABULARY + 1} <= found, "both are written"
 
 
 def test_a_vocabulary_head_is_not_scaled_as_logits_are(folder):

@@ -25,6 +25,7 @@ from torch import Tensor
 from ivg.engines.sequences import TokenSequence
 from ivg.engines.transformers.sampling import entropy
 from ivg.errors import ConfigError, NoTokenFault, ScoreFault
+from ivg.models.added_tokens import added_tokens
 from ivg.models.vocabulary import Vocabulary
 from ivg.types import Beam, ExpandRequest, Hypothesis, TokenGuidance, Value, new_key
 from ivg.types.scores import require_scores, score_each_candidate
@@ -46,6 +47,11 @@ def check_guidance(guidance: TokenGuidance, base: Vocabulary) -> None:
             f"a guide with another vocabulary can compare candidates as text: candidates={DEFAULT_CANDIDATES} "
             f"(--guide-candidates {DEFAULT_CANDIDATES})",
         )
+        if guidance.transform == "log-sigmoid":
+            raise ConfigError(
+                f"transform=log-sigmoid is of candidates' values, got candidates=0 with {value.name}, which moves all logits\n"
+                f"  give candidates, e.g. {DEFAULT_CANDIDATES}, or leave transform out"
+            )
     check_draft(guidance)
 
 
@@ -108,22 +114,23 @@ def reads_ahead(guidance: TokenGuidance, vocabulary: Vocabulary) -> bool:
     return guidance.transform != "log-sigmoid" and _shares_tokens(guidance.value, vocabulary)
 
 
-def apply_deltas(logits: Tensor, deltas: Tensor, guidance: TokenGuidance) -> Tensor | None:
+def apply_deltas(logits: Tensor, deltas: Tensor, guidance: TokenGuidance, vocabulary: Vocabulary) -> Tensor | None:
     """As :func:`apply_guidance`, where the value's deltas are known; None where they lack a candidate, and nothing has changed.
 
     Args:
         logits: of the base, float32 [rows, vocabulary]; may be written over.
         deltas: of the value, float32 [rows, vocabulary].
         guidance: :func:`reads_ahead` is true of it.
+        vocabulary: of the base.
     """
     if guidance.gate > 0:
         rows = (entropy(logits) >= guidance.gate).nonzero()[:, 0]
-        guided = apply_deltas(logits[rows], deltas[rows.to(deltas.device)], replace(guidance, gate=0.0))
+        guided = apply_deltas(logits[rows], deltas[rows.to(deltas.device)], replace(guidance, gate=0.0), vocabulary)
         return None if guided is None else logits.index_copy_(0, rows, guided)
     implausible = implausible_tokens(logits, guidance)
     base = logits.log_softmax(-1) if guidance.normalise else logits
     if guidance.candidates == 0 and guidance.value.full_vocabulary():
-        return forbid(add_deltas(base, deltas, guidance.beta, guidance.value.vocabulary.size), implausible)
+        return forbid(add_deltas(base, deltas, guidance, vocabulary), implausible)
     top = base.topk(min(guidance.candidates or DEFAULT_CANDIDATES, base.shape[1]))
     if top.indices.numel() and int(top.indices.max()) >= deltas.shape[1]:
         return None
@@ -143,10 +150,19 @@ def forbid(logits: Tensor, tokens: Tensor | None) -> Tensor:
     return logits if tokens is None else logits.masked_fill_(tokens & ~logits.isnan(), -math.inf)
 
 
-def add_deltas(base: Tensor, deltas: Tensor, beta: float, size: int) -> Tensor:
-    """``base``, which is written over, + beta * ``deltas`` [rows, vocabulary]; columns beyond the guide's ``size`` keep their logits."""
-    width = min(base.shape[1], deltas.shape[1], size)
+def add_deltas(base: Tensor, deltas: Tensor, guidance: TokenGuidance, vocabulary: Vocabulary) -> Tensor:
+    """``base``, which is written over and has this ``vocabulary``, + beta * ``deltas`` [rows, vocabulary].
+
+    Tokens that only the base has: :mod:`ivg.models.added_tokens`. Columns that are no token keep their logits.
+    """
+    guide, beta = guidance.value.vocabulary, guidance.beta
+    width = min(base.shape[1], deltas.shape[1], guide.size)
+    added = added_tokens(vocabulary, guide)
+    held = None if added is None else added.hold(base)
     base[:, :width].add_(deltas[:, :width].to(base.device), alpha=beta)
+    if added is not None:
+        added.add_to_ends(base, beta * deltas[:, added.end : added.end + 1])
+        added.release(base, held)
     return base
 
 
@@ -183,7 +199,7 @@ def _guided_rows(
     value = guidance.value
     base = logits.log_softmax(-1) if guidance.normalise else logits
     if guidance.candidates == 0 and value.full_vocabulary():
-        return add_deltas(base, value.deltas(hypotheses), guidance.beta, value.vocabulary.size)
+        return add_deltas(base, value.deltas(hypotheses), guidance, hypotheses[0].vocabulary)
     top = base.topk(min(guidance.candidates or DEFAULT_CANDIDATES, base.shape[1]))
     scores = _scores_from_deltas(hypotheses, guidance, top.indices)
     if scores is None:

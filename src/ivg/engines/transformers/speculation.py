@@ -293,7 +293,7 @@ class Speculator:
         kept = any(compares_guidance(s.request) for s in batch.rows) or bool(nonfinite_rows(base))
         guidance = batch.guidance
         implausible = implausible_tokens(base, guidance)  # before the logits are written over
-        guided = add_deltas(base.clone() if kept else base, deltas, guidance.beta, guidance.value.vocabulary.size)
+        guided = add_deltas(base.clone() if kept else base, deltas, guidance, self.base.vocabulary)
         guided = forbid(guided, implausible)
         return base if kept else guided, guided
 

@@ -140,9 +140,10 @@ def _read(base: CachedLM, rows: Sequence[_Row], guidance: TokenGuidance | None) 
 def _guide(logits: Tensor, block: _Block, guidance: TokenGuidance) -> Tensor:
     """The base's logits [positions, vocabulary] of ``block`` with ``guidance``, as a new tensor."""
     value = guidance.value
-    if reads_ahead(guidance, block.rows[0].read.vocabulary):
+    vocabulary = block.rows[0].read.vocabulary
+    if reads_ahead(guidance, vocabulary):
         deltas = value.recent_deltas([row.read for row in block.rows], block.counts)
-        guided = None if deltas is None else apply_deltas(logits.clone(), torch.cat(deltas), guidance)
+        guided = None if deltas is None else apply_deltas(logits.clone(), torch.cat(deltas), guidance, vocabulary)
         if guided is not None:
             return guided
     out, first = torch.empty_like(logits), [0, *accumulate(block.counts)]

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, PreTrainedConfig
 
 from ivg.errors import ConfigError
+from ivg.models.added_tokens import AddedTokens
 
 KEY = "ivg_beta"
 """Key of the first group's weight in ``SamplingParams.extra_args``; ``ivg_beta.NAME`` is that of the group NAME."""
@@ -102,7 +103,10 @@ class Submodel:
 
 
 class IVGConfig(PreTrainedConfig):
-    """config.json of a composite: ``parts`` (see :class:`Submodel`), ``groups``, their default weights ``betas`` and ``columns``."""
+    """config.json of a composite: ``parts`` (see :class:`Submodel`), ``groups``, their default weights ``betas`` and ``columns``.
+
+    ``added``: by group, the tokens that only the base has (:class:`ivg.models.added_tokens.AddedTokens`).
+    """
 
     model_type = "ivg"
 
@@ -111,9 +115,11 @@ class IVGConfig(PreTrainedConfig):
         parts: list[dict[str, Any]] | None = None,
         betas: Mapping[str, float] | None = None,
         columns: Mapping[str, int] | None = None,
+        added: Mapping[str, Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.parts, self.betas, self.columns = list(parts or []), dict(betas or {}), dict(columns or {})
+        self.added = dict(added or {})
         self._base: PreTrainedConfig | None = None
         if self.parts:
             _seen.update(self.groups)
@@ -148,6 +154,11 @@ class IVGConfig(PreTrainedConfig):
         """How many columns of logits each group shifts: those that all its submodels have and its tokenizer knows."""
         smallest = {g: min(part.vocab_size for part in self.submodels if part.group == g) for g in self.groups}
         return [min(self.columns.get(g, n), n) for g, n in smallest.items()]  # none given: exported by an earlier version
+
+    @property
+    def group_added(self) -> list[AddedTokens | None]:
+        """The base's tokens that each group does not know."""
+        return [AddedTokens.from_dict(self.added[g]) if g in self.added else None for g in self.groups]
 
     def row_of(self, extra_args: Mapping[str, Any] | None) -> list[float]:
         """What the composite needs of a request: :meth:`weights_of`, and the temperature of its log-probabilities."""

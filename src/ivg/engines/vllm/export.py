@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from safetensors.torch import save_file
 
 from ivg.engines.vllm.config import HeadKind, IVGConfig, IVGValueConfig, Submodel
 from ivg.errors import ConfigError
+from ivg.models.added_tokens import added_tokens
 from ivg.models.generation_config import read_generation_config
 from ivg.models.hub import find_model
-from ivg.models.loading import LoadOptions, load_config, load_tokenizer
+from ivg.models.loading import LoadOptions, eos_ids, load_config, load_tokenizer
 from ivg.models.network import Network, resolve, without_adapter
 from ivg.models.plain_lora import check_plain_lora, lora_digest
 from ivg.models.vocabulary import Vocabulary
@@ -83,19 +85,22 @@ def export_composite(
             f"got a weight for {', '.join(sorted(unknown))}\n  expected guides of this composite: {', '.join(names) or 'none'}"
         )
     first = resolve(base, "base", options)
-    vocabulary = Vocabulary(load_tokenizer(first.tokenizer, options, "base"), owner="base")
+    vocabulary = _vocabulary("base", first, options)
     parts = [_part("base", first, options)]
     columns: dict[str, int] = {}
+    added: dict[str, dict[str, Any]] = {}
     for guide in guides:
         for name, path, sign in guide.parts:
             found = resolve(path, name, options)
-            own = Vocabulary(load_tokenizer(found.tokenizer, options, name), owner=name)
+            own = _vocabulary(name, found, options)
             vocabulary.require_same(own, "inside vLLM guides read the base's token ids; use the transformers engine for this pair")
             parts.append(replace(_part(name, found, options, guide.name, sign, guide.head), eos=own.eos_id))
             # padding rows have logits, too; the tokenizer of a pair is the tuned model's, as in the transformers engine
+            if guide.name not in columns and (more := added_tokens(vocabulary, own)) is not None:
+                added[guide.name] = more.to_dict()
             columns[guide.name] = min(columns.get(guide.name, own.size), parts[-1].vocab_size)
     chosen = {name: 1.0 if i == 0 else 0.0 for i, name in enumerate(names)} | dict(betas or {})
-    config = IVGConfig([part.to_dict() for part in parts], chosen, columns, architectures=["IVGForCausalLM"])
+    config = IVGConfig([part.to_dict() for part in parts], chosen, columns, added, architectures=["IVGForCausalLM"])
     _write(folder, config, first, {"ivg_beta": torch.tensor(config.default_betas or [0.0])}, options)
     return folder
 
@@ -158,6 +163,15 @@ def _digest(folder: Path) -> str:
 def default_cache() -> Path:
     """Where composites are cached."""
     return cache_folder("vllm")
+
+
+def _vocabulary(name: str, network: Network, options: LoadOptions) -> Vocabulary:
+    found = str(find_model(network.path, name, options.hub()))
+    tokenizer = load_tokenizer(network.tokenizer, options, name)
+    described = SimpleNamespace(
+        config=load_config(network.path, options, name), generation_config=read_generation_config(found, **options.hub())
+    )
+    return Vocabulary(tokenizer, eos_ids(described, tokenizer), owner=name)
 
 
 def _part(name: str, network: Network, options: LoadOptions, group: str = "", sign: float = 1.0, head: HeadKind = "language") -> Submodel:

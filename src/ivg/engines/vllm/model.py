@@ -38,6 +38,7 @@ class IVGForCausalLM(nn.Module):
                 self.add_module(name, module)
         self.secondary_weights = [source_of(network.parts[0]) for network in self.networks]
         self.groups, self.columns, self.batch_betas = config.groups, config.group_columns, batch_betas(vllm_config)
+        self.added = config.group_added
         self.widths: list[int] = []  # of the submodels' hidden states; configurations do not name it alike (OPT projects them)
         self.vocabularies = [(part.vocab_size, part.end_id) for part in self.running]
         self.biases = nn.ParameterDict({part.name: _zeros(part.vocab_size) for part in self.submodels if part.head == "vocabulary"})
@@ -77,13 +78,19 @@ class IVGForCausalLM(nn.Module):
             return None
         mixed = base.to(torch.float32, copy=True)  # a guide may have the base's logits, too
         weights = self.ivg_beta.expand(len(mixed), -1) if given is None else given.to(mixed.device)
-        for group, (name, columns) in enumerate(zip(self.groups, self.columns, strict=True)):
+        for group, (name, columns, added) in enumerate(zip(self.groups, self.columns, self.added, strict=True)):
             members = [(part, logits[self.sources[part.name]]) for part in self.submodels if part.group == name]
-            width = min(columns, mixed.shape[1])  # columns behind keep the base's logits
+            width = min(columns, mixed.shape[1])  # columns behind that are no token keep the base's logits
+            held = None if added is None else added.hold(mixed)
             for part, z in members:
                 if len(members) == 1 and part.head == "language" and width < mixed.shape[1]:
                     z = z.float().log_softmax(-1)  # a reward is a log-probability; where all columns move, the constant does not show
-                mixed[:, :width].addcmul_(weights[:, group, None], self._biased(part, z[:, :width].float()), value=part.sign)
+                weight, delta = weights[:, group, None], self._biased(part, z[:, :width].float())
+                mixed[:, :width].addcmul_(weight, delta, value=part.sign)
+                if added is not None:
+                    added.add_to_ends(mixed, part.sign * weight * delta[:, added.end : added.end + 1])
+            if added is not None:
+                added.release(mixed, held)
         return mixed if given is None else mixed.div_(weights[:, -1:])
 
     def _biased(self, part: Submodel, z: Tensor) -> Tensor:

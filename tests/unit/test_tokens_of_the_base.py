@@ -1,0 +1,129 @@
+"""Tokens that only the base has, beside guides that do not know them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ivg import GuidedModel, LoadOptions
+from ivg.errors import ConfigError
+from ivg.models.added_tokens import AddedTokens
+from ivg.testing import byte_tokenizer, tiny_model, tiny_value
+
+pytestmark = pytest.mark.numerics
+KNOWN = 6
+
+
+def guided(logits, deltas, beta, added):
+    out = logits.clone()
+    held = added.hold(out)
+    out[:, :KNOWN] += beta * deltas
+    added.add_to_ends(out, beta * deltas[:, added.end : added.end + 1])
+    added.release(out, held)
+    return out.log_softmax(-1)
+
+
+@given(st.integers(0, 10**6), st.floats(-3, 3), st.integers(0, 2), st.integers(0, 3), st.floats(-20, 20))
+def test_the_rule_by_hand(seed, beta, ends, others, constant):
+    """Others keep their probability; an end moves as the guide's end does; a constant of the guide changes nothing."""
+    torch.manual_seed(seed)
+    logits, deltas = 3 * torch.randn(2, KNOWN + ends + others), 3 * torch.randn(2, KNOWN)
+    order = (KNOWN + torch.randperm(ends + others)).tolist()
+    added = AddedTokens(tuple(order[:ends]), 2, tuple(order[ends:]))
+    got, base = guided(logits, deltas, beta, added), logits.log_softmax(-1)
+    for i in added.others:
+        assert torch.allclose(got[:, i], base[:, i], atol=1e-4)
+    for i in added.ends:
+        assert torch.allclose(got[:, i] - got[:, 0], base[:, i] - base[:, 0] + beta * (deltas[:, 2] - deltas[:, 0]), atol=1e-4)
+    assert torch.allclose(got[:, 1] - got[:, 0], base[:, 1] - base[:, 0] + beta * (deltas[:, 1] - deltas[:, 0]), atol=1e-4)
+    assert torch.allclose(guided(logits, deltas + constant, beta, added), got, atol=1e-3)
+    assert AddedTokens.from_dict(added.to_dict()) == added
+
+
+def test_where_all_the_rest_is_forbidden():
+    """As behind a grammar: nothing becomes NaN."""
+    logits = torch.full((1, KNOWN + 1), -math.inf)
+    logits[0, KNOWN] = 1.0
+    assert guided(logits, torch.randn(1, KNOWN), 2.0, AddedTokens((), 0, (KNOWN,)))[0].tolist() == [-math.inf] * KNOWN + [0.0]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A base with two tokens that its guides lack: one that ends a response, likely, and another."""
+    folder = tmp_path_factory.mktemp("added")
+    more = byte_tokenizer()
+    own_end = more.eos_token_id
+    more.add_special_tokens({"eos_token": "<|im_end|>"})
+    more.add_tokens(["<|tool|>"])
+    base = tiny_model("llama", 0, vocab_size=len(more))
+    with torch.no_grad():  # a likely end and a likely other
+        base.get_output_embeddings().weight[-2:] = base.get_output_embeddings().weight[[65, 66]] * 1.5
+    base.config.eos_token_id = base.generation_config.eos_token_id = more.eos_token_id
+    networks = {"base": (base, more)}
+    for i, name in enumerate(("tuned", "untuned"), 1):
+        network = tiny_model("llama", i)
+        network.config.eos_token_id = network.generation_config.eos_token_id = own_end
+        networks[name] = (network, byte_tokenizer())
+    for name, (network, tokenizer) in networks.items():
+        network.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    roles = {"tuned": folder / "tuned", "untuned": folder / "untuned", "arm": folder / "tuned"}
+    model = GuidedModel.from_pretrained(
+        str(folder / "base"), **{k: str(v) for k, v in roles.items()}, options=LoadOptions("cpu", "float32")
+    )
+    model.values["explicit"] = tiny_value(seed=4, tokenizer=networks["tuned"][1])
+    return model
+
+
+def by_transformers(model, method, beta, prompt, ids):
+    """Guided log-probabilities of ``ids``, from plain forward passes."""
+    out = []
+    for t in range(len(ids)):
+        place = [*model.base.prompt_ids(model.request(prompt, "base").prompt), *ids[:t]]
+        with torch.no_grad():
+            base, tuned, untuned = (
+                lm.network(input_ids=torch.tensor([place])).logits[0, -1]
+                for lm in (model.base, model.values["implicit"].tuned, model.values["implicit"].untuned)
+            )
+        delta = beta * (tuned.log_softmax(-1) if method == "genarm" else tuned - untuned)
+        z = base.clone()
+        z[: len(delta)] += delta
+        end, other = len(delta), len(delta) + 1
+        z[end] += delta[model.values["implicit"].tuned.vocabulary.tokenizer.eos_token_id]
+        rest = [i for i in range(len(z)) if i != other]
+        p = base.softmax(-1)[other]
+        logp = z[rest].log_softmax(-1) + (1 - p).log()
+        out.append(float(p.log()) if ids[t] == other else float(logp[rest.index(ids[t])]))
+    return out
+
+
+@pytest.mark.parametrize(("method", "beta"), [("eft", 1.0), ("eft", -0.5), ("genarm", 1.0), ("genarm", 2.0)])
+def test_log_probabilities_are_those_of_plain_passes(model, method, beta):
+    end = model.base.vocabulary.tokenizer.eos_token_id
+    for ids in ([104, 105, end], [104, 98], [end]):
+        got = model.logprobs("good", ids, method, beta=beta)
+        assert [t.logprob for t in got.tokens] == pytest.approx(by_transformers(model, method, beta, "good", ids), abs=2e-4)
+
+
+def test_drafts_and_candidates_know_the_rule(model):
+    """Drafting changes no greedy answer; by candidates and by all logits an end has the same place between two tokens."""
+    for beta in (0.5, 1.0):
+        settings = {"beta": beta, "temperature": 0.0, "max_new_tokens": 12}
+        plain = model.generate(["good", "bad", "so"], "eft", **settings)
+        assert [c.token_ids for c in model.generate(["good", "bad", "so"], "eft", draft=4, **settings)] == [c.token_ids for c in plain]
+    end = model.base.vocabulary.tokenizer.eos_token_id
+
+    def between(candidates):
+        first, last = (model.logprobs("good", [i], "eft", candidates=candidates).tokens[0].logprob for i in (end, 104))
+        return first - last
+
+    assert between(model.base.vocab_size) == pytest.approx(between(0), abs=1e-3)
+
+
+def test_a_transform_of_candidates_wants_candidates(model):
+    with pytest.raises(ConfigError, match="transform=log-sigmoid is of candidates' values, got candidates=0 with explicit"):
+        model.generate("good", "fudge", candidates=0, max_new_tokens=2)
