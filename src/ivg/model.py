@@ -37,7 +37,7 @@ from ivg.types import Engine, Prompt, ResponseLogprobs, SamplingParams, TokenGui
 from ivg.types.messages import Conversation, PromptLike, read_prompts
 from ivg.types.scores import require_scores, score_each
 from ivg.utils.locks import FairLock
-from ivg.values.base import CombinationCache, CompositeValue, as_value
+from ivg.values.base import CombinationCache, CompositeValue, RewardFunction, as_value
 from ivg.values.contrast import PromptContrast, choose_contrast, contrast_of, follow_base
 from ivg.values.explicit import ExplicitValue
 from ivg.values.implicit import AutoregressiveReward, ImplicitValue, share_pair_passes
@@ -259,11 +259,12 @@ class GuidedModel(GenerationMixin, Components):
             if (given := settings.get(role)) is None or isinstance(given, str):
                 continue
             value = self._given.setdefault(id(given), as_value(given, getattr(given, "__name__", role)))
-            if values.setdefault(value.name, value) is not value:
+            if self.values.get(value.name, value) is not value:
                 raise ConfigError(
                     f"{role} is a value called {value.name!r}, and the model has another of that name\n  give it another name"
                 )
-            settings[role] = value.name
+            settings[role] = name = value.name if values.get(value.name, value) is value else f"{value.name} ({role})"
+            values[name] = value
         return values
 
     def _sampling(
@@ -292,19 +293,19 @@ class GuidedModel(GenerationMixin, Components):
         """A new search loop over this model's engine, which takes turns with the model's other loops."""
         return Searcher(self.engine, max_beams or self.max_beams, self.lock)
 
-    def score(self, prompt: PromptLike, responses: Sequence[str], value: str = "explicit") -> list[float]:
-        """Scores of given responses by the named value.
+    def score(self, prompt: PromptLike, responses: Sequence[str], value: str | Value | RewardFunction = "explicit") -> list[float]:
+        """Scores of given responses by a value: its name, or itself (``2 * a - b``, a function of prompt and response).
 
         Raises:
             ConfigError: no such value.
             PromptError: a response that is no text, or a text in place of a list.
             ScoreError: some have no finite score; has the scores of all others.
         """
-        if value not in self.values:
+        if isinstance(value, str) and value not in self.values:
             raise ConfigError(f"no value called {value!r}\n  expected one of: {', '.join(self.values) or 'none'}")
         if isinstance(responses, str | bytes):
             raise PromptError(f"responses is the text {responses[:40]!r}\n  expected a list of responses: [response]")
-        found = self.values[value]
+        found = self.values[value] if isinstance(value, str) else as_value(value, getattr(value, "__name__", "value"))
         with self.lock:
             hypotheses = [self.base.make_beam(Prompt.of(prompt), text) for text in responses]
             try:

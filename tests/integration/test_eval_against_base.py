@@ -54,7 +54,7 @@ def test_wins_against_base_plainly_and_at_equal_length(done):
     for label in ("bon", "eft-beta1", "eft-beta3"):
         rows = read_scored(done, label)
         pairs = [(r["id"], r["text"], s["gold"], *base[r["id"], r["seed"]]) for r, s in rows]
-        wins = [0.5 if mine == other else float(mine > other) for _, _, mine, _, other in pairs]
+        wins = [0.5 if mine == other or text == plain else float(mine > other) for _, text, mine, plain, other in pairs]
         assert methods[label]["win_rate"]["mean"] == pytest.approx(sum(wins) / len(wins), abs=1e-6)
         lengths = ([len(mine.strip()) for _, mine, _, _, _ in pairs], [len(other.strip()) for _, _, _, other, _ in pairs])
         expected = win_rate_at_equal_length([i for i, *_ in pairs], wins, *lengths)

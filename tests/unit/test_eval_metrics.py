@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ivg.diagnostics.cost import active_parameters, flops
-from ivg.evaluation import kl, metrics
+from ivg.evaluation import kl, metrics, tables
 from ivg.evaluation.base_samples import SampleGroup, prefix_maxima, sample_group
 from ivg.evaluation.label_placement import best_place, overlap
 from ivg.evaluation.summary import best_of_n_within, family
@@ -22,6 +22,7 @@ def test_seeds_are_averaged_first():
 
 def test_ties_are_half_a_win():
     assert [metrics.win(*pair) for pair in ((1, 0), (0, 1), (1, 1))] == [1.0, 0.0, 0.5]
+    assert metrics.win(1.0, 1.000001, same=True) == 0.5
 
 
 def test_perplexity_by_hand():
@@ -187,6 +188,15 @@ def test_best_of_n_costs_no_more():
     curve = [{"n": n, "gold": None, "flops": 100.0 * n} for n in (1, 2, 3)]
     assert [best_of_n_within(b, curve)["n"] for b in (50, 100, 299, 300, 399, 400)] == [1, 1, 2, 3, 3, 3]
     assert [best_of_n_within(b, curve)["capped"] for b in (300, 399, 400)] == [False, False, True]
+    assert [best_of_n_within(b, curve)["dearer"] for b in (50, 98, 100, 400)] == [True, False, False, False]
+    gold = {"gold": {"mean": 1.0}}
+    assert tables.best_of_n(best_of_n_within(50, curve) | gold) == "+1.00 (N = 1, costs more)"
+    assert tables.best_of_n(best_of_n_within(100, curve) | gold) == "+1.00 (N = 1)"
+
+
+def test_a_divergence_of_nothing_has_no_sign():
+    assert tables.divergence({"mean": -0.01, "low": -0.04, "high": 0.0, "bound": False}) == "0.0 (0.0 … 0.0)"
+    assert tables.divergence({"mean": -0.26, "low": -1.04, "high": 0.2, "bound": False}) == "-0.3 (-1.0 … 0.2)"
 
 
 # Names of points

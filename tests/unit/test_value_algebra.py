@@ -104,10 +104,25 @@ def test_values_and_functions_in_place_of_names(model):
     assert model.generate("The movie", "bon", select=model.values["explicit"], successors=4) == model.generate(
         "The movie", "bon", successors=4
     )
+    both = {"token": lambda prompt, response: len(response), "select": lambda prompt, response: -len(response), "candidates": 3}
+    found = model.generate("The movie", "cbs-explicit", seed=1, max_new_tokens=6, **both)
+    assert found.score == -len(found.text), "two functions without names"
+    twice = {"token": 0.5 * model.values["implicit"], "select": 0.5 * model.values["implicit"], "max_new_tokens": 6}
+    assert model.generate("The movie", "ivg", seed=1, **twice).score is not None, "one expression in both places"
+    explicit = model.values["explicit"]
+    assert model.score("The movie", [" was"], 2 * explicit)[0] == pytest.approx(2 * model.score("The movie", [" was"])[0], abs=1e-4)
+    assert model.score("The movie", [" was"], lambda prompt, response: float(len(prompt + response))) == [13.0]
     with pytest.raises(ConfigError, match="another of that name"):
         model.generate("The movie", "bon", select=FunctionValue(lambda p, r: 0.0, "explicit"))
     with pytest.raises(ConfigError, match=r"expected an ivg\.Value"):
         model.generate("The movie", "bon", select=3)
+
+
+def test_what_leaves_no_token_is_named(model):
+    (first,) = model.generate("The movie", "base", temperature=0.0, max_new_tokens=1).token_ids
+    for name, setting in (("candidates", 1), ("plausibility", 1.0)):
+        (done,) = model.generate(["The movie"], "eft", suppress_tokens=(first,), max_new_tokens=1, **{name: setting})
+        assert done.error is not None and f"forbid all that {name}=1 leaves" in done.error
 
 
 def test_a_value_named_explicit_is_the_one_that_is_given(base):

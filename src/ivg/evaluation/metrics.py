@@ -22,9 +22,12 @@ def mean_over_prompts(pairs: Iterable[tuple[str, float]], rounds: int = 10_000) 
     return bootstrap_mean(list(mean_by_key(pairs).values()), rounds).to_dict()
 
 
-def win(score: float, other: float) -> float:
-    """1 for a win, 0.5 for a tie, 0 for a loss."""
-    return 0.5 if score == other else float(score > other)
+def win(score: float, other: float, *, same: bool = False) -> float:
+    """1 for a win, 0.5 for a tie, 0 for a loss.
+
+    ``same``: the texts are equal, and so is what they are worth: a judge's number of one text differs in its last digits between batches.
+    """
+    return 0.5 if same or score == other else float(score > other)
 
 
 def perplexity(logps: Sequence[float], tokens: Sequence[int]) -> float:

@@ -126,7 +126,8 @@ def _comparisons(plan: EvalPlan, pairs: Sequence[ScoredRow], base: Sequence[Scor
     for r, s in pairs:
         other = usual.get((r["id"], r["seed"]))
         if other is not None:
-            out.append(Comparison(answer(r), answer(other[0]), metrics.win(s[GOLD], other[1][GOLD])))
+            won = metrics.win(s[GOLD], other[1][GOLD], same=r["text"] == other[0]["text"])
+            out.append(Comparison(answer(r), answer(other[0]), won))
     return out
 
 
@@ -227,10 +228,13 @@ def _best_of_n_curve(groups: Sequence[SampleGroup]) -> list[Row]:
 
 
 def best_of_n_within(budget: float, curve: Sequence[Row]) -> Row:
-    """The largest best-of-N within a budget of FLOPs; ``capped``: a larger one would be, but there are no more samples."""
+    """The largest best-of-N within a budget of FLOPs.
+
+    ``capped``: a larger one would be, but there are no more samples. ``dearer``: even N = 1 costs more, by a twentieth at least.
+    """
     row = next((c for c in reversed(curve) if c["flops"] <= budget), curve[0])
     step = curve[-1]["flops"] - curve[-2]["flops"] if len(curve) > 1 else curve[-1]["flops"]
-    return {**row, "capped": row is curve[-1] and curve[-1]["flops"] + step <= budget}
+    return {**row, "capped": row is curve[-1] and curve[-1]["flops"] + step <= budget, "dearer": row["flops"] > 1.05 * budget}
 
 
 # Timings and run metadata

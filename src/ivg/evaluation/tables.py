@@ -264,14 +264,16 @@ def divergence(kl: Results | None) -> str:
     """An estimate with its interval, or an upper bound."""
     if kl is None:
         return "–"
-    return f"≤ {kl['mean']:.1f}" if kl["bound"] else f"{kl['mean']:.1f} ({kl['low']:.1f} … {kl['high']:.1f})"
+    mean, low, high = (f"{kl[name]:.1f}".replace("-0.0", "0.0") for name in ("mean", "low", "high"))
+    return f"≤ {mean}" if kl["bound"] else f"{mean} ({low} … {high})"
 
 
 def best_of_n(best: Results | None) -> str:
     """Gold reward of best-of-N, and N."""
     if best is None or best["gold"] is None:
         return "–"
-    return f"{signed(best['gold']['mean'])} (N = {best['n']}{'+' if best['capped'] else ''})"
+    more = "+" if best["capped"] else ", costs more" if best.get("dearer") else ""
+    return f"{signed(best['gold']['mean'])} (N = {best['n']}{more})"
 
 
 def mebibytes(n: int | None) -> str:

@@ -274,7 +274,7 @@ class TransformersEngine(Engine):
         final, exhausted = process(logits.guided)
         for s, row in zip(sequences, row_of, strict=True):
             if row in exhausted and s.finish is None:
-                s.finish, s.error = "error", no_token_error(len(s.token_ids))
+                s.finish, s.error = "error", no_token_error(len(s.token_ids), s.request.guidance)
         uniforms = [uniform(s.request.seed, s.rng_path, len(s.token_ids)) for s in sequences]
         tokens = sample(final, [s.request.sampling for s in sequences], uniforms, row_of)
         compared = compare_guidance([s.request for s in sequences], row_of, tokens, logits.base, logits.guided, final, process)

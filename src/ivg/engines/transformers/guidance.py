@@ -177,11 +177,14 @@ def nan_error(base: Tensor | None, tokens: int) -> str:
     return f"{'the base model' if by_base else 'token guidance'} gave NaN or infinity after {tokens} tokens"
 
 
-def no_token_error(tokens: int) -> NoTokenFault:
-    """Message for a row where the sampling settings forbid every token."""
-    return NoTokenFault(
-        f"no token may be drawn after {tokens} tokens: the grammar of structured output, suppress_tokens, bad_words and the like forbid all"
-    )
+def no_token_error(tokens: int, guidance: TokenGuidance | None = None) -> NoTokenFault:
+    """Message for a row where the sampling settings forbid every token, or all that ``guidance`` leaves."""
+    left = "all"
+    if guidance is not None and (guidance.candidates or guidance.plausibility):
+        name = "candidates" if guidance.candidates else "plausibility"
+        left = f"all that {name}={getattr(guidance, name):g} leaves"
+    forbidding = "the grammar of structured output, suppress_tokens, bad_words and the like"
+    return NoTokenFault(f"no token may be drawn after {tokens} tokens: {forbidding} forbid {left}")
 
 
 def _guide_rows(
