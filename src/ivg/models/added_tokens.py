@@ -68,5 +68,5 @@ def added_tokens(base: Vocabulary, guide: Vocabulary) -> AddedTokens | None:
     ids = sorted(i for i in base.pieces if i >= guide.size)
     if not ids:
         return None
-    ends = tuple(i for i in ids if i in base.eos_ids) if guide.eos_ids else ()
-    return AddedTokens(ends, min(guide.eos_ids, default=0), tuple(i for i in ids if i not in ends))
+    ends = () if guide.eos_id is None else tuple(i for i in ids if i in base.eos_ids)
+    return AddedTokens(ends, guide.eos_id or 0, tuple(i for i in ids if i not in ends))
