@@ -222,6 +222,11 @@ def test_a_template_that_reads_parts_alone_is_given_parts():
     assert render(Prompt.of(USER), failing, None) == "HiTEXT"
     loud = templated("{% for m in messages %}{{ m.content | upper if m.content is string else m.content }}{% endfor %}")
     assert render(Prompt.of(USER), loud, None) == "HI"  # no list is printed as it is
+    both = templated("{% for m in messages %}{{ m.content | upper if m.content is string else m.content[0].text }}{% endfor %}")
+    assert render(Prompt.of(USER), both, None) == both.apply_chat_template([USER], tokenize=False) == "HI"  # it reads texts
+    letters = templated(PARTS.replace("{% endif %}", "{% else %}.{% endif %}"))  # goes through a text letter by letter
+    assert letters.apply_chat_template([USER], tokenize=False) == "<user>.."
+    assert render(Prompt.of(USER), letters, None) == "<user>Hi"
     dropping = templated("{% for m in messages if m.role == 'user' %}<{{ m.content | trim }}>{% endfor %}")  # its own business
     assert render(Prompt.of(messages), dropping, None) == "<Hi>"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ivg.errors import ConfigError, PromptError
 from ivg.models.prompt_template import CHAT, LAST_TURN, NO_CHAT_SETTINGS, RAW
-from ivg.models.tool_prompts import Messages, check_tools_shown, with_readable_arguments
+from ivg.models.tool_prompts import Messages, Render, check_tools_shown, with_readable_arguments
 from ivg.settings.chat import CHAT_SETTINGS, ChatSettings
 from ivg.types.messages import Message, Prompt, PromptLike, check_text
 
@@ -180,8 +180,8 @@ def template_arguments(prompt: Prompt) -> dict[str, Any]:
 def apply_chat_template(messages: Sequence[Mapping[str, Any]], tokenizer: Any, name: str, **settings: Any) -> str:
     """The text that the tokenizer's chat template renders ``messages`` to.
 
-    Templates of multimodal models often read lists of content parts alone, and leave a plain text out silently, or fail. Where no content
-    is found in the rendered text, the messages are rendered with their contents as one text part each.
+    Templates of multimodal models often read lists of content parts alone, and leave a plain text out silently, or fail. Where the rendered
+    text has no content and does not depend on any, the messages are rendered with their contents as one text part each.
 
     Raises:
         PromptError: there is no template, or it fails: it refuses these messages (a system turn, two user turns in a row), or needs what
@@ -203,7 +203,9 @@ def apply_chat_template(messages: Sequence[Mapping[str, Any]], tokenizer: Any, n
     for form in (as_text, as_parts):
         readable = with_readable_arguments(messages, form)
         text = form(readable, {})
-        if text is not None and _has_content(text, messages) and not (form is as_parts and _shows_parts(text)):
+        if text is None or (form is as_parts and _shows_parts(text)):
+            continue
+        if _has_content(text, messages) or (form is as_text and _depends_on_content(text, readable, as_text)):
             check_tools_shown(text, readable, settings.get("tools") or (), name, form)
             return text
     plain, problem = _rendered(messages, tokenizer, settings)
@@ -243,6 +245,12 @@ def _has_content(text: str, messages: Messages) -> bool:
     """Does ``text`` hold the content of any message?"""
     contents = [m["content"].strip() for m in messages]
     return any(content and content in text for content in contents)
+
+
+def _depends_on_content(text: str, messages: Messages, form: Render) -> bool:
+    """Would ``messages`` with other letters be another ``text``? Of the same length, since a template may go through a text as if it were parts."""
+    other = [{**m, "content": "".join(c if c.isspace() else "y" if c == "x" else "x" for c in m["content"])} for m in messages]
+    return form(other, {}) not in (None, text)
 
 
 def _shows_parts(text: str) -> bool:
