@@ -248,7 +248,7 @@ def _has_content(text: str, messages: Messages) -> bool:
 
 
 def _depends_on_content(text: str, messages: Messages, form: Render) -> bool:
-    """Would ``messages`` with other letters be another ``text``? Of the same length, since a template may go through a text as if it were parts."""
+    """Would ``messages`` with other letters, as many, be another ``text``? A template may go through a text as if it were parts."""
     other = [{**m, "content": "".join(c if c.isspace() else "y" if c == "x" else "x" for c in m["content"])} for m in messages]
     return form(other, {}) not in (None, text)
 
