@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ivg.errors import ConfigError
+from ivg.jobs import prompts
 from ivg.jobs.formats import read_rows, scan_rows
 from ivg.jobs.prompts import read_jobs
 from ivg.utils.jsonl import as_lines, jsonable, parse_row, read_jsonl, to_json
@@ -323,6 +324,17 @@ def test_jobs_have_ids_that_do_not_depend_on_their_place(tmp_path):
     assert ids[2] == f"{ids[0]}-2"
     assert ids[4] == 1
     assert [job.id for job in jobs([{"prompt": "new"}, *rows], tmp_path)[0][1:]] == ids
+
+
+def test_ids_of_many_equal_prompts_take_no_search_each(tmp_path, monkeypatch):
+    looked: list[str] = []
+    monkeypatch.setattr(prompts, "id_key", lambda identity: looked.append(identity) or json.dumps(identity))
+    found, _ = jobs([{"prompt": "a"}] * 200, tmp_path)
+    taken = found[0].id
+    assert [job.id for job in found[1:]] == [f"{taken}-{n}" for n in range(2, 201)]
+    assert len(looked) < 1000
+    found, _ = jobs([{"prompt": "a"}, {"id": f"{taken}-2", "prompt": "b"}, {"prompt": "a"}], tmp_path)
+    assert [job.id for job in found] == [taken, f"{taken}-2", f"{taken}-3"]
 
 
 def test_rows_that_are_no_jobs(tmp_path):

@@ -74,7 +74,7 @@ def read_jobs(rows: Iterable[SourceRow], fail: Callable[[str, str, Mapping[str, 
         rows: of the input.
         fail: called with the place of every other row, why it cannot be used, and the row.
     """
-    places: dict[str, str] = {}
+    places, counts = dict[str, str](), dict[str, int]()
     for source in rows:
         if source.data is None:
             fail(source.place, source.error or "", {"place": source.place, "text": source.text})
@@ -83,7 +83,7 @@ def read_jobs(rows: Iterable[SourceRow], fail: Callable[[str, str, Mapping[str, 
         try:
             found = prompt_of(row)
             prompt, chat = found.plain, chat_columns(found)
-            own = row["id"] if row.get("id") not in (None, "") else _new_id(prompt_key(prompt, chat), places)
+            own = row["id"] if row.get("id") not in (None, "") else _new_id(prompt_key(prompt, chat), places, counts)
             job = Job(own, prompt, source.place, row, chat)
             if job.key in places:
                 raise PromptError(f"the id {job.key} is also that of {places[job.key]}\n  give each row an id of its own, or none")
@@ -167,9 +167,15 @@ def prompt_key(prompt: Any, row: Mapping[str, Any] | None = None) -> str:
     return hashlib.sha256(to_json([prompt, *more] if more else prompt).encode()).hexdigest()[:16]
 
 
-def _new_id(name: str, taken: Mapping[str, str]) -> str:
-    """An id that does not depend on the row's position, so that rows may be added anywhere; ``name``: the prompt's hash."""
-    count = 1
-    while id_key(new := name if count == 1 else f"{name}-{count}") in taken:
-        count += 1
-    return new
+def _new_id(name: str, taken: Mapping[str, str], counts: dict[str, int]) -> str:
+    """An id that does not depend on the row's position, so that rows may be added anywhere.
+
+    Args:
+        name: the prompt's hash.
+        taken: ids.
+        counts: how many of each name were given; changed here, so that many equal prompts need no search each.
+    """
+    while True:
+        count = counts[name] = counts.get(name, 0) + 1
+        if id_key(new := name if count == 1 else f"{name}-{count}") not in taken:
+            return new

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from ivg.errors import ConfigError
 from ivg.models.chat_template import encode
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.shared_prompts import shared_length
@@ -57,13 +58,23 @@ def as_texts(rows: Sequence[Encoded]) -> list[tuple[list[int], int]]:
     return [(row.ids, row.prompt_length) for row in rows]
 
 
-def read_template(template: str | None, tokenizer: Any) -> str | None:
+def read_template(template: str | None, tokenizer: Any, *, judges: bool = False) -> str | None:
     """``template`` as a trained model keeps it: of a file its text; a chat template in a file becomes that of ``tokenizer``: ``chat``.
 
+    Args:
+        template: a text with ``{prompt}``, ``chat``, a file, or None.
+        tokenizer: of the model.
+        judges: the model is a reward, whose template may say where the response goes; others read the response behind the prompt.
+
     Raises:
-        ConfigError: the file cannot be read, or is no template.
+        ConfigError: the file cannot be read, is no template, or has ``{response}`` where the model does not judge.
     """
     found, settings = PromptTemplate(template).resolved
+    if not judges and "{response}" in (found or ""):
+        raise ConfigError(
+            f"the template {template!r} has {{response}}, which templates of rewards alone may have\n"
+            "  give the part before the response, with {prompt}; the response follows it"
+        )
     if settings:
         tokenizer.chat_template = settings["chat_template"]
     return found

@@ -199,7 +199,7 @@ def _run(
         else:
             network, tokenizer = new_network(model, task.overrides, settings.trust_remote_code)
             counts["parameters"] = network.num_parameters()
-        template = read_template(settings.template, tokenizer)
+        template = read_template(settings.template, tokenizer, judges=is_reward)
         parts = made.split() if made is not None else held_out(rows, settings.eval_share)
         split = encode_split(parts, settings, task.encoder(network, tokenizer, template))
         trainer = task.trainer(
