@@ -38,6 +38,25 @@ def test_every_format_and_columns_that_travel(ivg, base, tmp_path):
     assert [r["prompt"] for r in rows_of_file(tmp_path / "t.jsonl")] == ["One", "Two"]
 
 
+def test_a_prompt_in_several_rows_gets_new_draws(ivg, base, tmp_path):
+    """Each row others; the first those that it has alone; the same when the run is taken up again."""
+    longer = [*base, "--max-new-tokens", "12", "--temperature", "1", "--n", "2", "--seed", "5"]
+    source, out, alone = (
+        write_rows(tmp_path / "in.jsonl", [{"prompt": p} for p in ("One", "Two", "One", "One")]),
+        tmp_path / "o",
+        tmp_path / "a",
+    )
+    assert ivg("generate", "--input", source, "--output", out, *longer)[0] == 0
+    found = rows_of_file(out)
+    texts = [r["text"] for r in found if r["prompt"] == "One"]
+    assert len(set(texts)) == 6 and {r["seed"] for r in found} == {5}
+    assert ivg("generate", "--input", write_rows(tmp_path / "one.jsonl", [{"prompt": "One"}]), "--output", alone, *longer)[0] == 0
+    assert [r["text"] for r in rows_of_file(alone)] == texts[:2]
+    out.write_text("".join(f"{json.dumps(r)}\n" for r in found if r["id"] != found[4]["id"]))
+    assert ivg("generate", "--input", source, "--output", out, *longer)[0] == 0
+    assert {(r["id"], r["index"], r["text"]) for r in rows_of_file(out)} == {(r["id"], r["index"], r["text"]) for r in found}
+
+
 def test_columns_of_other_names(ivg, base, tmp_path):
     source = write_rows(tmp_path / "in.jsonl", [{"question": "One", "topic": "x"}])
     assert ivg("generate", "--input", source, "--columns", "prompt=question", "--output", tmp_path / "out.jsonl", *base)[0] == 0

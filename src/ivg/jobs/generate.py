@@ -19,6 +19,7 @@ from ivg.jobs.store import open_rows
 from ivg.settings.ray import RaySettings
 from ivg.settings.recipe import Recipe
 from ivg.types import Completion, by_likelihood, note_failed
+from ivg.utils.rng import as_seed, mix
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,20 @@ class GenerateRun:
 
     def _tasks(self, missing: Mapping[tuple[str, int], Job]) -> list[Task[Job]]:
         """The samples to draw for the answers that are missing, by id and number; with ``best_of`` all those of their prompts."""
-        run = self.recipe.run
+        run, seeds = self.recipe.run, self._seeds()
         if run.best_of is None:
-            return [Task(job.request_prompt, run.seed, index, job) for (_, index), job in missing.items()]
+            return [Task(job.request_prompt, seeds[job.key], index, job) for (_, index), job in missing.items()]
         jobs = {job.key: job for job in missing.values()}.values()
-        return [Task(job.request_prompt, run.seed, index, job) for job in jobs for index in range(run.best_of)]
+        return [Task(job.request_prompt, seeds[job.key], index, job) for job in jobs for index in range(run.best_of)]
+
+    def _seeds(self) -> dict[str, int]:
+        """The run's seed for every job, another one where its prompt stands in an earlier row: those are new draws."""
+        seed, earlier, out = self.recipe.run.seed, Counter[str](), dict[str, int]()
+        for job in self.jobs:
+            before = earlier[job.prompt_key]
+            out[job.key] = as_seed(mix(seed, before)) if before else seed
+            earlier[job.prompt_key] += 1
+        return out
 
     def _answers(self, results: Iterable[Result[Job]]) -> Iterator[tuple[Job, int, Completion | str]]:
         """(job, number, answer or why there is none); with ``best_of`` the n likeliest samples of each job, once all are drawn."""
