@@ -60,6 +60,26 @@ def test_sft_appends_no_end_to_responses_that_were_cut(tmp_path):
     assert check_data(write(tmp_path / "w.jsonl", rows[-1:]), None, tokenizer, 3).counts["too long"] == 1
 
 
+def test_a_text_that_begins_with_its_prompt_is_refused(tmp_path):
+    """It would be trained with its prompt twice."""
+    rows = [{"prompt": "Q: x", "text": " A: y"}, {"prompt": "Q: x", "text": "Q: x A: y"}]
+    items, errors = used(read_sft_examples, tmp_path / "a.jsonl", rows)
+    assert len(items) == 1 and errors[0].startswith("text begins with the prompt")
+
+
+def test_runs_of_version_0_2_know_their_rows():
+    """Runs are taken up where their rows read the same: an end that follows is not said, as then."""
+    assert repr(SFTExample(None, "a")) == "SFTExample(prompt=None, response='a')"
+    assert repr(SFTExample(None, "a", ends=False)) != repr(SFTExample(None, "a"))
+
+
+def test_an_empty_prompt_beside_messages_with_the_answer_is_refused(tmp_path):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [RATED, {"prompt": "", "messages": chat, "response": "b", "score": 1.0}]
+    items, errors = used(read_rated, tmp_path / "a.jsonl", rows)
+    assert len(items) == 1 and "messages end with the answer" in errors[0]
+
+
 def test_the_output_of_generate_is_prompts_with_responses(tmp_path):
     rows = [{"prompt": "p", "index": 0, "text": "r", "finish_reason": "length"}, {"prompt": "p", "text": "s", "finish_reason": "stop"}]
     file = write(tmp_path / "answers.jsonl", rows)

@@ -39,6 +39,13 @@ def test_ties_do_not_depend_on_the_scale_of_the_scores(scale):
     assert stats.tie_tolerance(better, worse) <= stats.TIE_TOLERANCE
 
 
+def test_scores_that_differ_by_rounding_are_ties():
+    rng = np.random.default_rng(0)
+    better = rng.normal(size=200) + 5
+    assert set(stats.wins(better, better + rng.normal(size=200) * 1e-7)) == {0.5}
+    assert set(stats.wins(better * 1e-5, better * 1e-5 - 1e-6)) == {1.0}, "a small scale is no rounding"
+
+
 def test_slope_finds_bradley_terry():
     rng = np.random.default_rng(0)
     x = rng.normal(size=20000)

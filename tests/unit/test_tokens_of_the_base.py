@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 
 from ivg import GuidedModel, LoadOptions
 from ivg.errors import ConfigError
-from ivg.models.added_tokens import AddedTokens
+from ivg.models.added_tokens import AddedTokens, added_tokens
+from ivg.models.vocabulary import Vocabulary
 from ivg.testing import byte_tokenizer, tiny_model, tiny_value
+from ivg.types import Prompt
+from ivg.values.implicit import ImplicitValue
 
 pytestmark = pytest.mark.numerics
 KNOWN = 6
@@ -33,9 +36,9 @@ def test_the_rule_by_hand(seed, beta, ends, others, constant):
     torch.manual_seed(seed)
     logits, deltas = 3 * torch.randn(2, KNOWN + ends + others), 3 * torch.randn(2, KNOWN)
     order = (KNOWN + torch.randperm(ends + others)).tolist()
-    added = AddedTokens(tuple(order[:ends]), 2, tuple(order[ends:]))
+    added = AddedTokens(KNOWN, tuple(order[:ends]), 2, others > 0)
     got, base = guided(logits, deltas, beta, added), logits.log_softmax(-1)
-    for i in added.others:
+    for i in order[ends:]:
         assert torch.allclose(got[:, i], base[:, i], atol=1e-4)
     for i in added.ends:
         assert torch.allclose(got[:, i] - got[:, 0], base[:, i] - base[:, 0] + beta * (deltas[:, 2] - deltas[:, 0]), atol=1e-4)
@@ -48,7 +51,36 @@ def test_where_all_the_rest_is_forbidden():
     """As behind a grammar: nothing becomes NaN."""
     logits = torch.full((1, KNOWN + 1), -math.inf)
     logits[0, KNOWN] = 1.0
-    assert guided(logits, torch.randn(1, KNOWN), 2.0, AddedTokens((), 0, (KNOWN,)))[0].tolist() == [-math.inf] * KNOWN + [0.0]
+    assert guided(logits, torch.randn(1, KNOWN), 2.0, AddedTokens(KNOWN, (), 0, True))[0].tolist() == [-math.inf] * KNOWN + [0.0]
+
+
+def test_what_counts_as_unknown():
+    """Tokens with a column that the guide does not move; padding alone is none."""
+    base, guide = (Vocabulary(byte_tokenizer()) for _ in range(2))
+    size = guide.size
+    base.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|tool|>"]})
+    base = Vocabulary(base.tokenizer, [size, guide.eos_id])
+    assert added_tokens(guide, guide, size, size + 64) is None, "rows that pad"
+    assert added_tokens(base, guide, size, size + 64) == AddedTokens(size, (size,), guide.eos_id, True)
+    assert added_tokens(base, guide, size, size + 1) == AddedTokens(size, (size,), guide.eos_id, False), "<|tool|> has no column"
+    assert added_tokens(base, guide, size, size) is None, "nor has any"
+    assert added_tokens(base, base, size, size + 2) == AddedTokens(size, (size,), guide.eos_id, True), "a pair whose untuned model is older"
+
+
+def test_a_pair_and_a_sum_know_what_all_their_models_know(model):
+    """In either order: tuned knows the base's tokens, untuned does not."""
+    implicit = model.values["implicit"]
+    newer = ImplicitValue(model.base, implicit.untuned)
+    plain, older = (value.deltas([model.base.make_beam(Prompt("good"), "")]) for value in (newer, implicit))
+    assert plain.shape == older.shape == (1, 257)
+    model.add_value("newer", newer, replace=True)
+    end = model.base.vocabulary.tokenizer.eos_token_id
+    base = [t.logprob for t in model.logprobs("good", [end + 1], "base").tokens]
+    for token in ("newer", newer + implicit, implicit + newer):
+        assert [t.logprob for t in model.logprobs("good", [end + 1], "eft", token=token).tokens] == pytest.approx(base, abs=1e-4)
+    sums = newer + implicit, implicit + newer
+    one, other = ([t.logprob for t in model.logprobs("good", [104, end], "eft", token=value).tokens] for value in sums)
+    assert one == pytest.approx(other, abs=1e-4)
 
 
 @pytest.fixture(scope="module")

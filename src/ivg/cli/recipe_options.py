@@ -218,13 +218,17 @@ _ONE_MODEL = {f"models.{role}": role for role in ROLES}
 """Tables of single models, as ``--set`` names them, and their roles."""
 
 
+_OF_MODEL = settings_of(ModelRef).keys() - {"path"}
+"""What ``--set`` gives of one model; its path is ``--ROLE``."""
+
+
 def _assignment(text: str) -> tuple[str, str, Any]:
     """(table, setting, value) of ``--set``."""
     key, sign, value = text.partition("=")
     table, dot, name = key.strip().rpartition(".")
     known = settings_of(SearchSettings)
-    if sign and table.startswith("models.") and (table not in _ONE_MODEL or name not in settings_of(ModelRef)):
-        roles, keys = ", ".join(ROLES), ", ".join(sorted(settings_of(ModelRef)))
+    if sign and table.startswith("models.") and (table not in _ONE_MODEL or name not in _OF_MODEL):
+        roles, keys = ", ".join(ROLES), ", ".join(sorted(_OF_MODEL))
         raise ConfigError(f"--set {text!r}\n  expected models.ROLE.KEY=VALUE with ROLE one of {roles} and KEY one of {keys}")
     if not sign or (not dot and name not in known) or (dot and table not in {*Recipe.model_fields, *_ONE_MODEL}):
         listed, tables = ", ".join(sorted(known)), ", ".join(Recipe.model_fields)

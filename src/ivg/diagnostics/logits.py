@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ivg.models.added_tokens import added_tokens
 from ivg.models.cached_lm import CachedLM
+from ivg.models.vocabulary import Vocabulary
 from ivg.types import Beam, Prompt, Value, new_key
 from ivg.values.base import CompositeValue
 from ivg.values.explicit import ExplicitValue
@@ -66,6 +68,7 @@ class GuidanceLogits:
 
     parts: tuple[tuple[float, CachedLM], ...]
     width: int
+    guide: Vocabulary
 
     @classmethod
     def from_value(cls, value: Value | None, base: CachedLM) -> GuidanceLogits | None:
@@ -75,7 +78,8 @@ class GuidanceLogits:
             return None
         if any(not lm.vocabulary.same_as(base.vocabulary) for _, lm in parts):
             return None
-        return cls(tuple(parts), value.vocabulary.size)
+        least = min((lm.vocabulary for _, lm in parts), key=lambda known: known.size)
+        return cls(tuple(parts), least.size, least)
 
     def blocks(self, base: CachedLM, beam: Beam) -> Iterator[tuple[Tensor, Tensor]]:
         """(base's logits, what guidance adds at weight 1), float32 [<= BLOCK, base's vocabulary] each, on the base's device."""
@@ -83,10 +87,23 @@ class GuidanceLogits:
         for logits in response_logits(base, beam):
             pieces = [(weight, next(stream).to(logits.device)) for (weight, _), stream in zip(self.parts, streams, strict=True)]
             width = min(self.width, logits.shape[1], *(p.shape[1] for _, p in pieces))
-            delta = torch.zeros_like(logits)  # columns outside the guide's vocabulary keep the base's logits
+            delta = torch.zeros_like(logits)
             for weight, piece in pieces:
                 delta[:, :width] += weight * piece[:, :width]
-            yield logits, delta
+            yield logits, self._with_added(logits, delta, base.vocabulary, width)
+
+    def _with_added(self, logits: Tensor, delta: Tensor, base: Vocabulary, width: int) -> Tensor:
+        """``delta`` for the tokens, too, that only the base has (:mod:`ivg.models.added_tokens`); exact at weight 1."""
+        added = added_tokens(base, self.guide, width, logits.shape[1])
+        if added is None:
+            return delta
+        guided = logits.clone()
+        held = added.hold(guided)
+        guided[:, :width] += delta[:, :width]
+        added.add_to_ends(guided, delta[:, added.end : added.end + 1])
+        added.release(guided, held)
+        delta[:, width:] = guided[:, width:] - logits[:, width:]
+        return delta
 
 
 def _parts(value: Value | None) -> list[tuple[float, CachedLM]] | None:

@@ -53,7 +53,10 @@ class Estimate:
 def tie_tolerance(better: Floats, worse: Floats) -> float:
     """Up to which difference two of these scores are equal: :data:`TIE_TOLERANCE`, or less where the scale of the differences is small."""
     differences = better - worse
-    return min(TIE_TOLERANCE, TIE_SHARE * float(np.sqrt((differences**2).mean()))) if differences.size else TIE_TOLERANCE
+    if not differences.size:
+        return TIE_TOLERANCE
+    rounding = 4 * float(np.finfo(np.float32).eps * max(np.abs(better).max(), np.abs(worse).max()))  # models compute in float32
+    return min(TIE_TOLERANCE, max(rounding, TIE_SHARE * float(np.sqrt((differences**2).mean()))))
 
 
 def wins(better: Floats, worse: Floats, tolerance: float | None = None) -> Floats:

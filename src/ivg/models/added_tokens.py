@@ -7,9 +7,9 @@ them. Adding nothing to their logits would not be neutral: what a guide adds to 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,54 +19,73 @@ from ivg.models.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class AddedTokens:
-    """Tokens of the base behind the last one of a guide.
+    """The columns of the base's logits behind those that a guide moves, where tokens are among them.
 
     Attributes:
+        first: of these columns.
         ends: those that end a response: what the guide says of its own end-of-sequence token holds for them.
         end: that token of the guide.
-        others: the guide says nothing of them: each keeps the probability that the base gives it.
+        others: there are other tokens, of which the guide says nothing: each keeps the probability that the base gives it.
     """
 
+    first: int
     ends: tuple[int, ...]
     end: int
-    others: tuple[int, ...]
+    others: bool
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"ends": list(self.ends), "end": self.end, "others": list(self.others)}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> AddedTokens:
         """What :meth:`to_dict` gave."""
-        return cls(tuple(row["ends"]), int(row["end"]), tuple(row["others"]))
+        return cls(int(row["first"]), tuple(row["ends"]), int(row["end"]), bool(row["others"]))
 
     def hold(self, logits: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Forbid ``others`` in ``logits`` [rows, vocabulary] until :meth:`release`; None: there are none."""
+        """Forbid the other tokens in ``logits`` [rows, vocabulary] until :meth:`release`; None: there are none."""
         if not self.others:
             return None
-        own = logits[:, list(self.others)]
-        logits[:, list(self.others)] = -torch.inf
+        own = logits[:, self.first :].clone()
+        logits[:, self.first :] = -torch.inf
+        for i in self.ends:
+            logits[:, i] = own[:, i - self.first]
         return own, logits.logsumexp(-1, keepdim=True)
 
     def add_to_ends(self, logits: Tensor, delta: Tensor) -> None:
         """Add to ``ends`` what the guide adds to its own end, ``delta`` [rows, 1], weighted."""
-        if self.ends:
-            logits[:, list(self.ends)] += delta.to(logits.device)
+        for i in self.ends:
+            logits[:, i : i + 1] += delta.to(logits.device)
 
     def release(self, logits: Tensor, held: tuple[Tensor, Tensor] | None) -> None:
-        """Give ``others`` the probability back that they had before the guide's deltas were added."""
+        """Give the other tokens the probability back that they had before the guide's deltas were added."""
         if held is None:
             return
         own, before = held
         moved = logits.logsumexp(-1, keepdim=True) - before
-        logits[:, list(self.others)] = own + moved.masked_fill(before == -torch.inf, 0.0)  # a grammar may have forbidden all the rest
+        own += moved.masked_fill(before == -torch.inf, 0.0)  # a grammar may have forbidden all the rest
+        for i in self.ends:
+            own[:, i - self.first] = logits[:, i]
+        logits[:, self.first :] = own
 
 
-@lru_cache(maxsize=256)
-def added_tokens(base: Vocabulary, guide: Vocabulary) -> AddedTokens | None:
-    """The tokens that ``base`` has behind the last one of ``guide``; None: there are none. Their other tokens are the same."""
-    ids = sorted(i for i in base.pieces if i >= guide.size)
-    if not ids:
-        return None
-    ends = () if guide.eos_id is None else tuple(i for i in ids if i in base.eos_ids)
-    return AddedTokens(ends, guide.eos_id or 0, tuple(i for i in ids if i not in ends))
+_KNOWN: WeakKeyDictionary[Vocabulary, dict[tuple[int, int, int | None], AddedTokens | None]] = WeakKeyDictionary()
+
+
+def added_tokens(base: Vocabulary, guide: Vocabulary, width: int, columns: int) -> AddedTokens | None:
+    """The tokens of ``base`` that a guide does not move; None: there are none.
+
+    Args:
+        base: whose other tokens are the guide's, too.
+        guide: whose end-of-sequence token speaks for the base's.
+        width: columns that the guide moves.
+        columns: of the base's logits.
+    """
+    ends = [i for i in (guide.eos_id, *sorted(guide.eos_ids)) if i is not None and i < width]
+    end = ends[0] if ends else None
+    known = _KNOWN.setdefault(base, {})
+    if (width, columns, end) not in known:
+        ids = [i for i in base.pieces if width <= i < columns]
+        own = () if end is None else tuple(sorted(i for i in ids if i in base.eos_ids))
+        known[width, columns, end] = AddedTokens(width, own, end or 0, len(own) < len(ids)) if ids else None
+    return known[width, columns, end]

@@ -94,7 +94,7 @@ def prompt_in(row: Row, value: Any = None) -> Prompt:
         row: the row.
         value: the prompt, where it is not in the column ``prompt``.
     """
-    if value is None and row.get("prompt") is None and ends_with_answer(row):
+    if value is None and row.get("prompt") in (None, "") and ends_with_answer(row):
         raise RowError("no prompt, and messages end with the answer\n  give the messages before it as prompt")
     found = prompt_of(row) if value is None else with_chat_columns(Prompt.of(value), row)
     if not prompt_text(found).strip():

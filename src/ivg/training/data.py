@@ -70,6 +70,10 @@ class SFTExample:
     response: str
     ends: bool = True
 
+    def __repr__(self) -> str:
+        cut = "" if self.ends else ", ends=False"  # runs compare their rows by this text, and those of version 0.2.0 had no ends
+        return f"SFTExample(prompt={self.prompt!r}, response={self.response!r}{cut})"
+
 
 def read_preferences(
     source: str | Path, limit: int | None = None, *, seed: int = 0, options: ReadOptions | None = None, label: PairLabel = "sampled"
@@ -218,10 +222,17 @@ def _sft_parser(rows: Rows) -> Callable[[Row], list[SFTExample]] | None:
     """What makes SFT examples of rows with these columns; None: nothing does."""
     name = rows.response
     if name is not None and rows.have("prompt"):
-        return lambda row: [SFTExample(prompt_in(row), response_text(cell(row, name)), is_complete(row))]
+        return lambda row: [_sft_example(row, name)]
     if rows.have("messages"):
         return _conversation
     return (lambda row: [SFTExample(None, response_text(cell(row, "text")), is_complete(row))]) if rows.have("text") else None
+
+
+def _sft_example(row: Row, name: str) -> SFTExample:
+    out = SFTExample(prompt_in(row), response_text(cell(row, name)), is_complete(row))
+    if name == "text" and isinstance(row["prompt"], str) and out.response.startswith(row["prompt"]):
+        raise RowError("text begins with the prompt\n  give the response alone as text, or leave prompt out (--columns)")
+    return out
 
 
 def _rated_rows(rows: Rows) -> list[RatedResponse]:

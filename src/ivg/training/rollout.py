@@ -78,6 +78,8 @@ def rollout(
     require_single_process("sampling rollouts")
     jsonl = out.with_suffix(".jsonl")
     sampling = {k: v for k, v in asdict(model.sampling).items() if k not in settings}
+    if "choice" in sampling:
+        sampling["choice"] = sampling["choice"] or []  # as files of version 0.2.0 have it
     own = {"method": method, "settings": settings, "sampling": sampling, "samples": samples, "seed": seed}
     with open_blocks(jsonl, batch_size * samples, len(prompts) * samples, {**own, **(provenance or {})}) as file:
         _check_prompts(jsonl, prompts, samples, file.rows)

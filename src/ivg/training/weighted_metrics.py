@@ -29,7 +29,7 @@ class WeightedMetrics:
         """Of transformers: one batch of an evaluation."""
         counts = batch_counts(inputs)
         out = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        loss = out[0].detach().double() * counts["tokens" if "labels" in inputs else "rows"]
+        loss = out[0].detach().float() * counts["tokens" if "labels" in inputs else "rows"]  # MPS has no float64
         here = torch.stack([*(loss.new_tensor(float(counts[name])) for name in _COUNTS[:-1]), loss])
         found = self.accelerator.gather(here[None]).sum(0).tolist()  # of all processes
         self.__dict__.setdefault("_evaluated", []).append({**dict(zip(_COUNTS, found, strict=True)), "mean": float("labels" in inputs)})

@@ -153,17 +153,24 @@ def forbid(logits: Tensor, tokens: Tensor | None) -> Tensor:
 def add_deltas(base: Tensor, deltas: Tensor, guidance: TokenGuidance, vocabulary: Vocabulary) -> Tensor:
     """``base``, which is written over and has this ``vocabulary``, + beta * ``deltas`` [rows, vocabulary].
 
-    Tokens that only the base has: :mod:`ivg.models.added_tokens`. Columns that are no token keep their logits.
+    Tokens that only the base has: :mod:`ivg.models.added_tokens`.
     """
-    guide, beta = guidance.value.vocabulary, guidance.beta
+    guide, beta = least_vocabulary(guidance.value), guidance.beta
     width = min(base.shape[1], deltas.shape[1], guide.size)
-    added = added_tokens(vocabulary, guide)
+    added = added_tokens(vocabulary, guide, width, base.shape[1])
     held = None if added is None else added.hold(base)
     base[:, :width].add_(deltas[:, :width].to(base.device), alpha=beta)
     if added is not None:
         added.add_to_ends(base, beta * deltas[:, added.end : added.end + 1])
         added.release(base, held)
     return base
+
+
+def least_vocabulary(value: Value) -> Vocabulary:
+    """What all models of ``value`` know, which has a number for every next token; further columns of their logits only pad."""
+    if value.parts:
+        return min((least_vocabulary(part) for _, part in value.parts), key=lambda known: known.size)
+    return min([value.vocabulary, *(lm.vocabulary for lm in value.cached_lms())], key=lambda known: known.size)
 
 
 def compares_guidance(request: ExpandRequest) -> bool:
