@@ -48,6 +48,16 @@ def test_an_evaluation(embedded, tmp_path):
     assert log.results.scores[0].metrics["accuracy"].value == sum("movie" in s.output.completion for s in log.samples) / 2
 
 
+def test_epochs_are_other_samples(embedded, tmp_path):
+    task = inspect_ai.Task(dataset=[Sample(input="The film was", target="x")], solver=generate(), scorer=includes(), epochs=3)
+    model = get_model("ivg/eft", guided_model=embedded, memoize=False)
+    for seed, different in ((None, 3), (3, 1)):
+        config = GenerateConfig(max_tokens=12, temperature=1.0, **({} if seed is None else {"seed": seed}))
+        (log,) = inspect_ai.eval(task, model=model, log_dir=str(tmp_path), display="none", **config.model_dump(exclude_none=True))
+        assert log.status == "success", log.error
+        assert len({s.output.completion for s in log.samples}) == different
+
+
 def test_a_logit_bias(embedded):
     turn = ChatMessageUser(content="The film was")
     config = GenerateConfig(logit_bias={100: 100.0}, max_tokens=4, temperature=0.0, reasoning_effort="none")

@@ -17,6 +17,7 @@ from ivg.integrations.flat_settings import recipe_from
 from ivg.model import GuidedModel
 from ivg.models.prompt_encoder import has_chat_template
 from ivg.models.token_bytes import bytes_in_text
+from ivg.search.request import RepeatedPrompts
 from ivg.types import Completion, Prompt, TokenLogprobs
 
 try:
@@ -79,6 +80,7 @@ class IVGModelAPI(ModelAPI):
         self.recipe = recipe_from({**settings, **method})
         self.model = load_models(self.recipe) if guided_model is None else guided_model
         self.method = self.model.get_method(self.recipe.search.method, **self.recipe.search.settings())
+        self._repeated = RepeatedPrompts(1)
 
     async def generate(self, input: Sequence[Any], tools: Sequence[Any], tool_choice: Any, config: GenerateConfig) -> ModelOutput:
         """One answer, or ``num_choices`` of them, each with its log-probabilities where they are asked for.
@@ -93,9 +95,12 @@ class IVGModelAPI(ModelAPI):
         settings = {ours: value for theirs, ours in _SETTINGS.items() if (value := getattr(config, theirs)) is not None}
         if config.logprobs:
             settings["alternatives"] = config.top_logprobs or 0
+        prompt, n = self._prompt(input), config.num_choices or 1
+        # epochs ask the same again: other samples, unless Inspect gives a seed
+        index = 0 if config.seed is not None else n * self._repeated.indices(prompt).start
         settings = {"seed": self.recipe.run.seed, **self.recipe.sampling.settings(), **settings}
         started = time.monotonic()
-        found = await self.model.agenerate(self._prompt(input), self.method, n=config.num_choices or 1, **settings)
+        found = await self.model.agenerate(prompt, self.method, n=n, index=index, **settings)
         if errors := [c.error for c in found if c.error is not None]:
             return ModelOutput(model=self.model_name, error=errors[0])
         choices = [self._choice(c, logprobs=bool(config.logprobs)) for c in found]
