@@ -342,7 +342,7 @@ def test_prompts(serve):
     server, engine = serve()
     messages = [{"role": "user", "content": "hi"}]
     with pytest.raises(PromptError, match="empty"):
-        engine.open(Prompt(" "), SamplingParams())
+        engine.open(Prompt(""), SamplingParams())
     with pytest.raises(PromptError, match="give the tokenizer"):
         engine.open(Prompt.of(messages), SamplingParams())
     assert engine.prompt_tokens(Prompt("three short words")) == 3

@@ -118,8 +118,8 @@ def test_it_learns_plain_texts_and_says_what_it_is(model, tmp_path):
     import numpy as np
 
     np.save(model / "training_rows.npy", np.array([7], np.uint64))
-    rows = [SFTExample(None, "abcd" * 4) for _ in range(64)]
-    options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "eval_share": 0.1, "trainer_args": {"bf16": False}}
+    rows = [SFTExample(None, "abcd" * (2 + i % 8)) for i in range(64)]  # texts that are held out are not trained on
+    options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "eval_share": 0.25, "trainer_args": {"bf16": False}}
     settings = SFTSettings(config_overrides=SMALL, num_train_epochs=12, learning_rate=1e-2, evaluations=1, **options)
     metrics = tune.sft(model, rows, tmp_path / "new", settings, sources=["letters"])
     assert metrics["held_out"]["eval_loss"] < 0.5  # from log(257) = 5.5; the first token is read, not predicted
@@ -127,7 +127,10 @@ def test_it_learns_plain_texts_and_says_what_it_is(model, tmp_path):
     assert json.loads((tmp_path / "new" / "run.json").read_text())["config_overrides"] == SMALL
     card = (tmp_path / "new" / "README.md").read_text()
     assert f"a new network: configuration of `{model}` with `{SMALL}`, random weights" in card
-    assert np.array_equal(read_training_rows(tmp_path / "new"), row_hashes([(None, "abcd" * 4)]))
+    trained = set(read_training_rows(tmp_path / "new").tolist())
+    assert len(trained) == 6 and trained < set(row_hashes([(None, "abcd" * (2 + i)) for i in range(8)]).tolist()), (
+        "two of eight are held out"
+    )
     made = load_causal(tmp_path / "new", "base", LoadOptions(device="cpu", dtype="float32"))
     h = testing.hypothesis("ab", "cd", testing.tiny_lm())
     assert made.outputs([h])[0].argmax() == made.tokenizer("a").input_ids[0]

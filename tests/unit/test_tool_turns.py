@@ -233,6 +233,8 @@ def test_rows_with_tools(ivg, tmp_path):
         tmp_path / "base",
         "--method",
         "base",
+        "--temperature",
+        0,
         "--max-new-tokens",
         4,
         "--dtype",
