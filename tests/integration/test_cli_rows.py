@@ -300,7 +300,8 @@ def test_rollouts_go_on_only_with_what_made_them(ivg, hub, tmp_path):
     assert "read 3, left out 1" in err
     assert err.endswith(f"done: {out}: answered 4, failed 2\n")
     assert [row["text"] for row in rows_of(tmp_path / "failed.jsonl")] == ["Two"]
-    before = out.read_bytes()
+    before, meta = out.read_bytes(), json.loads((tmp_path / "out.jsonl.meta.json").read_text())
+    assert meta["sampling"]["choice"] == [], "as version 0.2.0 wrote it, whose files are taken up"
     assert ivg(*arguments, "--prompts", tmp_path / "prompts.csv")[0] == 1  # no answer of those two yet
     for change, says in (
         (["--dtype", "bfloat16"], 'dtype is "bfloat16", was "float32"'),

@@ -271,8 +271,9 @@ def test_export_lists_what_vllm_s_server_ignores(checkpoint, tmp_path):
 
 
 def test_the_server_goes_by_the_same_rule(checkpoint):
+    from ivg.models.token_text import TokenText
     from ivg.serving.protocol import CompletionRequest
-    from ivg.serving.responses import ResponseBuilder, TokenText
+    from ivg.serving.responses import ResponseBuilder
     from ivg.serving.served_models import ServedModels
     from ivg.settings.serve import ServeSettings
 

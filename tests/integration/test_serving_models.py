@@ -9,9 +9,10 @@ from transformers import AutoTokenizer
 from ivg.errors import ConfigError, ServeError
 from ivg.model import GuidedModel
 from ivg.models.prompt_encoder import has_chat_template
+from ivg.models.token_text import TokenText
 from ivg.serving.protocol import ChatRequest, CompletionRequest
 from ivg.serving.requests import Progress
-from ivg.serving.responses import ResponseBuilder, TokenText
+from ivg.serving.responses import ResponseBuilder
 from ivg.serving.served_models import ServedModels
 from ivg.serving.stream import StreamEncoder
 from ivg.settings.recipe import Recipe

@@ -7,10 +7,11 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from ivg.models.token_text import TokenText
 from ivg.serving.parsing import parse_data
 from ivg.serving.protocol import ChatRequest
 from ivg.serving.requests import Progress
-from ivg.serving.responses import ResponseBuilder, TokenText
+from ivg.serving.responses import ResponseBuilder
 from ivg.serving.responses_api.events import ResponseEncoder
 from ivg.serving.responses_api.items import ResponseObjects
 from ivg.serving.responses_api.request import ResponsesRequest

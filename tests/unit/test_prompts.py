@@ -16,7 +16,7 @@ from ivg.serving.protocol import ChatRequest
 from ivg.serving.served_models import ServedModels
 from ivg.settings.recipe import Recipe
 from ivg.settings.serve import ServeSettings
-from ivg.testing import EOS, byte_tokenizer, tiny_lm, tiny_value
+from ivg.testing import EOS, byte_tokenizer, tiny_lm, tiny_model, tiny_value
 from ivg.types import Beam, SamplingParams, TokenGuidance, new_key
 from ivg.types.messages import Message, Prompt, content_text, read_prompts
 from ivg.values.base import FunctionValue
@@ -236,7 +236,8 @@ def test_a_values_template_that_refuses_fails_its_own_row():
     messages = Prompt.of([{"role": "system", "content": "a"}])
     with pytest.raises(PromptError, match="the chat template of explicit refuses these messages"):
         Searcher(TransformersEngine(base)).add(Request(messages, Search(guidance=TokenGuidance(value))))
-    reward = object.__new__(RewardModel)  # no network is needed to refuse
+    reward = object.__new__(RewardModel)  # no classifier is needed to refuse
+    reward.network = tiny_model()
     reward.tokenizer, reward.template, reward.name = templated(REFUSALS["a system turn"] + PLAIN), None, "reward"
     with pytest.raises(PromptError, match="the chat template of reward refuses these messages"):
         Searcher(TransformersEngine(base)).add(Request(messages, Search(value=reward)))
@@ -294,6 +295,7 @@ def test_a_prompt_begins_once(make, template, chat):
         assert begun.count(bos) == 1 and begun == tokenizer(word + "the film", add_special_tokens=False).input_ids
         assert text_ids(word + "the", tokenizer, special=False).count(bos) == 1
         reward = object.__new__(RewardModel)
+        reward.network = tiny_model(vocab_size=len(tokenizer))
         reward.tokenizer, reward.template, reward.name = tokenizer, template, "reward"
         assert reward.ids(reward.text(prompt, " is")).count(bos) == 1
     finally:

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from ivg import GuidedModel, LoadOptions
 from ivg.errors import ConfigError
-from ivg.models.added_tokens import AddedTokens, added_tokens
+from ivg.models.added_tokens import AddedTokens, add_known, added_tokens
+from ivg.models.cached_lm import CachedLM
+from ivg.models.runner import ModelRunner
 from ivg.models.vocabulary import Vocabulary
 from ivg.testing import byte_tokenizer, tiny_model, tiny_value
 from ivg.types import Prompt
@@ -22,12 +24,7 @@ KNOWN = 6
 
 
 def guided(logits, deltas, beta, added):
-    out = logits.clone()
-    held = added.hold(out)
-    out[:, :KNOWN] += beta * deltas
-    added.add_to_ends(out, beta * deltas[:, added.end : added.end + 1])
-    added.release(out, held)
-    return out.log_softmax(-1)
+    return add_known(logits.clone(), deltas, beta, KNOWN, added).log_softmax(-1)
 
 
 @given(st.integers(0, 10**6), st.floats(-3, 3), st.integers(0, 2), st.integers(0, 3), st.floats(-20, 20))
@@ -78,6 +75,11 @@ def test_a_pair_and_a_sum_know_what_all_their_models_know(model):
     base = [t.logprob for t in model.logprobs("good", [end + 1], "base").tokens]
     for token in ("newer", newer + implicit, implicit + newer):
         assert [t.logprob for t in model.logprobs("good", [end + 1], "eft", token=token).tokens] == pytest.approx(base, abs=1e-4)
+    rows = ModelRunner(tiny_model("llama", 2, vocab_size=model.base.vocab_size), "untuned")
+    padded = ImplicitValue(model.base, CachedLM(rows, byte_tokenizer()))  # with rows that its tokenizer does not know
+    model.add_value("padded", padded, replace=True)
+    assert padded.deltas([model.base.make_beam(Prompt("good"), "")]).shape == (1, 259)
+    assert [t.logprob for t in model.logprobs("good", [end + 1], "eft", token="padded").tokens] == pytest.approx(base, abs=1e-4)
     sums = newer + implicit, implicit + newer
     one, other = ([t.logprob for t in model.logprobs("good", [104, end], "eft", token=value).tokens] for value in sums)
     assert one == pytest.approx(other, abs=1e-4)

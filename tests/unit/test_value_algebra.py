@@ -104,9 +104,14 @@ def test_values_and_functions_in_place_of_names(model):
     assert model.generate("The movie", "bon", select=model.values["explicit"], successors=4) == model.generate(
         "The movie", "bon", successors=4
     )
-    both = {"token": lambda prompt, response: len(response), "select": lambda prompt, response: -len(response), "candidates": 3}
-    found = model.generate("The movie", "cbs-explicit", seed=1, max_new_tokens=6, **both)
-    assert found.score == -len(found.text), "two functions without names"
+    settings = {"seed": 1, "max_new_tokens": 6, "candidates": 3, "beta": 5.0}
+    both = {"token": lambda prompt, response: len(response), "select": lambda prompt, response: -len(response)}
+    found = model.generate("The movie", "cbs-explicit", **both, **settings)
+    named = {role: FunctionValue(function, f"own {role}") for role, function in both.items()}
+    expected = model.generate("The movie", "cbs-explicit", **named, **settings)
+    assert (found.text, found.score) == (expected.text, -len(found.text)), "two functions without names"
+    other = model.generate("The movie", "cbs-explicit", token=named["select"], select=both["select"], **settings)
+    assert other.text != found.text, "the function of token matters here"
     twice = {"token": 0.5 * model.values["implicit"], "select": 0.5 * model.values["implicit"], "max_new_tokens": 6}
     assert model.generate("The movie", "ivg", seed=1, **twice).score is not None, "one expression in both places"
     explicit = model.values["explicit"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ivg.models.added_tokens import added_tokens
+from ivg.models.added_tokens import add_known, added_tokens
 from ivg.models.cached_lm import CachedLM
 from ivg.models.vocabulary import Vocabulary
 from ivg.types import Beam, Prompt, Value, new_key
@@ -90,20 +90,10 @@ class GuidanceLogits:
             delta = torch.zeros_like(logits)
             for weight, piece in pieces:
                 delta[:, :width] += weight * piece[:, :width]
-            yield logits, self._with_added(logits, delta, base.vocabulary, width)
-
-    def _with_added(self, logits: Tensor, delta: Tensor, base: Vocabulary, width: int) -> Tensor:
-        """``delta`` for the tokens, too, that only the base has (:mod:`ivg.models.added_tokens`); exact at weight 1."""
-        added = added_tokens(base, self.guide, width, logits.shape[1])
-        if added is None:
-            return delta
-        guided = logits.clone()
-        held = added.hold(guided)
-        guided[:, :width] += delta[:, :width]
-        added.add_to_ends(guided, delta[:, added.end : added.end + 1])
-        added.release(guided, held)
-        delta[:, width:] = guided[:, width:] - logits[:, width:]
-        return delta
+            added = added_tokens(base.vocabulary, self.guide, width, logits.shape[1])
+            if added is not None:  # of other tokens than ends it is exact at weight 1
+                delta[:, width:] = (add_known(logits.clone(), delta, 1.0, width, added) - logits)[:, width:]
+            yield logits, delta
 
 
 def _parts(value: Value | None) -> list[tuple[float, CachedLM]] | None:

@@ -16,7 +16,7 @@ from ivg.factory.recipe import load_models
 from ivg.integrations.flat_settings import recipe_from
 from ivg.model import GuidedModel
 from ivg.models.prompt_encoder import has_chat_template
-from ivg.models.token_bytes import bytes_in_text
+from ivg.models.token_text import TokenText
 from ivg.search.request import RepeatedPrompts
 from ivg.types import Completion, Prompt, TokenLogprobs
 
@@ -80,7 +80,7 @@ class IVGModelAPI(ModelAPI):
         self.recipe = recipe_from({**settings, **method})
         self.model = load_models(self.recipe) if guided_model is None else guided_model
         self.method = self.model.get_method(self.recipe.search.method, **self.recipe.search.settings())
-        self._repeated = RepeatedPrompts(1)
+        self._repeated, self._token_text = RepeatedPrompts(1), TokenText(self.model.engine.vocabulary)
 
     async def generate(self, input: Sequence[Any], tools: Sequence[Any], tool_choice: Any, config: GenerateConfig) -> ModelOutput:
         """One answer, or ``num_choices`` of them, each with its log-probabilities where they are asked for.
@@ -97,7 +97,7 @@ class IVGModelAPI(ModelAPI):
             settings["alternatives"] = config.top_logprobs or 0
         prompt, n = self._prompt(input), config.num_choices or 1
         # epochs ask the same again: other samples, unless Inspect gives a seed
-        index = 0 if config.seed is not None else n * self._repeated.indices(prompt).start
+        index = 0 if config.seed is not None else n * self._repeated.earlier(prompt)
         settings = {"seed": self.recipe.run.seed, **self.recipe.sampling.settings(), **settings}
         started = time.monotonic()
         found = await self.model.agenerate(prompt, self.method, n=n, index=index, **settings)
@@ -124,10 +124,9 @@ class IVGModelAPI(ModelAPI):
         return ChatCompletionChoice(message=message, stop_reason=reason, logprobs=shown)
 
     def _logprob(self, detail: TokenLogprobs) -> Logprob:
-        vocabulary = self.model.engine.vocabulary
-        own = vocabulary.partial_bytes(detail.token)
-        written = detail.text.encode() if own is None else bytes_in_text(own, detail.text)
-        top = [TopLogprob(token=detail.text if i == detail.token else vocabulary.decode([i]), logprob=p) for i, p in detail.top]
+        shown = self._token_text
+        written = shown.own_bytes(detail.token, detail.text)
+        top = [TopLogprob(token=detail.text if i == detail.token else shown.decode(i), logprob=p) for i, p in detail.top]
         return Logprob(token=detail.text, logprob=detail.logprob, bytes=list(written), top_logprobs=top or None)
 
 

@@ -16,6 +16,7 @@ from ivg.jobs.prompts import Job
 from ivg.jobs.provenance import answer_provenance, device_kind
 from ivg.jobs.runner import Result, Task
 from ivg.jobs.store import open_rows
+from ivg.search.request import RepeatedPrompts
 from ivg.settings.ray import RaySettings
 from ivg.settings.recipe import Recipe
 from ivg.types import Completion, by_likelihood, note_failed
@@ -94,11 +95,10 @@ class GenerateRun:
 
     def _seeds(self) -> dict[str, int]:
         """The run's seed for every job, another one where its prompt stands in an earlier row: those are new draws."""
-        seed, earlier, out = self.recipe.run.seed, Counter[str](), dict[str, int]()
+        seed, repeated, out = self.recipe.run.seed, RepeatedPrompts(1), dict[str, int]()
         for job in self.jobs:
-            before = earlier[job.prompt_key]
+            before = repeated.earlier(job.request_prompt)
             out[job.key] = as_seed(mix(seed, before)) if before else seed
-            earlier[job.prompt_key] += 1
         return out
 
     def _answers(self, results: Iterable[Result[Job]]) -> Iterator[tuple[Job, int, Completion | str]]:

@@ -69,6 +69,16 @@ class AddedTokens:
         logits[:, self.first :] = own
 
 
+def add_known(logits: Tensor, deltas: Tensor, beta: float, width: int, added: AddedTokens | None) -> Tensor:
+    """``logits`` + beta * ``deltas`` [rows, vocabulary] in the first ``width`` columns, and the rule for ``added``; written over."""
+    held = None if added is None else added.hold(logits)
+    logits[:, :width].add_(deltas[:, :width].to(logits.device), alpha=beta)
+    if added is not None:
+        added.add_to_ends(logits, beta * deltas[:, added.end : added.end + 1])
+        added.release(logits, held)
+    return logits
+
+
 _KNOWN: WeakKeyDictionary[Vocabulary, dict[tuple[int, int, int | None], AddedTokens | None]] = WeakKeyDictionary()
 
 
@@ -81,8 +91,7 @@ def added_tokens(base: Vocabulary, guide: Vocabulary, width: int, columns: int) 
         width: columns that the guide moves.
         columns: of the base's logits.
     """
-    ends = [i for i in (guide.eos_id, *sorted(guide.eos_ids)) if i is not None and i < width]
-    end = ends[0] if ends else None
+    end = guide.eos_id_below(width)
     known = _KNOWN.setdefault(base, {})
     if (width, columns, end) not in known:
         ids = [i for i in base.pieces if width <= i < columns]

@@ -280,10 +280,7 @@ class PromptEncoder:
     @property
     def end_id(self) -> int | None:
         """The token that ends a text for this model; None: none that it has an embedding for."""
-        own = self.vocabulary.eos_id
-        if own is None or own < self.vocab_size:
-            return own
-        return min((i for i in self.vocabulary.eos_ids if i < self.vocab_size), default=None)
+        return self.vocabulary.eos_id_below(self.vocab_size)
 
     def last_id(self, h: Hypothesis) -> int:
         """The last token of prompt and response."""

@@ -91,8 +91,13 @@ class Vocabulary:
 
         Else the smallest of them; None: there is none.
         """
+        return self.eos_id_below(None)
+
+    def eos_id_below(self, size: int | None) -> int | None:
+        """As :attr:`eos_id`, of the ids below ``size``, which a network has rows or columns for; None: of all."""
+        found = [i for i in self.eos_ids if size is None or i < size]
         own = self.tokenizer.eos_token_id
-        return own if own in self.eos_ids else min(self.eos_ids, default=None)
+        return own if own in found else min(found, default=None)
 
     @cached_property
     def added(self) -> frozenset[int]:

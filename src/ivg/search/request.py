@@ -223,10 +223,14 @@ class RepeatedPrompts:
 
     def indices(self, prompt: Prompt) -> range:
         """The indices of the next ``n`` samples of ``prompt``."""
-        key = hash(prompt.without_data)  # no prompts are kept: an endless list may give them
-        start = self.first + self._seen[key] * self.n
-        self._seen[key] += 1
+        start = self.first + self.earlier(prompt) * self.n
         return range(start, start + self.n)
+
+    def earlier(self, prompt: Prompt) -> int:
+        """How often ``prompt`` came before; it counts from now on."""
+        key = hash(prompt.without_data)  # no prompts are kept: an endless list may give them
+        self._seen[key] += 1
+        return self._seen[key] - 1
 
 
 def streaming_stride(request: Request) -> int:

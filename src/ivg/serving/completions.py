@@ -15,12 +15,13 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ivg.errors import ServeError
+from ivg.models.token_text import TokenText
 from ivg.serving.connections import EVENT_STREAM
 from ivg.serving.logs import log_event
 from ivg.serving.parsing import parse_body, parse_data
 from ivg.serving.protocol import Body, ChatRequest, CompletionRequest
 from ivg.serving.requests import Event, Progress, RequestHandle
-from ivg.serving.responses import ResponseBuilder, TokenText
+from ivg.serving.responses import ResponseBuilder
 from ivg.serving.responses_api.events import ResponseEncoder
 from ivg.serving.responses_api.items import ResponseObjects
 from ivg.serving.responses_api.request import ResponsesRequest, renamed

@@ -14,6 +14,7 @@ from ivg.models.placement import input_device
 from ivg.models.rotary import length_batches, rope_limits
 from ivg.models.shared_prompts import TOLERANCE, TRIAL, group_by_beginning, read_shared, share_prompts, sharing_fault
 from ivg.models.support import context_of
+from ivg.models.vocabulary import check_embedded
 
 MOST_SHARED = 1024
 """Tokens of texts that are read together behind a common beginning: attention grows with their square."""
@@ -45,9 +46,11 @@ def token_limit(network: Any, tokenizer: Any) -> int | None:
     return min((n for n in (context_of(network), tokenizer.model_max_length) if n and 0 < n < 1 << 30), default=None)
 
 
-def embedding_rows(network: Any) -> int | None:
-    """Token ids that the classifier has embeddings for; None: its configuration does not say."""
-    return getattr(network.config.get_text_config(), "vocab_size", None)
+def check_ids(ids: Sequence[int], network: Any, tokenizer: Any, name: str) -> None:
+    """Raise PromptError for a token of a text that the classifier has no embedding for (see :func:`check_embedded`)."""
+    rows = getattr(network.config.get_text_config(), "vocab_size", None)
+    if rows is not None:
+        check_embedded(ids, tokenizer, rows, name, "text")
 
 
 class SequenceClassifier:

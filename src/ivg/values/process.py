@@ -26,11 +26,10 @@ from ivg.models.loading import LoadOptions, load_network, load_tokenizer
 from ivg.models.placement import input_device
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.rotary import length_batches, rope_limits
-from ivg.models.vocabulary import check_embedded
 from ivg.types import Hypothesis, Prompt, Reward, Steps
 from ivg.types.scores import Scores, finite_score, require_scores
 from ivg.types.steps import DEFAULT_SEPARATOR, aggregate, split_steps
-from ivg.values.classifier import check_label, embedding_rows, token_limit
+from ivg.values.classifier import check_ids, check_label, token_limit
 from ivg.values.truncation import truncate_prompt
 
 if TYPE_CHECKING:
@@ -207,7 +206,7 @@ class ProcessReward(StepReward):
     def _read(self, prompt: Prompt, response: str) -> _Reading:
         prompt, response = _parts(prompt, response)
         ids, places = self._step_ids(response)
-        self._check(ids)
+        check_ids(ids, self.network, self.tokenizer, self.name)
 
         def joined(before: list[int], note: str | None = None) -> _Reading:
             return _Reading(before + ids, [len(before) + place for place in places], note)
@@ -227,13 +226,8 @@ class ProcessReward(StepReward):
         """The prompt behind one beginning-of-sequence token, where the tokenizer has any."""
         text = render(prompt, self.tokenizer, self.template, self.name, self.chat_settings)
         ids, bos = list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids), self.tokenizer.bos_token_id
-        self._check(ids)
+        check_ids(ids, self.network, self.tokenizer, self.name)
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-
-    def _check(self, ids: Sequence[int]) -> None:
-        """Raise PromptError for a token without an embedding."""
-        if (rows := embedding_rows(self.network)) is not None:
-            check_embedded(ids, self.tokenizer, rows, self.name, "text")
 
     def _step_ids(self, response: str) -> tuple[list[int], list[int]]:
         """(each step with its separator, the last token of each separator)."""

@@ -21,13 +21,12 @@ from ivg.errors import ConfigError, ModelError, PromptError, ScoreFault
 from ivg.models.chat_template import apply_chat_template, is_chat, render, template_arguments, text_ids, turns
 from ivg.models.loading import LoadOptions, load_config, load_network, load_tokenizer
 from ivg.models.prompt_template import NO_CHAT_SETTINGS, PromptTemplate
-from ivg.models.vocabulary import check_embedded
 from ivg.models.weights import WeightsError
 from ivg.types import Hypothesis, Prompt, Reward, Steps
 from ivg.types.scores import finite_score, require_scores
 from ivg.types.steps import DEFAULT_SEPARATOR
 from ivg.values.base import FunctionValue
-from ivg.values.classifier import SequenceClassifier, check_label, embedding_rows, token_limit
+from ivg.values.classifier import SequenceClassifier, check_ids, check_label, token_limit
 from ivg.values.process import ProcessReward, StepLogProbs, StepReward
 from ivg.values.truncation import truncate_prompt
 
@@ -61,8 +60,6 @@ class RewardModel(Reward):
 
     chat_settings: Mapping[str, Any] = NO_CHAT_SETTINGS
     """Of ``apply_chat_template``."""
-    _rows: int | None = None
-    """Of the embedding; None: not known."""
 
     def __init__(
         self,
@@ -84,7 +81,6 @@ class RewardModel(Reward):
         self.limit = token_limit(network, tokenizer)
         """Tokens that the classifier reads at most; None: no limit."""
         self._classifier = SequenceClassifier(self.network, batch_size)
-        self._rows = embedding_rows(network)
 
     @classmethod
     def from_pretrained(
@@ -149,8 +145,7 @@ class RewardModel(Reward):
 
     def _ids(self, text: str, **cut: Any) -> list[int]:
         ids = text_ids(text, self.tokenizer, verbose=False, **cut)
-        if self._rows is not None:
-            check_embedded(ids, self.tokenizer, self._rows, self.name, "text")
+        check_ids(ids, self.network, self.tokenizer, self.name)
         return ids
 
     def read(self, prompt: Prompt, response: str) -> Reading:

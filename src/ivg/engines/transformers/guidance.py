@@ -25,7 +25,7 @@ from torch import Tensor
 from ivg.engines.sequences import TokenSequence
 from ivg.engines.transformers.sampling import entropy
 from ivg.errors import ConfigError, NoTokenFault, ScoreFault
-from ivg.models.added_tokens import added_tokens
+from ivg.models.added_tokens import add_known, added_tokens
 from ivg.models.vocabulary import Vocabulary
 from ivg.types import Beam, ExpandRequest, Hypothesis, TokenGuidance, Value, new_key
 from ivg.types.scores import require_scores, score_each_candidate
@@ -155,15 +155,9 @@ def add_deltas(base: Tensor, deltas: Tensor, guidance: TokenGuidance, vocabulary
 
     Tokens that only the base has: :mod:`ivg.models.added_tokens`.
     """
-    guide, beta = least_vocabulary(guidance.value), guidance.beta
+    guide = least_vocabulary(guidance.value)
     width = min(base.shape[1], deltas.shape[1], guide.size)
-    added = added_tokens(vocabulary, guide, width, base.shape[1])
-    held = None if added is None else added.hold(base)
-    base[:, :width].add_(deltas[:, :width].to(base.device), alpha=beta)
-    if added is not None:
-        added.add_to_ends(base, beta * deltas[:, added.end : added.end + 1])
-        added.release(base, held)
-    return base
+    return add_known(base, deltas, guidance.beta, width, added_tokens(vocabulary, guide, width, base.shape[1]))
 
 
 def least_vocabulary(value: Value) -> Vocabulary:
