@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from architectures import tiny
 from ivg.errors import ModelError
 from ivg.models.loading import LoadOptions, load_causal
+from ivg.models.value_head import ValueModel
 from ivg.testing import byte_tokenizer
 
 OPTIONS = LoadOptions(device="cpu", dtype="float32")
@@ -53,8 +54,22 @@ def test_masks_of_older_versions_are_left_out(tmp_path, name, form):
 
 
 def test_also_of_a_body_that_was_saved_alone(tmp_path):
-    saved(tmp_path, "gpt2", OLD["gpt2"], cut="transformer.")
-    load_causal(str(tmp_path), "base", OPTIONS)
+    network, ids = saved(tmp_path, "gpt2", OLD["gpt2"], cut="transformer."), torch.tensor([[3, 1, 4]])
+    lm = load_causal(str(tmp_path), "base", OPTIONS)
+    with torch.no_grad():
+        torch.testing.assert_close(lm.network(input_ids=ids).logits, network(input_ids=ids).logits)
+
+
+def test_also_of_a_value_network(tmp_path):
+    value = ValueModel(tiny("gpt2").base_model, "vocabulary")
+    value.save_pretrained(tmp_path)
+    before = load_file(tmp_path / "model.safetensors")
+    prefix = next(key for key in before if ".h.0." in f".{key}").partition("h.0.")[0]
+    masks = {f"{prefix}h.0.attn.masked_bias": torch.tensor(-1e4), f"{prefix}h.0.attn.bias": CAUSAL}
+    save_file({**before, **masks}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, ids = ValueModel.from_pretrained(str(tmp_path)), torch.tensor([[3, 1, 4]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, value.eval()(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("case", REAL)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast
@@ -135,7 +136,7 @@ class ValueModel(nn.Module):
         )
         info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not key.startswith((f"{head}.", *OTHER_HEADS))}
         if not output_loading_info:
-            check_weights(name, backbone, info)
+            check_weights(name, backbone, info, files=partial(weight_files, name, hub))
         model = cls(backbone, kind, bias=bias is not None)
         model.notes = {k: v for k, v in (getattr(config, "ivg_value", None) or {}).items() if k != "head"}
         # rows may be padded, or not padded, against the embedding
