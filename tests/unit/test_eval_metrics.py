@@ -188,7 +188,7 @@ def test_best_of_n_costs_no_more():
     curve = [{"n": n, "gold": None, "flops": 100.0 * n} for n in (1, 2, 3)]
     assert [best_of_n_within(b, curve)["n"] for b in (50, 100, 299, 300, 399, 400)] == [1, 1, 2, 3, 3, 3]
     assert [best_of_n_within(b, curve)["capped"] for b in (300, 399, 400)] == [False, False, True]
-    assert [best_of_n_within(b, curve)["dearer"] for b in (50, 98, 100, 400)] == [True, False, False, False]
+    assert [best_of_n_within(b, curve)["over_budget"] for b in (50, 98, 100, 400)] == [True, False, False, False]
     gold = {"gold": {"mean": 1.0}}
     assert tables.best_of_n(best_of_n_within(50, curve) | gold) == "+1.00 (N = 1, costs more)"
     assert tables.best_of_n(best_of_n_within(100, curve) | gold) == "+1.00 (N = 1)"

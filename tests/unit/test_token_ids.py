@@ -56,7 +56,7 @@ def test_a_token_that_only_the_base_has_is_the_tokenizers_end():
     guide = reader("tuned", 1, with_ends(permute=False), eos_ids=[0, END])
     assert guide.own_ids([3, 300]) == [3, END]
     short = reader("tuned", 1, with_ends(permute=False), rows=257, eos_ids=[0, END])
-    assert short.end_id == 0 and short.own_ids([3, END]) == [3, 0]  # the tokenizer's end has no embedding
+    assert short.eos_id == 0 and short.own_ids([3, END]) == [3, 0]  # the tokenizer's end has no embedding
 
 
 def test_a_draft_as_text_ends_with_the_tokenizers_end():

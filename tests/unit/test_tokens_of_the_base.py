@@ -37,7 +37,7 @@ def test_the_rule_by_hand(seed, beta, ends, others, constant):
     got, base = guided(logits, deltas, beta, added), logits.log_softmax(-1)
     for i in order[ends:]:
         assert torch.allclose(got[:, i], base[:, i], atol=1e-4)
-    for i in added.ends:
+    for i in added.eos_ids:
         assert torch.allclose(got[:, i] - got[:, 0], base[:, i] - base[:, 0] + beta * (deltas[:, 2] - deltas[:, 0]), atol=1e-4)
     assert torch.allclose(got[:, 1] - got[:, 0], base[:, 1] - base[:, 0] + beta * (deltas[:, 1] - deltas[:, 0]), atol=1e-4)
     assert torch.allclose(guided(logits, deltas + constant, beta, added), got, atol=1e-3)

@@ -43,8 +43,11 @@ def test_a_guide_ends_where_its_tokenizer_does(tmp_path):
     settings = json.loads((guide / "config.json").read_text())
     (guide / "config.json").write_text(json.dumps(settings | {"eos_token_id": [7, 0]}))
     part = IVGConfig.from_pretrained(export_composite(BASE, [pair(str(guide), UNTUNED)], tmp_path / "c")).submodels[1]
-    assert part.eos == part.end_id == load_tokenizer(TUNED, LoadOptions(), "tuned").eos_token_id == 0
-    assert replace(part, eos=None).end_id == 0 and replace(part, eos=10**6, config=part.config | {"eos_token_id": [9, 7]}).end_id == 7
+    assert part.tokenizer_eos_id == part.eos_id == load_tokenizer(TUNED, LoadOptions(), "tuned").eos_token_id == 0
+    assert (
+        replace(part, tokenizer_eos_id=None).eos_id == 0
+        and replace(part, tokenizer_eos_id=10**6, config=part.config | {"eos_token_id": [9, 7]}).eos_id == 7
+    )
 
 
 def write_lora(folder, **settings):

@@ -230,11 +230,11 @@ def _best_of_n_curve(groups: Sequence[SampleGroup]) -> list[Row]:
 def best_of_n_within(budget: float, curve: Sequence[Row]) -> Row:
     """The largest best-of-N within a budget of FLOPs.
 
-    ``capped``: a larger one would be, but there are no more samples. ``dearer``: even N = 1 costs more, by a twentieth at least.
+    ``capped``: a larger one would be, but there are no more samples. ``over_budget``: even N = 1 costs more, by a twentieth at least.
     """
     row = next((c for c in reversed(curve) if c["flops"] <= budget), curve[0])
     step = curve[-1]["flops"] - curve[-2]["flops"] if len(curve) > 1 else curve[-1]["flops"]
-    return {**row, "capped": row is curve[-1] and curve[-1]["flops"] + step <= budget, "dearer": row["flops"] > 1.05 * budget}
+    return {**row, "capped": row is curve[-1] and curve[-1]["flops"] + step <= budget, "over_budget": row["flops"] > 1.05 * budget}
 
 
 # Timings and run metadata

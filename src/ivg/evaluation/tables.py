@@ -272,7 +272,7 @@ def best_of_n(best: Results | None) -> str:
     """Gold reward of best-of-N, and N."""
     if best is None or best["gold"] is None:
         return "–"
-    more = "+" if best["capped"] else ", costs more" if best.get("dearer") else ""
+    more = "+" if best["capped"] else ", costs more" if best.get("over_budget") else ""
     return f"{signed(best['gold']['mean'])} (N = {best['n']}{more})"
 
 

@@ -97,7 +97,7 @@ class IVGModelAPI(ModelAPI):
             settings["alternatives"] = config.top_logprobs or 0
         prompt, n = self._prompt(input), config.num_choices or 1
         # epochs ask the same again: other samples, unless Inspect gives a seed
-        index = 0 if config.seed is not None else n * self._repeated.earlier(prompt)
+        index = 0 if config.seed is not None else n * self._repeated.count_before(prompt)
         settings = {"seed": self.recipe.run.seed, **self.recipe.sampling.settings(), **settings}
         started = time.monotonic()
         found = await self.model.agenerate(prompt, self.method, n=n, index=index, **settings)

@@ -97,7 +97,7 @@ class GenerateRun:
         """The run's seed for every job, another one where its prompt stands in an earlier row: those are new draws."""
         seed, repeated, out = self.recipe.run.seed, RepeatedPrompts(1), dict[str, int]()
         for job in self.jobs:
-            before = repeated.earlier(job.request_prompt)
+            before = repeated.count_before(job.request_prompt)
             out[job.key] = as_seed(mix(seed, before)) if before else seed
         return out
 

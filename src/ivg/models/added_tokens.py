@@ -23,15 +23,15 @@ class AddedTokens:
 
     Attributes:
         first: of these columns.
-        ends: those that end a response: what the guide says of its own end-of-sequence token holds for them.
-        end: that token of the guide.
-        others: there are other tokens, of which the guide says nothing: each keeps the probability that the base gives it.
+        eos_ids: those that end a response: what the guide says of its own end-of-sequence token holds for them.
+        guide_eos_id: that token of the guide.
+        has_unknown: there are other tokens, of which the guide says nothing: each keeps the probability that the base gives it.
     """
 
     first: int
-    ends: tuple[int, ...]
-    end: int
-    others: bool
+    eos_ids: tuple[int, ...]
+    guide_eos_id: int
+    has_unknown: bool
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -40,42 +40,42 @@ class AddedTokens:
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> AddedTokens:
         """What :meth:`to_dict` gave."""
-        return cls(int(row["first"]), tuple(row["ends"]), int(row["end"]), bool(row["others"]))
+        return cls(int(row["first"]), tuple(row["eos_ids"]), int(row["guide_eos_id"]), bool(row["has_unknown"]))
 
-    def hold(self, logits: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Forbid the other tokens in ``logits`` [rows, vocabulary] until :meth:`release`; None: there are none."""
-        if not self.others:
+    def mask(self, logits: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Forbid the other tokens in ``logits`` [rows, vocabulary] until :meth:`restore`; None: there are none."""
+        if not self.has_unknown:
             return None
         own = logits[:, self.first :].clone()
         logits[:, self.first :] = -torch.inf
-        for i in self.ends:
+        for i in self.eos_ids:
             logits[:, i] = own[:, i - self.first]
         return own, logits.logsumexp(-1, keepdim=True)
 
-    def add_to_ends(self, logits: Tensor, delta: Tensor) -> None:
-        """Add to ``ends`` what the guide adds to its own end, ``delta`` [rows, 1], weighted."""
-        for i in self.ends:
+    def add_to_eos(self, logits: Tensor, delta: Tensor) -> None:
+        """Add to ``eos_ids`` what the guide adds to its own end-of-sequence token, ``delta`` [rows, 1], weighted."""
+        for i in self.eos_ids:
             logits[:, i : i + 1] += delta.to(logits.device)
 
-    def release(self, logits: Tensor, held: tuple[Tensor, Tensor] | None) -> None:
+    def restore(self, logits: Tensor, masked: tuple[Tensor, Tensor] | None) -> None:
         """Give the other tokens the probability back that they had before the guide's deltas were added."""
-        if held is None:
+        if masked is None:
             return
-        own, before = held
+        own, before = masked
         moved = logits.logsumexp(-1, keepdim=True) - before
         own += moved.masked_fill(before == -torch.inf, 0.0)  # a grammar may have forbidden all the rest
-        for i in self.ends:
+        for i in self.eos_ids:
             own[:, i - self.first] = logits[:, i]
         logits[:, self.first :] = own
 
 
 def add_known(logits: Tensor, deltas: Tensor, beta: float, width: int, added: AddedTokens | None) -> Tensor:
     """``logits`` + beta * ``deltas`` [rows, vocabulary] in the first ``width`` columns, and the rule for ``added``; written over."""
-    held = None if added is None else added.hold(logits)
+    masked = None if added is None else added.mask(logits)
     logits[:, :width].add_(deltas[:, :width].to(logits.device), alpha=beta)
     if added is not None:
-        added.add_to_ends(logits, beta * deltas[:, added.end : added.end + 1])
-        added.release(logits, held)
+        added.add_to_eos(logits, beta * deltas[:, added.guide_eos_id : added.guide_eos_id + 1])
+        added.restore(logits, masked)
     return logits
 
 

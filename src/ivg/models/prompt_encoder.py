@@ -265,7 +265,7 @@ class PromptEncoder:
             return [*prompt, *self.own_ids(h.token_ids)], len(prompt)
         ids = list(prompt) if tokenised is None else self.own_ids(tokenised)
         prompt_length = common_length(prompt, ids)
-        if h.token_ids and h.token_ids[-1] in h.vocabulary.eos_ids and (end := self.end_id) is not None:
+        if h.token_ids and h.token_ids[-1] in h.vocabulary.eos_ids and (end := self.eos_id) is not None:
             ids.append(end)
         return ids, prompt_length
 
@@ -274,11 +274,11 @@ class PromptEncoder:
         known = self.vocab_size
         if max(tokens, default=0) < known:
             return list(tokens)
-        end = self.end_id or 0
+        end = self.eos_id or 0
         return [t if t < known else end for t in tokens]
 
     @property
-    def end_id(self) -> int | None:
+    def eos_id(self) -> int | None:
         """The token that ends a text for this model; None: none that it has an embedding for."""
         return self.vocabulary.eos_id_below(self.vocab_size)
 

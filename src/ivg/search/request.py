@@ -223,10 +223,10 @@ class RepeatedPrompts:
 
     def indices(self, prompt: Prompt) -> range:
         """The indices of the next ``n`` samples of ``prompt``."""
-        start = self.first + self.earlier(prompt) * self.n
+        start = self.first + self.count_before(prompt) * self.n
         return range(start, start + self.n)
 
-    def earlier(self, prompt: Prompt) -> int:
+    def count_before(self, prompt: Prompt) -> int:
         """How often ``prompt`` came before; it counts from now on."""
         key = hash(prompt.without_data)  # no prompts are kept: an endless list may give them
         self._seen[key] += 1

@@ -155,15 +155,15 @@ def add_deltas(base: Tensor, deltas: Tensor, guidance: TokenGuidance, vocabulary
 
     Tokens that only the base has: :mod:`ivg.models.added_tokens`.
     """
-    guide = least_vocabulary(guidance.value)
+    guide = smallest_vocabulary(guidance.value)
     width = min(base.shape[1], deltas.shape[1], guide.size)
     return add_known(base, deltas, guidance.beta, width, added_tokens(vocabulary, guide, width, base.shape[1]))
 
 
-def least_vocabulary(value: Value) -> Vocabulary:
+def smallest_vocabulary(value: Value) -> Vocabulary:
     """What all models of ``value`` know, which has a number for every next token; further columns of their logits only pad."""
     if value.parts:
-        return min((least_vocabulary(part) for _, part in value.parts), key=lambda known: known.size)
+        return min((smallest_vocabulary(part) for _, part in value.parts), key=lambda known: known.size)
     return min([value.vocabulary, *(lm.vocabulary for lm in value.cached_lms())], key=lambda known: known.size)
 
 

@@ -51,7 +51,7 @@ class Submodel:
         adapter: directory of the LoRA adapter that it reads with.
         scale: factor of what the adapter changes.
         adapter_digest: of the adapter's files (:func:`ivg.models.plain_lora.lora_digest`).
-        eos: the tokenizer's end-of-sequence token; None: it has none, or is not known.
+        tokenizer_eos_id: the tokenizer's end-of-sequence token; None: it has none, or is not known.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Submodel:
     adapter: str | None = None
     scale: float = 1.0
     adapter_digest: str = ""
-    eos: int | None = None
+    tokenizer_eos_id: int | None = None
 
     @property
     def network(self) -> tuple[str, ...]:
@@ -91,10 +91,10 @@ class Submodel:
         return int(self.network_config().get_text_config().vocab_size)
 
     @property
-    def end_id(self) -> int:
+    def eos_id(self) -> int:
         """The token that it reads where the base has one without an embedding here (as in ``PromptEncoder.own_ids``)."""
         found = self.network_config().eos_token_id
-        ends = [self.eos, *(sorted(found) if isinstance(found, list) else [found])]
+        ends = [self.tokenizer_eos_id, *(sorted(found) if isinstance(found, list) else [found])]
         return next((i for i in ends if isinstance(i, int) and i < self.vocab_size), 0)
 
     def to_dict(self) -> dict[str, Any]:

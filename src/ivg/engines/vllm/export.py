@@ -94,7 +94,7 @@ def export_composite(
             found = resolve(path, name, options)
             own = _vocabulary(name, found, options)
             vocabulary.require_same(own, "inside vLLM guides read the base's token ids; use the transformers engine for this pair")
-            parts.append(replace(_part(name, found, options, guide.name, sign, guide.head), eos=own.eos_id))
+            parts.append(replace(_part(name, found, options, guide.name, sign, guide.head), tokenizer_eos_id=own.eos_id))
             # padding rows have logits, too: what all tokenizers of the guide know counts, as in the transformers engine
             least[guide.name] = min(least.get(guide.name, own), own, key=lambda known: known.size)
             columns[guide.name] = min(columns.get(guide.name, own.size), own.size, parts[-1].vocab_size)

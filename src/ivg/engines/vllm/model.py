@@ -40,7 +40,7 @@ class IVGForCausalLM(nn.Module):
         self.groups, self.columns, self.batch_betas = config.groups, config.group_columns, batch_betas(vllm_config)
         self.added = config.group_added
         self.widths: list[int] = []  # of the submodels' hidden states; configurations do not name it alike (OPT projects them)
-        self.vocabularies = [(part.vocab_size, part.end_id) for part in self.running]
+        self.vocabularies = [(part.vocab_size, part.eos_id) for part in self.running]
         self.biases = nn.ParameterDict({part.name: _zeros(part.vocab_size) for part in self.submodels if part.head == "vocabulary"})
         self.ivg_beta = nn.Parameter(torch.tensor(config.default_betas or [0.0], dtype=torch.float32), requires_grad=False)
 
@@ -81,16 +81,16 @@ class IVGForCausalLM(nn.Module):
         for group, (name, columns, added) in enumerate(zip(self.groups, self.columns, self.added, strict=True)):
             members = [(part, logits[self.sources[part.name]]) for part in self.submodels if part.group == name]
             width = min(columns, mixed.shape[1])  # columns behind that are no token keep the base's logits
-            held = None if added is None else added.hold(mixed)
+            masked = None if added is None else added.mask(mixed)
             for part, z in members:
                 if len(members) == 1 and part.head == "language" and width < mixed.shape[1]:
                     z = z.float().log_softmax(-1)  # a reward is a log-probability; where all columns move, the constant does not show
                 weight, delta = weights[:, group, None], self._biased(part, z[:, :width].float())
                 mixed[:, :width].addcmul_(weight, delta, value=part.sign)
                 if added is not None:
-                    added.add_to_ends(mixed, part.sign * weight * delta[:, added.end : added.end + 1])
+                    added.add_to_eos(mixed, part.sign * weight * delta[:, added.guide_eos_id : added.guide_eos_id + 1])
             if added is not None:
-                added.release(mixed, held)
+                added.restore(mixed, masked)
         return mixed if given is None else mixed.div_(weights[:, -1:])
 
     def _biased(self, part: Submodel, z: Tensor) -> Tensor:
