@@ -143,19 +143,39 @@ def test_log_probabilities_are_those_of_plain_passes(model, method, beta):
         assert [t.logprob for t in got.tokens] == pytest.approx(by_transformers(model, method, beta, "good", ids), abs=2e-4)
 
 
-def test_drafts_and_candidates_know_the_rule(model):
-    """Drafting changes no greedy answer; by candidates and by all logits an end has the same place between two tokens."""
+def test_drafts_know_the_rule(model):
+    """Drafting changes no greedy answer."""
     for beta in (0.5, 1.0):
         settings = {"beta": beta, "temperature": 0.0, "max_new_tokens": 12}
         plain = model.generate(["good", "bad", "so"], "eft", **settings)
         assert [c.token_ids for c in model.generate(["good", "bad", "so"], "eft", draft=4, **settings)] == [c.token_ids for c in plain]
+
+
+@pytest.mark.parametrize("draws", ["drawn", "given"])
+@pytest.mark.parametrize("value", ["implicit", "padded"])
+def test_candidates_know_the_rule(model, value, draws):
+    """All tokens as candidates: as without; a few: another token keeps its probability among them, whatever rows pad the guide's."""
+    implicit = model.values["implicit"]
+    wide = CachedLM(ModelRunner(tiny_model("llama", 2, vocab_size=model.base.vocab_size), "untuned"), byte_tokenizer())
+    model.add_value("padded", ImplicitValue(model.base, wide), replace=True)
     end = model.base.vocabulary.tokenizer.eos_token_id
 
-    def between(candidates):
-        first, last = (model.logprobs("good", [i], "eft", candidates=candidates).tokens[0].logprob for i in (end, 104))
-        return first - last
+    def logps(method, tokens, **settings):
+        if draws == "given":
+            return [model.logprobs("good", [i], method, **settings).tokens[0].logprob for i in tokens]
+        done = model.generate("good", method, alternatives=model.base.vocab_size, max_new_tokens=1, temperature=1.0, **settings)
+        top = dict(done.details[0].top)
+        return [top[i] for i in tokens]
 
-    assert between(model.base.vocab_size) == pytest.approx(between(0), abs=1e-3)
+    every = [end, end + 1, 104, 65]
+    assert implicit.vocabulary.size == end
+    guided = logps("eft", every, token=value, candidates=0)
+    assert logps("eft", every, token=value, candidates=model.base.vocab_size) == pytest.approx(guided, abs=1e-3)
+    base = logps("base", range(model.base.vocab_size))
+    best = sorted(base, reverse=True)[: sum(p >= base[end + 1] for p in base) + 2]
+    assert len(best) < len(base)
+    share = base[end + 1] - math.log(sum(map(math.exp, best)))
+    assert logps("eft", [end + 1], token=value, candidates=len(best), beta=3.0) == pytest.approx([share], abs=1e-3)
 
 
 def test_a_transform_of_candidates_wants_candidates(model):

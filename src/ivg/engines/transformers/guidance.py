@@ -27,7 +27,7 @@ from ivg.engines.transformers.sampling import entropy
 from ivg.errors import ConfigError, NoTokenFault, ScoreFault
 from ivg.models.added_tokens import add_known, added_tokens
 from ivg.models.vocabulary import Vocabulary
-from ivg.types import Beam, ExpandRequest, Hypothesis, TokenGuidance, Value, new_key
+from ivg.types import Beam, ExpandRequest, TokenGuidance, Value, new_key
 from ivg.types.scores import require_scores, score_each_candidate
 
 DEFAULT_CANDIDATES = 20
@@ -114,8 +114,8 @@ def reads_ahead(guidance: TokenGuidance, vocabulary: Vocabulary) -> bool:
     return guidance.transform != "log-sigmoid" and _shares_tokens(guidance.value, vocabulary)
 
 
-def apply_deltas(logits: Tensor, deltas: Tensor, guidance: TokenGuidance, vocabulary: Vocabulary) -> Tensor | None:
-    """As :func:`apply_guidance`, where the value's deltas are known; None where they lack a candidate, and nothing has changed.
+def apply_deltas(logits: Tensor, deltas: Tensor, guidance: TokenGuidance, vocabulary: Vocabulary) -> Tensor:
+    """As :func:`apply_guidance`, where the value's deltas are known.
 
     Args:
         logits: of the base, float32 [rows, vocabulary]; may be written over.
@@ -126,16 +126,12 @@ def apply_deltas(logits: Tensor, deltas: Tensor, guidance: TokenGuidance, vocabu
     if guidance.gate > 0:
         rows = (entropy(logits) >= guidance.gate).nonzero()[:, 0]
         guided = apply_deltas(logits[rows], deltas[rows.to(deltas.device)], replace(guidance, gate=0.0), vocabulary)
-        return None if guided is None else logits.index_copy_(0, rows, guided)
+        return logits.index_copy_(0, rows, guided)
     implausible = implausible_tokens(logits, guidance)
     base = logits.log_softmax(-1) if guidance.normalise else logits
-    if guidance.candidates == 0 and guidance.value.full_vocabulary():
-        return forbid(add_deltas(base, deltas, guidance, vocabulary), implausible)
-    top = base.topk(min(guidance.candidates or DEFAULT_CANDIDATES, base.shape[1]))
-    if top.indices.numel() and int(top.indices.max()) >= deltas.shape[1]:
-        return None
-    scores = deltas.gather(1, top.indices.to(deltas.device))
-    return forbid(_shift_candidates(base, top.values, top.indices, scores, guidance), implausible)
+    if guidance.candidates or not guidance.value.full_vocabulary():
+        base = _candidates_only(base, base.topk(_candidate_count(base, guidance)))
+    return forbid(add_deltas(base, deltas, guidance, vocabulary), implausible)
 
 
 def implausible_tokens(base: Tensor, guidance: TokenGuidance) -> Tensor | None:
@@ -200,38 +196,29 @@ def _guided_rows(
     logits: Tensor, hypotheses: Sequence[Beam | TokenSequence], guidance: TokenGuidance, faults: dict[int, ScoreFault] | None
 ) -> Tensor:
     """As :func:`apply_guidance`, every row, all tokens."""
-    value = guidance.value
+    value, vocabulary = guidance.value, hypotheses[0].vocabulary
     base = logits.log_softmax(-1) if guidance.normalise else logits
     if guidance.candidates == 0 and value.full_vocabulary():
-        return add_deltas(base, value.deltas(hypotheses), guidance, hypotheses[0].vocabulary)
-    top = base.topk(min(guidance.candidates or DEFAULT_CANDIDATES, base.shape[1]))
-    scores = _scores_from_deltas(hypotheses, guidance, top.indices)
-    if scores is None:
-        value.inherit_cache(hypotheses)  # all at once: the last child takes its parent's cache over
-        found = score_each_candidate(value, hypotheses, _candidates(hypotheses, top.indices))
-        numbers = require_scores(found) if faults is None else [math.nan if isinstance(s, ScoreFault) else s for s in found]
-        if faults is not None:
-            faults.update({hypotheses[i // top.indices.shape[1]].key: s for i, s in enumerate(found) if isinstance(s, ScoreFault)})
-        scores = torch.tensor(numbers, dtype=torch.float32).view(top.indices.shape)
-    return _shift_candidates(base, top.values, top.indices, scores, guidance)
+        return add_deltas(base, value.deltas(hypotheses), guidance, vocabulary)
+    top = base.topk(_candidate_count(base, guidance))
+    if reads_ahead(guidance, vocabulary):  # from one pass over the prefixes
+        return add_deltas(_candidates_only(base, top), value.deltas(hypotheses), guidance, vocabulary)
+    value.inherit_cache(hypotheses)  # all at once: the last child takes its parent's cache over
+    found = score_each_candidate(value, hypotheses, _candidates(hypotheses, top.indices))
+    numbers = require_scores(found) if faults is None else [math.nan if isinstance(s, ScoreFault) else s for s in found]
+    if faults is not None:
+        faults.update({hypotheses[i // top.indices.shape[1]].key: s for i, s in enumerate(found) if isinstance(s, ScoreFault)})
+    scores = torch.tensor(numbers, dtype=torch.float32, device=base.device).view(top.indices.shape)
+    return _candidates_only(base, top, guidance.beta * _transformed(scores, guidance))
 
 
-def _shift_candidates(base: Tensor, logits: Tensor, ids: Tensor, scores: Tensor, guidance: TokenGuidance) -> Tensor:
-    """Logits like ``base`` [rows, vocabulary] of the candidates ``ids`` alone, whose ``logits`` and ``scores`` are [rows, candidates]."""
-    guided = logits + guidance.beta * _transformed(scores.to(base.device), guidance)
-    return torch.full_like(base, -math.inf).scatter(1, ids, guided)
+def _candidate_count(base: Tensor, guidance: TokenGuidance) -> int:
+    return min(guidance.candidates or DEFAULT_CANDIDATES, base.shape[1])
 
 
-def _scores_from_deltas(hypotheses: Sequence[Hypothesis], guidance: TokenGuidance, ids: Tensor) -> Tensor | None:
-    """Values of the candidates [rows, candidates], up to a constant for each row, from one pass over the prefixes.
-
-    None where the value does not know the base's tokens, or where the constant matters.
-    """
-    value = guidance.value
-    if guidance.transform == "log-sigmoid" or not _shares_tokens(value, hypotheses[0].vocabulary):
-        return None
-    deltas = value.deltas(hypotheses).to(ids.device)
-    return deltas.gather(1, ids) if int(ids.max()) < deltas.shape[1] else None
+def _candidates_only(base: Tensor, top: torch.return_types.topk, shift: Tensor | float = 0.0) -> Tensor:
+    """Logits like ``base`` [rows, vocabulary] of the candidates ``top`` alone, + ``shift`` [rows, candidates]."""
+    return torch.full_like(base, -math.inf).scatter(1, top.indices, top.values + shift)
 
 
 def _shares_tokens(value: Value, vocabulary: Vocabulary) -> bool:

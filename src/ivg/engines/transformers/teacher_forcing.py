@@ -143,9 +143,8 @@ def _guide(logits: Tensor, block: _Block, guidance: TokenGuidance) -> Tensor:
     vocabulary = block.rows[0].read.vocabulary
     if reads_ahead(guidance, vocabulary):
         deltas = value.recent_deltas([row.read for row in block.rows], block.counts)
-        guided = None if deltas is None else apply_deltas(logits.clone(), torch.cat(deltas), guidance, vocabulary)
-        if guided is not None:
-            return guided
+        if deltas is not None:
+            return apply_deltas(logits.clone(), torch.cat(deltas), guidance, vocabulary)
     out, first = torch.empty_like(logits), [0, *accumulate(block.counts)]
     for k in range(max(block.counts)):
         some = [i for i, count in enumerate(block.counts) if k < count]
