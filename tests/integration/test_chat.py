@@ -214,7 +214,7 @@ def test_every_command_is_in_the_help(session):
 def test_settings_follow_the_method(session):
     session.handle("/set W=3")
     session.handle("/set top_p=0.5")
-    ignored = "note: width=3 ignored: the method eft selects among nothing (--select VALUE makes it a search)"
+    ignored = "note: width=3 ignored: the method eft selects among nothing (select=VALUE makes it a search)"
     assert session.said == [ignored, "top_p=0.5"]
     session.handle("a")
     assert session.backend.calls[-1][1:] == ("eft", {"temperature": 0.5, "beta": 3.0, "top_p": 0.5, "seed": 0})

@@ -7,6 +7,7 @@ import itertools
 import pickle
 import threading
 import time
+import warnings
 
 import pytest
 
@@ -361,6 +362,34 @@ def test_a_prompt_that_comes_again_in_a_list_gets_new_samples(model, n):
 
 
 # Progress, copies, devices
+
+
+@pytest.mark.parametrize("call", ["generate", "stream", "agenerate", "generate_iter"])
+@pytest.mark.parametrize(
+    ("method", "settings", "expected"),
+    [
+        ("base", {"beta": 2.0, "width": 1}, ["beta has no effect: the method base guides no tokens (token=VALUE makes it do so)"]),
+        ("eft", {"beta": 2.0, "candidates": 0}, []),
+        ("bon", {"gate": 1.0, "soft_scale": 2.0}, ["gate has no effect: the method bon guides", "soft_scale has no effect: it belongs to"]),
+        ("custom", {"token": "implicit", "beta": 0.5}, []),
+    ],
+)
+def test_settings_without_effect_are_named(model, call, method, settings, expected):
+    """Those that change nothing, by name or as a method object; no others."""
+    for chosen in (method, model.get_method(method)):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            given = settings | {"max_new_tokens": 2}
+            if call == "agenerate":
+                asyncio.run(model.agenerate("good", chosen, **given))
+            elif call == "generate_iter":
+                list(model.generate_iter(["good"], chosen, **given))
+            elif call == "stream":
+                list(model.stream("good", chosen, **given))
+            else:
+                model.generate("good", chosen, **given)
+        texts = [str(w.message) for w in found if w.category is UserWarning]
+        assert len(texts) == len(expected) and all(map(str.startswith, texts, expected)), texts
 
 
 def test_progress_is_told_after_every_answer(model):

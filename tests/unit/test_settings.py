@@ -241,10 +241,10 @@ def test_guides_alone_choose_their_method():
 @pytest.mark.parametrize(
     "line, note",
     [
-        ("--method base -W 4", "note: width=4 ignored: the method base selects among nothing (--select VALUE makes it a search)"),
+        ("--method base -W 4", "note: width=4 ignored: the method base selects among nothing (select=VALUE makes it a search)"),
         (
             "--method bon --beta 2 --gate 1",
-            "note: beta=2.0, gate=1.0 ignored: the method bon guides no tokens (--token VALUE makes it do so)",
+            "note: beta=2.0, gate=1.0 ignored: the method bon guides no tokens (token=VALUE makes it do so)",
         ),
         ("--method ivg --set tries=3", "note: tries=3 ignored: it belongs to rule=reject"),
         ("--method ivg -W 2 --beta 2 --gate 1", ""),

@@ -15,6 +15,7 @@ from ivg.search.methods import Method
 from ivg.search.request import RepeatedPrompts, Request, streaming_stride
 from ivg.search.searcher import Searcher
 from ivg.search.text_stream import AsyncTextStream, TextStream
+from ivg.search.unused import warn_of_unused
 from ivg.types import Completion, Message, Posterior, Prompt, Step, likeliest
 from ivg.types.messages import Conversation, PromptLike, read_prompts
 from ivg.utils.locks import FairLock
@@ -91,8 +92,8 @@ class GenerationMixin(ABC):
             method: a name of :attr:`GuidedModel.methods`, ``custom``, or a :class:`~ivg.Method`.
             n: samples for each prompt; None: one. Sample i has index i of :meth:`request`, so sample 0 is that of a single answer.
             on_progress: called with (done, total) after each answer; what it raises ends the run.
-            settings: see :meth:`request`; and ``best_of``: generate so many samples, more than n, and return the n (None: the one) with
-                the highest :attr:`Completion.mean_logprob`, best first.
+            settings: see :meth:`request`; a warning names those that have no effect on the method. And ``best_of``: generate so many
+                samples, more than n, and return the n (None: the one) with the highest :attr:`Completion.mean_logprob`, best first.
 
         Returns:
             A completion for one prompt, a list in the same order for a list; with ``n``, a list of n completions in place of each.
@@ -176,6 +177,7 @@ class GenerationMixin(ABC):
             GenerationError: the filter failed.
         """
         request = self.request(prompt, method, **settings)
+        warn_of_unused(method, settings)
         if request.search.particles is None:
             raise ConfigError("posterior needs weighted responses, which the rule particles has\n  give method='smc', or rule='particles'")
         ((_, completion),) = self.run([request])
@@ -278,10 +280,12 @@ class GenerationMixin(ABC):
         if settings.get("best_of") is not None and rest.get("alternatives") is None:
             rest["alternatives"] = 0  # it selects by log-probabilities
         request = self.request(prompt, method, index=repeated.first, **rest)
+        warn_of_unused(method, rest)
         return [replace(request, index=i) for i in repeated.indices(request.prompt)]
 
     def _streamed(self, prompt: PromptLike, method: str | Method, settings: dict[str, Any]) -> Request:
         request = self.request(prompt, method, **settings)
+        warn_of_unused(method, settings)
         return replace(request, stride=streaming_stride(request))
 
     def _shared(self) -> BackgroundSearch:

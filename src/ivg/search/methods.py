@@ -83,7 +83,7 @@ class Method(SearchSettings):
             check_thinking(draft=self.draft, rule=self.rule if isinstance(self.rule, str) else "a function")
         elif self.thinking_budget is not None:
             raise ConfigError(
-                f"{self.name}: thinking_budget needs guide_after, the text that ends the thinking\n  give --guide-after '</think>'"
+                f"{self.name}: thinking_budget needs guide_after, the text that ends the thinking\n  give guide_after='</think>'"
             )
         if not isinstance(self.rule, str) and self.original:
             raise ConfigError(f"{self.name}: the rule {self.rule_name} does not use original\n  leave original out")
@@ -216,7 +216,7 @@ class Method(SearchSettings):
             setting = "step_separator" if self.step_aggregation is None else "step_aggregation"
             raise ConfigError(
                 f"{self.name}: {setting}={getattr(self, setting)!r} is for process rewards, and no value here scores steps\n"
-                "  give --reward, a classifier of tokens (with step_aggregation also one of texts), and select=reward"
+                "  give a reward, a classifier of tokens (with step_aggregation also one of texts), and select=reward"
             )
         return {**values, **found}
 

@@ -1,7 +1,8 @@
-"""Which settings have no effect on a method: for notes and errors where settings are given for several methods at once."""
+"""Which settings have no effect on a method: for notes, warnings and errors."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,9 +13,18 @@ from ivg.settings.search import SearchSettings
 _NO_STEPS = ("implicit", "arm", CONTRAST)
 
 
-def unused_settings(method: str, given: Mapping[str, Any]) -> dict[str, str]:
+def warn_of_unused(method: str | Method, given: Mapping[str, Any]) -> None:
+    """Warn of those of the given settings that have no effect on a method; of names that are no settings of a search nothing is said."""
+    for name, why in unused_settings(method, {k: v for k, v in given.items() if k in settings_of(SearchSettings)}).items():
+        warnings.warn(f"{name} has no effect: {why}", stacklevel=2)
+
+
+def unused_settings(method: str | Method, given: Mapping[str, Any]) -> dict[str, str]:
     """Those of the given settings that have no effect on a method, each with the reason."""
-    row = get_method(method) if method in method_names() else Method("custom", "")
+    if isinstance(method, str):
+        row = get_method(method) if method in method_names() else Method("custom", "")
+    else:
+        row, method = method, method.name
     guided = given.get("token", row.token) not in (None, "none") or bool(given.get("weights", row.weights))
     selects = given.get("select", row.select) not in (None, "none") or bool(given.get("select_weights", row.select_weights))
     selects |= row.name == "custom"  # beams without a value to select by are an error there
@@ -24,10 +34,10 @@ def unused_settings(method: str, given: Mapping[str, Any]) -> dict[str, str]:
     steps = bool((named | weighted) - {None, "none", *_NO_STEPS})
     active = {"": True, "guidance": guided, "selection": selects, "contrast": contrasts, "steps": steps, given.get("rule", row.rule): True}
     reasons = {
-        "guidance": f"the method {method} guides no tokens (--token VALUE makes it do so)",
-        "selection": f"the method {method} selects among nothing (--select VALUE makes it a search)",
-        "steps": f"the method {method} uses no reward (--select reward makes it do so)",
-        "contrast": f"the method {method} does not use the value contrast (--method contrast does)",
+        "guidance": f"the method {method} guides no tokens (token=VALUE makes it do so)",
+        "selection": f"the method {method} selects among nothing (select=VALUE makes it a search)",
+        "steps": f"the method {method} uses no reward (select=reward makes it do so)",
+        "contrast": f"the method {method} does not use the value contrast (method=contrast does)",
     }
     out = {}
     for name, value in given.items():
