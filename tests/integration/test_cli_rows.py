@@ -10,6 +10,7 @@ from test_cli import LENGTH, hub, rows_of, write_rows  # noqa: F401  (hub is a f
 
 from ivg import GuidedModel
 from ivg.models.loading import LoadOptions
+from ivg.utils.locks import lock_file
 
 EFT = ["--method", "base", "--max-new-tokens", "3", "--ignore-eos", "--dtype", "float32", "--device", "cpu"]
 
@@ -55,6 +56,42 @@ def test_a_prompt_in_several_rows_gets_new_draws(ivg, base, tmp_path):
     out.write_text("".join(f"{json.dumps(r)}\n" for r in found if r["id"] != found[4]["id"]))
     assert ivg("generate", "--input", source, "--output", out, *longer)[0] == 0
     assert {(r["id"], r["index"], r["text"]) for r in rows_of_file(out)} == {(r["id"], r["index"], r["text"]) for r in found}
+
+
+def test_rows_that_are_added_get_draws_that_no_other_row_has(ivg, base, tmp_path):
+    """In front of a row that is done, too; a row that is lost gets its own again."""
+    longer = [*base, "--max-new-tokens", "12", "--temperature", "1"]
+    out = tmp_path / "o.jsonl"
+
+    def run(*names):
+        source = write_rows(tmp_path / "in.jsonl", [{"id": name, "prompt": "One", "repeat": "mine"} for name in names])
+        assert ivg("generate", "--input", source, "--output", out, *longer)[0] == 0
+        rows = rows_of_file(out)
+        assert all(r["input_columns"] == {"repeat": "mine"} for r in rows)
+        return {r["id"]: (r["repeat"], r["text"]) for r in rows}
+
+    first = run("a")
+    found = run("b", "a", "c")
+    assert found["a"] == first["a"] and [found[name][0] for name in "abc"] == [0, 1, 2] and len(set(found.values())) == 3
+    out.write_text("".join(line for line in out.read_text().splitlines(keepends=True) if '"id": "b"' not in line))
+    assert run("c", "b") == found
+
+
+def test_a_refused_run_leaves_the_failed_rows_of_another(ivg, base, tmp_path):
+    """Of one that writes the same output now, and of one with other settings."""
+    source = write_rows(tmp_path / "in.jsonl", [{"prompt": "One"}, {"question": "no prompt"}])
+    out, failed = tmp_path / "o.jsonl", tmp_path / "failed.jsonl"
+    command = ["generate", "--input", source, "--output", out, "--failed", failed, *base]
+    assert ivg(*command)[0] == 1
+    kept = failed.read_text()
+    assert len(rows_of_file(failed)) == 1
+    failed.write_text(kept + kept)
+    with lock_file(out):
+        code, _, err = ivg(*command)
+    assert (code, failed.read_text()) == (2, kept + kept) and "another run is writing" in err
+    code, _, err = ivg(*command, "--max-new-tokens", "2")
+    assert (code, failed.read_text()) == (2, kept + kept) and "settings differ" in err
+    assert ivg(*command)[0] == 1 and failed.read_text() == kept
 
 
 def test_columns_of_other_names(ivg, base, tmp_path):

@@ -142,6 +142,7 @@ def test_unusable_rows_are_written_as_they_were(tmp_path):
     path = write(tmp_path / "x.jsonl", rows)
     path.write_text(path.read_text() + "hello\n")
     failures = Failures(lambda _: None, tmp_path / "failed.jsonl")
+    failures.open()
     read_rated(path, ReadOptions(mapping=ColumnMapping({"score": "score"}), on_bad=failures.add_unusable))
     first, second, third = map(json.loads, (tmp_path / "failed.jsonl").read_text().splitlines())
     assert first == {**rows[1], "error": "expected a finite score, got 'x'"}

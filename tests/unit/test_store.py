@@ -67,11 +67,28 @@ def test_half_a_row_is_cut_off_wherever_a_kill_came(tmp_path):
     for cut in (0, 1, 50, whole.index(b"\n"), whole.index(b"\n") + 1, len(whole) - 60000, len(whole) - 1, len(whole)):
         path.write_bytes(whole[:cut])
         with open_rows(path, jobs, PROVENANCE, print) as store:
-            assert path.read_bytes() == whole[: whole[:cut].rfind(b"\n") + 1]
+            rows = whole[: cut + 1] if whole[cut : cut + 1] == b"\n" else whole[: whole[:cut].rfind(b"\n") + 1]
+            assert path.read_bytes() == rows  # a whole row that lacks its line break stays
             for job in jobs:
                 if not store.done(job, 0):
                     answer(store, job, "x" * 70000 if job.id == 1 else "t")
         assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("text", ["my notes", '{"a": 1}', "{", '{"id": 1}', '[\n  {"id": 1,', "\ufeff{", '{"identity": '])
+def test_what_ivg_did_not_write_stays(tmp_path, text):
+    """Also a last line without a line break, alone or behind rows of ivg's."""
+    path, jobs = tmp_path / "out.jsonl", [Job(1, "p")]
+    with open_rows(path, jobs, PROVENANCE, print) as store:
+        answer(store, jobs[0])
+    for before in (b"", path.read_bytes()):
+        path.write_bytes(before + text.encode())
+        if text == "{":  # as a killed run leaves it
+            assert reopen(path, jobs)[0] == [bool(before)] and path.read_bytes() == before
+            continue
+        with pytest.raises(ConfigError, match="holds rows that ivg did not write"):
+            reopen(path, jobs)
+        assert path.read_bytes() == before + text.encode()
 
 
 @pytest.mark.parametrize(
@@ -139,7 +156,7 @@ def test_places_where_no_rows_can_be_written(tmp_path, monkeypatch):
         lambda: reopen(tmp_path / "x.jsonl", []),
         lambda: append_lines(tmp_path / "x.jsonl", "a\n"),
         lambda: write_json(tmp_path / "x.json", {}),
-        lambda: Failures(print, tmp_path / "x.jsonl"),
+        lambda: Failures(print, tmp_path / "x.jsonl").open(),
     ):
         with pytest.raises(OutputError, match=r"cannot write .*/x.json.*: Read-only file system\n"):
             work()
@@ -191,8 +208,12 @@ def test_a_link_to_a_file_is_the_file(tmp_path):
 
 def test_failures_are_reported_once_counted_and_kept(tmp_path):
     said = []
+    (tmp_path / "failed.jsonl").write_text("of the last run\n")
     failures = Failures(said.append, tmp_path / "failed.jsonl")
     for i in range(MAX_REPORTED + 2):
+        if i == 2:
+            assert (tmp_path / "failed.jsonl").read_text() == "of the last run\n", "another run may write it"
+            failures.open()
         for _ in range(2):  # two samples of one prompt
             failures(f"line {i}", "too long\n  shorten it", {"id": i, "prompt": "p"})
     failures.close()
@@ -202,5 +223,5 @@ def test_failures_are_reported_once_counted_and_kept(tmp_path):
     rows = list(read_jsonl(tmp_path / "failed.jsonl"))
     assert len(rows) == MAX_REPORTED + 2
     assert rows[3] == {"id": 3, "prompt": "p", "error": "too long - shorten it"}
-    Failures(said.append, tmp_path / "failed.jsonl")
+    Failures(said.append, tmp_path / "failed.jsonl").open()
     assert not (tmp_path / "failed.jsonl").read_text()

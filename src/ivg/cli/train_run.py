@@ -43,6 +43,7 @@ def read_sources(reader: Callable[..., list[Any]], sources: Sequence[str], setti
     mapping = ColumnMapping(settings.column_names or None, settings.prompt_format, settings.response_format)
     check_files([("--data", source) for source in sources], [("--failed", settings.failed)], settings.split)
     failures = Failures(print_error, settings.failed)
+    failures.open()
     options = ReadOptions(settings.split, mapping, settings.format, failures.add_unusable)
     found = [reader(source, options=options, **more) for source in sources]
     failures.close()

@@ -18,17 +18,23 @@ class Failures:
 
     Args:
         report: prints one error.
-        path: JSONL file of the failed rows, each as it was, with ``error``; overwritten. None: none is written.
-
-    Raises:
-        OutputError: the file cannot be written.
+        path: JSONL file of the failed rows, each as it was, with ``error``. None: none is written.
     """
 
     def __init__(self, report: Callable[[str], None], path: Path | None = None) -> None:
         self.report, self.path, self.count = report, path, 0
         self._reported: set[str] = set()
-        if path is not None:
-            write_text(path, "")
+        self._before_open: list[str] | None = []
+
+    def open(self) -> None:
+        """Write the file, in place of an old one, from now on: the run may write its results, so no other run writes this file.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        if self.path is not None and self._before_open is not None:
+            write_text(self.path, "".join(self._before_open))
+        self._before_open = None
 
     def __call__(self, place: str, why: str, row: Mapping[str, Any]) -> None:
         """A row, or one sample of it, failed; the same message is reported once."""
@@ -40,7 +46,11 @@ class Failures:
         if len(self._reported) <= MAX_REPORTED:
             self.report(message)
         if self.path is not None:
-            append_lines(self.path, to_json({**row, "error": " - ".join(why.split("\n  "))}) + "\n")
+            line = to_json({**row, "error": " - ".join(why.split("\n  "))}) + "\n"
+            if self._before_open is None:
+                append_lines(self.path, line)
+            else:
+                self._before_open.append(line)
 
     def add_unusable(self, row: SourceRow) -> None:
         """A row that could not be read (its text is written), or not be used (it is written as it was)."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from itertools import count, filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from ivg.jobs.prompts import Job
 from ivg.jobs.provenance import answer_provenance, device_kind
 from ivg.jobs.runner import Result, Task
 from ivg.jobs.store import open_rows
-from ivg.search.request import RepeatedPrompts
 from ivg.settings.ray import RaySettings
 from ivg.settings.recipe import Recipe
 from ivg.types import Completion, by_likelihood, note_failed
@@ -58,6 +58,7 @@ class GenerateRun:
     ) -> None:
         self.recipe, self.jobs, self.failures, self.cluster, self.trace = recipe, jobs, failures, cluster, trace
         self.counts: Counter[str] = Counter(failed=failures.count)
+        self._repeats: dict[str, int] = {}
 
     def run(self, output: Path | None, callbacks: Callbacks) -> None:
         """Append a row to ``output`` for every answer (None: write none).
@@ -68,6 +69,8 @@ class GenerateRun:
         provenance = {} if output is None else self._provenance()
         with ExitStack() as stack:
             rows = None if output is None else stack.enter_context(open_rows(output, self.jobs, provenance, callbacks.on_superseded))
+            self.failures.open()
+            self._repeats = _repeats(self.jobs, {} if rows is None else rows.repeats)
             wanted = [(job, index) for job in self.jobs for index in range(self.recipe.run.n)]
             missing = {(job.key, index): job for job, index in wanted if rows is None or not rows.done(job, index)}
             self.counts.update({"already done": len(wanted) - len(missing), "skipped": len(missing)})
@@ -80,26 +83,18 @@ class GenerateRun:
                     self.counts.update({"failed": 1, "skipped": -1})
                     continue
                 if rows is not None:
-                    rows.append(answer_row(job, index, answer, provenance))
+                    rows.append(answer_row(job, index, answer, provenance, self._repeats[job.key]))
                 callbacks.on_answer(job, answer)
                 self.counts.update({"answered": 1, "skipped": -1})
                 advance()
 
     def _tasks(self, missing: Mapping[tuple[str, int], Job]) -> list[Task[Job]]:
         """The samples to draw for the answers that are missing, by id and number; with ``best_of`` all those of their prompts."""
-        run, seeds = self.recipe.run, self._seeds()
+        run, seeds = self.recipe.run, {key: _seed(self.recipe.run.seed, repeat) for key, repeat in self._repeats.items()}
         if run.best_of is None:
             return [Task(job.request_prompt, seeds[job.key], index, job) for (_, index), job in missing.items()]
         jobs = {job.key: job for job in missing.values()}.values()
         return [Task(job.request_prompt, seeds[job.key], index, job) for job in jobs for index in range(run.best_of)]
-
-    def _seeds(self) -> dict[str, int]:
-        """The run's seed for every job, another one where its prompt stands in an earlier row: those are new draws."""
-        seed, repeated, out = self.recipe.run.seed, RepeatedPrompts(1), dict[str, int]()
-        for job in self.jobs:
-            before = repeated.count_before(job.request_prompt)
-            out[job.key] = as_seed(mix(seed, before)) if before else seed
-        return out
 
     def _answers(self, results: Iterable[Result[Job]]) -> Iterator[tuple[Job, int, Completion | str]]:
         """(job, number, answer or why there is none); with ``best_of`` the n likeliest samples of each job, once all are drawn."""
@@ -125,6 +120,23 @@ class GenerateRun:
         return out if best_of is None else out | {"settings": {**out["settings"], "best_of": best_of}}
 
 
+def _repeats(jobs: Iterable[Job], known: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """A number for each job, by id: the lowest that no other with its prompt has; ``known``: by prompt and id, those of rows there."""
+    out: dict[str, int] = {}
+    free: dict[str, Iterator[int]] = {}
+    for job in jobs:
+        rows = known.get(job.prompt_key, {})
+        if job.prompt_key not in free:
+            free[job.prompt_key] = filterfalse(set(rows.values()).__contains__, count())
+        out[job.key] = rows[job.key] if job.key in rows else next(free[job.prompt_key])
+    return out
+
+
+def _seed(seed: int, repeat: int) -> int:
+    """Of the draws of a prompt: the run's; for rows that repeat the prompt others."""
+    return as_seed(mix(seed, repeat)) if repeat else seed
+
+
 def _answer(result: Result[Job]) -> Completion | str:
     """The completion, or why it cannot be used."""
     completion = result.completion
@@ -135,7 +147,7 @@ def _answer(result: Result[Job]) -> Completion | str:
     return completion
 
 
-def answer_row(job: Job, index: int, completion: Completion, provenance: Mapping[str, Any]) -> dict[str, Any]:
+def answer_row(job: Job, index: int, completion: Completion, provenance: Mapping[str, Any], repeat: int = 0) -> dict[str, Any]:
     """A row of the output (docs/reference/data.md): the answer, its provenance, and the further columns of the input."""
-    row = {"id": job.id, "prompt": job.prompt, "index": index, **completion.to_dict(), **provenance}
+    row = {"id": job.id, "prompt": job.prompt, "index": index, "repeat": repeat, **completion.to_dict(), **provenance}
     return row | job.extra_columns(row)

@@ -14,7 +14,7 @@ from ivg.types.messages import Prompt
 from ivg.utils.jsonl import jsonable, to_json
 
 ANSWER_COLUMNS = frozenset({
-    "id", "prompt", "index", "text", "token_ids", "score", "finish_reason", "usage", "error",
+    "id", "prompt", "index", "repeat", "text", "token_ids", "score", "finish_reason", "usage", "error",
     "method", "seed", "settings", "models", "engine", "endpoint", "values", "provenance", "input_columns",
     "generation_config", "notes",
 })  # fmt: skip

@@ -31,6 +31,10 @@ class RowStore(Protocol):
     def done(self, job: Job, index: int) -> bool:
         """Is this sample of the job there already?"""
 
+    @property
+    def repeats(self) -> Mapping[str, Mapping[str, int]]:
+        """The column ``repeat`` of the rows that are there, by the prompt's key and the id's."""
+
     def append(self, row: Mapping[str, Any]) -> None:
         """One more row, whole or not at all."""
 
@@ -70,7 +74,7 @@ class ResumableRows:
     """A JSONL file of answers, each with the id of its job and the number of the sample.
 
     Args:
-        path: the file; an incomplete row at its end, left by a killed run, is removed.
+        path: the file; half a row at its end, left by a killed run, is removed once all others are known to be of this run.
         provenance: what the answers of this run depend on.
 
     Raises:
@@ -81,11 +85,12 @@ class ResumableRows:
     def __init__(self, path: Path, provenance: Mapping[str, Any]) -> None:
         self.path = path
         self._done: dict[tuple[str, int], str] = {}
+        self.repeats: dict[str, dict[str, int]] = {}
         append_lines(path, "")  # fails now rather than after hours
-        truncate_lines(path)
         for number, row in self._rows():
             self._check(number, row, provenance)
-            self._done[id_key(row["id"]), row["index"]] = prompt_key(row["prompt"], row)
+            self._note(row)
+        self._end_last_line()
 
     def done(self, job: Job, index: int) -> bool:
         """Is this sample of the job there already?"""
@@ -94,7 +99,14 @@ class ResumableRows:
     def append(self, row: Mapping[str, Any]) -> None:
         """One more row, whole or not at all."""
         append_lines(self.path, to_json(row) + "\n")
-        self._done[id_key(row["id"]), row["index"]] = prompt_key(row["prompt"], row)
+        self._note(row)
+
+    def _note(self, row: Mapping[str, Any]) -> None:
+        """The row is there."""
+        key, prompt = id_key(row["id"]), prompt_key(row["prompt"], row)
+        self._done[key, row["index"]] = prompt
+        repeat = row.get("repeat", 0)  # rows of version 0.2.0 have none
+        self.repeats.setdefault(prompt, {})[key] = repeat if isinstance(repeat, int) else 0
 
     def supersede(self, jobs: Iterable[Job], on_superseded: Callable[[str], None]) -> None:
         """Move rows that answer another prompt than the job of their id to a file beside this one."""
@@ -110,6 +122,7 @@ class ResumableRows:
         append_lines(beside, b"".join(moved).decode(), sync=True)
         self._replace(b"".join(kept))
         self._done = {k: v for k, v in self._done.items() if k[0] not in stale}
+        self.repeats = {prompt: {k: n for k, n in rows.items() if k not in stale} for prompt, rows in self.repeats.items()}
         some = ", ".join(sorted(stale)[:4]) + (" …" if len(stale) > 4 else "")
         on_superseded(f"{len(stale)} prompts have changed under the same id ({some}): answered again, the old rows are in {beside}")
 
@@ -122,10 +135,20 @@ class ResumableRows:
             try:
                 row = parse_row(line)
             except RowError as e:
+                if _is_cut(line):
+                    return
                 raise self._foreign_row(number, str(e)) from None
             if not {"id", "index", "prompt", "method"} <= set(row) or not isinstance(row["index"], int):
                 raise self._foreign_row(number, f"got the columns {', '.join(row)[:80]}")
             yield number, row
+
+    def _end_last_line(self) -> None:
+        """Remove half a row at the end; a whole one without a line break gets it back."""
+        *_, last = (b"\n", *self._lines())
+        if _is_cut(last):
+            truncate_lines(self.path)
+        elif not last.endswith(b"\n"):
+            append_lines(self.path, "\n")
 
     def _foreign_row(self, number: int, why: str) -> ConfigError:
         return ConfigError(f"{self.path} holds rows that ivg did not write (row {number}: {why})\n  use another --output")
@@ -153,11 +176,24 @@ class ResumableRows:
             raise OutputError(f"cannot write {self.path}: {e.strerror}\n  free space, then run the same command again") from None
 
 
+def _is_cut(line: bytes) -> bool:
+    """Is it the beginning of a row, as a killed run leaves it? Nothing else may be removed: the file may be somebody's notes."""
+    first = b'{"id": '
+    if line.endswith(b"\n") or not (line.startswith(first) or first.startswith(line)):
+        return False
+    try:
+        parse_row(line)
+    except RowError:
+        return True
+    return False
+
+
 class StreamRows:
     """Rows for another program, through a pipe or standard output; cannot be resumed."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self.file, self.name = file, name
+        self.repeats: dict[str, dict[str, int]] = {}
 
     def done(self, job: Job, index: int) -> bool:
         """Never."""
