@@ -299,6 +299,68 @@ def test_one_processor_serves_calls_in_turn(base, tokenizer):
         assert torch.equal(base.network.generate(ids, logits_processor=[shared], **settings), expected)
 
 
+@pytest.fixture
+def templated(tokenizer):
+    """A processor whose guides read the prompt in a template of their own, so that they must know where it ends."""
+    pair = ImplicitValue(tiny_lm("tuned", seed=2, tokenizer=tokenizer), tiny_lm("untuned", seed=3, tokenizer=tokenizer))
+    for guide in (pair.tuned, pair.untuned):
+        guide.template = "Say: {prompt} now"
+    return lambda: GuidanceLogitsProcessor(TokenGuidance(pair, 4.0), tokenizer)
+
+
+@pytest.mark.parametrize("drafts", ["assistant", "assistant that agrees", "lookup"])
+def test_drafts_change_no_greedy_answer(base, tokenizer, templated, drafts):
+    """Also where drafts are refused: the text then goes back to an earlier one, and its prompt is the same."""
+    settings = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    plain = generate(base, tokenizer, ["The the the"], logits_processor=[templated()], **settings)
+    assistant = base.network if drafts == "assistant that agrees" else tiny_lm("tuned", seed=2, tokenizer=tokenizer).network
+    more = {"prompt_lookup_num_tokens": 3} if drafts == "lookup" else {"assistant_model": assistant}
+    assert torch.equal(generate(base, tokenizer, ["The the the"], logits_processor=[templated()], **more, **settings), plain)
+    assert not torch.equal(generate(base, tokenizer, ["The the the"], **settings), plain)
+
+
+def test_one_processor_knows_each_prompt(base, tokenizer, templated):
+    """Of calls of generate: the second continues the first's text, or begins as it does. By hand texts grow, or are new."""
+    shared, settings = templated(), {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    ids = tokenizer(["abc"], return_tensors="pt").input_ids
+    for _ in range(3):
+        mask = torch.ones_like(ids)
+        expected = base.network.generate(ids, attention_mask=mask, logits_processor=[templated()], **settings)
+        assert torch.equal(base.network.generate(ids, attention_mask=mask, logits_processor=[shared], **settings), expected)
+        ids = expected
+    zeros, by_hand = torch.zeros(1, len(tokenizer)), templated()
+    first = by_hand(ids[:, :3], zeros)
+    assert torch.equal(first, templated()(ids[:, :3], zeros))
+    grown = by_hand(ids[:, :4], zeros)
+    assert not torch.allclose(grown, templated()(ids[:, :4], zeros)), "its prompt is that of the first"
+    by_hand(ids[:, :5], zeros)
+    torch.testing.assert_close(by_hand(ids[:, :4], zeros), grown)
+    torch.testing.assert_close(by_hand(ids[:, :3], zeros), first)
+
+
+def test_a_model_in_training_stays_in_training(tokenizer):
+    network = tiny_lm("base", tokenizer=tokenizer).network.train()
+    frozen = network.get_output_embeddings().eval()
+    failing = GuidedGenerate(tokenizer, {"explicit": FunctionValue(lambda p, r: float("nan"))}, "cbs-explicit", width=1, successors=2)
+    ids = torch.tensor([[60, 61]])
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2}
+    network.generate(ids, custom_generate=GuidedGenerate(tokenizer, {}, "base"), **settings)
+    with pytest.raises(ConfigError, match="NaN"):
+        network.generate(ids, custom_generate=failing, **settings)
+    assert [m for m in network.modules() if not m.training] == [frozen]
+
+
+def test_positions_of_the_caller(base, tokenizer):
+    """Those that count the tokens are what a search does; others are refused."""
+    ids, mask = torch.tensor([[0, 60, 61], [62, 63, 64]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    search, settings = GuidedGenerate(tokenizer, {}, "base"), {"max_new_tokens": 3, "do_sample": False, "attention_mask": mask}
+    expected = base.network.generate(ids, custom_generate=search, **settings)
+    counted = torch.tensor([[7, 0, 1], [0, 1, 2]])
+    assert torch.equal(base.network.generate(ids, custom_generate=search, position_ids=counted, **settings), expected)
+    with pytest.raises(ConfigError, match="position_ids: GuidedGenerate counts the tokens"):
+        base.network.generate(ids, custom_generate=search, position_ids=counted + 3, **settings)
+
+
 def test_processor_refuses_a_guide_with_a_short_context(base, tokenizer):
     guide = tiny_value(tokenizer=tokenizer)
     guide.model.max_positions = 6

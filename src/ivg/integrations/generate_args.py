@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.generation import logits_process as lp
 from transformers.generation import stopping_criteria as sc
@@ -22,7 +23,7 @@ def _names(*lines: str) -> frozenset[str]:
 
 
 SUPPORTED = _names(
-    # by the search itself
+    # by the search itself (stop_strings as a StopStringCriteria: transformers passes no tokenizer on to a callable)
     "max_length max_new_tokens do_sample temperature top_k top_p min_p num_return_sequences return_dict_in_generate pad_token_id",
     "eos_token_id stop_strings token_healing",
     # by transformers' processors, on the guided logits
@@ -126,7 +127,17 @@ def check_model_kwargs(given: Mapping[str, Any]) -> Tensor | None:
     if cache is not None and cache.get_seq_length() > 0:
         raise ConfigError("past_key_values: GuidedGenerate has its own cache\n  leave past_key_values out")
     mask: Tensor | None = given.get("attention_mask")
+    positions: Tensor | None = given.get("position_ids")
+    if positions is not None and positions.dim() == 2 and not _counts_tokens(positions, mask):
+        raise ConfigError("position_ids: GuidedGenerate counts the tokens of each row itself\n  leave position_ids out")
     return mask
+
+
+def _counts_tokens(positions: Tensor, mask: Tensor | None) -> bool:
+    """Are these the positions that ``generate`` makes: 0, 1, 2 … over the tokens of each row [rows, tokens] that are no padding?"""
+    seen = torch.ones_like(positions) if mask is None else mask
+    counted = seen.long().cumsum(-1) - 1
+    return positions.shape == counted.shape and bool(((positions == counted) | (seen == 0)).all())
 
 
 def read_processors(processors: Iterable[Any], config: Any) -> list[Any]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,15 +39,17 @@ from ivg.models.runner import ModelRunner
 from ivg.models.vocabulary import Vocabulary
 from ivg.search.methods import CONTRAST, get_method
 from ivg.search.searcher import Request, Search, Searcher
-from ivg.types import Beam, ExpandRequest, Hypothesis, Prompt, TokenGuidance, Value, new_key
+from ivg.types import Beam, Completion, ExpandRequest, Hypothesis, Prompt, SamplingParams, TokenGuidance, Value, new_key
 from ivg.values.base import combine_values
 from ivg.values.contrast import PromptContrast, choose_contrast
 
 
 class GuidanceLogitsProcessor(LogitsProcessor):
-    """Adds token guidance in ``model.generate``, beam search included.
+    """Adds token guidance in ``model.generate``, beam search and drafts (``assistant_model``, ``prompt_lookup_num_tokens``) included.
 
-    The guide's cache of the last rows is freed by the next call, by :meth:`close` (or ``with``), or with this object.
+    One object may serve several calls of ``generate`` in turn: what each was given is its prompt. Called by hand, a text whose beginning
+    is a text of the last call continues it. The guide's cache of the last rows is freed by the next call, by :meth:`close` (or ``with``),
+    or with this object.
 
     Args:
         guidance: value, weight and candidates.
@@ -65,8 +68,10 @@ class GuidanceLogitsProcessor(LogitsProcessor):
                 "  use GuidedGenerate(tokenizer, values, 'eft', kl_budget=…)"
             )
         self._start = 0
+        self._call: object = None
         self._prompts: dict[tuple[int, ...], Prompt] = {}
         self._seen: dict[tuple[int, ...], Beam] = {}
+        self._read: set[int] = set()  # hashes of all texts of this call: a draft that is refused leads back to an earlier one
         self._free = weakref.finalize(self, _release, guidance.value, self._seen)
 
     def __enter__(self) -> GuidanceLogitsProcessor:
@@ -79,6 +84,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         """Free the guide's cache of the last call."""
         _release(self.guidance.value, self._seen)
         self._prompts.clear()
+        self._read.clear()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """``scores`` [rows, vocabulary] with guidance, given ``input_ids`` [rows, tokens].
@@ -87,9 +93,10 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             PromptError: a prompt that the guide cannot read, or a text that exceeds its context.
         """
         texts = [tuple(ids) for ids in input_ids.tolist()]
-        if not all(ids[:-1] in self._seen for ids in texts):  # a new call of generate
+        call = _call_of_generate()
+        if call is not self._call or not all(hash(ids[:-1]) in self._read or ids in self._prompts for ids in texts):
             self.close()
-            self._start = input_ids.shape[1]
+            self._call, self._start = call, input_ids.shape[1]
             self._read_prompts(texts)
         now: dict[tuple[int, ...], Beam] = {}
         rows = []
@@ -102,6 +109,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         moved = apply_guidance(scores[[first[b.key] for b in beams]].float(), beams, self.guidance)
         _release(self.guidance.value, self._seen)
         self._seen.update(now)
+        self._read.update(map(hash, now))
         place = {b.key: i for i, b in enumerate(beams)}
         return moved[[place[b.key] for b in rows]].to(scores.dtype)
 
@@ -195,17 +203,34 @@ class GuidedGenerate:
         if processors and (self.method.draft or self.method.rule == "speculate"):
             names, what = ", ".join(type(p).__name__ for p in processors), "draft" if self.method.draft else "rule=speculate"
             raise ConfigError(f"{what} reads several tokens at once, and {names} one by one\n  leave {what} out, or these processors")
-        streamer = _streamer_of_caller()
+        streamer = next((found.get("streamer") for found in _calls_of_generate()), None)
         if streamer is not None and len(input_ids) > 1:
             raise ConfigError(f"streamer: a streamer shows one row, got {len(input_ids)}\n  leave it out, or give one prompt")
         sampling = sampling_params(generation_config, input_ids.shape[1], read_stops(stopping_criteria or (), generation_config))
         kind = _FiniteLM if removes_invalid_logits(logits_processor or ()) else CachedLM
-        base = kind(ModelRunner(model, "base"), self.tokenizer, None, end_ids(generation_config))
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        with _modes_kept(model):
+            base = kind(ModelRunner(model, "base"), self.tokenizer, None, end_ids(generation_config))
+            done = self._answers(base, input_ids, mask, sampling, processors)
+        pad, longest = padding_id(generation_config, self.tokenizer), max(len(c.token_ids) for c in done.values())
+        out = input_ids.new_full((len(done), longest), pad)
+        for row, completion in done.items():
+            out[row, : len(completion.token_ids)] = torch.tensor(completion.token_ids)
+        if streamer is not None:
+            for token in out[0].cpu():
+                streamer.put(token[None])
+            streamer.end()
+        sequences = torch.cat([input_ids, out], dim=1)
+        return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences  # type: ignore[arg-type]
+
+    def _answers(
+        self, base: CachedLM, input_ids: Tensor, mask: Tensor, sampling: SamplingParams, processors: Sequence[LogitsProcessor]
+    ) -> dict[int, Completion]:
+        """The answer to each row."""
         search = self.search or self._search_with_contrast(base)
         contrast, negative = self.method.contrast, self.method.negative
         sampling.check_token_ids(base.vocab_size)
         requests, padded = [], {}
-        mask = torch.ones_like(input_ids) if mask is None else mask
         for row, (ids, seen) in enumerate(zip(input_ids, mask.bool(), strict=True)):
             tokens = tuple(ids[seen].tolist())
             padded[tokens] = ids.tolist()
@@ -215,16 +240,7 @@ class GuidedGenerate:
         failed = next((f"row {row}: {c.error}" for row, c in sorted(done.items()) if c.error), None)
         if failed is not None:
             raise ConfigError(f"{failed}\n  token ids cannot carry an error; use GuidedModel to get the other rows")
-        pad, longest = padding_id(generation_config, self.tokenizer), max(len(c.token_ids) for c in done.values())
-        out = input_ids.new_full((len(requests), longest), pad)
-        for row, completion in done.items():
-            out[row, : len(completion.token_ids)] = torch.tensor(completion.token_ids)
-        if streamer is not None:
-            for token in out[0].cpu():
-                streamer.put(token[None])
-            streamer.end()
-        sequences = torch.cat([input_ids, out], dim=1)
-        return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences  # type: ignore[arg-type]
+        return done
 
 
 class _Processed(TransformersEngine):
@@ -263,11 +279,27 @@ class _FiniteLM(CachedLM):
         return out
 
 
-def _streamer_of_caller() -> Any:
-    """The streamer of the calling ``generate``, which does not pass it on to ``custom_generate``."""
+def _calls_of_generate() -> Iterator[dict[str, Any]]:
+    """The local variables of the calls of ``generate`` that called this, the innermost first (an assistant model has one of its own)."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "generate" and "custom_generate" in frame.f_locals:
-            return frame.f_locals.get("streamer")
+            yield frame.f_locals
         frame = frame.f_back
-    return None
+
+
+def _call_of_generate() -> object:
+    """What tells one call of ``generate`` from another: its own configuration, an object that it has made. None: it was called by hand."""
+    *_, outermost = (None, *_calls_of_generate())
+    return None if outermost is None else outermost.get("generation_config")
+
+
+@contextmanager
+def _modes_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Every module is in training mode afterwards if it was: ``generate`` may be part of a training loop."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
