@@ -208,6 +208,17 @@ def test_beam_events_form_a_tree(running, library):
     assert got[-1][1]["ivg"]["score"] == pytest.approx(max(n["score"] for n in selections[-1]["kept"]), abs=1e-4)
 
 
+def test_beams_of_every_method_can_be_watched(running, library):
+    """As the playground asks for them: whatever the method has no log-probabilities of is left out."""
+    for model in [m.id for m in running.client().models.list()][1:]:
+        method = model.partition(":")[2]
+        more = {"contrast": "Be kind."} if method == "contrast" else {}
+        watched = {"max_tokens": 4, "seed": 2, "stream_options": {"include_beams": True}, "guidance": more}
+        got = events(running, model=model, prompt="Film", temperature=0.9, **watched)
+        want = expected(library, "Film", method, 2, max_new_tokens=4, **more)
+        assert "".join(d["choices"][0]["text"] for n, d in got if n is None and d["choices"]) == want.text, model
+
+
 def test_token_events_are_streamed(running):
     got = events(running, model="tiny:eft", prompt="Film", seed=2, stream_options={"include_beams": True}, max_tokens=12, temperature=0.9)
     updates = [d["tokens"] for n, d in got if n == "ivg.tokens"]

@@ -96,6 +96,14 @@ def test_reserved_names_are_refused(name):
         Recipe.parse({"models": {"base": {"path": "b", "chat_template_kwargs": {name: 1}}}})
 
 
+@pytest.mark.parametrize("name", ["name", "tokenizer", "owner", "messages_", "settings", "kwargs", "compiled_template", "roles", "text"])
+def test_variables_have_any_name(name):
+    """Also the names of what passes them on."""
+    lm = chat_lm(tokenizer=chat_tokenizer("{{ messages[0].content }}{{ " + name + " }}"))
+    assert text_of(lm, Prompt(Prompt.of(HI).content, chat=ChatSettings(chat_template_kwargs={name: "Bob"}))) == "HiBob"
+    assert text_of(chat_lm(kwargs={name: "Eve"}, tokenizer=lm.tokenizer), Prompt.of(HI)) == "HiEve"
+
+
 @pytest.mark.parametrize("value", [5, [1], {1: 2}, {"": 1}, {"x": {1, 2}}, {"x": float("nan")}])
 def test_variables_are_json(value):
     with pytest.raises(ConfigError, match="chat_template_kwargs must be a JSON object, variables"):

@@ -205,7 +205,7 @@ def test_tokens_of_a_chat_are_not_read_behind_an_instruction():
 
 
 ERRORS = {
-    "no instruction": (("contrast", {}), "contrast: the value contrast needs an instruction\n  give contrast (--contrast TEXT), negative"),
+    "no instruction": (("contrast", {}), "contrast: the value contrast needs an instruction\n  give contrast=TEXT, negative=TEXT"),
     "another method": (("base", {"contrast": KIND}), "base: contrast is an instruction for the value contrast, which this method does not"),
     "another value": (("eft", {"negative": KIND}), "eft: negative is an instruction for the value contrast"),
     "empty": (("contrast", {"contrast": " "}), "contrast must be some text, got ' '"),

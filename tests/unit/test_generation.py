@@ -392,6 +392,13 @@ def test_settings_without_effect_are_named(model, call, method, settings, expect
         assert len(texts) == len(expected) and all(map(str.startswith, texts, expected)), texts
 
 
+@pytest.mark.parametrize("settings", [{"n": 2.0}, {"n": "2"}, {"n": True}, {"best_of": "3"}, {"n": 1, "best_of": 3.0}, {"n": 0}])
+def test_numbers_of_samples_are_whole(model, settings):
+    for call in (model.generate, lambda p, m, **s: list(model.generate_iter([p], m, **s))):
+        with pytest.raises(ConfigError, match=r"(n|best_of) must be (a whole number|at least 1 sample), got "):
+            call("good", "base", max_new_tokens=1, **settings)
+
+
 def test_progress_is_told_after_every_answer(model):
     seen = []
     model.generate(PROMPTS, "base", n=2, on_progress=lambda done, total: seen.append((done, total)))

@@ -318,6 +318,12 @@ def test_a_rule_of_ones_own_is_refused(model):
         check_distribution(request)
 
 
+@pytest.mark.parametrize("alternatives", [-1, 1.5])
+def test_alternatives_are_a_number_of_tokens(model, alternatives):
+    with pytest.raises(ConfigError, match="alternatives"):
+        model.logprobs("a", "b", "base", alternatives=alternatives)
+
+
 def test_every_request_is_checked(model):
     greedy = model.request("x", "base", temperature=0.0)
     for requests in ([greedy, replace(greedy, sampling=NEUTRAL)], [replace(greedy, sampling=NEUTRAL), greedy]):

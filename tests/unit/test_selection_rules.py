@@ -301,6 +301,18 @@ def test_weights_need_their_values_and_a_way_to_combine():
     assert get_method("eft", weights="a=1,b=2", beta=0).search({}).guidance is None
 
 
+@pytest.mark.parametrize(("size", "particle_beta"), [(1e308, 1.0), (1e305, 1000.0), (1e307, 1000.0)])
+def test_weights_that_overflow_are_the_error_of_their_request(size, particle_beta):
+    """The other requests of the batch are answered."""
+    value = FunctionValue(lambda p, r: size if "a" in r else -size)
+    search = Search(width=8, chunk_length=1, value=value, particles=Particles(particle_beta=particle_beta, resample_below=0.0))
+    sampling = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    requests = [Request(Prompt("x"), search, sampling, 1), Request(Prompt("x"), Search(), sampling, 1)]
+    failed, fine = (c for _, c in sorted(Searcher(FakeEngine()).run(requests)))
+    assert "is no finite weight: lower particle_beta, or scale the value" in failed.error
+    assert fine.error is None and len(fine.token_ids) == 8
+
+
 # The posterior of particles
 
 

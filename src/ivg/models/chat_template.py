@@ -177,11 +177,12 @@ def template_arguments(prompt: Prompt) -> dict[str, Any]:
     return {**prompt.chat.chat_template_kwargs, **({"tools": list(prompt.chat.tools)} if prompt.chat.tools else {})}
 
 
-def apply_chat_template(messages: Sequence[Mapping[str, Any]], tokenizer: Any, name: str, **settings: Any) -> str:
+def apply_chat_template(messages: Sequence[Mapping[str, Any]], tokenizer: Any, name: str, /, **settings: Any) -> str:
     """The text that the tokenizer's chat template renders ``messages`` to.
 
     Templates of multimodal models often read lists of content parts alone, and leave a plain text out silently, or fail. Where the rendered
     text has no content and does not depend on any, the messages are rendered with their contents as one text part each.
+    ``settings`` may hold variables of a template of any name (hence ``/``).
 
     Raises:
         PromptError: there is no template, or it fails: it refuses these messages (a system turn, two user turns in a row), or needs what

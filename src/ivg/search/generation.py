@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from typing import Any, overload
 
 from ivg.errors import ConfigError, GenerationError, PromptError
@@ -304,14 +305,17 @@ def _drawn(n: int | None, settings: Mapping[str, Any]) -> int:
     """Samples that are generated for each prompt.
 
     Raises:
-        ConfigError: none, or fewer than are returned.
+        ConfigError: none, or fewer than are returned; no whole number.
     """
+    best_of = settings.get("best_of")
+    for name, number in (("n", n), ("best_of", best_of)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, Integral)):
+            raise ConfigError(f"{name} must be a whole number, got {number!r}")
     if n is not None and n < 1:
         raise ConfigError(f"n must be at least 1 sample, got {n}")
-    best_of: int | None = settings.get("best_of")
     if best_of is not None and best_of < (n or 1):
         raise ConfigError(f"best_of must be at least n ({n or 1}), got {best_of}")
-    return best_of or n or 1
+    return int(best_of or n or 1)
 
 
 def _conversation(item: Any) -> Conversation:

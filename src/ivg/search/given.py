@@ -13,6 +13,7 @@ from typing import Any
 from ivg.errors import ConfigError, PromptError
 from ivg.search.request import Request, Search
 from ivg.search.searcher import check_engine
+from ivg.settings.per_request import RequestSettings
 from ivg.types import Engine, LogprobsRequest, Prompt, ResponseLogprobs, SamplingParams, TokenCounter, Value
 from ivg.utils.locks import FairLock
 
@@ -38,6 +39,7 @@ def given_logprobs(
         ConfigError: a method without such a distribution, or settings that have no meaning here; or the engine cannot.
         PromptError: prompt and response that a model cannot read.
     """
+    RequestSettings(alternatives=alternatives)  # raises where that is no number of tokens
     for request in requests:
         check_distribution(request)
     out = [ResponseLogprobs(())] * len(requests)

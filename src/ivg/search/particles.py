@@ -88,6 +88,9 @@ class ParticleRule(SelectionRule):
         for (beam, value), (weight, before, ratio) in zip(grown, self._before, strict=True):
             if weight > -math.inf:  # what has no weight never has any again
                 weight += self.settings.particle_beta * (value - before) + beam.log_ratio - ratio
+                if math.isnan(weight) or (math.isinf(weight) and math.isfinite(value) and math.isfinite(beam.log_ratio)):
+                    told = f"particle_beta={self.settings.particle_beta:g} times values of {before:g} and {value:g} is no finite weight"
+                    return Selection(held + grown, [], [], error=f"{told}: lower particle_beta, or scale the value")
             log_weights.append(weight)
         particles = held + grown
         if max(log_weights) == -math.inf:

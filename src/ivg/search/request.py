@@ -197,7 +197,9 @@ class Request:
         if self.prompt.images and self.search.guidance is not None and (draft := self.search.guidance.draft):
             raise ConfigError(f"draft={draft} takes back tokens, and a prompt with pictures cannot be cut\n  leave draft out")
         if self.alternatives is not None and self.search.speculation is not None:
-            raise ConfigError("alternatives (logprobs) compare every token with the base, and rule=speculate does not\n  leave them out")
+            raise ConfigError(
+                "alternatives (logprobs, best_of) compare each token with the base, and rule=speculate does not\n  leave them out"
+            )
 
     def with_prompt(self, prompt: Prompt) -> Request:
         """The same for another prompt, behind the same instructions."""

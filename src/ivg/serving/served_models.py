@@ -215,7 +215,8 @@ class ServedModels:
         top_logprobs = body.n_logprobs
         if body.samples > (body.n or 1):
             top_logprobs = top_logprobs or 0  # it selects by them
-        if body.include_beams and not {"alternatives", "return_log_ratio"} & set(self.model.engine.unsupported):  # it has them at no cost
+        free = method.rule != "speculate" and not {"alternatives", "return_log_ratio"} & set(self.model.engine.unsupported)
+        if body.include_beams and free:  # the engine has them at no cost
             top_logprobs = max(top_logprobs or 0, PLAYGROUND_TOP_LOGPROBS)
         if body.limit is not None and self.settings.max_tokens is not None:
             self._at_most(body.limit_field, body.limit, self.settings.max_tokens)

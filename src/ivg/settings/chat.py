@@ -18,7 +18,7 @@ from ivg.settings.tools import NO_TOOLS, TOOLS, Tools
 RESERVED = frozenset({
     "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
     "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
-    "tokenizer_kwargs",
+    "tokenizer_kwargs", "processor_kwargs", "load_audio_from_video", "self", "conversations",
 })  # fmt: skip
 """Arguments of ``apply_chat_template`` that are no variables of a template, or that are set otherwise."""
 

@@ -106,7 +106,7 @@ def choose_contrast(own: Value | None, of_base: PromptContrast | None, method: s
             "  leave engine out of the recipe's [run]"
         )
     if isinstance(found, PromptContrast) and not instructed:
-        raise ConfigError(f"{method}: the value contrast needs an instruction\n  give contrast (--contrast TEXT), negative, or both")
+        raise ConfigError(f"{method}: the value contrast needs an instruction\n  give contrast=TEXT, negative=TEXT, or both")
     if not isinstance(found, PromptContrast) and instructed:
         raise ConfigError(f"{method}: the recipe's value contrast reads prompts of its own\n  leave contrast and negative out")
     return found
