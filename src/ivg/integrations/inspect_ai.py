@@ -7,6 +7,7 @@ Inspect finds it by the entry point of this package::
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +16,11 @@ from ivg.errors import ConfigError, MissingDependencyError
 from ivg.factory.recipe import load_models
 from ivg.integrations.flat_settings import recipe_from
 from ivg.model import GuidedModel
-from ivg.models.prompt_encoder import has_chat_template
+from ivg.models.prompt_encoder import conversation_prompt
 from ivg.models.token_text import TokenText
+from ivg.search.lengths import DEFAULT_MAX_TOKENS, max_new_tokens
 from ivg.search.request import RepeatedPrompts
-from ivg.types import Completion, Prompt, TokenLogprobs
+from ivg.types import Completion, Message, Prompt, TokenLogprobs
 
 try:
     from inspect_ai.model import (
@@ -48,7 +50,10 @@ _SETTINGS = {
     "logit_bias": "logit_bias",
 }
 """Fields of Inspect's ``GenerateConfig`` and the settings that they are."""
-_REFUSED = ("best_of", "prompt_logprobs", "response_schema", "reasoning_effort", "reasoning_tokens", "modalities", "extra_body")
+_REFUSED = (
+    *("best_of", "prompt_logprobs", "response_schema", "reasoning_effort", "reasoning_tokens", "reasoning_mode", "effort", "verbosity"),
+    *("modalities", "extra_body"),
+)
 """Fields that change an answer and are not taken."""
 
 
@@ -85,8 +90,11 @@ class IVGModelAPI(ModelAPI):
     async def generate(self, input: Sequence[Any], tools: Sequence[Any], tool_choice: Any, config: GenerateConfig) -> ModelOutput:
         """One answer, or ``num_choices`` of them, each with its log-probabilities where they are asked for.
 
+        Where neither Inspect nor the recipe nor the checkpoint says a length: 2048 new tokens, or what the contexts have left.
+
         Raises:
-            ConfigError: tools, or a setting that is not taken.
+            ConfigError: tools, or a setting that is not taken; content of messages that is neither text nor picture.
+            PromptError: messages that the models cannot read: too long, or pictures for a base that reads text alone.
         """
         if tools and tool_choice != "none":
             raise ConfigError("tools are not supported by the provider ivg\n  use ivg serve and Inspect's provider openai-api")
@@ -100,6 +108,8 @@ class IVGModelAPI(ModelAPI):
         index = 0 if config.seed is not None else n * self._repeated.count_before(prompt)
         settings = {"seed": self.recipe.run.seed, **self.recipe.sampling.settings(), **settings}
         started = time.monotonic()
+        if "max_new_tokens" not in settings and "max_new_tokens" not in self.model.generation_config:
+            prompt, settings["max_new_tokens"] = await asyncio.to_thread(self._with_length, prompt, settings)
         found = await self.model.agenerate(prompt, self.method, n=n, index=index, **settings)
         if errors := [c.error for c in found if c.error is not None]:
             return ModelOutput(model=self.model_name, error=errors[0])
@@ -111,11 +121,16 @@ class IVGModelAPI(ModelAPI):
         return 64
 
     def _prompt(self, turns: Sequence[Any]) -> Prompt:
-        """The messages where the base has a chat template, else their texts, one a line, as ``ivg serve`` reads them."""
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-        if has_chat_template(self.model.base):
-            return Prompt.of(messages)
-        return Prompt("\n".join(message["content"] for message in messages))
+        """The messages as ``ivg serve`` reads them."""
+        messages = [Message.of(_plain_turn(turn, f"messages[{i}]"), f"messages[{i}]") for i, turn in enumerate(turns)]
+        return conversation_prompt(messages, self.model.base)
+
+    def _with_length(self, prompt: Prompt, settings: dict[str, Any]) -> tuple[Prompt, int]:
+        """The prompt with the content of its pictures, and the number of new tokens where nobody says one."""
+        request = self.model.request(prompt, self.method, **settings)
+        with self.model.lock:
+            left = max_new_tokens(self.model.engine, request)
+        return request.prompt, DEFAULT_MAX_TOKENS if left is None else min(left, DEFAULT_MAX_TOKENS)
 
     def _choice(self, completion: Completion, *, logprobs: bool) -> ChatCompletionChoice:
         reason = "max_tokens" if completion.finish_reason == "length" else "stop"
@@ -128,6 +143,46 @@ class IVGModelAPI(ModelAPI):
         written = shown.own_bytes(detail.token, detail.text)
         top = [TopLogprob(token=detail.text if i == detail.token else shown.decode(i), logprob=p) for i, p in detail.top]
         return Logprob(token=detail.text, logprob=detail.logprob, bytes=list(written), top_logprobs=top or None)
+
+
+def _plain_turn(turn: Any, where: str) -> dict[str, Any]:
+    """One of Inspect's messages in OpenAI's shape."""
+    out = {"role": turn.role, "content": _content(turn, where)}
+    if turn.role == "assistant" and turn.tool_calls:
+        out["tool_calls"] = [
+            {"id": call.id, "type": call.type, "function": {"name": call.function, "arguments": call.arguments}} for call in turn.tool_calls
+        ]
+    if turn.role == "tool":
+        out |= {"tool_call_id": turn.tool_call_id, "name": turn.function}
+        if turn.error is not None:  # the content is then often empty: Inspect's own providers send the error in its place
+            out["content"] = f"Error: {turn.error.message}"
+    return out
+
+
+def _content(turn: Any, where: str) -> str | list[dict[str, Any]]:
+    """The content of a message: texts that follow each other are joined by a line break, as Inspect joins them, pictures stay between them.
+
+    The assistant's own reasoning is left out: chat templates leave it out of earlier turns.
+
+    Raises:
+        ConfigError: content of another kind; names the place.
+    """
+    if isinstance(turn.content, str):
+        return turn.content
+    parts: list[dict[str, Any]] = []
+    for i, part in enumerate(turn.content):
+        if part.type == "text" and parts and parts[-1]["type"] == "text":
+            parts[-1]["text"] += "\n" + part.text
+        elif part.type == "text":
+            parts.append({"type": "text", "text": part.text})
+        elif part.type == "image":
+            parts.append({"type": "image_url", "image_url": {"url": part.image}})
+        elif part.type != "reasoning" or turn.role != "assistant":
+            raise ConfigError(
+                f"{where}.content[{i}] is of type {part.type!r}, which the provider ivg does not read\n"
+                "  expected text or pictures; leave the sample out, or give it as text"
+            )
+    return parts or ""
 
 
 def _usage(found: Sequence[Completion]) -> ModelUsage:

@@ -17,7 +17,8 @@ from ivg.models.chat_template import encode_each, encode_rendered, is_chat, join
 from ivg.models.image_prompts import ImageEncoder, ImageInputs
 from ivg.models.prompt_template import PromptTemplate
 from ivg.models.vocabulary import Vocabulary, check_embedded
-from ivg.types import Beam, Hypothesis, Prompt, new_key
+from ivg.settings.chat import ChatSettings
+from ivg.types import Beam, Hypothesis, Message, Prompt, new_key
 from ivg.types.messages import check_text
 
 T = TypeVar("T")
@@ -310,3 +311,19 @@ def _settings_of(encoder: PromptEncoder) -> Any:
 def has_chat_template(base: PromptEncoder) -> bool:
     """Can the base read messages?"""
     return base.template is not None or bool(getattr(base.tokenizer, "chat_template", None))
+
+
+def conversation_prompt(messages: Iterable[Message], base: PromptEncoder, chat: ChatSettings | None = None) -> Prompt:
+    """A conversation for ``base``: its messages, if the base has a chat template or there are pictures; else their texts, one a line.
+
+    A base without a chat template refuses pictures (:meth:`PromptEncoder.read_images`): they are not dropped here.
+
+    Args:
+        messages: the turns, in order.
+        base: answers.
+        chat: how the messages are rendered; no effect on texts.
+    """
+    turns = tuple(messages)
+    if has_chat_template(base) or any(m.images for m in turns):
+        return Prompt(turns, chat=chat or ChatSettings())
+    return Prompt("\n".join(m.text for m in turns))

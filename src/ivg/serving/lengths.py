@@ -1,50 +1,13 @@
-"""Length limits: the context windows of the base and of the values. Independent of HTTP."""
+"""Prompts that the models cannot read, and how clients are told. Independent of HTTP."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 from ivg.errors import ConfigError, ContextLengthError, PromptError, ServeError
 from ivg.model import GuidedModel
 from ivg.models.chat_template import encode, prompt_text
 from ivg.models.prompt_encoder import PromptEncoder, has_chat_template
-from ivg.search.request import Request
 from ivg.settings.recipe import ROLES
 from ivg.types import Message, Prompt
-
-UNLIMITED = 1 << 40
-"""More tokens than any context has."""
-
-
-def max_new_tokens(model: GuidedModel, request: Request) -> int | None:
-    """How many new tokens every model of ``request`` can read after its prompt; None where no model has a limit.
-
-    Raises:
-        ContextLengthError: not even one.
-        PromptError: a prompt that cannot be read.
-    """
-    tokens = UNLIMITED
-    while True:
-        try:
-            check_lengths(model, request, tokens)
-        except ContextLengthError as e:
-            if e.length >= e.limit or tokens <= 1:
-                raise
-            tokens = min(tokens - 1, e.limit - e.length)
-        else:
-            return None if tokens == UNLIMITED else tokens
-
-
-def check_lengths(model: GuidedModel, request: Request, tokens: int) -> None:
-    """Raise PromptError unless every model of ``request`` can read its prompt and ``tokens`` new tokens; 0: the prompt alone."""
-    search = request.search
-    if tokens:
-        prompt = model.engine.open(request.prompt, replace(request.sampling, max_new_tokens=tokens)).prompt
-    else:
-        prompt = model.base.root(request.prompt, 0).prompt
-    for value in (search.guidance.value if search.guidance else None, search.value):
-        if value is not None:
-            value.check(prompt, tokens)
 
 
 def check_prompt_length(base: PromptEncoder, prompt: Prompt, new_tokens: int = 1) -> None:

@@ -14,8 +14,9 @@ from ivg.errors import ConfigError, ContextLengthError, IVGError, PromptError, S
 from ivg.model import GuidedModel
 from ivg.models.chat_template import is_chat
 from ivg.models.images import ImageReader
-from ivg.models.prompt_encoder import has_chat_template
+from ivg.models.prompt_encoder import conversation_prompt, has_chat_template
 from ivg.search.given import NEUTRAL
+from ivg.search.lengths import DEFAULT_MAX_TOKENS, check_lengths, max_new_tokens
 from ivg.search.methods import LEVELS, Method, method_names
 from ivg.search.request import QUANTUM, RepeatedPrompts, Request, streaming_stride
 from ivg.search.searcher import check_engine
@@ -24,10 +25,8 @@ from ivg.serving.echo import EchoJob
 from ivg.serving.errors import client_error, one_line
 from ivg.serving.lengths import (
     check_chat_templates,
-    check_lengths,
     check_prompt_length,
     context_length_error,
-    max_new_tokens,
 )
 from ivg.serving.protocol import Body, ChatRequest, Guidance
 from ivg.serving.tools import OfferedTools, offered_tools, tool_format
@@ -40,8 +39,6 @@ from ivg.utils.version import VERSION
 
 PLAYGROUND_TOP_LOGPROBS = 5
 """Alternatives for each token with ``include_beams``."""
-DEFAULT_MAX_TOKENS = 2048
-"""Where neither client, server nor checkpoint sets a length, and no model has a limit."""
 MAX_BODY_WITH_IMAGES = 32 << 20
 """Bytes of a request body where the base reads pictures, unless the setting says otherwise."""
 
@@ -181,7 +178,7 @@ class ServedModels:
         """Tokens of prompt and completion together that all models of a method can read, as the base counts them."""
         request = self.model.request("x", self.model.with_instruction(method), **self.sampling)
         request = replace(request, prompt=Prompt("x", contrast=method.contrast, negative=method.negative))
-        left = max_new_tokens(self.model, request)
+        left = max_new_tokens(self.model.engine, request)
         return None if left is None else left + len(self.model.base.prompt_ids(request.prompt))
 
     @property
@@ -293,14 +290,14 @@ class ServedModels:
         One that wants none, but its prompt, stays as it is: it is not run.
         """
         if wanted == 0:
-            check_lengths(self.model, request, 0)
+            check_lengths(self.model.engine, request, 0)
             return request
-        left = max_new_tokens(self.model, request)
+        left = max_new_tokens(self.model.engine, request)
         if wanted is None:
             limits = (self._default_max_tokens, self.settings.max_tokens, left)
             wanted = min((n for n in limits if n is not None), default=DEFAULT_MAX_TOKENS)
         elif left is not None and wanted > left:
-            check_lengths(self.model, request, wanted)
+            check_lengths(self.model.engine, request, wanted)
         if request.search.tree is not None and (rows := most_leaves(request.search, wanted)) > self.settings.max_beams:
             message = f"a tree of {wanted} tokens holds up to {rows} responses, this server allows {self.settings.max_beams}"
             raise ServeError(f"{message}; give a larger chunk_length, or fewer tokens", 400, "over_limit", "guidance.chunk_length")
@@ -361,11 +358,8 @@ class ServedModels:
         return Prompt(self.model.engine.vocabulary.prompt_text(given), tuple(given))
 
     def _chat_prompt(self, body: ChatRequest) -> Prompt:
-        """The messages, if the base has a chat template or there are pictures; else their texts, one a line."""
-        if has_chat_template(self.model.base) or any(m.images for m in body.messages):
-            prompt = Prompt(body.messages, chat=ChatSettings(**body.chat))
-        else:
-            prompt = Prompt("\n".join(m.text for m in body.messages))
+        """The messages as the base reads them; what only a chat template reads is refused where it has none."""
+        prompt = conversation_prompt(body.messages, self.model.base, ChatSettings(**body.chat))
         for name, given in (("chat_template_kwargs", body.chat_template_kwargs), ("tools", body.offered_tools)):
             if given and not is_chat(prompt, self.model.base.template):
                 message = f"{name} is not supported by this model, which has no chat template; leave it out"
