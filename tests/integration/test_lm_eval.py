@@ -13,12 +13,13 @@ from ivg import GuidedModel, LoadOptions
 from ivg.embedded import path
 from ivg.errors import ConfigError, PromptError
 from ivg.models.prompt_template import PromptTemplate
-from ivg.testing import byte_tokenizer, tiny_lm
+from ivg.testing import byte_tokenizer, tiny_lm, tiny_value
 from ivg.values.implicit import ImplicitValue
 from serving_tools import Running
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'ivg[lm-eval]'")
 from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from ivg.integrations.lm_eval import ChatContext, IVGModel  # noqa: E402
@@ -150,8 +151,74 @@ def test_long_texts_go_through_windows_and_long_contexts_lose_their_beginning():
         expected += sum(float(logps[len(context) + i - 1, t]) for i, t in enumerate(ids))
     assert total == pytest.approx(expected, abs=1e-2)
     text = text.rstrip()
-    (cut,), (short,) = (lm.loglikelihood([Instance("loglikelihood", {}, (context, " good"), 0)]) for context in (text, text[-58:]))
+    (cut,), (short,) = (lm.loglikelihood([Instance("loglikelihood", {}, (context, " good"), 0)]) for context in (text, text[-60:]))
     assert cut[0] == pytest.approx(short[0], abs=1e-3)
+
+
+def test_texts_beyond_the_context_as_the_harness_itself():
+    """Windows, cut contexts and prompts of answers: the models read what ``hf`` reads, the last token of a given text not."""
+    base, tuned, untuned = (tiny_lm(name, seed=i, context=64) for i, name in enumerate(("base", "tuned", "untuned")))
+    theirs = HFLM(pretrained=base.network, tokenizer=base.tokenizer, batch_size=1)
+    model = GuidedModel(base, {"implicit": ImplicitValue(tuned, untuned)})
+    ours = IVGModel(model=model, method="base")
+    guided = IVGModel(model=model, method="eft", beta=0.0)
+    assert ours.max_length == guided.max_length == theirs.max_length == 64
+    long = "The plot is thin, and the actors are bad. " * 5
+    texts = [long, long[:63], long[:64], long[:65], long[:66], long[:129], "Short."]
+    rolling = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+    expected = theirs.loglikelihood_rolling(rolling, disable_tqdm=True)
+    pairs = [(long[:n], choice) for n in (3, 59, 60, 61, 200) for choice in (" good", " bad", "x", " " + long[:61])]
+    scored = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    choices = theirs.loglikelihood(scored, disable_tqdm=True)
+    for lm in (ours, guided):
+        assert lm.loglikelihood_rolling(rolling) == pytest.approx(expected, abs=1e-3)
+        found = lm.loglikelihood(scored)
+        assert [logprob for logprob, _ in found] == pytest.approx([logprob for logprob, _ in choices], abs=1e-3)
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in choices]
+    asked = [Instance("generate_until", {}, (long, {"until": ["\n\n"], "max_gen_toks": 10}), 0)]
+    assert ours.generate_until(asked) == theirs.generate_until(asked, disable_tqdm=True)
+
+
+@pytest.mark.parametrize("method", ["eft", "token-explicit"])
+def test_guides_set_the_length_that_they_can_read(method):
+    """A pair reads a text before its last token; a scalar value also each candidate for it."""
+    base, tuned, untuned = (
+        tiny_lm(name, seed=i, context=n) for i, (name, n) in enumerate((("base", 300), ("tuned", 256), ("untuned", 256)))
+    )
+    model = GuidedModel(base, {"implicit": ImplicitValue(tuned, untuned), "explicit": tiny_value("scalar")})
+    settings = {"eft": {}, "token-explicit": {"candidates": 3}}[method]
+    lm = IVGModel(model=model, method=method, **settings)
+    assert lm.max_length == {"eft": 256, "token-explicit": 255}[method]
+    text = "The plot is thin, and the actors are bad. " * 8
+    first, rest = text[: lm.max_length], text[lm.max_length]
+    ((found, _),) = lm.loglikelihood([Instance("loglikelihood", {}, (text[:-1], text[-1]), 0)])
+    kept = text[:-1][-lm.max_length :]
+    assert found == pytest.approx(model.logprobs(kept, text[-1], method, **settings).logprob, abs=1e-3)
+    with pytest.raises(PromptError, match=r"leaves no room"):
+        model.logprobs(first + "x", rest, method, **settings)
+
+
+def test_arguments_of_generate_that_change_nothing_are_left_out(embedded):
+    lm = IVGModel(model=embedded, method="base")
+    plain = {"until": ["."], "max_gen_toks": 6}
+    neutral = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "early_stopping": True, "length_penalty": 0.5}
+    more = {"typical_p": 1.0, "return_dict_in_generate": False, "max_time": None, "do_sample": False, "top_p": None}
+
+    def answers(settings, task=None):
+        metadata = {} if task is None else {"metadata": (task, 0, 1)}
+        return lm.generate_until([Instance("generate_until", {}, ("The movie was", settings), 0, **metadata)])
+
+    assert answers({**plain, **neutral, **more}) == answers(plain)
+    expected = r"num_beams=4 in generation_kwargs of the task summaries .*\n  give --gen_kwargs num_beams=1, or .*leave the task out"
+    with pytest.raises(ConfigError, match=expected):
+        answers({**plain, "num_beams": 4}, "summaries")
+    for name, value, advice in (
+        ("max_length", 12, "give max_gen_toks"),
+        ("penalty_alpha", 0.6, "give --gen_kwargs penalty_alpha=0.0, or"),
+        ("seed", 1, ""),
+    ):
+        with pytest.raises(ConfigError, match=f"{name}={value} in generation_kwargs of the task is no setting of ivg.*\n  {advice}"):
+            answers({**plain, name: value})
 
 
 def test_answers_any_method_and_samples_that_differ(embedded):

@@ -281,7 +281,7 @@ def test_texts_that_cannot_be_read(model):
         model.logprobs("a", [999], "eft")
     with pytest.raises(PromptError, match="expected text, or a list of token ids"):
         model.logprobs("a", [1.5], "eft")
-    with pytest.raises(PromptError, match="300 new tokens"):
+    with pytest.raises(PromptError, match=r"300 given tokens, the last unread, .*\n.* at most 256 tokens"):
         model.logprobs("a", "x" * 300, "eft")
 
 

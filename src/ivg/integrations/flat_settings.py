@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ivg.errors import ConfigError
+from ivg.settings.chat import CHAT_SETTINGS
 from ivg.settings.models import ModelsConfig
 from ivg.settings.recipe import Recipe
 from ivg.settings.run import RunConfig
@@ -20,6 +21,8 @@ _TABLES = {
     "run": frozenset(RunConfig.model_fields),
 }
 """The settings that are known by their own name alone, by the table of a recipe."""
+REQUEST_SETTINGS = (_TABLES["search"] | _TABLES["sampling"] | CHAT_SETTINGS) - {"method"}
+"""Those that :meth:`ivg.GuidedModel.request` takes."""
 
 
 def recipe_from(arguments: Mapping[str, Any]) -> Recipe:

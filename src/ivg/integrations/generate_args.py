@@ -69,6 +69,15 @@ UNSUPPORTED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "output_hidden_states": ((False,), "leave it out"),
 }
 """Fields that a search does not support: (neutral values, what to do instead)."""
+NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
+    **{name: values for name, (values, _) in UNSUPPORTED.items()},
+    "num_return_sequences": (1,),
+    "return_dict_in_generate": (False,),
+    "token_healing": (False,),
+    "remove_invalid_values": (False,),
+    "renormalize_logits": (False, True),
+}
+"""Values with which a field changes no token, for those that have such; None is one for every field."""
 
 SAMPLING_WARPERS: Mapping[type, str] = {
     lp.TemperatureLogitsWarper: "temperature",
@@ -100,6 +109,11 @@ MODEL_KWARGS = frozenset(
 """Model inputs that ``generate`` adds by itself."""
 
 
+def is_neutral(name: str, value: Any) -> bool:
+    """Does ``generate`` with this argument give what a search gives without it?"""
+    return name in NO_EFFECT or value is None or value in NEUTRAL_VALUES.get(name, ())
+
+
 def check_config(config: Any) -> None:
     """Raise for fields that a search does not support.
 
@@ -107,11 +121,10 @@ def check_config(config: Any) -> None:
         ConfigError: names the field, its value and what to do instead.
     """
     for name, value in vars(config).items():
-        if name in SUPPORTED or name in NO_EFFECT or value is None or (name.startswith("_") and name != "_from_model_config"):
+        if name in SUPPORTED or is_neutral(name, value) or (name.startswith("_") and name != "_from_model_config"):
             continue
-        neutral, advice = UNSUPPORTED.get(name, ((), "unknown to this version of ivg; leave it out"))
-        if value not in neutral:
-            raise ConfigError(f"{name}={value!r} is not supported by GuidedGenerate\n  {advice}")
+        _, advice = UNSUPPORTED.get(name, ((), "unknown to this version of ivg; leave it out"))
+        raise ConfigError(f"{name}={value!r} is not supported by GuidedGenerate\n  {advice}")
 
 
 def check_model_kwargs(given: Mapping[str, Any]) -> Tensor | None:

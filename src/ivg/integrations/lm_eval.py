@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
-from ivg.errors import IVGError, MissingDependencyError, ModelError
+from ivg.errors import ConfigError, IVGError, MissingDependencyError, ModelError
 from ivg.factory.recipe import load_models
-from ivg.integrations.flat_settings import recipe_from
+from ivg.integrations.flat_settings import REQUEST_SETTINGS, recipe_from
+from ivg.integrations.generate_args import NEUTRAL_VALUES, is_neutral
 from ivg.model import GuidedModel
 from ivg.search.given import NEUTRAL, given_logprobs, require_same_tokens
 from ivg.search.request import Request
@@ -47,6 +48,8 @@ SLICE = 64
 """Responses between two movements of the progress bar."""
 UNLIMITED = 2048
 """Context where no model has a limit: lm-eval's own."""
+_HARNESS_SETTINGS = frozenset({"until", "do_sample", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"})
+"""What the harness itself reads in a task's ``generation_kwargs``."""
 
 
 class ChatContext(str):
@@ -73,7 +76,7 @@ class IVGModel(TemplateLM):
     Args:
         recipe: TOML file with models, method and settings; others override it. Without models: the embedded ones.
         model: a loaded model in place of the recipe's.
-        max_length: tokens of context and continuation; default: what the models read.
+        max_length: tokens that the models read of a text, whose last one is only predicted; default: as many as they can.
         max_gen_toks: of an answer, where the task says nothing.
         batch_size, max_batch_size: taken and not used: given texts are read 32 at a time, answers share batches as the search does.
         settings: of models (``base``, ``tuned`` …), search (``method``, ``beta`` …), sampling and run (``device``, ``dtype``, ``seed`` …).
@@ -108,8 +111,20 @@ class IVGModel(TemplateLM):
         self.method, self.max_gen_toks = chosen, max_gen_toks
         guidance = self.given.search.guidance
         self.value = None if guidance is None else guidance.value
-        limits = [m.max_positions for m in (self.base, *(self.value.cached_lms() if self.value else ())) if m.max_positions is not None]
-        self.max_length = max_length or min(limits, default=UNLIMITED + 1) - 1
+        self.max_length = max_length or self._limit(last_unread=True)
+        """Tokens that are read before the last one of a given text."""
+        self.context = max_length or self._limit(last_unread=False)
+        """Tokens of a prompt and its answer."""
+
+    def _limit(self, *, last_unread: bool) -> int:
+        """What all models can read: of a prompt and its answer, or with ``last_unread`` of a given text before its last token."""
+        search, engine = self.given.search, self.model.engine
+        found = [(self.base.max_positions, engine.leaves_last_unread(None))]
+        for value in (search.guidance.value if search.guidance else None, None if last_unread else search.value):
+            unread = value is self.value and engine.leaves_last_unread(search.guidance)
+            found += [(lm.max_positions, unread) for lm in (value.cached_lms() if value is not None else ())]
+        limits = [limit - (last_unread and not unread) for limit, unread in found if limit is not None]
+        return min(limits, default=UNLIMITED)
 
     # What lm-eval asks of a tokenizer
 
@@ -220,8 +235,11 @@ class IVGModel(TemplateLM):
         return Prompt.of(list(context.messages)) if isinstance(context, ChatContext) else Prompt(context)
 
     def _token_prompt(self, context: str, context_ids: Sequence[int], ids: Sequence[int]) -> Prompt:
-        """The context as lm-eval's tokens, its beginning cut off where it is too long; guides with templates read its text."""
-        kept = tuple(context_ids[-max(1, self.max_length - len(ids)) :])
+        """The context as lm-eval's tokens, its beginning cut off where it is too long; guides with templates read its text.
+
+        As in ``hf``, the last token of the continuation takes no room: nothing is predicted behind it.
+        """
+        kept = tuple(context_ids[-max(1, self.max_length + 1 - len(ids)) :])
         text = context.rstrip() if len(kept) == len(context_ids) else self.base.vocabulary.prompt_text(kept)
         return Prompt(text, kept)
 
@@ -244,7 +262,7 @@ class IVGModel(TemplateLM):
         for request in requests:
             context, settings = request.args[:2]
             key = json.dumps([context, settings], default=str)
-            made.append(self._answer_request(context, settings, seen[key]))
+            made.append(self._answer_request(context, _settings_of_task(settings, request.task_name), seen[key]))
             seen[key] += 1
         out = [""] * len(requests)
         with tqdm(total=len(made), disable=disable_tqdm, desc="Running generate_until requests") as bar:
@@ -268,10 +286,32 @@ class IVGModel(TemplateLM):
             prompt = self._prompt(context)
         else:
             ids = self.tok_encode(context) or [self.prefix_token_id]
-            kept = tuple(ids[-max(1, self.max_length - int(sampling["max_new_tokens"])) :])
+            kept = tuple(ids[-max(1, self.context - int(sampling["max_new_tokens"])) :])
             prompt = Prompt(context if len(kept) == len(ids) else self.base.vocabulary.prompt_text(kept), kept)
         request = self.model.request(prompt, self.method, seed=self.recipe.run.seed, index=index, **sampling)
         return replace(request, from_checkpoint={})
+
+
+def _settings_of_task(given: dict[str, Any], task: str | None) -> dict[str, Any]:
+    """A task's ``generation_kwargs`` without arguments of ``generate`` that change nothing.
+
+    Raises:
+        ConfigError: an argument that changes answers and is no setting here; names it.
+    """
+    out = {}
+    for name, value in given.items():
+        if name in REQUEST_SETTINGS or name in _HARNESS_SETTINGS:
+            out[name] = value
+        elif not is_neutral(name, value):
+            whose = f"the task {task}" if task else "the task"
+            neutral = next(iter(NEUTRAL_VALUES.get(name, ())), None)
+            advice = "give max_gen_toks in its place, or " if name == "max_length" else ""
+            advice = advice if neutral is None else f"give --gen_kwargs {name}={neutral}, or "
+            raise ConfigError(
+                f"{name}={value!r} in generation_kwargs of {whose} is no setting of ivg and may change answers\n"
+                f"  {advice}remove it from the task, or leave the task out"
+            )
+    return out
 
 
 def _texts(value: str | Iterable[str] | None) -> list[str]:

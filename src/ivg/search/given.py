@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ivg.errors import ConfigError, PromptError
+from ivg.errors import ConfigError, ContextLengthError, PromptError
 from ivg.search.request import Request, Search
 from ivg.search.searcher import check_engine
 from ivg.settings.per_request import RequestSettings
-from ivg.types import Engine, LogprobsRequest, Prompt, ResponseLogprobs, SamplingParams, TokenCounter, Value
+from ivg.types import Beam, Engine, LogprobsRequest, Prompt, ResponseLogprobs, SamplingParams, TokenCounter, Value
 from ivg.utils.locks import FairLock
 
 BATCH = 32
@@ -57,12 +57,33 @@ def given_logprobs(
 def _engine_request(engine: Engine, request: Request, tokens: tuple[int, ...], counters: dict[Prompt, TokenCounter]) -> LogprobsRequest:
     """Responses to one prompt share a counter, by which the models know that they may share its cache."""
     check_engine(engine, request)
-    root = engine.open(request.prompt, replace(request.sampling, max_new_tokens=len(tokens)))
+    try:
+        root = _open(engine, request, tokens)
+    except ContextLengthError as e:
+        if e.new_tokens == len(tokens) or e.length >= e.limit:
+            raise
+        raise ContextLengthError(
+            f"prompt of {e.length} tokens + {len(tokens)} given tokens, the last unread, > context of {e.model} ({e.limit})\n"
+            f"  shorten the prompt, or give at most {e.limit - e.length + 1} tokens",
+            model=e.model,
+            length=e.length,
+            new_tokens=len(tokens),
+            limit=e.limit,
+        ) from None
     root = replace(root, token_counter=counters.setdefault(request.prompt.without_data, root.token_counter))
+    return LogprobsRequest(root, tokens, request.sampling, request.search.guidance)
+
+
+def _open(engine: Engine, request: Request, tokens: tuple[int, ...]) -> Beam:
+    """The prompt, to which every model can read the response."""
+    if engine.leaves_last_unread(None):
+        root: Beam = engine.base.root(request.prompt, len(tokens) - 1)
+    else:
+        root = engine.open(request.prompt, replace(request.sampling, max_new_tokens=len(tokens)))
     guidance = request.search.guidance
     if guidance is not None:
-        guidance.value.check(root.prompt, len(tokens))
-    return LogprobsRequest(root, tokens, request.sampling, guidance)
+        guidance.value.check(root.prompt, len(tokens) - engine.leaves_last_unread(guidance))
+    return root
 
 
 def check_distribution(request: Request) -> None:

@@ -180,6 +180,14 @@ class Engine(ABC):
             f"the engine {self.name} gives no log-probabilities of given texts\n  use the transformers engine (leave --engine out)"
         )
 
+    def leaves_last_unread(self, guidance: TokenGuidance | None) -> bool:
+        """Does :meth:`logprobs` not read the last of the given tokens, which may then stand behind the context? Default: it does.
+
+        Args:
+            guidance: by whose value it is read; None: by the base.
+        """
+        return False
+
     def check(self, guidance: TokenGuidance | None) -> None:
         """Raise where token guidance does not fit the base. Default: there can be none.
 
