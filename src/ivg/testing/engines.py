@@ -15,7 +15,7 @@ from ivg.settings.sampling import COMBINATIONS
 from ivg.types import AsyncEngine, Beam, Engine, ExpandRequest, Prompt, SamplingParams, new_key
 
 LIMIT_SECONDS = 60.0
-"""How long the laws wait for an :class:`~ivg.types.AsyncEngine`."""
+"""How long the laws wait for an :class:`~ivg.types.AsyncEngine`, unless told otherwise."""
 
 
 def check_engine(engine: Engine, prompts: Sequence[Prompt], *, deterministic: bool = True) -> None:
@@ -122,15 +122,21 @@ def check_unsupported(engine: Engine, prompt: Prompt) -> None:
     engine.release([request.beam.key])
 
 
-def check_outputs_are_kept(engine: AsyncEngine, prompts: Sequence[Prompt]) -> None:
-    """A blocking ``extend`` keeps the outputs of other requests until they are collected; released requests have no output."""
+def check_outputs_are_kept(engine: AsyncEngine, prompts: Sequence[Prompt], *, limit_seconds: float = LIMIT_SECONDS) -> None:
+    """A blocking ``extend`` keeps the outputs of other requests until they are collected; released requests have no output.
+
+    Args:
+        engine: not closed.
+        prompts: at least two that it can read.
+        limit_seconds: an output that has not come by then is lost.
+    """
     first, second, third = _requests(engine, [prompts[0], prompts[1], prompts[0]])
     engine.submit([first, third])
     engine.release([third.beam.key])
     families = engine.extend([second])
     assert [len(family) for family in families] == [second.successors]
     found: list[Beam] = []
-    deadline = time.monotonic() + LIMIT_SECONDS
+    deadline = time.monotonic() + limit_seconds
     while not found and time.monotonic() < deadline:
         for output in engine.collect([first.beam.key]):
             assert output.beam == first.beam.key, "collect gave the output of another request"
