@@ -311,6 +311,8 @@ def test_a_refused_run_is_not_in_the_way_of_the_next(stderr_of):
 
 def test_a_harness_that_is_not_installed(monkeypatch):
     """The error alone, without a traceback."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:  # else its submodules are found without it
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "ivg.integrations.lm_eval", raising=False)
     with pytest.raises(SystemExit) as end:
