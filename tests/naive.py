@@ -1,20 +1,41 @@
-"""Every method written straight from its formulas: no cache, no batch, one beam and one full forward pass at a time, float32.
+"""Every method written straight from its formulas: no cache of a model, no batch, one beam and one full forward pass at a time, float32.
 
 Draws come from ivg.utils.rng so that tokens can be compared; nothing else of ivg is used. At the end: rows of a cached model at random.
 """
 
 import math
 from dataclasses import replace
+from functools import wraps
 from types import SimpleNamespace
 
 import torch
 
 from ivg.utils.rng import child_rng_path, mix, uniform
 
+KNOWN = []
+"""Of the search that runs, if any: its outputs by network and tokens."""
+
 
 def outputs(network, ids):
-    with torch.no_grad():
-        return network(input_ids=torch.tensor([ids], device=device_of(network))).logits[0].float().cpu()
+    known, place = KNOWN[-1] if KNOWN else {}, (id(network), *ids)
+    if place not in known:
+        with torch.no_grad():
+            known[place] = network(input_ids=torch.tensor([ids], device=device_of(network))).logits[0].float().cpu()
+    return known[place]
+
+
+def once_for_each_text(search):
+    """Repeats no pass within one search, in which no network changes; forgets all when the search ends."""
+
+    @wraps(search)
+    def run(*args, **more):
+        KNOWN.append(KNOWN[-1] if KNOWN else {})
+        try:
+            return search(*args, **more)
+        finally:
+            KNOWN.pop()
+
+    return run
 
 
 def device_of(network):
@@ -226,6 +247,7 @@ def steps_ended(text, separator):
     return sum(1 for piece in text.split(separator)[:-1] if piece.strip())
 
 
+@once_for_each_text
 def search(base, values, s, prompt, seed, temperature, limit, eos=0, marker=(), text=None):
     """CBS(W, K, L): (tokens, score). ``marker``: the tokens behind which the answer begins."""
     seed, chunk = mix(seed, 0), s.chunk_length or limit

@@ -5,9 +5,10 @@ import math
 import torch
 
 from ivg.utils.rng import child_rng_path, mix, uniform
-from naive import entropy, grow, guided, outputs
+from naive import entropy, grow, guided, once_for_each_text, outputs
 
 
+@once_for_each_text
 def cards(base, values, s, prompt, seed, temperature, limit, eos=0):
     """Segment rejection: (tokens, value)."""
     seed, value = mix(seed, 0), values[s.select]
@@ -47,6 +48,7 @@ def smc(base, values, s, prompt, seed, temperature, limit, eos=0):
     return filter_particles(base, values, s, prompt, seed, temperature, limit, eos)[:2]
 
 
+@once_for_each_text
 def filter_particles(base, values, s, prompt, seed, temperature, limit, eos=0):
     """Particle filter with systematic resampling: (tokens, value, (weight, tokens) of all particles, log Z)."""
     seed, value, n = mix(seed, 0), values[s.select], s.width * s.successors
@@ -76,6 +78,7 @@ def filter_particles(base, values, s, prompt, seed, temperature, limit, eos=0):
     return answer[0], answer[4], [(float(weight), p[0]) for weight, p in zip(w, particles, strict=True)], log_z + mean
 
 
+@once_for_each_text
 def speculate(base, values, s, prompt, seed, temperature, limit, eos=0):
     """Guided speculative chunks (RSD, arXiv 2501.19324; GSI, arXiv 2506.04118): (tokens, value)."""
     seed, value, draft = mix(seed, 0), values[s.select], values[s.drafter].tuned
@@ -113,6 +116,7 @@ def speculate(base, values, s, prompt, seed, temperature, limit, eos=0):
     return y, score
 
 
+@once_for_each_text
 def tree(base, values, s, prompt, seed, temperature, limit, eos=0):
     """Tree search over chunks (UCT; arXiv 2511.11518), everything counted anew for every expansion: (tokens, value)."""
     seed, value, chunk = mix(seed, 0), values[s.select], s.chunk_length or limit
