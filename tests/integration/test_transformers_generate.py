@@ -331,11 +331,41 @@ def test_one_processor_knows_each_prompt(base, tokenizer, templated):
     zeros, by_hand = torch.zeros(1, len(tokenizer)), templated()
     first = by_hand(ids[:, :3], zeros)
     assert torch.equal(first, templated()(ids[:, :3], zeros))
-    grown = by_hand(ids[:, :4], zeros)
-    assert not torch.allclose(grown, templated()(ids[:, :4], zeros)), "its prompt is that of the first"
+    assert not torch.allclose(by_hand(ids[:, :4], zeros), templated()(ids[:, :4], zeros)), "its prompt is that of the first"
     by_hand(ids[:, :5], zeros)
-    torch.testing.assert_close(by_hand(ids[:, :4], zeros), grown)
-    torch.testing.assert_close(by_hand(ids[:, :3], zeros), first)
+    assert torch.equal(by_hand(ids[:, :3], zeros), first), "a text that ended earlier is a new prompt"
+    assert torch.equal(by_hand(ids[:, :5], zeros), templated()(ids[:, :5], zeros))
+
+
+def test_calls_of_generate_within_others(base, tokenizer, templated):
+    """Each has its own prompts: two in one custom_generate, and several by a function of that name that is given one configuration."""
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
+    ids = tokenizer(["abc"], return_tensors="pt").input_ids
+    shared = templated()
+
+    def generate(prompt, processor, generation_config=config, custom_generate=None):
+        mask = torch.ones_like(prompt)
+        return base.network.generate(prompt, attention_mask=mask, generation_config=generation_config, logits_processor=[processor])
+
+    def twice(model, input_ids, **settings):
+        return generate(generate(input_ids, shared), shared)
+
+    expected = generate(generate(ids, templated()), templated())
+    assert torch.equal(generate(generate(ids, shared), shared), expected)
+    assert torch.equal(
+        base.network.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=twice, generation_config=config), expected
+    )
+
+
+def test_an_assistant_with_another_tokenizer_is_not_guided(base, tokenizer, templated):
+    """Its tokens mean other text; the answer, which is the base's, is guided."""
+    other = byte_tokenizer([("h", "e"), ("o", "v")], permute=True)
+    assistant = tiny_lm("assistant", seed=5, tokenizer=other).network
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    inputs = tokenizer(["The the"], return_tensors="pt")
+    plain = base.network.generate(**inputs, logits_processor=[templated()], **settings)
+    more = {"assistant_model": assistant, "tokenizer": tokenizer, "assistant_tokenizer": other}
+    assert torch.equal(base.network.generate(**inputs, logits_processor=[templated()], **more, **settings), plain)
 
 
 def test_a_model_in_training_stays_in_training(tokenizer):

@@ -8,6 +8,7 @@ import pickle
 import threading
 import time
 import warnings
+from dataclasses import dataclass
 
 import pytest
 
@@ -15,6 +16,7 @@ from ivg import FunctionValue, GuidedModel
 from ivg.errors import ConfigError, GenerationError, PromptError
 from ivg.search.background import BackgroundSearch
 from ivg.search.searcher import Request, Searcher
+from ivg.search.unused import warn_of_unused
 from ivg.testing import FakeEngine, tiny_lm, tiny_value
 from ivg.types import Completion, Prompt, SamplingParams, Usage, likeliest
 from ivg.values.implicit import ImplicitValue
@@ -372,6 +374,8 @@ def test_a_prompt_that_comes_again_in_a_list_gets_new_samples(model, n):
         ("eft", {"beta": 2.0, "candidates": 0}, []),
         ("bon", {"gate": 1.0, "soft_scale": 2.0}, ["gate has no effect: the method bon guides", "soft_scale has no effect: it belongs to"]),
         ("custom", {"token": "implicit", "beta": 0.5}, []),
+        ("eft", {"weights": None, "select_weights": None, "beta": None, "token": None, "rule": None}, []),
+        ("base", {"beta": None, "gate": None, "rule": None}, []),
     ],
 )
 def test_settings_without_effect_are_named(model, call, method, settings, expected):
@@ -389,7 +393,23 @@ def test_settings_without_effect_are_named(model, call, method, settings, expect
             else:
                 model.generate("good", chosen, **given)
         texts = [str(w.message) for w in found if w.category is UserWarning]
+        assert call == "agenerate" or all(w.filename == __file__ for w in found if w.category is UserWarning)
         assert len(texts) == len(expected) and all(map(str.startswith, texts, expected)), texts
+
+
+def test_a_rule_of_ones_own_may_use_every_setting():
+    @dataclass
+    class Rule:  # has no hash
+        depth: int = 2
+
+        def __call__(self, request):
+            raise NotImplementedError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_unused("custom", {"rule": Rule(), "successors": 2, "chunk_length": 2, "decay": 0.5, "soft_scale": 2.0})
+        with pytest.raises(UserWarning, match="beta has no effect"):
+            warn_of_unused("custom", {"rule": Rule(), "beta": 2.0})
 
 
 @pytest.mark.parametrize("settings", [{"n": 2.0}, {"n": "2"}, {"n": True}, {"best_of": "3"}, {"n": 1, "best_of": 3.0}, {"n": 0}])

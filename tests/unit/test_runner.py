@@ -97,7 +97,7 @@ def test_the_same_rows_in_process_over_ray_and_resumed_after_a_kill(hub, source,
     for stop_after, backend in ((2, None), (3, cluster), (1, None)):
         generate(recipe, source, output, backend, stop_after)
         with output.open("a") as file:  # the kill came in the middle of a row
-            file.write('{"id": 4, "index": 0, "pro')
+            file.write('{"id": 4, "prompt": "a", "ind')
     counts, _ = generate(recipe, source, output, cluster)
     assert (counts["already done"], counts["answered"], counts["skipped"]) == (6, 6, 0)
     assert rows_of(output) == expected

@@ -75,7 +75,13 @@ def test_half_a_row_is_cut_off_wherever_a_kill_came(tmp_path):
         assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("text", ["my notes", '{"a": 1}', "{", '{"id": 1}', '[\n  {"id": 1,', "\ufeff{", '{"identity": '])
+CUT = ("{", '{"id": "a", "prompt": "o', '{"id": ', '{"id": [1, "a', '{"id": 12, "pro', '{"id": 1, "prompt": "é')
+
+
+@pytest.mark.parametrize("text", [
+    *CUT, "my notes", '{"a": 1}', '{"id": 1}', '[\n  {"id": 1,', "\ufeff{", '{"identity": ', '{"id": 1, "name": NaN}',
+    '{"id": 1, "prompt": NaN}', '{"id": 1, "id": 2}', '{"id": 1, "question": "o',
+])  # fmt: skip
 def test_what_ivg_did_not_write_stays(tmp_path, text):
     """Also a last line without a line break, alone or behind rows of ivg's."""
     path, jobs = tmp_path / "out.jsonl", [Job(1, "p")]
@@ -83,7 +89,7 @@ def test_what_ivg_did_not_write_stays(tmp_path, text):
         answer(store, jobs[0])
     for before in (b"", path.read_bytes()):
         path.write_bytes(before + text.encode())
-        if text == "{":  # as a killed run leaves it
+        if text in CUT:  # as a killed run leaves it
             assert reopen(path, jobs)[0] == [bool(before)] and path.read_bytes() == before
             continue
         with pytest.raises(ConfigError, match="holds rows that ivg did not write"):
@@ -183,7 +189,7 @@ def test_whatever_is_edited_and_killed_every_answer_is_of_its_prompt(tmp_path, r
             for job in [job for job in jobs if not store.done(job, 0)][:until]:
                 answer(store, job, text=f"answer to {job.prompt}")
         with path.open("ab") as file:
-            file.write(b'{"id": 1, "index": 0, "prompt": '[:half])
+            file.write(b'{"id": 1, "prompt": "a", "index": '[:half])
     path.write_bytes(path.read_bytes()[: path.read_bytes().rfind(b"\n") + 1])
     found = list(read_jsonl(path))
     assert all(row["text"] == f"answer to {row['prompt']}" for row in found)
@@ -204,6 +210,24 @@ def test_a_link_to_a_file_is_the_file(tmp_path):
     assert reopen(link, [Job(1, "another"), jobs[1]])[0] == [False, True]
     assert link.is_symlink()
     assert [row["id"] for row in read_jsonl(path)] == [2]
+
+
+def test_cuts_in_the_middle_of_a_character_and_other_encodings(tmp_path):
+    path, jobs = tmp_path / "out.jsonl", [Job(1, "p")]
+    path.write_bytes('{"id": 1, "prompt": "é'.encode()[:-1])
+    assert reopen(path, jobs)[0] == [False] and not path.read_bytes()
+    path.write_bytes('{"id": 1, "prompt": "é und'.encode("latin-1"))
+    with pytest.raises(ConfigError, match="holds rows that ivg did not write"):
+        reopen(path, jobs)
+
+
+def test_a_refused_run_does_not_say_that_rows_are_in_its_file(tmp_path):
+    said = []
+    failures = Failures(said.append, tmp_path / "failed.jsonl")
+    for i in range(MAX_REPORTED + 5):
+        failures(f"line {i}", "too long", {"id": i})
+    failures.close()
+    assert said[MAX_REPORTED:] == ["5 more rows failed"] and not (tmp_path / "failed.jsonl").exists()
 
 
 def test_failures_are_reported_once_counted_and_kept(tmp_path):

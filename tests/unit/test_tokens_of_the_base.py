@@ -178,6 +178,28 @@ def test_candidates_know_the_rule(model, value, draws):
     assert logps("eft", [end + 1], token=value, candidates=len(best), beta=3.0) == pytest.approx([share], abs=1e-3)
 
 
+def test_what_is_no_candidate_need_not_be_a_number(model):
+    """A guide may forbid tokens, so that the difference of two is none: it counts where the token is a candidate."""
+    plain, end = GuidedModel(model.base, {"implicit": model.values["implicit"]}), model.values["implicit"].tuned.vocabulary.eos_id
+    expected = plain.generate(["good", "so"], "eft", candidates=3, max_new_tokens=4, temperature=0.0)
+
+    class Holes(ImplicitValue):
+        def deltas(self, hypotheses):
+            out = super().deltas(hypotheses)
+            with_holes = torch.full_like(out, math.nan)
+            top = torch.stack([model.base.outputs([h])[0].float() for h in hypotheses]).topk(3).indices
+            known = top.clamp(max=out.shape[1] - 1)
+            with_holes.scatter_(1, known, out.gather(1, known))
+            with_holes[:, end] = out[:, end]  # by which the base's end moves, if that is a candidate
+            return with_holes
+
+    implicit = model.values["implicit"]
+    holes = GuidedModel(model.base, {"implicit": Holes(implicit.tuned, implicit.untuned)})
+    found = holes.generate(["good", "so"], "eft", candidates=3, max_new_tokens=4, temperature=0.0)
+    assert [c.error for c in found] == [None, None]
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+
+
 def test_a_transform_of_candidates_wants_candidates(model):
     with pytest.raises(ConfigError, match="transform=log-sigmoid is of candidates' values, got candidates=0 with explicit"):
         model.generate("good", "fudge", candidates=0, max_new_tokens=2)

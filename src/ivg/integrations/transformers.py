@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import InfNanRemoveLogitsProcessor, LogitsProcessor
+from transformers import GenerationMixin, InfNanRemoveLogitsProcessor, LogitsProcessor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ivg.engines.transformers.engine import TransformersEngine
@@ -71,7 +71,6 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         self._call: object = None
         self._prompts: dict[tuple[int, ...], Prompt] = {}
         self._seen: dict[tuple[int, ...], Beam] = {}
-        self._read: set[int] = set()  # hashes of all texts of this call: a draft that is refused leads back to an earlier one
         self._free = weakref.finalize(self, _release, guidance.value, self._seen)
 
     def __enter__(self) -> GuidanceLogitsProcessor:
@@ -84,7 +83,6 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         """Free the guide's cache of the last call."""
         _release(self.guidance.value, self._seen)
         self._prompts.clear()
-        self._read.clear()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """``scores`` [rows, vocabulary] with guidance, given ``input_ids`` [rows, tokens].
@@ -93,8 +91,11 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             PromptError: a prompt that the guide cannot read, or a text that exceeds its context.
         """
         texts = [tuple(ids) for ids in input_ids.tolist()]
-        call = _call_of_generate()
-        if call is not self._call or not all(hash(ids[:-1]) in self._read or ids in self._prompts for ids in texts):
+        call, drafts_elsewhere = _call_of_generate()
+        if drafts_elsewhere:
+            return scores  # the tokens are the assistant's; the base's, that answer, are guided
+        # in one call of generate a draft that is refused leads back to an earlier text
+        if call is not self._call if call is not None else not all(ids[:-1] in self._seen for ids in texts):
             self.close()
             self._call, self._start = call, input_ids.shape[1]
             self._read_prompts(texts)
@@ -109,7 +110,6 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         moved = apply_guidance(scores[[first[b.key] for b in beams]].float(), beams, self.guidance)
         _release(self.guidance.value, self._seen)
         self._seen.update(now)
-        self._read.update(map(hash, now))
         place = {b.key: i for i, b in enumerate(beams)}
         return moved[[place[b.key] for b in rows]].to(scores.dtype)
 
@@ -279,19 +279,28 @@ class _FiniteLM(CachedLM):
         return out
 
 
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+
+
 def _calls_of_generate() -> Iterator[dict[str, Any]]:
-    """The local variables of the calls of ``generate`` that called this, the innermost first (an assistant model has one of its own)."""
+    """The local variables of the calls of transformers' ``generate`` that called this, the innermost first."""
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code.co_name == "generate" and "custom_generate" in frame.f_locals:
+        if frame.f_code is _GENERATE:
             yield frame.f_locals
         frame = frame.f_back
 
 
-def _call_of_generate() -> object:
-    """What tells one call of ``generate`` from another: its own configuration, an object that it has made. None: it was called by hand."""
-    *_, outermost = (None, *_calls_of_generate())
-    return None if outermost is None else outermost.get("generation_config")
+def _call_of_generate() -> tuple[object, bool]:
+    """(what tells one call of ``generate`` from another, is it an assistant with a tokenizer of its own that drafts?).
+
+    The first is the configuration that the call has made for itself; None: it was called by hand. An assistant drafts in a call of its own.
+    """
+    calls = [found for found in _calls_of_generate() if "generation_mode" in found]  # one that runs code of the hub has made none
+    own = next((found for found in calls if not found["generation_config"].is_assistant), None)
+    if own is None:
+        return None, False
+    return own["generation_config"], own is not calls[0] and "assistant_tokenizer" in own["generation_mode_kwargs"]
 
 
 @contextmanager

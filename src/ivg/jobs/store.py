@@ -7,10 +7,11 @@ settings or models is refused, each difference named; rows that answer another p
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -106,7 +107,7 @@ class ResumableRows:
         key, prompt = id_key(row["id"]), prompt_key(row["prompt"], row)
         self._done[key, row["index"]] = prompt
         repeat = row.get("repeat", 0)  # rows of version 0.2.0 have none
-        self.repeats.setdefault(prompt, {})[key] = repeat if isinstance(repeat, int) else 0
+        self.repeats.setdefault(prompt, {})[key] = repeat if type(repeat) is int and repeat >= 0 else 0
 
     def supersede(self, jobs: Iterable[Job], on_superseded: Callable[[str], None]) -> None:
         """Move rows that answer another prompt than the job of their id to a file beside this one."""
@@ -178,14 +179,25 @@ class ResumableRows:
 
 def _is_cut(line: bytes) -> bool:
     """Is it the beginning of a row, as a killed run leaves it? Nothing else may be removed: the file may be somebody's notes."""
-    first = b'{"id": '
-    if line.endswith(b"\n") or not (line.startswith(first) or first.startswith(line)):
+    if line.endswith(b"\n"):
         return False
     try:
-        parse_row(line)
-    except RowError:
+        text = line.decode()
+    except UnicodeDecodeError as e:
+        if e.end < len(line):
+            return False  # another encoding; a cut is at the end
+        text = line[: e.start].decode()
+    decoder, first, second = json.JSONDecoder(), '{"id": ', ', "prompt": '
+    if not text.startswith(first):
+        return first.startswith(text)
+    with suppress(ValueError):
+        decoder.decode(text)  # whole, though ivg writes no such rows
+        return False
+    try:
+        _, end = decoder.raw_decode(text, len(first))
+    except ValueError:
         return True
-    return False
+    return text.startswith(second, end) or second.startswith(text[end:])
 
 
 class StreamRows:

@@ -55,7 +55,8 @@ class AddedTokens:
     def add_to_eos(self, logits: Tensor, delta: Tensor) -> None:
         """Add to ``eos_ids`` what the guide adds to its own end-of-sequence token, ``delta`` [rows, 1], weighted."""
         for i in self.eos_ids:
-            logits[:, i : i + 1] += delta.to(logits.device)
+            own = logits[:, i : i + 1]
+            own += delta.to(logits.device).masked_fill(own == -torch.inf, 0.0)  # what is forbidden stays so, whatever the guide says
 
     def restore(self, logits: Tensor, masked: tuple[Tensor, Tensor] | None) -> None:
         """Give the other tokens the probability back that they had before the guide's deltas were added."""
@@ -69,10 +70,14 @@ class AddedTokens:
         logits[:, self.first :] = own
 
 
-def add_known(logits: Tensor, deltas: Tensor, beta: float, width: int, added: AddedTokens | None) -> Tensor:
-    """``logits`` + beta * ``deltas`` [rows, vocabulary] in the first ``width`` columns, and the rule for ``added``; written over."""
+def add_known(logits: Tensor, deltas: Tensor, beta: float, width: int, added: AddedTokens | None, *, candidates: bool = False) -> Tensor:
+    """``logits`` + beta * ``deltas`` [rows, vocabulary] in the first ``width`` columns, and the rule for ``added``; written over.
+
+    ``candidates``: tokens that are minus infinity are no candidates, and their deltas need not be numbers.
+    """
     masked = None if added is None else added.mask(logits)
-    logits[:, :width].add_(deltas[:, :width].to(logits.device), alpha=beta)
+    known, moved = logits[:, :width], deltas[:, :width].to(logits.device)
+    known.add_(moved.masked_fill(known == -torch.inf, 0.0) if candidates else moved, alpha=beta)
     if added is not None:
         added.add_to_eos(logits, beta * deltas[:, added.guide_eos_id : added.guide_eos_id + 1])
         added.restore(logits, masked)

@@ -151,6 +151,8 @@ class GenerationMixin(ABC):
                     except Exception as error:  # the end, or a prompt that cannot be read
                         stopped = error
                     else:
+                        if taken == 0:
+                            warn_of_unused(method, settings)
                         done[taken] = {}
                         taken += 1
                 for step in searcher.step():
@@ -274,14 +276,15 @@ class GenerationMixin(ABC):
         """(n requests for each prompt, is it one prompt alone)."""
         items, single = read_prompts(prompts)
         repeated = _repeated(_drawn(n, settings), settings)
-        return [request for item in items for request in self._samples(item, method, repeated, settings)], single
+        requests = [request for item in items for request in self._samples(item, method, repeated, settings)]
+        warn_of_unused(method, settings)
+        return requests, single
 
     def _samples(self, prompt: PromptLike, method: str | Method, repeated: RepeatedPrompts, settings: dict[str, Any]) -> list[Request]:
         rest = {name: value for name, value in settings.items() if name not in ("index", "best_of")}
         if settings.get("best_of") is not None and rest.get("alternatives") is None:
             rest["alternatives"] = 0  # it selects by log-probabilities
         request = self.request(prompt, method, index=repeated.first, **rest)
-        warn_of_unused(method, rest)
         return [replace(request, index=i) for i in repeated.indices(request.prompt)]
 
     def _streamed(self, prompt: PromptLike, method: str | Method, settings: dict[str, Any]) -> Request:

@@ -129,9 +129,10 @@ def apply_deltas(logits: Tensor, deltas: Tensor, guidance: TokenGuidance, vocabu
         return logits.index_copy_(0, rows, guided)
     implausible = implausible_tokens(logits, guidance)
     base = logits.log_softmax(-1) if guidance.normalise else logits
-    if guidance.candidates or not guidance.value.full_vocabulary():
+    candidates = guidance.candidates > 0 or not guidance.value.full_vocabulary()
+    if candidates:
         base = _candidates_only(base, base.topk(_candidate_count(base, guidance)))
-    return forbid(add_deltas(base, deltas, guidance, vocabulary), implausible)
+    return forbid(add_deltas(base, deltas, guidance, vocabulary, candidates=candidates), implausible)
 
 
 def implausible_tokens(base: Tensor, guidance: TokenGuidance) -> Tensor | None:
@@ -146,14 +147,15 @@ def forbid(logits: Tensor, tokens: Tensor | None) -> Tensor:
     return logits if tokens is None else logits.masked_fill_(tokens & ~logits.isnan(), -math.inf)
 
 
-def add_deltas(base: Tensor, deltas: Tensor, guidance: TokenGuidance, vocabulary: Vocabulary) -> Tensor:
+def add_deltas(base: Tensor, deltas: Tensor, guidance: TokenGuidance, vocabulary: Vocabulary, *, candidates: bool = False) -> Tensor:
     """``base``, which is written over and has this ``vocabulary``, + beta * ``deltas`` [rows, vocabulary].
 
-    Tokens that only the base has: :mod:`ivg.models.added_tokens`.
+    Tokens that only the base has, and ``candidates``: :mod:`ivg.models.added_tokens`.
     """
     guide = smallest_vocabulary(guidance.value)
     width = min(base.shape[1], deltas.shape[1], guide.size)
-    return add_known(base, deltas, guidance.beta, width, added_tokens(vocabulary, guide, width, base.shape[1]))
+    known = added_tokens(vocabulary, guide, width, base.shape[1])
+    return add_known(base, deltas, guidance.beta, width, known, candidates=candidates)
 
 
 def smallest_vocabulary(value: Value) -> Vocabulary:
@@ -202,7 +204,7 @@ def _guided_rows(
         return add_deltas(base, value.deltas(hypotheses), guidance, vocabulary)
     top = base.topk(_candidate_count(base, guidance))
     if reads_ahead(guidance, vocabulary):  # from one pass over the prefixes
-        return add_deltas(_candidates_only(base, top), value.deltas(hypotheses), guidance, vocabulary)
+        return add_deltas(_candidates_only(base, top), value.deltas(hypotheses), guidance, vocabulary, candidates=True)
     value.inherit_cache(hypotheses)  # all at once: the last child takes its parent's cache over
     found = score_each_candidate(value, hypotheses, _candidates(hypotheses, top.indices))
     numbers = require_scores(found) if faults is None else [math.nan if isinstance(s, ScoreFault) else s for s in found]
