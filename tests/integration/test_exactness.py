@@ -102,7 +102,7 @@ def test_strategy_equals_naive(bench, name):
 
 
 @pytest.mark.parametrize("settings", FREE.values(), ids=FREE.keys())
-@pytest.mark.parametrize("length,limit", [(3, 9), (20, 30)], ids=["short chunks", "chunks longer than a round"])
+@pytest.mark.parametrize("length,limit", [(3, 9), (18, 22)], ids=["short chunks", "chunks longer than a round"])
 def test_free_combinations_equal_naive(llama, settings, length, limit):
     s = get_method("custom", width=2, successors=2, chunk_length=length, **settings)
     sampling = SamplingParams(temperature=1.0, max_new_tokens=limit)
@@ -178,7 +178,7 @@ NEIGHBOURS = {
 @pytest.mark.parametrize("settings", NEIGHBOURS.values(), ids=NEIGHBOURS.keys())
 def test_neighbours_equal_naive(llama, settings):
     s = get_method("custom", **settings)
-    for seed, limit in ((1, 9), (2, 40)):
+    for seed, limit in ((1, 9), (2, 28)):
         (got,) = llama.generate(PROMPTS[:1], s, SamplingParams(max_new_tokens=limit), seed)
         tokens, _ = llama.reference(PROMPTS[0], s, SamplingParams(max_new_tokens=limit), seed)
         assert list(got.token_ids) == tokens
