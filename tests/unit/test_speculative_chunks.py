@@ -135,7 +135,7 @@ def test_gsi_by_enumeration(count, scale, threshold, tilt):
     assert tilted("b", 0.5) == pytest.approx(0.9 + 0.5 * math.log(0.5))
     engine = FakeEngine("ab", lambda t: BASE, lambda t: DRAFT)
     search = speculative(WORTH.__getitem__, successors=count, chunk_length=1, soft_scale=scale, accept_threshold=threshold, tilt=tilt)
-    runs = 4000
+    runs = 2000
     texts = Counter(c.text for c in run(engine, search, runs, max_new_tokens=1))
     expected = gsi(count, scale, threshold, tilt=tilt)
     assert sum(expected.values()) == pytest.approx(1)
@@ -146,7 +146,7 @@ def test_many_tilted_drafts_are_draws_from_the_target():
     """All drafts kept: the letters of two chunks of two follow pi_base * exp(r / scale), whatever the draft model; untilted ones do not."""
     worth = {"".join(x): 0.3 * i for i, x in enumerate(itertools.product("ab", repeat=2))}
     base, draft = (lambda t: [1, 3, 0] if t.endswith("a") else [2, 1, 0]), lambda t: [1, 1, 0]
-    engine, runs = FakeEngine("ab", base, draft), 1500
+    engine, runs = FakeEngine("ab", base, draft), 600
     mass = {t: base("")["ab".index(t[0])] / 3 * base(t[0])["ab".index(t[1])] / sum(base(t[0])) * math.exp(worth[t] / 0.5) for t in worth}
     expected = {t: m / sum(mass.values()) for t, m in mass.items()}
 
