@@ -40,11 +40,6 @@ def run(code, arguments=ARGUMENTS["generate"]):
     return done.stdout
 
 
-@pytest.mark.parametrize("verb", ARGUMENTS)
-def test_heavy_modules_are_not_imported(verb):
-    assert run(f"print('found', [name for name in {HEAVY} if name in sys.modules])", ARGUMENTS[verb]).endswith("found []\n")
-
-
 COMPILE = """
 import torch
 double = torch.compile(lambda x: x * 2, backend="eager", fullgraph=True)
@@ -65,11 +60,6 @@ except torch._dynamo.exc.Unsupported as e:
 """
 
 
-def test_torch_compile_works_later():
-    """Functions that transformers marked before stay marked."""
-    assert run(COMPILE).endswith("left out of the graph: True\n")
-
-
 SUBMODULE = """
 import torch._dynamo.config
 from torch._dynamo.utils import counters
@@ -83,8 +73,25 @@ print(inspect.getmodule(optimize).__name__)
 """
 
 
-def test_submodules_are_imported_once():
-    assert run(SUBMODULE).endswith("torch._dynamo.eval_frame\n")
+TENSOR = """
+import torch.distributed
+assert "torch.distributed.tensor" not in sys.modules
+print(torch.distributed.tensor.DTensor.__name__)
+"""
+
+LATER = {
+    "torch.compile, with functions that transformers marked before": (COMPILE, "left out of the graph: True"),
+    "submodules, imported once": (SUBMODULE, "torch._dynamo.eval_frame"),
+    "what others take for imported": (TENSOR, "DTensor"),
+}
+
+
+@pytest.mark.parametrize(("verb", "later"), zip(ARGUMENTS, LATER, strict=True))
+def test_heavy_modules_are_not_imported_and_are_whole_later(verb, later):
+    """A process for each verb, in which one of them is asked for afterwards: what one imports, another would find."""
+    code, printed = LATER[later]
+    found = run(f"print('found', [name for name in {HEAVY} if name in sys.modules])\n{code}", ARGUMENTS[verb])
+    assert "found []\n" in found and found.endswith(f"{printed}\n")
 
 
 LIBRARY = """
@@ -103,17 +110,6 @@ def test_other_processes_are_left_alone():
     """Where the command line runs inside another program, that program's transformers is whole."""
     done = subprocess.run([sys.executable, "-c", LIBRARY], capture_output=True, text=True)
     assert done.stdout == "True True True\n", done.stderr
-
-
-TENSOR = """
-import torch.distributed
-assert "torch.distributed.tensor" not in sys.modules
-print(torch.distributed.tensor.DTensor.__name__)
-"""
-
-
-def test_what_others_take_for_imported_is_there_on_asking():
-    assert run(TENSOR).endswith("DTensor\n")
 
 
 OTHER_VERSION = """
