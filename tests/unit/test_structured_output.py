@@ -71,7 +71,7 @@ TEXTS = ["b", "ab", "an", "anb", "tb", "atb", "antb", "thb", "anthb", "qanth"]
 )
 def test_the_distribution_is_the_method_s_over_the_texts_of_the_grammar(model, method, settings, beta):
     settings = {"temperature": 1.0, **settings}
-    answers = model.generate(PROMPT, method, n=400, choice=TEXTS, seed=4, **settings)
+    answers = model.generate(PROMPT, method, n=800, choice=TEXTS, seed=4, **settings)
     expected = enumerated(model, TEXTS, mixed(model, beta), settings["temperature"])
     assert sum(expected.values()) == pytest.approx(1)
     counts = close(answers, expected)
@@ -137,7 +137,7 @@ BEAMS = {
 def test_every_answer_parses(model, method, settings):
     jsonschema = pytest.importorskip("jsonschema")
     names = {"explicit": model.values["explicit"], "implicit": model.values["implicit"]}
-    count = 200 if method == "base" else 8
+    count = 1000 if method == "base" else 8
     done = GuidedModel(model.base, names, model.sampling).generate(
         PROMPT, method, n=count, json_schema=SCHEMA, max_new_tokens=90, temperature=1.0, seed=7, **settings
     )
