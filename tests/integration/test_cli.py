@@ -74,7 +74,7 @@ def test_an_instruction_chooses_the_method(ivg, hub):
     assert model.generate("The movie was", "contrast", **settings).text.strip() in out
     code, out, err = ivg("generate", "The movie was", *base, "--method", "base", "--contrast", "Be kind.")
     assert code == 0
-    assert "note: contrast=Be kind. ignored: the method base does not use the value contrast (--method contrast does)" in err
+    assert "note: contrast=Be kind. ignored: the method base does not use the value contrast (method=contrast does)" in err
 
 
 def test_file_to_file(ivg, models, tmp_path):
