@@ -26,6 +26,7 @@ from ivg.factory.recipe import load_models
 from ivg.integrations.flat_settings import REQUEST_SETTINGS, recipe_from
 from ivg.integrations.generate_args import NEUTRAL_VALUES, is_neutral
 from ivg.model import GuidedModel
+from ivg.models.cached_lm import CachedLM
 from ivg.search.given import NEUTRAL, given_logprobs, require_same_tokens
 from ivg.search.request import Request
 from ivg.types import Prompt
@@ -111,20 +112,14 @@ class IVGModel(TemplateLM):
         self.method, self.max_gen_toks = chosen, max_gen_toks
         guidance = self.given.search.guidance
         self.value = None if guidance is None else guidance.value
-        self.max_length = max_length or self._limit(last_unread=True)
+        engine, selecting = self.model.engine, self.given.search.value
+        guides = [] if self.value is None else self.value.cached_lms()
+        selectors = [] if selecting is None else selecting.cached_lms()
+        last = [(self.base, engine.reads_last_token(None)), *((lm, engine.reads_last_token(guidance)) for lm in guides)]
+        self.max_length = max_length or _shortest((lm, int(read)) for lm, read in last)
         """Tokens that are read before the last one of a given text."""
-        self.context = max_length or self._limit(last_unread=False)
+        self.context = max_length or _shortest((lm, 0) for lm in (self.base, *guides, *selectors))
         """Tokens of a prompt and its answer."""
-
-    def _limit(self, *, last_unread: bool) -> int:
-        """What all models can read: of a prompt and its answer, or with ``last_unread`` of a given text before its last token."""
-        search, engine = self.given.search, self.model.engine
-        found = [(self.base.max_positions, engine.leaves_last_unread(None))]
-        for value in (search.guidance.value if search.guidance else None, None if last_unread else search.value):
-            unread = value is self.value and engine.leaves_last_unread(search.guidance)
-            found += [(lm.max_positions, unread) for lm in (value.cached_lms() if value is not None else ())]
-        limits = [limit - (last_unread and not unread) for limit, unread in found if limit is not None]
-        return min(limits, default=UNLIMITED)
 
     # What lm-eval asks of a tokenizer
 
@@ -312,6 +307,11 @@ def _settings_of_task(given: dict[str, Any], task: str | None) -> dict[str, Any]
                 f"  {advice}remove it from the task, or leave the task out"
             )
     return out
+
+
+def _shortest(models: Iterable[tuple[CachedLM, int]]) -> int:
+    """The shortest context of ``models``, each less so many tokens."""
+    return min((lm.max_positions - less for lm, less in models if lm.max_positions is not None), default=UNLIMITED)
 
 
 def _texts(value: str | Iterable[str] | None) -> list[str]:

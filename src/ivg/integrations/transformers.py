@@ -81,6 +81,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
 
     def close(self) -> None:
         """Free the guide's cache of the last call."""
+        self._call = None
         _release(self.guidance.value, self._seen)
         self._prompts.clear()
 
@@ -91,8 +92,8 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             PromptError: a prompt that the guide cannot read, or a text that exceeds its context.
         """
         texts = [tuple(ids) for ids in input_ids.tolist()]
-        call, drafts_elsewhere = _call_of_generate()
-        if drafts_elsewhere:
+        call, other_tokenizer = _call_of_generate()
+        if other_tokenizer:
             return scores  # the tokens are the assistant's; the base's, that answer, are guided
         # in one call of generate a draft that is refused leads back to an earlier text
         if call is not self._call if call is not None else not all(ids[:-1] in self._seen for ids in texts):

@@ -60,13 +60,5 @@ class Failures:
         """Report how many were only counted."""
         more = len(self._reported) - MAX_REPORTED
         if more > 0:
-            self.report(
-                f"{more} more rows failed"
-                + (
-                    "; --failed FILE takes them all"
-                    if self.path is None
-                    else f"; all are in {self.path}"
-                    if self._before_open is None
-                    else ""
-                )
-            )
+            written = f"; all are in {self.path}" if self._before_open is None else ""
+            self.report(f"{more} more rows failed" + ("; --failed FILE takes them all" if self.path is None else written))

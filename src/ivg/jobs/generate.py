@@ -147,7 +147,7 @@ def _answer(result: Result[Job]) -> Completion | str:
     return completion
 
 
-def answer_row(job: Job, index: int, completion: Completion, provenance: Mapping[str, Any], repeat: int = 0) -> dict[str, Any]:
+def answer_row(job: Job, index: int, completion: Completion, provenance: Mapping[str, Any], repeat: int) -> dict[str, Any]:
     """A row of the output (docs/reference/data.md): the answer, its provenance, and the further columns of the input."""
     row = {"id": job.id, "prompt": job.prompt, "index": index, "repeat": repeat, **completion.to_dict(), **provenance}
     return row | job.extra_columns(row)

@@ -75,7 +75,7 @@ class ResumableRows:
     """A JSONL file of answers, each with the id of its job and the number of the sample.
 
     Args:
-        path: the file; half a row at its end, left by a killed run, is removed once all others are known to be of this run.
+        path: the file; half a row at its end, left by a killed run, is removed, and a whole one gets its line break.
         provenance: what the answers of this run depend on.
 
     Raises:
@@ -88,10 +88,15 @@ class ResumableRows:
         self._done: dict[tuple[str, int], str] = {}
         self.repeats: dict[str, dict[str, int]] = {}
         append_lines(path, "")  # fails now rather than after hours
-        for number, row in self._rows():
+        for number, line in enumerate(self._lines(), 1):
+            if _is_cut(line):  # the last one; all others are of this run
+                truncate_lines(path)
+                break
+            row = self._parse(number, line)
             self._check(number, row, provenance)
             self._note(row)
-        self._end_last_line()
+            if not line.endswith(b"\n"):
+                append_lines(path, "\n")
 
     def done(self, job: Job, index: int) -> bool:
         """Is this sample of the job there already?"""
@@ -131,25 +136,14 @@ class ResumableRows:
         with self.path.open("rb") as file:
             yield from (line for line in file if line.strip())
 
-    def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, line in enumerate(self._lines(), 1):
-            try:
-                row = parse_row(line)
-            except RowError as e:
-                if _is_cut(line):
-                    return
-                raise self._foreign_row(number, str(e)) from None
-            if not {"id", "index", "prompt", "method"} <= set(row) or not isinstance(row["index"], int):
-                raise self._foreign_row(number, f"got the columns {', '.join(row)[:80]}")
-            yield number, row
-
-    def _end_last_line(self) -> None:
-        """Remove half a row at the end; a whole one without a line break gets it back."""
-        *_, last = (b"\n", *self._lines())
-        if _is_cut(last):
-            truncate_lines(self.path)
-        elif not last.endswith(b"\n"):
-            append_lines(self.path, "\n")
+    def _parse(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            row = parse_row(line)
+        except RowError as e:
+            raise self._foreign_row(number, str(e)) from None
+        if not {"id", "index", "prompt", "method"} <= set(row) or not isinstance(row["index"], int):
+            raise self._foreign_row(number, f"got the columns {', '.join(row)[:80]}")
+        return row
 
     def _foreign_row(self, number: int, why: str) -> ConfigError:
         return ConfigError(f"{self.path} holds rows that ivg did not write (row {number}: {why})\n  use another --output")

@@ -76,13 +76,13 @@ def _engine_request(engine: Engine, request: Request, tokens: tuple[int, ...], c
 
 def _open(engine: Engine, request: Request, tokens: tuple[int, ...]) -> Beam:
     """The prompt, to which every model can read the response."""
-    if engine.leaves_last_unread(None):
-        root: Beam = engine.base.root(request.prompt, len(tokens) - 1)
-    else:
+    if engine.reads_last_token(None):
         root = engine.open(request.prompt, replace(request.sampling, max_new_tokens=len(tokens)))
+    else:
+        root = engine.base.root(request.prompt, len(tokens) - 1)
     guidance = request.search.guidance
     if guidance is not None:
-        guidance.value.check(root.prompt, len(tokens) - engine.leaves_last_unread(guidance))
+        guidance.value.check(root.prompt, len(tokens) - (not engine.reads_last_token(guidance)))
     return root
 
 

@@ -180,13 +180,13 @@ class Engine(ABC):
             f"the engine {self.name} gives no log-probabilities of given texts\n  use the transformers engine (leave --engine out)"
         )
 
-    def leaves_last_unread(self, guidance: TokenGuidance | None) -> bool:
-        """Does :meth:`logprobs` not read the last of the given tokens, which may then stand behind the context? Default: it does.
+    def reads_last_token(self, guidance: TokenGuidance | None) -> bool:
+        """Does :meth:`logprobs` read the last of the given tokens, too? If not, it may stand behind the context. Default: it does.
 
         Args:
             guidance: by whose value it is read; None: by the base.
         """
-        return False
+        return True
 
     def check(self, guidance: TokenGuidance | None) -> None:
         """Raise where token guidance does not fit the base. Default: there can be none.

@@ -152,9 +152,9 @@ class TransformersEngine(Engine):
         """Log-probabilities of given tokens (see :func:`~ivg.engines.transformers.teacher_forcing.given_logprobs`)."""
         return given_logprobs(self.base, requests)
 
-    def leaves_last_unread(self, guidance: TokenGuidance | None) -> bool:
-        """Yes, but for values that score candidates, each behind the tokens before it."""
-        return guidance is None or reads_ahead(guidance, self.vocabulary)
+    def reads_last_token(self, guidance: TokenGuidance | None) -> bool:
+        """No, but for values that score candidates, each behind the tokens before it."""
+        return guidance is not None and not reads_ahead(guidance, self.vocabulary)
 
     def extend(self, requests: Sequence[ExpandRequest]) -> list[list[Beam]]:
         """The children of every request's beam, each ``tokens`` longer, or finished, or paused.

@@ -129,10 +129,7 @@ def apply_deltas(logits: Tensor, deltas: Tensor, guidance: TokenGuidance, vocabu
         return logits.index_copy_(0, rows, guided)
     implausible = implausible_tokens(logits, guidance)
     base = logits.log_softmax(-1) if guidance.normalise else logits
-    candidates = guidance.candidates > 0 or not guidance.value.full_vocabulary()
-    if candidates:
-        base = _candidates_only(base, base.topk(_candidate_count(base, guidance)))
-    return forbid(add_deltas(base, deltas, guidance, vocabulary, candidates=candidates), implausible)
+    return forbid(add_deltas(base, deltas, guidance, vocabulary), implausible)
 
 
 def implausible_tokens(base: Tensor, guidance: TokenGuidance) -> Tensor | None:
@@ -147,11 +144,14 @@ def forbid(logits: Tensor, tokens: Tensor | None) -> Tensor:
     return logits if tokens is None else logits.masked_fill_(tokens & ~logits.isnan(), -math.inf)
 
 
-def add_deltas(base: Tensor, deltas: Tensor, guidance: TokenGuidance, vocabulary: Vocabulary, *, candidates: bool = False) -> Tensor:
-    """``base``, which is written over and has this ``vocabulary``, + beta * ``deltas`` [rows, vocabulary].
+def add_deltas(base: Tensor, deltas: Tensor, guidance: TokenGuidance, vocabulary: Vocabulary) -> Tensor:
+    """``base``, which may be written over and has this ``vocabulary``, + beta * ``deltas`` [rows, vocabulary]; of candidates alone.
 
-    Tokens that only the base has, and ``candidates``: :mod:`ivg.models.added_tokens`.
+    Tokens that only the base has: :mod:`ivg.models.added_tokens`.
     """
+    candidates = guidance.candidates > 0 or not guidance.value.full_vocabulary()
+    if candidates:
+        base = _candidates_only(base, _candidates_of(base, guidance))
     guide = smallest_vocabulary(guidance.value)
     width = min(base.shape[1], deltas.shape[1], guide.size)
     known = added_tokens(vocabulary, guide, width, base.shape[1])
@@ -200,13 +200,11 @@ def _guided_rows(
     """As :func:`apply_guidance`, every row, all tokens."""
     value, vocabulary = guidance.value, hypotheses[0].vocabulary
     base = logits.log_softmax(-1) if guidance.normalise else logits
-    if guidance.candidates == 0 and value.full_vocabulary():
+    if reads_ahead(guidance, vocabulary):  # one pass over the prefixes
         return add_deltas(base, value.deltas(hypotheses), guidance, vocabulary)
-    top = base.topk(_candidate_count(base, guidance))
-    if reads_ahead(guidance, vocabulary):  # from one pass over the prefixes
-        return add_deltas(_candidates_only(base, top), value.deltas(hypotheses), guidance, vocabulary, candidates=True)
+    top = _candidates_of(base, guidance)
     value.inherit_cache(hypotheses)  # all at once: the last child takes its parent's cache over
-    found = score_each_candidate(value, hypotheses, _candidates(hypotheses, top.indices))
+    found = score_each_candidate(value, hypotheses, _with_candidates(hypotheses, top.indices))
     numbers = require_scores(found) if faults is None else [math.nan if isinstance(s, ScoreFault) else s for s in found]
     if faults is not None:
         faults.update({hypotheses[i // top.indices.shape[1]].key: s for i, s in enumerate(found) if isinstance(s, ScoreFault)})
@@ -214,8 +212,9 @@ def _guided_rows(
     return _candidates_only(base, top, guidance.beta * _transformed(scores, guidance))
 
 
-def _candidate_count(base: Tensor, guidance: TokenGuidance) -> int:
-    return min(guidance.candidates or DEFAULT_CANDIDATES, base.shape[1])
+def _candidates_of(base: Tensor, guidance: TokenGuidance) -> torch.return_types.topk:
+    """The likeliest tokens of ``base`` [rows, vocabulary]: logits and ids, [rows, candidates]."""
+    return base.topk(min(guidance.candidates or DEFAULT_CANDIDATES, base.shape[1]))
 
 
 def _candidates_only(base: Tensor, top: torch.return_types.topk, shift: Tensor | float = 0.0) -> Tensor:
@@ -230,7 +229,7 @@ def _shares_tokens(value: Value, vocabulary: Vocabulary) -> bool:
     return value.full_vocabulary() and value.vocabulary.same_as(vocabulary)
 
 
-def _candidates(hypotheses: Sequence[Beam | TokenSequence], ids: Tensor) -> list[Beam]:
+def _with_candidates(hypotheses: Sequence[Beam | TokenSequence], ids: Tensor) -> list[Beam]:
     out = []
     for h, row in zip(hypotheses, ids.tolist(), strict=True):
         for token in row:

@@ -88,7 +88,7 @@ def export_composite(
     vocabulary = _vocabulary("base", first, options)
     parts = [_part("base", first, options)]
     columns: dict[str, int] = {}
-    least: dict[str, Vocabulary] = {}
+    smallest: dict[str, Vocabulary] = {}
     for guide in guides:
         for name, path, sign in guide.parts:
             found = resolve(path, name, options)
@@ -96,9 +96,9 @@ def export_composite(
             vocabulary.require_same(own, "inside vLLM guides read the base's token ids; use the transformers engine for this pair")
             parts.append(replace(_part(name, found, options, guide.name, sign, guide.head), tokenizer_eos_id=own.eos_id))
             # padding rows have logits, too: what all tokenizers of the guide know counts, as in the transformers engine
-            least[guide.name] = min(least.get(guide.name, own), own, key=lambda known: known.size)
+            smallest[guide.name] = min(smallest.get(guide.name, own), own, key=lambda known: known.size)
             columns[guide.name] = min(columns.get(guide.name, own.size), own.size, parts[-1].vocab_size)
-    unknown_to = {name: added_tokens(vocabulary, own, columns[name], parts[0].vocab_size) for name, own in least.items()}
+    unknown_to = {name: added_tokens(vocabulary, own, columns[name], parts[0].vocab_size) for name, own in smallest.items()}
     added = {name: tokens.to_dict() for name, tokens in unknown_to.items() if tokens is not None}
     chosen = {name: 1.0 if i == 0 else 0.0 for i, name in enumerate(names)} | dict(betas or {})
     config = IVGConfig([part.to_dict() for part in parts], chosen, columns, added, architectures=["IVGForCausalLM"])
