@@ -7,7 +7,9 @@ are measured on the prompts that ``ivg train reward --pairs-per-prompt N`` holds
 the last ones. ``--reward DIR`` adds the row of such a reward.
 
 The ridge regression fits the score over log(1 + count) of the most frequent words of the training answers, all less their means over the
-answers to the same instruction; its penalty is the best one on the last fifth of the training instructions.
+answers to the same instruction; its penalty is the best one on the last fifth of the training instructions. "word shares" fits the score
+without what length explains of it (:mod:`ivg.training.length`) over log(1 + percent of the answer's words) instead, so it knows nothing of
+length: a judge to be asked beside a reward whose scores have length regressed out.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from ivg.models.chat_template import prompt_text
 from ivg.models.loading import LoadOptions
 from ivg.settings.train import PairSettings
 from ivg.training.data import ColumnMapping, RatedResponse, ReadOptions, read_rated
-from ivg.training.length import word_count
+from ivg.training.length import length_controlled, word_count
 from ivg.training.pairing import compare
 from ivg.training.ranking import Scores, ranking
 from ivg.training.split import last_share
@@ -52,21 +54,31 @@ def tokens(text: str) -> list[str]:
 
 
 class Features:
-    """log(1 + count) of the most frequent words of some answers, and log(1 + words of the answer) as the last column."""
+    """log(1 + count) of the most frequent words of some answers, and log(1 + words of the answer) as the last column.
 
-    def __init__(self, rows: Sequence[RatedResponse], words: int) -> None:
+    ``shares``: log(1 + percent) in place of counts; percent of the words and marks of an answer.
+    """
+
+    def __init__(self, rows: Sequence[RatedResponse], words: int, *, shares: bool = False) -> None:
+        self.shares = shares
         counts = Counter(word for row in rows for word in set(tokens(row.response)))
         self.columns = {word: i for i, (word, _) in enumerate(counts.most_common(words))}
 
     def __call__(self, rows: Sequence[RatedResponse]) -> np.ndarray:
         """[rows, words + 1], less the means over the answers to the same prompt."""
+        return centred(self.plain(rows), rows)
+
+    def plain(self, rows: Sequence[RatedResponse]) -> np.ndarray:
+        """[rows, words + 1]."""
         out = np.zeros((len(rows), len(self.columns) + 1), dtype=np.float32)
         for i, row in enumerate(rows):
-            for word, count in Counter(tokens(row.response)).items():
+            found = Counter(tokens(row.response))
+            unit = found.total() / 100 if self.shares else 1.0
+            for word, count in found.items():
                 if word in self.columns:
-                    out[i, self.columns[word]] = np.log1p(count)
+                    out[i, self.columns[word]] = np.log1p(count / unit)
             out[i, -1] = np.log1p(word_count(row.response))
-        return centred(out, rows)
+        return out
 
 
 def centred(table: np.ndarray, rows: Sequence[RatedResponse]) -> np.ndarray:
@@ -92,19 +104,24 @@ def keyed(rows: Sequence[RatedResponse], values: Sequence[float]) -> Scores:
     return {(row.prompt, row.response): float(value) for row, value in zip(rows, values, strict=True)}
 
 
-def ridge(train: Sequence[RatedResponse], test: Sequence[RatedResponse], words: int, length: bool) -> tuple[Scores, float]:
-    """(predictions for ``test``, penalty)."""
+def fit(train: Sequence[RatedResponse], words: int, *, length: bool, shares: bool = False) -> tuple[Features, np.ndarray, float]:
+    """(features, their weights, penalty); without ``length`` the weight of that column is 0."""
     inner = last_share([row.prompt for row in train], INNER_SHARE)
     first, last = [row for row in train if row.prompt not in inner], [row for row in train if row.prompt in inner]
     columns = slice(None) if length else slice(-1)
-    features = Features(first, words)
+    features = Features(first, words, shares=shares)
     x, y = features(first)[:, columns], features(last)[:, columns]
     found = ranking(last, {str(p): keyed(last, y @ w) for p, w in zip(PENALTIES, solutions(x, first, PENALTIES), strict=True)})
     kind = "clear_pairs" if found["clear_pairs"]["count"] else "pairs"
     best = max(PENALTIES, key=lambda p: found[kind][str(p)]["rate"])
-    features = Features(train, words)
+    features = Features(train, words, shares=shares)
     (weights,) = solutions(features(train)[:, columns], train, [best])
-    return keyed(test, features(test)[:, columns] @ weights), best
+    return features, weights if length else np.append(weights, 0.0), best
+
+
+def fit_word_shares(train: Sequence[RatedResponse], words: int) -> tuple[Features, np.ndarray, float]:
+    """:func:`fit` of scores without what length explains of them, over shares of words."""
+    return fit(length_controlled(train)[0], words, length=False, shares=True)
 
 
 def by_reward(reward: RewardModel, rows: Sequence[RatedResponse]) -> Scores:
@@ -143,8 +160,9 @@ def measure(
         rewards["reward"] = by_reward(reward, test)
         test = [row for row in test if (row.prompt, row.response) in rewards["reward"]]
     penalties = {}
-    for name, length in (("words", False), ("words and length", True)):
-        rewards[name], penalties[name] = ridge(train, test, words, length)
+    fitted = {"words": fit(train, words, length=False), "words and length": fit(train, words, length=True)}
+    for name, (features, weights, penalty) in (fitted | {"word shares": fit_word_shares(train, words)}).items():
+        rewards[name], penalties[name] = keyed(test, features(test) @ weights), penalty
     return {
         "answers": len(rows),
         "answers_of_test_instructions_left_out": len(everything) - len(rows),
@@ -159,7 +177,7 @@ def table(found: dict[str, Any]) -> str:
     """The figures as a Markdown table."""
     head = [f"{title} ({found[kind]['count']})" for kind, title in KINDS.items()]
     lines = [f"| accuracy on | {' | '.join(head)} | Spearman |", "|---|" + (len(KINDS) + 1) * "---:|"]
-    for name in ("length", "words", "words and length", "reward"):
+    for name in ("length", "words", "words and length", "word shares", "reward"):
         if name in found["pairs"]:
             cells = [f"{found[kind][name]['rate']:.3f}" if name in found[kind] else "" for kind in KINDS]
             lines.append(f"| {name} | {' | '.join(cells)} | {found['spearman_within_prompts'][name]:.3f} |")

@@ -9,11 +9,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.smollm2.words import fit_words
+from benchmarks.reward_baselines import is_test
+from benchmarks.smollm2.words import fit_judgements, fit_words
 from ivg.evaluation.sentiment import clean, opening_words
 from ivg.evaluation.summarization import Summarization
 from ivg.jobs.formats import read_rows
 from ivg.settings.eval import EvalConfig
+from ivg.training.data import RatedResponse
+from ivg.types import Prompt
 from ivg.utils.jsonl import as_lines, write_json, write_text
 
 REVIEW_WORDS = 96
@@ -97,23 +100,19 @@ def _mails(data: Path, split: str) -> Iterable[dict[str, Any]]:
 
 
 def instructions(data: Path, work: Path, scale: float) -> None:
-    """The judged answers, their instructions, and the instructions of the test (which nothing was judged on)."""
+    """The judged answers, a judge of words, their instructions, and the instructions of the test (which nothing was judged on)."""
     judged = sorted(read_rows(data / "judged.parquet"), key=lambda r: hashlib.sha256(f"x{r['instruction']}".encode()).digest())
     seen = list(dict.fromkeys(r["instruction"] for r in judged))[: _count(585, scale)]  # sorted: the file goes by data set
     if leaked := [text for text in seen if is_test(text)]:
         raise ValueError(f"{len(leaked)} instructions of the test are among the judged ones")
     kept = set(seen)
-    rows = ({"prompt": r["instruction"], "response": r["output"], "score": r["score"]} for r in judged if r["instruction"] in kept)
+    rows = [{"prompt": r["instruction"], "response": r["output"], "score": r["score"]} for r in judged if r["instruction"] in kept]
     _write(work / "alpaca-judged.jsonl", rows)
+    write_json(work / "judgement-words.json", fit_judgements([RatedResponse(Prompt(r["prompt"]), r["response"], r["score"]) for r in rows]))
     _write(work / "alpaca-prompts.jsonl", _prompts(seen))
     _write(work / "alpaca-dev.jsonl", ({"instruction": text} for text in seen[485:] or seen))  # the rewards are tested on the last fifth
     test = [r for r in read_rows(data / "reference_outputs_gpt4_1106_preview.json.gz") if is_test(r["instruction"])]
     _write(work / "alpaca-test.jsonl", test)
-
-
-def is_test(instruction: str) -> bool:
-    """Is it one of the 220 instructions that measure? (``../shared/data/README.md``)"""
-    return int(hashlib.sha256(instruction.encode()).hexdigest(), 16) % 4 == 0
 
 
 def _prompts(texts: Iterable[str]) -> Iterable[dict[str, Any]]:

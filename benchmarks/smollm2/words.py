@@ -1,6 +1,7 @@
-"""A judge of sentiment of another kind than the reward model: logistic regression on words and pairs of words.
+"""Judges of another kind than the reward models: linear in the words of a response. They score no training data and guide nothing.
 
-Trained on the half of IMDb's labelled reviews that the reward model did not see; it scores no training data and guides nothing.
+Of sentiment: logistic regression on words and pairs of words, trained on the half of IMDb's labelled reviews that the reward model did not
+see. Of answers to instructions: ridge regression on shares of words, of the judgements that the reward model is trained on.
 """
 
 import math
@@ -8,8 +9,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+
+from benchmarks.reward_baselines import fit_word_shares
+from ivg.training.data import RatedResponse
 
 FEATURES = 20_000
 STEPS = 400
@@ -44,6 +49,19 @@ def fit_words(reviews: Sequence[tuple[str, int]], words: int = 56) -> dict[str, 
         weights -= change[:-1]
         intercept -= float(change[-1])
     return {"": round(intercept, 4)} | {name: round(float(w), 4) for name, w in zip(names, weights, strict=True)}
+
+
+def fit_judgements(rows: Sequence[RatedResponse], words: int = 2000) -> dict[str, Any]:
+    """A linear judge of answers to instructions.
+
+    Returns:
+        ``weights``: of log(1 + percent of the answer's words and marks), by word; ``intercept``: makes the mean of ``rows`` 0; ``lowest``:
+        the lowest of ``rows``, for answers without a word.
+    """
+    features, weights, _ = fit_word_shares(rows, words)
+    found = features.plain(rows) @ weights
+    rounded = {word: round(float(weights[column]), 4) for word, column in features.columns.items()}
+    return {"intercept": round(-float(found.mean()), 4), "lowest": round(float(found.min() - found.mean()), 4), "weights": rounded}
 
 
 def log_odds(weights: dict[str, float], text: str) -> float:

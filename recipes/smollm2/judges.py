@@ -11,6 +11,7 @@ from collections import Counter
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 WORK = Path(os.environ.get("IVG_SMOLLM2", "build/smollm2"))
 
@@ -38,6 +39,20 @@ def retrieval(prompt: str, response: str) -> float:
     return sum((other < own) + (other == own) / 2 for other in others) / len(others)
 
 
+def word_shares(prompt: str, response: str) -> float:
+    """Instructions: what shares of words say of GPT-4's judgement, with length regressed out; 0 is the average of the judged answers.
+
+    Ridge regression (``benchmarks/smollm2/words.py``) on answers to other instructions. Without a word: the lowest score of those.
+    """
+    judge, found = _judge_of_words(), Counter(re.findall(r"\w+|[^\w\s]", response.lower()))
+    if not found:
+        return float(judge["lowest"])
+    weights, percent = judge["weights"], 100 / found.total()
+    return math.fsum(
+        [judge["intercept"], *(weights[word] * math.log1p(count * percent) for word, count in found.items() if word in weights)]
+    )
+
+
 def _tokens(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
@@ -50,6 +65,11 @@ def _f1(mine: Counter[str], other: Counter[str]) -> float:
 @cache
 def _word_weights() -> dict[str, float]:
     return json.loads((WORK / "words.json").read_text())  # type: ignore[no-any-return]
+
+
+@cache
+def _judge_of_words() -> dict[str, Any]:
+    return json.loads((WORK / "judgement-words.json").read_text())  # type: ignore[no-any-return]
 
 
 @cache

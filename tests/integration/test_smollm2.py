@@ -129,6 +129,15 @@ def test_judges_by_hand(work, monkeypatch):
     assert j.bag_of_words("great", " film") == pytest.approx(
         weights[""] + weights["great"] + weights["film"] + weights.get("great film", 0.0)
     )
+    judge = json.loads((work / "judgement-words.json").read_text())
+    good, film = sorted(judge["weights"])[:2]
+    shares = judge["weights"][good] * math.log1p(75) + judge["weights"][film] * math.log1p(25)
+    assert j.word_shares("a question", f"{good} {good} {film} {good.upper()}") == pytest.approx(judge["intercept"] + shares)
+    assert j.word_shares("a question", " ") == judge["lowest"]
+    rows = list(read_jsonl(work / "alpaca-judged.jsonl"))
+    scores = [j.word_shares(r["prompt"], r["response"]) for r in rows]
+    assert sum(scores) / len(scores) == pytest.approx(0, abs=0.01)
+    assert min(scores) == pytest.approx(judge["lowest"], abs=0.01)
     mail = next(read_jsonl(work / "aeslc-test.jsonl"))
     own = mail["response"]
     assert j.agreement(mail["prompt"], own) == 1

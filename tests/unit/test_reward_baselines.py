@@ -69,6 +69,22 @@ def test_ridge_regression_by_its_normal_equations():
     assert weights == pytest.approx(np.linalg.lstsq(stacked, np.append(scores, [0, 0, 0]), rcond=None)[0], abs=1e-4)
 
 
+def test_word_shares_know_nothing_of_length(tmp_path):
+    found = baselines.measure(write(tmp_path, answers(lambda text: float(len(text.split())) + 2.0 * ("good" in text))), 0.2, words=50)
+    assert found["pairs"]["length"]["rate"] > 0.9
+    rows = [RatedResponse(Prompt("p"), text, 0.0) for text in ("good so", "good good so so", "so", "")]
+    shares = baselines.Features(rows, 2, shares=True)
+    plain = shares.plain(rows)
+    assert plain[:2, :2] == pytest.approx(np.log1p(np.full((2, 2), 50.0)))
+    assert plain[2, shares.columns["so"]] == pytest.approx(np.log1p(100.0))
+    assert not plain[3].any()
+    judged = [RatedResponse(Prompt(r["instruction"]), r["output"], r["score"]) for r in answers(lambda text: float(len(text.split())))]
+    features, weights, _ = baselines.fit_word_shares(judged, 2)
+    slope = weights[features.columns["good"]] * np.log1p(50.0)  # a score that is length alone has nothing left to explain
+    features, weights, _ = baselines.fit(judged, 2, length=True)
+    assert abs(slope) < 0.1 * weights[-1]
+
+
 def test_a_trained_reward_gets_a_row(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     body = testing.tiny_model().config
