@@ -111,6 +111,12 @@ def test_products_are_counted_where_a_network_multiplies():
     network(torch.ones(1, 3))
     assert found == {Product(8, 3, 5): 1, Product(8, 5, 7): 1, Product(1, 3, 5): 1, Product(1, 5, 7): 1}
     assert sum(p.flops * n for p, n in found.items()) == 2 * 9 * (3 * 5 + 5 * 7)
+    inner, outer = torch.nn.Linear(3, 5), torch.nn.Linear(3, 5)
+    outer.forward = lambda x: torch.cat([x[:1] @ outer.weight.T, inner(x[1:])])  # as one that does the rows of two networks
+    with count_products([inner, outer]) as shared:
+        outer(torch.ones(4, 3))
+        inner(torch.ones(2, 3))
+    assert shared == {Product(4, 3, 5): 1, Product(2, 3, 5): 1}
     cpu = torch.device("cpu")
     assert seconds({}, torch.float32, cpu) == 0 < seconds(found, torch.bfloat16, cpu)
 

@@ -47,16 +47,26 @@ class Product(NamedTuple):
 
 @contextmanager
 def count_products(networks: Iterable[nn.Module]) -> Iterator[Counter[Product]]:
-    """Count the products of all linear layers of ``networks`` while the context is open."""
+    """Count the products of all linear layers of ``networks`` while the context is open.
+
+    A layer that does the rows of several networks (:mod:`ivg.models.stacked`) calls those of the others: the outer one alone counts.
+    """
     from transformers.pytorch_utils import Conv1D
 
     found: Counter[Product] = Counter()
+    running: list[Any] = []
 
-    def count(layer: Any, given: tuple[Any, ...], out: Tensor) -> None:
-        found[Product(out.numel() // out.shape[-1], given[0].shape[-1], out.shape[-1])] += 1
+    def begin(layer: Any, given: tuple[Any, ...]) -> None:
+        running.append(layer)
+
+    def count(layer: Any, given: tuple[Any, ...], out: Tensor | None) -> None:
+        running.pop()
+        if not running and out is not None:  # None: it raised an error
+            found[Product(out.numel() // out.shape[-1], given[0].shape[-1], out.shape[-1])] += 1
 
     layers = {id(m): m for network in networks for m in network.modules() if isinstance(m, nn.Linear | PackedLinear | Conv1D)}
-    handles = [layer.register_forward_hook(count) for layer in layers.values()]
+    handles = [layer.register_forward_pre_hook(begin) for layer in layers.values()]
+    handles += [layer.register_forward_hook(count, always_call=True) for layer in layers.values()]
     try:
         yield found
     finally:
