@@ -8,8 +8,8 @@ the last ones. ``--reward DIR`` adds the row of such a reward.
 
 The ridge regression fits the score over log(1 + count) of the most frequent words of the training answers, all less their means over the
 answers to the same instruction; its penalty is the best one on the last fifth of the training instructions. "word shares" fits the score
-without what length explains of it (:mod:`ivg.training.length`) over log(1 + percent of the answer's words) instead, so it knows nothing of
-length: a judge to be asked beside a reward whose scores have length regressed out.
+without what length explains of it (:mod:`ivg.training.length`) over log(1 + percent of the answer's words) instead: a judge
+that hardly follows length, to be asked beside a reward whose scores have length regressed out.
 """
 
 import argparse

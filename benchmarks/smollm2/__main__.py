@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="steps at the same time")
     parser.add_argument("--steps", nargs="+", help="only these; a step's name is printed when it begins")
     args = parser.parse_args()
-    if not (args.work / "alpaca-test.jsonl").exists():
+    if not all((args.work / name).exists() for name in ("judgement-words.json", "alpaca-test.jsonl")):
         if args.data is None:
             parser.error("the rows are not made yet: give --data FOLDER")
         prepare(args.data, args.work, args.scale)

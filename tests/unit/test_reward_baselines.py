@@ -69,7 +69,7 @@ def test_ridge_regression_by_its_normal_equations():
     assert weights == pytest.approx(np.linalg.lstsq(stacked, np.append(scores, [0, 0, 0]), rcond=None)[0], abs=1e-4)
 
 
-def test_word_shares_know_nothing_of_length(tmp_path):
+def test_word_shares_do_not_follow_length(tmp_path):
     found = baselines.measure(write(tmp_path, answers(lambda text: float(len(text.split())) + 2.0 * ("good" in text))), 0.2, words=50)
     assert found["pairs"]["length"]["rate"] > 0.9
     rows = [RatedResponse(Prompt("p"), text, 0.0) for text in ("good so", "good good so so", "so", "")]
