@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.reward_baselines import fit_word_shares
+from benchmarks.reward_baselines import fit_word_shares, tokens
 from ivg.training.data import RatedResponse
 
 FEATURES = 20_000
+FEW_WORDS = 10
+"""A score over shares of words counts by w / (w + this), for an answer of w words and marks: a few words say little."""
 STEPS = 400
 PENALTY = 5e-4
 """Of the squared weights, for a mean loss."""
@@ -55,13 +57,19 @@ def fit_judgements(rows: Sequence[RatedResponse], words: int = 2000) -> dict[str
     """A linear judge of answers to instructions.
 
     Returns:
-        ``weights``: of log(1 + percent of the answer's words and marks), by word; ``intercept``: makes the mean of ``rows`` 0; ``lowest``:
-        the lowest of ``rows``, for answers without a word.
+        ``weights``: of log(1 + percent of the answer's words and marks), by word; ``intercept``: makes the mean of ``rows`` 0,
+        before :data:`FEW_WORDS` is applied, which is ``few_words``; ``lowest``: of ``rows``, for answers without a word.
     """
     features, weights, _ = fit_word_shares(rows, words)
     found = features.plain(rows) @ weights
-    rounded = {word: round(float(weights[column]), 4) for word, column in features.columns.items()}
-    return {"intercept": round(-float(found.mean()), 4), "lowest": round(float(found.min() - found.mean()), 4), "weights": rounded}
+    totals = np.array([len(tokens(row.response)) for row in rows])
+    scores = (found - found.mean()) * totals / (totals + FEW_WORDS)
+    return {
+        "intercept": round(-float(found.mean()), 4),
+        "few_words": FEW_WORDS,
+        "lowest": round(float(scores.min()), 4),
+        "weights": {word: round(float(weights[column]), 4) for word, column in features.columns.items()},
+    }
 
 
 def log_odds(weights: dict[str, float], text: str) -> float:

@@ -42,15 +42,15 @@ def retrieval(prompt: str, response: str) -> float:
 def word_shares(prompt: str, response: str) -> float:
     """Instructions: what shares of words say of GPT-4's judgement, with length regressed out; 0 is the average of the judged answers.
 
-    Ridge regression (``benchmarks/smollm2/words.py``) on answers to other instructions. Without a word: the lowest score of those.
+    Ridge regression (``benchmarks/smollm2/words.py``) on answers to other instructions. Few words say little: they get a score near 0.
+    No word at all: the lowest score of the judged answers.
     """
     judge, found = _judge_of_words(), Counter(re.findall(r"\w+|[^\w\s]", response.lower()))
     if not found:
         return float(judge["lowest"])
-    weights, percent = judge["weights"], 100 / found.total()
-    return math.fsum(
-        [judge["intercept"], *(weights[word] * math.log1p(count * percent) for word, count in found.items() if word in weights)]
-    )
+    weights, total = judge["weights"], found.total()
+    shares = (weights[word] * math.log1p(100 * count / total) for word, count in found.items() if word in weights)
+    return math.fsum([judge["intercept"], *shares]) * total / (total + judge["few_words"])
 
 
 def _tokens(text: str) -> list[str]:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -132,11 +133,13 @@ def test_judges_by_hand(work, monkeypatch):
     judge = json.loads((work / "judgement-words.json").read_text())
     good, film = sorted(judge["weights"])[:2]
     shares = judge["weights"][good] * math.log1p(75) + judge["weights"][film] * math.log1p(25)
-    assert j.word_shares("a question", f"{good} {good} {film} {good.upper()}") == pytest.approx(judge["intercept"] + shares)
+    assert j.word_shares("a question", f"{good} {good} {film} {good.upper()}") == pytest.approx((judge["intercept"] + shares) * 4 / 14)
     assert j.word_shares("a question", " ") == judge["lowest"]
     rows = list(read_jsonl(work / "alpaca-judged.jsonl"))
     scores = [j.word_shares(r["prompt"], r["response"]) for r in rows]
-    assert sum(scores) / len(scores) == pytest.approx(0, abs=0.01)
+    totals = [len(re.findall(r"\w+|[^\w\s]", r["response"])) for r in rows]
+    full = [score * (total + 10) / total for score, total in zip(scores, totals, strict=True)]  # as if few words counted like many
+    assert sum(full) / len(full) == pytest.approx(0, abs=0.01)
     assert min(scores) == pytest.approx(judge["lowest"], abs=0.01)
     mail = next(read_jsonl(work / "aeslc-test.jsonl"))
     own = mail["response"]
