@@ -338,6 +338,38 @@ def test_a_reward_of_rated_responses_is_measured_on_all_held_out_ones(tmp_path, 
     assert (again.exit_code, "settings differ" in str(again.exception or "") + again.stderr) == ((0, False) if not more else (1, True))
 
 
+def test_a_reward_is_saved_before_its_ranking_is_measured(tmp_path, model, monkeypatch):
+    from ivg.training import tune
+    from ivg.values.reward import RewardModel
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    pairs = [Preference(Prompt(f"p{i}"), f"{i}aa", f"{i}bb") for i in range(20)]
+    monkeypatch.setattr(tune, "measure_ranking", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        tune.reward(model, pairs, tmp_path / "rm", FAST, sources=["pairs"])
+    usable = RewardModel.from_pretrained(tmp_path / "rm", options=FLOAT32).judge([(Prompt("p9"), "9aa")])
+    monkeypatch.undo()
+    assert tune.reward(model, pairs, tmp_path / "rm", FAST, sources=["pairs"])["ranking"]["responses"] == 8
+    assert RewardModel.from_pretrained(tmp_path / "rm", options=FLOAT32).judge([(Prompt("p9"), "9aa")]) == usable
+
+
+@pytest.mark.long
+def test_two_processes_train_a_reward(tmp_path, model):
+    """Plain DDP: one file of metrics, in which every held-out response counts once, and no checkpoint is left."""
+    rows = [{"prompt": f"p{i}", "chosen": f"{i}aa", "rejected": f"{i}bb"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text(as_lines(rows))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "ivg", "train", "reward"]
+    words = ["--model", model, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "rm", "--batch-size", "4"]
+    words, threads = [*launch, *map(str, words), "--set", "ddp_backend=gloo"], {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=os.environ | threads, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    metrics = json.loads((tmp_path / "rm" / "metrics.json").read_text())
+    assert metrics["ranking"]["responses"] == 2 * metrics["rows_held_out"] > 0
+    assert not (tmp_path / "rm" / "checkpoints").exists()
+
+
 def test_values_are_fitted_to_scores_without_length(model, tmp_path):
     from ivg.training.value import train_value
 

@@ -101,7 +101,7 @@ def reward(
     """A reward model with the Bradley-Terry loss (TRL's ``RewardTrainer``): its one logit is the reward of prompt and response.
 
     The metrics have ``ranking``: how it orders the held-out responses, beside what their length alone does
-    (:func:`ivg.training.ranking.measure_ranking`).
+    (:func:`ivg.training.ranking.measure_ranking`). The model is saved before that is measured, so it can be used meanwhile.
 
     Args:
         model: any model on which transformers can put a sequence classifier.
@@ -218,14 +218,14 @@ def _run(
         metrics: dict[str, Any] = {**split.counts, **counts, **(made.metrics if made is not None else {})}
         if split.test:
             metrics["held_out"] = drop_timing_metrics(trainer.evaluate())
-        if is_reward:
-            metrics |= _ranking(trainer, tokenizer, made or parts[1], replace(settings, template=template))
         if settings.keep_adapter:
             _keep(trainer, run, model)
             if first_process():
                 keep_tokenizer(tokenizer, settings.template, run.path)
         else:
             _save(trainer, tokenizer, run)
+        if is_reward and (first_process() or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # spread weights: all must read
+            metrics |= _ranking(trainer, tokenizer, made or parts[1], replace(settings, template=template))
         return run.finish(metrics, *task.card, split.rows)
 
 
