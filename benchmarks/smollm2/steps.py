@@ -201,7 +201,7 @@ def _instructions(base: str, work: Path, scale: Scale) -> list[Step]:
     reward = f"train reward --model {base} {judged} --batch-size 8 --accumulate 2 --lr 5e-4 {adapter} {train} {long} {scale.train}"
     train += f" --accumulate 1 --max-length 640 {scale.train}"
     return [
-        Step("gold", f"{reward} --out {out}/gold"),
+        Step("gold", f"{reward} --out {out}/gold"),  # for comparison (docs/how-to/training.md); the recipe does not read it
         # below this margin the line of length over-corrects: half of the answers have the lowest score (docs/how-to/training.md)
         Step("gold-length", f"{reward} --out {out}/gold-length --control-length --min-margin 3"),
         Step(
