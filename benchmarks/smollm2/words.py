@@ -57,8 +57,8 @@ def fit_judgements(rows: Sequence[RatedResponse], words: int = 2000) -> dict[str
     """A linear judge of answers to instructions.
 
     Returns:
-        ``weights``: of log(1 + percent of the answer's words and marks), by word; ``intercept``: makes the mean of ``rows`` 0,
-        before :data:`FEW_WORDS` is applied, which is ``few_words``; ``lowest``: of ``rows``, for answers without a word.
+        ``weights``: of log(1 + percent of the answer's words and marks), by word; ``intercept``: with it the mean of ``rows``
+        is 0 where few words count like many; ``few_words``: :data:`FEW_WORDS`; ``lowest``: score of ``rows``, for answers without a word.
     """
     features, weights, _ = fit_word_shares(rows, words)
     found = features.plain(rows) @ weights

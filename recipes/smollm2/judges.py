@@ -40,7 +40,7 @@ def retrieval(prompt: str, response: str) -> float:
 
 
 def word_shares(prompt: str, response: str) -> float:
-    """Instructions: what shares of words say of GPT-4's judgement, with length regressed out; 0 is the average of the judged answers.
+    """Instructions: what shares of words say of GPT-4's judgement, with length regressed out; about 0 for the average judged answer.
 
     Ridge regression (``benchmarks/smollm2/words.py``) on answers to other instructions. Few words say little: they get a score near 0.
     No word at all: the lowest score of the judged answers.

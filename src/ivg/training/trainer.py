@@ -110,6 +110,7 @@ def trainer_arguments(kind: Any, settings: TrainSettings, run: RunDir, network: 
         "dataloader_pin_memory": cuda,
         "logging_steps": 0.02,
         "save_total_limit": 1,
+        "ddp_timeout": 86_400,  # while the first process measures a ranking, which may take long, the others wait
         "eval_strategy": "steps" if during else "no",
         "eval_steps": 1 / settings.evaluations if during else None,
         "disable_tqdm": True,

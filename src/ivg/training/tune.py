@@ -218,14 +218,18 @@ def _run(
         metrics: dict[str, Any] = {**split.counts, **counts, **(made.metrics if made is not None else {})}
         if split.test:
             metrics["held_out"] = drop_timing_metrics(trainer.evaluate())
+        spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # then all processes must read, before anything is merged
+        judged = made or parts[1]
+        if is_reward and spread:
+            metrics |= _ranking(trainer, tokenizer, judged, replace(settings, template=template))
         if settings.keep_adapter:
             _keep(trainer, run, model)
             if first_process():
                 keep_tokenizer(tokenizer, settings.template, run.path)
         else:
             _save(trainer, tokenizer, run)
-        if is_reward and (first_process() or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # spread weights: all must read
-            metrics |= _ranking(trainer, tokenizer, made or parts[1], replace(settings, template=template))
+        if is_reward and not spread and first_process():
+            metrics |= _ranking(trainer, tokenizer, judged, replace(settings, template=template))
         return run.finish(metrics, *task.card, split.rows)
 
 
