@@ -353,6 +353,8 @@ def test_a_reward_is_saved_before_its_ranking_is_measured(tmp_path, model, monke
     monkeypatch.undo()
     assert tune.reward(model, pairs, tmp_path / "rm", FAST, sources=["pairs"])["ranking"]["responses"] == 8
     assert RewardModel.from_pretrained(tmp_path / "rm", options=FLOAT32).judge([(Prompt("p9"), "9aa")]) == usable
+    monkeypatch.setattr(tune, "first_process", lambda: False)  # the other processes of a run do not measure it again
+    assert "ranking" not in tune.reward(model, pairs, tmp_path / "other", FAST, sources=["pairs"])
 
 
 @pytest.mark.long

@@ -101,7 +101,8 @@ def reward(
     """A reward model with the Bradley-Terry loss (TRL's ``RewardTrainer``): its one logit is the reward of prompt and response.
 
     The metrics have ``ranking``: how it orders the held-out responses, beside what their length alone does
-    (:func:`ivg.training.ranking.measure_ranking`). The model is saved before that is measured, so it can be used meanwhile.
+    (:func:`ivg.training.ranking.measure_ranking`). The model is saved before that is measured, so it can be used meanwhile;
+    weights that FSDP or DeepSpeed shard are measured first.
 
     Args:
         model: any model on which transformers can put a sequence classifier.
@@ -218,9 +219,9 @@ def _run(
         metrics: dict[str, Any] = {**split.counts, **counts, **(made.metrics if made is not None else {})}
         if split.test:
             metrics["held_out"] = drop_timing_metrics(trainer.evaluate())
-        spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # then all processes must read, before anything is merged
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # then all processes must read, before anything is merged
         judged = made or parts[1]
-        if is_reward and spread:
+        if is_reward and sharded:
             metrics |= _ranking(trainer, tokenizer, judged, replace(settings, template=template))
         if settings.keep_adapter:
             _keep(trainer, run, model)
@@ -228,7 +229,7 @@ def _run(
                 keep_tokenizer(tokenizer, settings.template, run.path)
         else:
             _save(trainer, tokenizer, run)
-        if is_reward and not spread and first_process():
+        if is_reward and not sharded and first_process():
             metrics |= _ranking(trainer, tokenizer, judged, replace(settings, template=template))
         return run.finish(metrics, *task.card, split.rows)
 
