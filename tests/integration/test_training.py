@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from architectures import tiny
 from ivg import testing
@@ -355,6 +356,24 @@ def test_a_reward_is_saved_before_its_ranking_is_measured(tmp_path, model, monke
     assert RewardModel.from_pretrained(tmp_path / "rm", options=FLOAT32).judge([(Prompt("p9"), "9aa")]) == usable
     monkeypatch.setattr(tune, "first_process", lambda: False)  # the other processes of a run do not measure it again
     assert "ranking" not in tune.reward(model, pairs, tmp_path / "other", FAST, sources=["pairs"])
+
+
+def test_a_command_ends_without_threads_of_its_process_group(tmp_path, model):
+    """They may free tensors in an interpreter that is ending: SIGABRT, in one run of some hundred."""
+    from torch import distributed
+
+    from ivg.cli.app import app
+
+    (tmp_path / "rows.jsonl").write_text(as_lines([{"prompt": f"p{i}", "chosen": f"{i}aa", "rejected": f"{i}bb"} for i in range(8)]))
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    words = ["train", "reward", "--model", model, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "rm", "--set", "max_steps=1"]
+    try:
+        result = CliRunner().invoke(app, list(map(str, words)))
+        assert result.exit_code == 0, result.output
+        assert not distributed.is_initialized()
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 @pytest.mark.long

@@ -62,10 +62,15 @@ def read_comparisons(sources: Sequence[str], settings: DataSettings, pairs: Pair
 
 
 def finish(out: Path, metrics: Mapping[str, Any], settings: TrainSettings, push_to: str | None) -> None:
-    """Say what came out, and upload it where that was asked for."""
+    """Say what came out, and upload it where that was asked for; the processes of a run have nothing more to exchange."""
+    from torch import distributed
+
     from ivg.training.run_dir import first_process
     from ivg.utils.jsonl import jsonable
 
+    if distributed.is_available() and distributed.is_initialized():
+        # gloo's threads may still free tensors of the last exchange: in an interpreter that is ending, that aborts the process
+        distributed.destroy_process_group()
     if not first_process():
         return
     typer.echo(json.dumps(jsonable(metrics), indent=2, allow_nan=False))
