@@ -1,6 +1,7 @@
 """A process of the command line answers without importing what answers need nothing of; what was put off is whole when it is asked for."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -154,3 +155,40 @@ def test_threads_do_not_spin_for_long(given, expected):
     assert expected in done.stderr
     if "OMP_WAIT_POLICY" in given:
         assert "GOMP_SPINCOUNT = '20000'" not in done.stderr
+
+
+KEPT = """
+import ctypes, resource
+from ivg.cli.quick_import import keep_freed_memory
+
+libc, size = ctypes.CDLL(None), 16 << 20
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [libc.malloc(size) for _ in range(8)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+    for block in blocks:
+        libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+kept = keep_freed_memory()
+faults()
+print(kept, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this is not glibc")
+def test_freed_memory_is_kept_for_the_next_token():
+    """Pages of 8 blocks of 16 MiB, written for the second time; the user's own settings of the allocator count."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))}
+    kept, plain = (
+        subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, env=own | more).stdout.split()
+        for more in ({}, {"MALLOC_MMAP_THRESHOLD_": "131072"})
+    )
+    assert kept[0] == "True", kept
+    assert plain[0] == "False", plain
+    assert int(kept[1]) < 1000 < 30_000 < int(plain[1])

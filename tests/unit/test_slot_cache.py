@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import naive
 from ivg.engines.transformers.engine import TransformersEngine
@@ -38,7 +40,8 @@ def test_random_operations_equal_plain_forward(architecture, dtype, tolerance, m
         rng = random.Random(f"{architecture} {seed}")
         of_gpu = dataclasses.replace(PassLimits.on(torch.device("cuda")), grouped_columns=rng.choice([1, 64]))  # good on a CPU, too
         limits = rng.choice([PassLimits(grouped_columns=rng.choice([1, 4, 64]), row_tokens=rng.choice([5, 2048])), of_gpu])
-        monkeypatch.setattr(forward_metadata, "SUFFIX_ROWS", rng.choice([1, 32]))
+        monkeypatch.setattr(forward_metadata, "BLOCK_COST", rng.choice([0, 256]))
+        monkeypatch.setattr(forward_metadata, "BLOCK_POSITIONS", rng.choice([1, 20, 4096]))
         monkeypatch.setattr(mapped_memory, "MAPPED_BYTES", rng.choice([1, 1 << 16]))
         wander(ModelRunner(network, "tiny", limits), rng, rng.choice([2, 256]), tolerance)
 
@@ -410,3 +413,16 @@ def test_usage_is_what_was_read():
     assert completion.usage.prompt_tokens == 6
     assert completion.usage.completion_tokens == 8
     assert completion.usage.forward_tokens["explicit"] <= 6 * (6 + 4) + 6 * 4
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.one_of(st.integers(1, 60), st.integers(1000, 6000))), min_size=1, max_size=30))
+def test_blocks_of_suffixes_hold_every_row_and_read_little_more(runs):
+    """Positions read, with what each block costs, are at most those of a block for every row; rows of one length share blocks."""
+    lengths = [length for count, length in runs for _ in range(count)]
+    blocks = forward_metadata.suffix_blocks(lengths)
+    assert [row for first, end, _ in blocks for row in range(first, end)] == list(range(len(lengths)))
+    assert all(longest == max(lengths[first:end]) for first, end, longest in blocks)
+    assert all(end - first == 1 or longest * (end - first) <= forward_metadata.BLOCK_POSITIONS for first, end, longest in blocks)
+    cost = sum(longest * (end - first) + forward_metadata.BLOCK_COST for first, end, longest in blocks)
+    assert cost <= sum(length + forward_metadata.BLOCK_COST for length in lengths)
+    assert len(forward_metadata.suffix_blocks([16] * 256)) == 1

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-SUFFIX_ROWS = 32
-"""Rows whose suffixes are read together on a CPU: what is made of them stays in a core's cache. On a GPU all are."""
+BLOCK_COST = 256
+"""What one more block of suffixes costs on a CPU, in positions that are read (dev/LOG.md)."""
+BLOCK_POSITIONS = 4096
+"""Positions of one block on a CPU, at most (but a row's own): what is made of them takes memory. On a GPU all rows are one block."""
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""
@@ -222,8 +225,8 @@ def build_metadata(
     if grouped:
         metadata.prefix_batches = _prefix_batches([r.prefix_slot for r in layout.rows], layout.seen_prefixes.tolist(), device)
         metadata.masks = {marker.data_ptr(): _masks(metadata, layout, windows[kind], device) for kind, marker in markers.items()}
-        lengths = layout.seen_suffixes.tolist()
-        metadata.suffix_blocks = _suffix_blocks(lengths, SUFFIX_ROWS if device.type == "cpu" else len(lengths))
+        lengths = layout.seen_suffixes.clamp(min=1).tolist()
+        metadata.suffix_blocks = suffix_blocks(lengths) if device.type == "cpu" else [(0, len(lengths), max(lengths))]
     else:
         metadata.dense = _dense_places(layout, suffix_capacity, device)
     return metadata
@@ -282,11 +285,27 @@ def _masks(metadata: ForwardMetadata, layout: PassLayout, window: int | None, de
     return AttentionMasks(bias[0], bias[1])
 
 
-def _suffix_blocks(lengths: Sequence[int], size: int) -> list[tuple[int, int, int]]:
-    """Blocks of ``size`` rows. Rows side by side have the same group and like lengths; a block is as long as its longest."""
-    size = size if len(lengths) > 2 * size else len(lengths)
-    cuts = [(first, min(first + size, len(lengths))) for first in range(0, len(lengths), size)]
-    return [(first, end, max(1, *lengths[first:end], 1)) for first, end in cuts]
+def suffix_blocks(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Rows whose suffixes of ``lengths`` (at least 1) are read together: (first row, end, longest).
+
+    A block reads as much of each row as of its longest. Rows side by side, which have the same group and like lengths, share a block
+    where that reads at most :data:`BLOCK_COST` positions more.
+    """
+    blocks: list[tuple[int, int, int]] = []
+    start = 0
+    for length, run in groupby(lengths):
+        end = start + sum(1 for _ in run)
+        if blocks:
+            first, _, longest = blocks[-1]
+            together = max(longest, length)
+            padding = (together - longest) * (start - first) + (together - length) * (end - start)
+        if blocks and padding <= BLOCK_COST and together * (end - first) <= BLOCK_POSITIONS:
+            blocks[-1] = (first, end, together)
+        else:
+            most = max(1, BLOCK_POSITIONS // length)
+            blocks += [(i, min(i + most, end), length) for i in range(start, end, most)]
+        start = end
+    return blocks
 
 
 def _dense_places(layout: PassLayout, suffix_capacity: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
