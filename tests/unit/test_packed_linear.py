@@ -1,12 +1,15 @@
 """Packed weights: the same products, read back exactly, saved and loaded; nothing else is touched."""
 
 import copy
+import pickle
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
 
 from ivg.diagnostics.cost import active_parameters
 from ivg.embedded import path
+from ivg.models import kernels
 from ivg.models.loading import LoadOptions, load_causal, load_value
 from ivg.models.packed_linear import MIN_WEIGHTS, PackedLinear, can_pack, pack, packed_layers, unpack
 from ivg.testing import ARCHITECTURES, tiny_model, tiny_value
@@ -139,3 +142,62 @@ def test_other_types_pass_through_a_packed_layer():
     assert torch.equal(layer(x.to(torch.bfloat16)[:, None])[:, 0], layer(x.to(torch.bfloat16)))
     layer = PackedLinear(plain.weight.float(), None)
     assert torch.allclose(layer(x.double()), torch.nn.functional.linear(x.double(), plain.weight.double()), atol=1e-5)
+
+
+class Layers(torch.nn.Module):
+    """Two layers with an activation, in an order of its own."""
+
+    def __init__(self, order, act, dtype):
+        super().__init__()
+        self.order, self.act = order, act
+        self.up, self.down = torch.nn.Linear(8, 32).to(dtype), torch.nn.Linear(32, 8).to(dtype)
+
+    def forward(self, x):
+        for name in self.order:
+            x = getattr(self, name)(x)
+        return x
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "order", [("up", "act", "down"), ("up", "down", "act"), ("act", "up", "down"), ("up", "act", "down", "act"), ("up", "down")]
+)
+@pytest.mark.parametrize(
+    "act", [torch.nn.GELU(), torch.nn.GELU(approximate="tanh"), ACT2FN["gelu"], ACT2FN["gelu_pytorch_tanh"], torch.nn.SiLU()]
+)
+def test_gelu_is_part_of_the_product_before_it_only_where_that_is_the_same(order, act, dtype):
+    torch.manual_seed(0)
+    plain = Layers(order, act, dtype)
+    packed = pack(copy.deepcopy(plain))
+    joined = order == ("up", "act", "down") and not isinstance(act, torch.nn.SiLU)
+    assert (type(packed.act) is torch.nn.Identity) == joined == (packed.up.activation is not None)
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        for some in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+            near = 16 * torch.finfo(dtype).eps
+            assert torch.allclose(some(x.to(dtype)), plain(x.to(dtype)), rtol=near, atol=near)
+            assert torch.allclose(some(x.double()), copy.deepcopy(plain).double()(x.double()), atol=1e-6)
+        unpack(packed)
+        assert type(packed.act) is type(act)
+        assert torch.equal(packed(x.to(dtype)), plain(x.to(dtype)))
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_pickle_of_a_machine_with_more_kernels(dtype, monkeypatch):
+    """A processor that packs weights but gives no GELU, and one that packs nothing."""
+    packed = pack(Layers(("up", "act", "down"), torch.nn.GELU(), dtype))
+    kept, x = pickle.dumps(packed), torch.randn(5, 8).to(dtype)
+    for missing in ("has_packed_gelu", "has_packed_linear"):
+        monkeypatch.setattr(kernels, missing, lambda *_: False)
+        with torch.no_grad():
+            assert torch.allclose(pickle.loads(kept)(x), packed(x), rtol=0.02, atol=0.02)
+
+
+@needs_onednn
+def test_gpt2_computes_its_activation_in_the_product():
+    packed = pack(tiny_model("gpt2", seed=3).to(PACKABLE[0]))
+    assert {type(block.mlp.act) for block in packed.transformer.h} == {torch.nn.Identity}
+    unpack(packed)
+    assert {type(block.mlp.act) for block in packed.transformer.h} == {torch.nn.GELU}

@@ -32,6 +32,15 @@ def has_packed_linear(dtype: torch.dtype) -> bool:
 
 
 @cache
+def has_packed_gelu(dtype: torch.dtype, gelu: str) -> bool:
+    """Does a packed product in ``dtype`` give the right GELU of its output?"""
+    try:
+        return has_packed_linear(dtype) and _packed_gelu_agrees(dtype, gelu)
+    except Exception:  # as above
+        return False
+
+
+@cache
 def has_flash_attention(dtype: torch.dtype) -> bool:
     """Does PyTorch's flash attention for CPUs compute the right attention in ``dtype``, with and without a mask?"""
     try:
@@ -61,9 +70,10 @@ def pack_weight(weight: Tensor) -> Tensor:
     return packed
 
 
-def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """X W^T + b, with weights of :func:`pack_weight`."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), weight, bias, "none", [], "")
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
+    """X W^T + b, with weights of :func:`pack_weight`; ``gelu``: its GELU, ``none`` or ``tanh`` as PyTorch's ``approximate`` has it."""
+    operation, algorithm = ("none", "") if gelu is None else ("gelu", gelu)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), weight, bias, operation, [], algorithm)
     return out
 
 
@@ -87,6 +97,12 @@ def _packed_products_agree(dtype: torch.dtype) -> bool:
             if not _close(packed_linear(x.to(dtype), packed, b), plain, dtype):
                 return False
     return True
+
+
+def _packed_gelu_agrees(dtype: torch.dtype, gelu: str) -> bool:
+    weight, bias, x = (t.to(dtype) for t in (4 * _test_values(24, 40), _test_values(24), _test_values(2, 3, 40)))
+    plain = torch.nn.functional.gelu(x.double() @ weight.double().t() + bias.double(), approximate=gelu)
+    return _close(packed_linear(x, pack_weight(weight), bias, gelu), plain, dtype)
 
 
 def _flash_agrees(dtype: torch.dtype) -> bool:

@@ -2,9 +2,9 @@
 
 oneDNN reorders a bfloat16 matrix into blocks before each product; for few rows that takes as long as the product. Packed once, a
 pass of 1 to 16 rows takes half the time, one of 256 a tenth less. In float32 PyTorch's own products are MKL's, which reorders too: packed,
-4 to 64 rows take a half to four fifths (dev/LOG.md), unless the matrix is small. The plain weights are dropped; they can be read back,
-exactly, from the packed ones. A head that is tied to the embeddings takes its memory once more (``LoadOptions.pack``). Handles PyTorch's
-modules and transformers' ``Conv1D``; must not depend on what they mean.
+4 to 64 rows take a half to four fifths (dev/LOG.md), unless the matrix is small. A GELU is computed within the product before it. The plain
+weights are dropped; they can be read back, exactly, from the packed ones. A head that is tied to the embeddings takes its memory once more
+(``LoadOptions.pack``). Handles PyTorch's modules and transformers' ``Conv1D``; must not depend on what they mean.
 """
 
 from __future__ import annotations
@@ -30,13 +30,18 @@ class PackedLinear(nn.Module):
 
     Attributes:
         tied: it was one matrix with the network's embeddings.
+        activation: of its output, which the module around it computed under the name ``activation_name``; None: none.
     """
+
+    activation: nn.Module | None
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, *, transposed: bool = False) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.transposed, self.dtype, self.tied = transposed, weight.dtype, False
+        self.activation_name, self.gelu = "", cast("str | None", None)
         self.register_parameter("bias", bias)
+        self.register_module("activation", None)
         self._pack(weight)
 
     def _pack(self, weight: Tensor) -> None:
@@ -55,11 +60,23 @@ class PackedLinear(nn.Module):
         return self.in_features * self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """X W^T + b."""
-        if x.dtype != self.dtype or self.packed.layout is torch.strided:
-            bias = None if self.bias is None else cast("Tensor", self.bias).to(x.dtype)
-            return nn.functional.linear(x, self.packed.to_dense().to(x.dtype), bias)
-        return kernels.packed_linear(x, self.packed, cast("Tensor | None", self.bias))
+        """X W^T + b, or the activation of that."""
+        if x.dtype == self.dtype and self.packed.layout is not torch.strided:
+            return kernels.packed_linear(x, self.packed, cast("Tensor | None", self.bias), self.gelu)
+        bias = None if self.bias is None else cast("Tensor", self.bias).to(x.dtype)
+        out = nn.functional.linear(x, self.packed.to_dense().to(x.dtype), bias)
+        return out if self.activation is None else cast("Tensor", self.activation(out))
+
+    def take_activation(self, module: nn.Module, name: str) -> None:
+        """Compute the activation ``name`` of ``module``, a GELU, of this layer's output; it has no effect in its place any more."""
+        self.activation, self.activation_name = getattr(module, name), name
+        self.gelu = _gelu_of(cast("nn.Module", self.activation))
+        setattr(module, name, nn.Identity())
+
+    def return_activation(self, module: nn.Module) -> None:
+        """Undo :meth:`take_activation`."""
+        setattr(module, self.activation_name, self.activation)
+        self.activation, self.activation_name, self.gelu = None, "", None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -86,6 +103,8 @@ class PackedLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._pack(state["packed"])
+        if self.gelu is not None and not kernels.has_packed_gelu(self.dtype, self.gelu):
+            self.packed = self.packed.to_dense()  # of a pickle of another machine: the activation is computed by itself
 
 
 def can_pack(network: nn.Module) -> bool:
@@ -123,6 +142,39 @@ def _replace_children(module: nn.Module, *, packs: bool) -> None:
             setattr(module, name, PackedLinear(layer.weight.t(), layer.bias, transposed=True))
         else:
             _replace_children(child, packs=packs)
+    if packs:
+        _join_activation(module)
+
+
+def _join_activation(module: nn.Module) -> None:
+    """Where ``module`` is two packed layers with a GELU between them, compute it in the first, if the module then computes the same."""
+    layers = [m for m in module.children() if isinstance(m, PackedLinear)]
+    activations = [(name, gelu) for name, m in module.named_children() if (gelu := _gelu_of(m)) is not None]
+    if len(layers) != 2 or len(activations) != 1 or layers[0].out_features != layers[1].in_features:
+        return
+    (first, _), ((name, gelu),) = layers, activations
+    if not kernels.has_packed_gelu(first.dtype, gelu):
+        return
+    x = torch.sin(torch.arange(3 * first.in_features, dtype=torch.float32)).view(1, 3, -1).to(first.dtype)
+    try:
+        with torch.no_grad():
+            before = cast("Tensor", module(x))
+            first.take_activation(module, name)
+            near = 8 * torch.finfo(first.dtype).eps * float(before.abs().max())
+            same = float((cast("Tensor", module(x)) - before).abs().max()) <= near
+    except Exception:  # its code may raise anything where it takes or gives something else
+        same = False
+    if first.activation is not None and not same:
+        first.return_activation(module)
+
+
+def _gelu_of(module: nn.Module) -> str | None:
+    """Which GELU a module computes, as PyTorch's ``approximate`` has it; None: it is none."""
+    from transformers.activations import GELUActivation, GELUTanh
+
+    if isinstance(module, nn.GELU):
+        return module.approximate
+    return "tanh" if type(module) is GELUTanh else "none" if type(module) is GELUActivation else None
 
 
 def _gains(weight: Tensor) -> bool:
@@ -153,6 +205,8 @@ def _is_tied(network: nn.Module) -> bool:
 def _unpack_children(network: nn.Module) -> None:
     for name, child in list(network.named_children()):
         if isinstance(child, PackedLinear):
+            if child.activation is not None:
+                child.return_activation(network)
             plain = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
             plain.weight = nn.Parameter(child.packed.to_dense(), requires_grad=False)
             plain.register_parameter("bias", cast("nn.Parameter | None", child.bias))
