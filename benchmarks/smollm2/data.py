@@ -110,7 +110,7 @@ def instructions(data: Path, work: Path, scale: float) -> None:
     _write(work / "alpaca-judged.jsonl", rows)
     write_json(work / "judgement-words.json", fit_judgements([RatedResponse(Prompt(r["prompt"]), r["response"], r["score"]) for r in rows]))
     _write(work / "alpaca-prompts.jsonl", _prompts(seen))
-    _write(work / "alpaca-dev.jsonl", ({"instruction": text} for text in seen[485:] or seen))  # the rewards are tested on the last fifth
+    _write(work / "alpaca-dev.jsonl", ({"instruction": text} for text in seen[485:] or seen))  # rewards hold out the last of them
     test = [r for r in read_rows(data / "reference_outputs_gpt4_1106_preview.json.gz") if is_test(r["instruction"])]
     _write(work / "alpaca-test.jsonl", test)
 
