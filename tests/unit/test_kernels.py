@@ -19,7 +19,7 @@ from ivg.testing import tiny_model
 
 pytestmark = [pytest.mark.numerics, pytest.mark.cpu]
 
-PROBES = (kernels.has_packed_linear, kernels.has_flash_attention, kernels.has_native_bfloat16)
+PROBES = (kernels.has_packed_linear, kernels.has_packed_gelu, kernels.has_flash_attention, kernels.has_native_bfloat16)
 CPU = torch.device("cpu")
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
@@ -64,6 +64,23 @@ def test_what_does_not_pack_is_left_as_it_is(fault, dtype, anew, monkeypatch):
     x = torch.randn(2, 6).to(dtype)
     assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight))
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("fault", ["raises", "is left out"])
+def test_a_gelu_that_does_not_work_is_not_joined(fault, dtype, anew, monkeypatch):
+    real = kernels.packed_linear
+
+    def faulty(x, weight, bias, gelu=None):
+        if gelu is not None and fault == "raises":
+            raise RuntimeError("no such operation")
+        return real(x, weight, bias)
+
+    monkeypatch.setattr(kernels, "packed_linear", faulty)
+    assert not any(kernels.has_packed_gelu(dtype, gelu) for gelu in ("none", "tanh"))
+    network = pack(tiny_model("gpt2").to(dtype))
+    assert {type(block.mlp.act) for block in network.transformer.h} == {torch.nn.GELU}
+    assert all(layer.activation is None for layer in packed_layers(network))
 
 
 @pytest.mark.parametrize("fault", ["raises", "is missing", "attends wrong"])

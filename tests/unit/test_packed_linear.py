@@ -168,7 +168,7 @@ class Layers(torch.nn.Module):
 )
 def test_gelu_is_part_of_the_product_before_it_only_where_that_is_the_same(order, act, dtype):
     torch.manual_seed(0)
-    plain = Layers(order, act, dtype)
+    plain = Layers(order, act, dtype).eval()
     packed = pack(copy.deepcopy(plain))
     joined = order == ("up", "act", "down") and not isinstance(act, torch.nn.SiLU)
     assert (type(packed.act) is torch.nn.Identity) == joined == (packed.up.activation is not None)
@@ -187,17 +187,51 @@ def test_gelu_is_part_of_the_product_before_it_only_where_that_is_the_same(order
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_pickle_of_a_machine_with_more_kernels(dtype, monkeypatch):
     """A processor that packs weights but gives no GELU, and one that packs nothing."""
-    packed = pack(Layers(("up", "act", "down"), torch.nn.GELU(), dtype))
+    packed = pack(Layers(("up", "act", "down"), torch.nn.GELU(), dtype).eval())
     kept, x = pickle.dumps(packed), torch.randn(5, 8).to(dtype)
+    with torch.no_grad():
+        expected = packed(x)
     for missing in ("has_packed_gelu", "has_packed_linear"):
         monkeypatch.setattr(kernels, missing, lambda *_: False)
-        with torch.no_grad():
-            assert torch.allclose(pickle.loads(kept)(x), packed(x), rtol=0.02, atol=0.02)
+        other = pickle.loads(kept)
+        for _ in range(2):
+            with torch.no_grad():
+                assert torch.allclose(other(x), expected, rtol=0.02, atol=0.02)
+            assert other.up.packed.layout is torch.strided
+            other.load_state_dict(other.state_dict())
+
+
+class Clipped(torch.nn.GELU):
+    def forward(self, x):
+        return super().forward(x).clamp(max=10)
+
+
+class Residual(Layers):
+    """Most of its output is not of its layers, so that a trial of the whole module can hardly see them."""
+
+    def forward(self, x):
+        return 1000 * x + self.down(self.up(self.act(x)))
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_a_trial_cannot_tell_is_not_joined(dtype):
+    order = ("up", "act", "down")
+    hooked, trained, silent = (Layers(order, torch.nn.GELU(), dtype) for _ in range(3))
+    hooked.act.register_forward_hook(lambda module, given, out: out + 1)
+    torch.nn.init.zeros_(silent.down.weight)
+    for network in (Layers(order, Clipped(), dtype), Residual(order, torch.nn.GELU(), dtype), hooked, silent, trained.train()):
+        if network is not trained:
+            network.eval()
+        act = network.act
+        assert pack(network).act is act
+        assert isinstance(network.up, PackedLinear)
+        assert network.up.activation is None
 
 
 @needs_onednn
 def test_gpt2_computes_its_activation_in_the_product():
-    packed = pack(tiny_model("gpt2", seed=3).to(PACKABLE[0]))
+    packed = pack(tiny_model("gpt2", seed=3).eval().to(PACKABLE[0]))
     assert {type(block.mlp.act) for block in packed.transformer.h} == {torch.nn.Identity}
     unpack(packed)
     assert {type(block.mlp.act) for block in packed.transformer.h} == {torch.nn.GELU}

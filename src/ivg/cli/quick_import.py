@@ -58,7 +58,7 @@ def begin_process() -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep up to 256 MiB of freed memory; False: this is not glibc, or the environment sets its allocator.
+    """Let glibc keep 256 MiB that are free at the end of its heap, of each thread's. False: not glibc, or the environment says otherwise.
 
     By default it returns the memory of one token's logits to the operating system, which then clears each page of the next token's anew.
     """

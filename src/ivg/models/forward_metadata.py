@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 BLOCK_COST = 256
-"""What one more block of suffixes costs on a CPU, in positions that are read (dev/LOG.md)."""
+"""What one more block costs on a CPU, in positions of a row that are read: some 400 in bfloat16, 100 in float32 (dev/LOG.md)."""
 BLOCK_POSITIONS = 4096
-"""Positions of one block on a CPU, at most (but a row's own): what is made of them takes memory. On a GPU all rows are one block."""
+"""Positions of one block on a CPU, at most; a single row may have more. More take memory and no less time (dev/LOG.md). On a GPU all rows
+are one block."""
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""

@@ -33,7 +33,7 @@ def has_packed_linear(dtype: torch.dtype) -> bool:
 
 @cache
 def has_packed_gelu(dtype: torch.dtype, gelu: str) -> bool:
-    """Does a packed product in ``dtype`` give the right GELU of its output?"""
+    """Does a packed product in ``dtype`` give the right GELU of its output? ``gelu``: as :func:`packed_linear` takes it."""
     try:
         return has_packed_linear(dtype) and _packed_gelu_agrees(dtype, gelu)
     except Exception:  # as above
