@@ -57,17 +57,15 @@ def begin_process() -> None:
     keep_freed_memory()
 
 
-def keep_freed_memory() -> bool:
-    """Let glibc keep 256 MiB that are free at the end of its heap, of each thread's. False: not glibc, or the environment says otherwise.
+def keep_freed_memory() -> None:
+    """Let glibc keep 256 MiB that are free at the end of its heap, of each thread's, unless the environment sets its allocator.
 
     By default it returns the memory of one token's logits to the operating system, which then clears each page of the next token's anew.
     """
-    if any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)) and bool(mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD))
+    given = any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ)
+    if not given and sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:  # musl has none
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
 
 
 def import_transformers(recipe: Recipe) -> None:
